@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,21 +15,24 @@ from torch import Tensor, nn
 from lora_compose.attention import Backbone, backbone_of
 from lora_compose.pipelines import concept_sets
 from lora_compose.pipelines.call import Call, Concepts, Sampling, check_changed
+from lora_compose.pipelines.call_plan import CallPlan
 from lora_compose.pipelines.canvas import Canvas, Step
-from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.loader_mixin import ConceptLoaderMixin
-from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
+from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
 from lora_compose.pipelines.control import Control
-from lora_compose.pipelines.finite import check_decoded, check_finite, likely_causes
+from lora_compose.pipelines.finite import check_finite, likely_causes
 from lora_compose.pipelines.from_image import Source
+from lora_compose.pipelines.front import request_of
 from lora_compose.pipelines.hub import is_hub_name, reachable
 from lora_compose.pipelines.loop import Hooks, denoise
-from lora_compose.pipelines.methods import Choice, Settings, choose_method, make_method
+from lora_compose.pipelines.methods import Choice, Settings
 from lora_compose.pipelines.methods.process import Process
+from lora_compose.pipelines.notes import kept
 from lora_compose.pipelines.opening import checkpoint_keys
 from lora_compose.pipelines.outcome import Outcome
 from lora_compose.pipelines.output import ComposeOutput
-from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
+from lora_compose.pipelines.plan import Plan, make_plan, resolve_choice
 from lora_compose.pipelines.refine import Origin
 from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.saved import README, how_to_open
@@ -84,11 +86,13 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         `AutoPipelineFor...from_pipe` finds the pipelines for other tasks. `__qualname__` stays our own.
         """
         super().__init_subclass__(**options)
-        cls.__name__ = next(
-            base.__name__
-            for base in cls.__mro__
-            if issubclass(base, DiffusionPipeline) and not issubclass(base, ComposePipeline)
-        )
+        cls.__name__ = cls._plain_class().__name__
+
+    @classmethod
+    def _plain_class(cls) -> Any:
+        """Diffusers' pipeline for the family."""
+        every = cls.__mro__
+        return next(one for one in every if issubclass(one, DiffusionPipeline) and not issubclass(one, ComposePipeline))
 
     @classmethod
     def from_pretrained(
@@ -235,17 +239,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         raise TypeError("open a model first: ComposePipeline.from_pretrained(...)")
 
     def resolve_choice(
-        self,
-        method: str | Settings | None,
-        concepts: Sequence[LoadedConcept],
-        prompts: Sequence[str] | None,
-        concept_sets: Sequence[ConceptSet] | None = None,
+        self, method: str | Settings | None, concepts: Sequence[LoadedConcept], prompts: Sequence[str] | None
     ) -> Choice:
         """The method of a call, and why it is this one; None chooses and logs why (`choose_method`)."""
-        if method is not None:
-            return Choice(make_method(method), "it was asked for")
-        reads_regions = backbone_of(self.model).reads_regions
-        return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
+        return resolve_choice(self, method, concepts, prompts)
 
     def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Tokenizer]:
         """The tokenizers of a call with these concepts, including the words bundled with their files.
@@ -253,7 +250,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         Raises:
             ValueError: If two files have the same word.
         """
-        return self._prompt_tokenizers(TextualInversions.of(concepts, self.components), None)
+        return self.prompt_tokenizers(TextualInversions.of(concepts, self.components), None)
 
     def compose(self, call: Call, encode: FamilyEncoder) -> "tuple[Tensor, Process, Outcome]":
         """A call with concepts up to its final latents, the same for every family and method.
@@ -273,7 +270,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         # Refuses a second call on this model before the scheduler and the properties of the first are touched.
         with plan.installed(self) as sessions:
             self.__dict__.update(call.properties, _interrupt=False)
-            schedule = self._schedule(call.sampling, plan)
+            schedule = self.schedule(self.scheduler, call.sampling, plan.canvas, call.source)
             task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
             sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling), task)
             opened = sessions(encode, sampler, {} if task is None else task.inputs)
@@ -285,11 +282,20 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             )  # fmt: skip
             latents = denoise(
                 process, task or TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
-                sampler, 1.0 if plan.canvas.backbone.embeds_guidance else call.sampling.guidance.scale, hooks,
+                sampler, plan.cfg_scale, hooks,
                 cost=opened.denoiser.cost, started=call.started,
             )  # fmt: skip
             check_finite(latents, likely_causes(plan))
             return latents, process, Outcome(opened.denoiser, plan.choice, self._origin(call, plan))
+
+    def plan(self, *args: Any, **kwargs: Any) -> CallPlan:
+        """What a call with these arguments would do; changes nothing, and claims no model. LoRA files may be read.
+
+        Raises:
+            ValueError: As the call, for anything that does not fit together; and for calls without concepts.
+        """
+        with kept() as warnings, torch.no_grad():
+            return CallPlan.of(make_plan(self, request_of(self, args, kwargs).call), warnings)
 
     # Differences between families.
 
@@ -299,6 +305,11 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         found = getattr(self, "unet", None)
         return self.transformer if found is None else found  # a compiled model cannot be asked whether it is true
 
+    @property
+    def runs_on(self) -> torch.device:
+        """Where the model runs, also where it is offloaded between calls."""
+        return self._execution_device
+
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call."""
         return backbone_of(self.model)
@@ -307,16 +318,18 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """What `refine` needs of the call; None where its images cannot be repainted."""
         return None
 
-    def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
+    def prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
         """The tokenizers of the prompt.
 
         Args:
             textual_inversions: Words bundled with LoRA files.
             length: Tokens of an encoded text; None means as many as the tokenizer says.
         """
-        return expanding_tokenizers(self, textual_inversions, length)
+        expand = textual_inversions.expander(self)
+        tokenizers = textual_inversions.tokenizers.items()
+        return [ExpandingTokenizer(found, expand, length) for name, found in tokenizers if name in self.text_tokenizers]
 
-    def _check_latents(self, call: Call, canvas: Canvas) -> None:
+    def check_start(self, call: Call, canvas: Canvas) -> None:
         """Raises ValueError if the latents that a call is to start from have a shape that `_noise` cannot use."""
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -331,36 +344,26 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """Text tensors for callbacks, by diffusers' names."""
         return {"prompt_embeds": text.prompt_embeds}
 
-    def _count_steps(self, plan: Plan) -> int:
-        """The number of steps of a call; the scheduler, which another call may be using, is not touched.
-
-        Raises:
-            ValueError: If the scheduler refuses the steps, or `denoising_end` leaves none.
-        """
-        pipe = copy(self)
-        pipe.scheduler = copy(self.scheduler)
-        return len(pipe._schedule(plan.call.sampling, plan).timesteps)
-
-    def _schedule(self, sampling: Sampling, plan: Plan) -> Schedule:
-        """The timesteps until `denoising_end`."""
-        timesteps, steps = self._timesteps(sampling, plan)
-        if plan.call.source is not None:
-            timesteps, steps = plan.call.source.timesteps(self, steps, plan.canvas.device)
+    def schedule(self, scheduler: Any, sampling: Sampling, canvas: Canvas, source: Source | None) -> Schedule:
+        """Sets the timesteps of a scheduler, until `denoising_end`; see `Host.schedule`."""
+        timesteps, steps = self._timesteps(scheduler, sampling, canvas)
+        if source is not None:
+            timesteps, steps = source.timesteps(scheduler, steps, canvas.device)
         ends = isinstance(sampling.denoising_end, float) and 0 < sampling.denoising_end < 1
         if ends:
-            trained = self.scheduler.config.num_train_timesteps
+            trained = scheduler.config.num_train_timesteps
             kept = timesteps[timesteps >= round(trained - sampling.denoising_end * trained)]
             if not len(kept):
                 raise ValueError(f"denoising_end={sampling.denoising_end} leaves none of the {steps} steps")
             timesteps = kept
         if ends or sampling.has_schedule:
-            steps = math.ceil(len(timesteps) / self.scheduler.order)
-        return Schedule(timesteps, steps, self.scheduler.order)
+            steps = math.ceil(len(timesteps) / scheduler.order)
+        return Schedule(timesteps, steps, scheduler.order)
 
-    def _timesteps(self, sampling: Sampling, plan: Plan) -> tuple[Tensor, int]:
+    def _timesteps(self, scheduler: Any, sampling: Sampling, canvas: Canvas) -> tuple[Tensor, int]:
         """The timesteps of all passes, and the number of steps, as diffusers' pipeline sets them."""
         found: Any = retrieve_timesteps(
-            self.scheduler, sampling.num_inference_steps, plan.canvas.device, sampling.timesteps, sampling.sigmas
+            scheduler, sampling.num_inference_steps, canvas.device, timesteps=sampling.timesteps, sigmas=sampling.sigmas
         )
         return found
 
@@ -393,7 +396,3 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def _cfg_scale(self, step: Step) -> float:
         """The scale of guidance from now on, after a callback has changed `_guidance_scale`."""
         return self.guidance_scale
-
-    def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
-        check_decoded(image)
-        return self.image_processor.postprocess(image, output_type=output_type, **options)

@@ -52,6 +52,10 @@ class Canvas:
         """The level whose attention maps show where concepts are."""
         return self.backbone.map_level
 
+    def on(self, device: torch.device) -> "Canvas":
+        """The same on another device."""
+        return replace(self, device=device)
+
     def of_prompts(self, prompts: int) -> "Canvas":
         """The same for another number of prompts."""
         return replace(self, prompts=prompts)

@@ -14,15 +14,14 @@ from torch import Tensor
 from lora_compose.attention import Gates
 from lora_compose.pipelines.canvas import Step, images_of
 from lora_compose.pipelines.concepts.concept_set import ByConceptT
-from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.methods.process import FixedPasses, Process
 from lora_compose.pipelines.passes import Pass, weighted_mean
 from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.session import Runner, Session
 from lora_compose.pipelines.text.conditioning import Conditioning, join_images, join_rows_of_images
 
 
-def start(begin: Callable[[Session], Process], sessions: Sequence[Session], denoiser: Denoiser) -> Process:
+def start(begin: Callable[[Session], Process], sessions: Sequence[Session], denoiser: Runner) -> Process:
     """Starts a method on one or several concept sets.
 
     Args:
@@ -76,7 +75,7 @@ class Joined:
         text: The text that callbacks see.
     """
 
-    denoiser: Denoiser
+    denoiser: Runner
     sets: Sequence[ImagesOfSet]
     processes: Sequence[FixedPasses]
     text: Conditioning

@@ -146,13 +146,7 @@ class Denoiser:
         Raises:
             ValueError: If the denoiser does not support region attention, or for a bias beside it.
         """
-        if spec.text_bias is not None and spec.regions is not None:
-            raise ValueError("a bias on the text needs one text for all cells, so a pass has it or region attention")
-        if (spec.regions is not None or spec.text_bias is not None) and not self.backbone.reads_regions:
-            raise ValueError(
-                "this method needs cross-attention that reads a text for each region, and only UNets have it; use "
-                "draft, regional, tara or merge with this model"
-            )
+        check_pass(spec, self.backbone)
         return PreparedPass(spec) if same_text_as is None else PreparedPass(spec, same_text_as.kept_text)
 
     def predict(
@@ -363,6 +357,17 @@ class Denoiser:
         firsts = [control.first_row(text) for control in guides if isinstance(control, PreparedControlNet)]
         self.cost.control_rows += sum(text.rows - first for first in firsts) * fraction
         return {**model_inputs(guides, latents, step.t, text, view), **dict(*prompts)}
+
+
+def check_pass(spec: Pass, backbone: Backbone) -> None:
+    """Raises ValueError for a pass that a model cannot run: region attention beside a bias, or where there is none."""
+    if spec.text_bias is not None and spec.regions is not None:
+        raise ValueError("a bias on the text needs one text for all cells, so a pass has it or region attention")
+    if (spec.regions is not None or spec.text_bias is not None) and not backbone.reads_regions:
+        raise ValueError(
+            "this method needs cross-attention that reads a text for each region, and only UNets have it; use "
+            "draft, regional, tara or merge with this model"
+        )
 
 
 def _by_row(given: Any, view: View, rows: int) -> Any:

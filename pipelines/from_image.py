@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -227,9 +228,10 @@ class Source:
         """
         return None if self.mask is None else F.interpolate(self.mask, latent_grid).amax(dim=0)[0]
 
-    def timesteps(self, pipe: Any, steps: int, device: torch.device) -> tuple[Tensor, int]:
-        """The timesteps that the strength leaves of a pipeline's scheduler, and the number of their steps."""
-        return type(self.pipeline).get_timesteps(pipe, steps, self.strength, device)
+    def timesteps(self, scheduler: Any, steps: int, device: torch.device) -> tuple[Tensor, int]:
+        """The timesteps that the strength leaves of a scheduler, and the number of their steps."""
+        reading: Any = SimpleNamespace(scheduler=scheduler)  # all that diffusers' method reads of its pipeline
+        return type(self.pipeline).get_timesteps(reading, steps, strength=self.strength, device=device)
 
     def placed(self, loaded: LoadedConcept) -> LoadedConcept:
         """The concept with its region moved from image coordinates to those of the part that is worked on.

@@ -1,22 +1,22 @@
 """Whether an image can fit into memory at all, judged before anything is done."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lora_compose.attention import Backbone, backbone_of, grid_at
 from lora_compose.attention.device import dtype_of, modules_of
 from lora_compose.attention.lora_bank import base_layer
+from lora_compose.pipelines.host import Host
 
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
-def check_size(pipe: Any, width: int, height: int, images: int = 1) -> None:
+def check_size(host: Host, width: int, height: int, images: int = 1) -> None:
     """Checks that one pass of the model can fit into the memory of its device.
 
     Args:
-        pipe: The pipeline.
+        host: What paints.
         width: In pixels.
         height: In pixels.
         images: Images in the batch.
@@ -24,9 +24,9 @@ def check_size(pipe: Any, width: int, height: int, images: int = 1) -> None:
     Raises:
         ValueError: For sizes that need more than all memory that there is.
     """
-    scale, device = pipe.vae_scale_factor, pipe._execution_device
+    scale, device = host.vae_scale_factor, host.runs_on
     there = memory_of(device)
-    needed = least_bytes(backbone_of(pipe.model), (max(height, 0) // scale, max(width, 0) // scale), images)
+    needed = least_bytes(backbone_of(host.model), (max(height, 0) // scale, max(width, 0) // scale), images)
     if there is not None and needed > there:
         some = f"{images} images of" if images > 1 else "an image of"
         raise ValueError(

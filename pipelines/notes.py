@@ -1,12 +1,45 @@
-"""Warnings about calls that are allowed but may surprise."""
+"""Warnings about calls that are allowed but may surprise: logged in a call, values of a plan."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 logger = logging.getLogger(__name__)
 
+_kept: ContextVar[list[str] | None] = ContextVar("warnings of a plan", default=None)
+
+
+@contextmanager
+def kept() -> Iterator[list[str]]:
+    """Inside this block warnings of this thread are kept in a list, each once, and not logged."""
+    found: list[str] = []
+    token = _kept.set(found)
+    try:
+        yield found
+    finally:
+        _kept.reset(token)
+
+
+def warn(message: str) -> None:
+    """Warns in every call."""
+    found = _kept.get()
+    if found is None:
+        logger.warning("%s", message)
+    elif message not in found:
+        found.append(message)
+
+
+def warn_once(message: str) -> None:
+    """Warns in the first call of a process."""
+    if _kept.get() is None:
+        log_once(message)
+    else:
+        warn(message)
+
 
 @lru_cache(maxsize=1024)
-def warn_once(message: str) -> None:
+def log_once(message: str) -> None:
     """Logs a warning once per process."""
-    logger.warning(message)
+    logger.warning("%s", message)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.attention import StepCaches, check_caches, install
+from lora_compose.attention import StepCaches, backbone_of, check_caches, install
 from lora_compose.attention.device import dtype_of
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_record
@@ -17,22 +18,25 @@ from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.loading import model_part
 from lora_compose.pipelines.concepts.tags import check_no_tags
-from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
+from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.from_image import region_in_pixels
 from lora_compose.pipelines.guidance import Guider
+from lora_compose.pipelines.host import Host
 from lora_compose.pipelines.memory import check_size
-from lora_compose.pipelines.methods import Choice
+from lora_compose.pipelines.methods import Choice, Settings, choose_method, make_method
 from lora_compose.pipelines.regions import region_mask
 from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.session import Runner, Session, SetRunner
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.emphasis import plain_text, refuse_weights
-from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts
+from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts, TextEncoder
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, Reading
 from lora_compose.pipelines.text.tokens import Tokenizer
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Plan:
         textual_inversions: Words bundled with LoRA files.
         finder: Finds words in prompts.
         controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
+        sampler: A copy of the scheduler with its timesteps, on the CPU.
         reading: How texts with weights, and long ones, are read; None if there are none.
     """
 
@@ -74,14 +79,15 @@ class Plan:
     textual_inversions: TextualInversions
     finder: Finder
     controls: Sequence[PreparedControl | PreparedImagePrompts]
+    sampler: Sampler
     reading: Reading | None = None
 
     @contextmanager
-    def installed(self, pipe: Any) -> Iterator[Callable[[FamilyEncoder, Sampler, Mapping[str, Any]], "Sessions"]]:
+    def installed(self, host: Host) -> Iterator[Callable[[FamilyEncoder, Sampler, Mapping[str, Any]], "Sessions"]]:
         """Installs the LoRAs in the model inside this block.
 
         Args:
-            pipe: The pipeline.
+            host: The one that was planned for.
 
         Yields:
             Opens the sessions of the call, given the pipeline's encoder, the scheduler with its timesteps, and what the
@@ -96,7 +102,7 @@ class Plan:
                 device=self.canvas.device,
                 dtype=dtype_of(model),
                 silence=names,
-                kept=self.concepts.kept(model_part(pipe), pipe.banks),
+                kept=self.concepts.kept(model_part(host), host.banks),
             ) as installation,
             StepCaches.opened(model) as caches,
         ):
@@ -114,21 +120,28 @@ class Plan:
                     return encode(prompts, negative_prompts, self.canvas.device, **reading)
 
                 encoder = PromptEncoder(
-                    self.concepts, pipe.components, self.textual_inversions.read_by(pipe, here), self.canvas, steps,
-                    pipe.banks,
+                    self.concepts, host.components, self.textual_inversions.read_by(host, here), self.canvas, steps,
+                    host.banks,
                 )  # fmt: skip
-                return Sessions(denoiser, [self._session(part, denoiser, encoder) for part in self.sets])
+                return Sessions(denoiser, [self.session(part, denoiser, encoder) for part in self.sets])
 
             yield sessions
 
-    def _session(self, part: PromptsOfSet, denoiser: Denoiser, encoder: PromptEncoder) -> Session:
+    @property
+    def cfg_scale(self) -> float:
+        """Classifier-free guidance; 1 for models that take its scale as an input."""
+        return 1.0 if self.canvas.backbone.embeds_guidance else self.call.sampling.guidance.scale
+
+    def session(self, part: PromptsOfSet, runner: SetRunner, encoder: TextEncoder) -> Session:
+        """The session of one concept set, for what runs the passes and encodes the texts of the call."""
         texts = self.call.prompts.first
         prompts = Prompts(
             None if texts is None else tuple(texts[index] for index in part.indices),
-            part.token_masks, part.concepts, encoder, self.finder, part.indices, self.canvas,
+            part.token_masks, part.concepts, encoder, self.finder, part.indices, runner.canvas,
         )  # fmt: skip
+        denoiser: Runner = runner
         if len(self.sets) > 1:
-            denoiser = denoiser.of_set(part.concepts, images_of(part.indices, self.canvas.images_per_prompt))
+            denoiser = runner.of_set(part.concepts, images_of(part.indices, self.canvas.images_per_prompt))
         return Session(part.concepts, prompts, denoiser, Guider(self.call.sampling.guidance.rescale))
 
 
@@ -140,18 +153,18 @@ class Sessions:
     each: Sequence[Session]
 
 
-def make_plan(pipe: Any, call: Call) -> Plan:
-    """Checks and resolves a call.
+def make_plan(host: Host, call: Call) -> Plan:
+    """Checks and resolves a call; changes nothing of the host.
 
     Args:
-        pipe: The pipeline.
+        host: What paints.
         call: The call.
 
     Raises:
         ValueError: For anything that does not fit together.
     """
-    check_size(pipe, call.size.width, call.size.height, len(call.prompts) * call.size.images_per_prompt)
-    loaded, concepts_of = resolve_sets(pipe, call)
+    check_size(host, call.size.width, call.size.height, len(call.prompts) * call.size.images_per_prompt)
+    loaded, concepts_of = resolve_sets(host, call)
     loaded = tuple(_region_in_pixels(call, found) for found in loaded)
     raw = [text for found in loaded for text in (found.concept.prompt, found.concept.negative_prompt) if text]
     loaded = tuple(map(_without_weights, loaded))
@@ -159,12 +172,12 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     if call.source is not None:
         loaded = tuple(map(call.source.placed, loaded))
     for found in loaded:
-        check_blocks(found, pipe.model)
+        check_blocks(found, host.model)
     concepts = ConceptSet(loaded)
     _check_positions(call, concepts)
     sets = [concepts.subset(columns) for columns in concepts_of]
-    choice = pipe.resolve_choice(call.composition.method, loaded, call.prompts.first, sets)
-    backbone = pipe.backbone_of(call)
+    choice = resolve_choice(host, call.composition.method, loaded, call.prompts.first, sets)
+    backbone = host.backbone_of(call)
     if getattr(choice.method, "needs_region_attention", False) and not backbone.reads_regions:
         raise ValueError(
             "this method needs region attention or gradients, which work with SD 1.x, SD 2.x and SDXL only; use "
@@ -176,9 +189,9 @@ def make_plan(pipe: Any, call: Call) -> Plan:
             "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
             "it reinit='off', or strength=1"
         )
-    textual_inversions = TextualInversions.of(loaded, pipe.components)
-    tokenizers = pipe._prompt_tokenizers(textual_inversions, call.prompts.length)
-    reading = _reading(pipe, call, tokenizers, raw)
+    textual_inversions = TextualInversions.of(loaded, host.components)
+    tokenizers = host.prompt_tokenizers(textual_inversions, call.prompts.length)
+    reading = _reading(host, call, tokenizers, raw)
     if reading is not None and reading.longest > 1:
         tokenizers = [LongTokenizer(tokenizer, reading.longest) for tokenizer in tokenizers]
     texts = call.prompts.texts
@@ -191,24 +204,25 @@ def make_plan(pipe: Any, call: Call) -> Plan:
         PromptsOfSet(found, tuple(prompts), _token_masks(call, tokenizers, found.concepts, prompts))
         for found, prompts in ((sets[prompts[0]], prompts) for prompts in prompts_of.values())
     ]
-    size, scale = call.size, pipe.vae_scale_factor
+    size, scale = call.size, host.vae_scale_factor
     grid = size.height // scale, size.width // scale
     canvas = Canvas(
-        (size.height, size.width), grid, len(call.prompts), size.images_per_prompt, pipe._execution_device, backbone,
+        (size.height, size.width), grid, len(call.prompts), size.images_per_prompt, host.runs_on, backbone,
         None if call.source is None else call.source.painted(grid),
     )  # fmt: skip
     if canvas.painted is not None:
         _check_painted(loaded, canvas, canvas.painted)
-    pipe._check_latents(call, canvas)
+    host.check_start(call, canvas)
     regions = [{concept.name: concept.region for concept in found.concepts} for found in sets]
-    ready = [prepare_control(control, pipe.model, canvas, regions) for control in call.composition.controls]
+    ready = [prepare_control(control, host.model, canvas, regions) for control in call.composition.controls]
     finder = partial(_find, tokenizers)
     controls: list[Any] = [control for control in ready if not control.control.is_off]
     if call.image_prompts is not None:
         controls.append(call.image_prompts)
-    plan = Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, reading)
-    steps_to_record(call.composition.record_attention, pipe._count_steps(plan))
-    return plan
+    scheduler = deepcopy(host.scheduler)
+    sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
+    steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))
+    return Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, sampler, reading)
 
 
 def _without_weights(loaded: LoadedConcept) -> LoadedConcept:
@@ -218,13 +232,13 @@ def _without_weights(loaded: LoadedConcept) -> LoadedConcept:
     return replace(loaded, concept=loaded.concept.model_copy(update=plain)) if plain else loaded
 
 
-def _reading(pipe: Any, call: Call, tokenizers: Sequence[Tokenizer], others: Sequence[str]) -> Reading | None:
+def _reading(host: Host, call: Call, tokenizers: Sequence[Tokenizer], others: Sequence[str]) -> Reading | None:
     prompts, negative = call.prompts.texts or (), call.prompts.negative
     every = [*(text for column in (*prompts, *negative) for text in column), *others]
     check_no_tags(every)
-    if pipe.reads_weights and prompts:
-        return Reading.of(tokenizers, prompts, negative, others, in_chunks=pipe.reads_in_chunks)
-    refuse_weights(every, "go with a prompt, and this call has embeddings" if pipe.reads_weights else None)
+    if host.reads_weights and prompts:
+        return Reading.of(tokenizers, prompts, negative, others, in_chunks=host.reads_in_chunks)
+    refuse_weights(every, "go with a prompt, and this call has embeddings" if host.reads_weights else None)
     return None
 
 
@@ -252,7 +266,21 @@ def _check_positions(call: Call, concepts: ConceptSet) -> None:
         raise ValueError(f"token_positions names {sorted(unknown)}, which are not among the concepts of this call")
 
 
-def resolve_sets(pipe: Any, call: Call) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
+def resolve_choice(
+    host: Host,
+    method: str | Settings | None,
+    concepts: Sequence[LoadedConcept],
+    prompts: Sequence[str] | None,
+    concept_sets: Sequence[ConceptSet] | None = None,
+) -> Choice:
+    """The method of a call, and why it is this one; None chooses and logs why (`choose_method`)."""
+    if method is not None:
+        return Choice(make_method(method), "it was asked for")
+    reads_regions = backbone_of(host.model).reads_regions
+    return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
+
+
+def resolve_sets(host: Host, call: Call) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
     """All concepts of a call, and by prompt the indices of its own.
 
     A concept that is equal in several prompts counts once; with another weight or region it counts separately.
@@ -260,11 +288,11 @@ def resolve_sets(pipe: Any, call: Call) -> tuple[tuple[LoadedConcept, ...], list
     Raises:
         ValueError: For mixtures of concepts and lists of them, and another number of lists than prompts.
     """
-    given: Any = call.composition.concepts
-    given = [given] if isinstance(given, str | Concept) else given
+    asked: Any = call.composition.concepts
+    given: Any = [asked] if isinstance(call.composition.concepts, str | Concept) else asked
     prompts = len(call.prompts)
     if not any(isinstance(entry, list | tuple | Mapping) for entry in given):
-        loaded = pipe.resolve_concepts(call.composition.concepts)
+        loaded = host.resolve_concepts(asked)
         return loaded, [list(range(len(loaded)))] * prompts
     if not all(isinstance(entry, list | tuple | Mapping) for entry in given):
         raise ValueError(
@@ -274,29 +302,11 @@ def resolve_sets(pipe: Any, call: Call) -> tuple[tuple[LoadedConcept, ...], list
         raise ValueError(f"there are concepts for {len(given)} prompts, but {prompts} prompts")
     found: dict[Concept, LoadedConcept] = {}
     columns = []
-    for concept_set in map(pipe.resolve_concepts, given):
+    for concept_set in map(host.resolve_concepts, given):
         for loaded in concept_set:
             found.setdefault(loaded.concept, loaded)
         columns.append([list(found).index(loaded.concept) for loaded in concept_set])
     return tuple(found.values()), columns
-
-
-def expanding_tokenizers(
-    pipe: Any, words: TextualInversions, length: int | None = None
-) -> Sequence[ExpandingTokenizer]:
-    """The tokenizers of the prompt, with the words bundled with LoRA files.
-
-    Args:
-        pipe: The pipeline.
-        words: Those words.
-        length: Tokens of an encoded text; None means as many as the tokenizer says.
-    """
-    expand = words.expander(pipe)
-    return [
-        ExpandingTokenizer(found, expand, length)
-        for name, found in words.tokenizers.items()
-        if name in pipe.text_tokenizers
-    ]
 
 
 def _token_masks(

@@ -77,6 +77,19 @@ class Runner(Protocol):
         ...
 
 
+class SetRunner(Runner, Protocol):
+    """A runner of all concept sets of a call."""
+
+    def of_set(self, concepts: ConceptSet, images: Sequence[int]) -> Runner:
+        """The runner of one of several concept sets.
+
+        Args:
+            concepts: The set.
+            images: Its images in the batch.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Session:
     """One concept set of a call, its prompts, and the denoiser with its LoRAs installed.

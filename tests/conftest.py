@@ -24,7 +24,7 @@ from lora_compose.compose.playground.assets import playground_lora, playground_m
 from lora_compose.compose.playground.recipe import world
 from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
-from lora_compose.pipelines.notes import warn_once
+from lora_compose.pipelines.notes import log_once
 
 # HYPOTHESIS_PROFILE=thorough tries thousands of examples.
 for name, examples in (("suite", 40), ("thorough", 2_000)):
@@ -99,7 +99,7 @@ def plain_pipe(family: str) -> Any:
 @pytest.fixture(autouse=True)
 def _messages_are_new() -> None:
     """A warning that is logged once per process may have been logged by another test."""
-    warn_once.cache_clear()
+    log_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

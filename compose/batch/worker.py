@@ -9,7 +9,7 @@ import torch
 
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.files.images import png_bytes
-from lora_compose.compose.generate.making import Made, make_batch, rehearse
+from lora_compose.compose.generate.making import Made, make_batch, plan
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.support.errors import error_text
 from lora_compose.pipelines.scene import Run, Scene
@@ -39,9 +39,9 @@ class Worker:
         return cls(open_model(run, settings.save_memory), device)
 
     def check(self, run: Run) -> str | None:
-        """Runs everything up to the first step; returns the error, or None."""
+        """Plans a call; returns the error, or None."""
         try:
-            rehearse(self.pipe, self._here(run))
+            plan(self.pipe, self._here(run))
         except Exception as error:  # whatever models and libraries raise
             return error_text(error)
         return None

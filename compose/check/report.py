@@ -1,15 +1,12 @@
 """Checks a run without denoising: matched words and layers, costs, and all problems."""
 
-import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lora_compose.compose.benchmark.counting import count_run
 from lora_compose.compose.benchmark.running import needs_running
-from lora_compose.compose.generate.making import load, rehearse, resolve_choice, size_of
+from lora_compose.compose.generate.making import load, plan, resolve_choice, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
@@ -22,8 +19,8 @@ from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.mask_images import mask_name
 from lora_compose.pipelines.memory import check_size
-from lora_compose.pipelines.methods import Settings, name_of
-from lora_compose.pipelines.notes import warn_once
+from lora_compose.pipelines.methods import Choice, Settings, name_of
+from lora_compose.pipelines.notes import kept, warn
 from lora_compose.pipelines.regions import check_region
 from lora_compose.pipelines.scene import Concept, Run
 from lora_compose.pipelines.text.emphasis import plain_text
@@ -76,7 +73,7 @@ def check(run: Run, pipe: Any = None) -> Report:
     facts: list[tuple[str, str]] = [("model", f"{run.model}, {run.dtype}"), ("prompt", run.scene.prompt)]
     problems: list[str] = []
     cost: RunCost | None = None
-    with _captured() as records:
+    with kept() as notes:
         # The rest is checked even if the method is unknown.
         if pipe is None:
             pipe = _attempt(problems, open_model, run.model_copy(update={"method": None, "settings": {}}))
@@ -86,12 +83,6 @@ def check(run: Run, pipe: Any = None) -> Report:
         else:
             found, cost = _facts(pipe, run, problems)
             facts += found
-    # A method that was not asked for comes with the reason for the choice: "method: tara, because ..."
-    chosen = [record.getMessage() for record in records if record.name == "lora_compose.pipelines.methods"]
-    facts = [
-        (label, chosen[0].removeprefix("method: ") if label == "method" and chosen else text) for label, text in facts
-    ]
-    notes = [record.getMessage() for record in records if record.levelno >= logging.WARNING]
     return Report(tuple(facts), tuple(notes), tuple(dict.fromkeys(problems)), cost)
 
 
@@ -111,7 +102,7 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
     for concept, found in zip(run.scene.concepts, loaded, strict=True):
         facts += _attempt(problems, _file_facts, concept) or [] if found is None else _concept_facts(found)
         known = concept if found is None else found.concept
-        if run.scene.image is None:  # otherwise regions are in the coordinates of the image, which the rehearsal checks
+        if run.scene.image is None:  # otherwise regions are in the coordinates of the image, which the plan checks
             _attempt(problems, check_region, known, width, height)
         if found is not None:
             _attempt(problems, check_blocks, found, pipe.model)
@@ -123,14 +114,16 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
     if all(loaded) or run.method is not None:
         choice = _attempt(problems, resolve_choice, pipe, run, [found for found in loaded if found])
     if not problems:
-        _attempt(problems, rehearse, pipe, run)
+        planned = _attempt(problems, plan, pipe, run)
+        for warning in () if planned is None else planned.warnings:
+            warn(warning)
     cost = (
         None
         if problems or needs_running(pipe)
         else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
     )
     facts += [
-        ("method", name_of(choice.method)[0] if choice else "none"),
+        ("method", _method_words(run, choice)),
         ("size", f"{width} x {height} pixels"),
         *((name, str(value)) for name, value in run.scene.start.items()),
         *(("control", f"{one.model}, {one.image}, scale {one.scale:g}") for one in run.scene.controls),
@@ -234,35 +227,17 @@ def _cost_words(pipe: Any, run: Run, cost: RunCost) -> str:
     return f"{cost.rows} latent rows ({_steps(pipe, run)} steps {how}), {ratio}"
 
 
+def _method_words(run: Run, choice: Choice | None) -> str:
+    """The method; one that was not asked for has the reason for the choice."""
+    if choice is None:
+        return "none"
+    name, _ = name_of(choice.method)
+    return name if run.method is not None else f"{name}, because {choice.reason}"
+
+
 def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T | None:
     try:
         return function(*args)
     except (ValueError, OSError) as error:
         problems.append(str(error))
         return None
-
-
-class _Collector(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-        self._thread = threading.get_ident()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self._thread:  # other threads log about runs of their own
-            self.records.append(record)
-
-
-@contextmanager
-def _captured() -> Iterator[list[logging.LogRecord]]:
-    """Collects what the pipelines log: the reason for a method, and warnings."""
-    logger, collector = logging.getLogger("lora_compose.pipelines"), _Collector()
-    before = logger.level
-    logger.addHandler(collector)
-    logger.setLevel(logging.INFO)
-    warn_once.cache_clear()  # a warning of an earlier run is new for this one
-    try:
-        yield collector.records
-    finally:
-        logger.removeHandler(collector)
-        logger.setLevel(before)

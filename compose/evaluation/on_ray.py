@@ -15,7 +15,7 @@ from lora_compose.compose.evaluation.results import CLAIMS, Failed
 from lora_compose.compose.evaluation.runner import PATIENCE, OnProgress
 from lora_compose.compose.evaluation.suite import Suite, moved_suite
 from lora_compose.compose.evaluation.todo import Todo, open_plan
-from lora_compose.compose.evaluation.worker import Images, Result, Worker, failed, raise_problems, rehearsed
+from lora_compose.compose.evaluation.worker import Images, Result, Worker, failed, raise_problems, to_plan
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.generate.processes import own_device
 from lora_compose.pipelines.scene import Run
@@ -66,7 +66,7 @@ def evaluate_on_ray(
 
 def _check(pool: Pool, left: dict[str, Todo]) -> None:
     """Rehearses the batches that are left; raises ValueError with all problems."""
-    unchecked = rehearsed(todo.batch for todo in left.values())
+    unchecked = to_plan(todo.batch for todo in left.values())
     tasks = {str(number): (batch,) for number, batch in enumerate(unchecked)}
     problems = {int(ended.name): ended.error or ended.found for ended in pool.map(_problem, tasks)}
     raise_problems((batch, problems[number]) for number, batch in enumerate(unchecked))

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_compose.compose.evaluation.results import CLAIMS, is_done
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.evaluation.todo import Todo, open_plan
-from lora_compose.compose.evaluation.worker import Worker, raise_problems, rehearsed
+from lora_compose.compose.evaluation.worker import Worker, raise_problems, to_plan
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.generate.processes import own_device
 
@@ -63,6 +63,6 @@ def _open_checked(suite: Suite, left: Iterable[Todo]) -> Worker:
         ValueError: If something cannot be opened, or something in the suite cannot work.
     """
     worker = Worker.open(suite, own_device(suite.device))
-    unchecked = rehearsed(todo.batch for todo in left if not is_done(todo.out, todo.planned))
+    unchecked = to_plan(todo.batch for todo in left if not is_done(todo.out, todo.planned))
     raise_problems((batch, worker.problem(batch)) for batch in unchecked)
     return worker

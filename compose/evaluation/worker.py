@@ -20,7 +20,7 @@ from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine
 from lora_compose.compose.generate.machine import machine, versions
-from lora_compose.compose.generate.making import Made, load, make_batch, rehearse, resolve_choice, size_of
+from lora_compose.compose.generate.making import Made, load, make_batch, plan, resolve_choice, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.support.errors import error_text
@@ -89,9 +89,9 @@ class Worker:
         return self.pipe._execution_device
 
     def problem(self, batch: Batch) -> str | None:
-        """Rehearses a batch up to the first denoising step; returns what cannot work, or None."""
+        """Plans a batch; returns what cannot work, or None."""
         try:
-            rehearse(self.pipe, self._run(batch))
+            plan(self.pipe, self._run(batch))
         except ValueError as error:
             return error_text(error)
         return None
@@ -169,8 +169,8 @@ class Worker:
         return self._counted[kind]
 
 
-def rehearsed(todo: Iterable[Batch]) -> list[Batch]:
-    """A batch of each scene and arm, which are rehearsed for all of theirs."""
+def to_plan(todo: Iterable[Batch]) -> list[Batch]:
+    """A batch of each scene and arm, which is planned for all of theirs."""
     return list({(batch.scene.name, batch.arm.name, batch.arm.alone): batch for batch in todo}.values())
 
 

@@ -23,17 +23,17 @@ from lora_compose.compose.generate.guides import (
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
+from lora_compose.pipelines.call_plan import CallPlan
 from lora_compose.pipelines.claiming import models_of
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.finite import causes_of_precision, check_finite
 from lora_compose.pipelines.mask_images import open_image
 from lora_compose.pipelines.memory import check_size
-from lora_compose.pipelines.methods import METHODS, Choice, Process, Settings, make_method, name_of
+from lora_compose.pipelines.methods import METHODS, Choice, Settings, make_method, name_of
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept, Run, Scene
-from lora_compose.pipelines.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -146,19 +146,16 @@ def make_batch(
     )
 
 
-def rehearse(pipe: Any, run: Run) -> None:
-    """Runs `make` up to the first denoising step, for its checks.
+def plan(pipe: Any, run: Run) -> CallPlan | None:
+    """What `make` would do, after all its checks; None without concepts, which diffusers checks itself.
+
+    The run's concepts stay loaded in the pipeline.
 
     Raises:
         ValueError: Whatever `make` would raise.
     """
-    with _prepared(pipe, run) as (loaded, choice, arguments):
-        if not loaded:
-            return
-        try:
-            pipe(**{**arguments, "method": _Rehearsal(choice and choice.method)})
-        except _Rehearsed:
-            return
+    with _prepared(pipe, run) as (loaded, _, arguments):
+        return pipe.plan(**arguments) if loaded else None
 
 
 def load(pipe: Any, concept: Concept) -> LoadedConcept:
@@ -206,22 +203,6 @@ def resolve_choice(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choi
         return None
     method = None if run.method is None else make_method(run.method, run.settings)
     return pipe.resolve_choice(method, loaded, [run.scene.prompt])
-
-
-@dataclass(frozen=True)
-class _Rehearsal:
-    """A method that stops before the first step."""
-
-    settings: Settings | None
-
-    def start(self, session: Session) -> Process:
-        if self.settings is not None:
-            self.settings.start(session)
-        raise _Rehearsed
-
-
-class _Rehearsed(Exception):  # noqa: N818 (nothing has gone wrong)
-    pass
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.alphas import needed_alpha
 from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.formats.files import read_words
+from lora_compose.pipelines.notes import warn
 from lora_compose.pipelines.scene import Concept, check_names, concept_of
 from lora_compose.pipelines.spelling import did_you_mean
 
@@ -205,7 +206,7 @@ def _read(
 def _warn_of_rest(read: Read) -> None:
     """Warns of what a LoRA does not use of its files, or not exactly."""
     if not read.factors.complete:
-        logger.warning("%s: %s", " + ".join(file.path.name for file in read.files), read.factors.report)
+        warn(f"{' + '.join(file.path.name for file in read.files)}: {read.factors.report}")
 
 
 def _options(concept: Concept) -> Hashable:

@@ -17,6 +17,7 @@ from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.concepts.tags import has_tags, take_tags
 from lora_compose.pipelines.formats.deltas import MAX_RANK
+from lora_compose.pipelines.notes import warn
 from lora_compose.pipelines.scene import Concept, concept_of
 from lora_compose.pipelines.spelling import did_you_mean
 
@@ -188,7 +189,7 @@ class ConceptLoaderMixin:
         for choice in choices:
             logger.info("concepts: %s", "; ".join(choice.reasons))
             for note in choice.notes:
-                logger.warning("%s", note)
+                warn(note)
         prompts = [choice.prompt for choice in choices]
         if isinstance(prompt, str):
             return prompts[0], choices[0].concepts

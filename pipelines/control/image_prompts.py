@@ -114,7 +114,10 @@ def prepare_image_prompts(
             "ip_adapter_image needs the image encoder of the IP-Adapter, which was not loaded; load it, or give "
             "ip_adapter_image_embeds"
         )
-    found = pipe.prepare_ip_adapter_image_embeds(image, embeds, pipe._execution_device, 1, guided)
+    found = pipe.prepare_ip_adapter_image_embeds(
+        image, ip_adapter_image_embeds=embeds, device=pipe._execution_device, num_images_per_prompt=1,
+        do_classifier_free_guidance=guided,
+    )  # fmt: skip
     halves = [one.chunk(2) if guided else (one[:0], one) for one in found]
     for _, positive in halves:
         if len(positive) not in (1, images):

@@ -36,6 +36,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
 
     transformer_class: ClassVar[type[nn.Module]]
     rounds_steps_up: ClassVar[bool] = True
+    named_channels: ClassVar[str] = "num_channels_latents"
+    """What diffusers' pipelines that start from an image call the channels of the latents."""
     architecture: ClassVar[str]
     """The architecture in the metadata of trained LoRAs, named as in the ModelSpec standard."""
     most_tokens: ClassVar[int] = 4096
@@ -66,15 +68,15 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         """The noise levels before they are shifted."""
         return np.linspace(1.0, 1 / steps, steps)
 
-    def _timesteps(self, sampling: Sampling, plan: Plan) -> tuple[Tensor, int]:
+    def _timesteps(self, scheduler: Any, sampling: Sampling, canvas: Canvas) -> tuple[Tensor, int]:
         steps = sampling.num_inference_steps or 1
         sigmas = self._sigmas(steps) if sampling.sigmas is None else sampling.sigmas
-        if self.scheduler.config.get("use_flow_sigmas"):
+        if scheduler.config.get("use_flow_sigmas"):
             sigmas = None
-        height, width = plan.canvas.latent_grid
+        height, width = canvas.latent_grid
         shift = self._shift(height * width // PATCH**2, steps)
-        found: Any = retrieve_timesteps(self.scheduler, steps, plan.canvas.device, sigmas=sigmas, mu=shift)
-        self.scheduler.set_begin_index(0)
+        found: Any = retrieve_timesteps(scheduler, steps, canvas.device, sigmas=sigmas, mu=shift)
+        scheduler.set_begin_index(0)
         return found
 
     def _latent_shape(self, canvas: Canvas) -> Shape:
@@ -89,7 +91,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         """The shape in which diffusers' pipeline draws noise for latents of a shape."""
         return shape
 
-    def _check_latents(self, call: Call, canvas: Canvas) -> None:
+    def check_start(self, call: Call, canvas: Canvas) -> None:
+        """See `Host.check_start`."""
         if call.source is not None and call.sampling.latents is not None:
             raise ValueError("latents cannot be given with an image, whose own latents are the start")
         shape = self._latent_shape(canvas)
@@ -136,10 +139,12 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         canvas, generator, pixels = plan.canvas, call.sampling.generator, self._by_image(call, source.pixels)
         encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.transformer
         first: Any = schedule.timesteps[:1]
+        height, width = canvas.image_size
         with precision_kept(self.vae):
             found = source.pipeline.prepare_latents(
-                pixels.float(), first.repeat(canvas.images), canvas.images, self._latent_shape(canvas)[1],
-                *canvas.image_size, encoder.dtype, canvas.device, generator,
+                pixels.float(), timestep=first.repeat(canvas.images), batch_size=canvas.images, height=height,
+                width=width, dtype=encoder.dtype, device=canvas.device, generator=generator,
+                **{self.named_channels: self._latent_shape(canvas)[1]},
             )  # fmt: skip
         if source.mask is None:
             return ImageToImage(_unpacked(found if isinstance(found, Tensor) else found[0], canvas))
@@ -222,9 +227,10 @@ def _unpacked(latents: Tensor, canvas: Canvas) -> Tensor:
 class TemplatePipeline(FlowMatchingPipeline):
     """A composing pipeline that writes prompts into a chat template."""
 
-    def _prompt_tokenizers(
+    def prompt_tokenizers(
         self, textual_inversions: TextualInversions, length: int | None
     ) -> Sequence[TemplateTokenizer]:
+        """See `Host.prompt_tokenizers`."""
         if textual_inversions.words:
             words = ", ".join(map(repr, textual_inversions.words))
             raise ValueError(

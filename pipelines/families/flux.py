@@ -1,38 +1,31 @@
 """FLUX.1 with concepts: guidance distilled into the model, or classifier-free guidance with a negative prompt."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 
+from lora_compose.attention.backbones.joint import packed
 from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
     Callback,
-    Composition,
     Concepts,
     Generators,
     GivenPrompts,
     Guidance,
     ImageSize,
     Sampling,
-    as_list,
     check_arguments,
-    check_plain,
     listed,
-    no_concepts,
-    refuse_unknown,
     tensors_for,
 )
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.claiming import claims_models
 from lora_compose.pipelines.concepts.tags import check_no_tags
-from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.flow_matching import (
     FlowMatchingPipeline,
     both_sides,
@@ -40,9 +33,10 @@ from lora_compose.pipelines.families.flow_matching import (
     real_tokens,
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.from_image import FromImage
+from lora_compose.pipelines.front import Plain, Request, front
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.outcome import output_of
-from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.emphasis import Emphasis, has_weights, plain_text, read_emphasis
 from lora_compose.pipelines.text.long_prompts import Reading
@@ -67,8 +61,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         later = any(key.startswith("single_stream_modulation.") for key in bare)  # FLUX.2 has double blocks too
         return not later and any(key.startswith("double_blocks.") for key in bare)
 
-    @claims_models
-    @torch.no_grad()
+    @front
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
@@ -110,7 +103,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         padding_mask_crop: int | None = None,
         paste_original: bool = False,
         **kwargs: Any,
-    ) -> ComposeOutput | FluxPipelineOutput | tuple:
+    ) -> Request | Plain:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
@@ -134,48 +127,26 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        started = time.perf_counter()
-        refuse_unknown(kwargs, type(self).__call__)
-        prompt, concepts = self.named_concepts(prompt, concepts)
         max_sequence_length = self._readable(max_sequence_length)
         if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take
             negative_prompt = _for_each(negative_prompt, len(prompt))
-        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
-        given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         width, height = self._sides(width, height)
-        if no_concepts(concepts):
-            check_plain(composition)
-            arguments = {
-                "prompt": prompt, "prompt_2": prompt_2, "negative_prompt": negative_prompt,
-                "negative_prompt_2": negative_prompt_2, "true_cfg_scale": true_cfg_scale, "height": height,
-                "width": width, "num_inference_steps": num_inference_steps, "sigmas": sigmas,
-                "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt,
-                "generator": generator, "latents": latents, "prompt_embeds": prompt_embeds,
-                "pooled_prompt_embeds": pooled_prompt_embeds, "ip_adapter_image": ip_adapter_image,
-                "ip_adapter_image_embeds": ip_adapter_image_embeds,
-                "negative_ip_adapter_image": negative_ip_adapter_image,
-                "negative_ip_adapter_image_embeds": negative_ip_adapter_image_embeds,
-                "negative_prompt_embeds": negative_prompt_embeds,
-                "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds, "output_type": output_type,
-                "return_dict": return_dict, "joint_attention_kwargs": joint_attention_kwargs,
-                "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
-                "max_sequence_length": max_sequence_length,
-            }  # fmt: skip
-            arguments = self._with_weights(arguments)
-            if given_image is not None:
-                return self._from_image_as_diffusers(given_image, arguments)
-            plain: Callable[..., Any] = FluxPipeline.__call__
-            return plain(self, **arguments)
+        begun = self._begin(locals())
+        if begun.plain is not None:
+            return begun.plain
+        prompt = begun.prompt
         ip_adapters = ip_adapter_image, ip_adapter_image_embeds
         negative_ip_adapters = negative_ip_adapter_image, negative_ip_adapter_image_embeds
         check_arguments(kwargs, (*ip_adapters, *negative_ip_adapters), joint_attention_kwargs, "joint_attention_kwargs")
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        source = self._source(given_image, width, height, output_type or "np")
+        source = self._source(begun.start, width, height, output_type or "np")
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
-            prompt, prompt_2, height, width, negative_prompt, negative_prompt_2, prompt_embeds, negative_prompt_embeds,
-            pooled_prompt_embeds, negative_pooled_prompt_embeds, tensors, max_sequence_length,
+            prompt, prompt_2=prompt_2, height=height, width=width, negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds, callback_on_step_end_tensor_inputs=tensors,
+            max_sequence_length=max_sequence_length,
         )  # fmt: skip
         texts = None if prompt_embeds is not None else [listed(prompt_2 or prompt)]
         if texts is not None and len(texts[0]) != len(listed(prompt)):
@@ -189,8 +160,8 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
         images = len(given) * per_prompt
         call = Call(
-            composition, given,
-            ImageSize(width, height, per_prompt), sampling, Callback(callback_on_step_end, tensors), started,
+            begun.composition, given,
+            ImageSize(width, height, per_prompt), sampling, Callback(callback_on_step_end, tensors), begun.started,
             self._inputs(guidance_scale, images, joint_attention_kwargs),
             {
                 "_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs,
@@ -219,8 +190,9 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
                 first, second = list(map(plain_text, listed(first))), [one.text for one in read]
             encode_prompt: Any = self.encode_prompt  # its annotations know no plain tensors
             text, pooled, _ = encode_prompt(
-                first, second, device, per_prompt, embeds, pooled, max_sequence_length,
-                (joint_attention_kwargs or {}).get("scale"),
+                first, prompt_2=second, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
+                pooled_prompt_embeds=pooled, max_sequence_length=max_sequence_length,
+                lora_scale=(joint_attention_kwargs or {}).get("scale"),
             )  # fmt: skip
             text = text if read is None else self._weighted(text, read, per_prompt)
             mask = text.new_ones(text.shape[:2], dtype=torch.bool)
@@ -229,11 +201,10 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
                 mask = real_tokens(self.tokenizer_2, read, max_sequence_length, per_prompt, text.device)
             return text, {"pooled_projections": pooled, "text_mask": mask}
 
-        final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
-        self._current_timestep = None
-        result = self._finished(self._decode(final, output_type or "np"), source)
-        self.maybe_free_model_hooks()
-        return output_of(outcome, result) if return_dict else (result,)
+        def decode(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._finished(self._decode(latents, output_type or "np"), source),)
+
+        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, return_dict)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
         """As `FlowMatchingPipeline.guided`: distilled guidance where the model has it, otherwise a second pass."""
@@ -258,7 +229,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         )
         return text, {"pooled_projections": pooled}
 
-    def _with_weights(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         """The arguments of a call without concepts; prompts with weights become embeddings, others stay as they are."""
         names = [f"{side}prompt{number}" for side in ("", "negative_") for number in ("", "_2")]
         texts = [text for name in names if isinstance(arguments[name], str | list) for text in listed(arguments[name])]
@@ -277,8 +248,9 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             read = list(map(read_emphasis, second or first))
             encode_prompt: Any = self.encode_prompt
             text, pooled, _ = encode_prompt(
-                list(map(plain_text, first)), [one.text for one in read], self._execution_device, count,
-                max_sequence_length=length, lora_scale=(arguments["joint_attention_kwargs"] or {}).get("scale"),
+                list(map(plain_text, first)), prompt_2=[one.text for one in read], device=self._execution_device,
+                num_images_per_prompt=count, max_sequence_length=length,
+                lora_scale=(arguments["joint_attention_kwargs"] or {}).get("scale"),
             )  # fmt: skip
             found[f"{side}prompt_embeds"] = self._weighted(text, read, count)
             found[f"{side}pooled_prompt_embeds"] = pooled
@@ -322,7 +294,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
-            return self._pack_latents(latents, *latents.shape)
+            return packed(latents)
         scaled = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
         return self._postprocess(image, output_type)

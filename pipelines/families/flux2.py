@@ -1,6 +1,5 @@
 """FLUX.2-klein with concepts: the prompt in Qwen3's chat template, three layers of it side by side as the text."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import Flux2KleinInpaintPipeline, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
 from torch import Tensor
 from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
@@ -19,24 +17,18 @@ from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
     Callback,
-    Composition,
     Concepts,
     Generators,
     GivenPrompts,
     Guidance,
     ImageSize,
     Sampling,
-    as_list,
     check_arguments,
-    check_plain,
     listed,
-    no_concepts,
-    refuse_unknown,
     tensors_for,
 )
 from lora_compose.pipelines.canvas import Canvas
-from lora_compose.pipelines.claiming import claims_models
-from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.flow_matching import (
     Shape,
     TemplatePipeline,
@@ -46,9 +38,9 @@ from lora_compose.pipelines.families.flow_matching import (
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.from_image import FromImage
+from lora_compose.pipelines.front import Plain, Request, front
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.outcome import output_of
-from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
@@ -60,6 +52,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
     architecture = "flux-2-klein"
     transformer_class = Flux2Transformer2DModel
     inpainting = ImageTask(Flux2KleinInpaintPipeline, resizes=False)
+    named_channels = "num_latents_channels"
     starts_from_latents = False  # diffusers reads them with patches as channels
 
     @classmethod
@@ -67,8 +60,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         """Never: diffusers opens no checkpoints in one file for this pipeline."""
         return False
 
-    @claims_models
-    @torch.no_grad()
+    @front
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         image: Any = None,
@@ -102,7 +94,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         padding_mask_crop: int | None = None,
         paste_original: bool = False,
         **kwargs: Any,
-    ) -> ComposeOutput | Flux2PipelineOutput | tuple:
+    ) -> Request | Plain:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Latents have the shape [images, channels, height, width]; those of diffusers, with patches as channels, are
@@ -128,53 +120,38 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        started = time.perf_counter()
-        refuse_unknown(kwargs, type(self).__call__)
-        prompt, concepts = self.named_concepts(prompt, concepts)
-        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
-        given_image = None
-        if paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop)):
-            given_image, image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original), None
-        if image_reference is not None and given_image is None:
+        repaints = paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop))
+        reference, image = (None, image) if repaints else (image, None)
+        if image_reference is not None and not repaints:
             raise ValueError(
                 "image_reference goes with inpainting: give mask_image as well, or the reference images as image"
             )
-        if given_image is None and image is None:  # otherwise the size is that of the image
+        if not repaints and reference is None:  # otherwise the size is that of the image
             width, height = self._sides(width, height)
-        if no_concepts(concepts):
-            check_plain(composition)
-            self._check_plain_texts(prompt)
-            arguments = {
-                "prompt": prompt, "height": height, "width": width, "num_inference_steps": num_inference_steps,
-                "sigmas": sigmas, "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt,
-                "generator": generator, "latents": latents, "prompt_embeds": prompt_embeds,
-                "negative_prompt_embeds": negative_prompt_embeds, "output_type": output_type,
-                "return_dict": return_dict, "attention_kwargs": attention_kwargs,
-                "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
-                "max_sequence_length": max_sequence_length, "text_encoder_out_layers": text_encoder_out_layers,
-            }  # fmt: skip
-            if given_image is not None:
-                return self._from_image_as_diffusers(given_image, arguments | {"image_reference": image_reference})
-            plain: Callable[..., Any] = Flux2KleinPipeline.__call__
-            return plain(self, image, **arguments)
+        begun = self._begin(locals())
+        if begun.plain is not None:
+            return begun.plain
+        prompt = begun.prompt
         check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
-        if image is not None or image_reference is not None:
+        if reference is not None or image_reference is not None:
             raise ValueError(
                 "reference images cannot be combined with concepts yet; leave them out, or give mask_image to repaint "
                 "a part of it"
             )
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        source = self._source(given_image, width, height, output_type)
+        source = self._source(begun.start, width, height, output_type)
         width, height = self._size(width, height) if source is None else source.size
-        self.check_inputs(prompt, height, width, prompt_embeds, tensors, guidance_scale)
+        self.check_inputs(
+            prompt, height=height, width=width, prompt_embeds=prompt_embeds,
+            callback_on_step_end_tensor_inputs=tensors, guidance_scale=guidance_scale,
+        )  # fmt: skip
         cfg_scale = self._cfg_of(guidance_scale)
         given = GivenPrompts(None if prompt is None else [listed(prompt)], prompt_embeds, max_sequence_length)
         check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
         call = Call(
-            composition, given, ImageSize(width, height, num_images_per_prompt),
+            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
-            Callback(callback_on_step_end, tensors), started, {"joint_attention_kwargs": attention_kwargs},
+            Callback(callback_on_step_end, tensors), begun.started, {"joint_attention_kwargs": attention_kwargs},
             {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
             source,
             {
@@ -188,8 +165,8 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             words, embeds = own if prompts is None else (prompts, None)
             encode_prompt: Any = self.encode_prompt
             text, _ = encode_prompt(
-                words, device, num_images_per_prompt, embeds, max_sequence_length,
-                text_encoder_out_layers,
+                words, device=device, num_images_per_prompt=num_images_per_prompt, prompt_embeds=embeds,
+                max_sequence_length=max_sequence_length, text_encoder_out_layers=text_encoder_out_layers,
             )  # fmt: skip
             mask = text.new_ones(text.shape[:2], dtype=torch.bool)
             if embeds is None:
@@ -197,11 +174,19 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
                 mask = real_tokens(self.tokenizer, read, max_sequence_length, num_images_per_prompt, text.device)
             return text, {"text_mask": mask}
 
-        final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
-        self._current_timestep = None
-        result = self._finished(self._decode(final, output_type or "np"), source)
-        self.maybe_free_model_hooks()
-        return output_of(outcome, result) if return_dict else (result,)
+        def decode(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._finished(self._decode(latents, output_type or "np"), source),)
+
+        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, return_dict)
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        self._check_plain_texts(arguments["prompt"])
+        del arguments["repaints"]
+        reference = arguments.pop("reference")
+        if start is None:
+            del arguments["image_reference"]
+            return {**arguments, "image": reference}
+        return arguments
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
         """As `FlowMatchingPipeline.guided`."""
@@ -212,7 +197,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`."""
         encode_prompt: Any = self.encode_prompt
-        text, _ = encode_prompt(list(prompts), self._execution_device, max_sequence_length=length or 512)
+        text, _ = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return text, {}
 
     def latents_of(self, pixels: Tensor) -> Tensor:

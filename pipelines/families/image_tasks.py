@@ -1,17 +1,32 @@
 """Image-to-image and inpainting, the same for all model families; diffusers' pipelines prepare the image."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
 from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import Call, listed, tensors_for
+from lora_compose.pipelines.call import (
+    Call,
+    Composition,
+    as_list,
+    check_plain,
+    listed,
+    no_concepts,
+    refuse_unknown,
+    tensors_for,
+)
+from lora_compose.pipelines.control import controls_of
+from lora_compose.pipelines.finite import check_decoded
 from lora_compose.pipelines.from_image import FromImage, Source, check_steps, steps_left
+from lora_compose.pipelines.front import OF_OURS, OF_START_IMAGE, Begun, Plain, Request
+from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.refine import Origin
 from lora_compose.pipelines.task import OF_INPAINTING
@@ -49,6 +64,55 @@ class ImageTasksPipeline(ComposePipeline):
     def inpaints_as_diffusers(self) -> bool:
         """Whether diffusers' pipeline can inpaint with this model without concepts; otherwise our own loop does."""
         return True
+
+    def _begin(self, given: Mapping[str, Any], unread: Collection[str] = ()) -> Begun:
+        """What all families ask of the arguments of a call; and the call itself, if it is diffusers' own.
+
+        Args:
+            given: The arguments by name, as `locals()` has them at the beginning of `__call__`.
+            unread: Unknown arguments that diffusers' pipeline takes.
+
+        Raises:
+            TypeError: For unknown arguments.
+            ValueError: For what does not fit together.
+        """
+        started, unknown = time.perf_counter(), given["kwargs"]
+        allowed = unread if no_concepts(given["concepts"]) else ()
+        refuse_unknown([name for name in unknown if name not in allowed], type(self).__call__)
+        prompt, concepts = self.named_concepts(given["prompt"], given["concepts"])
+        composition = Composition(
+            concepts or (), given["method"], controls_of(given["control"]), given["token_positions"],
+            given["record_attention"],
+        )  # fmt: skip
+        start = self.start_image(*(given[name] for name in OF_START_IMAGE))
+        if not no_concepts(concepts):
+            return Begun(prompt, composition, start, started, None)
+        check_plain(composition)
+        ours = ("self", "kwargs", *OF_OURS, *OF_START_IMAGE)
+        arguments = {name: it for name, it in given.items() if name not in ours} | {"prompt": prompt}
+        names = "callback_on_step_end_tensor_inputs"
+        arguments[names] = as_list(arguments[names])
+        plain = Plain(partial(self._as_diffusers, arguments, start, unknown))
+        return Begun(prompt, composition, start, started, plain if self._is_diffusers_own(start) else None)
+
+    def _as_diffusers(self, arguments: dict[str, Any], start: FromImage | None, unknown: Mapping[str, Any]) -> Any:
+        """A call without concepts: exactly what diffusers' pipeline for the task does."""
+        arguments = {**self._plain_arguments(arguments, start), **unknown}
+        if start is not None:
+            return self._from_image_as_diffusers(start, arguments)
+        return self._plain_class().__call__(self, **arguments)
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        """The arguments of a call without concepts, as diffusers takes them.
+
+        Raises:
+            ValueError: For what diffusers would not see to be wrong.
+        """
+        return arguments
+
+    def _is_diffusers_own(self, given: FromImage | None) -> bool:
+        """Whether diffusers can run a call without concepts."""
+        return given is None or not given.inpaints or self.inpaints_as_diffusers
 
     def start_image(
         self, image: Any, mask_image: Any, strength: float | None, padding_mask_crop: int | None, paste_original: bool
@@ -207,6 +271,20 @@ class ImageTasksPipeline(ComposePipeline):
             given, self._task_pipeline(inpaints=given.inpaints), strength, self._image_size(given, width, height),
             rounds_up=self.rounds_steps_up,
         )  # fmt: skip
+
+    def run_request(self, request: Request) -> Any:
+        """Runs a call with concepts, decodes its latents, and returns what the family's `__call__` promises."""
+        latents, process, outcome = self.compose(request.call, request.encode)
+        if "_current_timestep" in request.call.properties:
+            self.__dict__["_current_timestep"] = None
+        results = request.decode(latents, process)
+        maybe_free_model_hooks: Any = self.maybe_free_model_hooks
+        maybe_free_model_hooks()
+        return output_of(outcome, *results) if request.named else tuple(results)
+
+    def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
+        check_decoded(image)
+        return self.image_processor.postprocess(image, output_type=output_type, **options)
 
     def _by_image(self, call: Call, given: Tensor) -> Tensor:
         """The start image or mask of all images of the batch, or that of every one."""

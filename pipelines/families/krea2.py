@@ -1,13 +1,11 @@
 """Krea 2 with concepts: the prompt in a chat template whose beginning is dropped, several layers of it as the text."""
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers import Krea2Pipeline, Krea2Transformer2DModel
-from diffusers.pipelines.krea2.pipeline_output import Krea2PipelineOutput
 from torch import Tensor
 
 from lora_compose.attention.backbones.joint import packed
@@ -15,32 +13,27 @@ from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
     Callback,
-    Composition,
     Concepts,
     Generators,
     GivenPrompts,
     Guidance,
     ImageSize,
     Sampling,
-    as_list,
     check_arguments,
-    check_plain,
     listed,
-    no_concepts,
-    refuse_unknown,
     tensors_for,
 )
-from lora_compose.pipelines.claiming import claims_models
-from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.flow_matching import (
     TemplatePipeline,
     both_sides,
     check_negative_embeds,
     for_each,
 )
+from lora_compose.pipelines.from_image import FromImage
+from lora_compose.pipelines.front import Plain, Request, front
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.outcome import output_of
-from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
@@ -58,8 +51,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         """Never: diffusers opens no checkpoints in one file for this family."""
         return False
 
-    @claims_models
-    @torch.no_grad()
+    @front
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
@@ -94,7 +86,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         padding_mask_crop: int | None = None,
         paste_original: bool = False,
         **kwargs: Any,
-    ) -> ComposeOutput | Krea2PipelineOutput | tuple:
+    ) -> Request | Plain:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
@@ -118,33 +110,18 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        started = time.perf_counter()
-        refuse_unknown(kwargs, type(self).__call__)
-        prompt, concepts = self.named_concepts(prompt, concepts)
-        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
-        self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
-        if no_concepts(concepts):
-            check_plain(composition)
-            self._check_plain_texts(prompt, negative_prompt)
-            arguments = {
-                "prompt": prompt, "negative_prompt": negative_prompt, "height": height, "width": width,
-                "num_inference_steps": num_inference_steps, "sigmas": sigmas, "guidance_scale": guidance_scale,
-                "num_images_per_prompt": num_images_per_prompt, "generator": generator, "latents": latents,
-                "prompt_embeds": prompt_embeds, "prompt_embeds_mask": prompt_embeds_mask,
-                "negative_prompt_embeds": negative_prompt_embeds,
-                "negative_prompt_embeds_mask": negative_prompt_embeds_mask, "output_type": output_type,
-                "return_dict": return_dict, "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
-                "attention_kwargs": attention_kwargs, "max_sequence_length": max_sequence_length,
-            }  # fmt: skip
-            plain: Callable[..., Any] = Krea2Pipeline.__call__
-            return plain(self, **arguments)
+        begun = self._begin(locals())
+        if begun.plain is not None:
+            return begun.plain
+        prompt = begun.prompt
         check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height, width = (-self._rounded(-side) for side in (height, width))  # up, as diffusers does
         self.check_inputs(
-            prompt, height, width, negative_prompt, prompt_embeds, prompt_embeds_mask, negative_prompt_embeds,
-            negative_prompt_embeds_mask, tensors, max_sequence_length,
+            prompt, height=height, width=width, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            prompt_embeds_mask=prompt_embeds_mask, negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_embeds_mask=negative_prompt_embeds_mask, callback_on_step_end_tensor_inputs=tensors,
+            max_sequence_length=max_sequence_length,
         )  # fmt: skip
         cfg_scale = self._cfg_of(guidance_scale)
         embeds = None if prompt_embeds is None else prompt_embeds.flatten(2)
@@ -152,9 +129,9 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         given = GivenPrompts(texts, embeds, max_sequence_length, [listed(negative_prompt)])
         check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
         call = Call(
-            composition, given, ImageSize(width, height, num_images_per_prompt),
+            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
-            Callback(callback_on_step_end, tensors), started, {"attention_kwargs": attention_kwargs},
+            Callback(callback_on_step_end, tensors), begun.started, {"attention_kwargs": attention_kwargs},
             {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
         )  # fmt: skip
 
@@ -165,19 +142,25 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
                 own = (words, negative_prompt_embeds, negative_prompt_embeds_mask)
             words, embeds, mask = own if prompts is None else (prompts, None, None)
             encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
-            text, mask = encode_prompt(words, device, num_images_per_prompt, embeds, mask, max_sequence_length)
+            text, mask = encode_prompt(
+                words, device=device, num_images_per_prompt=num_images_per_prompt, prompt_embeds=embeds,
+                prompt_embeds_mask=mask, max_sequence_length=max_sequence_length,
+            )  # fmt: skip
             return text.flatten(2), {"text_mask": mask}
 
-        final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
-        self._current_timestep = None
-        result = self._decode(final, output_type or "np")
-        self.maybe_free_model_hooks()
-        return output_of(outcome, result) if return_dict else (result,)
+        def decode(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._decode(latents, output_type or "np"),)
+
+        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, return_dict)
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        self._check_plain_texts(arguments["prompt"], arguments["negative_prompt"])
+        return arguments
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; layers lie side by side."""
         encode_prompt: Any = self.encode_prompt
-        text, mask = encode_prompt(list(prompts), self._execution_device, max_sequence_length=length or 512)
+        text, mask = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return text.flatten(2), {"text_mask": mask}
 
     def latents_of(self, pixels: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x and 2.x with concepts."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -17,27 +15,22 @@ from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
     Callback,
-    Composition,
     Concepts,
     Generators,
     GivenPrompts,
     Guidance,
     ImageSize,
     Sampling,
-    as_list,
     check_arguments,
-    check_plain,
     listed,
-    no_concepts,
-    refuse_unknown,
     tensors_for,
 )
-from lora_compose.pipelines.claiming import claims_models
-from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
+from lora_compose.pipelines.front import Plain, Request, front
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.outcome import output_of
+from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.long_prompts import Reading
@@ -82,8 +75,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                 clip_skip=clip_skip,
             )  # fmt: skip
 
-    @claims_models
-    @torch.no_grad()
+    @front
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
@@ -121,7 +113,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         padding_mask_crop: int | None = None,
         paste_original: bool = False,
         **kwargs: Any,
-    ) -> StableDiffusionPipelineOutput | tuple:
+    ) -> Request | Plain:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Args:
@@ -145,55 +137,26 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        started = time.perf_counter()
-        allowed = OLD_CALLBACK if no_concepts(concepts) else set()
-        refuse_unknown([name for name in kwargs if name not in allowed], type(self).__call__)
-        prompt, concepts = self.named_concepts(prompt, concepts)
-        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
-        given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
-        if no_concepts(concepts):
-            check_plain(composition)
-        if no_concepts(concepts) and self._is_diffusers_own(given_image):
-            arguments = {
-                "prompt": prompt, "height": height, "width": width, "num_inference_steps": num_inference_steps,
-                "timesteps": timesteps, "sigmas": sigmas, "guidance_scale": guidance_scale,
-                "negative_prompt": negative_prompt, "num_images_per_prompt": num_images_per_prompt, "eta": eta,
-                "generator": generator, "latents": latents, "prompt_embeds": prompt_embeds,
-                "negative_prompt_embeds": negative_prompt_embeds, "ip_adapter_image": ip_adapter_image,
-                "ip_adapter_image_embeds": ip_adapter_image_embeds, "output_type": output_type,
-                "return_dict": return_dict, "cross_attention_kwargs": cross_attention_kwargs,
-                "guidance_rescale": guidance_rescale, "clip_skip": clip_skip,
-                "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
-            }  # fmt: skip
-            arguments = self.with_weights(arguments)
-            if given_image is not None:
-                return self._from_image_as_diffusers(given_image, arguments | kwargs)
-            plain: Callable[..., Any] = StableDiffusionPipeline.__call__
-            return plain(self, **arguments, **kwargs)
+        begun = self._begin(locals(), OLD_CALLBACK)
+        if begun.plain is not None:
+            return begun.plain
+        prompt = begun.prompt
         check_arguments(kwargs, (), cross_attention_kwargs, allowed=("scale", "ip_adapter_masks"))
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        source = self._source(given_image, width, height, output_type or "np")
+        source = self._source(begun.start, width, height, output_type or "np")
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
-            prompt,
-            height,
-            width,
-            None,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            None,
-            None,
-            self._of_every_task(tensors, given_image),
-        )
+            prompt, height=height, width=width, callback_steps=None, negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
+        )  # fmt: skip
         texts = None if prompt_embeds is not None else [listed(prompt)]
         given = GivenPrompts(texts, prompt_embeds, negative=[listed(negative_prompt)])
         size = ImageSize(width, height, num_images_per_prompt or 1)
         guidance = Guidance(guidance_scale, guidance_rescale)
         sampling = Sampling(num_inference_steps, timesteps, sigmas, None, generator, latents, eta, guidance)
         call = Call(
-            composition, given, size, sampling, Callback(callback_on_step_end, tensors), started,
+            begun.composition, given, size, sampling, Callback(callback_on_step_end, tensors), begun.started,
             self._inputs(guidance, len(given) * size.images_per_prompt, cross_attention_kwargs),
             {
                 "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
@@ -219,7 +182,8 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                 own, negative = list(prompts), [negative] * len(prompts) if isinstance(negative, str) else negative
             if reading is None:
                 embeds, uncond = self.encode_prompt(
-                    own, device, size.images_per_prompt, self.do_classifier_free_guidance, negative,
+                    own, device=device, num_images_per_prompt=size.images_per_prompt,
+                    do_classifier_free_guidance=self.do_classifier_free_guidance, negative_prompt=negative,
                     prompt_embeds=prompt_embeds if prompts is None else None,
                     negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
                     lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
@@ -234,18 +198,18 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             lengths = {} if reading is None else reading.lengths(size.images_per_prompt, 1 if uncond is None else 2)
             return EncodedText(embeds, uncond, lengths or None)
 
-        final, process, outcome = self.compose(call, encode)
-        images, nsfw = self._decode(final, call, output_type or "np", process.text.prompt_embeds.dtype)
-        images = self._finished(images, source)
-        self.maybe_free_model_hooks()
-        return output_of(outcome, images, nsfw) if return_dict else (images, nsfw)
+        def decode(latents: Tensor, process: Process) -> tuple[Any, Any]:
+            images, nsfw = self._decode(latents, call, output_type or "np", process.text.prompt_embeds.dtype)
+            return self._finished(images, source), nsfw
+
+        return Request(call, encode, decode, return_dict)
 
     def _decode(self, latents: Tensor, call: Call, output_type: str, dtype: torch.dtype) -> tuple[Any, Any]:
         if output_type == "latent":
             return self._postprocess(latents, output_type), None
         scaled = latents / self.vae.config.scaling_factor
         image = self.vae.decode(scaled, return_dict=False, generator=call.sampling.generator)[0]
-        image, nsfw = self.run_safety_checker(image, latents.device, dtype)
+        image, nsfw = self.run_safety_checker(image, device=latents.device, dtype=dtype)
         denormalize = [True] * len(image) if nsfw is None else [not flag for flag in nsfw]
         return self._postprocess(image, output_type, do_denormalize=denormalize), nsfw
 

@@ -1,6 +1,5 @@
 """Stable Diffusion XL with concepts."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,35 +7,28 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from torch import Tensor
 
 from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
     Callback,
-    Composition,
     Concepts,
     Generators,
     GivenPrompts,
     Guidance,
     ImageSize,
     Sampling,
-    as_list,
     check_arguments,
-    check_plain,
     listed,
-    no_concepts,
-    refuse_unknown,
     tensors_for,
 )
-from lora_compose.pipelines.claiming import claims_models
-from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
+from lora_compose.pipelines.front import Plain, Request, front
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.outcome import output_of
-from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.long_prompts import Reading
@@ -79,8 +71,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             raise ValueError(_REFINER)
         return False
 
-    @claims_models
-    @torch.no_grad()
+    @front
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
@@ -129,7 +120,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         padding_mask_crop: int | None = None,
         paste_original: bool = False,
         **kwargs: Any,
-    ) -> ComposeOutput | StableDiffusionXLPipelineOutput | tuple:
+    ) -> Request | Plain:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         If `prompt_2` differs, a concept's words must have the same token positions in both prompts. Methods with a text
@@ -157,46 +148,20 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        started = time.perf_counter()
-        allowed = OLD_CALLBACK if no_concepts(concepts) else set()
-        refuse_unknown([name for name in kwargs if name not in allowed], type(self).__call__)
-        prompt, concepts = self.named_concepts(prompt, concepts)
-        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
-        given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
-        if no_concepts(concepts):
-            check_plain(composition)
-        if no_concepts(concepts) and self._is_diffusers_own(given_image):
-            arguments = {
-                "prompt": prompt, "prompt_2": prompt_2, "height": height, "width": width,
-                "num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas,
-                "denoising_end": denoising_end, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt,
-                "negative_prompt_2": negative_prompt_2, "num_images_per_prompt": num_images_per_prompt, "eta": eta,
-                "generator": generator, "latents": latents, "prompt_embeds": prompt_embeds,
-                "negative_prompt_embeds": negative_prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds,
-                "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds, "ip_adapter_image": ip_adapter_image,
-                "ip_adapter_image_embeds": ip_adapter_image_embeds, "output_type": output_type,
-                "return_dict": return_dict, "cross_attention_kwargs": cross_attention_kwargs,
-                "guidance_rescale": guidance_rescale, "original_size": original_size,
-                "crops_coords_top_left": crops_coords_top_left, "target_size": target_size,
-                "negative_original_size": negative_original_size,
-                "negative_crops_coords_top_left": negative_crops_coords_top_left,
-                "negative_target_size": negative_target_size, "clip_skip": clip_skip,
-                "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
-            }  # fmt: skip
-            arguments = self.with_weights(arguments)
-            if given_image is not None:
-                return self._from_image_as_diffusers(given_image, arguments | kwargs)
-            plain: Callable[..., Any] = StableDiffusionXLPipeline.__call__
-            return plain(self, **arguments, **kwargs)
+        begun = self._begin(locals(), OLD_CALLBACK)
+        if begun.plain is not None:
+            return begun.plain
+        prompt = begun.prompt
         check_arguments(kwargs, (), cross_attention_kwargs, allowed=("scale", "ip_adapter_masks"))
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        source = self._source(given_image, width, height, output_type or "np")
+        source = self._source(begun.start, width, height, output_type or "np")
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
-            prompt, prompt_2, height, width, None, negative_prompt, negative_prompt_2, prompt_embeds,
-            negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, None, None,
-            self._of_every_task(tensors, given_image),
+            prompt, prompt_2=prompt_2, height=height, width=width, callback_steps=None, negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
         )  # fmt: skip
         self._check_model()
         given = GivenPrompts(
@@ -207,7 +172,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         guidance = Guidance(guidance_scale, guidance_rescale)
         sampling = Sampling(num_inference_steps, timesteps, sigmas, denoising_end, generator, latents, eta, guidance)
         call = Call(
-            composition, given, size, sampling, Callback(callback_on_step_end, tensors), started,
+            begun.composition, given, size, sampling, Callback(callback_on_step_end, tensors), begun.started,
             self._inputs(guidance, len(given) * size.images_per_prompt, cross_attention_kwargs),
             {
                 "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
@@ -239,8 +204,9 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             if reading is None:
                 encode_prompt: Any = self.encode_prompt  # its annotations know no lists
                 embeds, uncond, pooled, uncond_pooled = encode_prompt(
-                    own, own_2, device, size.images_per_prompt, self.do_classifier_free_guidance,
-                    negative, negative_2,
+                    own, prompt_2=own_2, device=device, num_images_per_prompt=size.images_per_prompt,
+                    do_classifier_free_guidance=self.do_classifier_free_guidance, negative_prompt=negative,
+                    negative_prompt_2=negative_2,
                     prompt_embeds=prompt_embeds if prompts is None else None,
                     negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
                     pooled_prompt_embeds=pooled_prompt_embeds if prompts is None else None,
@@ -260,11 +226,10 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             lengths = {} if reading is None else reading.lengths(size.images_per_prompt, len(parts))
             return EncodedText(embeds, uncond, {**self._added(parts, embeds), **lengths})
 
-        final, _, outcome = self.compose(call, encode)
-        images = self._decode(final, output_type or "np")
-        images = self._finished(images, source)
-        self.maybe_free_model_hooks()
-        return output_of(outcome, images) if return_dict else (images,)
+        def decode(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._finished(self._decode(latents, output_type or "np"), source),)
+
+        return Request(call, encode, decode, return_dict)
 
     def _check_model(self) -> None:
         """Raises ValueError for UNets that take something else than pooled text and six numbers, as the refiner's."""

@@ -71,7 +71,8 @@ class UNetPipeline(ImageTasksPipeline):
         """
         return {"guidance_scale": scale, "negative_prompt": negative_prompt}
 
-    def _check_latents(self, call: Call, canvas: Canvas) -> None:
+    def check_start(self, call: Call, canvas: Canvas) -> None:
+        """See `Host.check_start`."""
         given, source = call.sampling.latents, call.source
         if given is not None and source is not None and source.mask is None:
             raise ValueError("latents cannot be given for image-to-image, which starts from those of the image")
@@ -80,12 +81,13 @@ class UNetPipeline(ImageTasksPipeline):
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         return self.prepare_latents(
-            plan.canvas.images, self.unet.config.in_channels, call.size.height, call.size.width, dtype,
-            plan.canvas.device, call.sampling.generator, call.sampling.latents,
+            plan.canvas.images, num_channels_latents=self.unet.config.in_channels, height=call.size.height,
+            width=call.size.width, dtype=dtype, device=plan.canvas.device, generator=call.sampling.generator,
+            latents=call.sampling.latents,
         )  # fmt: skip
 
     def _step_arguments(self, sampling: Sampling) -> Mapping[str, Any]:
-        return self.prepare_extra_step_kwargs(sampling.generator, sampling.eta)
+        return self.prepare_extra_step_kwargs(sampling.generator, eta=sampling.eta)
 
     def _inputs(
         self, guidance: Guidance, images: int, cross_attention_kwargs: dict[str, Any] | None
@@ -171,8 +173,8 @@ class UNetPipeline(ImageTasksPipeline):
 
         return reading.encode(columns, encode, weighted, images_per_prompt)
 
-    def with_weights(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call without concepts; prompts with weights become embeddings, others stay as they are."""
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        """Prompts with weights become embeddings, others stay as they are."""
         names = [name for name in TEXTS if isinstance(arguments.get(name), str | list)]  # others are for diffusers
         texts = {name: listed(arguments[name]) for name in names}
         check_no_tags([text for column in texts.values() for text in column])
@@ -208,10 +210,6 @@ class UNetPipeline(ImageTasksPipeline):
         """As `ImageTasksPipeline.inpaints_as_diffusers`: diffusers takes UNets of four or nine channels only."""
         return self.unet.config.in_channels in _DIFFUSERS_INPAINTS
 
-    def _is_diffusers_own(self, given: FromImage | None) -> bool:
-        """Whether diffusers can run a call without concepts."""
-        return given is None or not given.inpaints or self.inpaints_as_diffusers
-
     def _check_start(self, given: FromImage | None) -> None:
         """Raises ValueError for UNets made for inpainting where there is no mask, and for those that cannot inpaint."""
         channels, latents = self.unet.config.in_channels, self.vae.config.latent_channels
@@ -246,20 +244,25 @@ class UNetPipeline(ImageTasksPipeline):
         with precision_kept(self.vae):
             if source.mask is None:
                 latents = source.pipeline.prepare_latents(
-                    pixels, first, canvas.prompts, canvas.images_per_prompt, dtype, device, generator
-                )
+                    pixels, timestep=first, batch_size=canvas.prompts, num_images_per_prompt=canvas.images_per_prompt,
+                    dtype=dtype, device=device, generator=generator,
+                )  # fmt: skip
                 return ImageToImage(latents)
-            size, white = (call.size.height, call.size.width), self._by_image(call, source.mask)
+            white = self._by_image(call, source.mask)
+            how = {
+                "height": call.size.height, "width": call.size.width, "dtype": dtype, "device": device,
+                "generator": generator,
+            }  # fmt: skip
             inpaints = self.unet.config.in_channels == _FOR_INPAINTING
             latents, noise, *image = source.pipeline.prepare_latents(
-                canvas.images, self.vae.config.latent_channels, *size, dtype, device, generator, call.sampling.latents,
+                canvas.images, num_channels_latents=self.vae.config.latent_channels, latents=call.sampling.latents,
                 image=pixels.float(), timestep=first, is_strength_max=source.strength == 1, return_noise=True,
-                return_image_latents=not inpaints,
+                return_image_latents=not inpaints, **how,
             )  # fmt: skip
             # What is left of latents is not known, and only UNets made for inpainting read it.
             left = pixels if source.given.is_latents else pixels.float() * (white < 0.5)
             mask, masked = source.pipeline.prepare_mask_latents(
-                white, left, canvas.images, *size, dtype, device, generator, False
+                white, masked_image=left, batch_size=canvas.images, do_classifier_free_guidance=False, **how
             )
         channels = {"channels": torch.cat([mask, masked], dim=1)} if inpaints else {}
         return Inpainting(

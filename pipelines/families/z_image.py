@@ -1,6 +1,5 @@
 """Z-Image with concepts: the prompt in Qwen3's chat template, without padding, so that rows have their own lengths."""
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
-from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from torch import Tensor
 from torch.nn.functional import pad
@@ -17,29 +15,24 @@ from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
     Callback,
-    Composition,
     Concepts,
     Generators,
     GivenPrompts,
     Guidance,
     ImageSize,
     Sampling,
-    as_list,
     check_arguments,
-    check_plain,
     listed,
-    no_concepts,
-    refuse_unknown,
     tensors_for,
 )
 from lora_compose.pipelines.canvas import Canvas
-from lora_compose.pipelines.claiming import claims_models
-from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
 from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.from_image import FromImage
+from lora_compose.pipelines.front import Plain, Request, front
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.outcome import output_of
-from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
@@ -60,8 +53,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         """Whether a checkpoint is of this family."""
         return any(key.removeprefix("model.diffusion_model.") == "cap_pad_token" for key in keys)
 
-    @claims_models
-    @torch.no_grad()
+    @front
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
@@ -96,7 +88,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         padding_mask_crop: int | None = None,
         paste_original: bool = False,
         **kwargs: Any,
-    ) -> ComposeOutput | ZImagePipelineOutput | tuple:
+    ) -> Request | Plain:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Args:
@@ -119,32 +111,10 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        started = time.perf_counter()
-        refuse_unknown(kwargs, type(self).__call__)
-        prompt, concepts = self.named_concepts(prompt, concepts)
-        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
-        given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
-        if no_concepts(concepts):
-            check_plain(composition)
-            self._check_plain_texts(prompt, negative_prompt)
-            if given_image is None:
-                width, height = self._sides(width, height)
-            arguments = {
-                "prompt": list(prompt) if isinstance(prompt, list) else prompt,  # diffusers writes into the list
-                "height": height, "width": width, "num_inference_steps": num_inference_steps, "sigmas": sigmas,
-                "guidance_scale": guidance_scale, "cfg_normalization": cfg_normalization,
-                "cfg_truncation": cfg_truncation, "negative_prompt": negative_prompt,
-                "num_images_per_prompt": num_images_per_prompt, "generator": generator, "latents": latents,
-                "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
-                "output_type": output_type, "return_dict": return_dict,
-                "joint_attention_kwargs": joint_attention_kwargs, "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
-                "max_sequence_length": max_sequence_length,
-            }  # fmt: skip
-            if given_image is not None:
-                return self._from_image_as_diffusers(given_image, arguments)
-            plain: Callable[..., Any] = ZImagePipeline.__call__
-            return plain(self, **arguments)
+        begun = self._begin(locals())
+        if begun.plain is not None:
+            return begun.plain
+        prompt = begun.prompt
         check_arguments(kwargs, (), joint_attention_kwargs, "joint_attention_kwargs")
         cfg_scale = self._cfg_of(guidance_scale)
         if cfg_scale > 1 and (cfg_normalization or cfg_truncation < 1):
@@ -153,13 +123,13 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             raise ValueError("give a prompt or prompt_embeds, one of the two")
         if prompt_embeds is not None and cfg_scale > 1 and negative_prompt_embeds is None:
             raise ValueError("with prompt_embeds, guidance needs negative_prompt_embeds as well")
-        source = self._source(given_image, width, height, output_type or "np")
+        source = self._source(begun.start, width, height, output_type or "np")
         width, height = self._sides(width, height) if source is None else source.size
         for name, side in (("height", height), ("width", width)):
             if side != self._rounded(side):
                 raise ValueError(f"{name} must be a multiple of {self.vae_scale_factor * 2}, not {side}")
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if unknown := {*self._of_every_task(tensors, given_image)} - {*self._callback_tensor_inputs}:
+        if unknown := {*self._of_every_task(tensors, begun.start)} - {*self._callback_tensor_inputs}:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs names {', '.join(sorted(unknown))}; callbacks can have "
                 f"{' and '.join(self._callback_tensor_inputs)}"
@@ -169,9 +139,9 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         texts = None if prompt is None else [listed(prompt)]
         given = GivenPrompts(texts, embeds, max_sequence_length, [listed(negative_prompt)])
         call = Call(
-            composition, given, ImageSize(width, height, per_prompt),
+            begun.composition, given, ImageSize(width, height, per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
-            Callback(callback_on_step_end, tensors), started, {"joint_attention_kwargs": joint_attention_kwargs},
+            Callback(callback_on_step_end, tensors), begun.started, {"joint_attention_kwargs": joint_attention_kwargs},
             {"_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs},
             source,
             {
@@ -186,19 +156,29 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
                 own = (for_each(negative_prompt, len(given)), negative_prompt_embeds)
             words, embeds = own if prompts is None else (prompts, None)
             encode_prompt: Any = self._encode_prompt
-            found = encode_prompt(list(words), device, embeds, max_sequence_length)
+            found = encode_prompt(
+                list(words), device=device, prompt_embeds=embeds, max_sequence_length=max_sequence_length
+            )
             rows = [row for row in found for _ in range(per_prompt)]
             return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
 
-        final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
-        result = self._finished(self._decode(final, output_type or "np"), source)
-        self.maybe_free_model_hooks()
-        return output_of(outcome, result) if return_dict else (result,)
+        def decode(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._finished(self._decode(latents, output_type or "np"), source),)
+
+        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, return_dict)
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        prompt = arguments["prompt"]
+        self._check_plain_texts(prompt, arguments["negative_prompt"])
+        if start is None:
+            arguments["width"], arguments["height"] = self._sides(arguments["width"], arguments["height"])
+        # A copy of a list, because diffusers writes into it.
+        return {**arguments, "prompt": list(prompt) if isinstance(prompt, list) else prompt}
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; texts keep their "lengths"."""
         encode_prompt: Any = self._encode_prompt
-        rows = encode_prompt(list(prompts), self._execution_device, None, length or 512)
+        rows = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return _stacked(rows, _padded(length or 512)), {"lengths": torch.tensor([len(row) for row in rows])}
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lora_compose.pipelines.methods.process import FixedPasses, Process, Setting
 from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.methods.switch import Switch
 from lora_compose.pipelines.methods.tara import Tara
+from lora_compose.pipelines.notes import warn
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.spelling import did_you_mean
 from lora_compose.pipelines.text.tokens import find_words, own_nouns
@@ -164,7 +165,7 @@ def _chosen(method: Settings, reason: str) -> Choice:
 
 
 def _blending(reason: str, unless: str) -> Choice:
-    logger.warning("method: merge, because %s. Its subjects blend, %s", reason, unless)
+    warn(f"method: merge, because {reason}. Its subjects blend, {unless}")
     return Choice(Merge(), reason)
 
 
@@ -180,7 +181,7 @@ def _for_regions(
     why = "prompt_embeds are given instead of a prompt" if prompts is None else "not every one has a trigger"
     why = why if region_attention else "lora-composer needs a UNet"
     if others:
-        logger.warning("without a region, %s acts on the whole image, also inside the regions of others", others)
+        warn(f"without a region, {others} acts on the whole image, also inside the regions of others")
     return _chosen(Regional(), f"{reason}, and {why}")
 
 

@@ -1,6 +1,5 @@
 """The interface of a method: settings that start a process, which lives for one call."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lora_compose.attention import Gates, Stream
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.notes import warn_once
+from lora_compose.pipelines.notes import warn, warn_once
 from lora_compose.pipelines.passes import Pass, weighted_mean
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.scene import Concept
@@ -30,8 +29,6 @@ __all__ = [
     "warn_unread",
     "warn_unread_by_passes",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 class Process(Protocol):
@@ -186,7 +183,7 @@ def warn_unread(prompts: Sequence[Concept], negatives: Sequence[Concept], why: s
     unread = [c.name for c in prompts if c.prompt is not None]
     unread += [c.name for c in negatives if c.negative_prompt is not None]
     if unread:
-        logger.warning("the own prompts of %s are not read: %s", ", ".join(dict.fromkeys(unread)), why)
+        warn(f"the own prompts of {', '.join(dict.fromkeys(unread))} are not read: {why}")
 
 
 def constant_gates(session: Session, weights: Tensor) -> Gates:

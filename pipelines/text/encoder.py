@@ -50,6 +50,9 @@ Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
 FamilyEncoder = Callable[[Sequence[str] | None, Sequence[str] | None, torch.device], EncodedText]
 """The same with the device to run on, which diffusers would otherwise search for in each call."""
 
+TextEncoder = Callable[[Tensor | None, Sequence[str] | None, Sequence[str] | None], EncodedText]
+"""The same with the weights of the LoRAs of the text encoders before."""
+
 Finder = Callable[
     [Sequence[Concept], Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks
 ]
@@ -148,7 +151,7 @@ class Prompts:
     texts: tuple[str, ...] | None
     token_masks: TokenMasks
     concepts: ConceptSet
-    encoder: Callable[[Tensor | None, Sequence[str] | None, Sequence[str] | None], EncodedText]
+    encoder: TextEncoder
     finder: Finder
     indices: tuple[int, ...]
     canvas: Canvas

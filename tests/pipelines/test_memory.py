@@ -11,7 +11,7 @@ from composing import compose, composer_of
 from flux import flux_transformer
 from lora_compose.attention import backbone_of
 from lora_compose.compose.benchmark.memory import peak_memory
-from lora_compose.compose.generate.making import make, rehearse
+from lora_compose.compose.generate.making import make, plan
 from lora_compose.pipelines.memory import check_size, least_bytes, memory_of
 from lora_compose.pipelines.scene import Run, Scene
 
@@ -33,7 +33,7 @@ def test_a_size_that_needs_more_than_all_memory_is_refused_before_anything_is_do
 def test_scenes_are_judged_with_and_without_concepts(playground, concepts):
     scene = Scene(prompt="a cat", width=1_000_000, height=1_000_000)
     run = Run(scene=scene, model="playground", steps=1)
-    for judge in (rehearse, make):
+    for judge in (plan, make):
         with pytest.raises(ValueError, match="1000000 x 1000000 pixels cannot be made"):
             judge(playground, run)
 

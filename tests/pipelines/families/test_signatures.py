@@ -110,13 +110,7 @@ def run(family: str, **arguments: Any) -> None:
     pipe(**given | arguments)
 
 
-def marked(families: Iterable[str]) -> list[Any]:
-    """All families; of some it is known that they hand arguments on by position."""
-    marks = [pytest.mark.xfail(reason="hands arguments on by position", raises=AssertionError)]
-    return [pytest.param(family, marks=marks if family in families else []) for family in FAMILIES]
-
-
-@pytest.mark.parametrize("family", marked(()))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_without_concepts_hands_its_arguments_on_by_name(family, monkeypatch):
     plain = plain_class(type(PIPELINES[family]()))
     watch = Watch(monkeypatch, [plain])
@@ -125,7 +119,7 @@ def test_a_call_without_concepts_hands_its_arguments_on_by_name(family, monkeypa
     assert watch.shifted == set()
 
 
-@pytest.mark.parametrize("family", marked(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_with_concepts_uses_methods_of_diffusers_by_name(family, monkeypatch):
     cls: Any = type(PIPELINES[family]())
     tasks = {False: cls.image_to_image, True: cls.inpainting}
