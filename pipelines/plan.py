@@ -165,13 +165,14 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     sets = [concepts.subset(columns) for columns in concepts_of]
     choice = pipe.resolve_choice(call.composition.method, loaded, call.prompts.first, sets)
     backbone = pipe.backbone_of(call)
-    if getattr(choice.method, "needs_region_attention", False) and not backbone.reads_regions:
+    needs = choice.method.needs
+    if needs.region_attention and not backbone.reads_regions:
         raise ValueError(
             "this method needs region attention or gradients, which work with SD 1.x, SD 2.x and SDXL only; use "
             "draft, which needs no layout, regional with a region for each subject, or tara"
         )
-    check_caches(backbone.model, differentiates=getattr(choice.method, "needs_region_attention", False))
-    if call.source is not None and call.source.strength < 1 and getattr(choice.method, "moves_noise", False):
+    check_caches(backbone.model, differentiates=needs.region_attention)
+    if call.source is not None and call.source.strength < 1 and needs.start_noise:
         raise ValueError(
             "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
             "it reinit='off', or strength=1"

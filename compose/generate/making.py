@@ -209,7 +209,7 @@ def resolve_choice(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choi
 
 
 @dataclass(frozen=True)
-class _Rehearsal:
+class _Rehearsal(Settings):
     """A method that stops before the first step."""
 
     settings: Settings | None

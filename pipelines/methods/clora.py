@@ -34,7 +34,7 @@ from lora_compose.pipelines.losses import contrast, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.mapped_tokens import MappedTokens, check_words, map_tokens
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import Process, warn_once, warn_unread
+from lora_compose.pipelines.methods.process import Needs, Process, Settings, warn_once, warn_unread
 from lora_compose.pipelines.methods.region_gates import region_gates
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
@@ -51,7 +51,7 @@ _CHANGES = {"dilate": dilated, "erode": eroded, "open": opened, "close": closed}
 
 
 @dataclass(frozen=True)
-class Clora:
+class Clora(Settings):
     """Every LoRA acts where the model attends to its concept, and updates of the latents move concepts apart.
 
     `update_until`, `refine_at`, `mask_from` and `mask_until` are fractions of the steps, or step numbers if above 1.
@@ -148,9 +148,9 @@ class Clora:
         )
 
     @property
-    def needs_region_attention(self) -> bool:
-        """Whether the model must support region attention (fuse="regions")."""
-        return self.fuse == "regions"
+    def needs(self) -> Needs:
+        """Region attention where masks are regions."""
+        return Needs(region_attention=self.fuse == "regions")
 
     def start(self, session: Session) -> Process:
         """Encodes a text for every branch. A single subject is merged."""
