@@ -21,7 +21,6 @@ from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.from_image import region_in_pixels
-from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.memory import check_size
 from lora_compose.pipelines.methods import Choice
 from lora_compose.pipelines.regions import region_mask
@@ -129,7 +128,7 @@ class Plan:
         )  # fmt: skip
         if len(self.sets) > 1:
             denoiser = denoiser.of_set(part.concepts, images_of(part.indices, self.canvas.images_per_prompt))
-        return Session(part.concepts, prompts, denoiser, Guider(self.call.sampling.guidance.rescale))
+        return Session(part.concepts, prompts, denoiser, self.call.sampling.guider)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.denoiser import Denoiser
-from lora_compose.pipelines.guidance import Guider
+from lora_compose.pipelines.guidance import ClassifierFree
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
@@ -120,8 +120,8 @@ def count(
             (0,), canvas,
         )  # fmt: skip
         pricing = PricingDenoiser(denoiser, operations)
-        process = settings.start(Session(acting, prompts, pricing, Guider()))
         cfg_scale, number = guidance_scale if guided else 1.0, len(scheduler.timesteps)
+        process = settings.start(Session(acting, prompts, pricing, ClassifierFree(cfg_scale)))
         every = [sampler.schedule.step(i, cfg_scale) for i in range(number)]
         latents = process.prepare(latents, every[0])
         preparation = operations.flops

@@ -18,7 +18,6 @@ from lora_compose.pipelines.call import (
     Concepts,
     Generators,
     GivenPrompts,
-    Guidance,
     ImageSize,
     Sampling,
     as_list,
@@ -40,6 +39,7 @@ from lora_compose.pipelines.families.flow_matching import (
     real_tokens,
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.guidance import ClassifierFree
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
@@ -183,7 +183,8 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
         cfg_scale = true_cfg_scale if has_negative else 1.0
         per_prompt = num_images_per_prompt or 1
-        sampling = Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale))
+        guider = ClassifierFree(cfg_scale)
+        sampling = Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider)
         negatives = [listed(negative_prompt), listed(negative_prompt_2)]
         given = GivenPrompts(texts, prompt_embeds, max_sequence_length, negatives)
         check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)

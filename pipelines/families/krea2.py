@@ -19,7 +19,6 @@ from lora_compose.pipelines.call import (
     Concepts,
     Generators,
     GivenPrompts,
-    Guidance,
     ImageSize,
     Sampling,
     as_list,
@@ -38,6 +37,7 @@ from lora_compose.pipelines.families.flow_matching import (
     check_negative_embeds,
     for_each,
 )
+from lora_compose.pipelines.guidance import ClassifierFree
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
@@ -153,7 +153,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
         call = Call(
             composition, given, ImageSize(width, height, num_images_per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
+            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=ClassifierFree(cfg_scale)),
             Callback(callback_on_step_end, tensors), started, {"attention_kwargs": attention_kwargs},
             {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
         )  # fmt: skip
