@@ -134,7 +134,7 @@ class Call:
         sampling: How latents are denoised.
         callback: Function after every step.
         started: When the call began, by `time.perf_counter()`.
-        inputs: Further arguments of every forward pass; tensors have one row per image.
+        inputs: Further arguments of every forward pass; tensors are marked (`ByImage`, `OnGrid`).
         properties: Attributes that diffusers' pipeline has during a call.
         source: The image to start from; None means text-to-image.
         repaint: Further arguments of calls that repaint the subjects of the images (`refine`).

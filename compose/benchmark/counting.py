@@ -22,6 +22,7 @@ from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.guidance import ClassifierFree
+from lora_compose.pipelines.inputs import ByImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
@@ -112,7 +113,8 @@ def count(
     ):
         sampler = Sampler(scheduler, Schedule(scheduler.timesteps, steps, scheduler.order))
         log, caches = AttentionLog(canvas, ()), StepCaches(backbone.model)
-        denoiser = Denoiser(backbone, installed, sampler, canvas, acting, (), unet_kwargs, log, caches)
+        inputs = {name: ByImage(one) for name, one in unet_kwargs.items()}
+        denoiser = Denoiser(backbone, installed, sampler, canvas, acting, (), inputs, log, caches)
         prompts = Prompts(
             (" ".join(concept.concept.phrase for concept in concepts),), masks, acting,
             lambda weights, prompts, negative_prompts: text,

@@ -40,6 +40,7 @@ from lora_compose.pipelines.families.flow_matching import (
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.guidance import ClassifierFree
+from lora_compose.pipelines.inputs import ByImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
@@ -312,9 +313,8 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         """Further arguments of every forward pass."""
         inputs: dict[str, Any] = {"joint_attention_kwargs": joint_attention_kwargs}
         if self.transformer.config.guidance_embeds:
-            inputs["guidance"] = torch.full(
-                [images], guidance_scale, device=self._execution_device, dtype=torch.float32
-            )
+            scale = torch.full([images], guidance_scale, device=self._execution_device, dtype=torch.float32)
+            inputs["guidance"] = ByImage(scale)
         return inputs
 
     def _cfg_scale(self, step: Step) -> float:

@@ -46,6 +46,7 @@ from lora_compose.pipelines.families.flow_matching import (
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.guidance import ClassifierFree
+from lora_compose.pipelines.inputs import OnGrid
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
@@ -239,7 +240,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             )
 
     def _inputs_from_image(self, image: Tensor) -> Mapping[str, Any]:
-        return {"reference": image}
+        return {"reference": OnGrid(image)}
 
     def _latent_mask(self, mask: Tensor, canvas: Canvas) -> Tensor:
         height, width = (side // PATCH for side in canvas.latent_grid)

@@ -15,6 +15,7 @@ from lora_compose.pipelines.control import PreparedImagePrompts, prepare_image_p
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
 from lora_compose.pipelines.from_image import FromImage, Source
 from lora_compose.pipelines.guidance import Embedded, Guider, Rescaled
+from lora_compose.pipelines.inputs import ByImage, OnGrid
 from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.sampler import Schedule
 from lora_compose.pipelines.task import ImageToImage, Inpainting
@@ -103,7 +104,7 @@ class UNetPipeline(ImageTasksPipeline):
             embedding = self.get_guidance_scale_embedding(
                 torch.tensor(guidance_scale - 1).repeat(images), embedding_dim=width
             )
-            inputs["timestep_cond"] = embedding.to(device=self._execution_device, dtype=self.unet.dtype)
+            inputs["timestep_cond"] = ByImage(embedding.to(self._execution_device, self.unet.dtype))
         return inputs
 
     def _image_prompts(
@@ -264,7 +265,7 @@ class UNetPipeline(ImageTasksPipeline):
             mask, masked = source.pipeline.prepare_mask_latents(
                 white, left, canvas.images, *size, dtype, device, generator, False
             )
-        channels = {"channels": torch.cat([mask, masked], dim=1)} if inpaints else {}
+        channels = {"channels": OnGrid(torch.cat([mask, masked], dim=1))} if inpaints else {}
         return Inpainting(
             latents, channels,
             mask=mask, masked=masked, image=image[0] if image else None, noise=noise, timesteps=schedule.timesteps,
