@@ -174,7 +174,7 @@ class Denoiser:
         if recorders[0] is not None:
             self.log.take(step.index, prepared.spec, text, recorders[0].mean())
         maps = None if recorders[1] is None else AttentionMaps.of(recorders[1])
-        return Prediction(output, text.num_uncond, text.images, maps)
+        return Prediction(output, text.roles, maps)
 
     def maps(self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest) -> AttentionMaps:
         """Attention maps alone: a forward pass of the conditional rows that stops after the last map layer.
@@ -248,7 +248,7 @@ class Denoiser:
         self.cost.rows_backward += text.rows
         gradient = gradient.float() / lift / per_latent
         maps = maps.detached()
-        prediction = Prediction(output.detach(), text.num_uncond, text.images, maps) if whole else None
+        prediction = Prediction(output.detach(), text.roles, maps) if whole else None
         return Gradient(losses.detach() / lift, gradient, maps, prediction)
 
     def micro_batches(self, prepared: PreparedPass, step: Step, *, conditional: bool) -> Sequence[MicroBatch]:
@@ -359,6 +359,6 @@ class Denoiser:
         acting = [control for control in self.controls if control.acts(step.index, step.count)]
         guides = [control for control in acting if not isinstance(control, PreparedImagePrompts)]
         prompts = [control.inputs(text, view) for control in acting if isinstance(control, PreparedImagePrompts)]
-        firsts = [control.first_row(text) for control in guides if isinstance(control, PreparedControlNet)]
-        self.cost.control_rows += sum(text.rows - first for first in firsts) * fraction
+        read = [control.read_by(text) for control in guides if isinstance(control, PreparedControlNet)]
+        self.cost.control_rows += sum(len(text.roles.select(rows)) for rows in read) * fraction
         return {**model_inputs(guides, latents, step.t, text, view), **dict(*prompts)}

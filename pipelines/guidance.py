@@ -71,9 +71,9 @@ class ClassifierFree:
 
     def combine(self, prediction: Prediction, step: Step) -> Tensor:
         """The guided prediction, corrected."""
-        if not prediction.num_uncond:
-            return prediction.model_output
-        uncond, cond = prediction.model_output.chunk(2)
+        uncond, cond = (part.flatten(0, 1) for part in prediction.branches)
+        if not len(uncond):
+            return cond
         return self.corrected(uncond + step.cfg_scale * (cond - uncond), cond)
 
     def corrected(self, guided: Tensor, cond: Tensor) -> Tensor:

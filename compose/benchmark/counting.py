@@ -226,7 +226,7 @@ class PricingDenoiser:
         self._price(lambda: run, "predict", latents, step, prepared, request, conditional)
         text = prepared.spec.text.conditional() if conditional else prepared.spec.text
         output = latents.new_zeros(text.rows, *latents.shape[1:])
-        return Prediction(output, text.num_uncond, text.images, None if request is None else self._maps(request))
+        return Prediction(output, text.roles, None if request is None else self._maps(request))
 
     def maps(self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest) -> AttentionMaps:
         """Prices a pass that stops early."""
@@ -267,7 +267,7 @@ class PricingDenoiser:
         maps, text = self._maps(request), prepared.spec.text
         text = text.conditional() if conditional else text
         output = latents.new_zeros(text.rows, *latents.shape[1:])
-        prediction = Prediction(output, text.num_uncond, text.images, maps) if whole else None
+        prediction = Prediction(output, text.roles, maps) if whole else None
         read = None if readout is None else readout(maps)
         return Gradient(torch.ones(images), torch.zeros(latents.shape), maps, prediction, read)
 

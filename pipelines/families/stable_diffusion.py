@@ -249,7 +249,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         return self._postprocess(image, output_type, do_denormalize=denormalize), nsfw
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
-        uncond = text.prompt_embeds[: text.images] if text.guided else None
+        uncond = text.prompt_embeds[text.roles.unconditional] if text.guided else None
         return {"prompt_embeds": text.prompt_embeds, "negative_prompt_embeds": uncond}
 
 

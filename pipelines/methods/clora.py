@@ -39,6 +39,7 @@ from lora_compose.pipelines.methods.region_gates import region_gates
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions
+from lora_compose.pipelines.rows import Rows
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, join_branches, stack_texts
@@ -190,8 +191,8 @@ class Clora(Settings):
         canvas = session.canvas
         live = torch.stack([_weights(session, branch) for branch in branches])
         unconds = live if self.uncond == "each" else torch.zeros(1, live.shape[1])
-        parts = torch.cat([unconds[: text.num_uncond], live])
-        gate = parts.repeat_interleave(text.images, dim=0).to(canvas.device)[:, None]
+        rows = [live[row.branch] if row.conditional else unconds[row.branch] for row in text.roles.each]
+        gate = torch.stack(rows).to(canvas.device)[:, None]
         return Gates(gate, dict.fromkeys(canvas.levels, gate), gate[:, 0], canvas.latent_grid)
 
 
@@ -290,7 +291,8 @@ class Contrasting:
         if len(uncond) == len(cond):
             uncond = (uncond * shares).sum(dim=0, keepdim=True)
         fused = torch.cat([*uncond, (cond * shares).sum(dim=0)]).to(prediction.model_output.dtype)
-        return self.session.guider.combine(replace(prediction, model_output=fused, num_uncond=len(uncond)), step)
+        rows = Rows.of(cond.shape[1], len(uncond))
+        return self.session.guider.combine(replace(prediction, model_output=fused, rows=rows), step)
 
     def _shares(self, step: Step) -> Tensor:
         """The share of each branch in a cell. Shape: [branches, images, 1, height, width]."""

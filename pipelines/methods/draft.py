@@ -171,7 +171,7 @@ def _by_scene(settings: Draft, session: Session) -> Restart:
 def _biases(session: Session, text: Conditioning, shares: Mapping[int, Tensor], size: float) -> Mapping[int, Tensor]:
     """The bias of every grid. Shape: [rows, cells, tokens] each."""
     subjects = list(session.concepts.subjects)
-    phrases = text.phrase_mask[text.conditional_rows][..., subjects]
+    phrases = text.phrase_mask[text.roles.conditional][..., subjects]
     return {level: region_bias(text, share[..., subjects], phrases, size, -size) for level, share in shares.items()}
 
 
@@ -293,7 +293,7 @@ class Drafting:
         """The mean attention to each subject over the draft. Shape: [images, subjects, height, width]."""
         canvas, request = self.session.canvas, MapRequest(self.words)
         found = drafted_maps(self.session, latents, first, self.draft, request, self.settings.length)
-        mean = torch.stack([maps.text[-len(self.words) :] for maps in found]).mean(dim=0)
+        mean = torch.stack([maps.text for maps in found]).mean(dim=0)
         return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level))
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from lora_compose.pipelines.canvas import Step
@@ -36,22 +35,25 @@ def drafted_maps(
         of_last: Whether maps are recorded in the last of the steps only.
 
     Returns:
-        The maps of each step that is recorded; those of unconditional rows come first and are 0.
+        The maps of the conditional rows in each step that is recorded.
     """
     found = []
     with session.denoiser.sampler.ahead() as sampler:
         denoiser = session.denoiser.ahead(sampler)
         *earlier, last = sampler.schedule.leading(length, first)
         for step in earlier:
-            wanted = None if of_last else _on_all_rows(request, step)
+            wanted = None if of_last else _on_all_rows(request, prepared, step)
             prediction = denoiser.predict(latents, step, prepared, wanted)
             if prediction.maps is not None:
-                found.append(prediction.maps)
+                found.append(replace(prediction.maps, text=prediction.maps.text[prediction.rows.conditional]))
             latents = sampler.step(session.guider.combine(prediction, step), step, latents)
         return [*found, denoiser.maps(latents, last, prepared, request)]
 
 
-def _on_all_rows(request: MapRequest, step: Step) -> MapRequest:
+def _on_all_rows(request: MapRequest, prepared: PreparedPass, step: Step) -> MapRequest:
     if not step.guided:
         return request
-    return replace(request, tokens=torch.cat([torch.zeros_like(request.tokens), request.tokens]))
+    roles = prepared.spec.text.roles
+    tokens = request.tokens.new_zeros(len(roles), *request.tokens.shape[1:])
+    tokens[roles.conditional] = request.tokens
+    return replace(request, tokens=tokens)

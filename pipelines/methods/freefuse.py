@@ -103,8 +103,8 @@ class FreeFuse(Settings):
         if any(concept.region for concept in concepts.concepts):
             warn_once("freefuse ignores regions and finds subjects by itself; method='regional' uses regions")
         text = one_text(session, concepts.weights_of(range(len(concepts.loaded))))
-        mine = text.conditional_rows, slice(None), list(concepts.subjects)
-        phrases, triggers = text.phrase_mask[mine], text.trigger_mask[mine]
+        subjects, mine = list(concepts.subjects), text.conditional()
+        phrases, triggers = mine.phrase_mask[..., subjects], mine.trigger_mask[..., subjects]
         lacking = (phrases.sum(dim=1) == 0).any(dim=0).tolist()
         names = [concepts.concepts[i].name for i, lacks in zip(concepts.subjects, lacking, strict=True) if lacks]
         if names:

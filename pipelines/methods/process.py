@@ -93,7 +93,7 @@ def acting_rows(text: Conditioning, which: ActingRows) -> Tensor:
     """1 on the rows on which LoRAs act. Shape: [rows, 1, 1], on the CPU."""
     acting = torch.ones(text.rows, 1, 1)
     if which == "cond_only":
-        acting[: text.conditional_rows.start] = 0
+        acting[text.roles.unconditional] = 0
     return acting
 
 

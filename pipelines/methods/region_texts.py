@@ -133,7 +133,7 @@ class SegmentedTexts:
     @property
     def alike(self) -> bool:
         """Whether each text has as many tokens in all images."""
-        lengths = [text.lengths[text.conditional_rows] for text in (self.base, *self.regions)]
+        lengths = [text.conditional().lengths for text in (self.base, *self.regions)]
         return all(len(set(of_text)) == 1 for of_text in lengths)
 
     def of_image(self, image: int) -> "SegmentedTexts":
@@ -152,12 +152,12 @@ class SegmentedTexts:
             device: Where attention runs.
         """
         segments = join_segments(self.base, self.regions, joint.multiple)
-        text, first = segments.text, segments.text.conditional_rows.start
+        text, roles = segments.text, segments.text.roles
         own = torch.zeros_like(text.trigger_mask)
-        own[:first] = 1
+        own[roles.unconditional] = 1
         for i, owner in enumerate(self.owners):
-            own[first:, slice(None) if owner is None else segments.of(owner), i] = 1
-        unconditional = [row < first for row in range(text.rows)]
+            own[roles.conditional, slice(None) if owner is None else segments.of(owner), i] = 1
+        unconditional = [not row.conditional for row in roles.each]
         regions = JointRegions.of(
             joint, cells.flatten(0, 1), segments.lengths, unconditional, isolate=isolate, hidden=segments.hidden,
             device=device,

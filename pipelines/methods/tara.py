@@ -89,7 +89,8 @@ def token_mask(text: Conditioning, unmasked: Sequence[int], *, broadcast: bool) 
     """
     mask = text.trigger_mask
     if broadcast and text.guided:
-        mask = torch.cat([mask[text.conditional_rows]] * 2)
+        mask = mask.clone()
+        mask[text.roles.unconditional] = mask[text.roles.conditional]
     return mask.index_fill(-1, torch.tensor(unmasked, dtype=torch.long, device=mask.device), 1)
 
 

@@ -13,6 +13,7 @@ from lora_compose import Draft
 from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.guidance import NormLimited, TokenNorms
 from lora_compose.pipelines.passes import Prediction
+from lora_compose.pipelines.rows import Rows
 from lora_compose.pipelines.sampler import Schedule
 from transformer_families import CALL, as_file, latents_of, pipeline_with_concepts, plain_latents, random_lora_of_all
 from z_image import Z_IMAGE
@@ -80,7 +81,7 @@ def test_a_callback_may_change_the_scale_where_there_is_no_guidance(pipe, with_c
 
 
 def prediction_of(uncond: Tensor, cond: Tensor) -> Prediction:
-    return Prediction(torch.cat([uncond, cond]), 1, len(cond))
+    return Prediction(torch.cat([uncond, cond]), Rows.of(len(cond), 1))
 
 
 def test_tokens_keep_their_norm_as_in_qwen_image():
