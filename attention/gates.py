@@ -27,8 +27,8 @@ class GateKey(NamedTuple):
 class Gates:
     """Factors on the LoRA deltas of `concepts` concepts during one forward pass, weights included.
 
-    Every dimension may be 1 and is then broadcast; a tensor whose values differ by row has all rows of the batch, in
-    its order.
+    Every dimension may be 1 and is then broadcast. A tensor whose values differ by row has all
+    rows.
 
     Attributes:
         text: For text tokens. Shape: [rows, tokens, concepts], or [texts, rows, tokens, concepts] with several texts.
@@ -47,8 +47,8 @@ class Gates:
     read: Mapping[int, Tensor] | None = None
     modulation: Tensor | None = None
 
-    def select(self, rows: slice) -> "Gates":
-        """The gates of a slice of the rows."""
+    def select(self, rows: slice | list[int]) -> "Gates":
+        """The gates of some of the rows."""
         return self._each(lambda gate: _rows(gate, rows, -3), lambda gate: _rows(gate, rows, -2))
 
     def scatter_concepts(self, columns: Sequence[int], concepts: int) -> "Gates":
@@ -149,8 +149,8 @@ def _flat(gate: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([row[:length] for row, length in zip(each, lengths, strict=True)])
 
 
-def _rows(gate: Tensor, rows: slice, dim: int) -> Tensor:
-    chosen = [slice(None)] * gate.dim()
+def _rows(gate: Tensor, rows: slice | list[int], dim: int) -> Tensor:
+    chosen: list[slice | list[int]] = [slice(None)] * gate.dim()
     chosen[dim] = rows
     return gate if gate.shape[dim] == 1 else gate[tuple(chosen)]
 

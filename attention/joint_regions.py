@@ -125,10 +125,15 @@ class JointRegions:
             masks = {"text": hidden, "joint": torch.cat([none, hidden] if site.image_first else [hidden, none], dim=1)}
         return cls(groups, tuple(unconditional), base, masks)
 
-    def select(self, rows: slice) -> "JointRegions":
-        """For a slice of the rows."""
-        hidden = None if self.hidden is None else {name: found[rows] for name, found in self.hidden.items()}
-        return replace(self, unconditional=self.unconditional[rows], hidden=hidden)
+    def select(self, rows: slice | Sequence[int]) -> "JointRegions":
+        """For some of the rows: a slice of them, or their indices in a new order."""
+        indices = range(len(self.unconditional))[rows] if isinstance(rows, slice) else rows
+        hidden = (
+            None
+            if self.hidden is None
+            else {name: found[rows if isinstance(rows, slice) else list(rows)] for name, found in self.hidden.items()}
+        )
+        return replace(self, unconditional=tuple(self.unconditional[i] for i in indices), hidden=hidden)
 
     def attend(
         self, attend: Attend, stream: Stream, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None

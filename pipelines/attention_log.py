@@ -52,7 +52,7 @@ class AttentionLog:
             text: The text of the rows that were run.
             maps: Its attention maps, as requested. Shape: [(texts,) rows, cells, concepts].
         """
-        rows = text.conditional_rows
+        rows = text.roles.conditional
         named = (text.phrase_mask[..., rows, :, :].sum(dim=-2) > 0).float()
         maps = maps[..., rows, :, :]
         maps = maps.reshape(-1, text.images, *maps.shape[-2:])

@@ -358,7 +358,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             timesteps = kept
         if ends or sampling.has_schedule:
             steps = math.ceil(len(timesteps) / scheduler.order)
-        return Schedule(timesteps, steps, scheduler.order)
+        return Schedule(timesteps, steps, scheduler.order, sampling.guider.unguided(timesteps))
 
     def _timesteps(self, scheduler: Any, sampling: Sampling, canvas: Canvas) -> tuple[Tensor, int]:
         """The timesteps of all passes, and the number of steps, as diffusers' pipeline sets them."""
@@ -388,9 +388,9 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             offered |= dict(zip(OF_INPAINTING, (task.mask, task.masked), strict=True))
         given = {name: offered[name] for name in call.callback.tensors}
         returned = function(self, step.index, step.t, dict(given))
-        if step.guided and self.guidance_scale != guidance_scale:
+        if step.cfg_scale > 1 and self.guidance_scale != guidance_scale:
             cfg_scale = self._cfg_scale(step)
-        check_changed(offered, returned, cut=step.guided and cfg_scale <= 1)
+        check_changed(offered, returned, cut=step.cfg_scale > 1 >= cfg_scale)
         return returned.get("latents", latents), cfg_scale
 
     def _cfg_scale(self, step: Step) -> float:

@@ -13,6 +13,7 @@ from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.control import Control, PreparedImagePrompts
 from lora_compose.pipelines.from_image import Source, check_steps
+from lora_compose.pipelines.guidance import Embedded, Guider
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.regions import check_region
 from lora_compose.pipelines.scene import Concept
@@ -85,14 +86,6 @@ class ImageSize:
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance: its scale, 1 or less is none, and diffusers' `guidance_rescale`."""
-
-    scale: float
-    rescale: float = 0.0
-
-
-@dataclass(frozen=True)
 class Sampling:
     """How latents are denoised; fields as in diffusers.
 
@@ -104,7 +97,7 @@ class Sampling:
         generator: Source of randomness.
         latents: The start noise.
         eta: Of schedulers like DDIM.
-        guidance: Classifier-free guidance.
+        guider: Guidance.
     """
 
     num_inference_steps: int | None
@@ -114,7 +107,7 @@ class Sampling:
     generator: Generators = None
     latents: Tensor | None = None
     eta: float = 0.0
-    guidance: Guidance = Guidance(1.0)
+    guider: Guider = field(default_factory=Embedded)
 
     @property
     def has_schedule(self) -> bool:
@@ -141,7 +134,7 @@ class Call:
         sampling: How latents are denoised.
         callback: Function after every step.
         started: When the call began, by `time.perf_counter()`.
-        inputs: Further arguments of every forward pass; tensors have one row per image.
+        inputs: Further arguments of every forward pass; tensors are marked (`ByImage`, `OnGrid`).
         properties: Attributes that diffusers' pipeline has during a call.
         source: The image to start from; None means text-to-image.
         repaint: Further arguments of calls that repaint the subjects of the images (`refine`).

@@ -69,9 +69,10 @@ class Step:
         index: Number of the pass, from 0.
         count: Number of passes.
         t: The timestep.
-        cfg_scale: Classifier-free guidance in this step; 1 or less is none.
+        cfg_scale: Classifier-free guidance of the call at this point; 1 or less is none.
         second_order: Whether the scheduler returns to the latents of the previous pass, as in Heun's second pass.
             Updates of the latents before such a pass would be lost.
+        unguided: Whether this step has no guidance, whatever the scale.
     """
 
     index: int
@@ -79,11 +80,12 @@ class Step:
     t: Tensor
     cfg_scale: float = 1.0
     second_order: bool = False
+    unguided: bool = False
 
     @property
     def guided(self) -> bool:
         """Whether there are unconditional rows."""
-        return self.cfg_scale > 1
+        return self.cfg_scale > 1 and not self.unguided
 
 
 def steps_in(part: float, count: int) -> float:

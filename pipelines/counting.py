@@ -84,7 +84,7 @@ class CountingRunner:
         text = prepared.spec.text if step.guided else prepared.spec.text.conditional()
         self.cost.rows_forward += self._rows(latents, step, text)
         maps = None if request is None else self._maps(request)
-        return Prediction(self._nothing(latents, text), text.num_uncond, text.images, maps)
+        return Prediction(self._nothing(latents, text), text.roles, maps)
 
     def maps(self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest) -> AttentionMaps:
         """Counts a forward pass of the conditional rows that stops early."""
@@ -113,7 +113,7 @@ class CountingRunner:
             self.cost.rows_stopped += self._rows(latents, step, text)
         self.cost.rows_backward += text.rows
         maps = self._maps(request)
-        prediction = Prediction(self._nothing(latents, text), text.num_uncond, text.images, maps) if whole else None
+        prediction = Prediction(self._nothing(latents, text), text.roles, maps) if whole else None
         read = None if readout is None else readout(maps)
         return Gradient(torch.ones(len(latents)), torch.zeros(latents.shape), maps, prediction, read)
 
@@ -122,7 +122,7 @@ class CountingRunner:
         fraction = latents.shape[-2] * latents.shape[-1] / math.prod(self.canvas.latent_grid)
         for control in self.plan.controls:
             if isinstance(control, PreparedControlNet) and control.acts(step.index, step.count):
-                self.cost.control_rows += (text.rows - control.first_row(text)) * fraction
+                self.cost.control_rows += len(text.roles.select(control.read_by(text))) * fraction
         return text.rows * fraction
 
     def _nothing(self, latents: Tensor, text: Conditioning) -> Tensor:

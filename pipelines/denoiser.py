@@ -25,8 +25,8 @@ from lora_compose.pipelines.control import (
     PreparedImagePrompts,
     View,
     model_inputs,
-    repeated,
 )
+from lora_compose.pipelines.inputs import check_marked, for_rows, of_images
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
 from lora_compose.pipelines.prepared_pass import MicroBatch, PreparedPass
@@ -56,8 +56,7 @@ class Denoiser:
         canvas: Sizes of the call.
         concepts: The concept set.
         controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
-        inputs: Further arguments of every forward pass; tensors have one row per image, those of four dimensions are on
-            the grid of the latents.
+        inputs: Further arguments of every forward pass; tensors are marked (`ByImage`, `OnGrid`).
         log: Records the attention maps of some steps.
         caches: What diffusers' caches keep between steps.
 
@@ -83,6 +82,7 @@ class Denoiser:
         self.canvas = canvas
         self.concepts = concepts
         self.controls = tuple(controls)
+        check_marked(inputs)
         self.inputs = dict(inputs)
         self.log = log
         self.caches = caches
@@ -97,11 +97,10 @@ class Denoiser:
             images: Its images in the batch.
         """
         columns = concepts.columns or range(len(concepts.loaded))
-        inputs = {name: one[images] if isinstance(one, Tensor) else one for name, one in self.inputs.items()}
         part = Denoiser(
             self.backbone, self.installation, self.sampler.of_images(images),
             self.canvas.of_prompts(len(images) // self.canvas.images_per_prompt), concepts,
-            [control.of_images(images) for control in self.controls], inputs,
+            [control.of_images(images) for control in self.controls], of_images(self.inputs, images),
             self.log.of_set(columns, len(self.concepts.loaded), images), self.caches,
         )  # fmt: skip
         part.cost = self.cost
@@ -169,7 +168,7 @@ class Denoiser:
         if recorders[0] is not None:
             self.log.take(step.index, prepared.spec, text, recorders[0].mean())
         maps = None if recorders[1] is None else AttentionMaps.of(recorders[1])
-        return Prediction(output, text.num_uncond, text.images, maps)
+        return Prediction(output, text.roles, maps)
 
     def maps(self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest) -> AttentionMaps:
         """Attention maps alone: a forward pass of the conditional rows that stops after the last map layer.
@@ -243,7 +242,7 @@ class Denoiser:
         self.cost.rows_backward += text.rows
         gradient = gradient.float() / lift / per_latent
         maps = maps.detached()
-        prediction = Prediction(output.detach(), text.num_uncond, text.images, maps) if whole else None
+        prediction = Prediction(output.detach(), text.roles, maps) if whole else None
         return Gradient(losses.detach() / lift, gradient, maps, prediction)
 
     def micro_batches(self, prepared: PreparedPass, step: Step, *, conditional: bool) -> Sequence[MicroBatch]:
@@ -333,7 +332,7 @@ class Denoiser:
                 self.installation.use(batch.inputs, *part)
                 latents = torch.cat([scaled] * (text.rows // text.images))
                 inputs = {
-                    **{name: _by_row(one, view, text.rows) for name, one in self.inputs.items()},
+                    **for_rows(self.inputs, view, text.rows),
                     **self._control_inputs(latents, step, text, view, fraction),
                 }
                 with self.caches.of((spec, total, batch.rows.start) if whole else None, anew=bool(wanted) or not whole):
@@ -354,8 +353,8 @@ class Denoiser:
         acting = [control for control in self.controls if control.acts(step.index, step.count)]
         guides = [control for control in acting if not isinstance(control, PreparedImagePrompts)]
         prompts = [control.inputs(text, view) for control in acting if isinstance(control, PreparedImagePrompts)]
-        firsts = [control.first_row(text) for control in guides if isinstance(control, PreparedControlNet)]
-        self.cost.control_rows += sum(text.rows - first for first in firsts) * fraction
+        read = [control.read_by(text) for control in guides if isinstance(control, PreparedControlNet)]
+        self.cost.control_rows += sum(len(text.roles.select(rows)) for rows in read) * fraction
         return {**model_inputs(guides, latents, step.t, text, view), **dict(*prompts)}
 
 
@@ -368,10 +367,3 @@ def check_pass(spec: Pass, backbone: Backbone) -> None:
             "this method needs cross-attention that reads a text for each region, and only UNets have it; use "
             "draft, regional, tara or merge with this model"
         )
-
-
-def _by_row(given: Any, view: View, rows: int) -> Any:
-    """A further argument, repeated for all rows; a grid is cut to the part of the canvas that the pass sees."""
-    if not isinstance(given, Tensor):
-        return given
-    return repeated(view.of_cells(given, 0) if given.dim() == 4 else view.of_images(given), rows)

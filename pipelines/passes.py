@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lora_compose.attention import Gates, JointRegions, Recorder, RegionAttention
 from lora_compose.pipelines.regions import Window
+from lora_compose.pipelines.rows import Rows
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 
@@ -91,21 +92,20 @@ class Prediction:
 
     Attributes:
         model_output: What the scheduler takes (noise, velocity). Shape: [rows, channels, height, width].
-        num_uncond: Number of leading unconditional branches.
-        images: Images in the batch.
+        rows: The roles of its rows.
         maps: The attention maps, if asked for.
     """
 
     model_output: Tensor
-    num_uncond: int
-    images: int
+    rows: Rows
     maps: AttentionMaps | None = None
 
     @property
     def branches(self) -> tuple[Tensor, Tensor]:
         """Unconditional and conditional branches. Shape: [branches, images, channels, height, width] each."""
-        branches = self.model_output.unflatten(0, (-1, self.images))
-        return branches[: self.num_uncond], branches[self.num_uncond :]
+        parts = self.model_output[self.rows.unconditional], self.model_output[self.rows.conditional]
+        uncond, cond = (part.reshape(-1, self.rows.images, *part.shape[1:]) for part in parts)
+        return uncond, cond
 
 
 def weighted_mean(predictions: Sequence[Prediction], weights: Sequence[float | Tensor]) -> Prediction:
@@ -120,7 +120,7 @@ def weighted_mean(predictions: Sequence[Prediction], weights: Sequence[float | T
         return first
     weighted = []
     for prediction, weight in zip(predictions, weights, strict=True):
-        by_branch = prediction.model_output.unflatten(0, (-1, prediction.images))
+        by_branch = prediction.model_output.unflatten(0, (-1, prediction.rows.images))
         weighted.append((weight.to(by_branch.dtype) if isinstance(weight, Tensor) else weight) * by_branch)
     return replace(first, model_output=torch.stack(weighted).sum(dim=0).flatten(0, 1))
 

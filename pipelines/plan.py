@@ -22,7 +22,6 @@ from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.from_image import region_in_pixels
-from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.host import Host
 from lora_compose.pipelines.memory import check_size
 from lora_compose.pipelines.methods import Choice, Settings, choose_method, make_method
@@ -129,8 +128,8 @@ class Plan:
 
     @property
     def cfg_scale(self) -> float:
-        """Classifier-free guidance; 1 for models that take its scale as an input."""
-        return 1.0 if self.canvas.backbone.embeds_guidance else self.call.sampling.guidance.scale
+        """Scale of the guidance; 1 or less is none, e.g. where the model takes it as an input."""
+        return self.call.sampling.guider.scale
 
     def session(self, part: PromptsOfSet, runner: SetRunner, encoder: TextEncoder) -> Session:
         """The session of one concept set, for what runs the passes and encodes the texts of the call."""
@@ -142,7 +141,7 @@ class Plan:
         denoiser: Runner = runner
         if len(self.sets) > 1:
             denoiser = runner.of_set(part.concepts, images_of(part.indices, self.canvas.images_per_prompt))
-        return Session(part.concepts, prompts, denoiser, Guider(self.call.sampling.guidance.rescale))
+        return Session(part.concepts, prompts, denoiser, self.call.sampling.guider)
 
 
 @dataclass(frozen=True)
@@ -178,13 +177,14 @@ def make_plan(host: Host, call: Call) -> Plan:
     sets = [concepts.subset(columns) for columns in concepts_of]
     choice = resolve_choice(host, call.composition.method, loaded, call.prompts.first, sets)
     backbone = host.backbone_of(call)
-    if getattr(choice.method, "needs_region_attention", False) and not backbone.reads_regions:
+    needs = choice.method.needs
+    if needs.region_attention and not backbone.reads_regions:
         raise ValueError(
             "this method needs region attention or gradients, which work with SD 1.x, SD 2.x and SDXL only; use "
             "draft, which needs no layout, regional with a region for each subject, or tara"
         )
-    check_caches(backbone.model, differentiates=getattr(choice.method, "needs_region_attention", False))
-    if call.source is not None and call.source.strength < 1 and getattr(choice.method, "moves_noise", False):
+    check_caches(backbone.model, differentiates=needs.region_attention)
+    if call.source is not None and call.source.strength < 1 and needs.start_noise:
         raise ValueError(
             "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
             "it reinit='off', or strength=1"

@@ -13,6 +13,7 @@ from lora_compose.attention.text_kv import TextKV
 from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.passes import Pass
+from lora_compose.pipelines.rows import Selection
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 
@@ -92,9 +93,10 @@ class PreparedPass:
     ) -> Iterator[MicroBatch]:
         text, gates, regions, biases = self.spec.text, self.spec.gates, self.spec.joint_regions, self.spec.text_bias
         if conditional and text.guided:
-            regions = None if regions is None else regions.select(text.conditional_rows)
-            biases = _of_rows(biases, text.conditional_rows)
-            gates, text = gates.select(text.conditional_rows), text.conditional()
+            rows = text.roles.conditional
+            regions = None if regions is None else regions.select(rows)
+            biases = _of_rows(biases, rows)
+            gates, text = gates.select(rows), text.select(rows)
         if concepts.schedules:
             gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
         gates = concepts.scatter(gates)
@@ -106,7 +108,7 @@ class PreparedPass:
             yield MicroBatch(part, inputs, rows)
 
 
-def _of_rows(biases: Mapping[int, Tensor] | None, rows: slice) -> Mapping[int, Tensor] | None:
+def _of_rows(biases: Mapping[int, Tensor] | None, rows: Selection) -> Mapping[int, Tensor] | None:
     return None if biases is None else {level: bias[rows] for level, bias in biases.items()}
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,15 +22,18 @@ class Schedule:
         timesteps: Timesteps of all passes. A second-order scheduler has two per step, and one in the last step.
         steps: Number of steps.
         order: The scheduler's order.
+        unguided: Indices of the passes without guidance, whatever its scale.
     """
 
     timesteps: Sequence[Tensor] | Tensor
     steps: int
     order: int
+    unguided: Collection[int] = ()
 
     def step(self, index: int, cfg_scale: float) -> Step:
         """One pass."""
-        return Step(index, len(self.timesteps), self.timesteps[index], cfg_scale, index % self.order > 0)
+        second_order, unguided = index % self.order > 0, index in self.unguided
+        return Step(index, len(self.timesteps), self.timesteps[index], cfg_scale, second_order, unguided)
 
     def leading(self, length: float, first: Step) -> list[Step]:
         """The first steps, at least one.

@@ -57,7 +57,7 @@ class ImageToImage:
 
     Attributes:
         latents: Those of the image with the noise of the first step. Shape: [images, channels, height, width].
-        inputs: Further arguments of every forward pass.
+        inputs: Further arguments of every forward pass; tensors are marked (`ByImage`, `OnGrid`).
     """
 
     latents: Tensor

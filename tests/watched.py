@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.methods import Needs, Settings
 from lora_compose.pipelines.session import Session
 
 Look = Callable[[Any, Tensor, Step], None]
@@ -15,7 +15,7 @@ Look = Callable[[Any, Tensor, Step], None]
 
 
 @dataclass
-class Watched:
+class Watched(Settings):
     """A method under observation.
 
     Attributes:
@@ -31,6 +31,11 @@ class Watched:
     processes: list[Any] = field(default_factory=list)
     prepared: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     moves: list[Tensor] = field(default_factory=list)
+
+    @property
+    def needs(self) -> Needs:
+        """Those of the method."""
+        return self.settings.needs
 
     def start(self, session: Session) -> "_Watching":
         """Starts the method."""

@@ -62,11 +62,6 @@ class Backbone(Protocol):
         ...
 
     @property
-    def embeds_guidance(self) -> bool:
-        """Whether `guidance_scale` is an input of the model (LCM), and classifier-free guidance is never applied."""
-        ...
-
-    @property
     def reads_regions(self) -> bool:
         """Whether cross-attention can read a different text in each region (`RegionAttention`)."""
         ...

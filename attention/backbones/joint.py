@@ -49,7 +49,6 @@ class JointBackbone:
     map_level = 1
     self_map_layers: tuple[str, ...] = ()
     text_layers = 1
-    embeds_guidance = False
     reads_regions = False
 
     def __init__(self, model: nn.Module) -> None:

@@ -84,11 +84,6 @@ class UNetBackbone:
         sample: Any = uncompiled(self.model).config["sample_size"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
         return min((sample, sample) if isinstance(sample, int) else sample)
 
-    @property
-    def embeds_guidance(self) -> bool:
-        """Whether `guidance_scale` is an input of the model (LCM), and classifier-free guidance is never applied."""
-        return uncompiled(self.model).config["time_cond_proj_dim"] is not None  # pyright: ignore[reportIndexIssue, reportArgumentType]
-
     def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
         """Replaces every attention processor by ours, with the kernel found; `undo` puts them back.
 

@@ -21,7 +21,8 @@ from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.denoiser import Denoiser
-from lora_compose.pipelines.guidance import Guider
+from lora_compose.pipelines.guidance import ClassifierFree
+from lora_compose.pipelines.inputs import ByImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
@@ -112,7 +113,8 @@ def count(
     ):
         sampler = Sampler(scheduler, Schedule(scheduler.timesteps, steps, scheduler.order))
         log, caches = AttentionLog(canvas, ()), StepCaches(backbone.model)
-        denoiser = Denoiser(backbone, installed, sampler, canvas, acting, (), unet_kwargs, log, caches)
+        inputs = {name: ByImage(one) for name, one in unet_kwargs.items()}
+        denoiser = Denoiser(backbone, installed, sampler, canvas, acting, (), inputs, log, caches)
         prompts = Prompts(
             (" ".join(concept.concept.phrase for concept in concepts),), masks, acting,
             lambda weights, prompts, negative_prompts: text,
@@ -120,8 +122,8 @@ def count(
             (0,), canvas,
         )  # fmt: skip
         pricing = PricingDenoiser(denoiser, operations)
-        process = settings.start(Session(acting, prompts, pricing, Guider()))
         cfg_scale, number = guidance_scale if guided else 1.0, len(scheduler.timesteps)
+        process = settings.start(Session(acting, prompts, pricing, ClassifierFree(cfg_scale)))
         every = [sampler.schedule.step(i, cfg_scale) for i in range(number)]
         latents = process.prepare(latents, every[0])
         preparation = operations.flops
@@ -224,7 +226,7 @@ class PricingDenoiser:
         self._price(lambda: run, "predict", latents, step, prepared, request, conditional)
         text = prepared.spec.text.conditional() if conditional else prepared.spec.text
         output = latents.new_zeros(text.rows, *latents.shape[1:])
-        return Prediction(output, text.num_uncond, text.images, None if request is None else self._maps(request))
+        return Prediction(output, text.roles, None if request is None else self._maps(request))
 
     def maps(self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest) -> AttentionMaps:
         """Prices a pass that stops early."""
@@ -265,7 +267,7 @@ class PricingDenoiser:
         maps, text = self._maps(request), prepared.spec.text
         text = text.conditional() if conditional else text
         output = latents.new_zeros(text.rows, *latents.shape[1:])
-        prediction = Prediction(output, text.num_uncond, text.images, maps) if whole else None
+        prediction = Prediction(output, text.roles, maps) if whole else None
         read = None if readout is None else readout(maps)
         return Gradient(torch.ones(images), torch.zeros(latents.shape), maps, prediction, read)
 

@@ -52,11 +52,10 @@ class PreparedImagePrompts:
             text: The text of all rows.
             view: What the pass sees.
         """
-        branches = text.rows // text.images
         given: list[Tensor] = []
         for index, positive in enumerate(self.positive):
-            negative = [self.negative[index]] * text.num_uncond if self.negative else []
-            each = [view.of_images(one) for one in (*negative, *[positive] * (branches - text.num_uncond))]
+            branches = [conditional for _, conditional in text.roles.branches]
+            each = [view.of_images(positive if one else self.negative[index]) for one in branches]
             given.append(torch.cat([one.expand(text.images, *one.shape[1:]) for one in each]))
         masks = None if self.masks is None else [self._seen(mask, view) for mask in self.masks]
         return {"image_embeds": given, "ip_adapter_masks": masks}

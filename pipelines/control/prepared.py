@@ -12,6 +12,7 @@ from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import coarser, grid_at
 from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.regions import Window
+from lora_compose.pipelines.rows import Selection
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 
@@ -73,10 +74,10 @@ class PreparedControlNet:
         """The same for some of the images."""
         return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images))
 
-    def first_row(self, text: Conditioning) -> int:
-        """The first row that it runs; with `global_pool_conditions` it runs conditional rows only."""
+    def read_by(self, text: Conditioning) -> Selection:
+        """The rows that it runs; with `global_pool_conditions` they are the conditional ones only."""
         model: Any = uncompiled(self.control.model)
-        return text.conditional_rows.start if model.config.global_pool_conditions else 0
+        return text.roles.conditional if model.config.global_pool_conditions else slice(None)
 
     def residuals(self, latents: Tensor, t: Tensor, text: Conditioning, view: View) -> list[Tensor]:
         """What it adds to the skip connections and, last, to the middle. Shape: [rows, channels, height, width] each.
@@ -87,10 +88,10 @@ class PreparedControlNet:
             text: The text of all rows.
             view: What the pass sees.
         """
-        model, first, dtype = self.control.model, self.first_row(text), self.hint.dtype
-        mine = text.select(slice(first, text.rows))
+        model, rows, dtype = self.control.model, self.read_by(text), self.hint.dtype
+        mine = text.select(rows)
         skips, mid = model(
-            latents[first:].to(dtype),
+            latents[rows].to(dtype),
             t,
             encoder_hidden_states=_one_text(mine.canvas_text, model.config.cross_attention_dim).to(dtype),
             controlnet_cond=repeated(view.of_pixels(self.hint, self.pixels), mine.rows),
@@ -99,7 +100,7 @@ class PreparedControlNet:
         )
         given = zip((*skips, mid), self.levels, strict=True)
         found = [self._weighed(residual, level, view).to(latents.dtype) for residual, level in given]
-        return [torch.cat([one.new_zeros(first, *one.shape[1:]), one]) for one in found] if first else found
+        return found if mine.rows == text.rows else [_on_rows(one, rows, text.rows) for one in found]
 
     def _weighed(self, residual: Tensor, level: int, view: View) -> Tensor:
         scale = _scale(self.control, self.weights, level, view)
@@ -164,6 +165,13 @@ class PreparedAdapter:
         ]
 
 
+def _on_rows(values: Tensor, rows: Selection, count: int) -> Tensor:
+    """Values of some rows, and 0 on the others of so many."""
+    every = values.new_zeros(count, *values.shape[1:])
+    every[rows] = values
+    return every
+
+
 PreparedControl = PreparedControlNet | PreparedAdapter
 
 
@@ -182,7 +190,7 @@ def model_inputs(
     running = [
         control
         for control in controls
-        if isinstance(control, PreparedControlNet) and control.first_row(text) < text.rows
+        if isinstance(control, PreparedControlNet) and len(text.roles.select(control.read_by(text)))
     ]
     nets = [control.residuals(latents, t, text, view) for control in running]
     adapters = [control.residuals(text.rows, view) for control in controls if isinstance(control, PreparedAdapter)]

@@ -16,7 +16,6 @@ from lora_compose.pipelines.call import (
     Concepts,
     Generators,
     GivenPrompts,
-    Guidance,
     ImageSize,
     Sampling,
     check_arguments,
@@ -35,6 +34,8 @@ from lora_compose.pipelines.families.flow_matching import (
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.front import Plain, Request, front
+from lora_compose.pipelines.guidance import ClassifierFree
+from lora_compose.pipelines.inputs import ByImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import TokenPositions
@@ -154,7 +155,8 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
         cfg_scale = true_cfg_scale if has_negative else 1.0
         per_prompt = num_images_per_prompt or 1
-        sampling = Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale))
+        guider = ClassifierFree(cfg_scale)
+        sampling = Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider)
         negatives = [listed(negative_prompt), listed(negative_prompt_2)]
         given = GivenPrompts(texts, prompt_embeds, max_sequence_length, negatives)
         check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
@@ -283,9 +285,8 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         """Further arguments of every forward pass."""
         inputs: dict[str, Any] = {"joint_attention_kwargs": joint_attention_kwargs}
         if self.transformer.config.guidance_embeds:
-            inputs["guidance"] = torch.full(
-                [images], guidance_scale, device=self._execution_device, dtype=torch.float32
-            )
+            scale = torch.full([images], guidance_scale, device=self._execution_device, dtype=torch.float32)
+            inputs["guidance"] = ByImage(scale)
         return inputs
 
     def _cfg_scale(self, step: Step) -> float:

@@ -20,7 +20,6 @@ from lora_compose.pipelines.call import (
     Concepts,
     Generators,
     GivenPrompts,
-    Guidance,
     ImageSize,
     Sampling,
     check_arguments,
@@ -39,6 +38,8 @@ from lora_compose.pipelines.families.flow_matching import (
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.front import Plain, Request, front
+from lora_compose.pipelines.guidance import ClassifierFree
+from lora_compose.pipelines.inputs import OnGrid
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import TokenPositions
@@ -150,7 +151,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
         call = Call(
             begun.composition, given, ImageSize(width, height, num_images_per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
+            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=ClassifierFree(cfg_scale)),
             Callback(callback_on_step_end, tensors), begun.started, {"joint_attention_kwargs": attention_kwargs},
             {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
             source,
@@ -224,7 +225,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             )
 
     def _inputs_from_image(self, image: Tensor) -> Mapping[str, Any]:
-        return {"reference": image}
+        return {"reference": OnGrid(image)}
 
     def _latent_mask(self, mask: Tensor, canvas: Canvas) -> Tensor:
         height, width = (side // PATCH for side in canvas.latent_grid)

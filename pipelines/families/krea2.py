@@ -16,7 +16,6 @@ from lora_compose.pipelines.call import (
     Concepts,
     Generators,
     GivenPrompts,
-    Guidance,
     ImageSize,
     Sampling,
     check_arguments,
@@ -32,6 +31,7 @@ from lora_compose.pipelines.families.flow_matching import (
 )
 from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.front import Plain, Request, front
+from lora_compose.pipelines.guidance import ClassifierFree
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
@@ -130,7 +130,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
         call = Call(
             begun.composition, given, ImageSize(width, height, num_images_per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
+            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=ClassifierFree(cfg_scale)),
             Callback(callback_on_step_end, tensors), begun.started, {"attention_kwargs": attention_kwargs},
             {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
         )  # fmt: skip

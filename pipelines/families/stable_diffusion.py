@@ -18,7 +18,6 @@ from lora_compose.pipelines.call import (
     Concepts,
     Generators,
     GivenPrompts,
-    Guidance,
     ImageSize,
     Sampling,
     check_arguments,
@@ -153,18 +152,18 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         texts = None if prompt_embeds is not None else [listed(prompt)]
         given = GivenPrompts(texts, prompt_embeds, negative=[listed(negative_prompt)])
         size = ImageSize(width, height, num_images_per_prompt or 1)
-        guidance = Guidance(guidance_scale, guidance_rescale)
-        sampling = Sampling(num_inference_steps, timesteps, sigmas, None, generator, latents, eta, guidance)
+        guider = self._guider(guidance_scale, guidance_rescale)
+        sampling = Sampling(num_inference_steps, timesteps, sigmas, None, generator, latents, eta, guider)
         call = Call(
             begun.composition, given, size, sampling, Callback(callback_on_step_end, tensors), begun.started,
-            self._inputs(guidance, len(given) * size.images_per_prompt, cross_attention_kwargs),
+            self._inputs(guidance_scale, len(given) * size.images_per_prompt, cross_attention_kwargs),
             {
                 "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
                 "_cross_attention_kwargs": cross_attention_kwargs, "_denoising_end": None,
             },
-            source, self._repaint(guidance, given.negative, ip_adapter_image, ip_adapter_image_embeds),
+            source, self._repaint(guidance_scale, given.negative, ip_adapter_image, ip_adapter_image_embeds),
             self._image_prompts(
-                ip_adapter_image, ip_adapter_image_embeds, cross_attention_kwargs, guidance,
+                ip_adapter_image, ip_adapter_image_embeds, cross_attention_kwargs, guider,
                 len(given) * size.images_per_prompt, (width, height),
             ),
         )  # fmt: skip
@@ -214,7 +213,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         return self._postprocess(image, output_type, do_denormalize=denormalize), nsfw
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
-        uncond = text.prompt_embeds[: text.images] if text.guided else None
+        uncond = text.prompt_embeds[text.roles.unconditional] if text.guided else None
         return {"prompt_embeds": text.prompt_embeds, "negative_prompt_embeds": uncond}
 
 

@@ -16,7 +16,6 @@ from lora_compose.pipelines.call import (
     Concepts,
     Generators,
     GivenPrompts,
-    Guidance,
     ImageSize,
     Sampling,
     check_arguments,
@@ -169,18 +168,18 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             negative=[listed(negative_prompt), listed(negative_prompt_2)],
         )  # fmt: skip
         size = ImageSize(width, height, num_images_per_prompt or 1)
-        guidance = Guidance(guidance_scale, guidance_rescale)
-        sampling = Sampling(num_inference_steps, timesteps, sigmas, denoising_end, generator, latents, eta, guidance)
+        guider = self._guider(guidance_scale, guidance_rescale)
+        sampling = Sampling(num_inference_steps, timesteps, sigmas, denoising_end, generator, latents, eta, guider)
         call = Call(
             begun.composition, given, size, sampling, Callback(callback_on_step_end, tensors), begun.started,
-            self._inputs(guidance, len(given) * size.images_per_prompt, cross_attention_kwargs),
+            self._inputs(guidance_scale, len(given) * size.images_per_prompt, cross_attention_kwargs),
             {
                 "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
                 "_cross_attention_kwargs": cross_attention_kwargs, "_denoising_end": denoising_end,
             },
-            source, self._repaint(guidance, given.negative, ip_adapter_image, ip_adapter_image_embeds),
+            source, self._repaint(guidance_scale, given.negative, ip_adapter_image, ip_adapter_image_embeds),
             self._image_prompts(
-                ip_adapter_image, ip_adapter_image_embeds, cross_attention_kwargs, guidance,
+                ip_adapter_image, ip_adapter_image_embeds, cross_attention_kwargs, guider,
                 len(given) * size.images_per_prompt, (width, height),
             ),
         )  # fmt: skip

@@ -7,13 +7,15 @@ import torch
 from diffusers import AsymmetricAutoencoderKL
 from torch import Tensor
 
-from lora_compose.pipelines.call import Call, Guidance, Sampling, check_latents, listed
+from lora_compose.pipelines.call import Call, Sampling, check_latents, listed
 from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import TOKENIZERS
 from lora_compose.pipelines.control import PreparedImagePrompts, prepare_image_prompts
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
 from lora_compose.pipelines.from_image import FromImage, Source
+from lora_compose.pipelines.guidance import Embedded, Guider, Rescaled
+from lora_compose.pipelines.inputs import ByImage, OnGrid
 from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.sampler import Schedule
 from lora_compose.pipelines.task import ImageToImage, Inpainting
@@ -89,18 +91,22 @@ class UNetPipeline(ImageTasksPipeline):
     def _step_arguments(self, sampling: Sampling) -> Mapping[str, Any]:
         return self.prepare_extra_step_kwargs(sampling.generator, eta=sampling.eta)
 
+    def _guider(self, scale: float, rescale: float) -> Guider:
+        """The guider of a call; distilled models take the scale as an input."""
+        return Rescaled(scale, rescale) if self.unet.config.time_cond_proj_dim is None else Embedded()
+
     def _inputs(
-        self, guidance: Guidance, images: int, cross_attention_kwargs: dict[str, Any] | None
+        self, guidance_scale: float, images: int, cross_attention_kwargs: dict[str, Any] | None
     ) -> Mapping[str, Any]:
         """Further arguments of every forward pass."""
         given = {name: it for name, it in (cross_attention_kwargs or {}).items() if name != "ip_adapter_masks"}
         inputs: dict[str, Any] = {"cross_attention_kwargs": given or None}
         width = self.unet.config.time_cond_proj_dim
-        if width is not None:  # distilled models take the guidance scale as an input
+        if width is not None:
             embedding = self.get_guidance_scale_embedding(
-                torch.tensor(guidance.scale - 1).repeat(images), embedding_dim=width
+                torch.tensor(guidance_scale - 1).repeat(images), embedding_dim=width
             )
-            inputs["timestep_cond"] = embedding.to(device=self._execution_device, dtype=self.unet.dtype)
+            inputs["timestep_cond"] = ByImage(embedding.to(self._execution_device, self.unet.dtype))
         return inputs
 
     def _image_prompts(
@@ -108,14 +114,13 @@ class UNetPipeline(ImageTasksPipeline):
         image: Any,
         embeds: list[Tensor] | None,
         cross_attention_kwargs: Mapping[str, Any] | None,
-        guidance: Guidance,
+        guider: Guider,
         images: int,
         size: tuple[int, int],
     ) -> PreparedImagePrompts | None:
         """The images of a call for the IP-Adapters of the UNet."""
-        guided = guidance.scale > 1 and self.unet.config.time_cond_proj_dim is None
         masks = (cross_attention_kwargs or {}).get("ip_adapter_masks")
-        return prepare_image_prompts(self, image, embeds, masks, guided=guided, images=images, size=size)
+        return prepare_image_prompts(self, image, embeds, masks, guided=guider.scale > 1, images=images, size=size)
 
     # Texts with weights, and texts longer than a text encoder reads at once.
 
@@ -197,11 +202,15 @@ class UNetPipeline(ImageTasksPipeline):
     # Calls that start from an image.
 
     def _repaint(
-        self, guidance: Guidance, negative: Sequence[Sequence[str]], ip_adapter_image: Any, ip_adapter_image_embeds: Any
+        self,
+        guidance_scale: float,
+        negative: Sequence[Sequence[str]],
+        ip_adapter_image: Any,
+        ip_adapter_image_embeds: Any,
     ) -> Mapping[str, Any]:
         """Arguments of calls that repaint the subjects of images."""
         return {
-            "guidance_scale": guidance.scale, "negative_prompt": negative[0][0] if negative[0] else None,
+            "guidance_scale": guidance_scale, "negative_prompt": negative[0][0] if negative[0] else None,
             "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds,
         }  # fmt: skip
 
@@ -264,7 +273,7 @@ class UNetPipeline(ImageTasksPipeline):
             mask, masked = source.pipeline.prepare_mask_latents(
                 white, masked_image=left, batch_size=canvas.images, do_classifier_free_guidance=False, **how
             )
-        channels = {"channels": torch.cat([mask, masked], dim=1)} if inpaints else {}
+        channels = {"channels": OnGrid(torch.cat([mask, masked], dim=1))} if inpaints else {}
         return Inpainting(
             latents, channels,
             mask=mask, masked=masked, image=image[0] if image else None, noise=noise, timesteps=schedule.timesteps,

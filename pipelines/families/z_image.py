@@ -18,7 +18,6 @@ from lora_compose.pipelines.call import (
     Concepts,
     Generators,
     GivenPrompts,
-    Guidance,
     ImageSize,
     Sampling,
     check_arguments,
@@ -31,6 +30,7 @@ from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipelin
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.front import Plain, Request, front
+from lora_compose.pipelines.guidance import NormLimited
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.plan import Plan
@@ -92,8 +92,6 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Args:
-            cfg_normalization: Cannot be combined with concepts yet.
-            cfg_truncation: Below 1 it cannot be combined with concepts yet.
             concepts: As for `ComposePipeline.__call__`.
             method: One without gradients: draft, regional, tara, merge, switch or composite, or settings of them.
             control: Not supported yet.
@@ -117,8 +115,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         prompt = begun.prompt
         check_arguments(kwargs, (), joint_attention_kwargs, "joint_attention_kwargs")
         cfg_scale = self._cfg_of(guidance_scale)
-        if cfg_scale > 1 and (cfg_normalization or cfg_truncation < 1):
-            raise ValueError("cfg_normalization and cfg_truncation below 1 cannot be combined with concepts yet")
+        guider = NormLimited(cfg_scale, float(cfg_normalization), 1.0 if cfg_truncation is None else cfg_truncation)
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give a prompt or prompt_embeds, one of the two")
         if prompt_embeds is not None and cfg_scale > 1 and negative_prompt_embeds is None:
@@ -140,9 +137,12 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         given = GivenPrompts(texts, embeds, max_sequence_length, [listed(negative_prompt)])
         call = Call(
             begun.composition, given, ImageSize(width, height, per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
+            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider),
             Callback(callback_on_step_end, tensors), begun.started, {"joint_attention_kwargs": joint_attention_kwargs},
-            {"_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs},
+            {
+                "_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs,
+                "_cfg_normalization": cfg_normalization, "_cfg_truncation": cfg_truncation,
+            },
             source,
             {
                 "guidance_scale": guidance_scale, "negative_prompt": (listed(negative_prompt) or [None])[0],

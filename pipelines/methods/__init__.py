@@ -12,7 +12,7 @@ from lora_compose.pipelines.methods.draft import Draft
 from lora_compose.pipelines.methods.freefuse import FreeFuse
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import FixedPasses, Process, Settings
+from lora_compose.pipelines.methods.process import FixedPasses, Needs, Process, Settings
 from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.methods.switch import Switch
 from lora_compose.pipelines.methods.tara import Tara
@@ -32,6 +32,7 @@ __all__ = [
     "FreeFuse",
     "LoraComposer",
     "Merge",
+    "Needs",
     "Process",
     "Regional",
     "Settings",
@@ -77,8 +78,11 @@ def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = N
         ValueError: For unknown methods and settings; the message lists those that exist.
     """
     if not isinstance(method, str):
-        if isinstance(method, type) or not callable(getattr(method, "start", None)):
-            raise ValueError(f"method must be one of {', '.join(METHODS)} or a settings object, not {method!r}")
+        if isinstance(method, type) or not isinstance(method, Settings):
+            raise ValueError(
+                f"method must be one of {', '.join(METHODS)} or a settings object, whose class extends Settings, not "
+                f"{method!r}"
+            )
         return method
     make = METHODS.get(method) or PRESETS.get(method)
     if make is None:

@@ -34,11 +34,12 @@ from lora_compose.pipelines.losses import contrast, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.mapped_tokens import MappedTokens, check_words, map_tokens
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import Process, warn_once, warn_unread
+from lora_compose.pipelines.methods.process import Needs, Process, Settings, warn_once, warn_unread
 from lora_compose.pipelines.methods.region_gates import region_gates
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions
+from lora_compose.pipelines.rows import Rows
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, join_branches, stack_texts
@@ -51,7 +52,7 @@ _CHANGES = {"dilate": dilated, "erode": eroded, "open": opened, "close": closed}
 
 
 @dataclass(frozen=True)
-class Clora:
+class Clora(Settings):
     """Every LoRA acts where the model attends to its concept, and updates of the latents move concepts apart.
 
     `update_until`, `refine_at`, `mask_from` and `mask_until` are fractions of the steps, or step numbers if above 1.
@@ -148,9 +149,9 @@ class Clora:
         )
 
     @property
-    def needs_region_attention(self) -> bool:
-        """Whether the model must support region attention (fuse="regions")."""
-        return self.fuse == "regions"
+    def needs(self) -> Needs:
+        """Region attention where masks are regions."""
+        return Needs(region_attention=self.fuse == "regions")
 
     def start(self, session: Session) -> Process:
         """Encodes a text for every branch. A single subject is merged."""
@@ -190,8 +191,8 @@ class Clora:
         canvas = session.canvas
         live = torch.stack([_weights(session, branch) for branch in branches])
         unconds = live if self.uncond == "each" else torch.zeros(1, live.shape[1])
-        parts = torch.cat([unconds[: text.num_uncond], live])
-        gate = parts.repeat_interleave(text.images, dim=0).to(canvas.device)[:, None]
+        rows = [live[row.branch] if row.conditional else unconds[row.branch] for row in text.roles.each]
+        gate = torch.stack(rows).to(canvas.device)[:, None]
         return Gates(gate, dict.fromkeys(canvas.levels, gate), gate[:, 0], canvas.latent_grid)
 
 
@@ -290,7 +291,8 @@ class Contrasting:
         if len(uncond) == len(cond):
             uncond = (uncond * shares).sum(dim=0, keepdim=True)
         fused = torch.cat([*uncond, (cond * shares).sum(dim=0)]).to(prediction.model_output.dtype)
-        return self.session.guider.combine(replace(prediction, model_output=fused, num_uncond=len(uncond)), step)
+        rows = Rows.of(cond.shape[1], len(uncond))
+        return self.session.guider.combine(replace(prediction, model_output=fused, rows=rows), step)
 
     def _shares(self, step: Step) -> Tensor:
         """The share of each branch in a cell. Shape: [branches, images, 1, height, width]."""

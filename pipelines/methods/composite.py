@@ -17,12 +17,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_compose.pipelines.methods.process import FixedPasses, subject_pass, warn_once, warn_unread_by_passes
+from lora_compose.pipelines.methods.process import FixedPasses, Settings, subject_pass, warn_once, warn_unread_by_passes
 from lora_compose.pipelines.session import Session
 
 
 @dataclass(frozen=True)
-class Composite:
+class Composite(Settings):
     """The average of the predictions with each LoRA alone.
 
     Attributes:

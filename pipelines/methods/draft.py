@@ -29,12 +29,14 @@ from torch import Tensor
 from lora_compose.attention import Site, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.pipelines.canvas import Canvas, Step
+from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
 from lora_compose.pipelines.methods.division import divided, nearest, strips
-from lora_compose.pipelines.methods.lora_composer import LoraComposer
+from lora_compose.pipelines.methods.drafted import drafted_maps
+from lora_compose.pipelines.methods.gated_pass import gated_pass
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates
+from lora_compose.pipelines.methods.process import FixedPasses, Process, Settings, constant_gates
 from lora_compose.pipelines.methods.region_bias import region_bias
-from lora_compose.pipelines.methods.regional import HALF, Regional, segment_texts, shared_text
+from lora_compose.pipelines.methods.region_texts import HALF, region_texts, segment_texts, shared_text
 from lora_compose.pipelines.passes import MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions, region_mask
@@ -51,7 +53,7 @@ _CHOICES = {"reading": Reading, "division": Division, "isolate": Isolation}
 
 
 @dataclass(frozen=True)
-class Draft:
+class Draft(Settings):
     """Every LoRA acts where the base model puts its subject; no regions are needed.
 
     Attributes:
@@ -128,7 +130,7 @@ class Draft:
 
 def _side(canvas: Canvas) -> int:
     """Least side of a region's own canvas, in latent cells."""
-    return math.ceil(canvas.backbone.native_side * LoraComposer.apart_side)
+    return math.ceil(canvas.backbone.native_side * APART_SIDE)
 
 
 def _class_of(concept: Concept) -> str:
@@ -153,13 +155,12 @@ class Restart:
 
 def _by_scene(settings: Draft, session: Session) -> Restart:
     """All cells read the scene's prompt, drawn to the words of their subject; LoRAs are gated as in `regional`."""
-    concepts, regional = session.concepts, Regional()
-    texts = shared_text(session)
+    concepts, texts = session.concepts, shared_text(session)
 
     def start(masks: Tensor) -> Sequence[Process]:
         by_level = _by_level(session, masks)
         everywhere = [concept.is_style for concept in concepts.concepts]
-        spec = regional.gated(session, texts, by_level, everywhere)
+        spec = gated_pass(session, texts, by_level, everywhere)
         if settings.bias and session.canvas.backbone.joint is None:
             spec = replace(spec, text_bias=_biases(session, texts.text, by_level, settings.bias))
         return [FixedPasses(session, [[(spec, 1.0)]])]
@@ -170,7 +171,7 @@ def _by_scene(settings: Draft, session: Session) -> Restart:
 def _biases(session: Session, text: Conditioning, shares: Mapping[int, Tensor], size: float) -> Mapping[int, Tensor]:
     """The bias of every grid. Shape: [rows, cells, tokens] each."""
     subjects = list(session.concepts.subjects)
-    phrases = text.phrase_mask[text.conditional_rows][..., subjects]
+    phrases = text.phrase_mask[text.roles.conditional][..., subjects]
     return {level: region_bias(text, share[..., subjects], phrases, size, -size) for level, share in shares.items()}
 
 
@@ -196,20 +197,20 @@ def _by_level(session: Session, masks: Tensor) -> Mapping[int, Tensor]:
 
 def _by_regions(settings: Draft, session: Session) -> Restart:
     """Every region reads a text of its own, as in `lora-composer` without updates."""
-    indices, composer = (
-        session.concepts.subjects,
-        LoraComposer(step_size=0, apart=settings.apart, isolate=settings.isolate != "never", threshold=0.5),
-    )
+    indices = session.concepts.subjects
     subjects = [session.concepts.concepts[i] for i in indices]
     prompts = [[about(subject, prompt, subjects) for prompt in session.prompts.texts or ()] for subject in subjects]
-    texts = composer.texts(session, indices, prompts)
+    texts = region_texts(session, indices, prompts)
 
     def start(masks: Tensor) -> Sequence[Process]:
-        every = [Regions.of_masks(indices, image, session.canvas.levels, composer.threshold) for image in masks]
+        every = [Regions.of_masks(indices, image, session.canvas.levels, HALF) for image in masks]
         return [
-            composer.composing(session, regions, texts.of_image(image), image=image)
+            compose_regions(
+                session, regions, texts.of_image(image), isolate=settings.isolate != "never", apart=settings.apart,
+                image=image,
+            )
             for image, regions in enumerate(every)
-        ]
+        ]  # fmt: skip
 
     # Borders at which the canvases of the first steps do not overlap.
     block, side = 2 ** max(session.canvas.levels), _side(session.canvas)
@@ -219,7 +220,7 @@ def _by_regions(settings: Draft, session: Session) -> Restart:
 
 def _by_segments(settings: Draft, session: Session, joint: Site) -> Restart:
     """Every region of a transformer reads a text of its own, as in `regional`."""
-    indices, canvas, regional = session.concepts.subjects, session.canvas, Regional()
+    indices, canvas = session.concepts.subjects, session.canvas
     texts = segment_texts(session, indices)
     everywhere, isolate = [concept.is_style for concept in session.concepts.concepts], settings.isolate == "always"
 
@@ -229,7 +230,7 @@ def _by_segments(settings: Draft, session: Session, joint: Site) -> Restart:
             cells = Regions.of_masks(indices, mine, [joint.level], HALF).cells[joint.level]
             read = texts.of_image(image).read_in(cells, joint, isolate=isolate, device=canvas.device)
             of_image = {level: every[image] for level, every in by_level.items()}
-            spec = replace(regional.gated(session, read, of_image, everywhere), image=image)
+            spec = gated_pass(session, read, of_image, everywhere, image=image)
             processes.append(FixedPasses(session, [[(spec, 1.0)]]))
         return processes
 
@@ -290,18 +291,10 @@ class Drafting:
 
     def _maps(self, latents: Tensor, first: Step) -> Tensor:
         """The mean attention to each subject over the draft. Shape: [images, subjects, height, width]."""
-        session, found = self.session, []
-        rows = torch.cat([torch.zeros_like(self.words), self.words]) if first.guided else self.words
-        with session.denoiser.sampler.ahead() as sampler:
-            denoiser = session.denoiser.ahead(sampler)
-            every = sampler.schedule.leading(self.settings.length, first)
-            for step in every[:-1]:
-                prediction = denoiser.predict(latents, step, self.draft, MapRequest(rows))
-                found.append(prediction.maps)
-                latents = sampler.step(session.guider.combine(prediction, step), step, latents)
-            found.append(denoiser.maps(latents, every[-1], self.draft, MapRequest(self.words)))
-        mean = torch.stack([maps.text[-len(self.words) :] for maps in found]).mean(dim=0)
-        return mean.transpose(1, 2).unflatten(2, grid_at(session.canvas.latent_grid, session.canvas.map_level))
+        canvas, request = self.session.canvas, MapRequest(self.words)
+        found = drafted_maps(self.session, latents, first, self.draft, request, self.settings.length)
+        mean = torch.stack([maps.text for maps in found]).mean(dim=0)
+        return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level))
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """One step of the process of all images, or of the process of each."""

@@ -23,21 +23,31 @@ from torch import Tensor
 
 from lora_compose.attention import Backbone, Gates, grid_at
 from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.methods.drafted import drafted_maps
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates, one_text, warn_once
+from lora_compose.pipelines.methods.process import (
+    ActingRows,
+    FixedPasses,
+    Needs,
+    Process,
+    Settings,
+    acting_rows,
+    constant_gates,
+    one_text,
+    warn_once,
+)
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
 
-Rows = Literal["all", "cond_only"]
 Words = Literal["class_word", "phrase"]
-_CHOICES = {"words": Words, "rows": Rows}
+_CHOICES = {"words": Words, "rows": ActingRows}
 
 
 @dataclass(frozen=True)
-class FreeFuse:
+class FreeFuse(Settings):
     """Every LoRA acts where the base model puts its subject, and cells are drawn to the words of their subject.
 
     Attributes:
@@ -60,9 +70,7 @@ class FreeFuse:
     temperature: float | None = None
     own_bias: float = 1.0
     other_bias: float = -1.0
-    rows: Rows = "all"
-
-    needs_region_attention = True  # of UNets: scores of cross-attention get a bias
+    rows: ActingRows = "all"
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -82,6 +90,11 @@ class FreeFuse:
         """The settings of the authors' code for SDXL."""
         return cls(words="phrase", temperature=1000.0)
 
+    @property
+    def needs(self) -> Needs:
+        """Cross-attention whose scores get a bias."""
+        return Needs(region_attention=True)
+
     def start(self, session: Session) -> Process:
         """Finds the words of every subject in the prompt. A single subject is merged."""
         concepts = session.concepts
@@ -90,8 +103,8 @@ class FreeFuse:
         if any(concept.region for concept in concepts.concepts):
             warn_once("freefuse ignores regions and finds subjects by itself; method='regional' uses regions")
         text = one_text(session, concepts.weights_of(range(len(concepts.loaded))))
-        mine = text.conditional_rows, slice(None), list(concepts.subjects)
-        phrases, triggers = text.phrase_mask[mine], text.trigger_mask[mine]
+        subjects, mine = list(concepts.subjects), text.conditional()
+        phrases, triggers = mine.phrase_mask[..., subjects], mine.trigger_mask[..., subjects]
         lacking = (phrases.sum(dim=1) == 0).any(dim=0).tolist()
         names = [concepts.concepts[i].name for i, lacks in zip(concepts.subjects, lacking, strict=True) if lacks]
         if names:
@@ -151,14 +164,9 @@ class Fusing:
         """Attention to each subject, and the output of self-attention, in the last of the steps without LoRAs."""
         session, words = self.session, self.words / self.words.sum(dim=1, keepdim=True)
         layer, output_layer = block_read(session.canvas.backbone)
-        with session.denoiser.sampler.ahead() as sampler:
-            denoiser = session.denoiser.ahead(sampler)
-            every = sampler.schedule.leading(self.settings.length, first)
-            for step in every[:-1]:
-                prediction = denoiser.predict(latents, step, self.base)
-                latents = sampler.step(session.guider.combine(prediction, step), step, latents)
-            request = MapRequest(words, layer=layer, output_layer=output_layer)
-            return denoiser.maps(latents, every[-1], self.base, request)
+        request = MapRequest(words, layer=layer, output_layer=output_layer)
+        (found,) = drafted_maps(session, latents, first, self.base, request, self.settings.length, of_last=True)
+        return found
 
     def _masked(self, masks: Tensor) -> Pass:
         """The pass with LoRAs and biases. Shape of the masks: [images, subjects, height, width]."""
@@ -168,10 +176,8 @@ class Fusing:
             level: F.interpolate(masks, grid_at(canvas.latent_grid, level), mode="bilinear").flatten(2).transpose(1, 2)
             for level in canvas.levels
         }
-        live = torch.ones(text.rows, 1, 1, device=canvas.device)
-        if settings.rows == "cond_only":
-            live[: text.conditional_rows.start] = 0
-        weights = live * concepts.weights_of(range(len(concepts.loaded))).to(canvas.device)
+        weights = concepts.weights_of(range(len(concepts.loaded))).to(canvas.device)
+        weights = acting_rows(text, settings.rows).to(canvas.device) * weights
         image: dict[int, Tensor] = {}
         for level, share in shares.items():
             every = share.new_ones(*share.shape[:2], len(concepts.loaded))

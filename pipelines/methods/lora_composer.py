@@ -23,39 +23,36 @@ have the settings of each. `docs/methods/lora-composer.md` measures the contribu
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Partition, RegionAttention
 from lora_compose.attention.device import to_device
 from lora_compose.pipelines.canvas import Step, steps_in
 from lora_compose.pipelines.losses import concentration, filling, outside_attention, smooth
-from lora_compose.pipelines.methods.apart import Parts, parts_of
+from lora_compose.pipelines.methods.composed_regions import APART_SIDE, ComposedRegions, compose_regions
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import Process, warn_unread
-from lora_compose.pipelines.methods.region_gates import Inject, Rows, region_gates
+from lora_compose.pipelines.methods.process import ActingRows, Needs, Process, Settings, warn_unread
+from lora_compose.pipelines.methods.region_gates import Inject
+from lora_compose.pipelines.methods.region_texts import Background, region_texts
 from lora_compose.pipelines.methods.reinit import reinitialised
 from lora_compose.pipelines.methods.targets import Target, targets_of
-from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
+from lora_compose.pipelines.passes import AttentionMaps, MapRequest
 from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.regions import Regions, Window
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.regions import Regions
 from lora_compose.pipelines.session import Session
-from lora_compose.pipelines.text.conditioning import Conditioning, stack_texts
-from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
-from lora_compose.pipelines.text.tokens import find_words
+from lora_compose.pipelines.text.conditioning import Conditioning
+from lora_compose.pipelines.text.prompts import about
 
 Reinit = Literal["off", "copy", "swap"]
-Background = Literal["surroundings", "scene"]
-_CHOICES = {"inject": Inject, "rows": Rows, "reinit": Reinit, "step_rule": StepRule, "background": Background}
+_CHOICES = {"inject": Inject, "rows": ActingRows, "reinit": Reinit, "step_rule": StepRule, "background": Background}
 
 
 @dataclass(frozen=True)
-class LoraComposer:
+class LoraComposer(Settings):
     """Every region has its own text and LoRA, and objects are moved into their regions.
 
     Every mechanism can be switched off on its own.
@@ -90,7 +87,7 @@ class LoraComposer:
     """
 
     inject: Inject = "full"
-    rows: Rows = "cond_only"
+    rows: ActingRows = "cond_only"
     isolate: bool = True
     threshold: float = 1.0
     step_size: float = 0.05
@@ -104,7 +101,7 @@ class LoraComposer:
     gaussian: bool = True
     reinit: Reinit = "off"
     apart: float = 0.4
-    apart_side: float = 0.5
+    apart_side: float = APART_SIDE
     background: Background = "surroundings"
 
     def __post_init__(self) -> None:
@@ -146,9 +143,9 @@ class LoraComposer:
         return replace(cls.official(), ce_weight=1.0, fill_weight=0.125, region_weight=0.8, step_decay=1.0)
 
     @property
-    def needs_region_attention(self) -> bool:
-        """Whether the model must support region attention: each region reads its own text."""
-        return True
+    def needs(self) -> Needs:
+        """Region attention, and with a latent re-initialisation start noise."""
+        return Needs(region_attention=True, start_noise=self.moves_noise)
 
     @property
     def updates(self) -> bool:
@@ -182,99 +179,12 @@ class LoraComposer:
             "without a region a concept acts in the background, which reads the scene's prompt",
         )
         prompts = _own_prompts(session, regions.indices)
-        texts = self.texts(session, regions.indices, prompts)
+        composed = compose_regions(
+            session, regions, region_texts(session, regions.indices, prompts, self.background), isolate=self.isolate,
+            apart=self.apart, apart_side=self.apart_side, inject=self.inject, rows=self.rows,
+        )  # fmt: skip
         targets = targets_of(session, regions, prompts) if self.updates or self.moves_noise else ()
-        return self.composing(session, regions, texts, targets)
-
-    def composing(
-        self,
-        session: Session,
-        regions: Regions,
-        texts: "RegionTexts",
-        targets: Sequence[Target] = (),
-        image: int | None = None,
-    ) -> "Composing":
-        """The process for given regions.
-
-        Args:
-            session: The call.
-            regions: On all grids.
-            texts: The texts of background and regions.
-            targets: Regions and tokens of the losses; empty without updates.
-            image: Index of the image, if each image has its own regions.
-        """
-        make_pass = partial(self._pass, session, image=image)
-        whole = session.denoiser.prepare(make_pass(texts.together, regions))
-        side = session.canvas.backbone.native_side * self.apart_side
-        parts = parts_of(session, texts.alone, regions, side, whole, make_pass) if self.apart > 0 else None
-        return Composing(self, session, texts.background, whole, targets, parts)
-
-    def texts(self, session: Session, indices: Sequence[int], prompts: Sequence[Sequence[str]]) -> "RegionTexts":
-        """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA.
-
-        A text for the image as a whole (SDXL's pooled text, a ControlNet's) is that of the scene in plain words, and
-        where region n has a canvas of its own, that of the region.
-
-        Args:
-            session: The call.
-            indices: Indices of the concepts that have a region.
-            prompts: The text of each region, by prompt.
-        """
-        concepts, encode = session.concepts, session.prompts.encode
-        scene = session.prompts.texts or ()
-        mine = [concepts.concepts[i] for i in indices]
-        others = [concept for i, concept in enumerate(concepts.concepts) if i not in indices and concept.trigger]
-        # Concepts with a prompt of their own need not be named in the scene's, but these are read there.
-        session.prompts.find(scene, [other.name for other in others])
-        canvas = [self._background(prompt, mine, others) for prompt in scene]
-        behind = concepts.weights_of([i for i in range(len(concepts.loaded)) if i not in indices])
-        texts = [encode(behind, canvas, names=[other.name for other in others])]
-        for i, own in zip(indices, prompts, strict=True):
-            negative = concepts.concepts[i].negative_prompt
-            negatives = None if negative is None else [negative] * len(own)
-            texts.append(encode(concepts.with_styles([i]), own, negatives, [concepts.concepts[i].name]))
-        together = stack_texts(texts)
-        if together.added is None and not session.denoiser.has_controlnet:
-            return RegionTexts(texts[0], together, [together] * len(prompts))
-        plain = [without_triggers(prompt, mine) for prompt in scene]
-        whole = encode(behind, plain, names=[other.name for other in others])
-        alone = [together.described_by(text) for text in texts[1:]]
-        return RegionTexts(texts[0], together.described_by(whole), alone)
-
-    def _background(self, prompt: str, mine: Sequence[Concept], others: Sequence[Concept]) -> str:
-        bare = surroundings(prompt, mine)
-        # Where the words of a background concept stand among those of the others, plain words keep them.
-        keeps = all(find_words(other.trigger or "", bare) for other in others)
-        return bare if self.background == "surroundings" and keeps else without_triggers(prompt, mine)
-
-    def _pass(
-        self, session: Session, text: Conditioning, regions: Regions, window: Window | None = None, *, image: int | None
-    ) -> Pass:
-        cells = {level: cells.flatten(0, 1) for level, cells in regions.cells.items()}
-        partitions = {level: Partition.of(inside, session.canvas.device) for level, inside in cells.items()}
-        attention = RegionAttention(partitions, self.inject != "off", self.isolate)
-        gates = region_gates(session, text, regions, rows=self.rows, inject=self.inject)
-        return Pass(text, gates, attention, window, image)
-
-
-@dataclass(frozen=True, eq=False)
-class RegionTexts:
-    """The texts of the canvas and its regions.
-
-    Attributes:
-        background: Text 0, of the cells outside all regions.
-        together: All texts, for the canvas of all regions.
-        alone: All texts, for the canvas of each region.
-    """
-
-    background: Conditioning
-    together: Conditioning
-    alone: Sequence[Conditioning]
-
-    def of_image(self, image: int) -> "RegionTexts":
-        """The rows of one image."""
-        alone = [text.of_image(image) for text in self.alone]
-        return RegionTexts(self.background.of_image(image), self.together.of_image(image), alone)
+        return Composing(self, session, composed, targets)
 
 
 @dataclass
@@ -287,22 +197,28 @@ class Composing:
     Attributes:
         settings: The settings.
         session: Concept set, prompts and denoiser.
-        text: Text 0, of the canvas.
-        whole: The pass of the whole canvas.
+        composed: Denoises the regions.
         targets: Regions and tokens of the losses, one for each region.
-        parts: The canvases on which regions are denoised apart; None if they are not.
         refining: True for images that still need updates, on the CPU; None before the first step. Shape: [images].
         losses: Their losses before the last update, on the CPU. Shape: [images].
     """
 
     settings: LoraComposer
     session: Session
-    text: Conditioning
-    whole: PreparedPass
+    composed: ComposedRegions
     targets: Sequence[Target]
-    parts: Parts | None
     refining: Tensor | None = None
     losses: Tensor | None = None
+
+    @property
+    def text(self) -> Conditioning:
+        """Text 0, of the canvas."""
+        return self.composed.text
+
+    @property
+    def whole(self) -> PreparedPass:
+        """The pass of the whole canvas."""
+        return self.composed.whole
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
         """Re-initialises the latents (section 3.5)."""
@@ -319,12 +235,7 @@ class Composing:
         """Updates images until their loss rises (eq. 10), then predicts with guidance."""
         if self.settings.updates and not step.second_order:
             latents = self._update(latents, step)
-        if self.parts is not None and step.index < math.ceil(steps_in(self.settings.apart, step.count)):
-            return latents, self.parts.predict(self.session, latents, step, lambda: self._together(latents, step))
-        return latents, self._together(latents, step)
-
-    def _together(self, latents: Tensor, step: Step) -> Tensor:
-        return self.session.guider.combine(self.session.denoiser.predict(latents, step, self.whole), step)
+        return self.composed.step(latents, step)
 
     def _update(self, latents: Tensor, step: Step) -> Tensor:
         settings, (index, count) = self.settings, (step.index, step.count)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_compose.attention import Stream
-from lora_compose.pipelines.methods.process import FixedPasses, constant_gates, one_text, warn_once
+from lora_compose.pipelines.methods.process import FixedPasses, Settings, constant_gates, one_text, warn_once
 from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.session import Session
 
@@ -17,7 +17,7 @@ EVERYWHERE: Sequence[Stream] = ("text", "image", "joint", "row", "modulation")
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Settings):
     """The sum of all LoRAs, as most tools do it. No settings."""
 
     def start(self, session: Session) -> FixedPasses:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 __all__ = [
+    "ActingRows",
     "FixedPasses",
+    "Needs",
     "Process",
     "Settings",
     "WeightedPass",
+    "acting_rows",
     "constant_gates",
     "one_text",
     "subject_pass",
@@ -48,9 +51,27 @@ class Process(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs of the model and the call, so that calls that lack it are refused before anything changes.
+
+    Attributes:
+        region_attention: Cross-attention that reads a text for each region, or gets a bias: that of UNets.
+        start_noise: Latents that are noise at the start, since the method moves patches of it.
+    """
+
+    region_attention: bool = False
+    start_noise: bool = False
+
+
 @runtime_checkable
 class Settings(Protocol):
-    """A method with its settings: a frozen dataclass."""
+    """A method with its settings: a frozen dataclass that extends this class."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the method needs with these settings; by default nothing."""
+        return Needs()
 
     def start(self, session: Session) -> Process:
         """Checks what the method needs, encodes the prompts and returns the process for one concept set.
@@ -59,6 +80,18 @@ class Settings(Protocol):
             ValueError: If the concepts lack something the method needs.
         """
         ...
+
+
+ActingRows = Literal["cond_only", "all"]
+"""Where LoRAs act under guidance: on conditional rows, or on all rows."""
+
+
+def acting_rows(text: Conditioning, which: ActingRows) -> Tensor:
+    """1 on the rows on which LoRAs act. Shape: [rows, 1, 1], on the CPU."""
+    acting = torch.ones(text.rows, 1, 1)
+    if which == "cond_only":
+        acting[text.roles.unconditional] = 0
+    return acting
 
 
 WeightedPass = tuple[Pass, float]

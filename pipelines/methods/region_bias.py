@@ -1,6 +1,5 @@
 """A bias on cross-attention that draws the cells of a region to the words of its subject."""
 
-import torch
 from torch import Tensor
 
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -29,4 +28,6 @@ def region_bias(
     bias = shares @ (own * phrases + other * others).transpose(1, 2)
     if on_all_rows:
         return bias.repeat(text.rows // text.images, 1, 1)
-    return torch.cat([bias.new_zeros(text.conditional_rows.start, *bias.shape[1:]), bias])
+    every = bias.new_zeros(text.rows, *bias.shape[1:])
+    every[text.roles.conditional] = bias
+    return every

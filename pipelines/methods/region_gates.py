@@ -8,6 +8,7 @@ from torch import Tensor
 from lora_compose.attention import Gates
 from lora_compose.attention.device import to_device
 from lora_compose.attention.regions import queries_of
+from lora_compose.pipelines.methods.process import ActingRows, acting_rows
 from lora_compose.pipelines.regions import Regions
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -15,12 +16,9 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 Inject = Literal["attn2", "full", "off"]
 """Where a LoRA acts in its region: on keys, values and output of cross-attention, in every layer, or nowhere."""
 
-Rows = Literal["cond_only", "all"]
-"""Where LoRAs act under guidance: on conditional rows, or on all rows."""
-
 
 def region_gates(
-    session: Session, texts: Conditioning, regions: Regions, *, rows: Rows = "cond_only", inject: Inject = "full"
+    session: Session, texts: Conditioning, regions: Regions, *, rows: ActingRows = "cond_only", inject: Inject = "full"
 ) -> Gates:
     """Region n's LoRA on text 1 + n and on the cells of the region, the others on text 0 and everywhere.
 
@@ -37,9 +35,7 @@ def region_gates(
         inject: Where they act in their regions.
     """
     weights, concepts = torch.tensor(session.concepts.weights), len(session.concepts.loaded)
-    acting = torch.ones(texts.rows, 1, 1)
-    if rows == "cond_only":
-        acting[: texts.conditional_rows.start] = 0
+    acting = acting_rows(texts, rows)
     mine = list(regions.indices)
     background = torch.ones(concepts).index_fill(0, torch.tensor(mine), 0)
     styles = torch.tensor([float(concept.is_style) for concept in session.concepts.concepts])

@@ -16,33 +16,27 @@ region has its own text, about its concept alone, and the image has a text witho
 (`attention/joint_regions.py`); the LoRA changes its own text and its own cells.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, JointRegions, Site, grid_at
-from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.attention import Site, grid_at
+from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import ByImage, FixedPasses, Process, one_text, warn_once, warn_unread
-from lora_compose.pipelines.passes import Pass
+from lora_compose.pipelines.methods.process import ActingRows, ByImage, FixedPasses, Process, Settings, warn_once
+from lora_compose.pipelines.methods.region_texts import HALF, GatedText, SegmentedTexts, segment_texts, shared_text
 from lora_compose.pipelines.regions import Regions, region_mask
 from lora_compose.pipelines.session import Session
-from lora_compose.pipelines.text.conditioning import Conditioning
-from lora_compose.pipelines.text.prompts import about, without_triggers
-from lora_compose.pipelines.text.segments import join_segments
 from lora_compose.pipelines.text.tokens import find_words
 
-Rows = Literal["cond_only", "all"]
-TokenMask = Literal["tara", "all", "none"]
 Texts = Literal["auto", "shared", "regions"]
 
 
 @dataclass(frozen=True)
-class Regional:
+class Regional(Settings):
     """Every LoRA acts in its own region; nothing moves objects into their regions.
 
     Attributes:
@@ -57,13 +51,13 @@ class Regional:
             makes incoherent images. Needs a text for each region.
     """
 
-    rows: Rows = "cond_only"
+    rows: ActingRows = "cond_only"
     token_mask: TokenMask = "tara"
     texts: Texts = "auto"
     isolate: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("rows", Rows), ("token_mask", TokenMask), ("texts", Texts)):
+        for name, choices in (("rows", ActingRows), ("token_mask", TokenMask), ("texts", Texts)):
             allowed = get_args(choices)
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
@@ -81,8 +75,10 @@ class Regional:
         masks = {level: region_masks(session, level) for level in canvas.levels}
         everywhere = [concept.region is None for concept in concepts.concepts]
 
-        def passes(texts: TextsOfRegions, image: int | None = None) -> FixedPasses:
-            spec = replace(self.gated(session, texts, masks, everywhere), image=image)
+        def passes(texts: GatedText, image: int | None = None) -> FixedPasses:
+            spec = gated_pass(
+                session, texts, masks, everywhere, rows=self.rows, token_mask=self.token_mask, image=image
+            )
             return FixedPasses(session, [[(spec, 1.0)]], text_for_callbacks=texts.base)
 
         joint = self._reads_regions(session)
@@ -96,42 +92,6 @@ class Regional:
         # Where a text is not padded, the positions of all that follows depend on its length.
         each = [passes(read(texts.of_image(image)), image) for image in range(canvas.images)]
         return ByImage(each, texts.base)
-
-    def gated(
-        self, session: Session, texts: "TextsOfRegions", masks: Mapping[int, Tensor], everywhere: Sequence[bool]
-    ) -> Pass:
-        """A pass in which LoRAs act under masks.
-
-        Args:
-            session: The call.
-            texts: The texts of the regions.
-            masks: By level, the share of each concept in each cell, the same for all images or by image. Shape:
-                [(images,) cells, concepts].
-            everywhere: True for concepts that act on the whole canvas.
-        """
-        concepts, canvas, text = session.concepts, session.canvas, texts.text
-        weights = concepts.weights_of(range(len(concepts.loaded))).to(canvas.device)[None]
-        live = torch.ones(text.rows, 1, 1, device=canvas.device)
-        if self.rows == "cond_only":
-            live[: text.conditional_rows.start] = 0
-        mask = text.trigger_mask
-        named = mask.sum(dim=(0, 1)) > 0
-        masked = torch.tensor([self._keeps_to_its_words(loaded) for loaded in concepts.loaded], device=canvas.device)
-        tokens = torch.where(named & masked, mask, torch.ones_like(mask)) * texts.own
-        by_row = {
-            level: mask if mask.dim() == 2 else mask.repeat(text.rows // text.images, 1, 1)
-            for level, mask in masks.items()
-        }
-        constant = torch.tensor(everywhere).to(canvas.device, torch.float32)
-        gates = Gates(
-            text=live * tokens * weights[:, None],
-            image={level: live * mask * weights[:, None] for level, mask in by_row.items()},
-            row=live[:, 0] * weights,
-            latent_grid=canvas.latent_grid,
-            # A transformer's modulation scales all cells alike, so a region would leak into the others.
-            modulation=live[:, 0] * weights * constant,
-        )
-        return Pass(text, gates, joint_regions=texts.regions)
 
     def _reads_regions(self, session: Session) -> Site | None:
         """How text and image lie in one sequence, if each region reads its own text; None if all read one."""
@@ -155,12 +115,6 @@ class Regional:
             warn_once(f"regional reads one text in all regions: no other can be made about {', '.join(unnamed)}")
         return None
 
-    def _keeps_to_its_words(self, loaded: LoadedConcept) -> bool:
-        """Whether a concept with a trigger gets a token mask."""
-        if loaded.concept.is_style or self.token_mask == "none":
-            return False
-        return self.token_mask == "all" or loaded.trained_with == "tara"
-
 
 def region_masks(session: Session, level: int) -> Tensor:
     """The concepts' regions on the grid of a level; 1 everywhere without a region. Shape: [cells, concepts]."""
@@ -170,113 +124,11 @@ def region_masks(session: Session, level: int) -> Tensor:
     return torch.stack(masks, dim=-1).flatten(0, 1).to(canvas.device)
 
 
-@dataclass(frozen=True, eq=False)
-class TextsOfRegions:
-    """The texts of the regions.
-
-    Attributes:
-        text: The text, or all texts in one sequence.
-        own: 1 at the tokens that a concept changes. Shape: [rows, tokens, concepts].
-        regions: Region attention; None means that everything attends to everything.
-        base: The text of the whole image.
-    """
-
-    text: Conditioning
-    own: Tensor
-    regions: JointRegions | None
-    base: Conditioning
-
-
-def shared_text(session: Session) -> TextsOfRegions:
-    """The scene's text for all regions, with the text-encoder LoRAs of the styles."""
-    concepts = session.concepts
-    for loaded in concepts.loaded:
-        if loaded.factors.text_encoders and not loaded.concept.is_style:
-            warn_once(f"the text-encoder part of {loaded.concept.name!r} is left out: text has no regions")
-    text = one_text(session, concepts.weights_of(concepts.styles))
-    return TextsOfRegions(text, torch.ones_like(text.trigger_mask), None, text)
-
-
-@dataclass(frozen=True, eq=False)
-class SegmentedTexts:
-    """A text for the image and one for each region, to be read in one sequence.
-
-    Attributes:
-        base: The text of the whole image.
-        regions: The text of each region.
-        owners: By concept, the text that it changes: 0 is that of the whole image; None stands for all of them.
-    """
-
-    base: Conditioning
-    regions: tuple[Conditioning, ...]
-    owners: tuple[int | None, ...]
-
-    @property
-    def alike(self) -> bool:
-        """Whether each text has as many tokens in all images."""
-        lengths = [text.lengths[text.conditional_rows] for text in (self.base, *self.regions)]
-        return all(len(set(of_text)) == 1 for of_text in lengths)
-
-    def of_image(self, image: int) -> "SegmentedTexts":
-        """The rows of one image."""
-        return replace(
-            self, base=self.base.of_image(image), regions=tuple(text.of_image(image) for text in self.regions)
-        )
-
-    def read_in(self, cells: Tensor, joint: Site, *, isolate: bool, device: torch.device) -> TextsOfRegions:
-        """The texts in one sequence, each read by the cells of its region.
-
-        Args:
-            cells: True where a region covers a cell. Shape: [height, width, regions], on the CPU.
-            joint: How text and image lie in one sequence.
-            isolate: Whether cells of a region attend to no cells of others.
-            device: Where attention runs.
-        """
-        segments = join_segments(self.base, self.regions, joint.multiple)
-        text, first = segments.text, segments.text.conditional_rows.start
-        own = torch.zeros_like(text.trigger_mask)
-        own[:first] = 1
-        for i, owner in enumerate(self.owners):
-            own[first:, slice(None) if owner is None else segments.of(owner), i] = 1
-        unconditional = [row < first for row in range(text.rows)]
-        regions = JointRegions.of(
-            joint, cells.flatten(0, 1), segments.lengths, unconditional, isolate=isolate, hidden=segments.hidden,
-            device=device,
-        )  # fmt: skip
-        return TextsOfRegions(text, own, regions, self.base)
-
-
-def segment_texts(session: Session, indices: Sequence[int]) -> SegmentedTexts:
-    """A text for the image, without the triggers of regions, and one for each region. Unconditional rows do not change.
-
-    Args:
-        session: The call.
-        indices: Indices of the concepts that have a region.
-    """
-    concepts, encode = session.concepts, session.prompts.encode
-    every, prompts = concepts.concepts, session.prompts.texts or ()
-    warn_unread([], every, "the negative prompt is the call's in all regions")
-    mine, others = [every[i] for i in indices], [concept for i, concept in enumerate(every) if i not in indices]
-    plain = [without_triggers(prompt, mine) for prompt in prompts]
-    named = [other.name for other in others if other.trigger and other.prompt is None]
-    base = encode(concepts.weights_of(concepts.styles), plain, names=named)
-    texts = []
-    for i in indices:
-        own = [about(every[i], prompt, mine) for prompt in prompts]
-        texts.append(encode(concepts.with_styles([i]), own, names=[every[i].name] if every[i].trigger else []))
-    of = [None if concept.is_style else 1 + indices.index(i) if i in indices else 0 for i, concept in enumerate(every)]
-    return SegmentedTexts(base, tuple(texts), tuple(of))
-
-
 def given_cells(session: Session, joint: Site) -> Tensor:
     """The cells of the regions that the user gives. Shape: [height, width, regions], bool, on the CPU."""
     canvas = session.canvas
     given = [concept.region for concept in session.concepts.concepts]
     return Regions.of(given, canvas.image_size, canvas.latent_grid, canvas.levels, HALF).cells[joint.level]
-
-
-HALF = 0.5
-"""A cell reads the texts of regions that cover at least this share of it."""
 
 
 def _unnamed(session: Session) -> list[str]:

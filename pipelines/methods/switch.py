@@ -12,12 +12,12 @@ they act in every step.
 
 from dataclasses import dataclass
 
-from lora_compose.pipelines.methods.process import FixedPasses, subject_pass, warn_once, warn_unread_by_passes
+from lora_compose.pipelines.methods.process import FixedPasses, Settings, subject_pass, warn_once, warn_unread_by_passes
 from lora_compose.pipelines.session import Session
 
 
 @dataclass(frozen=True)
-class Switch:
+class Switch(Settings):
     """One LoRA at a time, in turn.
 
     Attributes:

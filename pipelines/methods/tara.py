@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_compose.attention import Gates
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.methods.process import FixedPasses, one_text, warn_once
+from lora_compose.pipelines.methods.process import FixedPasses, Settings, one_text, warn_once
 from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -32,7 +32,7 @@ Scope = Literal["all", "cross_kv"]
 
 
 @dataclass(frozen=True)
-class Tara:
+class Tara(Settings):
     """Every LoRA acts on its own words: token masks on its deltas of cross-attention keys and values.
 
     Attributes:
@@ -89,7 +89,8 @@ def token_mask(text: Conditioning, unmasked: Sequence[int], *, broadcast: bool) 
     """
     mask = text.trigger_mask
     if broadcast and text.guided:
-        mask = torch.cat([mask[text.conditional_rows]] * 2)
+        mask = mask.clone()
+        mask[text.roles.unconditional] = mask[text.roles.conditional]
     return mask.index_fill(-1, torch.tensor(unmasked, dtype=torch.long, device=mask.device), 1)
 
 

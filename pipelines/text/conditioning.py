@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import scatter_concepts
+from lora_compose.pipelines.rows import Rows, Selection
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.text.tokens import (
     Mention,
@@ -23,9 +24,8 @@ from lora_compose.pipelines.text.tokens import (
 class Conditioning:
     """The text of all rows of one forward pass.
 
-    Rows are ordered (unconditional, branch 0, branch 1, ...), each with one row per image; unconditional branches exist
-    only with guidance, one for all branches or one for each. Images of one prompt are adjacent. With region attention
-    among several texts, all tensors have the texts as a leading dimension (`stack_texts`).
+    Unconditional rows exist only with guidance, for all branches or for each. Images of one prompt are adjacent. With
+    region attention among several texts, all tensors have the texts as a leading dimension (`stack_texts`).
 
     Attributes:
         prompt_embeds: Shape: [(texts,) rows, tokens, channels]; layers * channels if each cross-attention layer has a
@@ -33,8 +33,7 @@ class Conditioning:
         trigger_mask: 1 at the tokens of each concept's trigger; unconditional rows are 0. Shape: [(texts,) rows,
             tokens, concepts].
         phrase_mask: The same for trigger and class word together.
-        num_uncond: Number of leading unconditional branches; 0 without guidance.
-        images: Images in the batch.
+        roles: Image and branch of each row, and whether it is conditional.
         added: Further inputs of the model by row (SDXL's pooled text and sizes).
         canvas_embeds: A text for the whole image, read by ControlNets; None means the first text. Shape: [rows, tokens,
             channels].
@@ -43,15 +42,19 @@ class Conditioning:
     prompt_embeds: Tensor
     trigger_mask: Tensor
     phrase_mask: Tensor
-    num_uncond: int
-    images: int
+    roles: Rows
     added: Mapping[str, Tensor] | None = None
     canvas_embeds: Tensor | None = None
 
     @property
     def guided(self) -> bool:
         """True if there are unconditional rows."""
-        return self.num_uncond > 0
+        return not all(row.conditional for row in self.roles.each)
+
+    @property
+    def images(self) -> int:
+        """Images in the batch."""
+        return self.roles.images
 
     @property
     def rows(self) -> int:
@@ -86,18 +89,13 @@ class Conditioning:
         """The embeddings for the image as a whole. Shape: [rows, tokens, channels]."""
         return self.first_embeds if self.canvas_embeds is None else self.canvas_embeds
 
-    @property
-    def conditional_rows(self) -> slice:
-        """The conditional rows."""
-        return slice(self.num_uncond * self.images, self.rows)
-
     def conditional(self) -> "Conditioning":
         """The same without the unconditional rows."""
-        return replace(self.select(self.conditional_rows), num_uncond=0)
+        return self.select(self.roles.conditional)
 
     def of_image(self, image: int) -> "Conditioning":
         """The rows of one image."""
-        return replace(self.select(slice(image, None, self.images)), images=1)
+        return self.select(self.roles.where(lambda row: row.image == image))
 
     def described_by(self, other: "Conditioning") -> "Conditioning":
         """The same texts for the cells, with another text for the whole image (SDXL's pooled text, ControlNets)."""
@@ -110,8 +108,7 @@ class Conditioning:
 
     def of_branches(self, branches: slice) -> "Conditioning":
         """Some of the branches."""
-        rows = slice(branches.start * self.images, branches.stop * self.images)
-        return replace(self.select(rows), num_uncond=len(range(self.num_uncond)[branches]))
+        return self.select(slice(branches.start * self.images, branches.stop * self.images))
 
     def on_part(self, height: float, width: float) -> "Conditioning":
         """The text for a part of the canvas, given as fractions: SDXL takes the image size as an input."""
@@ -123,11 +120,12 @@ class Conditioning:
         scaled = (sizes * shares).round().to(sizes.dtype)
         return replace(self, added={**self.added, "time_ids": scaled})
 
-    def select(self, rows: slice) -> "Conditioning":
-        """A slice of the rows; the caller sets the number of unconditional branches."""
+    def select(self, rows: Selection) -> "Conditioning":
+        """Some of the rows."""
         added = self.added
         return replace(
             self,
+            roles=self.roles.select(rows),
             prompt_embeds=self.prompt_embeds[..., rows, :, :],
             trigger_mask=self.trigger_mask[..., rows, :, :],
             phrase_mask=self.phrase_mask[..., rows, :, :],
@@ -147,7 +145,7 @@ def stack_texts(texts: Sequence[Conditioning]) -> Conditioning:
 
 
 def join_branches(branches: Sequence[Conditioning], unconds: Sequence[Conditioning]) -> Conditioning:
-    """Several texts of the same images as branches of one batch: rows (unconditional, branch 0, branch 1, ...).
+    """Several texts of the same images as branches of one batch.
 
     Args:
         branches: Texts with one branch each.
@@ -155,10 +153,11 @@ def join_branches(branches: Sequence[Conditioning], unconds: Sequence[Conditioni
     """
 
     def join(rows_of: Callable[[Conditioning], Tensor]) -> Tensor:
-        first = [rows_of(branch)[: branch.conditional_rows.start] for branch in unconds]
-        return torch.cat([*first, *(rows_of(branch)[branch.conditional_rows] for branch in branches)])
+        first = [rows_of(branch)[branch.roles.unconditional] for branch in unconds]
+        return torch.cat([*first, *(rows_of(branch)[branch.roles.conditional] for branch in branches)])
 
-    return replace(_joined(branches[0], join), num_uncond=sum(branch.num_uncond for branch in unconds))
+    guided = [branch for branch in unconds if branch.guided]
+    return replace(_joined(branches[0], join), roles=Rows.of(branches[0].images, len(guided), len(branches)))
 
 
 def join_images(texts: Sequence[Conditioning], images: Sequence[Sequence[int]]) -> Conditioning:
@@ -170,7 +169,8 @@ def join_images(texts: Sequence[Conditioning], images: Sequence[Sequence[int]]) 
     """
     total = sum(map(len, images))
     return replace(
-        _joined(texts[0], lambda rows_of: join_rows_of_images(list(map(rows_of, texts)), images)), images=total
+        _joined(texts[0], lambda rows_of: join_rows_of_images(list(map(rows_of, texts)), images)),
+        roles=texts[0].roles.of_images(total),
     )
 
 

@@ -15,6 +15,7 @@ from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.concepts.loading import TEXT_ENCODERS
 from lora_compose.pipelines.formats.keys import Part
+from lora_compose.pipelines.rows import Rows
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenMasks, join_rows
 from lora_compose.pipelines.text.tokens import Mention
@@ -219,7 +220,6 @@ class Prompts:
             embeds if negative is None else torch.cat([negative, embeds]),
             trigger,
             phrase,
-            num_uncond=0 if negative is None else 1,
-            images=embeds.shape[0],
+            Rows.of(embeds.shape[0], 0 if negative is None else 1),
             added=text.added,
         )

@@ -41,7 +41,7 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning], multiple:
         multiple: The model pads a text to a multiple of so many tokens.
     """
     ragged = base.added is not None and "lengths" in base.added
-    first = base.conditional_rows.start
+    conditional, unconditional = base.roles.conditional, base.roles.unconditional
     kept = [_real(text) for text in regions]
     kept = [
         _real(base) if ragged else torch.arange(base.prompt_embeds.shape[1], device=base.prompt_embeds.device),
@@ -53,8 +53,11 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning], multiple:
 
     def joined(of: Sequence[Tensor]) -> Tensor:
         """Rows of all texts. Shape: [rows, tokens, ...]."""
-        parts = [one[first:, indices] for one, indices in zip(of, kept, strict=True)]
-        return torch.cat([_wide(of[0][:first], width), _wide(torch.cat(parts, dim=1), width)])
+        rows = of[0].new_zeros(base.rows, width, *of[0].shape[2:])
+        rows[unconditional, : of[0].shape[1]] = of[0][unconditional]
+        parts = [one[conditional][:, indices] for one, indices in zip(of, kept, strict=True)]
+        rows[conditional, : sum(lengths)] = torch.cat(parts, dim=1)
+        return rows
 
     masks = [text.text_mask for text in texts]
     positions = [torch.arange(mask.shape[1], device=mask.device).expand(mask.shape) for mask in masks]
@@ -64,9 +67,10 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning], multiple:
         added["text_mask"] = mask
     added["text_positions"] = joined(positions)  # each text begins at 0
     if ragged:
-        added["lengths"] = torch.cat([added["lengths"][:first], torch.full((base.rows - first,), sum(lengths))])
+        added["lengths"] = added["lengths"].clone()
+        added["lengths"][conditional] = sum(lengths)
     hidden = ~mask
-    hidden[:first] = False
+    hidden[unconditional] = False
     hidden[:, sum(lengths) :] = False
     if not ragged:
         hidden[:, : lengths[0]] = False  # its padding is for the model to mask or to read
@@ -82,9 +86,4 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning], multiple:
 
 def _real(text: Conditioning) -> Tensor:
     """Indices of the tokens that are not padding in at least one conditional row."""
-    return text.text_mask[text.conditional_rows].any(dim=0).nonzero()[:, 0]
-
-
-def _wide(rows: Tensor, width: int) -> Tensor:
-    missing = rows.new_zeros(len(rows), width - rows.shape[1], *rows.shape[2:])
-    return torch.cat([rows, missing], dim=1)
+    return text.text_mask[text.roles.conditional].any(dim=0).nonzero()[:, 0]

@@ -122,7 +122,7 @@ def test_schedules_of_weights_count_as_if_every_pass_were_run(monkeypatch):
 
 
 @dataclass(frozen=True)
-class Updates:
+class Updates(Settings):
     """A method that follows gradients of attention maps in the first steps and records maps in all of them."""
 
     def start(self, session: Session) -> "Updating":

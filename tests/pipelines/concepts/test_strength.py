@@ -26,7 +26,7 @@ from lora_compose.compose.generate.replay import difference, remake, runnable
 from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.concepts.strength import Schedule, blocks_text, read_blocks, read_weight, weight_text
 from lora_compose.pipelines.field_errors import FieldError
-from lora_compose.pipelines.methods import METHODS, LoraComposer
+from lora_compose.pipelines.methods import METHODS, LoraComposer, Settings
 from lora_compose.pipelines.methods.process import constant_gates
 from lora_compose.pipelines.passes import MapRequest, Pass
 from lora_compose.pipelines.scene import Concept, Run, Scene
@@ -348,7 +348,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Probing:
+class Probing(Settings):
     """The settings of `Probe`."""
 
     branch_batch_size: int | None

@@ -45,7 +45,7 @@ from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.control import PreparedAdapter, PreparedControlNet, View, prepare_control
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
-from lora_compose.pipelines.methods.process import constant_gates, one_text
+from lora_compose.pipelines.methods.process import Settings, constant_gates, one_text
 from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -321,7 +321,7 @@ def test_a_callback_that_switches_guidance_off_is_followed(composer):
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Settings):
     """A method that compares the gradient of a loss on maps with its finite differences, in every step."""
 
     branch_batch_size: int | None = None

@@ -22,6 +22,7 @@ from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from lora_compose.attention.regions import Partition, RegionAttention
 from lora_compose.pipelines.control import PreparedImagePrompts, View
 from lora_compose.pipelines.methods import METHODS
+from lora_compose.pipelines.rows import Rows
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 IMAGES = [Image.fromarray((np.random.default_rng(seed).random((40, 50, 3)) * 255).astype("u1")) for seed in range(3)]
@@ -140,7 +141,7 @@ def test_cells_in_several_regions_read_the_images_once():
 
 
 def test_a_part_of_the_canvas_sees_its_part_of_the_masks():
-    text = Conditioning(torch.zeros(4, 5, 12), torch.zeros(4, 5, 0), torch.zeros(4, 5, 0), images=2, num_uncond=1)
+    text = Conditioning(torch.zeros(4, 5, 12), torch.zeros(4, 5, 0), torch.zeros(4, 5, 0), Rows.of(2, 1))
     ready = PreparedImagePrompts([torch.ones(2, 1, 3)], [torch.zeros(1, 1, 3)], [masks(LEFT)], (16, 16))
     inputs = ready.inputs(text, View((slice(0, 16), slice(4, 12))))
     assert torch.equal(inputs["image_embeds"][0][:, 0, 0], torch.tensor([0.0, 0, 1, 1]))

@@ -23,6 +23,7 @@ from components import random_lora, seeded, text_loras
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
 from lora_compose.pipelines.methods.division import centres_of, clusters, divided, nearest, strips
 from lora_compose.pipelines.methods.region_bias import region_bias
+from lora_compose.pipelines.rows import Rows
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.text.conditioning import Conditioning
 
@@ -255,7 +256,7 @@ def test_the_bias_is_that_of_every_cell_and_token(branches):
     shares = torch.rand(2, 5, 3, generator=generator)
     phrases = (torch.rand(2, 4, 3, generator=generator) > 0.5).float()
     empty = torch.zeros(2 * branches, 4, 3)
-    text = Conditioning(torch.zeros(2 * branches, 4, 8), empty, empty, num_uncond=branches - 1, images=2)
+    text = Conditioning(torch.zeros(2 * branches, 4, 8), empty, empty, Rows.of(2, branches - 1))
     for on_all_rows in (False, True):
         found = region_bias(text, shares, phrases, 2.0, -1.0, on_all_rows=on_all_rows)
         assert found.shape == (2 * branches, 5, 4)

@@ -16,7 +16,7 @@ from torch import Tensor
 from comparisons import assert_close, far_apart
 from components import EVERYTHING, random_lora, sdxl_unet, seeded, text_loras
 from lora_compose.attention import RegionAttention, backbone_of
-from lora_compose.pipelines.methods import FreeFuse, Merge, choose_method, make_method
+from lora_compose.pipelines.methods import FreeFuse, Merge, Settings, choose_method, make_method
 from lora_compose.pipelines.methods.freefuse import Fusing, balanced, block_read, similarity
 from lora_compose.pipelines.methods.process import constant_gates, one_text
 from lora_compose.pipelines.passes import Pass
@@ -245,7 +245,7 @@ def test_a_style_acts_everywhere_and_micro_batches_change_nothing(pipe, load, mo
 
 
 @dataclass(frozen=True)
-class Both:
+class Both(Settings):
     """A method whose pass has region attention and a bias."""
 
     def start(self, session: Any) -> Any:
@@ -261,7 +261,7 @@ def test_what_does_not_fit_is_refused(pipe, load):
     with pytest.raises(ValueError, match="a pass has it or region attention"):
         call(pipe, method=Both())
     for settings, message in (
-        ({"rows": "some"}, "rows must be one of all, cond_only"),
+        ({"rows": "some"}, "rows must be one of cond_only, all"),
         ({"length": 0}, "length must be positive"),
         ({"share": 0}, "share must be above 0"),
         ({"temperature": 0}, "temperature must be positive"),

@@ -25,7 +25,9 @@ from lora_compose.pipelines.methods import (
     Clora,
     LoraComposer,
     Merge,
+    Needs,
     Regional,
+    Settings,
     Tara,
     make_method,
     name_of,
@@ -211,6 +213,31 @@ def test_tara_refuses_a_lora_for_the_text_encoder_alone(pipe, write_lora):
 # Settings
 
 
+NEEDS = {
+    "merge": Needs(),
+    "tara": Needs(),
+    "regional": Needs(),
+    "switch": Needs(),
+    "composite": Needs(),
+    "lora-composer": Needs(region_attention=True),
+    "lora-composer:official": Needs(region_attention=True, start_noise=True),
+    "clora": Needs(region_attention=True),
+    "clora:official": Needs(),
+    "draft": Needs(),
+    "freefuse": Needs(region_attention=True),
+}
+
+
+def test_every_method_declares_what_it_needs():
+    assert {**dict.fromkeys(METHODS), **NEEDS} == NEEDS
+    assert {name: make_method(name).needs for name in NEEDS} == NEEDS
+
+
+def test_needs_that_do_not_exist_cannot_be_declared():
+    with pytest.raises(TypeError, match="regions_attention"):
+        Needs(regions_attention=True)  # pyright: ignore[reportCallIssue]
+
+
 def test_methods_are_made_by_name_with_their_settings():
     assert make_method("merge") == Merge()
     assert make_method("tara") == Tara() == Tara(cfg_mask="cond_only", scope="all")
@@ -256,7 +283,7 @@ def test_unknown_methods_and_settings_are_refused_by_name(method, settings, mess
         make_method(method, settings)
 
 
-class Halved:
+class Halved(Settings):
     """A method of one's own: half of what merge predicts."""
 
     def start(self, session: Session) -> "Halved":

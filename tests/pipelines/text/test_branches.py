@@ -7,6 +7,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from components import tokenizer as playground_tokenizer
+from lora_compose.pipelines.rows import Rows
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenMasks, join_branches
@@ -135,7 +136,7 @@ def text(fill: float, *, guided: bool, images: int = 2) -> Conditioning:
     rows = torch.arange(images * (1 + guided))[:, None, None].float()
     embeds, mask = (fill + rows).expand(-1, 3, 4), torch.zeros(len(rows), 3, 2)
     added = {"text_embeds": fill + rows[:, :, 0]}
-    return Conditioning(embeds, mask, mask, num_uncond=int(guided), images=images, added=added)
+    return Conditioning(embeds, mask, mask, Rows.of(images, int(guided)), added)
 
 
 def first_numbers(joined: Conditioning) -> tuple[list[float], list[float]]:
@@ -147,11 +148,11 @@ def test_branches_share_the_unconditional_rows_or_have_their_own() -> None:
     texts = [text(10, guided=True), text(20, guided=True)]
     shared, each = join_branches(texts, texts[:1]), join_branches(texts, texts)
     assert first_numbers(shared) == ([10, 11, 12, 13, 22, 23],) * 2
-    assert (shared.num_uncond, shared.rows, shared.conditional_rows) == (1, 6, slice(2, 6))
+    assert (shared.roles.unconditional, shared.roles.conditional) == (slice(0, 2), slice(2, 6))
     assert first_numbers(each) == ([10, 11, 20, 21, 12, 13, 22, 23],) * 2
-    assert (each.num_uncond, each.rows, each.conditional_rows) == (2, 8, slice(4, 8))
+    assert (each.roles.unconditional, each.roles.conditional) == (slice(0, 4), slice(4, 8))
     assert first_numbers(each.conditional()) == ([12, 13, 22, 23],) * 2
-    assert each.conditional().num_uncond == 0
+    assert not each.conditional().guided
 
 
 def test_branches_without_guidance_have_no_unconditional_rows() -> None:
@@ -165,4 +166,4 @@ def test_the_rows_of_one_image_are_those_of_all_its_branches() -> None:
     texts = [text(10, guided=True), text(20, guided=True)]
     one = join_branches(texts, texts).of_image(1)
     assert first_numbers(one) == ([11, 21, 13, 23],) * 2
-    assert (one.num_uncond, one.images, one.conditional_rows) == (2, 1, slice(2, 4))
+    assert (one.images, one.roles.conditional) == (1, slice(2, 4))

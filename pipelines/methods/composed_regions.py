@@ -1,0 +1,91 @@
+"""Regions that each read a text of their own, in one pass; in the first steps each can have a canvas of its own."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lora_compose.attention import Partition, RegionAttention
+from lora_compose.pipelines.canvas import Step, steps_in
+from lora_compose.pipelines.methods.apart import Parts, parts_of
+from lora_compose.pipelines.methods.process import ActingRows
+from lora_compose.pipelines.methods.region_gates import Inject, region_gates
+from lora_compose.pipelines.methods.region_texts import RegionTexts
+from lora_compose.pipelines.passes import Pass
+from lora_compose.pipelines.prepared_pass import PreparedPass
+from lora_compose.pipelines.regions import Regions, Window
+from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.text.conditioning import Conditioning
+
+APART_SIDE = 0.5
+"""Least side of a region's own canvas, as a fraction of the model's native resolution."""
+
+
+@dataclass(frozen=True, eq=False)
+class ComposedRegions:
+    """The process that denoises given regions, without updates of the latents.
+
+    Attributes:
+        session: Concept set, prompts and denoiser.
+        text: Text 0, of the canvas.
+        whole: The pass of the whole canvas.
+        parts: The canvases on which regions are denoised apart; None if they are not.
+        apart: In this fraction of the steps, from the first, regions are denoised apart.
+    """
+
+    session: Session
+    text: Conditioning
+    whole: PreparedPass
+    parts: Parts | None
+    apart: float
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        """The latents as they are."""
+        return latents
+
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The prediction with guidance, of the whole canvas or of each region on its own."""
+        if self.parts is not None and step.index < math.ceil(steps_in(self.apart, step.count)):
+            return latents, self.parts.predict(self.session, latents, step, lambda: self._together(latents, step))
+        return latents, self._together(latents, step)
+
+    def _together(self, latents: Tensor, step: Step) -> Tensor:
+        return self.session.guider.combine(self.session.denoiser.predict(latents, step, self.whole), step)
+
+
+def compose_regions(
+    session: Session,
+    regions: Regions,
+    texts: RegionTexts,
+    *,
+    isolate: bool,
+    apart: float,
+    apart_side: float = APART_SIDE,
+    inject: Inject = "full",
+    rows: ActingRows = "cond_only",
+    image: int | None = None,
+) -> ComposedRegions:
+    """The process for given regions.
+
+    Args:
+        session: The call.
+        regions: On all grids.
+        texts: The texts of background and regions.
+        isolate: Whether the cells of a region see no other region in self-attention.
+        apart: In this fraction of the steps, from the first, every region is denoised on a canvas of its own.
+        apart_side: Least side of those canvases, as a fraction of the model's native resolution.
+        inject: Where LoRAs act in their regions.
+        rows: Where LoRAs act under guidance.
+        image: Index of the image, if each image has its own regions.
+    """
+
+    def make_pass(text: Conditioning, regions: Regions, window: Window | None = None) -> Pass:
+        cells = {level: cells.flatten(0, 1) for level, cells in regions.cells.items()}
+        partitions = {level: Partition.of(inside, session.canvas.device) for level, inside in cells.items()}
+        attention = RegionAttention(partitions, inject != "off", isolate)
+        return Pass(text, region_gates(session, text, regions, rows=rows, inject=inject), attention, window, image)
+
+    whole = session.denoiser.prepare(make_pass(texts.together, regions))
+    side = session.canvas.backbone.native_side * apart_side
+    parts = parts_of(session, texts.alone, regions, side, whole, make_pass) if apart > 0 else None
+    return ComposedRegions(session, texts.background, whole, parts, apart)

@@ -1,0 +1,59 @@
+"""Steps that a method takes ahead of the real ones, from the same noise, to see where the base model puts things."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.passes import AttentionMaps, MapRequest
+from lora_compose.pipelines.prepared_pass import PreparedPass
+from lora_compose.pipelines.session import Session
+
+
+def drafted_maps(
+    session: Session,
+    latents: Tensor,
+    first: Step,
+    prepared: PreparedPass,
+    request: MapRequest,
+    length: float,
+    *,
+    of_last: bool = False,
+) -> Sequence[AttentionMaps]:
+    """The attention maps of drafted steps, of which scheduler, generators and log see nothing.
+
+    The last of them stops after the last layer that is recorded.
+
+    Args:
+        session: The call.
+        latents: The start noise.
+        first: The first step.
+        prepared: The pass of every step.
+        request: The maps of conditional rows.
+        length: Fraction of the steps, at least one step; above 1 a number of steps.
+        of_last: Whether maps are recorded in the last of the steps only.
+
+    Returns:
+        The maps of the conditional rows in each step that is recorded.
+    """
+    found = []
+    with session.denoiser.sampler.ahead() as sampler:
+        denoiser = session.denoiser.ahead(sampler)
+        *earlier, last = sampler.schedule.leading(length, first)
+        for step in earlier:
+            wanted = None if of_last else _on_all_rows(request, prepared, step)
+            prediction = denoiser.predict(latents, step, prepared, wanted)
+            if prediction.maps is not None:
+                found.append(replace(prediction.maps, text=prediction.maps.text[prediction.rows.conditional]))
+            latents = sampler.step(session.guider.combine(prediction, step), step, latents)
+        return [*found, denoiser.maps(latents, last, prepared, request)]
+
+
+def _on_all_rows(request: MapRequest, prepared: PreparedPass, step: Step) -> MapRequest:
+    if not step.guided:
+        return request
+    roles = prepared.spec.text.roles
+    tokens = request.tokens.new_zeros(len(roles), *request.tokens.shape[1:])
+    tokens[roles.conditional] = request.tokens
+    return replace(request, tokens=tokens)

@@ -1,0 +1,68 @@
+"""A pass in which every LoRA acts in its own region, whose cells read what all cells read, or a text of their own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention import Gates
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.methods.process import ActingRows, acting_rows
+from lora_compose.pipelines.methods.region_texts import GatedText
+from lora_compose.pipelines.passes import Pass
+from lora_compose.pipelines.session import Session
+
+TokenMask = Literal["tara", "all", "none"]
+"""Which LoRAs change keys and values of cross-attention only at their own trigger."""
+
+
+def gated_pass(
+    session: Session,
+    texts: GatedText,
+    masks: Mapping[int, Tensor],
+    everywhere: Sequence[bool],
+    *,
+    rows: ActingRows = "cond_only",
+    token_mask: TokenMask = "tara",
+    image: int | None = None,
+) -> Pass:
+    """A pass in which LoRAs act under masks.
+
+    Args:
+        session: The call.
+        texts: The texts of the regions.
+        masks: By level, the share of each concept in each cell, the same for all images or by image. Shape: [(images,)
+            cells, concepts].
+        everywhere: True for concepts that act on the whole canvas.
+        rows: Where LoRAs act under guidance.
+        token_mask: Which of them act on their own trigger only.
+        image: Index of the image, for a pass of one image; None means all.
+    """
+    concepts, canvas, text = session.concepts, session.canvas, texts.text
+    weights = concepts.weights_of(range(len(concepts.loaded))).to(canvas.device)[None]
+    live = acting_rows(text, rows).to(canvas.device)
+    mask = text.trigger_mask
+    named = mask.sum(dim=(0, 1)) > 0
+    masked = torch.tensor([_keeps_to_its_words(loaded, token_mask) for loaded in concepts.loaded], device=canvas.device)
+    tokens = torch.where(named & masked, mask, torch.ones_like(mask)) * texts.own
+    by_row = {
+        level: mask if mask.dim() == 2 else mask.repeat(text.rows // text.images, 1, 1) for level, mask in masks.items()
+    }
+    constant = torch.tensor(everywhere).to(canvas.device, torch.float32)
+    gates = Gates(
+        text=live * tokens * weights[:, None],
+        image={level: live * mask * weights[:, None] for level, mask in by_row.items()},
+        row=live[:, 0] * weights,
+        latent_grid=canvas.latent_grid,
+        # A transformer's modulation scales all cells alike, so a region would leak into the others.
+        modulation=live[:, 0] * weights * constant,
+    )
+    return Pass(text, gates, joint_regions=texts.regions, image=image)
+
+
+def _keeps_to_its_words(loaded: LoadedConcept, token_mask: TokenMask) -> bool:
+    """Whether a concept with a trigger gets a token mask."""
+    if loaded.concept.is_style or token_mask == "none":
+        return False
+    return token_mask == "all" or loaded.trained_with == "tara"
