@@ -16,7 +16,7 @@ from lora_compose.compose.benchmark.peaks import FusedAttention
 META = torch.device("meta")
 TOKENS, REGION_TOKENS = 512, 12
 """Tokens of the text, as most of these models read it, and of the text of each region ("a photo of a sks cat")."""
-SHOWN = ("FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Z-Image")
+SHOWN = tuple(TRANSFORMERS)
 
 
 @dataclass(frozen=True)
