@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_compose.attention import Gates, JointRegions, Lora, LoraFactors, backbone_of, grid_at, install
 from lora_compose.attention.sites import Grid
+from lora_compose.compose.benchmark.architectures import TRANSFORMERS
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.compose.benchmark.memory import meta_memory
 from lora_compose.compose.benchmark.peaks import FusedAttention

@@ -40,7 +40,7 @@ class Key:
     Attributes:
         part: The component of the pipeline whose layer is changed.
         module: The layer as the file spells it, with underscores for dots, without prefix.
-        slot: What the tensor is: "down", "up", "mid", "alpha", "hada_w1_a", "lokr_w2", "diff", "magnitude", ...
+        slot: What the tensor is, as its kind calls it: "down", "up", ...; or "alpha", "scalar".
         kind: The kind of LoRA that has such tensors; None for the numbers that scale any.
         prefix: What stood before the layer's name.
         suffix: What stood after it.

@@ -147,7 +147,7 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], reasons:
         if name == "FLUX":
             return Guess("FLUX.1 or FLUX.2", False, (*why, *reasons))
         why.append("by the ratio of outputs to inputs in its MLPs")
-    if name in _SIZES:
+    if name in _SIZES and width:
         why.append(f"its layers have width {width}")
         name = _SIZES[name].get(width, f"{name} of another size")
     return Guess(name, name in _COMPOSED, (*why, *reasons))
