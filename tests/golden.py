@@ -11,20 +11,16 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import Tensor
 
+from all_transformers import TRANSFORMERS
 from components import EVERYTHING, FAMILIES, lora_tensors, random_lora, seeded, text_loras
-from flux import FLUX
-from flux2 import FLUX2
-from krea2 import KREA2
 from lora_compose import ComposePipeline, Concept
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.pipelines.methods import make_method
 from transformer_families import TOKENS, as_file, lokr_of_all, random_lora_of_all
-from z_image import Z_IMAGE
 
 PROMPT = "a sks cat and a zwx dog on grass"
 LEFT, RIGHT, WIDE = (0, 0, 60, 128), (64, 10, 128, 120), (30, 20, 128, 128)
 BOXES = {"cat": LEFT, "dog": RIGHT}
-TRANSFORMERS = {"flux": FLUX, "flux2": FLUX2, "krea2": KREA2, "z-image": Z_IMAGE}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_compose.attention import Gates, JointRegions, Lora, LoraFactors, backbone_of, grid_at, install
 from lora_compose.attention.sites import Grid
+from lora_compose.compose.benchmark.architectures import TRANSFORMERS
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.compose.benchmark.memory import meta_memory
 from lora_compose.compose.benchmark.peaks import FusedAttention
@@ -16,7 +17,7 @@ from lora_compose.compose.benchmark.peaks import FusedAttention
 META = torch.device("meta")
 TOKENS, REGION_TOKENS = 512, 12
 """Tokens of the text, as most of these models read it, and of the text of each region ("a photo of a sks cat")."""
-SHOWN = ("FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Z-Image")
+SHOWN = tuple(TRANSFORMERS)
 
 
 @dataclass(frozen=True)

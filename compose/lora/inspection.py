@@ -13,10 +13,11 @@ from lora_compose.attention import LoraFactors
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, assign, match
 from lora_compose.pipelines.formats.alphas import Alphas
-from lora_compose.pipelines.formats.deltas import MAX_RANK, inner, rank_of
+from lora_compose.pipelines.formats.change import MAX_RANK, inner
 from lora_compose.pipelines.formats.files import LoraFile
+from lora_compose.pipelines.formats.kinds import rank_of
 from lora_compose.pipelines.formats.layers import Layer, by_layer
-from lora_compose.pipelines.formats.recognise import UNSUPPORTED, form, guess_family
+from lora_compose.pipelines.formats.recognise import form, guess_family
 
 # Metadata of trainers, and our labels for them.
 _FACTS = {
@@ -188,13 +189,13 @@ def _unmatched(known: Inspection, file: LoraFile, why: str | None = None) -> Ins
         found = tuple(_block_of_file(part, name, inside, own) for (part, name), inside in blocks.items())
     except (LoraError, ValueError) as error:
         return known.model_copy(update={"problem": str(error)})
-    kinds = {kind for layer in grouped.layers for slot, kind in UNSUPPORTED.items() if slot in layer.slots}
-    about = {"problem": f"it is {min(kinds)}"} if kinds else {"notes": () if why is None else (why,)}
+    refused = next((layer.refused for layer in grouped.layers if layer.refused), None)
+    about = {"problem": f"it is {refused}"} if refused else {"notes": () if why is None else (why,)}
     return known.model_copy(update={"blocks": found, "unmatched": grouped.unknown, **about})
 
 
 def _block_of_file(part: str, name: str, layers: Sequence[Layer], own: Callable[[str, Layer], float | None]) -> Block:
-    ranks = {rank for layer in layers if (rank := rank_of(layer.slots)) is not None}
+    ranks = {rank for layer in layers if (rank := rank_of(layer.shapes)) is not None}
     alphas = {alpha for layer in layers if (alpha := own(layer.module, layer)) is not None}
     return Block(
         part=part, name=name, layers=len(layers), ranks=tuple(sorted(ranks)), alphas=tuple(sorted(alphas)), norm=None
@@ -295,7 +296,7 @@ def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: 
         for block in sorted(blocks, key=_order):
             inside = [names[name] for name in blocks[block]]
             energy = sum(inner(loras[part][name], loras[part][name]) for name in blocks[block])
-            ranks = {rank for layer in inside if (rank := rank_of(layer.slots)) is not None}
+            ranks = {rank for layer in inside if (rank := rank_of(layer.shapes)) is not None}
             alphas = {alpha for name in blocks[block] if (alpha := own(name, names[name])) is not None}
             yield Block(
                 part=part, name=block.removeprefix(f"{part}."), layers=len(inside), ranks=tuple(sorted(ranks)),

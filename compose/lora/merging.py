@@ -292,8 +292,9 @@ def _cut(change: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
 def _spelling(file: LoraFile) -> Spelling:
     """The spelling of a file's keys, of the two that are written."""
     for key in map(parse, file.tensors):
-        if key is not None and key.slot in ("down", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff"):
-            return "kohya" if key.prefix.endswith("_") or key.suffix == ".lora_down.weight" else "diffusers"
+        if key is not None and key.kind is not None:
+            sides = (".lora_down", ".lora_up")
+            return "kohya" if key.prefix.endswith("_") or key.suffix.startswith(sides) else "diffusers"
     return "diffusers"
 
 

@@ -14,7 +14,7 @@ from lora_compose.pipelines.concepts.merged import merge_matched, merger_for, wi
 from lora_compose.pipelines.concepts.sources import Lora, files_of, shown, weighted
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.alphas import needed_alpha
-from lora_compose.pipelines.formats.deltas import MAX_RANK
+from lora_compose.pipelines.formats.change import MAX_RANK
 from lora_compose.pipelines.formats.files import read_words
 from lora_compose.pipelines.notes import warn
 from lora_compose.pipelines.scene import Concept, check_names, concept_of

@@ -16,7 +16,7 @@ from lora_compose.pipelines.concepts.selection import choose_concepts
 from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.concepts.tags import has_tags, take_tags
-from lora_compose.pipelines.formats.deltas import MAX_RANK
+from lora_compose.pipelines.formats.change import MAX_RANK
 from lora_compose.pipelines.notes import warn
 from lora_compose.pipelines.scene import Concept, concept_of
 from lora_compose.pipelines.spelling import did_you_mean

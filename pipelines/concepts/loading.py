@@ -16,8 +16,9 @@ from lora_compose.attention.backbones import backbone_of
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.install import check_factors, weight_shape
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
+from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.alphas import Alphas
-from lora_compose.pipelines.formats.deltas import MAX_RANK, Change, change, inner, size
+from lora_compose.pipelines.formats.change import MAX_RANK, Change, inner
 from lora_compose.pipelines.formats.files import (
     LoraError,
     LoraFile,
@@ -26,7 +27,7 @@ from lora_compose.pipelines.formats.files import (
 from lora_compose.pipelines.formats.keys import PARTS, Part
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.names import present_name, spellings
-from lora_compose.pipelines.formats.recognise import UNSUPPORTED, guess_family
+from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.formats.transformer_names import swaps_halves
 
 __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read_lora"]
@@ -166,8 +167,9 @@ def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
         raise LoraError(f"max_rank must be at least 1, not {max_rank}")
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise LoraError(f"alpha must be a positive number, not {alpha}")
-    if any(value for settings in file.config.values() for key, value in settings.items() if key == "use_dora"):
-        raise LoraError(f"{file.path.name} is {UNSUPPORTED['magnitude']}")
+    switched = {key for settings in file.config.values() for key, value in settings.items() if value}
+    if why := next((kind.refused for kind in kinds.KINDS if kind.refused and kind.setting in switched), None):
+        raise LoraError(f"{file.path.name} is {why}")
     if alpha is None and any(".lora_layer." in key for key in file.tensors):
         raise LoraError(
             f"{file.path.name} is a whole UNet with LoRA layers inside, as TARA's script for SD 1.5 saves it, and does "
@@ -208,7 +210,7 @@ def _shared_out(
         return [(name, replace(layer, swapped=swaps_halves(name, layer.module))) for name in names]
     sizes = [weight_shape(uncompiled(model), name)[0] for name in names]
     try:
-        outputs, _ = size(layer.parts) if not layer.slots.keys() & UNSUPPORTED.keys() else (sum(sizes), 0)
+        outputs = sum(sizes) if layer.refused else layer.kind.sides(layer.shapes)[0]
     except ValueError as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{layer.module}: {error}") from error
     if outputs != sum(sizes):
@@ -234,11 +236,10 @@ def _nothing(file: LoraFile, fitting: int, layers: int) -> str:
 
 def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> None:
     """Checks the kind of a layer's change, and that its size is that of the weight, before it is computed."""
-    for slot, why in UNSUPPORTED.items():
-        if slot in layer.slots:
-            raise LoraError(f"{file.path.name} is {why} (key {layer.keys[list(layer.slots).index(slot)]!r})")
+    if layer.refused:
+        raise LoraError(f"{file.path.name} is {layer.refused}")
     try:
-        outputs, inputs = size(layer.parts)
+        outputs, inputs = layer.kind.sides(layer.shapes)
         weight = weight_shape(uncompiled(model), name)
     except ValueError as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
@@ -258,10 +259,10 @@ def _change(
     try:
         scale, target = alphas.scale(name, layer), base_layer(model.get_submodule(name))
         products = products and isinstance(target, nn.Linear) and not layer.swapped
-        made = change(layer.parts, scale, max_rank, products=products)
+        made = layer.kind.load(layer.parts, scale, max_rank, products=products)
         if made.factors.left is not None and layer.outputs is not None:
             part = _rows(made.factors, layer.outputs)
-            made = change(layer.parts, scale, max_rank) if part is None else Change(part)
+            made = layer.kind.load(layer.parts, scale, max_rank) if part is None else Change(part)
         if made.factors.left is None and layer.outputs is not None:
             made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / layer.shares)
         if layer.swapped:
@@ -294,7 +295,7 @@ def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
         up = up[:, :, None, None] if up.ndim == 2 else up
     elif down.shape[2:] == up.shape[2:] == (1, 1):
         down, up = down.flatten(1), up.flatten(1)
-    return LoraFactors(down, up, factors.scale, factors.left)
+    return replace(factors, down=down, up=up)
 
 
 def _check_embeddings(file: LoraFile, pipe: Any) -> None:

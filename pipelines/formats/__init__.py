@@ -3,7 +3,8 @@
     files.py      a file on disk -> checked tensors with their metadata
     keys.py       one key -> part of the pipeline, layer as spelled, and what the tensor is
     names.py      a model -> every name that files use for its layers
-    deltas.py     the tensors of one layer -> low-rank factors, exactly or with a known error
+    kinds/        one file for each kind of LoRA: the tensors of one layer -> the change that they are
+    change.py     a change as low-rank factors, exactly or with a known error
     layers.py     the keys of a file grouped by layer
     alphas.py     alpha / rank of each layer
     recognise.py  all keys of a file -> the tool that wrote it, and the model family it is for

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_compose.pipelines.formats.deltas import rank_of
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import PARTS, Part
+from lora_compose.pipelines.formats.kinds import rank_of
 from lora_compose.pipelines.formats.layers import Layer
 
 MAX_SCALE = 1000.0
@@ -74,7 +74,7 @@ class Alphas:
         return scale
 
     def _over_rank(self, name: str, layer: Layer) -> float:
-        own, config, rank = self.own(name, layer), self._config[layer.part], rank_of(layer.slots)
+        own, config, rank = self.own(name, layer), self._config[layer.part], rank_of(layer.shapes)
         if rank is None:  # a whole weight: alpha counts only where PEFT gives the rank as well
             return own / _positive(config["r"]) if own is not None and "r" in config else 1.0
         if own is not None and self._given is not None:

@@ -7,9 +7,9 @@ from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import Part, parse
+from lora_compose.pipelines.formats.kinds import LOW_RANK
 from lora_compose.pipelines.formats.layers import Layer, by_layer
 from lora_compose.pipelines.formats.names import present_name
-from lora_compose.pipelines.formats.recognise import UNSUPPORTED
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,8 @@ def by_name(file: LoraFile, *, alpha: float | None = None) -> tuple[Mapping[tupl
     alphas = Alphas(file, alpha)
     found: dict[tuple[Part, str], Named] = {}
     for layer in grouped.layers:
-        for slot, why in UNSUPPORTED.items():
-            if slot in layer.slots:
-                raise LoraError(f"{file.path.name} is {why} (key {layer.keys[0]!r})")
+        if layer.refused:
+            raise LoraError(f"{file.path.name} is {layer.refused}")
         stem, name = _spelled(layer.keys[0])
         where = layer.part, present_name(layer.module)
         if where in found:
@@ -59,17 +58,12 @@ def by_name(file: LoraFile, *, alpha: float | None = None) -> tuple[Mapping[tupl
 
 
 def _factors(layer: Layer, scale: float) -> LoraFactors:
-    if layer.parts.keys() != {"down", "up"}:
+    if layer.kind is not LOW_RANK:
         raise ValueError(
             f"it has {', '.join(sorted(layer.parts))}; for a model that lora-compose does not know, only plain LoRAs "
             "(lora_A and lora_B, or lora_down and lora_up) can be read"
         )
-    down, up = layer.parts["down"], layer.parts["up"]
-    pointwise = up.shape[2:].numel() == 1
-    fit = down.ndim in (2, 4) and up.ndim in (2, down.ndim) and pointwise and up.shape[1] == down.shape[0]
-    if not fit or not down.numel() or not up.numel():
-        raise ValueError(f"factors of shape {list(down.shape)} and {list(up.shape)} do not fit each other")
-    return LoraFactors(down, up, scale)
+    return LOW_RANK.load(layer.parts, scale).factors
 
 
 def _spelled(text: str) -> tuple[str, str]:

@@ -1,8 +1,12 @@
 """One key of a LoRA file: which part of the pipeline it changes, which layer it names, and what its tensor is."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
+
+from lora_compose.pipelines.formats import kinds
 
 Part = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]
 PARTS: tuple[Part, ...] = ("unet", "transformer", "text_encoder", "text_encoder_2")
@@ -24,35 +28,7 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     (r"base_model\.model\.|", "unet"),
 )
 
-# Suffixes after the layer's name and a dot. If a pattern has a group, that is the slot. Repetitions are possessive and
-# few, so that no crafted key is slow to match.
-_SIDES = {"A": "down", "B": "up"}
-_SLOTS: tuple[tuple[str, str | None], ...] = (
-    (r"lora_(down|up|mid)\.weight", None),
-    (r"lora\.(down|up)\.weight", None),  # "to_q_lora.down.weight" in attention processors and ED-LoRA
-    (r"lora_(?:linear_)?layer\.(down|up)\.weight", None),
-    (r"lora_([AB])(?:\.\w++)?\.weight", None),  # with the adapter's name inside
-    (r"lora_(?:[AB](?:\.\w++)?|down|up)\.bias", "bias"),
-    (r"diff_b", "bias"),
-    (r"[wb]_norm", "norm"),
-    (r"(alpha|diff|scalar)", None),
-    (r"dora_scale|lora_magnitude_vector(?:\.\w++){0,3}+", "magnitude"),
-    (r"(hada_w[12]_[ab]|hada_t[12])", None),
-    (r"(lokr_w[12](?:_[ab])?|lokr_t[12])", None),
-    (r"oft_(?:blocks|diag)|oft_R\.(?:\w++\.)?weight|rescale", "oft"),
-    (r"[ab][12]\.weight|bm\.weight", "glora"),
-    (r"on_input", "ia3"),
-    (r"(?:vera|randlora|boft|hra|shira|bone|vblora)_\w++(?:\.\w++){0,3}+", "other"),
-)
-_AFTER_UNDERSCORE = 1  # the one that may follow an underscore instead
-_KEY = re.compile(
-    "[._](?:"
-    + "|".join(
-        f"(?P<s{i}>{'' if i == _AFTER_UNDERSCORE else r'(?<=[.])'}(?:{pattern})$)"
-        for i, (pattern, _) in enumerate(_SLOTS)
-    )
-    + ")"
-)
+_NUMBERS = {"alpha": r"\.alpha", "scalar": r"\.scalar"}  # beside the tensors of any kind
 _PREFIX = re.compile("|".join(f"(?P<p{i}>^(?:{pattern}))" for i, (pattern, _) in enumerate(_PREFIXES)))
 _EMBEDDING = re.compile(r"new_concept_embedding\.(.+)|bundle_emb\.(.+?)(?:\.(string_to_param\.\*|clip_[lg]))?")
 
@@ -64,7 +40,8 @@ class Key:
     Attributes:
         part: The component of the pipeline whose layer is changed.
         module: The layer as the file spells it, with underscores for dots, without prefix.
-        slot: What the tensor is: "down", "up", "mid", "alpha", "hada_w1_a", "lokr_w2", "diff", "magnitude", ...
+        slot: What the tensor is, as its kind calls it: "down", "up", ...; or "alpha", "scalar".
+        kind: The kind of LoRA that has such tensors; None for the numbers that scale any.
         prefix: What stood before the layer's name.
         suffix: What stood after it.
     """
@@ -72,26 +49,33 @@ class Key:
     part: Part
     module: str
     slot: str
+    kind: kinds.Kind | None
     prefix: str
     suffix: str
 
 
 def parse(key: str) -> Key | None:
     """Takes a key apart; None if it is not a key of an adapter."""
-    found = _KEY.search(key)
-    if found is None or found.lastgroup is None or found.lastindex is None:
+    pattern, slots = _endings(kinds.KINDS)
+    end = pattern.search(key)
+    if end is None or end.lastgroup is None:
         return None
-    # The last group to close is the named one; the slot, if it has one, is the group inside.
-    slot = _SLOTS[int(found.lastgroup[1:])][1] or found[found.lastindex + 1]
-    rest = key[: found.start()]
+    rest = key[: end.start()]
     start = _PREFIX.match(rest)
-    if start is None or start.lastgroup is None:
+    if start is None or start.lastgroup is None or start.end() == len(rest):
         return None
+    slot, kind = slots[int(end.lastgroup[1:])]
     part = _PREFIXES[int(start.lastgroup[1:])][1]
-    module = rest[start.end() :]
-    if not module:
-        return None
-    return Key(part, module.replace(".", "_"), _SIDES.get(slot, slot), start[0], found[0])
+    return Key(part, rest[start.end() :].replace(".", "_"), slot, kind, start[0], end[0])
+
+
+@cache
+def _endings(known: tuple[kinds.Kind, ...]) -> tuple[re.Pattern[str], Sequence[tuple[str, kinds.Kind | None]]]:
+    """One pattern for the ends of all keys, and the slot and kind of each of its groups."""
+    named = [((slot, kind), end) for kind in known for slot, end in kind.endings.items()]
+    named += [((slot, None), end) for slot, end in _NUMBERS.items()]
+    ends = "|".join(f"(?P<s{i}>(?:{end})$)" for i, (_, end) in enumerate(named))
+    return re.compile(f"(?=[._])(?:{ends})"), [slot for slot, _ in named]
 
 
 def bundled_embedding(key: str) -> tuple[str, Part] | None:

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import Part, parse
-from lora_compose.pipelines.formats.recognise import UNSUPPORTED
-
-_INEXPRESSIBLE = {"bias", "norm"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +37,25 @@ class Layer:
     def parts(self) -> Mapping[str, Tensor]:
         """The tensors whose product is the change, without the numbers that scale it."""
         return {slot: tensor for slot, tensor in self.slots.items() if slot not in {"alpha", "scalar"}}
+
+    @property
+    def shapes(self) -> kinds.Shapes:
+        """The shapes of these."""
+        return {slot: tensor.shape for slot, tensor in self.parts.items()}
+
+    @property
+    def kind(self) -> kinds.Kind:
+        """The kind of LoRA that it is; errors as for `kind_of`."""
+        return kinds.kind_of(self.parts)
+
+    @property
+    def refused(self) -> str:
+        """Why files with it are refused, as in "it is a ...", and the key that says so; empty if they are not."""
+        for kind in (kind for kind in kinds.KINDS if kind.refused):
+            for slot, key in zip(self.slots, self.keys, strict=True):
+                if slot in kind.endings:
+                    return f"{kind.refused} (key {key!r})"
+        return ""
 
     def same(self, other: "Layer") -> bool:
         """Whether two have the same tensors."""
@@ -74,11 +91,11 @@ def by_layer(file: LoraFile) -> Layers:
         key = parse(name)
         if key is None:
             unknown.append(name)
-        elif key.slot in _INEXPRESSIBLE:
+        elif key.kind is not None and key.kind.left_out:
             inexpressible.append(name)
         else:
             slots = found.setdefault((key.part, key.module), {})
-            if key.slot in slots and key.slot not in UNSUPPORTED:  # those have several tensors in one slot
+            if key.slot in slots and not (key.kind and key.kind.refused):  # those have several tensors in one slot
                 raise LoraError(
                     f"{file.path.name} has more than one LoRA for {key.part}.{key.module} ({slots[key.slot]}, {name}); "
                     "expected one adapter"

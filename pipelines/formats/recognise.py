@@ -7,32 +7,8 @@ from dataclasses import dataclass
 
 from torch import Size
 
-from lora_compose.pipelines.formats.keys import Key, parse
-
-# The kind of adapter, by the first slot that is found.
-_KINDS = (
-    ("magnitude", "DoRA"),
-    ("oft", "OFT"),
-    ("glora", "GLoRA"),
-    ("ia3", "IA3"),
-    ("other", "an adapter of another kind"),
-    ("lokr_w1", "LoKr"),
-    ("lokr_w1_a", "LoKr"),
-    ("hada_w1_a", "LoHa"),
-    ("mid", "LoCon with a Tucker decomposition"),
-    ("down", "LoRA"),
-    ("diff", "whole differences"),
-)
-
-_WITH_FACTORS = {"DoRA"}  # has the factors of a LoRA besides its own tensors
-UNSUPPORTED: Mapping[str, str] = {
-    "magnitude": "a DoRA, which rescales the model's own weights; only low-rank changes can be gated",
-    "oft": "an OFT, which rotates the model's own weights; only low-rank changes can be gated",
-    "glora": "a GLoRA, which multiplies the model's own weights; only low-rank changes can be gated",
-    "ia3": "an IA3, which rescales activations; only low-rank changes can be gated",
-    "other": "an adapter of an unknown kind",
-}
-"""Why files with such tensors are refused, by slot."""
+from lora_compose.pipelines.formats import kinds
+from lora_compose.pipelines.formats.keys import Key, Part, parse
 
 # Other families, by words that only their layer names have; the last ones count only if no UNet block is named.
 _FOREIGN = (
@@ -95,11 +71,12 @@ def form(keys: Sequence[str]) -> str:
     """One line: the kind of adapter, and the tool whose key names it has."""
     parsed = [found for key in keys if (found := parse(key))]
     slots = {key.slot for key in parsed}
-    kinds = list(dict.fromkeys(kind for slot, kind in _KINDS if slot in slots))
-    if not kinds:
+    found = [kind for kind in kinds.KINDS if not kind.left_out and not kind.endings.keys().isdisjoint(slots)]
+    if not found:
         return "no adapter"
-    kinds = kinds[:1] if kinds[0] in _WITH_FACTORS else kinds[:2]
-    return f"{' and '.join(kinds)}, keys of {_spelling(keys, parsed)}"
+    # What rescales or rotates has the factors of another kind beside its own tensors.
+    named = found[:1] if found[0].refused else found[:2]
+    return f"{' and '.join(kind.name for kind in named)}, keys of {_spelling(keys, parsed)}"
 
 
 def _spelling(keys: Sequence[str], parsed: Sequence[Key]) -> str:
@@ -170,7 +147,7 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], reasons:
         if name == "FLUX":
             return Guess("FLUX.1 or FLUX.2", False, (*why, *reasons))
         why.append("by the ratio of outputs to inputs in its MLPs")
-    if name in _SIZES:
+    if name in _SIZES and width:
         why.append(f"its layers have width {width}")
         name = _SIZES[name].get(width, f"{name} of another size")
     return Guess(name, name in _COMPOSED, (*why, *reasons))
@@ -178,25 +155,29 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], reasons:
 
 def _main_width(shapes: Mapping[str, Size | Sequence[int]]) -> tuple[int, set[int]]:
     """Inputs of most layers; and for the first layers of MLPs and of single blocks, outputs by input."""
-    layers: dict[str, dict[str, Sequence[int]]] = {}
-    for key, shape in shapes.items():
-        if found := parse(key):
-            layers.setdefault(found.module, {})[found.slot] = shape
-    widths = {module: _inputs(slots) for module, slots in layers.items()}
-    counted = Counter(width for width in widths.values() if width)
-    first = {module for module in layers if re.search(r"linear1$|_mlp_0$", module)}
+    layers = [(module, *_sides(shapes)) for (_, module), shapes in _layers(shapes).items()]
+    counted = Counter(inputs for _, _, inputs in layers if inputs)
+    first = [layer for layer in layers if re.search(r"linear1$|_mlp_0$", layer[0])]
     return (counted.most_common(1)[0][0] if counted else 0), {
-        _outputs(layers[module]) // widths[module] for module in first if widths[module]
+        outputs // inputs for _, outputs, inputs in first if inputs
     }
 
 
-def _outputs(slots: Mapping[str, Sequence[int]]) -> int:
-    """Number of outputs of a layer according to its tensors; 0 if unknown."""
-    for slot in ("up", "hada_w1_a", "diff"):
-        if len(slots.get(slot, ())) >= 2:
-            return int(slots[slot][0])
-    sides = [slots.get(f"lokr_w{i}", slots.get(f"lokr_w{i}_a", ())) for i in (1, 2)]
-    return int(sides[0][0]) * int(sides[1][0]) if all(len(side) >= 2 for side in sides) else 0
+def _layers(shapes: Mapping[str, Sequence[int]]) -> Mapping[tuple[Part, str], dict[str, Sequence[int]]]:
+    """The shapes of each layer's tensors, by slot."""
+    layers: dict[tuple[Part, str], dict[str, Sequence[int]]] = {}
+    for key, shape in shapes.items():
+        if found := parse(key):
+            layers.setdefault((found.part, found.module), {})[found.slot] = shape
+    return layers
+
+
+def _sides(shapes: kinds.Shapes) -> tuple[int, int]:
+    """Outputs and inputs of a layer according to its tensors; 0 if they do not tell."""
+    try:
+        return (0, 0) if (kind := kinds.readable(shapes)) is None else kind.sides(shapes)
+    except ValueError:
+        return 0, 0
 
 
 def _named(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -217,13 +198,9 @@ def _reasons(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 def _from_shapes(shapes: Mapping[str, Size | Sequence[int]]) -> list[tuple[str, str]]:
     """Families that layers and their widths point to, each with the reason."""
-    layers: dict[tuple[str, str], dict[str, Sequence[int]]] = {}
-    for key, shape in shapes.items():
-        if found := parse(key):
-            layers.setdefault((found.part, found.module), {})[found.slot] = shape
     seen, text = [], []
-    for (part, module), slots in layers.items():
-        width = _inputs(slots)
+    for (part, module), found in _layers(shapes).items():
+        width = _sides(found)[1]
         if part == "unet" and re.search(r"attn2_(?:processor_)?to_[kv]$", module) and width in _WIDTHS:
             seen.append((_WIDTHS[width], f"cross-attention reads text of width {width}"))
         elif part == "text_encoder_2":
@@ -233,12 +210,3 @@ def _from_shapes(shapes: Mapping[str, Size | Sequence[int]]) -> list[tuple[str, 
         elif part == "text_encoder" and re.search(r"q_proj$", module) and width in (768, 1024):
             text.append((_WIDTHS[width], f"its text encoder has width {width}"))
     return seen or text
-
-
-def _inputs(slots: Mapping[str, Sequence[int]]) -> int:
-    """Number of inputs of a layer according to its tensors; 0 if unknown."""
-    for slot in ("down", "hada_w1_b", "diff"):
-        if len(slots.get(slot, ())) >= 2:
-            return int(slots[slot][1])
-    sides = [slots.get(f"lokr_w{i}", slots.get(f"lokr_w{i}_b", ())) for i in (1, 2)]
-    return int(sides[0][1]) * int(sides[1][1]) if all(len(side) >= 2 for side in sides) else 0

@@ -12,7 +12,7 @@ from lora_compose.compose.commands import bench, inspect
 from lora_compose.compose.support import names
 from lora_compose.compose.support.names import did_you_mean, file_near
 from lora_compose.compose.training.settings import PRESETS as TRAINING_PRESETS
-from lora_compose.pipelines.formats.deltas import MAX_RANK
+from lora_compose.pipelines.formats.change import MAX_RANK
 from lora_compose.pipelines.merging import MERGERS
 from lora_compose.pipelines.methods import METHODS, PRESETS
 

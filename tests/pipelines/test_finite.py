@@ -3,18 +3,14 @@
 import pytest
 import torch
 
+from all_transformers import TRANSFORMERS
 from components import seeded, tiny_pipeline
 from composing import BOXED, compose, composer_of, encoded, run, with_concepts
-from flux import FLUX
-from flux2 import FLUX2
-from krea2 import KREA2
 from lora_compose.compose.generate.making import make
 from lora_compose.pipelines.finite import NotFiniteError
 from lora_compose.pipelines.scene import Concept, Run, Scene
 from transformer_families import CALL, pipeline_with_concepts
-from z_image import Z_IMAGE
 
-TRANSFORMERS = {"flux": FLUX, "flux2": FLUX2, "krea2": KREA2, "z_image": Z_IMAGE}
 HUGE = [Concept(**{**dict(one), "weight": 1e30, "any_weight": True}) for one in BOXED]
 
 

@@ -10,17 +10,13 @@ from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from safetensors.torch import save_file
 from torch import Tensor
 
+from all_transformers import TRANSFORMERS
 from components import FAMILIES, State, lora_tensors
 from composing import BOTH, EVERY, compose, composer_of, latents_of, one_step, run
-from flux import flux_pipeline
-from flux2 import FLUX2, LAYERS
-from krea2 import krea2_pipeline
+from flux2 import LAYERS
 from lora_compose.attention import LoraFactors
-from z_image import Z_IMAGE
 
-EVERY_FAMILY = {
-    **FAMILIES, "flux": flux_pipeline, "flux2": FLUX2.pipeline, "krea2": krea2_pipeline, "z-image": Z_IMAGE.pipeline,
-}  # fmt: skip
+EVERY_FAMILY = FAMILIES | {name: family.pipeline for name, family in TRANSFORMERS.items()}
 SHAPES = {
     "sd": {"latents": (1, 4, 16, 16), "prompt_embeds": (2, 32, 24), "negative_prompt_embeds": (1, 32, 24)},
     "sdxl": {

@@ -13,19 +13,15 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import save_file
 
+from all_transformers import TRANSFORMERS
 from components import lora_tensors, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
-from flux import flux_pipeline
-from flux2 import FLUX2
-from krea2 import KREA2
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.pipelines.base import ComposePipeline
 from transformer_families import as_file, random_lora_of_all
-from z_image import Z_IMAGE
 
 FOLDER = assets_dir() / "custom_pipeline"
-MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline, "flux": flux_pipeline,
-          "flux2": FLUX2.pipeline, "krea2": KREA2.pipeline, "z-image": Z_IMAGE.pipeline}  # fmt: skip
-OPTIONS = {"flux2": FLUX2.unguided, "krea2": KREA2.unguided, "z-image": Z_IMAGE.unguided}
+MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline, **{name: it.pipeline for name, it in TRANSFORMERS.items()}}
+OPTIONS = {name: family.unguided for name, family in TRANSFORMERS.items()}
 PROMPT = "a sks cat on grass"
 
 

@@ -7,25 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from all_transformers import TRANSFORMERS
 from components import seeded
-from flux import FLUX
-from flux2 import FLUX2
-from krea2 import KREA2
 from lora_compose import Concept, Draft, Regional
 from lora_compose.pipelines.methods.division import divided
 from transformer_families import CELLS, TOKENS, Family, pipeline_with_concepts
-from z_image import Z_IMAGE
 
-FAMILIES = {"flux": FLUX, "krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
 CALL: dict[str, Any] = {
     "prompt": "a sks cat and a zwx dog on grass", "width": 128, "height": 128, "num_inference_steps": 3,
     "max_sequence_length": TOKENS, "output_type": "latent",
 }  # fmt: skip
 
 
-@pytest.fixture(params=FAMILIES, scope="module")
+@pytest.fixture(params=TRANSFORMERS, scope="module")
 def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
+    return TRANSFORMERS[request.param]
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ from diffusers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
+from all_transformers import TRANSFORMERS
 from components import seeded
-from flux import FLUX
-from flux2 import FLUX2
 from krea2 import KREA2
 from lora_compose import ComposePipeline, Composite, Concept, Detailer, Draft, Switch, refine
 from transformer_families import (
@@ -24,9 +23,8 @@ from transformer_families import (
     pipeline_with_concepts,
     plain_latents,
 )
-from z_image import Z_IMAGE
 
-FAMILIES = {"flux": FLUX, "flux2": FLUX2, "z-image": Z_IMAGE}
+FAMILIES = {name: family for name, family in TRANSFORMERS.items() if family.image_tasks}
 TASKS = [(name, inpaints) for name, family in FAMILIES.items() for inpaints in family.image_tasks]
 PROMPT = "a sks cat and a zwx dog on grass"
 IMAGE = Image.fromarray((np.random.default_rng(0).random((128, 128, 3)) * 255).astype("u1"))

@@ -10,20 +10,15 @@ import torch
 from diffusers import GGUFQuantizationConfig
 from torch import nn
 
+from all_transformers import TRANSFORMERS
 from components import seeded
-from flux import FLUX
-from flux2 import FLUX2
-from krea2 import KREA2
 from simulated_device import DEVICE, parameters_that_move
 from transformer_families import BOXES, CALL, METHODS, assert_equals_dense_deltas, latents_of, pipeline_with_concepts
-from z_image import Z_IMAGE
-
-FAMILIES = {"flux": FLUX, "krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
 
 
 def each(*by_default: str) -> Any:
     """Every family; all but some are slow."""
-    marks = {name: () if name in by_default else pytest.mark.slow for name in FAMILIES}
+    marks = {name: () if name in by_default else pytest.mark.slow for name in TRANSFORMERS}
     return pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in marks.items()])
 
 
@@ -96,7 +91,7 @@ STORED = (layerwise_casting, bitsandbytes, nf4, torchao, quanto, gguf)
 @each("flux")
 @pytest.mark.parametrize("store", STORED)
 def test_loras_act_on_weights_in_few_bits_as_dense_deltas_beside_them(name, store, tmp_path):
-    family = FAMILIES[name]
+    family = TRANSFORMERS[name]
     pipe = pipeline_with_concepts(family, tmp_path)
     whole = latents_of(pipe, **family.unguided)
     pipe.transformer = store(pipe.transformer, tmp_path) or pipe.transformer
@@ -125,7 +120,7 @@ def by_blocks(pipe: Any) -> None:
 @each("z-image")
 @pytest.mark.parametrize("offload", [pytest.param(by_models, marks=pytest.mark.slow), by_layers, by_blocks])
 def test_an_offloaded_transformer_gives_the_same_images(name, offload, tmp_path):
-    family = FAMILIES[name]
+    family = TRANSFORMERS[name]
     pipe = pipeline_with_concepts(family, tmp_path)
     call = {**CALL, "num_inference_steps": 1, "output_type": "np", **family.guided}
 

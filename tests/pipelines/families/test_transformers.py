@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from all_transformers import TRANSFORMERS
 from components import seeded
 from flux import FLUX
-from flux2 import FLUX2
 from krea2 import KREA2
 from lora_compose import Composite, Concept, Switch
 from transformer_families import (
@@ -30,12 +30,10 @@ from transformer_families import (
 )
 from z_image import Z_IMAGE
 
-FAMILIES = {"flux": FLUX, "krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
 
-
-@pytest.fixture(params=FAMILIES, scope="module")
+@pytest.fixture(params=TRANSFORMERS, scope="module")
 def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
+    return TRANSFORMERS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,7 @@ def test_one_merged_lora_equals_diffusers_with_the_lora_loaded(family, pipe):
 
 @pytest.mark.parametrize("name", ["flux", "z-image"])
 def test_a_lokr_of_any_rank_is_applied_exactly(name, tmp_path):
-    family = FAMILIES[name]
+    family = TRANSFORMERS[name]
     pipe = pipeline_with_concepts(family, tmp_path)
     pipe.unload_concept("cat")
     tensors = lokr_of_all(pipe.transformer)

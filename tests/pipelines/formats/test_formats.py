@@ -25,7 +25,7 @@ from lora_compose.compose.benchmark.architectures import SD15, SDXL, without_wei
 from lora_compose.compose.generate.making import load
 from lora_compose.compose.playground.recipe.lora_files import FORMATS, Format, bare, kohya, pair, with_alpha
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
-from lora_compose.pipelines.formats.deltas import change
+from lora_compose.pipelines.formats.kinds import kind_of
 from reference import deltas, dense
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -185,13 +185,17 @@ def lycoris() -> dict[str, tuple[Tensors, Tensor]]:
     mid = numbers(2, 3, 3, 3, seed=3)
     change = torch.einsum("om,mnhw,ni->oihw", up[..., 0, 0], mid, down[..., 0, 0])
     found["LoCon, Tucker"] = ({"down": down, "mid": mid, "up": up}, change)
+    down, up = numbers(2, 10, 3, 3, seed=1), numbers(12, 2, 1, 1, seed=2)
+    found["LoCon"] = ({"down": down, "up": up}, torch.einsum("or,rihw->oihw", up[..., 0, 0], down))
     return found
 
 
 @pytest.mark.parametrize("kind", lycoris())
 def test_changes_are_what_lycoris_defines(kind: str) -> None:
     slots, expected = lycoris()[kind]
-    made = change({slot: tensor.float() for slot, tensor in slots.items()}, 0.5)
+    tensors = {slot: tensor.float() for slot, tensor in slots.items()}
+    made = kind_of(slots).load(tensors, 0.5)
+    assert_close({"it": kind_of(slots).delta(tensors).double()}, {"it": expected})
     assert made.lost <= 1e-10 * float((expected**2).sum())
     assert_close({"it": dense(made.factors).double()}, {"it": 0.5 * expected})
 
@@ -205,7 +209,7 @@ def test_what_is_cut_is_the_best_of_its_rank_and_the_error_is_true(kind: str, ma
         slots, expected = {"diff": q @ spectrum @ r}, 2 * (q @ spectrum @ r).double()
     else:
         slots, expected = lycoris().get(kind, ({"diff": numbers(9, 7, seed=1)}, numbers(9, 7, seed=1)))
-    made = change({slot: tensor.float() for slot, tensor in slots.items()}, 0.5, max_rank)
+    made = kind_of(slots).load({slot: tensor.float() for slot, tensor in slots.items()}, 0.5, max_rank)
     expected = (1.0 if kind == "whole difference" else 0.5) * expected
     values = torch.linalg.svdvals(expected.flatten(1))
     kept = dense(made.factors).double()
@@ -250,7 +254,7 @@ def test_incomplete_layers_are_refused(missing: str) -> None:
         if missing in slots:
             rest = {slot: tensor.float() for slot, tensor in slots.items() if slot != missing}
             with pytest.raises(ValueError, match="incomplete"):
-                change(rest, 1.0)
+                kind_of(rest).load(rest, 1.0)
 
 
 def test_biases_and_norms_are_left_out_aloud(tmp_path: Path) -> None:

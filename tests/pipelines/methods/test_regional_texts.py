@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from all_transformers import TRANSFORMERS
 from components import lora_tensors, random_lora, seeded, tiny_pipeline
 from flux import FLUX
 from flux2 import FLUX2
@@ -26,7 +27,6 @@ from transformer_families import (
 )
 from z_image import Z_IMAGE
 
-FAMILIES = {"flux": FLUX, "krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
 PROMPT = "a sks cat and a zwx dog on grass"
 TEXTS = ("a cat and a dog on grass", "a sks cat on grass", "a zwx dog on grass")
 LEFT, MIDDLE, RIGHT = (0, 0, 64, 160), (32, 0, 96, 160), (64, 0, 128, 160)
@@ -39,9 +39,9 @@ CALL: dict[str, Any] = {
 BOXES = {"apart": (LEFT, RIGHT), "overlapping": (LEFT, MIDDLE)}
 
 
-@pytest.fixture(params=FAMILIES, scope="module")
+@pytest.fixture(params=TRANSFORMERS, scope="module")
 def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
+    return TRANSFORMERS[request.param]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,36 @@
+"""The kinds of LoRA that a file can have, each in a file of its own (`kind.py` says what it has), and their list."""
+
+from collections.abc import Collection
+
+from lora_compose.pipelines.formats.kinds.difference import DIFFERENCE
+from lora_compose.pipelines.formats.kinds.kind import Kind, Shapes, rows
+from lora_compose.pipelines.formats.kinds.loha import LOHA
+from lora_compose.pipelines.formats.kinds.lokr import LOKR
+from lora_compose.pipelines.formats.kinds.low_rank import LOW_RANK, TUCKER
+from lora_compose.pipelines.formats.kinds.refused import LEFT_OUT, REFUSED
+
+KINDS: tuple[Kind, ...] = (*REFUSED, LOKR, LOHA, TUCKER, LOW_RANK, DIFFERENCE, LEFT_OUT)
+"""A layer is of the first kind that has an ending for one of its tensors."""
+
+
+def kind_of(slots: Collection[str]) -> Kind:
+    """The kind of a layer, by its tensors but alpha. Raises ValueError if there are none, or some of another kind."""
+    kind = next((kind for kind in KINDS if not kind.endings.keys().isdisjoint(slots)), None)
+    if kind is None:
+        raise ValueError("it has no tensors but an alpha; the file is incomplete")
+    others = sorted({*slots} - {*kind.endings, *kind.beside})
+    if others and not kind.refused:
+        raise ValueError(f"it has {', '.join(others)} beside the tensors of a {kind.name}; expected one kind by layer")
+    return kind
+
+
+def readable(shapes: Shapes) -> Kind | None:
+    """The first kind that a layer has tensors of and that is read; a DoRA has those of a LoRA beside its own."""
+    read = (kind for kind in KINDS if not kind.refused and not kind.left_out)
+    return next((kind for kind in read if not kind.endings.keys().isdisjoint(shapes)), None)
+
+
+def rank_of(shapes: Shapes) -> int | None:
+    """The rank that divides a layer's alpha; None if alpha has no effect, or no tensor tells. Raises as `rows`."""
+    kind = readable(shapes)
+    return next((rows(shapes, slot) for slot in (kind.ranked if kind else ()) if slot in shapes), None)

@@ -1,0 +1,102 @@
+"""What a kind of LoRA is; each stands in a file of its own."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from torch import Tensor
+
+from lora_compose.pipelines.formats.change import MAX_RANK, Change, cut, matrix, shaped
+
+Shapes = Mapping[str, Sequence[int]]
+"""The shapes of a layer's tensors, by slot."""
+Tensors = Mapping[str, Tensor]
+"""A layer's tensors, by slot."""
+
+
+def _unread(given: Shapes | Tensors) -> NoReturn:
+    raise ValueError(f"{', '.join(sorted(given))} cannot be read")
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A kind of LoRA: the names of its tensors, and the change of a weight that they are.
+
+    Small tensors can have a huge product, and files are not trusted: `sides` is asked first, and has nothing but shapes
+    to multiply. The rest is called only where they are those of the model's layer.
+
+    Attributes:
+        name: As users know it.
+        endings: By slot (what a tensor is), a regular expression for the end of its key, from the dot after the layer's
+            name. No groups that capture; repetitions possessive and few, so that no crafted key is slow to match.
+        sides: Outputs and inputs (times the cells of the kernel) of the change. Raises ValueError if tensors are
+            missing, do not fit each other, or have more rank than sides.
+        delta: The change, whole and at scale 1, in the weight's shape.
+        factors: The change as factors at scale 1, from tensors, the rank they are kept to, and whether a Kronecker
+            product may stay one. None, or a result of None: they are the best of `delta`.
+        beside: Slots of other kinds that it needs as well.
+        ranked: The slots whose first side divides alpha; the first of them that a layer has counts.
+        scaled: Whether alpha has an effect at all.
+        refused: Why files of this kind are refused, as in "it is a ..."; empty if they are read.
+        left_out: Whether these tensors are left out, and the rest of the file is used.
+        setting: PEFT's setting that switches this kind on, for kinds that are refused.
+    """
+
+    name: str
+    endings: Mapping[str, str]
+    sides: Callable[[Shapes], tuple[int, int]] = _unread
+    delta: Callable[[Tensors], Tensor] = _unread
+    factors: Callable[[Tensors, int, bool], Change | None] | None = None
+    beside: Collection[str] = ()
+    ranked: Sequence[str] = ()
+    scaled: bool = True
+    refused: str = ""
+    left_out: bool = False
+    setting: str = ""
+
+    def load(self, tensors: Tensors, scale: float, max_rank: int = MAX_RANK, *, products: bool = False) -> Change:
+        """The change of one layer as factors.
+
+        Args:
+            tensors: May build a product as large as `sides` says; compare that with the layer first.
+            scale: Factor on the change.
+            max_rank: Changes of adapters other than LoRA are kept exactly up to this rank, and cut to it beyond.
+            products: Whether a Kronecker product of more rank may stay one, which is exact.
+
+        Raises:
+            ValueError: As `sides`, and if the numbers are too large.
+        """
+        self.sides({slot: tensor.shape for slot, tensor in tensors.items()})
+        made = None if self.factors is None else self.factors(tensors, max_rank, products)
+        if made is None:
+            whole = self.delta(tensors)
+            made = shaped(*cut(matrix(whole), max_rank), whole.shape[1:])
+        scale = scale if self.scaled else 1.0
+        return Change(replace(made.factors, scale=scale), made.lost * scale**2)
+
+
+def needed(shapes: Shapes, *slots: str) -> list[Sequence[int]]:
+    """Some shapes. Raises ValueError if one is missing."""
+    if missing := [slot for slot in slots if slot not in shapes]:
+        raise ValueError(f"it has {', '.join(sorted(shapes))}, but no {' or '.join(missing)}; the file is incomplete")
+    return [shapes[slot] for slot in slots]
+
+
+def rows(shapes: Shapes, slot: str) -> int:
+    """The first side of a tensor. Raises ValueError if it has no second."""
+    if len(shapes[slot]) < 2:
+        raise ValueError(f"{slot} has shape {list(shapes[slot])}; expected a matrix")
+    return shapes[slot][0]
+
+
+def columns(shapes: Shapes, slot: str) -> int:
+    """The product of the other sides. Raises as `rows`."""
+    return rows(shapes, slot) and math.prod(shapes[slot][1:])
+
+
+def check_rank(rank: int, outputs: int, inputs: int) -> None:
+    """Bounds the rank: the cost of a product grows with it, and a layer with one tiny side would not limit it."""
+    limit = max(outputs, inputs, MAX_RANK)
+    if rank > limit:
+        raise ValueError(f"its factors have rank {rank}, more than the {limit} that a change of this size can need")

@@ -1,0 +1,11 @@
+"""Every family of transformers that tests know; a new one is one line here."""
+
+from collections.abc import Mapping
+
+from flux import FLUX
+from flux2 import FLUX2
+from krea2 import KREA2
+from transformer_families import Family
+from z_image import Z_IMAGE
+
+TRANSFORMERS: Mapping[str, Family] = {"flux": FLUX, "flux2": FLUX2, "krea2": KREA2, "z-image": Z_IMAGE}
