@@ -124,7 +124,13 @@ class Claim:
         same_thread = other._thread == self._thread
         if other._over:  # what it changed is being undone in its thread, or that was interrupted
             return other._kind != "read" and not same_thread and other._thread in sys._current_frames()
-        return not (self._kind == "install" and other._kind == "compose" and same_thread)
+        if not (same_thread and other._kind == "compose"):
+            return True
+        # A call with concepts may make plain images, to merge files by them, before it changes anything.
+        return not (self._kind == "install" or (self._kind == "read" and other._has_changed_nothing()))
+
+    def _has_changed_nothing(self) -> bool:
+        return all(len(use.journal) == length for use, length in self._held)
 
 
 @contextmanager

@@ -176,9 +176,9 @@ def test_auto_takes_the_concepts_that_the_prompts_name(composer):
 
 def test_auto_says_what_it_did_not_take(composer, caplog):
     composer.load_concept(composer.concepts["cat"].lora, "tom", trigger="tmm", class_word="cat")
-    with caplog.at_level("INFO", "lora_compose.pipelines.concepts"):
+    with caplog.at_level("INFO", "lora_compose.pipelines"):
         latents_of(composer, prompt="a zwx dog and a cat", concepts="auto")
-    said = [record.getMessage() for record in caplog.records if record.name.endswith("loader_mixin")]
+    said = [record.getMessage() for record in caplog.records if record.name.endswith(("loader_mixin", "notes"))]
     assert said[0] == "concepts: dog: by its trigger 'zwx'"
     assert "'cat' may be cat ('sks cat'), tom ('tmm cat')" in said[1]
 

@@ -542,7 +542,7 @@ def test_the_playgrounds_transformer_composes_with_loras_of_its_own(at: AppTest)
     at.multiselect(key="do.pick.ready.0").set_value([name for name in names if name[:3] in ("cat", "dog")]).run()
     at.button(key="do.add.ready").click().run()
     at.text_area(key=fields.PROMPT).set_value("a sks cat and a zwx dog on grass").run()
-    assert "only UNets have it; use draft, regional, tara or merge" in said(at)  # By boxes, as in the example
+    assert "work with SD 1.x, SD 2.x and SDXL only; use draft" in said(at)  # By boxes, as in the example
     at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
     made(at)
     (result,) = session(at).results
