@@ -74,7 +74,7 @@ def _endings(known: tuple[kinds.Kind, ...]) -> tuple[re.Pattern[str], Sequence[t
     """One pattern for the ends of all keys, and the slot and kind of each of its groups."""
     named = [((slot, kind), end) for kind in known for slot, end in kind.endings.items()]
     named += [((slot, None), end) for slot, end in _NUMBERS.items()]
-    ends = "|".join(f"(?P<s{i}>(?:{end})$)" for i, (_, end) in enumerate(named))
+    ends = "|".join(f"(?:{end})$(?P<s{i}>)" for i, (_, end) in enumerate(named))
     return re.compile(f"(?=[._])(?:{ends})"), [slot for slot, _ in named]
 
 
