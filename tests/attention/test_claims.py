@@ -13,7 +13,7 @@ from lora_compose.attention.claims import Claim, Journal, Kind, claimed, undoing
 @pytest.mark.parametrize(
     ("first", "second", "allowed"),
     [
-        ("read", "read", True), ("read", "compose", False), ("read", "install", False), ("compose", "read", False),
+        ("read", "read", True), ("read", "compose", False), ("read", "install", False), ("compose", "read", True),
         ("compose", "compose", False), ("compose", "install", True), ("install", "read", False),
         ("install", "compose", False), ("install", "install", False),
     ],
@@ -52,6 +52,16 @@ def test_a_call_alone_puts_loras_into_its_models() -> None:
     with claimed([model], "compose"):
         in_a_thread(install)
     assert len(refused) == 1
+
+
+def test_a_call_reads_its_models_until_it_changes_one() -> None:
+    model = nn.Linear(1, 1)
+    with claimed([model], "compose"), undoing(model) as journal:
+        with claimed([model], "read"):
+            pass
+        journal.callback(list)
+        with pytest.raises(RuntimeError, match="another image"), claimed([model], "read"):
+            pass
 
 
 def test_a_claim_that_is_refused_claims_nothing_and_undoes_nothing() -> None:
