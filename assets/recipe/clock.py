@@ -39,23 +39,23 @@ class Denoiser(Protocol):
 
 
 class Clocked:
-    """A denoiser in training, and the seconds that it has computed."""
+    """A denoiser in training.
+
+    Attributes:
+        step: Steps so far.
+        seconds: What they took on the processor, in all sittings.
+    """
 
     def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser, self.seconds = denoiser, 0.0
+        self.denoiser, self.step, self.seconds, self._first = denoiser, denoiser.step, 0.0, True
 
     def learn(self, batch: Batch, share: float) -> float:
         """One step; the first of a process does not count, since it may compile."""
-        start, first = time.process_time(), not hasattr(self, "_started")
-        self._started = True
+        start = time.process_time()
         loss = self.denoiser.learn(batch, share)
+        self.step, self._first, first = self.denoiser.step, False, self._first
         self.seconds += 0.0 if first else time.process_time() - start
         return loss
-
-    @property
-    def step(self) -> int:
-        """Steps so far."""
-        return self.denoiser.step
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a checkpoint."""
@@ -65,6 +65,7 @@ class Clocked:
         """Resumes."""
         self.seconds = state["seconds"]
         self.denoiser.load_state_dict(state["denoiser"])
+        self.step = self.denoiser.step
 
 
 def shares(done: float) -> Mapping[str, float]:

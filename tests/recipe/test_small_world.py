@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipe.pool import SHARD, Pool, encode
+from recipe.clock import Clocked, shares
+from recipe.pool import SHARD, Batch, Pool, encode
 from recipe.scenes import Picture, scene
 from recipe.tokenizer import build, known_words
 from recipe.vae import CHANNELS, VaeTrainer, as_tensor, measured, new_vae, scale_of
@@ -111,10 +112,8 @@ def test_the_vae_samples_its_mean_also_after_training(drawings):
     vae = new_vae()
     trainer = VaeTrainer(vae, 0.01, decoder_only=False, colours_first=0)
     batch = as_tensor(np.stack([ground(np.random.default_rng(i), "on grass")[:32, :32].astype("u1") for i in range(2)]))
-    before = trainer.learn(batch, 1.0)
-    for _ in range(3):
-        after = trainer.learn(batch, 1.0)
-    assert after < before
+    errors = [trainer.learn(batch, 1.0) for _ in range(4)]
+    assert errors[-1] < errors[0]
     with torch.no_grad():
         found = vae.encode(batch).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
     assert found.mean.shape == (2, CHANNELS, 4, 4)
@@ -164,3 +163,40 @@ def test_a_pool_mixes_sizes_and_sees_new_shards(drawings, tmp_path):
 def test_a_pool_without_images_says_what_makes_them(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"make some with recipe\.pool"):
         next(Pool(tmp_path, {"close": 1}, 0).batches(64))
+
+
+class Counting:
+    """A denoiser that counts its steps."""
+
+    step = 0
+
+    def learn(self, batch: Batch, share: float) -> float:
+        self.step += 1
+        return share
+
+    def state_dict(self):
+        return {"step": self.step}
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+
+    def save(self, out):
+        out.write_text(str(self.step))
+
+
+def test_a_training_resumes_where_it_stopped(tmp_path):
+    clocked = Clocked(Counting())
+    for _ in range(3):
+        clocked.learn(Batch(torch.zeros(1), [""]), 1.0)
+    again = Clocked(Counting())
+    again.load_state_dict(clocked.state_dict())
+    assert (again.step, again.seconds) == (3, clocked.seconds)
+    again.learn(Batch(torch.zeros(1), [""]), 1.0)
+    assert again.step == again.denoiser.step == 4
+
+
+def test_close_ups_become_fewer():
+    start, end = shares(0.0), shares(1.0)
+    assert start["close"] > 0.5 > end["close"] > 0
+    assert sum(start.values()) == pytest.approx(1)
+    assert sum(end.values()) == pytest.approx(1)
