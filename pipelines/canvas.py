@@ -53,7 +53,7 @@ class Canvas:
         return self.backbone.map_level
 
     def on(self, device: torch.device) -> "Canvas":
-        """The same on another device."""
+        """The canvas on another device."""
         return replace(self, device=device)
 
     def of_prompts(self, prompts: int) -> "Canvas":

@@ -92,7 +92,7 @@ class Rescaled(ClassifierFree):
     share: float = 0.0
 
     def corrected(self, guided: Tensor, cond: Tensor) -> Tensor:
-        """The same in the share r."""
+        """Guidance mixed with its rescaled version in the share r."""
         return rescale_noise_cfg(guided, cond, guidance_rescale=self.share) if self.share > 0 else guided
 
 
@@ -107,7 +107,7 @@ class TokenNorms(ClassifierFree):
     patch: int = 2
 
     def corrected(self, guided: Tensor, cond: Tensor) -> Tensor:
-        """The same with the norms of the conditional rows."""
+        """Guided predictions with the norms of the conditional rows."""
         tokens, kept = (self._tokens(one) for one in (guided, cond))
         norms = [vector_norm(one, dim=(1, 3, 5), keepdim=True) for one in (kept, tokens)]
         return (tokens * (norms[0] / _positive(norms[1]))).flatten(4, 5).flatten(2, 3)

@@ -27,7 +27,7 @@ from recipe.world import CLOSE_UP, SIZE, WIDE
 SIZES = {"close": (CLOSE_UP, CLOSE_UP), "scenes": (SIZE, SIZE), "wide": WIDE}
 SHARD = 256  # images
 TURN = ("close", "scenes", "scenes", "scenes", "wide")
-"""Which folder gets the next shard."""
+"""Folders in the order in which they get a shard."""
 
 
 class Batch(NamedTuple):

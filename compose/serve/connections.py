@@ -1,7 +1,7 @@
 """Connections that are bounded in number, time and bytes until their request is complete.
 
 uvicorn bounds the size of headers and the time between requests, not how long a client takes to send one, nor how many
-connections are open: each is a file descriptor, and once these have run out, nobody gets in. What uvicorn calls
+connections are open: each is a file descriptor, and once these have run out, no client gets in. What uvicorn calls
 `limit_concurrency` refuses the next request, whoever sends it. Here the connection that has been silent for longest
 makes room.
 """

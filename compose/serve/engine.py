@@ -39,7 +39,7 @@ class Busy(Exception):  # noqa: N818 (nothing has gone wrong)
 
 
 class _GivenUp(Exception):  # noqa: N818 (nothing has gone wrong)
-    """Nobody waits for the images of the current call any more."""
+    """No client waits for the images of the current call any more."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Engine:
         return call_pipe(self._pipe, requests, self.after_step)
 
     def after_step(self, pipe: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Ends the call if nobody waits for its images any more; diffusers' `callback_on_step_end`."""
+        """Ends the call if no client waits for its images any more; diffusers' `callback_on_step_end`."""
         if not _wanted(self._running):
             raise _GivenUp
         return {}

@@ -137,7 +137,7 @@ class ImageRequest(_Asked):
         return self
 
     def resolved(self, width: int, height: int) -> "ImageRequest":
-        """The same with all defaults filled in, and tags as concepts.
+        """The request with all defaults filled in, and tags as concepts.
 
         Args:
             width: The model's own.

@@ -292,7 +292,7 @@ class ImageTasksPipeline(ComposePipeline):
         return given if count == 1 else given.repeat_interleave(count, dim=0)  # whose layout in memory is another
 
     def _of_every_task(self, tensors: Sequence[str], given: FromImage | None) -> list[str]:
-        """Those of the tensors for callbacks that are not of inpainting alone."""
+        """Tensors for callbacks without those that only inpainting has."""
         return [name for name in tensors if name not in OF_INPAINTING or given is None or not given.inpaints]
 
     def _finished(self, images: Any, source: Source | None) -> Any:
