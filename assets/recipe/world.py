@@ -100,7 +100,9 @@ CHARACTERS = {
     "dog": Character("zwx", "dog", "emojione:dog", None, (Accessory("emojione:top-hat", 0.5, 0.15, 0.34),), 0.24),
     "rabbit": Character("ohwx", "rabbit", "emojione:rabbit"),
     "bear": Character("xlo", "bear", "emojione:bear", None, (Accessory("noto:sunglasses", 0.5, 0.43, 0.72),)),
-    "owl": Character("klm", "owl", "emojione:owl"),
+    "owl": Character(
+        "klm", "owl", "emojione:owl", "brown", (Accessory("emojione:graduation-cap", 0.5, 0.16, 0.62),), 0.2
+    ),
     "robot": Character("qrt", "robot", "fluent-emoji:robot"),
     "mira": Character("pll", "woman", "toon-head:mira"),
     "lena": Character("bnq", "woman", "toon-head:lena"),
