@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from components import lora_tensors, small_pipeline, xl_pipeline
 from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora, playground_model
-from lora_compose.compose.playground.recipe import world
 from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.notes import log_once
+from recipe.first import world
 
 # HYPOTHESIS_PROFILE=thorough tries thousands of examples.
 for name, examples in (("suite", 40), ("thorough", 2_000)):

@@ -19,9 +19,9 @@ PACKAGE = "lora_compose"
 RINGS = ("attention", "pipelines", "compose", "ui")
 FOLDERS = (
     "support", "playground", "files", "figures", "generate", "cluster", "batch", "serve", "benchmark", "lora", "check",
-    "evaluation", "training", "page", "commands", "cli", "playground.recipe",
+    "evaluation", "training", "page", "commands", "cli",
 )  # fmt: skip
-"""The parts of compose; each may import those before it. Nothing imports the recipe, which is in a clone only."""
+"""The parts of compose; each may import those before it."""
 
 
 def modules(root: Path) -> Iterator[tuple[str, Path]]:

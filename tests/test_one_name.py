@@ -14,7 +14,7 @@ import lora_compose
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("attention", "pipelines", "compose")
-RECIPE = Path("compose/playground/recipe")
+RECIPE = Path("assets/recipe")
 USE = """
 import attention, pipelines, compose
 from lora_compose import Clora, ComposePipeline, Concept, LoraComposer
@@ -54,7 +54,7 @@ def clone(tmp_path: Path) -> Path:
         elif path.is_file():
             shutil.copy(path, package)
     for part in PARTS:
-        shutil.copytree(ROOT / part, package.parent / part, ignore=shutil.ignore_patterns("__pycache__", "recipe"))
+        shutil.copytree(ROOT / part, package.parent / part, ignore=shutil.ignore_patterns("__pycache__"))
     (package.parent / "assets").symlink_to(ROOT / "assets")
     assert (package / "compose").read_text(encoding="utf-8") == "../compose"
     return package.parent
@@ -99,10 +99,10 @@ def test_the_wheel_has_one_name_all_but_the_recipe_and_works_in_such_a_project(t
     assert {name for name in names if not name.endswith(".dist-info")} == {"lora_compose"}
     site = tmp_path / "site/lora_compose"
     assert (site / "py.typed").is_file()
-    needed = {path for part in PARTS for path in files_of(part) if RECIPE not in path.parents}
+    needed = {path for part in PARTS for path in files_of(part)}
     assert len(needed) > 100
     assert {path for path in needed if not (site / path).is_file()} == set()
-    assert not (site / RECIPE).exists()
+    assert not (site / "compose" / RECIPE).exists()
     (tmp_path / "project").mkdir()
     assert "stable_diffusion 1" in run_in_a_project(tmp_path / "project", tmp_path / "site")
     for command in ("demo", "run"):

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_compose.compose.playground.recipe.loop import keep, resume, share
 from lora_compose.compose.support.terminal import echo
+from recipe.loop import keep, resume, share
 from recipe.pool import Batch, Pool
 from recipe.world import SIZE
 

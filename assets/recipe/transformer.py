@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from lora_compose.attention.backbones.joint import image_positions, packed
-from lora_compose.compose.playground.recipe.averaged import NO_CAPTION, AveragedTrainer
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
+from recipe.averaged import NO_CAPTION, AveragedTrainer
 from recipe.clock import train_for
 from recipe.pool import Batch
 from recipe.tokenizer import known_words
@@ -107,7 +107,7 @@ def quick_attention() -> Iterator[None]:
         transformer_flux.dispatch_attention_fn = before
 
 
-class TransformerTrainer(AveragedTrainer):
+class TransformerTrainer(AveragedTrainer[Batch]):
     """Trains transformer and T5.
 
     Args:
@@ -136,7 +136,7 @@ class TransformerTrainer(AveragedTrainer):
             pooled = self.pipe._get_clip_prompt_embeds(new)
         self._texts |= zip(new, zip(ids, pooled, strict=True), strict=True)
 
-    def loss(self, batch: Batch) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def loss(self, batch: Batch) -> Tensor:
         """The error of the velocity."""
         self.read(["", *batch.captions])
         clean, rng = packed(batch.latents), self.generator

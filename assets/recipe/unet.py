@@ -17,9 +17,9 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lora_compose.compose.playground.recipe.averaged import NO_CAPTION, AveragedTrainer
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
+from recipe.averaged import NO_CAPTION, AveragedTrainer
 from recipe.clock import train_for
 from recipe.pool import Batch
 from recipe.world import SIZE
@@ -71,7 +71,7 @@ def new_pipeline(vae: Path, words: Path) -> StableDiffusionPipeline:
     )  # fmt: skip
 
 
-class UNetTrainer(AveragedTrainer):
+class UNetTrainer(AveragedTrainer[Batch]):
     """Trains text encoder and UNet.
 
     Args:
@@ -93,7 +93,7 @@ class UNetTrainer(AveragedTrainer):
         tokens: Any = self.pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return tokens.input_ids
 
-    def loss(self, batch: Batch) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def loss(self, batch: Batch) -> Tensor:
         """The weighted error of v; half of the times are where shapes are decided."""
         x, ids, rng = batch.latents, self._ids(batch.captions), self.generator
         ids[torch.rand(len(ids), generator=rng) < NO_CAPTION] = self._no_words

@@ -23,9 +23,9 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_compose.compose.playground.recipe.loop import Optimizers, keep, resume, share
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import echo, handle_errors
+from recipe.loop import Optimizers, keep, resume, share
 from recipe.world import CHARACTERS, CLASSES, SIZE, Drawings, Pixels, background, look, place, squares
 
 CELL = 8

@@ -23,9 +23,9 @@ from lora_compose import Concept
 from lora_compose.attention import Lora
 from lora_compose.compose.benchmark.architectures import SD15, SDXL, without_weights
 from lora_compose.compose.generate.making import load
-from lora_compose.compose.playground.recipe.lora_files import FORMATS, Format, bare, kohya, pair, with_alpha
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
 from lora_compose.pipelines.formats.kinds import kind_of
+from recipe.lora_files import FORMATS, Format, bare, kohya, pair, with_alpha
 from reference import deltas, dense
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from components import random_lora, sd_unet, sdxl_unet, seeded, small_pipeline, xl_pipeline
 from lora_compose.attention import Lora
-from lora_compose.compose.playground.recipe.formats import drawn, pictures
-from lora_compose.compose.playground.recipe.lora_files import DIFFUSERS, FORMATS, Format
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
+from recipe.formats import drawn, pictures
+from recipe.lora_files import DIFFUSERS, FORMATS, Format
 
 # Layers of every kind, and few of them: what a layer is called in which file, test_formats.py asks of all.
 TARGETS = ("to_k", "to_out.0", "ff.net.2", "proj_in", "conv1", "time_emb_proj")

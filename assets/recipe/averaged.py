@@ -4,19 +4,19 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_compose.compose.playground.recipe.loop import Optimizers
-from lora_compose.compose.playground.recipe.scenes import Batch
+from recipe.loop import Optimizers
 
 NO_CAPTION = 0.1  # share of images without words, for classifier-free guidance
 EMA = 0.998
+Batch = TypeVar("Batch")
 
 
-class AveragedTrainer(ABC):
+class AveragedTrainer(ABC, Generic[Batch]):
     """Models that are trained together, with their optimizers and the running average of their weights.
 
     Args:

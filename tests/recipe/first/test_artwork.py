@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from commands import call
-from lora_compose.compose.playground.recipe import artwork
-from lora_compose.compose.playground.recipe.artwork import CODEPOINTS, PACKAGES, SIZE, draw, fetch, fit
-from lora_compose.compose.playground.recipe.world import VENDORS
+from recipe.first import artwork
+from recipe.first.artwork import CODEPOINTS, PACKAGES, SIZE, draw, fetch, fit
+from recipe.first.world import VENDORS
 
 COLOURS = {"noto": (200, 0, 0), "fluent3d": (0, 160, 0), "twemoji": (0, 0, 220), "fluentflat": (180, 120, 0)}
 RECTANGLE = '<path fill="rgb{}" d="M4 10h24v12H4z"/>'

@@ -1,6 +1,6 @@
 """Whether `refine` makes the playground's subjects better: how many are right before and after, and how like they are.
 
-    python -m lora_compose.compose.playground.recipe.detailer --seeds 4
+    python -m recipe.first.detailer --seeds 4
 
 Scenes of three subjects of `playground-full`, by `regional` with ordinary LoRAs. A subject is right above the threshold
 between images with and without its LoRA, two of each on grass. A subject that the judge does not find, or finds more

@@ -1,7 +1,7 @@
 """The judge: a small CLIP that distinguishes the classes and coats of the emoji world.
 
-    python -m lora_compose.compose.playground.recipe.judge train sprites.npz OUT   (an hour on two cores; resumes)
-    python -m lora_compose.compose.playground.recipe.judge check OUT sprites.npz
+    python -m recipe.first.judge train sprites.npz OUT   (an hour on two cores; resumes)
+    python -m recipe.first.judge check OUT sprites.npz
 
 It is trained with the contrastive loss of CLIP (Radford et al. 2021), in which every caption that is right about a
 image counts as a match; with the same loss over all names that a crop can have ("a cat", "a part of a cat",
@@ -29,12 +29,12 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.evaluation.scoring import reference_crop
 from lora_compose.compose.playground.assets import playground_model, playground_references
-from lora_compose.compose.playground.recipe.judge_data import SIDE, Artist, Batch, Batches, names
-from lora_compose.compose.playground.recipe.loop import keep
-from lora_compose.compose.playground.recipe.world import CONCEPTS, VENDORS, article
 from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import echo
+from recipe.first.judge_data import SIDE, Artist, Batch, Batches, names
+from recipe.first.world import CONCEPTS, VENDORS, article
+from recipe.loop import keep
 
 WIDTH, LAYERS, HEADS = 160, 6, 5
 TEXT_LAYERS = 3

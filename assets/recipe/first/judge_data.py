@@ -12,7 +12,9 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lora_compose.compose.playground.recipe.world import (
+from lora_compose.compose.playground.words import BASE_CLASSES
+from lora_compose.compose.support.precision import cpu_autocast
+from recipe.first.world import (
     CONCEPTS,
     HUES,
     PALE,
@@ -28,8 +30,6 @@ from lora_compose.compose.playground.recipe.world import (
     place,
     squares,
 )
-from lora_compose.compose.playground.words import BASE_CLASSES
-from lora_compose.compose.support.precision import cpu_autocast
 
 SIDE = 48  # pixels of the judge's input
 CLASSES_IN_BATCH, COATS_IN_BATCH, VIEWS = 9, 4, 2

@@ -1,7 +1,7 @@
 """Pictures for the playground's transformer, drawn and encoded in advance: shards of latents and captions.
 
-    python -m lora_compose.compose.playground.recipe.transformer_data sprites.npz POOL/close --close-up --shards 24
-    python -m lora_compose.compose.playground.recipe.transformer_data sprites.npz POOL/scenes --shards 100
+    python -m recipe.first.transformer_data sprites.npz POOL/close --close-up --shards 24
+    python -m recipe.first.transformer_data sprites.npz POOL/scenes --shards 100
 
 Training may begin with the first shards; later ones are added. Objects lie on whole patches of two latent cells, so
 that a transformer, which has to learn translations, sees every sprite in few forms.
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.compose.playground.recipe.scenes import Batch, Picture, encode, scene
-from lora_compose.compose.playground.recipe.world import CLOSE_UP, SIZE, Sprites, Square
 from lora_compose.compose.support.terminal import echo, handle_errors
+from recipe.first.scenes import Batch, Picture, encode, scene
+from recipe.first.world import CLOSE_UP, SIZE, Sprites, Square
 
 PATCH = 16  # pixels of a transformer's token
 SIDES = {1: (48, 64, 80), 2: (48, 64), 3: (48,)}

@@ -14,9 +14,10 @@ from lora_compose.compose.evaluation.detectors import WindowDetector, overlap
 from lora_compose.compose.evaluation.encoders import JUDGE, Encoder, load_encoder
 from lora_compose.compose.evaluation.scoring import reference_crop
 from lora_compose.compose.playground.assets import playground_judge, playground_references
-from lora_compose.compose.playground.recipe import world
-from lora_compose.compose.playground.recipe.judge import app, nearest
-from lora_compose.compose.playground.recipe.judge_data import (
+from lora_compose.compose.playground.words import BASE_CLASSES
+from recipe.first import world
+from recipe.first.judge import app, nearest
+from recipe.first.judge_data import (
     SIDE,
     Artist,
     Batches,
@@ -26,8 +27,7 @@ from lora_compose.compose.playground.recipe.judge_data import (
     name_of,
     names,
 )
-from lora_compose.compose.playground.recipe.world import CONCEPTS, PALE, Coat, dress, place, squares
-from lora_compose.compose.playground.words import BASE_CLASSES
+from recipe.first.world import CONCEPTS, PALE, Coat, dress, place, squares
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """Trains the LoRAs of the playground's concepts, ordinary and TARA, as `lora-compose train` does.
 
-    python -m lora_compose.compose.playground.recipe.loras references prior loras --model assets/playground/model
-    python -m lora_compose.compose.playground.recipe.loras references prior loras --kind kv --kind tied  (an ablation)
-    python -m lora_compose.compose.playground.recipe.loras references prior loras --preset playground-flux \
+    python -m recipe.first.loras references prior loras --model assets/playground/model
+    python -m recipe.first.loras references prior loras --kind kv --kind tied  (an ablation)
+    python -m recipe.first.loras references prior loras --preset playground-flux \
         --model assets/playground-flux/model --kind ordinary --threads 1
 
-`references` and `prior` are made by `python -m lora_compose.compose.playground.recipe.concepts`. Existing LoRAs are
+`references` and `prior` are made by `python -m recipe.first.concepts`. Existing LoRAs are
 left alone, and an interrupted one is resumed.
 """
 
@@ -17,10 +17,10 @@ from typing import Annotated, Any
 import typer
 
 from lora_compose.compose.playground.assets import PLAYGROUND
-from lora_compose.compose.playground.recipe.concepts import STYLE
-from lora_compose.compose.playground.recipe.world import CONCEPTS, STYLE_TRIGGER
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.compose.training import TaraTraining, Training, train
+from recipe.first.concepts import STYLE
+from recipe.first.world import CONCEPTS, STYLE_TRIGGER
 
 KINDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

@@ -1,7 +1,7 @@
 """Images from which the playground's LoRAs are trained: ten references of every concept, and images without any.
 
-    python -m lora_compose.compose.playground.recipe.concepts references sprites.npz FOLDER
-    python -m lora_compose.compose.playground.recipe.concepts prior sprites.npz FOLDER
+    python -m recipe.first.concepts references sprites.npz FOLDER
+    python -m recipe.first.concepts prior sprites.npz FOLDER
 
 With `--patches` they are for the playground's transformer: objects lie on whole patches, as in its training.
 Every folder holds numbered PNGs and `captions.tsv`: file, caption and, in references of subjects, where the concept is.
@@ -21,9 +21,11 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from lora_compose.compose.playground.recipe.scenes import Picture, Where, enumerate_words, scene
-from lora_compose.compose.playground.recipe.transformer_data import patches
-from lora_compose.compose.playground.recipe.world import (
+from lora_compose.compose.playground.words import BASE_CLASSES
+from lora_compose.compose.support.terminal import echo, handle_errors
+from recipe.first.scenes import Picture, Where, enumerate_words, scene
+from recipe.first.transformer_data import patches
+from recipe.first.world import (
     CONCEPTS,
     SIZE,
     STYLE_TRIGGER,
@@ -36,8 +38,6 @@ from lora_compose.compose.playground.recipe.world import (
     place,
     squares,
 )
-from lora_compose.compose.playground.words import BASE_CLASSES
-from lora_compose.compose.support.terminal import echo, handle_errors
 
 REFERENCES, BESIDE = 10, 4
 STYLE, STYLE_SEED = "faded", 7

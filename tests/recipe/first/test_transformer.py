@@ -9,11 +9,11 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.compose.playground.recipe import transformer, transformer_data
-from lora_compose.compose.playground.recipe.transformer import TransformerTrainer, new_pipeline, quick_attention
-from lora_compose.compose.playground.recipe.transformer_data import PATCH, Pool, patches, picture, write_shard
-from lora_compose.compose.playground.recipe.world import CONCEPTS
 from lora_compose.compose.playground.words import BASE_CLASSES
+from recipe.first import transformer, transformer_data
+from recipe.first.transformer import TransformerTrainer, new_pipeline, quick_attention
+from recipe.first.transformer_data import PATCH, Pool, patches, picture, write_shard
+from recipe.first.world import CONCEPTS
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Emoji artwork as sprites: fetches four sets from the npm registry and writes one file with 70 classes x 4 vendors.
 
     pip install --editable '.[dev]'
-    python -m lora_compose.compose.playground.recipe.artwork sprites.npz
+    python -m recipe.first.artwork sprites.npz
 
 | set | vendor | terms |
 |---|---|---|
@@ -26,8 +26,8 @@ import numpy as np
 import typer
 from PIL import Image
 
-from lora_compose.compose.playground.recipe.world import VENDORS, Pixels
 from lora_compose.compose.support.terminal import echo, handle_errors
+from recipe.first.world import VENDORS, Pixels
 
 SIZE = 96
 PACKAGES = {

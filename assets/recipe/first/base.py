@@ -1,9 +1,9 @@
 """The playground's text encoder and UNet, trained together on latents of its world.
 
-    python -m lora_compose.compose.playground.recipe.base sprites.npz CLOSE --tokenizer TOKENIZER --close-up \
+    python -m recipe.first.base sprites.npz CLOSE --tokenizer TOKENIZER --close-up \
         --batch 64 --steps 2500
-    python -m lora_compose.compose.playground.recipe.base sprites.npz MODEL --init CLOSE --steps 7500
-    python -m lora_compose.compose.playground.recipe.base sprites.npz BETTER --init MODEL --lr 0.006  (resumes)
+    python -m recipe.first.base sprites.npz MODEL --init CLOSE --steps 7500
+    python -m recipe.first.base sprites.npz BETTER --init MODEL --lr 0.006  (resumes)
 
 About a second a step on two cores. A checkpoint next to OUT is written every 100 steps, and resumed. Close-ups come
 first: the same time spent on whole scenes alone gives blobs. The UNet predicts v (Salimans & Ho 2022); the loss is
@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.compose.playground.recipe.averaged import NO_CAPTION, AveragedTrainer
-from lora_compose.compose.playground.recipe.loop import resume, run
-from lora_compose.compose.playground.recipe.scenes import Batch, Batches
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
+from recipe.averaged import NO_CAPTION, AveragedTrainer
+from recipe.first.scenes import Batch, Batches
+from recipe.loop import resume, run
 
 WIDTH = 192
 NOISE: dict[str, Any] = {
@@ -86,7 +86,7 @@ def pipeline(
     )
 
 
-class BaseTrainer(AveragedTrainer):
+class BaseTrainer(AveragedTrainer[Batch]):
     """Trains text encoder and UNet.
 
     Args:

@@ -13,7 +13,9 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lora_compose.compose.playground.recipe.world import (
+from lora_compose.compose.playground.words import BASE_CLASSES
+from lora_compose.compose.support.precision import cpu_autocast
+from recipe.first.world import (
     BASE_VENDORS,
     CLOSE_UP,
     HUES,
@@ -30,8 +32,6 @@ from lora_compose.compose.playground.recipe.world import (
     place,
     squares,
 )
-from lora_compose.compose.playground.words import BASE_CLASSES
-from lora_compose.compose.support.precision import cpu_autocast
 
 WIDE = (192, 128)  # width and height: room for three objects of the size that two have elsewhere
 FLOOR = 90  # saturation of colours that have a word, which is less than that of the concepts' coats

@@ -1,6 +1,6 @@
 """One scene of the playground with the cat's LoRA in the format of every trainer: a sheet, and pixel differences.
 
-python -m lora_compose.compose.playground.recipe.formats docs/images/formats.png
+python -m recipe.formats docs/images/formats.png
 """
 
 import logging
@@ -20,11 +20,11 @@ from lora_compose.compose.files.images import save_image
 from lora_compose.compose.generate.demo import BOXES, GUIDANCE, STEPS, THREADS
 from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.playground.assets import playground_lora, playground_model
-from lora_compose.compose.playground.recipe.lora_files import DIFFUSERS, FORMATS, Format, Loras
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene import Concept
+from recipe.lora_files import DIFFUSERS, FORMATS, Format, Loras
 
 PROMPT = "a sks cat and a zwx dog on a white background"
 METHOD, SEED = "lora-composer", 0

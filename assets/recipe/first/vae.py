@@ -1,7 +1,7 @@
 """The playground's AutoencoderKL: eight channels on cells of eight pixels, trained on crops around objects.
 
-    python -m lora_compose.compose.playground.recipe.vae sprites.npz OUT --steps 3000
-    python -m lora_compose.compose.playground.recipe.vae sprites.npz OUT --init VAE --decoder-only
+    python -m recipe.first.vae sprites.npz OUT --steps 3000
+    python -m recipe.first.vae sprites.npz OUT --init VAE --decoder-only
 
 About a second a step on two cores. A checkpoint next to OUT is written every 100 steps, and resumed. Training the
 decoder alone leaves the latents as they are, so that a denoiser that was trained on them stays valid.
@@ -20,9 +20,10 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_compose.compose.playground.recipe.loop import Optimizers, resume, run
-from lora_compose.compose.playground.recipe.scenes import scene
-from lora_compose.compose.playground.recipe.world import (
+from lora_compose.compose.support.precision import cpu_autocast
+from lora_compose.compose.support.terminal import handle_errors
+from recipe.first.scenes import scene
+from recipe.first.world import (
     BASE_VENDORS,
     CELL,
     CONCEPTS,
@@ -33,8 +34,7 @@ from lora_compose.compose.playground.recipe.world import (
     dress,
     place,
 )
-from lora_compose.compose.support.precision import cpu_autocast
-from lora_compose.compose.support.terminal import handle_errors
+from recipe.loop import Optimizers, resume, run
 
 CROP = 64
 JITTER = 0.03  # noise on latents in training: the decoder will see those of a denoiser, which are not exact

@@ -1,6 +1,6 @@
 """Plain prompts on a model of the playground, without LoRAs: a sheet, and a count of objects that the judge names.
 
-python -m lora_compose.compose.playground.recipe.plain sheet.png assets/playground/model assets/playground-flux/model
+python -m recipe.first.plain sheet.png assets/playground/model assets/playground-flux/model
 """
 
 from collections.abc import Iterable, Sequence

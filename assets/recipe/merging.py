@@ -1,6 +1,6 @@
 """Pairs of the playground's LoRAs merged in every way, in plain diffusers: a sheet.
 
-python -m lora_compose.compose.playground.recipe.merging docs/images/merging.png
+python -m recipe.merging docs/images/merging.png
 
 How much of each LoRA is left is measured by the suites `playground-merged-styles`, `-pairs` and `-bundles`.
 """

@@ -1,7 +1,7 @@
 """The playground's transformer: a FLUX.1 of width 256 on the latents of its world, trained on one core.
 
-    python -m lora_compose.compose.playground.recipe.transformer POOL/close CLOSE --batch 64 --minutes 22
-    python -m lora_compose.compose.playground.recipe.transformer POOL/scenes MODEL --init CLOSE --batch 48 \
+    python -m recipe.first.transformer POOL/close CLOSE --batch 64 --minutes 22
+    python -m recipe.first.transformer POOL/scenes MODEL --init CLOSE --batch 48 \
         --minutes 50 --seed 1
 
 `transformer_data` makes the pools. VAE, CLIP and its words are the playground's and stay as they are; the transformer
@@ -24,14 +24,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_compose.attention.backbones.joint import image_positions, packed
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.compose.playground.recipe.averaged import NO_CAPTION, AveragedTrainer
-from lora_compose.compose.playground.recipe.loop import keep, resume, share
-from lora_compose.compose.playground.recipe.scenes import Batch
-from lora_compose.compose.playground.recipe.tokenizer import insisted
-from lora_compose.compose.playground.recipe.transformer_data import Pool
-from lora_compose.compose.playground.recipe.transformer_text import MAX_TOKENS, known_words, new_encoder, new_tokenizer
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import echo, handle_errors
+from recipe.averaged import NO_CAPTION, AveragedTrainer
+from recipe.first.scenes import Batch
+from recipe.first.tokenizer import insisted
+from recipe.first.transformer_data import Pool
+from recipe.first.transformer_text import MAX_TOKENS, known_words, new_encoder, new_tokenizer
+from recipe.loop import keep, resume, share
 
 EVERY = 50  # steps between two lines of progress
 SHIFT = 1.0  # of the timesteps, when images are made
@@ -82,7 +82,7 @@ def quick_attention() -> Iterator[None]:
         transformer_flux.dispatch_attention_fn = before
 
 
-class TransformerTrainer(AveragedTrainer):
+class TransformerTrainer(AveragedTrainer[Batch]):
     """Trains transformer and T5.
 
     Args:

@@ -1,6 +1,6 @@
 """The playground's tokenizer: CLIP's rules, with pairs of bytes merged until every word of its world is one token.
 
-    python -m lora_compose.compose.playground.recipe.tokenizer sprites.npz OUT
+    python -m recipe.first.tokenizer sprites.npz OUT
 
 CLIP's rules are lower case, words that end in "</w>", bytes as letters. Triggers are single tokens as well.
 """
@@ -15,9 +15,9 @@ import typer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from lora_compose.compose.playground.recipe.scenes import scene
-from lora_compose.compose.playground.recipe.world import CONCEPTS, HUES, PLAIN, STYLE_TRIGGER, Sprites
 from lora_compose.compose.support.terminal import handle_errors
+from recipe.first.scenes import scene
+from recipe.first.world import CONCEPTS, HUES, PLAIN, STYLE_TRIGGER, Sprites
 
 MAX_LENGTH = 32
 VOCABULARY = 1400

@@ -11,8 +11,8 @@ import torch
 from torch.nn import Parameter
 
 from lora_compose.compose.files.atomic import write_whole
-from lora_compose.compose.playground.recipe.muon import Muon
 from lora_compose.compose.support.terminal import echo
+from recipe.muon import Muon
 
 EVERY = 100  # steps between checkpoints
 

@@ -1,6 +1,6 @@
 """In how many images the playground's style is recognised: a sheet of ten prompts, and a count for every LoRA.
 
-    python -m lora_compose.compose.playground.recipe.style sheet.png assets/playground/loras/faded.safetensors
+    python -m recipe.first.style sheet.png assets/playground/loras/faded.safetensors
 
 An image is in the style if its ground is nearer to what the style makes of that ground than to the ground itself, and
 if hardly anything in it is much darker than the style's black.
@@ -19,12 +19,12 @@ from PIL import Image
 from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import save_image
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.compose.playground.recipe.concepts import STYLE, faded
-from lora_compose.compose.playground.recipe.plain import GUIDANCE, STEPS
-from lora_compose.compose.playground.recipe.world import STYLE_TRIGGER, ground, in_words
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene import Concept
+from recipe.first.concepts import STYLE, faded
+from recipe.first.plain import GUIDANCE, STEPS
+from recipe.first.world import STYLE_TRIGGER, ground, in_words
 
 PROMPTS = {  # and the grounds that they name; the references of the style show neither "blue" nor "in snow"
     "a fox": "on grass",
