@@ -52,7 +52,7 @@ def new_unet(channels: int) -> UNet2DConditionModel:
         sample_size=SIZE // 8, in_channels=channels, out_channels=channels, block_out_channels=(96, 192, 288),
         layers_per_block=1, cross_attention_dim=WIDTH,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=(2, 4, 6),
         norm_num_groups=16,
     )  # fmt: skip
 
@@ -125,7 +125,7 @@ def train(
     vae: Annotated[Path, typer.Option(help="For a new model.")],
     tokenizer: Annotated[Path, typer.Option(help="For a new model.")],
     minutes: Annotated[float, typer.Option(min=0.1, help="Of computing, in all; the rate falls to their end.")] = 480,
-    images: Annotated[int, typer.Option(min=1, help="Of the usual size in a batch.")] = 16,
+    images: Annotated[int, typer.Option(min=1, help="Of the usual size in a batch.")] = 32,
     lr: float = 0.01,
     seed: int = 0,
     threads: int = 1,

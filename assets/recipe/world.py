@@ -67,7 +67,6 @@ class Character(NamedTuple):
         coat: Other natural colours than those of the drawing.
         wears: What it wears.
         room: Share of the side that is left above its head, for a hat.
-        seed: Of its references.
     """
 
     trigger: str
@@ -76,7 +75,6 @@ class Character(NamedTuple):
     coat: str | None = None
     wears: tuple[Accessory, ...] = ()
     room: float = 0.0
-    seed: int = 7
 
     @property
     def phrase(self) -> str:
