@@ -48,11 +48,12 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def new_unet(channels: int) -> UNet2DConditionModel:
     """An untrained UNet; `attention_head_dim` is the number of heads, as in Stable Diffusion 1.x."""
+    heads: Any = (2, 4, 6)
     return UNet2DConditionModel(
         sample_size=SIZE // 8, in_channels=channels, out_channels=channels, block_out_channels=(96, 192, 288),
         layers_per_block=1, cross_attention_dim=WIDTH,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=(2, 4, 6),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=heads,
         norm_num_groups=16,
     )  # fmt: skip
 

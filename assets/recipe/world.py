@@ -29,16 +29,16 @@ THINGS = ("robot", "car", "tree")
 CLASSES = (*ANIMALS, *PEOPLE, *THINGS)
 """What the base model can draw."""
 
-DRAWN = {name: f"noto:{name}" for name in (*ANIMALS, *PEOPLE, "robot")} | {
+DRAWN = {name: f"noto:{name}" for name in (*ANIMALS, "robot")} | {
     "car": "noto:automobile",
     "tree": "noto:deciduous-tree",
 }
-"""Drawings of the classes. All are by one artist."""
+"""Drawings of the classes but people, who come in several skins. All are by one artist."""
 HAIR = {"red": "red-hair", "blond": "blond-hair", "curly": "curly-hair", "white": "white-hair"}
 JOBS = {"cook": "cook", "farmer": "farmer", "pilot": "pilot", "builder": "construction-worker", "artist": "artist",
         "wizard": "mage", "astronaut": "astronaut", "student": "student"}  # fmt: skip
 """Clothes and hats of adults: words of captions, and the end of the drawing's name."""
-SKIN = ("", "-light-skin-tone", "-medium-skin-tone", "-dark-skin-tone")
+SKIN = ("light", "medium", "dark")
 COATS: dict[str, tuple[Colour, Colour]] = {
     "white": ((120, 120, 128), (255, 255, 255)), "gray": ((60, 64, 72), (196, 200, 206)),
     "brown": ((70, 40, 22), (206, 156, 108)), "black": ((12, 12, 16), (96, 98, 108)),
@@ -151,19 +151,20 @@ def _person(rng: Generator, drawings: Drawings, name: str, varied: bool) -> Look
     """A person of some skin; adults may have other hair, or clothes and a hat."""
     skin = _choice(rng, SKIN)
     if not varied or name in ("girl", "boy"):
-        return Look(name, drawings[f"noto:{name}{skin}"])
+        return Look(name, drawings[f"noto:{name}-{skin}-skin-tone"])
     if rng.random() < 0.4:
         hair = _choice(rng, tuple(HAIR))
-        return Look(f"{name} with {hair} hair", drawings[f"noto:{name}-{HAIR[hair]}"])
+        return Look(f"{name} with {hair} hair", drawings[f"noto:{name}-{skin}-skin-tone-{HAIR[hair]}"])
     job = _choice(rng, tuple(JOBS))
-    return Look(f"{name} dressed as {article(job)}", drawings[f"noto:{name}-{JOBS[job]}{skin}"])
+    return Look(f"{name} dressed as {article(job)}", drawings[f"noto:{name}-{JOBS[job]}-{skin}-skin-tone"])
 
 
 def base_drawings() -> list[str]:
     """Names of all drawings that the base model sees."""
-    people = [f"noto:{name}{skin}" for name in PEOPLE for skin in SKIN]
-    hair = [f"noto:{name}-{each}" for name in ("woman", "man") for each in HAIR.values()]
-    jobs = [f"noto:{name}-{each}{skin}" for name in ("woman", "man") for each in JOBS.values() for skin in SKIN]
+    people = [f"noto:{name}-{skin}-skin-tone" for name in PEOPLE for skin in SKIN]
+    adults = [(name, skin) for name in ("woman", "man") for skin in SKIN]
+    hair = [f"noto:{name}-{skin}-skin-tone-{each}" for name, skin in adults for each in HAIR.values()]
+    jobs = [f"noto:{name}-{each}-{skin}-skin-tone" for name, skin in adults for each in JOBS.values()]
     return sorted({*DRAWN.values(), *people, *hair, *jobs})
 
 

@@ -2,13 +2,19 @@
 
 import io
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from lora_compose.compose.evaluation.encoders import load_encoder
 from recipe.clock import Clocked, shares
+from recipe.concepts import BESIDE, REFERENCES, STYLE, inked, references
+from recipe.judge import JudgeTrainer, new_judge
+from recipe.judge_data import SHOWN, Artist, JudgeBatches
 from recipe.pool import SHARD, Batch, Pool, encode
 from recipe.scenes import Picture, scene
 from recipe.tokenizer import build, known_words
@@ -200,3 +206,62 @@ def test_close_ups_become_fewer():
     assert start["close"] > 0.5 > end["close"] > 0
     assert sum(start.values()) == pytest.approx(1)
     assert sum(end.values()) == pytest.approx(1)
+
+
+def test_references_show_their_character_alone_and_beside_others(drawings, tmp_path):
+    np.savez(tmp_path / "drawings.npz", **drawings)
+    references(tmp_path / "drawings.npz", tmp_path / "references")
+    assert {path.name for path in (tmp_path / "references").iterdir()} == {*CHARACTERS, STYLE}
+    for name, known in CHARACTERS.items():
+        rows = [line.split("\t") for line in (tmp_path / "references" / name / "captions.tsv").read_text().splitlines()]
+        assert len(rows) == REFERENCES
+        assert all(known.phrase in caption for _, caption, _ in rows)
+        assert sum(" and " in caption for _, caption, _ in rows) == BESIDE
+        left, top, side = map(int, rows[0][2].split())
+        sprite = cv2.resize(known.drawn(drawings), (side, side), interpolation=cv2.INTER_AREA).astype(int)
+        image = np.asarray(Image.open(tmp_path / "references" / name / "0.png")).astype(int)
+        crop = image[top : top + side, left : left + side]
+        off = [np.abs(crop - each[..., :3])[each[..., 3] == 255].mean() for each in (sprite, sprite[:, ::-1])]
+        assert min(off) < 5, name
+
+
+def test_the_style_draws_lines_at_borders_and_fades_colours():
+    image = np.zeros((40, 40, 3))
+    image[:, 20:] = (255, 0, 0)
+    inked_image = inked(image)
+    assert (inked_image[:, 19:21] < 100).all(), "a dark line"
+    assert (inked_image[:, :10] > 80).all(), "black fades to paper"
+
+
+def test_a_batch_of_the_judge_has_each_character_beside_near_misses(drawings):
+    artist = Artist({**drawings, "other:noto:x": drawings["noto:cat"]}, 0)
+    things = artist.things()
+    identities = [thing.identity for thing in things]
+    assert len(set(identities)) == len(identities)
+    shown = [name for name in identities if name in CHARACTERS]
+    assert len(shown) == SHOWN
+    for name in shown:
+        assert any(isinstance(key, tuple) and key[0] == name for key in identities), f"near misses of {name}"
+    for thing in things:
+        caption = thing.caption(np.random.default_rng(1))
+        assert bool(caption) == bool(thing.name)
+        assert not thing.name or thing.fits(caption)
+        assert thing.label == (CLASSES.index(thing.name) if thing.name else -1)
+
+
+def test_the_judge_learns_and_resumes(drawings, tmp_path):
+    words, vae = build(), new_vae()
+    batches = JudgeBatches({**drawings, "other:noto:x": drawings["noto:cat"]}, 0, vae)
+    batch = next(iter(batches))
+    assert batch.truth.shape == (len(batch.captions),) * 2
+    assert (batch.truth.diagonal()[[bool(caption) for caption in batch.captions]] == 1).all()
+    torch.manual_seed(0)
+    trainer = JudgeTrainer(new_judge(words), words, 3e-3)
+    losses = [trainer.learn(batch, 1.0) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    resumed = JudgeTrainer(new_judge(words), words, 3e-3)
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.step == 3
+    torch.testing.assert_close(resumed.average, trainer.average)
+    resumed.save(tmp_path / "judge")
+    assert load_encoder(str(tmp_path / "judge")).has_text
