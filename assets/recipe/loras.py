@@ -1,0 +1,55 @@
+"""Trains the LoRAs of the small world's concepts, ordinary and TARA, as `lora-compose train` does.
+
+    PYTHONPATH=assets python -m recipe.loras references prior loras --model MODEL
+    PYTHONPATH=assets python -m recipe.loras references prior loras --preset playground-flux --model FLUX
+
+`references` and `prior` are made by `recipe.concepts`. Existing LoRAs are left alone, an interrupted one is resumed.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.support.terminal import bar, echo, handle_errors
+from lora_compose.compose.training import TaraTraining, Training, train
+from recipe.concepts import STYLE
+from recipe.world import CHARACTERS, STYLE_TRIGGER
+
+KINDS = {"ordinary": None, "tara": TaraTraining()}
+WORDS = {name: (known.trigger, known.class_word) for name, known in CHARACTERS.items()} | {
+    STYLE: (STYLE_TRIGGER, "style")
+}
+
+
+@handle_errors()
+def main(
+    references: Path,
+    prior: Path,
+    out: Path,
+    model: Annotated[str, typer.Option(help="The base model.")] = PLAYGROUND,
+    preset: Annotated[str, typer.Option(help="playground, or playground-flux for the transformer.")] = PLAYGROUND,
+    kind: Annotated[list[str] | None, typer.Option(help="ordinary or tara; both by default; repeatable.")] = None,
+    concept: Annotated[list[str] | None, typer.Option(help="All by default; repeatable.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Other than the preset's.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Trains all LoRAs that do not exist yet: NAME.safetensors, and NAME-tara.safetensors by TARA."""
+    given: dict[str, Any] = {"threads": threads} | ({} if steps is None else {"steps": steps})
+    for name in concept or WORDS:
+        trigger, class_word = WORDS[name]
+        for each in kind or KINDS:
+            settings = Training.preset(
+                preset, images=references / name, class_images=None if name == STYLE else prior / class_word,
+                class_count=0, trigger=trigger, class_word=class_word, model=model, tara=KINDS[each],
+                out=out / f"{name if each == 'ordinary' else f'{name}-{each}'}.safetensors", **given,
+            )  # fmt: skip
+            if settings.out.exists():
+                continue
+            with bar(settings.out.stem, settings.steps) as on_progress:
+                echo(train(settings, on_step=lambda step, _loss, tell=on_progress: tell(step)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
