@@ -56,7 +56,7 @@ class LoraFactors:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All factors."""
-        rest = self.left, None if self.transform is None else self.transform.tensor
+        rest = self.left, None if self.transform is None else self.transform.values
         return (self.down, self.up, *(tensor for tensor in rest if tensor is not None))
 
     def parts(self, device: torch.device, dtype: torch.dtype, layer: nn.Module | None = None) -> "Part":

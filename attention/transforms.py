@@ -35,22 +35,17 @@ class Rescaling:
     """The norms that a changed weight has in the end, along all its dimensions but one (DoRA).
 
     Attributes:
-        norms: Shape: [outputs] or [inputs].
+        values: The norms. Shape: [outputs] or [inputs].
         by_input: Whether they are of the inputs.
     """
 
-    norms: Tensor
+    values: Tensor
     by_input: bool = False
-
-    @property
-    def tensor(self) -> Tensor:
-        """What it holds."""
-        return self.norms
 
     @property
     def size(self) -> int:
         """How many outputs, or inputs."""
-        return len(self.norms)
+        return len(self.values)
 
     def matrix(self, changed: Tensor) -> Tensor:
         """The diagonal of T in fp32.
@@ -60,7 +55,7 @@ class Rescaling:
         """
         found = changed.transpose(0, int(self.by_input)).flatten(1).norm(dim=1)
         # A row that is zero stays so, whatever it is multiplied by.
-        return torch.where(found > 0, to_device(self.norms, found.device).float() / found, 0.0)
+        return torch.where(found > 0, to_device(self.values, found.device).float() / found, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,28 +63,23 @@ class Rotation:
     """Blocks on the diagonal of T, usually orthogonal (OFT).
 
     Attributes:
-        blocks: Shape: [blocks, size, size].
+        values: The blocks. Shape: [blocks, size, size].
         by_input: Whether T is on the inputs.
         shared: Whether a single block is repeated for a whole layer.
     """
 
-    blocks: Tensor
+    values: Tensor
     by_input: bool = False
     shared: bool = False
 
     @property
-    def tensor(self) -> Tensor:
-        """What it holds."""
-        return self.blocks
-
-    @property
     def size(self) -> int:
         """How many outputs, or inputs."""
-        return len(self.blocks) * self.blocks.shape[-1]
+        return len(self.values) * self.values.shape[-1]
 
     def matrix(self, changed: Tensor) -> Tensor:
         """The blocks of T in fp32, on the device of a weight."""
-        return to_device(self.blocks, changed.device).float()
+        return to_device(self.values, changed.device).float()
 
 
 Transform = Rescaling | Rotation

@@ -327,6 +327,8 @@ def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | Non
         yield (
             "PEFT's adapter_config.json is not beside it, so its alpha is unknown and taken to be its rank; "
             "give alpha if it was trained with another"
+            if any(layer.kind.scaled for layer in grouped.layers)
+            else "PEFT's adapter_config.json is not beside it, so PEFT's defaults are taken for how it rotates"
         )
 
 

@@ -15,10 +15,10 @@ from lora_compose.pipelines.formats.layers import Layer
 def placed(transform: Transform, layer: Layer, target: nn.Module) -> Transform:
     """The part of a transform that belongs to a layer of the model. Raises ValueError if it has none of its own."""
     if isinstance(transform, Rotation) and transform.shared:
-        count, rest = divmod(weight_shape(target, "")[1], transform.blocks.shape[-1])
-        if rest or len(transform.blocks) != 1:
-            raise ValueError(f"its blocks of size {transform.blocks.shape[-1]} do not divide the layer's inputs")
-        return replace(transform, blocks=transform.blocks.expand(count, -1, -1))
+        count, rest = divmod(weight_shape(target, "")[1], transform.values.shape[-1])
+        if rest or len(transform.values) != 1:
+            raise ValueError(f"its blocks of size {transform.values.shape[-1]} do not divide the layer's inputs")
+        return replace(transform, values=transform.values.expand(count, -1, -1))
     if transform.by_input:
         if layer.outputs is not None and isinstance(transform, Rescaling):
             raise ValueError(
@@ -26,19 +26,19 @@ def placed(transform: Transform, layer: Layer, target: nn.Module) -> Transform:
                 "the outputs"
             )
         return transform
-    tensor = transform.tensor
-    size = transform.size // len(tensor)
+    values = transform.values
+    size = transform.size // len(values)
     if layer.outputs is not None:
         if layer.outputs.start % size or layer.outputs.stop % size:
             raise ValueError(f"its blocks of size {size} reach over the layers of the model that it changes")
-        tensor = tensor[layer.outputs.start // size : layer.outputs.stop // size]
+        values = values[layer.outputs.start // size : layer.outputs.stop // size]
     if layer.swapped:
-        if len(tensor) % 2:
+        if len(values) % 2:
             raise ValueError(
-                f"one of its {len(tensor)} blocks reaches over halves that the model has the other way round"
+                f"one of its {len(values)} blocks reaches over halves that the model has the other way round"
             )
-        tensor = torch.cat(tensor.chunk(2)[::-1])
-    return Rescaling(tensor) if isinstance(transform, Rescaling) else Rotation(tensor)
+        values = torch.cat(values.chunk(2)[::-1])
+    return Rescaling(values) if isinstance(transform, Rescaling) else Rotation(values)
 
 
 def rows_of(factors: LoraFactors, outputs: slice) -> LoraFactors | None:

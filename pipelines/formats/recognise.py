@@ -167,7 +167,7 @@ def _layers(shapes: Mapping[str, Sequence[int]]) -> Mapping[tuple[Part, str], di
     """The shapes of each layer's tensors, by slot."""
     layers: dict[tuple[Part, str], dict[str, Sequence[int]]] = {}
     for key, shape in shapes.items():
-        if found := parse(key):
+        if (found := parse(key)) and found.kind is not None:  # the others are numbers
             layers.setdefault((found.part, found.module), {})[found.slot] = shape
     return layers
 
