@@ -122,7 +122,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 LAYERS = [("linear", gate) for gate in ("row", "token", "cell")]
 LAYERS += [(name, gate) for name in ("conv1", "conv3") for gate in ("row", "cell")]
-CASES = [
+CASES: list[tuple[Kind, str, str, str]] = [
     (kind, *layer, base)
     for kind in KINDS
     for layer in LAYERS

@@ -46,7 +46,7 @@ def test_a_file_of_peft_equals_its_layers_and_what_diffusers_loads(tmp_path: Pat
     plain = unet(**inputs)[0]
     config = trained(unet)
     expected = unet(**inputs)[0]
-    layers = get_peft_model_state_dict(unet, adapter_name="cat")
+    layers: Any = get_peft_model_state_dict(unet, adapter_name="cat")
     settings = {name: sorted(it) if isinstance(it, set) else it for name, it in config.to_dict().items()}
     StableDiffusionPipeline.save_lora_weights(tmp_path, layers, unet_lora_adapter_metadata=settings)
     file = tmp_path / "pytorch_lora_weights.safetensors"
