@@ -27,6 +27,7 @@ from lora_compose.attention.sites import Site
 
 MAX_FACTOR = 1000.0
 """The largest entry of T that is accepted; those of trained files are near 1."""
+_SAMPLED = 64  # rows of a weight that are looked at to see whether it has changed
 _PROBED = 512  # inputs at once, for layers that give their weight in no other way
 
 
@@ -102,25 +103,35 @@ class Applied(NamedTuple):
 
 
 class Version(NamedTuple):
-    """A weight at one time."""
+    """A weight at one time.
+
+    Attributes:
+        weight: The parameter.
+        number: How often PyTorch has counted a change of it.
+        sample: Some of its numbers, since changes of `weight.data` are not counted; None if it has none to show.
+    """
 
     weight: "weakref.ref[Tensor]"
     number: int
+    sample: Tensor | None
 
     def is_of(self, layer: nn.Module) -> bool:
-        """Whether a layer still has that weight, unchanged."""
-        weight = layer._parameters.get("weight")
-        return weight is not None and self.weight() is weight and self.number == _number(weight)
+        """Whether a layer still has that weight, perhaps in another place."""
+        now = version_of(layer)
+        same = now.weight() is self.weight()
+        if now.sample is None or self.sample is None:
+            return same and now.number == self.number
+        return torch.equal(now.sample, self.sample) and (now.number == self.number or not same)
 
 
 def version_of(layer: nn.Module) -> Version:
     """The weight of a layer as it is now."""
-    weight = layer.get_parameter("weight")
-    return Version(weakref.ref(weight), _number(weight))
-
-
-def _number(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+    weight, stored = layer.get_parameter("weight"), _stored(layer, "weight")
+    number = 0 if weight.is_inference() else weight._version
+    if stored is None or stored.is_meta or type(stored) not in (nn.Parameter, Tensor):
+        return Version(weakref.ref(weight), number, None)
+    rows = stored.detach()[:: max(1, len(stored) // _SAMPLED)]
+    return Version(weakref.ref(weight), number, rows.select(1, stored.shape[1] // 2).flatten().cpu().clone())
 
 
 def applied(transform: Transform, delta: Tensor, layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Applied]:

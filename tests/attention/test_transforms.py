@@ -1,5 +1,6 @@
 """DoRA and OFT behind gates equal dense weights: each row, token and cell gets a weight of its own, in float64."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -97,7 +98,7 @@ def dense(layer: Any, x: Tensor, gates: Gates, changed: list[Tensor]) -> Tensor:
     if not convolution:
         weights = weight + torch.einsum("rtc,coi->rtoi", gate, change)
         return torch.einsum("rtoi,rti->rto", weights.expand(*x.shape[:2], -1, -1), x) + bias
-    patches = F.unfold(x, layer.kernel_size, padding=layer.padding).mT
+    patches = F.unfold(x, layer.kernel_size, padding=layer.kernel_size[0] // 2).mT
     weights = weight.flatten(1) + torch.einsum("rtc,coi->rtoi", gate, change)
     found = torch.einsum("rtoi,rti->rto", weights.expand(*patches.shape[:2], -1, -1), patches) + bias
     return found.mT.unflatten(-1, (SIDE, SIDE))
@@ -120,14 +121,14 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-LAYERS = [("linear", gate) for gate in ("row", "token", "cell")]
+LAYERS: list[tuple[str, str]] = [("linear", gate) for gate in ("row", "token", "cell")]
 LAYERS += [(name, gate) for name in ("conv1", "conv3") for gate in ("row", "cell")]
 CASES: list[tuple[Kind, str, str, str]] = [
-    (kind, *layer, base)
+    (kind, name, gate, base)
     for kind in KINDS
-    for layer in LAYERS
+    for name, gate in LAYERS
     for base in ("fp32", "bf16", "quantised")
-    if layer[0] == "linear" or (kind != "LoKr with DoRA" and base != "quantised")  # there are none of these
+    if name == "linear" or (kind != "LoKr with DoRA" and base != "quantised")  # there are none of these
 ]
 
 
@@ -136,7 +137,8 @@ def test_gated_transforms_equal_dense_weights(kind: Kind, name: str, what: str, 
     layer: Any = layer_of(name, base)
     shape = (ROWS, TOKENS if what == "token" else SIDE * SIDE, IN) if name == "linear" else (ROWS, IN, SIDE, SIDE)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(layer.bias.dtype)
-    concepts = [concept(one, weight_of(layer), seed) for seed, one in enumerate((kind, None, kind))]
+    order: tuple[Kind | None, ...] = (kind, None, kind)
+    concepts = [concept(one, weight_of(layer), seed) for seed, one in enumerate(order)]
     gates = gates_by(what, len(concepts))
     expected = dense(layer, x, gates, [changed for _, changed in concepts])
     found = run(layer, [factors for factors, _ in concepts], gates, x)
@@ -151,7 +153,7 @@ def test_gated_transforms_equal_dense_weights(kind: Kind, name: str, what: str, 
 def test_all_kinds_together_are_each_relative_to_the_base_weight(name: str, how: How) -> None:
     layer: Any = layer_of(name, "fp32")
     x = torch.randn((ROWS, SIDE * SIDE, IN) if name == "linear" else (ROWS, IN, SIDE, SIDE))
-    kinds = [kind for kind in KINDS if name == "linear" or kind != "LoKr with DoRA"]
+    kinds: list[Kind | None] = [kind for kind in KINDS if name == "linear" or kind != "LoKr with DoRA"]
     concepts = [concept(kind, weight_of(layer), seed) for seed, kind in enumerate((*kinds, None))]
     gates = gates_by("cell", len(concepts))
     expected = dense(layer, x, gates, [changed for _, changed in concepts])
@@ -164,7 +166,8 @@ def test_all_kinds_together_are_each_relative_to_the_base_weight(name: str, how:
 def test_constant_gates_are_folded_into_the_weight(kind: Kind, name: str) -> None:
     layer: Any = layer_of(name, "fp32")
     before = layer.weight.clone()
-    concepts = [concept(one, weight_of(layer), seed) for seed, one in enumerate((kind, None, kind))]
+    order: tuple[Kind | None, ...] = (kind, None, kind)
+    concepts = [concept(one, weight_of(layer), seed) for seed, one in enumerate(order)]
     model, weights = nn.ModuleDict({"layer": layer}), [0.7, -0.4, 0.3]
     loras: list[Lora] = [{"layer": factors} for factors, _ in concepts]
     with installed_layers(model, loras, {"layer": Site("image")}, device=CPU, dtype=torch.float32) as there:
@@ -187,14 +190,29 @@ def test_another_adapter_in_the_layer_is_not_rescaled() -> None:
     assert error(found, dense(layer, x, gates, [changed]) + other) < 2e-6
 
 
-def test_a_kept_bank_is_made_again_for_another_weight() -> None:
+def fused(layer: Any) -> None:
+    layer.weight.data += torch.randn(OUT, 1) @ torch.randn(1, IN)  # as PEFT fuses LoRAs; PyTorch counts no change
+
+
+def changed_in_place(layer: Any) -> None:
+    layer.weight[3] = 0
+
+
+def replaced(layer: Any) -> None:
+    layer.weight = nn.Parameter(layer.weight * 2 + 0.1, requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [fused, changed_in_place, replaced])
+def test_a_kept_bank_is_made_again_for_another_weight(change: Callable[[Any], None]) -> None:
     layer: Any = layer_of("linear", "fp32")
     factors, changed = concept("DoRA", weight_of(layer), 0)
     x, gates, cache = torch.randn(ROWS, SIDE * SIDE, IN), gates_by("cell", 1), BankCache(1 << 20)
     kept = KeptBanks(cache, (("cat",),))
     assert error(run(layer, [factors], gates, x, kept=kept), dense(layer, x, gates, [changed])) < 2e-6
-    assert len(cache) == 1
-    layer.weight.mul_(torch.linspace(1, 3, OUT)[:, None])
+    (bank,) = cache._banks.values()
+    run(layer, [factors], gates, x, kept=kept)
+    assert [*cache._banks.values()] == [bank]
+    change(layer)
     _, changed = concept("DoRA", weight_of(layer), 0)
     assert error(run(layer, [factors], gates, x, kept=kept), dense(layer, x, gates, [changed])) < 2e-6
 

@@ -114,7 +114,7 @@ UNFIT_TRANSFORMS: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "NaN": ({"oft_blocks": torch.full((2, 4, 4), math.nan)}, "NaN or infinite"),
     "infinite": (FACTORS | {"dora_scale": torch.full((8, 1), math.inf)}, "NaN or infinite"),
-    "too large": ({"oft_blocks": torch.full((2, 4, 4), 3e38).triu()}, "numbers are too large"),
+    "too large": ({"oft_R.weight": torch.full((4, 1), 1e20)}, "numbers are too large"),
 }  # fmt: skip
 
 
