@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_compose.attention.device import as_outside_of_inference_mode
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
-from lora_compose.attention.lora_bank import BankLayer, Lora, Part, share_input
+from lora_compose.attention.lora_bank import BankLayer, Lora, LoraFactors, Part, base_layer, share_input
 from lora_compose.attention.sites import Site
 
 Handle = tuple[Hashable, ...]
@@ -161,6 +161,7 @@ def new_bank(
     key: BankKey,
     kept: KeptBanks | None,
     same_input: Iterable[Sequence[str]],
+    modules: Mapping[str, nn.Module],
 ) -> Bank:
     """A bank made of factors that are on the device already, where there are some.
 
@@ -170,13 +171,17 @@ def new_bank(
         key: Where the bank is, and in which precision.
         kept: Banks that may have the same factors.
         same_input: Names of layers that read the same input.
+        modules: The modules of the model, whose weights transforms are made from.
+
+    Raises:
+        ValueError: If the weight of a layer with a transform is not to be had, or would be multiplied by too much.
     """
     there = [kept.cache.parts(handle, key.device, key.dtype) for handle in key.loras] if kept else [None] * len(loras)
     state, layers = ForwardState(), {}
     with as_outside_of_inference_mode():
         for name in dict.fromkeys(name for lora in loras for name in lora):
             parts = {
-                index: lora[name].parts(key.device, key.dtype) if found is None else found[name]
+                index: _part(name, lora[name], found, key, modules[name])
                 for index, (lora, found) in enumerate(zip(loras, there, strict=True))
                 if name in lora
             }
@@ -185,3 +190,13 @@ def new_bank(
             if layers.keys() >= set(names):
                 share_input([layers[name] for name in names])
     return Bank(layers, state)
+
+
+def _part(name: str, factors: LoraFactors, there: Parts | None, key: BankKey, layer: nn.Module) -> Part:
+    """The factors of one LoRA in one layer: those that are there already, unless the layer has another weight now."""
+    if there is not None and ((own := there[name].transform) is None or own.of.is_of(base_layer(layer))):
+        return there[name]
+    try:
+        return factors.parts(key.device, key.dtype, layer)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

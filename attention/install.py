@@ -154,8 +154,14 @@ class Installation:
         bank = self.bank[name]
         layer = base_layer(bank.layer)
         weight = layer.get_parameter("weight")
-        sums = weight.detach().to(self._device, torch.float32).flatten(1)
-        if bank.key in bank.keys:
+        sums = weight.detach().to(self._device, torch.float32)
+        if bank.transforms is not None:  # each relative to the weight as it was found
+            loras = ((gates[index], self._loras[index][name]) for index in sorted(bank.concepts) if gates[index])
+            sums = sum((gate * factors.change_of(sums) for gate, factors in loras), sums)
+            _replace_weight(layer, torch.empty_like(weight).copy_(sums), self._undo)
+            return
+        sums = sums.flatten(1)
+        if bank.ranked:
             down, up = self._exact_factors(name)
             up = up.flatten(1) if columns is None else up.flatten(1) * columns
             sums = torch.addmm(sums, up, down.flatten(1))
@@ -170,7 +176,7 @@ class Installation:
             return self.bank[name].down, self.bank[name].up
         if name not in self._exact:
             thin = [lora[name] for lora in self._loras if name in lora and lora[name].left is None]
-            downs, ups, _ = zip(*(factors.parts(self._device, torch.float32) for factors in thin), strict=True)
+            downs, ups, *_ = zip(*(factors.parts(self._device, torch.float32) for factors in thin), strict=True)
             with as_outside_of_inference_mode():
                 self._exact[name] = torch.cat(downs), torch.cat(ups, dim=1)
         return self._exact[name]
@@ -273,7 +279,7 @@ def _bank(
         for lora in loras:
             for name, factors in lora.items():
                 check_factors(modules[""], name, factors, where)
-        bank = new_bank(loras, where, key, kept, same_input)
+        bank = new_bank(loras, where, key, kept, same_input, modules)
     if kept:
         undo.callback(kept.cache.put, key, bank)
     return bank
@@ -285,6 +291,8 @@ def _fits(modules: Mapping[str, nn.Module], name: str, layer: BankLayer, where: 
     if name not in modules or not (site is mine or site == mine):  # comparing fields takes longer
         return False
     found = base_layer(modules[name])
+    if layer.transforms is not None and not all(of.is_of(found) for of in layer.transforms.of.values()):
+        return False
     return isinstance(found, nn.Linear | nn.Conv2d) and _shape_of(name, found) == layer.weight_shape
 
 
@@ -346,6 +354,9 @@ def check_factors(model: nn.Module, name: str, factors: LoraFactors, where: Mapp
         ValueError: Naming the layer and both shapes.
     """
     outputs, *inputs = weight_shape(model, name, where)
+    if (own := factors.transform) is not None and own.size != (inputs[0] if own.by_input else outputs):
+        side = f"{inputs[0]} inputs" if own.by_input else f"{outputs} outputs"
+        raise ValueError(f"{name}: the transform of the weight is of size {own.size}, the model's layer has {side}")
     down, up, left = factors.down.shape, factors.up.shape, factors.left
     if left is not None:
         shapes = down, up, left.shape
@@ -358,7 +369,7 @@ def check_factors(model: nn.Module, name: str, factors: LoraFactors, where: Mapp
             )
         return
     ones = (1,) * (len(inputs) - 1)
-    if down[1:] != (*inputs,) or up != (outputs, *down[:1], *ones) or 0 in down:
+    if down[1:] != (*inputs,) or up != (outputs, *down[:1], *ones) or (0 in down and factors.transform is None):
         wanted = f"{_shape('rank', *inputs)} and {_shape(outputs, 'rank', *ones)}"
         raise ValueError(f"{name}: the factors have shapes {list(down)} and {list(up)}, the model needs {wanted}")
 

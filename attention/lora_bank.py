@@ -9,7 +9,7 @@ where G holds every concept's gate repeated over its ranks. All ones is the plai
 and values of cross-attention is TARA, an image mask is a regional LoRA, one value per row is one LoRA per branch.
 
 A Kronecker product K (x) (up down) (LoKr) has too much rank for that. It is applied as its small factors, one concept
-after the other.
+after the other. What DoRA and OFT do with the layer's own weight is gated beside it (`transforms.py`).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,6 +25,7 @@ from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.gates import GateKey
 from lora_compose.attention.sites import Site
 from lora_compose.attention.swapped_forward import SwappedForward
+from lora_compose.attention.transforms import Applied, Transform, Transforms, applied, transformed
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +38,15 @@ class LoraFactors:
         scale: alpha / rank.
         left: The change is kron(left, scale * up @ down), of a linear layer; None means a left of [[1]]. Shape: [outer
             outputs, outer inputs].
+        transform: What the concept does with the layer's own weight, and with this change; None means nothing. With it,
+            the rank may be 0.
     """
 
     down: Tensor
     up: Tensor
     scale: float = 1.0
     left: Tensor | None = None
+    transform: Transform | None = None
 
     @property
     def rank(self) -> int:
@@ -52,19 +56,53 @@ class LoraFactors:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All factors."""
-        return (self.down, self.up) if self.left is None else (self.down, self.up, self.left)
+        rest = self.left, None if self.transform is None else self.transform.values
+        return (self.down, self.up, *(tensor for tensor in rest if tensor is not None))
 
-    def parts(self, device: torch.device, dtype: torch.dtype) -> "Part":
-        """The factors where and as the model runs; the scale is in `up`, multiplied in fp32."""
-        up = to_device(self.up, device).float()
-        left = None if self.left is None else to_device(self.left, device).to(dtype)
-        return Part(to_device(self.down, device).to(dtype), (up * self.scale).to(dtype), left)
+    def parts(self, device: torch.device, dtype: torch.dtype, layer: nn.Module | None = None) -> "Part":
+        """The factors where and as the model runs; the scale is in `up`, multiplied in fp32.
+
+        Args:
+            device: Where the model runs.
+            dtype: In which precision.
+            layer: The layer; needed by a transform.
+
+        Raises:
+            ValueError: If its weight is not to be had, or it would be multiplied by too much.
+        """
+        down, up = to_device(self.down, device), to_device(self.up, device).float() * self.scale
+        left = None if self.left is None else to_device(self.left, device)
+        if self.transform is None:
+            return Part(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype))
+        assert layer is not None
+        matrix, transform = applied(self.transform, self.delta_on(device), base_layer(layer), dtype)
+        if self.transform.by_input:
+            down = transformed(matrix, down.float(), True)
+        elif left is None:
+            up = transformed(matrix, up, False)
+        return Part(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype), transform)
 
     def delta(self) -> Tensor:
-        """The dense change of the weight, in fp32 and in the weight's shape."""
-        down, up = self.down.float(), self.up.float()
+        """The low-rank change of the weight, dense, in fp32 and in the weight's shape; without the transform."""
+        return self.delta_on(self.down.device)
+
+    def delta_on(self, device: torch.device) -> Tensor:
+        """As `delta`, on a device."""
+        down, up = to_device(self.down, device).float(), to_device(self.up, device).float()
         product = (self.scale * up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
-        return product if self.left is None else torch.kron(self.left.float(), product)
+        return product if self.left is None else torch.kron(to_device(self.left, device).float(), product)
+
+    def change_of(self, weight: Tensor) -> Tensor:
+        """The dense change of a layer's weight, transform included, on the weight's device.
+
+        Args:
+            weight: In fp32. Without a transform the change does not depend on it.
+        """
+        delta = self.delta_on(weight.device)
+        if self.transform is None:
+            return delta
+        changed = weight + delta
+        return transformed(self.transform.matrix(changed), changed, self.transform.by_input) - weight
 
 
 class Part(NamedTuple):
@@ -74,11 +112,13 @@ class Part(NamedTuple):
         down: As in `LoraFactors`.
         up: The same, with the scale.
         left: As in `LoraFactors`.
+        transform: As in `LoraFactors`, made for the layer; the factors have it, but those of a Kronecker product.
     """
 
     down: Tensor
     up: Tensor
     left: Tensor | None = None
+    transform: Applied | None = None
 
 
 Lora = Mapping[str, LoraFactors]
@@ -96,27 +136,27 @@ class Kronecker(nn.Module):
         down: Shape: [rank, inner inputs].
         up: Shape: [inner outputs, rank].
         left: Shape: [outer outputs, outer inputs].
+        rescaled: By how much each output is multiplied; None if by nothing. Shape: [outputs].
     """
 
     down: Tensor
     up: Tensor
     left: Tensor
+    rescaled: Tensor | None
 
     def __init__(self, part: Part, key: GateKey) -> None:
         super().__init__()
         self.key = key
-        for name, tensor in part._asdict().items():
+        rescaled = None if part.transform is None else 1 + part.transform.change
+        named = {"down": part.down, "up": part.up, "left": part.left, "rescaled": rescaled}
+        for name, tensor in named.items():
             self.register_buffer(name, tensor, persistent=False)
-
-    @property
-    def part(self) -> Part:
-        """Its factors."""
-        return Part(self.down, self.up, self.left)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """The gated change. Shape: [..., inputs] -> [..., outputs]."""
         inner = F.linear(x.unflatten(-1, (-1, self.down.shape[1])), self.down) * gate.unsqueeze(-2)
-        return F.linear(self.left @ inner, self.up).flatten(-2)
+        change = F.linear(self.left @ inner, self.up).flatten(-2)
+        return change if self.rescaled is None else change * self.rescaled
 
 
 class Stack(nn.Module):
@@ -157,6 +197,7 @@ class BankLayer(nn.Module):
         keys: All that it asks of gates, Kronecker products included.
         concepts: The concepts that change this layer.
         products: Changes that are Kronecker products, by concept.
+        transforms: What concepts do with the layer's own weight; None without any.
         weight_shape: The shape of the weight that it can change.
     """
 
@@ -170,6 +211,7 @@ class BankLayer(nn.Module):
     def __init__(self, parts: Mapping[int, Part], site: Site, concepts: int, state: ForwardState) -> None:
         super().__init__()
         thin = {index: part for index, part in parts.items() if part.left is None}
+        ranked = any(len(part.down) for part in thin.values())  # a transform may have no factors beside it
         one = next(iter((thin or parts).values()))
         if not thin:  # of the right size, for what looks at it
             sides = [a * b for a, b in zip(one.left.shape, (len(one.up), one.down.shape[1]), strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
@@ -188,7 +230,12 @@ class BankLayer(nn.Module):
         }
         if self.products:
             self.kronecker = nn.ModuleList(self.products.values())  # so that `.to()` reaches them
-        self.keys = (*((self.key,) if thin else ()), *(product.key for product in self.products.values()))
+        own = {index: part.transform for index, part in parts.items() if part.transform is not None}
+        pointwise = one.down.shape[2:] in ((), (1, 1))
+        self.transforms = Transforms(own, site, self.key.convolution, pointwise, concepts) if own else None
+        self.keys = (*((self.key,) if ranked else ()), *(product.key for product in self.products.values()))
+        self.keys += () if self.transforms is None else self.transforms.keys
+        self.ranked = ranked
         self.concepts = frozenset(parts)
         self.weight_shape = (one.up.shape[0], *one.down.shape[1:])
 
@@ -215,14 +262,16 @@ class BankLayer(nn.Module):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All factors."""
-        return self.down, self.up, *(tensor for product in self.products.values() for tensor in product.buffers())
+        more = [*self.products.values(), *(() if self.transforms is None else (self.transforms,))]
+        return self.down, self.up, *(tensor for module in more for tensor in module.buffers())
 
     def part(self, index: int) -> Part:
         """The factors of one concept, without copying them."""
-        if index in self.products:
-            return self.products[index].part
+        own = None if self.transforms is None else self.transforms.one(index)
+        if (product := self.products.get(index)) is not None:
+            return Part(product.down, product.up, product.left, own)
         start, rank = sum(self.key.ranks[:index]), self.key.ranks[index]
-        return Part(self.down.narrow(0, start, rank), self.up.narrow(1, start, rank))
+        return Part(self.down.narrow(0, start, rank), self.up.narrow(1, start, rank), transform=own)
 
     def only(self, concepts: Collection[int]) -> "BankLayer":
         """The same with the factors of some of its concepts alone."""
@@ -254,6 +303,8 @@ class BankLayer(nn.Module):
         Raises:
             KeyError: If no gate was set for this kind of layer.
         """
+        if self.transforms is not None and self.transforms.in_the_input and base_layer(self.layer) is self.layer:
+            return self._add_factors(self.base(self.transforms.moved(x, self.gates)), x)
         return self.add(self.base(x), x)
 
     def add(self, out: Tensor, x: Tensor) -> Tensor:
@@ -266,10 +317,16 @@ class BankLayer(nn.Module):
         Raises:
             KeyError: As `forward`.
         """
+        if self.transforms is not None:
+            alone = base_layer(self.layer) is self.layer
+            out = self.transforms.add(out, x, self.base if alone else base_layer(self.layer), alone, self.gates)
+        return self._add_factors(out, x)
+
+    def _add_factors(self, out: Tensor, x: Tensor) -> Tensor:
         gates, up = self.gates, self.up
         for product in self.products.values():
             out = out + product(x.to(up.dtype), gates[product.key]).to(out.dtype)
-        if len(self.keys) == len(self.products):
+        if not self.ranked:
             return out
         gate = gates[self.key]
         if self.key.convolution:
@@ -304,9 +361,9 @@ def bank_layer_of(module: nn.Module) -> BankLayer | None:
 
 
 def share_input(layers: Sequence[BankLayer]) -> None:
-    """Stacks the factors before the gate of layers that read the same input, if they ask for the same gates."""
+    """Stacks the factors before the gate of layers that read the same input, if they ask for the same gates alone."""
     first = layers[0]
-    if any(layer.products or layer.key != first.key for layer in layers):
+    if any(layer.products or layer.transforms is not None or layer.key != first.key for layer in layers):
         return
     stack = Stack(torch.cat([layer.down for layer in layers]))
     for i, layer in enumerate(layers):

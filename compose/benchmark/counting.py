@@ -405,6 +405,8 @@ def _shapes(lora: Lora) -> Lora:
             down=factors.down.to(META),
             up=factors.up.to(META),
             left=None if factors.left is None else factors.left.to(META),
+            transform=own and replace(own, values=own.values.to(META)),
         )
         for name, factors in lora.items()
+        for own in [factors.transform]
     }

@@ -63,7 +63,7 @@ def host_work(pipe: Any, job: Job) -> HostWork:
         ours()
 
     def work(function: Callable[[], object]) -> Work:
-        return Work(_python_calls(function), _operations(function))
+        return Work(_python_calls(function), operations(function))
 
     plain, ours = way(None), way(job.method)
     plain()  # what is computed once
@@ -130,7 +130,8 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _operations(function: Callable[[], object]) -> int:
+def operations(function: Callable[[], object]) -> int:
+    """How many operations a function runs that compute or copy something."""
     with _Operations() as operations:
         function()
     return operations.found

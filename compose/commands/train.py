@@ -30,6 +30,7 @@ def train(
     scope: Annotated[str | None, typer.Option(help="Layers to train: cross_kv, attention or transformer.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
     alpha: Annotated[float | None, typer.Option(help="The LoRA is scaled by alpha / rank; default: the rank.")] = None,
+    dora: Annotated[bool, typer.Option("--dora", help="Train the norms of the changed weights too (DoRA).")] = False,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches per step (gradient accumulation).")] = None,
@@ -129,9 +130,9 @@ def train(
     )  # fmt: skip
     fields = _given(
         images=images, out=out, trigger=trigger, class_word=class_word, model=model, prompt=prompt, scope=scope,
-        rank=rank, alpha=alpha, steps=steps, batch_size=batch_size, accumulate=accumulate, optimizer=optimizer,
-        learning_rate=learning_rate, schedule=schedule, warmup=warmup, min_snr=min_snr, resolution=resolution,
-        seed=seed,
+        rank=rank, alpha=alpha, dora=dora or None, steps=steps, batch_size=batch_size, accumulate=accumulate,
+        optimizer=optimizer, learning_rate=learning_rate, schedule=schedule, warmup=warmup, min_snr=min_snr,
+        resolution=resolution, seed=seed,
         class_images=class_images, class_prompts=tuple(class_prompt or ()) or None, class_count=class_count,
         prior_batch=prior_batch, prior_weight=prior_weight, mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing, save_dtype=save_dtype, cpu=cpu or None, threads=threads,

@@ -98,7 +98,7 @@ def _blocks_table(found: Inspection) -> Table:
     table = Table("block", "layers", "rank", "alpha", *(["norm"] if matched else []))
     for block in found.blocks:
         ranks, alphas = _span(block.ranks) or "whole", _span(block.alphas) or "none"
-        norm = [] if block.norm is None else [f"{block.norm:.3g}"]
+        norm = ["" if block.norm is None else f"{block.norm:.3g}"] if matched else []
         table.add_row(*_cells(f"{block.part} {block.name}", block.layers, ranks, alphas, *norm))
     return table
 

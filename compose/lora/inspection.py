@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 
 from lora_compose.attention import LoraFactors
+from lora_compose.attention.device import uncompiled
+from lora_compose.attention.lora_bank import base_layer
+from lora_compose.attention.transforms import dense_weight
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, assign, match
 from lora_compose.pipelines.formats.alphas import Alphas
@@ -63,7 +68,8 @@ class Block(_Frozen):
         layers: How many layers are changed.
         ranks: Ranks in the file.
         alphas: Alphas of the changes; empty if the file has none.
-        norm: Frobenius norm of the change, as it is applied; None if it was matched with no model.
+        norm: Frobenius norm of the change, as it is applied; None if it was matched with no model, or depends on
+            weights that are not there.
     """
 
     part: str
@@ -170,12 +176,20 @@ def inspect(
     layers, unmatched = assign(file, grouped, pipe)
     found = {
         "matched_with": model,
-        "blocks": tuple(_blocks(file, layers, factors)),
+        "blocks": tuple(_blocks(file, layers, factors, pipe)),
         "matched": len(file.tensors) - len(unmatched) - len(grouped.inexpressible),
         "unmatched": unmatched,
-        "notes": factors.notes,
+        "notes": (*factors.notes, *_about_weights(factors)),
     }
     return known.model_copy(update=found), factors
+
+
+def _about_weights(factors: Factors) -> Iterator[str]:
+    if count := sum(one.transform is not None for lora in factors.by_part.values() for one in lora.values()):
+        yield (
+            f"{count} layers rescale or rotate the model's own weights: their norms are shown with a model's weights "
+            "only (--model), and they take no part in overlaps"
+        )
 
 
 def _unmatched(known: Inspection, file: LoraFile, why: str | None = None) -> Inspection:
@@ -286,7 +300,7 @@ def block_of(part: str, layer: str) -> str:
     return f"{part}.{found[0] if found else layer}"
 
 
-def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: Factors) -> Iterator[Block]:
+def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: Factors, pipe: Any) -> Iterator[Block]:
     loras = factors.by_part
     own = Alphas(file).own
     for part, names in layers.items():
@@ -295,13 +309,25 @@ def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: 
             blocks.setdefault(block_of(part, name), []).append(name)
         for block in sorted(blocks, key=_order):
             inside = [names[name] for name in blocks[block]]
-            energy = sum(inner(loras[part][name], loras[part][name]) for name in blocks[block])
+            each = [_energy(getattr(pipe, part), name, loras[part][name]) for name in blocks[block]]
+            energy = None if None in each else sum(filter(None, each))
             ranks = {rank for layer in inside if (rank := rank_of(layer.shapes)) is not None}
             alphas = {alpha for name in blocks[block] if (alpha := own(name, names[name])) is not None}
             yield Block(
                 part=part, name=block.removeprefix(f"{part}."), layers=len(inside), ranks=tuple(sorted(ranks)),
-                alphas=tuple(sorted(alphas)), norm=math.sqrt(max(0.0, energy)),
+                alphas=tuple(sorted(alphas)),
+                norm=None if energy is None else math.sqrt(max(0.0, energy)),
             )  # fmt: skip
+
+
+def _energy(model: nn.Module, name: str, factors: LoraFactors) -> float | None:
+    """The squared Frobenius norm of a change; None if it depends on a weight that is not there."""
+    if factors.transform is None:
+        return inner(factors, factors)
+    layer = base_layer(uncompiled(model).get_submodule(name))
+    if layer.get_parameter("weight").is_meta:
+        return None
+    return float(factors.change_of(dense_weight(layer, torch.device("cpu"), torch.float32)).double().square().sum())
 
 
 def _order(block: str) -> tuple[int, str, int]:
@@ -341,7 +367,9 @@ def _overlap(one: tuple[str, Factors], other: tuple[str, Factors]) -> Overlap:
 
 def _layers(factors: Factors) -> dict[tuple[str, str], LoraFactors]:
     loras = factors.by_part
-    return {(part, name): found for part, lora in loras.items() for name, found in lora.items()}
+    return {
+        (part, name): found for part, lora in loras.items() for name, found in lora.items() if found.transform is None
+    }
 
 
 def _share(product: float, one: float, other: float) -> float:

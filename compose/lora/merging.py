@@ -31,6 +31,7 @@ from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
 from lora_compose.pipelines.merging import Changes, Merger, settings_of
 from lora_compose.pipelines.merging.changes import Name, begin, side_by_side
+from lora_compose.pipelines.merging.expressed import expressed
 from lora_compose.pipelines.merging.factors import matrices, spectrum
 
 try:
@@ -130,7 +131,10 @@ def match_files(
     for one in given:
         found = match(one.file, pipe, alpha=needed_alpha(alpha, one.file))
         parts = found.by_part
-        loras.append({(part, name): f for part in PARTS for name, f in parts.get(part, {}).items()})
+        named: dict[Name, LoraFactors] = {(part, name): f for part in PARTS for name, f in parts.get(part, {}).items()}
+        lora, note = expressed(pipe, named, one.source)
+        loras.append(lora)
+        notes += [] if note is None else [f"{one.source}: {note}"]
         if found.unmatched:
             keys = ", ".join(found.unmatched[:3])
             notes.append(f"{one.source}: {len(found.unmatched)} keys fit no layer and are left out: {keys}")

@@ -98,6 +98,7 @@ def add_lora(network: Any, targets: list[str], settings: Training) -> LoraConfig
         r=settings.rank,
         lora_alpha=settings.rank if settings.alpha is None else settings.alpha,  # pyright: ignore[reportArgumentType]
         init_lora_weights="gaussian",
+        use_dora=settings.dora,
         target_modules=targets,
     )
     with torch.random.fork_rng(devices=[]):

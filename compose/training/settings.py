@@ -92,6 +92,7 @@ class Training(_Frozen):
             attention. "transformer": also the feed-forward layers and the projections around the transformer.
         rank: Rank r of the LoRA.
         alpha: The LoRA is scaled by alpha / r; None is r. Not every tool reads alpha: leave it if others use the file.
+        dora: Train the norms of the changed weights as well (DoRA).
         steps: Optimisation steps.
         batch_size: Images of the concept in a batch, on every process.
         accumulate: Batches in a step.
@@ -133,6 +134,7 @@ class Training(_Frozen):
     scope: Scope = "attention"
     rank: Annotated[int, Field(gt=0, le=1024)] = 8
     alpha: Annotated[float, Field(gt=0)] | None = None
+    dora: bool = False
     steps: Positive = 1000
     batch_size: Positive = 1
     accumulate: Positive = 1
@@ -197,6 +199,8 @@ class Training(_Frozen):
             raise ValueError(f"the trigger {trigger!r} holds the class word {noun!r}; give the rare word alone")
         if self.out.suffix != ".safetensors":
             raise ValueError(f"out must end with .safetensors, not {self.out.name!r}")
+        if self.dora and self.tara is not None:
+            raise ValueError("tara aligns the keys of plain LoRAs; leave dora out, or tara")
         if self.warmup >= self.steps:
             raise ValueError(f"a warm-up of {self.warmup} steps leaves nothing of {self.steps} steps")
         if self.cpu and self.mixed_precision == "fp16":

@@ -16,6 +16,7 @@ from lora_compose.attention.backbones import backbone_of
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.install import check_factors, weight_shape
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
+from lora_compose.pipelines.concepts.placing import placed, reshaped, rows_of
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change, inner
@@ -24,7 +25,7 @@ from lora_compose.pipelines.formats.files import (
     LoraFile,
     read_lora,
 )
-from lora_compose.pipelines.formats.keys import PARTS, Part
+from lora_compose.pipelines.formats.keys import PARTS, Part, parse
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.names import present_name, spellings
 from lora_compose.pipelines.formats.recognise import guess_family
@@ -168,8 +169,13 @@ def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise LoraError(f"alpha must be a positive number, not {alpha}")
     switched = {key for settings in file.config.values() for key, value in settings.items() if value}
-    if why := next((kind.refused for kind in kinds.KINDS if kind.refused and kind.setting in switched), None):
-        raise LoraError(f"{file.path.name} is {why}")
+    found = {key.kind for name in file.tensors if (key := parse(name)) is not None}
+    for kind in kinds.KINDS:
+        if kind.setting in switched and kind not in found:
+            raise LoraError(
+                f"{file.path.name} is a {kind.name} by its settings ({kind.setting}), but has no tensors of one; the "
+                "file is incomplete"
+            )
     if alpha is None and any(".lora_layer." in key for key in file.tensors):
         raise LoraError(
             f"{file.path.name} is a whole UNet with LoRA layers inside, as TARA's script for SD 1.5 saves it, and does "
@@ -210,10 +216,10 @@ def _shared_out(
         return [(name, replace(layer, swapped=swaps_halves(name, layer.module))) for name in names]
     sizes = [weight_shape(uncompiled(model), name)[0] for name in names]
     try:
-        outputs = sum(sizes) if layer.refused else layer.kind.sides(layer.shapes)[0]
+        outputs = None if layer.refused else layer.kind.sides(layer.shapes)[0]
     except ValueError as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{layer.module}: {error}") from error
-    if outputs != sum(sizes):
+    if outputs not in (None, sum(sizes)):
         raise LoraError(
             f"{file.path.name} does not fit this model: {layer.module} has {outputs} outputs; expected {sum(sizes)}, "
             f"those of {', '.join(names)}"
@@ -243,11 +249,14 @@ def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> N
         weight = weight_shape(uncompiled(model), name)
     except ValueError as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
-    outputs = outputs if layer.outputs is None else layer.outputs.stop - layer.outputs.start
-    if (outputs, inputs) != (weight[0], math.prod(weight[1:])):
+    if layer.outputs is not None and outputs is not None:
+        outputs = layer.outputs.stop - layer.outputs.start
+    sides = weight[0], math.prod(weight[1:])
+    if any(found not in (None, side) for found, side in zip((outputs, inputs), sides, strict=True)):
+        change = " x ".join("any" if found is None else str(found) for found in (outputs, inputs))
         raise LoraError(
-            f"{file.path.name} does not fit this model: {layer.part}.{name}: its change is {outputs} x {inputs}, the "
-            f"model's weight {' x '.join(map(str, weight))}"
+            f"{file.path.name} does not fit this model: {layer.part}.{name}: its change is {change}, the model's "
+            f"weight {' x '.join(map(str, weight))}"
         )
 
 
@@ -259,43 +268,24 @@ def _change(
     try:
         scale, target = alphas.scale(name, layer), base_layer(model.get_submodule(name))
         products = products and isinstance(target, nn.Linear) and not layer.swapped
-        made = layer.kind.load(layer.parts, scale, max_rank, products=products)
+        settings = alphas.settings(layer)
+        made = layer.kind.load(layer.parts, scale, max_rank, products=products, settings=settings)
+        transform = None if made.factors.transform is None else placed(made.factors.transform, layer, target)
         if made.factors.left is not None and layer.outputs is not None:
-            part = _rows(made.factors, layer.outputs)
-            made = layer.kind.load(layer.parts, scale, max_rank) if part is None else Change(part)
+            part = rows_of(made.factors, layer.outputs)
+            made = layer.kind.load(layer.parts, scale, max_rank, settings=settings) if part is None else Change(part)
         if made.factors.left is None and layer.outputs is not None:
             made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / layer.shares)
         if layer.swapped:
             made = replace(made, factors=replace(made.factors, up=torch.cat(made.factors.up.chunk(2)[::-1])))
-        factors = _reshaped(made.factors, target)
+        made = replace(made, factors=replace(made.factors, transform=transform))
+        factors = reshaped(made.factors, target)
         check_factors(model, name, factors)
     except LoraError:
         raise
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
     return Change(factors, made.lost)
-
-
-def _rows(factors: LoraFactors, outputs: slice) -> LoraFactors | None:
-    """Some outputs of a Kronecker product; None if they are no whole rows of its left matrix."""
-    assert factors.left is not None
-    inner = len(factors.up)
-    if outputs.start % inner or outputs.stop % inner:
-        return None
-    return replace(factors, left=factors.left[outputs.start // inner : outputs.stop // inner])
-
-
-def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
-    """Matrices for a convolution, and 1x1 convolutions for a linear layer, are the same numbers."""
-    down, up = factors.down, factors.up
-    if isinstance(layer, nn.Conv2d):
-        inputs = (layer.in_channels, *layer.kernel_size)
-        if down.ndim == 2 and down.shape[1] == math.prod(inputs):
-            down = down.reshape(-1, *inputs)
-        up = up[:, :, None, None] if up.ndim == 2 else up
-    elif down.shape[2:] == up.shape[2:] == (1, 1):
-        down, up = down.flatten(1), up.flatten(1)
-    return replace(factors, down=down, up=up)
 
 
 def _check_embeddings(file: LoraFile, pipe: Any) -> None:
@@ -337,6 +327,8 @@ def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | Non
         yield (
             "PEFT's adapter_config.json is not beside it, so its alpha is unknown and taken to be its rank; "
             "give alpha if it was trained with another"
+            if any(layer.kind.scaled for layer in grouped.layers)
+            else "PEFT's adapter_config.json is not beside it, so PEFT's defaults are taken for how it rotates"
         )
 
 
@@ -368,7 +360,8 @@ def _adapter_layers(model: nn.Module | None, adapter: str) -> Lora:
             continue
         if not isinstance(module, LoraLayer) or adapter in module.lora_variant or module.lora_bias[adapter]:
             raise LoraError(
-                f"adapter {adapter!r} is not a plain LoRA at {name} (DoRA, LoKr or with a bias), which is not supported"
+                f"adapter {adapter!r} is not a plain LoRA at {name} (DoRA, LoKr or with a bias), which is not "
+                "supported; load its file with `load_concept` instead"
             )
         if adapter in module.merged_adapters:
             raise LoraError(f"adapter {adapter!r} is fused into the weights; call `unfuse_lora()` first")

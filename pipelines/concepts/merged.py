@@ -1,6 +1,6 @@
 """Several LoRA files as one concept: merged in memory, for a model that is open."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from lora_compose.pipelines.formats.keys import Part
 from lora_compose.pipelines.merging import make_merger
 from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
 from lora_compose.pipelines.merging.changes import Name, begin, check_number, side_by_side
+from lora_compose.pipelines.merging.expressed import expressed
 from lora_compose.pipelines.merging.factors import matrices
 from lora_compose.pipelines.merging.merger import Merger
 
@@ -47,7 +48,11 @@ def merge_matched(
         LoraError: If nothing is left of the files.
         ValueError: If a file does not contain its trigger, and the merger needs it.
     """
-    loras = [*map(_by_name, matched)]
+    loras, notes = [], []
+    for file, one in zip(files, matched, strict=True):
+        lora, note = expressed(pipe, _by_name(one), file.path.name)
+        loras.append(lora)
+        notes += [] if note is None else [f"{file.path.name}: {note}"]
     changes = side_by_side(loras, weights, [file.path.name for file in files])
     moments = {}
     if merger.needs_model and any(weights):
@@ -65,7 +70,7 @@ def merge_matched(
         parts.get(model, {}),
         {part: parts[part] for part in TEXT_ENCODERS if part in parts},
         tuple(key for one in matched for key in one.unmatched),
-        tuple(_notes(files, matched)),
+        (*_notes(files, matched), *notes),
         part=model,
     )
 
@@ -79,7 +84,7 @@ def _by_name(one: Factors) -> dict[Name, LoraFactors]:
     return {(part, layer): f for part, lora in one.by_part.items() for layer, f in lora.items()}
 
 
-def _original(name: Name, loras: Sequence[dict[Name, LoraFactors]]) -> LoraFactors:
+def _original(name: Name, loras: Sequence[Mapping[Name, LoraFactors]]) -> LoraFactors:
     return next(lora[name] for lora in loras if name in lora)
 
 

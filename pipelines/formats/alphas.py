@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import PARTS, Part
-from lora_compose.pipelines.formats.kinds import rank_of
+from lora_compose.pipelines.formats.kinds import rank_of, readable
 from lora_compose.pipelines.formats.layers import Layer
 
 MAX_SCALE = 1000.0
@@ -49,6 +49,9 @@ class Alphas:
         Raises:
             LoraError: If it is not a positive number.
         """
+        kind = readable(layer.shapes)
+        if kind is not None and kind.transform is not None and not kind.scaled:
+            return None  # it bounds a rotation, and 0 means no bound
         try:
             if "alpha" in layer.slots:
                 return _positive(layer.slots["alpha"])
@@ -56,6 +59,11 @@ class Alphas:
         except (TypeError, ValueError, OverflowError) as error:
             where = "a key" if "alpha" in layer.slots else _CONFIGURED
             raise LoraError(f"{self._name}: {where} gives {layer.part}.{name} no usable alpha: {error}") from error
+
+    def settings(self, layer: Layer) -> Mapping[str, Any]:
+        """PEFT's settings of a layer, and the alpha of its key."""
+        own = {"alpha": float(layer.slots["alpha"])} if "alpha" in layer.slots else {}
+        return {**self._config[layer.part], **own}
 
     def scale(self, name: str, layer: Layer) -> float:
         """The scale of a layer, alpha / rank. Alpha is the file's, otherwise the given one, otherwise the rank.

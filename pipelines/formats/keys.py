@@ -15,7 +15,7 @@ PARTS: tuple[Part, ...] = ("unet", "transformer", "text_encoder", "text_encoder_
 _PREFIXES: tuple[tuple[str, Part], ...] = (
     (r"lora_te2_", "text_encoder_2"),
     (r"lora_te1?_", "text_encoder"),
-    (r"lora_unet_|lycoris_", "unet"),
+    (r"lora_unet_|oft_unet_|lycoris_", "unet"),
     (r"lora_transformer_", "transformer"),
     (r"(?:base_model\.model\.)?text_encoder_2\.", "text_encoder_2"),
     (r"(?:base_model\.model\.)?text_encoder\.", "text_encoder"),

@@ -74,8 +74,8 @@ def form(keys: Sequence[str]) -> str:
     found = [kind for kind in kinds.KINDS if not kind.left_out and not kind.endings.keys().isdisjoint(slots)]
     if not found:
         return "no adapter"
-    # What rescales or rotates has the factors of another kind beside its own tensors.
-    named = found[:1] if found[0].refused else found[:2]
+    # What rescales has the factors of another kind beside its own tensors.
+    named = found[:1] if found[0].refused or found[0].transform else found[:2]
     return f"{' and '.join(kind.name for kind in named)}, keys of {_spelling(keys, parsed)}"
 
 
@@ -89,7 +89,7 @@ def _spelling(keys: Sequence[str], parsed: Sequence[Key]) -> str:
         return "early diffusers (attention processors)"
     if any(suffix.startswith("_lora.") for suffix in suffixes):
         return "ED-LoRA (Mix-of-Show, LoRA-Composer)"
-    if prefixes & {"lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"}:
+    if prefixes & {"lora_unet_", "oft_unet_", "lora_te_", "lora_te1_", "lora_te2_"}:
         return f"kohya's scripts{original}"
     if "lycoris_" in prefixes:
         return f"LyCORIS{original}"
@@ -167,7 +167,7 @@ def _layers(shapes: Mapping[str, Sequence[int]]) -> Mapping[tuple[Part, str], di
     """The shapes of each layer's tensors, by slot."""
     layers: dict[tuple[Part, str], dict[str, Sequence[int]]] = {}
     for key, shape in shapes.items():
-        if found := parse(key):
+        if (found := parse(key)) and found.kind is not None:  # the others are numbers
             layers.setdefault((found.part, found.module), {})[found.slot] = shape
     return layers
 
@@ -175,7 +175,8 @@ def _layers(shapes: Mapping[str, Sequence[int]]) -> Mapping[tuple[Part, str], di
 def _sides(shapes: kinds.Shapes) -> tuple[int, int]:
     """Outputs and inputs of a layer according to its tensors; 0 if they do not tell."""
     try:
-        return (0, 0) if (kind := kinds.readable(shapes)) is None else kind.sides(shapes)
+        outputs, inputs = (0, 0) if (kind := kinds.readable(shapes)) is None else kind.sides(shapes)
+        return outputs or 0, inputs or 0
     except ValueError:
         return 0, 0
 

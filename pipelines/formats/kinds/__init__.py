@@ -3,13 +3,15 @@
 from collections.abc import Collection
 
 from lora_compose.pipelines.formats.kinds.difference import DIFFERENCE
+from lora_compose.pipelines.formats.kinds.dora import DORA
 from lora_compose.pipelines.formats.kinds.kind import Kind, Shapes, rows
 from lora_compose.pipelines.formats.kinds.loha import LOHA
 from lora_compose.pipelines.formats.kinds.lokr import LOKR
 from lora_compose.pipelines.formats.kinds.low_rank import LOW_RANK, TUCKER
+from lora_compose.pipelines.formats.kinds.oft import OFT, OFT_INPUTS
 from lora_compose.pipelines.formats.kinds.refused import LEFT_OUT, REFUSED
 
-KINDS: tuple[Kind, ...] = (*REFUSED, LOKR, LOHA, TUCKER, LOW_RANK, DIFFERENCE, LEFT_OUT)
+KINDS: tuple[Kind, ...] = (*REFUSED, DORA, OFT, OFT_INPUTS, LOKR, LOHA, TUCKER, LOW_RANK, DIFFERENCE, LEFT_OUT)
 """A layer is of the first kind that has an ending for one of its tensors."""
 
 
@@ -25,7 +27,7 @@ def kind_of(slots: Collection[str]) -> Kind:
 
 
 def readable(shapes: Shapes) -> Kind | None:
-    """The first kind that a layer has tensors of and that is read; a DoRA has those of a LoRA beside its own."""
+    """The first kind that a layer has tensors of and that is read."""
     read = (kind for kind in KINDS if not kind.refused and not kind.left_out)
     return next((kind for kind in read if not kind.endings.keys().isdisjoint(shapes)), None)
 

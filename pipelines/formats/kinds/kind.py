@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
+from lora_compose.attention.transforms import Transform
 from lora_compose.pipelines.formats.change import MAX_RANK, Change, cut, matrix, shaped
 
 Shapes = Mapping[str, Sequence[int]]
@@ -30,8 +31,8 @@ class Kind:
         name: As users know it.
         endings: By slot (what a tensor is), a regular expression for the end of its key, from the dot after the layer's
             name. No groups that capture; repetitions possessive and few, so that no crafted key is slow to match.
-        sides: Outputs and inputs (times the cells of the kernel) of the change. Raises ValueError if tensors are
-            missing, do not fit each other, or have more rank than sides.
+        sides: Outputs and inputs (times the cells of the kernel) of the change; None for one that shapes do not tell.
+            Raises ValueError if tensors are missing, do not fit each other, or have more rank than sides.
         delta: The change, whole and at scale 1, in the weight's shape.
         factors: The change as factors at scale 1, from tensors, the rank they are kept to, and whether a Kronecker
             product may stay one. None, or a result of None: they are the best of `delta`.
@@ -40,14 +41,15 @@ class Kind:
         scaled: Whether alpha has an effect at all.
         refused: Why files of this kind are refused, as in "it is a ..."; empty if they are read.
         left_out: Whether these tensors are left out, and the rest of the file is used.
-        setting: PEFT's setting that switches this kind on, for kinds that are refused.
+        setting: PEFT's setting that switches this kind on.
     """
 
     name: str
     endings: Mapping[str, str]
-    sides: Callable[[Shapes], tuple[int, int]] = _unread
+    sides: Callable[[Shapes], tuple[int | None, int | None]] = _unread
     delta: Callable[[Tensors], Tensor] = _unread
     factors: Callable[[Tensors, int, bool], Change | None] | None = None
+    transform: Callable[[Tensors, Mapping[str, Any]], Transform] | None = None
     beside: Collection[str] = ()
     ranked: Sequence[str] = ()
     scaled: bool = True
@@ -55,7 +57,15 @@ class Kind:
     left_out: bool = False
     setting: str = ""
 
-    def load(self, tensors: Tensors, scale: float, max_rank: int = MAX_RANK, *, products: bool = False) -> Change:
+    def load(
+        self,
+        tensors: Tensors,
+        scale: float,
+        max_rank: int = MAX_RANK,
+        *,
+        products: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Change:
         """The change of one layer as factors.
 
         Args:
@@ -63,6 +73,7 @@ class Kind:
             scale: Factor on the change.
             max_rank: Changes of adapters other than LoRA are kept exactly up to this rank, and cut to it beyond.
             products: Whether a Kronecker product of more rank may stay one, which is exact.
+            settings: PEFT's settings, and the alpha of the layer; for kinds with a transform.
 
         Raises:
             ValueError: As `sides`, and if the numbers are too large.
@@ -73,7 +84,8 @@ class Kind:
             whole = self.delta(tensors)
             made = shaped(*cut(matrix(whole), max_rank), whole.shape[1:])
         scale = scale if self.scaled else 1.0
-        return Change(replace(made.factors, scale=scale), made.lost * scale**2)
+        transform = None if self.transform is None else self.transform(tensors, settings or {})
+        return Change(replace(made.factors, scale=scale, transform=transform), made.lost * scale**2)
 
 
 def needed(shapes: Shapes, *slots: str) -> list[Sequence[int]]:

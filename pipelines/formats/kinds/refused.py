@@ -2,15 +2,15 @@
 
 from lora_compose.pipelines.formats.kinds.kind import Kind
 
-_GATED = "only low-rank changes can be gated"
+_UNSUPPORTED = "that is not supported"
 REFUSED = (  # several tensors of a layer may be in one slot
-    Kind("DoRA", {"magnitude": r"\.(?:dora_scale|lora_magnitude_vector(?:\.\w++){0,3}+)"}, setting="use_dora",
-         refused=f"a DoRA, which rescales the model's own weights; {_GATED}"),
-    Kind("OFT", {"oft": r"\.(?:oft_(?:blocks|diag)|oft_R\.(?:\w++\.)?weight|rescale)"},
-         refused=f"an OFT, which rotates the model's own weights; {_GATED}"),
+    Kind("early OFT", {"oft_diag": r"\.oft_diag"},
+         refused="an OFT of an early LyCORIS, whose numbers mean something else"),
+    Kind("T-LoRA", {"tlora": r"\.(?:lambda_layer|[pq]_layer\.weight)"},
+         refused="a T-LoRA, which holds neither the vectors that it began with nor which ranks act in which step"),
     Kind("GLoRA", {"glora": r"\.(?:[ab][12]|bm)\.weight"},
-         refused=f"a GLoRA, which multiplies the model's own weights; {_GATED}"),
-    Kind("IA3", {"ia3": r"\.on_input"}, refused=f"an IA3, which rescales activations; {_GATED}"),
+         refused=f"a GLoRA, which multiplies the model's own weights; {_UNSUPPORTED}"),
+    Kind("IA3", {"ia3": r"\.on_input"}, refused=f"an IA3, which rescales activations; {_UNSUPPORTED}"),
     Kind("an adapter of another kind",
          {"other": r"\.(?:vera|randlora|boft|hra|shira|bone|vblora)_\w++(?:\.\w++){0,3}+"},
          refused="an adapter of an unknown kind"),

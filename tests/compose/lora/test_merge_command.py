@@ -408,7 +408,7 @@ def dora(path: Path) -> Path:
         (lambda path: one_layer(path, 2048), "only LoRAs for the same model are merged: "),
         (lambda path: one_layer(path, 768, 640), "its change is 640 x 768, the model's weight 1280 x 768"),
         (damaged, "not a readable safetensors file"),
-        (dora, "a DoRA, which rescales the model's own weights"),
+        (dora, "rescales or rotates the model's own weights (DoRA, OFT)"),
         (lambda path: flux(path, 2), "is for FLUX.1 or FLUX.2"),
         (lambda path: save_file({"weight": torch.ones(2)}, path) or path, "is not a LoRA"),
     ],

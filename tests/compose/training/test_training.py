@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from commands import call, flat, free_port
-from components import TINY, sd_unet, unet_inputs
+from components import TINY, sd_unet, unet_inputs, with_bank
 from disks import files_of_at_most
 from lora_compose.compose.files import atomic
 from lora_compose.compose.generate.models import ModelError
@@ -37,6 +37,8 @@ from lora_compose.compose.training.data import DataError
 from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.optimizers import learning_rate
 from lora_compose.compose.training.output import metadata_of
+from lora_compose.pipelines.concepts.loading import match, read_lora
+from reference import constant_gates, relative_error
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
 # Where keys start aligned, the l1 distance is at its kink, and rounding decides where the first steps go.
@@ -110,6 +112,29 @@ def test_the_file_opens_in_diffusers_with_the_trained_weights(
     kinds = {"cross_kv": 2, "attention": 8, "transformer": 10}[scope]
     blocks = sum(name.endswith("attn2") for name, _ in pipe.unet.named_modules())
     assert len({name.rsplit(".lora_", 1)[0] for name in tensors if "transformer_blocks" in name}) == kinds * blocks
+
+
+def test_a_trained_dora_is_read_as_what_peft_makes_of_it(
+    begin: Callable[..., Training], models: dict[str, Path]
+) -> None:
+    path = train(begin("sd", scope="transformer", alpha=5, dora=True, steps=2))
+    pipe = opened(models, "sd")
+    given = unet_inputs(pipe.unet, grid=(4, 4), tokens=32)
+    factors = match(read_lora(path), pipe)
+    assert factors.complete
+    assert all(one.transform is not None for one in factors.model.values())
+    with torch.no_grad():
+        before = pipe.unet(**given)[0]
+        found = with_bank(pipe.unet, [factors.model], constant_gates((1.0,), tokens=32, latent_grid=(4, 4))[0], given)
+        pipe.load_lora_weights(path, adapter_name="cat")
+        expected = pipe.unet.eval()(**given)[0]
+    assert relative_error(before, expected) > 1e-3
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_dora_and_tara_are_refused_together(begin: Callable[..., Training]) -> None:
+    with pytest.raises(ValueError, match="leave dora out, or tara"):
+        begin("sd", dora=True, tara=TARA)
 
 
 def test_a_file_in_half_precision_is_half_as_large_and_as_good(begin: Callable[..., Training]) -> None:

@@ -68,6 +68,25 @@ def test_the_image_is_that_of_the_merged_file(method: str, pipe: Any, files: lis
     torch.testing.assert_close(together, merged, atol=1e-3, rtol=1e-3)
 
 
+def test_a_dora_is_merged_as_its_change_of_this_models_weights(
+    pipe: Any, files: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Exactly here: no layer has more outputs than the rank to which it is cut."""
+    cat, style = files
+    tensors = load_file(cat)
+    for key in [key for key in tensors if key.startswith("unet.") and ".lora_A" in key]:
+        stem = key.partition(".lora_A")[0]
+        norms = pipe.unet.get_submodule(stem.removeprefix("unet.")).weight.detach().flatten(1).norm(dim=1)
+        tensors[f"{stem}.lora_magnitude_vector"] = norms * torch.linspace(0.7, 1.4, len(norms))
+    save_file(tensors, tmp_path / "dora.safetensors", {"trigger": "sks", "class_word": "cat"})
+    dora = str(tmp_path / "dora.safetensors")
+    apart = latents_of(pipe, Concept(name="cat", lora=dora), Concept(name="style", lora=style, weight=0.7))
+    together = latents_of(pipe, Concept(name="both", lora=[dora, f"{style}:0.7"]))
+    assert "their change is taken from this model, as the best of rank 128: relative error 0.00%" in caplog.text
+    torch.testing.assert_close(together, apart, atol=1e-3, rtol=1e-3)
+    assert float((latents_of(pipe, Concept(name="cat", lora=cat)) - apart).abs().max()) > 1e-1
+
+
 def test_words_are_those_of_the_first_file_and_every_file_is_kept_in_mind(pipe: Any, files: list[str]) -> None:
     concept = pipe.load_concept([files[0], f"{files[1]}:0.5"], merge="np")
     assert (concept.name, concept.trigger, concept.class_word) == ("cat+style", "sks", "cat")

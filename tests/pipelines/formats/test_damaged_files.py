@@ -69,6 +69,12 @@ def sound_files() -> dict[str, Tensors]:
             f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2_a": torch.ones(len(up) // 2, 2),
             f"{name}.lokr_w2_b": torch.ones(2, down.shape[1] // 2), f"{name}.alpha": one,
         },
+        "DoRA": {
+            f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up,
+            f"{name}.dora_scale": torch.ones(len(up), 1),
+        },
+        "OFT": {f"{name}.oft_blocks": torch.eye(len(up) // 2).triu().repeat(2, 1, 1), f"{name}.alpha": one},
+        "OFT of inputs": {f"{name}.oft_R.weight": torch.ones(down.shape[1] // 2, 1) / 9},
         "difference": {f"{name}.diff": up @ down, f"{name}.diff_b": torch.ones(len(up))},
         "ED-LoRA": {
             "new_concept_embedding.<x1>": torch.ones(4, 24), "new_concept_embedding.<x2>": torch.ones(4, 24),

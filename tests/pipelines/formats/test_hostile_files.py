@@ -78,6 +78,11 @@ SMALL_WITH_HUGE_PRODUCTS: dict[str, dict[str, Tensor]] = {
         "lokr_w1": half(1, 1), "lokr_w2_a": half(1, 5_000), "lokr_w2_b": half(1, 5_000), "lokr_t2": half(1, 1, 3, 3),
     },
     "LoRA": {"lora_down.weight": half(1, 10**6), "lora_up.weight": half(10**6, 1)},
+    "DoRA": {
+        "lora_down.weight": half(1, 10**6), "lora_up.weight": half(10**6, 1), "dora_scale": half(10**6, 1),
+    },
+    "OFT": {"oft_blocks": half(10**6, 2, 2)},
+    "OFT of inputs": {"oft_R.weight": half(10**6, 1)},
 }  # fmt: skip
 
 
@@ -87,6 +92,38 @@ def test_changes_that_do_not_fit_are_refused_before_they_are_built(pipe: Any, tm
     save_file({f"{KOHYA}.{key}": tensor for key, tensor in SMALL_WITH_HUGE_PRODUCTS[kind].items()}, path)
     message = refused(pipe, path)
     assert f"unet.{NAME}: its change is" in message or "more than the 128 that a change of this size" in message
+
+
+FACTORS = {"lora_down.weight": half(2, 8), "lora_up.weight": half(8, 2)}
+UNFIT_TRANSFORMS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "a norm too few": (FACTORS | {"dora_scale": half(7, 1)}, "dora_scale has 7 norms of outputs"),
+    "no norms": (FACTORS | {"dora_scale": half(0, 1)}, "dora_scale has 0 norms"),
+    "norms that do not divide": (FACTORS | {"dora_scale": half(1, 3)}, "dora_scale has 3 norms of inputs"),
+    "norms of both": (FACTORS | {"dora_scale": half(8, 8)}, "expected one norm by output or input"),
+    "norms without a change": ({"dora_scale": half(8, 1)}, "no change that is rescaled"),
+    "norms twice": (FACTORS | {"dora_scale": half(8, 1), "lora_magnitude_vector": half(8)}, "expected one norm by"),
+    "blocks of BOFT": ({"oft_blocks": half(2, 2, 4, 4)}, "BOFT has more dimensions"),
+    "a huge block": ({"oft_blocks": half(1, 4100, 4100)}, "expected some of size 2 to 4096"),
+    "a huge triangle": ({"oft_R.weight": half(1, 4100 * 4099 // 2)}, "expected some of size 2 to 4096"),
+    "blocks of nothing": ({"oft_blocks": half(8, 1, 1)}, "expected some of size 2 to 4096"),
+    "no triangle": ({"oft_R.weight": half(2, 5)}, "no triangle of a square"),
+    "blocks that do not divide": ({"oft_blocks": half(3, 3, 3)}, "its change is 9 x any, the model's weight 8 x 8"),
+    "one block that does not divide": ({"oft_R.weight": half(1, 3)}, "is of size 3, the model's layer has 8 inputs"),
+    "rescaled outputs of another layer": (
+        {"oft_blocks": half(2, 4, 4), "rescale": half(9, 1)}, "expected one number for each of 8 outputs",
+    ),
+    "NaN": ({"oft_blocks": torch.full((2, 4, 4), math.nan)}, "NaN or infinite"),
+    "infinite": (FACTORS | {"dora_scale": torch.full((8, 1), math.inf)}, "NaN or infinite"),
+    "too large": ({"oft_R.weight": torch.full((4, 1), 1e20)}, "numbers are too large"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNFIT_TRANSFORMS)
+def test_transforms_that_do_not_fit_are_refused_before_they_are_built(pipe: Any, tmp_path: Path, kind: str) -> None:
+    tensors, message = UNFIT_TRANSFORMS[kind]
+    path = tmp_path / "small.safetensors"
+    save_file({f"{KOHYA}.{key}": tensor for key, tensor in tensors.items()}, path)
+    assert message in refused(pipe, path)
 
 
 @pytest.mark.parametrize(("key", "count"), [("lora_unet_x{}.lora_down.weight", 20_001), ("x{}", 99_000)])

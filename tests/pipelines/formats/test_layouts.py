@@ -141,7 +141,10 @@ def test_inspect_tells_the_same(name: str) -> None:
     assert found.matched == len(file_of(known).tensors)
     counted = {part: sum(b.layers for b in found.blocks if b.part == part) for part in known["layers"]}
     assert counted == known["layers"]
-    assert all((block.norm or 0) > 0 for block in found.blocks)
+    if known["form"].startswith(("DoRA", "OFT")):  # their changes depend on weights, which are not there
+        assert all(block.norm is None for block in found.blocks)
+    else:
+        assert all((block.norm or 0) > 0 for block in found.blocks)
     assert {word for word, where in found.triggers if "vectors" in where} == set(known.get("triggers", []))
 
 

@@ -1,0 +1,335 @@
+"""Changes of a layer's own weight W that are no sum with it: DoRA rescales it, OFT rotates it.
+
+With a matrix T and the low-rank change D of the same concept, the changed weight is T (W + D), or (W + D) T where T is
+on the inputs. T is diagonal (DoRA) or orthogonal in blocks (OFT). A layer y = W x + b is linear in its own output, so
+
+    T (W + D) x + b = y + (T - 1) (y - b) + T D x        (W + D) T x + b = y + W (T - 1) x + D T x
+
+and a gate on what is added to y is exact: by row, token and cell, for any number of concepts, each relative to W. The
+first form needs no more than the layer's output. The second changes the input, which is exact as long as an output has
+the gate of the one cell that it reads; other convolutions take one more product with W.
+
+T of a DoRA is made from W once, when its bank is made. Sources: DoRA, arXiv 2402.09353; OFT, arXiv 2306.07280.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_compose.attention.device import to_device
+from lora_compose.attention.gates import GateKey
+from lora_compose.attention.sites import Site
+
+MAX_FACTOR = 1000.0
+"""The largest entry of T that is accepted; those of trained files are near 1."""
+_SAMPLED = 64  # rows of a weight that are looked at to see whether it has changed
+_PROBED = 512  # inputs at once, for layers that give their weight in no other way
+
+
+@dataclass(frozen=True, eq=False)
+class Rescaling:
+    """The norms that a changed weight has in the end, along all its dimensions but one (DoRA).
+
+    Attributes:
+        values: The norms. Shape: [outputs] or [inputs].
+        by_input: Whether they are of the inputs.
+    """
+
+    values: Tensor
+    by_input: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many outputs, or inputs."""
+        return len(self.values)
+
+    def matrix(self, changed: Tensor) -> Tensor:
+        """The diagonal of T in fp32.
+
+        Args:
+            changed: W + D, in fp32. Shape: [outputs, inputs, ...].
+        """
+        found = changed.transpose(0, int(self.by_input)).flatten(1).norm(dim=1)
+        # A row that is zero stays so, whatever it is multiplied by.
+        return torch.where(found > 0, to_device(self.values, found.device).float() / found, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Blocks on the diagonal of T, usually orthogonal (OFT).
+
+    Attributes:
+        values: The blocks. Shape: [blocks, size, size].
+        by_input: Whether T is on the inputs.
+        shared: Whether a single block is repeated for a whole layer.
+    """
+
+    values: Tensor
+    by_input: bool = False
+    shared: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many outputs, or inputs."""
+        return len(self.values) * self.values.shape[-1]
+
+    def matrix(self, changed: Tensor) -> Tensor:
+        """The blocks of T in fp32, on the device of a weight."""
+        return to_device(self.values, changed.device).float()
+
+
+Transform = Rescaling | Rotation
+
+
+class Applied(NamedTuple):
+    """A transform as it is in the model.
+
+    Attributes:
+        change: T - 1: its diagonal, or its blocks.
+        by_input: As in the transform.
+        bias: The layer's bias, which T leaves alone.
+        of: The weight from which T was made.
+    """
+
+    change: Tensor
+    by_input: bool
+    bias: Tensor | None
+    of: "Version"
+
+
+class Version(NamedTuple):
+    """A weight at one time.
+
+    Attributes:
+        weight: The parameter.
+        number: How often PyTorch has counted a change of it.
+        sample: Some of its numbers, since changes of `weight.data` are not counted; None if it has none to show.
+    """
+
+    weight: "weakref.ref[Tensor]"
+    number: int
+    sample: Tensor | None
+
+    def is_of(self, layer: nn.Module) -> bool:
+        """Whether a layer still has that weight, perhaps in another place."""
+        now = version_of(layer)
+        same = now.weight() is self.weight()
+        if now.sample is None or self.sample is None:
+            return same and now.number == self.number
+        return torch.equal(now.sample, self.sample) and (now.number == self.number or not same)
+
+
+def version_of(layer: nn.Module) -> Version:
+    """The weight of a layer as it is now."""
+    weight, stored = layer.get_parameter("weight"), _stored(layer, "weight")
+    number = 0 if weight.is_inference() else weight._version
+    if stored is None or stored.is_meta or type(stored) not in (nn.Parameter, Tensor):
+        return Version(weakref.ref(weight), number, None)
+    rows = stored.detach()[:: max(1, len(stored) // _SAMPLED)]
+    return Version(weakref.ref(weight), number, rows.select(1, stored.shape[1] // 2).flatten().cpu().clone())
+
+
+def applied(transform: Transform, delta: Tensor, layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Applied]:
+    """T for a layer: its diagonal, or its blocks, in fp32; and what the layer's outputs take of it.
+
+    Args:
+        transform: The transform.
+        delta: D in fp32, where the model runs.
+        layer: A linear layer or a convolution, without adapters.
+        dtype: The precision in which the model runs.
+
+    Raises:
+        ValueError: If the weight is not to be had, or would be multiplied by too much.
+    """
+    matrix = transform.matrix(dense_weight(layer, delta.device, dtype) + delta)
+    if not matrix.is_meta and not (largest := float(matrix.abs().max())) <= MAX_FACTOR:
+        raise ValueError(
+            f"the model's weight would be multiplied by {largest:.3g}; expected at most {MAX_FACTOR:g}, since trained "
+            "files have factors near 1: the file is damaged, or for another model"
+        )
+    one = 1.0 if matrix.dim() == 1 else torch.eye(matrix.shape[-1], device=matrix.device)
+    bias = _stored(layer, "bias")
+    bias = None if bias is None else to_device(bias, delta.device).to(dtype)
+    return matrix, Applied((matrix - one).to(dtype), transform.by_input, bias, version_of(layer))
+
+
+def dense_weight(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The weight of a layer in fp32, dequantised, also if it is kept outside of the layer.
+
+    A linear layer of another class tells its weight by what it makes of unit vectors.
+
+    Args:
+        layer: A linear layer or a convolution, without adapters.
+        device: Where the result is, and where the layer runs.
+        dtype: The precision of the layer's inputs.
+
+    Raises:
+        ValueError: If the weight is not to be had.
+    """
+    weight = _stored(layer, "weight")
+    assert weight is not None
+    if weight.is_floating_point() and type(weight) in (nn.Parameter, Tensor):
+        return to_device(weight.detach(), device).float()
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"the weight of a quantised {type(layer).__name__} cannot be read")
+    width, rows = layer.in_features, []
+    with torch.no_grad():
+        bias = layer(torch.zeros(1, width, device=device, dtype=dtype)).float()
+        for start in range(0, width, _PROBED):
+            count = min(_PROBED, width - start)
+            unit = torch.zeros(count, width, device=device, dtype=dtype)
+            unit[:, start : start + count].fill_diagonal_(1)
+            rows.append(layer(unit).float() - bias)
+    return torch.cat(rows).T
+
+
+def _stored(layer: nn.Module, name: str) -> Tensor | None:
+    """A parameter, also under sequential offload, which keeps the numbers outside of the layer."""
+    found, hook = layer._parameters.get(name), getattr(layer, "_hf_hook", None)
+    kept = getattr(hook, "weights_map", None)
+    return found if found is None or not found.is_meta or kept is None else kept[name].detach()
+
+
+def transformed(matrix: Tensor, weight: Tensor, by_input: bool) -> Tensor:
+    """T W, or W T.
+
+    Args:
+        matrix: The diagonal of T, or its blocks.
+        weight: Shape: [outputs, inputs, ...].
+        by_input: Whether T is on the inputs.
+    """
+    axis = int(by_input)
+    moved = weight.movedim(axis, -1)
+    if matrix.dim() == 1:
+        return (moved * matrix).movedim(-1, axis)
+    return _in_blocks(matrix.mT if by_input else matrix, moved).movedim(-1, axis)
+
+
+def _in_blocks(blocks: Tensor, values: Tensor) -> Tensor:
+    """Blocks times the last dimension of values."""
+    return torch.einsum("nij,...nj->...ni", blocks, values.unflatten(-1, (len(blocks), -1))).flatten(-2)
+
+
+class Side(nn.Module):
+    """Transforms on one side of a layer: diagonals of several concepts, or the blocks of one.
+
+    Args:
+        changes: T - 1 of each concept, in the order of the concepts.
+        key: Asks for their gates.
+
+    Attributes:
+        change: Shape: [concepts, size], or [blocks, size, size] for the blocks of one.
+    """
+
+    change: Tensor
+
+    def __init__(self, changes: list[Tensor], key: GateKey) -> None:
+        super().__init__()
+        self.key = key
+        self.diagonal = changes[0].dim() == 1
+        self.register_buffer("change", torch.stack(changes) if self.diagonal else changes[0], persistent=False)
+
+    def forward(self, out: Tensor, values: Tensor, gate: Tensor) -> Tensor:
+        """Adds gate * (T - 1) values to an output, which is not changed.
+
+        Args:
+            out: Shape: as values.
+            values: Shape: [..., size], or [rows, size, height, width] of a convolution.
+            gate: Shape: as `Gates.expand` gives it.
+        """
+        change, gate = self.change.to(values.dtype), gate.to(values.dtype)
+        if self.diagonal and self.key.convolution:
+            return torch.addcmul(out, F.conv2d(gate, change.t()[:, :, None, None]), values)
+        if self.diagonal:
+            return torch.addcmul(out, gate @ change, values)
+        if self.key.convolution:
+            return out + gate * _in_blocks(change, values.movedim(1, -1)).movedim(-1, 1)
+        return out + gate * _in_blocks(change, values)
+
+
+class Transforms(nn.Module):
+    """The transforms of all concepts in one layer.
+
+    Args:
+        found: By concept.
+        site: Stream and grid of the layer.
+        convolution: Whether it is one.
+        pointwise: Whether each output reads one position of the input, that of its gate.
+        concepts: How many concepts there are in all.
+
+    Attributes:
+        keys: What it asks of gates.
+        of: The weights from which they were made.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self, found: Mapping[int, Applied], site: Site, convolution: bool, pointwise: bool, concepts: int
+    ) -> None:
+        super().__init__()
+        rescaled = [i for i, one in found.items() if one.change.dim() == 1 and not one.by_input]
+        groups = [*([rescaled] if rescaled else []), *([i] for i in found if i not in rescaled)]
+        sides = []
+        for group in groups:
+            key = GateKey(site, convolution, tuple([int(i in group) for i in range(concepts)]))
+            sides.append(Side([found[i].change for i in group], key))
+        self.sides = nn.ModuleList(sides)  # so that `.to()` reaches them
+        self._sides = sides
+        self._places = {i: (n, group.index(i)) for n, group in enumerate(groups) for i in group}
+        self._outputs = [side for side, (i, *_) in zip(sides, groups, strict=True) if not found[i].by_input]
+        self._inputs = [side for side, (i, *_) in zip(sides, groups, strict=True) if found[i].by_input]
+        one, *_ = found.values()
+        self.register_buffer("bias", one.bias, persistent=False)
+        self.keys = tuple(side.key for side in sides)
+        self.of = {i: each.of for i, each in found.items()}
+        self._by_input = {i for i, each in found.items() if each.by_input}
+        self.in_the_input = pointwise and not self._outputs
+
+    def one(self, index: int) -> Applied | None:
+        """That of one concept, without copying it; None if it has none."""
+        if index not in self._places:
+            return None
+        number, row = self._places[index]
+        side = self._sides[number]
+        change = side.change[row] if side.diagonal else side.change
+        return Applied(change, index in self._by_input, self.bias, self.of[index])
+
+    def moved(self, x: Tensor, gates: Mapping[GateKey, Tensor]) -> Tensor:
+        """The input from which the layer makes the gated change with its own output; where all are `in_the_input`."""
+        moved = x
+        for side in self._inputs:
+            moved = side(moved, x, gates[side.key])
+        return moved
+
+    def add(
+        self, out: Tensor, x: Tensor, layer: Callable[[Tensor], Tensor], alone: bool, gates: Mapping[GateKey, Tensor]
+    ) -> Tensor:
+        """Adds the gated changes to an output, which is not changed.
+
+        Args:
+            out: The output.
+            x: The input.
+            layer: The layer without adapters.
+            alone: Whether the output is the layer's alone; what other adapters added is not transformed.
+            gates: Those of the pass.
+        """
+        if self._outputs:
+            own = self._without_bias(out if alone else layer(x))
+            for side in self._outputs:
+                out = side(out, own, gates[side.key])
+        for side in self._inputs:
+            change = layer(side(torch.zeros_like(x), x, x.new_ones([1] * x.dim())))
+            out = out + gates[side.key].to(out.dtype) * self._without_bias(change)
+        return out
+
+    def _without_bias(self, out: Tensor) -> Tensor:
+        if self.bias is None:
+            return out
+        bias = self.bias.to(out.dtype)
+        return out - (bias[:, None, None] if self.keys[0].convolution else bias)

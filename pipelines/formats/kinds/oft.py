@@ -1,0 +1,129 @@
+"""OFT: the weight is rotated, in blocks on the diagonal (arXiv 2306.07280, OFTv2 arXiv 2506.19847).
+
+With a skew-symmetric Q by block, Cayley's transform (1 + Q) (1 - Q)^-1 is a rotation.
+
+kohya and LyCORIS (`oft_blocks`, Q = blocks - blocks^T) rotate outputs by the transpose of that; alpha times the outputs
+bounds the norm of all Q together, 0 is no bound, and LyCORIS may multiply each output afterwards. PEFT and OneTrainer
+(`oft_R`, the numbers above Q's diagonal) rotate inputs, by default with the first terms of a series in place of the
+inverse. PEFT's exact form turns the other way.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention.lora_bank import LoraFactors
+from lora_compose.attention.transforms import Rotation
+from lora_compose.pipelines.formats.change import Change, check_finite
+from lora_compose.pipelines.formats.kinds.kind import Kind, Shapes, Tensors
+
+MAX_BLOCK = 4096
+"""The largest block: its inverse costs its cube. kohya's files have 4 blocks, of the widest layers."""
+_MAX_TERMS = 32
+_TERMS = 5  # PEFT's default
+
+
+def _without_factors(_tensors: Tensors, _max_rank: int, _products: bool) -> Change:
+    return Change(LoraFactors(torch.empty(0, 0), torch.empty(0, 0)))
+
+
+def _checked(count: int, size: int) -> None:
+    if not (count > 0 and 1 < size <= MAX_BLOCK):
+        raise ValueError(f"it has {count} blocks of size {size}; expected some of size 2 to {MAX_BLOCK}")
+
+
+def _output_sides(shapes: Shapes) -> tuple[int | None, int | None]:
+    blocks = shapes.get("oft_blocks", ())
+    if len(blocks) != 3 or blocks[1] != blocks[2]:
+        raise ValueError(
+            f"oft_blocks has shape {list(blocks)}; expected [blocks, size, size] (BOFT has more dimensions)"
+        )
+    _checked(blocks[0], blocks[1])
+    outputs, factors = blocks[0] * blocks[1], shapes.get("oft_rescale")
+    if factors is not None and (math.prod(factors) != outputs or factors[0] != outputs):
+        raise ValueError(f"rescale has shape {list(factors)}; expected one number for each of {outputs} outputs")
+    return outputs, None
+
+
+def _of_outputs(tensors: Tensors, settings: Mapping[str, Any]) -> Rotation:
+    blocks = tensors["oft_blocks"].float()
+    skew = blocks - blocks.mT
+    bound = float(settings.get("alpha", 0.0)) * len(blocks) * blocks.shape[-1]
+    norm = float(skew.norm())
+    if 0 < bound < norm:
+        skew = skew * (bound / norm)
+    one = torch.eye(blocks.shape[-1])
+    turned = torch.linalg.solve(one + skew, one - skew)
+    if (factors := tensors.get("oft_rescale")) is not None:
+        turned = factors.float().view(len(blocks), -1, 1) * turned
+    check_finite(turned)
+    return Rotation(turned)
+
+
+def _size(numbers: int) -> int:
+    """Of a block with so many numbers above its diagonal. Raises ValueError if there is none."""
+    size = (1 + math.isqrt(1 + 8 * numbers)) // 2
+    if size * (size - 1) // 2 != numbers:
+        raise ValueError(f"oft_R has {numbers} numbers by block, which is no triangle of a square")
+    return size
+
+
+def _input_sides(shapes: Shapes) -> tuple[int | None, int | None]:
+    shape = shapes["oft_vectors"]
+    if len(shape) != 2:
+        raise ValueError(f"oft_R has shape {list(shape)}; expected [blocks, numbers above the diagonal]")
+    size = _size(shape[1])
+    _checked(shape[0], size)
+    return None, None if shape[0] == 1 else shape[0] * size  # one block may serve for all
+
+
+def _of_inputs(tensors: Tensors, settings: Mapping[str, Any]) -> Rotation:
+    if settings.get("coft"):
+        raise ValueError("its rotation was constrained in training (coft), which is not supported")
+    vectors = tensors["oft_vectors"].float()
+    size = _size(vectors.shape[1])
+    above = torch.triu_indices(size, size, 1)
+    skew = torch.zeros(len(vectors), size, size)
+    skew[:, above[0], above[1]] = vectors
+    skew, one = skew - skew.mT, torch.eye(size)
+    if settings.get("use_cayley_neumann", True):
+        turned = _series(skew, settings.get("num_cayley_neumann_terms", _TERMS)).mT
+    else:
+        turned = torch.linalg.solve(one - skew, one + skew)
+    check_finite(turned)
+    return Rotation(turned.contiguous(), by_input=True, shared=bool(settings.get("block_share")))
+
+
+def _series(skew: Tensor, terms: Any) -> Tensor:
+    """1 + 2 Q + 2 Q^2 + ..., of which the last power counts once."""
+    if not isinstance(terms, int) or not 1 <= terms <= _MAX_TERMS:
+        raise ValueError(f"num_cayley_neumann_terms is {str(terms)[:20]!r}; expected a number from 1 to {_MAX_TERMS}")
+    found, power, last = torch.eye(skew.shape[-1]).expand_as(skew), skew, max(3, terms - 1)
+    if terms == 1:
+        return found
+    found = found + 2 * skew
+    for i in range(2, last + 1 if terms > 2 else 0):
+        power = power @ skew
+        found = found + (1 if i == last else 2) * power
+    return found
+
+
+OFT = Kind(
+    "OFT",
+    {"oft_blocks": r"\.oft_blocks", "oft_rescale": r"\.rescale"},
+    _output_sides,
+    factors=_without_factors,
+    transform=_of_outputs,
+    scaled=False,
+)
+OFT_INPUTS = Kind(
+    "OFT of inputs",
+    {"oft_vectors": r"\.oft_R\.(?:\w++\.)?weight"},
+    _input_sides,
+    factors=_without_factors,
+    transform=_of_inputs,
+    scaled=False,
+)

@@ -1,0 +1,50 @@
+"""DoRA and OFT as low-rank factors, for mergers: their change W' - W depends on the model's weight W."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lora_compose.attention.device import uncompiled
+from lora_compose.attention.lora_bank import LoraFactors, base_layer
+from lora_compose.attention.transforms import dense_weight
+from lora_compose.pipelines.formats.change import MAX_RANK, cut, inner, matrix, shaped
+from lora_compose.pipelines.formats.files import LoraError
+from lora_compose.pipelines.merging.changes import Name
+
+
+def expressed(
+    pipe: Any, lora: Mapping[Name, LoraFactors], called: str, max_rank: int = MAX_RANK
+) -> tuple[Mapping[Name, LoraFactors], str | None]:
+    """Factors without transforms, exact up to a rank and the best of that rank beyond, and a note on what was cut.
+
+    Args:
+        pipe: Has the models, with their weights.
+        lora: Factors by layer.
+        called: What messages call the LoRA.
+        max_rank: The rank.
+
+    Raises:
+        LoraError: If the weights are not there.
+    """
+    found, lost, whole = dict(lora), 0.0, 0.0
+    for (part, name), factors in lora.items():
+        if factors.transform is None:
+            continue
+        layer = base_layer(uncompiled(getattr(pipe, part)).get_submodule(name))
+        if layer.get_parameter("weight").is_meta:
+            raise LoraError(
+                f"{called} rescales or rotates the model's own weights (DoRA, OFT), so it is another change for each "
+                "model; give the model whose weights it was trained on (--model)"
+            )
+        change = factors.change_of(dense_weight(layer, torch.device("cpu"), torch.float32))
+        made = shaped(*cut(matrix(change), max_rank), change.shape[1:])
+        found[part, name] = made.factors
+        lost, whole = lost + made.lost, whole + made.lost + inner(made.factors, made.factors)
+    if not whole:
+        return lora, None
+    count = sum(factors.transform is not None for factors in lora.values())
+    return found, (
+        f"{count} layers rescale or rotate the model's weights; their change is taken from this model, as the best of "
+        f"rank {max_rank}: relative error {(lost / whole) ** 0.5:.2%}"
+    )

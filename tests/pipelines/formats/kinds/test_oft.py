@@ -1,0 +1,113 @@
+"""OFT files are what PEFT makes of them, and what the formulas of kohya and LyCORIS say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import OFTConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import save_file
+
+from components import tiny_pipeline, tiny_unet, unet_inputs, with_bank
+from layouts import file_of
+from lora_compose.compose.benchmark.architectures import without_weights
+from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
+from reference import constant_gates, relative_error
+
+LINEAR, CONVOLUTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "down_blocks.0.resnets.0.conv1"
+ONE = constant_gates((1.0,))[0]
+Settings = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipeline()
+
+
+def saved(folder: Path, settings: Settings) -> tuple[Path, Any]:
+    """A file as PEFT saves it, with its settings beside it; and the UNet with PEFT's layers."""
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    given = {"r": 0, "oft_block_size": 4, "target_modules": ["to_q", "to_k", "to_out.0", "ff.net.2"], **settings}
+    config = OFTConfig(**given, module_dropout=0.0, init_weights=False)
+    inject_adapter_in_model(config, unet, "cat")
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "oft_R" in name:
+                parameter.normal_(std=0.1)
+    layers = get_peft_model_state_dict(unet, adapter_name="cat")
+    path = folder / "adapter_model.safetensors"
+    save_file({f"base_model.model.{key}": tensor.contiguous() for key, tensor in layers.items()}, path)
+    words = {name: sorted(it) if isinstance(it, set) else it for name, it in config.to_dict().items()}
+    (folder / "adapter_config.json").write_text(json.dumps(words, default=str), encoding="utf-8")
+    return path, unet.eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 3}, {"num_cayley_neumann_terms": 8},
+        {"block_share": True},
+    ],
+    ids=["default", "exact", "3 terms", "8 terms", "one block"],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_file_of_peft_equals_its_layers(pipe: Any, tmp_path: Path, settings: Settings) -> None:
+    path, unet = saved(tmp_path, settings)
+    inputs = unet_inputs(unet)
+    factors = match(read_lora(path), pipe)
+    assert factors.complete
+    expected = unet(**inputs)[0]
+    assert relative_error(pipe.unet(**inputs)[0], expected) > 0.01
+    assert relative_error(with_bank(pipe.unet, [factors.model], ONE, inputs), expected) < 1e-5
+
+
+def test_what_peft_constrains_in_training_and_absurd_series_are_refused(pipe: Any, tmp_path: Path) -> None:
+    path, _ = saved(tmp_path, {"coft": True})
+    with pytest.raises(LoraError, match="constrained in training"):
+        match(read_lora(path), pipe)
+    path, _ = saved(tmp_path, {})
+    settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"num_cayley_neumann_terms": 10**9}))
+    with pytest.raises(LoraError, match="num_cayley_neumann_terms is '1000000000'; expected a number from 1 to 32"):
+        match(read_lora(path), pipe)
+
+
+@pytest.mark.parametrize("prefix", ["oft_unet_", "lora_unet_"])
+@pytest.mark.parametrize("name", [LINEAR, CONVOLUTION])
+@pytest.mark.parametrize(("alpha", "rescaled"), [(0.0, False), (0.02, False), (1e3, True)])
+def test_blocks_rotate_outputs(pipe: Any, tmp_path: Path, name: str, alpha: float, rescaled: bool, prefix: str) -> None:
+    torch.manual_seed(2)
+    weight = pipe.unet.get_submodule(name).weight.detach()
+    blocks, factors = torch.randn(2, len(weight) // 2, len(weight) // 2), 1 + torch.rand(len(weight))
+    tensors = {"oft_blocks": blocks, "alpha": torch.tensor(alpha)}
+    if rescaled:
+        tensors["rescale"] = factors.view(-1, *[1] * (weight.dim() - 1))
+    key = f"{prefix}{name.replace('.', '_')}"
+    save_file({f"{key}.{slot}": tensor for slot, tensor in tensors.items()}, tmp_path / "it.safetensors")
+    found = match(read_lora(tmp_path / "it.safetensors"), pipe).model[name]
+    skew = (blocks - blocks.mT).double()
+    if 0 < alpha * len(weight) < skew.norm():
+        skew *= alpha * len(weight) / skew.norm()
+    one = torch.eye(len(weight) // 2).double()
+    whole = torch.block_diag(*((one + skew) @ torch.linalg.inv(one - skew)))
+    torch.testing.assert_close(whole @ whole.T, torch.eye(len(weight)).double())
+    expected = torch.einsum("ab,a...->b...", whole, weight.double())
+    if rescaled:
+        expected *= factors.double().view(-1, *[1] * (weight.dim() - 1))
+    assert relative_error(found.change_of(weight).double(), expected - weight) < 1e-5
+
+
+def flux(tensors: dict[str, list[int]]) -> Any:
+    known = {"metadata": {}, "tensors": {"lora_unet_double_blocks_0_img_attn_qkv": tensors}}
+    return match(file_of(known, 1e-3), without_weights("FLUX.1")).model
+
+
+def test_blocks_are_shared_out_over_the_layers_of_a_model_if_they_end_where_those_do() -> None:
+    found = flux({".oft_blocks": [576, 16, 16]})
+    assert {tuple(one.transform.values.shape) for one in found.values() if one.transform} == {(192, 16, 16)}
+    found = flux({".oft_R.weight": [192, 16 * 15 // 2]})
+    assert {tuple(one.transform.values.shape) for one in found.values() if one.transform} == {(192, 16, 16)}
+    with pytest.raises(LoraError, match="blocks of size 18 reach over the layers of the model"):
+        flux({".oft_blocks": [512, 18, 18]})
