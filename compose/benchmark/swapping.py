@@ -16,8 +16,8 @@ from torch import nn
 
 from lora_compose.attention import BankCache, Site, backbone_of, install, installed_layers
 from lora_compose.compose.benchmark.architectures import without_weights
+from lora_compose.compose.benchmark.structures import pipeline_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
-from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 RANK = 16
 _FILES = 4
@@ -53,11 +53,8 @@ def measure_swaps(device: str = "cpu", repeats: int = 5) -> Swaps:
     The model has no weights, which none of this needs.
     """
     parts = without_weights("SD 1.x")
-    nothing: Any = None
-    scheduler: Any = DDIMScheduler(steps_offset=1, clip_sample=False)
-    pipe = ComposeStableDiffusionPipeline(
-        nothing, parts.text_encoder, nothing, parts.unet, scheduler, nothing, nothing, requires_safety_checker=False
-    )
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    pipe = pipeline_of(parts.unet, scheduler, text_encoder=parts.text_encoder)
     with tempfile.TemporaryDirectory() as folder:
         size = _write_files(pipe, Path(folder))
         adding = _milliseconds(lambda: pipe.add_concepts(folder)) / _FILES
