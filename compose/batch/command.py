@@ -1,6 +1,7 @@
 """`lora-compose batch`: runs a batch in one process or several, and shows the results."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,6 +112,9 @@ def _show_results(folder: Folder, results: Sequence[Result]) -> int:
         if claim is not None:
             folder.write_index(results)
     echo(f"{len(results) - len(failed)} images in {folder.path}, listed in images.jsonl", style="bold")
+    chosen = Counter((one.method, one.reason) for one in results if one.error is None and one.method is not None)
+    for (method, reason), number in chosen.most_common():
+        echo(f"{number} by {method}, because {reason}")
     if not failed:
         return 0
     _show_errors(list(dict.fromkeys(_error_of(one) for one in failed)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_compose.compose.batch.entries import Entry, InvalidEntry
 from lora_compose.compose.batch.jobs import Job, make_jobs
-from lora_compose.compose.batch.results import Folder, Result, changed
+from lora_compose.compose.batch.results import NO_CHOICE, Folder, Result, changed
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.batch.worker import Worker, encoded
 from lora_compose.compose.files.claims import Claim, Claims
@@ -81,13 +81,13 @@ def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[InvalidEntry])
     """The results of a batch, scenes that could not be read included."""
     results = []
     for job in jobs:
-        error = None
+        error, checked = None, folder.checked(job)
         if not folder.has(job):
-            checked = folder.checked(job)
             error = (checked and checked.error) or folder.failure(job) or "it is not there"
         for seed in job.seeds:
             path = folder.image(job, seed) if error is None else None
-            results.append(Result(job.entry.name, seed, job.entry.source, path, error))
+            choice = NO_CHOICE if checked is None else (checked.method, checked.reason)
+            results.append(Result(job.entry.name, seed, job.entry.source, path, error, *choice))
     return [*results, *(Result("", None, one.source, None, one.error) for one in bad)]
 
 
@@ -109,9 +109,12 @@ class _Making:
         def check(name: str, claim: Claim) -> None:
             job = scenes[name]
             if changed(self._folder.checked_file(job)) == before[name]:  # else another process has just checked it
-                self._folder.keep_check(job, error := self._opened().check(job.run))
-                if error is not None:
-                    logger.error("%s: %s", job.entry.source, error)
+                worker = self._opened()
+                try:
+                    choice, error = worker.check(job.run), None
+                except Exception as wrong:  # whatever models and libraries raise
+                    choice, error = NO_CHOICE, error_text(wrong)
+                self._folder.keep_check(job, error, choice)
 
         self._claims.work(scenes, check)
         self._make_checked({job.name: job for job in jobs}, done)

@@ -1,7 +1,7 @@
 """Models from configurations, and random LoRAs for any UNet: benchmarks need no trained files."""
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.loading import Factors
+from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene import Concept, Region
 
 SD15: Mapping[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
@@ -137,6 +138,30 @@ def columns(number: int, width: int, height: int) -> list[Concept]:
         Concept(name=f"concept {i}", trigger=TRIGGERS[i], class_word=NOUNS[i], weight=1.0, region=box)
         for i, box in enumerate(boxes)
     ]
+
+
+def without_boxes(concepts: Iterable[Concept]) -> list[Concept]:
+    """Concepts that may be anywhere."""
+    return [concept.model_copy(update={"region": None}) for concept in concepts]
+
+
+def as_called(pipe: Any, settings: Settings, number: int, width: int, height: int) -> list[Concept]:
+    """Concepts as users give them to a method: with boxes only where it refuses to go without.
+
+    Args:
+        pipe: A pipeline with the concepts of `columns`, loaded without boxes.
+        settings: The method.
+        number: How many concepts.
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+    """
+    boxed = columns(number, width, height)
+    free = without_boxes(boxed)
+    try:
+        pipe.plan(PROMPT, concepts=free, method=settings, width=width, height=height)
+    except ValueError:
+        return boxed
+    return free
 
 
 def with_lora(concepts: list[Concept], lora: Lora) -> list[LoadedConcept]:

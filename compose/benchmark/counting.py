@@ -11,17 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from lora_compose.attention import LoraFactors, StepCaches, Stream, install
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.flops import Operations
-from lora_compose.compose.benchmark.structures import pipeline_of
+from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.counting import CountingRunner
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.front import request_of
@@ -89,7 +88,7 @@ def count(
     Raises:
         ValueError: If the concepts lack something the method needs.
     """
-    host = pipeline_of(unet, DDIMScheduler(steps_offset=1, clip_sample=False), tokens)
+    host = pipeline_of(unet, scheduler(), tokens)
     return _counted(host, concepts, settings, steps, guidance_scale, image_size, images, watched)
 
 
@@ -122,7 +121,7 @@ def count_run(
     host, scheduler = copy(pipe), scheduler or pipe.scheduler
     host.unet = meta_unet(uncompiled(pipe.unet).config)
     host.scheduler = type(scheduler).from_config(scheduler.config)
-    host.library = ConceptLibrary()
+    host.__dict__.pop("_concept_library", None)  # the copy gets one of its own
     return _counted(host, loaded, settings, steps, guidance_scale, (height, width))
 
 

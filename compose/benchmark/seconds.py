@@ -42,21 +42,29 @@ def time_rows(
         rounds: How many.
         peaks: Whether the memory is measured.
     """
-    jobs = [[replace(plain, method=name, concepts=n) for name in (*methods, *PEFT_WAYS)] for n in concepts]
-    pipe, times = open_with_concepts(replace(plain, concepts=max(concepts))), []
-    each = [job for some in jobs for job in some]
-    with bar("measuring", len(jobs) + len(each) + 1) as on_progress:
-        for i, some in enumerate(jobs):
-            on_progress(i, f"timing {concepts[i]} concepts")
-            times += time_ways(pipe, some, rounds)
+    jobs = {n: [replace(plain, method=name, concepts=n) for name in (*methods, *PEFT_WAYS)] for n in concepts}
+    each, times, memory, done = [job for some in jobs.values() for job in some], [], [], 0
+    calls = (1 + rounds) * (len(concepts) + len(each))
+    pipe = open_with_concepts(replace(plain, concepts=max(concepts)))
+    with bar("measuring", calls + (1 + len(each) if peaks else 0)) as on_progress:
+
+        def count(text: str | None = None) -> None:
+            nonlocal done
+            done += text is None
+            on_progress(done, text)
+
+        for number, some in jobs.items():
+            count(f"timing {number} concepts")
+            times += time_ways(pipe, some, rounds, count)
         del pipe
-        found: list[int | None] = []
-        for job in (plain, *each):
-            on_progress(len(jobs) + len(found), f"memory of {job.method or 'plain'} with {job.concepts} concepts")
-            found.append(peak_bytes(job) if peaks else None)
+        for job in (plain, *each) if peaks else ():
+            count(f"memory of {job.method or 'plain'} with {job.concepts} concepts")
+            memory.append(peak_bytes(job))
+            count()
+    plain_memory, *memory = memory or [None] * (1 + len(each))
     return [
-        TimedRow(job.method or "", job.concepts, time, peak, found[0])
-        for job, time, peak in zip(each, times, found[1:], strict=True)
+        TimedRow(job.method or "", job.concepts, time, peak, plain_memory)
+        for job, time, peak in zip(each, times, memory, strict=True)
     ]
 
 

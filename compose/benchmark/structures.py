@@ -41,13 +41,18 @@ def random_pipeline(name: str, device: torch.device | str, dtype: torch.dtype) -
         text_encoder=CLIPTextModel(text).eval(),
         tokenizer=tokenizer,
         unet=_with_numbers(unet.to(dtype).to_empty(device=device)),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        scheduler=scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device, dtype)
+
+
+def scheduler() -> DDIMScheduler:
+    """The scheduler of models without files."""
+    return DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
 
 
 def pipeline_of(unet: UNet2DConditionModel, scheduler: Any, tokens: int = TOKENS, text_encoder: Any = None) -> Any:

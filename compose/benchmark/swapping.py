@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from torch import nn
 
 from lora_compose.attention import BankCache, Site, backbone_of, install, installed_layers
 from lora_compose.compose.benchmark.architectures import without_weights
-from lora_compose.compose.benchmark.structures import pipeline_of
+from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 
 RANK = 16
@@ -53,8 +52,7 @@ def measure_swaps(device: str = "cpu", repeats: int = 5) -> Swaps:
     The model has no weights, which none of this needs.
     """
     parts = without_weights("SD 1.x")
-    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
-    pipe = pipeline_of(parts.unet, scheduler, text_encoder=parts.text_encoder)
+    pipe = pipeline_of(parts.unet, scheduler(), text_encoder=parts.text_encoder)
     with tempfile.TemporaryDirectory() as folder:
         size = _write_files(pipe, Path(folder))
         adding = _milliseconds(lambda: pipe.add_concepts(folder)) / _FILES

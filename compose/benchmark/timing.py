@@ -11,14 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns
+from lora_compose.compose.benchmark.architectures import PROMPT, as_called, attention_lora, columns
 from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.compose.benchmark.structures import random_pipeline
 from lora_compose.compose.generate.making import size_of
@@ -122,25 +122,34 @@ def way_of(pipe: Any, job: Job) -> Way:
     return lambda: call(pipe, job, ours)
 
 
-def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int) -> list[Timed]:
-    """Times plain, first job, second job, ..., plain, first job, ..., after a call of each to warm up."""
-    plain, ways = way_of(pipe, replace(jobs[0], method=None)), [way_of(pipe, job) for job in jobs]
-    _, *timed = [(plain(), [way() for way in ways]) for _ in range(1 + rounds)]
-    found = []
-    for i in range(len(jobs)):
-        mine, ratios = [each[i] for _, each in timed], [each[i].seconds / one.seconds for one, each in timed]
-        found.append(
-            Timed(
-                statistics.median(one.seconds for one, _ in timed),
-                statistics.median(one.seconds for one in mine),
-                statistics.median(one.preparation_seconds for one in mine),
-                statistics.median(one.change_seconds for one in mine),
-                statistics.median(ratios),
-                min(ratios),
-                max(ratios),
-            )
-        )
-    return found
+def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int, on_call: Callable[[], None] = lambda: None) -> list[Timed]:
+    """Times plain, first job, second job, ..., plain, first job, ..., after a call of each to warm up.
+
+    Args:
+        pipe: What `open_with_concepts` gave, for as many concepts or more.
+        jobs: The jobs.
+        rounds: How many, besides the first.
+        on_call: Called after every call: (1 + rounds) * (1 + jobs) times.
+    """
+
+    def made(way: Way) -> Call:
+        call = way()
+        on_call()
+        return call
+
+    ways = [way_of(pipe, job) for job in (replace(jobs[0], method=None), *jobs)]
+    _, *timed = [[made(way) for way in ways] for _ in range(1 + rounds)]
+    plain, *each = zip(*timed, strict=True)
+    return [_medians(plain, calls) for calls in each]
+
+
+def _medians(plain: Sequence["Call"], calls: Sequence["Call"]) -> Timed:
+    ratios = [call.seconds / base.seconds for base, call in zip(plain, calls, strict=True)]
+    return Timed(
+        statistics.median(call.seconds for call in plain),
+        *(statistics.median(getattr(call, part.name) for call in calls) for part in fields(Call)),
+        statistics.median(ratios), min(ratios), max(ratios),
+    )  # fmt: skip
 
 
 def _call_with_peft(pipe: Any, job: Job) -> "Call":
@@ -198,7 +207,7 @@ class Call:
 
 def arguments_of(pipe: Any, settings: Settings, concepts: int, size: int | None = None) -> dict[str, Any]:
     """The arguments of a call that a method adds to a plain one."""
-    return {"concepts": columns(concepts, *_size(pipe, size)), "method": settings}
+    return {"concepts": as_called(pipe, settings, concepts, *_size(pipe, size)), "method": settings}
 
 
 def _size(pipe: Any, side: int | None) -> tuple[int, int]:
