@@ -29,18 +29,10 @@ def make_all(
     replace: bool = False,
     ray: str | None = None,
 ) -> int:
-    """Generates the images of a batch and reports the outcome; a rerun resumes, further processes join in.
+    """Generates the images of a batch and returns the exit code; a rerun resumes, further processes join in.
 
-    Args:
-        found: The scenes.
-        settings: How they are made.
-        out: The folder for the images.
-        processes: How many; None is one per GPU, or with Ray one per node if there are none.
-        replace: Whether images of the same names that were made in another way are replaced.
-        ray: The address of a Ray cluster that does the work, or "local"; None is this machine without Ray.
-
-    Returns:
-        The exit code: 0, that of a failed process, or 1 if images are missing.
+    `processes` are one per GPU by default, and with a Ray cluster (`ray`: its address, or "local") one per node if
+    there are none. `replace` replaces images of the same names that were made in another way.
 
     Raises:
         ValueError: If nothing can be made.

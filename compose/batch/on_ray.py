@@ -33,14 +33,8 @@ def run_on_ray(
 ) -> list[Result]:
     """Makes the images of a batch on a Ray cluster; they are those of `run_batch`, which may join in.
 
-    Args:
-        entries: As for `run_batch`.
-        settings: As for `run_batch`.
-        out: A folder of this machine.
-        address: Of the cluster, as `ray.init` takes it; "local" starts one on this machine.
-        on_progress: As for `run_batch`.
-        replace: As for `run_batch`.
-        workers: How many; None is one per GPU, or one per node if there are none.
+    `address` is as `ray.init` takes it, "local" starts a cluster on this machine; by default there is a worker per GPU,
+    or per node if there are none.
 
     Raises:
         ValueError: As `run_batch`.

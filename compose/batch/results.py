@@ -44,14 +44,7 @@ _Stored = TypeVar("_Stored", bound=_Frozen)
 
 
 class Checked(_Frozen):
-    """The check of a scene with the model.
-
-    Attributes:
-        key: A hash of everything that its images depend on, except their seeds.
-        error: Why it cannot be made; None if it can.
-        method: The method of its images; None without concepts.
-        reason: Why it is this one.
-    """
+    """The check of a scene with the model: its error, or its method and why it is this one (None without concepts)."""
 
     key: str
     error: str | None = None
@@ -60,24 +53,14 @@ class Checked(_Frozen):
 
 
 class Made(_Frozen):
-    """The images of a call.
-
-    Attributes:
-        key: A hash of everything that they depend on.
-        sha256: Of the files, by seed.
-    """
+    """The images of a call: a hash of everything that they depend on, and the SHA-256 of each file."""
 
     key: str
     sha256: Mapping[int, str]
 
 
 class Failed(_Frozen):
-    """Images that could not be made.
-
-    Attributes:
-        key: A hash of everything that they depend on.
-        error: What happened.
-    """
+    """Images that could not be made, with a hash of everything that they depend on."""
 
     key: str
     error: str
@@ -85,17 +68,7 @@ class Failed(_Frozen):
 
 @dataclass(frozen=True)
 class Result:
-    """An image of a batch.
-
-    Attributes:
-        name: Of the scene.
-        seed: Of the image.
-        source: The file and line of the scene.
-        path: The file; None if the image was not made.
-        error: Why it was not made.
-        method: The method; None without concepts.
-        reason: Why it is this one.
-    """
+    """An image of a batch: its file or why it was not made, and its method (None without concepts) with the reason."""
 
     name: str
     seed: int | None
@@ -107,11 +80,7 @@ class Result:
 
 
 class Folder:
-    """The folder of a batch.
-
-    Args:
-        path: Its path; it need not exist.
-    """
+    """The folder of a batch, which need not exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -35,21 +35,11 @@ def run_batch(
     replace: bool = False,
     patience: float = PATIENCE,
 ) -> list[Result]:
-    """Makes the images of a batch until all are there, made by this process or by others.
+    """Makes the images of a batch until all are there, made by this process or by others, and returns them in order.
 
-    Existing images are not made again, unless they are damaged. A call that fails is tried once, and does not stop the
-    others. Invalid scenes are found before the first image.
-
-    Args:
-        entries: The scenes, as `read_entries` gives them.
-        settings: How they are made.
-        out: The folder; processes that share it share the work.
-        on_progress: Called with the number of finished calls, and sometimes a text.
-        replace: Whether images of the same names that were made in another way are replaced.
-        patience: Seconds without a heartbeat after which the work of another process is taken over.
-
-    Returns:
-        All images, in the order of the scenes; those that could not be made have an error.
+    Existing images are not made again, unless they are damaged or (with `replace`) were made in another way. A call
+    that fails is tried once, and does not stop the others. Invalid scenes are found before the first image. Without a
+    heartbeat for `patience` seconds, the work of another process is taken over.
 
     Raises:
         ValueError: If the model cannot be opened, a setting is unknown, or there are images of the same names that were

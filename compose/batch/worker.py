@@ -26,10 +26,6 @@ class Worker:
     def open(cls, settings: BatchSettings, device: str) -> "Worker":
         """Opens the model of a batch.
 
-        Args:
-            settings: Those of the batch.
-            device: The device.
-
         Raises:
             ValueError: If it cannot be opened, or method, settings or scheduler are unknown.
         """

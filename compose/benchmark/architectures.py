@@ -98,11 +98,7 @@ PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS, NOUNS, 
 
 @cache
 def without_weights(family: str) -> SimpleNamespace:
-    """The models of a family at full size, on the meta device: names and shapes, but no values.
-
-    Args:
-        family: One of `FAMILIES`.
-    """
+    """The models of one of `FAMILIES` at full size, on the meta device: names and shapes, but no values."""
     if family in TRANSFORMERS:
         build, config = TRANSFORMERS[family]
         with torch.device("meta"):
@@ -148,12 +144,7 @@ def without_boxes(concepts: Iterable[Concept]) -> list[Concept]:
 def as_called(pipe: Any, settings: Settings, number: int, width: int, height: int) -> list[Concept]:
     """Concepts as users give them to a method: with boxes only where it refuses to go without.
 
-    Args:
-        pipe: A pipeline with the concepts of `columns`, loaded without boxes.
-        settings: The method.
-        number: How many concepts.
-        width: Of the image, in pixels.
-        height: Of the image, in pixels.
+    The pipeline has the concepts of `columns`, loaded without boxes; sizes are in pixels.
     """
     boxed = columns(number, width, height)
     free = without_boxes(boxed)

@@ -54,14 +54,9 @@ class CountedRow:
 
 @dataclass(frozen=True)
 class PeakRow:
-    """The memory of a method on an architecture, without and with gradient checkpointing.
+    """The memory of a method (None: the plain pipeline) on an architecture.
 
-    Attributes:
-        architecture: Its name.
-        method: Name of the method; None is the plain pipeline.
-        concepts: Number of concepts.
-        peak: Without gradient checkpointing.
-        checkpointed: With gradient checkpointing; None where there are no gradients.
+    `checkpointed` is with gradient checkpointing; None where there are no gradients.
     """
 
     architecture: str
@@ -111,27 +106,10 @@ def bench(
     peaks: bool,
     to: Path | None,
 ) -> None:
-    """Shows the costs of methods relative to the plain pipeline.
+    """Shows the costs of methods relative to the plain pipeline: what is counted, computed or measured, as asked for.
 
-    Args:
-        methods: Names of methods.
-        concepts: Numbers of concepts.
-        settings: Settings of all these methods.
-        steps: Denoising steps.
-        count: Whether latent rows and FLOPs are counted; the default if nothing else is chosen.
-        memory: Whether peak memory is computed.
-        transformers: Whether passes of transformers with `regional` are counted.
-        calls: Whether Python calls and operations are counted in real calls.
-        time: Whether calls are timed.
-        swap: Whether reading and swapping of LoRA files is timed.
-        model: The model to run.
-        device: The device to time on.
-        dtype: The precision.
-        size: Width and height of images; None is the model's own.
-        savers: Options that save memory.
-        pairs: Timed rounds: a plain call, one of each method, and PEFT's.
-        peaks: Whether the memory of what is timed is measured.
-        to: A file for the numbers, JSON.
+    Counting is the default. `pairs` are timed rounds: a plain call, one of each method, and PEFT's; `to` is a file for
+    the numbers.
 
     Raises:
         ValueError: For unknown methods and settings.

@@ -37,14 +37,9 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Counted:
-    """The costs of one call.
+    """The costs of one call: latent rows through the whole model, stopped early, and backward; FLOPs.
 
-    Attributes:
-        rows_forward: Latent rows through the whole model.
-        rows_stopped: Rows forward through passes that stop early.
-        rows_backward: Rows run backward.
-        flops: FLOPs of the whole call; a multiplication and an addition count as two.
-        preparation_flops: FLOPs before the first denoising step.
+    A multiplication and an addition count as two; `preparation_flops` are those before the first denoising step.
     """
 
     rows_forward: float
@@ -72,18 +67,11 @@ def count(
     tokens: int = 77,
     watched: AbstractContextManager[Any] | None = None,
 ) -> Counted:
-    """Counts a call; where the cost depends on values, such as when updates end, the maximum is counted.
+    """Counts a call of a method, or of diffusers' own pipeline (None), for a prompt made of the concepts' phrases.
 
-    Args:
-        unet: On the meta device.
-        concepts: The concepts; the prompt is made of their phrases.
-        settings: The method; None is diffusers' own pipeline.
-        steps: Denoising steps, of DDIM.
-        guidance_scale: Classifier-free guidance; 1 or less is none.
-        image_size: Height and width in pixels.
-        images: Images in the batch, of one prompt.
-        tokens: Tokens of a prompt.
-        watched: A context manager around the run, for example to watch its memory.
+    Where the cost depends on values, such as when updates end, the maximum is counted. The UNet is on the meta device,
+    the steps are DDIM's, `image_size` is height and width in pixels, and a prompt has so many tokens. `watched` is
+    entered around the run, for example to watch its memory.
 
     Raises:
         ValueError: If the concepts lack something the method needs.
@@ -103,17 +91,9 @@ def count_run(
     *,
     scheduler: Any = None,
 ) -> Counted:
-    """Counts a call of a pipeline, as `count` does, without changing or running it.
+    """Counts a call of a pipeline with a UNet, as `count` does, without changing or running it.
 
-    Args:
-        pipe: A composing pipeline with a UNet.
-        settings: The method; None is diffusers' own pipeline.
-        loaded: The concepts of the call.
-        steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 or less is none.
-        width: Pixels.
-        height: Pixels.
-        scheduler: Instead of the pipeline's; neither is changed.
+    A scheduler that is given takes the place of the pipeline's; neither is changed. Width and height are in pixels.
 
     Raises:
         ValueError: If the concepts lack something the method needs.

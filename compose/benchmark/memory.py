@@ -55,11 +55,7 @@ def peak_memory(device: torch.device | str) -> PeakMemory:
 
 
 def meta_memory(there: Iterable[Tensor]) -> PeakMemory:
-    """Watches the meta device: the memory that tensors of these shapes would take.
-
-    Args:
-        there: Tensors that count from the start.
-    """
+    """Watches the meta device: the memory that tensors of these shapes would take, counting `there` from the start."""
     there = tuple(there)
     return _StorageMemory("meta", lambda: there)
 

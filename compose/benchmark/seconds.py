@@ -34,13 +34,6 @@ def time_rows(
     """Times methods with so many concepts in this process, then measures the memory of each in a process of its own.
 
     In every round the plain pipeline, all methods and PEFT make one image each, one after the other.
-
-    Args:
-        methods: Names of methods.
-        concepts: Numbers of concepts.
-        plain: A job of the plain pipeline, with the settings of all methods.
-        rounds: How many.
-        peaks: Whether the memory is measured.
     """
     jobs = {n: [replace(plain, method=name, concepts=n) for name in (*methods, *PEFT_WAYS)] for n in concepts}
     each, times, memory, done = [job for some in jobs.values() for job in some], [], [], 0

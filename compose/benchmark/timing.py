@@ -108,12 +108,7 @@ PEFT_WAYS = ("set_adapters", "fuse_lora")
 
 
 def way_of(pipe: Any, job: Job) -> Way:
-    """The way in which a job makes its image.
-
-    Args:
-        pipe: What `open_with_concepts` gave, for as many concepts or more.
-        job: The job.
-    """
+    """The way in which a job makes its image with what `open_with_concepts` gave, for as many concepts or more."""
     if job.method is None:
         return lambda: call(pipe, job, {})
     if job.method in PEFT_WAYS:
@@ -125,11 +120,7 @@ def way_of(pipe: Any, job: Job) -> Way:
 def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int, on_call: Callable[[], None] = lambda: None) -> list[Timed]:
     """Times plain, first job, second job, ..., plain, first job, ..., after a call of each to warm up.
 
-    Args:
-        pipe: What `open_with_concepts` gave, for as many concepts or more.
-        jobs: The jobs.
-        rounds: How many, besides the first.
-        on_call: Called after every call: (1 + rounds) * (1 + jobs) times.
+    `on_call` is called after every call: (1 + rounds) * (1 + jobs) times.
     """
 
     def made(way: Way) -> Call:

@@ -26,23 +26,14 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 
 @dataclass(frozen=True)
 class Parcel:
-    """Files that a node needs.
-
-    Attributes:
-        files: References to contents, by path below a node's folder.
-        moves: Paths on a node of files and folders, by the sources that they are of.
-    """
+    """Files that a node needs: references to contents by path below its folder, and those paths by source."""
 
     files: Mapping[str, Any] = field(default_factory=dict)
     moves: Mapping[str, str] = field(default_factory=dict)
 
 
 class Packer:
-    """Packs files; the same content is stored once.
-
-    Args:
-        put: Stores the content of a file and returns a reference to it.
-    """
+    """Packs files; the same content is stored once, by `put`, which returns a reference to it."""
 
     def __init__(self, put: Callable[[Path], Any]) -> None:
         self._put = put
@@ -81,14 +72,7 @@ class Packer:
         return union(packed)
 
     def together(self, source: str, folder: Path, files: Iterable[Path], main: Path | None = None) -> Parcel:
-        """Files that lie in a folder, as they do in one of the node.
-
-        Args:
-            source: What names them.
-            folder: Where they are.
-            files: The files.
-            main: The one that `source` names; None is the folder itself.
-        """
+        """Files that lie in a folder, as they do in one of the node; `source` names `main`, or the folder itself."""
         inside = {file.relative_to(folder).as_posix(): file for file in files}
         name = f"files/{digest([[path, file_hash(str(file))] for path, file in inside.items()])}"
         there = name if main is None else f"{name}/{main.relative_to(folder).as_posix()}"
@@ -112,12 +96,7 @@ def union(parcels: Iterable[Parcel]) -> Parcel:
 
 
 class Node:
-    """The files of a node.
-
-    Args:
-        folder: Where they are written.
-        get: The content of a reference.
-    """
+    """The files of a node, written into a folder; `get` gives the content of a reference."""
 
     def __init__(self, folder: Path, get: Callable[[Any], np.ndarray]) -> None:
         self.folder, self._get = folder, get

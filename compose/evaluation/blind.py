@@ -78,12 +78,7 @@ def numbered(seeds: int) -> dict[int, BlindImage]:
 
 
 def make(out: Path, seeds: int) -> None:
-    """Generates the images, shuffles them, and writes sheets, `votes.csv` and `key.json`.
-
-    Args:
-        out: The folder for them.
-        seeds: Number of seeds (0, 1, ...) per pair and method.
-    """
+    """Generates and shuffles images, of so many seeds, and writes sheets, `votes.csv` and `key.json`."""
     out.mkdir(parents=True, exist_ok=True)
     jobs = numbered(seeds)
     key = {number: job.arm.label for number, job in jobs.items()}
@@ -97,12 +92,7 @@ def make(out: Path, seeds: int) -> None:
 
 
 def write_key(out: Path, key: Mapping[int, str]) -> None:
-    """Writes `key.json`, and `votes.csv` to be filled in unless there is one.
-
-    Args:
-        out: The folder.
-        key: What made each image, by number.
-    """
+    """Writes `key.json`, what made each image by number, and `votes.csv` to be filled in unless there is one."""
     (out / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
     votes = out / "votes.csv"
     if not votes.exists():
@@ -127,10 +117,7 @@ def score(out: Path) -> None:
 def judge(out: Path, evaluation: Path, first: int | None) -> None:
     """Reproduces the images, lets the judge vote, and lists where it disagrees with the human.
 
-    Args:
-        out: A folder with `votes.csv` and `key.json`.
-        evaluation: A finished evaluation of the playground, for the thresholds.
-        first: Number of images, evenly spaced; None means all.
+    The thresholds are those of a finished evaluation of the playground; `first` is a number of images, evenly spaced.
 
     Raises:
         ValueError: If the images are generated differently today.

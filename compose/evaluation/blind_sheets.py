@@ -22,13 +22,7 @@ COLUMNS, ROWS, SIDE = 5, 4, 192
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of an evaluation on a sheet.
-
-    Attributes:
-        method: Name of the method's row in the evaluation's table.
-        concepts: The two subjects.
-        file: Path of the image in the evaluation's folder.
-    """
+    """An image of an evaluation on a sheet: its method's row in the table, the two subjects, and its file."""
 
     method: str
     concepts: tuple[str, ...]
@@ -36,13 +30,7 @@ class Shown:
 
 
 def make_from(evaluation: Path, out: Path, methods: Sequence[str], images: int) -> None:
-    """Shuffles images of two subjects of some methods and writes sheets, `votes.csv` and `key.json`.
-
-    Args:
-        evaluation: Folder of an evaluation.
-        out: The folder for the files.
-        methods: Names of rows of its table.
-        images: Number of images of each method.
+    """Shuffles images of two subjects of some rows of an evaluation and writes sheets, `votes.csv` and `key.json`.
 
     Raises:
         ValueError: If a method is not in the evaluation, or there are too few images that all of them made.

@@ -32,13 +32,8 @@ def evaluate_on_ray(
 ) -> None:
     """Generates and scores the remaining batches of a suite on a Ray cluster, as `evaluate` does, which may join in.
 
-    Args:
-        suite: What to evaluate.
-        out: The evaluation's folder, on this machine.
-        address: Of the cluster, as `ray.init` takes it; "local" starts one on this machine.
-        on_progress: Called with the number of finished batches, and sometimes a text.
-        workers: How many; None is one per GPU, or one per node if there are none.
-        patience: As for `evaluate`.
+    `address` is as `ray.init` takes it, "local" starts a cluster on this machine; by default there is a worker per GPU,
+    or per node if there are none.
 
     Raises:
         ValueError: As `evaluate`.

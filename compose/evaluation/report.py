@@ -31,15 +31,7 @@ _DASH = "\u2013"
 
 @dataclass(frozen=True)
 class Report:
-    """A written report.
-
-    Attributes:
-        html: The page.
-        markdown: The table as Markdown.
-        images: A row per image, as CSV.
-        concepts: A row per image and concept, as CSV.
-        summary: A row per arm, as JSON records.
-    """
+    """The files of a written report: the page, the table as Markdown, and CSV or JSON of images, concepts and arms."""
 
     html: Path
     markdown: Path
@@ -56,12 +48,8 @@ class Report:
 def write_report(out: Path, baseline: str | None = None) -> Report:
     """Writes the report of an evaluation, as far as it is finished, into its folder.
 
-    report.html (images inside), report.md, images.csv, concepts.csv and summary.json; each appears whole or not at
-    all. The same results give the same files.
-
-    Args:
-        out: The folder.
-        baseline: The method that others are compared with; None is the suite's.
+    report.html (images inside), report.md, images.csv, concepts.csv and summary.json; each appears whole or not at all.
+    Methods are compared with `baseline`, by default the suite's. The same results give the same files.
 
     Raises:
         ValueError: If there is no such method.

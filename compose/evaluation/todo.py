@@ -39,13 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kept:
-    """What is stored of a batch.
-
-    Attributes:
-        made: Whether its images are there.
-        scored: Whether they are scored.
-        damage: What is damaged.
-    """
+    """What is stored of a batch: whether its images and scores are there, and what is damaged."""
 
     made: bool
     scored: bool

@@ -36,16 +36,10 @@ def write_whole(path: Path, data: Content) -> None:
 
 
 def write_new(path: Path, data: Content, free_path: Callable[[Path], Path]) -> Path:
-    """Writes a file that replaces no other one.
+    """Writes a file that replaces no other one, and returns where.
 
-    Args:
-        path: Where to.
-        data: Its content, or what writes it.
-        free_path: Gives a name that is free, which is `path` itself where possible; asked again if another process was
-            faster.
-
-    Returns:
-        Where it was written.
+    `free_path` gives a name that is free, which is `path` itself where possible; it is asked again if another process
+    was faster.
 
     Raises:
         OSError: If it cannot be written; the error names `path`.

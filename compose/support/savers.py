@@ -59,12 +59,7 @@ Savers = Annotated[tuple[Saver, ...], AfterValidator(_combined)]
 
 
 def place(pipe: Any, device: str, savers: Collection[Saver]) -> None:
-    """Puts a pipeline, just opened, on a device.
-
-    Args:
-        pipe: The pipeline.
-        device: Where it is to run.
-        savers: Options that save memory.
+    """Puts a pipeline, just opened, on a device, with options that save memory.
 
     Raises:
         ValueError: As `check_savers`, before anything is changed.

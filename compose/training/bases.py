@@ -86,10 +86,7 @@ class Base(Protocol):
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
         """Further inputs of the network for a training image, by name.
 
-        Args:
-            size: Width and height of the image, in pixels.
-            cut: Pixels cut off at top and left.
-            side: Of what is left.
+        All in pixels: its width and height, what is cut off at top and left, and the side of what is left.
         """
         ...
 

@@ -163,11 +163,7 @@ class Training(_Frozen):
 
     @classmethod
     def preset(cls, name: str, **given: Any) -> "Training":
-        """A training with the defaults of a preset.
-
-        Args:
-            name: One of `PRESETS`.
-            given: Fields that override the preset.
+        """A training with the defaults of one of `PRESETS`, which the given fields override.
 
         Raises:
             ValueError: For unknown presets and unusable values.
