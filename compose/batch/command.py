@@ -109,13 +109,10 @@ def _show_results(folder: Folder, results: Sequence[Result]) -> int:
         echo(f"{number} by {method}, because {reason}")
     if not failed:
         return 0
-    _show_errors(list(dict.fromkeys(_error_of(one) for one in failed)))
+    errors = (f"{one.source}: {one.error}" if one.seed is not None else one.error or "" for one in failed)
+    _show_errors(list(dict.fromkeys(errors)))
     echo(f"{len(failed)} are missing; the same command tries them again.", style="red", to=err)
     return FAILED
-
-
-def _error_of(result: Result) -> str:
-    return result.error or "" if result.seed is None else f"{result.source}: {result.error}"
 
 
 def _show_errors(errors: Sequence[str]) -> None:

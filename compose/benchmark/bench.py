@@ -27,11 +27,10 @@ from lora_compose.compose.benchmark.architectures import (
 from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.host import HostWork, host_work
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
-from lora_compose.compose.benchmark.seconds import time_rows, times_table
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.tables import GIB, MIB, new_table
-from lora_compose.compose.benchmark.timing import Job, open_with_concepts
+from lora_compose.compose.benchmark.timing import Job, open_with_concepts, time_rows, times_table
 from lora_compose.compose.benchmark.transformers import REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
 from lora_compose.compose.support.terminal import bar, echo, out

@@ -259,7 +259,8 @@ class PricingRunner(CountingRunner):
         kept = [{} if batch.inputs.text_kv is None else batch.inputs.text_kv.kept for batch in batches]
         kind = (
             what, latents.shape, tuple(batch.text.prompt_embeds.shape for batch in batches), _kind_of(prepared.spec),
-            None if request is None else _kind_of_maps(request), tuple(map(bool, kept)),
+            request and (request.tokens.shape, request.self_attention, request.layer, request.output_layer),
+            tuple(map(bool, kept)),
         )  # fmt: skip
         before = self.operations.flops
         if kind not in self.prices:
@@ -271,11 +272,6 @@ class PricingRunner(CountingRunner):
         self.operations.flops = before + flops
         for mine, known in zip(kept, text_kv, strict=True):
             mine.update(known)
-
-
-def _kind_of_maps(request: MapRequest) -> tuple:
-    """What the cost of recording depends on."""
-    return request.tokens.shape, request.self_attention, request.layer, request.output_layer
 
 
 def _kind_of(spec: Pass) -> tuple | bool:
