@@ -4,20 +4,17 @@
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from lora_compose.compose.evaluation.blind import VERDICTS, write_key
+from lora_compose.compose.evaluation.blind import COLUMNS, ROWS, vote_sheet, write_key
 from lora_compose.compose.evaluation.scoring import reference_files
 from lora_compose.compose.evaluation.table import Evaluation, load
-from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import read_pixels
 from lora_compose.pipelines.spelling import did_you_mean
-
-COLUMNS, ROWS, SIDE = 5, 4, 192
 
 
 @dataclass(frozen=True)
@@ -85,18 +82,8 @@ def _of_all(files: Mapping[tuple[str, str, int], str], scene: str, methods: Sequ
 
 def _sheet(found: Evaluation, folder: Path, images: Mapping[int, Shown]) -> Image.Image:
     """References of the subjects on the sheet, and numbered images below."""
-    names = list(dict.fromkeys(name for one in images.values() for name in one.concepts))
-    references = [(name, read_pixels(reference_files(found.suite.concept(name))[0])) for name in names]
-    tiles = [
-        (f"{number}: {' and '.join(one.concepts)}", read_pixels(folder / one.file)) for number, one in images.items()
-    ]
-    rows = [*_rows("reference", references), *_rows("", tiles)]
-    lines = [f"{verdict}: {text}" for verdict, text in VERDICTS.items()]
-    return sheet([()] * COLUMNS, rows, title="Which subjects are right?", lines=lines, side=SIDE)
-
-
-def _rows(label: str, tiles: Sequence[tuple[str, Image.Image]]) -> Iterator[Row]:
-    for start in range(0, len(tiles), COLUMNS):
-        part = tiles[start : start + COLUMNS]
-        captions = [f"{label} {caption}".strip() for caption, _ in part]
-        yield Row((), [image for _, image in part], captions)
+    names = dict.fromkeys(name for one in images.values() for name in one.concepts)
+    return vote_sheet(
+        [(name, read_pixels(reference_files(found.suite.concept(name))[0])) for name in names],
+        [(f"{number}: {' and '.join(one.concepts)}", read_pixels(folder / one.file)) for number, one in images.items()],
+    )
