@@ -166,12 +166,8 @@ def meta_unet(config: Any) -> UNet2DConditionModel:
 class PricingRunner(CountingRunner):
     """Prices the passes of a plan: of all passes with the same cost, it runs the first one, without values.
 
-    Results and rows are those of `CountingRunner`.
-
-    Attributes:
-        denoiser: Runs passes on the meta device.
-        operations: Counts FLOPs.
-        prices: FLOPs by kind of pass, with the keys and values of text that the pass keeps, by micro-batch.
+    Results and rows are those of `CountingRunner`. `prices` has FLOPs by kind of pass, with the keys and values of text
+    that the pass keeps, by micro-batch.
     """
 
     denoiser: Denoiser = field(kw_only=True)
@@ -183,8 +179,8 @@ class PricingRunner(CountingRunner):
     ) -> EncodedText:
         """Texts as the model reads them, without values."""
         text = super().encode(weights, prompts, negative_prompts)
-        guided = text.negative_prompt_embeds is not None
-        return _text(self.canvas.backbone.model, *text.prompt_embeds.shape[:2], guided)
+        images, tokens, _ = text.prompt_embeds.shape
+        return _text(self.canvas.backbone.model, images, tokens, guided=text.negative_prompt_embeds is not None)
 
     def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
         """Folds, and counts its FLOPs."""

@@ -59,22 +59,23 @@ def pipeline_of(unet: UNet2DConditionModel, scheduler: Any, tokens: int = TOKENS
     """A pipeline that can plan calls: tokenizers and these models, but no others."""
     with torch.device("meta"):
         vae = _small_vae()
+    nothing: Any = None
     parts: dict[str, Any] = {"unet": unet, "scheduler": scheduler, "text_encoder": text_encoder, "vae": vae}
     tokenizer = _tokenizer(tokens)
     if unet.config["addition_embed_type"] == "text_time":
         return ComposeStableDiffusionXLPipeline(
-            **parts, text_encoder_2=None, tokenizer=tokenizer, tokenizer_2=tokenizer, add_watermarker=False
-        )  # pyright: ignore[reportArgumentType]
+            **parts, text_encoder_2=nothing, tokenizer=tokenizer, tokenizer_2=tokenizer, add_watermarker=False
+        )
     return ComposeStableDiffusionPipeline(
-        **parts, tokenizer=tokenizer, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )  # pyright: ignore[reportArgumentType]
+        **parts, tokenizer=tokenizer, safety_checker=nothing, feature_extractor=nothing, requires_safety_checker=False
+    )
 
 
 def _small_vae() -> AutoencoderKL:
     return AutoencoderKL(**{**VAE, "block_out_channels": (8,) * 4, "norm_num_groups": 4}).eval()
 
 
-def _tokenizer(tokens: int) -> CLIPTokenizer:
+def _tokenizer(tokens: int) -> Any:
     return CLIPTokenizer.from_pretrained(playground_model() / "tokenizer", model_max_length=tokens)
 
 

@@ -26,16 +26,12 @@ _ADAPTED = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2
 
 @dataclass(frozen=True)
 class Swaps:
-    """Medians, in milliseconds by file.
+    """Medians, in milliseconds by file, and a file's size.
 
-    Attributes:
-        file_bytes: Size of a file.
-        adding: Registering it by its header.
-        reading: The first call that names it: reading, checking, matching.
-        swapping: Every further call, while it is in memory.
-        installing: Copying it to the device, installing it in UNet and text encoder and removing it: the first call
-            with it.
-        installing_again: Installing and removing it in every further call, which finds it on the device.
+    `adding` registers it by its header, `reading` is the first call that names it (reading, checking, matching),
+    `swapping` every further call, while it is in memory. `installing` copies it to the device, installs it in UNet and
+    text encoder and removes it, in the first call; `installing_again` is every further call, which finds it on the
+    device.
     """
 
     file_bytes: int

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,10 @@ _SCENE = Scene(prompt=PROMPT)
 
 @dataclass(frozen=True)
 class Job:
-    """One call that is measured.
+    """One call that is measured, of a model that is a path, a hub repository, `playground`, or one of `STRUCTURES`.
 
-    Attributes:
-        model: A folder, a checkpoint file, a hub repository, `playground`, or one of `STRUCTURES`.
-        device: The device.
-        steps: Denoising steps.
-        method: Name of the method, or one of `PEFT_WAYS`; None is the plain pipeline.
-        concepts: Number of concepts.
-        settings: Those of the method that differ from its defaults.
-        savers: Options that save memory.
-        dtype: The precision.
-        size: Width and height of the image; None is the model's own.
+    The method is a name, one of `PEFT_WAYS`, or None for the plain pipeline; settings are those that differ from its
+    defaults. `size` is width and height of the image; None is the model's own.
     """
 
     model: str
@@ -65,15 +57,8 @@ class Job:
 class Timed:
     """Seconds of whole calls without decoding: medians over all rounds, ratios to the plain call of the same round.
 
-    Attributes:
-        plain_seconds: A call of the plain pipeline.
-        seconds: A call of the method.
-        preparation_seconds: Of these, before the first denoising step.
-        change_seconds: Beside these, to put the LoRAs into the model and to take them out; 0 for methods, which do that
-            in the call.
-        ratio: Method to plain, the median.
-        ratio_min: The smallest ratio.
-        ratio_max: The largest ratio.
+    `preparation_seconds` are those before the first denoising step. `change_seconds`, beside the call, put the LoRAs
+    into the model and take them out; 0 for methods, which do that in the call.
     """
 
     plain_seconds: float
@@ -140,10 +125,11 @@ def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int, on_call: Callable[[],
 
 def _medians(plain: Sequence["Call"], calls: Sequence["Call"]) -> Timed:
     ratios = [call.seconds / base.seconds for base, call in zip(plain, calls, strict=True)]
+    median = statistics.median
     return Timed(
-        statistics.median(call.seconds for call in plain),
-        *(statistics.median(getattr(call, part.name) for call in calls) for part in fields(Call)),
-        statistics.median(ratios), min(ratios), max(ratios),
+        median(call.seconds for call in plain), median(call.seconds for call in calls),
+        median(call.preparation_seconds for call in calls), median(call.change_seconds for call in calls),
+        median(ratios), min(ratios), max(ratios),
     )  # fmt: skip
 
 

@@ -24,10 +24,8 @@ SHOWN = tuple(TRANSFORMERS)
 class PassCost:
     """The costs of one forward pass of one row with `regional`, whose LoRAs act in all layers at once.
 
-    Attributes:
-        flops: FLOPs; a multiplication and an addition count as two.
-        peak_bytes: Peak memory, model and LoRAs included.
-        offloaded_bytes: The same if only one block at a time is on the device (group offloading by blocks).
+    A multiplication and an addition count as two FLOPs. Peak memory includes model and LoRAs; `offloaded_bytes` is the
+    peak if only one block at a time is on the device (group offloading by blocks).
     """
 
     flops: int

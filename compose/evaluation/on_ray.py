@@ -11,10 +11,10 @@ from lora_compose.compose.cluster.packing import Node, Parcel, named_as
 from lora_compose.compose.cluster.pool import Ended, Pool, connected, object_packer
 from lora_compose.compose.evaluation.batches import Batch, run_of
 from lora_compose.compose.evaluation.packing import pack
+from lora_compose.compose.evaluation.planning import Todo, open_plan
 from lora_compose.compose.evaluation.results import CLAIMS, Failed
 from lora_compose.compose.evaluation.runner import PATIENCE, OnProgress
 from lora_compose.compose.evaluation.suite import Suite, moved_suite
-from lora_compose.compose.evaluation.todo import Todo, open_plan
 from lora_compose.compose.evaluation.worker import Images, Result, Worker, failed, raise_problems, to_plan
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.generate.processes import own_device

@@ -7,9 +7,9 @@ may start late, or end at any time.
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lora_compose.compose.evaluation.planning import Todo, open_plan
 from lora_compose.compose.evaluation.results import CLAIMS, is_done
 from lora_compose.compose.evaluation.suite import Suite
-from lora_compose.compose.evaluation.todo import Todo, open_plan
 from lora_compose.compose.evaluation.worker import Worker, raise_problems, to_plan
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.generate.processes import own_device

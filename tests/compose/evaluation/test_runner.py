@@ -28,7 +28,7 @@ from evaluations import contents
 from killing import kill_at_work
 from lora_compose.compose.evaluation import todo, worker
 from lora_compose.compose.evaluation.batches import batches
-from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.planning import make_plan, open_plan
 from lora_compose.compose.evaluation.results import (
     CLAIMS,
     FAILED,
@@ -42,7 +42,6 @@ from lora_compose.compose.evaluation.results import (
 )
 from lora_compose.compose.evaluation.runner import evaluate
 from lora_compose.compose.evaluation.suite import Suite, read_suite
-from lora_compose.compose.evaluation.todo import open_plan
 from lora_compose.compose.evaluation.worker import Images, Worker
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.files.images import read_record
