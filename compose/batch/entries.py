@@ -192,7 +192,7 @@ class _Template:
 
     @property
     def given(self) -> bool:
-        """Whether it has any field."""
+        """Whether the template has any field."""
         return bool(self.fields)
 
     @classmethod
@@ -214,7 +214,7 @@ class _Template:
         return cls(fields, path)
 
     def uses(self, columns: Iterable[str]) -> str | None:
-        """What is wrong with these columns; None if all of them are used, and no placeholder is left."""
+        """An error in these columns; None if all of them are used, and no placeholder is left."""
         names, columns = placeholders(self.fields), list(columns)
         if lost := sorted(names - set(columns)):
             return f"no column for the template's {{{lost[0]}}}; columns are {', '.join(columns)}"

@@ -33,7 +33,7 @@ Choice = tuple[str | None, str | None]
 """The method of a call, and the reason for the choice."""
 
 NO_CHOICE: Choice = (None, None)
-"""That of a call without concepts."""
+"""The choice of a call without concepts."""
 
 
 class _Frozen(BaseModel):

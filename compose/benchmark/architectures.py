@@ -49,7 +49,7 @@ VAE: Mapping[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
 }
-"""That of all of them, but for the size of the images that it was trained on."""
+"""The VAE of all UNets, but for the size of the images that it was trained on."""
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"SD 1.5": SD15, "SDXL": SDXL}
 
 CLIP_L: Mapping[str, Any] = {

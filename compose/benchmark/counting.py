@@ -283,13 +283,13 @@ def _kind_of(spec: Pass) -> tuple | bool:
 
 
 def _moved(value: Any) -> Any:
-    """The same with all tensors on the meta device."""
+    """A value with all of its tensors on the meta device."""
     if isinstance(value, Tensor):
         return value.to(META)
     if isinstance(value, tuple):
         return tuple(map(_moved, value))
     if isinstance(value, Mapping):
-        return {key: _moved(one) for key, one in value.items()}
+        return {key: _moved(item) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{one.name: _moved(getattr(value, one.name)) for one in fields(value)})
     return value

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from lora_compose.compose.files.atomic import write_whole
-from lora_compose.compose.files.paths import is_hub_name, moved
+from lora_compose.compose.files.paths import is_hub_name, is_named, moved
 from lora_compose.compose.generate.facts import digest, file_hash
 from lora_compose.compose.generate.making import Made
-from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.formats.files import PEFT_CONFIG, PEFT_FILE
@@ -42,7 +41,7 @@ class Packer:
     def source(self, source: str) -> Parcel:
         """An image, or the file or folder of a model; nothing of what is on the hub or comes with lora-compose."""
         path = Path(source).expanduser()
-        if _is_named(source) or not path.exists():
+        if is_named(source) or not path.exists():
             return Parcel()
         if path.is_file():
             return self.together(source, path.parent, [path], path)
@@ -52,7 +51,7 @@ class Packer:
 
     def lora(self, source: str) -> Parcel:
         """A LoRA file, with PEFT's settings beside it."""
-        if _is_named(source) or (is_hub_name(source) and not Path(source).exists()):
+        if is_named(source) or (is_hub_name(source) and not Path(source).exists()):
             return Parcel()
         path = find_file(source)
         beside = path.with_name(PEFT_CONFIG)
@@ -122,7 +121,3 @@ def named_as(made: Made, run: Run) -> Made:
     """An image whose record names model and files as a run does."""
     own = made.record.run.model_copy(update={"scene": run.scene, "model": run.model})
     return Made(made.image, made.record.model_copy(update={"run": own}))
-
-
-def _is_named(source: str) -> bool:
-    return source.partition(":")[0] in PLAYGROUNDS

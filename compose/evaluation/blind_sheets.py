@@ -49,7 +49,7 @@ def make_from(evaluation: Path, out: Path, methods: Sequence[str], images: int) 
 
 
 def _chosen(found: Evaluation, methods: Sequence[str], images: int) -> list[Shown]:
-    """The same scenes and seeds of each method, spread over the scenes; neighbours on a sheet have the same scene."""
+    """Equal scenes and seeds of each method, spread over the scenes; neighbours on a sheet have the same scene."""
     table = found.images
     keys = zip(table["scene"], table["arm"], table["seed"], strict=True)
     files: dict[tuple[str, str, int], str] = dict(zip(keys, table["file"], strict=True))

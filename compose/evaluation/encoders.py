@@ -42,7 +42,7 @@ class Encoder:
 
     @property
     def has_text(self) -> bool:
-        """Whether it encodes texts as well."""
+        """Whether the model encodes texts as well."""
         return self._tokenizer is not None
 
     def images(self, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What goes wrong in the images of a method: counts by kind of failure and kind of scene, and a sheet of examples."""
+"""Failures in the images of a method: counts by kind of failure and kind of scene, and a sheet of examples."""
 
 import re
 import textwrap

@@ -109,7 +109,7 @@ def _slug(name: str) -> str:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is stored of a batch: whether its images and scores are there, and what is damaged."""
+    """The stored part of a batch: whether its images and scores are there, and what is damaged."""
 
     made: bool
     scored: bool
@@ -136,7 +136,7 @@ class Todo:
     failure: int | None
 
     def look(self) -> Kept | None:
-        """What is stored; None if nothing is left to do: it is complete, or another process has just failed at it."""
+        """The stored part; None if nothing is left to do: it is complete, or another process has just failed at it."""
         if _last_failure(self.out, self.planned) != self.failure:
             return None
         if not self.old and is_done(self.out, self.planned):

@@ -69,7 +69,7 @@ class Evaluation:
         return self.plan.suite
 
     def against(self, baseline: str) -> "Evaluation":
-        """The same, compared with another method.
+        """The evaluation, compared with another method.
 
         Raises:
             ValueError: If there is no such method.

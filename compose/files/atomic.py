@@ -20,7 +20,7 @@ except ImportError:  # Windows, which removes no file that a process has open, s
     fcntl = None
 
 Content = bytes | Callable[[BinaryIO], None]
-"""What a file is to hold, or what writes it."""
+"""The content of a file, or a function that writes it."""
 
 _PART = ".lora-compose-{}.part"
 

@@ -22,7 +22,7 @@ SAVERS = {
     Saver.SEQUENTIAL_OFFLOAD: "layers on the CPU until needed, slow",
     Saver.GRADIENT_CHECKPOINTING: "keep few activations and compute them twice, in updates of lora-composer and clora",
 }
-"""What they do."""
+"""The effect of each option."""
 
 OFFLOADS = frozenset({Saver.MODEL_OFFLOAD, Saver.SEQUENTIAL_OFFLOAD})
 """Options that move parts of the model between devices during a call."""

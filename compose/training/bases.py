@@ -1,4 +1,4 @@
-"""What training needs to know of a base model: a UNet with a noise schedule, or a transformer of flow matching."""
+"""Base models for training: a UNet with a noise schedule, or a transformer of flow matching."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ class Base(Protocol):
 
     @property
     def prediction(self) -> str:
-        """What the network predicts, named as in that standard; empty if it has no name for it."""
+        """The target of the network, named as in that standard; empty if it has no name for it."""
         ...
 
     @property

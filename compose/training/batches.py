@@ -1,4 +1,4 @@
-"""What is drawn for every step: order, noise and timesteps, from the seed and the number of the row alone.
+"""Random draws of every step: order, noise and timesteps, from the seed and the number of the row alone.
 
 Nothing is kept between steps, so a resumed training draws the same as an uninterrupted one, and
 rows do not depend on how they are split into processes and batches.

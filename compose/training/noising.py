@@ -23,7 +23,7 @@ class Noising(Protocol):
         ...
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What is to be predicted."""
+        """The target of the prediction."""
         ...
 
     def predict(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:

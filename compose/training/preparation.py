@@ -1,4 +1,4 @@
-"""What a training needs before its first step; words and images are checked before any work is done."""
+"""Data and adapter of a training, before its first step; words and images are checked before any work is done."""
 
 import logging
 from collections.abc import Sequence

@@ -206,7 +206,7 @@ class Training(_Frozen):
 
     @property
     def method(self) -> str:
-        """What the file says about how it was trained."""
+        """The method that the file names as its training."""
         return "dreambooth" if self.tara is None else "tara"
 
     @property
