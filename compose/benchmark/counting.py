@@ -180,7 +180,8 @@ class PricingRunner(CountingRunner):
         """Texts as the model reads them, without values."""
         text = super().encode(weights, prompts, negative_prompts)
         images, tokens, _ = text.prompt_embeds.shape
-        return _text(self.canvas.backbone.model, images, tokens, guided=text.negative_prompt_embeds is not None)
+        unet: Any = self.canvas.backbone.model
+        return _text(unet, images, tokens, guided=text.negative_prompt_embeds is not None)
 
     def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
         """Folds, and counts its FLOPs."""
