@@ -1,6 +1,7 @@
 """`lora-compose batch`: runs a batch in one process or several, and shows the results."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,18 +29,10 @@ def make_all(
     replace: bool = False,
     ray: str | None = None,
 ) -> int:
-    """Generates the images of a batch and reports the outcome; a rerun resumes, further processes join in.
+    """Generates the images of a batch and returns the exit code; a rerun resumes, further processes join in.
 
-    Args:
-        found: The scenes.
-        settings: How they are made.
-        out: The folder for the images.
-        processes: How many; None is one per GPU, or with Ray one per node if there are none.
-        replace: Whether images of the same names that were made in another way are replaced.
-        ray: The address of a Ray cluster that does the work, or "local"; None is this machine without Ray.
-
-    Returns:
-        The exit code: 0, that of a failed process, or 1 if images are missing.
+    `processes` are one per GPU by default, and with a Ray cluster (`ray`: its address, or "local") one per node if
+    there are none. `replace` replaces images of the same names that were made in another way.
 
     Raises:
         ValueError: If nothing can be made.
@@ -111,15 +104,15 @@ def _show_results(folder: Folder, results: Sequence[Result]) -> int:
         if claim is not None:
             folder.write_index(results)
     echo(f"{len(results) - len(failed)} images in {folder.path}, listed in images.jsonl", style="bold")
+    chosen = Counter((one.method, one.reason) for one in results if one.error is None and one.method is not None)
+    for (method, reason), number in chosen.most_common():
+        echo(f"{number} by {method}, because {reason}")
     if not failed:
         return 0
-    _show_errors(list(dict.fromkeys(_error_of(one) for one in failed)))
+    errors = (f"{one.source}: {one.error}" if one.seed is not None else one.error or "" for one in failed)
+    _show_errors(list(dict.fromkeys(errors)))
     echo(f"{len(failed)} are missing; the same command tries them again.", style="red", to=err)
     return FAILED
-
-
-def _error_of(result: Result) -> str:
-    return result.error or "" if result.seed is None else f"{result.source}: {result.error}"
 
 
 def _show_errors(errors: Sequence[str]) -> None:

@@ -47,14 +47,7 @@ class _Named(BaseModel):
 
 @dataclass(frozen=True)
 class Entry:
-    """A scene of a batch.
-
-    Attributes:
-        name: Its images are `NAME-SEED.png`.
-        scene: Prompt, concepts and size; its paths are absolute.
-        seeds: Of its images; None takes those of the batch.
-        source: The file, and the line where it is a table.
-    """
+    """A scene of a batch with absolute paths; without seeds of its own (None) it has those of the batch."""
 
     name: str
     scene: Scene
@@ -64,12 +57,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class InvalidEntry:
-    """A scene that cannot be made.
-
-    Attributes:
-        source: The file, and the line where it is a table.
-        error: What is wrong, with the source.
-    """
+    """A scene that cannot be made: its file, with the line where it is a table, and what is wrong."""
 
     source: str
     error: str
@@ -77,13 +65,7 @@ class InvalidEntry:
 
 @dataclass(frozen=True)
 class Found:
-    """The scenes of all sources.
-
-    Attributes:
-        entries: The scenes that can be made.
-        bad: The others.
-        settings: Fields of `BatchSettings` that a batch file gives.
-    """
+    """The scenes of all sources, the bad ones, and the fields of `BatchSettings` that a batch file gives."""
 
     entries: tuple[Entry, ...]
     bad: tuple[InvalidEntry, ...] = ()
@@ -93,12 +75,9 @@ class Found:
 def read_entries(
     sources: Iterable[str | Path], template: str | Path | None = None, concepts: Sequence[Concept] = ()
 ) -> Found:
-    """Reads the scenes of a batch.
+    """Reads the scenes of scene files, folders of them, tables (CSV, TSV, JSONL), or one batch file.
 
-    Args:
-        sources: Scene files, folders of them, tables (CSV, TSV, JSONL), or one batch file.
-        template: A scene file with placeholders, for tables.
-        concepts: Those of all rows of tables, in place of a template's.
+    The rows of tables fill the placeholders of a template, a scene file, and have `concepts` in place of its own.
 
     Raises:
         FileError: If a file is missing, is something else, or has a header that does not fit the template.
@@ -148,16 +127,7 @@ def _parsed(path: Path) -> Any:
 def _entry(
     name: Any, scene: Any, seeds: Any, path: Path, source: str, base: Path | None = None
 ) -> Entry | InvalidEntry:
-    """A scene with all that can be checked without torch.
-
-    Args:
-        name: Its name.
-        scene: Its fields.
-        seeds: Its seeds; None if it has none.
-        path: The file.
-        source: The file and position, for errors.
-        base: The file that paths are relative to; None is the same.
-    """
+    """A scene, checked without torch; paths in it are relative to `base`, by default its own file."""
     try:
         named = validated(_Named, {"name": name, "seeds": seeds}, source)
         found = located(validated(Scene, scene, source), base or path)
@@ -215,19 +185,14 @@ def _of_batch_file(scenes: Any, path: Path) -> Iterator[Entry | InvalidEntry]:
 
 @dataclass(frozen=True)
 class _Template:
-    """A template of scenes, filled by the rows of tables.
-
-    Attributes:
-        fields: Fields of a scene, with placeholders.
-        path: The template's file; None if there is none, and paths are relative to the table.
-    """
+    """Fields of a scene with placeholders; without a file of its own, paths are relative to the table."""
 
     fields: Mapping[str, Any]
     path: Path | None
 
     @property
     def given(self) -> bool:
-        """Whether it has any field."""
+        """Whether the template has any field."""
         return bool(self.fields)
 
     @classmethod
@@ -249,7 +214,7 @@ class _Template:
         return cls(fields, path)
 
     def uses(self, columns: Iterable[str]) -> str | None:
-        """What is wrong with these columns; None if all of them are used, and no placeholder is left."""
+        """An error in these columns; None if all of them are used, and no placeholder is left."""
         names, columns = placeholders(self.fields), list(columns)
         if lost := sorted(names - set(columns)):
             return f"no column for the template's {{{lost[0]}}}; columns are {', '.join(columns)}"

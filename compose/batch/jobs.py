@@ -14,12 +14,7 @@ from lora_compose.pipelines.scene import Run
 class Job:
     """Images of one scene that are made in one call.
 
-    Attributes:
-        entry: The scene.
-        run: How it is made; its own seed is not used.
-        seeds: Seeds of the images.
-        scene_key: A hash of everything that they depend on, except the seeds.
-        key: A hash of everything that they depend on.
+    `key` is a hash of everything that they depend on, `scene_key` of all but the seeds; the seed of `run` is not used.
     """
 
     entry: Entry

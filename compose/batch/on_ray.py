@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_compose.compose.batch.entries import Entry
 from lora_compose.compose.batch.jobs import Job, make_jobs
-from lora_compose.compose.batch.results import Folder, Result, changed
+from lora_compose.compose.batch.results import NO_CHOICE, Choice, Folder, Result, changed
 from lora_compose.compose.batch.runner import PATIENCE, OnProgress, check_names, results_of
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.batch.worker import Worker, encoded
@@ -33,14 +33,8 @@ def run_on_ray(
 ) -> list[Result]:
     """Makes the images of a batch on a Ray cluster; they are those of `run_batch`, which may join in.
 
-    Args:
-        entries: As for `run_batch`.
-        settings: As for `run_batch`.
-        out: A folder of this machine.
-        address: Of the cluster, as `ray.init` takes it; "local" starts one on this machine.
-        on_progress: As for `run_batch`.
-        replace: As for `run_batch`.
-        workers: How many; None is one per GPU, or one per node if there are none.
+    `address` is as `ray.init` takes it, "local" starts a cluster on this machine; by default there is a worker per GPU,
+    or per node if there are none.
 
     Raises:
         ValueError: As `run_batch`.
@@ -68,9 +62,7 @@ def _make_all(
     if scenes:
         report(done, f"checking {len(scenes)} scenes")
     for name, found, error in pool.map(_check, {name: (job, parcels[name]) for name, job in scenes.items()}):
-        folder.keep_check(scenes[name], wrong := error or found)
-        if wrong is not None:
-            logger.error("%s: %s", scenes[name].entry.source, wrong)
+        folder.keep_check(scenes[name], error, found or NO_CHOICE)
     named = {job.name: job for job in jobs}
     before = {job.name: changed(folder.failed_file(job)) for job in jobs}
     report(done, f"composing into {folder.path}")
@@ -108,9 +100,8 @@ def _open(settings: BatchSettings, model: Parcel, node: Node) -> Worker:
     return Worker.open(settings.model_copy(update={"model": here}), own_device(settings.device))
 
 
-def _check(worker: Worker, node: Node, job: Job, parcel: Parcel) -> str | None:
-    wrong = worker.check(moved(job.run, node.unpack(parcel)))
-    return None if wrong is None else node.as_given(wrong)
+def _check(worker: Worker, node: Node, job: Job, parcel: Parcel) -> Choice:
+    return worker.check(moved(job.run, node.unpack(parcel)))
 
 
 def _make(worker: Worker, node: Node, job: Job, parcel: Parcel) -> list[Made]:

@@ -1,8 +1,8 @@
 """The files of a batch: its images, and for each of them a record of what was made, with a checksum.
 
 NAME-SEED.png                  the images, each with its run inside
-images.jsonl                   all of them, with seed, path and error
-state/checked/NAME.json        the check of a scene with the model: valid, or its error
+images.jsonl                   all of them, with seed, path, error, method and the reason for it
+state/checked/NAME.json        the check of a scene with the model: its method, or its error
 state/made/NAME-SEED.json      how the images of one call were made; written before them, with their checksums
 state/failed/NAME-SEED.json    the error of a call
 state/plan.json                the scenes with absolute paths, as a batch file
@@ -10,6 +10,7 @@ state/plan.json                the scenes with absolute paths, as a batch file
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,16 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import read, write, write_text
 from lora_compose.pipelines.regular import sha256_of
 
+logger = logging.getLogger(__name__)
+
 STATE = "state"
 CLAIMS = "claims"
+
+Choice = tuple[str | None, str | None]
+"""The method of a call, and the reason for the choice."""
+
+NO_CHOICE: Choice = (None, None)
+"""The choice of a call without concepts."""
 
 
 class _Frozen(BaseModel):
@@ -35,36 +44,23 @@ _Stored = TypeVar("_Stored", bound=_Frozen)
 
 
 class Checked(_Frozen):
-    """The check of a scene with the model.
-
-    Attributes:
-        key: A hash of everything that its images depend on, except their seeds.
-        error: Why it cannot be made; None if it can.
-    """
+    """The check of a scene with the model: its error, or its method and why it is this one (None without concepts)."""
 
     key: str
     error: str | None = None
+    method: str | None = None
+    reason: str | None = None
 
 
 class Made(_Frozen):
-    """The images of a call.
-
-    Attributes:
-        key: A hash of everything that they depend on.
-        sha256: Of the files, by seed.
-    """
+    """The images of a call: a hash of everything that they depend on, and the SHA-256 of each file."""
 
     key: str
     sha256: Mapping[int, str]
 
 
 class Failed(_Frozen):
-    """Images that could not be made.
-
-    Attributes:
-        key: A hash of everything that they depend on.
-        error: What happened.
-    """
+    """Images that could not be made, with a hash of everything that they depend on."""
 
     key: str
     error: str
@@ -72,29 +68,19 @@ class Failed(_Frozen):
 
 @dataclass(frozen=True)
 class Result:
-    """An image of a batch.
-
-    Attributes:
-        name: Of the scene.
-        seed: Of the image.
-        source: The file and line of the scene.
-        path: The file; None if the image was not made.
-        error: Why it was not made.
-    """
+    """An image of a batch: its file or why it was not made, and its method (None without concepts) with the reason."""
 
     name: str
     seed: int | None
     source: str
     path: Path | None
     error: str | None
+    method: str | None = None
+    reason: str | None = None
 
 
 class Folder:
-    """The folder of a batch.
-
-    Args:
-        path: Its path; it need not exist.
-    """
+    """The folder of a batch, which need not exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -154,9 +140,12 @@ class Folder:
             return None
         return next((path for seed in job.seeds if (path := self.image(job, seed)).exists()), None)
 
-    def keep_check(self, job: Job, error: str | None) -> None:
-        """Stores the check of a job's scene."""
-        write(self.checked_file(job), Checked(key=job.scene_key, error=error))
+    def keep_check(self, job: Job, error: str | None, choice: Choice = NO_CHOICE) -> None:
+        """Stores the check of a job's scene, and logs its error."""
+        if error is not None:
+            logger.error("%s: %s", job.entry.source, error)
+        method, reason = choice
+        write(self.checked_file(job), Checked(key=job.scene_key, error=error, method=method, reason=reason))
 
     def keep_failure(self, job: Job, error: str) -> None:
         """Stores why a job failed."""
@@ -176,7 +165,7 @@ class Folder:
         lines = [
             {
                 "image": None if one.path is None else one.path.name, "name": one.name, "seed": one.seed,
-                "source": one.source, "error": one.error,
+                "source": one.source, "error": one.error, "method": one.method, "reason": one.reason,
             }
             for one in results
         ]  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_compose.compose.batch.entries import Entry, InvalidEntry
 from lora_compose.compose.batch.jobs import Job, make_jobs
-from lora_compose.compose.batch.results import Folder, Result, changed
+from lora_compose.compose.batch.results import NO_CHOICE, Folder, Result, changed
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.batch.worker import Worker, encoded
 from lora_compose.compose.files.claims import Claim, Claims
@@ -35,21 +35,11 @@ def run_batch(
     replace: bool = False,
     patience: float = PATIENCE,
 ) -> list[Result]:
-    """Makes the images of a batch until all are there, made by this process or by others.
+    """Makes the images of a batch until all are there, made by this process or by others, and returns them in order.
 
-    Existing images are not made again, unless they are damaged. A call that fails is tried once, and does not stop the
-    others. Invalid scenes are found before the first image.
-
-    Args:
-        entries: The scenes, as `read_entries` gives them.
-        settings: How they are made.
-        out: The folder; processes that share it share the work.
-        on_progress: Called with the number of finished calls, and sometimes a text.
-        replace: Whether images of the same names that were made in another way are replaced.
-        patience: Seconds without a heartbeat after which the work of another process is taken over.
-
-    Returns:
-        All images, in the order of the scenes; those that could not be made have an error.
+    Existing images are not made again, unless they are damaged or (with `replace`) were made in another way. A call
+    that fails is tried once, and does not stop the others. Invalid scenes are found before the first image. Without a
+    heartbeat for `patience` seconds, the work of another process is taken over.
 
     Raises:
         ValueError: If the model cannot be opened, a setting is unknown, or there are images of the same names that were
@@ -81,13 +71,13 @@ def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[InvalidEntry])
     """The results of a batch, scenes that could not be read included."""
     results = []
     for job in jobs:
-        error = None
+        error, checked = None, folder.checked(job)
         if not folder.has(job):
-            checked = folder.checked(job)
             error = (checked and checked.error) or folder.failure(job) or "it is not there"
         for seed in job.seeds:
             path = folder.image(job, seed) if error is None else None
-            results.append(Result(job.entry.name, seed, job.entry.source, path, error))
+            choice = NO_CHOICE if checked is None else (checked.method, checked.reason)
+            results.append(Result(job.entry.name, seed, job.entry.source, path, error, *choice))
     return [*results, *(Result("", None, one.source, None, one.error) for one in bad)]
 
 
@@ -109,9 +99,12 @@ class _Making:
         def check(name: str, claim: Claim) -> None:
             job = scenes[name]
             if changed(self._folder.checked_file(job)) == before[name]:  # else another process has just checked it
-                self._folder.keep_check(job, error := self._opened().check(job.run))
-                if error is not None:
-                    logger.error("%s: %s", job.entry.source, error)
+                worker = self._opened()
+                try:
+                    choice, error = worker.check(job.run), None
+                except Exception as wrong:  # whatever models and libraries raise
+                    choice, error = NO_CHOICE, error_text(wrong)
+                self._folder.keep_check(job, error, choice)
 
         self._claims.work(scenes, check)
         self._make_checked({job.name: job for job in jobs}, done)

@@ -18,13 +18,7 @@ MOST_ROWS = 100_000
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table.
-
-    Attributes:
-        line: Where it begins in its file, from 1.
-        values: By column; empty if the row cannot be read.
-        error: Why it cannot be read; None if it can.
-    """
+    """A row of a table: its line in the file, from 1, and its values by column, or why it cannot be read."""
 
     line: int
     values: dict[str, Any]
@@ -33,12 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        columns: Columns of the header; None if every row names its own (JSONL).
-        rows: All rows in order, unreadable ones included.
-    """
+    """All rows of a table, and the columns of its header; None if every row names its own (JSONL)."""
 
     columns: Sequence[str] | None
     rows: Sequence[Row]

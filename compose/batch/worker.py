@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from lora_compose.compose.batch.results import NO_CHOICE, Choice
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.generate.making import Made, make_batch, plan
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.support.errors import error_text
 from lora_compose.pipelines.scene import Run, Scene
 
 
@@ -26,10 +26,6 @@ class Worker:
     def open(cls, settings: BatchSettings, device: str) -> "Worker":
         """Opens the model of a batch.
 
-        Args:
-            settings: Those of the batch.
-            device: The device.
-
         Raises:
             ValueError: If it cannot be opened, or method, settings or scheduler are unknown.
         """
@@ -38,13 +34,10 @@ class Worker:
         run = settings.run(Scene(prompt="-")).model_copy(update={"device": device})
         return cls(open_model(run, settings.save_memory), device)
 
-    def check(self, run: Run) -> str | None:
-        """Plans a call; returns the error, or None."""
-        try:
-            plan(self.pipe, self._here(run))
-        except Exception as error:  # whatever models and libraries raise
-            return error_text(error)
-        return None
+    def check(self, run: Run) -> Choice:
+        """Plans a call; returns its method with the reason, and raises whatever models and libraries raise."""
+        planned = plan(self.pipe, self._here(run))
+        return NO_CHOICE if planned is None else (planned.method, planned.choice.reason)
 
     def make(
         self, run: Run, seeds: Sequence[int], on_progress: Callable[[float], None] | None = None

@@ -1,7 +1,7 @@
 """Models from configurations, and random LoRAs for any UNet: benchmarks need no trained files."""
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.loading import Factors
+from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene import Concept, Region
 
 SD15: Mapping[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
@@ -48,7 +49,7 @@ VAE: Mapping[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
 }
-"""That of all of them, but for the size of the images that it was trained on."""
+"""The VAE of all UNets, but for the size of the images that it was trained on."""
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"SD 1.5": SD15, "SDXL": SDXL}
 
 CLIP_L: Mapping[str, Any] = {
@@ -97,11 +98,7 @@ PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS, NOUNS, 
 
 @cache
 def without_weights(family: str) -> SimpleNamespace:
-    """The models of a family at full size, on the meta device: names and shapes, but no values.
-
-    Args:
-        family: One of `FAMILIES`.
-    """
+    """The models of one of `FAMILIES` at full size, on the meta device: names and shapes, but no values."""
     if family in TRANSFORMERS:
         build, config = TRANSFORMERS[family]
         with torch.device("meta"):
@@ -137,6 +134,25 @@ def columns(number: int, width: int, height: int) -> list[Concept]:
         Concept(name=f"concept {i}", trigger=TRIGGERS[i], class_word=NOUNS[i], weight=1.0, region=box)
         for i, box in enumerate(boxes)
     ]
+
+
+def without_boxes(concepts: Iterable[Concept]) -> list[Concept]:
+    """Concepts that may be anywhere."""
+    return [concept.model_copy(update={"region": None}) for concept in concepts]
+
+
+def as_called(pipe: Any, settings: Settings, number: int, width: int, height: int) -> list[Concept]:
+    """Concepts as users give them to a method: with boxes only where it refuses to go without.
+
+    The pipeline has the concepts of `columns`, loaded without boxes; sizes are in pixels.
+    """
+    boxed = columns(number, width, height)
+    free = without_boxes(boxed)
+    try:
+        pipe.plan(PROMPT, concepts=free, method=settings, width=width, height=height)
+    except ValueError:
+        return boxed
+    return free
 
 
 def with_lora(concepts: list[Concept], lora: Lora) -> list[LoadedConcept]:

@@ -1,21 +1,24 @@
 """Costs of methods relative to the plain pipeline: rows, FLOPs and memory computed; seconds, memory, swaps measured."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.table import Table
 
 from lora_compose.compose.benchmark import counting
 from lora_compose.compose.benchmark.architectures import (
     ARCHITECTURES,
+    TRIGGERS,
     VAE,
+    as_called,
     attention_lora,
     columns,
     with_lora,
+    without_boxes,
     without_weights,
 )
 from lora_compose.compose.benchmark.architectures import (
@@ -24,14 +27,15 @@ from lora_compose.compose.benchmark.architectures import (
 from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.host import HostWork, host_work
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
-from lora_compose.compose.benchmark.seconds import time_rows, times_table
+from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.tables import GIB, MIB, new_table
-from lora_compose.compose.benchmark.timing import Job, open_with_concepts
+from lora_compose.compose.benchmark.timing import Job, open_with_concepts, time_rows, times_table
 from lora_compose.compose.benchmark.transformers import REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
 from lora_compose.compose.support.terminal import bar, echo, out
-from lora_compose.pipelines.methods import make_method
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.methods import Settings, make_method
 
 GUIDANCE = 5.0
 
@@ -49,14 +53,9 @@ class CountedRow:
 
 @dataclass(frozen=True)
 class PeakRow:
-    """The memory of a method on an architecture, without and with gradient checkpointing.
+    """The memory of a method (None: the plain pipeline) on an architecture.
 
-    Attributes:
-        architecture: Its name.
-        method: Name of the method; None is the plain pipeline.
-        concepts: Number of concepts.
-        peak: Without gradient checkpointing.
-        checkpointed: With gradient checkpointing; None where there are no gradients.
+    `checkpointed` is with gradient checkpointing; None where there are no gradients.
     """
 
     architecture: str
@@ -106,27 +105,10 @@ def bench(
     peaks: bool,
     to: Path | None,
 ) -> None:
-    """Shows the costs of methods relative to the plain pipeline.
+    """Shows the costs of methods relative to the plain pipeline: what is counted, computed or measured, as asked for.
 
-    Args:
-        methods: Names of methods.
-        concepts: Numbers of concepts.
-        settings: Settings of all these methods.
-        steps: Denoising steps.
-        count: Whether latent rows and FLOPs are counted; the default if nothing else is chosen.
-        memory: Whether peak memory is computed.
-        transformers: Whether passes of transformers with `regional` are counted.
-        calls: Whether Python calls and operations are counted in real calls.
-        time: Whether calls are timed.
-        swap: Whether reading and swapping of LoRA files is timed.
-        model: The model to run.
-        device: The device to time on.
-        dtype: The precision.
-        size: Width and height of images; None is the model's own.
-        savers: Options that save memory.
-        pairs: Timed rounds: a plain call, one of each method, and PEFT's.
-        peaks: Whether the memory of what is timed is measured.
-        to: A file for the numbers, JSON.
+    Counting is the default. `pairs` are timed rounds: a plain call, one of each method, and PEFT's; `to` is a file for
+    the numbers.
 
     Raises:
         ValueError: For unknown methods and settings.
@@ -191,14 +173,23 @@ def count_cells(
     with bar("counting", len(ARCHITECTURES) * len(cells)) as on_progress:
         for architecture, config in ARCHITECTURES.items():
             unet = counting.meta_unet(config)
-            side, lora = unet.config["sample_size"] * 8, attention_lora(unet)
-            plain = counting.count(unet, (), None, steps, GUIDANCE, (side, side))
-            for method, number in cells:
-                concepts = with_lora(columns(number, side, side), lora)
-                cost = counting.count(unet, concepts, make_method(method, settings), steps, GUIDANCE, (side, side))
-                rows.append(CountedRow(architecture, method, number, cost, plain))
+            how = steps, GUIDANCE, (unet.config["sample_size"] * 8,) * 2
+            plain, called = counting.count(unet, (), None, *how), _callable_on(unet)
+            for name, number in cells:
+                method = make_method(name, settings)
+                cost = counting.count(unet, called(method, number), method, *how)
+                rows.append(CountedRow(architecture, name, number, cost, plain))
                 on_progress(len(rows))
     return rows
+
+
+def _callable_on(unet: UNet2DConditionModel) -> Callable[[Settings, int], list[LoadedConcept]]:
+    """Gives the concepts of a call, by method and number of concepts."""
+    side, lora = unet.config["sample_size"] * 8, attention_lora(unet)
+    pipe = pipeline_of(unet, scheduler())
+    every = with_lora(without_boxes(columns(len(TRIGGERS), side, side)), lora)
+    pipe.library.loaded.update({loaded.concept.name: loaded for loaded in every})
+    return lambda method, number: with_lora(as_called(pipe, method, number, side, side), lora)
 
 
 def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
@@ -208,7 +199,7 @@ def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
     table = new_table(
         f"Counted: one image, {steps} steps with guidance; FLOPs of the UNet as a ratio to the plain pipeline "
         f"({whole}), and those before the first step in plain steps. latent rows: full, truncated (stopped), and "
-        "backward",
+        "backward. Concepts have boxes only where a method needs them",
         ["method", "N", "rows", "stopped", "back", *(header for name in plain for header in (name, "before"))],
     )
     table.add_row("plain", "0", *_rows(next(iter(plain.values()))), *["1.000", "-"] * len(plain))
@@ -229,10 +220,10 @@ def peak_cells(
     with bar("computing", len(ARCHITECTURES) * len(every)) as on_progress:
         for architecture, config in ARCHITECTURES.items():
             unet = counting.meta_unet(config).half()
-            side, lora = unet.config["sample_size"] * 8, attention_lora(unet)
+            side, called = unet.config["sample_size"] * 8, _callable_on(unet)
             for method, number in every:
-                concepts = with_lora(columns(number, side, side), lora)
                 made = None if method is None else make_method(method, settings)
+                concepts = [] if made is None else called(made, number)
                 call = unet, concepts, made, steps, GUIDANCE, (side, side)
                 kept = peak(*call)
                 again = peak(*call, gradient_checkpointing=True) if kept.updates else None

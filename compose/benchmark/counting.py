@@ -5,46 +5,41 @@ Text encoders, VAE and scheduler are not counted; they are the same for every me
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass, replace
+from copy import copy
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from lora_compose.attention import Lora, StepCaches, Stream, backbone_of, grid_at, install
+from lora_compose.attention import LoraFactors, StepCaches, Stream, install
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.flops import Operations
-from lora_compose.pipelines.attention_log import AttentionLog
-from lora_compose.pipelines.canvas import Canvas, Step
-from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
+from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
+from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.counting import CountingRunner
 from lora_compose.pipelines.denoiser import Denoiser
-from lora_compose.pipelines.guidance import ClassifierFree
+from lora_compose.pipelines.front import request_of
 from lora_compose.pipelines.inputs import ByImage
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.notes import kept
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
+from lora_compose.pipelines.plan import make_plan
 from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.sampler import Sampler, Schedule
-from lora_compose.pipelines.session import Session
-from lora_compose.pipelines.text.conditioning import TokenMasks
-from lora_compose.pipelines.text.encoder import EncodedText, Prompts
+from lora_compose.pipelines.text.encoder import EncodedText
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class Counted:
-    """The costs of one call.
+    """The costs of one call: latent rows through the whole model, stopped early, and backward; FLOPs.
 
-    Attributes:
-        rows_forward: Latent rows through the whole model.
-        rows_stopped: Rows forward through passes that stop early.
-        rows_backward: Rows run backward.
-        flops: FLOPs of the whole call; a multiplication and an addition count as two.
-        preparation_flops: FLOPs before the first denoising step.
+    A multiplication and an addition count as two; `preparation_flops` are those before the first denoising step.
     """
 
     rows_forward: float
@@ -69,68 +64,20 @@ def count(
     image_size: Grid,
     images: int = 1,
     *,
-    scheduler: Any = None,
     tokens: int = 77,
-    vae_scale: int = 8,
     watched: AbstractContextManager[Any] | None = None,
 ) -> Counted:
-    """Counts a call; where the cost depends on values, such as when updates end, the maximum is counted.
+    """Counts a call of a method, or of diffusers' own pipeline (None), for a prompt made of the concepts' phrases.
 
-    Args:
-        unet: On the meta device.
-        concepts: The concepts; each has one token of the prompt, whatever its trigger.
-        settings: The method; None is diffusers' own pipeline.
-        steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 or less is none.
-        image_size: Height and width in pixels.
-        images: Images in the batch, of one prompt.
-        scheduler: Says how many passes the steps need; DDIM, with one each, by default.
-        tokens: Tokens of a prompt.
-        vae_scale: Pixels per latent cell and side.
-        watched: A context manager around the run, for example to watch its memory.
+    Where the cost depends on values, such as when updates end, the maximum is counted. The UNet is on the meta device,
+    the steps are DDIM's, `image_size` is height and width in pixels, and a prompt has so many tokens. `watched` is
+    entered around the run, for example to watch its memory.
 
     Raises:
         ValueError: If the concepts lack something the method needs.
     """
-    scheduler = scheduler or DDIMScheduler()
-    scheduler.set_timesteps(steps)
-    grid = image_size[0] // vae_scale, image_size[1] // vae_scale
-    latents = torch.zeros(images, unet.config["in_channels"], *grid, dtype=unet.dtype)
-    guided = guidance_scale > 1 and unet.config["time_cond_proj_dim"] is None
-    text, unet_kwargs = _text(unet, images, tokens, guided), _unet_kwargs(unet, images)
-    if settings is None:
-        return _plain(unet, latents.to(META), text, unet_kwargs, len(scheduler.timesteps), watched)
-    words = torch.eye(tokens, len(concepts)).roll(1, dims=0)[None]  # after the start token
-    masks, operations, backbone = TokenMasks(words, words), Operations(), backbone_of(unet)
-    # Everything except the model has values, on the CPU.
-    canvas = Canvas(image_size, grid, 1, images, torch.device("cpu"), backbone)
-    acting = ConceptSet(tuple(_without_numbers(concept) for concept in concepts))
-    loras = [loaded.lora for loaded in acting.loaded]
-    with (
-        torch.no_grad(),
-        watched or nullcontext(),
-        install(backbone, loras, device=META, dtype=unet.dtype) as installed,
-    ):
-        sampler = Sampler(scheduler, Schedule(scheduler.timesteps, steps, scheduler.order))
-        log, caches = AttentionLog(canvas, ()), StepCaches(backbone.model)
-        inputs = {name: ByImage(one) for name, one in unet_kwargs.items()}
-        denoiser = Denoiser(backbone, installed, sampler, canvas, acting, (), inputs, log, caches)
-        prompts = Prompts(
-            (" ".join(concept.concept.phrase for concept in concepts),), masks, acting,
-            lambda weights, prompts, negative_prompts: text,
-            lambda concepts, prompts, names, mentions: masks,
-            (0,), canvas,
-        )  # fmt: skip
-        pricing = PricingDenoiser(denoiser, operations)
-        cfg_scale, number = guidance_scale if guided else 1.0, len(scheduler.timesteps)
-        process = settings.start(Session(acting, prompts, pricing, ClassifierFree(cfg_scale)))
-        every = [sampler.schedule.step(i, cfg_scale) for i in range(number)]
-        latents = process.prepare(latents, every[0])
-        preparation = operations.flops
-        for step in every:
-            latents, _ = process.step(latents, step)  # scaled latents have the same shape
-    cost = denoiser.cost
-    return Counted(cost.rows_forward, cost.rows_stopped, cost.rows_backward, operations.flops, preparation)
+    host = pipeline_of(unet, scheduler(), tokens)
+    return _counted(host, concepts, settings, steps, guidance_scale, image_size, images, watched)
 
 
 def count_run(
@@ -144,27 +91,68 @@ def count_run(
     *,
     scheduler: Any = None,
 ) -> Counted:
-    """Counts a call of a pipeline, without changing or running it.
+    """Counts a call of a pipeline with a UNet, as `count` does, without changing or running it.
 
-    Args:
-        pipe: A composing pipeline.
-        settings: The method; None is diffusers' own pipeline.
-        loaded: The concepts of the call.
-        steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 or less is none.
-        width: Pixels.
-        height: Pixels.
-        scheduler: Instead of the pipeline's; neither is changed.
+    A scheduler that is given takes the place of the pipeline's; neither is changed. Width and height are in pixels.
 
     Raises:
         ValueError: If the concepts lack something the method needs.
     """
-    scheduler, unet = scheduler or pipe.scheduler, uncompiled(pipe.unet)
-    return count(
-        meta_unet(unet.config), loaded, settings, steps, guidance_scale, (height, width),
-        scheduler=type(scheduler).from_config(scheduler.config), tokens=pipe.tokenizer.model_max_length,
-        vae_scale=pipe.vae_scale_factor,
-    )  # fmt: skip
+    host, scheduler = copy(pipe), scheduler or pipe.scheduler
+    host.unet = meta_unet(uncompiled(pipe.unet).config)
+    host.scheduler = type(scheduler).from_config(scheduler.config)
+    host.__dict__.pop("_concept_library", None)  # the copy gets one of its own
+    return _counted(host, loaded, settings, steps, guidance_scale, (height, width))
+
+
+def _counted(
+    host: Any,
+    concepts: Sequence[LoadedConcept],
+    settings: Settings | None,
+    steps: int,
+    guidance_scale: float,
+    image_size: Grid,
+    images: int = 1,
+    watched: AbstractContextManager[Any] | None = None,
+) -> Counted:
+    """Plans the call, and prices the passes of the plan."""
+    if settings is None:
+        return _plain(host, steps, guidance_scale, image_size, images, watched)
+    unet = host.unet
+    host.library.loaded.update({loaded.concept.name: _without_values(loaded) for loaded in concepts})
+    with kept():  # warnings are for those who make images
+        request = request_of(host, (" ".join(loaded.concept.phrase for loaded in concepts),), {
+            "concepts": [loaded.concept for loaded in concepts], "method": settings, "num_inference_steps": steps,
+            "guidance_scale": guidance_scale, "height": image_size[0], "width": image_size[1],
+            "num_images_per_prompt": images,
+        })  # fmt: skip
+        plan = make_plan(host, request.call)
+        operations, backbone, loras = Operations(), plan.canvas.backbone, [one.lora for one in plan.concepts.loaded]
+        with (
+            torch.no_grad(),
+            watched or nullcontext(),
+            install(backbone, loras, device=META, dtype=unet.dtype) as installed,
+        ):
+            counting = CountingRunner.of(plan)
+            # Everything except the model has values, on the CPU.
+            inputs = {name: ByImage(one) for name, one in _unet_kwargs(unet, images).items()}
+            denoiser = Denoiser(
+                backbone, installed, counting.sampler, counting.canvas, plan.concepts, (), inputs, counting.log,
+                StepCaches(backbone.model),
+            )  # fmt: skip
+            runner = PricingRunner(
+                plan, counting.canvas, counting.sampler, counting.log, denoiser=denoiser, operations=operations
+            )
+            process = settings.start(plan.session(plan.sets[0], runner, runner.encode))
+            schedule = plan.sampler.schedule
+            every = [schedule.step(index, plan.cfg_scale) for index in range(len(schedule.timesteps))]
+            latents = torch.zeros(images, unet.config["in_channels"], *plan.canvas.latent_grid, dtype=unet.dtype)
+            latents = process.prepare(latents, every[0])
+            preparation = operations.flops
+            for step in every:
+                latents, _ = process.step(latents, step)  # scaled latents have the same shape
+    cost = runner.cost
+    return Counted(cost.rows_forward, cost.rows_stopped, cost.rows_backward, operations.flops, preparation)
 
 
 def meta_unet(config: Any) -> UNet2DConditionModel:
@@ -175,65 +163,48 @@ def meta_unet(config: Any) -> UNet2DConditionModel:
 
 
 @dataclass(frozen=True)
-class Price:
-    """The costs of one kind of pass, and the keys and values of text that it keeps, by micro-batch."""
+class PricingRunner(CountingRunner):
+    """Prices the passes of a plan: of all passes with the same cost, it runs the first one, without values.
 
-    flops: int
-    cost: Cost
-    text_kv: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
-
-
-class PricingDenoiser:
-    """Prices the passes of a method: of all passes with the same cost, it runs the first one, without values.
-
-    Its results have values: predictions and gradients are 0, all losses are 1, so that no update ends early, and the
-    attention to concept i lies in the ith column of the image.
-
-    Args:
-        denoiser: Runs passes on the meta device.
-        operations: Counts FLOPs.
+    Results and rows are those of `CountingRunner`. `prices` has FLOPs by kind of pass, with the keys and values of text
+    that the pass keeps, by micro-batch.
     """
 
-    has_controlnet = False
+    denoiser: Denoiser = field(kw_only=True)
+    operations: Operations = field(kw_only=True)
+    prices: dict[tuple, tuple[int, Sequence[Mapping[str, tuple[Tensor, Tensor]]]]] = field(default_factory=dict)
 
-    def __init__(self, denoiser: Denoiser, operations: Operations) -> None:
-        self._denoiser = denoiser
-        self._operations = operations
-        self._prices: dict[tuple, Price] = {}
-        self.canvas = denoiser.canvas
-        self.log = denoiser.log
-        self.sampler = denoiser.sampler
-
-    def ahead(self, sampler: Sampler) -> "PricingDenoiser":
-        """Prices steps that are taken ahead; it needs no sampler, so it is returned unchanged."""
-        return self
+    def encode(
+        self, weights: Tensor | None, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None
+    ) -> EncodedText:
+        """Texts as the model reads them, without values."""
+        text = super().encode(weights, prompts, negative_prompts)
+        images, tokens, _ = text.prompt_embeds.shape
+        unet: Any = self.canvas.backbone.model
+        return _text(unet, images, tokens, guided=text.negative_prompt_embeds is not None)
 
     def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
         """Folds, and counts its FLOPs."""
-        with self._operations:
-            self._denoiser.fold(streams, weights)
+        with self.operations:
+            self.denoiser.fold(streams, weights)
 
     def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:
         """Prepares a pass on the meta device."""
-        return self._denoiser.prepare(replace(spec, regions=_moved(spec.regions)), same_text_as)
+        return self.denoiser.prepare(replace(spec, regions=_moved(spec.regions)), same_text_as)
 
     def predict(
         self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest | None = None
     ) -> Prediction:
         """Prices a forward pass."""
-        conditional, on_meta = not step.guided, _moved(request)
-        run = partial(self._denoiser.predict, latents.to(META), step, prepared, on_meta)
-        self._price(lambda: run, "predict", latents, step, prepared, request, conditional)
-        text = prepared.spec.text.conditional() if conditional else prepared.spec.text
-        output = latents.new_zeros(text.rows, *latents.shape[1:])
-        return Prediction(output, text.roles, None if request is None else self._maps(request))
+        run = partial(self.denoiser.predict, latents.to(META), step, prepared, _moved(request))
+        self._price(lambda: run, "predict", latents, step, prepared, request, conditional=not step.guided)
+        return super().predict(latents, step, prepared, request)
 
     def maps(self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest) -> AttentionMaps:
         """Prices a pass that stops early."""
-        on_meta = _moved(request)
-        run = partial(self._denoiser.maps, latents.to(META), step, prepared, on_meta)
+        run = partial(self.denoiser.maps, latents.to(META), step, prepared, _moved(request))
         self._price(lambda: run, "maps", latents, step, prepared, request, conditional=True)
-        return self._maps(request)
+        return super().maps(latents, step, prepared, request)
 
     def gradient(
         self,
@@ -247,36 +218,27 @@ class PricingDenoiser:
         readout: Readout | None = None,
     ) -> Gradient:
         """Prices a pass with a gradient, without the loss itself, which is small."""
-        conditional, images = not (whole and step.guided), len(latents)
 
         def ready() -> Callable[[], object]:
             used = self._used(loss, request)
 
             def standing_in(maps: AttentionMaps) -> Tensor:
-                found = [
-                    one.sum()
-                    for one, is_used in zip((maps.text, maps.cells), used, strict=True)
-                    if is_used and one is not None
-                ]
-                return torch.stack(found).sum() + torch.zeros(images, device=META)
+                parts = zip((maps.text, maps.cells), used, strict=True)
+                sums = [part.sum() for part, is_used in parts if is_used and part is not None]
+                return torch.stack(sums).sum() + torch.zeros(len(latents), device=META)
 
             on_meta = latents.to(META), step, prepared, _moved(request), standing_in
-            return partial(self._denoiser.differentiate, *on_meta, whole=whole)
+            return partial(self.denoiser.differentiate, *on_meta, whole=whole)
 
+        conditional = not (whole and step.guided)
         self._price(ready, f"gradient, {whole}", latents, step, prepared, request, conditional)
-        maps, text = self._maps(request), prepared.spec.text
-        text = text.conditional() if conditional else text
-        output = latents.new_zeros(text.rows, *latents.shape[1:])
-        prediction = Prediction(output, text.roles, maps) if whole else None
-        read = None if readout is None else readout(maps)
-        return Gradient(torch.ones(images), torch.zeros(latents.shape), maps, prediction, read)
+        return super().gradient(latents, step, prepared, request, loss, whole=whole, readout=readout)
 
     def _used(self, loss: Loss, request: MapRequest) -> tuple[bool, bool]:
         """Whether a loss depends on the maps of text, and on those of self-attention."""
-        text = self._maps(request).text
-        cells = torch.rand(text.shape[-3], text.shape[-2], text.shape[-2]) if request.self_attention else None
+        maps = self._maps(request)
         with torch.enable_grad():
-            leaves = [one.clone().requires_grad_() for one in (text, cells) if one is not None]
+            leaves = [one.clone().requires_grad_() for one in (maps.text, maps.cells) if one is not None]
             pulls = torch.autograd.grad(loss(AttentionMaps(*leaves)).sum(), leaves, allow_unused=True)
         return pulls[0] is not None, len(pulls) > 1 and pulls[1] is not None
 
@@ -290,40 +252,23 @@ class PricingDenoiser:
         request: MapRequest | None,
         conditional: bool,
     ) -> None:
-        batches = self._denoiser.micro_batches(prepared, step, conditional=conditional)
+        batches = self.denoiser.micro_batches(prepared, step, conditional=conditional)
         kept = [{} if batch.inputs.text_kv is None else batch.inputs.text_kv.kept for batch in batches]
         kind = (
             what, latents.shape, tuple(batch.text.prompt_embeds.shape for batch in batches), _kind_of(prepared.spec),
-            None if request is None else _kind_of_maps(request), tuple(map(bool, kept)),
+            request and (request.tokens.shape, request.self_attention, request.layer, request.output_layer),
+            tuple(map(bool, kept)),
         )  # fmt: skip
-        if kind not in self._prices:
-            flops, before, self._denoiser.cost = self._operations.flops, self._denoiser.cost, Cost()
+        before = self.operations.flops
+        if kind not in self.prices:
             run = ready()
-            with self._operations:
+            with self.operations:
                 run()
-            spent, self._denoiser.cost = self._denoiser.cost, before
-            self._prices[kind] = Price(self._operations.flops - flops, spent, [dict(one) for one in kept])
-            self._operations.flops = flops
-        price = self._prices[kind]
-        self._operations.flops += price.flops
-        self._denoiser.cost.add(price.cost)
-        for mine, known in zip(kept, price.text_kv, strict=True):
+            self.prices[kind] = self.operations.flops - before, [dict(batch) for batch in kept]
+        flops, text_kv = self.prices[kind]
+        self.operations.flops = before + flops
+        for mine, known in zip(kept, text_kv, strict=True):
             mine.update(known)
-
-    def _maps(self, request: MapRequest) -> AttentionMaps:
-        """Attention to concept i, whose word is token 1 + i, in the ith column of the image."""
-        height, width = grid_at(self.canvas.latent_grid, self.canvas.map_level)
-        count = len(self._denoiser.concepts.loaded)
-        column = torch.arange(width) * count // width
-        concept = request.tokens.argmax(dim=-2) - 1  # [(texts,) rows, maps]
-        maps = (column[:, None] == concept[..., None, :]).float()  # [(texts,) rows, width, maps]
-        maps = maps[..., None, :, :].expand(*concept.shape[:-1], height, -1, -1).flatten(-3, -2)
-        return AttentionMaps(maps, output=None if request.output_layer is None else maps)
-
-
-def _kind_of_maps(request: MapRequest) -> tuple:
-    """What the cost of recording depends on."""
-    return request.tokens.shape, request.self_attention, request.layer, request.output_layer
 
 
 def _kind_of(spec: Pass) -> tuple | bool:
@@ -339,39 +284,38 @@ def _kind_of(spec: Pass) -> tuple | bool:
 
 
 def _moved(value: Any) -> Any:
-    """The same with all tensors on the meta device."""
+    """A value with all of its tensors on the meta device."""
     if isinstance(value, Tensor):
         return value.to(META)
     if isinstance(value, tuple):
         return tuple(map(_moved, value))
     if isinstance(value, Mapping):
-        return {key: _moved(one) for key, one in value.items()}
+        return {key: _moved(item) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{one.name: _moved(getattr(value, one.name)) for one in fields(value)})
     return value
 
 
 def _plain(
-    unet: UNet2DConditionModel,
-    latents: Tensor,
-    text: EncodedText,
-    unet_kwargs: Mapping[str, Any],
-    passes: int,
+    host: Any,
+    steps: int,
+    guidance_scale: float,
+    image_size: Grid,
+    images: int,
     watched: AbstractContextManager[Any] | None,
 ) -> Counted:
-    """What diffusers' own pipeline costs: the same pass again and again."""
-    both = (
-        [text.prompt_embeds]
-        if text.negative_prompt_embeds is None
-        else [text.negative_prompt_embeds, text.prompt_embeds]
-    )
-    embeds = torch.cat(both)
+    """Counts diffusers' own pipeline: the same pass again and again."""
+    unet, grid = host.unet, [side // host.vae_scale_factor for side in image_size]
+    branches = 2 if guidance_scale > 1 and unet.config["time_cond_proj_dim"] is None else 1
+    host.scheduler.set_timesteps(steps)
+    passes, rows = len(host.scheduler.timesteps), branches * images
+    text = _text(unet, rows, host.tokenizer.model_max_length, guided=False)
     with torch.no_grad(), Operations() as operations, watched or nullcontext():
         unet(
-            torch.cat([latents] * len(both)), torch.tensor(1), embeds,
-            added_cond_kwargs=text.added, **unet_kwargs,
+            _empty(unet, rows, unet.config["in_channels"], *grid), torch.tensor(1), text.prompt_embeds,
+            added_cond_kwargs=text.added, **_unet_kwargs(unet, images),
         )  # fmt: skip
-    return Counted(passes * len(embeds), 0.0, 0.0, passes * operations.flops, 0)
+    return Counted(passes * rows, 0.0, 0.0, passes * operations.flops, 0)
 
 
 def _text(unet: UNet2DConditionModel, images: int, tokens: int, guided: bool) -> EncodedText:
@@ -393,20 +337,14 @@ def _empty(unet: UNet2DConditionModel, *shape: int) -> Tensor:
     return torch.empty(shape, device=META, dtype=unet.dtype)
 
 
-def _without_numbers(concept: LoadedConcept) -> LoadedConcept:
-    """The same concept with factors on the meta device."""
-    return replace(concept, factors=replace(concept.factors, model=_shapes(concept.factors.model)))
+def _without_values(loaded: LoadedConcept) -> LoadedConcept:
+    """A concept with factors on the meta device."""
 
+    def on_meta(factors: LoraFactors) -> LoraFactors:
+        sides = {side: getattr(factors, side) for side in ("down", "up", "left")}
+        own = factors.transform and replace(factors.transform, values=factors.transform.values.to(META))
+        moved = {side: tensor.to(META) for side, tensor in sides.items() if tensor is not None}
+        return replace(factors, **moved, transform=own)
 
-def _shapes(lora: Lora) -> Lora:
-    return {
-        name: replace(
-            factors,
-            down=factors.down.to(META),
-            up=factors.up.to(META),
-            left=None if factors.left is None else factors.left.to(META),
-            transform=own and replace(own, values=own.values.to(META)),
-        )
-        for name, factors in lora.items()
-        for own in [factors.transform]
-    }
+    lora = {name: on_meta(factors) for name, factors in loaded.factors.model.items()}
+    return replace(loaded, factors=replace(loaded.factors, model=lora))

@@ -15,9 +15,6 @@ class Operations(TorchDispatchMode):
 
     `FlopCounterMode` misses `addmm_`, with which the bank adds its deltas. And PyTorch computes shapes of meta tensors
     in Python, slowly; here this is done once for every operation and kind of input, for the whole process.
-
-    Attributes:
-        flops: FLOPs so far.
     """
 
     def __init__(self) -> None:

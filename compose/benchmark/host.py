@@ -29,15 +29,10 @@ class Work:
 
 @dataclass(frozen=True)
 class HostWork:
-    """The work that a method adds to the plain pipeline.
+    """The work that a method adds to the plain pipeline in a call, without its steps, and in a step.
 
-    Attributes:
-        first: In a first call with its concepts, without its steps.
-        again: The same in later calls.
-        step: In a step.
-        first_ms: CPU time of a first call of one step, without forward passes of the model; with updates, backward
-            passes are in it.
-        again_ms: The same in later calls.
+    `first` is with new concepts, `again` with those of the call before. `first_ms` and `again_ms` are CPU time of a
+    call of one step, without forward passes of the model; with updates, backward passes are in them.
     """
 
     first: Work
@@ -48,12 +43,7 @@ class HostWork:
 
 
 def host_work(pipe: Any, job: Job) -> HostWork:
-    """Counts calls of one step and of two, the plain pipeline's and those of a job's method.
-
-    Args:
-        pipe: What `open_with_concepts` gave, for as many concepts or more.
-        job: The job; its steps are not read.
-    """
+    """Counts calls of one step and of two, the plain pipeline's and those of a job's method."""
 
     def way(method: str | None, steps: int = 1) -> Way:
         return way_of(pipe, replace(job, method=method, steps=steps))

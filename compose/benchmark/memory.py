@@ -3,7 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,29 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class PeakMemory(Protocol):
-    """Watches the memory of one device inside a `with` block.
-
-    Attributes:
-        peak_bytes: Peak memory of all tensors inside the block, earlier ones included.
-    """
-
-    @property
-    def peak_bytes(self) -> int:
-        """The peak so far."""
-        ...
-
-    def __enter__(self) -> Self:
-        """Starts watching."""
-        ...
-
-    def __exit__(self, *error: Any) -> None:
-        """Stops watching."""
-        ...
-
-
-def peak_memory(device: torch.device | str) -> PeakMemory:
-    """Watches a device.
+def peak_memory(device: torch.device | str) -> "PeakMemory":
+    """Watches a device inside a `with` block; `peak_bytes` has the peak of all tensors, earlier ones included.
 
         with peak_memory("cuda") as memory:
             ...
@@ -54,12 +33,8 @@ def peak_memory(device: torch.device | str) -> PeakMemory:
     raise ValueError(f"the peak of the memory can be measured on cuda and on the cpu, not on {device}")
 
 
-def meta_memory(there: Iterable[Tensor]) -> PeakMemory:
-    """Watches the meta device: the memory that tensors of these shapes would take.
-
-    Args:
-        there: Tensors that count from the start.
-    """
+def meta_memory(there: Iterable[Tensor]) -> "PeakMemory":
+    """Watches the meta device: the memory that tensors of these shapes would take, counting `there` from the start."""
     there = tuple(there)
     return _StorageMemory("meta", lambda: there)
 
@@ -118,6 +93,9 @@ class _StorageMemory(TorchDispatchMode):
     def _end(self, storage: int, size: int) -> None:
         del self._watched[storage]
         self._live_bytes -= size
+
+
+PeakMemory = _CudaMemory | _StorageMemory
 
 
 def _all_tensors() -> Iterator[Tensor]:

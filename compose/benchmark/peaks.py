@@ -26,13 +26,7 @@ from lora_compose.pipelines.methods import Settings
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak of one call.
-
-    Attributes:
-        peak_bytes: Peak memory, UNet included.
-        flops: FLOPs of the whole call.
-        updates: Whether there are passes with a gradient.
-    """
+    """The peak of one call, UNet included, its FLOPs, and whether it has passes with a gradient."""
 
     peak_bytes: int
     flops: int
@@ -67,12 +61,7 @@ def peak(
 
 
 def decoding_bytes(vae: AutoencoderKL, image_size: Grid) -> int:
-    """Peak memory while one image is decoded, VAE included.
-
-    Args:
-        vae: On the meta device, in the precision of decoding.
-        image_size: Height and width in pixels.
-    """
+    """Peak memory while one image is decoded, by a VAE on the meta device, which is included."""
     scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
     grid = image_size[0] // scale, image_size[1] // scale
     latents = torch.empty(1, vae.config["latent_channels"], *grid, device="meta", dtype=vae.dtype)

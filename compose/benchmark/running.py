@@ -19,10 +19,6 @@ def needs_running(pipe: Any) -> bool:
 def count_by_running(pipe: Any, run: Run) -> Counted:
     """Makes one image of a run, and counts the operations in all passes of the model.
 
-    Args:
-        pipe: What `open_model` gave for the run.
-        run: What to make.
-
     Raises:
         ValueError: As `make`.
     """

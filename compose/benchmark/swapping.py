@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from torch import nn
 
 from lora_compose.attention import BankCache, Site, backbone_of, install, installed_layers
 from lora_compose.compose.benchmark.architectures import without_weights
+from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
-from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 RANK = 16
 _FILES = 4
@@ -27,16 +26,12 @@ _ADAPTED = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2
 
 @dataclass(frozen=True)
 class Swaps:
-    """Medians, in milliseconds by file.
+    """Medians, in milliseconds by file, and a file's size.
 
-    Attributes:
-        file_bytes: Size of a file.
-        adding: Registering it by its header.
-        reading: The first call that names it: reading, checking, matching.
-        swapping: Every further call, while it is in memory.
-        installing: Copying it to the device, installing it in UNet and text encoder and removing it: the first call
-            with it.
-        installing_again: Installing and removing it in every further call, which finds it on the device.
+    `adding` registers it by its header, `reading` is the first call that names it (reading, checking, matching),
+    `swapping` every further call, while it is in memory. `installing` copies it to the device, installs it in UNet and
+    text encoder and removes it, in the first call; `installing_again` is every further call, which finds it on the
+    device.
     """
 
     file_bytes: int
@@ -53,11 +48,7 @@ def measure_swaps(device: str = "cpu", repeats: int = 5) -> Swaps:
     The model has no weights, which none of this needs.
     """
     parts = without_weights("SD 1.x")
-    nothing: Any = None
-    scheduler: Any = DDIMScheduler(steps_offset=1, clip_sample=False)
-    pipe = ComposeStableDiffusionPipeline(
-        nothing, parts.text_encoder, nothing, parts.unet, scheduler, nothing, nothing, requires_safety_checker=False
-    )
+    pipe = pipeline_of(parts.unet, scheduler(), text_encoder=parts.text_encoder)
     with tempfile.TemporaryDirectory() as folder:
         size = _write_files(pipe, Path(folder))
         adding = _milliseconds(lambda: pipe.add_concepts(folder)) / _FILES

@@ -1,4 +1,4 @@
-"""Seconds and memory of real calls, next to the plain pipeline's.
+"""Seconds and memory of real calls: of methods, and of PEFT's two ways to have several LoRAs in a model.
 
 `python -m lora_compose.compose.benchmark.timing JOB` measures the memory of one call in a process of its own: JOB is a
 JSON object with the fields of `Job`, and the answer on stdout is one as well.
@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from safetensors.torch import save_file
 
-from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns
+from lora_compose.compose.benchmark.architectures import PROMPT, as_called, attention_lora, columns
 from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.compose.benchmark.structures import random_pipeline
+from lora_compose.compose.benchmark.tables import MIB, new_table
 from lora_compose.compose.generate.making import size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.support.names import STRUCTURES
 from lora_compose.compose.support.savers import Saver, place
-from lora_compose.pipelines.methods import Settings, make_method
+from lora_compose.compose.support.terminal import bar
+from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene import Run, Scene
 
 _SCENE = Scene(prompt=PROMPT)
@@ -33,18 +36,10 @@ _SCENE = Scene(prompt=PROMPT)
 
 @dataclass(frozen=True)
 class Job:
-    """One call that is measured.
+    """One call that is measured, of a model that is a path, a hub repository, `playground`, or one of `STRUCTURES`.
 
-    Attributes:
-        model: A folder, a checkpoint file, a hub repository, `playground`, or one of `STRUCTURES`.
-        device: The device.
-        steps: Denoising steps.
-        method: Name of the method, or one of `PEFT_WAYS`; None is the plain pipeline.
-        concepts: Number of concepts.
-        settings: Those of the method that differ from its defaults.
-        savers: Options that save memory.
-        dtype: The precision.
-        size: Width and height of the image; None is the model's own.
+    The method is a name, one of `PEFT_WAYS`, or None for the plain pipeline; settings are those that differ from its
+    defaults. `size` is width and height of the image; None is the model's own.
     """
 
     model: str
@@ -62,15 +57,8 @@ class Job:
 class Timed:
     """Seconds of whole calls without decoding: medians over all rounds, ratios to the plain call of the same round.
 
-    Attributes:
-        plain_seconds: A call of the plain pipeline.
-        seconds: A call of the method.
-        preparation_seconds: Of these, before the first denoising step.
-        change_seconds: Beside these, to put the LoRAs into the model and to take them out; 0 for methods, which do that
-            in the call.
-        ratio: Method to plain, the median.
-        ratio_min: The smallest ratio.
-        ratio_max: The largest ratio.
+    `preparation_seconds` are those before the first denoising step. `change_seconds`, beside the call, put the LoRAs
+    into the model and take them out; 0 for methods, which do that in the call.
     """
 
     plain_seconds: float
@@ -108,39 +96,41 @@ PEFT_WAYS = ("set_adapters", "fuse_lora")
 
 
 def way_of(pipe: Any, job: Job) -> Way:
-    """The way in which a job makes its image.
-
-    Args:
-        pipe: What `open_with_concepts` gave, for as many concepts or more.
-        job: The job.
-    """
+    """The way in which a job makes its image with what `open_with_concepts` gave, for as many concepts or more."""
     if job.method is None:
         return lambda: call(pipe, job, {})
     if job.method in PEFT_WAYS:
         return lambda: _call_with_peft(pipe, job)
-    ours = arguments_of(pipe, make_method(job.method, job.settings), job.concepts, job.size)
+    method = make_method(job.method, job.settings)
+    ours = {"concepts": as_called(pipe, method, job.concepts, *_size(pipe, job.size)), "method": method}
     return lambda: call(pipe, job, ours)
 
 
-def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int) -> list[Timed]:
-    """Times plain, first job, second job, ..., plain, first job, ..., after a call of each to warm up."""
-    plain, ways = way_of(pipe, replace(jobs[0], method=None)), [way_of(pipe, job) for job in jobs]
-    _, *timed = [(plain(), [way() for way in ways]) for _ in range(1 + rounds)]
-    found = []
-    for i in range(len(jobs)):
-        mine, ratios = [each[i] for _, each in timed], [each[i].seconds / one.seconds for one, each in timed]
-        found.append(
-            Timed(
-                statistics.median(one.seconds for one, _ in timed),
-                statistics.median(one.seconds for one in mine),
-                statistics.median(one.preparation_seconds for one in mine),
-                statistics.median(one.change_seconds for one in mine),
-                statistics.median(ratios),
-                min(ratios),
-                max(ratios),
-            )
-        )
-    return found
+def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int, on_call: Callable[[], None] = lambda: None) -> list[Timed]:
+    """Times plain, first job, second job, ..., plain, first job, ..., after a call of each to warm up.
+
+    `on_call` is called after every call: (1 + rounds) * (1 + jobs) times.
+    """
+
+    def made(way: Way) -> Call:
+        call = way()
+        on_call()
+        return call
+
+    ways = [way_of(pipe, job) for job in (replace(jobs[0], method=None), *jobs)]
+    _, *timed = [[made(way) for way in ways] for _ in range(1 + rounds)]
+    plain, *each = zip(*timed, strict=True)
+    return [_medians(plain, calls) for calls in each]
+
+
+def _medians(plain: Sequence["Call"], calls: Sequence["Call"]) -> Timed:
+    ratios = [call.seconds / base.seconds for base, call in zip(plain, calls, strict=True)]
+    median = statistics.median
+    return Timed(
+        median(call.seconds for call in plain), median(call.seconds for call in calls),
+        median(call.preparation_seconds for call in calls), median(call.change_seconds for call in calls),
+        median(ratios), min(ratios), max(ratios),
+    )  # fmt: skip
 
 
 def _call_with_peft(pipe: Any, job: Job) -> "Call":
@@ -177,6 +167,75 @@ def peak_bytes(job: Job) -> int:
     return json.loads(ran.stdout.splitlines()[-1])["peak_bytes"]
 
 
+@dataclass(frozen=True)
+class TimedRow:
+    """Seconds and memory of a method, or of one of `PEFT_WAYS`, and the plain pipeline's memory."""
+
+    method: str
+    concepts: int
+    time: Timed
+    peak_bytes: int | None
+    plain_peak_bytes: int | None
+
+
+def time_rows(
+    methods: Sequence[str], concepts: Sequence[int], plain: Job, rounds: int, *, peaks: bool = True
+) -> list[TimedRow]:
+    """Times methods with so many concepts in this process, then measures the memory of each in a process of its own.
+
+    In every round the plain pipeline, all methods and PEFT make one image each, one after the other.
+    """
+    jobs = {n: [replace(plain, method=name, concepts=n) for name in (*methods, *PEFT_WAYS)] for n in concepts}
+    each, times, memory, done = [job for some in jobs.values() for job in some], [], [], 0
+    calls = (1 + rounds) * (len(concepts) + len(each))
+    pipe = open_with_concepts(replace(plain, concepts=max(concepts)))
+    with bar("measuring", calls + (1 + len(each) if peaks else 0)) as on_progress:
+
+        def count(text: str | None = None) -> None:
+            nonlocal done
+            done += text is None
+            on_progress(done, text)
+
+        for number, some in jobs.items():
+            count(f"timing {number} concepts")
+            times += time_ways(pipe, some, rounds, count)
+        del pipe
+        for job in (plain, *each) if peaks else ():
+            count(f"memory of {job.method or 'plain'} with {job.concepts} concepts")
+            memory.append(peak_bytes(job))
+            count()
+    plain_memory, *memory = memory or [None] * (1 + len(each))
+    return [
+        TimedRow(job.method or "", job.concepts, time, peak, plain_memory)
+        for job, time, peak in zip(each, times, memory, strict=True)
+    ]
+
+
+def times_table(rows: Sequence[TimedRow], what: str) -> Table:
+    """Seconds of whole calls and the peak of the memory, as ratios to the plain pipeline."""
+    table = new_table(
+        f"Measured: {what}; seconds of whole calls without decoding, of those before the first step, and beside them "
+        "to load and remove LoRAs; ratio to the plain pipeline round by round; peak of the memory, model included. "
+        "set_adapters and fuse_lora are plain diffusers with PEFT",
+        ["method", "N", "s", "before", "beside", "ratio", "min..max", "MiB", "ratio"],
+    )
+    plain = rows[0].plain_peak_bytes
+    table.add_row("plain", "0", *"-----", *_peak(plain, plain))
+    for row in rows:
+        time = row.time
+        table.add_row(
+            row.method, str(row.concepts), f"{time.seconds:.2f}", f"{time.preparation_seconds:.2f}",
+            f"{time.change_seconds:.2f}", f"{time.ratio:.3f}",
+            f"{time.ratio_min:.2f}..{time.ratio_max:.2f}", *_peak(row.peak_bytes, plain),
+        )  # fmt: skip
+    return table
+
+
+def _peak(peak: int | None, plain: int | None) -> tuple[str, str]:
+    """MiB, and the ratio to the plain pipeline."""
+    return ("-", "-") if peak is None or plain is None else (f"{peak / MIB:.0f}", f"{peak / plain:.3f}")
+
+
 def main() -> None:
     """Measures the memory of the job on the command line."""
     job = Job(**json.loads(sys.argv[1]))
@@ -194,11 +253,6 @@ class Call:
     seconds: float
     preparation_seconds: float
     change_seconds: float = 0.0
-
-
-def arguments_of(pipe: Any, settings: Settings, concepts: int, size: int | None = None) -> dict[str, Any]:
-    """The arguments of a call that a method adds to a plain one."""
-    return {"concepts": columns(concepts, *_size(pipe, size)), "method": settings}
 
 
 def _size(pipe: Any, side: int | None) -> tuple[int, int]:

@@ -24,10 +24,8 @@ SHOWN = tuple(TRANSFORMERS)
 class PassCost:
     """The costs of one forward pass of one row with `regional`, whose LoRAs act in all layers at once.
 
-    Attributes:
-        flops: FLOPs; a multiplication and an addition count as two.
-        peak_bytes: Peak memory, model and LoRAs included.
-        offloaded_bytes: The same if only one block at a time is on the device (group offloading by blocks).
+    A multiplication and an addition count as two FLOPs. Peak memory includes model and LoRAs; `offloaded_bytes` is the
+    peak if only one block at a time is on the device (group offloading by blocks).
     """
 
     flops: int
@@ -49,14 +47,10 @@ def block_lora(model: nn.Module, rank: int) -> Lora:
 
 
 def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: int = TOKENS) -> PassCost:
-    """Runs one pass of `regional`: a text for each region, and gates that differ by concept, token and cell.
+    """Runs one pass of `regional` on the meta device: a text for each region, and gates by concept, token and cell.
 
-    Args:
-        model: A transformer on the meta device.
-        concepts: Number of LoRAs, each in a column of the image; 0 is the plain model.
-        rank: Rank of each.
-        latent_grid: Height and width of the latents.
-        tokens: Tokens of the text of the whole image.
+    Each LoRA has a column of the image; 0 concepts are the plain model. `latent_grid` is height and width, `tokens`
+    those of the text of the whole image.
     """
     backbone, loras = backbone_of(model), [block_lora(model, rank)] * concepts
     channels, site = model.config["in_channels"], backbone.joint

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from lora_compose.compose.files.atomic import write_whole
-from lora_compose.compose.files.paths import is_hub_name, moved
+from lora_compose.compose.files.paths import is_hub_name, is_named, moved
 from lora_compose.compose.generate.facts import digest, file_hash
 from lora_compose.compose.generate.making import Made
-from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.formats.files import PEFT_CONFIG, PEFT_FILE
@@ -26,23 +25,14 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 
 @dataclass(frozen=True)
 class Parcel:
-    """Files that a node needs.
-
-    Attributes:
-        files: References to contents, by path below a node's folder.
-        moves: Paths on a node of files and folders, by the sources that they are of.
-    """
+    """Files that a node needs: references to contents by path below its folder, and those paths by source."""
 
     files: Mapping[str, Any] = field(default_factory=dict)
     moves: Mapping[str, str] = field(default_factory=dict)
 
 
 class Packer:
-    """Packs files; the same content is stored once.
-
-    Args:
-        put: Stores the content of a file and returns a reference to it.
-    """
+    """Packs files; the same content is stored once, by `put`, which returns a reference to it."""
 
     def __init__(self, put: Callable[[Path], Any]) -> None:
         self._put = put
@@ -51,7 +41,7 @@ class Packer:
     def source(self, source: str) -> Parcel:
         """An image, or the file or folder of a model; nothing of what is on the hub or comes with lora-compose."""
         path = Path(source).expanduser()
-        if _is_named(source) or not path.exists():
+        if is_named(source) or not path.exists():
             return Parcel()
         if path.is_file():
             return self.together(source, path.parent, [path], path)
@@ -61,7 +51,7 @@ class Packer:
 
     def lora(self, source: str) -> Parcel:
         """A LoRA file, with PEFT's settings beside it."""
-        if _is_named(source) or (is_hub_name(source) and not Path(source).exists()):
+        if is_named(source) or (is_hub_name(source) and not Path(source).exists()):
             return Parcel()
         path = find_file(source)
         beside = path.with_name(PEFT_CONFIG)
@@ -81,14 +71,7 @@ class Packer:
         return union(packed)
 
     def together(self, source: str, folder: Path, files: Iterable[Path], main: Path | None = None) -> Parcel:
-        """Files that lie in a folder, as they do in one of the node.
-
-        Args:
-            source: What names them.
-            folder: Where they are.
-            files: The files.
-            main: The one that `source` names; None is the folder itself.
-        """
+        """Files that lie in a folder, as they do in one of the node; `source` names `main`, or the folder itself."""
         inside = {file.relative_to(folder).as_posix(): file for file in files}
         name = f"files/{digest([[path, file_hash(str(file))] for path, file in inside.items()])}"
         there = name if main is None else f"{name}/{main.relative_to(folder).as_posix()}"
@@ -112,12 +95,7 @@ def union(parcels: Iterable[Parcel]) -> Parcel:
 
 
 class Node:
-    """The files of a node.
-
-    Args:
-        folder: Where they are written.
-        get: The content of a reference.
-    """
+    """The files of a node, written into a folder; `get` gives the content of a reference."""
 
     def __init__(self, folder: Path, get: Callable[[Any], np.ndarray]) -> None:
         self.folder, self._get = folder, get
@@ -143,7 +121,3 @@ def named_as(made: Made, run: Run) -> Made:
     """An image whose record names model and files as a run does."""
     own = made.record.run.model_copy(update={"scene": run.scene, "model": run.model})
     return Made(made.image, made.record.model_copy(update={"run": own}))
-
-
-def _is_named(source: str) -> bool:
-    return source.partition(":")[0] in PLAYGROUNDS

@@ -51,13 +51,7 @@ Function = Callable[..., Any]
 
 
 class Ended(NamedTuple):
-    """A call that has ended.
-
-    Attributes:
-        name: Its name.
-        found: Its result; None if it failed.
-        error: Why it failed; None if it did not.
-    """
+    """A call that has ended: its result, or why it failed."""
 
     name: str
     found: Any
@@ -66,10 +60,7 @@ class Ended(NamedTuple):
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """A cluster; an existing connection is used, and stays open.
-
-    Args:
-        address: As `ray.init` takes it; "local" starts a cluster on this machine.
+    """A cluster by its address ("local" starts one); an existing connection is used, and stays open.
 
     Raises:
         OSError: If there is no such cluster.
@@ -178,11 +169,8 @@ class _Call:
 class Pool:
     """Workers, each at one call at a time; a dead one is replaced where there is room.
 
-    Args:
-        opening: Opens what they work with.
-        device: "cuda" or None take a GPU for each, if there are any.
-        threads: CPU threads of each; None is the number of this process, because pixels depend on it.
-        workers: How many; None is one per GPU, or one per node if there are none.
+    There is one per GPU by default ("cuda" or None as the device), or one per node if there are none. Each has as many
+    CPU threads as this process unless told otherwise, because pixels depend on it.
     """
 
     def __init__(self, opening: Opening, device: str | None, threads: int | None, workers: int | None) -> None:
@@ -210,11 +198,7 @@ class Pool:
         self.close()
 
     def map(self, function: Function, tasks: Mapping[str, tuple]) -> Iterator[Ended]:
-        """Calls a function for every task, in the order in which they end.
-
-        Args:
-            function: What is called.
-            tasks: Further arguments, by name.
+        """Calls a function with each task's further arguments, by name, in the order in which they end.
 
         Raises:
             ValueError: If what the workers need cannot be opened.
@@ -234,12 +218,8 @@ class Pool:
     ) -> None:
         """Does pieces of work under their claims until all have been done here or by others, as `Claims.work`.
 
-        Args:
-            function: What is called for each.
-            claims: What other processes do.
-            names: Of the pieces, in the order in which they are begun; those claimed by others come last.
-            start: The arguments for a piece; None if another process has done it meanwhile.
-            end: Stores the result of a piece.
+        `start` gives the arguments for a piece, or None if another process has done it meanwhile; `end` stores its
+        result. Pieces that others have claimed come last.
 
         Raises:
             ValueError: As `map`.

@@ -13,11 +13,9 @@ from lora_compose.compose.evaluation.table import load
 
 
 def judge_votes(evaluation: Path, images: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
-    """The verdict on every image: "both", "one" or "none" of its concepts are present with their own identity.
+    """The verdict on images of two concepts, by number: "both", "one" or "none" are present with their own identity.
 
-    Args:
-        evaluation: The folder of an evaluation with scenes of these pairs; encoder, detector and thresholds are its.
-        images: Two concepts and an image by number.
+    Encoder, detector and thresholds are those of an evaluation with scenes of these pairs.
     """
     found = load(evaluation)
     suite = found.suite

@@ -17,14 +17,7 @@ from lora_compose.pipelines.text.tokens import find_words
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the tables: a method, or one of the reference rows.
-
-    Attributes:
-        name: Its name in tables.
-        method: None without LoRAs, and for LoRAs alone (`method_alone`).
-        alone: The only concept whose LoRA acts.
-        lora: The kind of LoRAs.
-    """
+    """A row of the tables: a method, no LoRA (`method` and `alone` are None), or the LoRA of one concept alone."""
 
     name: str
     method: SuiteMethod | None = None

@@ -8,7 +8,7 @@ import csv
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import StringIO
 from itertools import product
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_references
@@ -78,12 +79,7 @@ def numbered(seeds: int) -> dict[int, BlindImage]:
 
 
 def make(out: Path, seeds: int) -> None:
-    """Generates the images, shuffles them, and writes sheets, `votes.csv` and `key.json`.
-
-    Args:
-        out: The folder for them.
-        seeds: Number of seeds (0, 1, ...) per pair and method.
-    """
+    """Generates and shuffles images, of so many seeds, and writes sheets, `votes.csv` and `key.json`."""
     out.mkdir(parents=True, exist_ok=True)
     jobs = numbered(seeds)
     key = {number: job.arm.label for number, job in jobs.items()}
@@ -91,18 +87,14 @@ def make(out: Path, seeds: int) -> None:
     for pair in PAIRS:
         mine = [number for number, job in jobs.items() if job.pair == pair]
         for page, start in enumerate(range(0, len(mine), COLUMNS * ROWS)):
-            chosen = {number: images[number] for number in mine[start : start + COLUMNS * ROWS]}
-            _sheet(pair, chosen).save(out / f"{pair[0]}-{pair[1]}-{page}.png")
+            chosen = [(str(number), images[number]) for number in mine[start : start + COLUMNS * ROWS]]
+            references = [(name, Image.open(path)) for name in pair for path in playground_references(name)[:2]]
+            vote_sheet(references, chosen).save(out / f"{pair[0]}-{pair[1]}-{page}.png")
     write_key(out, key)
 
 
 def write_key(out: Path, key: Mapping[int, str]) -> None:
-    """Writes `key.json`, and `votes.csv` to be filled in unless there is one.
-
-    Args:
-        out: The folder.
-        key: What made each image, by number.
-    """
+    """Writes `key.json`, what made each image by number, and `votes.csv` to be filled in unless there is one."""
     (out / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
     votes = out / "votes.csv"
     if not votes.exists():
@@ -127,10 +119,7 @@ def score(out: Path) -> None:
 def judge(out: Path, evaluation: Path, first: int | None) -> None:
     """Reproduces the images, lets the judge vote, and lists where it disagrees with the human.
 
-    Args:
-        out: A folder with `votes.csv` and `key.json`.
-        evaluation: A finished evaluation of the playground, for the thresholds.
-        first: Number of images, evenly spaced; None means all.
+    The thresholds are those of a finished evaluation of the playground; `first` is a number of images, evenly spaced.
 
     Raises:
         ValueError: If the images are generated differently today.
@@ -213,17 +202,12 @@ def generate(pipe: Any, job: BlindImage) -> Image.Image:
     ).images[0]
 
 
-def _sheet(pair: tuple[str, str], images: dict[int, Image.Image]) -> Image.Image:
-    """What the two subjects look like, and numbered images below."""
-    font = ImageFont.load_default(18)
-    sheet = Image.new("RGB", (COLUMNS * (SIDE + 8) + 8, (ROWS + 1) * (SIDE + 30) + 8), "white")
-    draw = ImageDraw.Draw(sheet)
-    references = [(subject, Image.open(path)) for subject in pair for path in playground_references(subject)[:2]]
-    tiles = [(f"reference: {subject}", image) for subject, image in references]
-    tiles += [("", Image.new("RGB", (1, 1), "white"))] * (COLUMNS - len(tiles))
-    tiles += [(str(number), image) for number, image in images.items()]
-    for i, (label, image) in enumerate(tiles):
-        x, y = 8 + (i % COLUMNS) * (SIDE + 8), 8 + (i // COLUMNS) * (SIDE + 30)
-        draw.text((x, y), label, fill="black", font=font)
-        sheet.paste(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x, y + 24))
-    return sheet
+def vote_sheet(references: Iterable[tuple[str, Image.Image]], images: Iterable[tuple[str, Image.Image]]) -> Image.Image:
+    """A sheet to vote on: what the subjects look like, and captioned images below."""
+    rows = []
+    for label, tiles in (("reference", list(references)), ("", list(images))):
+        for start in range(0, len(tiles), COLUMNS):
+            captions, pictures = zip(*tiles[start : start + COLUMNS], strict=True)
+            rows.append(Row((), pictures, [f"{label} {caption}".strip() for caption in captions]))
+    lines = [f"{verdict}: {text}" for verdict, text in VERDICTS.items()]
+    return sheet([()] * COLUMNS, rows, title="Which subjects are right?", lines=lines, side=SIDE)

@@ -4,31 +4,22 @@
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from lora_compose.compose.evaluation.blind import VERDICTS, write_key
+from lora_compose.compose.evaluation.blind import COLUMNS, ROWS, vote_sheet, write_key
 from lora_compose.compose.evaluation.scoring import reference_files
 from lora_compose.compose.evaluation.table import Evaluation, load
-from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import read_pixels
 from lora_compose.pipelines.spelling import did_you_mean
-
-COLUMNS, ROWS, SIDE = 5, 4, 192
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of an evaluation on a sheet.
-
-    Attributes:
-        method: Name of the method's row in the evaluation's table.
-        concepts: The two subjects.
-        file: Path of the image in the evaluation's folder.
-    """
+    """An image of an evaluation on a sheet: its method's row in the table, the two subjects, and its file."""
 
     method: str
     concepts: tuple[str, ...]
@@ -36,13 +27,7 @@ class Shown:
 
 
 def make_from(evaluation: Path, out: Path, methods: Sequence[str], images: int) -> None:
-    """Shuffles images of two subjects of some methods and writes sheets, `votes.csv` and `key.json`.
-
-    Args:
-        evaluation: Folder of an evaluation.
-        out: The folder for the files.
-        methods: Names of rows of its table.
-        images: Number of images of each method.
+    """Shuffles images of two subjects of some rows of an evaluation and writes sheets, `votes.csv` and `key.json`.
 
     Raises:
         ValueError: If a method is not in the evaluation, or there are too few images that all of them made.
@@ -64,7 +49,7 @@ def make_from(evaluation: Path, out: Path, methods: Sequence[str], images: int) 
 
 
 def _chosen(found: Evaluation, methods: Sequence[str], images: int) -> list[Shown]:
-    """The same scenes and seeds of each method, spread over the scenes; neighbours on a sheet have the same scene."""
+    """Equal scenes and seeds of each method, spread over the scenes; neighbours on a sheet have the same scene."""
     table = found.images
     keys = zip(table["scene"], table["arm"], table["seed"], strict=True)
     files: dict[tuple[str, str, int], str] = dict(zip(keys, table["file"], strict=True))
@@ -97,18 +82,8 @@ def _of_all(files: Mapping[tuple[str, str, int], str], scene: str, methods: Sequ
 
 def _sheet(found: Evaluation, folder: Path, images: Mapping[int, Shown]) -> Image.Image:
     """References of the subjects on the sheet, and numbered images below."""
-    names = list(dict.fromkeys(name for one in images.values() for name in one.concepts))
-    references = [(name, read_pixels(reference_files(found.suite.concept(name))[0])) for name in names]
-    tiles = [
-        (f"{number}: {' and '.join(one.concepts)}", read_pixels(folder / one.file)) for number, one in images.items()
-    ]
-    rows = [*_rows("reference", references), *_rows("", tiles)]
-    lines = [f"{verdict}: {text}" for verdict, text in VERDICTS.items()]
-    return sheet([()] * COLUMNS, rows, title="Which subjects are right?", lines=lines, side=SIDE)
-
-
-def _rows(label: str, tiles: Sequence[tuple[str, Image.Image]]) -> Iterator[Row]:
-    for start in range(0, len(tiles), COLUMNS):
-        part = tiles[start : start + COLUMNS]
-        captions = [f"{label} {caption}".strip() for caption, _ in part]
-        yield Row((), [image for _, image in part], captions)
+    names = dict.fromkeys(name for one in images.values() for name in one.concepts)
+    return vote_sheet(
+        [(name, read_pixels(reference_files(found.suite.concept(name))[0])) for name in names],
+        [(f"{number}: {' and '.join(one.concepts)}", read_pixels(folder / one.file)) for number, one in images.items()],
+    )

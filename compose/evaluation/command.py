@@ -14,17 +14,10 @@ from lora_compose.compose.support.terminal import FAILED, bar, echo, err, out
 
 
 def run_suite(suite: str, folder: Path | None = None, processes: int | None = None, ray: str | None = None) -> int:
-    """Generates and scores all images of a suite and writes the report; a rerun resumes, further processes join in.
+    """Generates and scores all images of a suite, writes the report, and returns the exit code; a rerun resumes.
 
-    Args:
-        suite: A suite file, or the name of a shipped suite.
-        folder: Output folder; None means outputs/evaluation/NAME.
-        processes: Number of processes; None means one per GPU, or as in the suite; with Ray, one per node if there are
-            no GPUs.
-        ray: The address of a Ray cluster that does the work, or "local"; None is this machine without Ray.
-
-    Returns:
-        The exit code: 0; that of a process that found an error; or 1 if images are missing.
+    Further processes join in. The suite is a file or the name of a shipped one; `processes` are one per GPU by default,
+    or as in the suite, and with a Ray cluster (`ray`: its address, or "local") one per node if there are no GPUs.
 
     Raises:
         ValueError: For suites that cannot be read.

@@ -1,18 +1,17 @@
 """Comparison of two runs of an evaluation: their differences, and the effect on the metrics."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_compose.compose.evaluation.report import marked, number
+from lora_compose.compose.evaluation.report import line, marked, number
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES, compare
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.evaluation.summary import METRICS, Metric, by_scene_and_seed
@@ -60,8 +59,8 @@ class RunComparison:
             "",
         ]
         lines += [f"- {marked(note)}" for note in self.notes]
-        lines += ["", _line(_HEADER), _line(["---", "---", "---:", "---:", "---:", "---:", "---"])]
-        lines += [_line([marked(cell) for cell in row]) for row in self._cells()]
+        lines += ["", line(_HEADER), line(["---", "---", "---:", "---:", "---:", "---:", "---"])]
+        lines += [line([marked(cell) for cell in row]) for row in self._cells()]
         return "\n".join(lines) + "\n"
 
     def __rich__(self) -> Group:
@@ -124,7 +123,8 @@ def _row(metric: Metric, a: pd.DataFrame, b: pd.DataFrame, shared: Sequence[str]
     if not both:
         means = {"a": _mean(by_scene_and_seed(a, metric.key)), "b": _mean(by_scene_and_seed(b, metric.key))}
         return {**means, "wins": 0, "ties": 0, "losses": 0, "images": 0, "verdict": ""}
-    first, second = (by_scene_and_seed(_chosen(p, both), metric.key) for p in (a, b))
+    common = (pd.DataFrame(images[[key in both for key in _keys(images)]]) for images in (a, b))
+    first, second = (by_scene_and_seed(images, metric.key) for images in common)
     found = compare(second, first, metric.higher_is_better)
     ends = {"difference": found.difference.mean, "low": found.difference.low, "high": found.difference.high}
     counts = {"wins": found.wins, "ties": found.ties, "losses": found.losses, "images": len(both)}
@@ -135,10 +135,6 @@ def _keys(images: pd.DataFrame) -> list[tuple[str, str, int]]:
     """Scene, concept that acts alone, and seed of each image."""
     alone = ["" if pd.isna(name) else str(name) for name in images["alone"]]
     return list(zip(images["scene"], alone, images["seed"], strict=True))
-
-
-def _chosen(images: pd.DataFrame, keys: Set[tuple[str, str, int]]) -> pd.DataFrame:
-    return pd.DataFrame(images[[key in keys for key in _keys(images)]])
 
 
 def _mean(values: pd.Series) -> float:
@@ -187,11 +183,8 @@ def _changed_entries(kind: str, a: Iterable[Any], b: Iterable[Any]) -> Iterator[
         if only := [name for name in own if name not in other]:
             yield f"only in {run}: {kind} {', '.join(map(repr, only))}"
     for name in (name for name in first if name in second):
-        yield from _changed(f"{kind} {name!r}, ", _fields(first[name]), _fields(second[name]))
-
-
-def _fields(entry: BaseModel) -> dict[str, Any]:
-    return entry.model_dump(mode="json")
+        both = (entries[name].model_dump(mode="json") for entries in (first, second))
+        yield from _changed(f"{kind} {name!r}, ", *both)
 
 
 def _changed(where: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
@@ -230,7 +223,3 @@ def _said(row: Mapping[str, Any]) -> str:
     if not row["images"]:
         return "no common images"
     return "undecided" if row["verdict"] == "undecided" else f"B is {row['verdict']}"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"

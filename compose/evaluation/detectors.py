@@ -20,13 +20,7 @@ SHARED = 0.5  # two boxes of which the smaller one lies in the larger one by mor
 
 @dataclass(frozen=True)
 class Detection:
-    """An object that was found.
-
-    Attributes:
-        word: The noun it was found by.
-        box: Where it is, in pixels.
-        score: Confidence of the detector, 0 to 1.
-    """
+    """An object that was found: the noun it was found by, its box in pixels, and the detector's confidence, 0 to 1."""
 
     word: str
     box: Box
@@ -47,12 +41,8 @@ class WindowDetector:
     A window is a finding if "a WORD" fits it better than all of: the same of every other noun, "a part of a WORD" of
     every noun, and "nothing". Windows of three sizes are tried on a coarse grid; around the best ones for every word,
     nearby windows are tried as well. The encoder must know what a part is: this is made for the playground's judge.
-
-    Args:
-        encoder: Must read text.
-        vocabulary: Further nouns that may be in the image.
-        threshold: Least probability of a finding.
-        temperature: Similarities are divided by it before the softmax.
+    `vocabulary` has further nouns that may be in the image; similarities are divided by `temperature` before the
+    softmax.
     """
 
     def __init__(
@@ -92,13 +82,7 @@ class WindowDetector:
 
 
 class ZeroShotDetector:
-    """A zero-shot object detection model of transformers, such as OWLv2 or Grounding DINO.
-
-    Args:
-        source: A folder or hub repository.
-        threshold: Least score of a finding.
-        device: Where it runs.
-    """
+    """A zero-shot object detection model of transformers, such as OWLv2 or Grounding DINO, from a folder or the hub."""
 
     def __init__(self, source: str, threshold: float = 0.2, device: str = "cpu") -> None:
         try:

@@ -26,14 +26,8 @@ class Encoder:
     """Encodes images, and with some models texts; `load_encoder` makes one.
 
     Images are resized and normalised by the model's own processor, computed with Pillow and numpy whether or not
-    torchvision is there. The processors of CLIP and DINOv2 usually cut off what is not square.
-
-    Args:
-        name: Its name in error messages and tables.
-        model: From transformers.
-        processor: Of images.
-        tokenizer: None for a model of images only.
-        batch_size: Number of images or texts per batch; embeddings do not depend on it.
+    torchvision is there. The processors of CLIP and DINOv2 usually cut off what is not square. Embeddings do not depend
+    on the batch size.
     """
 
     def __init__(
@@ -48,22 +42,15 @@ class Encoder:
 
     @property
     def has_text(self) -> bool:
-        """Whether it encodes texts as well."""
+        """Whether the model encodes texts as well."""
         return self._tokenizer is not None
 
     def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Encodes images of any size and mode.
-
-        Returns:
-            Embeddings [n, channels] of length 1, float32 on the CPU.
-        """
+        """Embeddings of images of any size and mode. Shape: [n, channels] of length 1, float32 on the CPU."""
         return self._in_batches(self._encode_images, images, Image.new("RGB", (1, 1)))
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Encodes texts. Texts that are too long are cut off, with one warning.
-
-        Returns:
-            Embeddings [n, channels] of length 1, float32 on the CPU.
+        """Embeddings of texts, as of images. Texts that are too long are cut off, with one warning.
 
         Raises:
             ValueError: If the model has none.
@@ -119,14 +106,10 @@ class Encoder:
 def load_encoder(source: str, device: str = "cpu") -> Encoder:
     """Opens an encoder: weights from safetensors only, in float32, whatever the precision of the file.
 
-    The embeddings are those that are compared in the papers: the projected ones of CLIP, the pooled ones of SigLIP and
-    SigLIP 2, and of DINOv2 the class token after the last normalisation. The first SigLIP's own tokenizer needs the
-    package sentencepiece.
-
-    Args:
-        source: `playground:judge`, a folder as transformers saves it, or a hub repository such as
-            openai/clip-vit-base-patch32.
-        device: Where it computes.
+    `source` is `playground:judge`, a folder as transformers saves it, or a hub repository such as
+    openai/clip-vit-base-patch32. The embeddings are those that are compared in the papers: the projected ones of CLIP,
+    the pooled ones of SigLIP and SigLIP 2, and of DINOv2 the class token after the last normalisation. The first
+    SigLIP's own tokenizer needs the package sentencepiece.
 
     Raises:
         ValueError: If there is no such encoder, it is of another family, or it cannot be opened; the message says what

@@ -1,4 +1,4 @@
-"""What goes wrong in the images of a method: counts by kind of failure and kind of scene, and a sheet of examples."""
+"""Failures in the images of a method: counts by kind of failure and kind of scene, and a sheet of examples."""
 
 import re
 import textwrap
@@ -25,12 +25,7 @@ _EXAMPLES = 6
 
 
 def show_failures(folder: Path, method: str, to: Path | None = None) -> None:
-    """Prints how often each kind of failure occurs, by kind of scene, and writes a sheet of examples.
-
-    Args:
-        folder: Folder of an evaluation, finished or not.
-        method: Name of a row of its table.
-        to: File for the sheet; None means failures-METHOD.png in the folder.
+    """Prints how often a row's images fail in which way, by kind of scene, and writes a sheet of examples.
 
     Raises:
         ValueError: If the evaluation has no images of the method.
@@ -53,12 +48,7 @@ def show_failures(folder: Path, method: str, to: Path | None = None) -> None:
 
 
 def kinds_of_failure(found: Evaluation, method: str) -> pd.DataFrame:
-    """The images of a method with two further columns: the kind of scene, and the kind of failure or "".
-
-    Args:
-        found: The evaluation.
-        method: Name of a row of its table.
-    """
+    """The images of a method with two further columns: the kind of scene, and the kind of failure or ""."""
     concepts = found.concepts[found.concepts["arm"] == method].fillna({"alone": ""})
     keys = ["scene", "alone", "seed"]
     missing = ~concepts["found"].astype(bool)

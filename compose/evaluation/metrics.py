@@ -16,16 +16,8 @@ from scipy.optimize import linear_sum_assignment
 def clip_t(images: torch.Tensor, texts: torch.Tensor) -> np.ndarray:
     """How well images fit their texts: 100 max(cos, 0), CLIPScore with the factor 100 of torchmetrics.
 
-    0 to 100; higher is better. No detection: the whole image is compared.
-
+    0 to 100; higher is better. No detection: the whole image is compared. Shapes: two times [n, channels] to [n].
     Hessel et al. 2021, "CLIPScore", https://arxiv.org/abs/2104.08718, who use the factor 2.5.
-
-    Args:
-        images: Embeddings [n, channels].
-        texts: Embeddings [n, channels], the text of each image.
-
-    Returns:
-        Scores [n].
     """
     return 100 * (images.double() * texts.double()).sum(dim=1).clamp(min=0).numpy()
 
@@ -34,14 +26,8 @@ def clip_i(images: torch.Tensor, references: torch.Tensor) -> np.ndarray:
     """How alike images and references are: the mean cosine similarity to all references.
 
     -1 to 1; higher is better. No detection: all of `images` is compared. With embeddings of CLIP this is CLIP-I, with
-    those of DINO it is DINO-I, of Ruiz et al. 2022, "DreamBooth", https://arxiv.org/abs/2208.12242.
-
-    Args:
-        images: Embeddings [n, channels].
-        references: Embeddings [m, channels].
-
-    Returns:
-        Similarities [n].
+    those of DINO it is DINO-I, of Ruiz et al. 2022, "DreamBooth", https://arxiv.org/abs/2208.12242. Shapes: [n,
+    channels] and [m, channels] to [n].
 
     Raises:
         ValueError: If there are no references.
@@ -52,31 +38,18 @@ def clip_i(images: torch.Tensor, references: torch.Tensor) -> np.ndarray:
 
 
 def similarity_matrix(crops: torch.Tensor, references: Sequence[torch.Tensor]) -> np.ndarray:
-    """`clip_i` of every crop to the references of every concept.
+    """`clip_i` of every crop to the references of every concept. Shape: [crops, concepts].
 
-    -1 to 1; higher is more alike. Only what was detected has a crop.
-
-    Args:
-        crops: Embeddings [k, channels]; k may be 0.
-        references: Embeddings [m_j, channels] for every concept j.
-
-    Returns:
-        Similarities [k, concepts].
+    -1 to 1; higher is more alike. Only what was detected has a crop; there may be none.
     """
     return np.stack([clip_i(crops, of_concept) for of_concept in references], axis=1)
 
 
 def assign(similarity: np.ndarray, allowed: np.ndarray) -> list[int | None]:
-    """Gives each concept at most one candidate and each candidate to at most one concept.
+    """Gives each concept at most one candidate and each candidate to at most one concept; None is "not detected".
 
     As many concepts as possible get one; among the ways to do so, the one with the largest total similarity is taken.
-
-    Args:
-        similarity: Of the concepts' references to the candidates [concepts, candidates]; there may be no candidates.
-        allowed: Which candidates a concept may get [concepts, candidates], bool.
-
-    Returns:
-        The candidate of every concept; None for a concept without one, which counts as not detected.
+    Shapes: both [concepts, candidates]; `allowed` says which candidates a concept may get, and there may be none.
     """
     most = np.abs(similarity).max(initial=0, where=allowed)
     bonus = 2 * min(similarity.shape) * most + 1  # one more pair outweighs any change of the similarities
@@ -89,12 +62,6 @@ def region_similarity(similarity: np.ndarray) -> np.ndarray:
     """How alike every concept is to its own references: the diagonal of S.
 
     -1 to 1, in practice above 0; higher is better. A concept that was not detected counts as 0.
-
-    Args:
-        similarity: S [concepts, concepts].
-
-    Returns:
-        Similarities [concepts].
     """
     return np.nan_to_num(np.diagonal(similarity), nan=0.0)
 
@@ -103,9 +70,6 @@ def minimum(similarity: np.ndarray) -> float:
     """How alike the worst concept is to its own references, so that a good concept cannot make up for a lost one.
 
     -1 to 1, in practice above 0; higher is better. A concept that was not detected counts as 0.
-
-    Args:
-        similarity: S [concepts, concepts].
     """
     return float(region_similarity(similarity).min())
 
@@ -113,11 +77,8 @@ def minimum(similarity: np.ndarray) -> float:
 def leak(similarity: np.ndarray) -> float:
     """How alike concepts are to others: the highest similarity to another concept's references, averaged over concepts.
 
-    -1 to 1; lower is better, but an image without any identity has a low leak as well: read it together
-    with `region_similarity`. Concepts that were not detected are left out; NaN if none was, or with fewer than two.
-
-    Args:
-        similarity: S [concepts, concepts].
+    -1 to 1; lower is better, but an image without any identity has a low leak as well: read it together with
+    `region_similarity`. Concepts that were not detected are left out; NaN if none was, or with fewer than two.
     """
     _, others = _own_and_others(similarity)
     return _mean(others) if len(similarity) > 1 else np.nan
@@ -127,9 +88,6 @@ def swap_rate(similarity: np.ndarray) -> float:
     """The share of concepts whose nearest references are another concept's.
 
     0 to 1; lower is better. Concepts that were not detected are left out; NaN if none was, or there are fewer than two.
-
-    Args:
-        similarity: S [concepts, concepts].
     """
     own, others = _own_and_others(similarity)
     return _mean(others > own) if len(similarity) > 1 else np.nan
@@ -138,13 +96,8 @@ def swap_rate(similarity: np.ndarray) -> float:
 def success(similarity: np.ndarray, thresholds: np.ndarray) -> bool:
     """Whether every concept is present with its own identity.
 
-    Every concept was detected, is nearer to its own references than to those of any other, and reaches its threshold.
-    True is better. One concept that was not detected makes it False.
-
-    Args:
-        similarity: S [concepts, concepts].
-        thresholds: Least similarity to the own references [concepts], from `presence_threshold`; NaN means no
-            threshold.
+    Every concept was detected, is nearer to its own references than to those of any other, and reaches its threshold
+    (`presence_threshold`; NaN is none). True is better. One concept that was not detected makes it False.
     """
     own, others = _own_and_others(similarity)
     if len(own) < len(similarity):
@@ -161,23 +114,16 @@ def presence_threshold(without: np.ndarray, alone: np.ndarray) -> float:
     at their best (`reached`; a LoRA alone often fails, too). Since it is measured with the same encoder, it is
     calibrated for every encoder.
 
-    -1 to 1; neither direction is better. NaN if images with the LoRA are not more alike to the references than
-    images without: this encoder then cannot recognise the identity.
-
-    Args:
-        without: Similarities without any LoRA [n]; NaN (not detected) is left out.
-        alone: Similarities with the concept's LoRA alone [m]; NaN (not detected) is left out.
+    -1 to 1; neither direction is better. NaN in the similarities (not detected) is left out. The result is NaN if
+    images with the LoRA are not more alike to the references than images without: this encoder then cannot recognise
+    the identity.
     """
     low, high = _mean(without[~np.isnan(without)]), reached(alone)
     return (low + high) / 2 if high > low else np.nan
 
 
 def reached(alone: np.ndarray) -> float:
-    """The similarity that a LoRA reaches alone in its best images: one image in ten exceeds it.
-
-    Args:
-        alone: Similarities with the LoRA alone [m]; NaN (not detected) is left out. NaN if nothing is left.
-    """
+    """The similarity that a LoRA reaches alone in its best images: one image in ten exceeds it. NaN is left out."""
     kept = alone[~np.isnan(alone)]
     return float(np.quantile(kept, 0.9)) if len(kept) else np.nan
 
@@ -186,12 +132,8 @@ def style_share(colours: np.ndarray, without: np.ndarray, alone: np.ndarray) -> 
     """How much of a style an image has, by its colours: how far they are on the way to those with the style alone.
 
     0 as without any LoRA, 1 as with the style's LoRA alone, in the same scene; higher is better. It is blind to what
-    colours do not show, such as strokes. NaN if colours are the same with and without the style.
-
-    Args:
-        colours: Of the image: mean and spread of each channel [6].
-        without: Of images without any LoRA, on average [6].
-        alone: Of images with the style's LoRA alone, on average [6].
+    colours do not show, such as strokes. NaN if colours are the same with and without the style. Shapes: [6] each, mean
+    and spread of each channel; those without any LoRA and with the style alone are averages.
     """
     way = alone - without
     length = float(way @ way)
@@ -203,10 +145,6 @@ def bound_ratio(method: np.ndarray, alone: np.ndarray) -> float:
 
     About 0 to 1, above 1 if the method does better than the LoRA alone; higher is better. Concepts that were not
     detected count as 0 in both means. NaN if the mean alone is not above 0.
-
-    Args:
-        method: Similarities to the own references under the method [n].
-        alone: Similarities to the own references with that LoRA alone [m].
     """
     kept, whole = _mean(np.nan_to_num(method, nan=0.0)), _mean(np.nan_to_num(alone, nan=0.0))
     return kept / whole if whole > 0 else np.nan

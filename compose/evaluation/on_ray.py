@@ -11,10 +11,10 @@ from lora_compose.compose.cluster.packing import Node, Parcel, named_as
 from lora_compose.compose.cluster.pool import Ended, Pool, connected, object_packer
 from lora_compose.compose.evaluation.batches import Batch, run_of
 from lora_compose.compose.evaluation.packing import pack
+from lora_compose.compose.evaluation.planning import Todo, open_plan
 from lora_compose.compose.evaluation.results import CLAIMS, Failed
 from lora_compose.compose.evaluation.runner import PATIENCE, OnProgress
 from lora_compose.compose.evaluation.suite import Suite, moved_suite
-from lora_compose.compose.evaluation.todo import Todo, open_plan
 from lora_compose.compose.evaluation.worker import Images, Result, Worker, failed, raise_problems, to_plan
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.generate.processes import own_device
@@ -32,13 +32,8 @@ def evaluate_on_ray(
 ) -> None:
     """Generates and scores the remaining batches of a suite on a Ray cluster, as `evaluate` does, which may join in.
 
-    Args:
-        suite: What to evaluate.
-        out: The evaluation's folder, on this machine.
-        address: Of the cluster, as `ray.init` takes it; "local" starts one on this machine.
-        on_progress: Called with the number of finished batches, and sometimes a text.
-        workers: How many; None is one per GPU, or one per node if there are none.
-        patience: As for `evaluate`.
+    `address` is as `ray.init` takes it, "local" starts a cluster on this machine; by default there is a worker per GPU,
+    or per node if there are none.
 
     Raises:
         ValueError: As `evaluate`.

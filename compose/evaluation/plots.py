@@ -24,17 +24,10 @@ _LONGEST = 22  # characters of a label
 
 
 def against_cost(summary: pd.DataFrame, metric: Metric) -> str:
-    """A metric with its intervals against latent rows relative to the row without LoRA, every row of the table a point.
+    """A metric with its intervals against latent rows relative to the row without LoRA, every row of `summary` a point.
 
-    Points of the same cost are drawn side by side.
-
-    Args:
-        summary: What `summary.summary` gives.
-        metric: One of its metrics.
-
-    Returns:
-        An `<svg>` element; empty if there is nothing to draw. The page defines `--ink`, `--faint`, `--rule` and
-        `--accent`.
+    Points of the same cost are drawn side by side. An `<svg>` element, empty if there is nothing to draw; the page
+    defines `--ink`, `--faint`, `--rule` and `--accent`.
     """
     points = summary.dropna(subset=["rows_ratio", metric.key])
     if points.empty:

@@ -3,9 +3,8 @@
 import html
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,17 +28,8 @@ _OPEN_SCENES = 3
 _DASH = "\u2013"
 
 
-@dataclass(frozen=True)
-class Report:
-    """A written report.
-
-    Attributes:
-        html: The page.
-        markdown: The table as Markdown.
-        images: A row per image, as CSV.
-        concepts: A row per image and concept, as CSV.
-        summary: A row per arm, as JSON records.
-    """
+class Report(NamedTuple):
+    """The files of a written report: the page, the table as Markdown, and CSV or JSON of images, concepts and arms."""
 
     html: Path
     markdown: Path
@@ -47,21 +37,12 @@ class Report:
     concepts: Path
     summary: Path
 
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """All of them, the page first."""
-        return self.html, self.markdown, self.images, self.concepts, self.summary
-
 
 def write_report(out: Path, baseline: str | None = None) -> Report:
     """Writes the report of an evaluation, as far as it is finished, into its folder.
 
-    report.html (images inside), report.md, images.csv, concepts.csv and summary.json; each appears whole or not at
-    all. The same results give the same files.
-
-    Args:
-        out: The folder.
-        baseline: The method that others are compared with; None is the suite's.
+    report.html (images inside), report.md, images.csv, concepts.csv and summary.json; each appears whole or not at all.
+    Methods are compared with `baseline`, by default the suite's. The same results give the same files.
 
     Raises:
         ValueError: If there is no such method.
@@ -70,27 +51,14 @@ def write_report(out: Path, baseline: str | None = None) -> Report:
     """
     evaluation = load(out) if baseline is None else load(out).against(baseline)
     arms_table = summary(evaluation)
-    report = Report(
-        html=out / "report.html",
-        markdown=out / "report.md",
-        images=out / "images.csv",
-        concepts=out / "concepts.csv",
-        summary=out / "summary.json",
-    )
+    names = ("report.html", "report.md", "images.csv", "concepts.csv", "summary.json")
+    report = Report(*(out / name for name in names))
     write_text(report.html, render_html(out, evaluation, arms_table))
     write_text(report.markdown, render_markdown(evaluation, arms_table))
-    write_text(report.images, _csv(evaluation.images))
-    write_text(report.concepts, _csv(evaluation.concepts))
-    write_text(report.summary, _json(arms_table))
+    for path, table in ((report.images, evaluation.images), (report.concepts, evaluation.concepts)):
+        write_text(path, str(table.to_csv(index=False, lineterminator="\n")))
+    write_text(report.summary, f"{arms_table.to_json(orient='records', indent=1, double_precision=15)}\n")
     return report
-
-
-def _csv(table: pd.DataFrame) -> str:
-    return str(table.to_csv(index=False, lineterminator="\n"))
-
-
-def _json(table: pd.DataFrame) -> str:
-    return f"{table.to_json(orient='records', indent=1, double_precision=15)}\n"
 
 
 def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
@@ -233,8 +201,8 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     lines = [f"# Evaluation: {marked(suite.name)}", ""]
     lines += [f"- {name}: {marked(value)}" for name, value in facts(evaluation).items()]
     lines += ["", *(f"> **Note.** {marked(text)}\n" for text in warnings(evaluation))]
-    lines += [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
-    lines += [_line(_cells(row, shown, suite.baseline)) for row in arms_table.to_dict("records")]
+    lines += [line(header), line(["---", *["---:"] * (len(header) - 1)])]
+    lines += [line(_cells(row, shown, suite.baseline)) for row in arms_table.to_dict("records")]
     lines += ["", *_GUIDE]
     if evaluation.failed:
         lines += ["", "## Failed", "", *(f"- {marked(_whose(one))}: {marked(one.error)}" for one in evaluation.failed)]
@@ -269,7 +237,8 @@ def marked(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]#|~])", r"\\\1", html.escape(" ".join(plain(text).split()), quote=False))
 
 
-def _line(cells: Iterable[str]) -> str:
+def line(cells: Iterable[str]) -> str:
+    """A row of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -34,15 +34,9 @@ class _Frozen(BaseModel):
 class ImageCost(_Frozen):
     """Costs of one image, averaged over its batch.
 
-    Attributes:
-        rows_forward: latent rows run forward.
-        rows_stopped: latent rows run forward in truncated passes.
-        rows_backward: latent rows run backward.
-        flops: FLOPs of all passes of the model, counted.
-        seconds: Wall time, including decoding.
-        preparation_seconds: Part of it until the first step.
-        peak_bytes: Peak memory of tensors during the call, for the whole batch; None on mps, where PyTorch
-            does not report it.
+    Rows are latent rows (`stopped`: in truncated passes), FLOPs those of all passes of the model, counted; seconds
+    include decoding and, as `preparation_seconds`, the time until the first step. `peak_bytes` is that of the whole
+    batch; None on mps, where PyTorch does not report it.
     """
 
     rows_forward: float
@@ -55,17 +49,10 @@ class ImageCost(_Frozen):
 
 
 class Made(_Frozen):
-    """A batch of images that was made.
+    """A batch of images that was made, with the cost of an image and what made it.
 
-    Attributes:
-        scene: Name of the scene.
-        arm: Name of the arm.
-        alone: The concept that acted alone, if the arm is one of those.
-        seeds: Of the images.
-        cost: Of an image.
-        versions: Versions of the packages that made it.
-        machine: The machine that made it.
-        sha256: Of the image files, by seed; empty if the batch was made by a version that did not store them.
+    `alone` is the concept that acted alone, if the arm is one of those; `sha256`, by seed, is empty if the batch was
+    made by a version that did not store checksums.
     """
 
     scene: str
@@ -102,10 +89,8 @@ class ConceptScore(_Frozen):
 class ImageScores(_Frozen):
     """Measurements of one image.
 
-    Attributes:
-        clip_t: 100 x similarity to the prompt without triggers; None if the encoder reads no text.
-        concepts: By name of the scene's concepts.
-        extra: Findings that belong to no concept, such as a second cat; None without a detector.
+    `clip_t` is 100 x similarity to the prompt without triggers, None if the encoder reads no text; `extra` counts
+    findings that belong to no concept, such as a second cat, None without a detector.
     """
 
     clip_t: float | None
@@ -120,15 +105,7 @@ class Scores(_Frozen):
 
 
 class Failed(_Frozen):
-    """A batch that could not be made or scored.
-
-    Attributes:
-        scene: Name of the scene.
-        arm: Name of the arm.
-        alone: As in `Made`.
-        seeds: Of the images.
-        error: What happened.
-    """
+    """A batch that could not be made or scored."""
 
     scene: str
     arm: str
@@ -138,15 +115,9 @@ class Failed(_Frozen):
 
 
 class Planned(_Frozen):
-    """A batch of an evaluation.
+    """A batch of an evaluation, with the names of its folder and of the file with its scores.
 
-    Attributes:
-        key: Name of its folder, with a hash of everything that determines its images.
-        scores: Name of the file with its scores, with a hash of encoder, detector and references.
-        scene: Name of the scene.
-        arm: Name of the arm.
-        alone: As in `Made`.
-        seeds: Of the images.
+    The first has a hash of everything that determines its images, the second of encoder, detector and references.
     """
 
     key: Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
@@ -203,12 +174,7 @@ def read_made(out: Path, planned: Planned) -> Made | None:
 
 
 def read_scores(out: Path, planned: Planned, concepts: Sequence[str]) -> Scores | None:
-    """Reads the scores of a batch; None if there are none.
-
-    Args:
-        out: The evaluation's folder.
-        planned: The batch.
-        concepts: Those of its scene.
+    """Reads the scores of a batch, whose scene has these concepts; None if there are none.
 
     Raises:
         FileError: If that is damaged, or lacks an image or a concept.

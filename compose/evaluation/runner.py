@@ -7,9 +7,9 @@ may start late, or end at any time.
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lora_compose.compose.evaluation.planning import Todo, open_plan
 from lora_compose.compose.evaluation.results import CLAIMS, is_done
 from lora_compose.compose.evaluation.suite import Suite
-from lora_compose.compose.evaluation.todo import Todo, open_plan
 from lora_compose.compose.evaluation.worker import Worker, raise_problems, to_plan
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.generate.processes import own_device
@@ -24,13 +24,9 @@ OnProgress = Callable[..., None]
 def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None, *, patience: float = PATIENCE) -> None:
     """Generates and scores the remaining batches of a suite, until this or other processes have finished all.
 
-    Finished batches are not repeated unless they are damaged. A batch that fails is tried once.
-
-    Args:
-        suite: What to evaluate.
-        out: The evaluation's folder.
-        on_progress: Called with the number of finished batches of all processes.
-        patience: Seconds without a heartbeat after which the batch of another process is taken over.
+    Finished batches are not repeated unless they are damaged. A batch that fails is tried once. Without a heartbeat for
+    `patience` seconds, the batch of another process is taken over. `on_progress` gets the number of finished batches of
+    all processes.
 
     Raises:
         ValueError: If something in the suite cannot work; nothing has been made then.

@@ -27,13 +27,9 @@ CAPTIONS = "captions.tsv"
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """Scores images of a suite.
+    """Scores images of a suite; without a detector, concepts are taken from the regions of the scenes.
 
-    Attributes:
-        suite: The suite.
-        encoder: Measures similarity.
-        detector: Finds concepts; None takes the regions of the scenes.
-        references: Embedded reference images by concept. Shape: [images, channels] each.
+    `references` has the embedded reference images by concept. Shape: [images, channels] each.
     """
 
     suite: Suite

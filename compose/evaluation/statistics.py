@@ -16,13 +16,9 @@ MINIMUM_SCENES = 10
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over scenes, and where it may lie for other scenes of the same kind.
+    """A mean over scenes' means, and where it may lie for other scenes of the same kind.
 
-    Attributes:
-        mean: Of the scenes' means; NaN without values.
-        low: Lower end; NaN with fewer than two scenes.
-        high: Upper end; NaN with fewer than two scenes.
-        scenes: How many scenes had values.
+    The mean is NaN without values, the ends are NaN with fewer than two scenes; `scenes` is how many had values.
     """
 
     mean: float
@@ -33,14 +29,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against a baseline, on the same scenes and seeds.
+    """A method against a baseline, on the same scenes and seeds: method minus baseline, in the metric's own direction.
 
-    Attributes:
-        difference: Method minus baseline, in the metric's own units and direction.
-        wins: Images in which the method is better, in the direction that is better.
-        ties: Images in which both are the same.
-        losses: Images in which the method is worse.
-        verdict: "better" or "worse" than the baseline, or "undecided".
+    Wins, ties and losses count images in which the method is better, as good and worse.
     """
 
     difference: Interval
@@ -55,19 +46,12 @@ def bootstrap(
 ) -> Interval:
     """The mean over scenes of the scenes' means, with a percentile interval of the cluster bootstrap.
 
-    Every scene counts the same, however many values it has. The interval comes from drawing as many scenes as there
-    are, with replacement. It is too narrow with few scenes: where scenes differ normally, an interval of 95 % misses
-    the truth in 7 % of cases with 20 scenes, 10 % with 10 and 16 % with 5. One scene says nothing about others: its
-    interval is NaN to NaN.
+    Every scene counts the same, however many values it has; NaN is left out. The interval comes from drawing as many
+    scenes as there are, with replacement. It is too narrow with few scenes: where scenes differ normally, an interval
+    of 95 % misses the truth in 7 % of cases with 20 scenes, 10 % with 10 and 16 % with 5. One scene says nothing about
+    others: its interval is NaN to NaN. The same values give the same interval, in whatever order.
 
     Cameron, Gelbach and Miller 2008, "Bootstrap-Based Improvements for Inference with Clustered Errors".
-
-    Args:
-        values: One per image; NaN is left out.
-        scenes: The scene of each value.
-        draws: How often scenes are drawn.
-        level: Share of the draws inside the interval.
-        seed: Of the draws. The same values give the same interval, in whatever order.
     """
     means = _scene_means(values, scenes)
     count = len(means)
@@ -79,19 +63,13 @@ def bootstrap(
 
 
 def compare(method: pd.Series, baseline: pd.Series, higher_is_better: bool, tie: float = 1e-6) -> Comparison:
-    """Compares a method with a baseline on the images that both made.
+    """Compares a method with a baseline on the images that both made: values with an index of scene and seed.
 
     The verdict is "better" or "worse" if the 95 % interval of the difference excludes 0, and "undecided" otherwise. It
     is "undecided" as well with fewer than 10 scenes (`MINIMUM_SCENES`), because the interval is then too narrow: with
     10 scenes it is wrong about twice as often as it says (see `bootstrap`), with fewer more often. With 5, even the
-    same sign in all, which chance gives in 6 % of cases, would be a verdict.
-
-    Args:
-        method: Values with an index of scene and seed.
-        baseline: Values with an index of scene and seed. Images that only one of the two has, or where one is NaN,
-            are left out.
-        higher_is_better: The direction of the metric.
-        tie: Differences up to this size are ties; the default is for rounding only.
+    same sign in all, which chance gives in 6 % of cases, would be a verdict. Differences up to `tie` are ties; the
+    default is for rounding only.
 
     Raises:
         ValueError: If a scene and seed is there twice.

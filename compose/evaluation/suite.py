@@ -61,7 +61,7 @@ class SuiteConcept(_Frozen):
 
     @property
     def is_style(self) -> bool:
-        """Whether it is a style."""
+        """Whether the concept is a style."""
         return self.role == "style"
 
     @property
@@ -293,7 +293,7 @@ def read_suite(name: str) -> Suite:
 
 
 def moved_suite(suite: Suite, move: Callable[[str], str]) -> Suite:
-    """The same suite with every path changed by a function: of LoRAs, models, references and images."""
+    """A suite with every path changed by a function: of LoRAs, models, references and images."""
     moved: dict[str, Any] = {
         "concepts": tuple(_moved_concept(concept, move) for concept in suite.concepts),
         "scenes": tuple(moved_start(scene, move) for scene in suite.scenes),

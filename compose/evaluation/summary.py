@@ -13,16 +13,7 @@ from lora_compose.compose.evaluation.table import COSTS, Evaluation, arm_names
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of images.
-
-    Attributes:
-        key: Its column in the tables.
-        title: Its name in tables.
-        higher_is_better: Its direction.
-        digits: How many are shown after the point.
-        span: Its range.
-        meaning: An explanation, in a sentence or two.
-    """
+    """A metric of images: its column and its title in tables, direction, digits after the point, range and meaning."""
 
     key: str
     title: str

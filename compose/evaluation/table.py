@@ -9,30 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from lora_compose.compose.evaluation import metrics, results
 from lora_compose.compose.evaluation.batches import alone_name
-from lora_compose.compose.evaluation.metrics import (
-    bound_ratio,
-    leak,
-    presence_threshold,
-    reached,
-    region_similarity,
-    style_share,
-    swap_rate,
-)
-from lora_compose.compose.evaluation.results import (
-    FAILED,
-    PLAN,
-    Failed,
-    ImageScores,
-    Made,
-    Plan,
-    Planned,
-    Scores,
-    batch_folder,
-    image_path,
-    read_made,
-    read_scores,
-)
 from lora_compose.compose.evaluation.suite import SANITY, Suite
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import read
@@ -75,13 +53,13 @@ class Evaluation:
         unscored: Images that are made, but not scored yet.
     """
 
-    plan: Plan
+    plan: results.Plan
     concepts: pd.DataFrame
     images: pd.DataFrame
     thresholds: pd.DataFrame
     bounds: pd.DataFrame
-    made: tuple[Made, ...]
-    failed: tuple[Failed, ...]
+    made: tuple[results.Made, ...]
+    failed: tuple[results.Failed, ...]
     missing: int
     unscored: int
 
@@ -91,7 +69,7 @@ class Evaluation:
         return self.plan.suite
 
     def against(self, baseline: str) -> "Evaluation":
-        """The same, compared with another method.
+        """The evaluation, compared with another method.
 
         Raises:
             ValueError: If there is no such method.
@@ -126,11 +104,11 @@ class _Image:
     and how much of each the image has.
     """
 
-    planned: Planned
+    planned: results.Planned
     seed: int
     file: str
-    made: Made
-    scores: ImageScores
+    made: results.Made
+    scores: results.ImageScores
     concepts: tuple[str, ...]
     styles: Mapping[str, float] = field(default_factory=dict)
 
@@ -171,9 +149,9 @@ def load(out: Path) -> Evaluation:
     Raises:
         FileError: If there is no evaluation, or its plan is damaged. A damaged batch counts as not made.
     """
-    plan = read(out / PLAN, Plan)
+    plan = read(out / results.PLAN, results.Plan)
     if plan is None:
-        raise FileError(f"there is no evaluation in {out}: {PLAN} is missing")
+        raise FileError(f"there is no evaluation in {out}: {results.PLAN} is missing")
     shots, failed, missing, unscored = _stored(out, plan)
     shots = _with_styles(plan.suite, shots)
     concepts = _typed(pd.DataFrame([row for shot in shots for row in _concept_rows(shot)], columns=_CONCEPT_COLUMNS))
@@ -195,16 +173,18 @@ def load(out: Path) -> Evaluation:
     )
 
 
-def _stored(out: Path, plan: Plan) -> tuple[list[_Image], list[Failed], int, int]:
+def _stored(out: Path, plan: results.Plan) -> tuple[list[_Image], list[results.Failed], int, int]:
     """Images with scores, failures, how many batches are not made, and how many images are not scored."""
     shots: list[_Image] = []
-    failed: list[Failed] = []
+    failed: list[results.Failed] = []
     missing = unscored = 0
     for planned in plan.batches:
         concepts = plan.suite.scene(planned.scene).concepts
-        made = _sound(lambda planned=planned: read_made(out, planned))
-        scores = _sound(lambda planned=planned, concepts=concepts: read_scores(out, planned, concepts))
-        failure = _sound(lambda planned=planned: read(batch_folder(out, planned.key) / FAILED, Failed))
+        made = _sound(lambda planned=planned: results.read_made(out, planned))
+        scores = _sound(lambda planned=planned, concepts=concepts: results.read_scores(out, planned, concepts))
+        failure = _sound(
+            lambda planned=planned: read(results.batch_folder(out, planned.key) / results.FAILED, results.Failed)
+        )
         if made is not None and scores is not None:
             subjects = tuple(name for name in concepts if not plan.suite.concept(name).is_style)
             shots += _scored(out, planned, made, scores, subjects)
@@ -226,10 +206,12 @@ def _sound(reading: Callable[[], _Read | None]) -> _Read | None:
         return None
 
 
-def _scored(out: Path, planned: Planned, made: Made, scores: Scores, concepts: tuple[str, ...]) -> list[_Image]:
+def _scored(
+    out: Path, planned: results.Planned, made: results.Made, scores: results.Scores, concepts: tuple[str, ...]
+) -> list[_Image]:
     return [
         _Image(
-            planned, seed, image_path(out, planned.key, seed).relative_to(out).as_posix(), made,
+            planned, seed, results.image_path(out, planned.key, seed).relative_to(out).as_posix(), made,
             scores.images[seed], concepts,
         )
         for seed in planned.seeds
@@ -252,7 +234,7 @@ def _with_styles(suite: Suite, shots: Sequence[_Image]) -> list[_Image]:
     def share(shot: _Image, style: str) -> float:
         scene, bound = shot.planned.scene, bound_name(suite, shot.planned.arm)
         ends = mean(scene, SANITY[0], None, style), mean(scene, bound, style, style)
-        return style_share(np.array(shot.scores.concepts[style].colours), *ends)
+        return metrics.style_share(np.array(shot.scores.concepts[style].colours), *ends)
 
     return [
         replace(shot, styles={
@@ -266,7 +248,7 @@ def _with_styles(suite: Suite, shots: Sequence[_Image]) -> list[_Image]:
 
 def _concept_rows(shot: _Image) -> list[dict[str, Any]]:
     similarity = shot.similarity
-    own = region_similarity(similarity)
+    own = metrics.region_similarity(similarity)
     rows = []
     for i in shot.acting:
         score = shot.scores.concepts[shot.concepts[i]]
@@ -315,7 +297,7 @@ def _image_row(shot: _Image, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]
     similarity, acting = shot.similarity, shot.acting
     names = [shot.concepts[i] for i in acting]
     scores = [shot.scores.concepts[name] for name in (*names, *shot.styles)]
-    own = region_similarity(similarity)[acting]
+    own = metrics.region_similarity(similarity)[acting]
     return {
         **shot.keys,
         "file": shot.file,
@@ -323,9 +305,9 @@ def _image_row(shot: _Image, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]
         "clip_i": _mean([score.whole for score in scores]),
         "region": _mean(own),
         "region_min": min(own, default=np.nan),
-        "ratio": _mean([bound_ratio(own[[i]], bounds[name]) for i, name in enumerate(names)]),
-        "leak": leak(similarity),
-        "swap": swap_rate(similarity),
+        "ratio": _mean([metrics.bound_ratio(own[[i]], bounds[name]) for i, name in enumerate(names)]),
+        "leak": metrics.leak(similarity),
+        "swap": metrics.swap_rate(similarity),
         "found": _mean(np.asarray(~np.isnan(similarity[acting]).any(axis=1))),
         "placed": _mean([np.nan if score.placed is None else score.placed for score in scores]),
         "extra": shot.scores.extra,
@@ -341,8 +323,10 @@ def _thresholds(suite: Suite, concepts: pd.DataFrame) -> pd.DataFrame:
     for name in (concept.name for concept in suite.concepts if concept.name in used):
         found = concepts[concepts["found"] & (concepts["concept"] == name)]
         without, alone = (found.loc[found["arm"] == arm, "own"].to_numpy() for arm in SANITY[:2])
-        threshold = presence_threshold(without, alone)
-        rows.append({"concept": name, "without": _mean(without), "alone": reached(alone), "threshold": threshold})
+        threshold = metrics.presence_threshold(without, alone)
+        rows.append(
+            {"concept": name, "without": _mean(without), "alone": metrics.reached(alone), "threshold": threshold}
+        )
     return pd.DataFrame(rows, columns=["concept", "without", "alone", "threshold"])
 
 
@@ -354,7 +338,9 @@ def _bounds(suite: Suite, concepts: pd.DataFrame) -> pd.DataFrame:
             "arm": arm,
             "concept": concept.name,
             "region": _mean(own[arm, concept.name]),
-            "ratio": bound_ratio(own[arm, concept.name], own.get((bound_name(suite, arm), concept.name), np.array([]))),
+            "ratio": metrics.bound_ratio(
+                own[arm, concept.name], own.get((bound_name(suite, arm), concept.name), np.array([]))
+            ),
         }
         for arm in arm_names(suite)
         for concept in suite.concepts

@@ -33,14 +33,7 @@ PROBE_STEPS = 2
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a batch.
-
-    Attributes:
-        made: The images with their records, in the order of the seeds.
-        cost: Of an image.
-        versions: Versions of the packages that made them.
-        machine: The machine that made them.
-    """
+    """The images of a batch with their records, in the order of the seeds, what one cost, and what made them."""
 
     made: tuple[Made, ...]
     cost: ImageCost
@@ -53,13 +46,7 @@ Result = Images | Scores | Failed
 
 @dataclass
 class Worker:
-    """Makes and scores batches, one after the other.
-
-    Attributes:
-        suite: What is evaluated.
-        pipe: The model.
-        scorer: Scores images.
-    """
+    """Makes and scores batches of a suite with an opened model, one after the other."""
 
     suite: Suite
     pipe: Any
@@ -97,12 +84,10 @@ class Worker:
         return None
 
     def do(self, batch: Batch, images: Sequence[Image.Image] = (), on_progress: Any = None) -> Iterator[Result]:
-        """Makes and scores the images of a batch. An error is its last result, and does not stop other batches.
+        """Makes and scores the images of a batch, or only scores those that are given.
 
-        Args:
-            batch: The batch.
-            images: Its images, if there are any; otherwise they are made.
-            on_progress: Called after every step with the finished fraction, up to 1.
+        An error is the last result, and does not stop other batches. `on_progress` gets the finished fraction after
+        every step.
         """
         try:
             if not images:

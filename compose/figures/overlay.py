@@ -38,28 +38,13 @@ def colour(index: int) -> str:
 
 
 def heat(image: Image.Image, attention: Attention, concept: int, step: int | None, index: int = 0) -> Image.Image:
-    """A concept's map in its colour over the image, in grey.
-
-    Args:
-        image: The image.
-        attention: Of its call.
-        concept: Index of the concept.
-        step: Index of a recorded step; None is the mean over all.
-        index: Which image of the call.
-    """
+    """A concept's map in its colour over the image, in grey: at one of the recorded steps, or the mean over all."""
     maps = attention.maps[:, index, concept]
     return _heat(image, maps.mean(dim=0) if step is None else maps[step], concept)
 
 
 def draft_heat(image: Image.Image, draft: Tensor, concept: int, index: int = 0) -> Image.Image:
-    """The same for the map of a draft; the image in grey where the concept was not looked for.
-
-    Args:
-        image: The image.
-        draft: The draft's maps. Shape: [images, concepts, height, width].
-        concept: Index of the concept.
-        index: Which image of the call.
-    """
+    """A concept's map of a draft over the image, which stays grey where the concept was not looked for."""
     return _heat(image, draft[index, concept], concept)
 
 
@@ -73,13 +58,9 @@ def _heat(image: Image.Image, chosen: Tensor, concept: int) -> Image.Image:
 
 
 def masks(image: Image.Image, attention: Attention, step: int | None, index: int = 0) -> Image.Image:
-    """Region ownership: the masks of all concepts in their colours over the image.
+    """Region ownership: the masks of all concepts in their colours over the image, at one of the recorded steps.
 
-    Args:
-        image: The image.
-        attention: Of its call.
-        step: Index of a recorded step; None takes cells that belong to a concept in at least half of the steps.
-        index: Which image of the call.
+    Without a step, cells that belong to a concept in at least half of the steps.
     """
     found = attention.masks[:, index].float()
     chosen = (found.mean(dim=0) >= 0.5) if step is None else found[step] > 0

@@ -19,13 +19,9 @@ _INK, _FAINT, _RULE = "#1a1a1a", "#6b6b6b", "#d9d9d9"
 
 @dataclass(frozen=True)
 class Row:
-    """A row of images.
+    """A row of images, one for every column, with lines of text to the left, the first larger, and captions above.
 
-    Attributes:
-        label: Lines of text to the left of the row; the first line is larger.
-        images: One for every column.
-        captions: Text above each image.
-        parted: Whether a line sets it apart from the row above.
+    A parted row is set apart from the row above by a line.
     """
 
     label: Sequence[str]
@@ -42,14 +38,9 @@ def sheet(
     lines: Sequence[str] = (),
     side: int = 256,
 ) -> Image.Image:
-    """Draws a sheet.
+    """Draws images in rows; the first line of text above each column is larger, and `lines` stand below the title.
 
-    Args:
-        columns: Lines of text above each column; the first line is larger.
-        rows: The images.
-        title: Title of the sheet.
-        lines: Lines below the title.
-        side: Longer side of an image on the sheet, in pixels. Small images are enlarged without blur.
+    `side` is the longer side of an image on the sheet, in pixels. Small images are enlarged without blur.
     """
     labels = max((_width(text, i) for row in rows for i, text in enumerate(row.label)), default=0)
     cell = _fitted(rows[0].images[0].size, side)
@@ -148,14 +139,7 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def maps_sheet(image: Image.Image, run: Run, attention: Attention, columns: int = 5) -> Image.Image:
-    """An image with the maps and masks of its concepts over the steps.
-
-    Args:
-        image: The image.
-        run: What made it.
-        attention: Of its call, which made this image alone.
-        columns: How many of the recorded steps are shown, spread over all of them.
-    """
+    """An image with the maps and masks of its concepts at so many of the recorded steps."""
     last = len(attention.steps) - 1
     chosen = sorted({round(last * part / max(1, columns - 1)) for part in range(columns)})
     draft, rows = attention.draft, []

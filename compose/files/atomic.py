@@ -20,7 +20,7 @@ except ImportError:  # Windows, which removes no file that a process has open, s
     fcntl = None
 
 Content = bytes | Callable[[BinaryIO], None]
-"""What a file is to hold, or what writes it."""
+"""The content of a file, or a function that writes it."""
 
 _PART = ".lora-compose-{}.part"
 
@@ -36,16 +36,10 @@ def write_whole(path: Path, data: Content) -> None:
 
 
 def write_new(path: Path, data: Content, free_path: Callable[[Path], Path]) -> Path:
-    """Writes a file that replaces no other one.
+    """Writes a file that replaces no other one, and returns where.
 
-    Args:
-        path: Where to.
-        data: Its content, or what writes it.
-        free_path: Gives a name that is free, which is `path` itself where possible; asked again if another process was
-            faster.
-
-    Returns:
-        Where it was written.
+    `free_path` gives a name that is free, which is `path` itself where possible; it is asked again if another process
+    was faster.
 
     Raises:
         OSError: If it cannot be written; the error names `path`.

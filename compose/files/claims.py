@@ -42,11 +42,9 @@ class Claim:
 
 
 class Claims:
-    """The claims in a folder, as one process sees them.
+    """The claims in a folder, which need not be there, as one process sees them.
 
-    Args:
-        folder: Shared by all processes; it need not be there.
-        patience: After how many seconds without a sign of life a claim may be taken over.
+    After `patience` seconds without a sign of life a claim may be taken over.
     """
 
     def __init__(self, folder: Path, patience: float = 60.0) -> None:
@@ -55,10 +53,9 @@ class Claims:
 
     @contextmanager
     def claim(self, name: str) -> Iterator[Claim | None]:
-        """Claims work until the block ends; None if another process has claimed it.
+        """Claims work by a file name until the block ends; None if another process has claimed it.
 
-        Args:
-            name: Of the work, a file name. Whether it has been done meanwhile is to be looked at under the claim.
+        Whether it has been done meanwhile is to be looked at under the claim.
 
         Raises:
             OSError: If nothing can be written into the folder.
@@ -80,9 +77,7 @@ class Claims:
     def work(self, names: Iterable[str], do: Callable[[str, Claim], None]) -> None:
         """Does pieces of work under their claims until all have been done, by this process or by others.
 
-        Args:
-            names: Of the pieces, in the order in which they are done; those claimed by others come last.
-            do: Does one, unless another process has done it meanwhile.
+        Pieces claimed by others come last; `do` does one, unless another process has done it meanwhile.
 
         Raises:
             OSError: If nothing can be written into the folder.

@@ -35,13 +35,7 @@ Hashes = _Sha256 | tuple[_Sha256, ...]
 
 
 class Machine(BaseModel):
-    """Where an image was made.
-
-    Attributes:
-        device: As torch names it: "cpu", "cuda:0".
-        name: Name of the processor.
-        threads: Threads that torch computed with on the CPU.
-    """
+    """Where an image was made: the device as torch names it, the processor, and torch's CPU threads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -80,15 +74,10 @@ class Record(BaseModel):
 
 
 def save_image(image: Image.Image, path: str | Path, record: Record | None = None) -> Path:
-    """Writes a PNG with its record. It appears whole or not at all, and no file is ever overwritten.
+    """Writes a PNG with its record and returns where. It appears whole or not at all, and no file is ever overwritten.
 
-    Args:
-        image: The image.
-        path: Where to; missing folders are made. If there is such a file, "-2", "-3", ... is added to its name.
-        record: How it was made. Paths in it are made absolute, with "~" for the home folder.
-
-    Returns:
-        Where it was written.
+    Missing folders are made; if there is such a file, "-2", "-3", ... is added to its name. Paths in the record are
+    made absolute, with "~" for the home folder.
     """
     return write_new(Path(path), png_bytes(image, record), free_path)
 
@@ -117,11 +106,7 @@ def read_record(path: str | Path) -> Record:
 
 
 def record_in(file: BinaryIO, where: str) -> Record:
-    """Reads how an image was made, as `read_record`. Paths in the record stay as they are.
-
-    Args:
-        file: The image.
-        where: Its name in error messages.
+    """Reads how an image was made, as `read_record`; errors name it `where`. Paths in the record stay as they are.
 
     Raises:
         FileError: If it is no PNG, has no record, or one that is broken.

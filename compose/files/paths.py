@@ -47,7 +47,7 @@ def check_lora(source: str) -> None:
 
 
 def model_source(model: str) -> Path:
-    """What a run's `model` names: the playground's folder, a folder, a file, or a hub repository as if it were a path.
+    """The model that a run names: the playground's folder, a folder, a file, or a hub repository as if it were a path.
 
     Raises:
         ModelError: If there is no such model, or it is no model as diffusers saves it.
@@ -74,7 +74,7 @@ def _model_near(path: Path) -> str:
 def local_source(source: str, base: Path) -> str:
     """A source as a file in the folder `base` names it: names stay, and relative paths begin at that folder."""
     path = _expanded(source)
-    if _is_named(source) or (is_hub_name(source) and not (base / path).exists()):
+    if is_named(source) or (is_hub_name(source) and not (base / path).exists()):
         return source
     return str(base / path)  # an absolute path stays what it is
 
@@ -86,7 +86,7 @@ def located(model: _Model, path: Path) -> _Model:
 
 
 def moved(model: Any, move: Any) -> Any:
-    """The same scene or run with every path changed by a function."""
+    """A scene or run with every path changed by a function."""
     if isinstance(model, Run):
         return model.model_copy(update={"model": move(model.model), "scene": moved(model.scene, move)})
     concepts = tuple(
@@ -97,7 +97,7 @@ def moved(model: Any, move: Any) -> Any:
 
 
 def moved_start(model: _Start, move: Any) -> _Start:
-    """The same scene, of any kind, with the paths of its images and of the models that read them moved."""
+    """A scene, of any kind, with the paths of its images and of the models that read them moved."""
     controls = tuple(_moved(one, ("model", "image"), move) for one in model.controls)
     adapters = tuple(_moved(one, ("model", "image", "region"), move) for one in model.ip_adapters)
     start = _moved(model, ("image", "mask_image"), move)
@@ -105,7 +105,7 @@ def moved_start(model: _Start, move: Any) -> _Start:
 
 
 def _moved(model: _Model, names: tuple[str, ...], move: Any) -> _Model:
-    """The same with the paths in some fields moved; masks given as text are no paths."""
+    """A model with the paths in some fields moved; masks given as text are no paths."""
     given = {name: getattr(model, name) for name in names}
     paths = {name: one for name, one in given.items() if isinstance(one, str) and not one.startswith(URI_PREFIX)}
     return model.model_copy(update={name: move(path) for name, path in paths.items()})
@@ -120,13 +120,13 @@ def to_file(source: str, base: Path) -> str:
     if not path.is_relative_to(base):
         return full
     relative = path.relative_to(base).as_posix()
-    return f"./{relative}" if is_hub_name(relative) or _is_named(relative) else relative
+    return f"./{relative}" if is_hub_name(relative) or is_named(relative) else relative
 
 
 def to_record(source: str) -> str:
     """A path that is valid from everywhere on this machine, without the name of the user."""
     path = _expanded(source)
-    if _is_named(source) or (is_hub_name(source) and not path.exists()):
+    if is_named(source) or (is_hub_name(source) and not path.exists()):
         return source
     path, home = path.absolute(), Path.home()
     return f"~/{path.relative_to(home).as_posix()}" if path != home and path.is_relative_to(home) else str(path)
@@ -139,5 +139,6 @@ def _expanded(source: str) -> Path:
         return Path(source)
 
 
-def _is_named(source: str) -> bool:
+def is_named(source: str) -> bool:
+    """Whether a source is the name of something that comes with lora-compose."""
     return source.partition(":")[0] in PLAYGROUNDS

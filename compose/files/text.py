@@ -22,11 +22,7 @@ def parse_value(text: str) -> Any:
 
 
 def parse_file(path: Path, limit: int | None = None) -> Any:
-    """The content of a YAML or JSON file.
-
-    Args:
-        path: The file.
-        limit: Most bytes; None is enough for a scene or run.
+    """The content of a YAML or JSON file, of at most `limit` bytes, by default enough for a scene or run.
 
     Raises:
         FileError: If it is missing, too large, not UTF-8, or not valid.
@@ -44,11 +40,7 @@ def parse_file(path: Path, limit: int | None = None) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The content of a JSON text.
-
-    Args:
-        text: The text.
-        where: Its name in error messages.
+    """The content of a JSON text, which errors name `where`.
 
     Raises:
         FileError: If it is not valid, or has a field twice.

@@ -13,12 +13,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def validated(kind: type[_Model], data: Any, where: str) -> _Model:
-    """Validates data as a model.
-
-    Args:
-        kind: The model.
-        data: The content of a file.
-        where: Its name in error messages.
+    """Validates the content of a file as a model; errors name it `where`.
 
     Raises:
         FileError: If it does not fit; a line for every wrong field.

@@ -22,7 +22,7 @@ SAVERS = {
     Saver.SEQUENTIAL_OFFLOAD: "layers on the CPU until needed, slow",
     Saver.GRADIENT_CHECKPOINTING: "keep few activations and compute them twice, in updates of lora-composer and clora",
 }
-"""What they do."""
+"""The effect of each option."""
 
 OFFLOADS = frozenset({Saver.MODEL_OFFLOAD, Saver.SEQUENTIAL_OFFLOAD})
 """Options that move parts of the model between devices during a call."""
@@ -59,12 +59,7 @@ Savers = Annotated[tuple[Saver, ...], AfterValidator(_combined)]
 
 
 def place(pipe: Any, device: str, savers: Collection[Saver]) -> None:
-    """Puts a pipeline, just opened, on a device.
-
-    Args:
-        pipe: The pipeline.
-        device: Where it is to run.
-        savers: Options that save memory.
+    """Puts a pipeline, just opened, on a device, with options that save memory.
 
     Raises:
         ValueError: As `check_savers`, before anything is changed.

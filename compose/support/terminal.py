@@ -65,12 +65,8 @@ MOST = 60.0
 def bar(text: str, total: float | None = None) -> Iterator[Callable[..., None]]:
     """Shows progress on stderr, with the time left: as a bar in a terminal, elsewhere as a line every few seconds.
 
-    Args:
-        text: What is being done.
-        total: Amount of work; None if it is unknown.
-
-    Yields:
-        A function that takes the amount that is done, and optionally a new text.
+    Yields a function that takes the amount of `total` that is done, and optionally a new text. None is an unknown
+    amount.
     """
     with (_drawn if err.is_terminal else _printed)(plain(text), total) as update:
         yield update
@@ -137,11 +133,7 @@ def _clock(seconds: float) -> str:
 
 
 def handle_errors(level: int = logging.INFO) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Makes a command report usage errors with exit code 2, and failures with exit code 1, without a traceback.
-
-    Args:
-        level: From which level on the log is shown.
-    """
+    """Makes a command end with 2 for usage errors and 1 for failures, without a traceback; logs from `level` on."""
 
     def decorate(command: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.wraps(command)

@@ -31,13 +31,10 @@ class _Layer:
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """The token alignment loss of an adapter in closed form.
+    """The token alignment loss of an adapter in closed form, for every `attn2.to_k`.
 
-    Attributes:
-        layers: Every `attn2.to_k`, in the model's order.
-        features: Text features at the triggers. Shape: [rows, channels], fp32.
-        ranks: How many ranks the closed form takes.
-        norm: "l1" or "l2" (squared).
+    `features` are the text features at the triggers, shape [rows, channels], fp32; `ranks` is how many the closed form
+    takes, and the norm is "l1" or "l2" (squared).
     """
 
     layers: tuple[_Layer, ...]
@@ -60,11 +57,7 @@ class Alignment:
         return cls(tuple(layers), trigger, min(rows.ranks, len(layers[0].down)), norm)
 
     def loss(self, weights: Tensor) -> Tensor:
-        """The distance between keys.
-
-        Args:
-            weights: How much each row counts (`Rows.weights`). Shape: [rows].
-        """
+        """The distance between keys, each row weighted by `Rows.weights`. Shape: [rows]."""
         with torch.autocast(self.features.device.type, enabled=False):
             losses = []
             for layer in self.layers:

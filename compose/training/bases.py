@@ -1,4 +1,4 @@
-"""What training needs to know of a base model: a UNet with a noise schedule, or a transformer of flow matching."""
+"""Base models for training: a UNet with a noise schedule, or a transformer of flow matching."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ class Base(Protocol):
 
     @property
     def prediction(self) -> str:
-        """What the network predicts, named as in that standard; empty if it has no name for it."""
+        """The target of the network, named as in that standard; empty if it has no name for it."""
         ...
 
     @property
@@ -69,11 +69,11 @@ class Base(Protocol):
         ...
 
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features of captions, and further inputs by caption; on the CPU."""
+        """Features of captions, shape [captions, tokens, channels], and further inputs by caption; on the CPU."""
         ...
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Images as the network has them, from pixels between -1 and 1; on the CPU."""
+        """The means of the VAE, as the network has them, from pixels between -1 and 1; on the CPU."""
         ...
 
     def generate(
@@ -86,20 +86,17 @@ class Base(Protocol):
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
         """Further inputs of the network for a training image, by name.
 
-        Args:
-            size: Width and height of the image, in pixels.
-            cut: Pixels cut off at top and left.
-            side: Of what is left.
+        All in pixels: its width and height, what is cut off at top and left, and the side of what is left.
         """
         ...
 
 
 def base_of(pipe: Any) -> Base:
     """The base model of a pipeline that `open_base` has opened."""
-    return TransformerBase(pipe) if isinstance(pipe, FlowMatchingPipeline) else UNetBase(pipe)
+    return _Transformer(pipe) if isinstance(pipe, FlowMatchingPipeline) else _UNet(pipe)
 
 
-class UNetBase:
+class _UNet:
     """Stable Diffusion 1.x, 2.x and SDXL."""
 
     part = "unet"
@@ -109,13 +106,11 @@ class UNetBase:
 
     @property
     def side(self) -> int:
-        """Side of the images that it was made for, in pixels."""
         sample = self.network.config.sample_size
         return (sample if isinstance(sample, int) else min(sample)) * self.pipe.vae_scale_factor
 
     @property
     def architecture(self) -> str:
-        """Its architecture, named as in the ModelSpec standard."""
         if hasattr(self.pipe, "text_encoder_2"):
             return "stable-diffusion-xl-v1-base"
         if self.network.config.cross_attention_dim != _SD2_TEXT:
@@ -124,12 +119,10 @@ class UNetBase:
 
     @property
     def prediction(self) -> str:
-        """Epsilon or the velocity."""
         return "v" if self.pipe.scheduler.config.prediction_type == "v_prediction" else "epsilon"
 
     @property
     def tokenizers(self) -> Sequence[Any]:
-        """One, or SDXL's two."""
         found = (getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
         return [tokenizer for tokenizer in found if tokenizer is not None]
 
@@ -137,16 +130,13 @@ class UNetBase:
         """Accepts all settings."""
 
     def noising(self) -> Noising:
-        """As in the model's own training."""
         schedule: Any = DDPMScheduler.from_config(self.pipe.scheduler.config)
         return Diffusion(self.network, schedule)
 
     def targets(self, scope: str) -> list[str]:
-        """Ends of names."""
         return list(SCOPES[scope])
 
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features, shape [captions, tokens, channels], and SDXL's "text_embeds", shape [captions, channels]."""
         features, pooled = [], []
         with torch.no_grad():
             for caption in captions:
@@ -159,7 +149,6 @@ class UNetBase:
         return torch.cat(features), {"text_embeds": torch.cat(pooled)} if pooled else {}
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """The means of the VAE, scaled."""
         vae = self.pipe.vae
         with torch.no_grad():
             return vae.encode(pixels.to(vae.device)).latent_dist.mode().cpu() * vae.config.scaling_factor
@@ -168,7 +157,6 @@ class UNetBase:
         self, accelerator: Accelerator, prompts: Sequence[str], noise: Sequence[torch.Generator], steps: int,
         guidance: float, side: int,
     ) -> list[Image.Image]:  # fmt: skip
-        """An image for every prompt; the VAE stays in float32."""
         with torch.no_grad(), accelerator.autocast():
             latents = self.pipe(
                 list(prompts), generator=list(noise), num_inference_steps=steps, guidance_scale=guidance, width=side,
@@ -179,13 +167,12 @@ class UNetBase:
         return self.pipe.image_processor.postprocess(pixels)
 
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
-        """SDXL's size inputs: original size, crop offset, target size; each height and width."""
-        width, height = size
+        width, height = size  # SDXL reads original size, crop offset and target size; each height and width
         xl = isinstance(self.pipe, StableDiffusionXLPipeline)
         return {"time_ids": (height, width, *cut, side, side)} if xl else {}
 
 
-class TransformerBase:
+class _Transformer:
     """FLUX.1, FLUX.2-klein, Krea 2 and Z-Image."""
 
     part = "transformer"
@@ -196,27 +183,22 @@ class TransformerBase:
 
     @property
     def side(self) -> int:
-        """1024 pixels, or the model's own side if that is less."""
         return min(self.pipe.own_size)
 
     @property
     def architecture(self) -> str:
-        """The family's name; ModelSpec has names for some families only."""
         return self.pipe.architecture
 
     @property
     def prediction(self) -> str:
-        """Empty: the standard has no name for flow matching."""
         return ""
 
     @property
     def tokenizers(self) -> Sequence[Any]:
-        """The one whose tokens the transformer reads, with its chat template."""
         found = self.pipe.tokenizers_for([])
         return [one.tokenizer if isinstance(one, ExpandingTokenizer) else one for one in found]
 
     def check(self, settings: Training) -> None:
-        """Raises ValueError for what needs cross-attention or a noise schedule."""
         family = self.pipe.family
         if settings.tara is not None:
             raise ValueError(
@@ -232,11 +214,9 @@ class TransformerBase:
             raise ValueError(f"the resolution must be a multiple of {unit} for {family}, not {settings.resolution}")
 
     def noising(self) -> Noising:
-        """Flow matching."""
         return self._flow
 
     def targets(self, scope: str) -> list[str]:
-        """Full names: projections of attention, or all layers of the blocks but their modulation."""
         pattern = _ATTENTION if scope == "attention" else f"{_IN_BLOCK}.+"
         sites = self._flow.backbone.sites
         return [
@@ -246,7 +226,6 @@ class TransformerBase:
         ]  # fmt: skip
 
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """As the backbone's forward pass takes them."""
         found = []
         with torch.no_grad():
             for caption in captions:
@@ -256,7 +235,6 @@ class TransformerBase:
         return torch.cat(texts), {name: torch.cat([one[name] for one in by_caption]) for name in by_caption[0]}
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """The means of the VAE, normalised; with height and width."""
         with torch.no_grad():
             return self.pipe.latents_of(pixels.to(self.pipe.vae.device)).cpu()
 
@@ -264,7 +242,6 @@ class TransformerBase:
         self, accelerator: Accelerator, prompts: Sequence[str], noise: Sequence[torch.Generator], steps: int,
         guidance: float, side: int,
     ) -> list[Image.Image]:  # fmt: skip
-        """An image for every prompt."""
         pipe: Any = self.pipe
         with torch.no_grad(), accelerator.autocast():
             return pipe(
@@ -277,5 +254,4 @@ class TransformerBase:
             ).images
 
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
-        """None: transformers take no sizes."""
         return {}

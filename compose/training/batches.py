@@ -1,4 +1,4 @@
-"""What is drawn for every step: order, noise and timesteps, from the seed and the number of the row alone.
+"""Random draws of every step: order, noise and timesteps, from the seed and the number of the row alone.
 
 Nothing is kept between steps, so a resumed training draws the same as an uninterrupted one, and
 rows do not depend on how they are split into processes and batches.
@@ -29,11 +29,7 @@ def generator(seed: int, *key: int) -> torch.Generator:
 class Stream:
     """An endless row of examples with noise: every example once, in a new order every time.
 
-    Attributes:
-        examples: What is drawn from.
-        seed: Of the training.
-        kind: Tells streams of one training apart.
-        noising: Draws the times.
+    `kind` tells streams of one training apart.
     """
 
     examples: Examples
@@ -56,16 +52,10 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Makes the batches of a training.
+    """Makes the batches of a training: rows of the concept and of its class, whose numbers are `sizes`.
 
-    Attributes:
-        concept: Images of the concept.
-        prior: Images of its class, if there are any.
-        rows: Features at the words, for the alignment; None without one.
-        sizes: Rows of the concept and of its class in a batch.
-        accumulate: Batches in a step.
-        processes: How many processes share a step.
-        process: Which of them this is.
+    A step has `accumulate` batches and is shared by `processes`, of which this is number `process`. `rows` are the
+    features at the words, for the alignment; None without one.
     """
 
     concept: Stream

@@ -30,14 +30,9 @@ class FullError(OSError):
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, data: str, processes: int) -> None:
-    """Writes a checkpoint; an earlier one stays until the new one is complete.
+    """Writes a checkpoint of a state with "step"; an earlier one stays until the new one is complete.
 
-    Args:
-        path: Where to.
-        state: Numbers, tensors and the state of optimizers, with "step" among them.
-        settings: Of the training.
-        data: Digest of the images (`digest`).
-        processes: How many share a step; with another number of them a step would have other rows.
+    `data` is the digest of the images. With another number of processes a step would have other rows.
 
     Raises:
         FullError: If it cannot be written.

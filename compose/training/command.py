@@ -29,12 +29,8 @@ def train(
 ) -> None:
     """Trains a LoRA and prints its path. Ctrl-C stops; the same call resumes.
 
-    Args:
-        preset: The preset; None chooses by the model.
-        tara: Fields of `TaraTraining`; None trains without it.
-        fields: Fields of `Training`.
-        fresh: Whether a checkpoint is deleted first.
-        overwrite: Whether an existing LoRA is replaced.
+    `tara` and `fields` are those of `TaraTraining` and `Training`; None chooses the preset by the model, and trains
+    without TARA. `fresh` deletes a checkpoint first, `overwrite` replaces an existing LoRA.
 
     Raises:
         ValueError: For unusable settings.

@@ -28,14 +28,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class TrainingImage:
-    """A training image with its caption.
-
-    Attributes:
-        path: Its file.
-        caption: Its caption.
-        size: Width and height in pixels, upright.
-        sha256: Of the file.
-    """
+    """A training image with its caption, its upright width and height in pixels, and the hash of its file."""
 
     path: Path
     caption: str
@@ -44,11 +37,9 @@ class TrainingImage:
 
 
 def read_images(folder: Path, prompts: Sequence[str]) -> tuple[TrainingImage, ...]:
-    """Reads and checks all images of a folder.
+    """Reads and checks all images of a folder; `prompts` are captions, in turn, for those without one.
 
-    Args:
-        folder: Holds images; `captions.tsv` and .txt files beside images hold captions.
-        prompts: Captions for images without one, in turn.
+    Captions are in `captions.tsv` and in .txt files beside images.
 
     Raises:
         DataError: If there is no such folder, it holds no image, one of them is broken, or captions are unreadable.
@@ -90,14 +81,9 @@ def load_image(path: Path) -> Image.Image:
 
 
 def square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """The centre square of an image, resized.
+    """The centre square of an RGB image, resized: pixels from -1 to 1, shape [3, side, side].
 
-    Args:
-        image: RGB.
-        side: In pixels.
-
-    Returns:
-        Pixels from -1 to 1, shape [3, side, side], and how many pixels were cut off at top and left after resizing.
+    With it, how many pixels were cut off at top and left after resizing.
     """
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)

@@ -37,14 +37,7 @@ class Examples:
 def encode_images(
     base: Base, images: Sequence[TrainingImage], triggers: dict[str, tuple[int, ...]], side: int
 ) -> Examples:
-    """Encodes images and their captions.
-
-    Args:
-        base: The base model, whose text encoders and VAE are in float32.
-        images: What to encode.
-        triggers: Token positions of the trigger, by caption.
-        side: Of the training images, in pixels.
-    """
+    """Encodes images and their captions by a base model in float32; `triggers` are token positions by caption."""
     captions = list(dict.fromkeys(image.caption for image in images))
     text, by_caption = base.texts(captions)
     mask = torch.zeros(*text.shape[:2], 1)

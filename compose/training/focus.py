@@ -15,11 +15,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Focus:
-    """The mask of the batch that is being computed.
-
-    Attributes:
-        mask: 1 at the trigger's tokens. Shape: [rows, tokens, 1].
-    """
+    """The mask of the batch that is being computed: 1 at the trigger's tokens. Shape: [rows, tokens, 1]."""
 
     mask: Tensor | None = None
 

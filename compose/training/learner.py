@@ -45,13 +45,7 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """How losses are added up.
-
-    Attributes:
-        prior: Of class images.
-        alignment: Of token alignment.
-        min_snr: Gamma of min-SNR weighting; None is none.
-    """
+    """How losses are added up: weights of class images and of token alignment, and gamma of min-SNR (None: none)."""
 
     prior: float = 1.0
     alignment: float = 0.0
@@ -59,15 +53,7 @@ class Weights:
 
 
 class Learner(nn.Module):
-    """A network with its losses.
-
-    Args:
-        network: With an adapter.
-        noising: How images are noised, and what the network predicts.
-        weights: How losses are added up.
-        focus: Where the token mask is set; None for an adapter without mask.
-        alignment: The alignment loss; None for none.
-    """
+    """A network with its losses; `focus` and `alignment` are None for an adapter without these."""
 
     def __init__(
         self,

@@ -47,16 +47,9 @@ class DivergedError(RuntimeError):
 
 
 def train(settings: Training, *, on_step: OnStep | None = None, fresh: bool = False, overwrite: bool = False) -> Path:
-    """Trains a LoRA, or resumes a stopped training.
+    """Trains a LoRA, or resumes a stopped training, and returns its path.
 
-    Args:
-        settings: The settings.
-        on_step: Called after every step.
-        fresh: Whether to delete a checkpoint and start over.
-        overwrite: Whether an existing output may be replaced.
-
-    Returns:
-        The path of the LoRA.
+    `fresh` deletes a checkpoint and starts over; `overwrite` allows to replace an existing output.
 
     Raises:
         ValueError: For images, captions, words, models and checkpoints that cannot be used; nothing is trained then.

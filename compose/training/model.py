@@ -57,11 +57,9 @@ def _kind(model: str) -> tuple[str, Any]:
 
 
 def open_base(model: str) -> Any:
-    """Opens a base model in float32, from safetensors only.
+    """Opens a base model in float32, from safetensors only, with all of it frozen.
 
-    Returns:
-        diffusers' `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, or a `FlowMatchingPipeline`; all of it is
-        frozen.
+    It is diffusers' `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, or a `FlowMatchingPipeline`.
 
     Raises:
         ModelError: If there is no such model, or it is of another kind.

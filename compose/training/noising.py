@@ -23,7 +23,7 @@ class Noising(Protocol):
         ...
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What is to be predicted."""
+        """The target of the prediction."""
         ...
 
     def predict(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:
@@ -36,11 +36,7 @@ class Noising(Protocol):
 
 
 class Diffusion:
-    """Noise by a schedule, of which the network predicts epsilon or the velocity.
-
-    Args:
-        network: The network.
-        schedule: A `DDPMScheduler`, whose configuration has the prediction type.
+    """Noise by a schedule, of which the network predicts epsilon or, if configured so, the velocity.
 
     Raises:
         ValueError: If the model predicts something else.
@@ -81,10 +77,9 @@ class Diffusion:
 class Flow:
     """Flow matching: latents on a line from image to noise, of which a transformer predicts the direction.
 
-        x_s = (1 - s) x + s n        v = n - x        s = sigmoid(z), z ~ N(0, 1)     (Esser et al., arXiv 2403.03206)
+    x_s = (1 - s) x + s n        v = n - x        s = sigmoid(z), z ~ N(0, 1)     (Esser et al., arXiv 2403.03206)
 
-    Args:
-        pipe: The pipeline of the transformer.
+    The transformer is that of a pipeline.
     """
 
     def __init__(self, pipe: FlowMatchingPipeline) -> None:

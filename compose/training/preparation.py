@@ -1,4 +1,4 @@
-"""What a training needs before its first step; words and images are checked before any work is done."""
+"""Data and adapter of a training, before its first step; words and images are checked before any work is done."""
 
 import logging
 from collections.abc import Sequence
@@ -22,14 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """The concept's images, with its words in their captions.
-
-    Attributes:
-        images: The images.
-        words: By caption.
-        samples: What samples show, with the token positions of the trigger.
-        side: Of the training images, in pixels.
-    """
+    """The concept's images, its words by caption, the samples' prompts with trigger tokens, and the side."""
 
     images: tuple[TrainingImage, ...]
     words: dict[str, Words]
@@ -39,14 +32,7 @@ class Texts:
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
-    """The encoded data of a training.
-
-    Attributes:
-        concept: Images of the concept.
-        prior: Images of its class.
-        rows: Text features that are to be aligned; None without TARA.
-        data: SHA-256 of all of it.
-    """
+    """The encoded images of concept and class, rows to align (None without TARA), and the SHA-256 of it all."""
 
     concept: Examples
     prior: Examples | None
@@ -56,13 +42,7 @@ class TrainingData:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The LoRA in the network.
-
-    Attributes:
-        config: PEFT's.
-        focus: Where the token mask is set; None without one.
-        alignment: The alignment loss; None without one.
-    """
+    """The LoRA in the network, where its token mask is set, and its alignment loss; None without these."""
 
     config: LoraConfig
     focus: Focus | None = None

@@ -31,14 +31,8 @@ def save_samples(
 ) -> list[Path]:
     """Generates the samples of a step, always from the same noise, into a folder next to the output.
 
-    Args:
-        base: With the network that is trained.
-        accelerator: For its precision.
-        settings: Of the training.
-        prompts: Prompts, with the token positions of the trigger.
-        focus: Where the token mask is set: on the prompt's row, not on the negative prompt's.
-        step: Is in the names of the images.
-        side: In pixels.
+    Prompts come with the token positions of the trigger; the mask is set on the prompt's row, not on the negative
+    prompt's.
     """
     folder = settings.out.with_name(f"{settings.out.stem}-samples")
     guided, written = settings.sample_guidance > 1, []

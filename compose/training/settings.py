@@ -165,11 +165,7 @@ class Training(_Frozen):
 
     @classmethod
     def preset(cls, name: str, **given: Any) -> "Training":
-        """A training with the defaults of a preset.
-
-        Args:
-            name: One of `PRESETS`.
-            given: Fields that override the preset.
+        """A training with the defaults of one of `PRESETS`, which the given fields override.
 
         Raises:
             ValueError: For unknown presets and unusable values.
@@ -214,7 +210,7 @@ class Training(_Frozen):
 
     @property
     def method(self) -> str:
-        """What the file says about how it was trained."""
+        """The method that the file names as its training."""
         return "dreambooth" if self.tara is None else "tara"
 
     @property

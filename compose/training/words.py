@@ -24,12 +24,9 @@ from lora_compose.pipelines.text.tokens import (
 
 @dataclass(frozen=True)
 class Occurrence:
-    """One time that a caption names the concept.
+    """A mention of the concept: token positions of the trigger, and of the class word that belongs to it.
 
-    Attributes:
-        trigger: Token positions of the trigger.
-        noun: Token positions of the class word that belongs to it, in the caption that class features come from; empty
-            if there is none.
+    Those of the class word are in the caption that class features come from; empty if there is none.
     """
 
     trigger: tuple[int, ...]
@@ -38,13 +35,7 @@ class Occurrence:
 
 @dataclass(frozen=True)
 class Words:
-    """A caption's tokens.
-
-    Attributes:
-        caption: The text.
-        class_caption: The text that class features come from: the caption itself, or it without the trigger.
-        found: Every time that the concept is named.
-    """
+    """A caption, the text of its class features (itself, or without the trigger), and its mentions."""
 
     caption: str
     class_caption: str
@@ -57,14 +48,10 @@ class Words:
 
 
 def find_concept(tokenizers: Sequence[Tokenizer], caption: str, concept: Concept, *, noun: bool, clean: bool) -> Words:
-    """Finds the concept's words in a caption.
+    """Finds the concept's words in a caption, by tokenizers that must agree about the positions (SDXL has two).
 
-    Args:
-        tokenizers: Of the model: SDXL has two, which must agree about the positions.
-        caption: The text.
-        concept: With trigger and class word.
-        noun: Whether the class word is needed.
-        clean: Whether class features come from the caption without the trigger.
+    `noun` is whether the class word is needed, `clean` whether class features come from the caption without the
+    trigger.
 
     Raises:
         DataError: If a word is missing, stands past the model's limit, is no word to a tokenizer, or the tokenizers
@@ -135,12 +122,9 @@ def check_class_caption(caption: str, concept: Concept) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """Text features at the words of all captions, a row for every token of a trigger.
+    """Text features at the trigger and at its class word in all captions, a row for every token of a trigger.
 
-    Attributes:
-        trigger: Features at the trigger. Shape: [rows, channels], fp32.
-        noun: Features at the class word that belongs to it. Shape: [rows, channels], fp32.
-        of_caption: The rows of each caption.
+    Shapes: [rows, channels], fp32; `of_caption` has the rows of each caption.
     """
 
     trigger: Tensor
@@ -162,15 +146,10 @@ class Rows:
 
 
 def rows_of(words: Sequence[Words], text: Tensor, class_text: Tensor) -> Rows:
-    """The features that alignment compares.
+    """The features that alignment compares, from those of the captions and of their `class_caption`.
 
     A trigger and a class word of as many tokens are paired one by one; otherwise every token of the trigger belongs to
-    the mean of the class word's tokens.
-
-    Args:
-        words: The captions.
-        text: Their features. Shape: [captions, tokens, channels].
-        class_text: Features of their `class_caption`. Shape: as `text`.
+    the mean of the class word's tokens. Shapes: [captions, tokens, channels].
     """
     trigger, noun, of_caption = [], [], []
     for features, class_features, caption in zip(text.float(), class_text.float(), words, strict=True):

@@ -199,6 +199,10 @@ def test_the_command_makes_the_same_and_lists_it(
     listed = [json.loads(line) for line in (copied / "images.jsonl").read_text().splitlines()]
     assert [line["image"] for line in listed] == IMAGES
     assert {line["source"] for line in listed} == {f"{batch_file}, scenes[{i}]" for i in range(3)}
+    ways = {line["name"]: (line["method"], line["reason"]) for line in listed}
+    assert ways["plain"] == (None, None)
+    assert [ways[name][0] for name in ("bear", "both")] == ["merge", "lora-composer"]
+    assert f"2 by lora-composer, because {ways['both'][1]}" in said
     table.write_text("prompt,name,width\na bear,plain,\na bear,wide,-1\n")
     options = ["--model", "playground", "--steps", 1, "--guidance", 4, "--threads", 1, "--device", "cpu"]
     said = call("batch", table, *options, "--seed", "5-6", "--batch-size", 2, "--out", copied, code=1).output

@@ -1,6 +1,10 @@
 """The costs of methods, as the command prints them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,23 @@ import pytest
 from commands import call
 from components import tiny_pipeline
 from lora_compose.attention import backbone_of
-from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns, without_weights
-from lora_compose.compose.benchmark.timing import PEFT_WAYS, Job, open_with_concepts, peak_bytes, time_ways
+from lora_compose.compose.benchmark import timing
+from lora_compose.compose.benchmark.architectures import (
+    PROMPT,
+    SD15,
+    as_called,
+    attention_lora,
+    columns,
+    with_lora,
+    without_boxes,
+    without_weights,
+)
+from lora_compose.compose.benchmark.counting import meta_unet
+from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
+from lora_compose.compose.benchmark.timing import PEFT_WAYS, Job, open_with_concepts, peak_bytes, time_rows, time_ways
 from lora_compose.compose.benchmark.transformers import REGION_TOKENS, block_lora, pass_cost
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
-from lora_compose.pipelines.methods import Regional
+from lora_compose.pipelines.methods import METHODS, Regional, make_method
 from lora_compose.pipelines.plan import find_in
 
 
@@ -70,6 +86,30 @@ def test_seconds_and_memory_of_a_model_without_files_of_loras(model, tmp_path):
     assert cells(output)["regional", "2"][-1] == f"{row['peak_bytes'] / row['plain_peak_bytes']:.3f}"
 
 
+def test_concepts_have_boxes_only_where_a_method_needs_them():
+    unet = meta_unet(SD15)
+    pipe = pipeline_of(unet, scheduler())
+    every = with_lora(without_boxes(columns(2, 512, 512)), attention_lora(unet))
+    pipe.library.loaded.update({loaded.concept.name: loaded for loaded in every})
+    boxed = {name for name in METHODS if as_called(pipe, make_method(name), 2, 512, 512)[0].region}
+    assert {"regional", "lora-composer"} <= boxed
+    assert not boxed & {"draft", "clora", "tara", "merge", "freefuse"}
+
+
+def test_progress_of_timing_ends_where_the_work_ends(model, monkeypatch):
+    seen: list[float] = []
+
+    @contextmanager
+    def watched(text: str, total: float) -> Iterator[Any]:
+        yield lambda done, text=None: seen.append(done / total)
+
+    monkeypatch.setattr(timing, "bar", watched)
+    time_rows(["merge"], [1, 2], Job(str(model), "cpu", 1), 1, peaks=False)
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+    assert max(later - earlier for earlier, later in pairwise(seen)) == pytest.approx(1 / 16)  # a call each
+
+
 def test_saving_memory_is_refused_where_nothing_would_save_any():
     assert "give --time with it" in bench("--memory", "--save-memory", "tiling", code=2)
     assert "accelerator" in bench("--time", "--save-memory", "model-offload", code=2)
@@ -80,7 +120,8 @@ class Watched(ComposeStableDiffusionPipeline):
 
     calls: tuple[Any, ...] = ()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    @wraps(ComposeStableDiffusionPipeline.__call__.__wrapped__)  # pyright: ignore[reportFunctionMemberAccess]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         merged = {name for module in self.unet.modules() for name in getattr(module, "merged_adapters", ())}
         Watched.calls += ((kwargs.get("method"), tuple(self.get_active_adapters()), tuple(sorted(merged))),)
         return super().__call__(*args, **kwargs)

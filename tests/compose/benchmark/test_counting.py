@@ -1,7 +1,7 @@
 """What an image costs, counted without numbers, against PyTorch's own counter, formulas and real calls."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,12 +16,11 @@ from lora_compose.attention import grid_at
 from lora_compose.attention.backbones.unet import attention_layers, map_level
 from lora_compose.compose.benchmark import counting
 from lora_compose.compose.benchmark.architectures import ARCHITECTURES, SD15, SDXL, attention_lora, columns, with_lora
-from lora_compose.compose.benchmark.counting import Counted, PricingDenoiser, count, count_run, meta_unet
+from lora_compose.compose.benchmark.counting import Counted, PricingRunner, count, count_run, meta_unet
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.loading import Factors
-from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.methods import (
     METHODS,
     Clora,
@@ -78,12 +77,11 @@ class Forgetful(dict):
         return False
 
 
-class EveryPass(PricingDenoiser):
+@dataclass(frozen=True)
+class EveryPass(PricingRunner):
     """Runs every pass to know what it costs."""
 
-    def __init__(self, denoiser: Denoiser, operations: Any) -> None:
-        super().__init__(denoiser, operations)
-        self._prices = Forgetful()
+    prices: dict = field(default_factory=Forgetful)
 
 
 def assert_counts_what_runs(
@@ -94,7 +92,7 @@ def assert_counts_what_runs(
     counted = count(unet, concepts, settings, *how, **whole)
     with monkeypatch.context() as patched:
         patched.setattr(counting, "Operations", TorchOperations)
-        patched.setattr(counting, "PricingDenoiser", EveryPass)
+        patched.setattr(counting, "PricingRunner", EveryPass)
         assert count(unet, concepts, settings, *how, **whole) == counted
     return counted
 

@@ -88,7 +88,7 @@ def report_of(tmp_path: Path, of: Suite, measured: Any, **changes: Any) -> str:
 def test_the_files(written: Path) -> None:
     assert sorted(path.name for path in written.iterdir()) == sorted([*FILES, PLAN, "batches"])
     report = write_report(written)
-    assert [path.name for path in report.paths] == FILES
+    assert [path.name for path in report] == FILES
     assert report.html == written / "report.html"
 
 

@@ -26,9 +26,9 @@ from commands import call
 from disks import files_of_at_most
 from evaluations import contents
 from killing import kill_at_work
-from lora_compose.compose.evaluation import todo, worker
+from lora_compose.compose.evaluation import planning, worker
 from lora_compose.compose.evaluation.batches import batches
-from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.planning import make_plan, open_plan
 from lora_compose.compose.evaluation.results import (
     CLAIMS,
     FAILED,
@@ -42,7 +42,6 @@ from lora_compose.compose.evaluation.results import (
 )
 from lora_compose.compose.evaluation.runner import evaluate
 from lora_compose.compose.evaluation.suite import Suite, read_suite
-from lora_compose.compose.evaluation.todo import open_plan
 from lora_compose.compose.evaluation.worker import Images, Worker
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.files.images import read_record
@@ -391,7 +390,7 @@ def test_only_what_is_damaged_is_made_again(
     assert contents(out) == contents(finished)
     assert len(before) == 5
     assert {path: path.stat().st_mtime_ns for path in untouched} == before
-    told = [record.getMessage() for record in caplog.records if record.name == todo.__name__]
+    told = [record.getMessage() for record in caplog.records if record.name == planning.__name__]
     assert len(told) == 9
     damaged = ["0.png", "0.png", "1.png", "0.png", MADE, MADE, last[1].scores, last[2].scores, "2.png"]
     for folder, name in zip(folders, damaged, strict=False):
