@@ -17,6 +17,7 @@ from lora_compose.compose.serve.door import Access
 from lora_compose.compose.serve.engine import Engine
 from lora_compose.compose.serve.log import bounded_log
 from lora_compose.compose.serve.requests import Limits
+from lora_compose.compose.support.network import url_of
 from lora_compose.compose.support.terminal import echo, err
 from lora_compose.pipelines.scene import Run, Scene
 
@@ -104,7 +105,7 @@ def serve(run: Run, loras: Path, serving: Serving) -> None:
     known = pipe.add_concepts(loras)
     size = size_of(pipe, Scene(prompt="-"))
     access = serving.access
-    where = f"http://{f'[{access.host}]' if ':' in access.host else access.host}:{serving.port}"
+    where = url_of(access.host, serving.port)
     echo(f"{run.model}, {len(known)} LoRAs, images of {size[0]} x {size[1]}: {where}", to=err)
     engine = Engine(pipe, serving.most, serving.wait, serving.queue, serving.timeout)
     run_server(Server(make_app(engine, size, serving.limits, access), engine, access.host, serving.port), engine)

@@ -925,8 +925,8 @@ def test_only_this_machine_is_local() -> None:
 
 
 def test_the_page_is_where_the_clone_has_it() -> None:
-    assert launch.script().name == "ui.py"
-    config = (launch.script().parent / ".streamlit" / "config.toml").read_text()
+    assert launch.application().name == "ui.py"
+    config = (launch.application().parent / ".streamlit" / "config.toml").read_text()
     assert 'address = "localhost"' in config
     assert "gatherUsageStats = false" in config
     assert "hideWelcomeMessage = true" in config, "Streamlit offers its developers things on the page"
@@ -943,7 +943,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def test_compose_needs_no_streamlit_but_for_the_screen() -> None:
-    package = launch.script().parent / "compose"
+    package = launch.application().parent / "compose"
     inner = [path for path in package.rglob("*.py") if "screen" not in path.parts]
     assert len(inner) > 30
     outer = ("streamlit", "lora_compose.compose.page.screen")
