@@ -1,4 +1,4 @@
-"""Puts the page's application into the wheel, beside the packages' other data; an editable installation uses it in place."""
+"""Puts the page's application into the wheel, beside other data; an editable installation uses it in place."""
 
 from typing import Any
 

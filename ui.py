@@ -1,4 +1,4 @@
-"""The page: several concept LoRAs and a prompt, in a browser. Started by `lora-compose ui`, or by `streamlit run ui.py`."""
+"""The page: several concept LoRAs and a prompt, in a browser. `lora-compose ui` starts it, or `streamlit run ui.py`."""
 
 import webbrowser
 from collections.abc import AsyncIterator
@@ -35,7 +35,7 @@ class NoFrames:
 
 @asynccontextmanager
 async def opened(_: st.App) -> AsyncIterator[None]:
-    """Opens the page in a browser, which Streamlit does for scripts but not for applications; the port listens already."""
+    """Opens a browser, as Streamlit does for scripts but not for applications; the port listens already."""
     if not st.get_option("server.headless"):
         host = st.get_option("server.address")
         every = host in ("0.0.0.0", "::")  # where a server may listen, but no browser can go

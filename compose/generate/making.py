@@ -58,13 +58,11 @@ class MadeBatch:
         images: In the order of the seeds.
         cost: What the call cost; None without concepts.
         attention: Attention maps, if they were asked for and there are concepts.
-        method_reason: Why the method is this one; None without concepts.
     """
 
     images: tuple[Made, ...]
     cost: Cost | None
     attention: Attention | None = None
-    method_reason: str | None = None
 
 
 def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:
@@ -117,6 +115,7 @@ def make_batch(
             sha256=_hashes(loaded),
             images=_image_hashes(run.scene),
             machine=machine(pipe._execution_device),  # an offloaded model may be on another device now
+            method_reason=choice.reason if choice is not None and run.method is None else None,
         )
         arguments |= {
             "num_images_per_prompt": len(seeds),
@@ -141,9 +140,7 @@ def make_batch(
     attention = None
     if maps is not None and masks is not None:
         attention = Attention(output.recorded_steps, maps.cpu(), masks.cpu(), output.draft_maps)
-    return MadeBatch(
-        tuple(map(Made, output.images, records)), getattr(output, "cost", None), attention, choice and choice.reason
-    )
+    return MadeBatch(tuple(map(Made, output.images, records)), getattr(output, "cost", None), attention)
 
 
 def plan(pipe: Any, run: Run) -> CallPlan | None:

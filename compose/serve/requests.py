@@ -19,6 +19,9 @@ MOST_CHARACTERS = 2000
 MOST_SIDE = 2**16
 """Pixels of the longer side; how large an image may be is `Limits.pixels`."""
 
+REASONS = {"regional": "every subject has a region", "merge": "not every subject has a region"}
+"""Why a request that names no method is made by one (`ImageRequest.resolved`)."""
+
 _MOST_FIELDS = 32  # of a request or a concept, known or not
 _MOST_MESSAGES, _MOST_LETTERS = 5, 300
 

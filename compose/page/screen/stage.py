@@ -23,6 +23,7 @@ from lora_compose.compose.page.screen.understand import understand_view
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Job, Result
 from lora_compose.pipelines.concepts.strength import weight_text
+from lora_compose.pipelines.methods import name_of
 
 _EVERY = 0.4  # seconds between two refreshes of the work
 _VIEW = "set.view"
@@ -83,13 +84,12 @@ def _show_outlook(session: PageSession, form: Form, report: Report | None) -> No
         st.caption("The model is busy with another session. The cost appears when it is free; an image waits "
                    "for its turn.")  # fmt: skip
         return
-    facts = dict(report.facts)
     if report.cost is not None:
         each = " for each image" if len(form.seeds) > 1 else ""
         st.caption(f"{cost_words(session, report.cost)}{each}.", help=cost_help(report.cost, form.steps))
-    if form.method is None and "method" in facts:
-        name, _, why = facts["method"].partition(", ")
-        st.caption(markdown(f"Method: {full_name(name)}, {why}." if why else f"Method: {full_name(name)}."))
+    if form.method is None and report.choice is not None:
+        method, why = name_of(report.choice.method)[0], report.choice.reason
+        st.caption(markdown(f"Method: {full_name(method)}, because {why}."))
     if form.boxed and form.method and label_of(form.method).decides != "boxes":
         st.caption(f":material/info: “{label_of(form.method).name}” does not use the boxes.")
     for note in report.notes:

@@ -70,7 +70,7 @@ def test_ctrl_c_ends_a_page_with_open_sessions_and_removes_their_files(tmp_path:
         asked.rerun_script.query_string = ""
         with connect(f"{address.replace('http', 'ws')}/_stcore/stream") as session:
             session.send(asked.SerializeToString())
-            while ForwardMsg.FromString(session.recv(60)).WhichOneof("type") != "script_finished":
+            while ForwardMsg.FromString(session.recv(60, decode=False)).WhichOneof("type") != "script_finished":
                 pass
             assert list((tmp_path / "temporary").glob("lora-compose-page-*"))
             server.send_signal(signal.SIGINT)
