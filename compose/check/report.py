@@ -38,7 +38,6 @@ class RunCost:
     """The cost of an image in FLOPs.
 
     Attributes:
-        rows: Latent rows, in words.
         flops: FLOPs; a multiplication and an addition count as two.
         plain_flops: FLOPs of the same image without concepts.
     """
@@ -54,7 +53,6 @@ class Report:
 
     Attributes:
         facts: Label and text, in the order to be shown.
-        notes: Warnings that are not errors.
         problems: Errors that would make the run fail; empty if it can run.
         cost: Cost of an image; None if it is known in rows alone, or not at all.
         choice: The method, and the reason for the choice; None without concepts.
@@ -71,7 +69,6 @@ def check(run: Run, pipe: Any = None) -> Report:
     """Checks everything that a run needs, and collects all problems, not only the first.
 
     Args:
-        run: The run.
         pipe: The run's model, if it is open already.
     """
     facts: list[tuple[str, str]] = [("model", f"{run.model}, {run.dtype}"), ("prompt", run.scene.prompt)]

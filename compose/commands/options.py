@@ -189,14 +189,7 @@ def parse_concept(text: str) -> Concept:
 
 
 def _fields(option: str, text: str, known: Mapping[str, str], several: str | None = None) -> dict[str, Any]:
-    """Fields as an option writes them, "name=value,...".
-
-    Args:
-        option: Name of the option.
-        text: Its value.
-        known: Names of fields on the command line, and in the model.
-        several: The field that may be given several times; its values are a list.
-    """
+    """Fields as an option writes them, "name=value,..."."""
     # A comma parts two fields only where a name and "=" follow.
     pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", text)]
     fields: dict[str, Any] = {}
@@ -283,7 +276,6 @@ def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tupl
 
     Args:
         text: Such as "0,16,60,112", "0,0.1,0.5,0.9", or "none". Colons may stand for the commas.
-        option: What messages call it.
         otherwise: What may be written instead of a box.
 
     Raises:

@@ -71,8 +71,6 @@ def show(folder: Path, todo: Sequence[Job], on_progress: Callable[[float], None]
     """Makes the images, and sheets of them as soon as all their images are there.
 
     Args:
-        folder: Where to.
-        todo: The images to generate, from `jobs`.
         on_progress: Called with the number of images done, fractions included.
 
     Yields:

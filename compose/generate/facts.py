@@ -23,9 +23,7 @@ def run_facts(run: Run, seeds: Sequence[int], threads: int | None, savers: Seque
 
     Args:
         run: What is made; its own seed is not used.
-        seeds: Of all images of the call.
         threads: Threads that torch computes with on the CPU; None if that is left to torch.
-        savers: Options that save memory.
 
     Raises:
         ValueError: If a LoRA or an image is missing.

@@ -29,11 +29,7 @@ def make_images(
 
     Args:
         run: The run; its own seed is not used.
-        seeds: One for each image.
-        out: The folder for them.
-        savers: Options that save memory.
         loras: A folder of LoRAs; those that the prompt names take part. None means the concepts of the scene.
-        maps: Whether attention maps are written.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.

@@ -52,13 +52,7 @@ class Made:
 
 @dataclass(frozen=True)
 class MadeBatch:
-    """Images of one call, one for each seed.
-
-    Attributes:
-        images: In the order of the seeds.
-        cost: What the call cost; None without concepts.
-        attention: Attention maps, if they were asked for and there are concepts.
-    """
+    """Images of one call, one for each seed."""
 
     images: tuple[Made, ...]
     cost: Cost | None
@@ -73,7 +67,6 @@ def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None
     Args:
         pipe: A pipeline from `open_model`, for this run or one that differs only in scene, method, scheduler, steps,
             guidance or seed.
-        run: The run.
         on_progress: Called after every step with the finished fraction, up to 1.
 
     Returns:
@@ -97,12 +90,8 @@ def make_batch(
     """Makes images of a run that differ in their seed, in one call. The pixels depend on how many there are.
 
     Args:
-        pipe: As for `make`.
         run: What to make; its own seed is not used.
-        seeds: One for each image.
-        on_progress: As for `make`.
         on_step: Called after every step; may end the call by raising.
-        record_attention: Whether to record attention maps of all steps; images do not change.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.

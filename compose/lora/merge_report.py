@@ -47,22 +47,12 @@ def merge_and_show(
     """Merges LoRA files into one and shows how much of each was kept.
 
     Args:
-        files: Each with its weight.
-        to: The file to write.
         method: A name of `MERGERS`.
         rank: Rank to which every layer is cut; None means the method's.
         model: The model that the files are for; None reads it from the files.
-        settings: Settings of the method.
         keys: Spelling of layer names; None means that of the first file.
         dtype: Precision of the new file; None means that of the files.
-        alpha: Alpha for files without one.
         prompts: For methods that generate images, one for each file; without them, they are made from the triggers.
-        steps: Denoising steps of those images.
-        seed: Seed of their start noise.
-        device: Device for these images.
-        allow_pickle: Whether pickled tensors are read, too.
-        overwrite: Whether an existing file is replaced.
-        as_json: Whether the report is printed as JSON.
 
     Raises:
         ValueError: For anything that does not fit together; nothing is written then.

@@ -18,7 +18,6 @@ class MergedBlock(BaseModel, frozen=True):
 
     Attributes:
         name: Such as "unet.down_blocks.1"; "all" for the whole file.
-        layers: How many layers are changed.
         ranks_before: Smallest and largest sum of ranks of a layer.
         ranks_after: The same of the ranks that were written.
         norm: Frobenius norm of what was written.

@@ -50,13 +50,7 @@ _BASE = (
 
 @dataclass(frozen=True)
 class Given:
-    """One of the files that are merged.
-
-    Attributes:
-        source: The source as given by the user.
-        file: The file.
-        weight: Factor on its change.
-    """
+    """One of the files that are merged."""
 
     source: str
     file: LoraFile
@@ -68,11 +62,7 @@ class Matched:
     """Files whose layers were matched with each other.
 
     Attributes:
-        given: The files.
         changes: By layer, the change by every file, weights in the scales; rank 0 where a file does not change it.
-        sites: Names of the layers in the new file.
-        spelling: Spelling of its keys.
-        notes: What is cut, left out or guessed.
     """
 
     given: Sequence[Given]
@@ -86,12 +76,8 @@ class Report(BaseModel, frozen=True):
     """The result of a merge.
 
     Attributes:
-        out: The file that was written.
         size: In bytes.
-        files: Source and weight of each.
         blocks: By block, the whole last.
-        notes: What is cut, left out or guessed.
-        seconds: Time for matching, merging and writing.
         peak_bytes: Peak memory of this process, including libraries; None if the system does not report it.
     """
 
@@ -110,11 +96,9 @@ def match_files(
     """Matches the layers of files with each other.
 
     Args:
-        given: The files.
         pipe: The model that they are for. Without one, the full architecture of their family gives the layer names;
             files of an unknown family are matched by their own names.
         spelling: Spelling of the result's keys; by default that of the first file, and diffusers' for a transformer.
-        alpha: Alpha for files without one.
 
     Raises:
         LoraError: If files are damaged, not supported, for different models, or do not fit the model.
@@ -159,18 +143,10 @@ def merge_files(
     """Merges files layer by layer into a new one, which appears whole or not at all.
 
     Args:
-        matched: The files.
-        merger: The merger.
-        out: The new file.
         rank: Layers of a higher rank are cut to it, by singular values.
         dtype: Of the result; by default fp16 or bf16 if all of the files have it, otherwise fp32.
         moments: For mergers that need a model, as in `MergeLayer`, by layer.
-        method: Name of the merger in the metadata.
-        overwrite: Whether an existing file is replaced.
         on_progress: Called with the finished fraction of the layers.
-
-    Returns:
-        A report of the merge.
 
     Raises:
         ValueError: If the result is zero, or values do not fit the precision.

@@ -21,7 +21,6 @@ def template(name: str, number: int, width: int, height: int) -> list[Box]:
 
     Args:
         name: One of `TEMPLATES`. The rows take any number of concepts, "Big and small" makes all but the first small.
-        number: How many concepts there are.
         width: Of the canvas, in pixels.
         height: Of the canvas, in pixels.
     """
@@ -43,7 +42,6 @@ def one_more(taken: Sequence[Box], width: int, height: int) -> list[Box]:
     """The boxes with one more at the end: in the largest free place, or in a half of the largest box if all is taken.
 
     Args:
-        taken: The boxes so far.
         width: Of the canvas, in pixels.
         height: Of the canvas, in pixels.
     """

@@ -20,11 +20,8 @@ class Control:
     """One setting of a method.
 
     Attributes:
-        name: The field's name.
-        label: Its label on the page.
         kind: What sets it: one of several values, on or off, a whole number, a number, words as they are, or
             text read as YAML.
-        default: The field's default.
         choices: The values of a "choice".
         help: The field's name and its text in the settings' docstring.
     """

@@ -36,23 +36,9 @@ class Form:
     """All settings of the page.
 
     Attributes:
-        choice: The model.
-        prompt: As in `Scene`.
-        negative_prompt: As in `Scene`.
         concepts: As in `Scene`; regions are kept in them also while `boxed` is off.
         boxed: Whether regions count.
-        size: Width and height.
-        method: As in `Run`.
-        settings: As in `Run`.
-        scheduler: As in `Run`.
-        steps: As in `Run`.
-        guidance_scale: As in `Run`.
-        seeds: One for each image.
-        image: As in `Scene`.
         mask_image: As in `Scene`; the page paints nothing outside of it.
-        strength: As in `Scene`.
-        controls: As in `Scene`.
-        ip_adapters: As in `Scene`.
     """
 
     choice: Choice

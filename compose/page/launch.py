@@ -22,8 +22,6 @@ class Options:
     """How the page was started; passed in environment variables, since Streamlit runs the script anew for each session.
 
     Attributes:
-        out: The folder for images and evaluations.
-        loras: A folder whose LoRAs can be chosen; None if none was named.
         local: Whether only this machine can open the page; files may then be named by path.
     """
 

@@ -12,8 +12,6 @@ def page_message(message: str, method: str | None = None, files: Mapping[str, st
     """A message as the page shows it.
 
     Args:
-        message: As it was raised or logged.
-        method: The method that it may be about.
         files: Names to show, by names on the disk.
     """
     for stored, shown in (files or {}).items():

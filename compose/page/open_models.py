@@ -35,14 +35,7 @@ class Busy(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Choice:
-    """A model, and how it is opened.
-
-    Attributes:
-        model: As in `Run`.
-        dtype: As in `Run`.
-        device: As in `Run`.
-        memory: Options that save memory.
-    """
+    """A model, and how it is opened."""
 
     model: str
     dtype: str = "float32"
@@ -63,10 +56,6 @@ class Choice:
 
 class OpenModel:
     """An open model with its queue.
-
-    Args:
-        choice: The model.
-        pipe: The pipeline.
 
     Attributes:
         scheduler: The class of the model's own scheduler.
@@ -132,9 +121,6 @@ class OpenModel:
         """The pipeline, for this thread alone inside the block; only these concepts' LoRAs stay loaded in it.
 
         Args:
-            concepts: The concepts of the next run.
-            wait: Whether to wait for others.
-            stop: Ends the waiting.
             on_wait: Called with the number of calls ahead.
 
         Raises:

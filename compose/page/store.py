@@ -56,12 +56,7 @@ class Lora:
     """A LoRA that can be chosen.
 
     Attributes:
-        source: As in `Concept.lora`.
         shown: Its name on the page.
-        sha256: Of its content.
-        trigger: From its metadata.
-        class_word: From its metadata.
-        trained_with: From its metadata.
         thumbnail: A PNG; None if there is no image of it.
         family: The family of models that it is for, as far as its keys and metadata tell.
         composed: Whether models of that family can be composed here.
@@ -89,7 +84,6 @@ class StartImage:
     Attributes:
         path: Path of its copy, a PNG in a size that the model supports.
         shown: The user's name for it.
-        size: Width and height of the copy.
         mask: Path of the mask that was painted over it; None repaints everywhere.
     """
 
@@ -103,7 +97,6 @@ class Store:
     """The files of a session, in a folder of its own.
 
     Attributes:
-        folder: The folder.
         uploads: The LoRAs among them.
         images: Names of start images and their masks, by path.
     """
@@ -129,7 +122,6 @@ class Store:
 
         Args:
             name: The user's name for it; never a part of a path.
-            data: Its content.
 
         Raises:
             FileError: If it is too large or no safetensors file by its name.
@@ -156,8 +148,6 @@ class Store:
         """Takes a file of this folder among the uploads, unless there is the same already.
 
         Args:
-            path: The file.
-            shown: What it is called on the page.
             words: Trigger and class word, for a file that does not contain them.
 
         Raises:
@@ -176,7 +166,6 @@ class Store:
 
         Args:
             name: The user's name for it; never a part of a path.
-            data: Its content.
             side: Most pixels of the longer side.
             cell: Both sides become multiples of so many pixels.
 
@@ -273,9 +262,6 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
     content is the recorded one. A repository counts as missing until the user asks for its download.
 
     Args:
-        record: The record in an image.
-        uploads: The user's uploads.
-        folder: Where else to look.
         local: Whether the page is open to this machine only, so that paths may be followed.
     """
     known = {lora.sha256: lora for lora in uploads}

@@ -32,11 +32,7 @@ class Result:
     """A finished image.
 
     Attributes:
-        made: The image and its record.
         cost: What its call cost; None without concepts.
-        attention: Attention maps, if they were kept.
-        seconds: Time that it took.
-        key: A unique name.
     """
 
     made: Made
@@ -55,18 +51,10 @@ class Job:
     """Images to be generated one after the other, each by `lora_compose.compose.generate.make`.
 
     Args:
-        model: The model.
-        runs: One for each image.
-        record_attention: Whether attention maps are kept.
         flops: FLOPs of each, if known.
-        comparing: Whether they are shown side by side.
 
     Attributes:
-        state: "waiting", "working", "done", "stopped" or "failed".
         ahead: While waiting, the number of calls ahead.
-        results: Finished images.
-        preview: A preview of the current image.
-        error: The error message, if it failed.
     """
 
     def __init__(

@@ -32,8 +32,6 @@ def make_app(
 
     Args:
         engine: Makes the images; it is started and stopped with the application.
-        size: Width and height of images by default.
-        limits: The most that a request may ask for.
         access: Who may use it; None is this machine.
     """
     limits = limits or Limits()

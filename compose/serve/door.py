@@ -30,7 +30,6 @@ class Access:
     """Who may use a server.
 
     Attributes:
-        host: The address that it listens on.
         hosts: Further names that it is called by.
         token: What every request must carry; None is nothing.
     """
@@ -70,8 +69,6 @@ class Door:
     """Middleware that answers what is refused, and hands on requests whose body it has read.
 
     Args:
-        app: The application.
-        access: Who may use it.
         most: Most bytes of a body.
     """
 

@@ -47,7 +47,6 @@ class Served:
     """An image that was made.
 
     Attributes:
-        image: The image.
         together: Number of images in its batch; the pixels depend on it.
     """
 
@@ -67,11 +66,6 @@ class Facts:
     """The state of a server.
 
     Attributes:
-        alive: Whether its thread runs.
-        waiting: Requests in the queue.
-        running: Requests of the current call.
-        images: Images made so far.
-        calls: Calls of the model so far.
         seconds_per_image: A moving average; None before the first one.
     """
 
@@ -125,9 +119,6 @@ class Engine:
 
         Args:
             seconds: How long it is waited for; None is as long as the current step takes.
-
-        Returns:
-            Whether it has ended.
         """
         self.end()
         if self._thread.is_alive():

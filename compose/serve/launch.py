@@ -27,14 +27,8 @@ class Serving:
     """Settings of a server.
 
     Attributes:
-        access: The address to listen on, and who may use it.
-        port: The port to listen on.
-        most: Most images in a batch.
         wait: Seconds that a request waits for others of its shape.
-        queue: Most requests in the queue.
-        timeout: Seconds within which a request is answered.
         lora_memory: Bytes of LoRA files kept in memory.
-        limits: The most that a request may ask for.
     """
 
     access: Access
@@ -53,15 +47,7 @@ _GRACE = 5  # seconds for answers at the end
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; at the end it gives up what is being made, instead of waiting for it.
-
-    Args:
-        app: The application.
-        engine: What makes its images.
-        host: The address to listen on.
-        port: The port to listen on.
-        bounds: Bounds on connections.
-    """
+    """uvicorn's server; at the end it gives up what is being made, instead of waiting for it."""
 
     def __init__(self, app: Any, engine: Engine, host: str, port: int, bounds: Bounds | None = None) -> None:
         super().__init__(
@@ -93,9 +79,7 @@ def serve(run: Run, loras: Path, serving: Serving) -> None:
     """Serves images until a signal ends it.
 
     Args:
-        run: Its model, dtype and device.
         loras: A folder of LoRA files; requests name them by the file without its suffix.
-        serving: Its settings.
 
     Raises:
         ValueError: If the model or the folder cannot be opened.

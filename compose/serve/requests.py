@@ -39,12 +39,7 @@ class _Frozen(BaseModel):
 
 
 class Limits(_Frozen):
-    """The most that a request may ask for.
-
-    Attributes:
-        pixels: Width times height.
-        steps: Denoising steps.
-    """
+    """The most that a request may ask for."""
 
     pixels: Annotated[int, Field(gt=0)] = 1024 * 1024
     steps: Annotated[int, Field(gt=0)] = 50
@@ -140,12 +135,7 @@ class ImageRequest(_Asked):
         return self
 
     def resolved(self, width: int, height: int) -> "ImageRequest":
-        """The request with all defaults filled in, and tags as concepts.
-
-        Args:
-            width: The model's own.
-            height: The model's own.
-        """
+        """The request with all defaults filled in, and tags as concepts."""
         prompt, tagged = _tagged(self.prompt)
         concepts = (*self.concepts, *tagged)
         placed = all(one.region is not None or one.role == "style" for one in concepts)

@@ -46,9 +46,7 @@ def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
     """The image with the boxes, whose coordinates are kept in the fields.
 
     Args:
-        session: The user's session.
         image: What to show under the boxes; None is an empty canvas.
-        alt: Text alternative of the image.
     """
     if st.session_state.pop(_DRAWN, False):
         st.rerun()  # the whole page, since this part may have been rerun alone

@@ -62,8 +62,6 @@ def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> 
     """Writes a form into the fields, replacing their values.
 
     Args:
-        session: The user's session.
-        form: What to write.
         loras: The concepts' LoRAs by name; None for missing ones.
     """
     values: dict[str, Any] = {

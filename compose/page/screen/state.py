@@ -76,9 +76,7 @@ class Row:
         lora: Its LoRA; None if an image named one that is missing.
         wanted: Name of the missing LoRA.
         mask: The path of a mask that an image named as its region.
-        alpha: The alpha that an image named.
         sha256: Digest of the file that an image was made with.
-        fit: The result of matching the LoRA with the model.
     """
 
     number: int
@@ -95,23 +93,15 @@ class PageSession:
     """Everything of one session: files, concepts, images and running work.
 
     Attributes:
-        store: Files.
-        model: The model.
-        options: How the page was started.
-        rows: The concepts.
         results: Finished ones, the newest first.
-        compared: Finished images of the comparison.
         shown: Key of the image on the canvas.
         job: The running job, or the last one.
         waiting: The jobs after it, in order.
         was_working: Whether images were being generated at the last rerun.
         problems: What went wrong, by place on the screen.
         uploads: Number of uploads so far; upload fields have it in their names, so that a new number empties them.
-        start: The start image; None is text-to-image.
-        guides: Control images and IP-Adapters.
         unready: Whether the prompt has to be fixed first; the reason is shown there.
         closed: Whether it has ended: its browser was away for too long.
-        merged: The last LoRA that was merged from others.
     """
 
     store: Store
