@@ -146,23 +146,6 @@ def check_ray(address: str | None) -> None:
         raise ValueError("--ray needs the package ray: pip install 'lora-compose[ray]'")
 
 
-def starting_from(
-    image: str | None,
-    mask_image: str | None,
-    strength: float | None,
-    padding_mask_crop: int | None,
-    paste_original: bool | None,
-) -> dict[str, Any]:
-    """The start image, mask image and strength of a scene, from options."""
-    return {
-        "image": image,
-        "mask_image": None if mask_image is None else _mask_or_box(mask_image, "--mask-image"),
-        "strength": strength,
-        "padding_mask_crop": padding_mask_crop,
-        "paste_original": paste_original,
-    }
-
-
 def parse_concept(text: str) -> Concept:
     """Reads a concept as it is written on the command line.
 
@@ -178,7 +161,7 @@ def parse_concept(text: str) -> Concept:
         raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
     fields["lora"] = paths[0] if len(paths) == 1 else tuple(paths)
     if "region" in fields:
-        fields["region"] = _mask_or_box(fields["region"], f"--concept {text}: region")
+        fields["region"] = mask_or_box(fields["region"], f"--concept {text}: region")
     try:
         fields.setdefault("name", "+".join(map(_name_of, files_of(fields["lora"]))))
         return Concept(**fields)
@@ -226,7 +209,7 @@ def guided_by(controls: Sequence[str] | None, ip_adapters: Sequence[str] | None)
 def _guide(option: str, kind: Any, text: str) -> Any:
     fields = _fields(option, text, {name: name for name in kind.model_fields})
     if "region" in fields:
-        fields["region"] = _mask_or_box(fields["region"], f"{option} {text}: region")
+        fields["region"] = mask_or_box(fields["region"], f"{option} {text}: region")
     try:
         return kind(**fields)
     except FieldError as error:
@@ -340,7 +323,7 @@ def check_names(asked: Run) -> None:
             check_lora(source)
 
 
-def _mask_or_box(value: str, option: str) -> tuple[float, float, float, float] | str | None:
+def mask_or_box(value: str, option: str) -> tuple[float, float, float, float] | str | None:
     """A mask image or a box, as written on the command line."""
     is_file = value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
     return value if is_file else parse_box(value, option, "a mask image (.png, .jpg, .webp, .bmp)")

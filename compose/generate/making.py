@@ -102,7 +102,7 @@ def make_batch(
             run=_as_used(pipe, run, choice and choice.method),
             versions=versions(),
             sha256=_hashes(loaded),
-            images=_image_hashes(run.scene),
+            images={name: sha256_of(Path(path).expanduser()) for name, path in run.scene.image_files.items()},
             machine=machine(pipe._execution_device),  # an offloaded model may be on another device now
             method_reason=choice.reason if choice is not None and run.method is None else None,
         )
@@ -241,11 +241,6 @@ def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
 def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, Hashes]:
     every = {found.concept.name: tuple(file.sha256 for file in found.files) for found in loaded if found.files}
     return {name: found[0] if len(found) == 1 else found for name, found in every.items()}
-
-
-def _image_hashes(scene: Scene) -> dict[str, str]:
-    """The SHA-256 of the images that a scene reads."""
-    return {name: sha256_of(Path(path).expanduser()) for name, path in scene.image_files.items()}
 
 
 def _finite(pipe: Any, on_step: OnStep | None) -> OnStep:

@@ -124,8 +124,10 @@ def match_files(
             notes.append(f"{one.source}: its words are left out ({words}); the result changes weights alone")
     names = dict.fromkeys(name for lora in loras for name in lora)
     called = stems(spelling, pipe, {part: [name for p, name in names if p == part] for part in PARTS})
-    sites = {name: FileLayer(called[name], _kernel(name, loras)) for name in names}
-    return Matched(given, _side_by_side(given, loras), sites, spelling, tuple(notes))
+    kernels = {name: tuple(factors.down.shape[2:]) for lora in reversed(loras) for name, factors in lora.items()}
+    sites = {name: FileLayer(called[name], kernels[name]) for name in names}
+    changes = side_by_side(loras, [one.weight for one in given], [one.source for one in given])
+    return Matched(given, changes, sites, spelling, tuple(notes))
 
 
 def merge_files(
@@ -245,15 +247,8 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
         if left
     ]
     notes.append("the model is unknown: layers were matched by their names in the files")
-    return Matched(given, _side_by_side(given, loras), sites, own, tuple(notes))
-
-
-def _side_by_side(given: Sequence[Given], loras: Sequence[Mapping[Name, LoraFactors]]) -> Mapping[Name, Changes]:
-    return side_by_side(loras, [one.weight for one in given], [one.source for one in given])
-
-
-def _kernel(name: Name, loras: Sequence[Mapping[Name, LoraFactors]]) -> tuple[int, ...]:
-    return next(tuple(lora[name].down.shape[2:]) for lora in loras if name in lora)
+    changes = side_by_side(loras, [one.weight for one in given], [one.source for one in given])
+    return Matched(given, changes, sites, own, tuple(notes))
 
 
 def _cut(change: LoraFactors, rank: int) -> tuple[LoraFactors, float]:

@@ -10,7 +10,7 @@ from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
 from lora_compose.compose.page.open_models import Choice
-from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
+from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir, ordinary
 from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
@@ -66,7 +66,9 @@ class Form:
             ValueError: With everything that is wrong, a line each.
         """
         check_limits(self)
-        concepts = self.concepts if self.boxed else tuple(_unboxed(concept) for concept in self.concepts)
+        concepts = self.concepts
+        if not self.boxed:
+            concepts = tuple(concept.model_copy(update={"region": None}) for concept in concepts)
         try:
             scene = Scene(
                 prompt=self.prompt, negative_prompt=self.negative_prompt, concepts=concepts,
@@ -221,19 +223,10 @@ def example() -> Form:
     scene = read_scene(assets_dir() / "scenes" / f"{name}.yaml")
     boxes: list[Box] = template("Side by side", len(scene.concepts), 128, 128)
     concepts = tuple(
-        concept.model_copy(update={"lora": moved_files(concept.lora, _ordinary), "region": box})
+        concept.model_copy(update={"lora": moved_files(concept.lora, ordinary), "region": box})
         for concept, box in zip(scene.concepts, boxes, strict=True)
     )
     return Form(
         Choice(PLAYGROUND), scene.prompt, concepts=concepts, boxed=True, method=method, guidance_scale=4.0,
         seeds=(seed,),
     )  # fmt: skip
-
-
-def _ordinary(source: str) -> str:
-    """The ordinary LoRA beside one of the playground's that was trained with TARA."""
-    return source.removesuffix("-tara")
-
-
-def _unboxed(concept: Concept) -> Concept:
-    return concept.model_copy(update={"region": None})

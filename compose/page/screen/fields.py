@@ -11,9 +11,9 @@ from lora_compose.compose.page.boxes import fitted, one_more
 from lora_compose.compose.page.controls import changed, controls
 from lora_compose.compose.page.form import Form, read_seeds
 from lora_compose.compose.page.labels import label_of
-from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen.state import PageSession, Row
 from lora_compose.compose.page.store import Lora
+from lora_compose.compose.page.text import page_message
 from lora_compose.pipelines.concepts.sources import shown
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.field_errors import FieldError

@@ -7,12 +7,11 @@ import streamlit as st
 
 from lora_compose.compose.page.labels import MERGER_LABELS
 from lora_compose.compose.page.merging import Merged, merge_loras
-from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen.concepts import add_lora, is_full, of_the_playground
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, checking
 from lora_compose.compose.page.store import Lora
-from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.text import markdown, page_message
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from lora_compose.compose.check.report import Report
 from lora_compose.compose.page import export
 from lora_compose.compose.page.form import Form, check_canvas
 from lora_compose.compose.page.labels import full_name, label_of
-from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.canvas import canvas, position_part
 from lora_compose.compose.page.screen.compare import compare_view
@@ -20,7 +19,7 @@ from lora_compose.compose.page.screen.keep import keep_buttons
 from lora_compose.compose.page.screen.start import painting, start_image
 from lora_compose.compose.page.screen.state import MOST_WAITING, QUEUE, PageSession
 from lora_compose.compose.page.screen.understand import understand_view
-from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.text import markdown, page_message
 from lora_compose.compose.page.work import Job, Result
 from lora_compose.pipelines.concepts.strength import weight_text
 from lora_compose.pipelines.methods import name_of

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import streamlit as st
 from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.scriptrunner import get_script_run_ctx
@@ -18,11 +19,11 @@ from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.page.form import Form
 from lora_compose.compose.page.launch import Options, options
 from lora_compose.compose.page.merging import Merged
-from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
 from lora_compose.compose.page.quick import Quick
 from lora_compose.compose.page.scores import Judge, Likeness
 from lora_compose.compose.page.store import Lora, StartImage, Store
+from lora_compose.compose.page.text import page_message
 from lora_compose.compose.page.work import Job, Result
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.loading import LoraError
@@ -209,6 +210,10 @@ class PageSession:
             for old in list(self._outlooks)[:-_OUTLOOKS]:
                 del self._outlooks[old]
         return self._outlooks[key]
+
+    def look_at(self, result: Result) -> None:
+        """Shows an image on the canvas."""
+        self.shown, st.session_state["set.view"] = result.key, "Image"
 
     def fit(self, row: Row) -> Fit | None:
         """Whether a concept's LoRA fits the model; None while files of other sessions are being read."""
