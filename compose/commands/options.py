@@ -340,6 +340,6 @@ def check_folder(loras: Path, asked: Run) -> None:
 
 
 def _name_of(source: str) -> str:
-    """What a concept is called by its file: "playground:cat" and "loras/cat.safetensors" are "cat"."""
+    """The name of a concept by its file: "playground:cat" and "loras/cat.safetensors" are "cat"."""
     model, colon, name = source.partition(":")
     return Path(name if colon and model in PLAYGROUNDS else source).stem or source

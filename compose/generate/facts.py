@@ -1,4 +1,4 @@
-"""What an image depends on, as facts that can be compared and hashed: its run, and the contents of all files."""
+"""Facts on which an image depends, to be compared and hashed: its run, and the contents of all files."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What guides an image beside its text, as scene files name it: control images and IP-Adapters with their models."""
+"""Control images and IP-Adapters of scene files, with their models."""
 
 import json
 from collections.abc import Sequence

@@ -133,7 +133,7 @@ def make_batch(
 
 
 def plan(pipe: Any, run: Run) -> CallPlan | None:
-    """What `make` would do, after all its checks; None without concepts, which diffusers checks itself.
+    """The plan of `make`, after all its checks; None without concepts, which diffusers checks itself.
 
     The run's concepts stay loaded in the pipeline.
 

@@ -105,7 +105,7 @@ class Overlap(_Frozen):
 
     Attributes:
         blocks: By part and block, <A, B>^2 / (|A|^2 |B|^2), Frobenius, over the layers that both change; 0 to 1.
-        whole: The same over all layers; None if they change no layer in common.
+        whole: The overlap over all layers; None if they change no layer in common.
     """
 
     files: tuple[str, str]
@@ -160,7 +160,7 @@ def inspect(
 
 
 def _unmatched(known: Inspection, file: LoraFile, why: str | None = None) -> Inspection:
-    """What a file changes, by its own keys alone; `why` says why it was not matched with its family's layers."""
+    """The changes of a file by its own keys alone; `why` says why it was not matched with its family's layers."""
     try:
         grouped = by_layer(file)
         own = Alphas(file).own

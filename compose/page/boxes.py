@@ -72,7 +72,7 @@ def _inset(box: Box, gap: float) -> tuple[float, float, float, float]:
 
 
 def _halves(box: Box, gap: float) -> list[tuple[float, float, float, float]]:
-    """Both halves of its longer side, with a gap between them."""
+    """Both halves of a box, divided across its longer side, with a gap between them."""
     left, top, right, bottom = box
     if right - left >= bottom - top:
         middle = (left + right) / 2

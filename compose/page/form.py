@@ -88,7 +88,7 @@ class Form:
             raise ValueError("\n".join(error.messages)) from error
 
     def with_method(self, method: str) -> "Form":
-        """The same with another method at its defaults."""
+        """The form with another method at its defaults."""
         return replace(self, method=method, settings=self.settings if method == self.method else {})
 
 
@@ -191,7 +191,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
 
 
 def variations(run: Run) -> list[Run]:
-    """The same image from the same start noise with other weights of its LoRAs; none if no weight is one number."""
+    """Runs from the start noise of an image, with other weights of its LoRAs; none if no weight is one number."""
 
     def times(concept: Concept, factor: float) -> Concept:
         weight = 1.0 if concept.weight is None else concept.weight

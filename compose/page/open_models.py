@@ -48,7 +48,7 @@ class Choice:
         return not OFFLOADS.isdisjoint(self.memory)
 
     def memory_for(self, model: str, device: str | None) -> tuple[Saver, ...]:
-        """Its ways to need less memory, where the model is this one, and as far as the device has use for them."""
+        """The options that save memory, if the model is this one, and as far as the device has use for them."""
         if model != self.model:
             return ()
         return tuple(saver for saver in self.memory if device != "cpu" or saver not in OFFLOADS)
@@ -169,19 +169,13 @@ class OpenModels:
             if choice in self._models:
                 self._models.move_to_end(choice)
                 return self._models[choice]
-            self._make_room()
-            self._models[choice] = OpenModel(choice, _opened(choice))
+            idle = [other for other, model in self._models.items() if not model.busy]
+            for other in idle[: max(0, len(self._models) - LIMIT + 1)]:
+                del self._models[other]  # whoever still shows it keeps it alive until then
+            scene = Scene(prompt="-")  # opening looks at the model's part of a run only
+            run = Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device)
+            self._models[choice] = OpenModel(choice, open_model(run, choice.memory))
             return self._models[choice]
-
-    def _make_room(self) -> None:
-        idle = [choice for choice, model in self._models.items() if not model.busy]
-        for choice in idle[: max(0, len(self._models) - LIMIT + 1)]:
-            del self._models[choice]  # whoever still shows it keeps it alive until then
-
-
-def _opened(choice: Choice) -> Any:
-    scene = Scene(prompt="-")  # opening looks at the model's part of a run only
-    return open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
 
 
 def _without_weights(pipe: Any) -> SimpleNamespace:

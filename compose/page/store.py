@@ -5,7 +5,7 @@ import binascii
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -247,7 +247,8 @@ def named(source: str) -> Lora:
     path = find_file(source)
     if is_on_hub(source):
         return _described(read_lora(path), source, source)
-    return _described(read_lora(path), str(path), path.name, _beside(path))
+    beside = (path.with_suffix(suffix) for suffix in (".png", ".preview.png"))  # many programs put its image there
+    return _described(read_lora(path), str(path), path.name, next(filter(Path.is_file, beside), None))
 
 
 def is_on_hub(source: str) -> bool:
@@ -287,14 +288,8 @@ def _located(source: Any, sha256: Hashes, known: dict[str, Lora], folder: Path |
 
 def image_files(folder: Path, most: int = MOST_FILES) -> list[Path]:
     """The newest images of a folder and the folders in it."""
-    found = [path for path in _pngs(folder) if path.is_file()]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:most]
-
-
-def _pngs(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from folder.glob("*.png")
-        yield from folder.glob("*/*.png")
+    paths = [*folder.glob("*.png"), *folder.glob("*/*.png")] if folder.is_dir() else []
+    return sorted(filter(Path.is_file, paths), key=lambda path: path.stat().st_mtime, reverse=True)[:most]
 
 
 def _copy(data: BinaryIO, path: Path, limit: int, shown: str) -> None:
@@ -335,12 +330,6 @@ def _reference(name: str) -> Path | None:
         return playground_references(name.removesuffix("-tara"))[0]
     except ValueError:  # no images of this one
         return None
-
-
-def _beside(path: Path) -> Path | None:
-    """An image of the same name, as many programs put it beside a LoRA."""
-    results = (path.with_suffix(suffix) for suffix in (".png", ".preview.png"))
-    return next((result for result in results if result.is_file()), None)
 
 
 def _thumbnail(path: Path) -> bytes | None:

@@ -1,4 +1,4 @@
-"""What is refused before the application sees it: other hosts, missing tokens, and bodies that are too large.
+"""Refusals before the application sees a request: other hosts, missing tokens, and bodies that are too large.
 
 A page of another website can make its own name mean this machine (DNS rebinding): the browser then takes the server for
 a part of that website. Its requests have that name as their host. Browsers send JSON to another website only if that
@@ -27,7 +27,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use a server.
+    """The address of a server, and its conditions for requests.
 
     Attributes:
         hosts: Further names that it is called by.

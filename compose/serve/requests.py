@@ -71,7 +71,7 @@ class RequestedConcept(_Asked):
 
     @property
     def concept(self) -> Concept:
-        """The same for a call."""
+        """The concept of a call."""
         return Concept(**self.model_dump(exclude_none=True))
 
 
@@ -109,7 +109,7 @@ class ImageRequest(_Asked):
             raise ValueError("expected a list of names, or of objects with a name")
         if len(given) > MOST_CONCEPTS:
             raise ValueError(f"there are {len(given)} concepts; at most {MOST_CONCEPTS}")
-        return [{"name": one} if isinstance(one, str) else one for one in given]
+        return [{"name": concept} if isinstance(concept, str) else concept for concept in given]
 
     @field_validator("method")
     @classmethod
@@ -125,11 +125,11 @@ class ImageRequest(_Asked):
             raise ValueError("a method needs concepts")
         if len(named) > MOST_CONCEPTS:
             raise ValueError(f"there are {len(named)} concepts, tags in the prompt included; at most {MOST_CONCEPTS}")
-        if len({one.name for one in named}) < len(named):
+        if len({concept.name for concept in named}) < len(named):
             raise ValueError("a LoRA stands twice in concepts and tags of the prompt; name it once")
-        for i, one in enumerate(named):
+        for i, concept in enumerate(named):
             try:
-                check_box(one.concept, self.width, self.height)
+                check_box(concept.concept, self.width, self.height)
             except ValueError:
                 raise ValueError(f"concepts[{i}].region leaves the canvas of the image") from None
         return self
@@ -138,7 +138,7 @@ class ImageRequest(_Asked):
         """The request with all defaults filled in, and tags as concepts."""
         prompt, tagged = _tagged(self.prompt)
         concepts = (*self.concepts, *tagged)
-        placed = all(one.region is not None or one.role == "style" for one in concepts)
+        placed = all(concept.region is not None or concept.role == "style" for concept in concepts)
         method = self.method or ("regional" if placed else "merge")
         return self.model_copy(
             update={
@@ -178,7 +178,7 @@ def short(text: str) -> str:
 
 
 def reasons(errors: Sequence[Mapping[str, Any]]) -> str:
-    """What is wrong with a request, by pydantic's errors: where, and what was expected; nothing that was sent."""
+    """The errors of a request in words: where, and what was expected; nothing that was sent."""
     lines = [_reason(error) for error in errors[:_MOST_MESSAGES]]
     more = len(errors) - len(lines)
     return "; ".join([*lines, *([f"and {more} more"] if more else [])])

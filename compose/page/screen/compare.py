@@ -1,4 +1,4 @@
-"""The same scene and seeds with several methods, side by side, with their costs and likeness."""
+"""A scene and its seeds with several methods, side by side, with their costs and likeness."""
 
 import streamlit as st
 

@@ -23,7 +23,7 @@ _CHOSEN, _METHOD = "do.merge.loras", "do.merge.method"
 
 
 def merging_part(session: PageSession) -> None:
-    """Which LoRAs, how strong each is, and how they are merged."""
+    """The LoRAs to merge, how strong each is, and how they are merged."""
     with st.expander("Merge LoRAs into one", icon=":material/merge:"):
         ready = _ready(session)
         names = st.multiselect("LoRAs to merge", list(ready), key=_CHOSEN, max_selections=MOST, help=(

@@ -20,7 +20,7 @@ _SHORT = 32  # letters of a model's name that are shown
 
 
 def model_part(session: PageSession) -> None:
-    """Which model is open, and the fields to open another one."""
+    """The open model, and the fields to open another one."""
     choice = session.model.choice
     show_choice(choice)
     with st.popover(f"Model: **{markdown(_short(choice.model))}**", icon=":material/deployed_code:"):

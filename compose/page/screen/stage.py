@@ -69,7 +69,7 @@ def _pressing(session: PageSession) -> None:
 
 
 def _problems(session: PageSession, form: Form, report: Report) -> list[str]:
-    """What prevents an image, each problem shown in one place only."""
+    """Problems that prevent an image, each shown in one place only."""
     if report.problems and session.unready:
         return ["The prompt is not ready; see the notes there."]
     return [page_message(problem, form.method, session.store.names) for problem in report.problems]
