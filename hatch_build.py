@@ -1,4 +1,4 @@
-"""Puts the page's script into the wheel, beside the packages' other data; an editable installation uses it in place."""
+"""Puts the page's application into the wheel, beside other data; an editable installation uses it in place."""
 
 from typing import Any
 
@@ -9,6 +9,6 @@ class PageHook(BuildHookInterface):
     """`sources` moves folders only, and `force-include` would copy the file for an editable installation as well."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Adds the script to wheels that are built to be installed."""
+        """Adds it to wheels that are built to be installed."""
         if version == "standard":
             build_data["force_include"]["ui.py"] = "lora_compose/compose/ui.py"

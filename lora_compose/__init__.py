@@ -18,6 +18,7 @@ if not (Path(__file__).parent / "compose").is_dir():
 from lora_compose.compose.support.version import __version__
 
 if TYPE_CHECKING:
+    from lora_compose.pipelines.call_plan import CallPlan, PlannedConcept
     from lora_compose.pipelines.concepts.loading import LoraError
     from lora_compose.pipelines.control import Control
     from lora_compose.pipelines.families import ComposePipeline
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "PRESETS",
+    "CallPlan",
     "Clora",
     "ComposeOutput",
     "ComposePipeline",
@@ -55,6 +57,7 @@ __all__ = [
     "LoraComposer",
     "LoraError",
     "Merge",
+    "PlannedConcept",
     "Refined",
     "Regional",
     "Run",
@@ -68,6 +71,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "call_plan": ("CallPlan", "PlannedConcept"),
     "concepts.loading": ("LoraError",),
     "control": ("Control",),
     "families": ("ComposePipeline",),

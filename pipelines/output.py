@@ -27,6 +27,13 @@ class Cost:
     control_rows: float = 0.0
     preparation_seconds: float = 0.0
 
+    @property
+    def words(self) -> str:
+        """The rows in words: "50", or "50 + 13 stopped + 13 backward"."""
+        kinds = {"": self.rows_forward, " stopped": self.rows_stopped, " backward": self.rows_backward,
+                 " of ControlNets": self.control_rows}  # fmt: skip
+        return " + ".join(f"{rows:g}{kind}" for kind, rows in kinds.items() if rows or not kind)
+
     def add(self, other: "Cost") -> None:
         """Adds the rows of other passes."""
         self.rows_forward += other.rows_forward

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from lora_compose.compose.benchmark.counting import count_run
@@ -10,6 +11,7 @@ from lora_compose.compose.generate.making import load, plan, resolve_choice, siz
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
+from lora_compose.pipelines.call_plan import CallPlan
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import read_lora
@@ -19,7 +21,7 @@ from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.mask_images import mask_name
 from lora_compose.pipelines.memory import check_size
-from lora_compose.pipelines.methods import Choice, Settings, name_of
+from lora_compose.pipelines.methods import Choice, make_method, name_of
 from lora_compose.pipelines.notes import kept, warn
 from lora_compose.pipelines.regions import check_region
 from lora_compose.pipelines.scene import Concept, Run
@@ -33,10 +35,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class RunCost:
-    """What an image of a run costs.
+    """The cost of an image in FLOPs.
 
     Attributes:
-        rows: latent rows, in words.
         flops: FLOPs; a multiplication and an addition count as two.
         plain_flops: FLOPs of the same image without concepts.
     """
@@ -52,27 +53,28 @@ class Report:
 
     Attributes:
         facts: Label and text, in the order to be shown.
-        notes: Warnings that are not errors.
         problems: Errors that would make the run fail; empty if it can run.
-        cost: Cost of an image; None if unknown.
+        cost: Cost of an image; None if it is known in rows alone, or not at all.
+        choice: The method, and the reason for the choice; None without concepts.
     """
 
     facts: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
     cost: RunCost | None = None
+    choice: Choice | None = None
 
 
 def check(run: Run, pipe: Any = None) -> Report:
     """Checks everything that a run needs, and collects all problems, not only the first.
 
     Args:
-        run: The run.
         pipe: The run's model, if it is open already.
     """
     facts: list[tuple[str, str]] = [("model", f"{run.model}, {run.dtype}"), ("prompt", run.scene.prompt)]
     problems: list[str] = []
     cost: RunCost | None = None
+    choice: Choice | None = None
     with kept() as notes:
         # The rest is checked even if the method is unknown.
         if pipe is None:
@@ -81,12 +83,12 @@ def check(run: Run, pipe: Any = None) -> Report:
             for concept in run.scene.concepts:
                 facts += _attempt(problems, _file_facts, concept) or []
         else:
-            found, cost = _facts(pipe, run, problems)
-            facts += found
-    return Report(tuple(facts), tuple(notes), tuple(dict.fromkeys(problems)), cost)
+            of_model, cost, choice = _facts(pipe, run, problems)
+            facts += of_model
+    return Report(tuple(facts), tuple(notes), tuple(dict.fromkeys(problems)), cost, choice)
 
 
-def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, str]], RunCost | None]:
+def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, str]], RunCost | None, Choice | None]:
     loaded = [_attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
     tokenizers = _attempt(problems, pipe.tokenizers_for, [found for found in loaded if found])
     tokenizer = (tokenizers or pipe.tokenizers_for([]))[0]
@@ -111,26 +113,23 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         places += [(known, place)] if place else []
     _attempt(problems, check_disjoint, [c for c, _ in places], [place for _, place in places], prompt)
     choice = None
-    if all(loaded) or run.method is not None:
-        choice = _attempt(problems, resolve_choice, pipe, run, [found for found in loaded if found])
-    if not problems:
-        planned = _attempt(problems, plan, pipe, run)
-        for warning in () if planned is None else planned.warnings:
-            warn(warning)
-    cost = (
-        None
-        if problems or needs_running(pipe)
-        else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
-    )
+    if all(loaded):
+        choice = _attempt(problems, resolve_choice, pipe, run, loaded)
+    elif run.method is not None:
+        _attempt(problems, make_method, run.method, run.settings)
+    planned = None if problems else _attempt(problems, plan, pipe, run)
+    for warning in () if planned is None else planned.warnings:
+        warn(warning)
+    cost = None if problems or needs_running(pipe) else _attempt(problems, _cost, pipe, run, planned, loaded)
     facts += [
         ("method", _method_words(run, choice)),
         ("size", f"{width} x {height} pixels"),
         *((name, str(value)) for name, value in run.scene.start.items()),
         *(("control", f"{one.model}, {one.image}, scale {one.scale:g}") for one in run.scene.controls),
         *(("IP-Adapter", f"{one.model}, {one.image}, scale {one.scale:g}") for one in run.scene.ip_adapters),
-        ("cost", _cost_words(pipe, run, cost) if cost is not None else "not known"),
+        ("cost", _cost_words(pipe, run, planned, cost)),
     ]
-    return facts, cost
+    return facts, cost, choice
 
 
 def _file_facts(concept: Concept) -> list[tuple[str, str]]:
@@ -205,26 +204,35 @@ def _tokens_from(tokenizer: ExpandingTokenizer | TemplateTokenizer, prompt: str,
     )
 
 
-def _cost(pipe: Any, run: Run, settings: Settings | None, loaded: Sequence[LoadedConcept | None]) -> RunCost:
+def _cost(pipe: Any, run: Run, planned: CallPlan | None, loaded: Sequence[LoadedConcept | None]) -> RunCost:
     width, height = size_of(pipe, run.scene)
-    whole = _steps(pipe, run), run.guidance_scale, width, height
-    scheduler = scheduler_of(pipe, run)
-    cost = count_run(pipe, settings, [found for found in loaded if found], *whole, scheduler=scheduler)
-    plain = count_run(pipe, None, (), *whole, scheduler=scheduler)
-    return RunCost(cost.rows, cost.flops, plain.flops)
+    count = partial(count_run, pipe, steps=_steps(pipe, run, planned), guidance_scale=run.guidance_scale, width=width,
+                    height=height, scheduler=scheduler_of(pipe, run))  # fmt: skip
+    plain = count(None, ())
+    if planned is None:
+        return RunCost(plain.rows, plain.flops, plain.flops)
+    flops = count(planned.choice.method, [concept for concept in loaded if concept]).flops
+    return RunCost(planned.cost.words, flops, plain.flops)
 
 
-def _steps(pipe: Any, run: Run) -> int:
+def _steps(pipe: Any, run: Run, planned: CallPlan | None) -> int:
     """Number of steps that are run."""
+    if planned is not None:
+        return planned.steps
     if run.scene.image is None:
         return run.steps
     return pipe.steps_from_image(run.steps, run.scene.strength, run.scene.mask_image is not None)
 
 
-def _cost_words(pipe: Any, run: Run, cost: RunCost) -> str:
+def _cost_words(pipe: Any, run: Run, planned: CallPlan | None, cost: RunCost | None) -> str:
+    rows = planned.cost.words if planned is not None else cost and cost.rows
+    if rows is None:
+        return "not known"
+    steps = _steps(pipe, run, planned)
+    passes = "" if planned is None or planned.passes == steps else f", {planned.passes} passes"
     how = "with guidance" if run.guidance_scale > 1 else "without guidance"
-    ratio = f"{cost.flops / cost.plain_flops:.2f} times the FLOPs of a plain image"
-    return f"{cost.rows} latent rows ({_steps(pipe, run)} steps {how}), {ratio}"
+    ratio = "" if cost is None else f", {cost.flops / cost.plain_flops:.2f} times the FLOPs of a plain image"
+    return f"{rows} latent rows ({steps} steps{passes} {how}){ratio}"
 
 
 def _method_words(run: Run, choice: Choice | None) -> str:

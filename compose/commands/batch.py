@@ -8,18 +8,7 @@ import typer
 
 from lora_compose.compose.batch.entries import Found, read_entries
 from lora_compose.compose.batch.settings import BatchSettings
-from lora_compose.compose.commands.options import (
-    BOX_HELP,
-    CONCEPT_HELP,
-    LORA_HELP,
-    MethodOption,
-    RayOption,
-    SaversOption,
-    SetOption,
-    check_ray,
-    concepts_of,
-    parse_settings,
-)
+from lora_compose.compose.commands import options
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.files.validation import validated
 from lora_compose.compose.support.names import check_method
@@ -43,11 +32,11 @@ def batch(
         Path | None,
         typer.Option(help='For tables: a scene file in which columns fill placeholders, "a {animal} on {place}".'),
     ] = None,
-    lora: Annotated[list[str] | None, typer.Option(help=f"For tables, in every row. {LORA_HELP}")] = None,
-    box: Annotated[list[str] | None, typer.Option(help=BOX_HELP)] = None,
-    concept: Annotated[list[str] | None, typer.Option(help=f"For tables, in every row. {CONCEPT_HELP}")] = None,
-    method: MethodOption = None,
-    settings: SetOption = None,
+    lora: Annotated[list[str] | None, typer.Option(help=f"For tables, in every row. {options.LORA_HELP}")] = None,
+    box: Annotated[list[str] | None, typer.Option(help=options.BOX_HELP)] = None,
+    concept: Annotated[list[str] | None, typer.Option(help=f"For tables, in every row. {options.CONCEPT_HELP}")] = None,
+    method: options.MethodOption = None,
+    settings: options.SetOption = None,
     seed: Annotated[
         list[str] | None,
         typer.Option(help="Seeds of scenes without seeds of their own, repeatable: 3, or 0-7. Default: 0."),
@@ -61,7 +50,7 @@ def batch(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest, and every GPU.")
     ] = None,
-    savers: SaversOption = None,
+    savers: options.SaversOption = None,
     batch_size: Annotated[
         int | None,
         typer.Option(help="Images of a scene made in one call; pixels depend on it. Default: 1.", min=1, max=64),
@@ -79,20 +68,20 @@ def batch(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace images of the same names that were made in another way.")
     ] = False,
-    ray: RayOption = None,
+    ray: options.RayOption = None,
     joins: Annotated[bool, typer.Option("--join", hidden=True)] = False,
 ) -> None:
     """Generate images of many scenes and seeds. A rerun resumes; further processes join in."""
-    concepts = concepts_of(concept or [], lora or [], box or [])
+    concepts = options.concepts_of(concept or [], lora or [], box or [])
     found = read_entries(sources, template, concepts)
     given = {
-        "model": model, "method": method, "settings": parse_settings(settings) if settings else None,
+        "model": model, "method": method, "settings": options.parse_settings(settings) if settings else None,
         "seeds": seed, "steps": steps, "guidance_scale": guidance, "scheduler": scheduler, "dtype": dtype,
         "device": device, "save_memory": tuple(savers) if savers else None, "batch_size": batch_size,
         "threads": threads,
     }  # fmt: skip
     asked = _settings(found, {name: value for name, value in given.items() if value is not None})
-    check_ray(ray)
+    options.check_ray(ray)
     with starting():
         from lora_compose.compose.batch.command import join, make_all
     if joins:

@@ -6,15 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.commands.options import (
-    GuidanceOption,
-    MethodOption,
-    ModelOption,
-    SetOption,
-    StepsOption,
-    parse_settings,
-    run_of,
-)
+from lora_compose.compose.commands import options
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.terminal import BAD_INPUT, echo, handle_errors, starting
@@ -23,20 +15,20 @@ from lora_compose.compose.support.terminal import BAD_INPUT, echo, handle_errors
 @handle_errors(logging.ERROR)
 def check(
     scene: Annotated[Path, typer.Argument(help="A scene file, YAML or JSON.")],
-    model: ModelOption = PLAYGROUND,
-    method: MethodOption = None,
-    settings: SetOption = None,
-    steps: StepsOption = 25,
-    guidance: GuidanceOption = 5.0,
+    model: options.ModelOption = PLAYGROUND,
+    method: options.MethodOption = None,
+    settings: options.SetOption = None,
+    steps: options.StepsOption = 25,
+    guidance: options.GuidanceOption = 5.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
 ) -> None:
     """Show what a scene matches, what it costs, and all its problems.
 
     Generates nothing.
     """
-    asked = run_of(
-        scene=read_scene(scene), model=model, method=method, settings=parse_settings(settings or []), steps=steps,
-        guidance_scale=guidance, device=device,
+    asked = options.run_of(
+        scene=read_scene(scene), model=model, method=method, settings=options.parse_settings(settings or []),
+        steps=steps, guidance_scale=guidance, device=device,
     )  # fmt: skip
     with starting():
         from lora_compose.compose.check.report import check as check_run

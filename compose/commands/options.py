@@ -146,23 +146,6 @@ def check_ray(address: str | None) -> None:
         raise ValueError("--ray needs the package ray: pip install 'lora-compose[ray]'")
 
 
-def starting_from(
-    image: str | None,
-    mask_image: str | None,
-    strength: float | None,
-    padding_mask_crop: int | None,
-    paste_original: bool | None,
-) -> dict[str, Any]:
-    """The start image, mask image and strength of a scene, from options."""
-    return {
-        "image": image,
-        "mask_image": None if mask_image is None else _mask_or_box(mask_image, "--mask-image"),
-        "strength": strength,
-        "padding_mask_crop": padding_mask_crop,
-        "paste_original": paste_original,
-    }
-
-
 def parse_concept(text: str) -> Concept:
     """Reads a concept as it is written on the command line.
 
@@ -178,7 +161,7 @@ def parse_concept(text: str) -> Concept:
         raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
     fields["lora"] = paths[0] if len(paths) == 1 else tuple(paths)
     if "region" in fields:
-        fields["region"] = _mask_or_box(fields["region"], f"--concept {text}: region")
+        fields["region"] = mask_or_box(fields["region"], f"--concept {text}: region")
     try:
         fields.setdefault("name", "+".join(map(_name_of, files_of(fields["lora"]))))
         return Concept(**fields)
@@ -189,14 +172,7 @@ def parse_concept(text: str) -> Concept:
 
 
 def _fields(option: str, text: str, known: Mapping[str, str], several: str | None = None) -> dict[str, Any]:
-    """Fields as an option writes them, "name=value,...".
-
-    Args:
-        option: Name of the option.
-        text: Its value.
-        known: Names of fields on the command line, and in the model.
-        several: The field that may be given several times; its values are a list.
-    """
+    """Fields as an option writes them, "name=value,..."."""
     # A comma parts two fields only where a name and "=" follow.
     pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", text)]
     fields: dict[str, Any] = {}
@@ -233,7 +209,7 @@ def guided_by(controls: Sequence[str] | None, ip_adapters: Sequence[str] | None)
 def _guide(option: str, kind: Any, text: str) -> Any:
     fields = _fields(option, text, {name: name for name in kind.model_fields})
     if "region" in fields:
-        fields["region"] = _mask_or_box(fields["region"], f"{option} {text}: region")
+        fields["region"] = mask_or_box(fields["region"], f"{option} {text}: region")
     try:
         return kind(**fields)
     except FieldError as error:
@@ -283,7 +259,6 @@ def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tupl
 
     Args:
         text: Such as "0,16,60,112", "0,0.1,0.5,0.9", or "none". Colons may stand for the commas.
-        option: What messages call it.
         otherwise: What may be written instead of a box.
 
     Raises:
@@ -348,7 +323,7 @@ def check_names(asked: Run) -> None:
             check_lora(source)
 
 
-def _mask_or_box(value: str, option: str) -> tuple[float, float, float, float] | str | None:
+def mask_or_box(value: str, option: str) -> tuple[float, float, float, float] | str | None:
     """A mask image or a box, as written on the command line."""
     is_file = value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
     return value if is_file else parse_box(value, option, "a mask image (.png, .jpg, .webp, .bmp)")
@@ -365,6 +340,6 @@ def check_folder(loras: Path, asked: Run) -> None:
 
 
 def _name_of(source: str) -> str:
-    """What a concept is called by its file: "playground:cat" and "loras/cat.safetensors" are "cat"."""
+    """The name of a concept by its file: "playground:cat" and "loras/cat.safetensors" are "cat"."""
     model, colon, name = source.partition(":")
     return Path(name if colon and model in PLAYGROUNDS else source).stem or source

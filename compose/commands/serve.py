@@ -22,10 +22,7 @@ from lora_compose.pipelines.scene import Scene
 def serve(
     model: Annotated[str, typer.Argument(help="playground, a folder, a .safetensors file, or a hub repository.")],
     loras: Annotated[Path, typer.Option(help="Folder of LoRA files; requests name them without .safetensors.")],
-    host: Annotated[
-        str,
-        typer.Option(help="Address to listen on; all but localhost needs a token."),
-    ] = "localhost",
+    host: Annotated[str, typer.Option(help="Address to listen on; all but localhost needs a token.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8500,
     token: Annotated[
         str | None,
@@ -71,8 +68,8 @@ def serve(
     if missing:
         raise ValueError(f"the server needs {' and '.join(missing)}: pip install 'lora-compose[serve]'")
     with starting():
-        from lora_compose.compose.serve.launch import Serving
         from lora_compose.compose.serve.launch import serve as start
-    access = Access(host, tuple(allowed_host or ()), token)
-    limits = Limits(pixels=pixels, steps=steps)
-    start(asked, loras, Serving(access, port, batch_size, wait, queue, timeout, round(lora_memory * 2**30), limits))
+    start(
+        asked, loras, Access(host, tuple(allowed_host or ()), token), port, Limits(pixels=pixels, steps=steps),
+        lora_memory=round(lora_memory * 2**30), most=batch_size, wait=wait, queue=queue, timeout=timeout,
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """`lora-compose train`: a LoRA from a folder of images."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,10 @@ from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.support.names import TRAINING_PRESETS, unknown
 from lora_compose.compose.support.terminal import handle_errors, starting
 
-_PRIOR, _TARA, _MEMORY, _WATCH = "Prior preservation", "TARA", "Speed and memory", "Watching"
+_prior, _for_tara, _memory, _watch = (
+    partial(typer.Option, rich_help_panel=panel)
+    for panel in ("Prior preservation", "TARA", "Speed and memory", "Watching")
+)
 
 
 @handle_errors()
@@ -43,77 +47,39 @@ def train(
         int | None, typer.Option(help="Side of the training images in pixels; default: the model's own.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
-    class_images: Annotated[
-        Path | None, typer.Option(help="A folder with images of the class.", rich_help_panel=_PRIOR)
-    ] = None,
+    class_images: Annotated[Path | None, _prior(help="A folder with images of the class.")] = None,
     class_prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Caption of class images, repeatable; default: 'a photo of {class_word}'.", rich_help_panel=_PRIOR
-        ),
+        list[str] | None, _prior(help="Caption of class images, repeatable; default: 'a photo of {class_word}'.")
     ] = None,
-    class_count: Annotated[
-        int | None, typer.Option(help="Generate missing class images up to this number.", rich_help_panel=_PRIOR)
-    ] = None,
-    prior_batch: Annotated[int | None, typer.Option(help="Class images per batch.", rich_help_panel=_PRIOR)] = None,
-    prior_weight: Annotated[
-        float | None, typer.Option(help="Weight of the loss on class images.", rich_help_panel=_PRIOR)
-    ] = None,
-    tara: Annotated[bool, typer.Option("--tara", help="Train for the method tara.", rich_help_panel=_TARA)] = False,
-    align_weight: Annotated[
-        float | None, typer.Option(help="Weight of the token alignment loss.", rich_help_panel=_TARA)
-    ] = None,
-    align_norm: Annotated[
-        str | None, typer.Option(help="Distance of the alignment loss: l1 or l2.", rich_help_panel=_TARA)
-    ] = None,
+    class_count: Annotated[int | None, _prior(help="Generate missing class images up to this number.")] = None,
+    prior_batch: Annotated[int | None, _prior(help="Class images per batch.")] = None,
+    prior_weight: Annotated[float | None, _prior(help="Weight of the loss on class images.")] = None,
+    tara: Annotated[bool, _for_tara("--tara", help="Train for the method tara.")] = False,
+    align_weight: Annotated[float | None, _for_tara(help="Weight of the token alignment loss.")] = None,
+    align_norm: Annotated[str | None, _for_tara(help="Distance of the alignment loss: l1 or l2.")] = None,
     class_target: Annotated[
         str | None,
-        typer.Option(
-            help="Source of the class word's features: caption, or clean (the caption without the trigger).",
-            rich_help_panel=_TARA,
-        ),
+        _for_tara(help="Source of the class word's features: caption, or clean (the caption without the trigger)."),
     ] = None,
-    keys: Annotated[
-        str | None,
-        typer.Option(help="aligned (trained), or tied (not trained, set in closed form).", rich_help_panel=_TARA),
-    ] = None,
+    keys: Annotated[str | None, _for_tara(help="aligned (trained), or tied (not trained, set in closed form).")] = None,
     token_mask: Annotated[
-        str | None,
-        typer.Option(
-            help="Where LoRAs are masked: training (and inference), or inference only.", rich_help_panel=_TARA
-        ),
+        str | None, _for_tara(help="Where LoRAs are masked: training (and inference), or inference only.")
     ] = None,
     start_aligned: Annotated[
         bool | None,
-        typer.Option(
-            "--start-aligned/--start-apart",
-            help="Start with aligned keys, or with the base model's.",
-            rich_help_panel=_TARA,
-        ),
+        _for_tara("--start-aligned/--start-apart", help="Start with aligned keys, or with the base model's."),
     ] = None,
-    mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.", rich_help_panel=_MEMORY)] = None,
+    mixed_precision: Annotated[str | None, _memory(help="no, fp16 or bf16.")] = None,
     gradient_checkpointing: Annotated[
         bool | None,
-        typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Recompute activations to save memory.",
-            rich_help_panel=_MEMORY,
-        ),
+        _memory("--gradient-checkpointing/--no-gradient-checkpointing", help="Recompute activations to save memory."),
     ] = None,
-    save_dtype: Annotated[
-        str | None, typer.Option(help="Precision of the file: float32, float16 or bfloat16.", rich_help_panel=_MEMORY)
-    ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU.", rich_help_panel=_MEMORY)] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_MEMORY)] = None,
-    sample_every: Annotated[
-        int | None, typer.Option(help="Steps between sample images; 0 turns them off.", rich_help_panel=_WATCH)
-    ] = None,
-    sample_prompt: Annotated[
-        list[str] | None, typer.Option(help="Prompt of sample images, repeatable.", rich_help_panel=_WATCH)
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=_WATCH)
-    ] = None,
+    save_dtype: Annotated[str | None, _memory(help="Precision of the file: float32, float16 or bfloat16.")] = None,
+    cpu: Annotated[bool, _memory("--cpu", help="Train on the CPU.")] = False,
+    threads: Annotated[int | None, _memory(help="CPU threads.")] = None,
+    sample_every: Annotated[int | None, _watch(help="Steps between sample images; 0 turns them off.")] = None,
+    sample_prompt: Annotated[list[str] | None, _watch(help="Prompt of sample images, repeatable.")] = None,
+    checkpoint_every: Annotated[int | None, _watch(help="Steps between checkpoints.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the checkpoint and start over.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing LoRA.")] = False,
 ) -> None:

@@ -53,6 +53,7 @@ class Record(BaseModel):
         sha256: SHA-256 of the LoRA files, by concept; of a concept that merges several, one for each in their order.
         images: SHA-256 of the image that it starts from and of its mask, by the name of the field.
         machine: Where it was made.
+        method_reason: Why this method was chosen; None if it was asked for, or there are no concepts.
         batch: The seeds of all images that were made in one call with this one, in order; empty if it was made alone.
             The pixels depend on it.
     """
@@ -64,6 +65,7 @@ class Record(BaseModel):
     sha256: Mapping[str, Hashes]
     machine: Machine
     images: Mapping[str, _Sha256] = {}
+    method_reason: str | None = None
     batch: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(max_length=64)] = ()
 
     @model_validator(mode="after")

@@ -13,9 +13,9 @@ from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
+from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir, ordinary
 from lora_compose.pipelines.concepts.sources import moved_files
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene import Run, Scene
 
 PAIRS = ("cat-dog", "car-rabbit", "bear-robot")
 THREE = "three"
@@ -56,7 +56,8 @@ def jobs(seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> list[Job]:
     scenes = {name: read_scene(assets_dir() / "scenes" / f"{name}.yaml") for name in (*PAIRS, THREE)}
     parts = [(name, *part) for name in PAIRS for part in _pair(scenes[name])]
     boxed = scenes[THREE]
-    merged = boxed.model_copy(update={"concepts": tuple(_unboxed(concept) for concept in boxed.concepts)})
+    unboxed = tuple(concept.model_copy(update={"region": None}) for concept in boxed.concepts)
+    merged = boxed.model_copy(update={"concepts": unboxed})
     parts += [(THREE, method, merged if method == "merge" else boxed, method) for method in COMPOSED]
     found = [
         Job(name, part, Run(scene=scene, model=PLAYGROUND, method=method, steps=steps, guidance_scale=GUIDANCE,
@@ -71,8 +72,6 @@ def show(folder: Path, todo: Sequence[Job], on_progress: Callable[[float], None]
     """Makes the images, and sheets of them as soon as all their images are there.
 
     Args:
-        folder: Where to.
-        todo: The images to generate, from `jobs`.
         on_progress: Called with the number of images done, fractions included.
 
     Yields:
@@ -98,23 +97,15 @@ def show(folder: Path, todo: Sequence[Job], on_progress: Callable[[float], None]
 
 def _pair(scene: Scene) -> list[tuple[str, Scene, str]]:
     """A pair's images: column, scene and method."""
-    ordinary = tuple(_ordinary(concept) for concept in scene.concepts)
-    place = scene.prompt.rpartition(ordinary[-1].phrase)[2]
-    alone = [scene.model_copy(update={"prompt": f"a {c.phrase}{place}", "concepts": (c,)}) for c in ordinary]
-    boxed = tuple(c.model_copy(update={"region": box}) for c, box in zip(ordinary, BOXES, strict=True))
+    concepts = [c.model_copy(update={"lora": moved_files(c.lora, ordinary)}) for c in scene.concepts]
+    place = scene.prompt.rpartition(concepts[-1].phrase)[2]
+    alone = [scene.model_copy(update={"prompt": f"a {c.phrase}{place}", "concepts": (c,)}) for c in concepts]
+    boxed = tuple(c.model_copy(update={"region": box}) for c, box in zip(concepts, BOXES, strict=True))
     boxes = scene.model_copy(update={"concepts": boxed})
-    merged = scene.model_copy(update={"concepts": ordinary})
+    merged = scene.model_copy(update={"concepts": tuple(concepts)})
     scenes = (*alone, merged, scene, merged, boxes, boxes)
     methods = ("merge", "merge", "merge", "tara", "clora", "regional", "lora-composer")
     return list(zip(COLUMNS, scenes, methods, strict=True))
-
-
-def _unboxed(concept: Concept) -> Concept:
-    return concept.model_copy(update={"region": None})
-
-
-def _ordinary(concept: Concept) -> Concept:
-    return concept.model_copy(update={"lora": moved_files(concept.lora, lambda source: source.removesuffix("-tara"))})
 
 
 def _sheet(images: Mapping[str, Image.Image], jobs: Sequence[Job], title: str) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What an image depends on, as facts that can be compared and hashed: its run, and the contents of all files."""
+"""Facts on which an image depends, to be compared and hashed: its run, and the contents of all files."""
 
 import hashlib
 import json
@@ -23,9 +23,7 @@ def run_facts(run: Run, seeds: Sequence[int], threads: int | None, savers: Seque
 
     Args:
         run: What is made; its own seed is not used.
-        seeds: Of all images of the call.
         threads: Threads that torch computes with on the CPU; None if that is left to torch.
-        savers: Options that save memory.
 
     Raises:
         ValueError: If a LoRA or an image is missing.

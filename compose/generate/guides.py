@@ -1,4 +1,4 @@
-"""What guides an image beside its text, as scene files name it: control images and IP-Adapters with their models."""
+"""Control images and IP-Adapters of scene files, with their models."""
 
 import json
 from collections.abc import Sequence
@@ -28,8 +28,6 @@ def controls_of(pipe: Any, given: Sequence[ControlFile], size: tuple[int, int]) 
     """Opens the models and images of a scene's controls.
 
     Args:
-        pipe: The pipeline.
-        given: The controls.
         size: Width and height of the image that is made; control images of its proportions are resized to it.
 
     Raises:
@@ -113,10 +111,6 @@ def _load_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
 
 def ip_adapter_arguments(given: Sequence[IPAdapterFile], size: tuple[int, int]) -> dict[str, Any]:
     """The images of a scene's IP-Adapters, and where they act, as arguments of a call.
-
-    Args:
-        given: The IP-Adapters.
-        size: Width and height of the image in pixels.
 
     Raises:
         ValueError: For images that cannot be read, and boxes outside of the image.

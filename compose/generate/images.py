@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from lora_compose.compose.figures.sheets import maps_sheet, seeds_sheet
-from lora_compose.compose.files.images import save_image
+from lora_compose.compose.files.images import Record, save_image
 from lora_compose.compose.generate.making import make_batch
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.support.savers import Saver
@@ -29,11 +29,7 @@ def make_images(
 
     Args:
         run: The run; its own seed is not used.
-        seeds: One for each image.
-        out: The folder for them.
-        savers: Options that save memory.
         loras: A folder of LoRAs; those that the prompt names take part. None means the concepts of the scene.
-        maps: Whether attention maps are written.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
@@ -42,26 +38,26 @@ def make_images(
         pipe = open_model(run, savers)
     if loras is not None:
         run = run.model_copy(update={"scene": _named(pipe, run.scene, loras)})
-    images, records, reason = {}, [], None
+    images, saved = {}, []
     with bar(f"composing into {out}", len(seeds)) as on_progress:
         for i, seed in enumerate(seeds):
             batch = make_batch(
                 pipe, run.model_copy(update={"seed": seed}), (seed,),
                 lambda share, done=i: on_progress(done + share), record_attention=maps,
             )  # fmt: skip
-            made = batch.images[0]
-            echo(path := save_image(made.image, out / f"{seed}.png", made.record))
+            made, record = batch.images[0], batch.images[0].record
+            if saved:  # the method was chosen once, for the first
+                record = record.model_copy(update={"method_reason": saved[0][1].method_reason})
+            echo(path := save_image(made.image, out / f"{seed}.png", record))
             if batch.attention is not None:
-                echo(save_image(maps_sheet(made.image, made.record.run, batch.attention), out / f"{seed}-maps.png"))
+                echo(save_image(maps_sheet(made.image, record.run, batch.attention), out / f"{seed}-maps.png"))
             images[seed] = made.image
-            records.append((path, made.record))
-            reason = reason if run.method else batch.method_reason
-            # Chosen once: the other seeds are made in the same way.
-            run = run.model_copy(update={name: getattr(made.record.run, name) for name in ("method", "settings")})
-    path, record = records[-1]
+            saved.append((path, record))
+            run = run.model_copy(update={name: getattr(record.run, name) for name in ("method", "settings")})
+    path, record = saved[-1]
     if len(images) > 1:
         echo(save_image(_seeds_sheet(images, record.run), out / "sheet.png"))
-    echo(f"{_how(record.run, reason)}; to reproduce it: lora-compose replay {path}", style="dim", to=err)
+    echo(f"{_how(record)}; to reproduce it: lora-compose replay {path}", style="dim", to=err)
 
 
 def _named(pipe: Any, scene: Scene, loras: Path) -> Scene:
@@ -79,7 +75,8 @@ def _named(pipe: Any, scene: Scene, loras: Path) -> Scene:
     return scene.model_copy(update={"prompt": choice.prompt, "concepts": concepts})
 
 
-def _how(made: Run, reason: str | None) -> str:
+def _how(record: Record) -> str:
+    made, reason = record.run, record.method_reason
     settings = ", ".join(f"{name}={value}" for name, value in made.settings.items())
     method = made.method or "plain, without concepts"
     why = f", because {reason}" if reason else ""

@@ -52,19 +52,11 @@ class Made:
 
 @dataclass(frozen=True)
 class MadeBatch:
-    """Images of one call, one for each seed.
-
-    Attributes:
-        images: In the order of the seeds.
-        cost: What the call cost; None without concepts.
-        attention: Attention maps, if they were asked for and there are concepts.
-        method_reason: Why the method is this one; None without concepts.
-    """
+    """Images of one call, one for each seed."""
 
     images: tuple[Made, ...]
     cost: Cost | None
     attention: Attention | None = None
-    method_reason: str | None = None
 
 
 def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:
@@ -75,7 +67,6 @@ def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None
     Args:
         pipe: A pipeline from `open_model`, for this run or one that differs only in scene, method, scheduler, steps,
             guidance or seed.
-        run: The run.
         on_progress: Called after every step with the finished fraction, up to 1.
 
     Returns:
@@ -99,12 +90,8 @@ def make_batch(
     """Makes images of a run that differ in their seed, in one call. The pixels depend on how many there are.
 
     Args:
-        pipe: As for `make`.
         run: What to make; its own seed is not used.
-        seeds: One for each image.
-        on_progress: As for `make`.
         on_step: Called after every step; may end the call by raising.
-        record_attention: Whether to record attention maps of all steps; images do not change.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
@@ -115,8 +102,9 @@ def make_batch(
             run=_as_used(pipe, run, choice and choice.method),
             versions=versions(),
             sha256=_hashes(loaded),
-            images=_image_hashes(run.scene),
+            images={name: sha256_of(Path(path).expanduser()) for name, path in run.scene.image_files.items()},
             machine=machine(pipe._execution_device),  # an offloaded model may be on another device now
+            method_reason=choice.reason if choice is not None and run.method is None else None,
         )
         arguments |= {
             "num_images_per_prompt": len(seeds),
@@ -141,13 +129,11 @@ def make_batch(
     attention = None
     if maps is not None and masks is not None:
         attention = Attention(output.recorded_steps, maps.cpu(), masks.cpu(), output.draft_maps)
-    return MadeBatch(
-        tuple(map(Made, output.images, records)), getattr(output, "cost", None), attention, choice and choice.reason
-    )
+    return MadeBatch(tuple(map(Made, output.images, records)), getattr(output, "cost", None), attention)
 
 
 def plan(pipe: Any, run: Run) -> CallPlan | None:
-    """What `make` would do, after all its checks; None without concepts, which diffusers checks itself.
+    """The plan of `make`, after all its checks; None without concepts, which diffusers checks itself.
 
     The run's concepts stay loaded in the pipeline.
 
@@ -255,11 +241,6 @@ def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
 def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, Hashes]:
     every = {found.concept.name: tuple(file.sha256 for file in found.files) for found in loaded if found.files}
     return {name: found[0] if len(found) == 1 else found for name, found in every.items()}
-
-
-def _image_hashes(scene: Scene) -> dict[str, str]:
-    """The SHA-256 of the images that a scene reads."""
-    return {name: sha256_of(Path(path).expanduser()) for name, path in scene.image_files.items()}
 
 
 def _finite(pipe: Any, on_step: OnStep | None) -> OnStep:

@@ -19,13 +19,6 @@ from lora_compose.pipelines.scene import Run
 def open_model(run: Run, savers: Collection[Saver] = ()) -> Any:
     """Opens the model of a run: weights from safetensors only, in the run's precision, on the run's device.
 
-    Args:
-        run: The run.
-        savers: Options that save memory.
-
-    Returns:
-        A pipeline for `make`.
-
     Raises:
         ModelError: If the model is missing, not supported, or has pickled weights only.
         ValueError: If the device, method, settings or scheduler are unknown, or options that save memory cannot be

@@ -54,10 +54,7 @@ def launch(arguments: Sequence[str], number: int, threads: int, on_look: Callabl
     """Starts processes that share work by claims, and waits for them. If one dies, the others do its work.
 
     Args:
-        arguments: Of `lora-compose`.
-        number: How many.
         threads: CPU threads of each, unless OMP_NUM_THREADS says it.
-        on_look: Called a few times per second.
 
     Returns:
         0, or the exit code of a process that failed, whose error output is shown.

@@ -34,15 +34,9 @@ def refine_and_save(
     """Repaints the subjects of an image and writes the result.
 
     Args:
-        record: The record in the image.
-        image: The image.
         out: The file to write; no file is overwritten.
-        strength: The share of the steps that are run.
         subjects: Names of concepts; empty means all.
-        method: How a LoRA acts.
         loras: A folder in which moved LoRAs are found by content.
-        model: The model's new location.
-        savers: Options that save memory.
 
     Raises:
         ValueError: For unknown subjects, and if LoRAs or the model are missing.

@@ -33,12 +33,9 @@ def replay_and_compare(
     """Reproduces an image, prints what has changed since, and returns whether all pixels are equal.
 
     Args:
-        record: The record in the image.
         given: Its pixels.
         out: Where to write the new image; None means not at all.
         loras: A folder in which LoRA files are looked for, by content.
-        model: The model's new location, if it has moved.
-        savers: Options that save memory.
 
     Raises:
         ValueError: If LoRAs are missing, the model cannot be opened, or the record cannot be run.
@@ -65,7 +62,6 @@ def runnable(record: Record, loras: Path | None = None) -> Run:
     looked for in `loras`; if it is not there, a changed file is used, and `changes` reports it afterwards.
 
     Args:
-        record: The record in the image.
         loras: A folder in which LoRA files are looked for, by content, whatever their names.
 
     Raises:
@@ -98,10 +94,7 @@ def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], N
     """Reproduces an image, together with those of its batch, because the pixels depend on them.
 
     Args:
-        pipe: What `open_model` gave for the run.
-        record: The record in the image.
         run: The recorded run, as `runnable` gave it.
-        on_progress: As for `make`.
     """
     seeds = record.batch or (run.seed,)
     return make_batch(pipe, run, seeds, on_progress).images[seeds.index(run.seed)]

@@ -32,11 +32,8 @@ def show_files(
     Args:
         files: LoRA files, folders, hub repositories, or `playground:NAME`.
         model: The model to match them with; None chooses one for each file.
-        alpha: Alpha for files without one.
         max_rank: Rank to which LoHa, LoKr and full differences are cut.
-        allow_pickle: Whether pickled tensors are read, too.
         every_key: Whether all keys are listed that match no layer.
-        as_json: Whether everything is printed as JSON.
     """
     pipes: dict[str | None, Any] = {}
     seen: list[Inspection] = []

@@ -65,8 +65,6 @@ class Block(_Frozen):
     Attributes:
         part: "unet", "text_encoder" or "text_encoder_2".
         name: Such as "down_blocks.1"; "layers" for all of a text encoder.
-        layers: How many layers are changed.
-        ranks: Ranks in the file.
         alphas: Alphas of the changes; empty if the file has none.
         norm: Frobenius norm of the change, as it is applied; None if it was matched with no model, or depends on
             weights that are not there.
@@ -84,20 +82,12 @@ class Inspection(_Frozen):
     """The result of inspecting one file.
 
     Attributes:
-        file: Its path.
-        sha256: Of its content.
         size: In bytes.
         form: The kind of adapter, and the tool whose key names it has.
         family: Model family: "SD 1.x", "SD 2.x", "SDXL", another name, or None.
         why: The evidence for the family.
-        matched_with: The model that it was matched with; None without one.
         triggers: Words that may be the trigger, each with where they were found.
-        facts: Facts about the training, from the metadata.
-        blocks: Changes by block.
-        matched: Number of keys that match a layer.
-        unmatched: Keys that match none.
         notes: What is cut, left out or guessed.
-        problem: Why it cannot be used; None if it can.
     """
 
     file: str
@@ -120,10 +110,8 @@ class Overlap(_Frozen):
     """How much the changes of two files have in common.
 
     Attributes:
-        files: The two files.
         blocks: By part and block, <A, B>^2 / (|A|^2 |B|^2), Frobenius, over the layers that both change; 0 to 1.
-        whole: The same over all layers; None if they change no layer in common.
-        meaning: An explanation.
+        whole: The overlap over all layers; None if they change no layer in common.
     """
 
     files: tuple[str, str]
@@ -141,14 +129,7 @@ def inspect(
     the file.
 
     Args:
-        file: The file.
         pipe: The model; by default that of the file's family, at full size and without weights, if there is one.
-        model: Name of the model.
-        alpha: Alpha for files without one.
-        max_rank: As in `lora_compose.pipelines.concepts.loading.match`.
-
-    Returns:
-        The inspection; and the factors, or None if the file cannot be used.
     """
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     guess = guess_family(shapes, file.metadata)
@@ -193,7 +174,7 @@ def _about_weights(factors: Factors) -> Iterator[str]:
 
 
 def _unmatched(known: Inspection, file: LoraFile, why: str | None = None) -> Inspection:
-    """What a file changes, by its own keys alone; `why` says why it was not matched with its family's layers."""
+    """The changes of a file by its own keys alone; `why` says why it was not matched with its family's layers."""
     try:
         grouped = by_layer(file)
         own = Alphas(file).own

@@ -1,6 +1,7 @@
 """`lora-compose merge`: merges LoRA files into one, and shows how much of each was kept."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.formats.lora_writer import SPELLINGS, Spelling
 from lora_compose.pipelines.merging import Merger, make_merger
 from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
+from lora_compose.pipelines.merging.changes import check_number
 from lora_compose.pipelines.scene import Run, Scene
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -47,22 +49,12 @@ def merge_and_show(
     """Merges LoRA files into one and shows how much of each was kept.
 
     Args:
-        files: Each with its weight.
-        to: The file to write.
         method: A name of `MERGERS`.
         rank: Rank to which every layer is cut; None means the method's.
         model: The model that the files are for; None reads it from the files.
-        settings: Settings of the method.
         keys: Spelling of layer names; None means that of the first file.
         dtype: Precision of the new file; None means that of the files.
-        alpha: Alpha for files without one.
         prompts: For methods that generate images, one for each file; without them, they are made from the triggers.
-        steps: Denoising steps of those images.
-        seed: Seed of their start noise.
-        device: Device for these images.
-        allow_pickle: Whether pickled tensors are read, too.
-        overwrite: Whether an existing file is replaced.
-        as_json: Whether the report is printed as JSON.
 
     Raises:
         ValueError: For anything that does not fit together; nothing is written then.
@@ -73,7 +65,8 @@ def merge_and_show(
     check_free(to, overwrite)
     _check_number(merger, method, files, prompts)
     with threads(1):  # many small tensors, on which several threads only wait for each other
-        given = [_given(source, weight, allow_pickle) for source, weight in files]
+        read = partial(read_lora, allow_pickle=allow_pickle)
+        given = [Given(source, read(find_file(lora_source(source))), weight) for source, weight in files]
     if not any(one.weight for one in given):
         raise ValueError("every weight is 0; there is nothing to merge")
     pipe = _model(model, merger, method, given, device)
@@ -95,10 +88,6 @@ def merge_and_show(
         _show(report, method)
 
 
-def _given(source: str, weight: float, allow_pickle: bool) -> Given:
-    return Given(source, read_lora(find_file(lora_source(source)), allow_pickle=allow_pickle), weight)
-
-
 def _spelling(keys: str | None) -> Spelling | None:
     if keys is not None and keys not in SPELLINGS:
         raise ValueError(f"--keys must be one of {', '.join(SPELLINGS)}, not {keys!r}")
@@ -112,8 +101,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _check_number(merger: Merger, method: str, files: Sequence[tuple[str, float]], prompts: Sequence[str]) -> None:
-    if merger.pair and len(files) != 2:
-        raise ValueError(f"{method} takes two files, a subject and then a style; {len(files)} were given")
+    check_number(merger, method, len(files))
     if prompts and not merger.needs_model:
         raise ValueError(f"{method} generates no images; leave --prompt out")
     if prompts and len(prompts) != len(files):

@@ -18,9 +18,8 @@ class MergedBlock(BaseModel, frozen=True):
 
     Attributes:
         name: Such as "unet.down_blocks.1"; "all" for the whole file.
-        layers: How many layers are changed.
         ranks_before: Smallest and largest sum of ranks of a layer.
-        ranks_after: The same of the ranks that were written.
+        ranks_after: Smallest and largest rank of a layer that was written.
         norm: Frobenius norm of what was written.
         energy: Squared norm, divided by that of the weighted sum of the changes; None if that is 0.
         kept: By file, how much of its weighted change D is in the result M: <M, D> / |D|^2. 1 means all of it, and more

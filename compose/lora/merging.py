@@ -51,13 +51,7 @@ _BASE = (
 
 @dataclass(frozen=True)
 class Given:
-    """One of the files that are merged.
-
-    Attributes:
-        source: The source as given by the user.
-        file: The file.
-        weight: Factor on its change.
-    """
+    """One of the files that are merged."""
 
     source: str
     file: LoraFile
@@ -69,11 +63,7 @@ class Matched:
     """Files whose layers were matched with each other.
 
     Attributes:
-        given: The files.
         changes: By layer, the change by every file, weights in the scales; rank 0 where a file does not change it.
-        sites: Names of the layers in the new file.
-        spelling: Spelling of its keys.
-        notes: What is cut, left out or guessed.
     """
 
     given: Sequence[Given]
@@ -87,12 +77,8 @@ class Report(BaseModel, frozen=True):
     """The result of a merge.
 
     Attributes:
-        out: The file that was written.
         size: In bytes.
-        files: Source and weight of each.
         blocks: By block, the whole last.
-        notes: What is cut, left out or guessed.
-        seconds: Time for matching, merging and writing.
         peak_bytes: Peak memory of this process, including libraries; None if the system does not report it.
     """
 
@@ -111,11 +97,9 @@ def match_files(
     """Matches the layers of files with each other.
 
     Args:
-        given: The files.
         pipe: The model that they are for. Without one, the full architecture of their family gives the layer names;
             files of an unknown family are matched by their own names.
         spelling: Spelling of the result's keys; by default that of the first file, and diffusers' for a transformer.
-        alpha: Alpha for files without one.
 
     Raises:
         LoraError: If files are damaged, not supported, for different models, or do not fit the model.
@@ -144,8 +128,10 @@ def match_files(
             notes.append(f"{one.source}: its words are left out ({words}); the result changes weights alone")
     names = dict.fromkeys(name for lora in loras for name in lora)
     called = stems(spelling, pipe, {part: [name for p, name in names if p == part] for part in PARTS})
-    sites = {name: FileLayer(called[name], _kernel(name, loras)) for name in names}
-    return Matched(given, _side_by_side(given, loras), sites, spelling, tuple(notes))
+    kernels = {name: tuple(factors.down.shape[2:]) for lora in reversed(loras) for name, factors in lora.items()}
+    sites = {name: FileLayer(called[name], kernels[name]) for name in names}
+    changes = side_by_side(loras, [one.weight for one in given], [one.source for one in given])
+    return Matched(given, changes, sites, spelling, tuple(notes))
 
 
 def merge_files(
@@ -163,18 +149,10 @@ def merge_files(
     """Merges files layer by layer into a new one, which appears whole or not at all.
 
     Args:
-        matched: The files.
-        merger: The merger.
-        out: The new file.
         rank: Layers of a higher rank are cut to it, by singular values.
         dtype: Of the result; by default fp16 or bf16 if all of the files have it, otherwise fp32.
         moments: For mergers that need a model, as in `MergeLayer`, by layer.
-        method: Name of the merger in the metadata.
-        overwrite: Whether an existing file is replaced.
         on_progress: Called with the finished fraction of the layers.
-
-    Returns:
-        A report of the merge.
 
     Raises:
         ValueError: If the result is zero, or values do not fit the precision.
@@ -273,15 +251,8 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
         if left
     ]
     notes.append("the model is unknown: layers were matched by their names in the files")
-    return Matched(given, _side_by_side(given, loras), sites, own, tuple(notes))
-
-
-def _side_by_side(given: Sequence[Given], loras: Sequence[Mapping[Name, LoraFactors]]) -> Mapping[Name, Changes]:
-    return side_by_side(loras, [one.weight for one in given], [one.source for one in given])
-
-
-def _kernel(name: Name, loras: Sequence[Mapping[Name, LoraFactors]]) -> tuple[int, ...]:
-    return next(tuple(lora[name].down.shape[2:]) for lora in loras if name in lora)
+    changes = side_by_side(loras, [one.weight for one in given], [one.source for one in given])
+    return Matched(given, changes, sites, own, tuple(notes))
 
 
 def _cut(change: LoraFactors, rank: int) -> tuple[LoraFactors, float]:

@@ -21,7 +21,6 @@ def template(name: str, number: int, width: int, height: int) -> list[Box]:
 
     Args:
         name: One of `TEMPLATES`. The rows take any number of concepts, "Big and small" makes all but the first small.
-        number: How many concepts there are.
         width: Of the canvas, in pixels.
         height: Of the canvas, in pixels.
     """
@@ -43,7 +42,6 @@ def one_more(taken: Sequence[Box], width: int, height: int) -> list[Box]:
     """The boxes with one more at the end: in the largest free place, or in a half of the largest box if all is taken.
 
     Args:
-        taken: The boxes so far.
         width: Of the canvas, in pixels.
         height: Of the canvas, in pixels.
     """
@@ -74,7 +72,7 @@ def _inset(box: Box, gap: float) -> tuple[float, float, float, float]:
 
 
 def _halves(box: Box, gap: float) -> list[tuple[float, float, float, float]]:
-    """Both halves of its longer side, with a gap between them."""
+    """Both halves of a box, divided across its longer side, with a gap between them."""
     left, top, right, bottom = box
     if right - left >= bottom - top:
         middle = (left + right) / 2

@@ -20,11 +20,8 @@ class Control:
     """One setting of a method.
 
     Attributes:
-        name: The field's name.
-        label: Its label on the page.
         kind: What sets it: one of several values, on or off, a whole number, a number, words as they are, or
             text read as YAML.
-        default: The field's default.
         choices: The values of a "choice".
         help: The field's name and its text in the settings' docstring.
     """
@@ -61,8 +58,9 @@ def controls(method: str) -> tuple[Control, ...]:
     """The controls of a method, in the order of its fields."""
     kind = METHODS[method]
     hints, texts = get_type_hints(kind), _field_texts(kind)
+    defaults = kind()
     return tuple(
-        _control(method, field.name, hints[field.name], _default(field), texts.get(field.name, ""))
+        _control(method, field.name, hints[field.name], getattr(defaults, field.name), texts.get(field.name, ""))
         for field in dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
         if field.init
     )
@@ -99,10 +97,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return dict(value) if isinstance(value, Mapping) else value
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
 def _field_texts(kind: Any) -> dict[str, str]:

@@ -29,7 +29,6 @@ def portable(run: Run, files: Mapping[str, str]) -> Run:
     """The run with uploaded LoRAs and images under the names that the user gave them, not the page's paths.
 
     Args:
-        run: As it was made.
         files: Original names by where the files are kept.
     """
     concepts = tuple(
@@ -67,8 +66,6 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
     """A short program that makes the run and saves its image.
 
     Args:
-        run: As it was made.
-        savers: Options that save memory.
         scheduler: The model's own, which is left out; None if it is not known.
     """
     imports = {"lora_compose": {"ComposePipeline"}}

@@ -10,7 +10,7 @@ from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
 from lora_compose.compose.page.open_models import Choice
-from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
+from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir, ordinary
 from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
@@ -36,23 +36,9 @@ class Form:
     """All settings of the page.
 
     Attributes:
-        choice: The model.
-        prompt: As in `Scene`.
-        negative_prompt: As in `Scene`.
         concepts: As in `Scene`; regions are kept in them also while `boxed` is off.
         boxed: Whether regions count.
-        size: Width and height.
-        method: As in `Run`.
-        settings: As in `Run`.
-        scheduler: As in `Run`.
-        steps: As in `Run`.
-        guidance_scale: As in `Run`.
-        seeds: One for each image.
-        image: As in `Scene`.
         mask_image: As in `Scene`; the page paints nothing outside of it.
-        strength: As in `Scene`.
-        controls: As in `Scene`.
-        ip_adapters: As in `Scene`.
     """
 
     choice: Choice
@@ -80,7 +66,9 @@ class Form:
             ValueError: With everything that is wrong, a line each.
         """
         check_limits(self)
-        concepts = self.concepts if self.boxed else tuple(_unboxed(concept) for concept in self.concepts)
+        concepts = self.concepts
+        if not self.boxed:
+            concepts = tuple(concept.model_copy(update={"region": None}) for concept in concepts)
         try:
             scene = Scene(
                 prompt=self.prompt, negative_prompt=self.negative_prompt, concepts=concepts,
@@ -100,7 +88,7 @@ class Form:
             raise ValueError("\n".join(error.messages)) from error
 
     def with_method(self, method: str) -> "Form":
-        """The same with another method at its defaults."""
+        """The form with another method at its defaults."""
         return replace(self, method=method, settings=self.settings if method == self.method else {})
 
 
@@ -203,7 +191,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
 
 
 def variations(run: Run) -> list[Run]:
-    """The same image from the same start noise with other weights of its LoRAs; none if no weight is one number."""
+    """Runs from the start noise of an image, with other weights of its LoRAs; none if no weight is one number."""
 
     def times(concept: Concept, factor: float) -> Concept:
         weight = 1.0 if concept.weight is None else concept.weight
@@ -235,19 +223,10 @@ def example() -> Form:
     scene = read_scene(assets_dir() / "scenes" / f"{name}.yaml")
     boxes: list[Box] = template("Side by side", len(scene.concepts), 128, 128)
     concepts = tuple(
-        concept.model_copy(update={"lora": moved_files(concept.lora, _ordinary), "region": box})
+        concept.model_copy(update={"lora": moved_files(concept.lora, ordinary), "region": box})
         for concept, box in zip(scene.concepts, boxes, strict=True)
     )
     return Form(
         Choice(PLAYGROUND), scene.prompt, concepts=concepts, boxed=True, method=method, guidance_scale=4.0,
         seeds=(seed,),
     )  # fmt: skip
-
-
-def _ordinary(source: str) -> str:
-    """The ordinary LoRA beside one of the playground's that was trained with TARA."""
-    return source.removesuffix("-tara")
-
-
-def _unboxed(concept: Concept) -> Concept:
-    return concept.model_copy(update={"region": None})

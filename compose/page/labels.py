@@ -17,8 +17,6 @@ class MethodLabel:
     Attributes:
         name: By what it does.
         paper: Its name in the paper or on the command line.
-        sentence: What it does.
-        decides: What decides where a LoRA acts.
     """
 
     name: str

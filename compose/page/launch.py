@@ -2,13 +2,18 @@
 
 import importlib.util
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_compose.compose.support.network import is_local
+from lora_compose.compose.support.network import is_local, url_of
 from lora_compose.compose.support.terminal import echo
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+SCREEN = Path(__file__).resolve().parent / "screen" / "page.py"
+"""The script that Streamlit runs for each session."""
+
+_PACKAGE = SCREEN.parents[2]
 _OUT, _LORAS, _LOCAL = "LORA_COMPOSE_OUT", "LORA_COMPOSE_LORAS", "LORA_COMPOSE_LOCAL"
 
 
@@ -17,8 +22,6 @@ class Options:
     """How the page was started; passed in environment variables, since Streamlit runs the script anew for each session.
 
     Attributes:
-        out: The folder for images and evaluations.
-        loras: A folder whose LoRAs can be chosen; None if none was named.
         local: Whether only this machine can open the page; files may then be named by path.
     """
 
@@ -48,13 +51,6 @@ def options() -> Options:
 def start(port: int, host: str, out: Path, loras: Path | None, browser: bool) -> None:
     """Starts the page in this process, until a signal ends it.
 
-    Args:
-        port: The port to listen on.
-        host: The address to listen on.
-        out: The folder for images and evaluations.
-        loras: A folder whose LoRAs the page offers.
-        browser: Whether a browser is opened.
-
     Raises:
         ValueError: If Streamlit or the folder is missing.
     """
@@ -72,13 +68,15 @@ def start(port: int, host: str, out: Path, loras: Path | None, browser: bool) ->
         # Another website may resolve its name to our address (DNS rebinding); the browser then takes both for one site.
         for name in sorted({"localhost", "127.0.0.1", "::1", host}):
             served += ["--server.allowedHosts", name]
-    echo(f"The page is at http://{host}:{port} until Ctrl-C.")
-    # In this process: a signal that ends the command then ends the page.
-    main(["run", str(script()), *served], standalone_mode=False)
+    echo(f"The page is at {url_of(host, port)} until Ctrl-C.")
+    # The server ends in good order and then sends itself the signal again, which by default kills: files would be left.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit())
+    main(["run", str(application()), *served], standalone_mode=False)
 
 
-def script() -> Path:
-    """The page's script: beside this package in a clone, inside it in an installed wheel.
+def application() -> Path:
+    """The page's application, `ui.py`: beside this package in a clone, inside it in an installed wheel.
 
     Raises:
         FileNotFoundError: If it is in neither place.

@@ -20,9 +20,7 @@ class Merged:
     """A LoRA that was merged from others.
 
     Attributes:
-        lora: The LoRA, with trigger and class word of the first.
         kept: What share of each is in it, by what they are called; above 1 where others add to it.
-        notes: What was left out or guessed.
     """
 
     lora: Lora
@@ -34,10 +32,8 @@ def merge_loras(store: Store, pipe: Any, chosen: Sequence[tuple[Lora, float]], m
     """Merges LoRAs, each with its weight, and keeps the result with the session's uploads.
 
     Args:
-        store: The session's files.
         pipe: The model that they are for. Methods that look at its inputs make an image with each LoRA.
         chosen: At least two.
-        method: A name of `MERGERS`.
 
     Raises:
         ValueError: If they cannot be merged; nothing is kept then.

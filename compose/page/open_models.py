@@ -35,14 +35,7 @@ class Busy(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Choice:
-    """A model, and how it is opened.
-
-    Attributes:
-        model: As in `Run`.
-        dtype: As in `Run`.
-        device: As in `Run`.
-        memory: Options that save memory.
-    """
+    """A model, and how it is opened."""
 
     model: str
     dtype: str = "float32"
@@ -55,7 +48,7 @@ class Choice:
         return not OFFLOADS.isdisjoint(self.memory)
 
     def memory_for(self, model: str, device: str | None) -> tuple[Saver, ...]:
-        """Its ways to need less memory, where the model is this one, and as far as the device has use for them."""
+        """The options that save memory, if the model is this one, and as far as the device has use for them."""
         if model != self.model:
             return ()
         return tuple(saver for saver in self.memory if device != "cpu" or saver not in OFFLOADS)
@@ -63,10 +56,6 @@ class Choice:
 
 class OpenModel:
     """An open model with its queue.
-
-    Args:
-        choice: The model.
-        pipe: The pipeline.
 
     Attributes:
         scheduler: The class of the model's own scheduler.
@@ -132,9 +121,6 @@ class OpenModel:
         """The pipeline, for this thread alone inside the block; only these concepts' LoRAs stay loaded in it.
 
         Args:
-            concepts: The concepts of the next run.
-            wait: Whether to wait for others.
-            stop: Ends the waiting.
             on_wait: Called with the number of calls ahead.
 
         Raises:
@@ -183,19 +169,13 @@ class OpenModels:
             if choice in self._models:
                 self._models.move_to_end(choice)
                 return self._models[choice]
-            self._make_room()
-            self._models[choice] = OpenModel(choice, _opened(choice))
+            idle = [other for other, model in self._models.items() if not model.busy]
+            for other in idle[: max(0, len(self._models) - LIMIT + 1)]:
+                del self._models[other]  # whoever still shows it keeps it alive until then
+            scene = Scene(prompt="-")  # opening looks at the model's part of a run only
+            run = Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device)
+            self._models[choice] = OpenModel(choice, open_model(run, choice.memory))
             return self._models[choice]
-
-    def _make_room(self) -> None:
-        idle = [choice for choice, model in self._models.items() if not model.busy]
-        for choice in idle[: max(0, len(self._models) - LIMIT + 1)]:
-            del self._models[choice]  # whoever still shows it keeps it alive until then
-
-
-def _opened(choice: Choice) -> Any:
-    scene = Scene(prompt="-")  # opening looks at the model's part of a run only
-    return open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
 
 
 def _without_weights(pipe: Any) -> SimpleNamespace:

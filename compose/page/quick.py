@@ -15,11 +15,7 @@ State = Literal["idle", "running", "done", "failed", "stopped"]
 
 
 class Quick:
-    """The quick suite; one at a time for all sessions.
-
-    Args:
-        folder: The folder of all evaluations.
-    """
+    """The quick suite; one at a time for all sessions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / NAME

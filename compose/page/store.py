@@ -5,7 +5,7 @@ import binascii
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -56,12 +56,7 @@ class Lora:
     """A LoRA that can be chosen.
 
     Attributes:
-        source: As in `Concept.lora`.
         shown: Its name on the page.
-        sha256: Of its content.
-        trigger: From its metadata.
-        class_word: From its metadata.
-        trained_with: From its metadata.
         thumbnail: A PNG; None if there is no image of it.
         family: The family of models that it is for, as far as its keys and metadata tell.
         composed: Whether models of that family can be composed here.
@@ -89,7 +84,6 @@ class StartImage:
     Attributes:
         path: Path of its copy, a PNG in a size that the model supports.
         shown: The user's name for it.
-        size: Width and height of the copy.
         mask: Path of the mask that was painted over it; None repaints everywhere.
     """
 
@@ -103,7 +97,6 @@ class Store:
     """The files of a session, in a folder of its own.
 
     Attributes:
-        folder: The folder.
         uploads: The LoRAs among them.
         images: Names of start images and their masks, by path.
     """
@@ -129,7 +122,6 @@ class Store:
 
         Args:
             name: The user's name for it; never a part of a path.
-            data: Its content.
 
         Raises:
             FileError: If it is too large or no safetensors file by its name.
@@ -156,8 +148,6 @@ class Store:
         """Takes a file of this folder among the uploads, unless there is the same already.
 
         Args:
-            path: The file.
-            shown: What it is called on the page.
             words: Trigger and class word, for a file that does not contain them.
 
         Raises:
@@ -176,7 +166,6 @@ class Store:
 
         Args:
             name: The user's name for it; never a part of a path.
-            data: Its content.
             side: Most pixels of the longer side.
             cell: Both sides become multiples of so many pixels.
 
@@ -258,7 +247,8 @@ def named(source: str) -> Lora:
     path = find_file(source)
     if is_on_hub(source):
         return _described(read_lora(path), source, source)
-    return _described(read_lora(path), str(path), path.name, _beside(path))
+    beside = (path.with_suffix(suffix) for suffix in (".png", ".preview.png"))  # many programs put its image there
+    return _described(read_lora(path), str(path), path.name, next(filter(Path.is_file, beside), None))
 
 
 def is_on_hub(source: str) -> bool:
@@ -273,9 +263,6 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
     content is the recorded one. A repository counts as missing until the user asks for its download.
 
     Args:
-        record: The record in an image.
-        uploads: The user's uploads.
-        folder: Where else to look.
         local: Whether the page is open to this machine only, so that paths may be followed.
     """
     known = {lora.sha256: lora for lora in uploads}
@@ -301,14 +288,8 @@ def _located(source: Any, sha256: Hashes, known: dict[str, Lora], folder: Path |
 
 def image_files(folder: Path, most: int = MOST_FILES) -> list[Path]:
     """The newest images of a folder and the folders in it."""
-    found = [path for path in _pngs(folder) if path.is_file()]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:most]
-
-
-def _pngs(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from folder.glob("*.png")
-        yield from folder.glob("*/*.png")
+    paths = [*folder.glob("*.png"), *folder.glob("*/*.png")] if folder.is_dir() else []
+    return sorted(filter(Path.is_file, paths), key=lambda path: path.stat().st_mtime, reverse=True)[:most]
 
 
 def _copy(data: BinaryIO, path: Path, limit: int, shown: str) -> None:
@@ -349,12 +330,6 @@ def _reference(name: str) -> Path | None:
         return playground_references(name.removesuffix("-tara"))[0]
     except ValueError:  # no images of this one
         return None
-
-
-def _beside(path: Path) -> Path | None:
-    """An image of the same name, as many programs put it beside a LoRA."""
-    results = (path.with_suffix(suffix) for suffix in (".png", ".preview.png"))
-    return next((result for result in results if result.is_file()), None)
 
 
 def _thumbnail(path: Path) -> bytes | None:

@@ -81,7 +81,9 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
         flags.append("Triggers share words; each concept needs a trigger of its own.")
     cut = None if concepts else cut_off(prompt, tokenizer)
     if cut is not None:
-        flags.append(f"The model reads {_limit(tokenizer)} tokens; it ignores “{_shortened(prompt[cut:])}”.")
+        rest = prompt[cut:].strip()
+        rest = rest if len(rest) <= 60 else f"{rest[:57]}..."
+        flags.append(f"The model reads {_limit(tokenizer)} tokens; it ignores “{rest}”.")
     return Reading(_apart(marks), tuple(flags), tuple(missing), unready, cut)
 
 
@@ -107,7 +109,7 @@ def with_phrase(prompt: str, concept: Concept, others: Sequence[Concept]) -> str
     nouns = [
         (start, end)
         for start, end in find_words(concept.class_word or "", prompt)
-        if not any(_belongs(other, prompt, start) for other in others)
+        if not any(mark.start == start for other in others for mark in _marks(0, other, prompt))
     ]
     if nouns:
         start, end = nouns[0]
@@ -159,10 +161,6 @@ def _doubts(concept: Concept, found: Sequence[Mark]) -> list[str]:
     return doubts
 
 
-def _belongs(concept: Concept, prompt: str, start: int) -> bool:
-    return any(mark.start == start for mark in _marks(0, concept, prompt))
-
-
 def _apart(marks: Sequence[Mark]) -> tuple[Mark, ...]:
     """Without marks that begin inside an earlier one."""
     kept: list[Mark] = []
@@ -170,8 +168,3 @@ def _apart(marks: Sequence[Mark]) -> tuple[Mark, ...]:
         if not kept or mark.start >= kept[-1].end:
             kept.append(mark)
     return tuple(kept)
-
-
-def _shortened(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,11 +33,7 @@ class Result:
     """A finished image.
 
     Attributes:
-        made: The image and its record.
         cost: What its call cost; None without concepts.
-        attention: Attention maps, if they were kept.
-        seconds: Time that it took.
-        key: A unique name.
     """
 
     made: Made
@@ -55,18 +52,10 @@ class Job:
     """Images to be generated one after the other, each by `lora_compose.compose.generate.make`.
 
     Args:
-        model: The model.
-        runs: One for each image.
-        record_attention: Whether attention maps are kept.
         flops: FLOPs of each, if known.
-        comparing: Whether they are shown side by side.
 
     Attributes:
-        state: "waiting", "working", "done", "stopped" or "failed".
         ahead: While waiting, the number of calls ahead.
-        results: Finished images.
-        preview: A preview of the current image.
-        error: The error message, if it failed.
     """
 
     def __init__(
@@ -100,16 +89,16 @@ class Job:
         return self
 
     def stop(self) -> None:
-        """Ends it after the current denoising step."""
+        """Ends the job after the current denoising step."""
         self._stop.set()
 
     def join(self, timeout: float | None = None) -> None:
-        """Waits for the end."""
+        """Waits until the job has ended."""
         self._thread.join(timeout)
 
     @property
     def running(self) -> bool:
-        """Whether it still waits or works."""
+        """Whether the job still waits or works."""
         return self.state in ("waiting", "working")
 
     @property
@@ -139,7 +128,7 @@ class Job:
     def _work(self) -> None:
         try:
             concepts = [concept for run in self.runs for concept in run.scene.concepts]
-            with self.model.turn(concepts, stop=self._stop, on_wait=self._wait) as pipe:
+            with self.model.turn(concepts, stop=self._stop, on_wait=partial(setattr, self, "ahead")) as pipe:
                 self.state = "working"
                 for run, flops in zip(self.runs, self._flops, strict=True):
                     self._make(pipe, run)
@@ -161,9 +150,6 @@ class Job:
 
     def _fail(self, message: str) -> None:
         self.error, self.state = message, "failed"
-
-    def _wait(self, ahead: int) -> None:
-        self.ahead = ahead
 
     def _make(self, pipe: Any, run: Run) -> None:
         if self._stop.is_set():

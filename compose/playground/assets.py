@@ -119,3 +119,8 @@ def _pick(known: dict[str, Path], name: str, kind: str) -> Path:
             f"the playground has no {kind} {name!r}; it has: {', '.join(sorted(known))}{did_you_mean(name, known)}"
         )
     return known[name]
+
+
+def ordinary(source: str) -> str:
+    """The ordinary LoRA beside one of the playground's that was trained with TARA."""
+    return source.removesuffix("-tara")

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImpor
 
 from lora_compose.compose.serve.door import Access, Door
 from lora_compose.compose.serve.engine import Busy, Engine, Served
-from lora_compose.compose.serve.requests import ImageRequest, Limits, reasons, short
+from lora_compose.compose.serve.requests import REASONS, ImageRequest, Limits, reasons, short
 
 _LOOK = 0.25  # seconds between checks whether a client is still connected
 _STOPPING = 5.0  # seconds that the end waits for the current step
@@ -32,8 +32,6 @@ def make_app(
 
     Args:
         engine: Makes the images; it is started and stopped with the application.
-        size: Width and height of images by default.
-        limits: The most that a request may ask for.
         access: Who may use it; None is this machine.
     """
     limits = limits or Limits()
@@ -67,7 +65,11 @@ def make_app(
         served = await _result(asyncio.wrap_future(future), request, engine.timeout)
         buffer = BytesIO()
         await asyncio.to_thread(served.image.save, buffer, "PNG")
-        return Response(buffer.getvalue(), media_type="image/png", headers={"X-Images-Together": str(served.together)})
+        headers = {"X-Images-Together": str(served.together)}
+        if wanted.method is not None:
+            reason = "it was asked for" if given.method is not None else REASONS[wanted.method]
+            headers |= {"X-Method": wanted.method, "X-Method-Reason": reason}
+        return Response(buffer.getvalue(), media_type="image/png", headers=headers)
 
     @app.get("/loras")
     async def loras() -> dict[str, dict[str, str | None]]:

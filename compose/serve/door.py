@@ -1,4 +1,4 @@
-"""What is refused before the application sees it: other hosts, missing tokens, and bodies that are too large.
+"""Refusals before the application sees a request: other hosts, missing tokens, and bodies that are too large.
 
 A page of another website can make its own name mean this machine (DNS rebinding): the browser then takes the server for
 a part of that website. Its requests have that name as their host. Browsers send JSON to another website only if that
@@ -27,10 +27,9 @@ Send = Callable[[Message], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use a server.
+    """The address of a server, and its conditions for requests.
 
     Attributes:
-        host: The address that it listens on.
         hosts: Further names that it is called by.
         token: What every request must carry; None is nothing.
     """
@@ -70,8 +69,6 @@ class Door:
     """Middleware that answers what is refused, and hands on requests whose body it has read.
 
     Args:
-        app: The application.
-        access: Who may use it.
         most: Most bytes of a body.
     """
 

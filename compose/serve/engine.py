@@ -47,7 +47,6 @@ class Served:
     """An image that was made.
 
     Attributes:
-        image: The image.
         together: Number of images in its batch; the pixels depend on it.
     """
 
@@ -67,11 +66,6 @@ class Facts:
     """The state of a server.
 
     Attributes:
-        alive: Whether its thread runs.
-        waiting: Requests in the queue.
-        running: Requests of the current call.
-        images: Images made so far.
-        calls: Calls of the model so far.
         seconds_per_image: A moving average; None before the first one.
     """
 
@@ -117,17 +111,14 @@ class Engine:
             left = [*self._waiting, *self._running]
             self._waiting.clear()
             self._changed.notify_all()
-        for one in left:
-            one.future.cancel()
+        for waiting in left:
+            waiting.future.cancel()
 
     def stop(self, seconds: float | None = None) -> bool:
         """Ends the thread.
 
         Args:
             seconds: How long it is waited for; None is as long as the current step takes.
-
-        Returns:
-            Whether it has ended.
         """
         self.end()
         if self._thread.is_alive():
@@ -136,12 +127,12 @@ class Engine:
 
     @property
     def concepts(self) -> Mapping[str, Concept]:
-        """Its LoRAs by name."""
+        """The LoRAs of the server by name."""
         return self._pipe.concepts
 
     @property
     def facts(self) -> Facts:
-        """Its state."""
+        """The state of the server."""
         with self._changed:
             waiting, running = map(_wanted, (self._waiting, self._running))
             return Facts(self._thread.is_alive(), waiting, running, self._images, self._calls, self._pace)
@@ -158,14 +149,14 @@ class Engine:
             Busy: If the queue is full, or so long that the request would not be answered in time, or at the end.
         """
         known = self.concepts
-        for i, one in enumerate(request.concepts):
-            if one.name not in known:
+        for i, concept in enumerate(request.concepts):
+            if concept.name not in known:
                 raise ValueError(f"concepts[{i}]: there is no LoRA of this name; GET /loras lists those that there are")
         waiting = _Waiting(request)
         with self._changed:
             if self._ends:
                 raise Busy("the server is ending", 1.0)
-            for given_up in [one for one in self._waiting if one.future.cancelled()]:
+            for given_up in [waiting for waiting in self._waiting if waiting.future.cancelled()]:
                 self._waiting.remove(given_up)
             ahead = self._seconds_ahead()
             if len(self._waiting) >= self._queue:
@@ -179,9 +170,9 @@ class Engine:
 
     def _seconds_ahead(self) -> float:
         """An estimate of how long a new request would wait; kinds that have not been made yet count nothing."""
-        running = sum(self._paces.get(one.request.kind, 0.0) for one in self._running)
+        running = sum(self._paces.get(waiting.request.kind, 0.0) for waiting in self._running)
         left = max(0.0, running - (time.monotonic() - self._begun))
-        return left + sum(self._paces.get(one.request.kind, 0.0) for one in self._waiting)
+        return left + sum(self._paces.get(waiting.request.kind, 0.0) for waiting in self._waiting)
 
     def _work(self) -> None:
         while (batch := self._next()) is not None:
@@ -215,14 +206,14 @@ class Engine:
             shape, since = self._waiting[0].request.shape, self._waiting[0].since
 
             def alike() -> list[_Waiting]:
-                return [one for one in self._waiting if one.request.shape == shape][: self._most]
+                return [waiting for waiting in self._waiting if waiting.request.shape == shape][: self._most]
 
             self._changed.wait_for(
                 lambda: self._ends or len(alike()) >= self._most, max(0.0, since + self._wait - time.monotonic())
             )
             batch = alike()
-            for one in batch:
-                self._waiting.remove(one)
+            for waiting in batch:
+                self._waiting.remove(waiting)
             return batch
 
     def _answer(self, batch: Sequence[_Waiting]) -> None:
@@ -230,19 +221,19 @@ class Engine:
         with self._changed:
             if self._ends:
                 return
-            batch = [one for one in batch if not one.future.cancelled()]
+            batch = [waiting for waiting in batch if not waiting.future.cancelled()]
             self._running, self._begun = batch, time.monotonic()
         if not batch:
             return
         try:
-            images = self.make([one.request for one in batch])
+            images = self.make([waiting.request for waiting in batch])
         except _GivenUp:
             self._note_pace(batch, complete=False)
             return
         except Exception as error:  # whatever models and libraries raise
             if len(batch) > 1:
-                for one in batch:
-                    self._answer([one])
+                for waiting in batch:
+                    self._answer([waiting])
                 return
             if not isinstance(error, ValueError):
                 logger.exception("an image failed")
@@ -250,9 +241,9 @@ class Engine:
                 batch[0].future.set_exception(error)
             return
         self._note_pace(batch, complete=True)
-        for one, image in zip(batch, images, strict=True):
-            if one.future.set_running_or_notify_cancel():
-                one.future.set_result(Served(image, len(batch)))
+        for waiting, image in zip(batch, images, strict=True):
+            if waiting.future.set_running_or_notify_cancel():
+                waiting.future.set_result(Served(image, len(batch)))
 
     def make(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
         """The images of requests of one shape, in one call of the pipeline.
@@ -272,7 +263,7 @@ class Engine:
 
 def _wanted(requests: Iterable[_Waiting]) -> int:
     """How many requests have not been given up."""
-    return sum(not one.future.cancelled() for one in requests)
+    return sum(not waiting.future.cancelled() for waiting in requests)
 
 
 def call_pipe(
@@ -283,7 +274,7 @@ def call_pipe(
     composed: dict[str, Any] = {}
     if first.concepts:
         composed = {
-            "concepts": [[one.concept for one in request.concepts] for request in requests],
+            "concepts": [[concept.concept for concept in request.concepts] for request in requests],
             "method": first.method,
         }
     return pipe(

@@ -3,7 +3,6 @@
 import os
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,9 @@ from lora_compose.compose.serve.door import Access
 from lora_compose.compose.serve.engine import Engine
 from lora_compose.compose.serve.log import bounded_log
 from lora_compose.compose.serve.requests import Limits
+from lora_compose.compose.support.network import url_of
 from lora_compose.compose.support.terminal import echo, err
 from lora_compose.pipelines.scene import Run, Scene
-
-
-@dataclass(frozen=True)
-class Serving:
-    """Settings of a server.
-
-    Attributes:
-        access: The address to listen on, and who may use it.
-        port: The port to listen on.
-        most: Most images in a batch.
-        wait: Seconds that a request waits for others of its shape.
-        queue: Most requests in the queue.
-        timeout: Seconds within which a request is answered.
-        lora_memory: Bytes of LoRA files kept in memory.
-        limits: The most that a request may ask for.
-    """
-
-    access: Access
-    port: int
-    most: int
-    wait: float
-    queue: int
-    timeout: float
-    lora_memory: int
-    limits: Limits
-
 
 _HEADERS = 16 * 1024  # bytes
 _BACKLOG = 32  # connections that are accepted at once; before older ones make room they all take file descriptors
@@ -52,15 +26,7 @@ _GRACE = 5  # seconds for answers at the end
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; at the end it gives up what is being made, instead of waiting for it.
-
-    Args:
-        app: The application.
-        engine: What makes its images.
-        host: The address to listen on.
-        port: The port to listen on.
-        bounds: Bounds on connections.
-    """
+    """uvicorn's server; at the end it gives up what is being made, instead of waiting for it."""
 
     def __init__(self, app: Any, engine: Engine, host: str, port: int, bounds: Bounds | None = None) -> None:
         super().__init__(
@@ -88,26 +54,25 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(run: Run, loras: Path, serving: Serving) -> None:
+def serve(run: Run, loras: Path, access: Access, port: int, limits: Limits, *, lora_memory: int, **queue: Any) -> None:
     """Serves images until a signal ends it.
 
     Args:
-        run: Its model, dtype and device.
         loras: A folder of LoRA files; requests name them by the file without its suffix.
-        serving: Its settings.
+        lora_memory: Bytes of LoRA files kept in memory.
+        queue: Settings of the `Engine`.
 
     Raises:
         ValueError: If the model or the folder cannot be opened.
     """
     pipe = open_model(run)
-    pipe.concept_memory = serving.lora_memory
+    pipe.concept_memory = lora_memory
     known = pipe.add_concepts(loras)
     size = size_of(pipe, Scene(prompt="-"))
-    access = serving.access
-    where = f"http://{f'[{access.host}]' if ':' in access.host else access.host}:{serving.port}"
+    where = url_of(access.host, port)
     echo(f"{run.model}, {len(known)} LoRAs, images of {size[0]} x {size[1]}: {where}", to=err)
-    engine = Engine(pipe, serving.most, serving.wait, serving.queue, serving.timeout)
-    run_server(Server(make_app(engine, size, serving.limits, access), engine, access.host, serving.port), engine)
+    engine = Engine(pipe, **queue)
+    run_server(Server(make_app(engine, size, limits, access), engine, access.host, port), engine)
 
 
 def run_server(server: Server, engine: Engine) -> None:

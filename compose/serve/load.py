@@ -73,10 +73,6 @@ def load_test(url: str, requests: int, clients: int, fields: Mapping[str, Any], 
     """Sends requests that name any two LoRAs of a server.
 
     Args:
-        url: Of the server.
-        requests: How many.
-        clients: How many at a time.
-        fields: Of all requests: size, steps, guidance.
         warm_up: Whether each LoRA is named once before, which is not measured.
     """
     loras = {name: words for name, words in _get(f"{url}/loras").items() if words["trigger"] and words["class_word"]}

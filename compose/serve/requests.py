@@ -19,6 +19,9 @@ MOST_CHARACTERS = 2000
 MOST_SIDE = 2**16
 """Pixels of the longer side; how large an image may be is `Limits.pixels`."""
 
+REASONS = {"regional": "every subject has a region", "merge": "not every subject has a region"}
+"""Why a request that names no method is made by one (`ImageRequest.resolved`)."""
+
 _MOST_FIELDS = 32  # of a request or a concept, known or not
 _MOST_MESSAGES, _MOST_LETTERS = 5, 300
 
@@ -36,12 +39,7 @@ class _Frozen(BaseModel):
 
 
 class Limits(_Frozen):
-    """The most that a request may ask for.
-
-    Attributes:
-        pixels: Width times height.
-        steps: Denoising steps.
-    """
+    """The most that a request may ask for."""
 
     pixels: Annotated[int, Field(gt=0)] = 1024 * 1024
     steps: Annotated[int, Field(gt=0)] = 50
@@ -73,7 +71,7 @@ class RequestedConcept(_Asked):
 
     @property
     def concept(self) -> Concept:
-        """The same for a call."""
+        """The concept of a call."""
         return Concept(**self.model_dump(exclude_none=True))
 
 
@@ -111,7 +109,7 @@ class ImageRequest(_Asked):
             raise ValueError("expected a list of names, or of objects with a name")
         if len(given) > MOST_CONCEPTS:
             raise ValueError(f"there are {len(given)} concepts; at most {MOST_CONCEPTS}")
-        return [{"name": one} if isinstance(one, str) else one for one in given]
+        return [{"name": concept} if isinstance(concept, str) else concept for concept in given]
 
     @field_validator("method")
     @classmethod
@@ -127,25 +125,20 @@ class ImageRequest(_Asked):
             raise ValueError("a method needs concepts")
         if len(named) > MOST_CONCEPTS:
             raise ValueError(f"there are {len(named)} concepts, tags in the prompt included; at most {MOST_CONCEPTS}")
-        if len({one.name for one in named}) < len(named):
+        if len({concept.name for concept in named}) < len(named):
             raise ValueError("a LoRA stands twice in concepts and tags of the prompt; name it once")
-        for i, one in enumerate(named):
+        for i, concept in enumerate(named):
             try:
-                check_box(one.concept, self.width, self.height)
+                check_box(concept.concept, self.width, self.height)
             except ValueError:
                 raise ValueError(f"concepts[{i}].region leaves the canvas of the image") from None
         return self
 
     def resolved(self, width: int, height: int) -> "ImageRequest":
-        """The request with all defaults filled in, and tags as concepts.
-
-        Args:
-            width: The model's own.
-            height: The model's own.
-        """
+        """The request with all defaults filled in, and tags as concepts."""
         prompt, tagged = _tagged(self.prompt)
         concepts = (*self.concepts, *tagged)
-        placed = all(one.region is not None or one.role == "style" for one in concepts)
+        placed = all(concept.region is not None or concept.role == "style" for concept in concepts)
         method = self.method or ("regional" if placed else "merge")
         return self.model_copy(
             update={
@@ -185,7 +178,7 @@ def short(text: str) -> str:
 
 
 def reasons(errors: Sequence[Mapping[str, Any]]) -> str:
-    """What is wrong with a request, by pydantic's errors: where, and what was expected; nothing that was sent."""
+    """The errors of a request in words: where, and what was expected; nothing that was sent."""
     lines = [_reason(error) for error in errors[:_MOST_MESSAGES]]
     more = len(errors) - len(lines)
     return "; ".join([*lines, *([f"and {more} more"] if more else [])])

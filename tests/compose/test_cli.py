@@ -97,6 +97,8 @@ def test_a_run_says_where_the_images_are_and_why_the_method(tmp_path: Path) -> N
     assert result.stdout.split("\n") == [str(tmp_path / name) for name in ("3.png", "4.png", "sheet.png")] + [""]
     assert "method: draft, because" in result.stderr
     assert listed(tmp_path) == ["3.png", "4.png", "sheet.png"]
+    reasons = {read_record(tmp_path / name).method_reason for name in ("3.png", "4.png")}
+    assert reasons == {"the prompt names every concept by trigger and class word"}
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 2 * 256
 
@@ -500,6 +502,15 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     assert "method merge" in text
     text = flat(call("check", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite").stdout)
     assert "80 latent rows (20 steps with guidance), 2.02 times the FLOPs of a plain image" in text
+
+
+def test_check_knows_the_rows_of_a_transformer(tmp_path: Path) -> None:
+    scene = tmp_path / "scene.yaml"
+    scene.write_text(
+        (SCENES / "bear-robot.yaml").read_text().replace("-tara", "").replace("playground:", "playground-flux:")
+    )
+    text = flat(call("check", scene, "--steps", 5, "--model", "playground-flux", "--method", "merge").stdout)
+    assert "10 latent rows (5 steps with guidance) no problems" in text
 
 
 def test_check_lists_every_problem(tmp_path: Path) -> None:

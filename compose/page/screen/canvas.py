@@ -17,7 +17,7 @@ from lora_compose.compose.page.screen.start import keep_mask, painted, painting,
 from lora_compose.compose.page.screen.state import PageSession, Row
 from lora_compose.compose.page.text import markdown
 
-_HERE = Path(__file__).parent
+_HTML = Path(__file__).parent / "canvas.html"
 _CANVAS, _DRAWN, _SHOWN = "do.canvas", "do.drawn", "set.outlines"
 _SIDE = 1024  # pixels of the longer side that are sent to the browser
 
@@ -46,9 +46,7 @@ def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
     """The image with the boxes, whose coordinates are kept in the fields.
 
     Args:
-        session: The user's session.
         image: What to show under the boxes; None is an empty canvas.
-        alt: Text alternative of the image.
     """
     if st.session_state.pop(_DRAWN, False):
         st.rerun()  # the whole page, since this part may have been rerun alone
@@ -70,7 +68,7 @@ def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
             for i, row in (_with_boxes(session) if shown else [])
         ],
     }
-    _component()(
+    page_component("canvas", _HTML.read_text(encoding="utf-8"))(
         key=_CANVAS, data=data, on_drawn_change=lambda: _drawn(session), on_mask_change=lambda: _masked(session)
     )  # fmt: skip
 
@@ -104,11 +102,7 @@ def _masks(session: PageSession) -> None:
         if row.mask is not None:
             name = markdown(str(st.session_state[fields.of_row(row, "name")]))
             st.caption(f"{name} has a mask file instead of a box: {markdown(row.mask)}")
-            st.button("Use a box instead", key=f"do.unmask.{row.number}", on_click=_unmask, args=(row,))
-
-
-def _unmask(row: Row) -> None:
-    row.mask = None
+            st.button("Use a box instead", key=f"do.unmask.{row.number}", on_click=setattr, args=(row, "mask", None))
 
 
 def _drawn(session: PageSession) -> None:
@@ -142,10 +136,7 @@ def as_uri(image: Image.Image) -> str:
 
 
 @st.cache_resource(show_spinner=False)
-def _component() -> Any:
-    return component(
-        "lora_compose_canvas",
-        html=(_HERE / "canvas.html").read_text(encoding="utf-8"),
-        css=(_HERE / "canvas.css").read_text(encoding="utf-8"),
-        js=(_HERE / "canvas.js").read_text(encoding="utf-8"),
-    )
+def page_component(name: str, html: str) -> Any:
+    """A component with the style sheet and the script of this name."""
+    css, js = ((Path(__file__).parent / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    return component(f"lora_compose_{name}", html=html, css=css, js=js)

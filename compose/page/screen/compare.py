@@ -1,14 +1,13 @@
-"""The same scene and seeds with several methods, side by side, with their costs and likeness."""
+"""A scene and its seeds with several methods, side by side, with their costs and likeness."""
 
 import streamlit as st
 
 from lora_compose.compose.page.controls import sentence
 from lora_compose.compose.page.labels import full_name, label_of, methods
-from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.cost import cost_words, result_cost
 from lora_compose.compose.page.screen.state import MOST_WAITING, PageSession, judge
-from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.text import markdown, page_message
 from lora_compose.compose.page.work import Result
 
 _CHOSEN = "set.compared"
@@ -97,9 +96,4 @@ def _cell(session: PageSession, result: Result) -> None:
     if judge().judges(result.run):
         lines += [f"{markdown(name)}: {found.words}" for name, found in session.likeness(result).items()]
     st.caption("  \n".join(lines), help=result_cost(result))
-    st.button("View image", key=f"do.compared.{result.key}", on_click=_look, args=(session, result), width="stretch")
-
-
-def _look(session: PageSession, result: Result) -> None:
-    session.shown = result.key
-    st.session_state["set.view"] = "Image"
+    st.button("View image", key=f"do.compared.{result.key}", on_click=session.look_at, args=(result,), width="stretch")

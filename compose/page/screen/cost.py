@@ -23,11 +23,7 @@ def cost_help(cost: RunCost, steps: int) -> str:
 
 def result_cost(result: Result) -> str | None:
     """The passes that an image took; None without concepts."""
-    cost = result.cost
-    if cost is None:
-        return None
-    kinds = ((cost.rows_forward, "latent rows"), (cost.rows_stopped, "stopped early"), (cost.rows_backward, "backward"))
-    return f"{' + '.join(f'{number:g} {what}' for number, what in kinds if number)}. {_ROW}"
+    return None if result.cost is None else f"{result.cost.words} latent rows. {_ROW}"
 
 
 def seconds_words(seconds: float) -> str:

@@ -11,9 +11,9 @@ from lora_compose.compose.page.boxes import fitted, one_more
 from lora_compose.compose.page.controls import changed, controls
 from lora_compose.compose.page.form import Form, read_seeds
 from lora_compose.compose.page.labels import label_of
-from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen.state import PageSession, Row
 from lora_compose.compose.page.store import Lora
+from lora_compose.compose.page.text import page_message
 from lora_compose.pipelines.concepts.sources import shown
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.field_errors import FieldError
@@ -62,8 +62,6 @@ def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> 
     """Writes a form into the fields, replacing their values.
 
     Args:
-        session: The user's session.
-        form: What to write.
         loras: The concepts' LoRAs by name; None for missing ones.
     """
     values: dict[str, Any] = {

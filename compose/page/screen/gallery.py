@@ -8,9 +8,9 @@ from PIL import Image
 from lora_compose.compose.files.images import Record, read_pixels, read_record
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.page.labels import label_of
+from lora_compose.compose.page.screen.canvas import as_uri, page_component
 from lora_compose.compose.page.screen.keep import reuse
 from lora_compose.compose.page.screen.state import PageSession
-from lora_compose.compose.page.screen.wipe import wipe
 from lora_compose.compose.page.store import MOST_FILES, image_files
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Result
@@ -35,7 +35,7 @@ def gallery_view(session: PageSession) -> None:
             with column:
                 st.image(result.made.image, width="stretch", alt=result.run.scene.prompt)
                 st.caption(markdown(_name(result.run)))
-                st.button("View image", key=f"do.look.{result.key}", on_click=_look, args=(session, result),
+                st.button("View image", key=f"do.look.{result.key}", on_click=session.look_at, args=(result,),
                           width="stretch")  # fmt: skip
     _folder(session)
 
@@ -54,7 +54,7 @@ def _wiping(session: PageSession) -> None:
             found = column.selectbox(label, list(known), key=key,
                                      format_func=lambda key: f"{numbers[key]}: {_name(known[key].run)}")  # fmt: skip
             chosen.append(known[found])
-        wipe(*chosen, key="do.wipe")
+        _wipe(*chosen, key="do.wipe")
 
 
 def _name(run: Run) -> str:
@@ -90,6 +90,10 @@ def _small(path: Path, changed: int) -> tuple[Record, Image.Image]:
     return record, image
 
 
-def _look(session: PageSession, result: Result) -> None:
-    session.shown = result.key
-    st.session_state["set.view"] = "Image"
+def _wipe(left: Result, right: Result, key: str) -> None:
+    """Two images of the same size over each other, with a divider between them."""
+    sides = [{"image": as_uri(result.made.image), "alt": result.run.scene.prompt} for result in (left, right)]
+    html = ('<div class="wipe"><img /><img class="right" /><input type="range" min="0" max="100" value="50" '
+            'aria-label="Divider between the two images" /></div>')  # fmt: skip
+    data = {"sides": sides, "ratio": left.made.image.width / left.made.image.height}
+    page_component("wipe", html)(key=key, data=data)

@@ -18,7 +18,7 @@ _KIND, _MODEL, _WEIGHTS, _SCALE = "new.guide.kind", "new.guide.model", "new.guid
 
 
 def guides_part(session: PageSession) -> None:
-    """What guides the image, and a form for more; models are named on the machine itself."""
+    """Control images and IP-Adapters, and a form for more; models are named on the machine itself."""
     with st.expander("Guide with another image", icon=":material/route:", expanded=bool(session.guides)):
         for number, guide in enumerate(session.guides):
             kind = _CONTROL if isinstance(guide, ControlFile) else _ADAPTER

@@ -1,4 +1,4 @@
-"""What can be done with an image: save it, enlarge it, vary it, and load its settings."""
+"""Buttons of an image: save it, enlarge it, vary it, and load its settings."""
 
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile

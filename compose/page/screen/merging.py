@@ -7,12 +7,11 @@ import streamlit as st
 
 from lora_compose.compose.page.labels import MERGER_LABELS
 from lora_compose.compose.page.merging import Merged, merge_loras
-from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen.concepts import add_lora, is_full, of_the_playground
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, checking
 from lora_compose.compose.page.store import Lora
-from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.text import markdown, page_message
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ _CHOSEN, _METHOD = "do.merge.loras", "do.merge.method"
 
 
 def merging_part(session: PageSession) -> None:
-    """Which LoRAs, how strong each is, and how they are merged."""
+    """The LoRAs to merge, how strong each is, and how they are merged."""
     with st.expander("Merge LoRAs into one", icon=":material/merge:"):
         ready = _ready(session)
         names = st.multiselect("LoRAs to merge", list(ready), key=_CHOSEN, max_selections=MOST, help=(

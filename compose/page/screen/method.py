@@ -19,7 +19,8 @@ def method_part(session: PageSession) -> None:
         left, right = st.columns([2, 3])
         method = fields.AUTOMATIC
         if session.rows:
-            method = left.selectbox("Method", [fields.AUTOMATIC, *methods()], key=fields.METHOD, format_func=_name)
+            names = {fields.AUTOMATIC: fields.AUTOMATIC.capitalize()} | {name: full_name(name) for name in methods()}
+            method = left.selectbox("Method", list(names), key=fields.METHOD, format_func=names.__getitem__)
         steps, guidance, seeds = right.columns(3, wrap=False)
         steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
         guidance.number_input("Guidance", key=fields.GUIDANCE, step=0.5, format="%.2f", help=(
@@ -44,10 +45,6 @@ def _settings(method: str) -> None:
             with halves[i % 2]:
                 _control(method, control)
         st.button("Reset to defaults", key="do.defaults", on_click=_reset, args=(method,))
-
-
-def _name(method: str) -> str:
-    return method.capitalize() if method == fields.AUTOMATIC else full_name(method)
 
 
 def _control(method: str, control: Control) -> None:

@@ -20,7 +20,7 @@ _SHORT = 32  # letters of a model's name that are shown
 
 
 def model_part(session: PageSession) -> None:
-    """Which model is open, and the fields to open another one."""
+    """The open model, and the fields to open another one."""
     choice = session.model.choice
     show_choice(choice)
     with st.popover(f"Model: **{markdown(_short(choice.model))}**", icon=":material/deployed_code:"):
@@ -39,10 +39,10 @@ def model_part(session: PageSession) -> None:
         left, right = st.columns(2)
         left.selectbox("Precision", ["float32", "float16", "bfloat16"], key=_DTYPE)
         right.selectbox("Device", [fields.AUTOMATIC, *devices()], key=_DEVICE)
-        st.multiselect("Save memory", list(Saver), key=_MEMORY, format_func=_what_it_does, help=(
+        st.multiselect("Save memory", list(Saver), key=_MEMORY, help=(
             "Less memory, but slower. Keeping parts on the CPU needs a GPU. Not stored in images: "
             "tiles can change a large image slightly."
-        ))  # fmt: skip
+        ), format_func=lambda saver: SAVERS[saver][0].upper() + SAVERS[saver][1:])  # fmt: skip
         chosen = _chosen()
         st.button(
             "Open this model", on_click=_open, args=(session, chosen), disabled=chosen == choice or session.working,
@@ -90,10 +90,6 @@ def _short(model: str) -> str:
     """The last part of a path or a repository's name."""
     name = model.replace("\\", "/").rstrip("/").rpartition("/")[2]
     return name if len(name) <= _SHORT else f"{name[: _SHORT - 3]}..."
-
-
-def _what_it_does(saver: Saver) -> str:
-    return SAVERS[saver][0].upper() + SAVERS[saver][1:]
 
 
 def _chosen() -> Choice:

@@ -9,7 +9,6 @@ from lora_compose.compose.check.report import Report
 from lora_compose.compose.page import export
 from lora_compose.compose.page.form import Form, check_canvas
 from lora_compose.compose.page.labels import full_name, label_of
-from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.canvas import canvas, position_part
 from lora_compose.compose.page.screen.compare import compare_view
@@ -20,9 +19,10 @@ from lora_compose.compose.page.screen.keep import keep_buttons
 from lora_compose.compose.page.screen.start import painting, start_image
 from lora_compose.compose.page.screen.state import MOST_WAITING, QUEUE, PageSession
 from lora_compose.compose.page.screen.understand import understand_view
-from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.text import markdown, page_message
 from lora_compose.compose.page.work import Job, Result
 from lora_compose.pipelines.concepts.strength import weight_text
+from lora_compose.pipelines.methods import name_of
 
 _EVERY = 0.4  # seconds between two refreshes of the work
 _VIEW = "set.view"
@@ -69,7 +69,7 @@ def _pressing(session: PageSession) -> None:
 
 
 def _problems(session: PageSession, form: Form, report: Report) -> list[str]:
-    """What prevents an image, each problem shown in one place only."""
+    """Problems that prevent an image, each shown in one place only."""
     if report.problems and session.unready:
         return ["The prompt is not ready; see the notes there."]
     return [page_message(problem, form.method, session.store.names) for problem in report.problems]
@@ -83,13 +83,12 @@ def _show_outlook(session: PageSession, form: Form, report: Report | None) -> No
         st.caption("The model is busy with another session. The cost appears when it is free; an image waits "
                    "for its turn.")  # fmt: skip
         return
-    facts = dict(report.facts)
     if report.cost is not None:
         each = " for each image" if len(form.seeds) > 1 else ""
         st.caption(f"{cost_words(session, report.cost)}{each}.", help=cost_help(report.cost, form.steps))
-    if form.method is None and "method" in facts:
-        name, _, why = facts["method"].partition(", ")
-        st.caption(markdown(f"Method: {full_name(name)}, {why}." if why else f"Method: {full_name(name)}."))
+    if form.method is None and report.choice is not None:
+        method, why = name_of(report.choice.method)[0], report.choice.reason
+        st.caption(markdown(f"Method: {full_name(method)}, because {why}."))
     if form.boxed and form.method and label_of(form.method).decides != "boxes":
         st.caption(f":material/info: “{label_of(form.method).name}” does not use the boxes.")
     for note in report.notes:

@@ -59,8 +59,10 @@ def painted(session: PageSession) -> dict[str, Any] | None:
     """The mask that the canvas shows while the brush is on; None while it is off."""
     if session.start is None or not painting(session):
         return None
-    mask = session.start.mask
-    return {"key": mask or session.start.path, "mask": None if mask is None else _as_uri(Path(mask))}
+    if session.start.mask is None:
+        return {"key": session.start.path, "mask": None}
+    data = b64encode(Path(session.start.mask).read_bytes()).decode("ascii")
+    return {"key": session.start.mask, "mask": URI_PREFIX + data}
 
 
 def keep_mask(session: PageSession, sent: Any) -> None:
@@ -110,7 +112,3 @@ def _choose() -> None:
 def _remove(session: PageSession) -> None:
     session.start = None
     st.session_state[fields.BRUSH] = False
-
-
-def _as_uri(path: Path) -> str:
-    return URI_PREFIX + b64encode(path.read_bytes()).decode("ascii")

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import streamlit as st
 from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.scriptrunner import get_script_run_ctx
@@ -18,11 +19,11 @@ from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.page.form import Form
 from lora_compose.compose.page.launch import Options, options
 from lora_compose.compose.page.merging import Merged
-from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
 from lora_compose.compose.page.quick import Quick
 from lora_compose.compose.page.scores import Judge, Likeness
 from lora_compose.compose.page.store import Lora, StartImage, Store
+from lora_compose.compose.page.text import page_message
 from lora_compose.compose.page.work import Job, Result
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.loading import LoraError
@@ -76,9 +77,7 @@ class Row:
         lora: Its LoRA; None if an image named one that is missing.
         wanted: Name of the missing LoRA.
         mask: The path of a mask that an image named as its region.
-        alpha: The alpha that an image named.
         sha256: Digest of the file that an image was made with.
-        fit: The result of matching the LoRA with the model.
     """
 
     number: int
@@ -95,23 +94,15 @@ class PageSession:
     """Everything of one session: files, concepts, images and running work.
 
     Attributes:
-        store: Files.
-        model: The model.
-        options: How the page was started.
-        rows: The concepts.
         results: Finished ones, the newest first.
-        compared: Finished images of the comparison.
         shown: Key of the image on the canvas.
         job: The running job, or the last one.
         waiting: The jobs after it, in order.
         was_working: Whether images were being generated at the last rerun.
         problems: What went wrong, by place on the screen.
         uploads: Number of uploads so far; upload fields have it in their names, so that a new number empties them.
-        start: The start image; None is text-to-image.
-        guides: Control images and IP-Adapters.
         unready: Whether the prompt has to be fixed first; the reason is shown there.
         closed: Whether it has ended: its browser was away for too long.
-        merged: The last LoRA that was merged from others.
     """
 
     store: Store
@@ -219,6 +210,10 @@ class PageSession:
             for old in list(self._outlooks)[:-_OUTLOOKS]:
                 del self._outlooks[old]
         return self._outlooks[key]
+
+    def look_at(self, result: Result) -> None:
+        """Shows an image on the canvas."""
+        self.shown, st.session_state["set.view"] = result.key, "Image"
 
     def fit(self, row: Row) -> Fit | None:
         """Whether a concept's LoRA fits the model; None while files of other sessions are being read."""

@@ -1,5 +1,7 @@
 """The top of the page: its name, the model and the size of the image."""
 
+from pathlib import Path
+
 import streamlit as st
 
 from lora_compose.compose.page.form import SIDES
@@ -7,8 +9,14 @@ from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.model import model_part, model_problems
 from lora_compose.compose.page.screen.state import PageSession
 
+_STYLE = Path(__file__).parent / "style.css"
 SHAPES = {"Square": (1.0, 1.0), "Portrait": (2 / 3, 1.0), "Landscape": (1.0, 2 / 3)}
 """Widths and heights relative to the side that the model was made for."""
+
+
+def style() -> None:
+    """Puts the styles into the page that Streamlit's theme does not cover."""
+    st.html(f"<style>{_STYLE.read_text(encoding='utf-8')}</style>")
 
 
 def top_part(session: PageSession) -> None:
@@ -26,13 +34,9 @@ def _size(session: PageSession) -> None:
     with st.popover(f"Size: **{width} × {height}**", icon=":material/aspect_ratio:"):  # noqa: RUF001
         with st.container(horizontal=True):
             for name, shares in SHAPES.items():
-                sides = [_multiple_of_8(own * share) for own, share in zip(session.model.size, shares, strict=True)]
+                sides = [round(own * share / 8) * 8 for own, share in zip(session.model.size, shares, strict=True)]
                 st.button(name, key=f"do.shape.{name}", on_click=fields.resize, args=(session, tuple(sides)))
         left, right = st.columns(2, wrap=False)
         left.number_input("Width", *SIDES, key=fields.WIDTH, step=8)
         right.number_input("Height", *SIDES, key=fields.HEIGHT, step=8)
         st.caption(f"In pixels. The model was made for {session.model.size[0]} x {session.model.size[1]}.")
-
-
-def _multiple_of_8(side: float) -> int:
-    return round(side / 8) * 8

@@ -29,7 +29,7 @@ def decided_by(result: Result) -> Decides:
 
 
 def understand_view(session: PageSession) -> None:
-    """What decided, and the attention maps, of the image on the canvas."""
+    """The reason why each LoRA acted where it did, and the attention maps, of the image on the canvas."""
     result = session.result
     if result is None or not result.run.scene.concepts:
         st.info("Generate an image with concepts first.", icon=":material/visibility:")

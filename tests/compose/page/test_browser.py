@@ -398,26 +398,6 @@ def test_a_page_that_is_ended_leaves_nothing(chromium: Browser, tmp_path: Path) 
         page.context.close()
 
 
-@pytest.mark.parametrize(
-    ("host", "origin", "answer"),
-    [
-        ("localhost:{port}", "http://localhost:{port}", 101),
-        ("127.0.0.1:{port}", "http://127.0.0.1:{port}", 101),
-        ("localhost:{port}", "http://strange.example", 403),
-        ("localhost:{port}", "null", 403),
-        ("strange.example:{port}", "http://strange.example:{port}", 403),  # its name has been given our address
-    ],
-)
-def test_strange_websites_get_no_session(address: str, host: str, origin: str, answer: int) -> None:
-    port = int(address.rpartition(":")[2])
-    request = (f"GET /_stcore/stream HTTP/1.1\r\nHost: {host}\r\nOrigin: {origin}\r\nUpgrade: websocket\r\n"
-               "Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-               "Sec-WebSocket-Version: 13\r\n\r\n")  # fmt: skip
-    with socket.create_connection(("localhost", port)) as connection:
-        connection.sendall(request.format(port=port).encode())
-        assert connection.recv(100).split()[1] == str(answer).encode()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [420, 1400])
 def test_nothing_is_cut_off_at_the_side(chromium: Browser, address: str, scheme: Any, width: int) -> None:

@@ -41,7 +41,6 @@ from lora_compose.compose.page import (
     form,
     labels,
     launch,
-    messages,
     quick,
     store,
     text,
@@ -258,7 +257,7 @@ def problems_of(model: OpenModel, method: str | None, **changes: Any) -> Iterato
     """All that is wrong with, and to be known of, a form, in the page's words."""
     with model.turn(()) as pipe:
         report = check(replace(short(**changes), method=method, settings={}).runs()[0], pipe)
-    yield from (messages.page_message(said, method) for said in (*report.problems, *report.notes))
+    yield from (text.page_message(said, method) for said in (*report.problems, *report.notes))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -280,13 +279,13 @@ def test_errors_are_reported_without_python(model: OpenModel, method: str) -> No
 
 
 def test_messages_keep_what_they_are_about() -> None:
-    assert messages.page_message("interval must be a whole number of steps, at least 1, not 0", "switch") == (
+    assert text.page_message("interval must be a whole number of steps, at least 1, not 0", "switch") == (
         "“Steps of a turn” must be a whole number of steps, at least 1, not 0"
     )
-    assert messages.page_message("x9.safetensors is no LoRA", files={"x9.safetensors": "cat.safetensors"}) == (
+    assert text.page_message("x9.safetensors is no LoRA", files={"x9.safetensors": "cat.safetensors"}) == (
         "cat.safetensors is no LoRA"
     )
-    found = messages.page_message(
+    found = text.page_message(
         "merge needs it: give one, for example Concept(name='a', region=(1, 2)) in pixels; or not"
     )
     assert found == "“Added up” needs it: give one, or not"
@@ -925,8 +924,8 @@ def test_only_this_machine_is_local() -> None:
 
 
 def test_the_page_is_where_the_clone_has_it() -> None:
-    assert launch.script().name == "ui.py"
-    config = (launch.script().parent / ".streamlit" / "config.toml").read_text()
+    assert launch.application().name == "ui.py"
+    config = (launch.application().parent / ".streamlit" / "config.toml").read_text()
     assert 'address = "localhost"' in config
     assert "gatherUsageStats = false" in config
     assert "hideWelcomeMessage = true" in config, "Streamlit offers its developers things on the page"
@@ -943,7 +942,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def test_compose_needs_no_streamlit_but_for_the_screen() -> None:
-    package = launch.script().parent / "compose"
+    package = launch.application().parent / "compose"
     inner = [path for path in package.rglob("*.py") if "screen" not in path.parts]
     assert len(inner) > 30
     outer = ("streamlit", "lora_compose.compose.page.screen")

@@ -170,6 +170,23 @@ def test_the_image_over_http_is_that_of_the_python_call(port: int, pipe: Any) ->
     assert same(Image.open(BytesIO(data)), expected)
 
 
+@pytest.mark.parametrize(
+    ("change", "method", "reason"),
+    [
+        ({"method": "switch"}, "switch", "it was asked for"),
+        ({"method": None}, "merge", "not every subject has a region"),
+        ({"method": None, "concepts": [{"name": "bear", "region": [0, 0, 32, 64]}]}, "regional",
+         "every subject has a region"),
+        ({"method": None, "concepts": []}, None, None),
+    ],
+)  # fmt: skip
+def test_headers_name_the_method_and_the_reason(
+    port: int, change: dict[str, Any], method: str | None, reason: str | None
+) -> None:
+    code, _, headers = answer(port, "/images", {**BEAR, **change})
+    assert (code, headers.get("x-method"), headers.get("x-method-reason")) == (200, method, reason)
+
+
 def test_loras_and_health(port: int) -> None:
     loras = json.loads(answer(port, "/loras")[1])
     assert set(loras) == {path.stem for path in LORAS.glob("*.safetensors")}

@@ -1,0 +1,33 @@
+"""The page's script: Streamlit runs it anew for each session and each change."""
+
+import streamlit as st
+
+from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.concepts import concepts_part
+from lora_compose.compose.page.screen.guides import guides_part
+from lora_compose.compose.page.screen.keep import restoring
+from lora_compose.compose.page.screen.merging import merging_part
+from lora_compose.compose.page.screen.method import method_part
+from lora_compose.compose.page.screen.prompt import prompt_part
+from lora_compose.compose.page.screen.session import page_session
+from lora_compose.compose.page.screen.stage import stage_part
+from lora_compose.compose.page.screen.start import start_part
+from lora_compose.compose.page.screen.top import style, top_part
+
+st.set_page_config("lora-compose", ":material/brush:", layout="wide")
+style()
+session = page_session()
+fields.keep()
+top_part(session)
+
+stage, bench = st.columns([1, 1], gap="medium")
+with bench, st.container(key="bench"):
+    prompt_part(session)
+    concepts_part(session)
+    merging_part(session)
+    method_part(session)
+    start_part(session)
+    guides_part(session)
+    restoring(session)
+with stage, st.container(key="stage"):
+    stage_part(session)
