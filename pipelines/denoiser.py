@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Backbone, Installation, Recorder, StepCaches, Stream, frozen, weights_kept
+from lora_compose.attention import Backbone, Installation, Recorder, SitePart, StepCaches, frozen, weights_kept
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
@@ -122,18 +122,18 @@ class Denoiser:
         """Whether there is a ControlNet, which reads a text for the whole image."""
         return any(isinstance(control, PreparedControlNet) for control in self.controls)
 
-    def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
+    def fold(self, parts: Sequence[SitePart], weights: Sequence[float]) -> None:
         """Adds LoRAs with constant gates to the weights for the rest of the call; they then run at base speed.
 
         Call it before the first pass. Concepts with a weight schedule stay in the bank, and with several concept sets
         all do: gates that are constant in one set are not in the others.
 
         Args:
-            streams: Streams whose gates are the same on all rows and positions.
+            parts: Parts of sequences whose gates are the same on all rows and positions.
             weights: The gate of each concept.
         """
-        if self._can_fold and streams:
-            self.installation.fold(streams, weights, self.concepts.schedules.keys())
+        if self._can_fold and parts:
+            self.installation.fold(parts, weights, self.concepts.schedules.keys())
 
     def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:
         """Prepares a pass, to be run in every step.

@@ -253,12 +253,14 @@ def _sites(layout: Layout) -> Mapping[str, Site]:
             if name in text:
                 found[name] = Site("text")
             elif name in read:
-                found[name] = Site("image", level, reads_text=True)
+                found[name] = Site("image", level=level, reads_text=True)
             elif name.endswith("time_emb_proj"):
                 found[name] = Site("row")
             else:
                 inner = name[len(block) + 1 :]
-                found[name] = Site("image", level + inner.startswith("downsamplers") - inner.startswith("upsamplers"))
+                found[name] = Site(
+                    "image", level=level + inner.startswith("downsamplers") - inner.startswith("upsamplers")
+                )
     return MappingProxyType(found)
 
 

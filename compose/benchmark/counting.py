@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from lora_compose.attention import Lora, StepCaches, Stream, backbone_of, grid_at, install
+from lora_compose.attention import Lora, SitePart, StepCaches, backbone_of, grid_at, install
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.flops import Operations
@@ -208,10 +208,10 @@ class PricingDenoiser:
         """Prices steps that are taken ahead; it needs no sampler, so it is returned unchanged."""
         return self
 
-    def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
+    def fold(self, parts: Sequence[SitePart], weights: Sequence[float]) -> None:
         """Folds, and counts its FLOPs."""
         with self._operations:
-            self._denoiser.fold(streams, weights)
+            self._denoiser.fold(parts, weights)
 
     def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:
         """Prepares a pass on the meta device."""

@@ -40,7 +40,7 @@ def block_lora(model: nn.Module, rank: int) -> Lora:
     found = {}
     for name, site in backbone_of(model).sites.items():
         layer = model.get_submodule(name)
-        if isinstance(layer, nn.Linear) and site.stream in ("text", "image", "joint"):
+        if isinstance(layer, nn.Linear) and not {"row", "modulation"} & set(site.parts):
             to: dict[str, Any] = {"device": META, "dtype": layer.weight.dtype}
             found[name] = LoraFactors(
                 torch.empty(rank, layer.in_features, **to), torch.empty(layer.out_features, rank, **to)

@@ -241,7 +241,7 @@ class TransformerBase:
         sites = self._flow.backbone.sites
         return [
             name for name, site in sites.items()
-            if site.stream != "modulation" and re.fullmatch(pattern, name)
+            if "modulation" not in site.parts and re.fullmatch(pattern, name)
             and isinstance(self.network.get_submodule(name), nn.Linear)
         ]  # fmt: skip
 
