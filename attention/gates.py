@@ -107,6 +107,11 @@ class Gates:
 
     def _of(self, site: Site, lengths: Sequence[int]) -> Tensor:
         gate = self._by_position(site, lengths)
+        if site.in_line and gate.dim() == 4:
+            gate = gate.expand(-1, -1, max(lengths), -1).transpose(0, 1).flatten(1, 2)
+        if site.planar:
+            grid = grid_at(self.latent_grid, site.level)
+            gate = gate.unflatten(1, (1, *((1, 1) if gate.shape[1] == 1 else grid)))
         if site.flat:
             cells = prod(grid_at(self.latent_grid, site.level))
             each = lengths if site.parts == ("text",) else [cells] * len(lengths)

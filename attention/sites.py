@@ -24,6 +24,8 @@ class Site:
         multiple: Text and image are each padded to a multiple of so many positions.
         flat: Whether rows and positions are one dimension of the input, row after row.
         extra_axis: Whether the input has a dimension more before its channels (Krea 2: layers of the text encoder).
+        in_line: Whether several texts of a pass follow one another in the sequence, and are no dimension of their own.
+        planar: Whether cells lie in frames, rows and columns: [rows, frames, height, width, channels].
 
     Raises:
         ValueError: For a part of another name, or none.
@@ -35,6 +37,8 @@ class Site:
     multiple: int
     flat: bool
     extra_axis: bool
+    in_line: bool
+    planar: bool
 
     def __init__(
         self,
@@ -44,12 +48,15 @@ class Site:
         multiple: int = 1,
         flat: bool = False,
         extra_axis: bool = False,
+        in_line: bool = False,
+        planar: bool = False,
     ) -> None:
         if not parts or not set(parts) <= set(get_args(SitePart)):
             raise ValueError(f"the parts of a site are some of {', '.join(get_args(SitePart))}, not {parts}")
         vars(self).update(
-            parts=parts, level=level, reads_text=reads_text, multiple=multiple, flat=flat, extra_axis=extra_axis
-        )
+            parts=parts, level=level, reads_text=reads_text, multiple=multiple, flat=flat, extra_axis=extra_axis,
+            in_line=in_line, planar=planar,
+        )  # fmt: skip
 
     def with_parts(self, *parts: SitePart) -> "Site":
         """The same with other parts."""

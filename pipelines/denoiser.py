@@ -336,7 +336,7 @@ class Denoiser:
                     **self._control_inputs(latents, step, text, view, fraction),
                 }
                 with self.caches.of((spec, total, batch.rows.start) if whole else None, anew=bool(wanted) or not whole):
-                    outputs.append(self.backbone.forward(latents, step.t, text.first_embeds, text.added, **inputs))
+                    outputs.append(self.backbone.forward(latents, step.t, text.prompt_embeds, text.added, **inputs))
                 if whole:
                     self.cost.rows_forward += text.rows * fraction
                 else:

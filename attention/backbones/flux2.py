@@ -28,9 +28,9 @@ class Flux2Backbone(JointBackbone):
             self.sites = {name: self._with_reference(site) for name, site in self.sites.items()}
 
     @property
-    def joint(self) -> Site:
+    def joint(self) -> Site | None:
         """How text and image lie in one sequence."""
-        return self._with_reference(super().joint)
+        return None if (joint := super().joint) is None else self._with_reference(joint)
 
     def _with_reference(self, site: Site) -> Site:
         return site.with_parts(*site.parts, "reference") if self._reference and "image" in site.parts else site

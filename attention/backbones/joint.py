@@ -48,7 +48,6 @@ class JointBackbone:
     same_input: Sequence[tuple[str, ...]] = ()
     levels = frozenset({1})
     map_level = 1
-    self_map_layers: tuple[str, ...] = ()
     text_layers = 1
     reads_regions = False
 
@@ -61,6 +60,11 @@ class JointBackbone:
         """Attention layers in the last third of the first kind of blocks, where image features have mixed with text."""
         names = [name for name, _ in _attention(modules_of(self.model)) if name.startswith(f"{self.blocks[0]}.")]
         return tuple(names[-max(1, len(names) // 3) :])
+
+    @property
+    def self_map_layers(self) -> tuple[str, ...]:
+        """None: text and image are in one map."""
+        return ()
 
     @property
     def native_side(self) -> int:
@@ -76,7 +80,7 @@ class JointBackbone:
             ValueError: For processors that do not end in diffusers' attention dispatch.
         """
         found = dict(_attention(modules))
-        ours = {name: with_kernel(attn.processor, name, self._sequence(name), state) for name, attn in found.items()}
+        ours = {name: self._processor(name, attn.processor, state) for name, attn in found.items()}
         for name, attn in found.items():
             replace_processor(attn, ours[name], undo)
             if getattr(attn, "fused_projections", False):
@@ -103,14 +107,15 @@ class JointBackbone:
             yield
 
     @property
-    def joint(self) -> Site:
-        """How text and image lie in one sequence."""
-        return next(site for _, site in self.table if site.joint)
+    def joint(self) -> Site | None:
+        """How text and image lie in one sequence; None if they do not."""
+        return next((site for _, site in self.table if site.joint), None)
 
-    def _sequence(self, layer: str) -> Site:
-        """The site that describes an attention layer's sequence."""
+    def _processor(self, layer: str, processor: Any, state: ForwardState) -> Any:
+        """A processor for an attention layer, in place of the one found."""
+        assert self.joint is not None, "families without joint sequences have processors of their own"
         parts = next((parts for start, parts in self.attends if layer.startswith(start)), self.joint.parts)
-        return self.joint.with_parts(*parts)
+        return with_kernel(processor, JointKernel, layer, self.joint.with_parts(*parts), state)
 
 
 def _attention(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
@@ -216,7 +221,7 @@ class JointKernel:
         return found["text"], found["image"], [where for part, where in found.items() if part != "text"]
 
 
-def with_kernel(processor: Any, layer: str, site: Site, state: ForwardState) -> Any:
+def with_kernel(processor: Any, kernel: type[JointKernel], layer: str, site: Site, state: ForwardState) -> Any:
     """A copy of a processor that calls our kernel instead of diffusers' attention function.
 
     Raises:
@@ -227,7 +232,7 @@ def with_kernel(processor: Any, layer: str, site: Site, state: ForwardState) -> 
     if not isinstance(call, FunctionType) or "dispatch_attention_fn" not in call.__code__.co_names:
         raise ValueError(f"{layer} has a {kind.__name__}, which cannot be combined with concepts")
     names = dict(call.__globals__)
-    names["dispatch_attention_fn"] = JointKernel(layer, site, state, names["dispatch_attention_fn"])
+    names["dispatch_attention_fn"] = kernel(layer, site, state, names["dispatch_attention_fn"])
     del names["__name__"]  # torch.compile would look names up in the module of that name
     ours = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     ours.__kwdefaults__ = call.__kwdefaults__
