@@ -146,7 +146,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             options["dtype"] = pipeline.dtype
         if cls is not ComposePipeline:
             return super().from_pipe(pipeline, **options)  # pyright: ignore[reportReturnType]
-        family: Any = cls.family_of(pipeline.config)
+        family: Any = cls.family_of({"_class_name": type(pipeline).__name__, **pipeline.config})
         return family.from_pipe(pipeline, **options)
 
     def to(self, *args: Any, **options: Any) -> Self:

@@ -1,5 +1,6 @@
 """What only Anima has: a modular pipeline, a text conditioner, a padding mask, and methods that move latents."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,8 @@ def original(lora: Lora, conditioner: Lora) -> dict[str, Tensor]:
     names = {
         "transformer_blocks.": "blocks.", "norm1.linear_": "adaln_modulation_self_attn.",
         "norm2.linear_": "adaln_modulation_cross_attn.", "norm3.linear_": "adaln_modulation_mlp.",
-        "attn1.to_out.0": "self_attn.output_proj", "attn2.to_out.0": "cross_attn.output_proj", "attn1.to_": "self_attn.",
-        "attn2.to_": "cross_attn.", "ff.net.0.proj": "mlp.layer1", "ff.net.2": "mlp.layer2",
+        "attn1.to_out.0": "self_attn.output_proj", "attn2.to_out.0": "cross_attn.output_proj",
+        "attn1.to_": "self_attn.", "attn2.to_": "cross_attn.", "ff.net.0.proj": "mlp.layer1", "ff.net.2": "mlp.layer2",
         "norm_out.linear_": "final_layer.adaln_modulation.", "proj_out": "final_layer.linear",
         "time_embed.t_embedder": "t_embedder.1", "patch_embed.proj": "x_embedder.proj.1",
     }  # fmt: skip
@@ -181,6 +182,15 @@ def test_a_lora_of_the_text_conditioner_acts_as_in_the_weights(pipe, tmp_path):
         for name, one in lora.items():
             model.get_submodule(name).weight.data += one.delta()
     torch.testing.assert_close(found, latents_of(own, **ANIMA.guided), atol=3e-5, rtol=0)
+
+
+def test_the_call_has_the_inputs_of_the_modular_pipeline_for_images_from_text(pipe):
+    theirs = {one.name: one.default for one in pipe.modular().blocks.inputs if one.name is not None}
+    ours = signature(type(pipe).__call__).parameters
+    unsupported = {"image", "strength", "image_latents"}  # image-to-image
+    assert theirs.keys() - ours.keys() <= unsupported
+    shared = [name for name in theirs if name in ours and name not in unsupported]
+    assert {name: ours[name].default for name in shared} == {name: theirs[name] for name in shared}
 
 
 REFUSED = {
