@@ -218,6 +218,8 @@ class TransformerBase:
     def check(self, settings: Training) -> None:
         """Raises ValueError for what needs cross-attention or a noise schedule."""
         family = self.pipe.family
+        if family == "Anima":
+            raise ValueError("Anima is not trained here yet; its LoRAs come from other trainers")
         if settings.tara is not None:
             raise ValueError(
                 f"--tara aligns keys of cross-attention, which {family} does not have; leave it out: the method tara "
