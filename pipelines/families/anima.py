@@ -252,8 +252,6 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         output_type, latents = arguments["output_type"] or "np", arguments["latents"]
         if latents is not None and latents.dim() == 4:
             arguments["latents"] = latents[:, :, None]
-        width, height = self._size(arguments["width"], arguments["height"])
-        arguments |= {"width": width, "height": height}
         if output_type == "latent":
             del arguments["output_type"]
         pipe: Any = self.modular()
@@ -322,7 +320,9 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         width, height = super()._size(width, height)
-        longest = self.vae_scale_factor * max(self.transformer.config.max_size)
+        config = self.transformer.config
+        patches = max(most // patch for most, patch in zip(config.max_size, config.patch_size, strict=True))
+        longest = self.vae_scale_factor * config.patch_size[-1] * patches  # of diffusers' rotary embedding
         if max(width, height) > longest:
             raise ValueError(f"this model makes images of at most {longest} pixels a side, not {width} x {height}")
         return width, height
