@@ -112,8 +112,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         if cls is not ComposePipeline:
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-        family: Any = cls.family_of(configuration(source, **hub))
-        return family.from_pretrained(pretrained_model_name_or_path, **options)
+        return cls.family_of(configuration(source, **hub)).from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
