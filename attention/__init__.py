@@ -17,7 +17,7 @@ from lora_compose.attention.lora_bank import Lora, LoraFactors
 from lora_compose.attention.placing import How
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import Partition, RegionAttention
-from lora_compose.attention.sites import Grid, Site, Stream, coarser, grid_at
+from lora_compose.attention.sites import Grid, Site, SitePart, coarser, grid_at
 
 if TYPE_CHECKING:
     from lora_compose.attention.backbones.step_caches import StepCaches, check_caches
@@ -38,8 +38,8 @@ __all__ = [
     "Recorder",
     "RegionAttention",
     "Site",
+    "SitePart",
     "StepCaches",
-    "Stream",
     "backbone_of",
     "check_caches",
     "coarser",

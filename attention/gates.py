@@ -5,14 +5,14 @@ token mask is TARA, an image mask is a regional LoRA, one value per row is one L
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_compose.attention.sites import Grid, Site, grid_at
+from lora_compose.attention.sites import Grid, Site, SitePart, grid_at
 
 
 class GateKey(NamedTuple):
@@ -38,6 +38,9 @@ class Gates:
         read: For the output of cross-attention, by level; None means `image`. Shape: as `image`, with region queries in
             place of cells where there are several texts (`RegionQueries`).
         modulation: For the modulation layers of transformers; None means `row`. Shape: [rows, concepts].
+        further: For further parts of a sequence. "reference": cells of the reference images, one after the other; if it
+            is missing, each has the size of the image and the gates of its cells. "other" is required where there is
+            such a part. Shape: [rows, positions, concepts] each; positions are not broadcast.
     """
 
     text: Tensor
@@ -46,6 +49,7 @@ class Gates:
     latent_grid: Grid
     read: Mapping[int, Tensor] | None = None
     modulation: Tensor | None = None
+    further: Mapping[SitePart, Tensor] = field(default_factory=dict)
 
     def select(self, rows: slice | list[int]) -> "Gates":
         """The gates of some of the rows."""
@@ -75,6 +79,7 @@ class Gates:
             self.latent_grid,
             None if self.read is None else {level: change(gate) for level, gate in self.read.items()},
             None if self.modulation is None else change_row(self.modulation),
+            {part: change(gate) for part, gate in self.further.items()},
         )
 
     def expand(self, key: GateKey, lengths: Sequence[int]) -> Tensor:
@@ -89,7 +94,7 @@ class Gates:
             width] for convolutions, [rows, sum of ranks] for one vector per row; otherwise as the site says.
 
         Raises:
-            KeyError: If there is no gate for the level: a missing gate is an error, never "ungated".
+            KeyError: If there is no gate for the level or part: a missing gate is an error, never "ungated".
         """
         gate, grid = self._of(key.site, lengths), grid_at(self.latent_grid, key.site.level)
         # No indexing by rank: the index would have to be copied to the device.
@@ -102,35 +107,40 @@ class Gates:
 
     def _of(self, site: Site, lengths: Sequence[int]) -> Tensor:
         gate = self._by_position(site, lengths)
+        if site.in_line and gate.dim() == 4:
+            gate = gate.expand(-1, -1, max(lengths), -1).transpose(0, 1).flatten(1, 2)
+        if site.planar:
+            grid = grid_at(self.latent_grid, site.level)
+            gate = gate.unflatten(1, (1, *((1, 1) if gate.shape[1] == 1 else grid)))
         if site.flat:
             cells = prod(grid_at(self.latent_grid, site.level))
-            each = lengths if site.stream == "text" else [cells] * len(lengths)
+            each = lengths if site.parts == ("text",) else [cells] * len(lengths)
             gate = _flat(gate, [site.padded(length) for length in each])
         return gate.unsqueeze(-2) if site.extra_axis else gate
 
     def _by_position(self, site: Site, lengths: Sequence[int]) -> Tensor:
-        if site.stream == "row":
-            return self.row
-        if site.stream == "modulation":
-            return self.row if self.modulation is None else self.modulation
-        tokens = site.padded(max(lengths))
-        # Rows with longer texts may be in another micro-batch.
-        text = self.text if site.multiple == 1 else self.text[..., :tokens, :]
-        if site.stream == "text":
-            return text
+        parts = [self._of_part(site, part, lengths) for part in site.parts]
+        if len(parts) == 1:
+            return parts[0][0]
+        rows = max(len(gate) for gate, _ in parts)
+        return torch.cat([gate.expand(rows, positions, -1) for gate, positions in parts], dim=1)
+
+    def _of_part(self, site: Site, part: SitePart, lengths: Sequence[int]) -> tuple[Tensor, int]:
+        """The gate of one part, and how many positions it has in a sequence of several parts."""
+        if part == "row":
+            return self.row, 1
+        if part == "modulation":
+            return self.row if self.modulation is None else self.modulation, 1
+        if part == "text":
+            tokens = site.padded(max(lengths))
+            # Rows with longer texts may be in another micro-batch.
+            return self.text if site.multiple == 1 else self.text[..., :tokens, :], tokens
+        if part in self.further or part == "other":
+            gate = self.further[part]
+            return gate, gate.shape[1]
         image = (self.read if site.reads_text and self.read is not None else self.image)[site.level]
         cells = site.padded(prod(grid_at(self.latent_grid, site.level)))
-        image = _padded(image, cells)
-        if site.references:  # a LoRA acts in a cell of a reference image as in that of the image
-            cells *= 1 + site.references
-            image = image if image.shape[1] == 1 else torch.cat([image] * (1 + site.references), dim=1)
-        return image if site.stream == "image" else _joint(site, text, tokens, image, cells)
-
-
-def _joint(site: Site, text: Tensor, tokens: int, image: Tensor, cells: int) -> Tensor:
-    rows = max(len(text), len(image))
-    text, image = text.expand(rows, tokens, -1), image.expand(rows, cells, -1)
-    return torch.cat([image, text] if site.image_first else [text, image], dim=1)
+        return _padded(image, cells), cells
 
 
 def _padded(image: Tensor, positions: int) -> Tensor:

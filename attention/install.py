@@ -17,7 +17,7 @@ from lora_compose.attention.lora_bank import BankLayer, Lora, LoraFactors, base_
 from lora_compose.attention.placing import How, check_how, put_in, replace_module
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
-from lora_compose.attention.sites import Site, Stream
+from lora_compose.attention.sites import Site, SitePart
 from lora_compose.attention.text_kv import TextKV
 
 
@@ -99,7 +99,7 @@ class Installation:
         self.state.inputs = inputs
         self.state.recorders = recorders
 
-    def fold(self, streams: Iterable[Stream], weights: Sequence[float], stay: Collection[int] = ()) -> int:
+    def fold(self, parts: Iterable[SitePart], weights: Sequence[float], stay: Collection[int] = ()) -> int:
         """Adds the deltas of some layers to the weights until the installation ends; they then run at base speed.
 
         Only for gates that are constant over rows and positions during the whole call. Layers whose weights cannot be
@@ -107,7 +107,7 @@ class Installation:
         gates.
 
         Args:
-            streams: Which layers.
+            parts: Layers whose sequence has only such parts.
             weights: The constant gate of every concept.
             stay: Concepts whose gates are not constant; their part of each layer stays in the bank.
 
@@ -121,8 +121,8 @@ class Installation:
             raise ValueError("LoRAs on `forward` are not folded into weights; install them with how='module' for that")
         if any("_diffusers_hook" in module.__dict__ for module in self._modules.values()):
             return 0  # group offloading and layerwise casting hold on to the weights they found
-        streams = set(streams)
-        names = [name for name, layer in self.bank.items() if layer.key.site.stream in streams]
+        parts = set(parts)
+        names = [name for name, layer in self.bank.items() if parts.issuperset(layer.key.site.parts)]
         names = [name for name in names if _foldable(base_layer(self.bank[name].layer), self._dtype)]
         gates = [0.0 if index in stay else gate for index, gate in enumerate(weights)]
         columns: dict[tuple[int, ...], Tensor | None] = {}

@@ -9,7 +9,7 @@ Text 0 describes the whole image, and text n region n. With R(x) the regions of 
 
 so texts never attend to each other. Positions that attend to the same positions form a group, and each group is one
 call of the model's own attention: no mask of positions x positions is needed. Padding belongs to text 0, or to no
-region.
+region, and so do cells of reference images that lie in no region of the image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention.device import to_device
-from lora_compose.attention.sites import Site, Stream
+from lora_compose.attention.sites import Site, SitePart
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of queries, keys and values, with a mask that is True where keys are seen."""
@@ -29,15 +29,19 @@ Rows = slice | Tensor
 """Rows of a batch: a slice where they are contiguous, which copies nothing; otherwise their indices."""
 
 
+SiteParts = tuple[SitePart, ...]
+"""The parts of an attention layer's sequence, in order."""
+
+
 class Kind(NamedTuple):
-    """Stream and texts of a position.
+    """What a position is, and its texts.
 
     Attributes:
-        stream: Text or image.
+        part: Text or image; cells of reference images are image.
         texts: Index of the text that a token belongs to, or of the texts of the regions that contain a cell.
     """
 
-    stream: Stream
+    part: SitePart
     texts: frozenset[int]
 
 
@@ -59,22 +63,22 @@ class JointRegions:
     """Region attention of one forward pass: which positions attend to which.
 
     Attributes:
-        groups: Groups by stream of the attention layer (text, image or joint). Layers of other streams attend as in the
-            base model.
+        groups: Groups by the parts of the attention layer's sequence. Layers with other parts attend as in the base
+            model.
         unconditional: True for unconditional rows, in any order; they attend as in the base model.
         base: What unconditional rows attend to: text 0 and the image; None if that is their whole sequence.
         hidden: True at padding inside the texts. Shape: [rows, positions].
         rows: The unconditional rows, and the others; None where there are none.
     """
 
-    groups: Mapping[Stream, Sequence[Group]]
+    groups: Mapping[SiteParts, Sequence[Group]]
     unconditional: tuple[bool, ...]
-    base: Mapping[Stream, Group] | None = None
-    hidden: Mapping[Stream, Tensor] | None = None
+    base: Mapping[SiteParts, Group] | None = None
+    hidden: Mapping[SiteParts, Tensor] | None = None
     rows: tuple[Rows | None, Rows | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        device = self.groups["joint"][0].queries.device
+        device = next(iter(self.groups.values()))[0].queries.device
         unconditional = [i for i, row in enumerate(self.unconditional) if row]
         others = [i for i, row in enumerate(self.unconditional) if not row]
         # Not a cached property: its lock would break the graphs of `torch.compile`.
@@ -90,6 +94,7 @@ class JointRegions:
         *,
         isolate: bool,
         hidden: Tensor | None = None,
+        references: Tensor | None = None,
         device: torch.device | None = None,
     ) -> "JointRegions":
         """Groups the positions of a model's sequences.
@@ -101,28 +106,30 @@ class JointRegions:
             unconditional: True for unconditional rows, by row.
             isolate: Whether cells do not attend to cells of other regions.
             hidden: True at padding inside the texts. Shape: [rows, tokens].
+            references: True where a region covers a cell of a reference image, of all that the site has, in order; None
+                means that each has the size and the regions of the image. Shape: [cells of references, regions].
             device: Where attention runs.
         """
-        text: list[Kind] = [Kind("text", frozenset({n})) for n, length in enumerate(lengths) for _ in range(length)]
+        text = [Kind("text", frozenset({n})) for n, length in enumerate(lengths) for _ in range(length)]
         text += [Kind("text", frozenset({0}))] * (site.padded(len(text)) - len(text))
-        image: list[Kind] = [Kind("image", frozenset((row.nonzero()[:, 0] + 1).tolist())) for row in membership]
+        image = _cells(membership)
         image += [Kind("image", frozenset())] * (site.padded(len(image)) - len(image))
-        image *= 1 + site.references
-        joint = image + text if site.image_first else text + image
-        groups: dict[Stream, Sequence[Group]] = {
-            "text": _groups(text, isolate, device),
-            "joint": _groups(joint, isolate, device),
-        }
-        if isolate:
-            groups["image"] = _groups(image, isolate, device)
-        base: dict[Stream, Group] | None = None
-        masks: dict[Stream, Tensor] | None = None
+        of: Mapping[SitePart, Sequence[Kind]] = {
+            "text": text, "image": image, "reference": image if references is None else _cells(references)
+        }  # fmt: skip
+        alone: tuple[SiteParts, SiteParts] = ("text",), ("image",)
+        sequences = {parts: [kind for part in parts for kind in of[part]] for parts in (*alone, site.parts)}
+        groups = {parts: _groups(kinds, isolate, device) for parts, kinds in sequences.items()}
+        if not isolate:
+            del groups["image",]  # all cells attend to all
+        base: dict[SiteParts, Group] | None = None
+        masks: dict[SiteParts, Tensor] | None = None
         if site.multiple == 1:  # otherwise rows have lengths of their own
-            base = {"text": _base(text, device), "joint": _base(joint, device)}
+            base = {parts: _base(kinds, device) for parts, kinds in sequences.items()}
         if hidden is not None:
-            none = hidden.new_zeros(len(hidden), len(image))
-            hidden = torch.nn.functional.pad(hidden, (0, len(text) - hidden.shape[1]))
-            masks = {"text": hidden, "joint": torch.cat([none, hidden] if site.image_first else [hidden, none], dim=1)}
+            none = {part: hidden.new_zeros(len(hidden), len(kinds)) for part, kinds in of.items()}
+            none["text"] = torch.nn.functional.pad(hidden, (0, len(text) - hidden.shape[1]))
+            masks = {parts: torch.cat([none[part] for part in parts], dim=1) for parts in sequences}
         return cls(groups, tuple(unconditional), base, masks)
 
     def select(self, rows: slice | Sequence[int]) -> "JointRegions":
@@ -136,44 +143,50 @@ class JointRegions:
         return replace(self, unconditional=tuple(self.unconditional[i] for i in indices), hidden=hidden)
 
     def attend(
-        self, attend: Attend, stream: Stream, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self, attend: Attend, parts: SiteParts, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Attention of one layer. Shapes: [rows, positions, heads, channels], and of the mask [rows, 1, 1, positions].
+        """Attention of one layer. Shapes: [rows, positions, heads, channels].
 
         Args:
             attend: Computes attention.
-            stream: Stream of the layer.
+            parts: Those of the layer's sequence.
             query: Of all positions.
             key: Of all positions.
             value: Of all positions.
-            mask: True where keys are not padding; None means no padding.
+            mask: True where keys are seen, or numbers that are added to the scores; None means that all are seen.
+                Shape: [rows or 1, 1, positions or 1, positions].
         """
-        groups = self.groups.get(stream)
+        groups = self.groups.get(parts)
         if groups is None:
             return attend(query, key, value, mask)
         out, (unconditional, others) = torch.zeros_like(query), self.rows
         if unconditional is not None:
-            base = None if self.base is None else self.base[stream]
+            base = None if self.base is None else self.base[parts]
             _into(out, attend, [base], query, key, value, mask, unconditional)
         if others is not None:
             if self.hidden is not None:
-                seen = ~self.hidden[stream]
+                seen = ~self.hidden[parts]
                 seen = torch.nn.functional.pad(seen, (0, key.shape[1] - seen.shape[1]), value=True)[:, None, None]
-                mask = seen if mask is None else mask & seen
+                mask = seen if mask is None else seen_too(mask, seen)
             _into(out, attend, groups, query, key, value, mask, others)
         return out
 
-    def allowed(self, stream: Stream, positions: int) -> Tensor:
+    def allowed(self, parts: SiteParts, positions: int) -> Tensor:
         """True where a position attends to another, for recording maps. Shape: [rows, positions, positions]."""
-        device = self.groups[stream][0].queries.device
+        device = self.groups[parts][0].queries.device
         of_base, of_groups = torch.zeros(2, positions, positions, dtype=torch.bool, device=device)
-        for group in self.groups[stream]:
+        for group in self.groups[parts]:
             of_groups[group.queries[:, None], group.keys] = True
-        of_base[:, slice(None) if self.base is None else self.base[stream].keys] = True
+        of_base[:, slice(None) if self.base is None else self.base[parts].keys] = True
         found = of_groups.expand(len(self.unconditional), -1, -1).clone()
         if self.rows[0] is not None:
             found[self.rows[0]] = of_base
         return found
+
+
+def seen_too(mask: Tensor, seen: Tensor) -> Tensor:
+    """A mask, of either kind, that hides what another one of True and False hides as well."""
+    return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -torch.inf)
 
 
 def _rows(indices: Sequence[int], device: torch.device) -> Rows | None:
@@ -195,15 +208,21 @@ def _into(
     rows: Rows,
 ) -> None:
     """Writes the attention of some rows; a group of None is the whole sequence."""
-    query, key, value, mask = query[rows], key[rows], value[rows], None if mask is None else mask[rows]
+    query, key, value = query[rows], key[rows], value[rows]
+    if mask is not None and len(mask) > 1:
+        mask = mask[rows]
     for group in groups:
         if group is None:
             out[rows] = attend(query, key, value, mask)
             continue
         queries, keys = group.queries, group.keys
-        seen = None if mask is None else mask[..., keys]
+        seen = None if mask is None else (mask if mask.shape[-2] == 1 else mask[..., queries, :])[..., keys]
         found = attend(query[:, queries], key[:, keys], value[:, keys], seen)
         out[rows if isinstance(rows, slice) else rows[:, None], queries] = found
+
+
+def _cells(membership: Tensor) -> list[Kind]:
+    return [Kind("image", frozenset((row.nonzero()[:, 0] + 1).tolist())) for row in membership]
 
 
 def _groups(kinds: Sequence[Kind], isolate: bool, device: torch.device | None) -> Sequence[Group]:
@@ -215,15 +234,15 @@ def _groups(kinds: Sequence[Kind], isolate: bool, device: torch.device | None) -
 
 
 def _sees(kind: Kind, other: Kind, isolate: bool) -> bool:
-    if kind.stream == other.stream == "image":
+    if kind.part == other.part == "image":
         return not isolate or not kind.texts or not other.texts or bool(kind.texts & other.texts)
-    if kind.stream == other.stream:
+    if kind.part == other.part:
         return kind.texts == other.texts
     return 0 in kind.texts | other.texts or bool(kind.texts & other.texts)
 
 
 def _base(kinds: Sequence[Kind], device: torch.device | None) -> Group:
-    found = _where(kinds, {kind for kind in kinds if kind.stream == "image" or 0 in kind.texts}, device)
+    found = _where(kinds, {kind for kind in kinds if kind.part == "image" or 0 in kind.texts}, device)
     return Group(found, found)
 
 

@@ -182,7 +182,7 @@ class BankLayer(nn.Module):
 
     Args:
         parts: The factors of each concept that changes this layer, by its index (`LoraFactors.parts`).
-        site: Stream and grid of the layer.
+        site: Input and grid of the layer.
         concepts: How many concepts there are in all.
         state: Holds the gates of the current pass.
 

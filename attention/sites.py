@@ -1,40 +1,72 @@
 """Sites: the layers that can be adapted, by what their input is and on which grid it lives."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 Grid = tuple[int, int]
 """Height and width of a grid of latent cells."""
 
-Stream = Literal["text", "image", "joint", "row", "modulation"]
-"""Input of a layer: text tokens, image cells, both in one sequence, or one vector per batch row (time embedding). A
-modulation layer has one vector per row too, and scales and shifts every token of a transformer with its output."""
+SitePart = Literal["text", "image", "reference", "other", "row", "modulation"]
+"""What lies in a layer's sequence: text tokens, image cells, cells of a reference image, or anything else, such as
+audio. Or one vector per batch row (time embedding); a modulation layer has one too, and scales and shifts every token
+of a transformer with its output."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Site:
-    """A layer that can be adapted.
+    """A layer that can be adapted: `Site("text", "image", level=1)`.
 
     Attributes:
-        stream: What its input is.
+        parts: The parts of its sequence, in order; "row" and "modulation" stand alone.
         level: How often the latent grid is halved where its output lives; 0 without a grid. A transformer with
             2 x 2 patches works at level 1.
         reads_text: True for the output projection of cross-attention.
-        image_first: In a joint sequence, whether image cells come before text tokens.
         multiple: Text and image are each padded to a multiple of so many positions.
         flat: Whether rows and positions are one dimension of the input, row after row.
         extra_axis: Whether the input has a dimension more before its channels (Krea 2: layers of the text encoder).
-        references: Number of reference images of the size of the image; their cells follow those of the image.
+        in_line: Whether several texts of a pass follow one another in the sequence, and are no dimension of their own.
+        planar: Whether cells lie in frames, rows and columns: [rows, frames, height, width, channels].
+
+    Raises:
+        ValueError: For a part of another name, or none.
     """
 
-    stream: Stream
-    level: int = 0
-    reads_text: bool = False
-    image_first: bool = False
-    multiple: int = 1
-    flat: bool = False
-    extra_axis: bool = False
-    references: int = 0
+    parts: tuple[SitePart, ...]
+    level: int
+    reads_text: bool
+    multiple: int
+    flat: bool
+    extra_axis: bool
+    in_line: bool
+    planar: bool
+
+    def __init__(
+        self,
+        *parts: SitePart,
+        level: int = 0,
+        reads_text: bool = False,
+        multiple: int = 1,
+        flat: bool = False,
+        extra_axis: bool = False,
+        in_line: bool = False,
+        planar: bool = False,
+    ) -> None:
+        if not parts or not set(parts) <= set(get_args(SitePart)):
+            raise ValueError(f"the parts of a site are some of {', '.join(get_args(SitePart))}, not {parts}")
+        vars(self).update(
+            parts=parts, level=level, reads_text=reads_text, multiple=multiple, flat=flat, extra_axis=extra_axis,
+            in_line=in_line, planar=planar,
+        )  # fmt: skip
+
+    def with_parts(self, *parts: SitePart) -> "Site":
+        """The same with other parts."""
+        options: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "parts"}
+        return Site(*parts, **options)
+
+    @property
+    def joint(self) -> bool:
+        """Whether text and image are in one sequence."""
+        return {"text", "image"} <= set(self.parts)
 
     def padded(self, positions: int) -> int:
         """How long a part of the sequence is with its padding."""

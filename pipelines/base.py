@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.modular_pipelines import ModularPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from lora_compose.pipelines.loop import Hooks, denoise
 from lora_compose.pipelines.methods import Choice, Settings
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.notes import kept
-from lora_compose.pipelines.opening import checkpoint_keys
+from lora_compose.pipelines.opening import checkpoint_keys, configuration
 from lora_compose.pipelines.outcome import Outcome
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, make_plan, resolve_choice
@@ -41,7 +42,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning, TokenPosition
 from lora_compose.pipelines.text.encoder import FamilyEncoder
 from lora_compose.pipelines.text.tokens import Tokenizer
 
-_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
 class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
@@ -106,14 +107,12 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """
         source = str(pretrained_model_name_or_path)
         if is_hub_name(source):
-            hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-            options |= reachable(source, DiffusionPipeline.config_name, **hub)
+            hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+            options |= reachable(source, DiffusionPipeline.config_name, ModularPipeline.config_name, **hub)
         if cls is not ComposePipeline:
             return super().from_pretrained(pretrained_model_name_or_path, **options)
-        hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-        config: Any = DiffusionPipeline.load_config(source, **hub)
-        family: Any = cls.family_of(config)
-        return family.from_pretrained(pretrained_model_name_or_path, **options)
+        hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+        return cls.family_of(configuration(source, **hub)).from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
@@ -128,7 +127,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         return family.from_single_file(pretrained_model_link_or_path, **options)
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
+    def from_pipe(cls, pipeline: DiffusionPipeline | ModularPipeline, **options: Any) -> Self:
         """A composing pipeline that shares all components with another pipeline.
 
         The precision is kept; diffusers alone would convert the shared models to float32.
@@ -146,7 +145,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             options["dtype"] = pipeline.dtype
         if cls is not ComposePipeline:
             return super().from_pipe(pipeline, **options)  # pyright: ignore[reportReturnType]
-        family: Any = cls.family_of(pipeline.config)
+        family: Any = cls.family_of({"_class_name": type(pipeline).__name__, **pipeline.config})
         return family.from_pipe(pipeline, **options)
 
     def to(self, *args: Any, **options: Any) -> Self:
@@ -163,10 +162,13 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         Concepts are not saved: they stay in their LoRA files. If there are any, a README.md in the folder shows how to
         load them again; one that is there already is kept.
         """
-        super().save_pretrained(save_directory, *args, **options)
+        self._save(save_directory, *args, **options)
         readme = Path(save_directory) / README
         if self.concepts and not readme.exists():
             readme.write_text(how_to_open(self.concepts.values()), encoding="utf-8")
+
+    def _save(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
+        super().save_pretrained(save_directory, *args, **options)
 
     @classmethod
     def family_of(cls, config: Mapping[str, Any]) -> "type[ComposePipeline]":

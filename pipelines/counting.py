@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Stream, grid_at
+from lora_compose.attention import SitePart, grid_at
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
@@ -69,7 +69,7 @@ class CountingRunner:
         """Whether there is a ControlNet."""
         return any(isinstance(control, PreparedControlNet) for control in self.plan.controls)
 
-    def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
+    def fold(self, parts: Sequence[SitePart], weights: Sequence[float]) -> None:
         """Nothing is folded."""
 
     def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:

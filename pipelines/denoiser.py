@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Backbone, Installation, Recorder, StepCaches, Stream, frozen, weights_kept
+from lora_compose.attention import Backbone, Installation, Recorder, SitePart, StepCaches, frozen, weights_kept
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
@@ -122,18 +122,18 @@ class Denoiser:
         """Whether there is a ControlNet, which reads a text for the whole image."""
         return any(isinstance(control, PreparedControlNet) for control in self.controls)
 
-    def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
+    def fold(self, parts: Sequence[SitePart], weights: Sequence[float]) -> None:
         """Adds LoRAs with constant gates to the weights for the rest of the call; they then run at base speed.
 
         Call it before the first pass. Concepts with a weight schedule stay in the bank, and with several concept sets
         all do: gates that are constant in one set are not in the others.
 
         Args:
-            streams: Streams whose gates are the same on all rows and positions.
+            parts: Parts of sequences whose gates are the same on all rows and positions.
             weights: The gate of each concept.
         """
-        if self._can_fold and streams:
-            self.installation.fold(streams, weights, self.concepts.schedules.keys())
+        if self._can_fold and parts:
+            self.installation.fold(parts, weights, self.concepts.schedules.keys())
 
     def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:
         """Prepares a pass, to be run in every step.
@@ -336,7 +336,7 @@ class Denoiser:
                     **self._control_inputs(latents, step, text, view, fraction),
                 }
                 with self.caches.of((spec, total, batch.rows.start) if whole else None, anew=bool(wanted) or not whole):
-                    outputs.append(self.backbone.forward(latents, step.t, text.first_embeds, text.added, **inputs))
+                    outputs.append(self.backbone.forward(latents, step.t, text.prompt_embeds, text.added, **inputs))
                 if whole:
                     self.cost.rows_forward += text.rows * fraction
                 else:
@@ -364,6 +364,6 @@ def check_pass(spec: Pass, backbone: Backbone) -> None:
         raise ValueError("a bias on the text needs one text for all cells, so a pass has it or region attention")
     if (spec.regions is not None or spec.text_bias is not None) and not backbone.reads_regions:
         raise ValueError(
-            "this method needs cross-attention that reads a text for each region, and only UNets have it; use "
-            "draft, regional, tara or merge with this model"
+            "this method needs cross-attention that reads a text for each region, and only UNets and Anima have it; "
+            "use draft, regional, tara or merge with this model"
         )

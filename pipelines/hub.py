@@ -19,14 +19,14 @@ def is_hub_name(source: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
 
 
-def reachable(repository: str, file: str, **options: Any) -> dict[str, Any]:
+def reachable(repository: str, *files: str, **options: Any) -> dict[str, Any]:
     """The options for reading a repository; if the hub is out of reach, those that read the cache only.
 
     `huggingface_hub` asks six times for each file, for half a minute, before it looks into its cache or gives up.
 
     Args:
         repository: "owner/name".
-        file: A file that every copy of it has.
+        files: Every copy of it has one of these.
         options: Those of `huggingface_hub` that the user has given.
 
     Raises:
@@ -38,7 +38,7 @@ def reachable(repository: str, file: str, **options: Any) -> dict[str, Any]:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
     except Exception as error:  # the type depends on huggingface_hub's HTTP library
         where = {name: options[name] for name in ("cache_dir", "revision") if options.get(name) is not None}
-        if isinstance(try_to_load_from_cache(repository, file, **where), str):
+        if any(isinstance(try_to_load_from_cache(repository, file, **where), str) for file in files):
             logger.warning("the model hub is out of reach (%s): %s is read from the cache", error, repository)
             return {**options, "local_files_only": True}
         raise ConnectionError(

@@ -52,7 +52,7 @@ def least_bytes(backbone: Backbone, latent_grid: tuple[int, int], images: int = 
     chunked = tuple(f"{name}.ff." for name, module in modules.items() if module.__dict__.get("_chunk_size"))
     for name, site in backbone.sites.items():
         layer = base_layer(modules[name])
-        if site.stream not in ("image", "joint") or name.startswith(chunked):
+        if "image" not in site.parts or name.startswith(chunked):
             continue
         height, width = grid_at(latent_grid, site.level)
         if isinstance(layer, torch.nn.Linear):

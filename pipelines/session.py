@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lora_compose.attention import Stream
+from lora_compose.attention import SitePart
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
@@ -44,7 +44,7 @@ class Runner(Protocol):
         """Whether there is a ControlNet, which reads a text for the whole image."""
         ...
 
-    def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
+    def fold(self, parts: Sequence[SitePart], weights: Sequence[float]) -> None:
         """Adds LoRAs with constant gates to the weights for the rest of the call."""
         ...
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 
+from anima import ANIMA
 from flux import FLUX
 from flux2 import FLUX2
 from krea2 import KREA2
 from transformer_families import Family
 from z_image import Z_IMAGE
 
-TRANSFORMERS: Mapping[str, Family] = {"flux": FLUX, "flux2": FLUX2, "krea2": KREA2, "z-image": Z_IMAGE}
+TRANSFORMERS: Mapping[str, Family] = {
+    "anima": ANIMA, "flux": FLUX, "flux2": FLUX2, "krea2": KREA2, "z-image": Z_IMAGE
+}  # fmt: skip

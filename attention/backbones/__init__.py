@@ -93,7 +93,7 @@ class Backbone(Protocol):
         Args:
             latents: Scaled for the model. Shape: [rows, channels, height, width].
             t: The timestep.
-            text: Shape: [rows, tokens, channels].
+            text: Shape: [rows, tokens, channels], or [texts, rows, tokens, channels] with several texts.
             added: Further inputs by row.
             inputs: Further arguments of the model.
 
@@ -104,6 +104,7 @@ class Backbone(Protocol):
 
 
 BACKBONES: Mapping[str, str] = {
+    "CosmosTransformer3DModel": "cosmos.CosmosBackbone",
     "UNet2DConditionModel": "unet.UNetBackbone",
     "FluxTransformer2DModel": "flux.FluxBackbone",
     "Flux2Transformer2DModel": "flux2.Flux2Backbone",

@@ -16,12 +16,15 @@ class FluxBackbone(JointBackbone):
     table = (
         # The time embedding is read by modulation layers alone.
         (r"time_text_embed\.\w+_embedder\.linear_[12]|(.+\.)?norm\w*\.linear", Site("modulation")),
-        (r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)", Site("joint", 1)),
+        (r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)", Site("text", "image", level=1)),
         (
             r"context_embedder|transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\..+)",
             Site("text"),
         ),
-        (r"x_embedder|proj_out|transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.net\..+)", Site("image", 1)),
+        (
+            r"x_embedder|proj_out|transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.net\..+)",
+            Site("image", level=1),
+        ),
     )
     blocks = ("transformer_blocks", "single_transformer_blocks")
 

@@ -1,7 +1,6 @@
 """FLUX.2: double-stream, then single-stream blocks whose queries, keys, values and first MLP layer are one layer."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,22 +18,22 @@ class Flux2Backbone(JointBackbone):
 
     Args:
         model: The transformer, compiled or not.
-        references: Number of reference images that it reads beside the image, of the same size.
+        reference: Whether it reads a reference image beside the image.
     """
 
-    def __init__(self, model: nn.Module, references: int = 0) -> None:
+    def __init__(self, model: nn.Module, reference: bool = False) -> None:
         super().__init__(model)
-        self._references = references
-        if references:
-            self.sites = {name: self._with_references(site) for name, site in self.sites.items()}
+        self._reference = reference
+        if reference:
+            self.sites = {name: self._with_reference(site) for name, site in self.sites.items()}
 
     @property
-    def joint(self) -> Site:
+    def joint(self) -> Site | None:
         """How text and image lie in one sequence."""
-        return self._with_references(super().joint)
+        return None if (joint := super().joint) is None else self._with_reference(joint)
 
-    def _with_references(self, site: Site) -> Site:
-        return replace(site, references=self._references) if site.stream in ("image", "joint") else site
+    def _with_reference(self, site: Site) -> Site:
+        return site.with_parts(*site.parts, "reference") if self._reference and "image" in site.parts else site
 
     table = (
         # All blocks share three modulation layers.
@@ -42,12 +41,15 @@ class Flux2Backbone(JointBackbone):
             r"time_guidance_embed\.\w+_embedder\.linear_[12]|\w+_modulation(_\w+)?\.linear|norm_out\.linear",
             Site("modulation"),
         ),
-        (r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)", Site("joint", 1)),
+        (r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)", Site("text", "image", level=1)),
         (
             r"context_embedder|transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.linear_\w+)",
             Site("text"),
         ),
-        (r"x_embedder|proj_out|transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.linear_\w+)", Site("image", 1)),
+        (
+            r"x_embedder|proj_out|transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.linear_\w+)",
+            Site("image", level=1),
+        ),
     )
     blocks = ("transformer_blocks", "single_transformer_blocks")
 

@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from types import FunctionType, MappingProxyType
@@ -23,7 +23,8 @@ from lora_compose.attention.backbones.truncation import replace_children
 from lora_compose.attention.claims import Journal, undoing
 from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
-from lora_compose.attention.sites import Site, Stream, grid_at
+from lora_compose.attention.joint_regions import seen_too
+from lora_compose.attention.sites import Site, SitePart, grid_at
 
 PATCH = 2
 """Latent cells per image token and side, so that image tokens are on level 1."""
@@ -38,16 +39,15 @@ class JointBackbone:
     Attributes:
         table: Sites by patterns of layer names. A LoRA cannot change a layer that no pattern matches.
         blocks: The blocks in the order in which they run; a truncated pass leaves out the last ones.
-        attends: Stream of an attention layer, by the beginning of its name; all others are joint.
+        attends: Parts of an attention layer's sequence, by the beginning of its name; all others are joint.
     """
 
     table: ClassVar[tuple[tuple[str, Site], ...]]
     blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
-    attends: ClassVar[Sequence[tuple[str, Stream]]] = ()
+    attends: ClassVar[Sequence[tuple[str, tuple[SitePart, ...]]]] = ()
     same_input: Sequence[tuple[str, ...]] = ()
     levels = frozenset({1})
     map_level = 1
-    self_map_layers: tuple[str, ...] = ()
     text_layers = 1
     reads_regions = False
 
@@ -60,6 +60,11 @@ class JointBackbone:
         """Attention layers in the last third of the first kind of blocks, where image features have mixed with text."""
         names = [name for name, _ in _attention(modules_of(self.model)) if name.startswith(f"{self.blocks[0]}.")]
         return tuple(names[-max(1, len(names) // 3) :])
+
+    @property
+    def self_map_layers(self) -> tuple[str, ...]:
+        """None: text and image are in one map."""
+        return ()
 
     @property
     def native_side(self) -> int:
@@ -75,7 +80,7 @@ class JointBackbone:
             ValueError: For processors that do not end in diffusers' attention dispatch.
         """
         found = dict(_attention(modules))
-        ours = {name: with_kernel(attn.processor, name, self._sequence(name), state) for name, attn in found.items()}
+        ours = {name: self._processor(name, attn.processor, state) for name, attn in found.items()}
         for name, attn in found.items():
             replace_processor(attn, ours[name], undo)
             if getattr(attn, "fused_projections", False):
@@ -102,14 +107,15 @@ class JointBackbone:
             yield
 
     @property
-    def joint(self) -> Site:
-        """How text and image lie in one sequence."""
-        return next(site for _, site in self.table if site.stream == "joint")
+    def joint(self) -> Site | None:
+        """How text and image lie in one sequence; None if they do not."""
+        return next((site for _, site in self.table if site.joint), None)
 
-    def _sequence(self, layer: str) -> Site:
-        """The site that describes an attention layer's sequence."""
-        stream = next((stream for start, stream in self.attends if layer.startswith(start)), "joint")
-        return replace(self.joint, stream=stream)
+    def _processor(self, layer: str, processor: Any, state: ForwardState) -> Any:
+        """A processor for an attention layer, in place of the one found."""
+        assert self.joint is not None, "families without joint sequences have processors of their own"
+        parts = next((parts for start, parts in self.attends if layer.startswith(start)), self.joint.parts)
+        return with_kernel(processor, JointKernel, layer, self.joint.with_parts(*parts), state)
 
 
 def _attention(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
@@ -151,7 +157,7 @@ class JointKernel:
 
     Attributes:
         layer: Name of the layer.
-        site: Its sequence: text, image, or both.
+        site: Its sequence.
         state: What the current pass needs.
         attend: diffusers' `dispatch_attention_fn`.
     """
@@ -164,8 +170,8 @@ class JointKernel:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """Attends. Shapes: [rows, positions, heads, channels]; a mask is True where keys are seen."""
-        if self.site.stream == "joint" and self.state.recorders:
+        """Attends. Shapes: [rows, positions, heads, channels]; masks as for `JointRegions.attend`."""
+        if self.site.joint and self.state.recorders:
             self._record(query, key, attn_mask)
         regions = self.state.inputs.joint_regions
         if regions is None:
@@ -174,33 +180,48 @@ class JointKernel:
         def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
             return self.attend(query, key, value, attn_mask=mask, **options)
 
-        return regions.attend(attend, self.site.stream, query, key, value, attn_mask)
+        return regions.attend(attend, self.site.parts, query, key, value, attn_mask)
 
     def _record(self, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
-        text, image, images = self._parts()
+        text, image, others = self._parts(key.shape[1])
         regions = self.state.inputs.joint_regions
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., image, :]
         if regions is not None:
-            allowed = regions.allowed("joint", key.shape[1])[:, None, image]
-            mask = allowed if mask is None else mask & allowed
-        keys = torch.cat([key[:, text], key[:, images]], dim=1).transpose(1, 2)  # text first, as in `token_weights`
-        seen = None if mask is None else torch.cat([mask[..., text], mask[..., images]], dim=-1)
-        tokens, scale = text.stop - text.start, query.shape[-1] ** -0.5
+            allowed = regions.allowed(self.site.parts, key.shape[1])[:, None, image]
+            mask = allowed if mask is None else seen_too(mask, allowed)
+
+        def text_first(x: Tensor, dim: int) -> Tensor:
+            """As in `token_weights`."""
+            return torch.cat([x.narrow(dim, part.start, part.stop - part.start) for part in (text, *others)], dim=dim)
+
+        keys, tokens, scale = text_first(key, 1).transpose(1, 2), text.stop - text.start, query.shape[-1] ** -0.5
+        seen = None if mask is None else text_first(mask, -1)
+        hides = seen is not None and seen.dtype == torch.bool
+        allowed, bias = (seen, None) if hides else (None, seen)
         for recorder in self.state.recorders:
-            recorder.take(self.layer, query[:, image].transpose(1, 2), keys, scale, seen, tokens)
+            recorder.take(self.layer, query[:, image].transpose(1, 2), keys, scale, allowed, tokens, bias)
 
-    def _parts(self) -> tuple[slice, slice, slice]:
-        """Where text, image, and image with its reference images are in a joint sequence."""
-        inputs = self.state.inputs
-        tokens = self.site.padded(max(inputs.lengths))
+    def _parts(self, positions: int) -> tuple[slice, slice, Sequence[slice]]:
+        """Where text, image, and all but the text are in a joint sequence, without the padding of the image.
+
+        The lengths of text and image are known; what else there is lies side by side, and has the rest.
+        """
+        inputs, parts = self.state.inputs, self.site.parts
         cells = prod(grid_at(inputs.latent_grid, self.site.level))
-        if self.site.image_first:
-            start = self.site.padded(cells)
-            return slice(start, start + tokens), slice(0, cells), slice(0, cells)
-        every = slice(tokens, tokens + cells * (1 + self.site.references))
-        return slice(0, tokens), slice(tokens, tokens + cells), every
+        lengths = {"text": self.site.padded(max(inputs.lengths)), "image": self.site.padded(cells)}
+        rest = positions - sum(lengths.values())
+        found, start = {}, 0
+        for part in parts:
+            length = lengths.get(part)
+            if length is None:
+                length, rest = rest, 0
+            found[part] = slice(start, start + (cells if part == "image" else length))
+            start += length
+        return found["text"], found["image"], [where for part, where in found.items() if part != "text"]
 
 
-def with_kernel(processor: Any, layer: str, site: Site, state: ForwardState) -> Any:
+def with_kernel(processor: Any, kernel: type[JointKernel], layer: str, site: Site, state: ForwardState) -> Any:
     """A copy of a processor that calls our kernel instead of diffusers' attention function.
 
     Raises:
@@ -211,7 +232,7 @@ def with_kernel(processor: Any, layer: str, site: Site, state: ForwardState) -> 
     if not isinstance(call, FunctionType) or "dispatch_attention_fn" not in call.__code__.co_names:
         raise ValueError(f"{layer} has a {kind.__name__}, which cannot be combined with concepts")
     names = dict(call.__globals__)
-    names["dispatch_attention_fn"] = JointKernel(layer, site, state, names["dispatch_attention_fn"])
+    names["dispatch_attention_fn"] = kernel(layer, site, state, names["dispatch_attention_fn"])
     del names["__name__"]  # torch.compile would look names up in the module of that name
     ours = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     ours.__kwdefaults__ = call.__kwdefaults__

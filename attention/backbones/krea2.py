@@ -24,10 +24,10 @@ class Krea2Backbone(JointBackbone):
         (rf"text_fusion\.layerwise_blocks\.\d+\.{_LAYER}", Site("text", flat=True, extra_axis=True)),
         (r"text_fusion\.projector", Site("text", extra_axis=True)),
         (rf"text_fusion\.refiner_blocks\.\d+\.{_LAYER}|txt_in\.linear_[12]", Site("text")),
-        (rf"transformer_blocks\.\d+\.{_LAYER}", Site("joint", 1)),
-        (r"img_in|final_layer\.linear", Site("image", 1)),
+        (rf"transformer_blocks\.\d+\.{_LAYER}", Site("text", "image", level=1)),
+        (r"img_in|final_layer\.linear", Site("image", level=1)),
     )
-    attends = (("text_fusion.layerwise_blocks.", "row"), ("text_fusion.refiner_blocks.", "text"))
+    attends = (("text_fusion.layerwise_blocks.", ("row",)), ("text_fusion.refiner_blocks.", ("text",)))
 
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any

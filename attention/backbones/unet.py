@@ -136,6 +136,7 @@ class UNetBackbone:
             given = inputs.get("cross_attention_kwargs") or {}
             inputs["cross_attention_kwargs"] = {**given, "ip_adapter_masks": list(ip_adapter_masks)}
         latents = latents if channels is None else cat([latents, channels], dim=1)
+        text = text if text.dim() == 3 else text[0]  # processors read the others from the state
         return self.model(
             latents, t, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False, **inputs
         )[0]
@@ -253,12 +254,14 @@ def _sites(layout: Layout) -> Mapping[str, Site]:
             if name in text:
                 found[name] = Site("text")
             elif name in read:
-                found[name] = Site("image", level, reads_text=True)
+                found[name] = Site("image", level=level, reads_text=True)
             elif name.endswith("time_emb_proj"):
                 found[name] = Site("row")
             else:
                 inner = name[len(block) + 1 :]
-                found[name] = Site("image", level + inner.startswith("downsamplers") - inner.startswith("upsamplers"))
+                found[name] = Site(
+                    "image", level=level + inner.startswith("downsamplers") - inner.startswith("upsamplers")
+                )
     return MappingProxyType(found)
 
 

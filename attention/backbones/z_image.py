@@ -9,15 +9,14 @@ from torch import Tensor
 
 from lora_compose.attention.backbones.joint import JointBackbone
 from lora_compose.attention.device import uncompiled
-from lora_compose.attention.sites import Site, Stream
+from lora_compose.attention.sites import Site, SitePart
 
 _LAYER = r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])"
 """The layers of every block."""
 
 
-def _site(stream: Stream, *, flat: bool = False) -> Site:
-    level = 0 if stream in ("text", "modulation") else 1
-    return Site(stream, level, image_first=True, multiple=SEQ_MULTI_OF, flat=flat)
+def _site(*parts: SitePart, flat: bool = False) -> Site:
+    return Site(*parts, level=int("image" in parts), multiple=SEQ_MULTI_OF, flat=flat)
 
 
 class ZImageBackbone(JointBackbone):
@@ -30,10 +29,10 @@ class ZImageBackbone(JointBackbone):
         (rf"context_refiner\.\d+\.{_LAYER}", _site("text")),
         (r"all_x_embedder\.[\d-]+", _site("image", flat=True)),
         (rf"noise_refiner\.\d+\.{_LAYER}", _site("image")),
-        (rf"layers\.\d+\.{_LAYER}|all_final_layer\.[\d-]+\.linear", _site("joint")),
+        (rf"layers\.\d+\.{_LAYER}|all_final_layer\.[\d-]+\.linear", _site("image", "text")),
     )
     blocks = ("layers",)
-    attends = (("context_refiner.", "text"), ("noise_refiner.", "image"))
+    attends = (("context_refiner.", ("text",)), ("noise_refiner.", ("image",)))
 
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any

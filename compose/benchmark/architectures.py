@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
+from diffusers.models import AnimaTextConditioner
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
 
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
@@ -67,7 +69,13 @@ _FAMILIES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str,
     "SD 2.x": (SD2, _OPEN_CLIP_H, None),
     "SDXL": (SDXL, CLIP_L, _OPEN_CLIP_G),
 }
+QWEN3: Mapping[str, Any] = {
+    "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+}  # fmt: skip
+"""Qwen3-0.6B, Anima's text encoder."""
 TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
+    "Anima": (CosmosTransformer3DModel, {"num_attention_heads": 16, "extra_pos_embed_type": None}),
     "FLUX.1": (FluxTransformer2DModel, {"guidance_embeds": True}),
     "FLUX.2-klein 4B": (
         Flux2Transformer2DModel,
@@ -86,7 +94,8 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
 
 The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo and Z-Image-Turbo (whose `axes_lens` of
 1536 is the length of a table). FLUX.2-klein: `Klein4BParams` and `Klein9BParams` in `src/flux2/model.py` of
-github.com/black-forest-labs/flux2.
+github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers' converter
+`scripts/convert_cosmos_to_diffusers.py` has it.
 """
 FAMILIES = (*_FAMILIES, *TRANSFORMERS)
 
@@ -103,8 +112,11 @@ def without_weights(family: str) -> SimpleNamespace:
         build, config = TRANSFORMERS[family]
         with torch.device("meta"):
             parts = SimpleNamespace(transformer=build(**config))
-            if family == "FLUX.1":  # of these, the only one whose files may change a text encoder
+            if family == "FLUX.1":  # files of this family and of Anima may change text encoders
                 parts.text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L))
+            if family == "Anima":
+                parts.text_encoder = Qwen3Model(Qwen3Config(**QWEN3))
+                parts.text_conditioner = AnimaTextConditioner()
             return parts
     unet, text, second = _FAMILIES[family]
     with torch.device("meta"):

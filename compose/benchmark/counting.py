@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from lora_compose.attention import LoraFactors, StepCaches, Stream, install
+from lora_compose.attention import LoraFactors, SitePart, StepCaches, install
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.flops import Operations
@@ -183,10 +183,10 @@ class PricingRunner(CountingRunner):
         unet: Any = self.canvas.backbone.model
         return _text(unet, images, tokens, guided=text.negative_prompt_embeds is not None)
 
-    def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
+    def fold(self, parts: Sequence[SitePart], weights: Sequence[float]) -> None:
         """Folds, and counts its FLOPs."""
         with self.operations:
-            self.denoiser.fold(streams, weights)
+            self.denoiser.fold(parts, weights)
 
     def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:
         """Prepares a pass on the meta device."""

@@ -38,7 +38,7 @@ def block_lora(model: nn.Module, rank: int) -> Lora:
     found = {}
     for name, site in backbone_of(model).sites.items():
         layer = model.get_submodule(name)
-        if isinstance(layer, nn.Linear) and site.stream in ("text", "image", "joint"):
+        if isinstance(layer, nn.Linear) and not {"row", "modulation"} & set(site.parts):
             to: dict[str, Any] = {"device": META, "dtype": layer.weight.dtype}
             found[name] = LoraFactors(
                 torch.empty(rank, layer.in_features, **to), torch.empty(layer.out_features, rank, **to)
@@ -54,14 +54,14 @@ def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: i
     """
     backbone, loras = backbone_of(model), [block_lora(model, rank)] * concepts
     channels, site = model.config["in_channels"], backbone.joint
-    if site is None:
-        raise ValueError(f"a {type(model).__name__} does not attend to text and image in one sequence")
     texts = (tokens, *[REGION_TOKENS] * concepts)
-    tokens = site.padded(sum(texts))
+    if site is not None:  # where the image reads the text by cross-attention, all regions read one
+        tokens = site.padded(sum(texts))
     inputs = _inputs(model, tokens)
     text = inputs.pop("text")
-    latents = torch.empty(1, channels if "axes_lens" in model.config else channels // 4, *latent_grid, device=META,
-                          dtype=text.dtype)  # fmt: skip
+    if {"joint_attention_dim", "text_hidden_dim"} & model.config.keys():  # whose channels are those of a patch
+        channels //= 4
+    latents = torch.empty(1, channels, *latent_grid, device=META, dtype=text.dtype)
     height, width = grid_at(latent_grid, 1)
     gates = Gates(
         torch.empty(1, tokens, concepts),
@@ -70,7 +70,7 @@ def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: i
         latent_grid,
     )
     regions = None
-    if concepts:
+    if concepts and site is not None:
         columns = torch.arange(width) * concepts // width
         cells = (columns[:, None] == torch.arange(concepts)).expand(height, -1, -1).flatten(0, 1)
         regions = JointRegions.of(site, cells, texts, [False], isolate=False, device=META)
@@ -104,6 +104,8 @@ def _inputs(model: Any, tokens: int) -> dict[str, Any]:
         mask = torch.ones(1, tokens, dtype=torch.bool)
         text = empty(1, tokens, config["num_text_layers"] * config["text_hidden_dim"])
         return {"text": text, "added": {"text_mask": mask.to(META)}}
+    if "text_embed_dim" in config:
+        return {"text": empty(1, tokens, config["text_embed_dim"]), "added": None}
     text = empty(1, tokens, config["joint_attention_dim"])
     if "pooled_projection_dim" not in config:
         return {"text": text, "added": None}

@@ -200,6 +200,8 @@ class _Transformer:
 
     def check(self, settings: Training) -> None:
         family = self.pipe.family
+        if family == "Anima":
+            raise ValueError("Anima is not trained here yet; its LoRAs come from other trainers")
         if settings.tara is not None:
             raise ValueError(
                 f"--tara aligns keys of cross-attention, which {family} does not have; leave it out: the method tara "
@@ -221,7 +223,7 @@ class _Transformer:
         sites = self._flow.backbone.sites
         return [
             name for name, site in sites.items()
-            if site.stream != "modulation" and re.fullmatch(pattern, name)
+            if "modulation" not in site.parts and re.fullmatch(pattern, name)
             and isinstance(self.network.get_submodule(name), nn.Linear)
         ]  # fmt: skip
 

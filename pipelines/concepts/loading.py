@@ -36,7 +36,7 @@ __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read
 logger = logging.getLogger(__name__)
 
 MODEL_PARTS: tuple[Part, ...] = ("unet", "transformer")
-TEXT_ENCODERS: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
+TEXT_ENCODERS: tuple[Part, ...] = ("text_encoder", "text_encoder_2", "text_conditioner")
 _FITTING = 0.1  # the share of a file's layers below which it is for another model
 _EXACT = 1e-5  # relative errors below are rounding
 Changes = Mapping[Part, Mapping[str, Change]]

@@ -1,6 +1,7 @@
 """One pipeline class per model family; importing this package makes them known to `ComposePipeline`."""
 
 from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families.anima import ComposeAnimaPipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
@@ -9,6 +10,7 @@ from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDif
 from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
 
 __all__ = [
+    "ComposeAnimaPipeline",
     "ComposeFlux2KleinPipeline",
     "ComposeFluxPipeline",
     "ComposeKrea2Pipeline",

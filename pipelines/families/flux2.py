@@ -215,7 +215,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
 
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call; with a start image it reads that as a reference image, too."""
-        return super().backbone_of(call) if call.source is None else Flux2Backbone(self.transformer, references=1)
+        return super().backbone_of(call) if call.source is None else Flux2Backbone(self.transformer, reference=True)
 
     def _check_composed(self, given: FromImage) -> None:
         if given.size[0] * given.size[1] > 1024 * 1024:

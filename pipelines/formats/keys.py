@@ -8,20 +8,24 @@ from typing import Literal
 
 from lora_compose.pipelines.formats import kinds
 
-Part = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]
-PARTS: tuple[Part, ...] = ("unet", "transformer", "text_encoder", "text_encoder_2")
+Part = Literal["unet", "transformer", "text_encoder", "text_encoder_2", "text_conditioner"]
+PARTS: tuple[Part, ...] = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_conditioner")
 
 # Prefixes of the layer names of each part. Order matters: the first match counts.
 _PREFIXES: tuple[tuple[str, Part], ...] = (
     (r"lora_te2_", "text_encoder_2"),
     (r"lora_te1?_", "text_encoder"),
+    (r"(?:lora_unet_|lycoris_)llm_adapter_", "text_conditioner"),
     (r"lora_unet_|oft_unet_|lycoris_", "unet"),
     (r"lora_transformer_", "transformer"),
     (r"(?:base_model\.model\.)?text_encoder_2\.", "text_encoder_2"),
     (r"(?:base_model\.model\.)?text_encoder\.", "text_encoder"),
     (r"(?:base_model\.model\.)?unet\.", "unet"),
     (r"(?:base_model\.model\.)?transformer\.", "transformer"),
+    (r"(?:base_model\.model\.)?text_conditioner\.", "text_conditioner"),
+    (r"(?:base_model\.model\.)?(?:model\.)?diffusion_model\.llm_adapter\.", "text_conditioner"),
     (r"(?:base_model\.model\.)?(?:model\.)?diffusion_model\.", "unet"),
+    (r"text_encoders\.qwen3_06b\.transformer\.model\.", "text_encoder"),
     (r"text_encoders\.clip_g\.transformer\.", "text_encoder_2"),
     (r"text_encoders\.clip_l\.transformer\.", "text_encoder"),
     (r"(?:base_model\.model\.)?(?=text_model\.|encoder\.layers\.)", "text_encoder"),

@@ -19,6 +19,9 @@ _FOREIGN = (
 _UNET_BLOCKS = r"(?:down|up|input|output)_blocks|mid_block|middle_block"
 # Supported transformers, by names that only they have; the width of the first layers gives their size.
 _TRANSFORMERS: Sequence[tuple[str, str]] = (
+    (r"(?<![a-z])blocks[._]\d+[._](?:cross_attn[._]output_proj|adaln_modulation_(?:self_attn|cross_attn|mlp))"
+     r"|(?<![a-z])blocks[._]\d+[._](?:self|cross)_attn[._][qkv]_proj|llm_adapter|text_conditioner[._]"
+     r"|transformer_blocks[._]\d+[._]norm[123][._]linear_[12]", "Anima"),
     (r"to_qkv_mlp_proj|(?:single|double)_stream_modulation|ff(?:_context)?[._]linear_in", "FLUX.2-klein"),
     (r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate",
      "Krea 2"),
@@ -29,9 +32,10 @@ _TRANSFORMERS: Sequence[tuple[str, str]] = (
 _SIZES: Mapping[str, Mapping[int, str]] = {
     "FLUX.2-klein": {3072: "FLUX.2-klein 4B", 4096: "FLUX.2-klein 9B", 6144: "FLUX.2-dev"},
     "Z-Image": {3840: "Z-Image", 2304: "Lumina 2"},
+    "Anima": {2048: "Anima"},
 }
 """Families of one structure by their width."""
-_COMPOSED = ("FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Z-Image")
+_COMPOSED = ("Anima", "FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Z-Image")
 
 _FOREIGN_WITHOUT_UNET = (
     (r"adaln_single|caption_projection", "PixArt"),

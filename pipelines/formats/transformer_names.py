@@ -93,7 +93,27 @@ _Z_IMAGE: _Table = [
     (r"all_final_layer\.2-1\.linear", "final_layer.linear"),
     (r"all_final_layer\.2-1\.adaLN_modulation\.1", "final_layer.adaLN_modulation.1"),
 ]
+_COSMOS: _Table = [
+    *(
+        (rf"transformer_blocks\.(\d+)\.{ours}\.{layer}", rf"blocks.\1.{theirs}.{original}")
+        for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for layer, original in (
+            ("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), (r"to_out\.0", "output_proj"),
+        )
+    ),
+    *(
+        (rf"transformer_blocks\.(\d+)\.{norm}\.linear_([12])", rf"blocks.\1.adaln_modulation_{original}.\2")
+        for norm, original in (("norm1", "self_attn"), ("norm2", "cross_attn"), ("norm3", "mlp"))
+    ),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"blocks.\1.mlp.layer1"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"blocks.\1.mlp.layer2"),
+    (r"norm_out\.linear_([12])", r"final_layer.adaln_modulation.\1"),
+    (r"proj_out", "final_layer.linear"),
+    (r"time_embed\.t_embedder\.linear_([12])", r"t_embedder.1.linear_\1"),
+    (r"patch_embed\.proj", "x_embedder.proj.1"),
+]  # fmt: skip
 _TABLES: Mapping[str, _Table] = {
+    "CosmosTransformer3DModel": _COSMOS,
     "FluxTransformer2DModel": _FLUX,
     "Flux2Transformer2DModel": _FLUX2,
     "Krea2Transformer2DModel": _KREA2,

@@ -8,12 +8,12 @@ everywhere, so other methods do the same where a scene has no subjects.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_compose.attention import Stream
+from lora_compose.attention import SitePart
 from lora_compose.pipelines.methods.process import FixedPasses, Settings, constant_gates, one_text, warn_once
 from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.session import Session
 
-EVERYWHERE: Sequence[Stream] = ("text", "image", "joint", "row", "modulation")
+EVERYWHERE: Sequence[SitePart] = ("text", "image", "reference", "other", "row", "modulation")
 
 
 @dataclass(frozen=True)

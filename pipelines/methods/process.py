@@ -8,7 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, Stream
+from lora_compose.attention import Gates, SitePart
 from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.notes import warn, warn_once
 from lora_compose.pipelines.passes import Pass, weighted_mean
@@ -116,7 +116,7 @@ class FixedPasses:
     session: Session
     turns: Sequence[Sequence[WeightedPass]]
     interval: int = 1
-    constant: Sequence[Stream] = ()
+    constant: Sequence[SitePart] = ()
     constant_weights: Sequence[float] = ()
     text_for_callbacks: Conditioning | None = None
 

@@ -72,7 +72,10 @@ class Tara(Settings):
         )
         constant = concepts.weights if self.scope == "all" else [0.0] * len(concepts.weights)
         return FixedPasses(
-            session, [[(Pass(text, gates), 1.0)]], constant=("image", "row", "modulation"), constant_weights=constant
+            session,
+            [[(Pass(text, gates), 1.0)]],
+            constant=("image", "reference", "row", "modulation"),
+            constant_weights=constant,
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_compose.attention import BankCache, Gates, Site, installed_layers, scatter_concepts
 from lora_compose.attention.device import to_device
-from lora_compose.attention.sites import Stream
+from lora_compose.attention.sites import SitePart
 from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.concepts.loading import TEXT_ENCODERS
@@ -116,8 +116,8 @@ class PromptEncoder:
         model: nn.Module = self.components[part]
         every = self.concepts.loaded
         loras = [{} if gates is None else loaded.factors.text_encoders.get(part, {}) for loaded in every]
-        streams: dict[str, Stream] = {"text_projection": "row"}  # its input is one vector of the whole prompt
-        where = {name: Site(streams.get(name, "text")) for lora in loras for name in lora}
+        parts: dict[str, SitePart] = {"text_projection": "row"}  # its input is one vector of the whole prompt
+        where = {name: Site(parts.get(name, "text")) for lora in loras for name in lora}
         # Adapters of these names are replaced by the concepts, also by those that come from a file.
         names = [concept.name for concept in self.concepts.concepts]
         dtype: torch.dtype = model.dtype  # pyright: ignore[reportAssignmentType]

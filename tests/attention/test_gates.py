@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, Site
+from lora_compose.attention import Gates, Site, SitePart
 from lora_compose.attention.gates import GateKey
 
 ROWS, TOKENS, GRID, RANKS = 2, 3, (3, 4), (2, 0, 1)
@@ -17,7 +17,8 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 def gates(rows: int = ROWS) -> Gates:
     image = {0: drawn(rows, 12, seed=1), 1: drawn(rows, 4, seed=2)}
     read = {0: drawn(rows, 12, seed=3)}
-    return Gates(drawn(rows, TOKENS), image, drawn(rows, seed=4), GRID, read, drawn(rows, seed=5))
+    further: dict[SitePart, Tensor] = {"reference": drawn(rows, 5, seed=6), "other": drawn(rows, 2, seed=7)}
+    return Gates(drawn(rows, TOKENS), image, drawn(rows, seed=4), GRID, read, drawn(rows, seed=5), further)
 
 
 def expanded(found: Gates, site: Site, *, convolution: bool = False) -> Tensor:
@@ -32,30 +33,35 @@ def by_rank(gate: Tensor) -> Tensor:
 GIVEN = gates()
 EXPECTED = {
     "text": (Site("text"), GIVEN.text),
-    "image": (Site("image", 1), GIVEN.image[1]),
-    "what is read from the text": (Site("image", 0, reads_text=True), (GIVEN.read or {})[0]),
+    "image": (Site("image", level=1), GIVEN.image[1]),
+    "what is read from the text": (Site("image", reads_text=True), (GIVEN.read or {})[0]),
     "one vector per row": (Site("row"), GIVEN.row),
     "modulation": (Site("modulation"), GIVEN.modulation),
-    "text before image": (Site("joint", 1), torch.cat([GIVEN.text, GIVEN.image[1]], dim=1)),
-    "image before text": (Site("joint", 1, image_first=True), torch.cat([GIVEN.image[1], GIVEN.text], dim=1)),
+    "text before image": (Site("text", "image", level=1), torch.cat([GIVEN.text, GIVEN.image[1]], dim=1)),
+    "image before text": (Site("image", "text", level=1), torch.cat([GIVEN.image[1], GIVEN.text], dim=1)),
+    "references alone": (Site("reference"), GIVEN.further["reference"]),
+    "all kinds of positions": (
+        Site("other", "text", "image", "reference", level=1),
+        torch.cat([GIVEN.further["other"], GIVEN.text, GIVEN.image[1], GIVEN.further["reference"]], dim=1),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", EXPECTED)
-def test_layers_get_the_gates_of_their_stream_for_every_rank(case: str) -> None:
+def test_layers_get_the_gates_of_their_parts_for_every_rank(case: str) -> None:
     site, gate = EXPECTED[case]
     assert gate is not None
     assert torch.equal(expanded(GIVEN, site), by_rank(gate))
 
 
 def test_convolutions_get_gates_in_the_shape_of_the_grid() -> None:
-    found = expanded(GIVEN, Site("image", 0), convolution=True)
+    found = expanded(GIVEN, Site("image"), convolution=True)
     assert torch.equal(found, by_rank(GIVEN.image[0]).transpose(1, 2).unflatten(2, GRID))
 
 
 def test_a_joint_sequence_takes_gates_that_are_broadcast() -> None:
     short = Gates(drawn(1, 1), {1: drawn(ROWS, 1, seed=2)}, drawn(1), GRID)
-    found = expanded(short, Site("joint", 1))
+    found = expanded(short, Site("text", "image", level=1))
     parts = short.text.expand(ROWS, TOKENS, -1), short.image[1].expand(ROWS, 4, -1)
     assert torch.equal(found, by_rank(torch.cat(parts, dim=1)))
 
@@ -63,11 +69,19 @@ def test_a_joint_sequence_takes_gates_that_are_broadcast() -> None:
 def test_without_gates_of_their_own_modulation_and_reading_layers_follow_row_and_image() -> None:
     plain = Gates(GIVEN.text, GIVEN.image, GIVEN.row, GRID)
     assert torch.equal(expanded(plain, Site("modulation")), by_rank(GIVEN.row))
-    assert torch.equal(expanded(plain, Site("image", 0, reads_text=True)), by_rank(GIVEN.image[0]))
+    assert torch.equal(expanded(plain, Site("image", reads_text=True)), by_rank(GIVEN.image[0]))
+
+
+def test_a_reference_without_gates_of_its_own_has_those_of_the_image_and_other_positions_need_some() -> None:
+    plain = Gates(GIVEN.text, GIVEN.image, GIVEN.row, GRID)
+    found = expanded(plain, Site("image", "reference", level=1))
+    assert torch.equal(found, by_rank(torch.cat([GIVEN.image[1]] * 2, dim=1)))
+    with pytest.raises(KeyError, match="other"):
+        expanded(plain, Site("text", "other"))
 
 
 @pytest.mark.parametrize("case", EXPECTED)
-def test_gates_of_a_larger_set_a_factor_and_some_rows_are_those_of_every_stream(case: str) -> None:
+def test_gates_of_a_larger_set_a_factor_and_some_rows_are_those_of_every_part(case: str) -> None:
     site, gate = EXPECTED[case]
     assert gate is not None
     wide = GIVEN.scatter_concepts([3, 0, 1], 4).expand(GateKey(site, False, (1, 1, 1, 1)), [TOKENS] * ROWS)

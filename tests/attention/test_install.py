@@ -34,7 +34,7 @@ from lora_compose.attention import (
     Lora,
     LoraFactors,
     Site,
-    Stream,
+    SitePart,
     backbone_of,
     frozen,
     installed_layers,
@@ -45,7 +45,7 @@ from reference import FullGates, constant_gates, random_gates, relative_error, w
 CPU = torch.device("cpu")
 FP32: dict[str, Any] = {"device": CPU, "dtype": torch.float32}
 SIZE = 0.1
-STREAMS: tuple[Stream, ...] = ("text", "image", "row")
+PARTS: tuple[SitePart, ...] = ("text", "image", "row")
 WEIGHTS = (0.8, -0.5)
 GATES = constant_gates(WEIGHTS)[0]
 NO_GATES = constant_gates(())[0]
@@ -135,7 +135,7 @@ def test_ctrl_c_at_any_time_while_concepts_go_in_leaves_nothing_behind(how: How)
             sys.setprofile(trace)
             with installed(unet, loras, silence=["style"], how=how) as installation:
                 if how == "module":
-                    installation.fold(STREAMS, WEIGHTS)
+                    installation.fold(PARTS, WEIGHTS)
                 sys.setprofile(None)
         except KeyboardInterrupt:
             assert trace.seen == call
@@ -399,7 +399,7 @@ def test_folded_layers_equal_the_bank_and_the_slow_sum(family: Callable[[], Any]
         installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]))
         bank = unet(**inputs)[0]
         layers = len(installation.bank)
-        assert installation.fold(STREAMS, WEIGHTS) == layers
+        assert installation.fold(PARTS, WEIGHTS) == layers
         assert installation.bank == {}
         installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]))
         folded = unet(**inputs)[0]
@@ -408,9 +408,9 @@ def test_folded_layers_equal_the_bank_and_the_slow_sum(family: Callable[[], Any]
     assert relative_error(unet(**inputs)[0], expected) > 0.1
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("part", PARTS)
 @torch.no_grad()
-def test_layers_of_one_stream_are_folded_and_the_others_stay_gated(stream: Stream) -> None:
+def test_layers_of_one_part_are_folded_and_the_others_stay_gated(part: SitePart) -> None:
     unet = sd_unet()
     inputs = unet_inputs(unet)
     loras = two_loras(unet)
@@ -420,15 +420,15 @@ def test_layers_of_one_stream_are_folded_and_the_others_stay_gated(stream: Strea
         "text": {"text": weights.expand(2, 7, 2)},
         "image": {"image": {grid: weights.expand_as(gate) for grid, gate in full.image.items()}},
         "row": {"row": weights.expand(2, 2)},
-    }[stream]
+    }[part]
     unet.mid_block.requires_grad_(False)
     full = FullGates(**{"text": full.text, "image": full.image, "row": full.row, **constant})
     expected = with_reference(unet, loras, full)(**inputs)[0]
     before = Snapshot(unet)
     with installed(unet, loras) as installation:
-        folded = {name for name, layer in installation.bank.items() if layer.key.site.stream == stream}
+        folded = {name for name, layer in installation.bank.items() if layer.key.site.parts == (part,)}
         kept = installation.bank.keys() - folded
-        assert installation.fold([stream], WEIGHTS) == len(folded) > 0
+        assert installation.fold([part], WEIGHTS) == len(folded) > 0
         assert installation.bank.keys() == kept
         assert {name for name in before.parameters if _parameter(unet, name) is not before.parameters[name]} == {
             f"{name}.weight" for name in folded
@@ -464,7 +464,7 @@ def test_a_concept_folded_with_weight_zero_leaves_its_layers_alone() -> None:
     unet = tiny_unet()
     before = Snapshot(unet)
     with installed(unet, two_loras(unet)) as installation:
-        assert installation.fold(STREAMS, (0.0, 0.0)) > 0
+        assert installation.fold(PARTS, (0.0, 0.0)) > 0
         assert all(found is before.parameters[name] for name, found in unet.named_parameters())
 
 
@@ -488,7 +488,7 @@ def test_models_in_another_precision_than_the_call_are_not_folded() -> None:
     unet = tiny_unet().to(torch.float16)
     before = Snapshot(unet)
     with installed(unet, two_loras(unet)) as installation:
-        assert installation.fold(STREAMS, WEIGHTS) == 0
+        assert installation.fold(PARTS, WEIGHTS) == 0
     before.assert_unchanged(unet)
 
 
@@ -518,7 +518,7 @@ def test_weights_that_hooks_bring_are_not_folded_and_give_the_same_image(keep: C
     with installed(unet, loras, how=how) as installation:
         if how == "module":
             layers = len(installation.bank)
-            assert installation.fold(STREAMS, WEIGHTS) == 0
+            assert installation.fold(PARTS, WEIGHTS) == 0
             assert len(installation.bank) == layers
         installation.use(installation.inputs(GATES, inputs["encoder_hidden_states"]))
         assert torch.equal(unet(**inputs)[0], expected)
@@ -539,7 +539,7 @@ def test_quantised_weights_are_not_folded_and_the_rest_is() -> None:
     unet.conv_in._parameters["weight"] = Quantised(unet.conv_in.weight.detach())
     before = Snapshot(unet)
     with installed(unet, two_loras(unet, ("conv_in", "conv_out"))) as installation:
-        assert installation.fold(STREAMS, WEIGHTS) == 1
+        assert installation.fold(PARTS, WEIGHTS) == 1
         assert list(installation.bank) == ["conv_in"]
     before.assert_unchanged(unet)
 
@@ -549,7 +549,7 @@ def test_a_model_that_changes_its_precision_during_the_call_keeps_the_new_one() 
     unet, other = tiny_unet(), tiny_unet()
     before = Snapshot(unet)
     with installed(unet, two_loras(unet)) as installation:
-        assert installation.fold(STREAMS, WEIGHTS) > 0
+        assert installation.fold(PARTS, WEIGHTS) > 0
         unet.to(torch.float16)
     other.to(torch.float16)
     assert all(found is before.parameters[name] for name, found in unet.named_parameters())

@@ -23,7 +23,7 @@ def two_loras(unet: Any) -> list[Lora]:
 
 def text_layers(unet: Any) -> list[str]:
     """The projections to keys and values of cross-attention."""
-    return [name for name, site in unet_sites(unet).items() if site.stream == "text"]
+    return [name for name, site in unet_sites(unet).items() if site.parts == ("text",)]
 
 
 def random_gates_of(seed: int = 0) -> Gates:

@@ -10,17 +10,21 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from anima import cosmos_transformer
 from flux import flux_transformer
 from flux2 import flux2_transformer
 from golden import TRANSFORMERS
 from krea2 import krea2_transformer
+from lora_compose.attention import Gates, Recorder, Site, install
 from lora_compose.attention.backbones import backbone_of
+from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import JointKernel, with_kernel
 from lora_compose.attention.forward_state import ForwardState
-from transformer_families import CALL, Family, plain_latents
+from transformer_families import CALL, Family, plain_latents, random_lora_of_all
 from z_image import z_image_transformer
 
 MODELS = {
+    "anima": cosmos_transformer,
     "flux": flux_transformer,
     "flux2": flux2_transformer,
     "krea2": krea2_transformer,
@@ -66,7 +70,7 @@ def test_a_copy_has_the_state_of_the_processor_which_stays_as_it_was(family):
         layer.processor._attention_backend = "native"
         before = dict(vars(layer.processor))
         call: Any = type(layer.processor).__call__
-        made = with_kernel(layer.processor, name, backbone.joint, state)
+        made = with_kernel(layer.processor, JointKernel, name, backbone.joint or Site("image", level=1), state)
         assert isinstance(made, type(layer.processor))
         assert vars(made) == before == vars(layer.processor)
         assert type(layer.processor).__call__ is call
@@ -96,7 +100,7 @@ def test_every_layer_attends_through_our_kernel_once_in_a_pass_with_the_same_bit
     backbone: Any = backbone_of(pipe.transformer)
     state, kernels = ForwardState(), {}
     for name, layer in attention_layers(pipe.transformer).items():
-        made = with_kernel(layer.processor, name, backbone.joint, state)
+        made = with_kernel(layer.processor, JointKernel, name, backbone.joint or Site("image", level=1), state)
         call: Any = type(made).__call__
         names = call.__globals__
         kernels[name] = names["dispatch_attention_fn"] = Counted(names["dispatch_attention_fn"])
@@ -106,7 +110,8 @@ def test_every_layer_attends_through_our_kernel_once_in_a_pass_with_the_same_bit
         assert len(kernel.calls) == 1, name
         ((dimensions, options),) = kernel.calls
         assert dimensions == 4, "rows, positions, heads, channels"
-        assert {"attn_mask", "backend"} <= options
+        chosen = set() if family == "anima" else {"backend"}  # diffusers does not offer it for Cosmos
+        assert {"attn_mask"} | chosen <= options
 
 
 class WithoutDispatch:
@@ -126,4 +131,48 @@ class Builtin:
 def test_a_processor_without_the_dispatch_is_refused(processor):
     backbone: Any = backbone_of(flux_transformer())
     with pytest.raises(ValueError, match=f"layer has a {type(processor).__name__}, which cannot be combined"):
-        with_kernel(processor, "layer", backbone.joint, ForwardState())
+        with_kernel(processor, JointKernel, "layer", backbone.joint, ForwardState())
+
+
+@torch.no_grad()
+def test_loras_are_gated_by_part_in_a_sequence_with_reference_images_of_other_sizes():
+    """Against dense deltas: each position of text and image has a factor of its own, references have none."""
+    model = flux2_transformer()
+    loras = [random_lora_of_all(model, seed) for seed in (0, 1)]
+    draw = torch.Generator().manual_seed(4)
+    text, image = torch.rand(1, 5, 2, generator=draw), torch.rand(1, 12, 2, generator=draw)
+    references = torch.zeros(1, 4 + 6, 2)  # of two images, 2 x 2 and 2 x 3 tokens
+    gates = Gates(text, {1: image}, torch.zeros(1, 2), (6, 8), further={"reference": references})
+    ids = torch.nn.functional.pad(torch.arange(22)[:, None], (1, 2))
+    given = {
+        "hidden_states": torch.randn(1, 22, 16, generator=draw), "timestep": torch.tensor([0.4]), "guidance": None,
+        "encoder_hidden_states": torch.randn(1, 5, 72, generator=draw), "img_ids": ids, "txt_ids": ids[:5],
+        "return_dict": False,
+    }  # fmt: skip
+
+    def dense(name: str) -> Any:
+        def add(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            (x,) = inputs
+            parts = {5: [text], 22: [image, references], 27: [text, image, references]}.get(x.shape[1])
+            if x.dim() == 2 or parts is None:
+                return output
+            gate = torch.cat(parts, dim=1)
+            change = [gate[..., i, None] * (x @ lora[name].delta().T) for i, lora in enumerate(loras)]
+            return output + change[0] + change[1]
+
+        return add
+
+    hooks = [model.get_submodule(name).register_forward_hook(dense(name)) for name in loras[0]]
+    expected = model(**given)[0]
+    for hook in hooks:
+        hook.remove()
+    backbone = Flux2Backbone(model, reference=True)
+    words = torch.eye(5)[None]
+    recorder = Recorder(backbone.map_layers, words)
+    with install(backbone, loras, device=torch.device("cpu"), dtype=torch.float32) as installation:
+        installation.use(installation.inputs(gates, given["encoder_hidden_states"]), recorder)
+        found = model(**given)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found - model(**given)[0]).abs().max() > 0.01
+    assert recorder.mean().shape == (1, 12, 5), "queries are the cells of the image"
+    assert 0 < recorder.mean().sum(dim=-1).max() < 1, "references stay in the softmax"

@@ -93,17 +93,17 @@ def test_grids_are_the_true_sizes_of_activations(name: str, grid: tuple[int, int
             continue
         site = where[module]
         if out.ndim == 4:
-            assert (site.stream, tuple(out.shape[2:])) == ("image", grid_at(grid, site.level)), module
+            assert (site.parts, tuple(out.shape[2:])) == (("image",), grid_at(grid, site.level)), module
         elif out.ndim == 2:
             assert site == Site("row"), module
-        elif site.stream == "text":
+        elif site.parts == ("text",):
             assert out.shape[1] == text_tokens, module
             assert module.endswith(("attn2.to_k", "attn2.to_v")), module
         else:
             height, width = grid_at(grid, site.level)
-            assert site.stream == "image", module
+            assert site.parts == ("image",), module
             assert out.shape[1] == height * width, module
-    keys_and_values = [m for m, site in where.items() if site.stream == "text"]
+    keys_and_values = [m for m, site in where.items() if site.parts == ("text",)]
     assert len(keys_and_values) == 2 * sum(layer.cross for layer in attention_layers(unet))
 
 

@@ -199,9 +199,9 @@ def test_a_pass_of_a_transformer_costs_two_thin_products_per_layer_more_and_atte
     found = pass_cost(model, concepts, rank, (32, 32), text)
 
     lora = block_lora(model, rank)
-    sees = {"text": tokens, "image": cells, "joint": cells + tokens}
+    sees = {("text",): tokens, ("image",): cells, ("text", "image"): cells + tokens}
     thin = sum(
-        2 * sees[backbone_of(model).sites[name].stream] * rank * (factors.down.shape[1] + factors.up.shape[0])
+        2 * sees[backbone_of(model).sites[name].parts] * rank * (factors.down.shape[1] + factors.up.shape[0])
         for name, factors in lora.items()
     )
     half = cells // concepts  # of the cells are in each region; they attend to two texts of the three

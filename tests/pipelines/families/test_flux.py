@@ -163,17 +163,17 @@ def test_loras_act_where_projections_are_fused(pipe):
 
 def test_every_linear_layer_has_a_site(pipe):
     sites = backbone_of(pipe.transformer).sites
-    streams = {name: site.stream for name, site in sites.items()}
+    parts = {name: "+".join(site.parts) for name, site in sites.items()}
     expected = {
         "x_embedder": "image", "context_embedder": "text", "proj_out": "image", "norm_out.linear": "modulation",
         "time_text_embed.timestep_embedder.linear_1": "modulation", "transformer_blocks.0.attn.to_q": "image",
         "transformer_blocks.0.attn.add_q_proj": "text", "transformer_blocks.0.attn.to_add_out": "text",
         "transformer_blocks.0.ff.net.0.proj": "image", "transformer_blocks.0.ff_context.net.2": "text",
         "transformer_blocks.0.norm1.linear": "modulation", "transformer_blocks.0.norm1_context.linear": "modulation",
-        "single_transformer_blocks.1.attn.to_v": "joint", "single_transformer_blocks.1.proj_mlp": "joint",
+        "single_transformer_blocks.1.attn.to_v": "text+image", "single_transformer_blocks.1.proj_mlp": "text+image",
         "single_transformer_blocks.1.norm.linear": "modulation",
     }  # fmt: skip
-    assert {name: streams[name] for name in expected} == expected
+    assert {name: parts[name] for name in expected} == expected
     assert set(random_lora_of_all(pipe.transformer, 0)) <= sites.keys()
 
 

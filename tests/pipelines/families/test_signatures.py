@@ -14,7 +14,8 @@ from golden import PIPELINES, PROMPT, TRANSFORMERS, squares
 from lora_compose import ComposePipeline
 from transformer_families import TOKENS
 
-FAMILIES = ("sd", "sdxl", *TRANSFORMERS)
+FAMILIES = ("sd", "sdxl", *(name for name in TRANSFORMERS if name != "anima"))
+"""Anima is a modular pipeline, which has no methods to hand arguments to."""
 OF_OUR_OWN = {"concepts", "method", "control", "token_positions", "record_attention"}
 FROM_IMAGE = {"image", "mask_image", "strength", "padding_mask_crop", "paste_original"}
 Class = type[ComposePipeline]
@@ -29,7 +30,9 @@ def overridden(cls: Class) -> Iterator[str]:
     """Public methods of diffusers' pipeline in whose place there is one of ours."""
     ours = {name for base in cls.__mro__ if base.__module__.startswith("lora_compose") for name in vars(base)}
     for name in sorted(ours):
-        if (name == "__call__" or not name.startswith("_")) and callable(getattr(plain_class(cls), name, None)):
+        theirs = getattr(plain_class(cls), name, None)
+        method = inspect.isfunction(theirs) or inspect.ismethod(theirs)  # no call of the class itself
+        if (name == "__call__" or not name.startswith("_")) and method:
             yield name
 
 

@@ -1,0 +1,169 @@
+"""Cosmos Predict2, Anima's transformer: the image attends to itself, then to the text, as in a UNet, without a grid."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_compose.attention.backbones.joint import JointBackbone, JointKernel, with_kernel
+from lora_compose.attention.claims import Journal
+from lora_compose.attention.device import modules_of, uncompiled
+from lora_compose.attention.forward_state import ForwardState
+from lora_compose.attention.kernels import Kernel
+from lora_compose.attention.lora_bank import BankLayer, base_layer
+from lora_compose.attention.sites import Site
+
+_IMAGE = Site("image", level=1)
+
+
+class CosmosBackbone(JointBackbone):
+    """A `CosmosTransformer3DModel` that makes images: latents of one frame, which the forward pass adds.
+
+    Cross-attention has no positions in its keys, so several texts may follow one another: a cell reads some of them.
+    """
+
+    table = (
+        # Two time layers shared by all blocks, and two before every norm.
+        (r"time_embed\.t_embedder\.linear_[12]|(.+\.)?norm(\d|_out)\.linear_[12]", Site("modulation")),
+        (r"patch_embed\.proj", Site("image", level=1, planar=True)),
+        (r"transformer_blocks\.\d+\.(attn1\.to_([qkv]|out\.0)|attn2\.to_q|ff\.net\..+)|proj_out", _IMAGE),
+        (r"transformer_blocks\.\d+\.attn2\.to_[kv]", Site("text", in_line=True)),
+        (r"transformer_blocks\.\d+\.attn2\.to_out\.0", Site("image", level=1, reads_text=True)),
+    )
+    reads_regions = True
+
+    @property
+    def map_layers(self) -> tuple[str, ...]:
+        """Cross-attention in the last third of the blocks."""
+        names = [name for name in modules_of(self.model) if name.endswith(".attn2")]
+        return tuple(names[-max(1, len(names) // 3) :])
+
+    @property
+    def self_map_layers(self) -> tuple[str, ...]:
+        """Self-attention of the same blocks."""
+        return tuple(name.removesuffix("2") + "1" for name in self.map_layers)
+
+    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
+        """As `JointBackbone.steer`; meanwhile the padding mask, which is always 0, is left to `forward`.
+
+        diffusers resizes it with torchvision, which need not be there.
+        """
+        super().steer(modules, state, undo)
+        model: Any = uncompiled(self.model)
+        undo.callback(setattr, model, "_internal_dict", model._internal_dict)
+        model.register_to_config(concat_padding_mask=False)
+
+    def _processor(self, layer: str, processor: Any, state: ForwardState) -> Any:
+        site = Site("image", level=1, reads_text=layer.endswith(".attn2"))
+        return _finished(with_kernel(processor, CrossKernel, layer, site, state), layer, site, state)
+
+    def forward(
+        self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
+    ) -> Tensor:
+        """One forward pass.
+
+        Args:
+            latents: Shape: [rows, channels, height, width].
+            t: The timestep, 0 to 1000.
+            text: What the text conditioner makes. Shape: [(texts,) rows, tokens, channels].
+            added: Nothing.
+            inputs: Nothing.
+
+        Returns:
+            The velocity. Shape: as the latents.
+        """
+        model: Any = uncompiled(self.model)
+        return self.model(
+            hidden_states=with_padding_mask(model, latents.to(text.dtype)[:, :, None]),
+            timestep=t.expand(len(latents)).to(text.dtype) / 1000,
+            encoder_hidden_states=text if text.dim() == 3 else text.transpose(0, 1).flatten(1, 2),
+            return_dict=False,
+            **inputs,
+        )[0][:, :, 0]
+
+
+def with_padding_mask(model: Any, latents: Tensor) -> Tensor:
+    """Latents with the channel of the padding mask, which is 0 everywhere, where the model has one.
+
+    Args:
+        model: The transformer.
+        latents: Shape: [rows, channels, frames, height, width].
+    """
+    layer: Any = model.patch_embed.proj
+    layer = base_layer(layer.layer if isinstance(layer, BankLayer) else layer)
+    channels = layer.in_features // prod(model.config.patch_size)
+    return nn.functional.pad(latents, (0, 0, 0, 0, 0, 0, 0, channels - latents.shape[1]))
+
+
+@dataclass(frozen=True)
+class CrossKernel(JointKernel):
+    """diffusers' attention with what `RegionAttention`, biases on the text and recorders need, where text is apart."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Attends. Shapes: [rows, positions, heads, channels]; with regions there may be several queries of a cell.
+
+        Raises:
+            ValueError: For a mask of the caller.
+        """
+        if attn_mask is not None:
+            raise ValueError("attention masks of the caller cannot be combined with concepts")
+        inputs, level = self.state.inputs, self.site.level
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if self.site.reads_text and inputs.texts is not None and inputs.texts.dim() == 4:
+            count = len(inputs.texts)
+            key, value = (x.unflatten(2, (count, -1)).permute(2, 0, 1, 3, 4) for x in (key, value))
+        bias = self._bias
+        self._take(query, key, bias)
+        kernel = self._kernel(options)
+        if inputs.regions is None:
+            out = kernel(query, key, value, bias)
+        elif self.site.reads_text:
+            out = inputs.regions.cross(kernel, level, query, key, value, bias)
+        else:
+            out = inputs.regions.self_attention(kernel, level, query, key, value)
+        return out.transpose(1, 2)
+
+    @property
+    def _bias(self) -> Tensor | None:
+        inputs = self.state.inputs
+        if not self.site.reads_text:
+            return None
+        bias, end = (inputs.text_bias or {}).get(self.site.level), inputs.text_end
+        return end if bias is None else bias if end is None else bias + end
+
+    def _take(self, query: Tensor, key: Tensor, bias: Tensor | None) -> None:
+        regions = self.state.inputs.regions
+        for recorder in self.state.recorders:
+            isolated = regions is not None and regions.isolate and self.layer in recorder.self_layers
+            allowed = regions.partitions[self.site.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
+            recorder.take(self.layer, query, key, query.shape[-1] ** -0.5, allowed, bias=bias)
+
+    def _kernel(self, options: Mapping[str, Any]) -> Kernel:
+        def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            return self.attend(query, key, value, attn_mask=bias, **options).transpose(1, 2)
+
+        return kernel
+
+
+def _finished(processor: Any, layer: str, site: Site, state: ForwardState) -> Any:
+    """The processor with what comes after its output projection: the mean over region queries, and recording."""
+    kind: Any = type(processor)
+    attend: Callable[..., Tensor] = kind.__call__
+
+    @wraps(attend)  # diffusers looks at the parameters
+    def call(self: Any, *args: Any, **options: Any) -> Tensor:
+        out, regions = attend(self, *args, **options), state.inputs.regions
+        if site.reads_text:
+            return out if regions is None else regions.mean_over_queries(site.level, out)
+        for recorder in state.recorders:
+            recorder.take_output(layer, out)
+        return out
+
+    processor.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    return processor

@@ -1,0 +1,362 @@
+"""Anima with concepts: Cosmos Predict2 reads what a text conditioner makes of Qwen3's states at the tokens of a T5.
+
+diffusers has Anima as a modular pipeline only. Ours has the same components; a call without concepts is the modular
+pipeline's own.
+"""
+
+import copy
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from inspect import signature
+from typing import Any, Self
+
+import torch
+from diffusers import CosmosTransformer3DModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import AnimaLoraLoaderMixin
+from diffusers.modular_pipelines.anima import AnimaAutoBlocks, AnimaModularPipeline
+from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import is_torchvision_available
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from lora_compose.attention.backbones.cosmos import with_padding_mask
+from lora_compose.attention.device import uncompiled
+from lora_compose.pipelines.base import HUB_OPTIONS, ComposePipeline
+from lora_compose.pipelines.call import (
+    Call,
+    Callback,
+    Concepts,
+    Generators,
+    GivenPrompts,
+    ImageSize,
+    Sampling,
+    listed,
+    refuse_unknown,
+    tensors_for,
+)
+from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
+from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.from_image import FromImage
+from lora_compose.pipelines.front import Plain, Request, front
+from lora_compose.pipelines.guidance import ClassifierFree
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.methods.process import Process
+from lora_compose.pipelines.plan import Plan
+from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.templates import TemplateTokenizer
+
+
+class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
+    """The components of diffusers' `AnimaModularPipeline`, in calls that may name concepts.
+
+    Args:
+        tokenizer: Of the text encoder.
+        text_encoder: Qwen3.
+        t5_tokenizer: Its tokens are the positions that the transformer reads; there is no T5.
+        text_conditioner: Makes the text of the transformer from both.
+        transformer: The denoiser.
+        vae: That of Qwen-Image, for videos of one frame.
+        scheduler: The scheduler.
+    """
+
+    family = "Anima"
+    architecture = "anima"
+    transformer_class = CosmosTransformer3DModel
+    text_tokenizers = ("t5_tokenizer",)
+    model_cpu_offload_seq = "text_encoder->text_conditioner->transformer->vae"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        t5_tokenizer: Any,
+        text_conditioner: Any,
+        transformer: Any,
+        vae: Any,
+        scheduler: Any,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, t5_tokenizer=t5_tokenizer,
+            text_conditioner=text_conditioner, transformer=transformer, vae=vae, scheduler=scheduler,
+        )  # fmt: skip
+        self.vae_scale_factor = 2 ** len(vae.temperal_downsample)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=8)
+
+    @classmethod
+    def _plain_class(cls) -> Any:
+        return AnimaModularPipeline
+
+    @classmethod
+    def opens(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a model's configuration is of this family."""
+        return config.get("_class_name") == AnimaModularPipeline.__name__
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> "ComposePipeline":
+        """Opens a folder or hub repository with a `modular_model_index.json`.
+
+        Args:
+            pretrained_model_name_or_path: The folder or repository.
+            options: Those of `AnimaModularPipeline.from_pretrained` for the hub, and those of `load_components`, such
+                as `dtype`.
+        """
+        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        modular: Any = AnimaModularPipeline.from_pretrained(pretrained_model_name_or_path, **hub)
+        modular.load_components(**options)
+        return cls.of_modular(modular)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
+        """The same components in another pipeline of this class."""
+        made, dtype = cls.of_modular(pipeline), options.pop("dtype", None)
+        refuse_unknown([*options], cls.from_pipe)
+        return made if dtype in (None, made.dtype) else made.to(dtype)
+
+    @classmethod
+    def of_modular(cls, modular: Any) -> Self:
+        """The components of a modular pipeline, in a composing one.
+
+        Raises:
+            ValueError: If some are not loaded.
+        """
+        parts = {name: getattr(modular, name, None) for name in list(signature(cls.__init__).parameters)[1:]}
+        if missing := [name for name, part in parts.items() if part is None]:
+            raise ValueError(f"the pipeline has no {', '.join(missing)}; call its load_components() first")
+        return cls(**parts)
+
+    def _save(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
+        """As diffusers' modular pipeline does, which opens the folder as well."""
+        if options.pop("use_flashpack", False):
+            raise ValueError("diffusers' modular pipelines are not saved with use_flashpack; leave it out")
+        self.modular().save_pretrained(str(save_directory), *args, **{"overwrite_modular_index": True, **options})
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        """Never: diffusers opens no checkpoints in one file for this family."""
+        return False
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the call in progress, or the last one."""
+        return self._guidance_scale
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call in progress is to stop."""
+        return self._interrupt
+
+    @front
+    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        max_sequence_length: int = 512,
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
+        **kwargs: Any,
+    ) -> Request | Plain:
+        """Generates images; arguments are the inputs of diffusers' modular pipeline, and `guidance_scale` its guider's.
+
+        Latents have the shape [images, channels, height, width]; with a frame axis of 1, as diffusers has them, they
+        are taken too.
+
+        Args:
+            guidance_scale: 1 is no guidance. Less than 1 is for calls without concepts.
+            callback_on_step_end: For calls with concepts; modular pipelines have no callbacks.
+            max_sequence_length: To how many tokens prompts are cut; at most what the conditioner pads to with concepts.
+            concepts: As for `ComposePipeline.__call__`.
+            method: A name or settings; not freefuse.
+            control: Not supported yet.
+            token_positions: Refused, since there are no prompt embeddings to give.
+            record_attention: Maps come from the last third of the blocks.
+            image: Refused, as are the four arguments after it.
+            mask_image: Refused.
+            strength: Refused.
+            padding_mask_crop: Refused.
+            paste_original: Refused.
+
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed.
+        """
+        begun = self._begin(locals())
+        if begun.plain is not None:
+            return begun.plain
+        prompt = begun.prompt
+        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if prompt is None:
+            raise ValueError("Anima needs a prompt; it cannot be given embeddings")
+        if guidance_scale < 1:
+            raise ValueError(f"guidance_scale must be at least 1 with concepts, and it is {guidance_scale}")
+        longest = self.text_conditioner.config.min_sequence_length
+        if not 0 < max_sequence_length <= longest:
+            raise ValueError(f"max_sequence_length must be 1 to {longest} with concepts, not {max_sequence_length}")
+        given = GivenPrompts([listed(prompt)], None, max_sequence_length, [listed(negative_prompt)])
+        width, height = self._size(width, height)
+        guided, guider = guidance_scale > 1, ClassifierFree(guidance_scale)
+        call = Call(
+            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
+            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider),
+            Callback(callback_on_step_end, tensors), begun.started, {}, {"_guidance_scale": guidance_scale},
+        )  # fmt: skip
+
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+            words = prompts or (for_each(negative_prompt, len(given)) if negative else listed(prompt))
+            text, added = self.read_texts(words, max_sequence_length)
+            return text.repeat_interleave(num_images_per_prompt, dim=0), added
+
+        def decode(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._decode(latents, output_type or "np"),)
+
+        return Request(call, partial(both_sides, encode, guided=guided), decode, return_dict)
+
+    def _as_diffusers(self, arguments: dict[str, Any], start: FromImage | None, unknown: Mapping[str, Any]) -> Any:
+        """A call without concepts: exactly what the modular pipeline does."""
+        self._check_plain_texts(arguments["prompt"], arguments["negative_prompt"])
+        if arguments.pop("callback_on_step_end") is not None:
+            raise ValueError("diffusers' modular pipelines have no callbacks; leave out callback_on_step_end")
+        del arguments["callback_on_step_end_tensor_inputs"]
+        scale, named = arguments.pop("guidance_scale"), arguments.pop("return_dict")
+        output_type, latents = arguments["output_type"] or "np", arguments["latents"]
+        if latents is not None and latents.dim() == 4:
+            arguments["latents"] = latents[:, :, None]
+        if output_type == "latent":
+            del arguments["output_type"]
+        pipe: Any = self.modular()
+        if not is_torchvision_available():
+            pipe.update_components(transformer=_without_torchvision(uncompiled(self.transformer)))
+        pipe.update_components(guider=pipe.guider.new(guidance_scale=scale))
+        images = pipe(**arguments, output="latents" if output_type == "latent" else "images")
+        return ImagePipelineOutput(images=images) if named else (images,)
+
+    def modular(self) -> Any:
+        """Diffusers' modular pipeline with the same components."""
+        pipe: Any = AnimaAutoBlocks().init_pipeline()
+        pipe.update_components(**self.components)
+        return pipe
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `FlowMatchingPipeline.read_texts`; the conditioner pads short texts with zeros, which are read."""
+        device, block, cut = self._execution_device, AnimaTextEncoderStep, length or 512
+        components: Any = self
+        states, seen = block._get_qwen_prompt_embeds(components, list(prompts), cut, device, self.text_encoder.dtype)
+        ids, mask = block._get_t5_prompt_ids(components, list(prompts), cut, device)
+        text = self.text_conditioner(
+            source_hidden_states=states.to(self.text_conditioner.dtype), target_input_ids=ids,
+            target_attention_mask=mask, source_attention_mask=seen,
+        )  # fmt: skip
+        return text.to(self.transformer.dtype), {}
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """As `FlowMatchingPipeline.latents_of`; each channel is normalised apart."""
+        means = self.vae.encode(pixels[:, :, None].to(self.vae.dtype)).latent_dist.mode()
+        mean, std = self._norm(means)
+        return ((means - mean) / std)[:, :, 0]
+
+    def _norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents' channels, in a video of one frame."""
+        config: Any = self.vae.config
+        mean, std = (
+            torch.tensor(numbers).to(like).view(1, -1, 1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
+        )
+        return mean, std
+
+    def _template(self, length: int) -> TemplateTokenizer:
+        most = self.text_conditioner.config.min_sequence_length
+        return TemplateTokenizer(self.t5_tokenizer, str, min(length, most), most)
+
+    def _shift(self, tokens: int, steps: int) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None  # the scheduler's own, whatever the size
+
+    def _latent_shape(self, canvas: Canvas) -> Shape:
+        return canvas.images, self.transformer.config.in_channels, *canvas.latent_grid
+
+    def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
+        return [(*shape[:2], 1, *shape[2:])]
+
+    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
+        """As diffusers draws it: in fp32, with a frame axis."""
+        canvas, found = plan.canvas, call.sampling.latents
+        if found is None:
+            shape = self._other_shapes(self._latent_shape(canvas))[0]
+            found = randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
+        return found.reshape(self._latent_shape(canvas)).to(canvas.device, torch.float32)
+
+    def _task(self, inpaints: bool) -> ImageTask:
+        task = "inpainting" if inpaints else "image-to-image"
+        raise ValueError(f"{task} is not supported for Anima; images are made from text only")
+
+    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        width, height = super()._size(width, height)
+        config = self.transformer.config
+        patches = max(most // patch for most, patch in zip(config.max_size, config.patch_size, strict=True))
+        longest = self.vae_scale_factor * config.patch_size[-1] * patches  # of diffusers' rotary embedding
+        if max(width, height) > longest:
+            raise ValueError(f"this model makes images of at most {longest} pixels a side, not {width} x {height}")
+        return width, height
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        latents = latents[:, :, None]
+        if output_type == "latent":
+            return latents
+        latents = latents.to(self.vae.dtype)
+        mean, std = self._norm(latents)
+        image = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+        return self._postprocess(image, output_type)
+
+
+def _without_torchvision(model: Any) -> Any:
+    """The same transformer, which gets its padding mask as a channel: diffusers resizes it with torchvision.
+
+    Raises:
+        ValueError: For models whose forward pass belongs to a hook.
+    """
+    if not model.config.concat_padding_mask:
+        return model
+    if "forward" in vars(model):
+        raise ValueError("an offloaded Anima needs torchvision in calls without concepts; install it")
+    view = copy.copy(model)
+    view._forward_pre_hooks = OrderedDict(model._forward_pre_hooks)
+    view._forward_pre_hooks_with_kwargs = OrderedDict(model._forward_pre_hooks_with_kwargs)
+    view.register_to_config(concat_padding_mask=False)
+
+    def add(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**options, "hidden_states": with_padding_mask(model, options["hidden_states"])}
+
+    view.register_forward_pre_hook(add, with_kwargs=True)
+    return view
+
+
+ComposePipeline.families.append(ComposeAnimaPipeline)

@@ -1,0 +1,222 @@
+"""What only Anima has: a modular pipeline, a text conditioner, a padding mask, and methods that move latents."""
+
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anima import ANIMA, anima_pipeline
+from lora_compose import Clora, ComposePipeline, Concept, Draft, LoraComposer
+from lora_compose.attention import Lora
+from lora_compose.pipelines.concepts.loading import match, read_lora
+from lora_compose.pipelines.formats.recognise import guess_family
+from transformer_families import BOXES, CALL, as_file, latents_of, pipeline_with_concepts, random_lora_of_all
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return pipeline_with_concepts(ANIMA, tmp_path_factory.mktemp("loras"))
+
+
+METHODS = {
+    "draft": (Draft(), ["cat", "dog"]),
+    "clora": (Clora(), ["cat", "dog"]),
+    "clora, branches": (Clora(fuse="branches"), ["cat", "dog"]),
+    "lora-composer": (LoraComposer(), BOXES),
+    "lora-composer, overlap": (
+        LoraComposer(threshold=0.5, apart=0.0),
+        [Concept(name="cat", region=(0, 0, 80, 128)), Concept(name="dog", region=(48, 0, 128, 128))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_that_read_maps_or_give_each_region_a_text_run_and_leave_nothing(pipe, name):
+    method, concepts = METHODS[name]
+    plain, config = latents_of(pipe, **ANIMA.guided), dict(pipe.transformer.config)
+    found = latents_of(pipe, concepts=concepts, method=method, **ANIMA.guided)
+    assert found.isfinite().all()
+    assert (found - latents_of(pipe, concepts=concepts, method="merge", **ANIMA.guided)).abs().max() > 1e-3
+    assert torch.equal(latents_of(pipe, **ANIMA.guided), plain)
+    assert dict(pipe.transformer.config) == config
+
+
+def test_lora_composer_without_updates_equals_a_pass_for_each_region(pipe):
+    """Regions that fill the image, no isolation: every cell reads one text, with the LoRA of its region."""
+    still = LoraComposer(isolate=False, most_updates=0.0, apart=0.0)
+    alone = [Concept(name="cat", region=(0, 0, 128, 128))]
+    found = latents_of(pipe, prompt="a sks cat on grass", concepts=alone, method=still, **ANIMA.unguided)
+    expected = latents_of(pipe, prompt="a sks cat on grass", concepts=["cat"], method="merge", **ANIMA.unguided)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+
+
+def test_freefuse_is_refused_in_words(pipe):
+    with pytest.raises(ValueError, match="freefuse needs a UNet"):
+        latents_of(pipe, concepts=["cat", "dog"], method="freefuse", **ANIMA.guided)
+
+
+def test_it_opens_as_diffusers_saves_it_and_the_other_way_round(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert "concepts" in (tmp_path / "README.md").read_text()
+    opened: Any = ComposePipeline.from_pretrained(tmp_path)
+    assert type(opened) is type(pipe)
+    found, expected = (latents_of(one, **ANIMA.guided) for one in (opened, pipe))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # weights that are mapped lie elsewhere in memory
+    other: Any = ComposePipeline.from_pipe(opened.modular())
+    assert type(other) is type(pipe)
+    assert other.transformer is opened.transformer
+    plain: Any = ANIMA.plain(**anima_pipeline().components).pipe
+    assert plain.transformer.dtype == torch.float32
+    half: Any = ComposePipeline.from_pipe(plain, dtype=torch.bfloat16)
+    assert half.transformer.dtype == half.text_conditioner.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"no vae; call its load_components\(\) first"):
+        ComposePipeline.from_pipe(empty_of_vae(plain))
+
+
+def empty_of_vae(plain: Any) -> Any:
+    """A modular pipeline whose VAE has not been loaded."""
+    made: Any = type(plain)(blocks=plain.blocks)
+    made.update_components(**{name: part for name, part in plain.components.items() if name not in ("vae", "guider")})
+    return made
+
+
+def test_the_padding_mask_is_a_channel_of_zeros_with_torchvision_and_without(pipe, tmp_path):
+    """A model whose weights for the mask are left out gives the same, with concepts and without."""
+    masked = anima_pipeline(concat_padding_mask=True)
+    weight = masked.transformer.patch_embed.proj.weight.data.unflatten(1, (5, 4))
+    bare = anima_pipeline()
+    state = masked.transformer.state_dict() | {"patch_embed.proj.weight": weight[:, :4].flatten(1)}
+    bare.transformer.load_state_dict(state)
+    bare.text_conditioner.load_state_dict(masked.text_conditioner.state_dict())
+    bare.text_encoder.load_state_dict(masked.text_encoder.state_dict())
+    for one in (masked, bare):
+        load_cat(one, pipe, tmp_path)
+    for given in ({}, {"concepts": ["cat"], "method": "merge"}):
+        found, expected = (latents_of(one, **given, **ANIMA.guided) for one in (masked, bare))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert masked.transformer.config.concat_padding_mask
+    assert masked.transformer._forward_pre_hooks == {}
+
+
+def load_cat(pipe: Any, of: Any, folder: Path) -> None:
+    """Without the layer that the mask makes wider."""
+    lora = {name: one for name, one in of.resolve_concepts(["cat"])[0].factors.model.items() if "patch" not in name}
+    save_file(dict(as_file(lora)), folder / "cat.safetensors")
+    pipe.load_concept(folder / "cat.safetensors", trigger="sks", class_word="cat")
+
+
+def original(lora: Lora, conditioner: Lora) -> dict[str, Tensor]:
+    """A file as ComfyUI's trainers write it."""
+    names = {
+        "transformer_blocks.": "blocks.", "norm1.linear_": "adaln_modulation_self_attn.",
+        "norm2.linear_": "adaln_modulation_cross_attn.", "norm3.linear_": "adaln_modulation_mlp.",
+        "attn1.to_out.0": "self_attn.output_proj", "attn2.to_out.0": "cross_attn.output_proj",
+        "attn1.to_": "self_attn.", "attn2.to_": "cross_attn.", "ff.net.0.proj": "mlp.layer1", "ff.net.2": "mlp.layer2",
+        "norm_out.linear_": "final_layer.adaln_modulation.", "proj_out": "final_layer.linear",
+        "time_embed.t_embedder": "t_embedder.1", "patch_embed.proj": "x_embedder.proj.1",
+    }  # fmt: skip
+    found = {}
+    for layer, factors in lora.items():
+        name = layer
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if name.endswith(("attn.q", "attn.k", "attn.v")):
+            name += "_proj"
+        found[f"diffusion_model.{name}"] = factors
+    found |= {f"diffusion_model.llm_adapter.{layer}": factors for layer, factors in conditioner.items()}
+    return {
+        f"{name}.lora_{side}.weight": one for name, f in found.items() for side, one in (("A", f.down), ("B", f.up))
+    }
+
+
+@pytest.mark.parametrize("spelling", ["comfy", "kohya", "diffusers"])
+def test_files_of_all_spellings_change_the_layers_that_diffusers_converter_names(pipe, tmp_path, spelling):
+    lora, conditioner = random_lora_of_all(pipe.transformer, 0), random_lora_of_all(pipe.text_conditioner, 1)
+    comfy = original(lora, conditioner)
+    theirs = _convert_non_diffusers_anima_lora_to_diffusers(comfy)
+    tensors = {"comfy": comfy, "diffusers": theirs}.get(spelling) or {
+        key.removesuffix(end).replace("diffusion_model.", "lora_unet_").replace(".", "_") + kohya: tensor
+        for key, tensor in comfy.items()
+        for end, kohya in ((".lora_A.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_up.weight"))
+        if key.endswith(end)
+    }
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "it.safetensors")
+    found = match(read_lora(tmp_path / "it.safetensors"), pipe)
+    assert found.unmatched == ()
+    parts = {"transformer": found.model, "text_conditioner": found.text_encoders["text_conditioner"]}
+    made = {f"{part}.{name}.lora_A.weight": one.down for part, layers in parts.items() for name, one in layers.items()}
+    assert made.keys() == {key for key in theirs if key.endswith("lora_A.weight")}
+    for key, down in made.items():
+        assert torch.equal(down, theirs[key])
+
+
+@pytest.mark.parametrize("spelling", ["comfy", "kohya", "diffusers"])
+def test_files_are_named_as_anima_s(spelling):
+    keys = {
+        "comfy": "diffusion_model.blocks.0.cross_attn.output_proj.lora_A.weight",
+        "kohya": "lora_unet_blocks_0_self_attn_q_proj.lora_down.weight",
+        "diffusers": "transformer.transformer_blocks.0.norm1.linear_1.lora_A.weight",
+    }
+    down = keys[spelling]
+    up = down.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
+    guess = guess_family({down: (4, 2048), up: (2048, 4)}, {})
+    assert (guess.family, guess.supported) == ("Anima", True)
+
+
+def test_a_lora_of_the_text_conditioner_acts_as_in_the_weights(pipe, tmp_path):
+    conditioner = random_lora_of_all(pipe.text_conditioner, 1, size=0.1)
+    own = anima_pipeline()
+    save_file(original(random_lora_of_all(own.transformer, 0), conditioner), tmp_path / "it.safetensors")
+    own.load_concept(tmp_path / "it.safetensors", name="cat", trigger="sks", class_word="cat")
+    found = latents_of(own, concepts=["cat"], method="merge", **ANIMA.guided)
+    factors = own.resolve_concepts(["cat"])[0].factors
+    for model, lora in (
+        (own.transformer, factors.model),
+        (own.text_conditioner, factors.text_encoders["text_conditioner"]),
+    ):
+        for name, one in lora.items():
+            model.get_submodule(name).weight.data += one.delta()
+    torch.testing.assert_close(found, latents_of(own, **ANIMA.guided), atol=3e-5, rtol=0)
+
+
+def test_the_call_has_the_inputs_of_the_modular_pipeline_for_images_from_text(pipe):
+    theirs = {one.name: one.default for one in pipe.modular().blocks.inputs if one.name is not None}
+    ours = signature(type(pipe).__call__).parameters
+    unsupported = {"image", "strength", "image_latents"}  # image-to-image
+    assert theirs.keys() - ours.keys() <= unsupported
+    shared = [name for name in theirs if name in ours and name not in unsupported]
+    assert {name: ours[name].default for name in shared} == {name: theirs[name] for name in shared}
+
+
+REFUSED = {
+    "a longer text": ({"max_sequence_length": 49}, "max_sequence_length must be 1 to 48 with concepts"),
+    "less guidance than none": ({"guidance_scale": 0.5}, "guidance_scale must be at least 1 with concepts"),
+    "a start image": ({"image": torch.zeros(1, 3, 128, 128)}, "image-to-image is not supported for Anima"),
+    "too large": ({"width": 512}, "at most 256 pixels a side, not 512 x 128"),
+    "no prompt": ({"prompt": None}, "prompt"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_cannot_do_is_refused_in_words(pipe, case):
+    given, why = REFUSED[case]
+    with pytest.raises(ValueError, match=why):
+        pipe(**{**CALL, **given}, concepts=["cat"], method="merge")
+
+
+def test_callbacks_are_for_calls_with_concepts(pipe):
+    steps = []
+
+    def note(_: Any, step: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        return {}
+
+    latents_of(pipe, concepts=["cat"], method="merge", callback_on_step_end=note)
+    assert steps == [0, 1]
+    with pytest.raises(ValueError, match="modular pipelines have no callbacks"):
+        latents_of(pipe, callback_on_step_end=note)
