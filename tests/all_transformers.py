@@ -12,3 +12,5 @@ from z_image import Z_IMAGE
 TRANSFORMERS: Mapping[str, Family] = {
     "anima": ANIMA, "flux": FLUX, "flux2": FLUX2, "krea2": KREA2, "z-image": Z_IMAGE
 }  # fmt: skip
+JOINT = [name for name in TRANSFORMERS if name != "anima"]
+"""Families in which text and image attend to each other in one sequence; Anima has cross-attention, as a UNet has."""

@@ -193,7 +193,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         Args:
             guidance_scale: 1 is no guidance. Less than 1 is for calls without concepts.
             callback_on_step_end: For calls with concepts; modular pipelines have no callbacks.
-            max_sequence_length: To how many tokens prompts are cut; at most what the conditioner pads to with concepts.
+            max_sequence_length: To how many tokens prompts are cut; with concepts at most what the conditioner pads to.
             concepts: As for `ComposePipeline.__call__`.
             method: A name or settings; not freefuse.
             control: Not supported yet.
@@ -220,9 +220,10 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
             raise ValueError("Anima needs a prompt; it cannot be given embeddings")
         if guidance_scale < 1:
             raise ValueError(f"guidance_scale must be at least 1 with concepts, and it is {guidance_scale}")
-        longest = self.text_conditioner.config.min_sequence_length
-        if not 0 < max_sequence_length <= longest:
-            raise ValueError(f"max_sequence_length must be 1 to {longest} with concepts, not {max_sequence_length}")
+        if max_sequence_length < 1:
+            raise ValueError(f"max_sequence_length must be at least 1, not {max_sequence_length}")
+        # Longer texts are not padded: then an image's texts would have as many tokens as their words.
+        max_sequence_length = min(max_sequence_length, self.text_conditioner.config.min_sequence_length)
         given = GivenPrompts([listed(prompt)], None, max_sequence_length, [listed(negative_prompt)])
         width, height = self._size(width, height)
         guided, guider = guidance_scale > 1, ClassifierFree(guidance_scale)

@@ -64,7 +64,7 @@ def test_models_of_other_families_are_refused_with_those_that_are_supported(tmp_
     kind = "FluxTransformer2DModel" if family.startswith("Flux") else f"{family}Transformer2DModel"
     config = {"_class_name": f"{family}Pipeline", "transformer": ["diffusers", kind]}
     (tmp_path / "model_index.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"a model for {family}Pipeline; supported are FLUX\.1, .*Z-Image"):
+    with pytest.raises(ValueError, match=rf"a model for {family}Pipeline; supported are Anima, FLUX\.1, .*Z-Image"):
         ComposePipeline.from_pretrained(tmp_path)
 
 

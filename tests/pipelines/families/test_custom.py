@@ -13,14 +13,15 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import save_file
 
-from all_transformers import TRANSFORMERS
+from all_transformers import JOINT, TRANSFORMERS
 from components import lora_tensors, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.pipelines.base import ComposePipeline
 from transformer_families import as_file, random_lora_of_all
 
 FOLDER = assets_dir() / "custom_pipeline"
-MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline, **{name: it.pipeline for name, it in TRANSFORMERS.items()}}
+JOINT_MAKERS = {name: TRANSFORMERS[name].pipeline for name in JOINT}  # Anima is modular, for which this is not
+MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline, **JOINT_MAKERS}
 OPTIONS = {name: family.unguided for name, family in TRANSFORMERS.items()}
 PROMPT = "a sks cat on grass"
 

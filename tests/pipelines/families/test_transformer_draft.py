@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from all_transformers import TRANSFORMERS
+from all_transformers import JOINT, TRANSFORMERS
 from components import seeded
 from lora_compose import Concept, Draft, Regional
 from lora_compose.pipelines.methods.division import divided
@@ -17,10 +17,6 @@ CALL: dict[str, Any] = {
     "prompt": "a sks cat and a zwx dog on grass", "width": 128, "height": 128, "num_inference_steps": 3,
     "max_sequence_length": TOKENS, "output_type": "latent",
 }  # fmt: skip
-
-
-JOINT = [name for name in TRANSFORMERS if name != "anima"]
-"""Where draft ends in `regional`; with cross-attention of its own it goes on as on a UNet."""
 
 
 @pytest.fixture(params=JOINT, scope="module")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from all_transformers import TRANSFORMERS
+from all_transformers import JOINT, TRANSFORMERS
 from components import lora_tensors, random_lora, seeded, tiny_pipeline
 from flux import FLUX
 from flux2 import FLUX2
@@ -39,7 +39,7 @@ CALL: dict[str, Any] = {
 BOXES = {"apart": (LEFT, RIGHT), "overlapping": (LEFT, MIDDLE)}
 
 
-@pytest.fixture(params=TRANSFORMERS, scope="module")
+@pytest.fixture(params=JOINT, scope="module")
 def family(request: pytest.FixtureRequest) -> Family:
     return TRANSFORMERS[request.param]
 
