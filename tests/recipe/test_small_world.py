@@ -14,7 +14,7 @@ from lora_compose.compose.evaluation.encoders import load_encoder
 from recipe.clock import Clocked, shares
 from recipe.concepts import BESIDE, REFERENCES, STYLE, inked, references
 from recipe.judge import JudgeTrainer, new_judge
-from recipe.judge_data import SHOWN, Artist, JudgeBatches
+from recipe.judge_data import SHOWN, Artist, JudgeBatch, JudgeBatches
 from recipe.pool import SHARD, Batch, Pool, encode
 from recipe.scenes import Picture, scene
 from recipe.tokenizer import build, known_words
@@ -255,6 +255,10 @@ def test_the_judge_learns_and_resumes(drawings, tmp_path):
     batch = next(iter(batches))
     assert batch.truth.shape == (len(batch.captions),) * 2
     assert (batch.truth.diagonal()[[bool(caption) for caption in batch.captions]] == 1).all()
+    some = slice(0, 40)
+    batch = JudgeBatch(
+        batch.pixels[some], batch.captions[some], batch.truth[some, some], batch.identity[some], batch.name[some]
+    )
     torch.manual_seed(0)
     trainer = JudgeTrainer(new_judge(words), words, 3e-3)
     losses = [trainer.learn(batch, 1.0) for _ in range(3)]
