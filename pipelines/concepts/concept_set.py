@@ -12,10 +12,10 @@ from lora_compose.attention import BankCache, KeptBanks, Lora
 from lora_compose.attention.bank_cache import PASSING, Handle
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.loading import Factors, LoraFile
-from lora_compose.pipelines.concepts.strength import TEXT, Schedule, check_block, in_blocks, is_in
 from lora_compose.pipelines.formats.keys import Part
-from lora_compose.pipelines.notes import warn_once
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.strength import TEXT, Schedule, check_block, in_blocks, is_in
+from lora_compose.pipelines.support.notes import warn_once
 
 
 @dataclass(frozen=True)

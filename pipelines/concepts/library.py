@@ -11,14 +11,14 @@ from lora_compose.pipelines.concepts.finding import find_file, local_path
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, adapter_factors, match, read_lora
 from lora_compose.pipelines.concepts.lru import Read, Recent
 from lora_compose.pipelines.concepts.merged import merge_matched, merger_for, without_tensors
-from lora_compose.pipelines.concepts.sources import Lora, files_of, shown, weighted
-from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.alphas import needed_alpha
 from lora_compose.pipelines.formats.change import MAX_RANK
 from lora_compose.pipelines.formats.files import read_words
-from lora_compose.pipelines.notes import warn
-from lora_compose.pipelines.scene import Concept, check_names, concept_of
-from lora_compose.pipelines.spelling import did_you_mean
+from lora_compose.pipelines.scene.scene import Concept, check_names, concept_of
+from lora_compose.pipelines.scene.sources import Lora, files_of, shown, weighted
+from lora_compose.pipelines.scene.strength import Weight
+from lora_compose.pipelines.support.notes import warn
+from lora_compose.pipelines.support.spelling import did_you_mean
 
 logger = logging.getLogger(__name__)
 

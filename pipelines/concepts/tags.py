@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterable
 
-from lora_compose.pipelines.spelling import did_you_mean, shortened
+from lora_compose.pipelines.support.spelling import did_you_mean, shortened
 
 _TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 

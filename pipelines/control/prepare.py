@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lora_compose.attention.backbones.unet import blocks
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.control.prepared import PreparedAdapter, PreparedControl, PreparedControlNet
 from lora_compose.pipelines.control.spec import Control, ControlImage
-from lora_compose.pipelines.regions import region_mask
-from lora_compose.pipelines.scene import BoxOrMask
+from lora_compose.pipelines.scene.canvas import Canvas
+from lora_compose.pipelines.scene.regions import region_mask
+from lora_compose.pipelines.scene.scene import BoxOrMask
 
 RegionsByPrompt = Sequence[Mapping[str, BoxOrMask | None]]
 """By prompt, the regions of its concepts by name."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import coarser, grid_at
 from lora_compose.pipelines.control.spec import Control
-from lora_compose.pipelines.regions import Window
-from lora_compose.pipelines.rows import Selection
+from lora_compose.pipelines.scene.regions import Window
+from lora_compose.pipelines.scene.rows import Selection
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from lora_compose.attention.backbones.cosmos import with_padding_mask
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.base import HUB_OPTIONS, ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -38,16 +37,17 @@ from lora_compose.pipelines.call import (
     refuse_unknown,
     tensors_for,
 )
-from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.guidance import ClassifierFree
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import HUB_OPTIONS, ComposePipeline
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.from_image import FromImage
-from lora_compose.pipelines.front import Plain, Request, front
-from lora_compose.pipelines.guidance import ClassifierFree
+from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
-from lora_compose.pipelines.plan import Plan
+from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 

@@ -9,8 +9,7 @@ from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline, Fl
 from torch import Tensor
 
 from lora_compose.attention.backbones.joint import packed
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -22,9 +21,13 @@ from lora_compose.pipelines.call import (
     listed,
     tensors_for,
 )
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.guidance import ClassifierFree
+from lora_compose.pipelines.denoising.inputs import ByImage
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import (
     FlowMatchingPipeline,
     both_sides,
@@ -32,12 +35,9 @@ from lora_compose.pipelines.families.flow_matching import (
     real_tokens,
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.from_image import FromImage
-from lora_compose.pipelines.front import Plain, Request, front
-from lora_compose.pipelines.guidance import ClassifierFree
-from lora_compose.pipelines.inputs import ByImage
+from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
+from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.emphasis import Emphasis, has_weights, plain_text, read_emphasis
 from lora_compose.pipelines.text.long_prompts import Reading

@@ -13,8 +13,7 @@ from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 from lora_compose.attention import Backbone
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import PATCH
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -26,8 +25,12 @@ from lora_compose.pipelines.call import (
     listed,
     tensors_for,
 )
-from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.guidance import ClassifierFree
+from lora_compose.pipelines.denoising.inputs import OnGrid
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import (
     Shape,
     TemplatePipeline,
@@ -36,12 +39,9 @@ from lora_compose.pipelines.families.flow_matching import (
     real_tokens,
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.from_image import FromImage
-from lora_compose.pipelines.front import Plain, Request, front
-from lora_compose.pipelines.guidance import ClassifierFree
-from lora_compose.pipelines.inputs import OnGrid
+from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
+from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Composition,
     as_list,
@@ -22,14 +21,15 @@ from lora_compose.pipelines.call import (
     refuse_unknown,
     tensors_for,
 )
+from lora_compose.pipelines.calls.finite import check_decoded
+from lora_compose.pipelines.calls.front import OF_OURS, OF_START_IMAGE, Begun, Plain, Request
+from lora_compose.pipelines.calls.outcome import output_of
+from lora_compose.pipelines.calls.plan import Plan
+from lora_compose.pipelines.calls.refine import Origin
 from lora_compose.pipelines.control import controls_of
-from lora_compose.pipelines.finite import check_decoded
-from lora_compose.pipelines.from_image import FromImage, Source, check_steps, steps_left
-from lora_compose.pipelines.front import OF_OURS, OF_START_IMAGE, Begun, Plain, Request
-from lora_compose.pipelines.outcome import output_of
-from lora_compose.pipelines.plan import Plan
-from lora_compose.pipelines.refine import Origin
-from lora_compose.pipelines.task import OF_INPAINTING
+from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.images.from_image import FromImage, Source, check_steps, steps_left
+from lora_compose.pipelines.images.task import OF_INPAINTING
 
 
 @dataclass(frozen=True)

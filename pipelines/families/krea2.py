@@ -9,8 +9,7 @@ from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor
 
 from lora_compose.attention.backbones.joint import packed
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -22,18 +21,19 @@ from lora_compose.pipelines.call import (
     listed,
     tensors_for,
 )
+from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.guidance import ClassifierFree
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import (
     TemplatePipeline,
     both_sides,
     check_negative_embeds,
     for_each,
 )
-from lora_compose.pipelines.from_image import FromImage
-from lora_compose.pipelines.front import Plain, Request, front
-from lora_compose.pipelines.guidance import ClassifierFree
+from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 

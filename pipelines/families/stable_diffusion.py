@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -24,12 +23,13 @@ from lora_compose.pipelines.call import (
     listed,
     tensors_for,
 )
+from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
-from lora_compose.pipelines.front import Plain, Request, front
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.long_prompts import Reading

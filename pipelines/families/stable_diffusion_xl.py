@@ -9,8 +9,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaint
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -22,12 +21,13 @@ from lora_compose.pipelines.call import (
     listed,
     tensors_for,
 )
+from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
-from lora_compose.pipelines.front import Plain, Request, front
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.long_prompts import Reading

@@ -11,8 +11,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sig
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -24,16 +23,17 @@ from lora_compose.pipelines.call import (
     listed,
     tensors_for,
 )
-from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.guidance import NormLimited
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.from_image import FromImage
-from lora_compose.pipelines.front import Plain, Request, front
-from lora_compose.pipelines.guidance import NormLimited
+from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
-from lora_compose.pipelines.plan import Plan
+from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 

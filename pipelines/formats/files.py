@@ -25,7 +25,7 @@ from lora_compose.pipelines.formats.safetensors_reader import (
     read_header,
     read_tensors,
 )
-from lora_compose.pipelines.regular import open_regular
+from lora_compose.pipelines.support.regular import open_regular
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.passes import Pass
-from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.regions import Regions, Window
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.passes import Pass
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.scene.regions import Regions, Window
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 

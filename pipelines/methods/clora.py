@@ -29,18 +29,18 @@ from torch import Tensor
 from lora_compose.attention import Gates, Partition, RegionAttention, grid_at
 from lora_compose.attention.device import to_device
 from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, strongest
-from lora_compose.pipelines.canvas import Step, steps_in
-from lora_compose.pipelines.losses import contrast, smooth
+from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapRequest, Pass
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
+from lora_compose.pipelines.denoising.process import Needs, Process, Settings, warn_once, warn_unread
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
+from lora_compose.pipelines.methods.losses import contrast, smooth
 from lora_compose.pipelines.methods.mapped_tokens import MappedTokens, check_words, map_tokens
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import Needs, Process, Settings, warn_once, warn_unread
 from lora_compose.pipelines.methods.region_gates import region_gates
-from lora_compose.pipelines.passes import AttentionMaps, Gradient, MapRequest, Pass
-from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.regions import Regions
-from lora_compose.pipelines.rows import Rows
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Step, steps_in
+from lora_compose.pipelines.scene.regions import Regions
+from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, join_branches, stack_texts
 

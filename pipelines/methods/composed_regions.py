@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lora_compose.attention import Partition, RegionAttention
-from lora_compose.pipelines.canvas import Step, steps_in
+from lora_compose.pipelines.denoising.passes import Pass
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
+from lora_compose.pipelines.denoising.process import ActingRows
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.apart import Parts, parts_of
-from lora_compose.pipelines.methods.process import ActingRows
 from lora_compose.pipelines.methods.region_gates import Inject, region_gates
 from lora_compose.pipelines.methods.region_texts import RegionTexts
-from lora_compose.pipelines.passes import Pass
-from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.regions import Regions, Window
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Step, steps_in
+from lora_compose.pipelines.scene.regions import Regions, Window
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 APART_SIDE = 0.5

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.pipelines.losses import smooth
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.methods.losses import smooth
+from lora_compose.pipelines.scene.scene import Concept
 
 
 def divided(

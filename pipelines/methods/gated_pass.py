@@ -8,10 +8,10 @@ from torch import Tensor
 
 from lora_compose.attention import Gates
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.methods.process import ActingRows, acting_rows
+from lora_compose.pipelines.denoising.passes import Pass
+from lora_compose.pipelines.denoising.process import ActingRows, acting_rows
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.region_texts import GatedText
-from lora_compose.pipelines.passes import Pass
-from lora_compose.pipelines.session import Session
 
 TokenMask = Literal["tara", "all", "none"]
 """Which LoRAs change keys and values of cross-attention only at their own trigger."""

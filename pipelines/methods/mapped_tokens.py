@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.session import Session
-from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.branches import Branch
 from lora_compose.pipelines.text.tokens import Mention
 

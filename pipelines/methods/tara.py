@@ -22,9 +22,9 @@ from torch import Tensor
 
 from lora_compose.attention import Gates
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.methods.process import FixedPasses, Settings, one_text, warn_once
-from lora_compose.pipelines.passes import Pass
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.passes import Pass
+from lora_compose.pipelines.denoising.process import FixedPasses, Settings, one_text, warn_once
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 CfgMask = Literal["cond_only", "broadcast"]

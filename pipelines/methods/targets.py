@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_compose.pipelines.losses import gaussian_over
-from lora_compose.pipelines.regions import Regions
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.methods.losses import gaussian_over
+from lora_compose.pipelines.scene.regions import Regions
+from lora_compose.pipelines.scene.scene import Concept
 
 
 @dataclass(frozen=True, eq=False)

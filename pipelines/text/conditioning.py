@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import scatter_concepts
-from lora_compose.pipelines.rows import Rows, Selection
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.rows import Rows, Selection
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.tokens import (
     Mention,
     Tokenizer,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
 
-from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.support.spelling import shortened
 
 MOST = 10.0
 """The largest weight."""

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from lora_compose.attention import BankCache, Gates, Site, installed_layers, scatter_concepts
 from lora_compose.attention.device import to_device
 from lora_compose.attention.sites import SitePart
-from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.concepts.loading import TEXT_ENCODERS
 from lora_compose.pipelines.formats.keys import Part
-from lora_compose.pipelines.rows import Rows
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.canvas import Canvas, images_of
+from lora_compose.pipelines.scene.rows import Rows
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenMasks, join_rows
 from lora_compose.pipelines.text.tokens import Mention
 

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.tokens import Span, class_words, find_words
 
 _LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|her|its|our|their))?\s*$", re.IGNORECASE)

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.long_prompts import LongTokenizer
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
