@@ -24,10 +24,10 @@ from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.calls.call_plan import CallPlan
-from lora_compose.pipelines.calls.claiming import models_of
 from lora_compose.pipelines.calls.finite import causes_of_precision, check_finite
 from lora_compose.pipelines.calls.memory import check_size
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.formats.models import models_of
 from lora_compose.pipelines.images.output import Cost
 from lora_compose.pipelines.methods import METHODS, Choice, Settings, make_method, name_of
 from lora_compose.pipelines.scene.mask_images import open_image

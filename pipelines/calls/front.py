@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
-from typing import Any, ParamSpec
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from diffusers.utils import BaseOutput
@@ -12,13 +12,28 @@ from torch import Tensor
 
 from lora_compose.attention import Claim
 from lora_compose.pipelines.calls.call import Call, Composition, no_concepts
-from lora_compose.pipelines.calls.claiming import models_of
 from lora_compose.pipelines.concepts.tags import has_tags
 from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.formats.models import models_of
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.text.encoder import FamilyEncoder
 
+
+class Composes(Protocol):
+    """A family's pipeline, as the front of its calls needs it."""
+
+    @property
+    def inpaints_as_diffusers(self) -> bool:
+        """Whether diffusers' pipeline can inpaint with this model; otherwise our own loop does."""
+        ...
+
+    def run_request(self, request: "Request") -> Any:
+        """Runs a call with concepts."""
+        ...
+
+
 P = ParamSpec("P")
+Pipeline = TypeVar("Pipeline", bound=Composes)
 
 OF_OURS = ("concepts", "method", "control", "token_positions", "record_attention")
 """Arguments for concepts."""
@@ -70,17 +85,18 @@ class Begun:
     plain: Plain | None
 
 
-def front(make: Callable[P, Request | Plain]) -> Callable[P, BaseOutput | tuple]:
+def front(
+    make: Callable[Concatenate[Pipeline, P], Request | Plain],
+) -> Callable[Concatenate[Pipeline, P], BaseOutput | tuple]:
     """Makes a family's `__call__` of the function that makes its requests; the arguments are the same.
 
     A call claims the denoiser and the text encoders from its first line to its last: to change them, if it has
     concepts. It raises RuntimeError if another call changes one of these models, or reads one that it would change.
     """
-    place = list(signature(make).parameters).index("prompt")
+    place = list(signature(make).parameters).index("prompt") - 1  # after `self`
 
     @wraps(make)
-    def call(*args: P.args, **kwargs: P.kwargs) -> BaseOutput | tuple:
-        pipe: Any = args[0]
+    def call(pipe: Pipeline, *args: P.args, **kwargs: P.kwargs) -> BaseOutput | tuple:
         prompt = args[place] if len(args) > place else kwargs.get("prompt")
         ours = kwargs.get("mask_image") is not None and not pipe.inpaints_as_diffusers
         claim = Claim(models_of(pipe), "compose" if ours or _composes(prompt, kwargs.get("concepts")) else "read")
@@ -88,7 +104,7 @@ def front(make: Callable[P, Request | Plain]) -> Callable[P, BaseOutput | tuple]
             try:
                 claim.take()
                 with torch.no_grad():
-                    made = make(*args, **kwargs)
+                    made = make(pipe, *args, **kwargs)
                     return made.run() if isinstance(made, Plain) else pipe.run_request(made)
             finally:
                 claim.end()
@@ -98,7 +114,7 @@ def front(make: Callable[P, Request | Plain]) -> Callable[P, BaseOutput | tuple]
     return call
 
 
-def request_of(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
+def request_of(pipe: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
     """The request that a call of a pipeline with these arguments would run.
 
     Raises:

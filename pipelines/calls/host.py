@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-import torch
-
 from lora_compose.attention import Backbone, BankCache
 from lora_compose.pipelines.calls.call import Call, Sampling
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
@@ -13,11 +11,11 @@ from lora_compose.pipelines.images.from_image import Source
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import Weight
-from lora_compose.pipelines.text.textual_inversion import TextualInversions
+from lora_compose.pipelines.text.textual_inversion import ReadsText, TextualInversions
 from lora_compose.pipelines.text.tokens import Tokenizer
 
 
-class Host(Protocol):
+class Host(ReadsText, Protocol):
     """A model with its text encoders, its scheduler, and the concepts that it knows. Planning changes nothing of it."""
 
     scheduler: Any
@@ -28,18 +26,8 @@ class Host(Protocol):
     """Whether prompts may be longer than a text encoder reads at once."""
 
     @property
-    def model(self) -> Any:
-        """The UNet or transformer."""
-        ...
-
-    @property
     def components(self) -> Mapping[str, Any]:
         """Models and tokenizers by diffusers' names."""
-        ...
-
-    @property
-    def runs_on(self) -> torch.device:
-        """Where the model runs, also where it is offloaded between calls."""
         ...
 
     @property

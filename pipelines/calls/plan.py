@@ -16,13 +16,13 @@ from lora_compose.pipelines.calls.call import Call, check_call, of_prompt, steps
 from lora_compose.pipelines.calls.host import Host
 from lora_compose.pipelines.calls.memory import check_size
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
-from lora_compose.pipelines.concepts.loading import model_part
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
 from lora_compose.pipelines.denoising.attention_log import AttentionLog
 from lora_compose.pipelines.denoising.denoiser import Denoiser
 from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.denoising.session import Runner, Session, SetRunner
+from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.images.from_image import region_in_pixels
 from lora_compose.pipelines.methods import Choice, Settings, choose_method, make_method
 from lora_compose.pipelines.scene.canvas import Canvas, images_of

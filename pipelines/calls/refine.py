@@ -7,13 +7,14 @@ image-to-image with the subject's own text and LoRA, and blended back under the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
 from lora_compose.attention.masks import bounds
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.images.output import ComposeOutput, Cost
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.mask_images import greys, in_pixels, mask_of_box, read_mask_image
@@ -21,6 +22,23 @@ from lora_compose.pipelines.scene.regions import read_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.emphasis import read_emphasis
 from lora_compose.pipelines.text.prompts import about
+
+
+class Repaints(Protocol):
+    """A pipeline that can inpaint with concepts."""
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height of the images that the model was made for, in pixels."""
+        ...
+
+    def resolve_concepts(self, concepts: Sequence[str | Concept]) -> Sequence[LoadedConcept]:
+        """Concepts with their factors."""
+        ...
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Makes an image."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,7 @@ class Refined:
 
 
 def refine(
-    pipe: Any,
+    pipe: Repaints,
     image: Image.Image,
     prompt: str,
     concepts: Sequence[str | Concept],
@@ -127,7 +145,7 @@ class Origin:
         options: Arguments of every call that repaints.
     """
 
-    pipe: Any
+    pipe: Repaints
     prompts: Sequence[str]
     concepts: Sequence[Sequence[Concept]]
     columns: Sequence[Sequence[int]]
@@ -201,6 +219,6 @@ def _softened(mask: Image.Image, blur: float) -> Image.Image:
     return ImageChops.darker(mask, inner) if np.asarray(inner).max() >= 128 else mask
 
 
-def _method_for(pipe: Any, concepts: Sequence[Concept]) -> str:
+def _method_for(pipe: Repaints, concepts: Sequence[Concept]) -> str:
     trained = {found.trained_with for found in pipe.resolve_concepts(concepts)}
     return "tara" if trained == {"tara"} else "merge"

@@ -254,7 +254,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
             arguments["latents"] = latents[:, :, None]
         if output_type == "latent":
             del arguments["output_type"]
-        pipe: Any = self.modular()
+        pipe = self.modular()
         if not is_torchvision_available():
             pipe.update_components(transformer=_without_torchvision(uncompiled(self.transformer)))
         pipe.update_components(guider=pipe.guider.new(guidance_scale=scale))
@@ -263,7 +263,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     def modular(self) -> Any:
         """Diffusers' modular pipeline with the same components."""
-        pipe: Any = AnimaAutoBlocks().init_pipeline()
+        pipe = AnimaAutoBlocks().init_pipeline()
         pipe.update_components(**self.components)
         return pipe
 

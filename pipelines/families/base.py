@@ -327,7 +327,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             textual_inversions: Words bundled with LoRA files.
             length: Tokens of an encoded text; None means as many as the tokenizer says.
         """
-        expand = textual_inversions.expander(self)
+        expand = textual_inversions.expander(self.maybe_convert_prompt)
         tokenizers = textual_inversions.tokenizers.items()
         return [ExpandingTokenizer(found, expand, length) for name, found in tokenizers if name in self.text_tokenizers]
 

@@ -33,6 +33,10 @@ AUTO = "auto"
 class ConceptLoaderMixin:
     """Loads concepts' LoRAs into a pipeline."""
 
+    # What diffusers' pipelines have.
+    get_list_adapters: Any
+    __call__: Any
+
     concept_memory: int = 2 * 2**30
     """Bytes of added LoRAs that stay in memory between calls. Those of `load_concept` always stay and do not count."""
 

@@ -50,7 +50,8 @@ class UNetPipeline(ImageTasksPipeline):
     prepare_extra_step_kwargs: Any
     get_guidance_scale_embedding: Any
     encode_prompt: Any
-    maybe_convert_prompt: Any
+    image_encoder: Any
+    prepare_ip_adapter_image_embeds: Any
 
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height in pixels; None means the model's own."""

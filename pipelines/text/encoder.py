@@ -12,8 +12,8 @@ from lora_compose.attention import BankCache, Gates, Site, installed_layers, sca
 from lora_compose.attention.device import to_device
 from lora_compose.attention.sites import SitePart
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
-from lora_compose.pipelines.concepts.loading import TEXT_ENCODERS
 from lora_compose.pipelines.formats.keys import Part
+from lora_compose.pipelines.formats.models import TEXT_ENCODERS
 from lora_compose.pipelines.scene.canvas import Canvas, images_of
 from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.scene.scene import Concept

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count, takewhile
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tokenizers import AddedToken
@@ -26,6 +26,22 @@ from lora_compose.pipelines.text.encoder import EncodedText, Encoder
 from lora_compose.pipelines.text.tokens import find_words
 
 TOKENIZERS: Mapping[str, Part] = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+
+
+class ReadsText(Protocol):
+    """A pipeline whose tokenizers and text encoders are attributes of diffusers' names."""
+
+    maybe_convert_prompt: Any
+
+    @property
+    def model(self) -> Any:
+        """The UNet or transformer."""
+        ...
+
+    @property
+    def runs_on(self) -> torch.device:
+        """Where the text encoders run."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +79,12 @@ class TextualInversions:
                 found[TOKENIZERS[name]] = every.transpose(0, 1)
         return cls(tuple({word: None for words in brought.values() for word in words}), tokenizers, found, layers)
 
-    def expander(self, pipe: Any) -> Callable[[Any, Any], Any]:
-        """Replacement of a pipeline's `maybe_convert_prompt`, which writes every word as all its tokens."""
-        convert = pipe.maybe_convert_prompt  # the same for the user's own textual inversions
+    def expander(self, convert: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Replacement of a pipeline's `maybe_convert_prompt`, which writes every word as all its tokens.
+
+        Args:
+            convert: The pipeline's own, which does so with the user's textual inversions.
+        """
 
         @cache
         def known_to(tokenizer: Any) -> tuple[Mapping[str, str], bool]:
@@ -90,7 +109,7 @@ class TextualInversions:
 
         return expand
 
-    def read_by(self, pipe: Any, encode: Encoder) -> Encoder:
+    def read_by(self, pipe: ReadsText, encode: Encoder) -> Encoder:
         """Wraps an encoder so that it reads these words.
 
         If layers read texts of their own, these are concatenated along the channels: [images, tokens, layers *
@@ -117,12 +136,12 @@ class TextualInversions:
         return read
 
     @contextmanager
-    def _known_to(self, pipe: Any) -> Iterator[list["WordEmbedding"]]:
+    def _known_to(self, pipe: ReadsText) -> Iterator[list["WordEmbedding"]]:
         """Inside this block the pipeline's tokenizers and text encoders have the words."""
         embeddings = []
         with undoing(pipe.model) as undo:
-            expand = self.expander(pipe)
-            undo.callback(pipe.__dict__.pop, "maybe_convert_prompt", None)
+            expand = self.expander(pipe.maybe_convert_prompt)
+            undo.callback(vars(pipe).pop, "maybe_convert_prompt", None)
             pipe.maybe_convert_prompt = expand
             for name, part in TOKENIZERS.items():
                 if part not in self.vectors:
@@ -131,7 +150,7 @@ class TextualInversions:
                 setattr(pipe, name, self.tokenizers[name])
                 model: Any = uncompiled(getattr(pipe, part))
                 found = model.get_input_embeddings()
-                vectors = self.vectors[part].to(pipe._execution_device, found.weight.dtype)
+                vectors = self.vectors[part].to(pipe.runs_on, found.weight.dtype)
                 embeddings.append(WordEmbedding(found, vectors, len(self.tokenizers[name])))
                 undo.callback(model.set_input_embeddings, found)
                 model.set_input_embeddings(embeddings[-1])

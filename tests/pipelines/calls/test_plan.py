@@ -8,7 +8,7 @@ import pytest
 from golden import BOXES, PIPELINES, PROMPT, TRANSFORMERS
 from lora_compose import Concept
 from lora_compose.attention import Claim
-from lora_compose.pipelines.calls.claiming import models_of
+from lora_compose.pipelines.formats.models import models_of
 from lora_compose.pipelines.support.notes import log_once
 from transformer_families import TOKENS
 
