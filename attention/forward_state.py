@@ -50,7 +50,6 @@ class ForwardState:
     forward again during backward.
 
     Attributes:
-        inputs: Gates, texts and regions of the pass.
         recorders: Recorders of attention maps; empty if none are wanted.
     """
 

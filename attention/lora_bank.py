@@ -63,8 +63,6 @@ class LoraFactors:
         """The factors where and as the model runs; the scale is in `up`, multiplied in fp32.
 
         Args:
-            device: Where the model runs.
-            dtype: In which precision.
             layer: The layer; needed by a transform.
 
         Raises:
@@ -109,9 +107,7 @@ class Part(NamedTuple):
     """The factors of one concept in one layer, as they are in the model.
 
     Attributes:
-        down: As in `LoraFactors`.
         up: The same, with the scale.
-        left: As in `LoraFactors`.
         transform: As in `LoraFactors`, made for the layer; the factors have it, but those of a Kronecker product.
     """
 
@@ -127,10 +123,6 @@ Lora = Mapping[str, LoraFactors]
 
 class Kronecker(nn.Module):
     """The change of one concept that is a Kronecker product.
-
-    Args:
-        part: Its factors.
-        key: Asks for the gate of this concept alone.
 
     Attributes:
         down: Shape: [rank, inner inputs].
@@ -182,9 +174,7 @@ class BankLayer(nn.Module):
 
     Args:
         parts: The factors of each concept that changes this layer, by its index (`LoraFactors.parts`).
-        site: Input and grid of the layer.
         concepts: How many concepts there are in all.
-        state: Holds the gates of the current pass.
 
     Attributes:
         layer: The layer as found, while concepts are installed: linear, convolution, or a PEFT layer around one of
@@ -195,10 +185,8 @@ class BankLayer(nn.Module):
         rows: Which of them are of this layer.
         up: All concepts' factors after the gate. Shape: [outputs, sum of ranks, ...].
         keys: All that it asks of gates, Kronecker products included.
-        concepts: The concepts that change this layer.
         products: Changes that are Kronecker products, by concept.
         transforms: What concepts do with the layer's own weight; None without any.
-        weight_shape: The shape of the weight that it can change.
     """
 
     layer: nn.Module
@@ -243,7 +231,6 @@ class BankLayer(nn.Module):
         """Takes a layer as its child, and its mode. Without `nn.Module.__setattr__`, which costs more than the rest.
 
         Args:
-            layer: The layer.
             found: The layer's `forward`, if this one acts on that.
         """
         self._modules["layer"] = layer
@@ -312,7 +299,6 @@ class BankLayer(nn.Module):
 
         Args:
             out: The output, which may be changed in place.
-            x: The input.
 
         Raises:
             KeyError: As `forward`.

@@ -69,8 +69,6 @@ class CosmosBackbone(JointBackbone):
             latents: Shape: [rows, channels, height, width].
             t: The timestep, 0 to 1000.
             text: What the text conditioner makes. Shape: [(texts,) rows, tokens, channels].
-            added: Nothing.
-            inputs: Nothing.
 
         Returns:
             The velocity. Shape: as the latents.
@@ -89,7 +87,6 @@ def with_padding_mask(model: Any, latents: Tensor) -> Tensor:
     """Latents with the channel of the padding mask, which is 0 everywhere, where the model has one.
 
     Args:
-        model: The transformer.
         latents: Shape: [rows, channels, frames, height, width].
     """
     layer: Any = model.patch_embed.proj

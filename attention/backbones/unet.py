@@ -27,11 +27,7 @@ Stage = Literal["down", "mid", "up"]
 class UNetBackbone:
     """A `UNet2DConditionModel`.
 
-    Args:
-        model: The UNet, compiled or not.
-
     Attributes:
-        model: As given.
         sites: Every layer that a LoRA may adapt, by name.
         levels: Levels on which there are layers.
         map_level: The level whose attention maps show where concepts are.
@@ -117,14 +113,12 @@ class UNetBackbone:
 
         Args:
             latents: Scaled for the model. Shape: [rows, channels, height, width].
-            t: The timestep.
             text: Shape: [rows, tokens, channels].
             added: Further inputs by row (SDXL's pooled text and sizes); "lengths" of texts are for attention only.
             channels: Further channels beside the latents: mask and masked image, for UNets made for inpainting. Shape:
                 [rows, channels, height, width].
             image_embeds: The images of each IP-Adapter. Shape: [rows, images, ...] each.
             ip_adapter_masks: Where they act. Shape: [1, images, height, width] each.
-            inputs: Further arguments of the model.
 
         Returns:
             Shape: as the latents.
@@ -270,7 +264,6 @@ def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     """Inside this block the UNet stops after the up block with the last of some layers; its output is meaningless.
 
     Args:
-        unet: The model.
         layers: Names of layers; if none is in an up block, the whole up path is left out.
     """
     model: Any = uncompiled(unet)
@@ -294,9 +287,6 @@ class ComposeAttnProcessor:
     processor keeps nothing of a call.
 
     Args:
-        layer: The attention layer it serves.
-        kernel: How attention is computed.
-        state: What the current pass needs.
         images: The images that the layer reads besides the text; None if it reads none.
     """
 
@@ -320,7 +310,6 @@ class ComposeAttnProcessor:
         """Attends. The frame around the kernel follows diffusers' AttnProcessor2_0 (0.42).
 
         Args:
-            attn: The module, which owns the projections.
             hidden_states: Shape: [rows, cells, channels].
             encoder_hidden_states: The text; None for self-attention. Shape: [rows, tokens, channels], or [rows, tokens,
                 layers * channels] with a text for each cross-attention layer, in forward order. With IP-Adapters, the

@@ -37,7 +37,6 @@ class Composition:
     Attributes:
         concepts: A concept set for all prompts, or one for each.
         method: The method; None chooses one.
-        controls: Control images with their models.
         token_positions: With embeddings: where each concept's trigger is.
         record_attention: Steps whose attention maps are recorded.
     """
@@ -91,13 +90,9 @@ class Sampling:
 
     Attributes:
         num_inference_steps: Denoising steps; unused where `timesteps` or `sigmas` are given.
-        timesteps: Timesteps of the steps.
         sigmas: Noise levels of the steps.
         denoising_end: Fraction of the denoising after which the call ends.
-        generator: Source of randomness.
-        latents: The start noise.
         eta: Of schedulers like DDIM.
-        guider: Guidance.
     """
 
     num_inference_steps: int | None
@@ -128,17 +123,11 @@ class Call:
     """The arguments of a call with concepts.
 
     Attributes:
-        composition: Concepts and method.
-        prompts: The prompts.
-        size: Size of the images.
-        sampling: How latents are denoised.
-        callback: Function after every step.
         started: When the call began, by `time.perf_counter()`.
         inputs: Further arguments of every forward pass; tensors are marked (`ByImage`, `OnGrid`).
         properties: Attributes that diffusers' pipeline has during a call.
         source: The image to start from; None means text-to-image.
         repaint: Further arguments of calls that repaint the subjects of the images (`refine`).
-        image_prompts: Images for IP-Adapters.
     """
 
     composition: Composition
@@ -305,7 +294,6 @@ def check_latents(given: Tensor | None, *expected: tuple[int, ...]) -> None:
     """Checks the latents that a call is to start from.
 
     Args:
-        given: The latents; None if there are none.
         expected: The shapes that they may have.
 
     Raises:

@@ -61,7 +61,6 @@ class CallPlan:
         """From a resolved call, on which the method is started without models.
 
         Args:
-            plan: The call.
             warnings: Warnings so far; those of the method are added.
 
         Raises:

@@ -27,11 +27,8 @@ class CountingRunner:
     """A denoiser without a model; predictions are 0, and each map has a column of the image of its own.
 
     Attributes:
-        plan: The call.
         canvas: Sizes, on the CPU.
-        sampler: The scheduler and its timesteps.
         log: Records nothing.
-        cost: Rows so far.
     """
 
     plan: Plan

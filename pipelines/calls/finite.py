@@ -20,10 +20,6 @@ class NotFiniteError(ValueError):
 def check_finite(latents: Tensor, causes: Iterable[str]) -> None:
     """Checks the final latents of a call. This waits for the device.
 
-    Args:
-        latents: Any shape.
-        causes: Likely causes.
-
     Raises:
         NotFiniteError: If they have NaN or infinite values.
     """

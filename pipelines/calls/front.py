@@ -47,7 +47,6 @@ class Request:
     """A call with concepts that has been made of diffusers' arguments; nothing has been run or changed.
 
     Attributes:
-        call: The call.
         encode: Encodes prompts with the text encoders of the family.
         decode: From the final latents and the finished process to the images, and what else diffusers returns.
         named: Whether the results have names: `return_dict`.
@@ -72,8 +71,6 @@ class Begun:
 
     Attributes:
         prompt: Without tags; with `concepts="auto"`, with the triggers of the concepts that it names.
-        composition: Concepts and method.
-        start: The start image.
         started: When the call began, by `time.perf_counter()`.
         plain: The call itself, if it is diffusers' own.
     """

@@ -51,7 +51,6 @@ class Host(ReadsText, Protocol):
         """The tokenizers whose tokens the model reads.
 
         Args:
-            textual_inversions: Words bundled with LoRA files.
             length: Tokens of an encoded text; None means as many as the tokenizer says.
         """
         ...
@@ -65,8 +64,6 @@ class Host(ReadsText, Protocol):
 
         Args:
             scheduler: The host's own, or a copy of it.
-            sampling: How latents are denoised.
-            canvas: Sizes.
             source: The image to start from; None means text-to-image.
 
         Raises:

@@ -16,10 +16,8 @@ def check_size(host: Host, width: int, height: int, images: int = 1) -> None:
     """Checks that one pass of the model can fit into the memory of its device.
 
     Args:
-        host: What paints.
         width: In pixels.
         height: In pixels.
-        images: Images in the batch.
 
     Raises:
         ValueError: For sizes that need more than all memory that there is.
@@ -41,7 +39,6 @@ def least_bytes(backbone: Backbone, latent_grid: tuple[int, int], images: int = 
     Attention is not counted, which fused kernels compute piece by piece, nor are weights, other rows and decoding.
 
     Args:
-        backbone: The denoiser.
         latent_grid: Height and width of the latents.
         images: Images, of which latents, noise and prediction are kept.
     """

@@ -43,7 +43,6 @@ class PromptsOfSet:
     """The prompts that have one concept set.
 
     Attributes:
-        concepts: The concept set.
         indices: Which prompts of the call.
         token_masks: Positions of the words of the set's concepts in the prompts.
     """
@@ -58,13 +57,7 @@ class Plan:
     """A call that can be run.
 
     Attributes:
-        call: The call.
-        choice: The method, and the reason for the choice.
-        concepts: All concepts.
         sets: The concept sets, each with its prompts.
-        canvas: Sizes.
-        textual_inversions: Words bundled with LoRA files.
-        finder: Finds words in prompts.
         controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
         sampler: A copy of the scheduler with its timesteps, on the CPU.
         reading: How texts with weights, and long ones, are read; None if there are none.
@@ -84,9 +77,6 @@ class Plan:
     @contextmanager
     def installed(self, host: Host) -> Iterator[Callable[[FamilyEncoder, Sampler, Mapping[str, Any]], "Sessions"]]:
         """Installs the LoRAs in the model inside this block.
-
-        Args:
-            host: The one that was planned for.
 
         Yields:
             Opens the sessions of the call, given the pipeline's encoder, the scheduler with its timesteps, and what the
@@ -154,10 +144,6 @@ class Sessions:
 
 def make_plan(host: Host, call: Call) -> Plan:
     """Checks and resolves a call; changes nothing of the host.
-
-    Args:
-        host: What paints.
-        call: The call.
 
     Raises:
         ValueError: For anything that does not fit together.

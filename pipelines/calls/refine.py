@@ -70,7 +70,6 @@ class Refined:
     """An image with repainted subjects.
 
     Attributes:
-        image: The image.
         subjects: Names of the concepts that have been repainted, in this order.
         cost: Cost of all calls together.
     """
@@ -92,12 +91,9 @@ def refine(
     """Repaints each subject of an image that has a mask or a region.
 
     Args:
-        pipe: The pipeline.
-        image: A finished image.
         prompt: Prompt of the image; each subject's text is derived from it.
         concepts: As for a call. Styles act on every subject.
         masks: Where subjects are, by name (`subject_masks` of an output's masks); a concept's own region otherwise.
-        how: Settings.
         options: Arguments of every call, such as `num_inference_steps`, `guidance_scale`, `negative_prompt` and
             `generator`.
 
@@ -137,11 +133,9 @@ class Origin:
     """What is needed of a call to repaint the subjects of its images.
 
     Attributes:
-        pipe: The pipeline.
         prompts: The prompts, as they were written.
         concepts: The concept set of each.
         columns: For each prompt, the indices of those concepts among the masks.
-        images_per_prompt: How many images each prompt has.
         options: Arguments of every call that repaints.
     """
 

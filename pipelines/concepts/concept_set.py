@@ -85,7 +85,6 @@ class ConceptSet:
     """The concepts that act together in an image.
 
     Attributes:
-        loaded: The concepts.
         columns: Their indices among all concepts of the call, whose LoRAs are installed; None means that they are all.
         whole: All concepts of the call; None means that these are all.
     """
@@ -155,7 +154,6 @@ class ConceptSet:
 
         Args:
             acting: True for concepts that take part.
-            steps: How many steps there are.
 
         Returns:
             Shape: [concepts].

@@ -122,7 +122,6 @@ class ConceptLibrary:
         """The concepts of a call with their factors; given fields override loaded ones.
 
         Args:
-            pipe: The pipeline.
             concepts: Names of loaded concepts or adapters, `Concept` objects, or weights or boxes by name.
             memory: Bytes of read files that stay in memory.
 

@@ -19,11 +19,7 @@ from lora_compose.pipelines.concepts.placing import placed, reshaped, rows_of
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change, inner
-from lora_compose.pipelines.formats.files import (
-    LoraError,
-    LoraFile,
-    read_lora,
-)
+from lora_compose.pipelines.formats.files import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.keys import PARTS, Part, parse
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.models import MODEL_PARTS, TEXT_ENCODERS, Models, model_part, models_by_part
@@ -94,7 +90,6 @@ def match(
     """Matches a file against the models of a pipeline.
 
     Args:
-        file: The file.
         pipe: A diffusers pipeline, or anything with a UNet or transformer and perhaps text encoders. Weights are not
             read.
         alpha: Alpha for a file without one; the change is scaled by alpha / rank.

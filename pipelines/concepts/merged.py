@@ -44,10 +44,6 @@ def merge_matched(
 
     Args:
         pipe: The pipeline. It is left as it was found.
-        files: The files.
-        matched: Their factors.
-        weights: Factor on each.
-        merger: The merger.
 
     Raises:
         LoraError: If nothing is left of the files.

@@ -26,7 +26,6 @@ def take_tags(prompt: str, known: Collection[str]) -> tuple[str, dict[str, float
 
     Args:
         prompt: The text, such as "a cat <lora:cat:0.8>".
-        known: Names of concepts.
 
     Raises:
         ValueError: For what `read_tags` refuses, and for tags of unknown names.

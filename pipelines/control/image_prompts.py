@@ -60,12 +60,7 @@ class PreparedImagePrompts:
         return replace(self, positive=positive, negative=negative)
 
     def inputs(self, text: Conditioning, view: View) -> Mapping[str, Any]:
-        """Arguments of the model for one pass.
-
-        Args:
-            text: The text of all rows.
-            view: What the pass sees.
-        """
+        """Arguments of the model for one pass."""
         given: list[Tensor] = []
         for index, positive in enumerate(self.positive):
             branches = [conditional for _, conditional in text.roles.branches]
@@ -93,12 +88,9 @@ def prepare_image_prompts(
     """The images of a call for IP-Adapters; None for a model without one.
 
     Args:
-        pipe: The pipeline.
         image: `ip_adapter_image` of diffusers.
         embeds: `ip_adapter_image_embeds` of diffusers.
         masks: `ip_adapter_masks` of diffusers.
-        guided: Whether there are unconditional rows.
-        images: Images in the batch.
         size: Width and height of the canvas in pixels.
 
     Raises:

@@ -52,7 +52,6 @@ class PreparedControlNet:
     """A ControlNet, prepared for a call.
 
     Attributes:
-        control: The user's `Control`.
         hint: The control image of every image, as the model reads it. Shape: [images, channels, height, width].
         pixels: Pixels per latent cell and side.
         levels: The level of every residual, those of the skip connections first.
@@ -84,9 +83,6 @@ class PreparedControlNet:
 
         Args:
             latents: As the UNet gets them. Shape: [rows, channels, height, width].
-            t: The timestep.
-            text: The text of all rows.
-            view: What the pass sees.
         """
         model, rows, dtype = self.control.model, self.read_by(text), self.hint.dtype
         mine = text.select(rows)
@@ -112,7 +108,6 @@ class PreparedAdapter:
     """A T2I-Adapter made ready for a call: it reads each part of the canvas that is run once.
 
     Attributes:
-        control: The user's `Control`.
         hint: The control image of every image, as the model reads it. Shape: [images, channels, height, width].
         pixels: Pixels per latent cell and side.
         places: Channels and level of the places in the UNet that take features, in order.
@@ -223,12 +218,7 @@ def _summed(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def _one_text(text: Tensor, width: int) -> Tensor:
-    """A text for all layers of a ControlNet: the mean of those that the UNet's cross-attention layers have, if they do.
-
-    Args:
-        text: Shape: [rows, tokens, width], or [rows, tokens, layers * width].
-        width: What the model reads.
-    """
+    """A text for all layers of a ControlNet, [rows, tokens, width]: the mean of those that the UNet's layers have."""
     if text.shape[-1] <= width or text.shape[-1] % width:
         return text
     return text.unflatten(-1, (-1, width)).mean(dim=-2)

@@ -12,12 +12,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 
 
 class AttentionLog:
-    """Attention maps and masks of each concept, by step.
-
-    Args:
-        canvas: Sizes of the call.
-        steps: The steps to record.
-    """
+    """Attention maps and masks of each concept, by step."""
 
     def __init__(self, canvas: Canvas, steps: Collection[int]) -> None:
         self.canvas = canvas
@@ -47,8 +42,6 @@ class AttentionLog:
         """Records a pass: the mean over the texts or branches in which a concept is named.
 
         Args:
-            step: The step.
-            spec: The pass.
             text: The text of the rows that were run.
             maps: Its attention maps, as requested. Shape: [(texts,) rows, cells, concepts].
         """
@@ -73,7 +66,6 @@ class AttentionLog:
         """Adds maps of a pass.
 
         Args:
-            step: The step.
             maps: 0 outside the part of the canvas that was run. Shape: [images, concepts, height, width].
             seen: 1 inside. Shape: [images, 1, height, width].
         """
@@ -83,7 +75,6 @@ class AttentionLog:
         """Records a method's own masks, which replace those derived from the maps.
 
         Args:
-            step: The step.
             masks: On the map grid. Shape: [images, concepts, height, width], bool.
             images: Which images; None is all.
         """

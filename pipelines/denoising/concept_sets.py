@@ -25,9 +25,7 @@ def start(begin: Callable[[Session], Process], sessions: Sequence[Session], deno
     """Starts a method on one or several concept sets.
 
     Args:
-        begin: Starts it on one.
         sessions: One for each set.
-        denoiser: Runs passes of all concepts and images.
     """
     processes = [begin(session) for session in sessions]
     if len(processes) == 1:
@@ -69,8 +67,6 @@ class Joined:
     """Processes with fixed passes, run together.
 
     Attributes:
-        denoiser: Runs passes of all concepts and images.
-        sets: The concept sets.
         processes: The process of each.
         text: The text that callbacks see.
     """
@@ -119,7 +115,6 @@ def join_gates(gates: Sequence[Gates], texts: Sequence[Conditioning], images: Se
     Args:
         gates: One for each group.
         texts: The texts of their rows.
-        images: The images of each group.
     """
 
     def join(parts: Sequence[Tensor]) -> Tensor:
@@ -145,7 +140,6 @@ class SetBySet:
     """Processes of several concept sets, run one after the other.
 
     Attributes:
-        sets: The concept sets.
         processes: The process of each.
         text: The text that callbacks see.
     """

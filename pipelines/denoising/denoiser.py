@@ -17,13 +17,7 @@ from torch import Tensor
 from lora_compose.attention import Backbone, Installation, Recorder, SitePart, StepCaches, frozen, weights_kept
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
-from lora_compose.pipelines.control import (
-    PreparedControl,
-    PreparedControlNet,
-    PreparedImagePrompts,
-    View,
-    model_inputs,
-)
+from lora_compose.pipelines.control import PreparedControl, PreparedControlNet, PreparedImagePrompts, View, model_inputs
 from lora_compose.pipelines.denoising.attention_log import AttentionLog
 from lora_compose.pipelines.denoising.inputs import check_marked, for_rows, of_images
 from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
@@ -50,15 +44,9 @@ class Denoiser:
     """Runs the passes of one concept set.
 
     Args:
-        backbone: The denoiser.
-        installation: The LoRAs installed in it.
         sampler: The scheduler, which scales latents for the model.
-        canvas: Sizes of the call.
-        concepts: The concept set.
         controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
         inputs: Further arguments of every forward pass; tensors are marked (`ByImage`, `OnGrid`).
-        log: Records the attention maps of some steps.
-        caches: What diffusers' caches keep between steps.
 
     Attributes:
         cost: Rows that have been run so far.
@@ -93,7 +81,6 @@ class Denoiser:
         """The denoiser of one of several concept sets; its costs are counted together.
 
         Args:
-            concepts: The set.
             images: Its images in the batch.
         """
         columns = concepts.columns or range(len(concepts.loaded))
@@ -139,7 +126,6 @@ class Denoiser:
         """Prepares a pass, to be run in every step.
 
         Args:
-            spec: The pass.
             same_text_as: A pass with the same text under the same text gates, whose keys and values are shared.
 
         Raises:
@@ -155,8 +141,6 @@ class Denoiser:
 
         Args:
             latents: Shape: [images, channels, height, width].
-            step: The step.
-            prepared: The pass.
             request: Attention maps to record as well, for the rows that are run.
         """
         batches = self.micro_batches(prepared, step, conditional=not step.guided)

@@ -61,11 +61,5 @@ def of_images(inputs: Mapping[str, Any], images: Sequence[int]) -> Mapping[str, 
 
 
 def for_rows(inputs: Mapping[str, Any], view: View, rows: int) -> Mapping[str, Any]:
-    """The arguments of one pass as the model takes them.
-
-    Args:
-        inputs: The arguments.
-        view: What the pass sees.
-        rows: Rows of the pass.
-    """
+    """The arguments of one pass as the model takes them."""
     return {name: repeated(one.seen(view), rows) if isinstance(one, ByImage) else one for name, one in inputs.items()}

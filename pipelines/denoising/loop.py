@@ -19,7 +19,6 @@ class Hooks:
     """Callbacks of the loop.
 
     Attributes:
-        before_step: Called with each step.
         after_step: Called with step and latents; returns the latents and guidance scale to continue with.
         interrupted: Whether the user has stopped the call.
         progress_bar: A context manager of diffusers for so many steps.
@@ -44,11 +43,6 @@ def denoise(
     """Runs all steps: method, scheduler with its task, callback, progress.
 
     Args:
-        process: The method.
-        task: Where latents start.
-        sampler: The scheduler and its timesteps, and what is put back after a step.
-        cfg_scale: Classifier-free guidance.
-        hooks: Callbacks.
         cost: Receives the seconds of preparation.
         started: When the call began, by `time.perf_counter()`.
 

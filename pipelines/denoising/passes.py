@@ -112,7 +112,6 @@ def weighted_mean(predictions: Sequence[Prediction], weights: Sequence[float | T
     """The weighted mean of predictions of the same rows; a single one is returned as it is.
 
     Args:
-        predictions: One or several.
         weights: One for each, which add up to 1; a tensor has one for each image. Shape: [images, 1, 1, 1].
     """
     first, *others = predictions

@@ -22,8 +22,6 @@ class MicroBatch:
     """Rows that are run together.
 
     Attributes:
-        text: Their text.
-        inputs: Inputs of the layers for these rows.
         rows: Their slice of all rows.
     """
 
@@ -46,8 +44,6 @@ class KeptText:
 
         Args:
             conditional: Whether there are conditional rows only.
-            batch: Index of the micro-batch.
-            weights: Weights of the concepts in this step.
         """
         key = conditional, batch
         if key not in self._kept or self._kept[key][0] != weights:
@@ -60,7 +56,6 @@ class PreparedPass:
     """A pass with everything that is computed once for all steps: gates by layer, keys and values of its text.
 
     Attributes:
-        spec: The pass.
         kept_text: Keys and values of its text.
     """
 
@@ -74,9 +69,7 @@ class PreparedPass:
         """The micro-batches of the pass at the weights of a step; computed again only if the weights change.
 
         Args:
-            installation: The layers.
             concepts: The concepts of the gates.
-            step: The step.
             conditional: Whether there are conditional rows only.
         """
         weights = concepts.step_weights(step.index, step.count)

@@ -105,7 +105,6 @@ class FixedPasses:
     The prediction of a step is the weighted mean over the passes of one turn.
 
     Attributes:
-        session: Concept set, prompts and denoiser.
         turns: The passes of every turn; their weights add up to 1.
         interval: Steps per turn, after which the next one begins.
         constant: Layers whose gates are the same on all rows and positions, to be folded into the model.
@@ -174,10 +173,6 @@ def subject_pass(session: Session, chosen: Sequence[int]) -> Pass:
     """A pass in which one subject's LoRA and those of the styles act, everywhere.
 
     The text is encoded with the text-encoder part of those LoRAs and the subject's own negative prompt.
-
-    Args:
-        session: Concept set, prompts and denoiser.
-        chosen: The subject, if there is one.
     """
     weights = session.concepts.with_styles(chosen)
     own = [session.concepts.concepts[i].negative_prompt for i in chosen]
@@ -197,7 +192,6 @@ def one_text(session: Session, weights: Tensor | None = None) -> Conditioning:
     """The scene's prompts, one text for all concepts; warns of concepts' own prompts, which are not used.
 
     Args:
-        session: Concept set, prompts and denoiser.
         weights: Weights of the concepts' text-encoder LoRAs; None leaves them out. Shape: [concepts].
     """
     every = session.concepts.concepts
@@ -223,7 +217,6 @@ def constant_gates(session: Session, weights: Tensor) -> Gates:
     """Gates that are the same on all rows, tokens and cells.
 
     Args:
-        session: Concept set, prompts and denoiser.
         weights: One per concept. Shape: [concepts].
     """
     canvas = session.canvas

@@ -20,8 +20,6 @@ class Schedule:
 
     Attributes:
         timesteps: Timesteps of all passes. A second-order scheduler has two per step, and one in the last step.
-        steps: Number of steps.
-        order: The scheduler's order.
         unguided: Indices of the passes without guidance, whatever its scale.
     """
 
@@ -40,7 +38,6 @@ class Schedule:
 
         Args:
             length: Fraction of the steps; above 1 a number of steps.
-            first: The first step.
         """
         steps = max(1, min(math.ceil(steps_in(length, first.count)), first.count))
         return [self.step(index, first.cfg_scale) for index in range(steps)]
@@ -51,8 +48,6 @@ class Sampler:
     """A scheduler at work.
 
     Attributes:
-        scheduler: The scheduler of diffusers; it has a state.
-        schedule: Its timesteps.
         arguments: Further arguments of its steps, such as the generator of their noise.
         task: Where the latents started, and what has to be kept of it after each step; None keeps nothing.
     """

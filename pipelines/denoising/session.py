@@ -84,7 +84,6 @@ class SetRunner(Runner, Protocol):
         """The runner of one of several concept sets.
 
         Args:
-            concepts: The set.
             images: Its images in the batch.
         """
         ...
@@ -92,14 +91,7 @@ class SetRunner(Runner, Protocol):
 
 @dataclass(frozen=True)
 class Session:
-    """One concept set of a call, its prompts, and the denoiser with its LoRAs installed.
-
-    Attributes:
-        concepts: The concept set.
-        prompts: Encodes its prompts.
-        denoiser: Runs its passes.
-        guider: Applies guidance.
-    """
+    """One concept set of a call, its prompts, and the denoiser with its LoRAs installed."""
 
     concepts: ConceptSet
     prompts: Prompts

@@ -62,7 +62,6 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         text_conditioner: Makes the text of the transformer from both.
         transformer: The denoiser.
         vae: That of Qwen-Image, for videos of one frame.
-        scheduler: The scheduler.
     """
 
     family = "Anima"
@@ -105,7 +104,6 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         """Opens a folder or hub repository with a `modular_model_index.json`.
 
         Args:
-            pretrained_model_name_or_path: The folder or repository.
             options: Those of `AnimaModularPipeline.from_pretrained` for the hub, and those of `load_components`, such
                 as `dtype`.
         """
@@ -155,7 +153,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         return self._interrupt
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -338,11 +336,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
 
 def _without_torchvision(model: Any) -> Any:
-    """The same transformer, which gets its padding mask as a channel: diffusers resizes it with torchvision.
-
-    Raises:
-        ValueError: For models whose forward pass belongs to a hook.
-    """
+    """A transformer that gets its padding mask as a channel, which diffusers resizes with torchvision."""
     if not model.config.concat_padding_mask:
         return model
     if "forward" in vars(model):

@@ -257,10 +257,6 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def compose(self, call: Call, encode: FamilyEncoder) -> "tuple[Tensor, Process, Outcome]":
         """A call with concepts up to its final latents, the same for every family and method.
 
-        Args:
-            call: The call.
-            encode: Encodes prompts with the text encoders of the family.
-
         Returns:
             The final latents, the method's process, and the outcome of the call.
 
@@ -324,7 +320,6 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """The tokenizers of the prompt.
 
         Args:
-            textual_inversions: Words bundled with LoRA files.
             length: Tokens of an encoded text; None means as many as the tokenizer says.
         """
         expand = textual_inversions.expander(self.maybe_convert_prompt)

@@ -115,14 +115,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         return self._rounded(width), self._rounded(height)
 
     def _check_plain_texts(self, *given: Any) -> None:
-        """Checks the texts of a call without concepts, which the model would read as they are written.
-
-        Args:
-            given: A text, several, or something else, which is left to diffusers.
-
-        Raises:
-            ValueError: For weights and names of LoRAs in them.
-        """
+        """Refuses weights and names of LoRAs in texts of a call without concepts, which the model would read."""
         texts = [text for column in given if isinstance(column, str | list) for text in listed(column)]
         texts = [text for text in texts if isinstance(text, str)]
         check_no_tags(texts)
@@ -188,7 +181,6 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         """Texts as the backbone's forward pass takes them.
 
         Args:
-            prompts: The texts.
             length: Tokens to which they are padded or cut; None for what the pipeline takes by itself.
 
         Returns:

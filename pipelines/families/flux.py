@@ -63,7 +63,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         return not later and any(key.startswith("double_blocks.") for key in bare)
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         prompt_2: str | list[str] | None = None,
@@ -259,13 +259,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         return {**arguments, **dict.fromkeys(names), **found, "num_images_per_prompt": 1}
 
     def _weighted(self, text: Tensor, read: Sequence[Emphasis], images_per_prompt: int) -> Tensor:
-        """Features of the T5 encoder with those texts encoded anew that have weights; CLIP's pooled text has none.
-
-        Args:
-            text: Shape: [images, tokens, channels].
-            read: The text of each prompt.
-            images_per_prompt: Rows of each.
-        """
+        """T5's features with those texts encoded anew that have weights; CLIP's pooled text has none."""
         found = text.clone()
         for i, one in enumerate(read):
             if not one.is_even:

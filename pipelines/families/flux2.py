@@ -62,7 +62,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         return False
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         image: Any = None,
         prompt: str | list[str] | None = None,

@@ -26,12 +26,7 @@ from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import (
-    TemplatePipeline,
-    both_sides,
-    check_negative_embeds,
-    for_each,
-)
+from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides, check_negative_embeds, for_each
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
@@ -52,7 +47,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         return False
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,

@@ -179,7 +179,6 @@ class ConceptLoaderMixin:
         If a prompt names one only by its class word, its trigger is inserted before that (`choose_concepts`).
 
         Args:
-            prompt: A text, or several.
             concepts: As given to the call; they stay what they are, but for "auto" and for what tags of a prompt add.
 
         Raises:

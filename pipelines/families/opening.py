@@ -30,10 +30,6 @@ def checkpoint_keys(link_or_path: str | Path, options: Mapping[str, Any]) -> lis
 def configuration(source: str, **options: Any) -> Mapping[str, Any]:
     """What `model_index.json` says of a folder or repository, or else `modular_model_index.json`.
 
-    Args:
-        source: The folder or repository.
-        options: Those of the hub.
-
     Raises:
         OSError: If there is neither; the message is about the first.
     """

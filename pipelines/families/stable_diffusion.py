@@ -75,7 +75,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             )  # fmt: skip
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         height: int | None = None,

@@ -71,7 +71,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         return False
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         prompt_2: str | list[str] | None = None,

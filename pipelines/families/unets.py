@@ -138,12 +138,9 @@ class UNetPipeline(ImageTasksPipeline):
         """Encodes texts chunk by chunk, with their weights.
 
         Args:
-            reading: How they are read.
             texts: By the names that `encode_prompt` of diffusers has for them: prompts, then negative prompts.
             images_per_prompt: Rows of each prompt.
-            guided: Whether negative prompts are encoded, too.
             scale: Of adapters in the text encoders.
-            clip_skip: As in diffusers.
 
         Returns:
             What `encode_prompt` returns.

@@ -54,7 +54,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         return any(key.removeprefix("model.diffusion_model.") == "cap_pad_token" for key in keys)
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         height: int | None = None,

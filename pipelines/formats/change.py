@@ -24,7 +24,6 @@ class Change:
     """A layer's change as factors.
 
     Attributes:
-        factors: The low-rank factors.
         lost: Squared Frobenius norm of the part that the factors leave out; 0 if they are exact.
     """
 

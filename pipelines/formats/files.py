@@ -50,7 +50,6 @@ class LoraFile:
     """A LoRA file as read, not yet matched with a model.
 
     Attributes:
-        path: The file.
         sha256: Digest of its content.
         metadata: The strings in its header.
         tensors: Its weights by key.

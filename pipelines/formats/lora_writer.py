@@ -40,7 +40,6 @@ def stems(spelling: Spelling, pipe: object, names: Mapping[Part, list[str]]) -> 
     Those for transformers join layers that are apart in diffusers, so that a change of one alone has no name there.
 
     Args:
-        spelling: "diffusers" or "kohya".
         pipe: A pipeline, or anything with such a model and text encoders.
         names: The layers, as the models have them, by part.
 
@@ -70,8 +69,6 @@ def tensors(
     """Keys and tensors of one layer.
 
     Args:
-        spelling: "diffusers" or "kohya".
-        site: The layer.
         change: Matrices at scale 1; with rank 0 there is nothing to write.
         dtype: Precision of the factors.
         alpha: Alpha of all layers, for kohya's files; where it equals the rank, the factors are written unchanged.

@@ -60,9 +60,7 @@ class FromImage:
         Args:
             image: As for `read_images`.
             mask_image: As for `read_mask_image`, or a list of such, one for each image.
-            strength: The fraction of the steps that are run.
             padding_mask_crop: Pixels around the mask.
-            paste_original: Whether the pixels outside of the mask are the image's own.
             latent_channels: Channels of latents of the model; None takes no latents.
 
         Raises:
@@ -154,8 +152,6 @@ class FromImage:
         """Pastes the original pixels outside of the mask into results; grey mask values blend.
 
         Args:
-            images: The results.
-            processor: diffusers' image processor.
             crop: The part of the image that was worked on, in pixels; None means all.
         """
         originals, masks = (_for_each(given, len(images)) for given in (self.images, self.masks))
@@ -172,7 +168,6 @@ class Source:
     """A start image prepared for a model.
 
     Attributes:
-        given: What the call gave.
         pipeline: diffusers' pipeline for the task, with the same components.
         strength: The share of the steps that are run.
         rounds_up: Whether their number is rounded up.
@@ -199,9 +194,6 @@ class Source:
         """Prepares an image with diffusers' processors.
 
         Args:
-            given: What the call gave.
-            pipeline: diffusers' pipeline for the task.
-            strength: The share of the steps that are run.
             size: Width and height of what is worked on, in pixels.
             rounds_up: Whether the number of steps is rounded up.
 

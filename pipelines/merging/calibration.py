@@ -21,7 +21,6 @@ def prompt_of(file: LoraFile, called: str = "") -> str:
     """A prompt for a LoRA from its trigger and class word.
 
     Args:
-        file: The file.
         called: What messages call it; its name by default.
 
     Raises:
@@ -49,8 +48,6 @@ def calibrate(
     Args:
         pipe: A pipeline of diffusers; it is left as it was found.
         layers: By layer of it, the change by every LoRA.
-        prompts: Prompts of the images, one for each LoRA.
-        steps: Denoising steps of each image.
         seed: Of the start noise, the same for all.
         on_progress: Called with the finished fraction.
 
@@ -79,14 +76,7 @@ def calibrate(
 
 @contextmanager
 def _measured(layer: nn.Module, changes: Sequence[LoraFactors], acting: int, moments: Tensor) -> Iterator[None]:
-    """Adds the change of one LoRA to the output of a layer, and averages the outer products of (A x) in the moments.
-
-    Args:
-        layer: The layer.
-        changes: Its changes by all LoRAs.
-        acting: Index of the LoRA that acts.
-        moments: Shape: [sum of ranks, sum of ranks], zeros.
-    """
+    """Lets one LoRA act on a layer, and puts the mean outer products of (A x) in `moments`, zeros before."""
     base = base_layer(layer)
     weight = base.get_parameter("weight")
     place = {"device": weight.device, "dtype": weight.dtype}

@@ -20,8 +20,6 @@ def side_by_side(
     """By layer, the change by every LoRA, with its weight; rank 0 where it does not change the layer.
 
     Args:
-        loras: Factors by layer.
-        weights: Factor on each LoRA.
         called: What messages call each.
 
     Raises:

@@ -20,9 +20,7 @@ def expressed(
 
     Args:
         pipe: Has the models, with their weights.
-        lora: Factors by layer.
         called: What messages call the LoRA.
-        max_rank: The rank.
 
     Raises:
         LoraError: If the weights are not there.

@@ -136,7 +136,6 @@ def choose_method(
     alone get token masks if all were trained with them.
 
     Args:
-        concepts: Concepts of the call.
         prompts: Prompts of the call; None with `prompt_embeds`.
         concept_sets: The concept set of each prompt; None means all concepts for every prompt.
         region_attention: Whether the model supports region attention, which lora-composer needs.

@@ -26,7 +26,6 @@ class ComposedRegions:
     """The process that denoises given regions, without updates of the latents.
 
     Attributes:
-        session: Concept set, prompts and denoiser.
         text: Text 0, of the canvas.
         whole: The pass of the whole canvas.
         parts: The canvases on which regions are denoised apart; None if they are not.
@@ -68,9 +67,7 @@ def compose_regions(
     """The process for given regions.
 
     Args:
-        session: The call.
         regions: On all grids.
-        texts: The texts of background and regions.
         isolate: Whether the cells of a region see no other region in self-attention.
         apart: In this fraction of the steps, from the first, every region is denoised on a canvas of its own.
         apart_side: Least side of those canvases, as a fraction of the model's native resolution.

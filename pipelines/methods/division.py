@@ -24,7 +24,6 @@ def divided(
 
     Args:
         maps: Attention to each subject. Shape: [subjects, map grid height, width].
-        subjects: The subjects.
         given: The region of each subject on the latent grid; empty where none is given. Shape: [height, width] each.
         divide: Divides the free cells, given centres and 1 where a cell is free.
         threshold: As for `centres_of`.

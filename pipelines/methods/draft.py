@@ -176,15 +176,7 @@ def _biases(session: Session, text: Conditioning, shares: Mapping[int, Tensor], 
 
 
 def _by_level(session: Session, masks: Tensor) -> Mapping[int, Tensor]:
-    """The share of each concept in each cell; a style has all of them.
-
-    Args:
-        session: The call.
-        masks: Of the subjects. Shape: [images, subjects, height, width] on the latent grid.
-
-    Returns:
-        By level. Shape: [images, cells, concepts].
-    """
+    """By level, the share of each concept in each cell, [images, cells, concepts]; a style has all of them."""
     concepts, canvas = session.concepts, session.canvas
     every = torch.ones(len(masks), len(concepts.loaded), *masks.shape[2:])
     every[:, list(concepts.subjects)] = masks
@@ -242,13 +234,9 @@ class Drafting:
     """The process of a draft for one call.
 
     Attributes:
-        settings: The settings.
-        session: The call.
-        draft: The pass of the draft.
         words: Weight of every token in the map of each subject. Shape: [images, tokens, subjects].
         restart: How the image is denoised.
         masks: The masks of all concepts on the map grid. Shape: [images, concepts, height, width], bool.
-        processes: The processes that denoise the images.
     """
 
     settings: Draft

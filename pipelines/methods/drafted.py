@@ -26,9 +26,6 @@ def drafted_maps(
     The last of them stops after the last layer that is recorded.
 
     Args:
-        session: The call.
-        latents: The start noise.
-        first: The first step.
         prepared: The pass of every step.
         request: The maps of conditional rows.
         length: Fraction of the steps, at least one step; above 1 a number of steps.

@@ -125,8 +125,6 @@ class Fusing:
     """The process of FreeFuse for one call.
 
     Attributes:
-        settings: The settings.
-        session: The call.
         base: The pass without LoRAs of subjects.
         phrases: 1 at the trigger and class word of each subject. Shape: [images, tokens, subjects].
         words: 1 at the tokens that show where it is. The same shape.

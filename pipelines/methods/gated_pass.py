@@ -30,8 +30,6 @@ def gated_pass(
     """A pass in which LoRAs act under masks.
 
     Args:
-        session: The call.
-        texts: The texts of the regions.
         masks: By level, the share of each concept in each cell, the same for all images or by image. Shape: [(images,)
             cells, concepts].
         everywhere: True for concepts that act on the whole canvas.

@@ -195,8 +195,6 @@ class Composing:
     never.
 
     Attributes:
-        settings: The settings.
-        session: Concept set, prompts and denoiser.
         composed: Denoises the regions.
         targets: Regions and tokens of the losses, one for each region.
         refining: True for images that still need updates, on the CPU; None before the first step. Shape: [images].

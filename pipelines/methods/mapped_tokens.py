@@ -49,8 +49,6 @@ def map_tokens(session: Session, branches: Sequence[Branch], mask_words: Mapping
     """A map for every token that names a concept.
 
     Args:
-        session: Concept set, prompts and denoiser.
-        branches: All branches.
         mask_words: By name of a concept, the words in its own branch that make its mask, instead of those that name it.
 
     Raises:

@@ -28,9 +28,7 @@ def region_gates(
     equal parts, and the output of each region query is projected with the LoRA of its text.
 
     Args:
-        session: Concept set, prompts and denoiser.
         texts: Text 0 for the background, text 1 + n for region n.
-        regions: On all grids.
         rows: Where LoRAs act under guidance.
         inject: Where they act in their regions.
     """

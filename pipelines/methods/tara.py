@@ -83,7 +83,6 @@ def token_mask(text: Conditioning, unmasked: Sequence[int], *, broadcast: bool) 
     """The masks m_i: 1 at the tokens of each concept's trigger.
 
     Args:
-        text: The text of all rows.
         unmasked: Concepts without a mask.
         broadcast: Whether unconditional rows get the masks of conditional rows instead of zeros.
 

@@ -37,7 +37,6 @@ def targets_of(session: Session, regions: Regions, prompts: Sequence[Sequence[st
     """The target of each region.
 
     Args:
-        session: Concept set, prompts and denoiser.
         regions: On all grids.
         prompts: The text of each region, by prompt.
 

@@ -16,10 +16,7 @@ class Canvas:
     Attributes:
         image_size: Height and width in pixels.
         latent_grid: Height and width of the latents.
-        prompts: How many prompts there are.
         images_per_prompt: How many images each prompt gets.
-        device: Where the model runs.
-        backbone: The backbone, which has the grids.
         painted: For inpainting: 1 at latent cells that are repainted, on the CPU. Shape: [height, width]; None means
             all.
     """
@@ -68,7 +65,6 @@ class Step:
     Attributes:
         index: Number of the pass, from 0.
         count: Number of passes.
-        t: The timestep.
         cfg_scale: Classifier-free guidance of the call at this point; 1 or less is none.
         second_order: Whether the scheduler returns to the latents of the previous pass, as in Heun's second pass.
             Updates of the latents before such a pass would be lost.

@@ -68,7 +68,6 @@ def open_image(path: str | Path, what: str) -> Image.Image:
     """Opens an image file, upright as `upright_image`.
 
     Args:
-        path: The file.
         what: "image" or "mask".
 
     Raises:
@@ -131,8 +130,6 @@ def in_pixels(box: Sequence[float], width: int, height: int) -> Box:
     Args:
         box: Left, top, right, bottom: pixels, or, where all are at most 1 and one of them is a float, fractions of
             width and height.
-        width: Width of the image.
-        height: Height of the image.
 
     Raises:
         ValueError: For boxes that are empty or leave the image.

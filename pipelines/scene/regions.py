@@ -56,7 +56,6 @@ def region_mask(region: BoxOrMask | None, image_size: Grid, grid: Grid, *, sharp
     Args:
         region: A box, or the path of a mask.
         image_size: Height and width of the canvas in pixels.
-        grid: The grid wanted.
         sharp: Whether each pixel of a mask is inside or outside, split at half of the maximum; otherwise greys count in
             part.
 
@@ -146,7 +145,6 @@ class Regions:
         """A part of the canvas around a region that can be halved as often as the whole.
 
         Args:
-            region: Which one.
             side: Cells of the latents that each side has at least, if the canvas has them.
         """
         grain = 2 ** max(self.cells)

@@ -179,8 +179,6 @@ def check_sane(weight: Weight | None, blocks: Mapping[str, float] | None, files:
     """Refuses weights that are probably none: a box, or a slip of the decimal point.
 
     Args:
-        weight: A checked weight.
-        blocks: Checked factors on blocks.
         files: Weights of merged files.
 
     Raises:

@@ -9,11 +9,7 @@ from lora_compose.pipelines.support.spelling import did_you_mean
 
 
 class FieldError(ValueError):
-    """Fields that do not fit a `Concept`, `Scene` or `Run`.
-
-    Attributes:
-        messages: Messages, one for each field.
-    """
+    """Fields that do not fit a `Concept`, `Scene` or `Run`."""
 
     def __init__(self, kind: type[BaseModel], error: ValidationError) -> None:
         self.messages = tuple(field_messages(kind, error))
@@ -21,12 +17,7 @@ class FieldError(ValueError):
 
 
 def field_messages(kind: type[BaseModel], error: ValidationError) -> list[str]:
-    """A line for every wrong field: where, what was expected, what was found.
-
-    Args:
-        kind: The validated model.
-        error: The error.
-    """
+    """A line for every wrong field: where, what was expected, what was found."""
     return [f"{_place(found['loc'])}{_message(kind, found)}" for found in error.errors(include_url=False)]
 
 

@@ -222,8 +222,6 @@ class TokenMasks:
         """Finds triggers and class words; concepts without a trigger have an empty mask.
 
         Args:
-            tokenizer: The tokenizer.
-            prompts: The texts.
             concepts: Concepts whose words are looked for.
             names: Only these concepts are looked for; None means all.
             optional: Concepts whose trigger may be missing.

@@ -124,7 +124,6 @@ def refuse_weights(texts: Iterable[str], why: str | None = None) -> None:
     """Raises ValueError if a text has weights.
 
     Args:
-        texts: The texts.
         why: The reason; None is a model of which only plain texts are read.
     """
     wrong = next(filter(has_weights, texts), None)

@@ -66,10 +66,6 @@ class PromptEncoder:
     """Encodes all prompts of a call, with the text-encoder LoRAs of all its concepts; equal texts are encoded once.
 
     Attributes:
-        concepts: All concepts of the call.
-        components: The pipeline's components by name.
-        encode: The pipeline's text encoders.
-        canvas: Sizes of the call.
         steps: Number of steps, for the mean of weight schedules.
         banks: Keeps the LoRAs of text encoders between calls.
     """
@@ -142,11 +138,8 @@ class Prompts:
     Attributes:
         texts: The prompts; None if the call was given embeddings.
         token_masks: Positions of the words of the set's concepts in the prompts.
-        concepts: The concept set.
         encoder: Encodes all prompts of the call.
-        finder: Finds words in prompts.
         indices: Indices of these prompts among those of the call.
-        canvas: Sizes of the call.
     """
 
     texts: tuple[str, ...] | None

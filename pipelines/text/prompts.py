@@ -33,7 +33,6 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
 
     Args:
         concept: The concept; if it has a prompt of its own, that is the result.
-        prompt: The scene's prompt.
         concepts: All concepts that the prompt may name.
 
     Raises:

@@ -49,10 +49,6 @@ def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
     A concept is named by its trigger. Where several share a trigger, the class word that follows it decides. A concept
     whose class word no other has is named by that word alone, where it stands once and belongs to no trigger.
 
-    Args:
-        prompt: The text.
-        known: Concepts by name.
-
     Raises:
         ValueError: If a trigger means several concepts, or the prompt names none.
     """

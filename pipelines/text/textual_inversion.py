@@ -49,7 +49,6 @@ class TextualInversions:
     """The words bundled with the LoRA files of a call, and their vectors.
 
     Attributes:
-        words: All of them.
         tokenizers: By component name; with words, copies that have tokens for them.
         vectors: By text encoder, in the order of the tokens. Shape: [layers, tokens, width].
         layers: Number of layers that read a text of their own; 1 if all read the same.
@@ -117,7 +116,6 @@ class TextualInversions:
 
         Args:
             pipe: The pipeline whose tokenizers and text encoders it uses.
-            encode: The encoder.
         """
         if not self.vectors:
             return encode
