@@ -85,7 +85,7 @@ class LoraFactors:
         return self.delta_on(self.down.device)
 
     def delta_on(self, device: torch.device) -> Tensor:
-        """As `delta`, on a device."""
+        """The change that `delta` gives, on a device."""
         down, up = to_device(self.down, device).float(), to_device(self.up, device).float()
         product = (self.scale * up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
         return product if self.left is None else torch.kron(to_device(self.left, device).float(), product)
@@ -182,7 +182,7 @@ class BankLayer(nn.Module):
         found: Its `forward` as found, if this one acts on that; None if it stands in the layer's place.
         key: What the thin products ask of gates.
         stack: Factors before the gate, beside those of layers with the same input; None if the layer has its own.
-        rows: Which of them are of this layer.
+        rows: The slice of the stack that is of this layer.
         up: All concepts' factors after the gate. Shape: [outputs, sum of ranks, ...].
         keys: All that it asks of gates, Kronecker products included.
         products: Changes that are Kronecker products, by concept.
@@ -261,7 +261,7 @@ class BankLayer(nn.Module):
         return Part(self.down.narrow(0, start, rank), self.up.narrow(1, start, rank), transform=own)
 
     def only(self, concepts: Collection[int]) -> "BankLayer":
-        """The same with the factors of some of its concepts alone."""
+        """A layer with the factors of some of these concepts alone."""
         parts = {index: self.part(index) for index in sorted(self.concepts & set(concepts))}
         return BankLayer(parts, self.key.site, len(self.key.ranks), self._state)
 
@@ -277,7 +277,7 @@ class BankLayer(nn.Module):
 
     @property
     def gates(self) -> Mapping[GateKey, Tensor]:
-        """Those of the current pass."""
+        """The gates of the current pass."""
         return self._state.inputs.gates
 
     def base(self, x: Tensor) -> Tensor:

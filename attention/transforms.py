@@ -283,7 +283,7 @@ class Transforms(nn.Module):
         self.in_the_input = pointwise and not self._outputs
 
     def one(self, index: int) -> Applied | None:
-        """That of one concept, without copying it; None if it has none."""
+        """The transform of one concept, without copying it; None if it has none."""
         if index not in self._places:
             return None
         number, row = self._places[index]

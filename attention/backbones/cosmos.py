@@ -114,31 +114,10 @@ class CrossKernel(JointKernel):
         if self.site.reads_text and inputs.texts is not None and inputs.texts.dim() == 4:
             count = len(inputs.texts)
             key, value = (x.unflatten(2, (count, -1)).permute(2, 0, 1, 3, 4) for x in (key, value))
-        bias = self._bias
-        self._take(query, key, bias)
-        kernel = self._kernel(options)
-        if inputs.regions is None:
-            out = kernel(query, key, value, bias)
-        elif self.site.reads_text:
-            out = inputs.regions.cross(kernel, level, query, key, value, bias)
-        else:
-            out = inputs.regions.self_attention(kernel, level, query, key, value)
+        out = self.state.attend(
+            self._kernel(options), self.layer, level, query, key, value, query.shape[-1] ** -0.5, self.site.reads_text
+        )
         return out.transpose(1, 2)
-
-    @property
-    def _bias(self) -> Tensor | None:
-        inputs = self.state.inputs
-        if not self.site.reads_text:
-            return None
-        bias, end = (inputs.text_bias or {}).get(self.site.level), inputs.text_end
-        return end if bias is None else bias if end is None else bias + end
-
-    def _take(self, query: Tensor, key: Tensor, bias: Tensor | None) -> None:
-        regions = self.state.inputs.regions
-        for recorder in self.state.recorders:
-            isolated = regions is not None and regions.isolate and self.layer in recorder.self_layers
-            allowed = regions.partitions[self.site.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
-            recorder.take(self.layer, query, key, query.shape[-1] ** -0.5, allowed, bias=bias)
 
     def _kernel(self, options: Mapping[str, Any]) -> Kernel:
         def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:

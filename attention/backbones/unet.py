@@ -324,8 +324,10 @@ class ComposeAttnProcessor:
         given = encoder_hidden_states
         text, images = given if isinstance(given, tuple) else (given, ())
         query, key, value = (_split_heads(x, attn.heads) for x in self._projected(attn, hidden_states, text))
-        self._record(query, key, attn.scale)
-        hidden_states = self._attend(query, key, value)
+        layer = self._layer
+        hidden_states = self._state.attend(
+            self._kernel, layer.name, layer.level, query, key, value, attn.scale, layer.cross
+        )
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
         if self._images is not None:
             regions = self._state.inputs.regions
@@ -343,29 +345,6 @@ class ComposeAttnProcessor:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        regions = self._state.inputs.regions
-        if regions is None:
-            return self._kernel(query, key, value, self._bias)
-        if self._layer.cross:
-            return regions.cross(self._kernel, self._layer.level, query, key, value, self._bias)
-        return regions.self_attention(self._kernel, self._layer.level, query, key, value)
-
-    def _record(self, query: Tensor, key: Tensor, scale: float) -> None:
-        regions, name = self._state.inputs.regions, self._layer.name
-        for recorder in self._state.recorders:
-            isolated = regions is not None and regions.isolate and name in recorder.self_layers
-            allowed = regions.partitions[self._layer.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
-            recorder.take(name, query, key, scale, allowed, bias=self._bias)
-
-    @property
-    def _bias(self) -> Tensor | None:
-        inputs = self._state.inputs
-        if not self._layer.cross:
-            return None
-        bias, end = (inputs.text_bias or {}).get(self._layer.level), inputs.text_end
-        return end if bias is None else bias if end is None else bias + end
 
     def _projected(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> Sequence[Tensor]:
         """Queries, keys and values."""

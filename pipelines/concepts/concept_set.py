@@ -41,7 +41,7 @@ class LoadedConcept:
 
     @property
     def lora(self) -> Lora:
-        """Its factors for the model, with the factors on blocks applied."""
+        """The LoRA's factors for the model, with the factors on blocks applied."""
         return in_blocks(self.factors.model, self.concept.blocks)
 
     def handle(self, part: Part) -> Handle:

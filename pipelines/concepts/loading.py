@@ -62,7 +62,7 @@ class Factors:
 
     @property
     def by_part(self) -> Mapping[Part, Lora]:
-        """All of them by component name."""
+        """The factors of all parts by component name."""
         return {self.part: self.model, **self.text_encoders}
 
     @property
@@ -123,7 +123,7 @@ def match(
 
 
 def assign(file: LoraFile, grouped: Layers, pipe: object) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
-    """Which layer of a pipeline's models each layer of a file means.
+    """Finds the layer of a pipeline's models that each layer of a file means.
 
     Returns:
         By part, the file's layers by the name of the model's layer; and the keys that match none.

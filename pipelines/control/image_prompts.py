@@ -53,7 +53,7 @@ class PreparedImagePrompts:
         return self.masks is None and all(len(one) == 1 for one in self.positive)
 
     def of_images(self, images: Sequence[int]) -> "PreparedImagePrompts":
-        """The same for some images of the batch."""
+        """The image prompts of some images of the batch."""
         positive, negative = (
             [one if len(one) == 1 else one[images] for one in given] for given in (self.positive, self.negative)
         )

@@ -29,14 +29,14 @@ class View:
     image: int | None = None
 
     def of_cells(self, cells: Tensor, level: int) -> Tensor:
-        """That part of a grid. Shape: [images or 1, channels, height, width]."""
+        """The part of a grid that the view shows. Shape: [images or 1, channels, height, width]."""
         rows, columns = (slice(None), slice(None)) if self.window is None else self.window
         if self.window is not None:
             rows, columns = coarser(rows, level), coarser(columns, level)
         return self.of_images(cells)[..., rows, columns]
 
     def of_pixels(self, pixels: Tensor, scale: int) -> Tensor:
-        """That part of control images, with `scale` pixels per latent cell and side."""
+        """The part of control images that the view shows, with `scale` pixels per latent cell and side."""
         if self.window is None:
             return self.of_images(pixels)
         rows, columns = (slice(part.start * scale, part.stop * scale) for part in self.window)
@@ -70,7 +70,7 @@ class PreparedControlNet:
         return self.control.acts(step, steps)
 
     def of_images(self, images: Sequence[int]) -> "PreparedControlNet":
-        """The same for some of the images."""
+        """The control of some images of the batch."""
         return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images))
 
     def read_by(self, text: Conditioning) -> Selection:
@@ -79,7 +79,7 @@ class PreparedControlNet:
         return text.roles.conditional if model.config.global_pool_conditions else slice(None)
 
     def residuals(self, latents: Tensor, t: Tensor, text: Conditioning, view: View) -> list[Tensor]:
-        """What it adds to the skip connections and, last, to the middle. Shape: [rows, channels, height, width] each.
+        """Residuals for the skip connections and, last, to the middle. Shape: [rows, channels, height, width] each.
 
         Args:
             latents: As the UNet gets them. Shape: [rows, channels, height, width].
@@ -128,15 +128,15 @@ class PreparedAdapter:
         return self.control.acts(step, steps)
 
     def of_images(self, images: Sequence[int]) -> "PreparedAdapter":
-        """The same for some of the images."""
+        """The control of some images of the batch."""
         return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images), _read={})
 
     def residuals(self, rows: int, view: View) -> list[Tensor]:
-        """What it adds to the blocks of the UNet's first half. Shape: [rows, channels, height, width] each."""
+        """Residuals for the blocks of the UNet's first half. Shape: [rows, channels, height, width] each."""
         return [repeated(view.of_images(feature), rows) for feature in self.features(view.window)]
 
     def features(self, window: Window | None = None) -> list[Tensor]:
-        """Its features for a part of the canvas, scales included. Shape: [images, channels, height, width] each."""
+        """Features for a part of the canvas, scales included. Shape: [images, channels, height, width] each."""
         key = () if window is None else tuple(edge for part in window for edge in (part.start, part.stop))
         if key not in self._read:
             with torch.no_grad():

@@ -275,7 +275,7 @@ class Denoiser:
         return losses, gradient, output, maps
 
     def _in_turn(self, spec: Pass, wanted: _Differentiated) -> tuple[Tensor, Tensor, Tensor, AttentionMaps]:
-        """The same with one graph per micro-batch: first all maps without a graph, then each micro-batch again."""
+        """The gradient with one graph per micro-batch: first all maps without a graph, then each micro-batch again."""
         recorder = wanted.recorder
         with torch.no_grad():
             output = self._run(wanted.scaled, wanted.step, spec, wanted.batches, [recorder], whole=wanted.whole)

@@ -130,12 +130,12 @@ class NormLimited(ClassifierFree):
     until: float = 1.0
 
     def unguided(self, timesteps: Sequence[Tensor] | Tensor) -> Collection[int]:
-        """Those after `until`; timestep t lies at the share 1 - t / 1000."""
+        """The passes after `until`; timestep t lies at the share 1 - t / 1000."""
         shares = ((1000 - torch.stack([*timesteps]).float()) / 1000).tolist()  # compared in the precision of diffusers
         return frozenset(index for index, share in enumerate(shares) if share > self.until)
 
     def corrected(self, guided: Tensor, cond: Tensor) -> Tensor:
-        """The same with norms that are at most n times those of the conditional rows."""
+        """The prediction with norms that are at most n times those of the conditional rows."""
         if self.limit <= 0:
             return guided
         kept, found = (vector_norm(one, dim=(1, 2, 3), keepdim=True) for one in (cond, guided))

@@ -23,11 +23,11 @@ class ByImage:
     values: Tensor
 
     def of_images(self, images: Sequence[int]) -> Self:
-        """The same for some images of the batch."""
+        """The values of some images of the batch."""
         return self if len(self.values) == 1 else replace(self, values=self.values[images])
 
     def seen(self, view: View) -> Tensor:
-        """What a pass sees of it."""
+        """The values that a pass sees."""
         return view.of_images(self.values)
 
 
@@ -40,7 +40,7 @@ class OnGrid(ByImage):
     """
 
     def seen(self, view: View) -> Tensor:
-        """What a pass sees of it."""
+        """The values that a pass sees."""
         return view.of_cells(self.values, 0)
 
 

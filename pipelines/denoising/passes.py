@@ -74,7 +74,7 @@ class AttentionMaps:
         return cls(recorder.mean(), recorder.self_mean() if recorder.self_maps else None, recorder.output)
 
     def detached(self) -> "AttentionMaps":
-        """The same without a graph."""
+        """The maps without a graph."""
         cells, output = (None if one is None else one.detach() for one in (self.cells, self.output))
         return AttentionMaps(self.text.detach(), cells, output)
 

@@ -114,7 +114,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
-        """The same components in another pipeline of this class."""
+        """The components in another pipeline of this class."""
         made, dtype = cls.of_modular(pipeline), options.pop("dtype", None)
         refuse_unknown([*options], cls.from_pipe)
         return made if dtype in (None, made.dtype) else made.to(dtype)
@@ -144,7 +144,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     @property
     def guidance_scale(self) -> float:
-        """That of the call in progress, or the last one."""
+        """The scale of the call in progress, or of the last one."""
         return self._guidance_scale
 
     @property
@@ -198,10 +198,6 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
             token_positions: Refused, since there are no prompt embeddings to give.
             record_attention: Maps come from the last third of the blocks.
             image: Refused, as are the four arguments after it.
-            mask_image: Refused.
-            strength: Refused.
-            padding_mask_crop: Refused.
-            paste_original: Refused.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.

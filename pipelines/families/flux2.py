@@ -109,11 +109,8 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the double-stream blocks.
-            mask_image: White where the image is painted, or a box.
+            mask_image: As in `ComposeStableDiffusionPipeline.__call__`, as are the three arguments after the next.
             image_reference: A further image that inpainting reads; cannot be combined with concepts yet.
-            strength: The share of the steps that are run; None is diffusers' default.
-            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
-            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.

@@ -94,10 +94,6 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
             record_attention: Maps come from the last third of the blocks.
             image: Refused, as are the four arguments after it: diffusers has no image-to-image for this family.
-            mask_image: Refused.
-            strength: Refused.
-            padding_mask_crop: Refused.
-            paste_original: Refused.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.

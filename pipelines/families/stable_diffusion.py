@@ -116,13 +116,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Args:
-            concepts: Names of loaded concepts or adapters, or `Concept` objects, whose given fields override loaded
-                ones. None or empty: exactly what diffusers does. A list of such lists is a concept set per prompt.
-                "auto": those loaded and added ones that the prompt names.
-            method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
-            control: Control images for ControlNets and T2I-Adapters; only with concepts.
-            token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
-            record_attention: True, or the steps of which attention maps are returned.
+            concepts: As for `ComposePipeline.__call__`, as are the four arguments after it.
             image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
                 each prompt. Regions are in its coordinates.
             mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.

@@ -97,11 +97,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the layers.
-            image: What image-to-image and inpainting start from, as in the Stable Diffusion families.
-            mask_image: White where the image is painted, or a box.
-            strength: The share of the steps that are run; None is diffusers' default for the task.
-            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
-            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
+            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.

@@ -24,7 +24,7 @@ class Task(Protocol):
         ...
 
     def of_images(self, images: Sequence[int]) -> "Task":
-        """The same for some images of the batch, whose latents have started already."""
+        """The task of some images of the batch, whose latents have started already."""
         ...
 
 
@@ -47,7 +47,7 @@ class TextToImage:
         return latents
 
     def of_images(self, images: Sequence[int]) -> "TextToImage":
-        """The same: nothing of it is kept."""
+        """The task itself, which keeps nothing of an image."""
         return self
 
 
@@ -72,7 +72,7 @@ class ImageToImage:
         return latents
 
     def of_images(self, images: Sequence[int]) -> "ImageToImage":
-        """The same for some images of the batch."""
+        """The task of some images of the batch."""
         return replace(self, latents=self.latents[images])
 
 
@@ -111,7 +111,7 @@ class Inpainting(ImageToImage):
         return (1 - self.mask) * outside + self.mask * latents
 
     def of_images(self, images: Sequence[int]) -> "Inpainting":
-        """The same for some images of the batch."""
+        """The task of some images of the batch."""
         latents, mask, noise = (_of(one, images) for one in (self.latents, self.mask, self.noise))
         image = None if self.image is None else _of(self.image, images)
         return replace(self, latents=latents, mask=mask, image=image, noise=noise)

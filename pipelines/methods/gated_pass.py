@@ -14,7 +14,7 @@ from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.region_texts import GatedText
 
 TokenMask = Literal["tara", "all", "none"]
-"""Which LoRAs change keys and values of cross-attention only at their own trigger."""
+"""The LoRAs that change keys and values of cross-attention only at their own trigger."""
 
 
 def gated_pass(

@@ -54,7 +54,7 @@ class Canvas:
         return replace(self, device=device)
 
     def of_prompts(self, prompts: int) -> "Canvas":
-        """The same for another number of prompts."""
+        """The canvas of another number of prompts."""
         return replace(self, prompts=prompts)
 
 

@@ -80,7 +80,7 @@ unnecessary."""
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """Which cells lie in which regions, on all grids of a canvas or of a part of it.
+    """The cells that lie in each region, on all grids of a canvas or of a part of it.
 
     Attributes:
         indices: Indices of the concepts that have the regions.

@@ -72,5 +72,5 @@ class Rows:
         return Rows(self.each[rows] if isinstance(rows, slice) else tuple(self.each[row] for row in rows))
 
     def of_images(self, images: int) -> "Rows":
-        """The same branches for another number of images."""
+        """The branches for another number of images."""
         return Rows(tuple(Row(image, *branch) for branch in self.branches for image in range(images)))

@@ -63,7 +63,7 @@ Region = Annotated[Box, AfterValidator(_proper)]
 """A box in output pixels: left, top, right, bottom; right and bottom are outside."""
 
 Fractions = Annotated[tuple[float, float, float, float], AfterValidator(_proper)]
-"""The same in fractions of the image, 0 to 1; one of the numbers is a float."""
+"""A box in fractions of the image, 0 to 1; one of the numbers is a float."""
 
 MaskFile = Annotated[str, Field(pattern=r"(?i)(^data:image/png;base64,|\.(png|jpe?g|webp|bmp)$)")]
 """The path of a mask image (white = inside), or the image itself as a data URI."""

@@ -44,12 +44,12 @@ def files_of(lora: Lora) -> tuple[str, ...]:
 
 
 def moved_files(lora: Lora, move: Callable[[str], str]) -> Lora:
-    """The same with every file moved."""
+    """A LoRA with every file moved."""
     return with_files(lora, [*map(move, files_of(lora))])
 
 
 def with_files(lora: Lora, files: Sequence[str]) -> Lora:
-    """The same with other files, in the same order and of the same weights."""
+    """A LoRA with other files, in the same order and of the same weights."""
     if lora is None or isinstance(lora, str):
         return files[0] if files else lora
     each = zip(files, weighted(lora), strict=True)

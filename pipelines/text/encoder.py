@@ -49,10 +49,10 @@ Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
 """Encodes prompts and negative prompts with a pipeline's text encoders; None means the call's own."""
 
 FamilyEncoder = Callable[[Sequence[str] | None, Sequence[str] | None, torch.device], EncodedText]
-"""The same with the device to run on, which diffusers would otherwise search for in each call."""
+"""An encoder with the device to run on, which diffusers would otherwise search for in each call."""
 
 TextEncoder = Callable[[Tensor | None, Sequence[str] | None, Sequence[str] | None], EncodedText]
-"""The same with the weights of the LoRAs of the text encoders before."""
+"""An encoder with the weights of the LoRAs of the text encoders first."""
 
 Finder = Callable[
     [Sequence[Concept], Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks

@@ -1,4 +1,4 @@
-"""Which of many concepts a prompt names: by their triggers, or by class words that only one of them has.
+"""Finds the concepts that a prompt names: by their triggers, or by class words that only one of them has.
 
 Nothing is guessed: an ambiguous word is an error or a note, and a word spelled almost like a trigger is a note.
 """
