@@ -23,13 +23,7 @@ PASSING = "of this call alone"
 
 
 class BankKey(NamedTuple):
-    """What a bank was made of: values, so that a bank serves whoever asks for the same.
-
-    Attributes:
-        loras: A handle of each LoRA.
-        device: Where they are.
-        dtype: In which precision.
-    """
+    """What a bank was made of: values, so that a bank serves whoever asks for the same."""
 
     loras: tuple[Handle, ...]
     device: torch.device
@@ -41,8 +35,6 @@ class Bank:
     """The bank layers of some LoRAs; while they are not installed, they hold no part of a model.
 
     Attributes:
-        layers: By name.
-        state: What they read.
         exact: Stacked factors in fp32, to be added to weights, by name; of layers for which these were needed.
     """
 
@@ -143,7 +135,6 @@ class KeptBanks:
     """Where the bank of an installation may come from, and where it goes.
 
     Attributes:
-        cache: The banks.
         handles: One for each LoRA; equal ones stand for the same factors.
     """
 
@@ -166,10 +157,6 @@ def new_bank(
     """A bank made of factors that are on the device already, where there are some.
 
     Args:
-        loras: The factors of every concept for a model.
-        where: The site of every layer that may be adapted.
-        key: Where the bank is, and in which precision.
-        kept: Banks that may have the same factors.
         same_input: Names of layers that read the same input.
         modules: The modules of the model, whose weights transforms are made from.
 

@@ -78,10 +78,6 @@ class Claim:
     """A call's claim on its models.
 
     `end` belongs into two `finally`, one around the other, so that it is finished if Ctrl-C comes during the first.
-
-    Args:
-        models: The models.
-        kind: What the call does with them.
     """
 
     def __init__(self, models: Iterable[nn.Module], kind: Kind) -> None:

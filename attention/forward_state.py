@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_compose.attention.gates import GateKey
 from lora_compose.attention.joint_regions import JointRegions
+from lora_compose.attention.kernels import Kernel
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.sites import Grid
@@ -41,6 +42,11 @@ class LayerInputs:
     text_bias: Mapping[int, Tensor] | None = None
     text_end: Tensor | None = None
 
+    def bias(self, level: int) -> Tensor | None:
+        """The numbers added to the scores of cross-attention on a level; None if there are none."""
+        bias, end = (self.text_bias or {}).get(level), self.text_end
+        return end if bias is None else bias if end is None else bias + end
+
 
 @dataclass
 class ForwardState:
@@ -50,9 +56,34 @@ class ForwardState:
     forward again during backward.
 
     Attributes:
-        inputs: Gates, texts and regions of the pass.
         recorders: Recorders of attention maps; empty if none are wanted.
     """
 
     inputs: LayerInputs = field(default_factory=LayerInputs)
     recorders: Sequence[Recorder] = ()
+
+    def attend(
+        self,
+        kernel: Kernel,
+        layer: str,
+        level: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        cross: bool,
+    ) -> Tensor:
+        """Attention of a layer of its own for self- or cross-attention: recorded, by region, with the bias of the text.
+
+        Shapes as for `Kernel`; keys and values of cross-attention have texts before rows, if there are several.
+        """
+        regions, bias = self.inputs.regions, self.inputs.bias(level) if cross else None
+        for recorder in self.recorders:
+            isolated = regions is not None and regions.isolate and layer in recorder.self_layers
+            allowed = regions.partitions[level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
+            recorder.take(layer, query, key, scale, allowed, bias=bias)
+        if regions is None:
+            return kernel(query, key, value, bias)
+        if cross:
+            return regions.cross(kernel, level, query, key, value, bias)
+        return regions.self_attention(kernel, level, query, key, value)

@@ -60,7 +60,6 @@ class Gates:
 
         Args:
             columns: The new index of each concept.
-            concepts: Size of the larger set.
         """
         return self._each(lambda gate: scatter_concepts(gate, columns, concepts))
 
@@ -86,7 +85,6 @@ class Gates:
         """The factor on x A^T, the input projected to the ranks of all concepts, in one kind of layer.
 
         Args:
-            key: The kind of layer.
             lengths: Tokens of the text by row, for layers with text and image in one sequence.
 
         Returns:
@@ -171,7 +169,6 @@ def scatter_concepts(values: Tensor, columns: Sequence[int], concepts: int) -> T
     Args:
         values: Shape: [..., concepts of the small set].
         columns: The new index of each concept.
-        concepts: Size of the larger set.
 
     Returns:
         Shape: [..., concepts].

@@ -1,4 +1,4 @@
-"""Which weights the graph of a forward pass with gradients may hold."""
+"""The weights that the graph of a forward pass with gradients may hold."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

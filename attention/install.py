@@ -26,7 +26,6 @@ class Installation:
 
     Attributes:
         bank: The bank layers in place, by name. Fully folded layers are removed from it.
-        state: What the current pass needs.
     """
 
     def __init__(
@@ -61,13 +60,10 @@ class Installation:
         """Makes the inputs of the layers for one pass. They serve every step, until `fold` is called.
 
         Args:
-            gates: How strongly each concept acts where.
             text: The text of the pass. Shape: [rows, tokens, channels], or [texts, rows, tokens, channels] with regions
                 that read different texts; layers * channels if each cross-attention layer has a text of its own.
-            regions: Region attention of cross- and self-attention layers.
             text_kv: Keys and values to share with another pass that has the same text and the same text gates.
             lengths: Number of tokens in each row, if rows have fewer than `text`.
-            joint_regions: Region attention for text and image in one sequence.
             text_bias: Added to the scores of cross-attention without regions, by level. Shape: [rows, cells, tokens].
         """
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
@@ -90,7 +86,6 @@ class Installation:
         """Sets what the next pass needs; it stays until it is set again.
 
         Args:
-            inputs: What `inputs` has made.
             recorders: Record the attention maps of the next pass; earlier maps are cleared. They record nothing in a
                 second pass unless `use` is called again.
         """
@@ -218,14 +213,9 @@ def installed_layers(
     Everything is checked before the first change, and every change is undone, also after an exception or Ctrl-C.
 
     Args:
-        model: The model.
         loras: The factors of every concept for this model; empty for a concept that does not change it.
-        where: The site of every layer that may be adapted.
-        device: Where the model runs.
-        dtype: The precision in which it runs.
         silence: Names of PEFT adapters to switch off, because they take part as concepts.
         kept: Banks of earlier installations, of which one that fits is used, and which gets this one afterwards.
-        how: In place of modules, or on their `forward`.
 
     Raises:
         ValueError: For layers that the model does not have or whose shape differs, and for another `how`.

@@ -100,7 +100,6 @@ class JointRegions:
         """Groups the positions of a model's sequences.
 
         Args:
-            site: How text and image lie in its joint sequence.
             membership: True where a region covers a cell. Shape: [cells, regions], on the CPU.
             lengths: Tokens of text 0, and of the text of each region.
             unconditional: True for unconditional rows, by row.
@@ -108,7 +107,6 @@ class JointRegions:
             hidden: True at padding inside the texts. Shape: [rows, tokens].
             references: True where a region covers a cell of a reference image, of all that the site has, in order; None
                 means that each has the size and the regions of the image. Shape: [cells of references, regions].
-            device: Where attention runs.
         """
         text = [Kind("text", frozenset({n})) for n, length in enumerate(lengths) for _ in range(length)]
         text += [Kind("text", frozenset({0}))] * (site.padded(len(text)) - len(text))
@@ -148,11 +146,6 @@ class JointRegions:
         """Attention of one layer. Shapes: [rows, positions, heads, channels].
 
         Args:
-            attend: Computes attention.
-            parts: Those of the layer's sequence.
-            query: Of all positions.
-            key: Of all positions.
-            value: Of all positions.
             mask: True where keys are seen, or numbers that are added to the scores; None means that all are seen.
                 Shape: [rows or 1, 1, positions or 1, positions].
         """

@@ -63,8 +63,6 @@ class LoraFactors:
         """The factors where and as the model runs; the scale is in `up`, multiplied in fp32.
 
         Args:
-            device: Where the model runs.
-            dtype: In which precision.
             layer: The layer; needed by a transform.
 
         Raises:
@@ -87,7 +85,7 @@ class LoraFactors:
         return self.delta_on(self.down.device)
 
     def delta_on(self, device: torch.device) -> Tensor:
-        """As `delta`, on a device."""
+        """The change that `delta` gives, on a device."""
         down, up = to_device(self.down, device).float(), to_device(self.up, device).float()
         product = (self.scale * up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
         return product if self.left is None else torch.kron(to_device(self.left, device).float(), product)
@@ -109,9 +107,7 @@ class Part(NamedTuple):
     """The factors of one concept in one layer, as they are in the model.
 
     Attributes:
-        down: As in `LoraFactors`.
         up: The same, with the scale.
-        left: As in `LoraFactors`.
         transform: As in `LoraFactors`, made for the layer; the factors have it, but those of a Kronecker product.
     """
 
@@ -127,10 +123,6 @@ Lora = Mapping[str, LoraFactors]
 
 class Kronecker(nn.Module):
     """The change of one concept that is a Kronecker product.
-
-    Args:
-        part: Its factors.
-        key: Asks for the gate of this concept alone.
 
     Attributes:
         down: Shape: [rank, inner inputs].
@@ -182,9 +174,7 @@ class BankLayer(nn.Module):
 
     Args:
         parts: The factors of each concept that changes this layer, by its index (`LoraFactors.parts`).
-        site: Input and grid of the layer.
         concepts: How many concepts there are in all.
-        state: Holds the gates of the current pass.
 
     Attributes:
         layer: The layer as found, while concepts are installed: linear, convolution, or a PEFT layer around one of
@@ -192,13 +182,11 @@ class BankLayer(nn.Module):
         found: Its `forward` as found, if this one acts on that; None if it stands in the layer's place.
         key: What the thin products ask of gates.
         stack: Factors before the gate, beside those of layers with the same input; None if the layer has its own.
-        rows: Which of them are of this layer.
+        rows: The slice of the stack that is of this layer.
         up: All concepts' factors after the gate. Shape: [outputs, sum of ranks, ...].
         keys: All that it asks of gates, Kronecker products included.
-        concepts: The concepts that change this layer.
         products: Changes that are Kronecker products, by concept.
         transforms: What concepts do with the layer's own weight; None without any.
-        weight_shape: The shape of the weight that it can change.
     """
 
     layer: nn.Module
@@ -243,7 +231,6 @@ class BankLayer(nn.Module):
         """Takes a layer as its child, and its mode. Without `nn.Module.__setattr__`, which costs more than the rest.
 
         Args:
-            layer: The layer.
             found: The layer's `forward`, if this one acts on that.
         """
         self._modules["layer"] = layer
@@ -274,7 +261,7 @@ class BankLayer(nn.Module):
         return Part(self.down.narrow(0, start, rank), self.up.narrow(1, start, rank), transform=own)
 
     def only(self, concepts: Collection[int]) -> "BankLayer":
-        """The same with the factors of some of its concepts alone."""
+        """A layer with the factors of some of these concepts alone."""
         parts = {index: self.part(index) for index in sorted(self.concepts & set(concepts))}
         return BankLayer(parts, self.key.site, len(self.key.ranks), self._state)
 
@@ -290,7 +277,7 @@ class BankLayer(nn.Module):
 
     @property
     def gates(self) -> Mapping[GateKey, Tensor]:
-        """Those of the current pass."""
+        """The gates of the current pass."""
         return self._state.inputs.gates
 
     def base(self, x: Tensor) -> Tensor:
@@ -312,7 +299,6 @@ class BankLayer(nn.Module):
 
         Args:
             out: The output, which may be changed in place.
-            x: The input.
 
         Raises:
             KeyError: As `forward`.

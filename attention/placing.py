@@ -23,14 +23,7 @@ def check_how(how: How) -> None:
 
 
 def put_in(modules: Mapping[str, nn.Module], layers: Mapping[str, BankLayer], undo: Journal, how: How) -> None:
-    """Lets bank layers act on the modules of the same names.
-
-    Args:
-        modules: All modules of a model, by name.
-        layers: The bank layers.
-        undo: Takes them out.
-        how: In place of modules, or on their `forward`.
-    """
+    """Lets bank layers act on the modules of the same names."""
     if how == "forward":
         swaps = [(SwappedForward(modules[name], layer), layer, modules[name]) for name, layer in layers.items()]
         undo.callback(_take_off, swaps)

@@ -60,7 +60,6 @@ class Recorder:
         """Records a layer if it was asked for.
 
         Args:
-            layer: Its name.
             query: Shape: [rows, heads, cells, channels].
             key: Shape: [(texts,) rows, heads, tokens or cells, channels].
             scale: Factor on the logits.

@@ -76,7 +76,6 @@ class Partition:
 
     Attributes:
         groups: Every cell is in one of them.
-        queries: Queries of cross-attention.
     """
 
     groups: Sequence[Group]
@@ -92,7 +91,6 @@ class Partition:
 
         Args:
             membership: True where a region covers a cell. Shape: [cells, regions], on the CPU.
-            device: Where attention runs.
         """
         kinds, kind_of = membership.unique(dim=0, return_inverse=True)
         background = ~membership.any(dim=1)
@@ -142,8 +140,6 @@ class RegionAttention:
         """Cross-attention of all region queries.
 
         Args:
-            kernel: Computes attention.
-            level: The level of the layer.
             query: Shape: [rows, heads, cells, channels].
             keys: Shape: [texts, rows, heads, tokens, channels].
             values: The same shape.

@@ -59,7 +59,7 @@ class Site:
         )  # fmt: skip
 
     def with_parts(self, *parts: SitePart) -> "Site":
-        """The same with other parts."""
+        """A site of the same layer with other parts."""
         options: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "parts"}
         return Site(*parts, **options)
 
@@ -82,5 +82,5 @@ def grid_at(latent_grid: Grid, level: int) -> Grid:
 
 
 def coarser(cells: slice, level: int) -> slice:
-    """The same interval after `level` halvings, its end rounded up."""
+    """The interval after `level` halvings, its end rounded up."""
     return slice(cells.start >> level, -(-cells.stop >> level))

@@ -12,10 +12,6 @@ class SwappedForward:
     Other programs swap this attribute too, and not always in the reverse order. So nothing is put back over what
     another has put there since; if that still calls this one, it passes calls on.
 
-    Args:
-        module: The module.
-        layer: The bank layer that acts on it.
-
     Attributes:
         layer: The bank layer; None once it has been taken off.
         found: The `forward` that was there: the class's own, a PEFT layer's, or that of an offloading hook.

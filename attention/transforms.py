@@ -91,7 +91,6 @@ class Applied(NamedTuple):
 
     Attributes:
         change: T - 1: its diagonal, or its blocks.
-        by_input: As in the transform.
         bias: The layer's bias, which T leaves alone.
         of: The weight from which T was made.
     """
@@ -138,10 +137,8 @@ def applied(transform: Transform, delta: Tensor, layer: nn.Module, dtype: torch.
     """T for a layer: its diagonal, or its blocks, in fp32; and what the layer's outputs take of it.
 
     Args:
-        transform: The transform.
         delta: D in fp32, where the model runs.
         layer: A linear layer or a convolution, without adapters.
-        dtype: The precision in which the model runs.
 
     Raises:
         ValueError: If the weight is not to be had, or would be multiplied by too much.
@@ -220,7 +217,6 @@ class Side(nn.Module):
 
     Args:
         changes: T - 1 of each concept, in the order of the concepts.
-        key: Asks for their gates.
 
     Attributes:
         change: Shape: [concepts, size], or [blocks, size, size] for the blocks of one.
@@ -256,14 +252,9 @@ class Transforms(nn.Module):
     """The transforms of all concepts in one layer.
 
     Args:
-        found: By concept.
-        site: Stream and grid of the layer.
-        convolution: Whether it is one.
         pointwise: Whether each output reads one position of the input, that of its gate.
-        concepts: How many concepts there are in all.
 
     Attributes:
-        keys: What it asks of gates.
         of: The weights from which they were made.
     """
 
@@ -292,7 +283,7 @@ class Transforms(nn.Module):
         self.in_the_input = pointwise and not self._outputs
 
     def one(self, index: int) -> Applied | None:
-        """That of one concept, without copying it; None if it has none."""
+        """The transform of one concept, without copying it; None if it has none."""
         if index not in self._places:
             return None
         number, row = self._places[index]
@@ -313,11 +304,8 @@ class Transforms(nn.Module):
         """Adds the gated changes to an output, which is not changed.
 
         Args:
-            out: The output.
-            x: The input.
             layer: The layer without adapters.
             alone: Whether the output is the layer's alone; what other adapters added is not transformed.
-            gates: Those of the pass.
         """
         if self._outputs:
             own = self._without_bias(out if alone else layer(x))

@@ -18,10 +18,12 @@ if not (Path(__file__).parent / "compose").is_dir():
 from lora_compose.compose.support.version import __version__
 
 if TYPE_CHECKING:
-    from lora_compose.pipelines.call_plan import CallPlan, PlannedConcept
+    from lora_compose.pipelines.calls.call_plan import CallPlan, PlannedConcept
+    from lora_compose.pipelines.calls.refine import Detailer, Refined, refine, subject_masks
     from lora_compose.pipelines.concepts.loading import LoraError
     from lora_compose.pipelines.control import Control
     from lora_compose.pipelines.families import ComposePipeline
+    from lora_compose.pipelines.images.output import ComposeOutput, Cost
     from lora_compose.pipelines.methods import (
         METHODS,
         PRESETS,
@@ -36,9 +38,7 @@ if TYPE_CHECKING:
         Tara,
         make_method,
     )
-    from lora_compose.pipelines.output import ComposeOutput, Cost
-    from lora_compose.pipelines.refine import Detailer, Refined, refine, subject_masks
-    from lora_compose.pipelines.scene import Concept, Run, Scene
+    from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 
 __all__ = [
     "METHODS",
@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "call_plan": ("CallPlan", "PlannedConcept"),
+    "calls.call_plan": ("CallPlan", "PlannedConcept"),
     "concepts.loading": ("LoraError",),
     "control": ("Control",),
     "families": ("ComposePipeline",),
@@ -79,9 +79,9 @@ _MODULES = {
         "METHODS", "PRESETS", "Clora", "Composite", "Draft", "FreeFuse", "LoraComposer", "Merge", "Regional", "Switch",
         "Tara", "make_method",
     ),
-    "output": ("ComposeOutput", "Cost"),
-    "refine": ("Detailer", "Refined", "refine", "subject_masks"),
-    "scene": ("Concept", "Run", "Scene"),
+    "images.output": ("ComposeOutput", "Cost"),
+    "calls.refine": ("Detailer", "Refined", "refine", "subject_masks"),
+    "scene.scene": ("Concept", "Run", "Scene"),
 }  # fmt: skip
 _HOME = {name: f"{__name__}.pipelines.{module}" for module, names in _MODULES.items() for name in names}
 

@@ -17,7 +17,7 @@ from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.methods import LoraComposer
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog"
 TRIGGERS = {"cat": "sks", "dog": "zwx"}

@@ -23,7 +23,7 @@ from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
-from lora_compose.pipelines.notes import log_once
+from lora_compose.pipelines.support.notes import log_once
 from recipe.first import world
 
 # HYPOTHESIS_PROFILE=thorough tries thousands of examples.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from components import random_lora, seeded, tiny_pipeline
-from test_imports import RINGS
+from test_imports import FOLDERS, RINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
@@ -29,6 +29,11 @@ def defined_in(path: str) -> set[str]:
 def test_the_rings_are_those_that_imports_keep_to():
     drawn = next(line for line in TEXT.splitlines() if line.startswith("attention ") and "<-" in line)
     assert tuple(re.findall(r"\w+", drawn)) == RINGS
+
+
+def test_the_folders_of_pipelines_are_those_that_imports_keep_to():
+    rows = re.findall(r"^\| (`\w+/`(?:, `\w+/`)*) \|", TEXT, re.MULTILINE)
+    assert tuple(re.findall(r"\w+", " ".join(rows))) == FOLDERS["pipelines"]
 
 
 @pytest.mark.parametrize(("name", "path"), TYPES)

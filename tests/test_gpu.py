@@ -22,7 +22,7 @@ from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.training import Stopped, train
 from lora_compose.pipelines.methods import LoraComposer, Regional
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from trainings import TARA, paint_folder, training
 
 pytestmark = [

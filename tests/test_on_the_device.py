@@ -34,7 +34,7 @@ from lora_compose.pipelines.methods import (
     Tara,
     make_method,
 )
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from simulated_device import DEVICE, SimTensor, Wait, beyond, listed, noted_waits, numbers
 
 CPU = torch.device("cpu")
@@ -435,6 +435,6 @@ def test_a_wait_in_a_step_is_found_with_its_line() -> None:
     calls = [waits_of(pipe, method="tara", callback_on_step_end=look, num_inference_steps=steps) for steps in (3, 2)]
     (found,) = beyond(beyond(*calls), waits_of_a_plain_step(pipe))
     assert (found.operation, found.caller and found.caller.partition(":")[0]) == (
-        "_local_scalar_dense", "lora_compose/pipelines/base.py",
+        "_local_scalar_dense", "lora_compose/pipelines/families/base.py",
     )  # fmt: skip
     assert re.fullmatch(r"tests/test_on_the_device.py:\d+ look", found.line)

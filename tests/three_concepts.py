@@ -9,7 +9,7 @@ from torch import Tensor
 
 from components import EVERYTHING, random_lora, seeded
 from lora_compose.attention import Lora
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from reference import FullGates
 
 PROMPT = "a sks cat, a zwx dog, a mjq bear"

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods import Needs, Settings
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Step
 
 Look = Callable[[Any, Tensor, Step], None]
 """Looks at a process before a step: the process, the latents and the step."""

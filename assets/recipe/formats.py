@@ -23,7 +23,7 @@ from lora_compose.compose.playground.assets import playground_lora, playground_m
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.families import ComposePipeline
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from recipe.lora_files import DIFFUSERS, FORMATS, Format, Loras
 
 PROMPT = "a sks cat and a zwx dog on a white background"

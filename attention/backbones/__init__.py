@@ -72,13 +72,7 @@ class Backbone(Protocol):
         ...
 
     def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
-        """Replaces the attention among the model's modules by ours, which reads the state in every pass.
-
-        Args:
-            modules: All modules of the model, by name.
-            state: What the passes read.
-            undo: Restores the attention found.
-        """
+        """Replaces the attention among the model's modules by ours, which reads the state in every pass."""
         ...
 
     def truncated_after(self, layers: Iterable[str]) -> AbstractContextManager[None]:
@@ -92,10 +86,8 @@ class Backbone(Protocol):
 
         Args:
             latents: Scaled for the model. Shape: [rows, channels, height, width].
-            t: The timestep.
             text: Shape: [rows, tokens, channels], or [texts, rows, tokens, channels] with several texts.
             added: Further inputs by row.
-            inputs: Further arguments of the model.
 
         Returns:
             Shape: as the latents.

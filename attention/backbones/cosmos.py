@@ -69,8 +69,6 @@ class CosmosBackbone(JointBackbone):
             latents: Shape: [rows, channels, height, width].
             t: The timestep, 0 to 1000.
             text: What the text conditioner makes. Shape: [(texts,) rows, tokens, channels].
-            added: Nothing.
-            inputs: Nothing.
 
         Returns:
             The velocity. Shape: as the latents.
@@ -89,7 +87,6 @@ def with_padding_mask(model: Any, latents: Tensor) -> Tensor:
     """Latents with the channel of the padding mask, which is 0 everywhere, where the model has one.
 
     Args:
-        model: The transformer.
         latents: Shape: [rows, channels, frames, height, width].
     """
     layer: Any = model.patch_embed.proj
@@ -117,31 +114,10 @@ class CrossKernel(JointKernel):
         if self.site.reads_text and inputs.texts is not None and inputs.texts.dim() == 4:
             count = len(inputs.texts)
             key, value = (x.unflatten(2, (count, -1)).permute(2, 0, 1, 3, 4) for x in (key, value))
-        bias = self._bias
-        self._take(query, key, bias)
-        kernel = self._kernel(options)
-        if inputs.regions is None:
-            out = kernel(query, key, value, bias)
-        elif self.site.reads_text:
-            out = inputs.regions.cross(kernel, level, query, key, value, bias)
-        else:
-            out = inputs.regions.self_attention(kernel, level, query, key, value)
+        out = self.state.attend(
+            self._kernel(options), self.layer, level, query, key, value, query.shape[-1] ** -0.5, self.site.reads_text
+        )
         return out.transpose(1, 2)
-
-    @property
-    def _bias(self) -> Tensor | None:
-        inputs = self.state.inputs
-        if not self.site.reads_text:
-            return None
-        bias, end = (inputs.text_bias or {}).get(self.site.level), inputs.text_end
-        return end if bias is None else bias if end is None else bias + end
-
-    def _take(self, query: Tensor, key: Tensor, bias: Tensor | None) -> None:
-        regions = self.state.inputs.regions
-        for recorder in self.state.recorders:
-            isolated = regions is not None and regions.isolate and self.layer in recorder.self_layers
-            allowed = regions.partitions[self.site.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
-            recorder.take(self.layer, query, key, query.shape[-1] ** -0.5, allowed, bias=bias)
 
     def _kernel(self, options: Mapping[str, Any]) -> Kernel:
         def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -17,7 +17,6 @@ class Flux2Backbone(JointBackbone):
     """A `Flux2Transformer2DModel`.
 
     Args:
-        model: The transformer, compiled or not.
         reference: Whether it reads a reference image beside the image.
     """
 

@@ -41,7 +41,6 @@ class ImageAttention:
         """What the layer reads of the images, part by part, to be added to what it reads of the text.
 
         Args:
-            kernel: Computes attention.
             query: Shape: [rows, heads, cells, channels].
             images: The projected images of each adapter. Shape: [rows, images, tokens, channels] each.
             masks: For each adapter, where each of its images acts. Shape: [1, images, height, width] each; None is

@@ -33,9 +33,6 @@ PATCH = 2
 class JointBackbone:
     """Base class of transformers; a family adds a table of its layers and its forward pass.
 
-    Args:
-        model: The transformer, compiled or not.
-
     Attributes:
         table: Sites by patterns of layer names. A LoRA cannot change a layer that no pattern matches.
         blocks: The blocks in the order in which they run; a truncated pass leaves out the last ones.
@@ -156,9 +153,6 @@ class JointKernel:
     """diffusers' attention with recording of maps and with regions.
 
     Attributes:
-        layer: Name of the layer.
-        site: Its sequence.
-        state: What the current pass needs.
         attend: diffusers' `dispatch_attention_fn`.
     """
 

@@ -33,7 +33,6 @@ def check_caches(model: nn.Module, *, differentiates: bool) -> None:
     """Checks the caches that are enabled in a model.
 
     Args:
-        model: The model.
         differentiates: Whether gradients are taken through it, or cells read the text of their region.
 
     Raises:
@@ -57,11 +56,7 @@ def check_caches(model: nn.Module, *, differentiates: bool) -> None:
 
 
 class StepCaches:
-    """What the caches of a model keep during a call, for each pass.
-
-    Args:
-        model: The model.
-    """
+    """What the caches of a model keep during a call, for each pass."""
 
     def __init__(self, model: nn.Module) -> None:
         hooks = _hooks(model)

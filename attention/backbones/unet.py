@@ -27,11 +27,7 @@ Stage = Literal["down", "mid", "up"]
 class UNetBackbone:
     """A `UNet2DConditionModel`.
 
-    Args:
-        model: The UNet, compiled or not.
-
     Attributes:
-        model: As given.
         sites: Every layer that a LoRA may adapt, by name.
         levels: Levels on which there are layers.
         map_level: The level whose attention maps show where concepts are.
@@ -117,14 +113,12 @@ class UNetBackbone:
 
         Args:
             latents: Scaled for the model. Shape: [rows, channels, height, width].
-            t: The timestep.
             text: Shape: [rows, tokens, channels].
             added: Further inputs by row (SDXL's pooled text and sizes); "lengths" of texts are for attention only.
             channels: Further channels beside the latents: mask and masked image, for UNets made for inpainting. Shape:
                 [rows, channels, height, width].
             image_embeds: The images of each IP-Adapter. Shape: [rows, images, ...] each.
             ip_adapter_masks: Where they act. Shape: [1, images, height, width] each.
-            inputs: Further arguments of the model.
 
         Returns:
             Shape: as the latents.
@@ -270,7 +264,6 @@ def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     """Inside this block the UNet stops after the up block with the last of some layers; its output is meaningless.
 
     Args:
-        unet: The model.
         layers: Names of layers; if none is in an up block, the whole up path is left out.
     """
     model: Any = uncompiled(unet)
@@ -294,9 +287,6 @@ class ComposeAttnProcessor:
     processor keeps nothing of a call.
 
     Args:
-        layer: The attention layer it serves.
-        kernel: How attention is computed.
-        state: What the current pass needs.
         images: The images that the layer reads besides the text; None if it reads none.
     """
 
@@ -320,7 +310,6 @@ class ComposeAttnProcessor:
         """Attends. The frame around the kernel follows diffusers' AttnProcessor2_0 (0.42).
 
         Args:
-            attn: The module, which owns the projections.
             hidden_states: Shape: [rows, cells, channels].
             encoder_hidden_states: The text; None for self-attention. Shape: [rows, tokens, channels], or [rows, tokens,
                 layers * channels] with a text for each cross-attention layer, in forward order. With IP-Adapters, the
@@ -335,8 +324,10 @@ class ComposeAttnProcessor:
         given = encoder_hidden_states
         text, images = given if isinstance(given, tuple) else (given, ())
         query, key, value = (_split_heads(x, attn.heads) for x in self._projected(attn, hidden_states, text))
-        self._record(query, key, attn.scale)
-        hidden_states = self._attend(query, key, value)
+        layer = self._layer
+        hidden_states = self._state.attend(
+            self._kernel, layer.name, layer.level, query, key, value, attn.scale, layer.cross
+        )
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
         if self._images is not None:
             regions = self._state.inputs.regions
@@ -354,29 +345,6 @@ class ComposeAttnProcessor:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        regions = self._state.inputs.regions
-        if regions is None:
-            return self._kernel(query, key, value, self._bias)
-        if self._layer.cross:
-            return regions.cross(self._kernel, self._layer.level, query, key, value, self._bias)
-        return regions.self_attention(self._kernel, self._layer.level, query, key, value)
-
-    def _record(self, query: Tensor, key: Tensor, scale: float) -> None:
-        regions, name = self._state.inputs.regions, self._layer.name
-        for recorder in self._state.recorders:
-            isolated = regions is not None and regions.isolate and name in recorder.self_layers
-            allowed = regions.partitions[self._layer.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
-            recorder.take(name, query, key, scale, allowed, bias=self._bias)
-
-    @property
-    def _bias(self) -> Tensor | None:
-        inputs = self._state.inputs
-        if not self._layer.cross:
-            return None
-        bias, end = (inputs.text_bias or {}).get(self._layer.level), inputs.text_end
-        return end if bias is None else bias if end is None else bias + end
 
     def _projected(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> Sequence[Tensor]:
         """Queries, keys and values."""

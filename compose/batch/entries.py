@@ -20,8 +20,8 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.text import parse_file
 from lora_compose.compose.files.validation import validated
 from lora_compose.compose.support.names import check_merger, did_you_mean, file_near
-from lora_compose.pipelines.concepts.sources import files_of
-from lora_compose.pipelines.scene import Concept, Scene
+from lora_compose.pipelines.scene.scene import Concept, Scene
+from lora_compose.pipelines.scene.sources import files_of
 
 _SCENES = (".yaml", ".yml", ".json")
 MOST_NAME_BYTES = 200

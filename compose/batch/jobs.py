@@ -7,7 +7,7 @@ from lora_compose.compose.batch.entries import Entry, InvalidEntry
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.generate.facts import digest, model_facts, run_facts
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene.scene import Run
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lora_compose.compose.batch.jobs import Job
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import read, write, write_text
-from lora_compose.pipelines.regular import sha256_of
+from lora_compose.pipelines.support.regular import sha256_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.generate.making import Made, make_batch, plan
 from lora_compose.compose.generate.models import open_model
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.loading import Factors
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.scene import Concept, Region
+from lora_compose.pipelines.scene.scene import Concept, Region
 
 SD15: Mapping[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
 SDXL: Mapping[str, Any] = {

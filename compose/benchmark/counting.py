@@ -19,17 +19,17 @@ from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.calls.counting import CountingRunner
+from lora_compose.pipelines.calls.front import request_of
+from lora_compose.pipelines.calls.plan import make_plan
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.counting import CountingRunner
-from lora_compose.pipelines.denoiser import Denoiser
-from lora_compose.pipelines.front import request_of
-from lora_compose.pipelines.inputs import ByImage
+from lora_compose.pipelines.denoising.denoiser import Denoiser
+from lora_compose.pipelines.denoising.inputs import ByImage
+from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.notes import kept
-from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
-from lora_compose.pipelines.plan import make_plan
-from lora_compose.pipelines.prepared_pass import PreparedPass
+from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.support.notes import kept
 from lora_compose.pipelines.text.encoder import EncodedText
 
 META = torch.device("meta")

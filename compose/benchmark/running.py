@@ -8,7 +8,7 @@ from lora_compose.attention.device import uncompiled
 from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.compose.generate.making import make_batch
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene.scene import Run
 
 
 def needs_running(pipe: Any) -> bool:

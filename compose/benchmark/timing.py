@@ -29,7 +29,7 @@ from lora_compose.compose.support.names import STRUCTURES
 from lora_compose.compose.support.savers import Saver, place
 from lora_compose.compose.support.terminal import bar
 from lora_compose.pipelines.methods import make_method
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 _SCENE = Scene(prompt=PROMPT)
 

@@ -11,23 +11,23 @@ from lora_compose.compose.generate.making import load, plan, resolve_choice, siz
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
-from lora_compose.pipelines.call_plan import CallPlan
+from lora_compose.pipelines.calls.call_plan import CallPlan
+from lora_compose.pipelines.calls.memory import check_size
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.concepts.merged import DEFAULT
-from lora_compose.pipelines.concepts.sources import files_of
-from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
-from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
-from lora_compose.pipelines.mask_images import mask_name
-from lora_compose.pipelines.memory import check_size
 from lora_compose.pipelines.methods import Choice, make_method, name_of
-from lora_compose.pipelines.notes import kept, warn
-from lora_compose.pipelines.regions import check_region
-from lora_compose.pipelines.scene import Concept, Run
+from lora_compose.pipelines.scene.mask_images import mask_name
+from lora_compose.pipelines.scene.regions import check_region
+from lora_compose.pipelines.scene.scene import Concept, Run
+from lora_compose.pipelines.scene.sources import files_of
+from lora_compose.pipelines.scene.strength import blocks_text, weight_text
+from lora_compose.pipelines.support.notes import kept, warn
 from lora_compose.pipelines.text.emphasis import plain_text
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
 from lora_compose.pipelines.text.templates import TemplateTokenizer
+from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate, special_tokens
 
 _T = TypeVar("_T")

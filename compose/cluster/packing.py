@@ -15,9 +15,9 @@ from lora_compose.compose.files.paths import is_hub_name, is_named, moved
 from lora_compose.compose.generate.facts import digest, file_hash
 from lora_compose.compose.generate.making import Made
 from lora_compose.pipelines.concepts.finding import find_file
-from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.formats.files import PEFT_CONFIG, PEFT_FILE
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
+from lora_compose.pipelines.scene.sources import files_of
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 """Weights that are not sent where a folder has them as safetensors, which are preferred."""

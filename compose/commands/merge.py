@@ -10,7 +10,7 @@ from lora_compose.compose.commands.options import parse_settings
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.support.names import MERGERS, unknown
 from lora_compose.compose.support.terminal import handle_errors, starting
-from lora_compose.pipelines.concepts.sources import parse_lora
+from lora_compose.pipelines.scene.sources import parse_lora
 
 
 @handle_errors(logging.ERROR)

@@ -14,9 +14,9 @@ from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.names import check_merger, check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
-from lora_compose.pipelines.concepts.sources import files_of, parse_lora
-from lora_compose.pipelines.field_errors import FieldError
-from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
+from lora_compose.pipelines.scene.sources import files_of, parse_lora
+from lora_compose.pipelines.support.field_errors import FieldError
 
 LAST_SEED = 2**63 - 1
 _EDGE = r"\s*(\d{1,9}|\d?\.\d{1,9}|\d\.)\s*"

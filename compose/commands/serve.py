@@ -15,7 +15,7 @@ from lora_compose.compose.serve.requests import Limits
 from lora_compose.compose.support.names import file_near
 from lora_compose.compose.support.network import is_local
 from lora_compose.compose.support.terminal import handle_errors, starting
-from lora_compose.pipelines.scene import Scene
+from lora_compose.pipelines.scene.scene import Scene
 
 
 @handle_errors(logging.WARNING)

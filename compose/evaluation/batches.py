@@ -9,9 +9,9 @@ from typing import Any
 from lora_compose.compose.evaluation.suite import SANITY, Suite, SuiteConcept, SuiteMethod, SuiteScene
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.finding import find_file
-from lora_compose.pipelines.concepts.sources import shown
 from lora_compose.pipelines.formats.files import LoraError, trained_with
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.sources import shown
 from lora_compose.pipelines.text.tokens import find_words
 
 

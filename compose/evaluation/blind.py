@@ -26,7 +26,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_references
 from lora_compose.compose.support.terminal import bar
 from lora_compose.pipelines.methods import Regional
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 
 PAIRS = (("cat", "dog"), ("car", "rabbit"), ("bear", "robot"))
 VERDICTS = {

@@ -14,7 +14,7 @@ from lora_compose.compose.evaluation.blind import COLUMNS, ROWS, vote_sheet, wri
 from lora_compose.compose.evaluation.scoring import reference_files
 from lora_compose.compose.evaluation.table import Evaluation, load
 from lora_compose.compose.files.images import read_pixels
-from lora_compose.pipelines.spelling import did_you_mean
+from lora_compose.pipelines.support.spelling import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lora_compose.compose.evaluation.suite import Suite, moved_suite
 from lora_compose.compose.evaluation.worker import Images, Result, Worker, failed, raise_problems, to_plan
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.generate.processes import own_device
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene.scene import Run
 
 
 def evaluate_on_ray(

@@ -22,7 +22,7 @@ from lora_compose.compose.evaluation.suite import Name, Suite
 from lora_compose.compose.files.images import Machine, read_pixels, read_record
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import read
-from lora_compose.pipelines.regular import sha256_of
+from lora_compose.pipelines.support.regular import sha256_of
 
 BATCHES = "batches"
 

@@ -17,8 +17,8 @@ from lora_compose.compose.evaluation.results import ConceptScore, ImageScores
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene
 from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_references
-from lora_compose.pipelines.mask_images import upright_image
-from lora_compose.pipelines.regular import open_regular
+from lora_compose.pipelines.scene.mask_images import upright_image
+from lora_compose.pipelines.support.regular import open_regular
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTIONS = "captions.tsv"

@@ -9,10 +9,10 @@ from lora_compose.compose.evaluation.shipped import find_suite
 from lora_compose.compose.files.paths import local_source, moved_start
 from lora_compose.compose.files.scenes import read_as
 from lora_compose.compose.support.savers import Savers
-from lora_compose.pipelines.concepts.strength import Weight, check_sane, read_blocks, read_weight
 from lora_compose.pipelines.merging import make_merger
 from lora_compose.pipelines.methods import make_method
-from lora_compose.pipelines.scene import Region, Start
+from lora_compose.pipelines.scene.scene import Region, Start
+from lora_compose.pipelines.scene.strength import Weight, check_sane, read_blocks, read_weight
 from lora_compose.pipelines.text.tokens import find_words
 
 SANITY = ("no LoRA", "alone", "merge")

@@ -24,7 +24,7 @@ from lora_compose.compose.generate.making import Made, load, make_batch, plan, r
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.support.errors import error_text
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene.scene import Run
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lora_compose.compose.figures.overlay import Attention, draft_heat, heat, masks
 from lora_compose.compose.support.terminal import plain
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene.scene import Run
 
 _MARGIN, _GAP = 24, 12
 _TITLE, _LINE = 44, 26  # heights of text

@@ -20,8 +20,8 @@ from lora_compose.compose.files.paths import free_path, located, moved, to_recor
 from lora_compose.compose.files.reading import FileError, open_file
 from lora_compose.compose.files.text import parse_json
 from lora_compose.compose.files.validation import validated
-from lora_compose.pipelines.mask_images import FILE_LIMIT, PIXEL_LIMIT, SIDE_LIMIT
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene.mask_images import FILE_LIMIT, PIXEL_LIMIT, SIDE_LIMIT
+from lora_compose.pipelines.scene.scene import Run
 
 RECORD_KEY = "lora-compose"
 

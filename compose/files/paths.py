@@ -10,9 +10,9 @@ from pydantic import BaseModel
 
 from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source, playground_model
 from lora_compose.compose.support.names import did_you_mean, file_near
-from lora_compose.pipelines.concepts.sources import moved_files
-from lora_compose.pipelines.mask_images import URI_PREFIX
-from lora_compose.pipelines.scene import Run, Start
+from lora_compose.pipelines.scene.mask_images import URI_PREFIX
+from lora_compose.pipelines.scene.scene import Run, Start
+from lora_compose.pipelines.scene.sources import moved_files
 
 _PICKLES = (".ckpt", ".bin", ".pt")
 _FILES = (".safetensors", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lora_compose.compose.support.names import file_near
-from lora_compose.pipelines.regular import open_regular
+from lora_compose.pipelines.support.regular import open_regular
 
 FILE_LIMIT = 256 * 2**20
 """Bytes of the largest file that is read whole, where nothing smaller is said."""

@@ -16,7 +16,7 @@ from lora_compose.compose.files.paths import located, moved, to_file
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.text import is_json, parse_file, to_yaml
 from lora_compose.compose.files.validation import validated
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.reading import FILE_LIMIT, FileError
-from lora_compose.pipelines.regular import open_regular
+from lora_compose.pipelines.support.regular import open_regular
 
 _Stored = TypeVar("_Stored", bound=BaseModel)
 

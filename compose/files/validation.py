@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lora_compose.compose.files.reading import FileError
-from lora_compose.pipelines.field_errors import field_messages, field_names, shown_value
+from lora_compose.pipelines.support.field_errors import field_messages, field_names, shown_value
 
 __all__ = ["field_messages", "validated"]
 

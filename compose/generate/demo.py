@@ -14,8 +14,8 @@ from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir, ordinary
-from lora_compose.pipelines.concepts.sources import moved_files
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
+from lora_compose.pipelines.scene.sources import moved_files
 
 PAIRS = ("cat-dog", "car-rabbit", "bear-robot")
 THREE = "three"

@@ -9,11 +9,11 @@ from typing import Any
 
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.finding import find_file
-from lora_compose.pipelines.concepts.sources import weighted
-from lora_compose.pipelines.mask_images import URI_PREFIX
 from lora_compose.pipelines.methods import make_method
-from lora_compose.pipelines.regular import sha256_of
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene.mask_images import URI_PREFIX
+from lora_compose.pipelines.scene.scene import Run
+from lora_compose.pipelines.scene.sources import weighted
+from lora_compose.pipelines.support.regular import sha256_of
 
 _MODEL_FILES = (".safetensors", ".json", ".txt", ".model")
 

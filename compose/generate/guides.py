@@ -18,8 +18,8 @@ from PIL import Image
 
 from lora_compose.compose.files.paths import ModelError, is_hub_name
 from lora_compose.pipelines.control import Control
-from lora_compose.pipelines.mask_images import from_uri, greys, in_pixels, mask_of_box, open_image
-from lora_compose.pipelines.scene import ControlFile, IPAdapterFile, Scene
+from lora_compose.pipelines.scene.mask_images import from_uri, greys, in_pixels, mask_of_box, open_image
+from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile, Scene
 
 _KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
 

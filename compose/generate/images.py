@@ -12,8 +12,8 @@ from lora_compose.compose.generate.making import make_batch
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import bar, echo, err
-from lora_compose.pipelines.concepts.selection import choose_concepts
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
+from lora_compose.pipelines.text.selection import choose_concepts
 
 
 def make_images(

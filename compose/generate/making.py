@@ -23,17 +23,17 @@ from lora_compose.compose.generate.guides import (
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
-from lora_compose.pipelines.call_plan import CallPlan
-from lora_compose.pipelines.claiming import models_of
+from lora_compose.pipelines.calls.call_plan import CallPlan
+from lora_compose.pipelines.calls.finite import causes_of_precision, check_finite
+from lora_compose.pipelines.calls.memory import check_size
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.concepts.sources import moved_files
-from lora_compose.pipelines.finite import causes_of_precision, check_finite
-from lora_compose.pipelines.mask_images import open_image
-from lora_compose.pipelines.memory import check_size
+from lora_compose.pipelines.formats.models import models_of
+from lora_compose.pipelines.images.output import Cost
 from lora_compose.pipelines.methods import METHODS, Choice, Settings, make_method, name_of
-from lora_compose.pipelines.output import Cost
-from lora_compose.pipelines.regular import sha256_of
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.mask_images import open_image
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.sources import moved_files
+from lora_compose.pipelines.support.regular import sha256_of
 
 logger = logging.getLogger(__name__)
 

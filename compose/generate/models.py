@@ -13,7 +13,7 @@ from lora_compose.compose.support.quiet import without_bars
 from lora_compose.compose.support.savers import Saver, check_savers, place
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods import make_method
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene.scene import Run
 
 
 def open_model(run: Run, savers: Collection[Saver] = ()) -> Any:

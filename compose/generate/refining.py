@@ -15,8 +15,8 @@ from lora_compose.compose.generate.replay import runnable
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import bar, echo
-from lora_compose.pipelines.refine import Detailer, refine, subject_masks
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.calls.refine import Detailer, refine, subject_masks
+from lora_compose.pipelines.scene.scene import Run
 
 
 def refine_and_save(

@@ -16,9 +16,9 @@ from lora_compose.compose.playground.assets import lora_source
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import bar, echo
 from lora_compose.pipelines.concepts.finding import find_file
-from lora_compose.pipelines.concepts.sources import files_of, with_files
-from lora_compose.pipelines.regular import sha256_of
-from lora_compose.pipelines.scene import Concept, Run
+from lora_compose.pipelines.scene.scene import Concept, Run
+from lora_compose.pipelines.scene.sources import files_of, with_files
+from lora_compose.pipelines.support.regular import sha256_of
 
 
 def replay_and_compare(

@@ -8,7 +8,7 @@ import diffusers.schedulers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene.scene import Run
 
 
 def scheduler_names() -> list[str]:

@@ -14,7 +14,7 @@ from lora_compose.compose.playground.assets import lora_source, playground_of
 from lora_compose.compose.support.terminal import echo, out, plain
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import Factors, read_lora
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 
 def show_files(

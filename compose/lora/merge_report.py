@@ -22,7 +22,7 @@ from lora_compose.pipelines.formats.lora_writer import SPELLINGS, Spelling
 from lora_compose.pipelines.merging import Merger, make_merger
 from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
 from lora_compose.pipelines.merging.changes import check_number
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 DTYPES = ("float32", "float16", "bfloat16")
 

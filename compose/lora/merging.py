@@ -21,12 +21,13 @@ from lora_compose.compose.files.atomic import write_new, write_whole
 from lora_compose.compose.lora.inspection import RECORD, block_of
 from lora_compose.compose.lora.merge_tally import MergedBlock, Tally
 from lora_compose.compose.support.version import __version__
-from lora_compose.pipelines.concepts.loading import match, model_part
+from lora_compose.pipelines.concepts.loading import match
 from lora_compose.pipelines.formats.alphas import needed_alpha
 from lora_compose.pipelines.formats.by_name import by_name
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import PARTS, parse
 from lora_compose.pipelines.formats.lora_writer import FileLayer, Spelling, stems, tensors
+from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
 from lora_compose.pipelines.merging import Changes, Merger, settings_of

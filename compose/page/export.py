@@ -11,9 +11,9 @@ from lora_compose.compose.files.scenes import write_scene
 from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, PLAYGROUNDS
 from lora_compose.compose.support.savers import OFFLOADS, Saver
-from lora_compose.pipelines.concepts.sources import Lora, moved_files, weighted
 from lora_compose.pipelines.methods import METHODS
-from lora_compose.pipelines.scene import ControlFile, IPAdapterFile, Run, Scene
+from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile, Run, Scene
+from lora_compose.pipelines.scene.sources import Lora, moved_files, weighted
 
 _ASSETS = "lora_compose.compose.playground.assets"
 _GUIDES = "lora_compose.compose.generate.guides"
@@ -165,7 +165,7 @@ def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     size = f"({scene.width}, {scene.height})"
     for kind, given in (("ControlFile", scene.controls), ("IPAdapterFile", scene.ip_adapters)):
         if given:
-            imports.setdefault("lora_compose.pipelines.scene", set()).add(kind)
+            imports.setdefault("lora_compose.pipelines.scene.scene", set()).add(kind)
     if scene.controls:
         imports.setdefault(_GUIDES, set()).add("controls_of")
         lines.append(f"control=controls_of(pipe, [{_files(scene.controls)}], {size})")

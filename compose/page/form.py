@@ -11,10 +11,10 @@ from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
 from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir, ordinary
-from lora_compose.pipelines.concepts.sources import moved_files
-from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
-from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
+from lora_compose.pipelines.scene.sources import moved_files
+from lora_compose.pipelines.support.field_errors import FieldError
 
 MOST_CONCEPTS = 12
 MOST_SEEDS = 16

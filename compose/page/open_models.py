@@ -15,9 +15,9 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source
 from lora_compose.compose.support.savers import OFFLOADS, Saver
 from lora_compose.pipelines.concepts.loading import Factors
-from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.formats.keys import PARTS
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.sources import moved_files
 
 LIMIT = 2
 """Most open models; the least recently used one is closed first."""

@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
-from lora_compose.pipelines.concepts.sources import shown
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
+from lora_compose.pipelines.scene.sources import shown
 
 SUITE = "playground-quick"
 """Whose encoder, detector and reference images are used."""

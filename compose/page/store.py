@@ -29,9 +29,9 @@ from lora_compose.compose.playground.assets import (
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.recognise import guess_family
-from lora_compose.pipelines.mask_images import FORMATS, from_uri, greys, upright_image
-from lora_compose.pipelines.regular import sha256_of
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.mask_images import FORMATS, from_uri, greys, upright_image
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.regular import sha256_of
 
 UPLOAD_LIMIT = 2**30
 """Bytes of an uploaded LoRA."""

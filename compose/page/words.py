@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.text import markup
-from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.emphasis import plain_text
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
 from lora_compose.pipelines.text.templates import TemplateTokenizer
+from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate
 
 Part = Literal["trigger", "class word"]

@@ -17,8 +17,8 @@ from torch import Tensor
 from lora_compose.compose.figures.overlay import Attention
 from lora_compose.compose.generate.making import Made, make_batch
 from lora_compose.compose.page.open_models import OpenModel, Stopped
-from lora_compose.pipelines.output import Cost
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.images.output import Cost
+from lora_compose.pipelines.scene.scene import Run
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from lora_compose.compose.serve.requests import ImageRequest
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 logger = logging.getLogger(__name__)
 

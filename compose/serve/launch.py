@@ -18,7 +18,7 @@ from lora_compose.compose.serve.log import bounded_log
 from lora_compose.compose.serve.requests import Limits
 from lora_compose.compose.support.network import url_of
 from lora_compose.compose.support.terminal import echo, err
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 _HEADERS = 16 * 1024  # bytes
 _BACKLOG = 32  # connections that are accepted at once; before older ones make room they all take file descriptors

@@ -11,8 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from lora_compose.compose.batch.settings import LAST_SEED
 from lora_compose.compose.support.names import METHODS
 from lora_compose.pipelines.concepts.tags import read_tags
-from lora_compose.pipelines.scene import Concept, Fractions, Region, check_box
-from lora_compose.pipelines.spelling import did_you_mean
+from lora_compose.pipelines.scene.scene import Concept, Fractions, Region, check_box
+from lora_compose.pipelines.support.spelling import did_you_mean
 
 MOST_CONCEPTS, MOST_WEIGHT, MOST_NAME = 8, 10.0, 200
 MOST_CHARACTERS = 2000

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from lora_compose.pipelines.spelling import did_you_mean
+from lora_compose.pipelines.support.spelling import did_you_mean
 
 __all__ = [
     "DTYPES",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lora_compose.compose.training.noising import Diffusion, Flow, Noising
 from lora_compose.compose.training.settings import SCOPES, Training
-from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
+from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
 
 _SD2_TEXT = 1024  # channels of the text that Stable Diffusion 2.x reads
 _IN_BLOCK = r".*(blocks|layers|refiner)\.\d+\."

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_compose.pipelines.mask_images import upright_image
-from lora_compose.pipelines.regular import open_regular
+from lora_compose.pipelines.scene.mask_images import upright_image
+from lora_compose.pipelines.support.regular import open_regular
 
 logger = logging.getLogger(__name__)
 

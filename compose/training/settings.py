@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, PLAYGROUNDS
 from lora_compose.compose.playground.words import BASE_CLASSES, PLACES
 from lora_compose.compose.support.precision import cpu_has_bf16
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.tokens import find_words
 
 Scope = Literal["cross_kv", "attention", "transformer"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.compose.training.data import DataError
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 from lora_compose.pipelines.text.tokens import (
     Mention,

@@ -12,10 +12,10 @@ from lora_compose.attention import BankCache, KeptBanks, Lora
 from lora_compose.attention.bank_cache import PASSING, Handle
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.loading import Factors, LoraFile
-from lora_compose.pipelines.concepts.strength import TEXT, Schedule, check_block, in_blocks, is_in
 from lora_compose.pipelines.formats.keys import Part
-from lora_compose.pipelines.notes import warn_once
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.strength import TEXT, Schedule, check_block, in_blocks, is_in
+from lora_compose.pipelines.support.notes import warn_once
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LoadedConcept:
 
     @property
     def lora(self) -> Lora:
-        """Its factors for the model, with the factors on blocks applied."""
+        """The LoRA's factors for the model, with the factors on blocks applied."""
         return in_blocks(self.factors.model, self.concept.blocks)
 
     def handle(self, part: Part) -> Handle:
@@ -85,7 +85,6 @@ class ConceptSet:
     """The concepts that act together in an image.
 
     Attributes:
-        loaded: The concepts.
         columns: Their indices among all concepts of the call, whose LoRAs are installed; None means that they are all.
         whole: All concepts of the call; None means that these are all.
     """
@@ -155,7 +154,6 @@ class ConceptSet:
 
         Args:
             acting: True for concepts that take part.
-            steps: How many steps there are.
 
         Returns:
             Shape: [concepts].

@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError
 
 from lora_compose.pipelines.formats.files import PEFT_CONFIG, PEFT_FILE, PICKLES, LoraError, refuse_pickle
-from lora_compose.pipelines.hub import is_hub_name, reachable
+from lora_compose.pipelines.support.hub import is_hub_name, reachable
 
 
 def local_path(source: str | os.PathLike[str]) -> Path:

@@ -4,23 +4,35 @@ import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, adapter_factors, match, read_lora
 from lora_compose.pipelines.concepts.lru import Read, Recent
 from lora_compose.pipelines.concepts.merged import merge_matched, merger_for, without_tensors
-from lora_compose.pipelines.concepts.sources import Lora, files_of, shown, weighted
-from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.alphas import needed_alpha
 from lora_compose.pipelines.formats.change import MAX_RANK
 from lora_compose.pipelines.formats.files import read_words
-from lora_compose.pipelines.notes import warn
-from lora_compose.pipelines.scene import Concept, check_names, concept_of
-from lora_compose.pipelines.spelling import did_you_mean
+from lora_compose.pipelines.scene.scene import Concept, check_names, concept_of
+from lora_compose.pipelines.scene.sources import Lora, files_of, shown, weighted
+from lora_compose.pipelines.scene.strength import Weight
+from lora_compose.pipelines.support.notes import warn
+from lora_compose.pipelines.support.spelling import did_you_mean
 
 logger = logging.getLogger(__name__)
+
+
+class LoadsConcepts(Protocol):
+    """A pipeline of diffusers, as its library needs it; what has models as attributes is read by `match`."""
+
+    def get_list_adapters(self) -> Mapping[str, Sequence[str]]:
+        """Names of the adapters of each model."""
+        ...
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Makes an image, for mergers that measure a model."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class ConceptLibrary:
 
     def load(
         self,
-        pipe: Any,
+        pipe: LoadsConcepts,
         concept: Concept,
         paths: Sequence[Path],
         *,
@@ -72,7 +84,7 @@ class ConceptLibrary:
         self.loaded[concept.name] = _loaded_concept(concept, read)
         return self.loaded[concept.name].concept
 
-    def add(self, pipe: Any, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
+    def add(self, pipe: LoadsConcepts, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
         """Adds files by their headers; see `ComposePipeline.add_concepts`."""
         added: dict[str, Added] = {}
         for given in _in_files(source):
@@ -88,7 +100,7 @@ class ConceptLibrary:
         self.added.update(added)
         return tuple(found.concept for found in added.values())
 
-    def check_new(self, pipe: Any, name: str) -> None:
+    def check_new(self, pipe: LoadsConcepts, name: str) -> None:
         """Raises ValueError if a name is taken."""
         if name in self.concepts or name in adapters_of(pipe):
             raise ValueError(f"there is a concept or adapter {name!r} already; unload it or choose another name")
@@ -105,12 +117,11 @@ class ConceptLibrary:
         self.added.pop(name, None)
 
     def resolve(
-        self, pipe: Any, concepts: Sequence[str | Concept] | Mapping[str, Weight], memory: int
+        self, pipe: LoadsConcepts, concepts: Sequence[str | Concept] | Mapping[str, Weight], memory: int
     ) -> tuple[LoadedConcept, ...]:
         """The concepts of a call with their factors; given fields override loaded ones.
 
         Args:
-            pipe: The pipeline.
             concepts: Names of loaded concepts or adapters, `Concept` objects, or weights or boxes by name.
             memory: Bytes of read files that stay in memory.
 
@@ -129,7 +140,7 @@ class ConceptLibrary:
         self.recent.trim(memory, keep=len(given))
         return found
 
-    def _resolve(self, pipe: Any, concept: Concept) -> LoadedConcept:
+    def _resolve(self, pipe: LoadsConcepts, concept: Concept) -> LoadedConcept:
         loaded, added = self.loaded.get(concept.name), self.added.get(concept.name)
         if added is not None and (concept.lora is None or _loras(concept) == _loras(added.given)):
             concept = _filled(concept, added.given)
@@ -149,7 +160,7 @@ class ConceptLibrary:
             + did_you_mean(concept.name, [*self.concepts, *adapters_of(pipe)])
         )
 
-    def _from_disk(self, pipe: Any, concept: Concept) -> LoadedConcept:
+    def _from_disk(self, pipe: LoadsConcepts, concept: Concept) -> LoadedConcept:
         """A concept whose files are read, unless they are still in memory."""
         paths = [find_file(source) for source in files_of(concept.lora)]
 
@@ -160,7 +171,7 @@ class ConceptLibrary:
 
         return _loaded_concept(concept, self.recent.get(paths, _options(concept), read))
 
-    def read_ahead(self, models: Any, concept: Concept, memory: int) -> Factors:
+    def read_ahead(self, models: object, concept: Concept, memory: int) -> Factors:
         """Reads a concept's file and matches it, so that the next call with it need not; for any thread.
 
         Args:
@@ -172,35 +183,41 @@ class ConceptLibrary:
         Raises:
             LoraError: If the file is unusable or does not fit the models.
         """
-        paths = [find_file(source) for source in files_of(concept.lora)]
-        found = self.recent.get(paths, _options(concept), lambda: _read(models, concept, paths))
+        (path,) = map(find_file, files_of(concept.lora))
+        found = self.recent.get([path], _options(concept), lambda: _read_file(models, concept, path))
         self.recent.trim(memory, keep=1)
         return found.factors
 
 
-def adapters_of(pipe: Any) -> set[str]:
+def adapters_of(pipe: LoadsConcepts) -> set[str]:
     """Names of the adapters that the user has loaded with `load_lora_weights`."""
     return {name for names in pipe.get_list_adapters().values() for name in names}
 
 
 def _read(
-    pipe: Any, concept: Concept, paths: Sequence[Path], *, max_rank: int = MAX_RANK, allow_pickle: bool = False
+    pipe: LoadsConcepts,
+    concept: Concept,
+    paths: Sequence[Path],
+    *,
+    max_rank: int = MAX_RANK,
+    allow_pickle: bool = False,
 ) -> Read:
     """The LoRA of a concept: its file, or its files merged."""
-    merger = merger_for(concept.merge, len(paths)) if len(paths) > 1 else None
-    files = tuple(read_lora(path, allow_pickle=allow_pickle) for path in paths)
-    alphas = [concept.alpha if merger is None else needed_alpha(concept.alpha, file) for file in files]
-    products = merger is None  # merged files need factors
-    matched = [
-        match(file, pipe, alpha=alpha, max_rank=max_rank, products=products)
-        for file, alpha in zip(files, alphas, strict=True)
-    ]
-    read = Read(files, matched[0])
-    if merger is not None:
-        weights = [weight for _, weight in weighted(concept.lora)]
-        merged = merge_matched(pipe, files, matched, weights, merger)
-        read = Read(tuple(map(without_tensors, files)), merged)
-    return read
+    if len(paths) == 1:
+        return _read_file(pipe, concept, paths[0], max_rank=max_rank, allow_pickle=allow_pickle)
+    merger = merger_for(concept.merge, len(paths))
+    files = [read_lora(path, allow_pickle=allow_pickle) for path in paths]
+    alphas = [needed_alpha(concept.alpha, file) for file in files]
+    matched = [match(file, pipe, alpha=alpha, max_rank=max_rank) for file, alpha in zip(files, alphas, strict=True)]
+    merged = merge_matched(pipe, files, matched, [weight for _, weight in weighted(concept.lora)], merger)
+    return Read(tuple(map(without_tensors, files)), merged)
+
+
+def _read_file(
+    models: object, concept: Concept, path: Path, *, max_rank: int = MAX_RANK, allow_pickle: bool = False
+) -> Read:
+    file = read_lora(path, allow_pickle=allow_pickle)
+    return Read((file,), match(file, models, alpha=concept.alpha, max_rank=max_rank, products=True))
 
 
 def _warn_of_rest(read: Read) -> None:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
-from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -20,13 +19,10 @@ from lora_compose.pipelines.concepts.placing import placed, reshaped, rows_of
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change, inner
-from lora_compose.pipelines.formats.files import (
-    LoraError,
-    LoraFile,
-    read_lora,
-)
+from lora_compose.pipelines.formats.files import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.keys import PARTS, Part, parse
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
+from lora_compose.pipelines.formats.models import MODEL_PARTS, TEXT_ENCODERS, Models, model_part, models_by_part
 from lora_compose.pipelines.formats.names import present_name, spellings
 from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.formats.transformer_names import swaps_halves
@@ -35,8 +31,6 @@ __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read
 
 logger = logging.getLogger(__name__)
 
-MODEL_PARTS: tuple[Part, ...] = ("unet", "transformer")
-TEXT_ENCODERS: tuple[Part, ...] = ("text_encoder", "text_encoder_2", "text_conditioner")
 _FITTING = 0.1  # the share of a file's layers below which it is for another model
 _EXACT = 1e-5  # relative errors below are rounding
 Changes = Mapping[Part, Mapping[str, Change]]
@@ -68,7 +62,7 @@ class Factors:
 
     @property
     def by_part(self) -> Mapping[Part, Lora]:
-        """All of them by component name."""
+        """The factors of all parts by component name."""
         return {self.part: self.model, **self.text_encoders}
 
     @property
@@ -91,12 +85,11 @@ class Factors:
 
 
 def match(
-    file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: int = MAX_RANK, products: bool = False
+    file: LoraFile, pipe: object, *, alpha: float | None = None, max_rank: int = MAX_RANK, products: bool = False
 ) -> Factors:
     """Matches a file against the models of a pipeline.
 
     Args:
-        file: The file.
         pipe: A diffusers pipeline, or anything with a UNet or transformer and perhaps text encoders. Weights are not
             read.
         alpha: Alpha for a file without one; the change is scaled by alpha / rank.
@@ -107,17 +100,16 @@ def match(
         LoraError: If no layer matches, a matching layer has another shape, or the file's kind is not supported.
     """
     _check_options(file, alpha, max_rank)
-    grouped = by_layer(file)
+    grouped, models = by_layer(file), models_by_part(pipe)
     found, unmatched = assign(file, grouped, pipe)
-    alphas = Alphas(file, alpha)
-    _check_embeddings(file, pipe)
+    alphas, model = Alphas(file, alpha), model_part(pipe)
+    _check_embeddings(file, models, backbone_of(models[model]).text_layers)
     for part, layers in found.items():
         for name, layer in layers.items():
-            _check_layer(file, getattr(pipe, part), name, layer)
+            _check_layer(file, models[part], name, layer)
     changes: Changes = {
         part: {
-            name: _change(file, getattr(pipe, part), name, layer, alphas, max_rank, products)
-            for name, layer in layers.items()
+            name: _change(file, models[part], name, layer, alphas, max_rank, products) for name, layer in layers.items()
         }
         for part, layers in found.items()
     }
@@ -127,17 +119,11 @@ def match(
     text: dict[Part, Lora] = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
     notes = tuple(_notes(file, grouped, changes, alpha, max_rank))
     error = _error(made for found in changes.values() for made in found.values())
-    model = model_part(pipe)
     return Factors(loras[model], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, model)
 
 
-def model_part(pipe: Any) -> Part:
-    """The component that a pipeline's model is: "unet" or "transformer"."""
-    return "unet" if getattr(pipe, "transformer", None) is None else "transformer"
-
-
-def assign(file: LoraFile, grouped: Layers, pipe: Any) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
-    """Which layer of a pipeline's models each layer of a file means.
+def assign(file: LoraFile, grouped: Layers, pipe: object) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
+    """Finds the layer of a pipeline's models that each layer of a file means.
 
     Returns:
         By part, the file's layers by the name of the model's layer; and the keys that match none.
@@ -145,22 +131,19 @@ def assign(file: LoraFile, grouped: Layers, pipe: Any) -> tuple[Mapping[Part, Ma
     Raises:
         LoraError: If nothing matches, or two layers of the file mean one of the model.
     """
-    unmatched, found = list(grouped.unknown), {}
+    unmatched, found, models, model = list(grouped.unknown), {}, models_by_part(pipe), model_part(pipe)
+    # Keys without a prefix, and kohya's, are the model's.
+    meant = [(model if layer.part in MODEL_PARTS else layer.part, layer) for layer in grouped.layers]
     for part in PARTS:
-        mine = [layer for layer in grouped.layers if _component(layer.part, pipe) == part]
-        found[part], left_over = _matched(file, part, getattr(pipe, part, None), mine)
+        mine = [layer for component, layer in meant if component == part]
+        found[part], left_over = _matched(file, part, models.get(part), mine)
         unmatched += left_over
-    fitting, model = sum(map(len, found.values())), model_part(pipe)
+    fitting = sum(map(len, found.values()))
     # Families share the names of a few layers, and some of them a text encoder.
-    other = not found[model] and any(_component(layer.part, pipe) == model for layer in grouped.layers)
+    other = not found[model] and any(component == model for component, _ in meant)
     if other or fitting < _FITTING * len(grouped.layers) or not fitting:
         raise LoraError(_nothing(file, fitting, len(grouped.layers)))
     return found, tuple(unmatched)
-
-
-def _component(part: Part, pipe: Any) -> Part:
-    """The component that a file's layer belongs to: keys without a prefix, and kohya's, are the model's."""
-    return model_part(pipe) if part in MODEL_PARTS else part
 
 
 def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
@@ -288,13 +271,12 @@ def _change(
     return Change(factors, made.lost)
 
 
-def _check_embeddings(file: LoraFile, pipe: Any) -> None:
-    """Checks that bundled words fit the text encoders and the UNet."""
-    reading = backbone_of(getattr(pipe, model_part(pipe))).text_layers
+def _check_embeddings(file: LoraFile, models: Models, reading: int) -> None:
+    """Checks that bundled words fit the text encoders and the layers that read them."""
     for word, by_part in file.embeddings.items():
         for part, vectors in by_part.items():
             _, layers, numbers = vectors.shape
-            width = getattr(getattr(getattr(pipe, part, None), "config", None), "hidden_size", None)
+            width = getattr(getattr(models.get(part), "config", None), "hidden_size", None)
             if width is not None and numbers != width:
                 raise LoraError(
                     f"{file.path.name} does not fit this model: the vectors of {word!r} have {numbers} numbers, {part} "
@@ -339,23 +321,20 @@ def _error(made: Iterable[Change]) -> float:
     return math.sqrt(lost / (lost + sum(inner(one.factors, one.factors) for one in made))) if lost else 0.0
 
 
-def adapter_factors(pipe: Any, adapter: str) -> Factors:
+def adapter_factors(pipe: object, adapter: str) -> Factors:
     """The factors of an adapter that the user has loaded with `load_lora_weights`, at the scale PEFT gives it.
 
     Raises:
         LoraError: If it is not a plain LoRA or is fused into the weights.
     """
+    loras = {part: _adapter_layers(model, adapter) for part, model in models_by_part(pipe).items()}
     model = model_part(pipe)
-    parts: dict[Part, Lora] = {
-        part: _adapter_layers(getattr(pipe, part, None), adapter) for part in (model, *TEXT_ENCODERS)
-    }
-    text: dict[Part, Lora] = {part: parts[part] for part in TEXT_ENCODERS if parts[part]}
-    return Factors(parts[model], text, part=model)
+    return Factors(loras[model], {part: loras[part] for part in TEXT_ENCODERS if loras.get(part)}, part=model)
 
 
-def _adapter_layers(model: nn.Module | None, adapter: str) -> Lora:
+def _adapter_layers(model: nn.Module, adapter: str) -> Lora:
     layers = {}
-    for name, module in uncompiled(model).named_modules() if model is not None else ():
+    for name, module in uncompiled(model).named_modules():
         if not isinstance(module, BaseTunerLayer) or adapter not in _adapter_names(module):
             continue
         if not isinstance(module, LoraLayer) or adapter in module.lora_variant or module.lora_bias[adapter]:

@@ -21,7 +21,6 @@ class Read:
 
     Attributes:
         files: As read; those that were merged without their tensors.
-        factors: Their factors for the pipeline's models.
     """
 
     files: tuple[LoraFile, ...]

@@ -1,13 +1,14 @@
 """Several LoRA files as one concept: merged in memory, for a model that is open."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lora_compose.attention.lora_bank import LoraFactors
-from lora_compose.pipelines.concepts.loading import TEXT_ENCODERS, Factors, model_part
+from lora_compose.pipelines.concepts.loading import Factors
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import Part
+from lora_compose.pipelines.formats.models import TEXT_ENCODERS, model_part
 from lora_compose.pipelines.merging import make_merger
 from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
 from lora_compose.pipelines.merging.changes import Name, begin, check_number, side_by_side
@@ -31,7 +32,11 @@ def merger_for(method: str | None, number: int) -> Merger:
 
 
 def merge_matched(
-    pipe: Any, files: Sequence[LoraFile], matched: Sequence[Factors], weights: Sequence[float], merger: Merger
+    pipe: Callable[..., Any],
+    files: Sequence[LoraFile],
+    matched: Sequence[Factors],
+    weights: Sequence[float],
+    merger: Merger,
 ) -> Factors:
     """Merges files that were matched with the layers of a pipeline.
 
@@ -39,10 +44,6 @@ def merge_matched(
 
     Args:
         pipe: The pipeline. It is left as it was found.
-        files: The files.
-        matched: Their factors.
-        weights: Factor on each.
-        merger: The merger.
 
     Raises:
         LoraError: If nothing is left of the files.

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterable
 
-from lora_compose.pipelines.spelling import did_you_mean, shortened
+from lora_compose.pipelines.support.spelling import did_you_mean, shortened
 
 _TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 
@@ -26,7 +26,6 @@ def take_tags(prompt: str, known: Collection[str]) -> tuple[str, dict[str, float
 
     Args:
         prompt: The text, such as "a cat <lora:cat:0.8>".
-        known: Names of concepts.
 
     Raises:
         ValueError: For what `read_tags` refuses, and for tags of unknown names.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,20 @@ from torch.nn.functional import interpolate
 from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.control.prepared import View
 from lora_compose.pipelines.text.conditioning import Conditioning
+
+
+class ReadsImages(Protocol):
+    """A pipeline of a UNet that may have IP-Adapters."""
+
+    unet: Any
+    image_encoder: Any
+    prepare_ip_adapter_image_embeds: Any
+    vae_scale_factor: int
+
+    @property
+    def runs_on(self) -> torch.device:
+        """Where the UNet runs."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,19 +53,14 @@ class PreparedImagePrompts:
         return self.masks is None and all(len(one) == 1 for one in self.positive)
 
     def of_images(self, images: Sequence[int]) -> "PreparedImagePrompts":
-        """The same for some images of the batch."""
+        """The image prompts of some images of the batch."""
         positive, negative = (
             [one if len(one) == 1 else one[images] for one in given] for given in (self.positive, self.negative)
         )
         return replace(self, positive=positive, negative=negative)
 
     def inputs(self, text: Conditioning, view: View) -> Mapping[str, Any]:
-        """Arguments of the model for one pass.
-
-        Args:
-            text: The text of all rows.
-            view: What the pass sees.
-        """
+        """Arguments of the model for one pass."""
         given: list[Tensor] = []
         for index, positive in enumerate(self.positive):
             branches = [conditional for _, conditional in text.roles.branches]
@@ -67,7 +76,7 @@ class PreparedImagePrompts:
 
 
 def prepare_image_prompts(
-    pipe: Any,
+    pipe: ReadsImages,
     image: Any,
     embeds: Sequence[Tensor] | None,
     masks: Any,
@@ -79,12 +88,9 @@ def prepare_image_prompts(
     """The images of a call for IP-Adapters; None for a model without one.
 
     Args:
-        pipe: The pipeline.
         image: `ip_adapter_image` of diffusers.
         embeds: `ip_adapter_image_embeds` of diffusers.
         masks: `ip_adapter_masks` of diffusers.
-        guided: Whether there are unconditional rows.
-        images: Images in the batch.
         size: Width and height of the canvas in pixels.
 
     Raises:
@@ -114,7 +120,7 @@ def prepare_image_prompts(
             "ip_adapter_image_embeds"
         )
     found = pipe.prepare_ip_adapter_image_embeds(
-        image, ip_adapter_image_embeds=embeds, device=pipe._execution_device, num_images_per_prompt=1,
+        image, ip_adapter_image_embeds=embeds, device=pipe.runs_on, num_images_per_prompt=1,
         do_classifier_free_guidance=guided,
     )  # fmt: skip
     halves = [one.chunk(2) if guided else (one[:0], one) for one in found]
@@ -124,13 +130,13 @@ def prepare_image_prompts(
                 f"ip_adapter_image_embeds are for {len(positive)} images, and the call makes {images}; give one for "
                 "all, or one for each (with guidance, the negative ones first)"
             )
-    read = None if masks is None else _masks(masks, [positive.shape[1] for _, positive in halves], pipe)
+    read = None if masks is None else _masks(masks, [positive.shape[1] for _, positive in halves], pipe.runs_on)
     scale = pipe.vae_scale_factor
     negative = [half for half, _ in halves] if guided else []
     return PreparedImagePrompts([half for _, half in halves], negative, read, (size[1] // scale, size[0] // scale))
 
 
-def _masks(given: Any, images: Sequence[int], pipe: Any) -> list[Tensor]:
+def _masks(given: Any, images: Sequence[int], device: torch.device) -> list[Tensor]:
     """Masks of each adapter, in the form that diffusers' processors take."""
     every = [given] if isinstance(given, Tensor) else list(given)
     for mask, count in zip(every, images, strict=True):
@@ -140,4 +146,4 @@ def _masks(given: Any, images: Sequence[int], pipe: Any) -> list[Tensor]:
                 f"each of ip_adapter_masks is a tensor [1, {count}, height, width] as IPAdapterMaskProcessor prepares "
                 f"it, not {shape}"
             )
-    return [mask.to(pipe._execution_device) for mask in every]
+    return [mask.to(device) for mask in every]

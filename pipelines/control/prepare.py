@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lora_compose.attention.backbones.unet import blocks
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.control.prepared import PreparedAdapter, PreparedControl, PreparedControlNet
 from lora_compose.pipelines.control.spec import Control, ControlImage
-from lora_compose.pipelines.regions import region_mask
-from lora_compose.pipelines.scene import BoxOrMask
+from lora_compose.pipelines.scene.canvas import Canvas
+from lora_compose.pipelines.scene.regions import region_mask
+from lora_compose.pipelines.scene.scene import BoxOrMask
 
 RegionsByPrompt = Sequence[Mapping[str, BoxOrMask | None]]
 """By prompt, the regions of its concepts by name."""
@@ -26,9 +26,6 @@ def prepare_control(control: Control, unet: nn.Module, canvas: Canvas, regions: 
     """Checks that a control fits model and call; a T2I-Adapter reads its image.
 
     Args:
-        control: The control.
-        unet: The model.
-        canvas: Sizes of the call.
         regions: By prompt, the regions of its concepts by name.
 
     Raises:
@@ -133,11 +130,7 @@ def _feature_places(unet: UNet2DConditionModel) -> Iterator[tuple[int, int]]:
 def _weights(
     control: Control, canvas: Canvas, regions: RegionsByPrompt, levels: frozenset[int]
 ) -> Mapping[int, Tensor] | None:
-    """The scale of every cell, by level. Shape: [images or 1, 1, height, width]; None if it is the same everywhere.
-
-    Raises:
-        ValueError: For names that are no concept with a region.
-    """
+    """By level, the scale of every cell, [images or 1, 1, height, width]; None if it is the same everywhere."""
     if not control.regions:
         return None
     found = {name: region for mine in regions for name, region in mine.items() if region is not None}
@@ -168,12 +161,7 @@ def _coarse(cells: Tensor, level: int) -> Tensor:
 
 
 def _hint(source: ControlImage | Sequence[ControlImage], channels: int, canvas: Canvas) -> Tensor:
-    """The control image of every image of a call. Shape: [images, channels, height, width], fp32.
-
-    Raises:
-        ValueError: For other sizes, channels and numbers of images.
-        TypeError: For what is no image.
-    """
+    """The control image of every image of a call, fp32. Shape: [images, channels, height, width]."""
     given, prompts = source if isinstance(source, list | tuple) else [source], canvas.prompts
     images = [one for image in given for one in _pixels(image, channels)]
     if len(images) not in (1, prompts):

@@ -11,8 +11,8 @@ from torch import Tensor
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import coarser, grid_at
 from lora_compose.pipelines.control.spec import Control
-from lora_compose.pipelines.regions import Window
-from lora_compose.pipelines.rows import Selection
+from lora_compose.pipelines.scene.regions import Window
+from lora_compose.pipelines.scene.rows import Selection
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 
@@ -29,14 +29,14 @@ class View:
     image: int | None = None
 
     def of_cells(self, cells: Tensor, level: int) -> Tensor:
-        """That part of a grid. Shape: [images or 1, channels, height, width]."""
+        """The part of a grid that the view shows. Shape: [images or 1, channels, height, width]."""
         rows, columns = (slice(None), slice(None)) if self.window is None else self.window
         if self.window is not None:
             rows, columns = coarser(rows, level), coarser(columns, level)
         return self.of_images(cells)[..., rows, columns]
 
     def of_pixels(self, pixels: Tensor, scale: int) -> Tensor:
-        """That part of control images, with `scale` pixels per latent cell and side."""
+        """The part of control images that the view shows, with `scale` pixels per latent cell and side."""
         if self.window is None:
             return self.of_images(pixels)
         rows, columns = (slice(part.start * scale, part.stop * scale) for part in self.window)
@@ -52,7 +52,6 @@ class PreparedControlNet:
     """A ControlNet, prepared for a call.
 
     Attributes:
-        control: The user's `Control`.
         hint: The control image of every image, as the model reads it. Shape: [images, channels, height, width].
         pixels: Pixels per latent cell and side.
         levels: The level of every residual, those of the skip connections first.
@@ -71,7 +70,7 @@ class PreparedControlNet:
         return self.control.acts(step, steps)
 
     def of_images(self, images: Sequence[int]) -> "PreparedControlNet":
-        """The same for some of the images."""
+        """The control of some images of the batch."""
         return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images))
 
     def read_by(self, text: Conditioning) -> Selection:
@@ -80,13 +79,10 @@ class PreparedControlNet:
         return text.roles.conditional if model.config.global_pool_conditions else slice(None)
 
     def residuals(self, latents: Tensor, t: Tensor, text: Conditioning, view: View) -> list[Tensor]:
-        """What it adds to the skip connections and, last, to the middle. Shape: [rows, channels, height, width] each.
+        """Residuals for the skip connections and, last, to the middle. Shape: [rows, channels, height, width] each.
 
         Args:
             latents: As the UNet gets them. Shape: [rows, channels, height, width].
-            t: The timestep.
-            text: The text of all rows.
-            view: What the pass sees.
         """
         model, rows, dtype = self.control.model, self.read_by(text), self.hint.dtype
         mine = text.select(rows)
@@ -112,7 +108,6 @@ class PreparedAdapter:
     """A T2I-Adapter made ready for a call: it reads each part of the canvas that is run once.
 
     Attributes:
-        control: The user's `Control`.
         hint: The control image of every image, as the model reads it. Shape: [images, channels, height, width].
         pixels: Pixels per latent cell and side.
         places: Channels and level of the places in the UNet that take features, in order.
@@ -133,15 +128,15 @@ class PreparedAdapter:
         return self.control.acts(step, steps)
 
     def of_images(self, images: Sequence[int]) -> "PreparedAdapter":
-        """The same for some of the images."""
+        """The control of some images of the batch."""
         return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images), _read={})
 
     def residuals(self, rows: int, view: View) -> list[Tensor]:
-        """What it adds to the blocks of the UNet's first half. Shape: [rows, channels, height, width] each."""
+        """Residuals for the blocks of the UNet's first half. Shape: [rows, channels, height, width] each."""
         return [repeated(view.of_images(feature), rows) for feature in self.features(view.window)]
 
     def features(self, window: Window | None = None) -> list[Tensor]:
-        """Its features for a part of the canvas, scales included. Shape: [images, channels, height, width] each."""
+        """Features for a part of the canvas, scales included. Shape: [images, channels, height, width] each."""
         key = () if window is None else tuple(edge for part in window for edge in (part.start, part.stop))
         if key not in self._read:
             with torch.no_grad():
@@ -223,12 +218,7 @@ def _summed(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def _one_text(text: Tensor, width: int) -> Tensor:
-    """A text for all layers of a ControlNet: the mean of those that the UNet's cross-attention layers have, if they do.
-
-    Args:
-        text: Shape: [rows, tokens, width], or [rows, tokens, layers * width].
-        width: What the model reads.
-    """
+    """A text for all layers of a ControlNet, [rows, tokens, width]: the mean of those that the UNet's layers have."""
     if text.shape[-1] <= width or text.shape[-1] % width:
         return text
     return text.unflatten(-1, (-1, width)).mean(dim=-2)

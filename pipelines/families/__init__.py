@@ -1,7 +1,7 @@
 """One pipeline class per model family; importing this package makes them known to `ComposePipeline`."""
 
-from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.families.anima import ComposeAnimaPipeline
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from lora_compose.attention.backbones.cosmos import with_padding_mask
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.base import HUB_OPTIONS, ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -38,16 +37,17 @@ from lora_compose.pipelines.call import (
     refuse_unknown,
     tensors_for,
 )
-from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.guidance import ClassifierFree
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import HUB_OPTIONS, ComposePipeline
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.from_image import FromImage
-from lora_compose.pipelines.front import Plain, Request, front
-from lora_compose.pipelines.guidance import ClassifierFree
+from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
-from lora_compose.pipelines.plan import Plan
+from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
@@ -62,7 +62,6 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         text_conditioner: Makes the text of the transformer from both.
         transformer: The denoiser.
         vae: That of Qwen-Image, for videos of one frame.
-        scheduler: The scheduler.
     """
 
     family = "Anima"
@@ -105,7 +104,6 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         """Opens a folder or hub repository with a `modular_model_index.json`.
 
         Args:
-            pretrained_model_name_or_path: The folder or repository.
             options: Those of `AnimaModularPipeline.from_pretrained` for the hub, and those of `load_components`, such
                 as `dtype`.
         """
@@ -116,7 +114,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
-        """The same components in another pipeline of this class."""
+        """The components in another pipeline of this class."""
         made, dtype = cls.of_modular(pipeline), options.pop("dtype", None)
         refuse_unknown([*options], cls.from_pipe)
         return made if dtype in (None, made.dtype) else made.to(dtype)
@@ -146,7 +144,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     @property
     def guidance_scale(self) -> float:
-        """That of the call in progress, or the last one."""
+        """The scale of the call in progress, or of the last one."""
         return self._guidance_scale
 
     @property
@@ -155,7 +153,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         return self._interrupt
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -200,10 +198,6 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
             token_positions: Refused, since there are no prompt embeddings to give.
             record_attention: Maps come from the last third of the blocks.
             image: Refused, as are the four arguments after it.
-            mask_image: Refused.
-            strength: Refused.
-            padding_mask_crop: Refused.
-            paste_original: Refused.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.
@@ -255,7 +249,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
             arguments["latents"] = latents[:, :, None]
         if output_type == "latent":
             del arguments["output_type"]
-        pipe: Any = self.modular()
+        pipe = self.modular()
         if not is_torchvision_available():
             pipe.update_components(transformer=_without_torchvision(uncompiled(self.transformer)))
         pipe.update_components(guider=pipe.guider.new(guidance_scale=scale))
@@ -264,7 +258,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     def modular(self) -> Any:
         """Diffusers' modular pipeline with the same components."""
-        pipe: Any = AnimaAutoBlocks().init_pipeline()
+        pipe = AnimaAutoBlocks().init_pipeline()
         pipe.update_components(**self.components)
         return pipe
 
@@ -339,11 +333,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
 
 def _without_torchvision(model: Any) -> Any:
-    """The same transformer, which gets its padding mask as a channel: diffusers resizes it with torchvision.
-
-    Raises:
-        ValueError: For models whose forward pass belongs to a hook.
-    """
+    """A transformer that gets its padding mask as a channel, which diffusers resizes with torchvision."""
     if not model.config.concat_padding_mask:
         return model
     if "forward" in vars(model):

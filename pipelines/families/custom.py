@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families.base import ComposePipeline
 
 
 def _parameters(family: type[ComposePipeline]) -> dict[str, inspect.Parameter]:

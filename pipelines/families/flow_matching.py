@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle
 
 from lora_compose.attention.backbones.joint import PATCH, unpacked
-from lora_compose.pipelines.call import Call, GivenPrompts, Sampling, check_latents, listed
-from lora_compose.pipelines.canvas import Canvas, Step
+from lora_compose.pipelines.calls.call import Call, GivenPrompts, Sampling, check_latents, listed
+from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.concepts.tags import check_no_tags
-from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
+from lora_compose.pipelines.denoising.sampler import Schedule
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
-from lora_compose.pipelines.from_image import FromImage, Source
-from lora_compose.pipelines.plan import Plan
-from lora_compose.pipelines.sampler import Schedule
-from lora_compose.pipelines.task import ImageToImage, Inpainting
+from lora_compose.pipelines.images.from_image import FromImage, Source
+from lora_compose.pipelines.images.task import ImageToImage, Inpainting
+from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.text.emphasis import refuse_weights
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.long_prompts import Reading
 from lora_compose.pipelines.text.templates import TemplateTokenizer
+from lora_compose.pipelines.text.textual_inversion import TextualInversions
 
 Shape = tuple[int, ...]
 
@@ -115,14 +115,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         return self._rounded(width), self._rounded(height)
 
     def _check_plain_texts(self, *given: Any) -> None:
-        """Checks the texts of a call without concepts, which the model would read as they are written.
-
-        Args:
-            given: A text, several, or something else, which is left to diffusers.
-
-        Raises:
-            ValueError: For weights and names of LoRAs in them.
-        """
+        """Refuses weights and names of LoRAs in texts of a call without concepts, which the model would read."""
         texts = [text for column in given if isinstance(column, str | list) for text in listed(column)]
         texts = [text for text in texts if isinstance(text, str)]
         check_no_tags(texts)
@@ -188,7 +181,6 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         """Texts as the backbone's forward pass takes them.
 
         Args:
-            prompts: The texts.
             length: Tokens to which they are padded or cut; None for what the pipeline takes by itself.
 
         Returns:

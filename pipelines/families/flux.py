@@ -9,8 +9,7 @@ from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline, Fl
 from torch import Tensor
 
 from lora_compose.attention.backbones.joint import packed
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -22,9 +21,13 @@ from lora_compose.pipelines.call import (
     listed,
     tensors_for,
 )
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.guidance import ClassifierFree
+from lora_compose.pipelines.denoising.inputs import ByImage
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import (
     FlowMatchingPipeline,
     both_sides,
@@ -32,12 +35,9 @@ from lora_compose.pipelines.families.flow_matching import (
     real_tokens,
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.from_image import FromImage
-from lora_compose.pipelines.front import Plain, Request, front
-from lora_compose.pipelines.guidance import ClassifierFree
-from lora_compose.pipelines.inputs import ByImage
+from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
+from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.emphasis import Emphasis, has_weights, plain_text, read_emphasis
 from lora_compose.pipelines.text.long_prompts import Reading
@@ -63,7 +63,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         return not later and any(key.startswith("double_blocks.") for key in bare)
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         prompt_2: str | list[str] | None = None,
@@ -116,11 +116,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             control: Not supported yet.
             token_positions: Positions among the T5 tokens.
             record_attention: Maps come from the last third of the double-stream blocks.
-            image: What image-to-image and inpainting start from, as in the Stable Diffusion families.
-            mask_image: White where the image is painted, or a box.
-            strength: The share of the steps that are run; None is diffusers' default for the task.
-            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
-            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
+            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.
@@ -259,13 +255,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         return {**arguments, **dict.fromkeys(names), **found, "num_images_per_prompt": 1}
 
     def _weighted(self, text: Tensor, read: Sequence[Emphasis], images_per_prompt: int) -> Tensor:
-        """Features of the T5 encoder with those texts encoded anew that have weights; CLIP's pooled text has none.
-
-        Args:
-            text: Shape: [images, tokens, channels].
-            read: The text of each prompt.
-            images_per_prompt: Rows of each.
-        """
+        """T5's features with those texts encoded anew that have weights; CLIP's pooled text has none."""
         found = text.clone()
         for i, one in enumerate(read):
             if not one.is_even:

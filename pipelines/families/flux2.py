@@ -13,8 +13,7 @@ from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 from lora_compose.attention import Backbone
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import PATCH
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -26,8 +25,12 @@ from lora_compose.pipelines.call import (
     listed,
     tensors_for,
 )
-from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.guidance import ClassifierFree
+from lora_compose.pipelines.denoising.inputs import OnGrid
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import (
     Shape,
     TemplatePipeline,
@@ -36,12 +39,9 @@ from lora_compose.pipelines.families.flow_matching import (
     real_tokens,
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.from_image import FromImage
-from lora_compose.pipelines.front import Plain, Request, front
-from lora_compose.pipelines.guidance import ClassifierFree
-from lora_compose.pipelines.inputs import OnGrid
+from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
+from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
@@ -62,7 +62,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         return False
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         image: Any = None,
         prompt: str | list[str] | None = None,
@@ -109,11 +109,8 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the double-stream blocks.
-            mask_image: White where the image is painted, or a box.
+            mask_image: As in `ComposeStableDiffusionPipeline.__call__`, as are the three arguments after the next.
             image_reference: A further image that inpainting reads; cannot be combined with concepts yet.
-            strength: The share of the steps that are run; None is diffusers' default.
-            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
-            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.

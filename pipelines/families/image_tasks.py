@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Composition,
     as_list,
@@ -22,14 +21,15 @@ from lora_compose.pipelines.call import (
     refuse_unknown,
     tensors_for,
 )
+from lora_compose.pipelines.calls.finite import check_decoded
+from lora_compose.pipelines.calls.front import OF_OURS, OF_START_IMAGE, Begun, Plain, Request
+from lora_compose.pipelines.calls.outcome import output_of
+from lora_compose.pipelines.calls.plan import Plan
+from lora_compose.pipelines.calls.refine import Origin
 from lora_compose.pipelines.control import controls_of
-from lora_compose.pipelines.finite import check_decoded
-from lora_compose.pipelines.from_image import FromImage, Source, check_steps, steps_left
-from lora_compose.pipelines.front import OF_OURS, OF_START_IMAGE, Begun, Plain, Request
-from lora_compose.pipelines.outcome import output_of
-from lora_compose.pipelines.plan import Plan
-from lora_compose.pipelines.refine import Origin
-from lora_compose.pipelines.task import OF_INPAINTING
+from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.images.from_image import FromImage, Source, check_steps, steps_left
+from lora_compose.pipelines.images.task import OF_INPAINTING
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,17 @@ class ImageTasksPipeline(ComposePipeline):
     """Whether diffusers' pipelines round the number of steps that a strength leaves up."""
 
     @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height of the images that the model was made for, in pixels."""
+        raise NotImplementedError
+
+    @property
     def inpaints_as_diffusers(self) -> bool:
         """Whether diffusers' pipeline can inpaint with this model without concepts; otherwise our own loop does."""
         return True
 
     def _begin(self, given: Mapping[str, Any], unread: Collection[str] = ()) -> Begun:
-        """What all families ask of the arguments of a call; and the call itself, if it is diffusers' own.
-
-        Args:
-            given: The arguments by name, as `locals()` has them at the beginning of `__call__`.
-            unread: Unknown arguments that diffusers' pipeline takes.
-
-        Raises:
-            TypeError: For unknown arguments.
-            ValueError: For what does not fit together.
-        """
+        """The facts that all families ask of the `locals()` of `__call__`; `unread` is what diffusers alone takes."""
         started, unknown = time.perf_counter(), given["kwargs"]
         allowed = unread if no_concepts(given["concepts"]) else ()
         refuse_unknown([name for name in unknown if name not in allowed], type(self).__call__)
@@ -103,11 +99,7 @@ class ImageTasksPipeline(ComposePipeline):
         return self._plain_class().__call__(self, **arguments)
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        """The arguments of a call without concepts, as diffusers takes them.
-
-        Raises:
-            ValueError: For what diffusers would not see to be wrong.
-        """
+        """A call's arguments without concepts as diffusers takes them; refuses what it would not see to be wrong."""
         return arguments
 
     def _is_diffusers_own(self, given: FromImage | None) -> bool:
@@ -132,9 +124,7 @@ class ImageTasksPipeline(ComposePipeline):
         """How many of the steps are run in a call that starts from an image.
 
         Args:
-            steps: Denoising steps that are asked for.
             strength: The share of them; None is diffusers' default for the task.
-            inpaints: Whether there is a mask.
 
         Raises:
             ValueError: If the family does not have the task.
@@ -191,11 +181,7 @@ class ImageTasksPipeline(ComposePipeline):
         """Raises ValueError for images that the model cannot start from with concepts."""
 
     def _image_size(self, given: FromImage, width: int | None, height: int | None) -> tuple[int, int]:
-        """Width and height of what is worked on, in pixels.
-
-        Raises:
-            ValueError: If the image is too small, or keeps its own size and the call asks for another one.
-        """
+        """Width and height of what is worked on, in pixels; refuses an image that is too small or of another size."""
         given.check_size(self._cell)
         if self._task(given.inpaints).resizes:
             found = self._size(width, height)
@@ -212,15 +198,7 @@ class ImageTasksPipeline(ComposePipeline):
         return found
 
     def _from_image_as_diffusers(self, given: FromImage, arguments: Mapping[str, Any]) -> Any:
-        """A call without concepts that starts from an image: exactly what diffusers' pipeline for the task does.
-
-        Args:
-            given: The image.
-            arguments: All other arguments of the call; those that have their default value may be unknown to it.
-
-        Raises:
-            ValueError: For arguments that it does not take.
-        """
+        """A call without concepts that starts from an image: exactly what diffusers' pipeline for the task does."""
         self._check_start(given)
         pipe, task = self._task_pipeline(inpaints=given.inpaints), self._task(given.inpaints)
         self._image_size(given, arguments["width"], arguments["height"])
@@ -255,11 +233,7 @@ class ImageTasksPipeline(ComposePipeline):
     def _source(
         self, given: FromImage | None, width: int | None, height: int | None, output_type: str
     ) -> Source | None:
-        """The image that a call with concepts starts from, made ready.
-
-        Raises:
-            ValueError: For models and outputs that do not go with it.
-        """
+        """The image that a call with concepts starts from, made ready; refuses models and outputs that do not fit."""
         self._check_start(given)
         if given is None:
             return None

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -24,12 +23,13 @@ from lora_compose.pipelines.call import (
     listed,
     tensors_for,
 )
+from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
-from lora_compose.pipelines.front import Plain, Request, front
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.long_prompts import Reading
@@ -75,7 +75,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             )  # fmt: skip
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         height: int | None = None,
@@ -116,13 +116,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Args:
-            concepts: Names of loaded concepts or adapters, or `Concept` objects, whose given fields override loaded
-                ones. None or empty: exactly what diffusers does. A list of such lists is a concept set per prompt.
-                "auto": those loaded and added ones that the prompt names.
-            method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
-            control: Control images for ControlNets and T2I-Adapters; only with concepts.
-            token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
-            record_attention: True, or the steps of which attention maps are returned.
+            concepts: As for `ComposePipeline.__call__`, as are the four arguments after it.
             image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
                 each prompt. Regions are in its coordinates.
             mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.

@@ -9,8 +9,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaint
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import (
+from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Concepts,
@@ -22,12 +21,13 @@ from lora_compose.pipelines.call import (
     listed,
     tensors_for,
 )
+from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
-from lora_compose.pipelines.front import Plain, Request, front
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.long_prompts import Reading
@@ -71,7 +71,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         return False
 
     @front
-    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         prompt_2: str | list[str] | None = None,
@@ -127,19 +127,8 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         `prompt_2`. In a batch with negative sizes, every row has its own; diffusers mixes them up there.
 
         Args:
-            concepts: Names of loaded concepts or adapters, or `Concept` objects, whose given fields override loaded
-                ones. None or empty: exactly what diffusers does. A list of such lists is a concept set per prompt.
-                "auto": those loaded and added ones that the prompt names.
-            method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
-            control: Control images for ControlNets and T2I-Adapters; only with concepts.
-            token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
-            record_attention: True, or the steps of which attention maps are returned.
-            image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
-                each prompt. Regions are in its coordinates.
-            mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.
-            strength: The share of the steps that are run; None is diffusers' default for the task.
-            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
-            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
+            concepts: As for `ComposePipeline.__call__`, as are the four arguments after it.
+            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.

@@ -7,20 +7,20 @@ import torch
 from diffusers import AsymmetricAutoencoderKL
 from torch import Tensor
 
-from lora_compose.pipelines.call import Call, Sampling, check_latents, listed
-from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.calls.call import Call, Sampling, check_latents, listed
+from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.concepts.tags import check_no_tags
-from lora_compose.pipelines.concepts.textual_inversion import TOKENIZERS
 from lora_compose.pipelines.control import PreparedImagePrompts, prepare_image_prompts
+from lora_compose.pipelines.denoising.guidance import Embedded, Guider, Rescaled
+from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
+from lora_compose.pipelines.denoising.sampler import Schedule
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
-from lora_compose.pipelines.from_image import FromImage, Source
-from lora_compose.pipelines.guidance import Embedded, Guider, Rescaled
-from lora_compose.pipelines.inputs import ByImage, OnGrid
-from lora_compose.pipelines.plan import Plan
-from lora_compose.pipelines.sampler import Schedule
-from lora_compose.pipelines.task import ImageToImage, Inpainting
+from lora_compose.pipelines.images.from_image import FromImage, Source
+from lora_compose.pipelines.images.task import ImageToImage, Inpainting
+from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.emphasis import Emphasis, has_weights
 from lora_compose.pipelines.text.long_prompts import Reading
+from lora_compose.pipelines.text.textual_inversion import TOKENIZERS
 from lora_compose.pipelines.text.weighted import weighted_embeds
 
 _FOR_INPAINTING = 9
@@ -50,7 +50,8 @@ class UNetPipeline(ImageTasksPipeline):
     prepare_extra_step_kwargs: Any
     get_guidance_scale_embedding: Any
     encode_prompt: Any
-    maybe_convert_prompt: Any
+    image_encoder: Any
+    prepare_ip_adapter_image_embeds: Any
 
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height in pixels; None means the model's own."""
@@ -137,12 +138,9 @@ class UNetPipeline(ImageTasksPipeline):
         """Encodes texts chunk by chunk, with their weights.
 
         Args:
-            reading: How they are read.
             texts: By the names that `encode_prompt` of diffusers has for them: prompts, then negative prompts.
             images_per_prompt: Rows of each prompt.
-            guided: Whether negative prompts are encoded, too.
             scale: Of adapters in the text encoders.
-            clip_skip: As in diffusers.
 
         Returns:
             What `encode_prompt` returns.

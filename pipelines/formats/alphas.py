@@ -24,7 +24,6 @@ class Alphas:
     """The alphas of one file.
 
     Args:
-        file: The file.
         given: Alpha for a file without one; None if the caller gave none.
 
     Raises:

@@ -18,7 +18,6 @@ class Named:
 
     Attributes:
         stem: Common beginning of its keys, as written.
-        factors: The change.
     """
 
     stem: str
@@ -32,7 +31,6 @@ def by_name(file: LoraFile, *, alpha: float | None = None) -> tuple[Mapping[tupl
     model's layer, which is unknown.
 
     Args:
-        file: The file.
         alpha: Alpha for a file without one.
 
     Raises:

@@ -24,7 +24,6 @@ class Change:
     """A layer's change as factors.
 
     Attributes:
-        factors: The low-rank factors.
         lost: Squared Frobenius norm of the part that the factors leave out; 0 if they are exact.
     """
 
@@ -54,7 +53,7 @@ def _inner_of_products(one: LoraFactors, other: LoraFactors) -> float:
 
 
 def matrix(tensor: Tensor) -> Tensor:
-    """As a matrix of outputs and inputs, in fp32 at least."""
+    """A tensor as a matrix of outputs and inputs, in fp32 at least."""
     return tensor.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -88,7 +87,7 @@ def cut(whole: Tensor, max_rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def cut_factors(up: Tensor, down: Tensor, max_rank: int) -> tuple[Tensor, Tensor, float]:
-    """As `cut` for the product of two factors, which is not built."""
+    """Does what `cut` does for the product of two factors, which is not built."""
     left, right = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().T)
     u, s, v = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     rank = min(max_rank, numerical_rank(s))

@@ -25,7 +25,7 @@ from lora_compose.pipelines.formats.safetensors_reader import (
     read_header,
     read_tensors,
 )
-from lora_compose.pipelines.regular import open_regular
+from lora_compose.pipelines.support.regular import open_regular
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -50,7 +50,6 @@ class LoraFile:
     """A LoRA file as read, not yet matched with a model.
 
     Attributes:
-        path: The file.
         sha256: Digest of its content.
         metadata: The strings in its header.
         tensors: Its weights by key.

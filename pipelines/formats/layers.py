@@ -16,7 +16,6 @@ class Layer:
     """What a file has for one layer.
 
     Attributes:
-        part: The component of the pipeline.
         module: The layer as the file spells it, with underscores for dots.
         slots: Its tensors by what they are (`Key.slot`).
         keys: Their keys in the file.

@@ -6,13 +6,14 @@ where ranks differ: diffusers 0.42 drops alphas that differ from the most common
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.pipelines.formats.keys import Part
+from lora_compose.pipelines.formats.models import MODEL_PARTS, models_by_part
 from lora_compose.pipelines.formats.names import original_names
 
 Spelling = Literal["diffusers", "kohya"]
@@ -32,32 +33,31 @@ class FileLayer:
     kernel: tuple[int, ...] = ()
 
 
-def stems(spelling: Spelling, pipe: Any, names: Mapping[Part, list[str]]) -> dict[tuple[Part, str], str]:
+def stems(spelling: Spelling, pipe: object, names: Mapping[Part, list[str]]) -> dict[tuple[Part, str], str]:
     """The beginning of the keys of each layer of a pipeline.
 
     kohya's scripts use diffusers' names of a UNet's blocks for SD 1.x and 2.x, and the original checkpoint's for SDXL.
     Those for transformers join layers that are apart in diffusers, so that a change of one alone has no name there.
 
     Args:
-        spelling: "diffusers" or "kohya".
         pipe: A pipeline, or anything with such a model and text encoders.
         names: The layers, as the models have them, by part.
 
     Raises:
         ValueError: For kohya's spelling of a transformer.
     """
-    models: tuple[Part, ...] = ("unet", "transformer")
     if spelling == "kohya" and names.get("transformer"):
         raise ValueError("the keys of kohya for transformers join layers that are apart here; write those of diffusers")
-    two = getattr(pipe, "text_encoder_2", None) is not None
+    models = models_by_part(pipe)
+    two = "text_encoder_2" in models
     first = "lora_te1_" if two else "lora_te_"
     kohya: Mapping[Part, str] = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}
-    blocks = original_names(pipe.unet) if spelling == "kohya" and two and names.get("unet") else {}
+    blocks = original_names(models["unet"]) if spelling == "kohya" and two and names.get("unet") else {}
     found = {}
     for part, layers in names.items():
         for name in layers:
             # transformers 5 removed the outer name that all files have
-            own = name if part in models else f"text_model.{name.removeprefix('text_model.')}"
+            own = name if part in MODEL_PARTS else f"text_model.{name.removeprefix('text_model.')}"
             own = blocks.get(name, own) if part == "unet" else own
             found[part, name] = f"{kohya[part]}{own.replace('.', '_')}" if spelling == "kohya" else f"{part}.{own}"
     return found
@@ -69,8 +69,6 @@ def tensors(
     """Keys and tensors of one layer.
 
     Args:
-        spelling: "diffusers" or "kohya".
-        site: The layer.
         change: Matrices at scale 1; with rank 0 there is nothing to write.
         dtype: Precision of the factors.
         alpha: Alpha of all layers, for kohya's files; where it equals the rank, the factors are written unchanged.

@@ -52,7 +52,6 @@ def spellings(model: nn.Module, part: Part) -> Mapping[str, tuple[str, ...]]:
 
     Args:
         model: A UNet, a transformer or a text encoder.
-        part: The component that it is.
     """
     model = uncompiled(model)
     layers = [name for name, module in model.named_modules() if isinstance(base_layer(module), nn.Linear | nn.Conv2d)]

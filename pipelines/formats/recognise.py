@@ -109,12 +109,7 @@ def _spelling(keys: Sequence[str], parsed: Sequence[Key]) -> str:
 
 
 def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[str, str]) -> Guess:
-    """The family of models that a file is for.
-
-    Args:
-        shapes: The shape of every tensor by key.
-        metadata: The strings in the file's header.
-    """
+    """The family of models that a file is for."""
     text = "\n".join(shapes)
     reasons = _reasons(metadata)
     if not re.search(f"{_UNET_BLOCKS}|{_NOT_THESE}", text) and (guess := _transformer(text, shapes, reasons)):

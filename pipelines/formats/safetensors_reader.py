@@ -71,7 +71,6 @@ class Header:
     """The header of a file.
 
     Attributes:
-        metadata: Its metadata strings.
         entries: Its tensors by key, in the order of their bytes, which follow each other without a gap.
         raw: The bytes of the file up to the first tensor.
     """
@@ -131,7 +130,6 @@ def read_tensors(file: BufferedReader, header: Header, wanted: Collection[str], 
 
     Args:
         file: As `read_header` left it.
-        header: What that returned.
         wanted: The keys whose tensors are kept.
         digest: Updated with every byte of the file.
 

@@ -64,7 +64,6 @@ class SafetensorsWriter:
 
         Args:
             file: The file to write to, from its current position.
-            metadata: Strings for the header.
         """
         ordered = sorted(self._entries.items(), key=lambda item: -item[1].dtype.itemsize)
         header: dict[str, object] = {"__metadata__": dict(metadata)}

@@ -122,12 +122,7 @@ _TABLES: Mapping[str, _Table] = {
 
 
 def original_layers(model: nn.Module, names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
-    """For each layer of the original checkpoint, the model's layers that it is, in the order of its outputs.
-
-    Args:
-        model: The transformer.
-        names: Its layers.
-    """
+    """For each layer of the original checkpoint, the model's layers that it is, in the order of its outputs."""
     found: dict[str, list[tuple[int, str]]] = {}
     for number, (pattern, original) in enumerate(_TABLES.get(type(model).__name__, ())):
         for name in names:
@@ -140,7 +135,6 @@ def swaps_halves(name: str, spelled: str) -> bool:
     """Whether the halves of a layer's outputs are the other way round in the original checkpoint.
 
     Args:
-        name: The model's layer.
         spelled: The layer in a file, with underscores for dots.
     """
     return name == "norm_out.linear" and spelled == _SCALE_AND_SHIFT[1].replace(".", "_")

@@ -38,7 +38,6 @@ def make_merger(name: str, settings: Mapping[str, Any] | None = None) -> Merger:
     """A merger by its name.
 
     Args:
-        name: One of `MERGERS`.
         settings: Fields that differ from the defaults.
 
     Raises:

@@ -12,6 +12,7 @@ from lora_compose.attention import LoraFactors
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.formats.files import LoraFile
+from lora_compose.pipelines.formats.models import models_by_part
 from lora_compose.pipelines.merging.changes import Name
 from lora_compose.pipelines.merging.merger import Changes
 
@@ -20,7 +21,6 @@ def prompt_of(file: LoraFile, called: str = "") -> str:
     """A prompt for a LoRA from its trigger and class word.
 
     Args:
-        file: The file.
         called: What messages call it; its name by default.
 
     Raises:
@@ -35,7 +35,7 @@ def prompt_of(file: LoraFile, called: str = "") -> str:
 
 
 def calibrate(
-    pipe: Any,
+    pipe: Callable[..., Any],
     layers: Mapping[Name, Changes],
     prompts: Sequence[str],
     *,
@@ -46,17 +46,15 @@ def calibrate(
     """Generates one image with each LoRA alone, without guidance, and measures the inputs of the layers.
 
     Args:
-        pipe: The model. It is left as it was found.
+        pipe: A pipeline of diffusers; it is left as it was found.
         layers: By layer of it, the change by every LoRA.
-        prompts: Prompts of the images, one for each LoRA.
-        steps: Denoising steps of each image.
         seed: Of the start noise, the same for all.
         on_progress: Called with the finished fraction.
 
     Returns:
         By layer, the moments that `MergeLayer` describes, in fp64 on the CPU.
     """
-    models = {part: uncompiled(getattr(pipe, part)) for part, _ in layers}
+    models = models_by_part(pipe)
     sums = {
         name: torch.zeros(len(prompts), total, total, dtype=torch.float64)
         for name, changes in layers.items()
@@ -65,7 +63,7 @@ def calibrate(
     for k, prompt in enumerate(prompts):
         with ExitStack() as stack:
             for name, moments in sums.items():
-                layer = models[name[0]].get_submodule(name[1])
+                layer = uncompiled(models[name[0]]).get_submodule(name[1])
                 stack.enter_context(_measured(layer, layers[name], k, moments[k]))
             pipe(
                 prompt=prompt, num_inference_steps=steps, guidance_scale=1.0, output_type="latent",
@@ -78,14 +76,7 @@ def calibrate(
 
 @contextmanager
 def _measured(layer: nn.Module, changes: Sequence[LoraFactors], acting: int, moments: Tensor) -> Iterator[None]:
-    """Adds the change of one LoRA to the output of a layer, and averages the outer products of (A x) in the moments.
-
-    Args:
-        layer: The layer.
-        changes: Its changes by all LoRAs.
-        acting: Index of the LoRA that acts.
-        moments: Shape: [sum of ranks, sum of ranks], zeros.
-    """
+    """Lets one LoRA act on a layer, and puts the mean outer products of (A x) in `moments`, zeros before."""
     base = base_layer(layer)
     weight = base.get_parameter("weight")
     place = {"device": weight.device, "dtype": weight.dtype}

@@ -20,8 +20,6 @@ def side_by_side(
     """By layer, the change by every LoRA, with its weight; rank 0 where it does not change the layer.
 
     Args:
-        loras: Factors by layer.
-        weights: Factor on each LoRA.
         called: What messages call each.
 
     Raises:
@@ -55,6 +53,6 @@ def check_number(merger: Merger, method: str, number: int) -> None:
 
 
 def _compact(change: LoraFactors) -> LoraFactors:
-    """The same change with no more ranks than its layer can need: more cost time and memory, and files can have any."""
+    """The change with no more ranks than its layer can need: more cost time and memory, and files can have any."""
     most = min(len(change.up), math.prod(change.down.shape[1:]))
     return change if change.rank <= most else spectrum(change).factors()

@@ -1,7 +1,6 @@
 """DoRA and OFT as low-rank factors, for mergers: their change W' - W depends on the model's weight W."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -10,19 +9,18 @@ from lora_compose.attention.lora_bank import LoraFactors, base_layer
 from lora_compose.attention.transforms import dense_weight
 from lora_compose.pipelines.formats.change import MAX_RANK, cut, inner, matrix, shaped
 from lora_compose.pipelines.formats.files import LoraError
+from lora_compose.pipelines.formats.models import models_by_part
 from lora_compose.pipelines.merging.changes import Name
 
 
 def expressed(
-    pipe: Any, lora: Mapping[Name, LoraFactors], called: str, max_rank: int = MAX_RANK
+    pipe: object, lora: Mapping[Name, LoraFactors], called: str, max_rank: int = MAX_RANK
 ) -> tuple[Mapping[Name, LoraFactors], str | None]:
     """Factors without transforms, exact up to a rank and the best of that rank beyond, and a note on what was cut.
 
     Args:
         pipe: Has the models, with their weights.
-        lora: Factors by layer.
         called: What messages call the LoRA.
-        max_rank: The rank.
 
     Raises:
         LoraError: If the weights are not there.
@@ -31,7 +29,7 @@ def expressed(
     for (part, name), factors in lora.items():
         if factors.transform is None:
             continue
-        layer = base_layer(uncompiled(getattr(pipe, part)).get_submodule(name))
+        layer = base_layer(uncompiled(models_by_part(pipe)[part]).get_submodule(name))
         if layer.get_parameter("weight").is_meta:
             raise LoraError(
                 f"{called} rescales or rotates the model's own weights (DoRA, OFT), so it is another change for each "

@@ -79,8 +79,6 @@ def subject_share(subject: LoraFactors, style: LoraFactors, level: float) -> flo
     """The share of the steps in which the subject wins a layer.
 
     Args:
-        subject: Its change.
-        style: Its change.
         level: Divisor of the subject's entries, g.
     """
     if not subject.rank or not style.rank:

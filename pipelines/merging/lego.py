@@ -91,7 +91,6 @@ def k_means(products: Tensor, k: int) -> Tensor:
 
     Args:
         products: Shape: [units, units].
-        k: How many clusters there may be.
 
     Returns:
         The cluster of each unit.

@@ -55,8 +55,6 @@ def check_positive(name: str, value: object, kind: type = float) -> None:
     """Checks a setting that is a positive number.
 
     Args:
-        name: Name of the setting.
-        value: The given value.
         kind: `int` for whole numbers.
 
     Raises:

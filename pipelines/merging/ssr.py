@@ -51,9 +51,7 @@ def ssr(changes: Changes, moments: Tensor, ridge: float) -> LoraFactors:
     """The changes with R between their factors.
 
     Args:
-        changes: Of all LoRAs.
         moments: As in `MergeLayer`.
-        ridge: The pull to the plain sum.
     """
     present = [k for k, change in enumerate(changes) if change.rank]
     whitened = [_orthonormal(changes[k]) for k in present]

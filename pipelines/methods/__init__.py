@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
+from lora_compose.pipelines.denoising.process import FixedPasses, Needs, Process, Settings
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.composite import Composite
 from lora_compose.pipelines.methods.draft import Draft
 from lora_compose.pipelines.methods.freefuse import FreeFuse
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import FixedPasses, Needs, Process, Settings
 from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.methods.switch import Switch
 from lora_compose.pipelines.methods.tara import Tara
-from lora_compose.pipelines.notes import warn
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.spelling import did_you_mean
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.notes import warn
+from lora_compose.pipelines.support.spelling import did_you_mean
 from lora_compose.pipelines.text.tokens import find_words, own_nouns
 
 __all__ = [
@@ -136,7 +136,6 @@ def choose_method(
     alone get token masks if all were trained with them.
 
     Args:
-        concepts: Concepts of the call.
         prompts: Prompts of the call; None with `prompt_embeds`.
         concept_sets: The concept set of each prompt; None means all concepts for every prompt.
         region_attention: Whether the model supports region attention, which lora-composer needs.

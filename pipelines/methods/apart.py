@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.passes import Pass
-from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.regions import Regions, Window
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.passes import Pass
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.scene.regions import Regions, Window
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 
@@ -45,9 +45,7 @@ class Parts:
         """Guided predictions of every region and its surroundings, averaged where canvases overlap.
 
         Args:
-            session: Concept set, prompts and denoiser.
             latents: Of the whole canvas.
-            step: The step.
             whole: Predicts the whole canvas, for cells that no part shows.
         """
         total, times = torch.zeros_like(latents), torch.zeros_like(latents[:1, :1])
@@ -72,7 +70,6 @@ def parts_of(
     """A canvas for each region.
 
     Args:
-        session: Concept set, prompts and denoiser.
         texts: The texts on the canvas of each region.
         regions: On all grids.
         side: Least side of a canvas in latent cells.

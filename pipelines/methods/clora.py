@@ -29,18 +29,18 @@ from torch import Tensor
 from lora_compose.attention import Gates, Partition, RegionAttention, grid_at
 from lora_compose.attention.device import to_device
 from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, strongest
-from lora_compose.pipelines.canvas import Step, steps_in
-from lora_compose.pipelines.losses import contrast, smooth
+from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapRequest, Pass
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
+from lora_compose.pipelines.denoising.process import Needs, Process, Settings, warn_once, warn_unread
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
+from lora_compose.pipelines.methods.losses import contrast, smooth
 from lora_compose.pipelines.methods.mapped_tokens import MappedTokens, check_words, map_tokens
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import Needs, Process, Settings, warn_once, warn_unread
 from lora_compose.pipelines.methods.region_gates import region_gates
-from lora_compose.pipelines.passes import AttentionMaps, Gradient, MapRequest, Pass
-from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.regions import Regions
-from lora_compose.pipelines.rows import Rows
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Step, steps_in
+from lora_compose.pipelines.scene.regions import Regions
+from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, join_branches, stack_texts
 
@@ -206,8 +206,6 @@ class Contrasting:
     """The process of CLoRA for one call.
 
     Attributes:
-        settings: The settings.
-        session: Concept set, prompts and denoiser.
         text: The text of the base branch.
         branches: The pass of all branches.
         words: The mapped tokens, and the concept of each map.
@@ -335,14 +333,7 @@ class Contrasting:
             self.session.log.keep_masks(step.index, torch.stack(by_concept, dim=1))
 
     def _found(self, maps: Tensor) -> Tensor:
-        """Masks of all subjects.
-
-        Args:
-            maps: Maps of the subjects' own branches. Shape: [images, subjects, maps, height, width].
-
-        Returns:
-            Shape: [images, subjects, height, width], bool.
-        """
+        """Masks of all subjects. Shape: [images, subjects, (maps,) height, width]; the result without maps."""
         maps, painted = smooth(maps) if self.settings.smoothed else maps, self._painted
         maps = maps if painted is None else maps * painted  # the maximum must be in the painted part, too
         mine = self.words.mine[..., None, None]
@@ -389,11 +380,7 @@ class Contrasting:
         return MapRequest(torch.cat([unconds, token_weights]))
 
     def _by_branch(self, maps: AttentionMaps) -> Tensor:
-        """The maps of all branches; with `whole`, the mean of unconditional and conditional rows.
-
-        Returns:
-            Shape: [branches, images, maps, height, width].
-        """
+        """By branch, [images, maps, height, width]; with `whole`, the mean of unconditional and conditional rows."""
         canvas, branches = self.session.canvas, len(self.subjects) + 1
         grid = grid_at(canvas.latent_grid, canvas.map_level)
         found = maps.text.transpose(1, 2).unflatten(2, grid).unflatten(0, (-1, canvas.images))

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lora_compose.attention import Partition, RegionAttention
-from lora_compose.pipelines.canvas import Step, steps_in
+from lora_compose.pipelines.denoising.passes import Pass
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
+from lora_compose.pipelines.denoising.process import ActingRows
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.apart import Parts, parts_of
-from lora_compose.pipelines.methods.process import ActingRows
 from lora_compose.pipelines.methods.region_gates import Inject, region_gates
 from lora_compose.pipelines.methods.region_texts import RegionTexts
-from lora_compose.pipelines.passes import Pass
-from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.regions import Regions, Window
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Step, steps_in
+from lora_compose.pipelines.scene.regions import Regions, Window
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 APART_SIDE = 0.5
@@ -26,7 +26,6 @@ class ComposedRegions:
     """The process that denoises given regions, without updates of the latents.
 
     Attributes:
-        session: Concept set, prompts and denoiser.
         text: Text 0, of the canvas.
         whole: The pass of the whole canvas.
         parts: The canvases on which regions are denoised apart; None if they are not.
@@ -68,9 +67,7 @@ def compose_regions(
     """The process for given regions.
 
     Args:
-        session: The call.
         regions: On all grids.
-        texts: The texts of background and regions.
         isolate: Whether the cells of a region see no other region in self-attention.
         apart: In this fraction of the steps, from the first, every region is denoised on a canvas of its own.
         apart_side: Least side of those canvases, as a fraction of the model's native resolution.

@@ -17,8 +17,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_compose.pipelines.methods.process import FixedPasses, Settings, subject_pass, warn_once, warn_unread_by_passes
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.process import (
+    FixedPasses,
+    Settings,
+    subject_pass,
+    warn_once,
+    warn_unread_by_passes,
+)
+from lora_compose.pipelines.denoising.session import Session
 
 
 @dataclass(frozen=True)

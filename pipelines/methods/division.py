@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.pipelines.losses import smooth
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.methods.losses import smooth
+from lora_compose.pipelines.scene.scene import Concept
 
 
 def divided(
@@ -24,7 +24,6 @@ def divided(
 
     Args:
         maps: Attention to each subject. Shape: [subjects, map grid height, width].
-        subjects: The subjects.
         given: The region of each subject on the latent grid; empty where none is given. Shape: [height, width] each.
         divide: Divides the free cells, given centres and 1 where a cell is free.
         threshold: As for `centres_of`.

@@ -28,20 +28,20 @@ from torch import Tensor
 
 from lora_compose.attention import Site, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
-from lora_compose.pipelines.canvas import Canvas, Step
+from lora_compose.pipelines.denoising.passes import MapRequest, Pass
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
+from lora_compose.pipelines.denoising.process import FixedPasses, Process, Settings, constant_gates
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
 from lora_compose.pipelines.methods.division import divided, nearest, strips
 from lora_compose.pipelines.methods.drafted import drafted_maps
 from lora_compose.pipelines.methods.gated_pass import gated_pass
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import FixedPasses, Process, Settings, constant_gates
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.methods.region_texts import HALF, region_texts, segment_texts, shared_text
-from lora_compose.pipelines.passes import MapRequest, Pass
-from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.regions import Regions, region_mask
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Canvas, Step
+from lora_compose.pipelines.scene.regions import Regions, region_mask
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.branches import branch_of
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.prompts import about
@@ -176,15 +176,7 @@ def _biases(session: Session, text: Conditioning, shares: Mapping[int, Tensor], 
 
 
 def _by_level(session: Session, masks: Tensor) -> Mapping[int, Tensor]:
-    """The share of each concept in each cell; a style has all of them.
-
-    Args:
-        session: The call.
-        masks: Of the subjects. Shape: [images, subjects, height, width] on the latent grid.
-
-    Returns:
-        By level. Shape: [images, cells, concepts].
-    """
+    """By level, the share of each concept in each cell, [images, cells, concepts]; a style has all of them."""
     concepts, canvas = session.concepts, session.canvas
     every = torch.ones(len(masks), len(concepts.loaded), *masks.shape[2:])
     every[:, list(concepts.subjects)] = masks
@@ -242,13 +234,9 @@ class Drafting:
     """The process of a draft for one call.
 
     Attributes:
-        settings: The settings.
-        session: The call.
-        draft: The pass of the draft.
         words: Weight of every token in the map of each subject. Shape: [images, tokens, subjects].
         restart: How the image is denoised.
         masks: The masks of all concepts on the map grid. Shape: [images, concepts, height, width], bool.
-        processes: The processes that denoise the images.
     """
 
     settings: Draft

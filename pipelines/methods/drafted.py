@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.passes import AttentionMaps, MapRequest
-from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.scene.canvas import Step
 
 
 def drafted_maps(
@@ -26,9 +26,6 @@ def drafted_maps(
     The last of them stops after the last layer that is recorded.
 
     Args:
-        session: The call.
-        latents: The start noise.
-        first: The first step.
         prepared: The pass of every step.
         request: The maps of conditional rows.
         length: Fraction of the steps, at least one step; above 1 a number of steps.

@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_compose.attention import Backbone, Gates, grid_at
-from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.methods.drafted import drafted_maps
-from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import (
+from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest, Pass
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
+from lora_compose.pipelines.denoising.process import (
     ActingRows,
     FixedPasses,
     Needs,
@@ -36,10 +35,11 @@ from lora_compose.pipelines.methods.process import (
     one_text,
     warn_once,
 )
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.methods.drafted import drafted_maps
+from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
-from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
-from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 Words = Literal["class_word", "phrase"]
@@ -125,8 +125,6 @@ class Fusing:
     """The process of FreeFuse for one call.
 
     Attributes:
-        settings: The settings.
-        session: The call.
         base: The pass without LoRAs of subjects.
         phrases: 1 at the trigger and class word of each subject. Shape: [images, tokens, subjects].
         words: 1 at the tokens that show where it is. The same shape.

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from lora_compose.attention import Gates
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.methods.process import ActingRows, acting_rows
+from lora_compose.pipelines.denoising.passes import Pass
+from lora_compose.pipelines.denoising.process import ActingRows, acting_rows
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.region_texts import GatedText
-from lora_compose.pipelines.passes import Pass
-from lora_compose.pipelines.session import Session
 
 TokenMask = Literal["tara", "all", "none"]
-"""Which LoRAs change keys and values of cross-attention only at their own trigger."""
+"""The LoRAs that change keys and values of cross-attention only at their own trigger."""
 
 
 def gated_pass(
@@ -30,8 +30,6 @@ def gated_pass(
     """A pass in which LoRAs act under masks.
 
     Args:
-        session: The call.
-        texts: The texts of the regions.
         masks: By level, the share of each concept in each cell, the same for all images or by image. Shape: [(images,)
             cells, concepts].
         everywhere: True for concepts that act on the whole canvas.

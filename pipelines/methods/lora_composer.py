@@ -30,20 +30,20 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention.device import to_device
-from lora_compose.pipelines.canvas import Step, steps_in
-from lora_compose.pipelines.losses import concentration, filling, outside_attention, smooth
+from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
+from lora_compose.pipelines.denoising.process import ActingRows, Needs, Process, Settings, warn_unread
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, ComposedRegions, compose_regions
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
+from lora_compose.pipelines.methods.losses import concentration, filling, outside_attention, smooth
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import ActingRows, Needs, Process, Settings, warn_unread
 from lora_compose.pipelines.methods.region_gates import Inject
 from lora_compose.pipelines.methods.region_texts import Background, region_texts
 from lora_compose.pipelines.methods.reinit import reinitialised
 from lora_compose.pipelines.methods.targets import Target, targets_of
-from lora_compose.pipelines.passes import AttentionMaps, MapRequest
-from lora_compose.pipelines.prepared_pass import PreparedPass
-from lora_compose.pipelines.regions import Regions
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Step, steps_in
+from lora_compose.pipelines.scene.regions import Regions
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.prompts import about
 
@@ -195,8 +195,6 @@ class Composing:
     never.
 
     Attributes:
-        settings: The settings.
-        session: Concept set, prompts and denoiser.
         composed: Denoises the regions.
         targets: Regions and tokens of the losses, one for each region.
         refining: True for images that still need updates, on the CPU; None before the first step. Shape: [images].

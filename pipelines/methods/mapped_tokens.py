@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.session import Session
-from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.branches import Branch
 from lora_compose.pipelines.text.tokens import Mention
 
@@ -49,8 +49,6 @@ def map_tokens(session: Session, branches: Sequence[Branch], mask_words: Mapping
     """A map for every token that names a concept.
 
     Args:
-        session: Concept set, prompts and denoiser.
-        branches: All branches.
         mask_words: By name of a concept, the words in its own branch that make its mask, instead of those that name it.
 
     Raises:

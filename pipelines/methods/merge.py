@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_compose.attention import SitePart
-from lora_compose.pipelines.methods.process import FixedPasses, Settings, constant_gates, one_text, warn_once
-from lora_compose.pipelines.passes import Pass
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.passes import Pass
+from lora_compose.pipelines.denoising.process import FixedPasses, Settings, constant_gates, one_text, warn_once
+from lora_compose.pipelines.denoising.session import Session
 
 EVERYWHERE: Sequence[SitePart] = ("text", "image", "reference", "other", "row", "modulation")
 

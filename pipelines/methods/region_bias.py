@@ -14,7 +14,6 @@ def region_bias(
     own * M_j(x) and other * M_i(x) over all i other than j. FreeFuse, arXiv 2510.23515.
 
     Args:
-        text: The text of the pass.
         shares: The same for all images, or by image. Shape: [images, cells, subjects].
         phrases: 1 at the words of each subject. Shape: [images, tokens, subjects].
         own: Added between a region and the words of its subject.

@@ -8,9 +8,9 @@ from torch import Tensor
 from lora_compose.attention import Gates
 from lora_compose.attention.device import to_device
 from lora_compose.attention.regions import queries_of
-from lora_compose.pipelines.methods.process import ActingRows, acting_rows
-from lora_compose.pipelines.regions import Regions
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.process import ActingRows, acting_rows
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.scene.regions import Regions
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 Inject = Literal["attn2", "full", "off"]
@@ -28,9 +28,7 @@ def region_gates(
     equal parts, and the output of each region query is projected with the LoRA of its text.
 
     Args:
-        session: Concept set, prompts and denoiser.
         texts: Text 0 for the background, text 1 + n for region n.
-        regions: On all grids.
         rows: Where LoRAs act under guidance.
         inject: Where they act in their regions.
     """

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import JointRegions, Site
-from lora_compose.pipelines.methods.process import one_text, warn_once, warn_unread
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.process import one_text, warn_once, warn_unread
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import Conditioning, stack_texts
 from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
 from lora_compose.pipelines.text.segments import join_segments
@@ -55,7 +55,6 @@ def region_texts(
     where region n has a canvas of its own, that of the region.
 
     Args:
-        session: The call.
         indices: Indices of the concepts that have a region.
         prompts: The text of each region, by prompt.
         background: Text of the cells outside all regions.
@@ -149,7 +148,6 @@ class SegmentedTexts:
             cells: True where a region covers a cell. Shape: [height, width, regions], on the CPU.
             joint: How text and image lie in one sequence.
             isolate: Whether cells of a region attend to no cells of others.
-            device: Where attention runs.
         """
         segments = join_segments(self.base, self.regions, joint.multiple)
         text, roles = segments.text, segments.text.roles
@@ -169,7 +167,6 @@ def segment_texts(session: Session, indices: Sequence[int]) -> SegmentedTexts:
     """A text for the image, without the triggers of regions, and one for each region. Unconditional rows do not change.
 
     Args:
-        session: The call.
         indices: Indices of the concepts that have a region.
     """
     concepts, encode = session.concepts, session.prompts.encode

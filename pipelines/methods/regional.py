@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import Site, grid_at
+from lora_compose.pipelines.denoising.process import ActingRows, ByImage, FixedPasses, Process, Settings, warn_once
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import ActingRows, ByImage, FixedPasses, Process, Settings, warn_once
 from lora_compose.pipelines.methods.region_texts import HALF, GatedText, SegmentedTexts, segment_texts, shared_text
-from lora_compose.pipelines.regions import Regions, region_mask
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.regions import Regions, region_mask
 from lora_compose.pipelines.text.tokens import find_words
 
 Texts = Literal["auto", "shared", "regions"]

@@ -12,8 +12,14 @@ they act in every step.
 
 from dataclasses import dataclass
 
-from lora_compose.pipelines.methods.process import FixedPasses, Settings, subject_pass, warn_once, warn_unread_by_passes
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.process import (
+    FixedPasses,
+    Settings,
+    subject_pass,
+    warn_once,
+    warn_unread_by_passes,
+)
+from lora_compose.pipelines.denoising.session import Session
 
 
 @dataclass(frozen=True)

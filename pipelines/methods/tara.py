@@ -22,9 +22,9 @@ from torch import Tensor
 
 from lora_compose.attention import Gates
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.methods.process import FixedPasses, Settings, one_text, warn_once
-from lora_compose.pipelines.passes import Pass
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.passes import Pass
+from lora_compose.pipelines.denoising.process import FixedPasses, Settings, one_text, warn_once
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 CfgMask = Literal["cond_only", "broadcast"]
@@ -83,7 +83,6 @@ def token_mask(text: Conditioning, unmasked: Sequence[int], *, broadcast: bool) 
     """The masks m_i: 1 at the tokens of each concept's trigger.
 
     Args:
-        text: The text of all rows.
         unmasked: Concepts without a mask.
         broadcast: Whether unconditional rows get the masks of conditional rows instead of zeros.
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_compose.pipelines.losses import gaussian_over
-from lora_compose.pipelines.regions import Regions
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.methods.losses import gaussian_over
+from lora_compose.pipelines.scene.regions import Regions
+from lora_compose.pipelines.scene.scene import Concept
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,6 @@ def targets_of(session: Session, regions: Regions, prompts: Sequence[Sequence[st
     """The target of each region.
 
     Args:
-        session: Concept set, prompts and denoiser.
         regions: On all grids.
         prompts: The text of each region, by prompt.
 

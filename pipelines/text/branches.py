@@ -7,8 +7,8 @@ dog on grass", the dog's "a cat and a zwx dog on grass". All name both, so all o
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.prompts import without_triggers
 from lora_compose.pipelines.text.tokens import Mention, free_nouns, own_nouns
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import scatter_concepts
-from lora_compose.pipelines.rows import Rows, Selection
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.rows import Rows, Selection
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.tokens import (
     Mention,
     Tokenizer,
@@ -90,7 +90,7 @@ class Conditioning:
         return self.first_embeds if self.canvas_embeds is None else self.canvas_embeds
 
     def conditional(self) -> "Conditioning":
-        """The same without the unconditional rows."""
+        """The text without the unconditional rows."""
         return self.select(self.roles.conditional)
 
     def of_image(self, image: int) -> "Conditioning":
@@ -98,11 +98,11 @@ class Conditioning:
         return self.select(self.roles.where(lambda row: row.image == image))
 
     def described_by(self, other: "Conditioning") -> "Conditioning":
-        """The same texts for the cells, with another text for the whole image (SDXL's pooled text, ControlNets)."""
+        """The texts for the cells, with another text for the whole image (SDXL's pooled text, ControlNets)."""
         return replace(self, added=other.added, canvas_embeds=other.canvas_text)
 
     def scatter_concepts(self, columns: Sequence[int], concepts: int) -> "Conditioning":
-        """The same text with masks of a larger concept set; those of other concepts are empty (`Gates`)."""
+        """The text with masks of a larger concept set; those of other concepts are empty (`Gates`)."""
         trigger, phrase = (scatter_concepts(mask, columns, concepts) for mask in (self.trigger_mask, self.phrase_mask))
         return replace(self, trigger_mask=trigger, phrase_mask=phrase)
 
@@ -222,8 +222,6 @@ class TokenMasks:
         """Finds triggers and class words; concepts without a trigger have an empty mask.
 
         Args:
-            tokenizer: The tokenizer.
-            prompts: The texts.
             concepts: Concepts whose words are looked for.
             names: Only these concepts are looked for; None means all.
             optional: Concepts whose trigger may be missing.

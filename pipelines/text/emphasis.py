@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
 
-from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.support.spelling import shortened
 
 MOST = 10.0
 """The largest weight."""
@@ -36,7 +36,7 @@ class Emphasis:
         return Emphasis(self.text[start:end], self.weights[start:end])
 
     def carried_to(self, text: str) -> "Emphasis":
-        """The same weights on the same words of a text that was derived from this one."""
+        """The weights on the same words of a text that was derived from this one."""
         ours, theirs = (list(_WORD.finditer(one)) for one in (self.text, text))
         weights = [1.0] * len(text)
         matcher = SequenceMatcher(None, [one[0] for one in ours], [one[0] for one in theirs], autojunk=False)
@@ -56,7 +56,7 @@ class Emphasis:
         return [text for text, _ in kept], [weight for _, weight in kept]
 
     def written(self) -> str:
-        """As one writes it, with the signs of the weights."""
+        """The text as it is written, with the signs of the weights."""
         if self.is_even:
             return self.text
         escaped = [(re.sub(r"([()])", r"\\\1", text), weight) for text, weight in zip(*self.fragments(), strict=True)]
@@ -124,7 +124,6 @@ def refuse_weights(texts: Iterable[str], why: str | None = None) -> None:
     """Raises ValueError if a text has weights.
 
     Args:
-        texts: The texts.
         why: The reason; None is a model of which only plain texts are read.
     """
     wrong = next(filter(has_weights, texts), None)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from lora_compose.attention import BankCache, Gates, Site, installed_layers, scatter_concepts
 from lora_compose.attention.device import to_device
 from lora_compose.attention.sites import SitePart
-from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
-from lora_compose.pipelines.concepts.loading import TEXT_ENCODERS
 from lora_compose.pipelines.formats.keys import Part
-from lora_compose.pipelines.rows import Rows
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.formats.models import TEXT_ENCODERS
+from lora_compose.pipelines.scene.canvas import Canvas, images_of
+from lora_compose.pipelines.scene.rows import Rows
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenMasks, join_rows
 from lora_compose.pipelines.text.tokens import Mention
 
@@ -49,10 +49,10 @@ Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
 """Encodes prompts and negative prompts with a pipeline's text encoders; None means the call's own."""
 
 FamilyEncoder = Callable[[Sequence[str] | None, Sequence[str] | None, torch.device], EncodedText]
-"""The same with the device to run on, which diffusers would otherwise search for in each call."""
+"""An encoder with the device to run on, which diffusers would otherwise search for in each call."""
 
 TextEncoder = Callable[[Tensor | None, Sequence[str] | None, Sequence[str] | None], EncodedText]
-"""The same with the weights of the LoRAs of the text encoders before."""
+"""An encoder with the weights of the LoRAs of the text encoders first."""
 
 Finder = Callable[
     [Sequence[Concept], Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks
@@ -66,10 +66,6 @@ class PromptEncoder:
     """Encodes all prompts of a call, with the text-encoder LoRAs of all its concepts; equal texts are encoded once.
 
     Attributes:
-        concepts: All concepts of the call.
-        components: The pipeline's components by name.
-        encode: The pipeline's text encoders.
-        canvas: Sizes of the call.
         steps: Number of steps, for the mean of weight schedules.
         banks: Keeps the LoRAs of text encoders between calls.
     """
@@ -142,11 +138,8 @@ class Prompts:
     Attributes:
         texts: The prompts; None if the call was given embeddings.
         token_masks: Positions of the words of the set's concepts in the prompts.
-        concepts: The concept set.
         encoder: Encodes all prompts of the call.
-        finder: Finds words in prompts.
         indices: Indices of these prompts among those of the call.
-        canvas: Sizes of the call.
     """
 
     texts: tuple[str, ...] | None

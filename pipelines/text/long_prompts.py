@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.emphasis import Emphasis, read_emphasis
 
 _LATEST = 0.5

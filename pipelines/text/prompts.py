@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.tokens import Span, class_words, find_words
 
 _LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|her|its|our|their))?\s*$", re.IGNORECASE)
@@ -33,7 +33,6 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
 
     Args:
         concept: The concept; if it has a prompt of its own, that is the result.
-        prompt: The scene's prompt.
         concepts: All concepts that the prompt may name.
 
     Raises:

@@ -38,7 +38,6 @@ class TemplateTokenizer:
         """Positions of the tokens of a span of the prompt; tokens of the template count.
 
         Args:
-            prompt: The prompt.
             start: The first character.
             end: The one after the last.
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.long_prompts import LongTokenizer
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
@@ -78,8 +78,6 @@ def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> l
     the cat belongs to zwx.
 
     Args:
-        concept: Whose words are looked for.
-        prompt: The text.
         concepts: All concepts that it may name.
     """
     others = [find_words(other.trigger or "", prompt) for other in concepts if other.name != concept.name]
@@ -97,8 +95,6 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
     """The token positions of a concept's trigger and class word in a prompt.
 
     Args:
-        tokenizer: The tokenizer.
-        prompt: The text.
         concept: Its trigger must be set.
         concepts: All concepts that it may name.
 
@@ -135,7 +131,6 @@ def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], con
     In a chat template, by the characters of each token (`TemplateTokenizer`).
 
     Args:
-        tokenizer: As for `locate`.
         prompt: The text, with composed letters (NFC).
         span: Of characters in it.
         concept: Whose words they are, for messages.

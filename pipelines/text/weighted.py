@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.emphasis import Emphasis
 
 
@@ -23,10 +23,7 @@ def weighted_embeds(
     """Encodes one chunk of a text with weights.
 
     Args:
-        tokenizer: The tokenizer.
         text_encoder: Its text encoder, in whatever state it is.
-        emphasis: The text.
-        device: Where the text encoder runs.
         penultimate: Whether the model reads the layer before the last, without its norm, as SDXL does.
         expand: Writes words of several vectors as all their tokens.
         length: Tokens to which the text is padded or cut; None is what the tokenizer says.

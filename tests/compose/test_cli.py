@@ -30,7 +30,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.replay import difference
 from lora_compose.compose.generate.schedulers import scheduler_names, scheduler_of
 from lora_compose.compose.playground.assets import playground_lora, playground_model
-from lora_compose.pipelines.regular import sha256_of
+from lora_compose.pipelines.support.regular import sha256_of
 
 PROMPT = "a xlo bear and a qrt robot on grass"
 BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"

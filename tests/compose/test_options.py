@@ -13,8 +13,8 @@ from lora_compose import Concept, Run, Scene
 from lora_compose.compose.commands.options import check_names, concepts_of, parse_box, parse_concept
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
-from lora_compose.pipelines.concepts.sources import parse_lora
-from lora_compose.pipelines.mask_images import in_pixels
+from lora_compose.pipelines.scene.mask_images import in_pixels
+from lora_compose.pipelines.scene.sources import parse_lora
 
 
 @pytest.mark.parametrize(

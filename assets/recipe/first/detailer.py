@@ -22,9 +22,9 @@ from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
 from lora_compose.compose.evaluation.suite import Suite, SuiteScene, read_suite
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
+from lora_compose.pipelines.calls.refine import Detailer
 from lora_compose.pipelines.families import ComposePipeline
-from lora_compose.pipelines.refine import Detailer
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 HOW: Mapping[str, Any] = {"num_inference_steps": 25, "guidance_scale": 4}
 

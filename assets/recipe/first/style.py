@@ -21,7 +21,7 @@ from lora_compose.compose.files.images import save_image
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.families import ComposePipeline
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from recipe.first.concepts import STYLE, faded
 from recipe.first.plain import GUIDANCE, STEPS
 from recipe.first.world import STYLE_TRIGGER, ground, in_words

@@ -14,12 +14,12 @@ from lora_compose.compose.page.labels import label_of
 from lora_compose.compose.page.screen.state import PageSession, Row
 from lora_compose.compose.page.store import Lora
 from lora_compose.compose.page.text import page_message
-from lora_compose.pipelines.concepts.sources import shown
-from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
-from lora_compose.pipelines.field_errors import FieldError
-from lora_compose.pipelines.mask_images import in_pixels
 from lora_compose.pipelines.methods import METHODS
-from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Run
+from lora_compose.pipelines.scene.mask_images import in_pixels
+from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Run
+from lora_compose.pipelines.scene.sources import shown
+from lora_compose.pipelines.scene.strength import blocks_text, weight_text
+from lora_compose.pipelines.support.field_errors import FieldError
 
 SET = "set."
 """Prefix of the names of all fields."""

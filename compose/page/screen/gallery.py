@@ -14,7 +14,7 @@ from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.store import MOST_FILES, image_files
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Result
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene.scene import Run
 
 _ACROSS = 3
 _SMALL = 512  # pixels of the longer side

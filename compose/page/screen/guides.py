@@ -9,8 +9,8 @@ from lora_compose.compose.page.screen.start import TYPES
 from lora_compose.compose.page.screen.state import PageSession, discard
 from lora_compose.compose.page.store import PNG_LIMIT
 from lora_compose.compose.page.text import markdown
-from lora_compose.pipelines.field_errors import FieldError
-from lora_compose.pipelines.scene import ControlFile, IPAdapterFile
+from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile
+from lora_compose.pipelines.support.field_errors import FieldError
 
 _PLACE = "guides"
 _CONTROL, _ADAPTER = "ControlNet or T2I-Adapter", "IP-Adapter"

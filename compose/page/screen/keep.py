@@ -13,8 +13,8 @@ from lora_compose.compose.page.screen.state import FILE_PATIENCE, MOST_WAITING, 
 from lora_compose.compose.page.store import PNG_LIMIT, dropped, is_on_hub, located
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Result
-from lora_compose.pipelines.concepts.sources import shown
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene.scene import Run
+from lora_compose.pipelines.scene.sources import shown
 
 _PLACE = "restore"
 

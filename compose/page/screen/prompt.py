@@ -8,7 +8,7 @@ from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.words import as_html, read_prompt, with_phrase
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 
 def prompt_part(session: PageSession) -> None:

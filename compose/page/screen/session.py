@@ -12,7 +12,7 @@ from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession, open_models
 from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.store import Store, named
-from lora_compose.pipelines.concepts.sources import files_of
+from lora_compose.pipelines.scene.sources import files_of
 
 
 def page_session() -> PageSession:

@@ -21,8 +21,8 @@ from lora_compose.compose.page.screen.state import MOST_WAITING, QUEUE, PageSess
 from lora_compose.compose.page.screen.understand import understand_view
 from lora_compose.compose.page.text import markdown, page_message
 from lora_compose.compose.page.work import Job, Result
-from lora_compose.pipelines.concepts.strength import weight_text
 from lora_compose.pipelines.methods import name_of
+from lora_compose.pipelines.scene.strength import weight_text
 
 _EVERY = 0.4  # seconds between two refreshes of the work
 _VIEW = "set.view"

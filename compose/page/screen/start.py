@@ -12,7 +12,7 @@ from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession, discard
 from lora_compose.compose.page.store import PNG_LIMIT, StartImage
 from lora_compose.compose.page.text import markdown
-from lora_compose.pipelines.mask_images import URI_PREFIX
+from lora_compose.pipelines.scene.mask_images import URI_PREFIX
 
 _PLACE = "start"
 TYPES = ["png", "jpg", "jpeg", "webp", "bmp"]

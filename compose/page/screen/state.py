@@ -27,7 +27,7 @@ from lora_compose.compose.page.text import page_message
 from lora_compose.compose.page.work import Job, Result
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.loading import LoraError
-from lora_compose.pipelines.scene import ControlFile, IPAdapterFile, Run
+from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile, Run
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from lora_compose.compose.page.labels import Decides, label_of
 from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Result
-from lora_compose.pipelines.mask_images import in_pixels
+from lora_compose.pipelines.scene.mask_images import in_pixels
 
 _DECIDED: dict[Decides, str] = {
     "boxes": "**Your boxes** decided where each LoRA acts.",

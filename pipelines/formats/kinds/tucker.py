@@ -17,5 +17,5 @@ def tucker_sides(core: Sequence[int], up: Sequence[int], down: Sequence[int]) ->
 
 
 def tucker(core: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """As two factors: [outputs, rank] and [rank, inputs, height, width]."""
+    """A Tucker core as two factors: [outputs, rank] and [rank, inputs, height, width]."""
     return up.T, torch.einsum("ijhw,jr->irhw", core, down)

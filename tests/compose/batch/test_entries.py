@@ -12,7 +12,7 @@ from lora_compose.compose.batch.command import write_plan
 from lora_compose.compose.batch.entries import Entry, Found, read_entries
 from lora_compose.compose.batch.settings import BatchSettings, parse_seeds
 from lora_compose.compose.files.reading import FileError
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 TEMPLATE = {
     "prompt": "a {trigger} {animal} on {place}",

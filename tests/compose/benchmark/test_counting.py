@@ -18,9 +18,12 @@ from lora_compose.compose.benchmark import counting
 from lora_compose.compose.benchmark.architectures import ARCHITECTURES, SD15, SDXL, attention_lora, columns, with_lora
 from lora_compose.compose.benchmark.counting import Counted, PricingRunner, count, count_run, meta_unet
 from lora_compose.compose.benchmark.flops import Operations
-from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.loading import Factors
+from lora_compose.pipelines.denoising.passes import MapRequest
+from lora_compose.pipelines.denoising.process import FixedPasses
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.images.output import Cost
 from lora_compose.pipelines.methods import (
     METHODS,
     Clora,
@@ -31,11 +34,8 @@ from lora_compose.pipelines.methods import (
     Switch,
     Tara,
 )
-from lora_compose.pipelines.methods.process import FixedPasses
-from lora_compose.pipelines.output import Cost
-from lora_compose.pipelines.passes import MapRequest
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.scene.scene import Concept
 
 UNETS = {"sd": (sd_unet, TINY), "sdxl": (sdxl_unet, TINY_XL)}
 ALL_METHODS = [Switch(interval=1) if name == "switch" else kind() for name, kind in METHODS.items()]

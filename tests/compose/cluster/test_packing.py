@@ -17,7 +17,7 @@ from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.suite import moved_suite
 from lora_compose.compose.files.paths import moved
 from lora_compose.compose.playground.assets import assets_dir
-from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Scene
+from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Scene
 
 PLAYGROUND = assets_dir() / "playground"
 BEAR = {"name": "bear", "lora": "playground:bear", "trigger": "xlo", "class_word": "bear"}

@@ -14,7 +14,7 @@ from lora_compose.compose.evaluation.blind import ARMS, HALVES, BlindImage, gene
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods import Regional
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 WITH_BOXES = Path(__file__).parents[3] / "docs/blind/with-boxes"
 

@@ -11,7 +11,7 @@ from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.shipped import suites_dir
 from lora_compose.compose.evaluation.suite import read_suite
 from lora_compose.compose.files.reading import FileError
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 CAT = {
     "name": "cat",

@@ -25,7 +25,7 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.scenes import read_run, read_scene, write_run, write_scene
 from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.support.terminal import plain
-from lora_compose.pipelines.concepts.sources import files_of, with_files
+from lora_compose.pipelines.scene.sources import files_of, with_files
 
 SHA = "0123456789abcdef" * 4
 SCENE = "prompt: a sks cat\nconcepts:\n  - name: cat\n    lora: cat.safetensors\n    trigger: sks\n"

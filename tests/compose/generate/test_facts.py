@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lora_compose.compose.generate.facts import digest, run_facts
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 GUIDES = {
     "controls": {},

@@ -24,10 +24,10 @@ from lora_compose.compose.cli import app
 from lora_compose.compose.lora.merging import Given, match_files, merge_files
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
-from lora_compose.pipelines.concepts.sources import parse_lora
 from lora_compose.pipelines.formats.lora_writer import Spelling
 from lora_compose.pipelines.merging import MERGERS, make_merger
 from lora_compose.pipelines.merging.calibration import calibrate
+from lora_compose.pipelines.scene.sources import parse_lora
 from recipe.lora_files import FORMATS
 from recipe.merging import PAIRS, drawn, images
 from reference import dense

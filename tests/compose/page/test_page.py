@@ -55,7 +55,7 @@ from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts.loading import LoraError
 from lora_compose.pipelines.merging import MERGERS
 from lora_compose.pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 
 BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear")
 ROBOT = Concept(name="robot", lora="playground:robot", trigger="qrt", class_word="robot")

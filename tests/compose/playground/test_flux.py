@@ -14,7 +14,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND_FLUX, playground_lora, playground_model, playground_of
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.formats.files import trained_with
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 PROMPT = "a xlo bear and a qrt robot on sand"
 BOXES = {"bear": (0, 0, 64, 128), "robot": (64, 0, 128, 128)}

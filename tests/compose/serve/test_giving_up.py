@@ -14,7 +14,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.compose.serve.engine import Busy, Engine, call_pipe
 from lora_compose.compose.serve.requests import ImageRequest
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Run, Scene
 from served import answer, closed, connect, server
 
 LONG = {"prompt": "a xlo bear", "width": 64, "height": 64, "steps": 50, "guidance_scale": 1}

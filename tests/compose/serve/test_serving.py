@@ -18,7 +18,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.compose.serve.engine import Busy, Engine, call_pipe
 from lora_compose.compose.serve.requests import ImageRequest, Limits
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from served import answer, server
 
 LORAS = assets_dir() / "playground" / "loras"

@@ -16,7 +16,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.savers import SAVERS, Saver, check_savers, enable_tiling, in_order, place
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 
 BOXES = {"bear": ("xlo", (0, 16, 60, 112)), "robot": ("qrt", (68, 16, 128, 112))}
 SCENE = Scene(

@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.compose.training.data import DataError
 from lora_compose.compose.training.words import Occurrence, Words, check_class_caption, find_concept, rows_of
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from trainings import xl_pipeline
 
 SKS = Concept(name="it", trigger="sks", class_word="cat")

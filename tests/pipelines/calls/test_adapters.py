@@ -7,7 +7,7 @@ import pytest
 from components import State, random_lora, seeded
 from composing import BOTH, StoppedError, assert_close, compose, latents_of, raise_at_step, run, same_bits
 from lora_compose.pipelines.families import ComposePipeline
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 
 @pytest.fixture

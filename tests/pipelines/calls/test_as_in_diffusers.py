@@ -43,7 +43,7 @@ from composing import (
 )
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import METHODS
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 
 def noise(rows: int, seed: int = 1) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from components import State
 from composing import BOXED, ONE_PASS, PROMPT, assert_close, compose, far_apart, latents_of, lora_file
 from lora_compose.pipelines.concepts.loading import LoraError
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 
 def test_what_is_given_in_a_call_wins_over_what_is_loaded(composer):

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from components import tiny_pipeline
 from composing import MORE_TRIGGERS, compose, with_concepts
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.denoising.process import FixedPasses
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Merge
-from lora_compose.pipelines.methods.process import FixedPasses
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Step
 
 
 @pytest.mark.parametrize(("method", "concepts"), [("merge", 8), ("tara", 1), ("tara", 8)])

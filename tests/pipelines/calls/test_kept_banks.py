@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from components import State, random_lora, tiny_unet
 from composing import BOXED, UPDATES, StoppedError, compose, raise_at_step
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 pytestmark = pytest.mark.parametrize("family", ["sd"])
 METHODS = ("merge", "tara", "regional")

@@ -8,7 +8,7 @@ import torch
 
 from composing import BOXED, compose, latents_of
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge, Regional, Tara, choose_method
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 
 def ordinary(composer: Any, **changes: Any) -> list[Any]:

@@ -23,8 +23,8 @@ from composing import (
     one_step,
     same_bits,
 )
-from lora_compose.pipelines.output import ComposeOutput
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.images.output import ComposeOutput
+from lora_compose.pipelines.scene.scene import Concept
 
 
 @EVERY

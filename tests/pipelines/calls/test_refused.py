@@ -11,7 +11,7 @@ from PIL import Image
 from components import State, seeded
 from composing import BOTH, BOXED, POSITIONS, PROMPT, UPDATES, compose, composer_of, encoded, one_step
 from lora_compose.pipelines.methods import Tara
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 # Embeddings of a prompt, for both families.
 EMBEDS = {"prompt_embeds": torch.zeros(1, 32, 24)}
@@ -124,7 +124,7 @@ def test_steps_and_latents_are_checked_before_the_model_and_the_scheduler_are_to
     composer = composer_of(family)
     arguments, message = REFUSED.get(case, ({"denoising_end": 0.001}, "denoising_end=0.001 leaves none of the 2 steps"))
     entered, scheduler = [], dict(vars(composer.scheduler))
-    monkeypatch.setattr("lora_compose.pipelines.plan.install", lambda *args, **kwargs: entered.append(args))
+    monkeypatch.setattr("lora_compose.pipelines.calls.plan.install", lambda *args, **kwargs: entered.append(args))
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         compose(composer, **arguments)
     assert not entered

@@ -15,7 +15,7 @@ from lora_compose.pipelines.concepts import library
 from lora_compose.pipelines.concepts.loading import Factors
 from lora_compose.pipelines.concepts.lru import Read, Recent
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 WORDS = {"cat": "sks", "dog": "zwx", "bear": "ohwx", "robot": "vtn"}
 PROMPT = "a sks cat and a zwx dog"

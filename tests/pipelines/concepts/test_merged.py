@@ -15,7 +15,7 @@ from lora_compose.pipelines.concepts import library
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.merging import make_merger
 from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 
 @pytest.fixture

@@ -41,13 +41,13 @@ from composing import BOXED, assert_close, composer_of, far_apart
 from lora_compose import METHODS, Concept, Control
 from lora_compose.attention import backbone_of
 from lora_compose.compose.benchmark.architectures import ARCHITECTURES
-from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.control import PreparedAdapter, PreparedControlNet, View, prepare_control
+from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest, Pass
+from lora_compose.pipelines.denoising.process import Settings, constant_gates, one_text
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
-from lora_compose.pipelines.methods.process import Settings, constant_gates, one_text
-from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 PROMPT = "a sks cat and a zwx dog on grass"

@@ -22,7 +22,7 @@ from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from lora_compose.attention.regions import Partition, RegionAttention
 from lora_compose.pipelines.control import PreparedImagePrompts, View
 from lora_compose.pipelines.methods import METHODS
-from lora_compose.pipelines.rows import Rows
+from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 IMAGES = [Image.fromarray((np.random.default_rng(seed).random((40, 50, 3)) * 255).astype("u1")) for seed in range(3)]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from all_transformers import JOINT, TRANSFORMERS
 from components import lora_tensors, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from lora_compose.compose.playground.assets import assets_dir
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families.base import ComposePipeline
 from transformer_families import as_file, random_lora_of_all
 
 FOLDER = assets_dir() / "custom_pipeline"

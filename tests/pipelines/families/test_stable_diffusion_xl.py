@@ -27,7 +27,7 @@ from components import (
 from composing import BOXED, EMBEDDINGS, TRIGGERS, assert_close, far_apart, offload_layers, offload_models
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog on grass"
 OTHER_PROMPT = "in snow, zwx dog, sks cat"

@@ -28,7 +28,7 @@ from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.layers import Layer
 from lora_compose.pipelines.formats.safetensors_reader import read_header, read_tensors
-from lora_compose.pipelines.regions import read_mask
+from lora_compose.pipelines.scene.regions import read_mask
 
 SECONDS, MIB = 2.0, 200
 NAME = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

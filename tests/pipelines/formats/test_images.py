@@ -12,7 +12,7 @@ from torch import Tensor
 from components import random_lora, sd_unet, sdxl_unet, seeded, small_pipeline, xl_pipeline
 from lora_compose.attention import Lora
 from lora_compose.pipelines.methods import METHODS
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from recipe.formats import drawn, pictures
 from recipe.lora_files import DIFFUSERS, FORMATS, Format
 

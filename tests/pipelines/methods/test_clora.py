@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from comparisons import far_apart
 from components import State, random_lora, seeded
 from lora_compose.attention import Lora
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
-from lora_compose.pipelines.passes import AttentionMaps, MapRequest
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.scene.scene import Concept
 from watched import Watched, once
 
 PROMPT = "a sks cat and a zwx dog on grass"

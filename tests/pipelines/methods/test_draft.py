@@ -23,8 +23,8 @@ from components import random_lora, seeded, text_loras
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
 from lora_compose.pipelines.methods.division import centres_of, clusters, divided, nearest, strips
 from lora_compose.pipelines.methods.region_bias import region_bias
-from lora_compose.pipelines.rows import Rows
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.rows import Rows
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 PROMPT = "a sks cat and a zwx dog on grass"

@@ -16,11 +16,11 @@ from torch import Tensor
 from comparisons import assert_close, far_apart
 from components import EVERYTHING, random_lora, sdxl_unet, seeded, text_loras
 from lora_compose.attention import RegionAttention, backbone_of
+from lora_compose.pipelines.denoising.passes import Pass
+from lora_compose.pipelines.denoising.process import constant_gates, one_text
 from lora_compose.pipelines.methods import FreeFuse, Merge, Settings, choose_method, make_method
 from lora_compose.pipelines.methods.freefuse import Fusing, balanced, block_read, similarity
-from lora_compose.pipelines.methods.process import constant_gates, one_text
-from lora_compose.pipelines.passes import Pass
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from reference import FullGates, add_reference
 
 PROMPT = "a sks cat and a zwx dog on grass"

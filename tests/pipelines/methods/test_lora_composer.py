@@ -25,7 +25,7 @@ from lora_compose.attention import Lora
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from reference import FullGates, WrittenOut, cells, with_reference
 from watched import Watched
 

@@ -22,11 +22,11 @@ from comparisons import assert_close
 from components import State, random_lora, seeded, small_pipeline, tiny_pipeline
 from lora_compose.attention import Lora
 from lora_compose.compose.benchmark.counting import count_run
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods.lora_composer import Composing, LoraComposer
-from lora_compose.pipelines.passes import AttentionMaps, Gradient
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.scene.scene import Concept
 from reference import WrittenOut, cells
 from watched import Look, Watched, once
 

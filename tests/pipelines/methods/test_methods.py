@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from comparisons import assert_close, far_apart
 from components import FAMILIES, random_lora, seeded, text_loras, tiny_pipeline
 from composing import PLAIN
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods import (
     METHODS,
     PRESETS,
@@ -33,8 +33,8 @@ from lora_compose.pipelines.methods import (
     name_of,
 )
 from lora_compose.pipelines.methods.tara import CfgMask, Scope
-from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.scene.scene import Concept
 from reference import add_reference, with_reference
 from three_concepts import (
     OTHER_PROMPT,

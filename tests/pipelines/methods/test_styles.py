@@ -10,7 +10,6 @@ from torch import Tensor
 
 from comparisons import assert_close, far_apart
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
-from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.methods import (
     METHODS,
     Clora,
@@ -23,7 +22,8 @@ from lora_compose.pipelines.methods import (
     Tara,
     choose_method,
 )
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.field_errors import FieldError
 
 PROMPT = "a sks cat and a zwx dog on grass"
 TRIGGERS = {"cat": "sks", "dog": "zwx"}

@@ -14,7 +14,7 @@ from comparisons import assert_close, far_apart
 from components import EVERYTHING, random_lora, seeded, tiny_pipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Composite, Switch
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 PROMPT = "a sks cat, a zwx dog, a xlo bear"
 OTHER_PROMPT = "a xlo bear on a sks cat and a zwx dog"

@@ -9,7 +9,7 @@ import pytest
 from components import random_lora, tiny_pipeline
 from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.pipelines.methods import Clora, LoraComposer, Settings
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 
 WORDS = {"sks": "cat", "zwx": "dog", "xlo": "bear", "ohwx": "rabbit"}
 PROMPT = ", ".join(f"{trigger} {word}" for trigger, word in WORDS.items())

@@ -7,8 +7,8 @@ import torch
 from transformers import CLIPTokenizer
 
 from components import tokenizer as playground_tokenizer
-from lora_compose.pipelines.rows import Rows
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.rows import Rows
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenMasks, join_branches
 from lora_compose.pipelines.text.tokens import Mention, locate_mention, own_nouns

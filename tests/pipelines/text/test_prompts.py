@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
 
 CAT = Concept(name="cat", trigger="sks", class_word="cat")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import TokenMasks, join_rows
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate, own_nouns, token_mask
 

@@ -34,9 +34,9 @@ from lora_compose.compose.playground.assets import playground_lora, playground_m
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import finding
 from lora_compose.pipelines.concepts.loading import read_lora
-from lora_compose.pipelines.mask_images import as_uri
 from lora_compose.pipelines.methods import METHODS
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene.mask_images import as_uri
+from lora_compose.pipelines.scene.scene import Concept
 
 STEPS = 2
 

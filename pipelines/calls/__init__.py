@@ -1,0 +1,1 @@
+"""A call and its plan: arguments, checks, what it would do and cost, and its outcome."""

@@ -1,0 +1,322 @@
+"""The arguments of a call with concepts, the same for all model families, and their checks."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import Tensor
+
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.control import Control, PreparedImagePrompts
+from lora_compose.pipelines.denoising.guidance import Embedded, Guider
+from lora_compose.pipelines.images.from_image import Source, check_steps
+from lora_compose.pipelines.images.task import OF_INPAINTING
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.scene.regions import check_region
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.strength import Weight
+from lora_compose.pipelines.support.spelling import did_you_mean
+from lora_compose.pipelines.text.conditioning import TokenPositions
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+ConceptNames = Sequence[str | Concept] | Mapping[str, Weight]
+"""Names and concepts; or by name weights, and boxes, which are regions."""
+
+Concepts = ConceptNames | Sequence[ConceptNames]
+"""A concept set for all prompts, or one for each prompt."""
+
+
+@dataclass(frozen=True)
+class Composition:
+    """The concepts of a call, and how they are fused.
+
+    Attributes:
+        concepts: A concept set for all prompts, or one for each.
+        method: The method; None chooses one.
+        token_positions: With embeddings: where each concept's trigger is.
+        record_attention: Steps whose attention maps are recorded.
+    """
+
+    concepts: Concepts
+    method: str | Settings | None = None
+    controls: Sequence[Control] = ()
+    token_positions: TokenPositions | None = None
+    record_attention: bool | Sequence[int] = False
+
+
+@dataclass(frozen=True)
+class GivenPrompts:
+    """The prompts of a call.
+
+    Attributes:
+        texts: The prompts for each tokenizer; None with embeddings.
+        embeds: Embeddings, instead of prompts. Shape: [prompts, tokens, channels].
+        length: Tokens of an encoded text; None means as many as the tokenizer says.
+        negative: The negative prompts for each tokenizer: one for each prompt, one for all, or none.
+    """
+
+    texts: Sequence[Sequence[str]] | None
+    embeds: Tensor | None = None
+    length: int | None = None
+    negative: Sequence[Sequence[str]] = ()
+
+    @property
+    def first(self) -> Sequence[str] | None:
+        """The prompts for the first tokenizer; None with embeddings."""
+        return None if self.texts is None else self.texts[0]
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        given = self.first if self.embeds is None else self.embeds
+        return 0 if given is None else len(given)
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """Width and height in pixels, and how many images each prompt gets."""
+
+    width: int
+    height: int
+    images_per_prompt: int = 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are denoised; fields as in diffusers.
+
+    Attributes:
+        num_inference_steps: Denoising steps; unused where `timesteps` or `sigmas` are given.
+        sigmas: Noise levels of the steps.
+        denoising_end: Fraction of the denoising after which the call ends.
+        eta: Of schedulers like DDIM.
+    """
+
+    num_inference_steps: int | None
+    timesteps: list[int] | None = None
+    sigmas: list[float] | None = None
+    denoising_end: float | None = None
+    generator: Generators = None
+    latents: Tensor | None = None
+    eta: float = 0.0
+    guider: Guider = field(default_factory=Embedded)
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether timesteps or noise levels, and with them their number, are given."""
+        return self.timesteps is not None or self.sigmas is not None
+
+
+@dataclass(frozen=True)
+class Callback:
+    """The user's function after every step, and the names of the tensors that it is given."""
+
+    function: Callable | None = None
+    tensors: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a call with concepts.
+
+    Attributes:
+        started: When the call began, by `time.perf_counter()`.
+        inputs: Further arguments of every forward pass; tensors are marked (`ByImage`, `OnGrid`).
+        properties: Attributes that diffusers' pipeline has during a call.
+        source: The image to start from; None means text-to-image.
+        repaint: Further arguments of calls that repaint the subjects of the images (`refine`).
+    """
+
+    composition: Composition
+    prompts: GivenPrompts
+    size: ImageSize
+    sampling: Sampling
+    callback: Callback
+    started: float
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    properties: Mapping[str, Any] = field(default_factory=dict)
+    source: Source | None = None
+    repaint: Mapping[str, Any] = field(default_factory=dict)
+    image_prompts: PreparedImagePrompts | None = None
+
+
+def no_concepts(concepts: Concepts | None) -> bool:
+    """Whether there is no concept for any prompt."""
+    return not concepts or all(isinstance(entry, list | tuple | Mapping) and not entry for entry in concepts)
+
+
+def of_prompt(
+    positions: TokenPositions | None, concepts: Sequence[Concept], prompt: int, prompts: int
+) -> TokenPositions | None:
+    """The token positions of one prompt's concepts."""
+    if positions is None:
+        return None
+    found: dict[str, Sequence[int]] = {}
+    for concept in concepts:
+        given: Sequence[Any] = positions.get(concept.name, ())
+        nested = bool(given) and isinstance(given[0], Sequence)
+        if nested and len(given) != prompts:
+            raise ValueError(f"token_positions of {concept.name!r} are for {len(given)} prompts, there are {prompts}")
+        found[concept.name] = given[prompt] if nested else given
+    return found
+
+
+def check_plain(composition: Composition) -> None:
+    """Checks a call without concepts.
+
+    Raises:
+        ValueError: If an argument is given that needs concepts.
+    """
+    if composition.controls:
+        raise ValueError(
+            "control needs concepts; without them, diffusers has StableDiffusionControlNetPipeline, "
+            "StableDiffusionAdapterPipeline and their StableDiffusionXL... twins, which take from_pipe(pipe, "
+            "controlnet=...) or from_pipe(pipe, adapter=...)"
+        )
+    others = composition.method, composition.token_positions
+    if any(given is not None for given in others) or composition.record_attention is not False:
+        raise ValueError("method, token_positions and record_attention need concepts; name some with concepts=[...]")
+
+
+def refuse_unknown(given: Iterable[str], call: Callable[..., Any]) -> None:
+    """Refuses unknown arguments, and suggests similar ones.
+
+    Raises:
+        TypeError: For the first unknown argument.
+    """
+    known = [name for name, one in signature(call).parameters.items() if one.kind is not one.VAR_KEYWORD]
+    for name in given:
+        raise TypeError(f"unknown argument {name!r}{did_you_mean(name, known[1:])}")
+
+
+def check_arguments(
+    unknown: Mapping[str, Any],
+    ip_adapter: Sequence[object],
+    attention_kwargs: Mapping[str, Any] | None,
+    name: str = "cross_attention_kwargs",
+    allowed: Collection[str] = ("scale",),
+) -> None:
+    """Refuses arguments that cannot be combined with concepts.
+
+    Raises:
+        TypeError: For unknown arguments.
+        ValueError: For IP-Adapter images, and attention arguments other than those that are allowed.
+    """
+    if unknown:
+        raise TypeError(f"unknown arguments: {', '.join(unknown)}")
+    if any(given is not None for given in ip_adapter):
+        raise ValueError("IP-Adapter images can be combined with concepts on Stable Diffusion 1.x, 2.x and XL only")
+    if others := (attention_kwargs or {}).keys() - set(allowed):
+        raise ValueError(
+            f"{name} {sorted(others)} cannot be combined with concepts; only {' and '.join(map(repr, allowed))} can"
+        )
+
+
+def tensors_for(callback: object, tensors: Sequence[str] | None) -> list[str]:
+    """Names of the tensors for a callback, None for none; diffusers' own callbacks have a list."""
+    own = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+    return list((callback.tensor_inputs if own else tensors) or ())
+
+
+_CUT_WITH_GUIDANCE = {"prompt_embeds", "add_text_embeds", "add_time_ids", *OF_INPAINTING}
+"""Tensors from which callbacks written for diffusers remove the unconditional rows when they switch guidance off."""
+
+
+def check_changed(offered: Mapping[str, Any], returned: Mapping[str, Any], *, cut: bool) -> None:
+    """Checks what a callback has changed.
+
+    Args:
+        offered: The tensors that it could have, by name.
+        returned: What it has returned.
+        cut: Whether it has switched guidance off.
+
+    Raises:
+        ValueError: For others than the latents, but for tensors that have lost their unconditional rows.
+    """
+    changed = {name for name, value in returned.items() if value is not offered.get(name)} - {"latents"}
+    if changed and not (changed <= _CUT_WITH_GUIDANCE and cut):
+        raise ValueError(
+            f"the callback changed {', '.join(sorted(changed))}; with concepts it may change latents or switch "
+            "guidance off, since the positions of the concepts' words in other embeddings are unknown"
+        )
+
+
+def as_list(names: Sequence[str] | None) -> list[str] | None:
+    """Names as diffusers takes them."""
+    return None if names is None else list(names)
+
+
+def listed(prompt: str | list[str] | None) -> list[str]:
+    """One prompt or several as a list."""
+    return [prompt] if isinstance(prompt, str) else prompt or []
+
+
+def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
+    """Checks sizes, steps, generators, images and regions, which diffusers does not check.
+
+    Raises:
+        ValueError: For sizes and step numbers below 1, another number of generators than images, and regions outside
+            the canvas.
+    """
+    size, sampling = call.size, call.sampling
+    if size.width < 1 or size.height < 1:
+        raise ValueError(f"width and height must be positive, not {size.width} x {size.height}")
+    if sampling.has_schedule:
+        for name, given in (("timesteps", sampling.timesteps), ("sigmas", sampling.sigmas)):
+            if given is not None and not len(given):
+                raise ValueError(f"{name} is empty; give one for each step, or leave it out")
+    elif sampling.num_inference_steps is None:
+        raise ValueError("num_inference_steps may be None only with timesteps or sigmas")
+    elif sampling.num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, not {sampling.num_inference_steps}")
+    images = len(call.prompts) * size.images_per_prompt
+    if isinstance(sampling.generator, list) and len(sampling.generator) != images:
+        raise ValueError(
+            f"there are {len(sampling.generator)} generators for {images} images; give one, or one for each"
+        )
+    width, height = (size.width, size.height) if call.source is None else call.source.image_size
+    for loaded in concepts:
+        check_region(loaded.concept, width, height)
+    if call.source is not None:
+        given = sampling.timesteps if sampling.timesteps is not None else sampling.sigmas
+        steps = (sampling.num_inference_steps or 1) if given is None else len(given)
+        check_steps(steps, call.source.strength, rounds_up=call.source.rounds_up)
+        call.source.given.check_masks(len(call.prompts))
+        images, prompts = len(call.source.pixels), len(call.prompts)
+        if images not in (1, prompts):
+            raise ValueError(f"there are {images} images and {prompts} prompts; give one image, or one for each prompt")
+
+
+def check_latents(given: Tensor | None, *expected: tuple[int, ...]) -> None:
+    """Checks the latents that a call is to start from.
+
+    Args:
+        expected: The shapes that they may have.
+
+    Raises:
+        ValueError: For other shapes, and values that are not finite.
+    """
+    if given is None:
+        return
+    if tuple(given.shape) not in expected:
+        shapes = " or ".join(str(list(shape)) for shape in expected)
+        raise ValueError(f"latents have the shape {list(given.shape)}; expected {shapes}")
+    if not torch.isfinite(given).all():
+        raise ValueError("latents have NaN or infinite values; give finite ones, or leave them out")
+
+
+def steps_to_record(record_attention: bool | Sequence[int], steps: int) -> frozenset[int]:
+    """The steps whose attention maps are recorded: True means all; negative numbers count from the end.
+
+    Raises:
+        ValueError: For step numbers out of range.
+    """
+    if isinstance(record_attention, bool):
+        return frozenset(range(steps)) if record_attention else frozenset()
+    wrong = [step for step in record_attention if not -steps <= step < steps]
+    if wrong:
+        raise ValueError(f"record_attention names steps {wrong}, but there are {steps}")
+    return frozenset(step % steps for step in record_attention)

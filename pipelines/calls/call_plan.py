@@ -1,0 +1,126 @@
+"""What a call would do, for people and programs that ask before they make an image (`pipe.plan`)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lora_compose.pipelines.calls.counting import CountingRunner
+from lora_compose.pipelines.calls.plan import Plan
+from lora_compose.pipelines.denoising import concept_sets
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.images.output import Cost
+from lora_compose.pipelines.methods import Choice, name_of
+from lora_compose.pipelines.scene.scene import Concept
+
+
+@dataclass(frozen=True)
+class PlannedConcept:
+    """A concept of a call, with everything that is known of it.
+
+    Attributes:
+        concept: The concept; its region is in pixels of what is worked on.
+        trigger: Positions of its trigger's tokens, by index of the prompt; prompts that do not have it are left out.
+        phrase: The same for trigger and class word, or the words that name it.
+    """
+
+    concept: Concept
+    trigger: Mapping[int, tuple[int, ...]]
+    phrase: Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """A call that has been checked and can be run; making it has changed nothing.
+
+    Attributes:
+        choice: The method with its settings, and the reason for the choice.
+        concepts: The concepts with their words.
+        image_size: Height and width in pixels of what is worked on.
+        latent_grid: Height and width of the latents.
+        images: Images in the batch.
+        steps: Denoising steps.
+        passes: Timesteps: a scheduler of second order has two for most steps.
+        warnings: What is allowed but may surprise.
+    """
+
+    choice: Choice
+    concepts: tuple[PlannedConcept, ...]
+    image_size: tuple[int, int]
+    latent_grid: tuple[int, int]
+    images: int
+    steps: int
+    passes: int
+    warnings: tuple[str, ...]
+    _plan: Plan = field(repr=False)
+
+    @classmethod
+    def of(cls, plan: Plan, warnings: list[str]) -> "CallPlan":
+        """From a resolved call, on which the method is started without models.
+
+        Args:
+            warnings: Warnings so far; those of the method are added.
+
+        Raises:
+            ValueError: If the concepts lack something the method needs.
+        """
+        _started(plan)
+        canvas, schedule = plan.canvas, plan.sampler.schedule
+        concepts = tuple(_planned(plan, column) for column in range(len(plan.concepts.loaded)))
+        return cls(
+            plan.choice, concepts, canvas.image_size, canvas.latent_grid, canvas.images, schedule.steps,
+            len(schedule.timesteps), tuple(warnings), plan,
+        )  # fmt: skip
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return name_of(self.choice.method)[0]
+
+    @property
+    def regions(self) -> Mapping[str, tuple[float, float, float, float] | str]:
+        """The regions by concept: boxes in pixels, or mask images."""
+        every = {planned.concept.name: planned.concept.region for planned in self.concepts}
+        return {name: region for name, region in every.items() if region is not None}
+
+    @cached_property
+    def cost(self) -> Cost:
+        """The rows that the call will run, counted without running the model.
+
+        Where the number depends on values, as with updates that end when a loss is small, it is the most.
+        """
+        plan, (process, runner) = self._plan, _started(self._plan)
+        schedule, latents = plan.sampler.schedule, torch.zeros(self.images, 1, *self.latent_grid)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            latents = process.prepare(latents, schedule.step(0, plan.cfg_scale))
+            for index in range(len(schedule.timesteps)):
+                latents, _ = process.step(latents, schedule.step(index, plan.cfg_scale))
+        return runner.cost
+
+
+def _started(plan: Plan) -> tuple[Process, CountingRunner]:
+    """The method, started on texts without values."""
+    runner = CountingRunner.of(plan)
+    with torch.no_grad():
+        sessions = [plan.session(part, runner, runner.encode) for part in plan.sets]
+        return concept_sets.start(plan.choice.method.start, sessions, runner), runner
+
+
+def _planned(plan: Plan, column: int) -> PlannedConcept:
+    trigger: dict[int, tuple[int, ...]] = {}
+    phrase: dict[int, tuple[int, ...]] = {}
+    for part in plan.sets:
+        columns = part.concepts.columns or tuple(range(len(part.concepts.loaded)))
+        if column not in columns:
+            continue
+        for found, masks in ((trigger, part.token_masks.trigger), (phrase, part.token_masks.phrase)):
+            found.update(_positions(masks[..., columns.index(column)], part.indices))
+    return PlannedConcept(plan.concepts.concepts[column], dict(sorted(trigger.items())), dict(sorted(phrase.items())))
+
+
+def _positions(masks: Tensor, prompts: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """By prompt, the positions of the tokens in a mask, if there are any. Shape: [prompts, tokens]."""
+    every = {prompt: tuple(mask.nonzero().flatten().tolist()) for prompt, mask in zip(prompts, masks, strict=True)}
+    return {prompt: found for prompt, found in every.items() if found}

@@ -1,0 +1,348 @@
+"""A call, checked and resolved: everything that can be checked before anything is changed."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention import StepCaches, backbone_of, check_caches, install
+from lora_compose.attention.device import dtype_of
+from lora_compose.pipelines.calls.call import Call, check_call, of_prompt, steps_to_record
+from lora_compose.pipelines.calls.host import Host
+from lora_compose.pipelines.calls.memory import check_size
+from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
+from lora_compose.pipelines.concepts.tags import check_no_tags
+from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
+from lora_compose.pipelines.denoising.attention_log import AttentionLog
+from lora_compose.pipelines.denoising.denoiser import Denoiser
+from lora_compose.pipelines.denoising.sampler import Sampler
+from lora_compose.pipelines.denoising.session import Runner, Session, SetRunner
+from lora_compose.pipelines.formats.models import model_part
+from lora_compose.pipelines.images.from_image import region_in_pixels
+from lora_compose.pipelines.methods import Choice, Settings, choose_method, make_method
+from lora_compose.pipelines.scene.canvas import Canvas, images_of
+from lora_compose.pipelines.scene.regions import region_mask
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
+from lora_compose.pipelines.text.emphasis import plain_text, refuse_weights
+from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts, TextEncoder
+from lora_compose.pipelines.text.long_prompts import LongTokenizer, Reading
+from lora_compose.pipelines.text.textual_inversion import TextualInversions
+from lora_compose.pipelines.text.tokens import Tokenizer
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class PromptsOfSet:
+    """The prompts that have one concept set.
+
+    Attributes:
+        indices: Which prompts of the call.
+        token_masks: Positions of the words of the set's concepts in the prompts.
+    """
+
+    concepts: ConceptSet
+    indices: tuple[int, ...]
+    token_masks: TokenMasks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A call that can be run.
+
+    Attributes:
+        sets: The concept sets, each with its prompts.
+        controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
+        sampler: A copy of the scheduler with its timesteps, on the CPU.
+        reading: How texts with weights, and long ones, are read; None if there are none.
+    """
+
+    call: Call
+    choice: Choice
+    concepts: ConceptSet
+    sets: Sequence[PromptsOfSet]
+    canvas: Canvas
+    textual_inversions: TextualInversions
+    finder: Finder
+    controls: Sequence[PreparedControl | PreparedImagePrompts]
+    sampler: Sampler
+    reading: Reading | None = None
+
+    @contextmanager
+    def installed(self, host: Host) -> Iterator[Callable[[FamilyEncoder, Sampler, Mapping[str, Any]], "Sessions"]]:
+        """Installs the LoRAs in the model inside this block.
+
+        Yields:
+            Opens the sessions of the call, given the pipeline's encoder, the scheduler with its timesteps, and what the
+            task adds to the arguments of every forward pass.
+        """
+        model: Any = self.canvas.backbone.model
+        names = [concept.name for concept in self.concepts.concepts]
+        with (
+            install(
+                self.canvas.backbone,
+                [loaded.lora for loaded in self.concepts.loaded],
+                device=self.canvas.device,
+                dtype=dtype_of(model),
+                silence=names,
+                kept=self.concepts.kept(model_part(host), host.banks),
+            ) as installation,
+            StepCaches.opened(model) as caches,
+        ):
+
+            def sessions(encode: FamilyEncoder, sampler: Sampler, inputs: Mapping[str, Any]) -> Sessions:
+                steps = len(sampler.schedule.timesteps)
+                log = AttentionLog(self.canvas, steps_to_record(self.call.composition.record_attention, steps))
+                denoiser = Denoiser(
+                    self.canvas.backbone, installation, sampler, self.canvas, self.concepts, self.controls,
+                    {**self.call.inputs, **inputs}, log, caches,
+                )  # fmt: skip
+                reading = {} if self.reading is None else {"reading": self.reading}
+
+                def here(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+                    return encode(prompts, negative_prompts, self.canvas.device, **reading)
+
+                encoder = PromptEncoder(
+                    self.concepts, host.components, self.textual_inversions.read_by(host, here), self.canvas, steps,
+                    host.banks,
+                )  # fmt: skip
+                return Sessions(denoiser, [self.session(part, denoiser, encoder) for part in self.sets])
+
+            yield sessions
+
+    @property
+    def cfg_scale(self) -> float:
+        """Scale of the guidance; 1 or less is none, e.g. where the model takes it as an input."""
+        return self.call.sampling.guider.scale
+
+    def session(self, part: PromptsOfSet, runner: SetRunner, encoder: TextEncoder) -> Session:
+        """The session of one concept set, for what runs the passes and encodes the texts of the call."""
+        texts = self.call.prompts.first
+        prompts = Prompts(
+            None if texts is None else tuple(texts[index] for index in part.indices),
+            part.token_masks, part.concepts, encoder, self.finder, part.indices, runner.canvas,
+        )  # fmt: skip
+        denoiser: Runner = runner
+        if len(self.sets) > 1:
+            denoiser = runner.of_set(part.concepts, images_of(part.indices, self.canvas.images_per_prompt))
+        return Session(part.concepts, prompts, denoiser, self.call.sampling.guider)
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """The sessions of a call, one for each concept set, and the denoiser that runs all of them."""
+
+    denoiser: Denoiser
+    each: Sequence[Session]
+
+
+def make_plan(host: Host, call: Call) -> Plan:
+    """Checks and resolves a call; changes nothing of the host.
+
+    Raises:
+        ValueError: For anything that does not fit together.
+    """
+    check_size(host, call.size.width, call.size.height, len(call.prompts) * call.size.images_per_prompt)
+    loaded, concepts_of = resolve_sets(host, call)
+    loaded = tuple(_region_in_pixels(call, found) for found in loaded)
+    raw = [text for found in loaded for text in (found.concept.prompt, found.concept.negative_prompt) if text]
+    loaded = tuple(map(_without_weights, loaded))
+    check_call(call, loaded)
+    if call.source is not None:
+        loaded = tuple(map(call.source.placed, loaded))
+    for found in loaded:
+        check_blocks(found, host.model)
+    concepts = ConceptSet(loaded)
+    _check_positions(call, concepts)
+    sets = [concepts.subset(columns) for columns in concepts_of]
+    choice = resolve_choice(host, call.composition.method, loaded, call.prompts.first, sets)
+    backbone = host.backbone_of(call)
+    needs = choice.method.needs
+    if needs.region_attention and not backbone.reads_regions:
+        raise ValueError(
+            "this method needs region attention or gradients, which work with SD 1.x, SD 2.x and SDXL only; use "
+            "draft, which needs no layout, regional with a region for each subject, or tara"
+        )
+    check_caches(backbone.model, differentiates=needs.region_attention)
+    if call.source is not None and call.source.strength < 1 and needs.start_noise:
+        raise ValueError(
+            "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
+            "it reinit='off', or strength=1"
+        )
+    textual_inversions = TextualInversions.of(loaded, host.components)
+    tokenizers = host.prompt_tokenizers(textual_inversions, call.prompts.length)
+    reading = _reading(host, call, tokenizers, raw)
+    if reading is not None and reading.longest > 1:
+        tokenizers = [LongTokenizer(tokenizer, reading.longest) for tokenizer in tokenizers]
+    texts = call.prompts.texts
+    plain = None if texts is None else [[plain_text(text) for text in column] for column in texts]
+    call = replace(call, prompts=replace(call.prompts, texts=plain))
+    prompts_of: dict[tuple[int, ...], list[int]] = {}
+    for prompt, columns in enumerate(concepts_of):
+        prompts_of.setdefault(tuple(columns), []).append(prompt)
+    of_sets = [
+        PromptsOfSet(found, tuple(prompts), _token_masks(call, tokenizers, found.concepts, prompts))
+        for found, prompts in ((sets[prompts[0]], prompts) for prompts in prompts_of.values())
+    ]
+    size, scale = call.size, host.vae_scale_factor
+    grid = size.height // scale, size.width // scale
+    canvas = Canvas(
+        (size.height, size.width), grid, len(call.prompts), size.images_per_prompt, host.runs_on, backbone,
+        None if call.source is None else call.source.painted(grid),
+    )  # fmt: skip
+    if canvas.painted is not None:
+        _check_painted(loaded, canvas, canvas.painted)
+    host.check_start(call, canvas)
+    regions = [{concept.name: concept.region for concept in found.concepts} for found in sets]
+    ready = [prepare_control(control, host.model, canvas, regions) for control in call.composition.controls]
+    finder = partial(_find, tokenizers)
+    controls: list[Any] = [control for control in ready if not control.control.is_off]
+    if call.image_prompts is not None:
+        controls.append(call.image_prompts)
+    scheduler = deepcopy(host.scheduler)
+    sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
+    steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))
+    return Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, sampler, reading)
+
+
+def _without_weights(loaded: LoadedConcept) -> LoadedConcept:
+    """A concept whose own texts are plain."""
+    texts = {name: getattr(loaded.concept, name) for name in ("prompt", "negative_prompt")}
+    plain = {name: plain_text(text) for name, text in texts.items() if text}
+    return replace(loaded, concept=loaded.concept.model_copy(update=plain)) if plain else loaded
+
+
+def _reading(host: Host, call: Call, tokenizers: Sequence[Tokenizer], others: Sequence[str]) -> Reading | None:
+    prompts, negative = call.prompts.texts or (), call.prompts.negative
+    every = [*(text for column in (*prompts, *negative) for text in column), *others]
+    check_no_tags(every)
+    if host.reads_weights and prompts:
+        return Reading.of(tokenizers, prompts, negative, others, in_chunks=host.reads_in_chunks)
+    refuse_weights(every, "go with a prompt, and this call has embeddings" if host.reads_weights else None)
+    return None
+
+
+def _region_in_pixels(call: Call, loaded: LoadedConcept) -> LoadedConcept:
+    size = (call.size.width, call.size.height) if call.source is None else call.source.image_size
+    return region_in_pixels(loaded, *size)
+
+
+def _check_painted(loaded: Sequence[LoadedConcept], canvas: Canvas, painted: Tensor) -> None:
+    """Raises ValueError for regions that lie outside of the painted cells."""
+    for found in loaded:
+        region = found.concept.region
+        if region is None:
+            continue
+        if not (region_mask(region, canvas.image_size, canvas.latent_grid, sharp=True) * painted).any():
+            raise ValueError(
+                f"the region of concept {found.concept.name!r} lies outside of the mask, where nothing is painted; "
+                "move it, or widen mask_image"
+            )
+
+
+def _check_positions(call: Call, concepts: ConceptSet) -> None:
+    unknown = (call.composition.token_positions or {}).keys() - {concept.name for concept in concepts.concepts}
+    if unknown:
+        raise ValueError(f"token_positions names {sorted(unknown)}, which are not among the concepts of this call")
+
+
+def resolve_choice(
+    host: Host,
+    method: str | Settings | None,
+    concepts: Sequence[LoadedConcept],
+    prompts: Sequence[str] | None,
+    concept_sets: Sequence[ConceptSet] | None = None,
+) -> Choice:
+    """The method of a call, and why it is this one; None chooses and logs why (`choose_method`)."""
+    if method is not None:
+        return Choice(make_method(method), "it was asked for")
+    reads_regions = backbone_of(host.model).reads_regions
+    return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
+
+
+def resolve_sets(host: Host, call: Call) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
+    """All concepts of a call, and by prompt the indices of its own.
+
+    A concept that is equal in several prompts counts once; with another weight or region it counts separately.
+
+    Raises:
+        ValueError: For mixtures of concepts and lists of them, and another number of lists than prompts.
+    """
+    asked: Any = call.composition.concepts
+    given: Any = [asked] if isinstance(call.composition.concepts, str | Concept) else asked
+    prompts = len(call.prompts)
+    if not any(isinstance(entry, list | tuple | Mapping) for entry in given):
+        loaded = host.resolve_concepts(asked)
+        return loaded, [list(range(len(loaded)))] * prompts
+    if not all(isinstance(entry, list | tuple | Mapping) for entry in given):
+        raise ValueError(
+            "concepts must be names and Concepts for all prompts, or a list for each prompt, but not a mixture of both"
+        )
+    if len(given) != prompts:
+        raise ValueError(f"there are concepts for {len(given)} prompts, but {prompts} prompts")
+    found: dict[Concept, LoadedConcept] = {}
+    columns = []
+    for concept_set in map(host.resolve_concepts, given):
+        for loaded in concept_set:
+            found.setdefault(loaded.concept, loaded)
+        columns.append([list(found).index(loaded.concept) for loaded in concept_set])
+    return tuple(found.values()), columns
+
+
+def _token_masks(
+    call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], indices: Sequence[int]
+) -> TokenMasks:
+    """Token masks of a concept set's words in its prompts."""
+    if len(indices) == len(call.prompts):
+        return _masks_of(call, tokenizers, concepts)
+    parts, prompts = [], call.prompts
+    for index in indices:
+        here = slice(index, index + 1)
+        positions = of_prompt(call.composition.token_positions, concepts, index, len(prompts))
+        prompt = replace(
+            prompts,
+            texts=None if prompts.texts is None else [text[here] for text in prompts.texts],
+            embeds=None if prompts.embeds is None else prompts.embeds[here],
+        )
+        composition = replace(call.composition, token_positions=positions)
+        parts.append(_masks_of(replace(call, prompts=prompt, composition=composition), tokenizers, concepts))
+    return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
+
+
+def _masks_of(call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept]) -> TokenMasks:
+    positions, embeds = call.composition.token_positions, call.prompts.embeds
+    if embeds is not None:
+        return TokenMasks.of_positions(positions or {}, embeds.shape[0], embeds.shape[1], concepts)
+    if positions is not None:
+        raise ValueError("token_positions go with prompt_embeds; with a prompt, words are found by their triggers")
+    elsewhere = {concept.name for concept in concepts if concept.prompt is not None}
+    return find_in(tokenizers, concepts, call.prompts.texts or (), optional=elsewhere)
+
+
+def _find(
+    tokenizers: Sequence[Tokenizer],
+    concepts: Sequence[Concept],
+    prompts: Sequence[str],
+    names: Any,
+    mentions: Any,
+) -> TokenMasks:
+    """A `Finder` for texts that all tokenizers read."""
+    prompts = [plain_text(prompt) for prompt in prompts]
+    return find_in(tokenizers, concepts, [prompts] * len(tokenizers), names=names, mentions=mentions)
+
+
+def find_in(
+    tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any
+) -> TokenMasks:
+    """Token masks of words; they must be equal for all tokenizers, whose features are concatenated."""
+    found = [
+        TokenMasks.of_prompts(tokenizer, prompts, concepts, **how)
+        for tokenizer, prompts in zip(tokenizers, texts, strict=True)
+    ]
+    return agreed(found, concepts)

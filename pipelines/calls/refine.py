@@ -1,0 +1,218 @@
+"""Repaints each subject of a finished image alone, at the model's own resolution, with its LoRA (a detailer).
+
+For each subject: the part of the image around its mask is cut out and enlarged to the size that the model was made for,
+image-to-image with the subject's own text and LoRA, and blended back under the mask. This is diffusers' inpainting with
+`padding_mask_crop`; the other subjects' LoRAs do not act.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFilter
+from torch import Tensor
+
+from lora_compose.attention.masks import bounds
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.images.output import ComposeOutput, Cost
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.scene.mask_images import greys, in_pixels, mask_of_box, read_mask_image
+from lora_compose.pipelines.scene.regions import read_mask
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.text.emphasis import read_emphasis
+from lora_compose.pipelines.text.prompts import about
+
+
+class Repaints(Protocol):
+    """A pipeline that can inpaint with concepts."""
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height of the images that the model was made for, in pixels."""
+        ...
+
+    def resolve_concepts(self, concepts: Sequence[str | Concept]) -> Sequence[LoadedConcept]:
+        """Concepts with their factors."""
+        ...
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Makes an image."""
+        ...
+
+
+@dataclass(frozen=True)
+class Detailer:
+    """How subjects are repainted.
+
+    Attributes:
+        strength: The fraction of the steps that are run; higher values change more.
+        padding: Context around the mask that is not changed, as a fraction of the longer side of its bounding box.
+        blur: Radius of the blend at the border of the mask, as a share of that side.
+        method: How the LoRA acts; None is `tara` for LoRAs that were trained for it and `merge` for others.
+    """
+
+    strength: float = 0.5
+    padding: float = 0.25
+    blur: float = 0.05
+    method: str | Settings | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
+        for name in ("padding", "blur"):
+            if not 0 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} is a share of the subject's side, from 0 to 2, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Refined:
+    """An image with repainted subjects.
+
+    Attributes:
+        subjects: Names of the concepts that have been repainted, in this order.
+        cost: Cost of all calls together.
+    """
+
+    image: Image.Image
+    subjects: tuple[str, ...]
+    cost: Cost
+
+
+def refine(
+    pipe: Repaints,
+    image: Image.Image,
+    prompt: str,
+    concepts: Sequence[str | Concept],
+    masks: Mapping[str, Any] | None = None,
+    how: Detailer | None = None,
+    **options: Any,
+) -> Refined:
+    """Repaints each subject of an image that has a mask or a region.
+
+    Args:
+        prompt: Prompt of the image; each subject's text is derived from it.
+        concepts: As for a call. Styles act on every subject.
+        masks: Where subjects are, by name (`subject_masks` of an output's masks); a concept's own region otherwise.
+        options: Arguments of every call, such as `num_inference_steps`, `guidance_scale`, `negative_prompt` and
+            `generator`.
+
+    Raises:
+        ValueError: If no concept has a mask or a region, or a mask is for no concept.
+    """
+    how = how or Detailer()
+    every = [loaded.concept for loaded in pipe.resolve_concepts(concepts)]
+    subjects, styles = [one for one in every if not one.is_style], [one for one in every if one.is_style]
+    if unknown := (masks or {}).keys() - {one.name for one in subjects}:
+        raise ValueError(f"masks name {sorted(unknown)}; the subjects are {', '.join(one.name for one in subjects)}")
+    found = {one.name: _mask(one, masks or {}, image.size) for one in subjects}
+    if not any(found.values()):
+        raise ValueError("it is not known where the subjects are: give masks={name: mask}, or concepts with regions")
+    cost, done, whole = Cost(), [], read_emphasis(prompt)
+    width, height = pipe.own_size
+    for subject in subjects:
+        mask = found[subject.name]
+        if mask is None:
+            continue
+        text = whole.carried_to(about(subject, whole.text, subjects)).written()
+        acting = [one.model_copy(update={"region": None, "prompt": None}) for one in (subject, *styles)]
+        output = pipe(
+            prompt=text, concepts=acting, method=how.method or _method_for(pipe, acting), image=image,
+            mask_image=_softened(mask, how.blur), strength=how.strength,
+            padding_mask_crop=round(how.padding * _side(mask)), output_type="pil",
+            **{"width": width, "height": height, **options},
+        )  # fmt: skip
+        image = output.images[0]
+        cost.add(output.cost)
+        done.append(subject.name)
+    return Refined(image, tuple(done), cost)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is needed of a call to repaint the subjects of its images.
+
+    Attributes:
+        prompts: The prompts, as they were written.
+        concepts: The concept set of each.
+        columns: For each prompt, the indices of those concepts among the masks.
+        options: Arguments of every call that repaints.
+    """
+
+    pipe: Repaints
+    prompts: Sequence[str]
+    concepts: Sequence[Sequence[Concept]]
+    columns: Sequence[Sequence[int]]
+    images_per_prompt: int
+    options: Mapping[str, Any]
+
+    def refine(self, output: ComposeOutput, index: int, how: Detailer | None, options: Mapping[str, Any]) -> Refined:
+        """Repaints the subjects of one image of an output, in its regions, or in the masks of its middle step.
+
+        Raises:
+            ValueError: If it is no PIL image, or it has neither regions nor masks.
+        """
+        image = output.images[index]
+        if not isinstance(image, Image.Image):
+            raise ValueError("refine() repaints PIL images; leave output_type='pil'")
+        prompt = index % len(output.images) // self.images_per_prompt
+        concepts = self.concepts[prompt]
+        masks = None
+        if output.masks is not None and all(one.region is None for one in concepts):
+            steps = output.masks[len(output.masks) // 2, index]
+            masks = subject_masks(steps[list(self.columns[prompt])], concepts, image.size)
+        if not masks and all(one.region is None for one in concepts):
+            raise ValueError(
+                "nothing says where the subjects are: make the image with record_attention=True, or give regions"
+            )
+        return refine(self.pipe, image, self.prompts[prompt], concepts, masks, how, **{**self.options, **options})
+
+
+def subject_masks(masks: Tensor, concepts: Sequence[Concept], size: tuple[int, int]) -> dict[str, Image.Image]:
+    """Where the subjects of an image are, from the masks of a run.
+
+    Args:
+        masks: Of one image and step (`ComposeOutput.masks[step, image]`). Shape: [concepts, height, width], bool.
+        concepts: Those of the call, in its order.
+        size: Width and height of the image.
+
+    Returns:
+        By name, the bounding box of each mask; subjects with an empty one are left out.
+    """
+    found = {}
+    for concept, mask in zip(concepts, masks.cpu(), strict=True):
+        if concept.is_style or not mask.any():
+            continue
+        rows, columns = bounds(mask)
+        height, width = mask.shape
+        box = columns.start / width, rows.start / height, columns.stop / width, rows.stop / height
+        found[concept.name] = mask_of_box(in_pixels(box, *size), *size)
+    return found
+
+
+def _mask(concept: Concept, masks: Mapping[str, Any], size: tuple[int, int]) -> Image.Image | None:
+    """A subject's mask in the size of the image; None if there is none."""
+    if (given := masks.get(concept.name)) is not None:
+        return read_mask_image(given, size).resize(size)
+    if concept.region is None:
+        return None
+    if isinstance(concept.region, str):
+        return greys(Image.fromarray((read_mask(concept.region) * 255).byte().numpy())).resize(size)
+    return mask_of_box(in_pixels(concept.region, *size), *size)
+
+
+def _side(mask: Image.Image) -> int:
+    left, top, right, bottom = mask.getbbox() or (0, 0, 1, 1)
+    return max(right - left, bottom - top)
+
+
+def _softened(mask: Image.Image, blur: float) -> Image.Image:
+    """A mask whose border fades inwards, so that nothing outside of it changes."""
+    radius = blur * _side(mask)
+    inner = mask.filter(ImageFilter.MinFilter(2 * round(radius) + 1)).filter(ImageFilter.GaussianBlur(radius))
+    return ImageChops.darker(mask, inner) if np.asarray(inner).max() >= 128 else mask
+
+
+def _method_for(pipe: Repaints, concepts: Sequence[Concept]) -> str:
+    trained = {found.trained_with for found in pipe.resolve_concepts(concepts)}
+    return "tara" if trained == {"tara"} else "merge"

@@ -1,0 +1,115 @@
+"""A pass prepared for all steps: whatever does not change between steps is computed once."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention import Gates, Installation
+from lora_compose.attention.device import to_device
+from lora_compose.attention.forward_state import LayerInputs
+from lora_compose.attention.text_kv import TextKV
+from lora_compose.pipelines.concepts.concept_set import ConceptSet
+from lora_compose.pipelines.denoising.passes import Pass
+from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.scene.rows import Selection
+from lora_compose.pipelines.text.conditioning import Conditioning
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Rows that are run together.
+
+    Attributes:
+        rows: Their slice of all rows.
+    """
+
+    text: Conditioning
+    inputs: LayerInputs
+    rows: slice
+
+
+class KeptText:
+    """Keys and values of the text of a pass, and of all passes with the same text under the same text gates.
+
+    Only those for the latest weights are kept: all steps of a schedule would take too much memory.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[bool, int], tuple[tuple[float, ...], TextKV]] = {}
+
+    def of(self, conditional: bool, batch: int, weights: tuple[float, ...]) -> TextKV:
+        """Keys and values of a micro-batch.
+
+        Args:
+            conditional: Whether there are conditional rows only.
+        """
+        key = conditional, batch
+        if key not in self._kept or self._kept[key][0] != weights:
+            self._kept[key] = weights, TextKV()
+        return self._kept[key][1]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPass:
+    """A pass with everything that is computed once for all steps: gates by layer, keys and values of its text.
+
+    Attributes:
+        kept_text: Keys and values of its text.
+    """
+
+    spec: Pass
+    kept_text: KeptText = field(default_factory=KeptText)
+    _made: dict[bool, tuple[tuple[float, ...], Sequence[MicroBatch]]] = field(default_factory=dict)
+
+    def micro_batches(
+        self, installation: Installation, concepts: ConceptSet, step: Step, *, conditional: bool
+    ) -> Sequence[MicroBatch]:
+        """The micro-batches of the pass at the weights of a step; computed again only if the weights change.
+
+        Args:
+            concepts: The concepts of the gates.
+            conditional: Whether there are conditional rows only.
+        """
+        weights = concepts.step_weights(step.index, step.count)
+        if conditional not in self._made or self._made[conditional][0] != weights:
+            self._made[conditional] = weights, list(self._make(installation, concepts, weights, conditional))
+        # Keys and values are looked up, not held: those of earlier weights go, also of a pass that is no longer run.
+        return [
+            replace(one, inputs=replace(one.inputs, text_kv=self.kept_text.of(conditional, i, weights)))
+            for i, one in enumerate(self._made[conditional][1])
+        ]
+
+    def _make(
+        self, installation: Installation, concepts: ConceptSet, weights: tuple[float, ...], conditional: bool
+    ) -> Iterator[MicroBatch]:
+        text, gates, regions, biases = self.spec.text, self.spec.gates, self.spec.joint_regions, self.spec.text_bias
+        if conditional and text.guided:
+            rows = text.roles.conditional
+            regions = None if regions is None else regions.select(rows)
+            biases = _of_rows(biases, rows)
+            gates, text = gates.select(rows), text.select(rows)
+        if concepts.schedules:
+            gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
+        gates = concepts.scatter(gates)
+        for part, part_gates, rows in _cut(text, gates, self.spec.branch_batch_size):
+            inputs = installation.inputs(
+                part_gates, part.prompt_embeds, self.spec.regions, lengths=part.lengths,
+                joint_regions=None if regions is None else regions.select(rows), text_bias=_of_rows(biases, rows),
+            )  # fmt: skip
+            yield MicroBatch(part, inputs, rows)
+
+
+def _of_rows(biases: Mapping[int, Tensor] | None, rows: Selection) -> Mapping[int, Tensor] | None:
+    return None if biases is None else {level: bias[rows] for level, bias in biases.items()}
+
+
+def _cut(text: Conditioning, gates: Gates, size: int | None) -> Iterator[tuple[Conditioning, Gates, slice]]:
+    if size is None:
+        yield text, gates, slice(None)
+        return
+    for start in range(0, text.rows // text.images, size):
+        part = text.of_branches(slice(start, start + size))
+        rows = slice(start * text.images, (start + size) * text.images)
+        yield part, gates.select(rows), rows

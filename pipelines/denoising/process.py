@@ -1,0 +1,229 @@
+"""The interface of a method: settings that start a process, which lives for one call."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention import Gates, SitePart
+from lora_compose.pipelines.denoising.passes import Pass, weighted_mean
+from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
+from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.notes import warn, warn_once
+from lora_compose.pipelines.text.conditioning import Conditioning
+
+__all__ = [
+    "ActingRows",
+    "FixedPasses",
+    "Needs",
+    "Process",
+    "Settings",
+    "WeightedPass",
+    "acting_rows",
+    "constant_gates",
+    "one_text",
+    "subject_pass",
+    "warn_once",
+    "warn_unread",
+    "warn_unread_by_passes",
+]
+
+
+class Process(Protocol):
+    """A method at work on one call. It installs nothing itself."""
+
+    @property
+    def text(self) -> Conditioning:
+        """The text that callbacks see."""
+        ...
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        """Called once, before the loop, with the first step; returns the latents to start from."""
+        ...
+
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """One step; returns (latents, model output), which both go to the scheduler."""
+        ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs of the model and the call, so that calls that lack it are refused before anything changes.
+
+    Attributes:
+        region_attention: Cross-attention that reads a text for each region, or gets a bias: that of UNets.
+        start_noise: Latents that are noise at the start, since the method moves patches of it.
+    """
+
+    region_attention: bool = False
+    start_noise: bool = False
+
+
+@runtime_checkable
+class Settings(Protocol):
+    """A method with its settings: a frozen dataclass that extends this class."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the method needs with these settings; by default nothing."""
+        return Needs()
+
+    def start(self, session: Session) -> Process:
+        """Checks what the method needs, encodes the prompts and returns the process for one concept set.
+
+        Raises:
+            ValueError: If the concepts lack something the method needs.
+        """
+        ...
+
+
+ActingRows = Literal["cond_only", "all"]
+"""Where LoRAs act under guidance: on conditional rows, or on all rows."""
+
+
+def acting_rows(text: Conditioning, which: ActingRows) -> Tensor:
+    """1 on the rows on which LoRAs act. Shape: [rows, 1, 1], on the CPU."""
+    acting = torch.ones(text.rows, 1, 1)
+    if which == "cond_only":
+        acting[text.roles.unconditional] = 0
+    return acting
+
+
+WeightedPass = tuple[Pass, float]
+"""A pass, and the weight of its prediction in the mean of a step."""
+
+
+@dataclass(frozen=True)
+class FixedPasses:
+    """The process of methods whose passes are known before the first step, and that do not update latents.
+
+    The prediction of a step is the weighted mean over the passes of one turn.
+
+    Attributes:
+        turns: The passes of every turn; their weights add up to 1.
+        interval: Steps per turn, after which the next one begins.
+        constant: Layers whose gates are the same on all rows and positions, to be folded into the model.
+        constant_weights: The gate of each concept in those layers.
+        text_for_callbacks: The text that callbacks see; None means that of the first pass.
+    """
+
+    session: Session
+    turns: Sequence[Sequence[WeightedPass]]
+    interval: int = 1
+    constant: Sequence[SitePart] = ()
+    constant_weights: Sequence[float] = ()
+    text_for_callbacks: Conditioning | None = None
+
+    @property
+    def text(self) -> Conditioning:
+        """The text of the first pass, or the one that callbacks see instead."""
+        return self.turns[0][0][0].text if self.text_for_callbacks is None else self.text_for_callbacks
+
+    def turn(self, step: Step) -> int:
+        """Index of the turn that a step belongs to."""
+        return step.index // self.interval % len(self.turns)
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        """Folds layers with constant gates."""
+        self.session.denoiser.fold(self.constant, self.constant_weights)
+        return latents
+
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The passes of this turn, one after the other, so that memory does not grow with their number."""
+        prepared = self._prepared[self.turn(step)]
+        predictions = [self.session.denoiser.predict(latents, step, one) for one, _ in prepared]
+        prediction = weighted_mean(predictions, [weight for _, weight in prepared])
+        return latents, self.session.guider.combine(prediction, step)
+
+    @cached_property
+    def _prepared(self) -> Mapping[int, Sequence[tuple[PreparedPass, float]]]:
+        prepare = self.session.denoiser.prepare
+        return {i: [(prepare(one), weight) for one, weight in turn] for i, turn in enumerate(self.turns)}
+
+
+@dataclass(frozen=True)
+class ByImage:
+    """Images that cannot go through the model together, one after the other.
+
+    Attributes:
+        processes: One for each image.
+        text: The text that callbacks see.
+    """
+
+    processes: Sequence[Process]
+    text: Conditioning
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        """Prepares each."""
+        return torch.cat([one.prepare(latents[i : i + 1], first) for i, one in enumerate(self.processes)])
+
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """A step of each."""
+        steps = [one.step(latents[i : i + 1], step) for i, one in enumerate(self.processes)]
+        moved, outputs = zip(*steps, strict=True)
+        return torch.cat(moved), torch.cat(outputs)
+
+
+def subject_pass(session: Session, chosen: Sequence[int]) -> Pass:
+    """A pass in which one subject's LoRA and those of the styles act, everywhere.
+
+    The text is encoded with the text-encoder part of those LoRAs and the subject's own negative prompt.
+    """
+    weights = session.concepts.with_styles(chosen)
+    own = [session.concepts.concepts[i].negative_prompt for i in chosen]
+    negatives = [own[0]] * len(session.prompts.indices) if own and own[0] is not None else None
+    text = session.prompts.encode(weights, negative_prompts=negatives)
+    return Pass(text, constant_gates(session, weights))
+
+
+def warn_unread_by_passes(session: Session) -> None:
+    """Warns of concepts' own prompts that methods with a pass for each subject do not use."""
+    styles = [session.concepts.concepts[i] for i in session.concepts.styles]
+    why = "each pass has the scene's prompt and its subject's negative prompt"
+    warn_unread(session.concepts.concepts, styles, why)
+
+
+def one_text(session: Session, weights: Tensor | None = None) -> Conditioning:
+    """The scene's prompts, one text for all concepts; warns of concepts' own prompts, which are not used.
+
+    Args:
+        weights: Weights of the concepts' text-encoder LoRAs; None leaves them out. Shape: [concepts].
+    """
+    every = session.concepts.concepts
+    warn_unread(every, every, "this method has one text for all; method='lora-composer' has one for each region")
+    return session.prompts.encode(weights)
+
+
+def warn_unread(prompts: Sequence[Concept], negatives: Sequence[Concept], why: str) -> None:
+    """Warns of concepts' own prompts that a method does not use.
+
+    Args:
+        prompts: Concepts whose own prompt is not used.
+        negatives: Concepts whose own negative prompt is not used.
+        why: The prompt that is used instead.
+    """
+    unread = [c.name for c in prompts if c.prompt is not None]
+    unread += [c.name for c in negatives if c.negative_prompt is not None]
+    if unread:
+        warn(f"the own prompts of {', '.join(dict.fromkeys(unread))} are not read: {why}")
+
+
+def constant_gates(session: Session, weights: Tensor) -> Gates:
+    """Gates that are the same on all rows, tokens and cells.
+
+    Args:
+        weights: One per concept. Shape: [concepts].
+    """
+    canvas = session.canvas
+    gate = weights.to(canvas.device)[None]
+    return Gates(
+        text=gate[:, None],
+        image=dict.fromkeys(canvas.levels, gate[:, None]),
+        row=gate,
+        latent_grid=canvas.latent_grid,
+    )

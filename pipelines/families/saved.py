@@ -1,0 +1,39 @@
+"""The README of a saved model: how to open it, and how to load its concepts, which are not saved with it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.sources import moved_files
+
+README = "README.md"
+
+
+def how_to_open(concepts: Iterable[Concept]) -> str:
+    """A README for the folder of a saved model.
+
+    Args:
+        concepts: Concepts of the pipeline. Their files are named without folders.
+    """
+    lines = "\n".join(_load(concept) for concept in concepts)
+    return f"""# Saved by lora-compose
+
+This folder holds the model. Concepts are not saved with it: they stay in their LoRA files. To compose them again:
+
+```python
+from lora_compose import ComposePipeline
+
+pipe = ComposePipeline.from_pretrained("THIS FOLDER")
+{lines}
+```
+
+`DiffusionPipeline.from_pretrained` of diffusers opens the folder too, as the plain pipeline, without concepts.
+"""
+
+
+def _load(concept: Concept) -> str:
+    lora = moved_files(concept.lora, lambda source: Path(source).name)
+    file = list(lora) if isinstance(lora, tuple) else lora or ""
+    given = {"name": concept.name, "merge": concept.merge, "trigger": concept.trigger, "class_word": concept.class_word}
+    fields = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+    return f"pipe.load_concept({file!r}{fields})"

@@ -1,0 +1,1 @@
+"""The images that a call starts from and those it returns."""

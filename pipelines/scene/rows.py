@@ -1,0 +1,76 @@
+"""The rows of a pass and their roles: image, branch, conditional or not. Nothing else says what a row is."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+Selection = slice | list[int]
+"""Some rows: a slice where they lie at equal distances, since a slice copies nothing; otherwise their indices."""
+
+
+class Row(NamedTuple):
+    """The role of one row.
+
+    Attributes:
+        image: Index of the image.
+        branch: Index of the branch; an unconditional row that several branches share has that of the first.
+        conditional: Whether it reads the prompt; otherwise it reads the negative one.
+    """
+
+    image: int
+    branch: int
+    conditional: bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The roles of all rows of a pass, branch by branch, each with one row per image."""
+
+    each: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, images: int, unconds: int, branches: int = 1) -> "Rows":
+        """Unconditional branches, then conditional ones."""
+        parts = [*((branch, False) for branch in range(unconds)), *((branch, True) for branch in range(branches))]
+        return cls(tuple(Row(image, *part) for part in parts for image in range(images)))
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.each)
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len({row.image for row in self.each})
+
+    @property
+    def branches(self) -> Sequence[tuple[int, bool]]:
+        """Branch, and whether it is conditional, in the order of the rows."""
+        return list(dict.fromkeys((row.branch, row.conditional) for row in self.each))
+
+    @property
+    def conditional(self) -> Selection:
+        """The conditional rows."""
+        return self.where(lambda row: row.conditional)
+
+    @property
+    def unconditional(self) -> Selection:
+        """The unconditional rows."""
+        return self.where(lambda row: not row.conditional)
+
+    def where(self, chosen: Callable[[Row], bool]) -> Selection:
+        """The rows of a role."""
+        found = [index for index, row in enumerate(self.each) if chosen(row)]
+        if not found:
+            return slice(0, 0)
+        step = found[1] - found[0] if len(found) > 1 else 1
+        regular = found == list(range(found[0], found[-1] + 1, step))
+        return slice(found[0], found[-1] + 1, None if step == 1 else step) if regular else found
+
+    def select(self, rows: Selection) -> "Rows":
+        """The roles of some rows."""
+        return Rows(self.each[rows] if isinstance(rows, slice) else tuple(self.each[row] for row in rows))
+
+    def of_images(self, images: int) -> "Rows":
+        """The branches for another number of images."""
+        return Rows(tuple(Row(image, *branch) for branch in self.branches for image in range(images)))

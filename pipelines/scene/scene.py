@@ -1,0 +1,369 @@
+"""`Concept`, `Scene` and `Run`: what an image shows and how it is made, frozen and validated.
+
+No torch is needed: the command line validates everything before slow imports.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from lora_compose.pipelines.scene.mask_images import URI_PREFIX, is_fractions, region_of
+from lora_compose.pipelines.scene.sources import Lora, weighted
+from lora_compose.pipelines.scene.strength import (
+    SANE_WEIGHT,
+    Weight,
+    check_sane,
+    is_box,
+    largest_factor,
+    read_blocks,
+    read_weight,
+)
+from lora_compose.pipelines.support.field_errors import FieldError
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    if not TYPE_CHECKING:  # which would hide the fields from editors
+
+        def __init__(self, /, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise FieldError(type(self), error) from None
+
+        # pydantic goes on to read files and nested fields without it, so that errors name the place in the whole.
+        __init__.__pydantic_base_init__ = True
+
+
+Box = tuple[int, int, int, int]
+
+
+def _proper(box: Any) -> Any:
+    left, top, right, bottom = box
+    if not (0 <= left < right and 0 <= top < bottom):
+        raise ValueError(
+            f"a region is (left, top, right, bottom) in pixels with 0 <= left < right and 0 <= top < bottom, not {box}"
+        )
+    return box
+
+
+Region = Annotated[Box, AfterValidator(_proper)]
+"""A box in output pixels: left, top, right, bottom; right and bottom are outside."""
+
+Fractions = Annotated[tuple[float, float, float, float], AfterValidator(_proper)]
+"""A box in fractions of the image, 0 to 1; one of the numbers is a float."""
+
+MaskFile = Annotated[str, Field(pattern=r"(?i)(^data:image/png;base64,|\.(png|jpe?g|webp|bmp)$)")]
+"""The path of a mask image (white = inside), or the image itself as a data URI."""
+
+
+def _kind(region: Any) -> str:
+    if isinstance(region, str):
+        return "mask"
+    numbers = isinstance(region, list | tuple) and all(isinstance(side, int | float) for side in region)
+    return "fractions" if numbers and is_fractions(region) else "box"
+
+
+MOST_MERGED = 32
+"""Files that a concept may merge: each is read whole."""
+
+
+def _several(lora: Any) -> Any:
+    """Several files as a tuple; what each says is read here, so that a wrong weight is noticed at once."""
+    if not isinstance(lora, list | tuple):
+        return lora
+    if not 2 <= len(lora) <= MOST_MERGED or not all(isinstance(one, str) for one in lora):
+        raise ValueError(
+            f"expected one file, or a list of 2 to {MOST_MERGED} that are merged, such as [cat.safetensors, "
+            f"style.safetensors:0.7], not {lora}"
+        )
+    weights = [weight for _, weight in weighted(tuple(lora))]
+    if not any(weights):
+        raise ValueError("every weight is 0; there is nothing to merge")
+    return tuple(lora)
+
+
+ImageFile = Annotated[str, Field(pattern=r"(?i)\.(png|jpe?g|webp|bmp)$")]
+"""The path of an image."""
+
+BoxOrMask = Annotated[
+    Annotated[Region, Tag("box")] | Annotated[Fractions, Tag("fractions")] | Annotated[MaskFile, Tag("mask")],
+    Discriminator(_kind),
+    BeforeValidator(region_of),
+]
+
+
+def _scales(given: Any) -> Any:
+    """Scales by name: a mapping, or text such as "cat:1,dog:0.5"."""
+    if not isinstance(given, str):
+        return given
+    pairs = [part.rpartition(":") for part in given.split(",")]
+    return {name.strip(): scale for name, _, scale in pairs}
+
+
+class ControlFile(_Frozen):
+    """A control image and the model that reads it (`Control`).
+
+    Attributes:
+        model: A ControlNet or T2I-Adapter: a folder as diffusers saves it, or a hub repository.
+        image: Path of the control image, as large as the image that is made.
+        scale: Factor on its output.
+        start: It acts from this part of the steps on.
+        end: It acts until this part of the steps.
+        regions: By name of a concept, the scale inside its region.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    image: ImageFile
+    scale: float = 1.0
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    end: Annotated[float, Field(gt=0, le=1)] = 1.0
+    regions: Annotated[Mapping[str, float], BeforeValidator(_scales)] = Field(default_factory=dict)
+
+
+class IPAdapterFile(_Frozen):
+    """An IP-Adapter and the image that it reads.
+
+    Attributes:
+        model: A folder or hub repository.
+        subfolder: Where the weights are in it.
+        weight_name: The file of the weights.
+        image_encoder: The folder of the image encoder, in the subfolder; a path with "/" begins at `model`.
+        image: Path of the image.
+        scale: Factor on what is read of the image.
+        region: Where it acts: a box or a mask; None is everywhere.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    subfolder: str = ""
+    weight_name: Annotated[str, Field(pattern=r"\.safetensors$")]
+    image_encoder: str = "image_encoder"
+    image: ImageFile
+    scale: float = 1.0
+    region: BoxOrMask | None = None
+
+
+class Start(_Frozen):
+    """The image that a scene starts from, without one it is text-to-image; and further images that guide it.
+
+    Attributes:
+        image: Path of the image that it starts from.
+        mask_image: Where the image is repainted: the path of a mask image (white = repainted), or a box; None means
+            everywhere.
+        strength: The share of the steps that are run; None is diffusers' default for the model.
+        padding_mask_crop: Pixels around the mask; only that part is painted, at the size of the scene.
+        paste_original: Whether pixels outside of the mask are copied from the image; None means no.
+        controls: Control images with their models.
+        ip_adapters: IP-Adapters with their images.
+    """
+
+    image: ImageFile | None = None
+    mask_image: BoxOrMask | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    padding_mask_crop: Annotated[int, Field(ge=0)] | None = None
+    paste_original: bool | None = None
+    controls: tuple[ControlFile, ...] = ()
+    ip_adapters: tuple[IPAdapterFile, ...] = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.image is None and self.start:
+            raise ValueError(f"{' and '.join(self.start)} needs an image: give image as well")
+        if self.mask_image is None and (self.padding_mask_crop is not None or self.paste_original):
+            raise ValueError("padding_mask_crop and paste_original need a mask: give mask_image as well")
+        return self
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The fields of the start image that are given, as arguments of a call."""
+        names = [name for name in Start.model_fields if name not in ("controls", "ip_adapters")]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def image_files(self) -> dict[str, str]:
+        """The paths of all images, by the name of their field."""
+        found = {name: value for name, value in self.start.items() if name in ("image", "mask_image")}
+        for field in ("controls", "ip_adapters"):
+            for number, one in enumerate(getattr(self, field)):
+                found[f"{field}.{number}.image"] = one.image
+                found[f"{field}.{number}.region"] = getattr(one, "region", None)
+        return {name: path for name, path in found.items() if isinstance(path, str) and not path.startswith(URI_PREFIX)}
+
+
+class Concept(_Frozen):
+    """A subject or style and its LoRA.
+
+    In a call, fields that are None are taken from the loaded concept of the same name.
+
+    Attributes:
+        name: What the concept is called.
+        lora: A safetensors file, a folder or hub repository with one, or `playground:NAME`. Not needed where the
+            concept has been loaded by `load_concept` or `load_lora_weights`. Several files are merged into one LoRA
+            when they are loaded, each with its weight if that is not 1: ("cat.safetensors", "style.safetensors:0.7").
+        merge: How several files are merged: a name of `pipelines.merging.MERGERS`; None is their exact sum, "cat".
+        trigger: The rare word or words that the LoRA was trained with, without the class word: "sks".
+        class_word: The noun after the trigger: "cat".
+        weight: Factor on the whole LoRA; 1 by default. It may change over the steps: a list of numbers for equal parts
+            of them, or text: "0:1,0.5:0" is 1 in the first half and 0 in the second, "0:1..0.5:0.4" falls evenly to
+            0.4 until the middle, "1..0.4" to the last step. Points are fractions of the steps, or step numbers if one
+            is above 1.
+        blocks: Further factors by block of the model, {"down": 0.5, "up.1": 0}; the longest name counts,
+            and "text" means the text encoders.
+        any_weight: Whether `weight`, `blocks` and weights of files may be beyond 10 and -10.
+        region: Where the concept may appear: a box in pixels or in fractions of the image, or a mask (white = inside):
+            a path, a PIL image, an array or a tensor; None leaves it to the method.
+        prompt: The text of the region, for methods that read a text per concept; it contains the trigger. None
+            derives it from the scene's prompt.
+        negative_prompt: What to avoid in the region; None means the scene's.
+        role: "subject", or "style" for a concept that acts everywhere and has no region; None means a subject.
+        alpha: The alpha that the LoRA was trained with, for files that do not contain it; the change is scaled by
+            alpha / rank.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    lora: Annotated[Lora, BeforeValidator(_several)] = None
+    merge: str | None = None
+    trigger: str | None = None
+    class_word: str | None = None
+    weight: Annotated[Weight, BeforeValidator(read_weight)] | None = None
+    blocks: Annotated[dict[str, float] | None, BeforeValidator(read_blocks)] = None
+    any_weight: bool | None = None
+    region: BoxOrMask | None = None
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    negative_prompt: str | None = None
+    role: Literal["subject", "style"] | None = None
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _merges_several(self) -> Self:
+        if self.merge is not None and isinstance(self.lora, str):
+            raise ValueError(
+                f"the concept {self.name!r} merges one file; give lora a list of several, or leave out merge"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weighs_sanely(self) -> Self:
+        if not self.any_weight:
+            check_sane(self.weight, self.blocks, [weight for _, weight in weighted(self.lora)])
+        return self
+
+    @model_validator(mode="after")
+    def _styles_are_everywhere(self) -> Self:
+        if self.is_style and self.region is not None:
+            raise ValueError(
+                f"the concept {self.name!r} is a style, which acts everywhere: leave out its region or its role"
+            )
+        return self
+
+    @property
+    def is_style(self) -> bool:
+        """Whether the concept is a style."""
+        return self.role == "style"
+
+    @property
+    def phrase(self) -> str:
+        """Trigger and class word: "sks cat"."""
+        return " ".join(word for word in (self.trigger, self.class_word) if word)
+
+
+def concept_of(name: str, given: Any) -> Concept:
+    """What `concepts={name: given}` means: a weight, a schedule of weights, or a box, which is the concept's region.
+
+    Raises:
+        ValueError: For four numbers that may be a box and may be weights, and for unusable weights.
+    """
+    if not is_box(given):
+        return Concept(name=name, weight=given)
+    if largest_factor(given) <= SANE_WEIGHT:
+        raise ValueError(
+            f"concepts={{{name!r}: {given}}} may be a box or the weights of four parts of the steps; write "
+            f"Concept(name={name!r}, region={given}) or Concept(name={name!r}, weight={list(given)})"
+        )
+    return Concept(name=name, region=given)
+
+
+class Scene(Start):
+    """Prompt, concepts and size of an image, and what it starts from.
+
+    Attributes:
+        prompt: Names every concept by its trigger.
+        negative_prompt: What to avoid.
+        concepts: The concept set.
+        width: Width of the image in pixels; None is that of `image`, if there is one and nothing is cropped, or the
+            model's own.
+        height: Height of the image in pixels; None as for the width.
+    """
+
+    prompt: Annotated[str, Field(min_length=1)]
+    negative_prompt: str = ""
+    concepts: tuple[Concept, ...] = ()
+    width: Annotated[int, Field(gt=0)] | None = None
+    height: Annotated[int, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        check_names(self.concepts)
+        for concept in self.concepts:
+            if self.image is None:  # else boxes are in its coordinates; files are looked at when the scene is used
+                check_box(concept, self.width, self.height)
+        return self
+
+
+class Run(_Frozen):
+    """All that reproduces an image: scene, model, method with settings, scheduler, steps, guidance and seed.
+
+    Attributes:
+        scene: The scene.
+        model: A folder, a checkpoint file, a hub repository or `playground`.
+        method: Name of the method; None chooses.
+        settings: The method's settings that differ from its defaults.
+        scheduler: Class name of a diffusers scheduler; None keeps the model's.
+        steps: Number of denoising steps.
+        guidance_scale: Classifier-free guidance; 1 or less is none.
+        seed: Seed of the start noise.
+        dtype: Precision of the model.
+        device: Device; None chooses one. A seed gives the same start noise on every device.
+    """
+
+    scene: Scene
+    model: str
+    method: str | None = None
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+    scheduler: str | None = None
+    steps: Annotated[int, Field(gt=0)] = 25
+    guidance_scale: float = 5.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    dtype: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")] = "float32"
+    device: str | None = None
+
+
+def check_names(concepts: tuple[Concept, ...]) -> None:
+    """Raises ValueError if two concepts share a name."""
+    names = [concept.name for concept in concepts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"concept names must differ, but {', '.join(map(repr, twice))} stands twice")
+
+
+def check_box(concept: Concept, width: int | None, height: int | None) -> None:
+    """Raises ValueError if a concept's box leaves the canvas; sizes that are None are not checked, and no mask is."""
+    if concept.region is None or isinstance(concept.region, str) or is_fractions(concept.region):
+        return
+    _, _, right, bottom = concept.region
+    if (width is not None and right > width) or (height is not None and bottom > height):
+        raise ValueError(
+            f"the region {concept.region} of concept {concept.name!r} leaves the canvas of {width} x {height} pixels"
+        )

@@ -1,0 +1,128 @@
+"""A call can be planned without being run: what it would do is a value, and nothing is changed."""
+
+import time
+from typing import Any
+
+import pytest
+
+from golden import BOXES, PIPELINES, PROMPT, TRANSFORMERS
+from lora_compose import Concept
+from lora_compose.attention import Claim
+from lora_compose.pipelines.formats.models import models_of
+from lora_compose.pipelines.support.notes import log_once
+from transformer_families import TOKENS
+
+UNETS = ("sd", "sdxl")
+FAMILIES = (*UNETS, *TRANSFORMERS)
+METHODS = ("merge", "tara", "regional", "switch", "composite", "lora-composer", "clora", "draft", "freefuse")
+
+
+def arguments(family: str, method: str | None = "merge", **more: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3, "height": 128, "width": 128}
+    if family in TRANSFORMERS:
+        given |= {"max_sequence_length": TOKENS, **TRANSFORMERS[family].guided}
+    boxed = method in ("regional", "lora-composer")
+    concepts = [Concept(name=name, region=box if boxed else None) for name, box in BOXES.items()]
+    return {**given, "concepts": concepts, "method": method, **more}
+
+
+def state(pipe: Any) -> tuple:
+    """What a call changes: attributes, the scheduler, modules and weights of the model, and what is kept."""
+    modules = [(name, id(module)) for model in models_of(pipe) for name, module in model.named_modules()]
+    versions = [(id(one), one._version) for model in models_of(pipe) for one in model.parameters()]
+    attributes = {name: id(value) for name, value in vars(pipe).items()}
+    scheduler = {name: id(value) for name, value in vars(pipe.scheduler).items()}
+    return attributes, scheduler, modules, versions, log_once.cache_info().currsize, dict(pipe.concepts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_says_what_the_call_will_do_and_changes_nothing(family, caplog):
+    pipe = PIPELINES[family]()
+    given = arguments(family, "tara")
+    pipe(**given, output_type="latent")  # what calls keep is there
+    log_once.cache_clear()
+    caplog.clear()
+    before = state(pipe)
+    plan = pipe.plan(**given)
+    assert state(pipe) == before
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert any("was trained with TARA" in warning for warning in plan.warnings)
+    assert (plan.method, plan.choice.reason, plan.steps) == ("tara", "it was asked for", 3)
+    assert (plan.image_size, plan.images) == ((128, 128), 1)
+    assert [planned.concept.name for planned in plan.concepts] == ["cat", "dog"]
+    cat, dog = (planned.trigger[0] for planned in plan.concepts)
+    assert max(cat) < min(dog)
+    output = pipe(**given, output_type="latent")
+    assert (output.method, output.method_reason) == (plan.method, plan.choice.reason)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("sd", method) for method in METHODS] + [("flux", method) for method in ("regional", "composite", "draft")],
+)
+def test_the_predicted_rows_are_those_that_are_run(family, method):
+    pipe, given = PIPELINES[family](), arguments(family, method)
+    predicted, run = pipe.plan(**given).cost, pipe(**given, output_type="latent").cost
+    assert (predicted.rows_forward, predicted.rows_stopped, predicted.rows_backward) == (
+        run.rows_forward, run.rows_stopped, run.rows_backward,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["clora", "lora-composer"])
+def test_what_a_model_cannot_do_is_said_at_once_and_in_words(method):
+    pipe, given = PIPELINES["flux"](), arguments("flux", method)
+    pipe.plan(**arguments("flux"))
+    before, start = state(pipe), time.process_time()
+    with pytest.raises(ValueError, match="SDXL only; use draft") as planned:
+        pipe.plan(**given)
+    assert time.process_time() - start < 0.1
+    assert state(pipe) == before
+    with pytest.raises(ValueError, match="use draft") as called:
+        pipe(**given)
+    assert str(called.value) == str(planned.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": "a sks cat"}, {"num_inference_steps": 0}, {"concepts": ["fox"]}, {"width": 127}, {"method": "none"},
+        {"record_attention": [7]}, {"strength": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_plan_is_refused_as_the_call_is(wrong):
+    pipe = PIPELINES["sd"]()
+    given = arguments("sd", **wrong) if "method" not in wrong else {**arguments("sd"), **wrong}
+    messages = []
+    for ask in (pipe.plan, pipe):
+        with pytest.raises(ValueError, match=r"\w") as refused:
+            ask(**given)
+        messages.append(str(refused.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_call_without_concepts_has_no_plan():
+    with pytest.raises(ValueError, match="a call without concepts is diffusers' own"):
+        PIPELINES["sd"]().plan(PROMPT)
+
+
+def test_a_plan_is_made_while_a_call_has_the_model():
+    pipe = PIPELINES["sd"]()
+    claim = Claim(models_of(pipe), "compose")
+    claim.take()
+    try:
+        assert pipe.plan(**arguments("sd")).method == "merge"
+    finally:
+        claim.end()
+
+
+def test_the_reason_and_the_regions_are_values():
+    plan = PIPELINES["sd"]().plan(**{**arguments("sd", "regional"), "method": None})
+    assert (plan.method, plan.choice.reason) == ("lora-composer", "every concept has a region")
+    assert plan.regions == BOXES
+
+
+def test_each_prompt_has_the_words_of_its_own_concepts():
+    given = {**arguments("sd"), "prompt": ["a sks cat", "a zwx dog"], "concepts": [["cat"], ["dog"]]}
+    cat, dog = PIPELINES["sd"]().plan(**given).concepts
+    assert (cat.trigger, dog.trigger) == ({0: (2,)}, {1: (2,)})

@@ -1,0 +1,67 @@
+"""Roles of rows: what a row is does not depend on where it lies."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from components import FAMILIES, seeded
+from lora_compose.pipelines.denoising.guidance import ClassifierFree
+from lora_compose.pipelines.denoising.passes import Prediction
+from lora_compose.pipelines.denoising.process import acting_rows
+from lora_compose.pipelines.methods import Tara
+from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.scene.rows import Rows
+from lora_compose.pipelines.text.conditioning import Conditioning
+from lora_compose.pipelines.text.encoder import Prompts
+from three_concepts import denoise, load, loras_of
+
+FORWARD = Rows.of(2, 1)
+BACKWARD = FORWARD.select([2, 3, 0, 1])
+
+
+def test_rows_at_equal_distances_are_a_slice_and_others_indices():
+    rows = Rows.of(2, 2, 2)
+    assert (rows.unconditional, rows.conditional) == (slice(0, 4), slice(4, 8))
+    assert rows.where(lambda row: row.image == 1) == slice(1, 8, 2)
+    mixed = rows.select([4, 0, 1, 5, 6])
+    assert (mixed.conditional, mixed.unconditional) == ([0, 3, 4], slice(1, 3))
+    assert rows.select(rows.conditional).unconditional == slice(0, 0)
+
+
+def test_guidance_is_the_same_in_any_order_of_the_rows():
+    uncond, cond = (torch.randn(2, 4, 6, 8, generator=seeded(seed)) for seed in (0, 1))
+    step = Step(0, 1, torch.tensor(1), cfg_scale=4.0)
+    one, other = (
+        ClassifierFree(4.0).combine(Prediction(torch.cat(parts), rows), step)
+        for parts, rows in (((uncond, cond), FORWARD), ((cond, uncond), BACKWARD))
+    )
+    assert torch.equal(one, other)
+    assert torch.equal(one, uncond + 4.0 * (cond - uncond))
+
+
+def test_loras_act_on_conditional_rows_wherever_they_lie():
+    embeds, mask = torch.zeros(4, 3, 2), torch.zeros(4, 3, 1)
+    for roles, acting in ((FORWARD, [0, 0, 1, 1]), (BACKWARD, [1, 1, 0, 0])):
+        text = Conditioning(embeds, mask, mask, roles)
+        assert acting_rows(text, "cond_only").flatten().tolist() == acting
+        assert acting_rows(text, "all").flatten().tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("family", ["sd"])
+@pytest.mark.parametrize("method", [Tara(cfg_mask="broadcast"), "clora:official", "draft"], ids=str)
+def test_images_do_not_depend_on_the_order_of_the_rows(family, method, write_lora, monkeypatch):
+    """Conditional rows first, as other programs have them, give what unconditional rows first give."""
+    pipe: Any = FAMILIES[family]()
+    load(pipe, write_lora, ["cat", "dog"], loras_of(pipe, ["cat", "dog"]))
+    call = {"concepts": ["cat", "dog"], "method": method, "num_images_per_prompt": 2, "num_inference_steps": 2}
+    expected = denoise(pipe, **call).images
+    encode = Prompts.encode
+
+    def turned(self: Prompts, *args: Any, **options: Any) -> Conditioning:
+        found = encode(self, *args, **options)
+        unconditional = [not row.conditional for row in found.roles.each]
+        return found.select(sorted(range(found.rows), key=unconditional.__getitem__))
+
+    monkeypatch.setattr(Prompts, "encode", turned)
+    torch.testing.assert_close(denoise(pipe, **call).images, expected, atol=3e-5, rtol=0)

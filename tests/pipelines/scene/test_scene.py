@@ -1,0 +1,162 @@
+"""Concepts, scenes and runs are frozen and validated."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene, check_box, check_names
+from lora_compose.pipelines.support.field_errors import FieldError
+
+SCENE = Scene(prompt="a sks cat")
+
+VALID: list[tuple[type, dict[str, Any]]] = [
+    (Concept, {"name": "cat"}),
+    (Scene, {"prompt": "a sks cat"}),
+    (Run, {"scene": SCENE, "model": "playground"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), VALID)
+def test_fields_cannot_be_changed(kind, fields):
+    made = kind(**fields)
+    for name in kind.model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(made, name, None)
+    assert made == kind(**fields)
+
+
+@pytest.mark.parametrize(("kind", "fields"), VALID)
+def test_unknown_fields_are_refused_by_name(kind, fields):
+    with pytest.raises(FieldError, match=rf"^{kind.__name__}: promt: unknown field; fields are ") as caught:
+        kind(**fields, promt="a sks cat")
+    assert ("did you mean 'prompt'?" in str(caught.value)) == ("prompt" in kind.model_fields)
+
+
+def test_errors_say_where_and_what_was_expected_and_do_not_repeat_the_prompt():
+    prompt = "a sks cat " * 100
+    fields: dict[str, Any] = {"concepts": [{"name": "cat", "weight": "much"}]}
+    with pytest.raises(FieldError) as caught:
+        Scene(prompt=prompt, width=-1, **fields)
+    first, second = caught.value.messages
+    assert first.startswith("concepts[0].weight: ")
+    assert second == "width: expected greater than 0, found -1"
+    assert "pydantic" not in str(caught.value)
+    assert prompt not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(("fields", "phrase"), [
+    ({"trigger": "sks", "class_word": "cat"}, "sks cat"),
+    ({"trigger": "sks"}, "sks"),
+    ({"class_word": "cat"}, "cat"),
+    ({}, ""),
+])  # fmt: skip
+def test_the_phrase_is_trigger_and_class_word(fields, phrase):
+    assert Concept(name="cat", **fields).phrase == phrase
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
+def test_weights_must_be_finite(weight):
+    with pytest.raises(FieldError, match="finite number"):
+        Concept(name="cat", weight=weight)
+    with pytest.raises(FieldError, match="finite number"):
+        Run(scene=SCENE, model="playground", guidance_scale=weight)
+
+
+@pytest.mark.parametrize("region", [(0, 0, 64), (0, 0, 64, 64, 64), (0, 0, 0.5, 64), "left", (0, 0, math.inf, 64)])
+def test_regions_are_four_whole_numbers(region):
+    with pytest.raises(FieldError, match="region"):
+        Concept(name="cat", region=region)
+
+
+@given(st.tuples(*[st.integers(-20, 200)] * 4))
+def test_a_region_is_taken_exactly_if_it_has_pixels(box):
+    left, top, right, bottom = box
+    if 0 <= left < right and 0 <= top < bottom:
+        assert Concept(name="cat", region=box).region == box
+        return
+    message = r"a region is \(left, top, right, bottom\) in pixels with 0 <= left < right"
+    with pytest.raises(FieldError, match=message):
+        Concept(name="cat", region=box)
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 250), st.integers(1, 250))
+def test_a_region_must_lie_on_the_canvas(width, height, right, bottom):
+    concept = Concept(name="cat", region=(0, 0, right, bottom))
+    scene = {"prompt": "sks", "concepts": (concept,), "width": width, "height": height}
+    if right <= width and bottom <= height:
+        assert Scene(**scene).concepts == (concept,)
+        return
+    message = rf"the region \(0, 0, {right}, {bottom}\) of concept 'cat' leaves the canvas of {width} x {height}"
+    with pytest.raises(FieldError, match=message):
+        Scene(**scene)
+
+
+def test_sides_of_the_canvas_that_are_unknown_are_not_checked():
+    concept = Concept(name="cat", region=(0, 0, 100, 100))
+    assert Scene(prompt="sks", concepts=(concept,)).concepts == (concept,)
+    check_box(concept, None, 100)
+    check_box(concept, 100, None)
+    with pytest.raises(ValueError, match="leaves the canvas of None x 99"):
+        check_box(concept, None, 99)
+    with pytest.raises(ValueError, match="leaves the canvas of 99 x None"):
+        check_box(concept, 99, None)
+
+
+def test_names_of_concepts_differ():
+    twice = (Concept(name="cat"), Concept(name="dog"), Concept(name="cat"))
+    with pytest.raises(FieldError, match="concept names must differ, but 'cat' stands twice"):
+        Scene(prompt="sks", concepts=twice)
+    with pytest.raises(ValueError, match="'cat' stands twice"):
+        check_names(twice)
+    check_names(twice[:2])
+
+
+@pytest.mark.parametrize(("kind", "fields", "message"), [
+    (Concept, {"name": ""}, "at least 1 character"),
+    (Scene, {"prompt": ""}, "at least 1 character"),
+    (Scene, {"prompt": "sks", "width": 0}, "greater than 0"),
+    (Scene, {"prompt": "sks", "height": -8}, "greater than 0"),
+    (Scene, {"prompt": "sks", "height": 64.5}, "valid integer"),
+    (Scene, {"prompt": "sks", "concepts": "cat"}, "tuple"),
+    (Scene, {"prompt": "sks", "concepts": [{"name": "cat", "wieght": 1}]}, "concepts.0..wieght"),
+    (Concept, {"name": "cat", "weight": -11}, "the weight reaches 11, .* set any_weight"),
+    (Concept, {"name": "cat", "weight": (0, 0, 64, 128)}, "reaches 128, .*; a box is a region, not a weight"),
+    (Concept, {"name": "cat", "weight": 5, "blocks": {"down": -3}}, "reaches 15"),
+    (Concept, {"name": "cat", "lora": ["a.safetensors:40", "b.safetensors"]}, "reaches 40"),
+    (Scene, {"prompt": "sks", "concepts": [{"name": "cat", "weight": 30}]}, "concepts.0.: the weight reaches 30"),
+    (Run, {"scene": SCENE, "model": "playground", "steps": 0}, "greater than 0"),
+    (Run, {"scene": SCENE, "model": "playground", "seed": -1}, "greater than or equal to 0"),
+    (Run, {"scene": SCENE, "model": "playground", "seed": 2**63}, "less than"),
+    (Run, {"scene": SCENE, "model": "playground", "dtype": "float8"}, "match pattern"),
+    (Run, {"scene": SCENE, "model": "playground", "dtype": "float32\n"}, "match pattern"),
+    (Run, {"scene": {"prompt": ""}, "model": "playground"}, "scene.prompt"),
+])  # fmt: skip
+def test_bad_values_are_refused(kind, fields, message):
+    with pytest.raises(FieldError, match=message):
+        kind(**fields)
+
+
+def test_any_weight_is_taken_if_it_is_asked_for():
+    assert Concept(name="cat", weight="0:1,0.5:-30", blocks={"up": 90}, any_weight=True).any_weight
+    assert Concept(name="cat", weight=10, blocks={"up": 0.5}).any_weight is None
+
+
+def test_a_run_survives_json():
+    concepts = (Concept(name="cat", lora="playground:cat", trigger="sks", weight=0.5, region=(0, 0, 64, 128)),)
+    scene = Scene(prompt="a sks cat, \u732b", negative_prompt="dark", concepts=concepts, width=128, height=128)
+    run = Run(scene=scene, model="playground", method="tara", settings={"scope": "cross_kv"}, seed=2**63 - 1)
+    assert Run.model_validate_json(run.model_dump_json()) == run
+    assert Run.model_validate(run.model_dump()) == run
+
+
+def test_the_settings_of_a_run_are_its_own():
+    settings = {"scope": "all"}
+    run = Run(scene=SCENE, model="playground", settings=settings)
+    settings["scope"] = "cross_kv"
+    assert run.settings == {"scope": "all"}
