@@ -1,6 +1,5 @@
 """`lora-compose serve`: a server of images over HTTP."""
 
-import importlib.util
 import logging
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from lora_compose.compose.serve.door import Access
 from lora_compose.compose.serve.requests import Limits
 from lora_compose.compose.support.names import file_near
 from lora_compose.compose.support.network import is_local
+from lora_compose.compose.support.packages import SERVE, check_packages
 from lora_compose.compose.support.terminal import handle_errors, starting
 from lora_compose.pipelines.scene import Scene
 
@@ -64,9 +64,7 @@ def serve(
         )
     if token is not None and not re.fullmatch(r"[!-~]{16,200}", token):
         raise ValueError("a token has 16 to 200 letters, digits and signs, without spaces: openssl rand -hex 16")
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"the server needs {' and '.join(missing)}: pip install 'lora-compose[serve]'")
+    check_packages("the server", SERVE, "serve")
     with starting():
         from lora_compose.compose.serve.launch import serve as start
     start(

@@ -206,9 +206,9 @@ def _missing_words(subject: Concept, prompt: str) -> str:
     """What is missing if the prompt does not have the concept's trigger followed by its class word."""
     name, trigger, noun = subject.name, subject.trigger, subject.class_word
     if not trigger:
-        return f"{name} has no trigger: give it one, such as trigger='sks', and write it in the prompt"
+        return f"{name} has no trigger: give it one, such as 'sks', and write it in the prompt"
     if not noun:
-        return f"{name} has no class word: give it one, such as class_word='cat', and write it after {trigger!r}"
+        return f"{name} has no class word: give it one, such as 'cat', and write it after {trigger!r}"
     if not find_words(trigger, prompt):
         return f"the prompt lacks {trigger!r}, the trigger of {name}: write {subject.phrase!r}"
     return f"the prompt has {trigger!r} without {noun!r} after it: write {subject.phrase!r}"
