@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.commands.options import parse_settings
+from lora_compose.compose.commands.asked import parse_settings
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.names import DTYPES, METHODS, STRUCTURES, check_method, unknown

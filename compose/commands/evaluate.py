@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lora_compose.compose.commands.options import RayOption, check_ray
+from lora_compose.compose.commands.asked import check_ray
+from lora_compose.compose.commands.options import RayOption
 from lora_compose.compose.evaluation.shipped import find_suite
 from lora_compose.compose.support.packages import EVALUATION, check_packages
 from lora_compose.compose.support.terminal import handle_errors, starting

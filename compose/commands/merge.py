@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.commands.options import parse_settings
+from lora_compose.compose.commands.asked import parse_settings
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.support.names import MERGERS, unknown
 from lora_compose.compose.support.terminal import handle_errors, starting

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.commands.options import run_of
+from lora_compose.compose.commands.asked import run_of
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.serve.door import Access
 from lora_compose.compose.serve.requests import Limits

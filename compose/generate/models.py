@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lora_compose.compose.files.paths import ModelError, model_source
+from lora_compose.compose.generate.defaults import variant_of
 from lora_compose.compose.generate.machine import choose_device
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.playground.assets import PLAYGROUND
@@ -16,8 +17,11 @@ from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene import Run
 
 
-def open_model(run: Run, savers: Collection[Saver] = ()) -> Any:
+def open_model(run: Run, savers: Collection[Saver] = (), variant: str | None = None) -> Any:
     """Opens the model of a run: weights from safetensors only, in the run's precision, on the run's device.
+
+    Args:
+        variant: Of the weights of a folder or repository, such as fp16; None is the one that fits the precision.
 
     Raises:
         ModelError: If the model is missing, not supported, or has pickled weights only.
@@ -38,7 +42,9 @@ def open_model(run: Run, savers: Collection[Saver] = ()) -> Any:
             else:
                 # On Windows a path would change the slash of a hub name.
                 name = str(source) if source.is_dir() else run.model
-                pipe = ComposePipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+                pipe = ComposePipeline.from_pretrained(
+                    name, dtype=dtype, use_safetensors=True, variant=variant or variant_of(run)
+                )
     except torch.OutOfMemoryError:
         raise
     except ConnectionError as error:

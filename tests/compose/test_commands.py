@@ -40,7 +40,7 @@ MISTAKES = {
     "batch assets/scenes --model plyground": "did you mean 'playground' or 'playground-flux'?",
     "batch assets/scenes --model playground --method regoinal": "did you mean 'regional'?",
     "serve playground --loras assets/playground/lora": "did you mean 'loras'?",
-    "check assets/scenes/cat-dg.yaml": "did you mean 'cat-dog.yaml'",
+    "check playground --scene assets/scenes/cat-dg.yaml": "did you mean 'cat-dog.yaml'",
     "replay assets/scenes/cat-dog.pgn": "there is no file 'assets/scenes/cat-dog.pgn'",
     "inspect playground:kittn": "did you mean 'kitten'",
     "merge playground:cat playground:dgo --out a.safetensors": "did you mean 'dog'",
