@@ -13,6 +13,7 @@ from lora_compose.compose.evaluation.shipped import find_suite
 from lora_compose.compose.support.packages import EVALUATION, check_packages
 from lora_compose.compose.support.terminal import handle_errors, starting
 
+
 class _Suites(TyperGroup):
     """`evaluate SUITE` is `evaluate run SUITE`."""
 

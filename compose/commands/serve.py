@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lora_compose.compose.commands import options
 from lora_compose.compose.commands.asked import run_of
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.serve.door import Access
@@ -20,7 +21,7 @@ from lora_compose.pipelines.scene import Scene
 
 @handle_errors(logging.WARNING)
 def serve(
-    model: Annotated[str, typer.Argument(help="playground, a folder, a .safetensors file, or a hub repository.")],
+    model: options.ModelArgument,
     loras: Annotated[Path, typer.Option(help="Folder of LoRA files; requests name them without .safetensors.")],
     host: Annotated[str, typer.Option(help="Address to listen on; all but localhost needs a token.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8500,
@@ -49,8 +50,10 @@ def serve(
     ] = 2.0,
     pixels: Annotated[int, typer.Option(min=1, help="Largest image, width times height.")] = 1024 * 1024,
     steps: Annotated[int, typer.Option(min=1, help="Most denoising steps of a request.")] = 50,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
+    dtype: options.DtypeOption = None,
+    variant: options.VariantOption = None,
+    device: options.DeviceOption = None,
+    savers: options.SaversOption = None,
 ) -> None:
     """Serve images over HTTP: one model, many LoRAs, in batches."""
     asked = run_of(scene=Scene(prompt="-"), model=model, dtype=dtype, device=device)
@@ -69,5 +72,6 @@ def serve(
         from lora_compose.compose.serve.launch import serve as start
     start(
         asked, loras, Access(host, tuple(allowed_host or ()), token), port, Limits(pixels=pixels, steps=steps),
-        lora_memory=round(lora_memory * 2**30), most=batch_size, wait=wait, queue=queue, timeout=timeout,
+        lora_memory=round(lora_memory * 2**30), savers=savers or (), variant=variant, most=batch_size, wait=wait,
+        queue=queue, timeout=timeout,
     )  # fmt: skip

@@ -6,7 +6,6 @@ family, or those of few-step models where a configuration says that the model is
 
 import inspect
 import logging
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +77,9 @@ def defaults_for(device: str, facts: ModelFacts | None) -> Defaults:
         steps, guidance, why = few
         return Defaults(dtype, steps, guidance, variant, (*reasons, why))
     steps, guidance = call_defaults(facts.family)
-    return Defaults(dtype, steps, guidance, variant, (*reasons, f"steps and guidance are those of {facts.family.family}"))
+    return Defaults(
+        dtype, steps, guidance, variant, (*reasons, f"steps and guidance are those of {facts.family.family}")
+    )
 
 
 def call_defaults(family: Any) -> tuple[int, float]:

@@ -11,7 +11,7 @@ from lora_compose.compose.files.images import Record, save_image
 from lora_compose.compose.generate.defaults import complete
 from lora_compose.compose.generate.early import check_early
 from lora_compose.compose.generate.making import make_batch
-from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.generate.models import open_model, opening
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import bar, echo, err
 from lora_compose.pipelines.concepts.selection import choose_concepts
@@ -40,7 +40,7 @@ def make_images(
     """
     check_early(run)
     run, _ = complete(run)
-    with bar(f"opening {run.model}"):
+    with opening(run.model):
         pipe = open_model(run, savers, variant)
     if loras is not None:
         run = run.model_copy(update={"scene": named_in(pipe, run.scene, loras)})

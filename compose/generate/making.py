@@ -183,11 +183,11 @@ def resolve_choice(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choi
     """
     if run.settings and run.method is None:
         raise ValueError(f"the settings {', '.join(run.settings)} need a method; there are {', '.join(METHODS)}")
+    method = None if run.method is None else make_method(run.method, run.settings)
     if not loaded:
-        if run.method is not None:
+        if method is not None:
             raise ValueError(f"the method {run.method} needs concepts, and the scene has none")
         return None
-    method = None if run.method is None else make_method(run.method, run.settings)
     return pipe.resolve_choice(method, loaded, [run.scene.prompt])
 
 

@@ -1,6 +1,7 @@
 """Opening the model that a run names."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +13,21 @@ from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.quiet import without_bars
 from lora_compose.compose.support.savers import Saver, check_savers, place
+from lora_compose.compose.support.terminal import bar, echo, err
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene import Run
+
+
+@contextmanager
+def opening(model: str) -> Iterator[None]:
+    """Shows that a model is being opened; the bars of a download, of which ours would make lines, show themselves."""
+    if model_source(model).exists():
+        with bar(f"opening {model}"):
+            yield
+    else:
+        echo(f"opening {model}; what is missing in the cache is downloaded", style="dim", to=err)
+        yield
 
 
 def open_model(run: Run, savers: Collection[Saver] = (), variant: str | None = None) -> Any:

@@ -1,7 +1,7 @@
 """Which of many concepts a prompt names: by their triggers, or by class words that only one of them has.
 
 Nothing is guessed: an ambiguous word is an error or a note, and a word spelled almost like a trigger is a note. Of
-versions of one LoRA, whose words are the same ("cat", "cat-tara", "cat-000004"), the one with the shortest name is meant.
+versions of one LoRA, whose words are the same ("cat", "cat-tara", "cat-000004"), that with the shortest name is meant.
 """
 
 import re

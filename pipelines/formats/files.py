@@ -149,8 +149,8 @@ def refuse_format(path: Path) -> None:
     """Raises LoraError for files with the extension of a pickle, and of GGUF."""
     if path.suffix.lower() == ".gguf":
         raise LoraError(
-            f"{path.name} is GGUF, the format of quantised models; expected a LoRA as safetensors, which works beside a "
-            "model in GGUF, too"
+            f"{path.name} is GGUF, the format of quantised models; expected a LoRA as safetensors, which also "
+            "works with a model in GGUF"
         )
     if path.suffix.lower() in PICKLES:
         raise LoraError(

@@ -90,7 +90,9 @@ def _mention(
         return Mention(tuple(words[concept.name]))
     which = own_nouns(concept, prompt, subjects)
     if not concept.class_word or not which:
-        missing = f"write {concept.phrase!r} in the prompt" if concept.class_word else "give it a class word, such as 'cat'"
+        missing = (
+            f"write {concept.phrase!r} in the prompt" if concept.class_word else "give it a class word, such as 'cat'"
+        )
         trigger = f" {concept.trigger!r}" if concept.trigger else ""
         raise ValueError(
             f"the concept {concept.name!r} has to be named in the branches of the others too, which lack its trigger"

@@ -497,10 +497,16 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     assert "method draft, because the prompt names every concept by trigger and class word size" in text
     assert "44 + 1 stopped latent rows (20 steps with guidance), 1.13 times the FLOPs of a plain image" in text
     assert text.endswith("no problems")
-    text = flat(call("check", "playground", "--scene", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout)
+    text = flat(
+        call("check", "playground", "--scene", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout
+    )
     assert "25 latent rows (25 steps without guidance)" in text
     assert "method merge" in text
-    text = flat(call("check", "playground", "--scene", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite").stdout)
+    text = flat(
+        call(
+            "check", "playground", "--scene", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite"
+        ).stdout
+    )
     assert "80 latent rows (20 steps with guidance), 2.02 times the FLOPs of a plain image" in text
 
 
@@ -569,7 +575,10 @@ def test_check_names_keys_that_fit_no_layer(tmp_path: Path) -> None:
 
 def test_check_tells_of_words_past_the_models_limit(tmp_path: Path) -> None:
     (tmp_path / "scene.yaml").write_text(f"prompt: {'a cat and ' * 12}\n")
-    assert "(the model reads 30 tokens; 6 more are cut off)" in call("check", "playground", "--scene", tmp_path / "scene.yaml").stdout
+    assert (
+        "(the model reads 30 tokens; 6 more are cut off)"
+        in call("check", "playground", "--scene", tmp_path / "scene.yaml").stdout
+    )
 
 
 def test_check_reads_long_prompts_and_weights(tmp_path: Path) -> None:

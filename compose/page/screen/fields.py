@@ -153,6 +153,13 @@ def boxed() -> bool:
     return st.session_state[BOXED] == IN_BOXES
 
 
+def without_boxes() -> None:
+    """Lets the method be chosen where boxes are switched off and the chosen one needs them."""
+    method = st.session_state[METHOD]
+    if not boxed() and method != AUTOMATIC and label_of(method).decides == "boxes":
+        st.session_state[METHOD] = AUTOMATIC
+
+
 def box_of(row: Row) -> tuple[int, int, int, int]:
     """A concept's box, made to fit the canvas."""
     return fitted([st.session_state[of_row(row, edge)] for edge in EDGES], *size())
