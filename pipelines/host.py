@@ -43,6 +43,11 @@ class Host(Protocol):
         ...
 
     @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height in pixels of the images that the model was made for."""
+        ...
+
+    @property
     def banks(self) -> BankCache:
         """LoRAs that are kept for the next calls."""
         ...

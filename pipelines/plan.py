@@ -23,7 +23,7 @@ from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.from_image import region_in_pixels
 from lora_compose.pipelines.host import Host
-from lora_compose.pipelines.memory import check_size
+from lora_compose.pipelines.memory import check_size, warn_of_size
 from lora_compose.pipelines.methods import Choice, Settings, choose_method, make_method
 from lora_compose.pipelines.regions import region_mask
 from lora_compose.pipelines.sampler import Sampler
@@ -163,6 +163,7 @@ def make_plan(host: Host, call: Call) -> Plan:
         ValueError: For anything that does not fit together.
     """
     check_size(host, call.size.width, call.size.height, len(call.prompts) * call.size.images_per_prompt)
+    warn_of_size(host, call.size.width, call.size.height)
     loaded, concepts_of = resolve_sets(host, call)
     loaded = tuple(_region_in_pixels(call, found) for found in loaded)
     raw = [text for found in loaded for text in (found.concept.prompt, found.concept.negative_prompt) if text]

@@ -29,7 +29,7 @@ from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.finite import causes_of_precision, check_finite
 from lora_compose.pipelines.mask_images import open_image
-from lora_compose.pipelines.memory import check_size
+from lora_compose.pipelines.memory import check_size, warn_of_size
 from lora_compose.pipelines.methods import METHODS, Choice, Settings, make_method, name_of
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.regular import sha256_of
@@ -198,6 +198,8 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
         raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {pipe.model.dtype}; open it again")
     size = size_of(pipe, run.scene)
     check_size(pipe, *size)
+    if not run.scene.concepts:  # otherwise its plan warns
+        warn_of_size(pipe, *size)
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
     choice = resolve_choice(pipe, run, loaded)
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
