@@ -116,7 +116,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Args:
-            concepts: Names of loaded concepts or adapters, boxes or weights by name, {"cat": (0, 0, 64, 128)}, `Concept`
+            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept`
                 objects, or a list of these per prompt; "auto": those that the prompt names; None: as in diffusers.
             method: draft, lora-composer, regional, clora, tara, merge, switch, composite, freefuse, or settings such as
                 `Tara(scope="cross_kv")`; None chooses.

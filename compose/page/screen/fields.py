@@ -51,11 +51,12 @@ def of_setting(method: str, name: str) -> str:
     return f"set.method.{method}.{name}"
 
 
-def keep() -> None:
-    """Keeps the values of fields that are not on the screen, which Streamlit would drop."""
+def keep(session: PageSession) -> None:
+    """Keeps the values of fields that are not on the screen, which Streamlit would drop, and all for a reload."""
     for name in list(st.session_state):
         if str(name).startswith(SET):
             st.session_state[name] = st.session_state[name]
+            session.fields[str(name)] = st.session_state[name]
 
 
 def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> None:

@@ -577,6 +577,18 @@ def test_a_page_that_others_reach_opens_no_files_of_this_machine(monkeypatch: py
     assert "open to other machines" in said(at)
 
 
+def test_a_reloaded_page_goes_on_with_its_session_and_fields(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    at.text_area(key=fields.PROMPT).set_value("a xlo bear beside a qrt robot").run()
+    monkeypatch.setattr("lora_compose.compose.page.screen.session._SESSIONS._is_there", lambda session_id: False)
+    again = AppTest.from_file(str(SCREEN), default_timeout=60)
+    again.query_params["session"] = at.query_params["session"]
+    again.run()
+    assert not again.exception
+    assert session(again) is session(at)
+    assert again.text_area(key=fields.PROMPT).value == "a xlo bear beside a qrt robot"
+    assert again.number_input(key=fields.STEPS).value == STEPS
+
+
 def test_the_methods_are_compared(at: AppTest) -> None:
     at.session_state["set.view"] = "Compare"
     at.run()
