@@ -2,10 +2,12 @@
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.support.terminal import echo
 from lora_compose.pipelines.methods import METHODS, PRESETS, make_method, name_of
 
@@ -52,8 +54,10 @@ def field_texts(kind: Any) -> dict[str, str]:
 
 
 def shown(value: Any) -> str:
-    """A value as `--set` reads it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    """A value as `--set` reads it: as it is, or in JSON where that would be read as something else."""
+    plain = list(value) if isinstance(value, tuple) else value
+    text = str(plain)
+    return text if parse_value(text) == plain else json.dumps(plain)
 
 
 def _summary(name: str) -> str:
