@@ -112,7 +112,9 @@ def changes(before: Record, now: Record) -> list[str]:
     ]
     labels = {"name": "processor"}
     if before.together > 1:
-        pairs.append(("images in one batch of a server (pixels differ by rounding)", before.together, now.together))
+        pairs.append(
+            ("images in one batch of a server (pixels differ by rounding)", str(before.together), str(now.together))
+        )
     return [
         f"{labels.get(name, name)}: was {was or 'none'}, is {is_ or 'none'}" for name, was, is_ in pairs if was != is_
     ]

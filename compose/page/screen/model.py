@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
 
@@ -114,7 +115,7 @@ def _open(session: PageSession, choice: Choice) -> None:
         if not choice.model:
             raise ValueError("Name a model: a folder, a .safetensors file, or a hub repository.")
         _check_allowed(session, choice.model)
-        asked = {} if st.session_state[_DTYPE] == fields.AUTOMATIC else {"dtype": choice.dtype}
+        asked: dict[str, Any] = {} if st.session_state[_DTYPE] == fields.AUTOMATIC else {"dtype": choice.dtype}
         run, defaults = complete(Run(scene=Scene(prompt="-"), model=choice.model, device=choice.device, **asked))
         choose_model(session, replace(choice, dtype=run.dtype))
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so

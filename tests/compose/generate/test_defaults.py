@@ -116,9 +116,9 @@ def test_the_table_of_defaults_in_the_docs_is_that_of_the_code() -> None:
 def test_command_line_page_server_and_batches_have_one_set_of_defaults() -> None:
     pytest.importorskip("streamlit", reason="the page needs streamlit")
     expected = ON_CPU.steps, ON_CPU.guidance_scale
-    for kind in (Form, BatchSettings):
-        fields: Any = kind.__dataclass_fields__ if kind is Form else kind.model_fields
-        assert (fields["steps"].default, fields["guidance_scale"].default) == expected
+    form, batch = Form.__dataclass_fields__, BatchSettings.model_fields
+    assert (form["steps"].default, form["guidance_scale"].default) == expected
+    assert (batch["steps"].default, batch["guidance_scale"].default) == expected
     pytest.importorskip("fastapi", reason="the server needs fastapi")
     from inspect import signature
 
