@@ -182,7 +182,10 @@ MISTAKES = {
         ["playground", *PAIR, "--method", "tara", "--set", "cfg=1"],
         "tara has no settings ['cfg']; it has cfg_mask",
     ),
-    "settings alone": (["playground", *PAIR, "--set", "cfg_mask=broadcast"], "the settings cfg_mask need a method"),
+    "settings alone": (
+        ["playground", *PAIR, "--set", "cfg_mask=broadcast"],
+        "--set cfg_mask: a setting needs --method",
+    ),
     "no equals": (
         ["playground", *PAIR, "--method", "tara", "--set", "cfg_mask"],
         "--set cfg_mask: expected NAME=VALUE",
