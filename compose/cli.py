@@ -11,6 +11,7 @@ from lora_compose.compose.commands.check import check
 from lora_compose.compose.commands.demo import demo
 from lora_compose.compose.commands.inspect import inspect
 from lora_compose.compose.commands.merge import merge
+from lora_compose.compose.commands.methods import methods
 from lora_compose.compose.commands.refine import refine
 from lora_compose.compose.commands.replay import replay
 from lora_compose.compose.commands.run import run
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # whose tables leave 18 letters of a line for the help of an option, and cut examples
 )
-for command in (run, batch, demo, ui, serve, check, replay, refine, inspect, merge, train, bench):
+for command in (run, batch, demo, ui, serve, check, methods, replay, refine, inspect, merge, train, bench):
     app.command()(command)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(blind.app, name="blind")

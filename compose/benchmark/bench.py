@@ -32,10 +32,14 @@ from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.tables import GIB, MIB, new_table
 from lora_compose.compose.benchmark.timing import Job, open_with_concepts, time_rows, times_table
 from lora_compose.compose.benchmark.transformers import REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
+from lora_compose.compose.generate.defaults import ON_CPU, complete
+from lora_compose.compose.generate.machine import choose_device
+from lora_compose.compose.support.names import STRUCTURES
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
 from lora_compose.compose.support.terminal import bar, echo, out
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.methods import Settings, make_method
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 GUIDANCE = 5.0
 
@@ -97,8 +101,8 @@ def bench(
     time: bool,
     swap: bool,
     model: str,
-    device: str,
-    dtype: str,
+    device: str | None,
+    dtype: str | None,
     size: int | None,
     savers: Collection[Saver],
     pairs: int,
@@ -108,7 +112,7 @@ def bench(
     """Shows the costs of methods relative to the plain pipeline: what is counted, computed or measured, as asked for.
 
     Counting is the default. `pairs` are timed rounds: a plain call, one of each method, and PEFT's; `to` is a file for
-    the numbers.
+    the numbers. Device and precision that are None are those of a run.
 
     Raises:
         ValueError: For unknown methods and settings.
@@ -118,7 +122,8 @@ def bench(
         make_method(name, settings)
     if savers and not time:
         raise ValueError("--save-memory is for what is timed: give --time with it (--memory shows both ways by itself)")
-    saving = in_order(savers)
+    saving, device = in_order(savers), choose_device(device)
+    dtype = dtype or _precision(model, device)
     check_savers(saving, device)
     real = Job(model, device, 1, settings=settings, dtype=dtype, size=size)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": settings}
@@ -317,6 +322,13 @@ def host_table(rows: Sequence[HostRow], what: str) -> Table:
         times = (f"{ms:.1f}" for ms in (row.work.first_ms, row.work.again_ms))
         table.add_row(row.method, str(row.concepts), *first, next(times), *again, next(times), *step)
     return table
+
+
+def _precision(model: str, device: str) -> str:
+    """The precision of a run that names none; models with random weights are UNets."""
+    if model in STRUCTURES:
+        return ON_CPU.dtype if device == "cpu" else "float16"
+    return complete(Run(scene=Scene(prompt="-"), model=model, device=device))[0].dtype
 
 
 def swaps_table(swaps: Swaps, device: str) -> Table:

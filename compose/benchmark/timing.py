@@ -186,24 +186,25 @@ def time_rows(
     In every round the plain pipeline, all methods and PEFT make one image each, one after the other.
     """
     jobs = {n: [replace(plain, method=name, concepts=n) for name in (*methods, *PEFT_WAYS)] for n in concepts}
-    each, times, memory, done = [job for some in jobs.values() for job in some], [], [], 0
-    calls = (1 + rounds) * (len(concepts) + len(each))
+    each, times, memory = [job for some in jobs.values() for job in some], [], []
     pipe = open_with_concepts(replace(plain, concepts=max(concepts)))
-    with bar("measuring", calls + (1 + len(each) if peaks else 0)) as on_progress:
+    with bar("timing", (1 + rounds) * (len(concepts) + len(each))) as on_progress:
+        done = 0
 
-        def count(text: str | None = None) -> None:
+        def count() -> None:
             nonlocal done
-            done += text is None
-            on_progress(done, text)
+            done += 1
+            on_progress(done)
 
         for number, some in jobs.items():
-            count(f"timing {number} concepts")
+            on_progress(done, f"timing {number} concepts")
             times += time_ways(pipe, some, rounds, count)
-        del pipe
-        for job in (plain, *each) if peaks else ():
-            count(f"memory of {job.method or 'plain'} with {job.concepts} concepts")
+    del pipe
+    measured = (plain, *each) if peaks else ()
+    with bar("memory", len(measured)) as on_progress:  # a process each, which takes longer than a call
+        for i, job in enumerate(measured):
+            on_progress(i, f"memory of {job.method or 'plain'} with {job.concepts} concepts")
             memory.append(peak_bytes(job))
-            count()
     plain_memory, *memory = memory or [None] * (1 + len(each))
     return [
         TimedRow(job.method or "", job.concepts, time, peak, plain_memory)

@@ -3,10 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_compose.compose.benchmark.counting import count_run
 from lora_compose.compose.benchmark.running import needs_running
+from lora_compose.compose.generate.defaults import complete, words
+from lora_compose.compose.generate.images import named_in
 from lora_compose.compose.generate.making import load, plan, resolve_choice, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
@@ -65,24 +68,33 @@ class Report:
     choice: Choice | None = None
 
 
-def check(run: Run, pipe: Any = None) -> Report:
+def check(run: Run, pipe: Any = None, *, loras: Path | None = None, variant: str | None = None) -> Report:
     """Checks everything that a run needs, and collects all problems, not only the first.
 
     Args:
-        pipe: The run's model, if it is open already.
+        pipe: The run's model, if it is open already; then the run is complete.
+        loras: A folder of LoRAs; those that the prompt names take part. None means the concepts of the scene.
+        variant: As for `open_model`.
     """
-    facts: list[tuple[str, str]] = [("model", f"{run.model}, {run.dtype}"), ("prompt", run.scene.prompt)]
     problems: list[str] = []
+    facts: list[tuple[str, str]] = []
+    if pipe is None:
+        done = _attempt(problems, complete, run)
+        run, facts = (run, []) if done is None else (done[0], [("defaults", words(done[1]))])
+    facts = [("model", f"{run.model}, {run.dtype}"), *facts, ("prompt", run.scene.prompt)]
     cost: RunCost | None = None
     choice: Choice | None = None
     with kept() as notes:
         # The rest is checked even if the method is unknown.
         if pipe is None:
-            pipe = _attempt(problems, open_model, run.model_copy(update={"method": None, "settings": {}}))
+            bare = run.model_copy(update={"method": None, "settings": {}})
+            pipe = _attempt(problems, open_model, bare, (), variant)
         if pipe is None:
             for concept in run.scene.concepts:
                 facts += _attempt(problems, _file_facts, concept) or []
         else:
+            if loras is not None and (scene := _attempt(problems, named_in, pipe, run.scene, loras)) is not None:
+                run = run.model_copy(update={"scene": scene})
             of_model, cost, choice = _facts(pipe, run, problems)
             facts += of_model
     return Report(tuple(facts), tuple(notes), tuple(dict.fromkeys(problems)), cost, choice)

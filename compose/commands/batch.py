@@ -8,6 +8,7 @@ import typer
 
 from lora_compose.compose.batch.entries import Found, read_entries
 from lora_compose.compose.batch.settings import BatchSettings
+from lora_compose.compose.commands import asked as reading
 from lora_compose.compose.commands import options
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.files.validation import validated
@@ -33,7 +34,7 @@ def batch(
         typer.Option(help='For tables: a scene file in which columns fill placeholders, "a {animal} on {place}".'),
     ] = None,
     lora: Annotated[list[str] | None, typer.Option(help=f"For tables, in every row. {options.LORA_HELP}")] = None,
-    box: Annotated[list[str] | None, typer.Option(help=options.BOX_HELP)] = None,
+    box: options.BoxOption = None,
     concept: Annotated[list[str] | None, typer.Option(help=f"For tables, in every row. {options.CONCEPT_HELP}")] = None,
     method: options.MethodOption = None,
     settings: options.SetOption = None,
@@ -41,12 +42,10 @@ def batch(
         list[str] | None,
         typer.Option(help="Seeds of scenes without seeds of their own, repeatable: 3, or 0-7. Default: 0."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: 25.", min=1)] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale of CFG; 1 or less turns it off. Default: 5.")
-    ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Class name of a diffusers scheduler.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 (default), float16 or bfloat16.")] = None,
+    steps: options.StepsOption = None,
+    guidance: options.GuidanceOption = None,
+    scheduler: options.SchedulerOption = None,
+    dtype: options.DtypeOption = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest, and every GPU.")
     ] = None,
@@ -72,16 +71,16 @@ def batch(
     joins: Annotated[bool, typer.Option("--join", hidden=True)] = False,
 ) -> None:
     """Generate images of many scenes and seeds. A rerun resumes; further processes join in."""
-    concepts = options.concepts_of(concept or [], lora or [], box or [])
+    concepts = reading.concepts_of(concept or [], lora or [], box or [])
     found = read_entries(sources, template, concepts)
     given = {
-        "model": model, "method": method, "settings": options.parse_settings(settings) if settings else None,
+        "model": model, "method": method, "settings": reading.parse_settings(settings) if settings else None,
         "seeds": seed, "steps": steps, "guidance_scale": guidance, "scheduler": scheduler, "dtype": dtype,
         "device": device, "save_memory": tuple(savers) if savers else None, "batch_size": batch_size,
         "threads": threads,
     }  # fmt: skip
     asked = _settings(found, {name: value for name, value in given.items() if value is not None})
-    options.check_ray(ray)
+    reading.check_ray(ray)
     with starting():
         from lora_compose.compose.batch.command import join, make_all
     if joins:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.commands.options import parse_settings
+from lora_compose.compose.commands.asked import parse_settings
+from lora_compose.compose.commands.options import DeviceOption, DtypeOption
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.names import DTYPES, METHODS, STRUCTURES, check_method, unknown
@@ -52,8 +53,8 @@ def bench(
             "weights."
         ),
     ] = PLAYGROUND,
-    device: Annotated[str, typer.Option(help="The device to time on.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     size: Annotated[
         int | None, typer.Option(help="Width and height of the images of --time and --calls.", min=64)
     ] = None,
@@ -70,7 +71,7 @@ def bench(
     """
     for method in methods or ():
         check_method(method)
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ValueError(unknown("dtype", dtype, DTYPES))
     if model not in STRUCTURES:
         model_source(model)

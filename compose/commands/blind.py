@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lora_compose.compose.support.packages import EVALUATION, check_packages
 from lora_compose.compose.support.terminal import handle_errors, starting
 
 app = typer.Typer(help="Blind tests: vote on images whose method is not shown.", no_args_is_help=True)
@@ -38,6 +39,7 @@ def make_from(
 
     For example: lora-compose blind from outputs/evaluation/playground-full --method draft --method clora
     """
+    check_packages("an evaluation", EVALUATION, "evaluation")
     with starting():
         from lora_compose.compose.evaluation import blind_sheets
     blind_sheets.make_from(evaluation, out, method, images)
@@ -65,6 +67,7 @@ def judge(
 
     The images are reproduced for that.
     """
+    check_packages("an evaluation", EVALUATION, "evaluation")
     with starting():
         from lora_compose.compose.evaluation import blind
     blind.judge(out, evaluation, first)

@@ -1,38 +1,61 @@
-"""`lora-compose check`: checks a scene without generating an image."""
+"""`lora-compose check`: checks a run without generating an image."""
 
 import logging
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from lora_compose.compose.commands import options
-from lora_compose.compose.files.scenes import read_scene
-from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.commands.asked import asked_run
 from lora_compose.compose.support.terminal import BAD_INPUT, echo, handle_errors, starting
 
 
 @handle_errors(logging.ERROR)
 def check(
-    scene: Annotated[Path, typer.Argument(help="A scene file, YAML or JSON.")],
-    model: options.ModelOption = PLAYGROUND,
+    model: options.ModelArgument,
+    prompt: options.PromptOption = None,
+    lora: options.LoraOption = None,
+    box: options.BoxOption = None,
+    concept: options.ConceptOption = None,
+    loras: options.LorasOption = None,
+    scene: options.SceneOption = None,
     method: options.MethodOption = None,
     settings: options.SetOption = None,
-    steps: options.StepsOption = 25,
-    guidance: options.GuidanceOption = 5.0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
+    steps: options.StepsOption = None,
+    guidance: options.GuidanceOption = None,
+    negative_prompt: options.NegativeOption = None,
+    width: options.WidthOption = None,
+    height: options.HeightOption = None,
+    image: options.ImageOption = None,
+    mask_image: options.MaskImageOption = None,
+    strength: options.StrengthOption = None,
+    padding_mask_crop: options.PaddingOption = None,
+    paste_original: options.PasteOption = None,
+    control: options.ControlOption = None,
+    ip_adapter: options.IPAdapterOption = None,
+    scheduler: options.SchedulerOption = None,
+    dtype: options.DtypeOption = None,
+    variant: options.VariantOption = None,
+    device: options.DeviceOption = None,
 ) -> None:
-    """Show what a scene matches, what it costs, and all its problems.
+    """Show what a run matches, what it costs, and all its problems. Takes what `run` takes.
 
     Generates nothing.
     """
-    asked = options.run_of(
-        scene=read_scene(scene), model=model, method=method, settings=options.parse_settings(settings or []),
-        steps=steps, guidance_scale=guidance, device=device,
+    asked = asked_run(
+        model, scene, lora, box, concept, loras, control, ip_adapter, mask_image, settings,
+        of_scene={
+            "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height, "image": image,
+            "strength": strength, "padding_mask_crop": padding_mask_crop, "paste_original": paste_original,
+        },
+        of_run={
+            "method": method, "scheduler": scheduler, "steps": steps, "guidance_scale": guidance, "dtype": dtype,
+            "device": device,
+        },
+        looked_up=False,
     )  # fmt: skip
     with starting():
         from lora_compose.compose.check.report import check as check_run
-    report = check_run(asked)
+    report = check_run(asked, loras=loras, variant=variant)
     wide = max(len(label) for label, _ in report.facts)
     for label, text in report.facts:
         echo(f"{label:{wide}}  {text}")

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.commands.options import LAST_SEED, StepsOption
+from lora_compose.compose.commands.asked import seeds_of
+from lora_compose.compose.commands.options import SeedsOption
 from lora_compose.compose.files.paths import free_path
 from lora_compose.compose.support.terminal import bar, echo, handle_errors, starting
 
@@ -28,8 +29,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the images and sheets; a numbered one if it exists.")] = Path(
         "outputs/demo"
     ),
-    seed: Annotated[list[int] | None, typer.Option(help="A seed, repeatable.", min=0, max=LAST_SEED)] = None,
-    steps: StepsOption = 25,
+    seed: SeedsOption = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
 ) -> None:
     """Compose four scenes of the playground, offline, on the CPU.
 
@@ -37,7 +38,7 @@ def demo(
     """
     with starting():
         from lora_compose.compose.generate.demo import SEEDS, jobs, show
-    todo = jobs(list(dict.fromkeys(seed or SEEDS)), steps)
+    todo = jobs(list(seeds_of(seed) if seed else SEEDS), steps)
     echo(f"{len(todo)} images: three pairs, each concept alone and composed in five ways, and three concepts in boxes")
     folder = free_path(out)
     with bar(f"composing {len(todo)} images", len(todo)) as on_progress:

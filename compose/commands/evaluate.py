@@ -1,6 +1,5 @@
 """`lora-compose evaluate`: run a suite, write its report again, compare two evaluations."""
 
-import importlib.util
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,11 +7,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lora_compose.compose.commands.options import RayOption, check_ray
+from lora_compose.compose.commands.asked import check_ray
+from lora_compose.compose.commands.options import RayOption
 from lora_compose.compose.evaluation.shipped import find_suite
+from lora_compose.compose.support.packages import EVALUATION, check_packages
 from lora_compose.compose.support.terminal import handle_errors, starting
-
-_EXTRA = "the evaluation needs a few more packages: pip install 'lora-compose[evaluation]' (missing: {})"
 
 
 class _Suites(TyperGroup):
@@ -48,7 +47,7 @@ def run(
     A rerun resumes; further processes join in.
     """
     find_suite(suite)
-    _check_packages()
+    check_packages("the evaluation", EVALUATION, "evaluation")
     check_ray(ray)
     with starting():
         from lora_compose.compose.evaluation.command import run_suite
@@ -72,7 +71,7 @@ def report(
     baseline: Annotated[str | None, typer.Option(help="The method to compare with, instead of the suite's.")] = None,
 ) -> None:
     """Write the report of an evaluation again, from its results."""
-    _check_packages()
+    check_packages("the evaluation", EVALUATION, "evaluation")
     with starting():
         from lora_compose.compose.evaluation.command import show_report
     show_report(folder, baseline)
@@ -85,7 +84,7 @@ def compare(
     second: Annotated[Path, typer.Argument(help="Folder of another evaluation.")],
 ) -> None:
     """Show what is better in a second evaluation, with intervals."""
-    _check_packages()
+    check_packages("the evaluation", EVALUATION, "evaluation")
     with starting():
         from lora_compose.compose.evaluation.command import compare_folders
     compare_folders(first, second)
@@ -101,13 +100,7 @@ def failures(
     ] = None,
 ) -> None:
     """Show how a method fails: counts by kind, and a sheet of examples."""
-    _check_packages()
+    check_packages("the evaluation", EVALUATION, "evaluation")
     with starting():
         from lora_compose.compose.evaluation.failures import show_failures
     show_failures(folder, method, to)
-
-
-def _check_packages() -> None:
-    missing = [name for name in ("scipy", "pandas", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(_EXTRA.format(", ".join(missing)))

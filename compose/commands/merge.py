@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.commands.options import parse_settings
+from lora_compose.compose.commands.asked import parse_settings
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.support.names import MERGERS, unknown
 from lora_compose.compose.support.terminal import handle_errors, starting
@@ -30,7 +30,8 @@ def merge(
         typer.Option(
             "--model",
             help="playground, a folder, a file or a hub repository. soups and ssr need it; the other methods only read "
-            "its layer names, which are known for SD 1.x, 2.x and SDXL.",
+            "its layer names, which are known for all families: SD 1.x, 2.x and SDXL, and the transformers FLUX.1, "
+            "FLUX.2-klein, Krea 2, Z-Image and Anima.",
         ),
     ] = None,
     settings: Annotated[

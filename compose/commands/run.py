@@ -6,29 +6,27 @@ from typing import Annotated
 import typer
 
 from lora_compose.compose.commands import options
+from lora_compose.compose.commands.asked import asked_run, seeds_of
 from lora_compose.compose.support.terminal import handle_errors, starting
 
 
 @handle_errors()
 def run(
-    model: Annotated[str, typer.Argument(help="playground, a folder, a .safetensors file, or a hub repository.")],
-    prompt: Annotated[str | None, typer.Option(help="The prompt. It names every concept by its trigger.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help=options.LORA_HELP)] = None,
-    box: Annotated[list[str] | None, typer.Option(help=options.BOX_HELP)] = None,
-    concept: Annotated[list[str] | None, typer.Option(help=options.CONCEPT_HELP)] = None,
-    loras: Annotated[Path | None, typer.Option(help=options.LORAS_HELP)] = None,
-    scene: Annotated[Path | None, typer.Option(help="A scene file, YAML or JSON; other options override it.")] = None,
+    model: options.ModelArgument,
+    prompt: options.PromptOption = None,
+    lora: options.LoraOption = None,
+    box: options.BoxOption = None,
+    concept: options.ConceptOption = None,
+    loras: options.LorasOption = None,
+    scene: options.SceneOption = None,
     method: options.MethodOption = None,
     settings: options.SetOption = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(help="Seed of the start noise, repeatable; 0 by default.", min=0, max=options.LAST_SEED),
-    ] = None,
-    steps: options.StepsOption = 25,
-    guidance: options.GuidanceOption = 5.0,
-    negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt: what to avoid.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels; default: that of --image, or the model's own.")] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels; default: that of --image, or the model's own.")] = None,
+    seed: options.SeedsOption = None,
+    steps: options.StepsOption = None,
+    guidance: options.GuidanceOption = None,
+    negative_prompt: options.NegativeOption = None,
+    width: options.WidthOption = None,
+    height: options.HeightOption = None,
     image: options.ImageOption = None,
     mask_image: options.MaskImageOption = None,
     strength: options.StrengthOption = None,
@@ -36,9 +34,10 @@ def run(
     paste_original: options.PasteOption = None,
     control: options.ControlOption = None,
     ip_adapter: options.IPAdapterOption = None,
-    scheduler: Annotated[str | None, typer.Option(help="Class name of a diffusers scheduler.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
+    scheduler: options.SchedulerOption = None,
+    dtype: options.DtypeOption = None,
+    variant: options.VariantOption = None,
+    device: options.DeviceOption = None,
     savers: options.SaversOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the images. Existing files are not overwritten.")] = Path(
         "outputs/run"
@@ -48,22 +47,18 @@ def run(
     ] = False,
 ) -> None:
     """Generate images: one per seed, and a contact sheet of several."""
-    given = {
-        "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height,
-        "image": image, "mask_image": None if mask_image is None else options.mask_or_box(mask_image, "--mask-image"),
-        "strength": strength, "padding_mask_crop": padding_mask_crop, "paste_original": paste_original,
-        **options.guided_by(control, ip_adapter),
-    }  # fmt: skip
-    concepts = options.concepts_of(concept or [], lora or [], box or [])
-    asked = options.run_of(
-        scene=options.scene_of(scene, {name: value for name, value in given.items() if value is not None}, concepts),
-        model=model, method=method, settings=options.parse_settings(settings or []), scheduler=scheduler, steps=steps,
-        guidance_scale=guidance, dtype=dtype, device=device,
+    asked = asked_run(
+        model, scene, lora, box, concept, loras, control, ip_adapter, mask_image, settings,
+        of_scene={
+            "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height, "image": image,
+            "strength": strength, "padding_mask_crop": padding_mask_crop, "paste_original": paste_original,
+        },
+        of_run={
+            "method": method, "scheduler": scheduler, "steps": steps, "guidance_scale": guidance, "dtype": dtype,
+            "device": device,
+        },
     )  # fmt: skip
-    options.check_names(asked)
-    if loras is not None:
-        options.check_folder(loras, asked)
-    seeds = list(dict.fromkeys(seed or [0]))
+    seeds = seeds_of(seed)
     with starting():
         from lora_compose.compose.generate.images import make_images
-    make_images(asked, seeds, out, savers or (), loras=loras, maps=maps)
+    make_images(asked, seeds, out, savers or (), loras=loras, maps=maps, variant=variant)

@@ -1,6 +1,5 @@
 """`lora-compose serve`: a server of images over HTTP."""
 
-import importlib.util
 import logging
 import re
 from pathlib import Path
@@ -8,19 +7,21 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.commands.options import run_of
+from lora_compose.compose.commands import options
+from lora_compose.compose.commands.asked import run_of
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.serve.door import Access
 from lora_compose.compose.serve.requests import Limits
 from lora_compose.compose.support.names import file_near
 from lora_compose.compose.support.network import is_local
+from lora_compose.compose.support.packages import SERVE, check_packages
 from lora_compose.compose.support.terminal import handle_errors, starting
 from lora_compose.pipelines.scene.scene import Scene
 
 
 @handle_errors(logging.WARNING)
 def serve(
-    model: Annotated[str, typer.Argument(help="playground, a folder, a .safetensors file, or a hub repository.")],
+    model: options.ModelArgument,
     loras: Annotated[Path, typer.Option(help="Folder of LoRA files; requests name them without .safetensors.")],
     host: Annotated[str, typer.Option(help="Address to listen on; all but localhost needs a token.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8500,
@@ -49,8 +50,10 @@ def serve(
     ] = 2.0,
     pixels: Annotated[int, typer.Option(min=1, help="Largest image, width times height.")] = 1024 * 1024,
     steps: Annotated[int, typer.Option(min=1, help="Most denoising steps of a request.")] = 50,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
+    dtype: options.DtypeOption = None,
+    variant: options.VariantOption = None,
+    device: options.DeviceOption = None,
+    savers: options.SaversOption = None,
 ) -> None:
     """Serve images over HTTP: one model, many LoRAs, in batches."""
     asked = run_of(scene=Scene(prompt="-"), model=model, dtype=dtype, device=device)
@@ -64,12 +67,11 @@ def serve(
         )
     if token is not None and not re.fullmatch(r"[!-~]{16,200}", token):
         raise ValueError("a token has 16 to 200 letters, digits and signs, without spaces: openssl rand -hex 16")
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"the server needs {' and '.join(missing)}: pip install 'lora-compose[serve]'")
+    check_packages("the server", SERVE, "serve")
     with starting():
         from lora_compose.compose.serve.launch import serve as start
     start(
         asked, loras, Access(host, tuple(allowed_host or ()), token), port, Limits(pixels=pixels, steps=steps),
-        lora_memory=round(lora_memory * 2**30), most=batch_size, wait=wait, queue=queue, timeout=timeout,
+        lora_memory=round(lora_memory * 2**30), savers=savers or (), variant=variant, most=batch_size, wait=wait,
+        queue=queue, timeout=timeout,
     )  # fmt: skip

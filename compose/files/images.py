@@ -56,6 +56,7 @@ class Record(BaseModel):
         method_reason: Why this method was chosen; None if it was asked for, or there are no concepts.
         batch: The seeds of all images that were made in one call with this one, in order; empty if it was made alone.
             The pixels depend on it.
+        together: Number of images of a server's batch, which may differ in everything; pixels depend on it by rounding.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +68,7 @@ class Record(BaseModel):
     images: Mapping[str, _Sha256] = {}
     method_reason: str | None = None
     batch: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(max_length=64)] = ()
+    together: Annotated[int, Field(ge=1, le=64)] = 1
 
     @model_validator(mode="after")
     def _in_its_batch(self) -> Self:
@@ -84,11 +86,11 @@ def save_image(image: Image.Image, path: str | Path, record: Record | None = Non
     return write_new(Path(path), png_bytes(image, record), free_path)
 
 
-def png_bytes(image: Image.Image, record: Record | None = None) -> bytes:
-    """A PNG with its record. Paths in it are made absolute, with "~" for the home folder."""
+def png_bytes(image: Image.Image, record: Record | None = None, *, absolute: bool = True) -> bytes:
+    """A PNG with its record. Unless `absolute` is off, paths in it are made so, with "~" for the home folder."""
     info = PngInfo()
     if record is not None:
-        portable = record.model_copy(update={"run": moved(record.run, to_record)})
+        portable = record.model_copy(update={"run": moved(record.run, to_record)}) if absolute else record
         info.add_text(RECORD_KEY, json.dumps(portable.model_dump(mode="json")))
     buffer = BytesIO()
     image.save(buffer, "PNG", pnginfo=info)

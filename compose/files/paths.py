@@ -15,7 +15,7 @@ from lora_compose.pipelines.scene.scene import Run, Start
 from lora_compose.pipelines.scene.sources import moved_files
 
 _PICKLES = (".ckpt", ".bin", ".pt")
-_FILES = (".safetensors", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FILES = (".safetensors", ".gguf", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -55,6 +55,11 @@ def model_source(model: str) -> Path:
     if model in PLAYGROUNDS:
         return playground_model(model)
     path = Path(model).expanduser()
+    if path.suffix.lower() == ".gguf":
+        raise ModelError(
+            f"{model!r} is one quantised transformer, not a whole model; load it in Python, with diffusers' "
+            "from_single_file and GGUFQuantizationConfig (docs/memory.md)"
+        )
     if path.is_file() and path.suffix.lower() != ".safetensors":
         raise ModelError(f"{model!r}: a model in one file must be .safetensors; a pickle could run code when opened")
     if path.is_dir() and not (path / "model_index.json").is_file():

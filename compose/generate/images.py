@@ -8,8 +8,10 @@ from PIL import Image
 
 from lora_compose.compose.figures.sheets import maps_sheet, seeds_sheet
 from lora_compose.compose.files.images import Record, save_image
+from lora_compose.compose.generate.defaults import complete
+from lora_compose.compose.generate.early import check_early
 from lora_compose.compose.generate.making import make_batch
-from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.generate.models import open_model, opening
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import bar, echo, err
 from lora_compose.pipelines.scene.scene import Run, Scene
@@ -24,20 +26,24 @@ def make_images(
     *,
     loras: Path | None = None,
     maps: bool = False,
+    variant: str | None = None,
 ) -> None:
     """Generates images and prints their paths; several also go on a contact sheet.
 
     Args:
         run: The run; its own seed is not used.
         loras: A folder of LoRAs; those that the prompt names take part. None means the concepts of the scene.
+        variant: As for `open_model`.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
     """
-    with bar(f"opening {run.model}"):
-        pipe = open_model(run, savers)
+    check_early(run)
+    run, _ = complete(run)
+    with opening(run.model):
+        pipe = open_model(run, savers, variant)
     if loras is not None:
-        run = run.model_copy(update={"scene": _named(pipe, run.scene, loras)})
+        run = run.model_copy(update={"scene": named_in(pipe, run.scene, loras)})
     images, saved = {}, []
     with bar(f"composing into {out}", len(seeds)) as on_progress:
         for i, seed in enumerate(seeds):
@@ -60,7 +66,7 @@ def make_images(
     echo(f"{_how(record)}; to reproduce it: lora-compose replay {path}", style="dim", to=err)
 
 
-def _named(pipe: Any, scene: Scene, loras: Path) -> Scene:
+def named_in(pipe: Any, scene: Scene, loras: Path) -> Scene:
     """The scene with the LoRAs of a folder that its prompt names; prints them, and similar ones."""
     known = {concept.name: concept for concept in pipe.add_concepts(loras)}
     choice = choose_concepts(scene.prompt, known)

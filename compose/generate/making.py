@@ -25,7 +25,7 @@ from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.calls.call_plan import CallPlan
 from lora_compose.pipelines.calls.finite import causes_of_precision, check_finite
-from lora_compose.pipelines.calls.memory import check_size
+from lora_compose.pipelines.calls.memory import check_size, warn_of_size
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.formats.models import models_of
 from lora_compose.pipelines.images.output import Cost
@@ -183,11 +183,11 @@ def resolve_choice(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choi
     """
     if run.settings and run.method is None:
         raise ValueError(f"the settings {', '.join(run.settings)} need a method; there are {', '.join(METHODS)}")
+    method = None if run.method is None else make_method(run.method, run.settings)
     if not loaded:
-        if run.method is not None:
+        if method is not None:
             raise ValueError(f"the method {run.method} needs concepts, and the scene has none")
         return None
-    method = None if run.method is None else make_method(run.method, run.settings)
     return pipe.resolve_choice(method, loaded, [run.scene.prompt])
 
 
@@ -198,6 +198,8 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
         raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {pipe.model.dtype}; open it again")
     size = size_of(pipe, run.scene)
     check_size(pipe, *size)
+    if not run.scene.concepts:  # otherwise its plan warns
+        warn_of_size(pipe, *size)
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
     choice = resolve_choice(pipe, run, loaded)
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)

@@ -1,23 +1,40 @@
 """Opening the model that a run names."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from lora_compose.compose.files.paths import ModelError, model_source
+from lora_compose.compose.generate.defaults import variant_of
 from lora_compose.compose.generate.machine import choose_device
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.quiet import without_bars
 from lora_compose.compose.support.savers import Saver, check_savers, place
+from lora_compose.compose.support.terminal import bar, echo, err
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene.scene import Run
 
 
-def open_model(run: Run, savers: Collection[Saver] = ()) -> Any:
+@contextmanager
+def opening(model: str) -> Iterator[None]:
+    """Shows that a model is being opened; the bars of a download, of which ours would make lines, show themselves."""
+    if model_source(model).exists():
+        with bar(f"opening {model}"):
+            yield
+    else:
+        echo(f"opening {model}; what is missing in the cache is downloaded", style="dim", to=err)
+        yield
+
+
+def open_model(run: Run, savers: Collection[Saver] = (), variant: str | None = None) -> Any:
     """Opens the model of a run: weights from safetensors only, in the run's precision, on the run's device.
+
+    Args:
+        variant: Of the weights of a folder or repository, such as fp16; None is the one that fits the precision.
 
     Raises:
         ModelError: If the model is missing, not supported, or has pickled weights only.
@@ -38,7 +55,9 @@ def open_model(run: Run, savers: Collection[Saver] = ()) -> Any:
             else:
                 # On Windows a path would change the slash of a hub name.
                 name = str(source) if source.is_dir() else run.model
-                pipe = ComposePipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+                pipe = ComposePipeline.from_pretrained(
+                    name, dtype=dtype, use_safetensors=True, variant=variant or variant_of(run)
+                )
     except torch.OutOfMemoryError:
         raise
     except ConnectionError as error:

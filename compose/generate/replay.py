@@ -111,6 +111,10 @@ def changes(before: Record, now: Record) -> list[str]:
         (name, getattr(before.machine, name), getattr(now.machine, name)) for name in ("device", "name", "threads")
     ]
     labels = {"name": "processor"}
+    if before.together > 1:
+        pairs.append(
+            ("images in one batch of a server (pixels differ by rounding)", str(before.together), str(now.together))
+        )
     return [
         f"{labels.get(name, name)}: was {was or 'none'}, is {is_ or 'none'}" for name, was, is_ in pairs if was != is_
     ]

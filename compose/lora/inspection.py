@@ -362,6 +362,8 @@ def _meaning(whole: float | None) -> str:
         return "they change no layer in common, so neither disturbs the other's weights"
     if whole < 0.01:
         return "their changes point in unrelated directions: they mix only where both act"
+    if whole < 0.1:
+        return "they have little in common: summed, a small part acts twice"
     if whole < 0.25:
         return "they share a direction, as LoRAs of one style or class do: summed, that part acts twice"
     return (

@@ -141,7 +141,8 @@ def _show(report: Report, method: str) -> None:
     whole: MergedBlock = report.blocks[-1]
     memory = "" if report.peak_bytes is None else f", {report.peak_bytes / 2**30:.2f} GiB of memory at most"
     echo(
-        f"{report.out}: {method}, {whole.layers} layers, {report.size / 2**20:.1f} MiB, {report.seconds:.1f} s{memory}",
+        f"{report.out}: merged with method {method}, {whole.layers} layers, {report.size / 2**20:.1f} MiB, "
+        f"{report.seconds:.1f} s{memory}",
         style="bold",
     )
 

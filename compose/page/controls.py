@@ -3,12 +3,12 @@
 import dataclasses
 import inspect
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lora_compose.compose.files.text import parse_value
+from lora_compose.compose.generate.method_list import field_texts
 from lora_compose.compose.page.labels import label_of, setting_label
 from lora_compose.pipelines.methods import METHODS, make_method
 
@@ -57,7 +57,7 @@ class Control:
 def controls(method: str) -> tuple[Control, ...]:
     """The controls of a method, in the order of its fields."""
     kind = METHODS[method]
-    hints, texts = get_type_hints(kind), _field_texts(kind)
+    hints, texts = get_type_hints(kind), field_texts(kind)
     defaults = kind()
     return tuple(
         _control(method, field.name, hints[field.name], getattr(defaults, field.name), texts.get(field.name, ""))
@@ -97,10 +97,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return dict(value) if isinstance(value, Mapping) else value
-
-
-def _field_texts(kind: Any) -> dict[str, str]:
-    """The text of each attribute in a docstring of Google's style."""
-    section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
-    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text) for name, text in found}

@@ -62,6 +62,20 @@ class Sessions:
                 self._thread = threading.Thread(target=self._watch, name="lora-compose-sessions", daemon=True)
                 self._thread.start()
 
+    def move(self, session: Closing, session_id: str) -> bool:
+        """Lets a session go on in another browser session, as after a reload, if its own browser has gone.
+
+        Returns:
+            Whether it goes on; not if it has ended or still has a browser.
+        """
+        with self._lock:
+            found = next((one for one in self._open if one.session is session), None)
+            if found is None or self._is_there(found.session_id):
+                return False
+            self._end([one for one in self._open if one.session_id == session_id and one is not found])
+            found.session_id, found.seen = session_id, time.monotonic()
+            return True
+
     def look(self) -> None:
         """Ends the sessions whose browsers have been away for too long."""
         with self._lock:

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from io import BytesIO
 from typing import Any
 
 import psutil
@@ -17,21 +16,29 @@ from fastapi import FastAPI, HTTPException, Request, Response  # pyright: ignore
 from fastapi.exceptions import RequestValidationError  # pyright: ignore[reportMissingImports]
 from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
 
+from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.serve.door import Access, Door
 from lora_compose.compose.serve.engine import Busy, Engine, Served
-from lora_compose.compose.serve.requests import REASONS, ImageRequest, Limits, reasons, short
+from lora_compose.compose.serve.requests import ImageRequest, Limits, reasons, short
 
 _LOOK = 0.25  # seconds between checks whether a client is still connected
 _STOPPING = 5.0  # seconds that the end waits for the current step
 
 
 def make_app(
-    engine: Engine, size: tuple[int, int], limits: Limits | None = None, access: Access | None = None
+    engine: Engine,
+    size: tuple[int, int],
+    limits: Limits | None = None,
+    access: Access | None = None,
+    *,
+    steps: int = 25,
+    guidance_scale: float = 5.0,
 ) -> FastAPI:
     """The application of a server.
 
     Args:
         engine: Makes the images; it is started and stopped with the application.
+        size: Of images of requests that name none, and so for steps and guidance.
         access: Who may use it; None is this machine.
     """
     limits = limits or Limits()
@@ -53,23 +60,22 @@ def make_app(
     @app.post("/images", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     async def images(given: ImageRequest, request: Request) -> Response:
         """One image, as PNG."""
-        wanted = given.resolved(*size)
+        wanted = given.resolved(*size, steps, guidance_scale)
         _check(wanted, limits)
         try:
-            future = engine.submit(wanted)
+            future = await asyncio.to_thread(engine.submit, wanted)  # "auto" compares the prompt with all LoRAs
         except Busy as error:
             headers = {"Retry-After": str(math.ceil(error.seconds))}
             raise HTTPException(503, str(error), headers=headers) from error
         except ValueError as error:
             raise HTTPException(422, short(str(error))) from error
         served = await _result(asyncio.wrap_future(future), request, engine.timeout)
-        buffer = BytesIO()
-        await asyncio.to_thread(served.image.save, buffer, "PNG")
+        data = await asyncio.to_thread(png_bytes, served.image, served.record, absolute=False)
         headers = {"X-Images-Together": str(served.together)}
-        if wanted.method is not None:
-            reason = "it was asked for" if given.method is not None else REASONS[wanted.method]
-            headers |= {"X-Method": wanted.method, "X-Method-Reason": reason}
-        return Response(buffer.getvalue(), media_type="image/png", headers=headers)
+        if served.reason is not None:
+            reason = short(served.reason).encode("ascii", "backslashreplace").decode()
+            headers |= {"X-Method": served.request.method or "", "X-Method-Reason": reason}
+        return Response(data, media_type="image/png", headers=headers)
 
     @app.get("/loras")
     async def loras() -> dict[str, dict[str, str | None]]:
@@ -93,7 +99,7 @@ def _check(request: ImageRequest, limits: Limits) -> None:
     pixels = (request.width or 0) * (request.height or 0)
     if pixels > limits.pixels:
         raise HTTPException(422, f"{request.width} x {request.height} is too large; at most {limits.pixels} pixels")
-    if request.steps > limits.steps:
+    if (request.steps or 0) > limits.steps:
         raise HTTPException(422, f"{request.steps} steps are too many; at most {limits.steps}")
 
 

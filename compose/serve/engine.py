@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from lora_compose.compose.files.images import Record
+from lora_compose.compose.serve.choosing import chosen, listed
+from lora_compose.compose.serve.recording import record_of
 from lora_compose.compose.serve.requests import ImageRequest
-from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept, Run
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +50,23 @@ class Served:
     """An image that was made.
 
     Attributes:
+        request: What it was made by, with concepts and method.
         together: Number of images in its batch; the pixels depend on it.
+        reason: Why it was this method; None without concepts.
+        record: How it was made, as images of the command line have it; None if the engine has no run.
     """
 
     image: Image.Image
+    request: ImageRequest
     together: int
+    reason: str | None = None
+    record: Record | None = None
 
 
 @dataclass(frozen=True)
 class _Waiting:
     request: ImageRequest
+    reason: str | None = None
     future: "Future[Served]" = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
 
@@ -86,9 +96,19 @@ class Engine:
         wait: Seconds that a request waits for others of its shape.
         queue: Most requests in the queue; further ones are refused.
         timeout: Seconds within which a request should be answered; it is refused if it would wait longer than that.
+        run: Model, precision and device as they were opened, for the records of images; None makes none.
     """
 
-    def __init__(self, pipe: Any, most: int = 4, wait: float = 0.05, queue: int = 64, timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        most: int = 4,
+        wait: float = 0.05,
+        queue: int = 64,
+        timeout: float = 600.0,
+        run: Run | None = None,
+    ) -> None:
+        self._run = run
         self._pipe, self._most, self._wait, self._queue, self.timeout = pipe, most, wait, queue, timeout
         self._waiting: deque[_Waiting] = deque()
         self._running: Sequence[_Waiting] = ()
@@ -148,11 +168,7 @@ class Engine:
             ValueError: If it names a LoRA that is not there.
             Busy: If the queue is full, or so long that the request would not be answered in time, or at the end.
         """
-        known = self.concepts
-        for i, concept in enumerate(request.concepts):
-            if concept.name not in known:
-                raise ValueError(f"concepts[{i}]: there is no LoRA of this name; GET /loras lists those that there are")
-        waiting = _Waiting(request)
+        waiting = _Waiting(*chosen(self._pipe, request))
         with self._changed:
             if self._ends:
                 raise Busy("the server is ending", 1.0)
@@ -243,7 +259,9 @@ class Engine:
         self._note_pace(batch, complete=True)
         for waiting, image in zip(batch, images, strict=True):
             if waiting.future.set_running_or_notify_cancel():
-                waiting.future.set_result(Served(image, len(batch)))
+                request, reason, together = waiting.request, waiting.reason, len(batch)
+                record = self._run and record_of(self._pipe, self._run, request, reason, together)
+                waiting.future.set_result(Served(image, request, together, reason, record))
 
     def make(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
         """The images of requests of one shape, in one call of the pipeline.
@@ -274,16 +292,17 @@ def call_pipe(
     composed: dict[str, Any] = {}
     if first.concepts:
         composed = {
-            "concepts": [[concept.concept for concept in request.concepts] for request in requests],
+            "concepts": [[concept.concept for concept in listed(request)] for request in requests],
             "method": first.method,
         }
+    guided = (first.guidance_scale or 0) > 1
+    negative = [request.negative_prompt for request in requests] if guided and first.negative_prompt else None
     return pipe(
         [request.prompt for request in requests],
-        negative_prompt=[request.negative_prompt for request in requests] if first.guidance_scale > 1 else None,
+        **pipe.guided(first.guidance_scale, negative),
         width=first.width,
         height=first.height,
         num_inference_steps=first.steps,
-        guidance_scale=first.guidance_scale,
         generator=[torch.Generator().manual_seed(request.seed) for request in requests],
         callback_on_step_end=after_step,
         callback_on_step_end_tensor_inputs=[],

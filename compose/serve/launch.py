@@ -2,12 +2,14 @@
 
 import os
 import socket
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import uvicorn  # pyright: ignore[reportMissingImports]
 
+from lora_compose.compose.generate.defaults import complete
 from lora_compose.compose.generate.making import size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.serve.app import make_app
@@ -17,6 +19,7 @@ from lora_compose.compose.serve.engine import Engine
 from lora_compose.compose.serve.log import bounded_log
 from lora_compose.compose.serve.requests import Limits
 from lora_compose.compose.support.network import url_of
+from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import echo, err
 from lora_compose.pipelines.scene.scene import Run, Scene
 
@@ -54,10 +57,24 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(run: Run, loras: Path, access: Access, port: int, limits: Limits, *, lora_memory: int, **queue: Any) -> None:
+def serve(
+    run: Run,
+    loras: Path,
+    access: Access,
+    port: int,
+    limits: Limits,
+    *,
+    lora_memory: int,
+    savers: Collection[Saver] = (),
+    variant: str | None = None,
+    **queue: Any,
+) -> None:
     """Serves images until a signal ends it.
 
     Args:
+        run: The model; precision, steps and guidance that it does not name are chosen (`defaults.complete`).
+        savers: Options that save memory.
+        variant: As for `open_model`.
         loras: A folder of LoRA files; requests name them by the file without its suffix.
         lora_memory: Bytes of LoRA files kept in memory.
         queue: Settings of the `Engine`.
@@ -65,14 +82,17 @@ def serve(run: Run, loras: Path, access: Access, port: int, limits: Limits, *, l
     Raises:
         ValueError: If the model or the folder cannot be opened.
     """
-    pipe = open_model(run)
+    run, chosen = complete(run)
+    pipe = open_model(run, savers, variant)
     pipe.concept_memory = lora_memory
     known = pipe.add_concepts(loras)
     size = size_of(pipe, Scene(prompt="-"))
     where = url_of(access.host, port)
     echo(f"{run.model}, {len(known)} LoRAs, images of {size[0]} x {size[1]}: {where}", to=err)
-    engine = Engine(pipe, **queue)
-    run_server(Server(make_app(engine, size, limits, access), engine, access.host, port), engine)
+    engine = Engine(pipe, run=run, **queue)
+    steps = min(chosen.steps, limits.steps)
+    app = make_app(engine, size, limits, access, steps=steps, guidance_scale=chosen.guidance_scale)
+    run_server(Server(app, engine, access.host, port), engine)
 
 
 def run_server(server: Server, engine: Engine) -> None:

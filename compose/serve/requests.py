@@ -6,7 +6,16 @@ Lists are measured before their entries are read, and no message repeats what wa
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from lora_compose.compose.batch.settings import LAST_SEED
 from lora_compose.compose.support.names import METHODS
@@ -19,8 +28,8 @@ MOST_CHARACTERS = 2000
 MOST_SIDE = 2**16
 """Pixels of the longer side; how large an image may be is `Limits.pixels`."""
 
-REASONS = {"regional": "every subject has a region", "merge": "not every subject has a region"}
-"""Why a request that names no method is made by one (`ImageRequest.resolved`)."""
+AUTO = "auto"
+"""`"concepts": "auto"`: the LoRAs that the prompt names."""
 
 _MOST_FIELDS = 32  # of a request or a concept, known or not
 _MOST_MESSAGES, _MOST_LETTERS = 5, 300
@@ -75,40 +84,56 @@ class RequestedConcept(_Asked):
         return Concept(**self.model_dump(exclude_none=True))
 
 
+_Listed = Annotated[tuple[RequestedConcept, ...], Field(max_length=MOST_CONCEPTS)]
+_LIST = "list"
+
+
 class ImageRequest(_Asked):
     """One image.
 
     Attributes:
         prompt: Names each concept by its trigger.
         negative_prompt: What to avoid.
-        concepts: LoRAs of the server by name, or with weight and region; tags in the prompt, `<lora:cat:0.8>`, add to
-            them.
-        method: How they are fused; None is `regional` if every concept but styles has a region, otherwise `merge`.
+        concepts: LoRAs of the server by name, or with weight and region, as a list or by name; "auto" are those that
+            the prompt names. Tags in the prompt, `<lora:cat:0.8>`, add to them.
+        method: How they are fused; None is chosen as in Python.
         width: In pixels; None is the model's own.
         height: In pixels; None is the model's own.
-        steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 or less is none.
+        steps: Denoising steps; None is the server's default.
+        guidance_scale: Classifier-free guidance; 1 or less is none; None is the server's default.
         seed: Of the start noise.
     """
 
     prompt: Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
     negative_prompt: Annotated[str, Field(max_length=MOST_CHARACTERS)] = ""
-    concepts: Annotated[tuple[RequestedConcept, ...], Field(max_length=MOST_CONCEPTS)] = ()
+    concepts: Annotated[
+        Annotated[_Listed, Tag(_LIST)] | Annotated[Literal["auto"], Tag(AUTO)],
+        Discriminator(lambda given: AUTO if given == AUTO else _LIST),
+    ] = ()
     method: str | None = None
     width: Annotated[int, Field(gt=0, le=MOST_SIDE)] | None = None
     height: Annotated[int, Field(gt=0, le=MOST_SIDE)] | None = None
-    steps: Annotated[int, Field(gt=0)] = 25
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
+    steps: Annotated[int, Field(gt=0)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, le=LAST_SEED)] = 0
 
     @field_validator("concepts", mode="before")
     @classmethod
     def _by_name(cls, given: Any) -> Any:
-        """`["cat"]` is `[{"name": "cat"}]`. Each entry may become an error, so their number is looked at first."""
-        if not isinstance(given, list | tuple):
-            raise ValueError("expected a list of names, or of objects with a name")
+        """`["cat"]` is `[{"name": "cat"}]`, and `{"cat": 0.8}` is `[{"name": "cat", "weight": 0.8}]`.
+
+        Each entry may become an error, so their number is looked at first.
+        """
+        if given == AUTO:
+            return given
+        if not isinstance(given, list | tuple | dict):
+            raise ValueError(
+                'expected a list of names, or of objects with a name, or weights or boxes by name, or "auto"'
+            )
         if len(given) > MOST_CONCEPTS:
             raise ValueError(f"there are {len(given)} concepts; at most {MOST_CONCEPTS}")
+        if isinstance(given, dict):
+            return [_named(name, value) for name, value in given.items()]
         return [{"name": concept} if isinstance(concept, str) else concept for concept in given]
 
     @field_validator("method")
@@ -120,7 +145,12 @@ class ImageRequest(_Asked):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        named = (*self.concepts, *_tagged(self.prompt)[1])
+        given = () if self.concepts == AUTO else self.concepts
+        named = (*given, *_tagged(self.prompt)[1])
+        if self.concepts == AUTO:
+            if named:
+                raise ValueError('"auto" finds the LoRAs by the prompt; leave out its tags, or name all concepts')
+            return self
         if self.method is not None and not named:
             raise ValueError("a method needs concepts")
         if len(named) > MOST_CONCEPTS:
@@ -134,28 +164,33 @@ class ImageRequest(_Asked):
                 raise ValueError(f"concepts[{i}].region leaves the canvas of the image") from None
         return self
 
-    def resolved(self, width: int, height: int) -> "ImageRequest":
-        """The request with all defaults filled in, and tags as concepts."""
-        prompt, tagged = _tagged(self.prompt)
-        concepts = (*self.concepts, *tagged)
-        placed = all(concept.region is not None or concept.role == "style" for concept in concepts)
-        method = self.method or ("regional" if placed else "merge")
-        return self.model_copy(
-            update={
-                "prompt": prompt, "concepts": concepts, "width": self.width or width, "height": self.height or height,
-                "method": method if concepts else None,
-            }
-        )  # fmt: skip
+    def resolved(self, width: int, height: int, steps: int = 25, guidance_scale: float = 5.0) -> "ImageRequest":
+        """The request with the server's defaults filled in, and tags as concepts; the method may still be open."""
+        update: dict[str, Any] = {
+            "width": self.width or width, "height": self.height or height, "steps": self.steps or steps,
+            "guidance_scale": guidance_scale if self.guidance_scale is None else self.guidance_scale,
+        }  # fmt: skip
+        if self.concepts != AUTO:
+            prompt, tagged = _tagged(self.prompt)
+            update |= {"prompt": prompt, "concepts": (*self.concepts, *tagged)}
+        return self.model_copy(update=update)
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """Requests with an equal shape are batched."""
-        return self.width, self.height, self.steps, self.guidance_scale, self.method
+        return *self.kind[:3], self.guidance_scale, self.method, bool(self.negative_prompt)
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Requests of one kind take about equally long."""
-        return self.width, self.height, self.steps, self.guidance_scale > 1, self.method
+        return self.width, self.height, self.steps, (self.guidance_scale or 0) > 1, self.method
+
+
+def _named(name: Any, value: Any) -> dict[str, Any]:
+    """A concept by name: its weight, its box, or its fields."""
+    if isinstance(value, dict):
+        return {**value, "name": name}
+    return {"name": name, "region" if isinstance(value, list) else "weight": value}
 
 
 def _tagged(prompt: str) -> tuple[str, tuple[RequestedConcept, ...]]:
@@ -185,7 +220,7 @@ def reasons(errors: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _reason(error: Mapping[str, Any]) -> str:
-    place = list(error["loc"])[1:]  # the first is "body"
+    place = [step for step in error["loc"][1:] if step != _LIST]  # the first is "body"
     text = str(error.get("ctx", {}).get("error", error["msg"]))
     if error["type"] == "extra_forbidden":
         kind = RequestedConcept if "concepts" in place[:-1] else ImageRequest

@@ -198,7 +198,10 @@ class Training(_Frozen):
         if self.dora and self.tara is not None:
             raise ValueError("tara aligns the keys of plain LoRAs; leave dora out, or tara")
         if self.warmup >= self.steps:
-            raise ValueError(f"a warm-up of {self.warmup} steps leaves nothing of {self.steps} steps")
+            raise ValueError(
+                f"a warm-up of {self.warmup} steps leaves nothing of {self.steps} steps; "
+                "set --warmup (in Python, warmup) below that"
+            )
         if self.cpu and self.mixed_precision == "fp16":
             raise ValueError("mixed_precision fp16 needs a GPU; bf16 works on the CPU as well")
         return self

@@ -189,7 +189,8 @@ def refuse_unknown(given: Iterable[str], call: Callable[..., Any]) -> None:
     """
     known = [name for name, one in signature(call).parameters.items() if one.kind is not one.VAR_KEYWORD]
     for name in given:
-        raise TypeError(f"unknown argument {name!r}{did_you_mean(name, known[1:])}")
+        how = " generator=torch.Generator().manual_seed(4) is seed 4" if name == "seed" else ""
+        raise TypeError(f"unknown argument {name!r}{did_you_mean(name, known[1:])}{how}")
 
 
 def check_arguments(

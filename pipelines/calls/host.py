@@ -31,6 +31,11 @@ class Host(ReadsText, Protocol):
         ...
 
     @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height in pixels of the images that the model was made for."""
+        ...
+
+    @property
     def banks(self) -> BankCache:
         """LoRAs that are kept for the next calls."""
         ...

@@ -8,6 +8,7 @@ from lora_compose.attention import Backbone, backbone_of, grid_at
 from lora_compose.attention.device import dtype_of, modules_of
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.calls.host import Host
+from lora_compose.pipelines.support.notes import warn
 
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
@@ -30,6 +31,21 @@ def check_size(host: Host, width: int, height: int, images: int = 1) -> None:
         raise ValueError(
             f"{some} {width} x {height} pixels cannot be made: one pass of the model needs at least "
             f"{_gib(needed)}, and the memory of {device} is {_gib(there)}; choose a smaller size"
+        )
+
+
+_FAR, _NEAR = 4, 1 / 16  # times the pixels that a model was made for
+
+
+def warn_of_size(host: Host, width: int, height: int) -> None:
+    """Warns of an image much larger or smaller than those that the model was made for, which look wrong."""
+    own_width, own_height = host.own_size
+    times = width * height / (own_width * own_height)
+    if times >= _FAR or times < _NEAR:
+        looks = "repeat subjects" if times > 1 else "lose their shapes"
+        warn(
+            f"{width} x {height} pixels are {times:.3g} times those that this model was made for ({own_width} x "
+            f"{own_height}): images {looks}. Without a size, it is the model's own"
         )
 
 

@@ -14,7 +14,7 @@ from lora_compose.attention import StepCaches, backbone_of, check_caches, instal
 from lora_compose.attention.device import dtype_of
 from lora_compose.pipelines.calls.call import Call, check_call, of_prompt, steps_to_record
 from lora_compose.pipelines.calls.host import Host
-from lora_compose.pipelines.calls.memory import check_size
+from lora_compose.pipelines.calls.memory import check_size, warn_of_size
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
@@ -149,6 +149,7 @@ def make_plan(host: Host, call: Call) -> Plan:
         ValueError: For anything that does not fit together.
     """
     check_size(host, call.size.width, call.size.height, len(call.prompts) * call.size.images_per_prompt)
+    warn_of_size(host, call.size.width, call.size.height)
     loaded, concepts_of = resolve_sets(host, call)
     loaded = tuple(_region_in_pixels(call, found) for found in loaded)
     raw = [text for found in loaded for text in (found.concept.prompt, found.concept.negative_prompt) if text]

@@ -8,7 +8,13 @@ from typing import Any
 from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError
 
-from lora_compose.pipelines.formats.files import PEFT_CONFIG, PEFT_FILE, PICKLES, LoraError, refuse_pickle
+from lora_compose.pipelines.formats.files import (
+    PEFT_CONFIG,
+    PEFT_FILE,
+    PICKLES,
+    LoraError,
+    refuse_format,
+)
 from lora_compose.pipelines.support.hub import is_hub_name, reachable
 
 
@@ -47,7 +53,7 @@ def find_file(source: str | os.PathLike[str], weight_name: str | None = None, **
         return path
     is_file = path.is_absolute() or path.suffix.lower() in {".safetensors", *PICKLES}
     if is_file or not is_hub_name(str(source)):
-        refuse_pickle(path)
+        refuse_format(path)
         raise LoraError(f"there is no file {str(source)!r}")
     try:
         hub = reachable(str(source), weight_name or "", **hub)
@@ -71,6 +77,8 @@ def _only(names: list[str], wanted: str | None, place: object) -> str:
         if wanted in names:
             return wanted
         raise LoraError(f"{place} has no {wanted!r}; it has {', '.join(names) or 'no safetensors files'}")
+    if not names:
+        raise LoraError(f"{place} has no safetensors files")
     if len(names) != 1:
         raise LoraError(f"{place} has {len(names)} safetensors files; choose one with weight_name: {', '.join(names)}")
     return names[0]

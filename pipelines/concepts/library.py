@@ -254,13 +254,13 @@ def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[C
 def _by_header(given: Concept) -> Concept:
     """Adds the words in the header of the concept's file, of several the first.
 
-    The call that needs an unreadable file reports it.
+    A file that cannot be read is named in a warning; the call that needs it refuses it.
     """
     path, words = local_path(files_of(given.lora)[0]), (None, None)
     try:
         words = read_words(path)
     except (LoraError, OSError) as error:
-        logger.debug("%s is added without words: %s", path, error)
+        warn(f"{error}; {given.name!r} is known by its name alone")
     return Concept(name=given.name, trigger=words[0], class_word=words[1], weight=1.0)
 
 

@@ -226,10 +226,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
         Args:
             prompt: Names each concept by its trigger.
-            concepts: Names of loaded concepts or adapters, or `Concept` objects, whose given fields override loaded
-                ones. None or empty: exactly what diffusers does. A list of such lists is a concept set per prompt.
-                "auto": the loaded and added concepts that the prompt names.
-            method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
+            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept`
+                objects, or a list of these per prompt; "auto": those that the prompt names; None: as in diffusers.
+            method: draft, lora-composer, regional, clora, tara, merge, switch, composite, freefuse, or settings such as
+                `Tara(scope="cross_kv")`; None chooses.
             control: Control images for ControlNets and T2I-Adapters; only with concepts.
             token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
             record_attention: True, or the steps of which attention maps are returned.

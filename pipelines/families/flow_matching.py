@@ -27,7 +27,7 @@ from lora_compose.pipelines.text.textual_inversion import TextualInversions
 
 Shape = tuple[int, ...]
 
-_UNSTATED = 32
+UNSTATED = 32
 """diffusers' default for `sample_size` of a VAE, which says nothing about the model."""
 
 
@@ -158,7 +158,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     def own_size(self) -> tuple[int, int]:
         """Width and height in pixels: what the VAE's configuration says, or 1024."""
         side = self.vae.config.get("sample_size")
-        side = 1024 if side in (None, _UNSTATED) else int(side)
+        side = 1024 if side in (None, UNSTATED) else int(side)
         return side, side
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:

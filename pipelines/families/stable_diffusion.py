@@ -116,7 +116,13 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Args:
-            concepts: As for `ComposePipeline.__call__`, as are the four arguments after it.
+            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept`
+                objects, or a list of these per prompt; "auto": those that the prompt names; None: as in diffusers.
+            method: draft, lora-composer, regional, clora, tara, merge, switch, composite, freefuse, or settings such as
+                `Tara(scope="cross_kv")`; None chooses.
+            control: Control images for ControlNets and T2I-Adapters; only with concepts.
+            token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
+            record_attention: True, or the steps of which attention maps are returned.
             image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
                 each prompt. Regions are in its coordinates.
             mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.

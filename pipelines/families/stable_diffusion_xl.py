@@ -127,8 +127,19 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         `prompt_2`. In a batch with negative sizes, every row has its own; diffusers mixes them up there.
 
         Args:
-            concepts: As for `ComposePipeline.__call__`, as are the four arguments after it.
-            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
+            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept`
+                objects, or a list of these per prompt; "auto": those that the prompt names; None: as in diffusers.
+            method: draft, lora-composer, regional, clora, tara, merge, switch, composite, freefuse, or settings such as
+                `Tara(scope="cross_kv")`; None chooses.
+            control: Control images for ControlNets and T2I-Adapters; only with concepts.
+            token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
+            record_attention: True, or the steps of which attention maps are returned.
+            image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
+                each prompt. Regions are in its coordinates.
+            mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.
+            strength: The share of the steps that are run; None is diffusers' default for the task.
+            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
+            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.

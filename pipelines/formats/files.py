@@ -116,8 +116,8 @@ def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
             LoRA, or has weights that are not finite or not floating point.
     """
     pickled = path.suffix.lower() in PICKLES
-    if pickled and not allow_pickle:
-        refuse_pickle(path)
+    if not (pickled and allow_pickle):
+        refuse_format(path)
     digest = hashlib.sha256()
     with _opened(path) as file:
         if pickled:
@@ -144,8 +144,13 @@ def lora_file(path: Path, sha256: str, metadata: Mapping[str, str], found: Mappi
     return LoraFile(path, sha256, metadata, tensors, config, _embeddings(path, found))
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raises LoraError for files with the extension of a pickle."""
+def refuse_format(path: Path) -> None:
+    """Raises LoraError for files with the extension of a pickle, and of GGUF."""
+    if path.suffix.lower() == ".gguf":
+        raise LoraError(
+            f"{path.name} is GGUF, the format of quantised models; expected a LoRA as safetensors, which also "
+            "works with a model in GGUF"
+        )
     if path.suffix.lower() in PICKLES:
         raise LoraError(
             f"{path.name} is a pickle, which could run code when opened; convert it to safetensors first, or load it "

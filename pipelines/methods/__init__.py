@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
+from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.process import FixedPasses, Needs, Process, Settings
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.composite import Composite
@@ -121,8 +121,22 @@ class Choice:
     reason: str
 
 
+class Described(Protocol):
+    """A concept as far as the choice of a method looks at it; its LoRA need not have been read."""
+
+    @property
+    def concept(self) -> Concept:
+        """The concept with its words."""
+        ...
+
+    @property
+    def trained_with(self) -> str | None:
+        """How the LoRA was trained ("tara")."""
+        ...
+
+
 def choose_method(
-    concepts: Sequence[LoadedConcept],
+    concepts: Sequence[Described],
     prompts: Sequence[str] | None,
     concept_sets: Sequence[ConceptSet] | None = None,
     *,
@@ -144,8 +158,9 @@ def choose_method(
     subjects = [loaded.concept for loaded in given]
     if any(subject.region for subject in subjects):
         return _for_regions(subjects, prompts, "subject" if len(given) < len(concepts) else "concept", region_attention)
-    sets = concept_sets or [ConceptSet(tuple(concepts))] * len(prompts or [()])
-    subjects_of = [[one.concepts[i] for i in one.subjects] for one in sets]
+    subjects_of = [subjects] * len(prompts or [()])
+    if concept_sets:
+        subjects_of = [[one.concepts[i] for i in one.subjects] for one in concept_sets]
     several = max(map(len, subjects_of)) > 1
     lacks = _lacking(prompts, subjects_of)
     if several and not lacks:
@@ -205,9 +220,9 @@ def _missing_words(subject: Concept, prompt: str) -> str:
     """What is missing if the prompt does not have the concept's trigger followed by its class word."""
     name, trigger, noun = subject.name, subject.trigger, subject.class_word
     if not trigger:
-        return f"{name} has no trigger: give it one, such as trigger='sks', and write it in the prompt"
+        return f"{name} has no trigger: give it one, such as 'sks', and write it in the prompt"
     if not noun:
-        return f"{name} has no class word: give it one, such as class_word='cat', and write it after {trigger!r}"
+        return f"{name} has no class word: give it one, such as 'cat', and write it after {trigger!r}"
     if not find_words(trigger, prompt):
         return f"the prompt lacks {trigger!r}, the trigger of {name}: write {subject.phrase!r}"
     return f"the prompt has {trigger!r} without {noun!r} after it: write {subject.phrase!r}"

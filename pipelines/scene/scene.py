@@ -37,7 +37,10 @@ class _Frozen(BaseModel):
 
     if not TYPE_CHECKING:  # which would hide the fields from editors
 
-        def __init__(self, /, **fields: Any) -> None:
+        def __init__(self, /, *unnamed: Any, **fields: Any) -> None:
+            if unnamed:
+                first = next(iter(type(self).model_fields))
+                raise TypeError(f"the fields of a {type(self).__name__} are given by name: {first}={unnamed[0]!r}")
             try:
                 super().__init__(**fields)
             except ValidationError as error:

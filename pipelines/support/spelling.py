@@ -6,10 +6,20 @@ from difflib import get_close_matches
 _MOST_NAMES = 10_000  # that are compared
 _MOST_LETTERS = 80
 _LEAST_LETTERS = 4  # of the beginning of a name
+_MEANT = {
+    "steps": ("num_inference_steps",), "seed": ("generator",), "guidance": ("guidance_scale",),
+    "cfg": ("guidance_scale",), "negative": ("negative_prompt",), "loras": ("concepts",), "lora": ("concepts",),
+    "box": ("region",), "mask": ("region", "mask_image"), "bbox": ("region",), "path": ("lora",), "file": ("lora",),
+    "class": ("class_word",), "cls": ("class_word",), "noun": ("class_word",), "word": ("trigger",),
+    "scale": ("weight",), "strength": ("weight",), "class_word": ("class",), "num_inference_steps": ("steps",),
+}  # fmt: skip
+"""Other programs' names for what is asked for here, whose letters differ too much to be alike."""
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """The end of a message about an unknown name: "; did you mean 'clora'?", or nothing if none is similar."""
+    if meant := [one for one in _MEANT.get(name.lower(), ()) if one in known]:
+        return f"; did you mean {' or '.join(map(repr, meant))}?"
     # Letters of either case, since get_close_matches takes "CLoRA" and "clora" for different words.
     by_lower = {one.lower(): one for one in list(known)[:_MOST_NAMES]}
     begun = [one for one in by_lower if len(name) >= _LEAST_LETTERS and one.startswith(name.lower())]

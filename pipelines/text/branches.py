@@ -91,11 +91,12 @@ def _mention(
     which = own_nouns(concept, prompt, subjects)
     if not concept.class_word or not which:
         missing = (
-            f"write {concept.phrase!r} in the prompt" if concept.class_word else "give it a class_word, such as 'cat'"
+            f"write {concept.phrase!r} in the prompt" if concept.class_word else "give it a class word, such as 'cat'"
         )
+        trigger = f" {concept.trigger!r}" if concept.trigger else ""
         raise ValueError(
-            f"the concept {concept.name!r} has to be named in the branches of the others too, which lack its trigger "
-            f"{concept.trigger!r}: {missing}, or give the words that name it, words={{{concept.name!r}: [...]}}"
+            f"the concept {concept.name!r} has to be named in the branches of the others too, which lack its trigger"
+            f"{trigger}: {missing}, or give the words that name it, words={{{concept.name!r}: [...]}}"
         )
     there = len(free_nouns(concept, text, subjects))
     if there == len(free_nouns(concept, prompt, subjects)):

@@ -1,10 +1,11 @@
 """Finds the concepts that a prompt names: by their triggers, or by class words that only one of them has.
 
-Nothing is guessed: an ambiguous word is an error or a note, and a word spelled almost like a trigger is a note.
+Nothing is guessed: an ambiguous word is an error or a note, and a word spelled almost like a trigger is a note. Of
+versions of one LoRA, whose words are the same ("cat", "cat-tara", "cat-000004"), that with the shortest name is meant.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from unicodedata import normalize
@@ -53,7 +54,7 @@ def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
         ValueError: If a trigger means several concepts, or the prompt names none.
     """
     prompt, weights = take_tags(normalize("NFC", prompt), known)
-    words = {name: _words(concept) for name, concept in known.items()}
+    words, versions = _without_versions({name: _words(concept) for name, concept in known.items()}, weights)
     by_trigger = _by_trigger(prompt, words)
     by_class, notes = _by_class_word(prompt, words, by_trigger)
     found = {**by_trigger, **by_class}
@@ -63,6 +64,7 @@ def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
     names = sorted(found, key=lambda name: found[name])
     reasons = [
         f"{name}: by its {'trigger' if name in by_trigger else 'class word'} {prompt[slice(*found[name])]!r}"
+        + (f" (the words of {', '.join(versions[name])}, too)" if versions.get(name) else "")
         for name in names
     ]
     for name in reversed(names):
@@ -79,6 +81,22 @@ def _words(concept: Concept) -> Concept:
     """The concept with NFC-normalised words; blank ones become None."""
     words = {name: normalize("NFC", getattr(concept, name) or "").strip() or None for name in ("trigger", "class_word")}
     return concept.model_copy(update=words)
+
+
+def _without_versions(
+    known: Mapping[str, Concept], tagged: Collection[str]
+) -> tuple[dict[str, Concept], dict[str, list[str]]]:
+    """Of concepts with the same words the one that is tagged, or whose name all others begin with; and those others."""
+    groups: dict[tuple[str | None, str | None], list[str]] = {}
+    for name, concept in known.items():
+        groups.setdefault((concept.trigger, concept.class_word), []).append(name)
+    others: dict[str, list[str]] = {}
+    for words, group in groups.items():
+        kept = [name for name in group if name in tagged] or [min(group, key=len)]
+        if any(words) and (kept[0] in tagged or all(name.startswith(kept[0]) for name in group)):
+            others[kept[0]] = [name for name in group if name not in kept]
+    dropped = {name for group in others.values() for name in group}
+    return {name: concept for name, concept in known.items() if name not in dropped}, others
 
 
 def _by_trigger(prompt: str, known: Mapping[str, Concept]) -> dict[str, Span]:
@@ -155,7 +173,7 @@ def _alike(word: str, trigger: str) -> bool:
 def _nothing(known: Mapping[str, Concept]) -> str:
     listed = [f"{name} ({concept.phrase!r})" for name, concept in known.items() if concept.phrase]
     more = f" and {len(listed) - _MOST} more" if len(listed) > _MOST else ""
-    without = len(known) - len(listed)
-    silent = f"; {without} have neither trigger nor class word and must be named" if without else ""
+    without = [name for name, concept in known.items() if not concept.phrase]
+    silent = f"; known by name alone, without trigger and class word: {', '.join(without[:_MOST])}" if without else ""
     there = f"there are {', '.join(listed[:_MOST])}{more}" if listed else "no concept that could be named is known"
     return f"the prompt names no concept; {there}{silent}"

@@ -91,6 +91,17 @@ def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> l
     return found
 
 
+def check_named(concept: Concept, prompt: str) -> None:
+    """Raises ValueError if a concept's trigger is not in a prompt."""
+    if find_words(_composed(concept).trigger or "", unicodedata.normalize("NFC", prompt)):
+        return
+    trigger = (concept.trigger or "").strip()
+    raise ValueError(
+        f"the trigger {trigger!r} of concept {concept.name!r} is not in the prompt {shortened(prompt)}; "
+        f"write {(concept.phrase or trigger)!r} where the concept is meant"
+    )
+
+
 def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequence[Concept] = ()) -> Positions:
     """The token positions of a concept's trigger and class word in a prompt.
 
@@ -105,11 +116,7 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
     prompt = unicodedata.normalize("NFC", prompt)
     found = class_words(_composed(concept), prompt, list(map(_composed, concepts)))
     if not found:
-        trigger = (concept.trigger or "").strip()
-        raise ValueError(
-            f"the trigger {trigger!r} of concept {concept.name!r} is not in the prompt {shortened(prompt)}; "
-            f"write {(concept.phrase or trigger)!r} where the concept is meant"
-        )
+        check_named(concept, prompt)
     triggers, nouns = [span for span, _ in found], sorted({noun for _, noun in found if noun})
     positions = (
         [p for span in spans for p in span_positions(tokenizer, prompt, span, concept)] for spans in (triggers, nouns)

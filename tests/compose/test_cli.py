@@ -21,7 +21,7 @@ from commands import call, flat
 from components import tiny_pipeline
 from flux import flux_pipeline
 from lora_compose import Concept, Run, Scene, __version__
-from lora_compose.compose.commands.options import parse_concept, parse_settings
+from lora_compose.compose.commands.asked import parse_concept, parse_settings
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.generate import demo, images
 from lora_compose.compose.generate.machine import choose_device, devices
@@ -182,7 +182,10 @@ MISTAKES = {
         ["playground", *PAIR, "--method", "tara", "--set", "cfg=1"],
         "tara has no settings ['cfg']; it has cfg_mask",
     ),
-    "settings alone": (["playground", *PAIR, "--set", "cfg_mask=broadcast"], "the settings cfg_mask need a method"),
+    "settings alone": (
+        ["playground", *PAIR, "--set", "cfg_mask=broadcast"],
+        "--set cfg_mask: a setting needs --method",
+    ),
     "no equals": (
         ["playground", *PAIR, "--method", "tara", "--set", "cfg_mask"],
         "--set cfg_mask: expected NAME=VALUE",
@@ -488,7 +491,7 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
         return forward(unet, sample, *args, **kwargs)
 
     monkeypatch.setattr("diffusers.UNet2DConditionModel.forward", without_numbers)
-    text = flat(call("check", SCENES / "bear-robot.yaml", "--steps", 20).stdout)
+    text = flat(call("check", "playground", "--scene", SCENES / "bear-robot.yaml", "--steps", 20).stdout)
     assert "2:xlo 3:bear 4:and 5:a 6:qrt 7:robot" in text
     assert "trigger 'xlo' at token 2; class word 'bear' at token 3" in text
     assert "trigger 'qrt' at token 6; class word 'robot' at token 7" in text
@@ -497,10 +500,16 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     assert "method draft, because the prompt names every concept by trigger and class word size" in text
     assert "44 + 1 stopped latent rows (20 steps with guidance), 1.13 times the FLOPs of a plain image" in text
     assert text.endswith("no problems")
-    text = flat(call("check", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout)
+    text = flat(
+        call("check", "playground", "--scene", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout
+    )
     assert "25 latent rows (25 steps without guidance)" in text
     assert "method merge" in text
-    text = flat(call("check", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite").stdout)
+    text = flat(
+        call(
+            "check", "playground", "--scene", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite"
+        ).stdout
+    )
     assert "80 latent rows (20 steps with guidance), 2.02 times the FLOPs of a plain image" in text
 
 
@@ -509,7 +518,7 @@ def test_check_knows_the_rows_of_a_transformer(tmp_path: Path) -> None:
     scene.write_text(
         (SCENES / "bear-robot.yaml").read_text().replace("-tara", "").replace("playground:", "playground-flux:")
     )
-    text = flat(call("check", scene, "--steps", 5, "--model", "playground-flux", "--method", "merge").stdout)
+    text = flat(call("check", "playground-flux", "--scene", scene, "--steps", 5, "--method", "merge").stdout)
     assert "10 latent rows (5 steps with guidance) no problems" in text
 
 
@@ -525,7 +534,7 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
         "  - {name: five, lora: 'playground:robot', region: [0, 0, 512, 64]}\n"
         "  - {name: six}\n"
     )
-    result = call("check", tmp_path / "scene.yaml", "--method", "blend", code=2)
+    result = call("check", "playground", "--scene", tmp_path / "scene.yaml", "--method", "blend", code=2)
     problems = [line for line in result.stdout.splitlines() if line.startswith("problem: ")]
     expected = [
         "gone.safetensors", "'sks' of concept 'one' is not in the prompt", "pickle.pt is a pickle",
@@ -539,7 +548,7 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
 
 def test_check_finds_what_only_the_method_knows(tmp_path: Path) -> None:
     (tmp_path / "scene.yaml").write_text("prompt: a xlo bear\nconcepts: [{name: bear, lora: 'playground:bear'}]\n")
-    result = call("check", tmp_path / "scene.yaml", "--method", "regional", code=2)
+    result = call("check", "playground", "--scene", tmp_path / "scene.yaml", "--method", "regional", code=2)
     assert "problem: regional needs to know where the concepts are" in result.stdout
 
 
@@ -547,10 +556,10 @@ def test_check_looks_at_the_loras_even_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "scene.yaml").write_text(
         "prompt: a\nconcepts: [{name: a, lora: gone.safetensors}, {name: b, lora: 'playground:cat'}]\n"
     )
-    result = call("check", tmp_path / "scene.yaml", "--model", "nowhere", code=2)
+    result = call("check", "nowhere", "--scene", tmp_path / "scene.yaml", code=2)
     assert "problem: there is no model 'nowhere'" in result.stdout
     assert "gone.safetensors" in result.stdout
-    assert "b: file  playground:cat, SHA-256" in result.stdout
+    assert "b: file playground:cat, SHA-256" in flat(result.stdout)
 
 
 def test_check_names_keys_that_fit_no_layer(tmp_path: Path) -> None:
@@ -563,13 +572,16 @@ def test_check_names_keys_that_fit_no_layer(tmp_path: Path) -> None:
     (tmp_path / "scene.yaml").write_text(
         "prompt: a xlo bear\nconcepts: [{name: bear, lora: bear.safetensors, trigger: xlo}]\n"
     )
-    result = call("check", tmp_path / "scene.yaml", "--method", "merge")
+    result = call("check", "playground", "--scene", tmp_path / "scene.yaml", "--method", "merge")
     assert re.search(r"bear: left out +2 keys: .*attentions\.9", result.stdout)
 
 
 def test_check_tells_of_words_past_the_models_limit(tmp_path: Path) -> None:
     (tmp_path / "scene.yaml").write_text(f"prompt: {'a cat and ' * 12}\n")
-    assert "(the model reads 30 tokens; 6 more are cut off)" in call("check", tmp_path / "scene.yaml").stdout
+    assert (
+        "(the model reads 30 tokens; 6 more are cut off)"
+        in call("check", "playground", "--scene", tmp_path / "scene.yaml").stdout
+    )
 
 
 def test_check_reads_long_prompts_and_weights(tmp_path: Path) -> None:
@@ -578,14 +590,14 @@ def test_check_reads_long_prompts_and_weights(tmp_path: Path) -> None:
         f"prompt: '{prompt}'\nconcepts:\n- {{name: bear, lora: 'playground:bear'}}\n"
         "- {name: robot, lora: 'playground:robot'}\n"
     )
-    found = call("check", tmp_path / "scene.yaml").stdout
+    found = call("check", "playground", "--scene", tmp_path / "scene.yaml").stdout
     assert "1:a 2:xlo 3:bear" in found
     assert "(in 2 chunks)" in found
 
 
 def test_check_reports_a_broken_scene_file(tmp_path: Path) -> None:
     (tmp_path / "scene.yaml").write_text("prompt: a\nconcept: []\n")
-    assert "concept: unknown field" in call("check", tmp_path / "scene.yaml", code=2).stderr
+    assert "concept: unknown field" in call("check", "playground", "--scene", tmp_path / "scene.yaml", code=2).stderr
 
 
 # --- demo and the rest ---

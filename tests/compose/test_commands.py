@@ -19,7 +19,7 @@ from lora_compose.pipelines.methods import METHODS, PRESETS
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "diffusers", "transformers", "numpy", "pandas")
 COMMANDS = (
-    "run", "batch", "demo", "ui", "serve", "check", "replay", "refine", "inspect", "merge", "train", "bench",
+    "run", "batch", "demo", "ui", "serve", "check", "methods", "replay", "refine", "inspect", "merge", "train", "bench",
     "evaluate", "evaluate run", "evaluate report", "evaluate compare", "blind", "blind make", "blind score",
     "blind judge",
 )  # fmt: skip
@@ -40,7 +40,11 @@ MISTAKES = {
     "batch assets/scenes --model plyground": "did you mean 'playground' or 'playground-flux'?",
     "batch assets/scenes --model playground --method regoinal": "did you mean 'regional'?",
     "serve playground --loras assets/playground/lora": "did you mean 'loras'?",
-    "check assets/scenes/cat-dg.yaml": "did you mean 'cat-dog.yaml'",
+    "check playground --scene assets/scenes/cat-dg.yaml": "did you mean 'cat-dog.yaml'",
+    "methods clra": "did you mean 'clora'?",
+    "run playground --prompt a --set length=2": "--set length: a setting needs --method; there are merge, tara",
+    "run playground --prompt a --seed 3-1": "the seeds 3-1 run backwards",
+    "run model.gguf --prompt a": "is one quantised transformer, not a whole model",
     "replay assets/scenes/cat-dog.pgn": "there is no file 'assets/scenes/cat-dog.pgn'",
     "inspect playground:kittn": "did you mean 'kitten'",
     "merge playground:cat playground:dgo --out a.safetensors": "did you mean 'dog'",

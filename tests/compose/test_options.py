@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from commands import call, flat
 from lora_compose import Concept, Run, Scene
-from lora_compose.compose.commands.options import check_names, concepts_of, parse_box, parse_concept
+from lora_compose.compose.commands.asked import check_lookups, concepts_of, parse_box, parse_concept
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.scene.mask_images import in_pixels
@@ -117,7 +117,7 @@ def test_several_paths_are_a_concept_whose_files_are_merged() -> None:
             parse_concept(text)
     assert parse_concept("path=a.safetensors,weight=30,any_weight=true").weight == 30
     with pytest.raises(ValueError, match=r"unknown method of merging 'tvs'.* did you mean 'tsv'"):
-        check_names(
+        check_lookups(
             Run(scene=Scene(prompt="-", concepts=(found.model_copy(update={"merge": "tvs"}),)), model="playground")
         )
 

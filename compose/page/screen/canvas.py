@@ -35,7 +35,7 @@ def position_part(session: PageSession) -> None:
         if not session.rows:
             return
         st.segmented_control("Position of the concepts", [fields.ANYWHERE, fields.IN_BOXES], key=fields.BOXED,
-                             required=True, label_visibility="collapsed")  # fmt: skip
+                             required=True, label_visibility="collapsed", on_change=fields.without_boxes)  # fmt: skip
         if fields.boxed():
             with st.popover("Arrange", icon=":material/dashboard:"):
                 _arranging(session)

@@ -20,7 +20,7 @@ def compare_view(session: PageSession) -> None:
     if not session.rows:
         st.info("Add concepts first.", icon=":material/view_column:")
         return
-    st.session_state.setdefault(_CHOSEN, ["merge", "regional", "lora-composer"])
+    st.session_state.setdefault(_CHOSEN, _able())
     chosen = st.multiselect("Methods", methods(), key=_CHOSEN, format_func=full_name)
     _costs(session, chosen)
     st.button("Generate all, for every seed", key="do.compare", icon=":material/view_column:", width="stretch",
@@ -29,6 +29,11 @@ def compare_view(session: PageSession) -> None:
     for problem in session.problems.get(_PLACE, []):
         st.error(markdown(problem), icon=":material/error:")
     _table(session)
+
+
+def _able() -> list[str]:
+    """What is compared at first: those of the three common methods that the scene's boxes, or their lack, allow."""
+    return [name for name in ("merge", "draft", "lora-composer") if fields.boxed() or label_of(name).decides != "boxes"]
 
 
 def _costs(session: PageSession, methods: list[str]) -> None:

@@ -51,11 +51,12 @@ def of_setting(method: str, name: str) -> str:
     return f"set.method.{method}.{name}"
 
 
-def keep() -> None:
-    """Keeps the values of fields that are not on the screen, which Streamlit would drop."""
+def keep(session: PageSession) -> None:
+    """Keeps the values of fields that are not on the screen, which Streamlit would drop, and all for a reload."""
     for name in list(st.session_state):
         if str(name).startswith(SET):
             st.session_state[name] = st.session_state[name]
+            session.fields[str(name)] = st.session_state[name]
 
 
 def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> None:
@@ -151,6 +152,13 @@ def size() -> tuple[int, int]:
 def boxed() -> bool:
     """Whether concepts have boxes."""
     return st.session_state[BOXED] == IN_BOXES
+
+
+def without_boxes() -> None:
+    """Lets the method be chosen where boxes are switched off and the chosen one needs them."""
+    method = st.session_state[METHOD]
+    if not boxed() and method != AUTOMATIC and label_of(method).decides == "boxes":
+        st.session_state[METHOD] = AUTOMATIC
 
 
 def box_of(row: Row) -> tuple[int, int, int, int]:

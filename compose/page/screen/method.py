@@ -10,7 +10,10 @@ from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.text import markdown
 
-_AUTOMATIC = "Chosen from the concepts: boxes, LoRAs trained with TARA, or neither."
+_AUTOMATIC = (
+    "By boxes if every subject has one; without boxes by subjects, if triggers and class words are in the prompt; "
+    "otherwise added up. The reason is shown below “Generate”."
+)
 
 
 def method_part(session: PageSession) -> None:

@@ -1,10 +1,13 @@
 """The model, and how it is opened."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
 
 from lora_compose.compose.files.paths import is_hub_name
+from lora_compose.compose.generate.defaults import ON_CPU, complete
 from lora_compose.compose.generate.machine import devices
 from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.page.screen import fields
@@ -12,6 +15,7 @@ from lora_compose.compose.page.screen.state import PageSession, choose_model
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.savers import SAVERS, Saver, in_order
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 _KIND, _NAME, _DTYPE, _DEVICE, _MEMORY = "set.model.kind", "set.model.name", "set.dtype", "set.device", "set.memory"
 _OWN = "A folder or a hub repository"
@@ -37,15 +41,17 @@ def model_part(session: PageSession) -> None:
             st.caption("Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2-klein, Krea 2 and Z-Image. Weights are read "
                        "from safetensors only. A hub repository is downloaded first.")  # fmt: skip
         left, right = st.columns(2)
-        left.selectbox("Precision", ["float32", "float16", "bfloat16"], key=_DTYPE)
+        left.selectbox("Precision", [fields.AUTOMATIC, "float32", "float16", "bfloat16"], key=_DTYPE, help=(
+            "Automatic: float32 on a CPU; on a GPU float16 for Stable Diffusion, bfloat16 for the others."
+        ))  # fmt: skip
         right.selectbox("Device", [fields.AUTOMATIC, *devices()], key=_DEVICE)
         st.multiselect("Save memory", list(Saver), key=_MEMORY, help=(
             "Less memory, but slower. Keeping parts on the CPU needs a GPU. Not stored in images: "
             "tiles can change a large image slightly."
         ), format_func=lambda saver: SAVERS[saver][0].upper() + SAVERS[saver][1:])  # fmt: skip
-        chosen = _chosen()
+        chosen, is_open = _chosen(), _chosen() == choice and st.session_state[_DTYPE] != fields.AUTOMATIC
         st.button(
-            "Open this model", on_click=_open, args=(session, chosen), disabled=chosen == choice or session.working,
+            "Open this model", on_click=_open, args=(session, chosen), disabled=is_open or session.working,
             icon=":material/folder_open:",
         )  # fmt: skip
 
@@ -96,7 +102,7 @@ def _chosen() -> Choice:
     kind, device = st.session_state[_KIND], st.session_state[_DEVICE]
     return Choice(
         st.session_state[_NAME].strip() if kind == _OWN else kind,
-        st.session_state[_DTYPE],
+        ON_CPU.dtype if st.session_state[_DTYPE] == fields.AUTOMATIC else st.session_state[_DTYPE],
         None if device == fields.AUTOMATIC else device,
         in_order(st.session_state[_MEMORY]),
     )
@@ -109,10 +115,16 @@ def _open(session: PageSession, choice: Choice) -> None:
         if not choice.model:
             raise ValueError("Name a model: a folder, a .safetensors file, or a hub repository.")
         _check_allowed(session, choice.model)
-        choose_model(session, choice)
+        asked: dict[str, Any] = {} if st.session_state[_DTYPE] == fields.AUTOMATIC else {"dtype": choice.dtype}
+        run, defaults = complete(Run(scene=Scene(prompt="-"), model=choice.model, device=choice.device, **asked))
+        choose_model(session, replace(choice, dtype=run.dtype))
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
         session.problems[_PLACE] = [str(error)]
         return
+    st.session_state[_DTYPE] = run.dtype
+    if defaults != ON_CPU:
+        st.session_state[fields.STEPS] = defaults.steps
+        st.session_state[fields.GUIDANCE] = float(defaults.guidance_scale)
     if fields.size() == before:  # the user has not chosen another one
         fields.resize(session, session.model.size)
 

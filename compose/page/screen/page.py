@@ -17,7 +17,7 @@ from lora_compose.compose.page.screen.top import style, top_part
 st.set_page_config("lora-compose", ":material/brush:", layout="wide")
 style()
 session = page_session()
-fields.keep()
+fields.keep(session)
 top_part(session)
 
 stage, bench = st.columns([1, 1], gap="medium")

@@ -1,6 +1,8 @@
-"""The session of the browser: the running one, or a new one, which begins with the example."""
+"""The session of the browser: the running one, the one before a reload, or a new one, which begins with the example."""
 
 import atexit
+import secrets
+from weakref import WeakValueDictionary
 
 import streamlit as st
 from streamlit import runtime
@@ -17,16 +19,29 @@ from lora_compose.pipelines.scene.sources import files_of
 
 def page_session() -> PageSession:
     """The user's session; a new one begins with the example."""
-    before: PageSession | None = st.session_state.get("session")
+    before: PageSession | None = st.session_state.get("session") or _reloaded()
     if before is None or before.closed:
         form, session_id = example(), _session_id()
         new = PageSession(Store(), open_models().open(form.choice), options(), _session_id=session_id)
         _SESSIONS.add(session_id, new)
-        st.session_state["session"] = new
+        key = secrets.token_urlsafe(16)
+        _BY_KEY[key] = st.session_state["session"] = new
+        st.query_params[_KEY] = key
         fields.fill(new, form, {concept.name: named(files_of(concept.lora)[0]) for concept in form.concepts})
     if before is not None and before.closed:
         st.toast("Your session ended, so your files and images were deleted. This is a new session.")
     return st.session_state["session"]
+
+
+def _reloaded() -> PageSession | None:
+    """The session that this address had before the page was loaded again, with its fields; None if it has ended."""
+    known = _BY_KEY.get(st.query_params.get(_KEY, ""))
+    if known is None or known.closed or not _SESSIONS.move(known, _session_id()):
+        return None
+    known.goes_on_in(_session_id())
+    st.session_state.update(known.fields)
+    st.session_state["session"] = known
+    return known
 
 
 def _session_id() -> str:
@@ -39,5 +54,8 @@ def _has_browser(session_id: str) -> bool:
     return not runtime.exists() or runtime.get_instance().is_active_session(session_id)
 
 
+_KEY = "session"
+"""The name in the address under which a reloaded page finds its session: a secret of the user's browser."""
+_BY_KEY: "WeakValueDictionary[str, PageSession]" = WeakValueDictionary()
 _SESSIONS = Sessions(_has_browser)
 atexit.register(_SESSIONS.end)

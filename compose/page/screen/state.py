@@ -103,6 +103,7 @@ class PageSession:
         uploads: Number of uploads so far; upload fields have it in their names, so that a new number empties them.
         unready: Whether the prompt has to be fixed first; the reason is shown there.
         closed: Whether it has ended: its browser was away for too long.
+        fields: The values of its fields at the last rerun, by name.
     """
 
     store: Store
@@ -123,6 +124,7 @@ class PageSession:
     unready: bool = field(default=False, init=False)
     closed: bool = field(default=False, init=False)
     merged: Merged | None = field(default=None, init=False)
+    fields: dict[str, Any] = field(default_factory=dict, init=False)
     _numbers: int = field(default=0, init=False)
     _png: tuple[str, bytes] = field(default=("", b""), init=False)
     _outlooks: dict[str, Report] = field(default_factory=dict, init=False)
@@ -158,6 +160,10 @@ class PageSession:
         if self.closed:
             self.job.stop()  # the session has ended in this moment
         self.job.start()
+
+    def goes_on_in(self, session_id: str) -> None:
+        """Goes on in another session of Streamlit, as after a reload."""
+        self._session_id = session_id
 
     def close(self) -> bool:
         """Stops the work and deletes everything; True once nothing is left."""

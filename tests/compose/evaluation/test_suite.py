@@ -79,6 +79,12 @@ def test_playground_suites_use_every_concept(name: str) -> None:
     assert all(used.count(concept.name) >= 2 for concept in suite.concepts)
 
 
+def test_the_quick_suite_has_every_method_that_is_chosen_automatically() -> None:
+    assert {arm.method for arm in read_suite("playground-quick").methods} == {
+        "merge", "draft", "tara", "regional", "lora-composer",
+    }  # fmt: skip
+
+
 def test_every_scene_has_the_sanity_rows_and_all_methods(tmp_path: Path) -> None:
     suite = read_suite(written(tmp_path, methods=["regional", {"method": "tara", "lora": "tara"}]))
     rows = [(arm.name, arm.alone, arm.lora) for arm in arms(suite, suite.scenes[0])]

@@ -55,7 +55,7 @@ def test_an_image_is_made_from_a_scene_file_checked_and_reproduced(guides, tmp_p
     assert "model: pose\n" in text
     assert "image: face.png" in text
     assert read_scene(guides / "scene.yaml") == scene
-    checked = flat(call("check", guides / "scene.yaml", "--steps", "2").output)
+    checked = flat(call("check", "playground", "--scene", guides / "scene.yaml", "--steps", "2").output)
     assert "face.png, scale 0.6" in checked
     call("run", "playground", "--scene", guides / "scene.yaml", "--steps", "2", "--method", "merge", "--out", tmp_path)
     assert read_record(tmp_path / "0.png").images.keys() == {"controls.0.image", "ip_adapters.0.image"}

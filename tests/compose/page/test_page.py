@@ -551,6 +551,18 @@ def test_a_visit_ends_when_its_browser_has_been_away_for_too_long(monkeypatch: p
     assert later(30) == (2, 1)
 
 
+def test_a_session_goes_on_in_another_one_of_its_browser_and_only_if_that_has_gone() -> None:
+    there = {"a", "new"}
+    sessions, visiting, other = Sessions(there.__contains__, grace=0, every=1e9), Visiting(), Visiting()
+    sessions.add("a", visiting)
+    assert not sessions.move(visiting, "new"), "its browser is there"
+    assert not sessions.move(other, "new"), "it is not known, or has ended"
+    there.remove("a")
+    assert sessions.move(visiting, "new")
+    sessions.look()
+    assert visiting.closings == 0
+
+
 def test_a_session_that_cannot_be_closed_keeps_no_other_open() -> None:
     class Stubborn:
         def close(self) -> bool:

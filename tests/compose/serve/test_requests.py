@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from lora_compose.compose.serve.choosing import listed
 from lora_compose.compose.serve.requests import ImageRequest, RequestedConcept, reasons
 
 SIZE = {"width": 64, "height": 64, "steps": 1, "guidance_scale": 4}
@@ -17,12 +18,17 @@ def asked(given: dict[str, Any]) -> ImageRequest:
 
 
 def test_what_is_left_open_is_resolved_from_the_request_alone() -> None:
-    assert asked({"prompt": "a"}).shape == (128, 128, 25, 5.0, None)
-    assert asked(BEAR).method == "merge"
-    assert asked(BOXED).method == "regional"
+    assert asked({"prompt": "a"}).shape == (128, 128, 25, 5.0, None, False)
+    assert ImageRequest(prompt="a").resolved(64, 32, steps=4, guidance_scale=0.0).kind == (64, 32, 4, False, None)
     assert asked({**BOXED, "method": "tara"}).method == "tara"
-    style = {"name": "faded", "role": "style"}
-    assert asked({**BOXED, "concepts": [*BOXED["concepts"], style]}).method == "regional"
+
+
+def test_concepts_by_name_are_weights_boxes_or_fields() -> None:
+    by_name = asked({**BEAR, "concepts": {"bear": 0.8, "cat": [0, 0, 32, 64], "ink": {"role": "style"}}}).concepts
+    assert by_name == (
+        RequestedConcept(name="bear", weight=0.8), RequestedConcept(name="cat", region=(0, 0, 32, 64)),
+        RequestedConcept(name="ink", role="style"),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -65,8 +71,7 @@ def test_requests_are_bounded(change: dict[str, Any], expected: str | None) -> N
 def test_tags_are_concepts() -> None:
     tagged = asked({**SIZE, "prompt": "a xlo bear <lora:bear:0.5>, <lora:robot>", "concepts": ["cat"]})
     assert tagged.prompt == "a xlo bear"
-    assert [(one.name, one.weight) for one in tagged.concepts] == [("cat", None), ("bear", 0.5), ("robot", 1.0)]
-    assert tagged.method == "merge"
+    assert [(one.name, one.weight) for one in listed(tagged)] == [("cat", None), ("bear", 0.5), ("robot", 1.0)]
     assert asked({**SIZE, "prompt": "a <lora:bear:1>", "method": "tara"}).method == "tara"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from commands import call
+from lora_compose.compose.files.images import read_record
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.compose.serve.engine import Busy, Engine, call_pipe
@@ -155,7 +158,7 @@ def port(pipe: Any) -> Iterator[int]:
     pytest.importorskip("fastapi", reason="the server needs fastapi: the extra serve")
     from lora_compose.compose.serve.app import make_app
 
-    engine = Engine(pipe, most=2, wait=0.0, queue=8)
+    engine = Engine(pipe, most=2, wait=0.0, queue=8, run=Run(scene=Scene(prompt="-"), model="playground", device="cpu"))
     with server(make_app(engine, (128, 128), Limits(pixels=128 * 128, steps=4)), engine) as port:
         yield port
 
@@ -174,9 +177,11 @@ def test_the_image_over_http_is_that_of_the_python_call(port: int, pipe: Any) ->
     ("change", "method", "reason"),
     [
         ({"method": "switch"}, "switch", "it was asked for"),
-        ({"method": None}, "merge", "not every subject has a region"),
-        ({"method": None, "concepts": [{"name": "bear", "region": [0, 0, 32, 64]}]}, "regional",
-         "every subject has a region"),
+        ({"method": None}, "merge", "there is one subject"),
+        ({"method": None, "concepts": "auto"}, "merge", "there is one subject"),
+        ({"method": None, "concepts": {"bear": [0, 0, 32, 64]}}, "lora-composer", "every concept has a region"),
+        ({"method": None, "prompt": "a xlo bear and a qrt robot", "concepts": ["bear", "robot"]}, "draft",
+         "the prompt names every concept by trigger and class word"),
         ({"method": None, "concepts": []}, None, None),
     ],
 )  # fmt: skip
@@ -185,6 +190,21 @@ def test_headers_name_the_method_and_the_reason(
 ) -> None:
     code, _, headers = answer(port, "/images", {**BEAR, **change})
     assert (code, headers.get("x-method"), headers.get("x-method-reason")) == (200, method, reason)
+
+
+def test_a_served_image_stores_how_it_was_made_without_paths_and_can_be_replayed(port: int, tmp_path: Path) -> None:
+    asked = {**SIZE, "prompt": "a xlo bear and a qrt robot", "concepts": "auto", "seed": 3}
+    code, data, _ = answer(port, "/images", asked)
+    assert code == 200, data
+    (tmp_path / "it.png").write_bytes(data)
+    with Image.open(BytesIO(data)) as image:
+        text = image.info["lora-compose"]
+    assert "/" not in json.dumps(json.loads(text)["run"])
+    record = read_record(tmp_path / "it.png")
+    assert (record.run.method, record.run.steps, record.together) == ("draft", 1, 1)
+    assert "every concept by trigger" in (record.method_reason or "")
+    told = call("replay", tmp_path / "it.png", "--loras", LORAS).output
+    assert "identical: every pixel is the same" in told
 
 
 def test_loras_and_health(port: int) -> None:

@@ -95,9 +95,9 @@ def test_the_command_line_makes_the_same_image_with_less(tmp_path: Path, monkeyp
     saving = ["--save-memory", "gradient-checkpointing", "--save-memory", "tiling"]
     opened = []
 
-    def remembered(run: Run, savers: Any = ()) -> Any:
+    def remembered(run: Run, savers: Any = (), variant: str | None = None) -> Any:
         opened.append(list(savers))
-        return open_model(run, savers)
+        return open_model(run, savers, variant)
 
     for command in (images, replay):
         monkeypatch.setattr(command, "open_model", remembered)

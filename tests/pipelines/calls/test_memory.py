@@ -12,8 +12,9 @@ from flux import flux_transformer
 from lora_compose.attention import backbone_of
 from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.compose.generate.making import make, plan
-from lora_compose.pipelines.calls.memory import check_size, least_bytes, memory_of
+from lora_compose.pipelines.calls.memory import check_size, least_bytes, memory_of, warn_of_size
 from lora_compose.pipelines.scene.scene import Run, Scene
+from lora_compose.pipelines.support.notes import kept
 
 
 @pytest.fixture
@@ -36,6 +37,16 @@ def test_scenes_are_judged_with_and_without_concepts(playground, concepts):
     for judge in (plan, make):
         with pytest.raises(ValueError, match="1000000 x 1000000 pixels cannot be made"):
             judge(playground, run)
+
+
+@pytest.mark.parametrize(
+    ("side", "times"), [(1024, "64 times"), (256, "4 times"), (128, None), (64, None), (16, "0.0156")]
+)
+def test_a_size_far_from_the_models_own_warns(playground, side, times):
+    with kept() as notes:
+        warn_of_size(playground, side, side)
+    assert bool(notes) is (times is not None)
+    assert times is None or (f"are {times}" in notes[0] and "made for (128 x 128)" in notes[0])
 
 
 def unet_pass(unet, side):

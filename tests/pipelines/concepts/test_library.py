@@ -145,10 +145,14 @@ def test_a_loaded_concept_is_not_dropped(pipe: Any, folder: Path, work: list[str
     assert work == ["read cat", "match cat", "read dog", "match dog"]
 
 
-def test_a_damaged_file_is_an_error_of_the_call_that_names_it(pipe: Any, folder: Path) -> None:
+def test_a_damaged_file_is_named_when_it_is_added_and_an_error_of_the_call_that_names_it(
+    pipe: Any, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = (folder / "dog.safetensors").read_bytes()
     (folder / "dog.safetensors").write_bytes(whole[: len(whole) // 2])
     pipe.add_concepts(folder)
+    assert "dog.safetensors is not a readable safetensors file" in caplog.text
+    assert "'dog' is known by its name alone" in caplog.text
     expected, before, in_memory = latents_of(pipe, "cat"), State(pipe), pipe.library.recent.bytes
     with pytest.raises(LoraError, match=r"dog\.safetensors is not a readable safetensors file"):
         latents_of(pipe, "cat", "dog")

@@ -509,7 +509,7 @@ def test_a_folder_with_two_files_asks_which(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_and_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(LoraError, match="has 0 safetensors files"):
+    with pytest.raises(LoraError, match="has no safetensors files"):
         find_file(tmp_path)
     for source in (
         tmp_path / "cat.safetensors",

@@ -13,7 +13,7 @@ from PIL import Image
 from components import State
 from lora_compose.attention import grid_at
 from lora_compose.attention.masks import box_mask
-from lora_compose.compose.commands.options import parse_concept
+from lora_compose.compose.commands.asked import parse_concept
 from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.pipelines.scene.regions import Regions, check_mask, read_mask, region_mask
 from lora_compose.pipelines.scene.scene import Concept, Scene

@@ -18,7 +18,7 @@ from lora_compose.attention import Lora
 from lora_compose.attention.lora_bank import BankLayer
 from lora_compose.attention.text_kv import TextKV
 from lora_compose.compose.check.report import check
-from lora_compose.compose.commands.options import parse_concept
+from lora_compose.compose.commands.asked import parse_concept
 from lora_compose.compose.files.images import read_record, save_image
 from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.generate.making import make

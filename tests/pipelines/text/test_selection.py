@@ -53,8 +53,18 @@ def test_a_trigger_of_several_concepts_is_decided_by_the_class_word_or_refused()
     for prompt in ("a sks on grass", "a sks cat and a sks dog"):
         with pytest.raises(ValueError, match=r"'sks' in the prompt may be each of 2 concepts: cat \('sks cat'\), dog"):
             choose_concepts(prompt, both)
-    with pytest.raises(ValueError, match=r"may be each of 2 concepts: bear .*, bear-tara"):
-        choose_concepts("a xlo bear", {**known(bear=("xlo", "bear")), **known(**{"bear-tara": ("xlo", "bear")})})
+    with pytest.raises(ValueError, match=r"may be each of 2 concepts: bear .*, grizzly"):
+        choose_concepts("a xlo bear", known(bear=("xlo", "bear"), grizzly=("xlo", "bear")))
+
+
+@pytest.mark.parametrize("prompt", ["a xlo bear in snow", "a bear in snow"])
+def test_of_versions_of_one_lora_the_shortest_name_is_meant_or_the_one_with_a_tag(prompt: str) -> None:
+    both = known(**{"bear-tara": ("xlo", "bear"), "bear": ("xlo", "bear"), "bear-000004": ("xlo", "bear")})
+    chosen = choose_concepts(prompt, both)
+    assert (chosen.names, chosen.notes) == (("bear",), ())
+    assert "(the words of bear-tara, bear-000004, too)" in chosen.reasons[0]
+    tagged = choose_concepts(f"{prompt} <lora:bear-tara:0.8>", both)
+    assert (tagged.names, tagged.weights) == (("bear-tara",), {"bear-tara": 0.8})
 
 
 def test_a_trigger_inside_a_longer_one_names_nothing() -> None:
@@ -67,7 +77,7 @@ def test_words_spelled_like_a_trigger_are_noted() -> None:
     assert chosen.notes == ("'skss' is spelled like 'sks', the trigger of cat, which was not chosen",)
     with pytest.raises(ValueError, match="the prompt names no concept; there are cat") as caught:
         choose_concepts("a skss animal", known(**WORDS, plain=(None, None)))
-    assert "1 have neither trigger nor class word" in str(caught.value)
+    assert "known by name alone, without trigger and class word: plain" in str(caught.value)
     assert "'skss' is spelled like 'sks'" in str(caught.value)
 
 

@@ -148,7 +148,9 @@ def test_the_needs_of_a_method_are_shown_before(at: AppTest) -> None:
     at.run()
     assert "“By boxes” needs boxes: choose “In boxes” above the image, or another method" in said(at)
     assert at.button(key="do.make").disabled
-    at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
+    at.segmented_control(key=fields.BOXED).set_value(fields.IN_BOXES).run()
+    at.segmented_control(key=fields.BOXED).set_value(fields.ANYWHERE).run()
+    assert at.selectbox(key=fields.METHOD).value == fields.AUTOMATIC
     assert "Method: By subjects · draft, because" in said(at)
     assert not at.button(key="do.make").disabled
 
@@ -575,15 +577,27 @@ def test_a_page_that_others_reach_opens_no_files_of_this_machine(monkeypatch: py
     assert "open to other machines" in said(at)
 
 
+def test_a_reloaded_page_goes_on_with_its_session_and_fields(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    at.text_area(key=fields.PROMPT).set_value("a xlo bear beside a qrt robot").run()
+    monkeypatch.setattr("lora_compose.compose.page.screen.session._SESSIONS._is_there", lambda session_id: False)
+    again = AppTest.from_file(str(SCREEN), default_timeout=60)
+    again.query_params["session"] = at.query_params["session"]
+    again.run()
+    assert not again.exception
+    assert session(again) is session(at)
+    assert again.text_area(key=fields.PROMPT).value == "a xlo bear beside a qrt robot"
+    assert again.number_input(key=fields.STEPS).value == STEPS
+
+
 def test_the_methods_are_compared(at: AppTest) -> None:
     at.session_state["set.view"] = "Compare"
     at.run()
     table = next(markdown.value for markdown in at.markdown if "what it does" in markdown.value)
-    assert all(f"| **{name}** |" in table.replace("\\", "") for name in ("Added up", "By boxes, light", "By boxes"))
+    assert all(f"| **{name}** |" in table.replace("\\", "") for name in ("Added up", "By subjects", "By boxes"))
     assert "1.0 times a plain image" in table.replace("\\", "")
     at.button(key="do.compare").click().run()
     after(at)
-    assert {result.run.method for result in session(at).compared} == {"merge", "regional", "lora-composer"}
+    assert {result.run.method for result in session(at).compared} == {"merge", "draft", "lora-composer"}
     costs = [caption.help for caption in at.caption if caption.value.startswith("**")]
     assert len(costs) == 3
     assert all(re.match(r"4 (\+ .*)?latent rows\. ", cost) for cost in costs)  # two steps

@@ -1,0 +1,298 @@
+"""Reads what the options of commands say: concepts, boxes, settings, seeds, and the run that is made of them."""
+
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_compose.compose.batch.settings import LAST_SEED, parse_seeds
+from lora_compose.compose.files.paths import check_lora, model_source
+from lora_compose.compose.files.scenes import read_scene
+from lora_compose.compose.files.text import parse_value
+from lora_compose.compose.playground.assets import PLAYGROUNDS
+from lora_compose.compose.support.names import METHODS, check_merger, check_method, did_you_mean, file_near
+from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
+from lora_compose.pipelines.scene.sources import files_of, parse_lora
+from lora_compose.pipelines.support.field_errors import FieldError
+
+_EDGE = r"\s*(\d{1,9}|\d?\.\d{1,9}|\d\.)\s*"
+_BOX = re.compile(rf"\(?{_EDGE}([,:]){_EDGE}\2{_EDGE}\2{_EDGE}\)?")
+_RAY = re.compile(r"local|auto|[^\s:/]+:\d{1,5}")
+_CONCEPT_FIELDS = {
+    "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
+    "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
+    "merge": "merge", "any_weight": "any_weight",
+}  # fmt: skip
+
+
+def check_ray(address: str | None) -> None:
+    """Raises ValueError if a Ray cluster is to be used and its address is none, or Ray is not installed."""
+    if address is None:
+        return
+    if address.startswith("ray://"):
+        raise ValueError(
+            f"--ray {address}: Ray Client is not supported; start the command on a node of the cluster, with "
+            "--ray HOST:PORT as `ray start` prints it, or --ray auto"
+        )
+    if not _RAY.fullmatch(address):
+        raise ValueError(
+            f"--ray {address}: expected local, auto (that of this machine) or HOST:PORT, e.g. 10.0.0.1:6379"
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("--ray needs the package ray: pip install 'lora-compose[ray]'")
+
+
+def parse_concept(text: str) -> Concept:
+    """Reads a concept as it is written on the command line.
+
+    Args:
+        text: Such as "path=cat.safetensors,trigger=sks,class=cat,weight=0.8". Commas in values are kept.
+
+    Raises:
+        ValueError: For unknown and missing fields and unusable values.
+    """
+    fields = _fields("--concept", text, _CONCEPT_FIELDS, several="path")
+    paths = fields.pop("lora", [])
+    if not all(paths or [""]):
+        raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
+    fields["lora"] = paths[0] if len(paths) == 1 else tuple(paths)
+    if "region" in fields:
+        fields["region"] = mask_or_box(fields["region"], f"--concept {text}: region")
+    try:
+        fields.setdefault("name", "+".join(map(_name_of, files_of(fields["lora"]))))
+        return Concept(**fields)
+    except FieldError as error:
+        raise ValueError(f"--concept {text}: {'; '.join(error.messages)}") from error
+    except ValueError as error:
+        raise ValueError(f"--concept {text}: {error}") from error
+
+
+def _fields(option: str, text: str, known: Mapping[str, str], several: str | None = None) -> dict[str, Any]:
+    """Fields as an option writes them, "name=value,..."."""
+    # A comma parts two fields only where a name and "=" follow.
+    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", text)]
+    fields: dict[str, Any] = {}
+    for name, equals, value in ((name.strip(), equals, value.strip()) for name, equals, value in pairs):
+        if not equals or name not in known:
+            near = did_you_mean(name, known)
+            raise ValueError(
+                f"{option} {text}: unknown field {name!r}; fields are {', '.join(known)}, each with ={near}"
+            )
+        if name == several:
+            fields.setdefault(known[name], []).append(value)
+            continue
+        if known[name] in fields:
+            raise ValueError(f"{option} {text}: {name} is given twice")
+        fields[known[name]] = value
+    return fields
+
+
+def guided_by(controls: Sequence[str] | None, ip_adapters: Sequence[str] | None) -> dict[str, Any]:
+    """Control images and IP-Adapters of a scene, from options.
+
+    Raises:
+        ValueError: For unknown and missing fields and unusable values.
+    """
+    found: dict[str, Any] = {}
+    for name, option, kind, texts in (
+        ("controls", "--control", ControlFile, controls), ("ip_adapters", "--ip-adapter", IPAdapterFile, ip_adapters),
+    ):  # fmt: skip
+        if texts:
+            found[name] = tuple(_guide(option, kind, text) for text in texts)
+    return found
+
+
+def _guide(option: str, kind: Any, text: str) -> Any:
+    fields = _fields(option, text, {name: name for name in kind.model_fields})
+    if "region" in fields:
+        fields["region"] = mask_or_box(fields["region"], f"{option} {text}: region")
+    try:
+        return kind(**fields)
+    except FieldError as error:
+        raise ValueError(f"{option} {text}: {'; '.join(error.messages)}") from error
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Reads settings as they are written on the command line, "cfg_mask=broadcast"; values are read as YAML.
+
+    Raises:
+        ValueError: For texts without "=" and settings given twice.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--set {text}: expected NAME=VALUE, such as cfg_mask=broadcast")
+        if name.strip() in settings:
+            raise ValueError(f"--set {text}: {name.strip()} is given twice")
+        settings[name.strip()] = parse_value(value)
+    return settings
+
+
+def concepts_of(concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[str]) -> list[Concept]:
+    """The concepts of --concept, --lora and --box.
+
+    Raises:
+        ValueError: For texts that cannot be read, and for another number of boxes than of LoRAs.
+    """
+    found = [parse_concept(text) for text in concepts]
+    if boxes and len(boxes) != len(loras):
+        raise ValueError(
+            f"there are {len(boxes)} --box for {len(loras)} --lora; give one for each, in the same order, "
+            "and --box none for a LoRA without a box"
+        )
+    for text, box in zip(loras, map(parse_box, boxes or ["none"] * len(loras)), strict=True):
+        source, weight = parse_lora(text)
+        try:
+            found.append(Concept(name=_name_of(source), lora=source, weight=weight, region=box))
+        except FieldError as error:
+            raise ValueError(f"--lora {text}: {'; '.join(error.messages)}") from error
+    return found
+
+
+def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tuple[float, float, float, float] | None:
+    """A box as written on the command line: whole numbers are pixels, and with a point they are fractions of the image.
+
+    Args:
+        text: Such as "0,16,60,112", "0,0.1,0.5,0.9", or "none". Colons may stand for the commas.
+        otherwise: What may be written instead of a box.
+
+    Raises:
+        ValueError: For anything else, and for boxes without an area or outside the image.
+    """
+    if text.strip().lower() == "none":
+        return None
+    found = _BOX.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(
+            f"{option} {text}: expected left,top,right,bottom in pixels (0,16,60,112), as fractions of the image "
+            f"(0,0.1,0.5,0.9), or {otherwise}"
+        )
+    edges = found.group(1, 3, 4, 5)
+    in_parts = any("." in edge for edge in edges)
+    left, top, right, bottom = map(float if in_parts else int, edges)
+    if left >= right or top >= bottom:
+        raise ValueError(f"{option} {text}: left has to be less than right, and top less than bottom")
+    if in_parts and not (right <= 1 and bottom <= 1):
+        raise ValueError(f"{option} {text}: with a point, a box is in fractions of the image, from 0 to 1")
+    return left, top, right, bottom
+
+
+def seeds_of(texts: Sequence[str] | None) -> tuple[int, ...]:
+    """Seeds as written, each once: numbers and spans, such as 3 or 0-7; 0 if there are none.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    seeds = tuple(dict.fromkeys(parse_seeds(list(texts or ["0"]))))
+    if max(seeds) > LAST_SEED:
+        raise ValueError(f"the seed {max(seeds)} is too large; the last one is {LAST_SEED}")
+    return seeds
+
+
+def asked_run(
+    model: str,
+    scene: Path | None,
+    lora: Sequence[str] | None,
+    box: Sequence[str] | None,
+    concept: Sequence[str] | None,
+    loras: Path | None,
+    control: Sequence[str] | None,
+    ip_adapter: Sequence[str] | None,
+    mask_image: str | None,
+    settings: Sequence[str] | None,
+    *,
+    of_scene: Mapping[str, Any],
+    of_run: Mapping[str, Any],
+    looked_up: bool = True,
+) -> Run:
+    """The run that the options of `run` and `check` describe.
+
+    Args:
+        of_scene: Further fields of the scene; None for those that were not given.
+        of_run: Further fields of the run, the same.
+        looked_up: Whether method, model and LoRAs have to exist.
+
+    Raises:
+        ValueError: For everything that can be seen without opening anything.
+    """
+    given = {
+        **of_scene, "mask_image": None if mask_image is None else mask_or_box(mask_image, "--mask-image"),
+        **guided_by(control, ip_adapter),
+    }  # fmt: skip
+    concepts = concepts_of(concept or [], lora or [], box or [])
+    asked = run_of(
+        scene=scene_of(scene, {name: value for name, value in given.items() if value is not None}, concepts),
+        model=model, settings=parse_settings(settings) if settings else None, **of_run,
+    )  # fmt: skip
+    if looked_up:
+        check_lookups(asked)
+    if loras is not None:
+        check_folder(loras, asked)
+    return asked
+
+
+def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[Concept]) -> Scene:
+    """A scene from a file, from options, or from a file overridden by options."""
+    if path is None and "prompt" not in given:
+        raise ValueError("there is no prompt: give --prompt TEXT or --scene FILE")
+    if path is not None and concepts:
+        raise ValueError("give the concepts in the scene file or with --lora and --concept, not both")
+    fields: dict[str, Any] = {"concepts": tuple(concepts)}
+    if path is not None:
+        fields = dict(read_scene(path))
+    try:
+        return Scene(**{**fields, **given})
+    except FieldError as error:
+        raise ValueError("\n".join(error.messages)) from error
+
+
+def run_of(**fields: Any) -> Run:
+    """A run from the options; those that are None were not given (`defaults.complete`).
+
+    Raises:
+        ValueError: For unusable values; a line for each.
+    """
+    try:
+        return Run(**{name: value for name, value in fields.items() if value is not None})
+    except FieldError as error:
+        raise ValueError("\n".join(error.messages)) from error
+
+
+def check_lookups(asked: Run) -> None:
+    """Checks the names of method, model and LoRAs of a run, without opening anything.
+
+    Raises:
+        ValueError: For an unknown name, with similar ones.
+    """
+    check_method(asked.method)
+    if asked.settings and asked.method is None:
+        raise ValueError(f"--set {', '.join(asked.settings)}: a setting needs --method; there are {', '.join(METHODS)}")
+    model_source(asked.model)
+    for concept in asked.scene.concepts:
+        check_merger(concept.merge)
+        for source in files_of(concept.lora):
+            check_lora(source)
+
+
+def mask_or_box(value: str, option: str) -> tuple[float, float, float, float] | str | None:
+    """A mask image or a box, as written on the command line."""
+    is_file = value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+    return value if is_file else parse_box(value, option, "a mask image (.png, .jpg, .webp, .bmp)")
+
+
+def check_folder(loras: Path, asked: Run) -> None:
+    """Raises ValueError if there is no folder of LoRAs to choose from, or nothing to choose."""
+    if not loras.is_dir():
+        raise ValueError(f"there is no folder {str(loras)!r}{file_near(loras)}; --loras names a folder of LoRAs")
+    if asked.scene.concepts:
+        raise ValueError(
+            "with --loras the prompt chooses the concepts; leave out --lora, --concept and those of --scene"
+        )
+
+
+def _name_of(source: str) -> str:
+    """The name of a concept by its file: "playground:cat" and "loras/cat.safetensors" are "cat"."""
+    model, colon, name = source.partition(":")
+    return Path(name if colon and model in PLAYGROUNDS else source).stem or source

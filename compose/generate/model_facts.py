@@ -1,0 +1,94 @@
+"""What the files of a model say before it is opened: its family, its parts' configurations, its own size."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import list_repo_files, snapshot_download
+
+from lora_compose.compose.files.paths import model_source
+from lora_compose.pipelines.families import ComposePipeline
+from lora_compose.pipelines.families.flow_matching import UNSTATED
+from lora_compose.pipelines.families.opening import checkpoint_keys
+from lora_compose.pipelines.families.unets import UNetPipeline
+from lora_compose.pipelines.support.hub import reachable
+
+_INDEX = ("model_index.json", "modular_model_index.json")
+_CONFIGS = (*_INDEX, "*/config.json", "*/scheduler_config.json")
+_GUIDANCE_EMBEDDING = "guidance_in."  # keys of FLUX.1 checkpoints whose guidance is distilled
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model that has not been opened.
+
+    Attributes:
+        family: The pipeline class that would open it.
+        index: Its `model_index.json`; empty for a checkpoint in one file.
+        parts: The configuration of each component by its name, as far as there is one.
+        files: Paths of its files, relative to its folder; empty for a checkpoint in one file.
+    """
+
+    family: Any
+    index: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+
+    @property
+    def has_unet(self) -> bool:
+        """Whether its denoiser is a UNet."""
+        return issubclass(self.family, UNetPipeline)
+
+    @property
+    def own_size(self) -> tuple[int, int] | None:
+        """Width and height of its own images; None if its configurations do not say it."""
+        vae = self.parts.get("vae", {})
+        if not self.has_unet:
+            side = vae.get("sample_size")
+            return (side, side) if isinstance(side, int) and side != UNSTATED else None
+        sample, blocks = self.parts.get("unet", {}).get("sample_size"), vae.get("block_out_channels")
+        if sample is None or not blocks:
+            return None
+        scale = 2 ** (len(blocks) - 1)
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return width * scale, height * scale
+
+
+def facts_of(model: str) -> ModelFacts:
+    """The facts of a model that a run names; of a hub repository only its configurations are downloaded.
+
+    Raises:
+        ValueError: If there is no such model, or none of a family that is supported.
+        OSError: If its files cannot be read.
+    """
+    source = model_source(model)
+    if source.is_file():
+        keys = checkpoint_keys(source, {})
+        guided = {"guidance_embeds": any(_GUIDANCE_EMBEDDING in key for key in keys)}
+        return ModelFacts(ComposePipeline.family_of_keys(keys), parts={"transformer": guided})
+    if source.is_dir():
+        files = tuple(sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()))
+        return _of_folder(source, files)
+    options = reachable(model, *_INDEX)
+    folder = Path(snapshot_download(model, allow_patterns=list(_CONFIGS), **options))
+    here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return _of_folder(folder, tuple(sorted(here if options else list_repo_files(model))))
+
+
+def _of_folder(folder: Path, files: tuple[str, ...]) -> ModelFacts:
+    index = next((_read(folder / name) for name in _INDEX if (folder / name).is_file()), {})
+    parts = {}
+    for name in index:
+        for config in ("config.json", "scheduler_config.json"):
+            if (path := folder / name / config).is_file():
+                parts[name] = _read(path)
+    return ModelFacts(ComposePipeline.family_of(index), index, parts, files)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    found = json.loads(path.read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings by name")
+    return found

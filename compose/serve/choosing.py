@@ -1,0 +1,74 @@
+"""What a request leaves open: the concepts of "auto", and the method, by the rule of a call in Python."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lora_compose.attention import backbone_of
+from lora_compose.compose.serve.requests import AUTO, MOST_CONCEPTS, ImageRequest, RequestedConcept
+from lora_compose.pipelines.formats.files import LoraError, trained_with
+from lora_compose.pipelines.methods import choose_method, name_of
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.sources import files_of
+from lora_compose.pipelines.support.notes import kept
+from lora_compose.pipelines.text.selection import choose_concepts
+
+
+@dataclass(frozen=True)
+class Header:
+    """A concept of a request with the words of its file, whose weights may not have been read."""
+
+    concept: Concept
+    trained_with: str | None
+
+
+def listed(request: ImageRequest) -> Sequence[RequestedConcept]:
+    """The concepts of a request that has been chosen for."""
+    return request.concepts if isinstance(request.concepts, tuple) else ()
+
+
+def chosen(pipe: Any, request: ImageRequest) -> tuple[ImageRequest, str | None]:
+    """A request with its concepts and method, and why it is this one; None without concepts.
+
+    It depends on the request alone, not on those of its batch.
+
+    Args:
+        pipe: The pipeline, which knows the LoRAs.
+        request: As `ImageRequest.resolved` gave it.
+
+    Raises:
+        ValueError: If it names a LoRA that is not there, or the prompt names none or too many for "auto".
+    """
+    if request.concepts == AUTO:
+        found = choose_concepts(request.prompt, pipe.concepts)
+        if len(found.names) > MOST_CONCEPTS:
+            raise ValueError(f"the prompt names {len(found.names)} concepts; at most {MOST_CONCEPTS}")
+        concepts = tuple(RequestedConcept(name=name) for name in found.names)
+        request = request.model_copy(update={"prompt": found.prompt, "concepts": concepts})
+    headers = [_header(pipe, i, concept) for i, concept in enumerate(listed(request))]
+    if not headers:
+        return request, None
+    if request.method is not None:
+        return request, "it was asked for"
+    with kept():  # the reason goes into the answer
+        choice = choose_method(headers, [request.prompt], region_attention=backbone_of(pipe.model).reads_regions)
+    return request.model_copy(update={"method": name_of(choice.method)[0]}), choice.reason
+
+
+def _header(pipe: Any, index: int, asked: RequestedConcept) -> Header:
+    known = pipe.concepts.get(asked.name)
+    if known is None:
+        raise ValueError(f"concepts[{index}]: there is no LoRA of this name; GET /loras lists those that there are")
+    given = {name: value for name, value in asked.concept if value is not None}
+    files = files_of(known.lora)
+    return Header(known.model_copy(update=given), _trained_with(files[0]) if len(files) == 1 else None)
+
+
+@lru_cache(maxsize=4096)
+def _trained_with(source: str) -> str | None:
+    try:
+        return trained_with(Path(source).expanduser())
+    except (LoraError, OSError):  # the call that needs the file says so
+        return None

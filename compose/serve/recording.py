@@ -1,0 +1,55 @@
+"""The record of a served image: as images of the command line have it, but without paths of the server."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lora_compose.compose.files.images import Record
+from lora_compose.compose.files.paths import is_hub_name
+from lora_compose.compose.generate.machine import machine, versions
+from lora_compose.compose.playground.assets import PLAYGROUNDS
+from lora_compose.compose.serve.choosing import listed
+from lora_compose.compose.serve.requests import ImageRequest
+from lora_compose.pipelines.scene.scene import Run, Scene
+from lora_compose.pipelines.scene.sources import files_of
+from lora_compose.pipelines.support.regular import sha256_of
+
+
+def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, together: int) -> Record:
+    """How an image was made. LoRAs are named by file, and found again by content (`replay --loras FOLDER`).
+
+    Args:
+        pipe: The pipeline.
+        run: The model as it was opened.
+        request: With concepts and method.
+        reason: Why it was this method.
+        together: Number of images in its batch.
+    """
+    concepts, hashes = [], {}
+    for asked in listed(request):
+        path = Path(files_of(pipe.concepts[asked.name].lora)[0]).expanduser()
+        concepts.append(asked.concept.model_copy(update={"lora": path.name}))
+        status = path.stat()
+        hashes[asked.name] = _hash(str(path), status.st_size, status.st_mtime_ns)
+    scene = Scene(
+        prompt=request.prompt, negative_prompt=request.negative_prompt, concepts=tuple(concepts), width=request.width,
+        height=request.height,
+    )  # fmt: skip
+    public = run.model in PLAYGROUNDS or (is_hub_name(run.model) and not Path(run.model).exists())
+    used = run.model_copy(
+        update={
+            "scene": scene, "model": run.model if public else Path(run.model).name, "method": request.method,
+            "scheduler": type(pipe.scheduler).__name__, "steps": request.steps, "seed": request.seed,
+            "guidance_scale": request.guidance_scale, "device": str(pipe._execution_device),
+        }
+    )  # fmt: skip
+    return Record(
+        run=used, versions=versions(), sha256=hashes, machine=machine(pipe._execution_device), together=together,
+        method_reason=None if reason == "it was asked for" else reason,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _hash(path: str, size: int, changed: int) -> str:
+    """The SHA-256 of a file, read again when its size or time has changed."""
+    return sha256_of(Path(path))
