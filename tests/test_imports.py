@@ -19,7 +19,7 @@ PACKAGE = "lora_compose"
 RINGS = ("attention", "pipelines", "compose", "ui")
 FOLDERS = (
     "support", "playground", "files", "figures", "generate", "cluster", "batch", "serve", "benchmark", "lora", "check",
-    "evaluation", "training", "page", "commands", "cli",
+    "evaluation", "training", "page", "comfyui", "commands", "cli",
 )  # fmt: skip
 """The parts of compose; each may import those before it."""
 

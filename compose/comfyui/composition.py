@@ -46,22 +46,15 @@ class Composition:
             ours: By row, whether it is predicted for our conditioning.
             grid: Height and width of the latents.
             tokens: Tokens of the text in each row; ComfyUI repeats shorter texts to the length of others.
-
-        Raises:
-            ValueError: If the text is not the one that the words were looked for in.
         """
-        if tokens % len(self.words):
-            raise ValueError(
-                f"the conditioning has {tokens} tokens, the text of the concepts {len(self.words)}: connect the "
-                "CONDITIONING of Compose as it is"
-            )
+        words = self.words if any(ours) else self.words[:1]  # a pass of others has a text of any length
         mine = torch.tensor(ours, dtype=torch.float32)[:, None]
         image = torch.ones_like(mine) if self.image_of_others else mine
         text = torch.ones_like(mine) if self.text_of_others else mine
         everywhere = torch.tensor([float(region is None) for region in self.regions])
         levels = {site.level for site in sites.values() if "image" in site.parts}
         return Gates(
-            text=text[:, None] * self.words.repeat(tokens // len(self.words), 1),
+            text=text[:, None] * words.repeat(tokens // len(words), 1),
             image={level: image[:, None] * self._cells(grid_at(grid, level)) for level in levels},
             row=image * torch.ones(len(self.loras)),
             latent_grid=grid,

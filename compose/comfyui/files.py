@@ -43,6 +43,7 @@ def read_concept(path: Path, model: nn.Module, names: Mapping[str, Target]) -> t
     file = read_lora(path)
     grouped, alphas, targets = by_layer(file), Alphas(file), _targets(names)
     parts: dict[str, list[LoraFactors]] = defaultdict(list)
+    taken: dict[tuple[str, int], str] = {}
     left_out, cut = [*grouped.unknown, *grouped.inexpressible], 0
     text = [layer for layer in grouped.layers if layer.part not in ("unet", "transformer")]
     mine = [layer for layer in grouped.layers if layer not in text]
@@ -52,6 +53,8 @@ def read_concept(path: Path, model: nn.Module, names: Mapping[str, Target]) -> t
             left_out += layer.keys
             continue
         name, window, change = target
+        if taken.setdefault((name, window.start if window else 0), layer.module) != layer.module:
+            raise LoraError(f"{path.name} has more than one LoRA for {name}; expected one")
         try:
             factors, lost = _factors(layer, name, window, change, model, alphas)
         except LoraError:

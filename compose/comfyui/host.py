@@ -63,6 +63,13 @@ class Host:
         ours = frozenset(uuid for uuid, mark in marks.items() if mark == self.composition.mark)
         if not ours:
             raise ValueError("connect the CONDITIONING of the same Compose to the sampler, as the positive one")
+        words = len(self.composition.words)
+        for one in conditionings:
+            if one["uuid"] in ours and words not in (1, tokens := one["cross_attn"].shape[1]):
+                raise ValueError(
+                    f"the conditioning has {tokens} tokens, the text of the concepts has {words}: connect the "
+                    "CONDITIONING of Compose without joining it to other texts"
+                )
         if {*marks.values()} - {None, self.composition.mark}:
             raise ValueError("conditionings of several Compose nodes cannot be sampled together; chain the concepts")
         self._sampling = Sampling(guider.inner_model, self.composition, ours, guider.model_patcher.load_device)

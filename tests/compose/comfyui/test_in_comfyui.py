@@ -96,3 +96,263 @@ def test_every_method_equals_dense_deltas(core: ModuleType, patcher: Any, tmp_pa
 def test_samplers_batches_and_odd_sizes(core: ModuleType, patcher: Any, tmp_path: Path, options: dict) -> None:
     plan = composition(core, patcher, tmp_path, "words in regions")
     assert compared(core, patcher, plan, core.text(2), **options) < 1e-5
+
+
+def loaded(core: ModuleType, patcher: Any, how: str) -> Any:
+    import comfy.sd  # pyright: ignore[reportMissingImports]
+
+    third = core.tensors_of(patcher, 9)
+    if not hasattr(comfy.sd, how):
+        pytest.skip(f"this version of ComfyUI has no {how}")
+    return getattr(comfy.sd, how)(patcher, None, third, 0.5, 0)[0]
+
+
+LOADERS = ("load_lora_for_models", "load_bypass_lora_for_models")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_beside_loras_of_comfyui_loaded_before(core: ModuleType, patcher: Any, tmp_path: Path, loader: str) -> None:
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    assert compared(core, patcher, plan, core.text(2), before=lambda p: loaded(core, p, loader)) < 1e-5
+    assert left(patcher) == 0 or loader == LOADERS[1]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_beside_loras_of_comfyui_loaded_after(core: ModuleType, patcher: Any, tmp_path: Path, loader: str) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    positive, negative = core.text(1), core.text(2)
+    base = core.drawn(patcher, positive, negative)
+    found = core.drawn(loaded(core, compose(patcher, plan), loader), marked(positive, plan), negative)
+    reference = core.Reference(loaded(core, patcher, loader), plan, positive, [masks(core)[0], None])
+    wanted = reference.draw(positive, negative)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+    assert torch.equal(base, core.drawn(patcher, positive, negative))
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_beside_a_lora_hook_that_changes_weights_in_the_middle(
+    core: ModuleType, patcher: Any, tmp_path: Path, bypass: bool
+) -> None:
+    """ComfyUI takes a bypass LoRA out for each such change, in the order in which LoRAs came, and puts it in again."""
+    import comfy.hooks  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    positive, negative = core.text(1), core.text(2)
+    plain = core.drawn(patcher, positive, negative)
+    before = loaded(core, patcher, LOADERS[1]) if bypass else patcher
+    hooked, _, group = comfy.hooks.load_hook_lora_for_models(before, None, core.tensors_of(patcher, 8), 0.5, 0)
+
+    def with_hook(conditioning: list) -> list:
+        return comfy.hooks.set_hooks_for_conditioning(conditioning, group)
+
+    base = core.drawn(hooked, with_hook(positive), negative)
+    found = core.drawn(compose(hooked, plan), with_hook(marked(positive, plan)), negative)
+    wanted = core.Reference(hooked, plan, positive, [masks(core)[0], None]).draw(with_hook(positive), negative)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+    assert torch.equal(plain, core.drawn(patcher, positive, negative))
+    assert left(patcher) == 0
+
+
+@pytest.mark.parametrize("order", ["ours first", "ours last"])
+def test_a_conditioning_without_concepts_stays_that_of_the_base_model(
+    core: ModuleType, patcher: Any, tmp_path: Path, order: str
+) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    positive, other, negative = core.text(1), core.text(5), core.text(2)
+
+    def ordered(mine: list) -> list:
+        return mine + other if order == "ours first" else other + mine
+
+    found = core.drawn(compose(patcher, plan), ordered(marked(positive, plan)), negative)
+    wanted = core.Reference(patcher, plan, positive, [masks(core)[0], None]).draw(ordered(positive), negative)
+    base = core.drawn(patcher, ordered(positive), negative)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+
+
+def test_a_guider_that_counts_its_conditionings_otherwise(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    """In `cond_or_uncond` of DualCFGGuider, 0 is the negative one."""
+    import comfy.samplers  # pyright: ignore[reportMissingImports]
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    positive, middle, negative = core.text(1), core.text(5), core.text(2)
+
+    def dual(model: Any, mine: list) -> Tensor:
+        guider = Guider_DualCFG(model)
+        guider.set_conds(mine, middle, negative)
+        guider.set_cfg(4.0, 2.0)
+        latents = torch.zeros(1, 4, *core.GRID)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 3)
+        with torch.inference_mode():
+            euler = comfy.samplers.sampler_object("euler")
+            return guider.sample(noise, latents, euler, sigmas, disable_pbar=True, seed=7)
+
+    found, base = dual(compose(patcher, plan), marked(positive, plan)), dual(patcher, positive)
+    with core.Reference(patcher, plan, positive, [masks(core)[0], None]).hooked() as reference:
+        wanted = dual(reference, positive)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+
+
+@pytest.mark.parametrize("tokens", [12, 24])
+def test_texts_of_other_lengths(core: ModuleType, patcher: Any, tmp_path: Path, tokens: int) -> None:
+    """On UNets ComfyUI repeats texts to one length; on Flux it runs them in passes of their own."""
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    assert compared(core, patcher, plan, core.text(2, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_weights_that_are_stored_in_less(core: ModuleType, tmp_path: Path, dtype: torch.dtype) -> None:
+    for make in core.FAMILIES.values():
+        patcher = make(dtype, torch.float32)
+        plan = composition(core, patcher, tmp_path, "words in regions")
+        assert compared(core, patcher, plan, core.text(2)) < 1e-5
+
+
+def test_weights_that_are_brought_in_for_each_layer(
+    core: ModuleType, patcher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with --novram: LoRAs of ComfyUI are then added in each pass."""
+    import comfy.model_management as management  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr(management, "is_device_cpu", lambda _: False)
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    assert compared(core, patcher, plan, core.text(2), before=lambda p: loaded(core, p, LOADERS[0])) < 1e-5
+    assert any(getattr(module, "comfy_cast_weights", False) for module in patcher.model.modules())
+
+
+def test_one_conditioning_a_pass_where_memory_is_short(
+    core: ModuleType, patcher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(patcher.model), "memory_required", lambda *_, **__: 1e30)
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    assert compared(core, patcher, plan, core.text(2)) < 1e-5
+
+
+def test_nothing_is_left_and_keys_stay(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "regional")
+    before = {key: weight.clone() for key, weight in patcher.model.state_dict().items()}
+    inside = []
+
+    def watch(run: Any, *arguments: Any, **options: Any) -> Tensor:
+        inside.append(list(patcher.model.state_dict()))
+        return run(*arguments, **options)
+
+    host = compose(patcher, plan)
+    host.add_wrapper_with_key("apply_model", "watch", watch)
+    core.drawn(host, marked(core.text(1), plan), core.text(2))
+    assert inside[0] == list(before) == list(patcher.model.state_dict())
+    assert all(torch.equal(weight, before[key]) for key, weight in patcher.model.state_dict().items())
+    assert left(patcher) == 0
+
+
+def test_the_base_model_is_as_before_after_an_exception(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "regional")
+    positive, negative, passes = core.text(1), core.text(2), []
+    base = core.drawn(patcher, positive, negative)
+
+    def fail(run: Any, *arguments: Any, **options: Any) -> Tensor:
+        passes.append(left(patcher))
+        if len(passes) == 2:
+            raise InterruptedError
+        return run(*arguments, **options)
+
+    host = compose(patcher, plan)
+    good = core.drawn(host, marked(positive, plan), negative)
+    failing = host.clone()
+    failing.add_wrapper_with_key("apply_model", "fail", fail)
+    with pytest.raises(InterruptedError):
+        core.drawn(failing, marked(positive, plan), negative)
+    assert min(passes) > 0
+    assert left(patcher) == 0
+    assert torch.equal(base, core.drawn(patcher, positive, negative))
+    assert torch.equal(good, core.drawn(host, marked(positive, plan), negative))
+
+
+def test_compiled_and_not_in_turn(core: ModuleType, models: dict[str, Any], tmp_path: Path) -> None:
+    """As the node TorchCompileModel does it: a graph without LoRAs is not used with them, nor the other way round."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    patcher = models["flux"]
+
+    def compiled(model: Any) -> Any:
+        model = model.clone()
+        set_torch_compile_wrapper(
+            model=model,
+            backend="eager",
+            options={"guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]},
+        )
+        return model
+
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    positive, negative = core.text(1), core.text(2)
+    base, mine = core.drawn(patcher, positive, negative), marked(positive, plan)
+    wanted = core.drawn(compose(patcher, plan), mine, negative)
+    plain, ours = compiled(patcher), compiled(compose(patcher, plan))
+    effect = (wanted - base).abs().max()
+    for model, given, expected in ((plain, positive, base), (ours, mine, wanted), (plain, positive, base)):
+        assert (core.drawn(model, given, negative) - expected).abs().max() < 1e-5 * effect
+
+
+def test_names_of_diffusers_and_parts_of_fused_layers(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    """Against LoraLoader; on Flux, queries and values are parts of one layer, and keys have no LoRA."""
+    import comfy.lora  # pyright: ignore[reportMissingImports]
+    import comfy.sd  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    keys, weights = comfy.lora.model_lora_keys_unet(patcher.model, {}), patcher.model.state_dict()
+    start = "transformer." if any(key.startswith("transformer.") for key in keys) else "unet."
+    torch.manual_seed(3)
+    tensors, once = {}, {str(target): name for name, target in keys.items() if name.startswith(start)}
+    for name in once.values():
+        key, window = (keys[name], None) if isinstance(keys[name], str) else keys[name][:2]
+        weight = weights.get(key)
+        if weight is not None and weight.dim() > 1 and not name.endswith(("to_k", "proj_mlp")):
+            outputs = weight.shape[0] if window is None else window[2]
+            tensors[f"{name}.lora_A.weight"] = torch.randn(2, *weight.shape[1:]) * weight[0].numel() ** -0.5
+            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, 2, *[1] * (weight.dim() - 2)) * 0.3
+    assert len(tensors) > 40
+    lora = core.read(patcher, tensors, tmp_path)
+    plan = Composition([lora], torch.ones(1), [None], torch.ones(1, 1), True, True)
+    positive, negative = core.text(1), core.text(2)
+    base = core.drawn(patcher, positive, negative)
+    found = core.drawn(compose(patcher, plan), marked(positive, plan), negative)
+    merged = comfy.sd.load_lora_for_models(patcher, None, tensors, 1.0, 0)[0]
+    wanted = core.drawn(merged, positive, negative)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+
+
+@pytest.mark.parametrize("mistake", ["no mark", "another Compose", "two Compose nodes", "another text"])
+def test_what_cannot_be_done_is_said(core: ModuleType, patcher: Any, tmp_path: Path, mistake: str) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan, other = (composition(core, patcher, tmp_path, "tara") for _ in range(2))
+    positive, negative, host = core.text(1), core.text(2), compose(patcher, plan)
+    if mistake == "two Compose nodes":
+        with pytest.raises(ValueError, match="chain all concepts"):
+            compose(host, other)
+        return
+    given, said = {
+        "no mark": (positive, "CONDITIONING of the same Compose"),
+        "another Compose": (marked(positive, plan) + marked(core.text(4), other), "several Compose nodes"),
+        "another text": (marked(core.text(1, 12), plan), "12 tokens"),
+    }[mistake]
+    with pytest.raises(ValueError, match=said):
+        core.drawn(host, given, negative)
+    assert left(patcher) == 0
