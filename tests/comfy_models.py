@@ -2,6 +2,7 @@
 
 The environment variable COMFYUI_PATH is a checkout of ComfyUI.
 """
+# ruff: noqa: C408, E402
 
 import logging
 import os

@@ -217,12 +217,14 @@ def test_weights_that_are_stored_in_less(core: ModuleType, tmp_path: Path, dtype
         assert compared(core, patcher, plan, core.text(2)) < 1e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_weights_that_are_brought_in_for_each_layer(
-    core: ModuleType, patcher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    core: ModuleType, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with --novram: LoRAs of ComfyUI are then added in each pass."""
     import comfy.model_management as management  # pyright: ignore[reportMissingImports]
 
+    patcher = core.FAMILIES[family]()  # one that is loaded already stays as it is
     monkeypatch.setattr(management, "is_device_cpu", lambda _: False)
     monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
     plan = composition(core, patcher, tmp_path, "words in regions")
@@ -336,6 +338,77 @@ def test_names_of_diffusers_and_parts_of_fused_layers(core: ModuleType, patcher:
     merged = comfy.sd.load_lora_for_models(patcher, None, tensors, 1.0, 0)[0]
     wanted = core.drawn(merged, positive, negative)
     assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+
+
+class Text:
+    """ComfyUI's own tokenizer of CLIP; encoding is what a tiny model of its own would need in full size."""
+
+    def __init__(self, width: int) -> None:
+        from comfy.sd1_clip import SD1Tokenizer  # pyright: ignore[reportMissingImports]
+
+        self.tokenizer, self.width = SD1Tokenizer(), width
+
+    def tokenize(self, text: str, return_word_ids: bool = False) -> Any:
+        return self.tokenizer.tokenize_with_weights(text, return_word_ids)
+
+    def encode_from_tokens_scheduled(self, tokens: Any) -> list[list[Any]]:
+        numbers = torch.tensor([token for part in tokens["l"] for token, _ in part])
+        table = torch.randn(49408, self.width, generator=torch.Generator().manual_seed(1))
+        return [[table[numbers][None], {"pooled_output": torch.zeros(1, 8)}]]
+
+
+def test_words_are_found_where_the_conditioning_has_them(core: ModuleType) -> None:
+    from lora_compose.compose.comfyui.tokens import find_tokens
+
+    clip = Text(core.WIDTH)
+    text = f"a (sks cat:1.3) beside a zwx dog, {'a very long ' * 30} and a <v1> tree"
+    numbers = [token for part in clip.tokenize(text)["l"] for token, _ in part]
+    for words in ("sks", "sks cat", "zwx dog", "<v1>"):
+        positions, tokens = find_tokens(clip, text, words)
+        assert tokens == len(numbers) == 154
+        assert clip.tokenizer.clip_l.tokenizer.decode([numbers[i] for i in positions]).replace(
+            " ", ""
+        ) == words.replace(" ", "")
+    with pytest.raises(ValueError, match="not in the text"):
+        find_tokens(clip, text, "ca")
+
+
+def test_the_nodes_run_from_files_to_an_image(
+    core: ModuleType, models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import asyncio
+
+    import folder_paths  # pyright: ignore[reportMissingImports]
+    from safetensors.torch import save_file
+
+    from lora_compose.compose.comfyui.nodes import BoxesNode, ComposeNode, ConceptNode, comfy_entrypoint
+
+    patcher, clip = models["sd"], Text(core.WIDTH)
+    for seed, name in ((1, "one"), (2, "two")):
+        save_file(core.tensors_of(patcher, seed), tmp_path / f"{name}.safetensors")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    folder_paths.filename_list_cache.clear()
+    nodes = asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list())
+    ids = [node.GET_SCHEMA().node_id for node in nodes]
+    assert ids == ["LoraComposeConcept", "LoraComposeBoxes", "LoraComposeCompose"]
+    assert ConceptNode.define_schema().inputs[0].options == ["one.safetensors", "two.safetensors"]
+    one = ConceptNode.execute("one.safetensors", "sks", "cat", 1.0, "").args[0]
+    both = ConceptNode.execute("two.safetensors", "zwx", "dog", 0.8, "", None, one).args[0]
+    placed, shown = BoxesNode.execute(both, "0,0,0.5,1\n0.4,0.2,1,1").args
+    assert shown.shape == (2, 256, 256)
+    text, negative = "a sks cat beside a zwx dog", clip.encode_from_tokens_scheduled(clip.tokenize("blurry"))
+    plain = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    base, found = core.drawn(patcher, plain, negative), {}
+    for method, concepts in (("regional", placed), ("tara", both), ("merge", both)):
+        model, positive = ComposeNode.execute(patcher, clip, concepts, text, method).args
+        found[method] = core.drawn(model, positive, negative)
+        assert (found[method] - base).abs().max() > 0.01
+    assert (found["tara"] - found["merge"]).abs().max() > 0.01
+    assert torch.equal(base, core.drawn(patcher, plain, negative))
+    with pytest.raises(ValueError, match="give at least one a box"):
+        ComposeNode.execute(patcher, clip, both, text, "regional")
+    with pytest.raises(ValueError, match="not in the text; write them where the concept is meant: 'sks cat'"):
+        ComposeNode.execute(patcher, clip, both, "a cat", "tara")
 
 
 @pytest.mark.parametrize("mistake", ["no mark", "another Compose", "two Compose nodes", "another text"])
