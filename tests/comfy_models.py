@@ -219,5 +219,5 @@ class Reference:
     def small(self, mask: Tensor | None, grid: Sequence[int]) -> Tensor:
         if mask is None:
             return torch.ones(*grid)
-        mean = F.adaptive_avg_pool2d(mask[None], tuple(grid))[0]
+        mean = F.adaptive_avg_pool2d(mask[None], (grid[0], grid[1]))[0]
         return mean / mean.max().clamp(min=1e-9)

@@ -72,7 +72,9 @@ class Host:
                 )
         if {*marks.values()} - {None, self.composition.mark}:
             raise ValueError("conditionings of several Compose nodes cannot be sampled together; chain the concepts")
-        self._sampling = Sampling(guider.inner_model, self.composition, ours, guider.model_patcher.load_device)
+        noise = arguments[3]  # after the noise levels, more arguments and a callback
+        device = guider.model_patcher.load_device
+        self._sampling = Sampling(guider.inner_model, self.composition, ours, tuple(noise.shape[-2:]), device)
         try:
             self._sampling.put()
             return executor(guider, *arguments, **options)
@@ -112,17 +114,20 @@ class Sampling:
         model: ComfyUI's `BaseModel`.
         composition: What acts where.
         ours: The conditionings that concepts act on.
+        grid: Height and width of the latents.
         device: Where the model runs.
     """
 
-    def __init__(self, model: Any, composition: Composition, ours: frozenset[Any], device: torch.device) -> None:
+    def __init__(
+        self, model: Any, composition: Composition, ours: frozenset[Any], grid: Grid, device: torch.device
+    ) -> None:
         self.model, self.ours = model, ours
         self._composition, self._device = composition, device
         self._sites = sites_of(model.diffusion_model)
         self._kept = KeptBanks(BankCache(sys.maxsize), tuple((i,) for i in range(len(composition.loras))))
         self._stack = ExitStack()
         self._installation: Installation | None = None
-        self._grid: Grid | None = None
+        self._grid = grid
         self._inputs: dict[tuple[Any, ...], LayerInputs] = {}
 
     def put(self) -> None:
@@ -155,6 +160,8 @@ class Sampling:
         if self._installation is None:
             raise RuntimeError("ComfyUI runs the model while its changes are taken out; please report this")
         grid, tokens = (x.shape[-2], x.shape[-1]), text.shape[1]
+        if grid != self._grid and any(region is not None for region in self._composition.regions):
+            raise ValueError("a conditioning with an area of its own cannot be combined with boxes and masks")
         key = (*ours, grid, tokens)
         if key not in self._inputs:
             gates = self._composition.gates(self._sites, ours, grid, tokens)

@@ -325,7 +325,7 @@ def test_names_of_diffusers_and_parts_of_fused_layers(core: ModuleType, patcher:
     for name in once.values():
         key, window = (keys[name], None) if isinstance(keys[name], str) else keys[name][:2]
         weight = weights.get(key)
-        if weight is not None and weight.dim() > 1 and not name.endswith(("to_k", "proj_mlp")):
+        if weight is not None and weight.dim() > 1 and not name.endswith(("to_k", "proj_mlp", "to_qkv_mlp_proj")):
             outputs = weight.shape[0] if window is None else window[2]
             tensors[f"{name}.lora_A.weight"] = torch.randn(2, *weight.shape[1:]) * weight[0].numel() ** -0.5
             tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, 2, *[1] * (weight.dim() - 2)) * 0.3
@@ -409,6 +409,17 @@ def test_the_nodes_run_from_files_to_an_image(
         ComposeNode.execute(patcher, clip, both, text, "regional")
     with pytest.raises(ValueError, match="not in the text; write them where the concept is meant: 'sks cat'"):
         ComposeNode.execute(patcher, clip, both, "a cat", "tara")
+
+
+def test_areas_of_conditionings_are_refused_beside_regions(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    """The grid of a part does not say where it lies."""
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "regional")
+    ((text, options),) = marked(core.text(1), plan)
+    with pytest.raises(ValueError, match="area of its own"):
+        core.drawn(compose(patcher, plan), [[text, {**options, "area": (6, 8, 0, 0)}]], core.text(2))
+    assert left(patcher) == 0
 
 
 @pytest.mark.parametrize("mistake", ["no mark", "another Compose", "two Compose nodes", "another text"])
