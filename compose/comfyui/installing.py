@@ -1,8 +1,8 @@
 """The folder in ComfyUI's custom_nodes that imports our nodes."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
-import lora_compose
 from lora_compose.compose.support.version import __version__
 
 FOLDER = "lora_compose_nodes"
@@ -18,7 +18,10 @@ def install(comfyui: Path) -> Path:
     """
     folder = _folder(comfyui)
     # ComfyUI may run in another environment, where this one has been put on the path.
-    source = Path(lora_compose.__file__).resolve().parents[1]
+    spec = find_spec("lora_compose")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).resolve().parents[1]
     code = (
         f"{_OURS}import importlib.util\nimport sys\n\nif importlib.util.find_spec('lora_compose') is None:\n"
         f"    sys.path.append({str(source)!r})\n\n"
