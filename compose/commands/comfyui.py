@@ -15,7 +15,10 @@ ComfyUI = Annotated[Path, typer.Argument(metavar="PATH_TO_COMFYUI", help="The fo
 @app.command()
 @handle_errors()
 def install(comfyui: ComfyUI) -> None:
-    """Add the nodes to ComfyUI: a small folder in custom_nodes that imports lora-compose."""
+    """Add the nodes to ComfyUI.
+
+    Writes a small folder into custom_nodes that imports lora-compose, and nothing else.
+    """
     echo(f"{installing.install(comfyui)} is written. Start ComfyUI again; the nodes are under lora-compose.")
 
 
