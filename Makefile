@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui evaluate docs test matrix lint format wheel clean
+.PHONY: help demo ui evaluate docs test comfyui matrix lint format wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -22,6 +22,10 @@ docs: .venv/.installed-docs  ## build the site of the docs into build/site; brok
 
 test: .venv/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest -n 2
+
+comfyui: .venv/.installed-dev  ## run the tests of the nodes: make comfyui COMFYUI_PATH=... (its requirements installed)
+	@cat "$(COMFYUI_PATH)/comfyui_version.py"
+	COMFYUI_PATH="$(COMFYUI_PATH)" $(BIN)/python -m pytest -m comfyui -rP tests/compose/comfyui
 
 # The recorded latents are left out of the lowest: transformers fills new text encoders otherwise in each version.
 matrix: build/matrix/newest/.installed build/matrix/lowest/.installed  ## run the tests on the newest and the lowest versions that pyproject.toml allows

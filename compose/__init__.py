@@ -2,5 +2,5 @@
 
 Imports go one way, from a folder to those before it:
 support, playground, files, figures, generate, batch, serve, benchmark, lora, check, evaluation, training, page,
-commands, then `cli`.
+comfyui, commands, then `cli`.
 """

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.commands import blind, evaluate
+from lora_compose.compose.commands import blind, comfyui, evaluate
 from lora_compose.compose.commands.batch import batch
 from lora_compose.compose.commands.bench import bench
 from lora_compose.compose.commands.check import check
@@ -32,6 +32,7 @@ for command in (run, batch, demo, ui, serve, check, methods, replay, refine, ins
     app.command()(command)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(blind.app, name="blind")
+app.add_typer(comfyui.app, name="comfyui")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ FOLDERS = {
     ),
     "compose": (
         "support", "playground", "files", "figures", "generate", "cluster", "batch", "serve", "benchmark", "lora",
-        "check", "evaluation", "training", "page", "commands", "cli",
+        "check", "evaluation", "training", "page", "comfyui", "commands", "cli",
     ),
 }  # fmt: skip
 """The parts of a ring; each may import those before it."""

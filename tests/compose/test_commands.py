@@ -21,7 +21,7 @@ SLOW = ("torch", "diffusers", "transformers", "numpy", "pandas")
 COMMANDS = (
     "run", "batch", "demo", "ui", "serve", "check", "methods", "replay", "refine", "inspect", "merge", "train", "bench",
     "evaluate", "evaluate run", "evaluate report", "evaluate compare", "blind", "blind make", "blind score",
-    "blind judge",
+    "blind judge", "comfyui", "comfyui install", "comfyui uninstall",
 )  # fmt: skip
 CONCEPT = "path=playground:bear,trigger=xlo,class=bear"
 MISTAKES = {
@@ -51,6 +51,7 @@ MISTAKES = {
     "merge playground:cat playground:dog --method tise --out a.safetensors": "did you mean 'ties'?",
     "batch assets/scenes --model playground --ray 10.0.0.1": "--ray 10.0.0.1: expected local, auto",
     "evaluate playground-quik": "did you mean 'playground-quick'",
+    "comfyui install assets": "assets is not a ComfyUI that can run these nodes",
     "bench --method clora:oficial": "did you mean 'clora:official'",
     "train assets --out a.safetensors --trigger a --class b --model playground --preset sdlx": "did you mean 'sdxl'",
 }

@@ -1,0 +1,126 @@
+"""The nodes, by ComfyUI's V3 interface: Concept, Boxes, Compose. They say what things are in the words of our page."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.lora  # pyright: ignore[reportMissingImports]
+import folder_paths  # pyright: ignore[reportMissingImports]
+from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
+
+from lora_compose.compose.comfyui.concepts import Concept, boxes_of, composition_of, drawn, with_boxes
+from lora_compose.compose.comfyui.files import read_concept
+from lora_compose.compose.comfyui.host import compose, marked
+from lora_compose.compose.comfyui.words import BOX, BOXES, CLASS_WORD, CONCEPT, MASK, METHODS, TEXT, TRIGGER, WEIGHT
+
+logger = logging.getLogger("lora_compose")
+Concepts = io.Custom("LORA_COMPOSE_CONCEPTS")
+CATEGORY = "lora-compose"
+
+
+class ConceptNode(io.ComfyNode):
+    """A LoRA with its trigger, class word, weight and region."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        """What the node has."""
+        return io.Schema(
+            node_id="LoraComposeConcept",
+            display_name="Concept",
+            category=CATEGORY,
+            description=CONCEPT,
+            inputs=[
+                io.Combo.Input("lora", options=folder_paths.get_filename_list("loras")),
+                io.String.Input("trigger", default="", tooltip=TRIGGER),
+                io.String.Input("class_word", default="", tooltip=CLASS_WORD),
+                io.Float.Input("weight", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip=WEIGHT),
+                io.String.Input("box", default="", tooltip=BOX),
+                io.Mask.Input("mask", optional=True, tooltip=MASK),
+                Concepts.Input("concepts", optional=True, tooltip="The concepts before this one."),
+            ],
+            outputs=[Concepts.Output(display_name="concepts")],
+        )
+
+    @classmethod
+    def execute(
+        cls, lora: str, trigger: str, class_word: str, weight: float, box: str, mask: Any = None, concepts: Any = ()
+    ) -> Any:
+        """Adds a concept to those before it."""
+        path = Path(folder_paths.get_full_path_or_raise("loras", lora))
+        return io.NodeOutput((*concepts, Concept.of(path, trigger, class_word, weight, box, mask)))
+
+
+class BoxesNode(io.ComfyNode):
+    """The boxes of several concepts."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        """What the node has."""
+        return io.Schema(
+            node_id="LoraComposeBoxes",
+            display_name="Boxes",
+            category=CATEGORY,
+            description="Gives each concept its box. The masks show them: connect them to a MaskPreview.",
+            inputs=[
+                Concepts.Input("concepts"),
+                io.String.Input("boxes", multiline=True, default="0,0,0.5,1\n0.5,0,1,1", tooltip=BOXES),
+            ],
+            outputs=[Concepts.Output(display_name="concepts"), io.Mask.Output(display_name="masks")],
+        )
+
+    @classmethod
+    def execute(cls, concepts: Sequence[Concept], boxes: str) -> Any:
+        """The concepts with their boxes, and the boxes as masks."""
+        found = with_boxes(concepts, boxes_of(boxes))
+        return io.NodeOutput(found, drawn(found))
+
+
+class ComposeNode(io.ComfyNode):
+    """Concepts and a text as a model and a conditioning."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        """What the node has."""
+        return io.Schema(
+            node_id="LoraComposeCompose",
+            display_name="Compose",
+            category=CATEGORY,
+            description="Lets concepts act in a model, in one pass. Connect both outputs to one sampler.",
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                Concepts.Input("concepts"),
+                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip=TEXT),
+                io.Combo.Input(
+                    "method", options=[*METHODS], tooltip=" ".join(f"{name}: {said}" for name, said in METHODS.items())
+                ),
+            ],
+            outputs=[io.Model.Output(), io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str) -> Any:
+        """Reads the files, finds the words, and encodes the text."""
+        names, loras = comfy.lora.model_lora_keys_unet(model.model, {}), []
+        for concept in concepts:
+            lora, notes = read_concept(concept.path, model.model.diffusion_model, names)
+            for note in notes:
+                logger.warning("%s: %s", concept.path.name, note)
+            loras.append(lora)
+        composition = composition_of(concepts, loras, clip, text, method)
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        return io.NodeOutput(compose(model, composition), marked(conditioning, composition))
+
+
+class Extension(ComfyExtension):
+    """The list of nodes that ComfyUI asks for."""
+
+    async def get_node_list(self) -> list[type]:
+        """All of them."""
+        return [ConceptNode, BoxesNode, ComposeNode]
+
+
+async def comfy_entrypoint() -> Extension:
+    """What ComfyUI calls."""
+    return Extension()

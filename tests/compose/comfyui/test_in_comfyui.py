@@ -1,0 +1,442 @@
+"""Concepts on ComfyUI's own models, tiny, sampled by its own KSampler: equal to dense deltas, and gone afterwards."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_compose.compose.comfyui.composition import Composition
+
+pytestmark = pytest.mark.comfyui
+FAMILIES = ("sd", "sdxl", "flux")
+
+
+@pytest.fixture(scope="module")
+def core() -> ModuleType:
+    import comfy_models
+
+    return comfy_models
+
+
+@pytest.fixture(scope="module")
+def models(core: ModuleType) -> dict[str, Any]:
+    return {name: make() for name, make in core.FAMILIES.items()}
+
+
+@pytest.fixture(params=FAMILIES)
+def patcher(request: pytest.FixtureRequest, models: dict[str, Any]) -> Any:
+    return models[request.param]
+
+
+def masks(core: ModuleType) -> list[Tensor]:
+    """They overlap, and leave cells free."""
+    found = [torch.zeros(core.GRID), torch.zeros(core.GRID)]
+    found[0][:, :8], found[1][2:, 6:] = 1, 1
+    return found
+
+
+def words(core: ModuleType) -> Tensor:
+    gate = torch.zeros(core.TOKENS, 2)
+    gate[2, 0] = gate[3, 0] = gate[5, 1] = 1
+    return gate
+
+
+def composition(core: ModuleType, patcher: Any, folder: Path, method: str) -> Composition:
+    loras = [core.read(patcher, core.tensors_of(patcher, seed), folder) for seed in (1, 2)]
+    weights = torch.tensor([1.0, 0.8])
+    if method == "regional":
+        return Composition(loras, weights, masks(core), torch.ones(1, 2), False, False)
+    if method == "words in regions":
+        return Composition(loras, weights, [masks(core)[0], None], words(core), False, False)
+    if method == "tara":
+        return Composition(loras, weights, [None, None], words(core), False, True)
+    return Composition(loras, weights, [None, None], torch.ones(1, 2), True, True)
+
+
+METHODS = ("merge", "tara", "regional", "words in regions")
+
+
+def left(patcher: Any) -> int:
+    """Modules whose `forward` is not that of their class; ComfyUI's bypass leaves that there, as an attribute."""
+    own = [(module, module.__dict__.get("forward")) for module in patcher.model.modules()]
+    return sum(f is not None and getattr(f, "__func__", None) is not type(module).forward for module, f in own)
+
+
+def compared(
+    core: ModuleType, patcher: Any, plan: Composition, negative: list, before: Any = None, **options: Any
+) -> float:
+    """The largest difference from the reference, of the largest effect that the LoRAs have on a latent."""
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    patcher = patcher if before is None else before(patcher)
+    positive = core.text(1)
+    base = core.drawn(patcher, positive, negative, **options)
+    found = core.drawn(compose(patcher, plan), marked(positive, plan), negative, **options)
+    assert left(patcher) == 0 or before is not None
+    given = [region if isinstance(region, Tensor) else None for region in plan.regions]
+    wanted = core.Reference(patcher, plan, positive, given).draw(positive, negative, **options)
+    assert torch.equal(base, core.drawn(patcher, positive, negative, **options)), "the base model has changed"
+    effect = (wanted - base).abs().max()
+    assert effect > 0.01
+    difference = float((found - wanted).abs().max() / effect)
+    print(f"{difference:.0e}", end=" ")
+    return difference
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_equals_dense_deltas(core: ModuleType, patcher: Any, tmp_path: Path, method: str) -> None:
+    plan = composition(core, patcher, tmp_path, method)
+    assert compared(core, patcher, plan, core.text(2)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"cfg": 1.0}, {"batch": 2, "sampler": "dpmpp_2m"}, {"grid": (13, 17)}], ids=str)
+def test_samplers_batches_and_odd_sizes(core: ModuleType, patcher: Any, tmp_path: Path, options: dict) -> None:
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    assert compared(core, patcher, plan, core.text(2), **options) < 1e-5
+
+
+def loaded(core: ModuleType, patcher: Any, how: str) -> Any:
+    import comfy.sd  # pyright: ignore[reportMissingImports]
+
+    third = core.tensors_of(patcher, 9)
+    if not hasattr(comfy.sd, how):
+        pytest.skip(f"this version of ComfyUI has no {how}")
+    return getattr(comfy.sd, how)(patcher, None, third, 0.5, 0)[0]
+
+
+LOADERS = ("load_lora_for_models", "load_bypass_lora_for_models")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_beside_loras_of_comfyui_loaded_before(core: ModuleType, patcher: Any, tmp_path: Path, loader: str) -> None:
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    assert compared(core, patcher, plan, core.text(2), before=lambda p: loaded(core, p, loader)) < 1e-5
+    assert left(patcher) == 0 or loader == LOADERS[1]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_beside_loras_of_comfyui_loaded_after(core: ModuleType, patcher: Any, tmp_path: Path, loader: str) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    positive, negative = core.text(1), core.text(2)
+    base = core.drawn(patcher, positive, negative)
+    found = core.drawn(loaded(core, compose(patcher, plan), loader), marked(positive, plan), negative)
+    reference = core.Reference(loaded(core, patcher, loader), plan, positive, [masks(core)[0], None])
+    wanted = reference.draw(positive, negative)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+    assert torch.equal(base, core.drawn(patcher, positive, negative))
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_beside_a_lora_hook_that_changes_weights_in_the_middle(
+    core: ModuleType, patcher: Any, tmp_path: Path, bypass: bool
+) -> None:
+    """ComfyUI takes a bypass LoRA out for each such change, in the order in which LoRAs came, and puts it in again."""
+    import comfy.hooks  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    positive, negative = core.text(1), core.text(2)
+    plain = core.drawn(patcher, positive, negative)
+    before = loaded(core, patcher, LOADERS[1]) if bypass else patcher
+    hooked, _, group = comfy.hooks.load_hook_lora_for_models(before, None, core.tensors_of(patcher, 8), 0.5, 0)
+
+    def with_hook(conditioning: list) -> list:
+        return comfy.hooks.set_hooks_for_conditioning(conditioning, group)
+
+    base = core.drawn(hooked, with_hook(positive), negative)
+    found = core.drawn(compose(hooked, plan), with_hook(marked(positive, plan)), negative)
+    wanted = core.Reference(hooked, plan, positive, [masks(core)[0], None]).draw(with_hook(positive), negative)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+    assert torch.equal(plain, core.drawn(patcher, positive, negative))
+    assert left(patcher) == 0
+
+
+@pytest.mark.parametrize("order", ["ours first", "ours last"])
+def test_a_conditioning_without_concepts_stays_that_of_the_base_model(
+    core: ModuleType, patcher: Any, tmp_path: Path, order: str
+) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    positive, other, negative = core.text(1), core.text(5), core.text(2)
+
+    def ordered(mine: list) -> list:
+        return mine + other if order == "ours first" else other + mine
+
+    found = core.drawn(compose(patcher, plan), ordered(marked(positive, plan)), negative)
+    wanted = core.Reference(patcher, plan, positive, [masks(core)[0], None]).draw(ordered(positive), negative)
+    base = core.drawn(patcher, ordered(positive), negative)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+
+
+def test_a_guider_that_counts_its_conditionings_otherwise(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    """In `cond_or_uncond` of DualCFGGuider, 0 is the negative one."""
+    import comfy.samplers  # pyright: ignore[reportMissingImports]
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    positive, middle, negative = core.text(1), core.text(5), core.text(2)
+
+    def dual(model: Any, mine: list) -> Tensor:
+        guider = Guider_DualCFG(model)
+        guider.set_conds(mine, middle, negative)
+        guider.set_cfg(4.0, 2.0)
+        latents = torch.zeros(1, 4, *core.GRID)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 3)
+        with torch.inference_mode():
+            euler = comfy.samplers.sampler_object("euler")
+            return guider.sample(noise, latents, euler, sigmas, disable_pbar=True, seed=7)
+
+    found, base = dual(compose(patcher, plan), marked(positive, plan)), dual(patcher, positive)
+    with core.Reference(patcher, plan, positive, [masks(core)[0], None]).hooked() as reference:
+        wanted = dual(reference, positive)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+
+
+@pytest.mark.parametrize("tokens", [12, 24])
+def test_texts_of_other_lengths(core: ModuleType, patcher: Any, tmp_path: Path, tokens: int) -> None:
+    """On UNets ComfyUI repeats texts to one length; on Flux it runs them in passes of their own."""
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    assert compared(core, patcher, plan, core.text(2, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_weights_that_are_stored_in_less(core: ModuleType, tmp_path: Path, dtype: torch.dtype) -> None:
+    for make in core.FAMILIES.values():
+        patcher = make(dtype, torch.float32)
+        plan = composition(core, patcher, tmp_path, "words in regions")
+        assert compared(core, patcher, plan, core.text(2)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_brought_in_for_each_layer(
+    core: ModuleType, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with --novram: LoRAs of ComfyUI are then added in each pass."""
+    import comfy.model_management as management  # pyright: ignore[reportMissingImports]
+
+    patcher = core.FAMILIES[family]()  # one that is loaded already stays as it is
+    monkeypatch.setattr(management, "is_device_cpu", lambda _: False)
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    assert compared(core, patcher, plan, core.text(2), before=lambda p: loaded(core, p, LOADERS[0])) < 1e-5
+    assert any(getattr(module, "comfy_cast_weights", False) for module in patcher.model.modules())
+
+
+def test_one_conditioning_a_pass_where_memory_is_short(
+    core: ModuleType, patcher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(patcher.model), "memory_required", lambda *_, **__: 1e30)
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    assert compared(core, patcher, plan, core.text(2)) < 1e-5
+
+
+def test_nothing_is_left_and_keys_stay(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "regional")
+    before = {key: weight.clone() for key, weight in patcher.model.state_dict().items()}
+    inside = []
+
+    def watch(run: Any, *arguments: Any, **options: Any) -> Tensor:
+        inside.append(list(patcher.model.state_dict()))
+        return run(*arguments, **options)
+
+    host = compose(patcher, plan)
+    host.add_wrapper_with_key("apply_model", "watch", watch)
+    core.drawn(host, marked(core.text(1), plan), core.text(2))
+    assert inside[0] == list(before) == list(patcher.model.state_dict())
+    assert all(torch.equal(weight, before[key]) for key, weight in patcher.model.state_dict().items())
+    assert left(patcher) == 0
+
+
+def test_the_base_model_is_as_before_after_an_exception(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "regional")
+    positive, negative, passes = core.text(1), core.text(2), []
+    base = core.drawn(patcher, positive, negative)
+
+    def fail(run: Any, *arguments: Any, **options: Any) -> Tensor:
+        passes.append(left(patcher))
+        if len(passes) == 2:
+            raise InterruptedError
+        return run(*arguments, **options)
+
+    host = compose(patcher, plan)
+    good = core.drawn(host, marked(positive, plan), negative)
+    failing = host.clone()
+    failing.add_wrapper_with_key("apply_model", "fail", fail)
+    with pytest.raises(InterruptedError):
+        core.drawn(failing, marked(positive, plan), negative)
+    assert min(passes) > 0
+    assert left(patcher) == 0
+    assert torch.equal(base, core.drawn(patcher, positive, negative))
+    assert torch.equal(good, core.drawn(host, marked(positive, plan), negative))
+
+
+def test_compiled_and_not_in_turn(core: ModuleType, models: dict[str, Any], tmp_path: Path) -> None:
+    """As the node TorchCompileModel does it: a graph without LoRAs is not used with them, nor the other way round."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    patcher = models["flux"]
+
+    def compiled(model: Any) -> Any:
+        model = model.clone()
+        set_torch_compile_wrapper(
+            model=model,
+            backend="eager",
+            options={"guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]},
+        )
+        return model
+
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    positive, negative = core.text(1), core.text(2)
+    base, mine = core.drawn(patcher, positive, negative), marked(positive, plan)
+    wanted = core.drawn(compose(patcher, plan), mine, negative)
+    plain, ours = compiled(patcher), compiled(compose(patcher, plan))
+    effect = (wanted - base).abs().max()
+    for model, given, expected in ((plain, positive, base), (ours, mine, wanted), (plain, positive, base)):
+        assert (core.drawn(model, given, negative) - expected).abs().max() < 1e-5 * effect
+
+
+def test_names_of_diffusers_and_parts_of_fused_layers(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    """Against LoraLoader; on Flux, queries and values are parts of one layer, and keys have no LoRA."""
+    import comfy.lora  # pyright: ignore[reportMissingImports]
+    import comfy.sd  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    keys, weights = comfy.lora.model_lora_keys_unet(patcher.model, {}), patcher.model.state_dict()
+    start = "transformer." if any(key.startswith("transformer.") for key in keys) else "unet."
+    torch.manual_seed(3)
+    tensors, once = {}, {str(target): name for name, target in keys.items() if name.startswith(start)}
+    for name in once.values():
+        key, window = (keys[name], None) if isinstance(keys[name], str) else keys[name][:2]
+        weight = weights.get(key)
+        if weight is not None and weight.dim() > 1 and not name.endswith(("to_k", "proj_mlp", "to_qkv_mlp_proj")):
+            outputs = weight.shape[0] if window is None else window[2]
+            tensors[f"{name}.lora_A.weight"] = torch.randn(2, *weight.shape[1:]) * weight[0].numel() ** -0.5
+            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, 2, *[1] * (weight.dim() - 2)) * 0.3
+    assert len(tensors) > 40
+    lora = core.read(patcher, tensors, tmp_path)
+    plan = Composition([lora], torch.ones(1), [None], torch.ones(1, 1), True, True)
+    positive, negative = core.text(1), core.text(2)
+    base = core.drawn(patcher, positive, negative)
+    found = core.drawn(compose(patcher, plan), marked(positive, plan), negative)
+    merged = comfy.sd.load_lora_for_models(patcher, None, tensors, 1.0, 0)[0]
+    wanted = core.drawn(merged, positive, negative)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+
+
+class Text:
+    """ComfyUI's own tokenizer of CLIP; encoding is what a tiny model of its own would need in full size."""
+
+    def __init__(self, width: int) -> None:
+        from comfy.sd1_clip import SD1Tokenizer  # pyright: ignore[reportMissingImports]
+
+        self.tokenizer, self.width = SD1Tokenizer(), width
+
+    def tokenize(self, text: str, return_word_ids: bool = False) -> Any:
+        return self.tokenizer.tokenize_with_weights(text, return_word_ids)
+
+    def encode_from_tokens_scheduled(self, tokens: Any) -> list[list[Any]]:
+        numbers = torch.tensor([token for part in tokens["l"] for token, _ in part])
+        table = torch.randn(49408, self.width, generator=torch.Generator().manual_seed(1))
+        return [[table[numbers][None], {"pooled_output": torch.zeros(1, 8)}]]
+
+
+def test_words_are_found_where_the_conditioning_has_them(core: ModuleType) -> None:
+    from lora_compose.compose.comfyui.tokens import find_tokens
+
+    clip = Text(core.WIDTH)
+    text = f"a (sks cat:1.3) beside a zwx dog, {'a very long ' * 30} and a <v1> tree"
+    numbers = [token for part in clip.tokenize(text)["l"] for token, _ in part]
+    for words in ("sks", "sks cat", "zwx dog", "<v1>"):
+        positions, tokens = find_tokens(clip, text, words)
+        assert tokens == len(numbers) == 154
+        assert clip.tokenizer.clip_l.tokenizer.decode([numbers[i] for i in positions]).replace(
+            " ", ""
+        ) == words.replace(" ", "")
+    with pytest.raises(ValueError, match="not in the text"):
+        find_tokens(clip, text, "ca")
+
+
+def test_the_nodes_run_from_files_to_an_image(
+    core: ModuleType, models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import asyncio
+
+    import folder_paths  # pyright: ignore[reportMissingImports]
+    from safetensors.torch import save_file
+
+    from lora_compose.compose.comfyui.nodes import BoxesNode, ComposeNode, ConceptNode, comfy_entrypoint
+
+    patcher, clip = models["sd"], Text(core.WIDTH)
+    for seed, name in ((1, "one"), (2, "two")):
+        save_file(core.tensors_of(patcher, seed), tmp_path / f"{name}.safetensors")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    folder_paths.filename_list_cache.clear()
+    nodes = asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list())
+    ids = [node.GET_SCHEMA().node_id for node in nodes]
+    assert ids == ["LoraComposeConcept", "LoraComposeBoxes", "LoraComposeCompose"]
+    assert ConceptNode.define_schema().inputs[0].options == ["one.safetensors", "two.safetensors"]
+    one = ConceptNode.execute("one.safetensors", "sks", "cat", 1.0, "").args[0]
+    both = ConceptNode.execute("two.safetensors", "zwx", "dog", 0.8, "", None, one).args[0]
+    placed, shown = BoxesNode.execute(both, "0,0,0.5,1\n0.4,0.2,1,1").args
+    assert shown.shape == (2, 256, 256)
+    text, negative = "a sks cat beside a zwx dog", clip.encode_from_tokens_scheduled(clip.tokenize("blurry"))
+    plain = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    base, found = core.drawn(patcher, plain, negative), {}
+    for method, concepts in (("regional", placed), ("tara", both), ("merge", both)):
+        model, positive = ComposeNode.execute(patcher, clip, concepts, text, method).args
+        found[method] = core.drawn(model, positive, negative)
+        assert (found[method] - base).abs().max() > 0.01
+    assert (found["tara"] - found["merge"]).abs().max() > 0.01
+    assert torch.equal(base, core.drawn(patcher, plain, negative))
+    with pytest.raises(ValueError, match="give at least one a box"):
+        ComposeNode.execute(patcher, clip, both, text, "regional")
+    with pytest.raises(ValueError, match="not in the text; write them where the concept is meant: 'sks cat'"):
+        ComposeNode.execute(patcher, clip, both, "a cat", "tara")
+
+
+def test_areas_of_conditionings_are_refused_beside_regions(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    """The grid of a part does not say where it lies."""
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan = composition(core, patcher, tmp_path, "regional")
+    ((text, options),) = marked(core.text(1), plan)
+    with pytest.raises(ValueError, match="area of its own"):
+        core.drawn(compose(patcher, plan), [[text, {**options, "area": (6, 8, 0, 0)}]], core.text(2))
+    assert left(patcher) == 0
+
+
+@pytest.mark.parametrize("mistake", ["no mark", "another Compose", "two Compose nodes", "another text"])
+def test_what_cannot_be_done_is_said(core: ModuleType, patcher: Any, tmp_path: Path, mistake: str) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan, other = (composition(core, patcher, tmp_path, "tara") for _ in range(2))
+    positive, negative, host = core.text(1), core.text(2), compose(patcher, plan)
+    if mistake == "two Compose nodes":
+        with pytest.raises(ValueError, match="chain all concepts"):
+            compose(host, other)
+        return
+    given, said = {
+        "no mark": (positive, "CONDITIONING of the same Compose"),
+        "another Compose": (marked(positive, plan) + marked(core.text(4), other), "several Compose nodes"),
+        "another text": (marked(core.text(1, 12), plan), "12 tokens"),
+    }[mistake]
+    with pytest.raises(ValueError, match=said):
+        core.drawn(host, given, negative)
+    assert left(patcher) == 0

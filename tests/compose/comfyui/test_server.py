@@ -1,0 +1,162 @@
+"""ComfyUI's own server, without a browser, runs the example workflow with the nodes as `install` puts them there."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from commands import free_port
+from lora_compose.compose.comfyui.installing import install
+
+pytestmark = pytest.mark.comfyui
+ROOT = Path(__file__).resolve().parents[3]
+OWN = ("custom_nodes", "models", "output", "input", "temp", "user")
+Ask = Callable[..., Any]
+
+
+def checkpoint(folder: Path) -> None:
+    """Stable Diffusion 1.5 with a short UNet, random weights and no VAE; its text encoder has to be of full size."""
+    core = import_module("comfy_models")  # puts ComfyUI on the path
+    import comfy.ops  # pyright: ignore[reportMissingImports]
+    import comfy.supported_models  # pyright: ignore[reportMissingImports]
+    from comfy.clip_model import CLIPTextModel  # pyright: ignore[reportMissingImports]
+
+    config = {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [1, 1],
+        "channel_mult": (1, 1), "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1],
+        "transformer_depth_middle": 1, "legacy": False, "use_spatial_transformer": True, "context_dim": 768,
+        "use_linear_in_transformer": False, "use_temporal_attention": False, "adm_in_channels": None,
+    }  # fmt: skip
+    patcher = core.patcher_of(comfy.supported_models.SD15(config), torch.float32, None)
+    weights = {
+        f"model.{name}": weight.half() for name, weight in patcher.model.state_dict().items() if "diffusion" in name
+    }
+    sizes = json.loads((Path(os.environ["COMFYUI_PATH"]) / "comfy/sd1_clip_config.json").read_text())
+    for name, weight in CLIPTextModel(sizes, torch.float32, "cpu", comfy.ops.disable_weight_init).state_dict().items():
+        random = torch.randn(weight.shape) * 0.02 if weight.dim() > 1 else torch.full(weight.shape, "weight" in name)
+        weights[f"cond_stage_model.transformer.{name}"] = random.half()
+    save_file(weights, folder / "checkpoints/model.safetensors")
+    for seed, name in ((1, "cat"), (2, "dog")):
+        tensors = {key: value for key, value in core.tensors_of(patcher, seed, 2).items() if "attn" in key}
+        save_file(tensors, folder / f"loras/{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout, with folders of its own for what is installed and made."""
+    root, core = tmp_path_factory.mktemp("ComfyUI"), Path(os.environ["COMFYUI_PATH"])
+    for entry in core.iterdir():
+        if entry.name not in OWN:
+            (root / entry.name).symlink_to(entry)
+    for name in (*OWN, "models/checkpoints", "models/loras"):
+        (root / name).mkdir(parents=True)
+    checkpoint(root / "models")
+    install(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def ask(comfyui: Path) -> Iterator[Ask]:
+    """Asks the server; it runs until the tests are over."""
+    port = free_port()
+    command = [
+        sys.executable, "main.py", "--cpu", "--port", str(port), "--base-directory", str(comfyui),
+        "--dont-print-server", "--disable-api-nodes",
+    ]  # fmt: skip
+
+    def asked(path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+
+    with (comfyui / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            end = time.monotonic() + 120
+            while True:
+                assert server.poll() is None, (comfyui / "log").read_text()[-3000:]
+                try:
+                    asked("system_stats")
+                    break
+                except (urllib.error.URLError, ConnectionError):
+                    assert time.monotonic() < end
+                    time.sleep(0.5)
+            yield asked
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def workflow(**changes: Any) -> dict[str, Any]:
+    """The example, smaller; it ends with latents, since the checkpoint has no VAE."""
+    graph = json.loads((ROOT / "docs/comfyui/two-in-boxes.json").read_text(encoding="utf-8"))
+    del graph["decode"]
+    graph["save"] = {"class_type": "SaveLatent", "inputs": {"samples": ["sampler", 0], "filename_prefix": "composed"}}
+    graph["latent"]["inputs"] |= {"width": 128, "height": 128}
+    graph["sampler"]["inputs"] |= {"steps": 3}
+    for node, inputs in changes.items():
+        graph[node]["inputs"] |= inputs
+    return graph
+
+
+def run(ask: Ask, comfyui: Path, graph: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    number = ask("prompt", {"prompt": graph})["prompt_id"]
+    while not (history := ask(f"history/{number}")):
+        time.sleep(0.2)
+    status = history[number]["status"]
+    saved = list((comfyui / "output").rglob("composed*"))
+    latent = load_file(saved[0])["latent_tensor"] if saved else None
+    for path in saved:
+        path.unlink()
+    return status, latent
+
+
+def plain(**changes: Any) -> dict[str, Any]:
+    """The same text without our nodes."""
+    graph = workflow()
+    text = graph.pop("compose")["inputs"]["text"]
+    for name in ("cat", "dog", "boxes"):
+        del graph[name]
+    graph["positive"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": text}}
+    graph["sampler"]["inputs"] |= {"model": ["model", 0], "positive": ["positive", 0], **changes}
+    return graph
+
+
+def test_the_nodes_are_there_and_the_example_runs_twice(ask: Ask, comfyui: Path) -> None:
+    kinds = {name for name in ask("object_info") if name.startswith("LoraCompose")}
+    assert kinds == {"LoraComposeConcept", "LoraComposeBoxes", "LoraComposeCompose"}
+    status, base = run(ask, comfyui, plain())
+    assert status["status_str"] == "success", status
+    status, first = run(ask, comfyui, workflow())
+    assert status["status_str"] == "success", status
+    assert base is not None
+    assert first is not None
+    assert (first - base).abs().max() > 0.01
+    other, again = run(ask, comfyui, plain(seed=8)), run(ask, comfyui, plain(seed=7))  # else the result is a kept one
+    assert other[0]["status_str"] == "success"
+    assert again[1] is not None
+    assert torch.equal(again[1], base), "the base model is bit-identical afterwards"
+    run(ask, comfyui, workflow(sampler={"seed": 8}))
+    _, second = run(ask, comfyui, workflow())
+    assert second is not None
+    assert torch.equal(second, first)
+
+
+def test_a_mistake_is_told_in_the_answer(ask: Ask, comfyui: Path) -> None:
+    status, _ = run(ask, comfyui, workflow(compose={"method": "tara"}))
+    (failed,) = (message for kind, message in status["messages"] if kind == "execution_error")
+    assert failed["node_type"] == "LoraComposeCompose"
+    assert "tara does not use boxes and masks; take them away, or choose regional" in failed["exception_message"]
