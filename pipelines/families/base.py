@@ -201,6 +201,11 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     family: str = ""
     """The model family, in words."""
 
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height of the images that the model was made for, in pixels."""
+        raise NotImplementedError
+
     @classmethod
     def opens(cls, config: Mapping[str, Any]) -> bool:
         """Whether a model's configuration is of this family."""

@@ -61,11 +61,6 @@ class ImageTasksPipeline(ComposePipeline):
     """Whether diffusers' pipelines round the number of steps that a strength leaves up."""
 
     @property
-    def own_size(self) -> tuple[int, int]:
-        """Width and height of the images that the model was made for, in pixels."""
-        raise NotImplementedError
-
-    @property
     def inpaints_as_diffusers(self) -> bool:
         """Whether diffusers' pipeline can inpaint with this model without concepts; otherwise our own loop does."""
         return True
