@@ -111,7 +111,7 @@ def test_words_of_ones_own_name_a_concept_everywhere(tokenizer: CLIPTokenizer) -
 @pytest.mark.parametrize(
     ("prompt", "concepts", "options", "message"),
     [
-        ("a sks and a zwx dog", [Concept(name="cat", trigger="sks"), DOG], {}, "give it a class_word"),
+        ("a sks and a zwx dog", [Concept(name="cat", trigger="sks"), DOG], {}, "give it a class word"),
         ("a sks and a zwx dog", [CAT, DOG], {}, "write 'sks cat' in the prompt"),
         ("a cat, a sks and a zwx dog", [CAT, DOG], {}, "write 'sks cat' in the prompt"),
         (PROMPT, [CAT, DOG], {"base_prompt": "a dog on grass"}, "'cat' occurs 0 times"),
