@@ -134,7 +134,7 @@ class Artist:
 
     def _base(self, name: str) -> Thing:
         drawn = look(self.rng, self.drawings, name)
-        # A person of one description has several skins, which are one identity to nobody: their mean colour tells.
+        # People with one caption have several skin tones; the mean colour keeps their identities apart.
         tone = tuple((drawn.sprite[..., :3][drawn.sprite[..., 3] > 200].mean(0) // 8).astype(int).tolist())
         return Thing(drawn.sprite, (drawn.words, tone), name, tuple(dict.fromkeys((name, drawn.words))))
 
@@ -268,7 +268,7 @@ class JudgeBatches(IterableDataset):
 
 
 def _truth(crops: Sequence[Thing], captions: Sequence[str]) -> Tensor:
-    """Which captions are right about which images; a scene's caption only about its own."""
+    """The matrix of matches between images and captions; the caption of a scene matches its own image only."""
     truth = torch.zeros(len(captions), len(captions))
     for i, thing in enumerate(crops):
         truth[i, : len(crops)] = torch.tensor([thing.fits(caption) for caption in captions[: len(crops)]]).float()

@@ -42,7 +42,7 @@ def cost(loras: Sequence[Lora], unet: Any) -> tuple[int, int]:
 
 
 def cost_of_peft(number: int, dora: bool, unet: Any) -> tuple[int, int]:
-    """The same with adapters of PEFT, ungated."""
+    """Operations and FLOPs of the pass with PEFT adapters, ungated."""
     unet = copy.deepcopy(unet)
     names = [f"a{i}" for i in range(number)]
     for name in names:
@@ -56,7 +56,7 @@ def cost_of_peft(number: int, dora: bool, unet: Any) -> tuple[int, int]:
 
 
 def as_dora(lora: Lora) -> Lora:
-    """The same factors with norms."""
+    """Low-rank factors with DoRA magnitudes."""
     return {name: replace(it, transform=Rescaling(torch.empty(len(it.up), device=META))) for name, it in lora.items()}
 
 

@@ -1,4 +1,4 @@
-"""A LoRA file -> factors by ComfyUI's names of layers: read by our readers, named by ComfyUI's own map of names."""
+"""Loads a LoRA file for a ComfyUI model: `pipelines.formats` parses it, ComfyUI's key map finds the modules."""
 
 import math
 from collections import defaultdict
@@ -80,7 +80,7 @@ def read_concept(path: Path, model: nn.Module, names: Mapping[str, Target]) -> t
 
 
 def _targets(names: Mapping[str, Target]) -> Mapping[str, tuple[str, slice | None, Callable[[Tensor], Tensor] | None]]:
-    """By the name that our readers give a layer: ComfyUI's layer, its outputs that are meant, and the change."""
+    """Target module, rows of its output and LoRA layer, by the layer name in `pipelines.formats`."""
     found = {}
     for spelled, target in names.items():
         key, window, change, *_ = (target, None, None) if isinstance(target, str) else (*target, None)

@@ -83,12 +83,12 @@ class Host:
             self._sampling = None
 
     def eject(self, patcher: Any) -> None:
-        """Others have taken out what they had put into the model (ON_EJECT_MODEL)."""
+        """Removes the LoRAs after ComfyUI has ejected its own (ON_EJECT_MODEL)."""
         if self._sampling is not None and patcher.model is self._sampling.model:
             self._sampling.take()
 
     def inject(self, patcher: Any) -> None:
-        """They have put it in again (ON_INJECT_MODEL)."""
+        """Installs the LoRAs again after ComfyUI has injected its own (ON_INJECT_MODEL)."""
         if self._sampling is not None and patcher.model is self._sampling.model:
             self._sampling.put()
 

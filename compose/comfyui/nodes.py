@@ -1,4 +1,4 @@
-"""The nodes, by ComfyUI's V3 interface: Concept, Boxes, Compose. They say what things are in the words of our page."""
+"""The ComfyUI nodes (V3 schema): Concept, Boxes and Compose. Labels and tooltips are those of the Streamlit page."""
 
 import logging
 from collections.abc import Sequence

@@ -44,7 +44,7 @@ MethodOption = Annotated[
         "--method",
         metavar="METHOD",
         help=f"How concepts are fused: {', '.join(METHODS)}; with the authors' settings {', '.join(PRESETS)}. Default: "
-        "chosen from the concepts. `lora-compose methods` says what each does.",
+        "chosen from the concepts. `lora-compose methods` describes each.",
     ),
 ]
 SetOption = Annotated[

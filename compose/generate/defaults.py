@@ -121,7 +121,7 @@ def variant_in(facts: ModelFacts, dtype: str) -> str | None:
 
 
 def complete(run: Run) -> tuple[Run, Defaults]:
-    """A run with its defaults filled in, and what they are; given fields stay. The log says what was chosen and why.
+    """Fills in the defaults of a run, and returns them too. Given fields stay; choices and reasons are logged.
 
     Raises:
         ValueError: If the device is not there, or there is no such model.

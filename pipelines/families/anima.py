@@ -45,6 +45,7 @@ from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.base import HUB_OPTIONS, ComposePipeline
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
 from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas
@@ -276,17 +277,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     def latents_of(self, pixels: Tensor) -> Tensor:
         """As `FlowMatchingPipeline.latents_of`; each channel is normalised apart."""
-        means = self.vae.encode(pixels[:, :, None].to(self.vae.dtype)).latent_dist.mode()
-        mean, std = self._norm(means)
-        return ((means - mean) / std)[:, :, 0]
-
-    def _norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents' channels, in a video of one frame."""
-        config: Any = self.vae.config
-        mean, std = (
-            torch.tensor(numbers).to(like).view(1, -1, 1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
-        )
-        return mean, std
+        return latents_of_image(self.vae, pixels)
 
     def _template(self, length: int) -> TemplateTokenizer:
         most = self.text_conditioner.config.min_sequence_length
@@ -327,7 +318,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         if output_type == "latent":
             return latents
         latents = latents.to(self.vae.dtype)
-        mean, std = self._norm(latents)
+        mean, std = channel_norm(self.vae, latents)
         image = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
         return self._postprocess(image, output_type)
 

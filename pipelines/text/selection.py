@@ -86,7 +86,7 @@ def _words(concept: Concept) -> Concept:
 def _without_versions(
     known: Mapping[str, Concept], tagged: Collection[str]
 ) -> tuple[dict[str, Concept], dict[str, list[str]]]:
-    """Of concepts with the same words the one that is tagged, or whose name all others begin with; and those others."""
+    """Splits concepts with equal words into the tagged one, or the one whose name begins all others, and the rest."""
     groups: dict[tuple[str | None, str | None], list[str]] = {}
     for name, concept in known.items():
         groups.setdefault((concept.trigger, concept.class_word), []).append(name)

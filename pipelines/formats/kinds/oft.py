@@ -64,7 +64,7 @@ def _of_outputs(tensors: Tensors, settings: Mapping[str, Any]) -> Rotation:
 
 
 def _size(numbers: int) -> int:
-    """Of a block with so many numbers above its diagonal. Raises ValueError if there is none."""
+    """The side of a block with so many entries above its diagonal. Raises ValueError if there is none."""
     size = (1 + math.isqrt(1 + 8 * numbers)) // 2
     if size * (size - 1) // 2 != numbers:
         raise ValueError(f"oft_R has {numbers} numbers by block, which is no triangle of a square")
