@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.attention import Site, grid_at
+from lora_compose.attention import Site, TextBias, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
@@ -161,18 +161,17 @@ def _by_scene(settings: Draft, session: Session) -> Restart:
         by_level = _by_level(session, masks)
         everywhere = [concept.is_style for concept in concepts.concepts]
         spec = gated_pass(session, texts, by_level, everywhere)
-        if settings.bias and session.canvas.backbone.joint is None:
-            spec = replace(spec, text_bias=_biases(session, texts.text, by_level, settings.bias))
+        if settings.bias:
+            spec = replace(spec, text_bias=_bias(session, texts.text, by_level, settings.bias))
         return [FixedPasses(session, [[(spec, 1.0)]])]
 
     return Restart(texts.text, strips if settings.division == "strips" else nearest, start)
 
 
-def _biases(session: Session, text: Conditioning, shares: Mapping[int, Tensor], size: float) -> Mapping[int, Tensor]:
-    """The bias of every grid. Shape: [rows, cells, tokens] each."""
+def _bias(session: Session, text: Conditioning, shares: Mapping[int, Tensor], size: float) -> TextBias:
     subjects = list(session.concepts.subjects)
     phrases = text.phrase_mask[text.roles.conditional][..., subjects]
-    return {level: region_bias(text, share[..., subjects], phrases, size, -size) for level, share in shares.items()}
+    return region_bias(text, {level: share[..., subjects] for level, share in shares.items()}, phrases, size, -size)
 
 
 def _by_level(session: Session, masks: Tensor) -> Mapping[int, Tensor]:

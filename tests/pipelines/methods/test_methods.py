@@ -224,7 +224,7 @@ NEEDS = {
     "clora": Needs(region_attention=True),
     "clora:official": Needs(),
     "draft": Needs(),
-    "freefuse": Needs(region_attention=True),
+    "freefuse": Needs(),
 }
 
 
