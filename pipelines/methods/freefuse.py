@@ -89,6 +89,11 @@ class FreeFuse(Settings):
         """The settings of the authors' code for SDXL."""
         return cls(words="phrase", temperature=1000.0)
 
+    @classmethod
+    def official_flux(cls) -> "FreeFuse":
+        """The settings of the authors' code for FLUX.1, whose 28 steps are drafted up to the fifth."""
+        return cls(length=5 / 28, words="phrase", temperature=4000.0, own_bias=2.0, other_bias=-4.0)
+
     def start(self, session: Session) -> Process:
         """Finds the words of every subject in the prompt. A single subject is merged."""
         concepts = session.concepts

@@ -54,7 +54,7 @@ def regions(masks: Tensor) -> list[Concept]:
 def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, division, reading, guided):
     guidance = family.guided if guided else family.unguided
     noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
-    method = Draft(length=1, reading=reading, bias=0)
+    method = Draft(length=1, reading=reading)
     found = pipe(
         **CALL, **guidance, concepts=["cat", "dog"], method=method, latents=noise, num_images_per_prompt=2
     ).images

@@ -257,6 +257,7 @@ def test_settings_of_the_authors_have_names() -> None:
         "lora-composer:paper",
         "clora:official",
         "freefuse:official",
+        "freefuse:official-flux",
     }
 
 
