@@ -1,6 +1,6 @@
 """One forward pass of the model as values: its inputs, the attention maps to record, and its results."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from lora_compose.attention import Gates, Installation
 from lora_compose.attention.device import to_device

@@ -34,7 +34,5 @@ def region_bias(
     tokens = weights.repeat(branches, 1, 1)
     if not on_all_rows:
         tokens[text.roles.unconditional] = 0
-    cells = {
-        level: share.expand(text.images, -1, -1).repeat(branches, 1, 1) for level, share in shares.items()
-    }
+    cells = {level: share.expand(text.images, -1, -1).repeat(branches, 1, 1) for level, share in shares.items()}
     return TextBias(cells, tokens)

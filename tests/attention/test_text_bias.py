@@ -58,7 +58,9 @@ def test_attention_with_the_channels_is_attention_with_the_bias(dtype):
         for x, channels in zip((query, key), more, strict=True)
     ]
     found = scaled_dot_product_attention(*wide, value.to(dtype), scale=16**-0.5).float()
-    torch.testing.assert_close(found, expected, **({"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}))
+    torch.testing.assert_close(
+        found, expected, **({"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05})
+    )
 
 
 def test_some_of_the_rows_have_the_bias_of_those_rows():

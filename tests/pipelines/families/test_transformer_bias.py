@@ -134,7 +134,9 @@ def test_draft_is_diffusers_with_dense_deltas_and_bias(family, pipe, asked):
     (regions,) = asked
     wanted = expected(family, pipe, regions, 1.5, -1.5, own_words=False)
     torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
-    without = latents_of(pipe, concepts=["cat", "dog"], method=Draft(length=1, reading="scene", bias=0), **family.guided)
+    without = latents_of(
+        pipe, concepts=["cat", "dog"], method=Draft(length=1, reading="scene", bias=0), **family.guided
+    )
     assert (found - without).abs().max() > 1e-3
 
 
