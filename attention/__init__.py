@@ -18,6 +18,7 @@ from lora_compose.attention.placing import How
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import Partition, RegionAttention
 from lora_compose.attention.sites import Grid, Site, SitePart, coarser, grid_at
+from lora_compose.attention.text_bias import TextBias
 
 if TYPE_CHECKING:
     from lora_compose.attention.backbones.step_caches import StepCaches, check_caches
@@ -40,6 +41,7 @@ __all__ = [
     "Site",
     "SitePart",
     "StepCaches",
+    "TextBias",
     "backbone_of",
     "check_caches",
     "coarser",

@@ -11,6 +11,7 @@ from lora_compose.attention.kernels import Kernel
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.sites import Grid
+from lora_compose.attention.text_bias import TextBias
 from lora_compose.attention.text_kv import TextKV
 
 
@@ -27,7 +28,8 @@ class LayerInputs:
         joint_regions: Region attention for text and image in one sequence.
         lengths: Number of text tokens in each row.
         latent_grid: Height and width of the latents.
-        text_bias: Added to the scores of cross-attention, by level. Shape: [rows, 1, cells, tokens].
+        text_bias: Added to the scores between cells and tokens, by level. Shape: [rows, 1, cells, tokens].
+        bias_factors: Its factors, for attention to text and image in one sequence.
         text_end: Minus infinity at tokens that a row does not have, added as well; None if it has all. Shape: [rows, 1,
             1, tokens].
     """
@@ -40,6 +42,7 @@ class LayerInputs:
     lengths: tuple[int, ...] = (1,)
     latent_grid: Grid = (1, 1)
     text_bias: Mapping[int, Tensor] | None = None
+    bias_factors: TextBias | None = None
     text_end: Tensor | None = None
 
     def bias(self, level: int) -> Tensor | None:

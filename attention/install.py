@@ -18,6 +18,7 @@ from lora_compose.attention.placing import How, check_how, put_in, replace_modul
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.sites import Site, SitePart
+from lora_compose.attention.text_bias import TextBias
 from lora_compose.attention.text_kv import TextKV
 
 
@@ -55,7 +56,7 @@ class Installation:
         text_kv: TextKV | None = None,
         lengths: Sequence[int] | None = None,
         joint_regions: JointRegions | None = None,
-        text_bias: Mapping[int, Tensor] | None = None,
+        text_bias: TextBias | None = None,
     ) -> LayerInputs:
         """Makes the inputs of the layers for one pass. They serve every step, until `fold` is called.
 
@@ -64,16 +65,18 @@ class Installation:
                 that read different texts; layers * channels if each cross-attention layer has a text of its own.
             text_kv: Keys and values to share with another pass that has the same text and the same text gates.
             lengths: Number of tokens in each row, if rows have fewer than `text`.
-            text_bias: Added to the scores of cross-attention without regions, by level. Shape: [rows, cells, tokens].
+            text_bias: Added to the scores between image and text; not with regions.
         """
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
         keys = {key for layer in self.bank.values() for key in layer.keys}
         expanded = {key: gates.expand(key, lengths).to(self._device, self._dtype) for key in keys}
         kept = text_kv or (None if text is None else TextKV())
-        bias = {level: one.to(self._device, self._dtype)[:, None] for level, one in (text_bias or {}).items()}
+        factors = None if text_bias is None else text_bias.to(self._device)
+        scores = {} if factors is None else factors.scores()
+        bias = {level: one.to(self._dtype)[:, None] for level, one in scores.items()}
         return LayerInputs(
             expanded, kept, regions, text if regions is not None else None, joint_regions, tuple(lengths),
-            gates.latent_grid, bias or None, self._text_end(lengths, text),
+            gates.latent_grid, bias or None, factors, self._text_end(lengths, text),
         )  # fmt: skip
 
     def _text_end(self, lengths: Sequence[int], text: Tensor | None) -> Tensor | None:

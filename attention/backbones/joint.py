@@ -167,14 +167,31 @@ class JointKernel:
         """Attends. Shapes: [rows, positions, heads, channels]; masks as for `JointRegions.attend`."""
         if self.site.joint and self.state.recorders:
             self._record(query, key, attn_mask)
-        regions = self.state.inputs.joint_regions
-        if regions is None:
-            return self.attend(query, key, value, attn_mask=attn_mask, **options)
+        out = self._attend(query, key, value, attn_mask, options)
+        if self.site.joint:
+            for recorder in self.state.recorders:
+                recorder.take_output(self.layer, out[:, self._parts(key.shape[1])[1]].flatten(2))
+        return out
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
+    ) -> Tensor:
+        regions, bias = self.state.inputs.joint_regions, self.state.inputs.bias_factors
 
         def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
             return self.attend(query, key, value, attn_mask=mask, **options)
 
-        return regions.attend(attend, self.site.parts, query, key, value, attn_mask)
+        if regions is not None:
+            return regions.attend(attend, self.site.parts, query, key, value, mask)
+        if bias is None or not self.site.joint:
+            return attend(query, key, value, mask)
+        text, image, _ = self._parts(key.shape[1])
+        scale = options.get("scale") or query.shape[-1] ** -0.5
+        more_query, more_key = bias.channels(self.site.level, key.shape[1], text, image, scale)
+        query, key = _extended(query, more_query), _extended(key, more_key)
+        # Fast kernels want values as wide as queries.
+        wide = nn.functional.pad(value, (0, more_key.shape[-1]))
+        return self.attend(query, key, wide, attn_mask=mask, **{**options, "scale": scale})[..., : value.shape[-1]]
 
     def _record(self, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
         text, image, others = self._parts(key.shape[1])
@@ -193,6 +210,10 @@ class JointKernel:
         seen = None if mask is None else text_first(mask, -1)
         hides = seen is not None and seen.dtype == torch.bool
         allowed, bias = (seen, None) if hides else (None, seen)
+        scores = (self.state.inputs.text_bias or {}).get(self.site.level)
+        if scores is not None:
+            scores = nn.functional.pad(scores[..., :tokens], (0, keys.shape[2] - min(tokens, scores.shape[-1])))
+            bias = scores if bias is None else bias + scores
         for recorder in self.state.recorders:
             recorder.take(self.layer, query[:, image].transpose(1, 2), keys, scale, allowed, tokens, bias)
 
@@ -213,6 +234,11 @@ class JointKernel:
             found[part] = slice(start, start + (cells if part == "image" else length))
             start += length
         return found["text"], found["image"], [where for part, where in found.items() if part != "text"]
+
+
+def _extended(x: Tensor, channels: Tensor) -> Tensor:
+    """The same further channels in all heads. Shapes: [rows, positions, heads, channels], [rows, positions, more]."""
+    return torch.cat([x, channels[:, :, None].to(x.dtype).expand(-1, -1, x.shape[2], -1)], dim=-1)
 
 
 def with_kernel(processor: Any, kernel: type[JointKernel], layer: str, site: Site, state: ForwardState) -> Any:

@@ -20,7 +20,10 @@ __all__ = [
 ]
 
 METHODS = ("merge", "tara", "regional", "switch", "composite", "lora-composer", "clora", "draft", "freefuse")
-PRESETS = ("tara:official", "lora-composer:official", "lora-composer:paper", "clora:official", "freefuse:official")
+PRESETS = (
+    "tara:official", "lora-composer:official", "lora-composer:paper", "clora:official", "freefuse:official",
+    "freefuse:official-flux",
+)  # fmt: skip
 MERGERS = ("cat", "svd", "ties", "dare", "tsv", "lego", "np", "k-lora", "soups", "ssr")
 """The registries themselves import torch; a test compares them with these."""
 

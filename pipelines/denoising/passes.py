@@ -1,12 +1,12 @@
 """One forward pass of the model as values: its inputs, the attention maps to record, and its results."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, JointRegions, Recorder, RegionAttention
+from lora_compose.attention import Gates, JointRegions, Recorder, RegionAttention, TextBias
 from lora_compose.pipelines.scene.regions import Window
 from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -24,7 +24,7 @@ class Pass:
         image: Index of the image, for a pass of one image; None means all.
         branch_batch_size: Number of branches that are run together, to save memory; None means all.
         joint_regions: Region attention for text and image in one sequence.
-        text_bias: Added to the scores of cross-attention, by level; not with `regions`. Shape: [rows, cells, tokens].
+        text_bias: Added to the scores between image and text; not with regions.
     """
 
     text: Conditioning
@@ -34,7 +34,7 @@ class Pass:
     image: int | None = None
     branch_batch_size: int | None = None
     joint_regions: JointRegions | None = None
-    text_bias: Mapping[int, Tensor] | None = None
+    text_bias: TextBias | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class MapRequest:
         tokens: Weight of every token in every map. Shape: [(texts,) rows, tokens, maps].
         self_attention: Whether to record maps of self-attention, too.
         layer: The cross-attention layer whose maps are recorded; None means all map layers.
-        output_layer: A self-attention layer whose output is recorded, too.
+        output_layer: An attention layer whose output at the cells is recorded, too.
     """
 
     tokens: Tensor

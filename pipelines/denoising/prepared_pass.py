@@ -1,10 +1,9 @@
 """A pass prepared for all steps: whatever does not change between steps is computed once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from lora_compose.attention import Gates, Installation
 from lora_compose.attention.device import to_device
@@ -13,7 +12,6 @@ from lora_compose.attention.text_kv import TextKV
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.scene.canvas import Step
-from lora_compose.pipelines.scene.rows import Selection
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 
@@ -84,11 +82,11 @@ class PreparedPass:
     def _make(
         self, installation: Installation, concepts: ConceptSet, weights: tuple[float, ...], conditional: bool
     ) -> Iterator[MicroBatch]:
-        text, gates, regions, biases = self.spec.text, self.spec.gates, self.spec.joint_regions, self.spec.text_bias
+        text, gates, regions, bias = self.spec.text, self.spec.gates, self.spec.joint_regions, self.spec.text_bias
         if conditional and text.guided:
             rows = text.roles.conditional
             regions = None if regions is None else regions.select(rows)
-            biases = _of_rows(biases, rows)
+            bias = None if bias is None else bias.select(rows)
             gates, text = gates.select(rows), text.select(rows)
         if concepts.schedules:
             gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
@@ -96,13 +94,10 @@ class PreparedPass:
         for part, part_gates, rows in _cut(text, gates, self.spec.branch_batch_size):
             inputs = installation.inputs(
                 part_gates, part.prompt_embeds, self.spec.regions, lengths=part.lengths,
-                joint_regions=None if regions is None else regions.select(rows), text_bias=_of_rows(biases, rows),
+                joint_regions=None if regions is None else regions.select(rows),
+                text_bias=None if bias is None else bias.select(rows),
             )  # fmt: skip
             yield MicroBatch(part, inputs, rows)
-
-
-def _of_rows(biases: Mapping[int, Tensor] | None, rows: Selection) -> Mapping[int, Tensor] | None:
-    return None if biases is None else {level: bias[rows] for level, bias in biases.items()}
 
 
 def _cut(text: Conditioning, gates: Gates, size: int | None) -> Iterator[tuple[Conditioning, Gates, slice]]:

@@ -63,6 +63,7 @@ PRESETS: Mapping[str, Callable[[], Settings]] = {
     "lora-composer:paper": LoraComposer.paper,
     "clora:official": Clora.official,
     "freefuse:official": FreeFuse.official,
+    "freefuse:official-flux": FreeFuse.official_flux,
 }
 """The authors' settings, by preset name."""
 

@@ -7,8 +7,8 @@ A method of this project. The base model, without any LoRA, lays out a scene in 
     division    the whole canvas is divided between the subjects, half-way between their centres
     restart     from the same noise. Every LoRA acts on the cells of its subject, in one pass per step
 
-With subjects of different classes all cells read the scene's prompt, as in `regional`, and on UNets a bias on
-cross-attention draws the cells of a region to the words of its subject, as in `freefuse`. One text cannot tell two cats
+With subjects of different classes all cells read the scene's prompt, as in `regional`, and in cross-attention a bias
+draws the cells of a region to the words of its subject, as in `freefuse`. One text cannot tell two cats
 apart, so with two of one class every region reads a text of its own and is denoised apart at first, as in
 `lora-composer` without updates; on transformers it reads a text of its own, as in `regional`. Regions that the user
 gives are kept, and the rest of the canvas is divided.
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.attention import Site, grid_at
+from lora_compose.attention import Site, TextBias, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
@@ -70,8 +70,9 @@ class Draft(Settings):
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: With texts of their own, whether the cells of a region see no other region in self-attention; "auto",
             where text and image are not one sequence, since it tears the images of transformers apart.
-        bias: With the scene's prompt on UNets: added to the scores of cross-attention between the cells of a region and
-            the words of its subject, and subtracted for the words of other subjects.
+        bias: With the scene's prompt: added to the attention scores between the cells of a region and the words of its
+            subject, and subtracted for the words of other subjects. None is 1 in cross-attention, and 0 where text and
+            image are one sequence.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
     """
 
@@ -81,7 +82,7 @@ class Draft(Settings):
     reading: Reading = "auto"
     apart: float = 0.4
     isolate: Isolation = "auto"
-    bias: float = 1.0
+    bias: float | None = None
     keep_regions: bool = True
 
     def __post_init__(self) -> None:
@@ -92,7 +93,7 @@ class Draft(Settings):
             raise ValueError(f"length must be positive, not {self.length}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
-        if not 0 <= self.bias < math.inf:
+        if self.bias is not None and not 0 <= self.bias < math.inf:
             raise ValueError(f"bias must be at least 0, not {self.bias}")
         if not 0 <= self.apart <= 1:
             raise ValueError(f"apart must lie between 0 and 1, not {self.apart}")
@@ -112,6 +113,10 @@ class Draft(Settings):
         words = words.repeat_interleave(canvas.images_per_prompt, dim=0).to(canvas.device)
         draft = session.denoiser.prepare(Pass(text, constant_gates(session, styles)))
         return Drafting(self, session, draft, words, self._restart(session))
+
+    def bias_in(self, canvas: Canvas) -> float:
+        """The size of the bias with a model."""
+        return self.bias if self.bias is not None else 1.0 if canvas.backbone.joint is None else 0.0
 
     def _restart(self, session: Session) -> "Restart":
         if not self._reads_regions(session):
@@ -161,18 +166,17 @@ def _by_scene(settings: Draft, session: Session) -> Restart:
         by_level = _by_level(session, masks)
         everywhere = [concept.is_style for concept in concepts.concepts]
         spec = gated_pass(session, texts, by_level, everywhere)
-        if settings.bias and session.canvas.backbone.joint is None:
-            spec = replace(spec, text_bias=_biases(session, texts.text, by_level, settings.bias))
+        if size := settings.bias_in(session.canvas):
+            spec = replace(spec, text_bias=_bias(session, texts.text, by_level, size))
         return [FixedPasses(session, [[(spec, 1.0)]])]
 
     return Restart(texts.text, strips if settings.division == "strips" else nearest, start)
 
 
-def _biases(session: Session, text: Conditioning, shares: Mapping[int, Tensor], size: float) -> Mapping[int, Tensor]:
-    """The bias of every grid. Shape: [rows, cells, tokens] each."""
+def _bias(session: Session, text: Conditioning, shares: Mapping[int, Tensor], size: float) -> TextBias:
     subjects = list(session.concepts.subjects)
     phrases = text.phrase_mask[text.roles.conditional][..., subjects]
-    return {level: region_bias(text, share[..., subjects], phrases, size, -size) for level, share in shares.items()}
+    return region_bias(text, {level: share[..., subjects] for level, share in shares.items()}, phrases, size, -size)
 
 
 def _by_level(session: Session, masks: Tensor) -> Mapping[int, Tensor]:

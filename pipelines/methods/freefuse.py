@@ -27,7 +27,6 @@ from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
     ActingRows,
     FixedPasses,
-    Needs,
     Process,
     Settings,
     acting_rows,
@@ -90,10 +89,10 @@ class FreeFuse(Settings):
         """The settings of the authors' code for SDXL."""
         return cls(words="phrase", temperature=1000.0)
 
-    @property
-    def needs(self) -> Needs:
-        """Cross-attention whose scores get a bias."""
-        return Needs(region_attention=True)
+    @classmethod
+    def official_flux(cls) -> "FreeFuse":
+        """The settings of the authors' code for FLUX.1, whose 28 steps are drafted up to the fifth."""
+        return cls(length=5 / 28, words="phrase", temperature=4000.0, own_bias=2.0, other_bias=-4.0)
 
     def start(self, session: Session) -> Process:
         """Finds the words of every subject in the prompt. A single subject is merged."""
@@ -177,16 +176,29 @@ class Fusing:
         weights = concepts.weights_of(range(len(concepts.loaded))).to(canvas.device)
         weights = acting_rows(text, settings.rows).to(canvas.device) * weights
         image: dict[int, Tensor] = {}
+        # In one sequence text is changed like the image, so no LoRA changes the words of other subjects.
+        tokens, modulation = weights.new_ones(1), None
+        if canvas.backbone.joint is not None:
+            tokens, modulation = self._own_tokens(weights), weights[:, 0] * self._styles(weights)
         for level, share in shares.items():
             every = share.new_ones(*share.shape[:2], len(concepts.loaded))
             every[..., list(concepts.subjects)] = share
             image[level] = weights * every.repeat(branches, 1, 1)
         on_all = settings.rows == "all"
-        biases = {
-            level: region_bias(text, share, self.phrases, settings.own_bias, settings.other_bias, on_all_rows=on_all)
-            for level, share in shares.items()
-        }
-        return Pass(text, Gates(weights, image, weights[:, 0], canvas.latent_grid), text_bias=biases)
+        bias = region_bias(text, shares, self.phrases, settings.own_bias, settings.other_bias, on_all_rows=on_all)
+        gates = Gates(weights * tokens, image, weights[:, 0], canvas.latent_grid, modulation=modulation)
+        return Pass(text, gates, text_bias=bias)
+
+    def _own_tokens(self, weights: Tensor) -> Tensor:
+        """0 at the words of other subjects. Shape: [rows, tokens, concepts]."""
+        others = self.phrases.sum(dim=2, keepdim=True) - self.phrases
+        own = weights.new_ones(*others.shape[:2], weights.shape[-1])
+        own[..., list(self.session.concepts.subjects)] = 1 - others.clamp(max=1)
+        return own.repeat(self.text.rows // self.text.images, 1, 1)
+
+    def _styles(self, weights: Tensor) -> Tensor:
+        """1 for concepts that act everywhere. Shape: [concepts]."""
+        return torch.tensor([float(concept.is_style) for concept in self.session.concepts.concepts]).to(weights.device)
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """One pass with LoRAs and biases."""
@@ -197,16 +209,19 @@ class Fusing:
 
 
 def block_read(backbone: Backbone) -> tuple[str, str]:
-    """The cross- and the self-attention layer of the block that shows where subjects are.
+    """The attention layers that show where subjects are: one for attention to words, one for the output at the cells.
 
-    The fourth block of the up path on the map grid, or the last where there are fewer. On SDXL that is
-    `up_blocks.0.attentions.0.transformer_blocks.3`, which the authors chose; on SD 1.x and 2.x the third.
+    On UNets the fourth block of the up path on the map grid, or the last where there are fewer. On SDXL that is
+    `up_blocks.0.attentions.0.transformer_blocks.3`, which the authors chose; on SD 1.x and 2.x the third. On
+    transformers the last layer of which maps are recorded, or of FLUX the last block with two streams, as in the
+    authors' code.
     """
     own = {name.removesuffix(".attn1"): name for name in backbone.self_map_layers}
-    up = [name for name in backbone.map_layers if name.startswith("up_") and name.removesuffix(".attn2") in own]
-    if not up:
-        raise ValueError("freefuse needs a UNet with blocks that have self- and cross-attention in its up path")
-    layer = up[min(3, len(up) - 1)]
+    if backbone.joint is not None:
+        return backbone.map_layers[-1], backbone.map_layers[-1]
+    known = [name for name in backbone.map_layers if name.removesuffix(".attn2") in own]
+    up = [name for name in known if name.startswith("up_")]
+    layer = up[min(3, len(up) - 1)] if up else known[-1]
     return layer, own[layer.removesuffix(".attn2")]
 
 

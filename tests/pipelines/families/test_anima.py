@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anima import ANIMA, anima_pipeline
-from lora_compose import Clora, ComposePipeline, Concept, Draft, LoraComposer
+from lora_compose import Clora, ComposePipeline, Concept, Draft, FreeFuse, LoraComposer
 from lora_compose.attention import Lora
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.formats.recognise import guess_family
@@ -27,6 +27,7 @@ METHODS = {
     "draft": (Draft(), ["cat", "dog"]),
     "clora": (Clora(), ["cat", "dog"]),
     "clora, branches": (Clora(fuse="branches"), ["cat", "dog"]),
+    "freefuse": (FreeFuse(), ["cat", "dog"]),
     "lora-composer": (LoraComposer(), BOXES),
     "lora-composer, overlap": (
         LoraComposer(threshold=0.5, apart=0.0),
@@ -53,11 +54,6 @@ def test_lora_composer_without_updates_equals_a_pass_for_each_region(pipe):
     found = latents_of(pipe, prompt="a sks cat on grass", concepts=alone, method=still, **ANIMA.unguided)
     expected = latents_of(pipe, prompt="a sks cat on grass", concepts=["cat"], method="merge", **ANIMA.unguided)
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
-
-
-def test_freefuse_is_refused_in_words(pipe):
-    with pytest.raises(ValueError, match="freefuse needs a UNet"):
-        latents_of(pipe, concepts=["cat", "dog"], method="freefuse", **ANIMA.guided)
 
 
 def test_it_opens_as_diffusers_saves_it_and_the_other_way_round(pipe, tmp_path):

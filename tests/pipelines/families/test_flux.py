@@ -11,7 +11,7 @@ from torch import Tensor
 
 from components import sd_unet, seeded, small_vae
 from flux import FLUX, flux_pipeline
-from lora_compose import Clora, ComposePipeline, Concept, Control, Draft, FreeFuse, LoraComposer, Merge, Regional
+from lora_compose import Clora, ComposePipeline, Concept, Control, Draft, LoraComposer, Merge, Regional
 from lora_compose.attention.backbones import backbone_of
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from transformer_families import TOKENS, as_file, plain_latents, random_lora_of_all
@@ -116,7 +116,7 @@ def test_generators_are_counted(pipe):
         latents_of(pipe, concepts=["cat"], method="merge", generator=[seeded(0), seeded(1)])
 
 
-@pytest.mark.parametrize("settings", [LoraComposer(), Clora(), FreeFuse()])
+@pytest.mark.parametrize("settings", [LoraComposer(), Clora()])
 def test_methods_of_unets_name_those_that_work_here(pipe, settings):
     with pytest.raises(ValueError, match=r"needs region attention.*use draft.*regional"):
         latents_of(pipe, concepts=BOXES, method=settings)

@@ -258,7 +258,8 @@ def test_the_bias_is_that_of_every_cell_and_token(branches):
     empty = torch.zeros(2 * branches, 4, 3)
     text = Conditioning(torch.zeros(2 * branches, 4, 8), empty, empty, Rows.of(2, branches - 1))
     for on_all_rows in (False, True):
-        found = region_bias(text, shares, phrases, 2.0, -1.0, on_all_rows=on_all_rows)
+        bias = region_bias(text, {1: shares}, phrases, 2.0, -1.0, on_all_rows=on_all_rows)
+        found = bias.scores()[1]
         assert found.shape == (2 * branches, 5, 4)
         for row, cell, token in product(range(2 * branches), range(5), range(4)):
             image, wanted = row % 2, 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from comparisons import assert_close, far_apart
 from components import EVERYTHING, random_lora, sdxl_unet, seeded, text_loras
-from lora_compose.attention import RegionAttention, backbone_of
+from lora_compose.attention import RegionAttention, TextBias, backbone_of
 from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.process import constant_gates, one_text
 from lora_compose.pipelines.methods import FreeFuse, Merge, Settings, choose_method, make_method
@@ -249,8 +249,9 @@ class Both(Settings):
     """A method whose pass has region attention and a bias."""
 
     def start(self, session: Any) -> Any:
-        gates = constant_gates(session, session.concepts.weights_of([]))
-        spec = Pass(one_text(session), gates, RegionAttention({}, inject=False, isolate=False), text_bias={})
+        gates, text = constant_gates(session, session.concepts.weights_of([])), one_text(session)
+        bias = TextBias({}, text.phrase_mask)
+        spec = Pass(text, gates, RegionAttention({}, inject=False, isolate=False), text_bias=bias)
         return session.denoiser.prepare(spec)
 
 

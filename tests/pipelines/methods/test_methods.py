@@ -224,7 +224,7 @@ NEEDS = {
     "clora": Needs(region_attention=True),
     "clora:official": Needs(),
     "draft": Needs(),
-    "freefuse": Needs(region_attention=True),
+    "freefuse": Needs(),
 }
 
 
@@ -257,6 +257,7 @@ def test_settings_of_the_authors_have_names() -> None:
         "lora-composer:paper",
         "clora:official",
         "freefuse:official",
+        "freefuse:official-flux",
     }
 
 

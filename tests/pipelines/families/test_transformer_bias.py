@@ -1,0 +1,163 @@
+"""`freefuse` and `draft` with a bias on transformers, against diffusers with dense deltas and a dense bias."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from all_transformers import JOINT, TRANSFORMERS
+from components import seeded
+from lora_compose import Draft, FreeFuse
+from lora_compose.attention import backbone_of
+from lora_compose.pipelines.methods import draft, freefuse
+from lora_compose.pipelines.methods.region_bias import region_bias
+from transformer_families import (
+    CALL,
+    CELLS,
+    TOKENS,
+    Family,
+    Places,
+    dense_loras,
+    latents_of,
+    pipeline_with_concepts,
+    plain_latents,
+)
+
+
+@pytest.fixture(params=JOINT, scope="module")
+def family(request: pytest.FixtureRequest) -> Family:
+    return TRANSFORMERS[request.param]
+
+
+@pytest.fixture(scope="module")
+def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return pipeline_with_concepts(family, tmp_path_factory.mktemp("loras"))
+
+
+@dataclass
+class Asked:
+    """Regions and words for which a method asked for a bias. Shape: [1, cells, 2] and [1, tokens, 2]."""
+
+    shares: Tensor
+    phrases: Tensor
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
+    found: list[Asked] = []
+
+    def kept(text: Any, shares: Mapping[int, Tensor], phrases: Tensor, *sizes: float, **options: Any) -> Any:
+        found.append(Asked(shares[1], phrases))
+        return region_bias(text, shares, phrases, *sizes, **options)
+
+    for module in (draft, freefuse):
+        monkeypatch.setattr(module, "region_bias", kept)
+    return found
+
+
+@contextmanager
+def dense_bias(pipe: Any, asked: Asked, own: float, other: float, rows: list[bool]) -> Iterator[None]:
+    """Adds the bias, a matrix of all positions, to the scores of joint attention, while diffusers' pipeline runs."""
+    parts = backbone_of(pipe.transformer).joint.parts  # pyright: ignore[reportOptionalMemberAccess]
+
+    def matrix(positions: int) -> Tensor:
+        tokens, every = positions - CELLS**2, torch.zeros(positions, positions)
+        text, image = (0, tokens) if parts[0] == "text" else (CELLS**2, 0)
+        for here, named in product(range(2), range(2)):
+            size = own if here == named else other
+            for token, cell in product(range(min(tokens, asked.phrases.shape[1])), range(CELLS**2)):
+                added = size * asked.shares[0, cell, here] * asked.phrases[0, token, named]
+                every[image + cell, text + token] += added
+                every[text + token, image + cell] += added
+        return every
+
+    processors = [layer.processor for layer in pipe.transformer.modules() if hasattr(layer, "processor")]
+    module: Any = sys.modules[type(processors[0]).__module__]
+    dispatch, matrices = module.dispatch_attention_fn, dict[int, Tensor]()
+
+    def biased(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        if key.shape[1] <= CELLS**2:
+            return dispatch(query, key, value, attn_mask=attn_mask, **options)
+        if key.shape[1] not in matrices:
+            matrices[key.shape[1]] = matrix(key.shape[1])
+        mask = torch.stack([matrices[key.shape[1]] * (not unconditional) for unconditional in rows])[:, None]
+        if attn_mask is not None:
+            mask = mask.masked_fill(~attn_mask, -torch.inf)
+        return dispatch(query, key, value, attn_mask=mask, **options)
+
+    module.dispatch_attention_fn = biased
+    try:
+        yield
+    finally:
+        module.dispatch_attention_fn = dispatch
+
+
+def expected(family: Family, pipe: Any, asked: Asked, own: float, other: float, *, own_words: bool) -> Tensor:
+    """Latents of diffusers' pipeline in which each LoRA acts on the cells of its region, of conditional rows alone."""
+    rows: list[bool] = []
+
+    def places(unconditional: Sequence[bool]) -> Places:
+        rows[:] = unconditional
+        live = torch.tensor([float(not uncond) for uncond in unconditional])[:, None, None]
+        text = torch.ones(1, TOKENS, 2)
+        if own_words:
+            text[:, : asked.phrases.shape[1]] -= asked.phrases.flip(2)[:, :TOKENS]
+        return Places(live * text, live * asked.shares, torch.zeros(len(rows), 2))
+
+    loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
+    with (
+        dense_loras(family, pipe.transformer, loras, places, guided=True),
+        dense_bias(pipe, asked, own, other, rows),
+    ):
+        return plain_latents(family, pipe, **CALL, **family.guided)
+
+
+def test_freefuse_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, asked):
+    method = FreeFuse(length=1, own_bias=2, other_bias=-3, rows="cond_only")
+    found = latents_of(pipe, concepts=["cat", "dog"], method=method, **family.guided)
+    (regions,) = asked
+    assert (regions.shares.sum(dim=2) == 1).all(), "every cell belongs to one subject"
+    assert regions.shares.sum(dim=1).min() >= CELLS**2 / 4, "and each subject has about as many"
+    wanted = expected(family, pipe, regions, 2, -3, own_words=True)
+    torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
+
+
+def test_draft_is_diffusers_with_dense_deltas_and_bias(family, pipe, asked):
+    method = Draft(length=1, reading="scene", bias=1.5)
+    found = latents_of(pipe, concepts=["cat", "dog"], method=method, **family.guided)
+    (regions,) = asked
+    wanted = expected(family, pipe, regions, 1.5, -1.5, own_words=False)
+    torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
+    without = latents_of(
+        pipe, concepts=["cat", "dog"], method=Draft(length=1, reading="scene", bias=0), **family.guided
+    )
+    assert (found - without).abs().max() > 1e-3
+
+
+def test_the_images_of_a_batch_have_masks_of_their_own(family, pipe):
+    noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
+    call: dict[str, Any] = {"concepts": ["cat", "dog"], "method": "freefuse", **family.guided}
+    found = latents_of(pipe, **call, latents=noise, num_images_per_prompt=2)
+    for image in range(2):
+        alone = latents_of(pipe, **call, latents=noise[image : image + 1])
+        torch.testing.assert_close(found[image : image + 1], alone, atol=3e-5, rtol=0)
+
+
+def test_maps_are_recorded_with_the_bias(family, pipe):
+    maps = {
+        bias: latents_and_maps(pipe, family, Draft(length=1, reading="scene", bias=bias))[0, 0] for bias in (0.0, 3.0)
+    }
+    assert (maps[3.0] - maps[0.0]).abs().max() > 0.01
+
+
+def latents_and_maps(pipe: Any, family: Family, method: Any) -> Tensor:
+    return pipe(
+        **{**CALL, "generator": seeded(3), "output_type": "latent"}, concepts=["cat", "dog"], method=method,
+        record_attention=[0], **family.unguided,
+    ).attention_maps  # fmt: skip
