@@ -33,7 +33,7 @@ def rows_of(page: str, heading: str) -> dict[str, list[str]]:
 
 
 def test_sizes_of_models_are_those_of_their_published_numbers_of_parameters():
-    """SD 1.5 has 123 M in its text encoder and 860 M in its UNet; T5 XXL's encoder 4.76 G, FLUX.1 11.9 G; Qwen3-4B 4.02 G."""
+    """CLIP L 123 M, SD 1.5's UNet 860 M, T5 XXL's encoder 4.76 G, FLUX.1 11.9 G, Qwen3-4B 4.02 G."""
     found = needs()
     assert found["SD 1.5"].text / 2 == pytest.approx(123e6, rel=0.01)
     assert found["SD 1.5"].weights / 2 == pytest.approx(860e6, rel=0.01)
@@ -64,9 +64,7 @@ def test_sizes_in_recipes_are_in_the_table():
 
 def test_hardware_in_the_readme_is_what_the_command_prints():
     computed = cells(needs_table(needs()))
-    assert rows_of("README.md", "## Hardware") == {
-        model: [row[3], row[4], row[6]] for model, row in computed.items()
-    }
+    assert rows_of("README.md", "## Hardware") == {model: [row[3], row[4], row[6]] for model, row in computed.items()}
 
 
 def test_seconds_in_the_docs_are_counted_flops_by_a_share_of_the_peak():
