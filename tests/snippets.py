@@ -137,6 +137,10 @@ class Shelf:
         for seed, image in enumerate(("pose", "look", "start")):
             pixels = np.random.default_rng(seed).random((512, 512, 3)) * 255
             Image.fromarray(pixels.astype("u1")).save(folder / f"{image}.png")
+        for number, mask in enumerate(("cat", "dog")):
+            half = np.zeros((512, 512), "u1")
+            half[:, 256 * number : 256 * (number + 1)] = 255
+            Image.fromarray(half).save(folder / f"{mask}.png")
         if published.family == "sd":
             self._fill_control(folder, pipe)
             self._fill_words(folder, pipe)

@@ -130,7 +130,7 @@ def parse(arguments: list[str], *, whole: bool) -> None:
     try:
         command.make_context(command.name, rest)
     except Exception as error:  # typer has click as its own or beside it
-        if whole or type(error).__name__ != "MissingParameter":
+        if whole or type(error).__name__ not in ("MissingParameter", "BadOptionUsage"):
             raise
 
 

@@ -141,7 +141,10 @@ BEFORE: dict[tuple[str, int], Callable[[Names], None]] = {
 
 FAMILY = {("docs/models.md", 3): "sdxl"}  # of the LoRAs beside code that names no model
 ALL_STEPS = {("docs/image-to-image.md", 3)}  # it reads the maps of the thirteenth
-DEAR = {"docs/batch.md", "docs/control.md", "docs/image-to-image.md", "docs/models.md", "docs/tutorial.md"}
+DEAR = {
+    "docs/batch.md", "docs/control.md", "docs/image-to-image.md", "docs/memory.md", "docs/models.md",
+    "docs/tutorial.md",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

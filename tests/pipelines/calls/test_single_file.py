@@ -1,6 +1,5 @@
 """A checkpoint in one file, in the original layout, opens like a folder."""
 
-
 import pytest
 import torch
 from safetensors.torch import save_file
