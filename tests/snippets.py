@@ -171,8 +171,8 @@ class Shelf:
 
     def _fill_control(self, folder: Path, pipe: Any) -> None:
         pose = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3)
-        levels = ControlNetModel(**dict(pose.config) | {"conditioning_embedding_out_channels": (4,) * 6})
-        levels.save_pretrained(folder / "lllyasviel/control_v11p_sd15_openpose")
+        config: dict[str, Any] = dict(pose.config) | {"conditioning_embedding_out_channels": (4,) * 6}
+        ControlNetModel(**config).save_pretrained(folder / "lllyasviel/control_v11p_sd15_openpose")
         models = _folder(folder / "h94/IP-Adapter/models")
         image_encoder().save_pretrained(models / "image_encoder")
         tensors = {

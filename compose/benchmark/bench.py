@@ -25,7 +25,7 @@ from lora_compose.compose.benchmark.architectures import (
     RANK as LORA_RANK,
 )
 from lora_compose.compose.benchmark.counting import Counted
-from lora_compose.compose.benchmark.hardware import MODELS, need, needs_table, seconds_table
+from lora_compose.compose.benchmark.hardware import MODELS, Need, need, needs_table, seconds_table
 from lora_compose.compose.benchmark.host import HostWork, host_work
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
@@ -146,7 +146,7 @@ def bench(
         numbers["passes"] = [asdict(row) for row in passes]
     if hardware:
         with bar("computing", len(MODELS)) as on_progress:
-            needs = {}
+            needs: dict[str, Need] = {}
             for model_name in MODELS:
                 needs[model_name] = need(model_name)
                 on_progress(len(needs))

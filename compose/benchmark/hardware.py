@@ -38,16 +38,16 @@ NF4_BITS, INT8_BITS = 4.5, 8.5
 _T5: Mapping[str, Any] = {
     "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-_QWEN3_4B = dict(QWEN3) | {
+_QWEN3_4B: Mapping[str, Any] = dict(QWEN3) | {
     "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
 }  # fmt: skip
-_QWEN3_VL_4B = {
+_QWEN3_VL_4B: Mapping[str, Any] = {
     "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560,
     "deepstack_visual_indexes": [5, 11, 17],
 }  # fmt: skip
 _MORE_TEXT: Mapping[str, Callable[[], nn.Module]] = {
     "FLUX.1": lambda: T5EncoderModel(T5Config(**_T5)),
-    "Krea 2": lambda: Qwen3VLModel(Qwen3VLConfig(text_config=_QWEN3_4B, vision_config=_QWEN3_VL_4B)),
+    "Krea 2": lambda: Qwen3VLModel(Qwen3VLConfig(text_config=dict(_QWEN3_4B), vision_config=dict(_QWEN3_VL_4B))),
     "Z-Image": lambda: Qwen3Model(Qwen3Config(**_QWEN3_4B)),
 }
 """Text encoders that LoRA files leave alone. Sources: `text_encoder/config.json` and `text_encoder_2/config.json` of
