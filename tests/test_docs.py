@@ -1,27 +1,26 @@
 """The docs are true: links lead somewhere, public names are in the reference, and commands can be typed."""
 
+import importlib.util
+import inspect
 import re
 import shlex
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from PIL import Image
 from safetensors.torch import save_file
 
 import lora_compose
 from commands import call
 from components import lora_tensors, random_lora, tiny_xl_pipeline
 from lora_compose.compose.cli import app
+from snippets import CODE_BLOCK, PAGES, PUBLISHED, ROOT, Shelf, blocks, name_of
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "assets").rglob("*.md")],
-    key=lambda path: path.as_posix(),
-)
-CODE_BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
@@ -32,12 +31,11 @@ def words(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """Where links into a page can lead: its headings, as GitHub names them, and the names of the reference."""
+    """Where links into a page can lead: its headings, as GitHub names them."""
     text = page.read_text(encoding="utf-8")
     headings = re.findall(r"^#+ (.*)$", CODE_BLOCK.sub("", text), re.MULTILINE)
     plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings)
-    slugs = {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in plain}
-    return slugs | set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in plain}
 
 
 def links(page: Path) -> Iterator[str]:
@@ -46,7 +44,7 @@ def links(page: Path) -> Iterator[str]:
     yield from re.findall(r'<img src="([^"]+)"', text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     for target in links(page):
         if re.match(r"[a-z]+:", target):
@@ -65,11 +63,29 @@ def test_every_figure_is_shown_on_some_page() -> None:
 def test_every_public_name_is_in_the_reference_and_nothing_else() -> None:
     text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
     table = text.partition("\n## ")[0]
-    described = set(re.findall(r"^::: lora_compose\.(\w+)$", text, re.MULTILINE))
+    described = set(re.findall(r"^<!-- (?!end)(\w+) -->$", text, re.MULTILINE))
     named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
     assert named == set(lora_compose.__all__)
     constants = {name for name in named if not callable(getattr(lora_compose, name))}
     assert described == named - constants
+
+
+def test_the_reference_is_that_of_the_source() -> None:
+    spec = importlib.util.spec_from_file_location("reference_page", ROOT / "docs/reference_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    assert text == module.written(text), "python docs/reference_page.py"
+
+
+def test_every_public_argument_of_a_call_is_in_the_reference() -> None:
+    text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    call = text.partition("#### `ComposePipeline.__call__`")[2].partition("\n#### ")[0]
+    assert set(inspect.signature(lora_compose.ComposePipeline.__call__).parameters) - {"self"} <= set(
+        re.findall(r"\w+", call)
+    )
 
 
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
@@ -83,25 +99,108 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
 
 
 def typed(page: Path) -> list[list[str]]:
-    """The commands of ours on a page, as lists of words, also those in tables."""
-    text = page.read_text(encoding="utf-8")
-    blocks = "\n".join(code for kind, code in CODE_BLOCK.findall(text) if kind == "bash").replace("\\\n", " ")
-    inline = re.findall(r"`(lora-compose [^`]+)`", CODE_BLOCK.sub("", text).replace("\n", " "))
-    found = [line for line in blocks.splitlines() if re.match(r"\s*(\.venv/bin/)?lora-compose ", line)] + inline
+    """The commands of ours in the code of a page, as lists of words."""
+    code = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    windows = "\n".join(blocks(page, "powershell")).replace("`\n", " ").replace("\\", "/").replace("/Scripts/", "/bin/")
+    lines = f"{code}\n{windows}".splitlines()
+    found = [line for line in lines if re.match(r"\s*(\.venv/bin/)?lora-compose ", line)]
     return [shlex.split(line, comments=True)[1:] for line in found]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_commands_of_a_page_have_these_options(page: Path) -> None:
+def named(page: Path) -> list[list[str]]:
+    """The commands of ours in the text and the tables of a page; some leave out what does not matter there."""
+    text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8")).replace("\n", " ")
+    return [shlex.split(line)[1:] for line in re.findall(r"`(lora-compose [^`]+)`", text)]
+
+
+def parse(arguments: list[str], *, whole: bool) -> None:
+    """Parses a command as the program does, without running it.
+
+    Raises:
+        ClickException: For unknown options, values of the wrong kind and, if it is `whole`, missing arguments.
+    """
+    command: Any = typer.main.get_command(app)
+    rest = [word for word in arguments if word != "..."]
+    while hasattr(command, "commands"):
+        known = bool(rest) and rest[0] in command.commands
+        assert known or command.name == "evaluate", arguments  # which runs a suite if no command is named
+        command = command.commands[rest.pop(0) if known else "run"]
+    if "--help" in rest:
+        return
+    try:
+        command.make_context(command.name, rest)
+    except Exception as error:  # typer has click as its own or beside it
+        if whole or type(error).__name__ not in ("MissingParameter", "BadOptionUsage"):
+            raise
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_of_a_page_can_be_parsed(page: Path) -> None:
     for arguments in typed(page):
-        command: Any = typer.main.get_command(app)
-        rest = list(arguments)
-        while hasattr(command, "commands") and rest:
-            named = rest[0] in command.commands
-            assert named or command.name == "evaluate", arguments  # which runs a suite if no command is named
-            command = command.commands[rest.pop(0) if named else "run"]
-        known = {name for it in command.params for name in (*it.opts, *it.secondary_opts)} | {"--help"}
-        assert {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)} <= known, arguments
+        parse(arguments, whole=True)
+    for arguments in named(page):
+        if arguments not in (["blind"], ["comfyui"]):
+            parse(arguments, whole=False)
+
+
+COMMANDS = [line for page in PAGES for line in (*typed(page), *named(page))]
+TRIED = ("run", "merge", "inspect")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_other_lines_of_a_page_name_what_is_there(page: Path) -> None:
+    """Targets of make, modules of ours, and extras. `git clone`, `curl` and `openssl` are not checked."""
+    whole, text = page.read_text(encoding="utf-8"), "\n".join(blocks(page, "bash", "powershell"))
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", whole, re.MULTILINE)) <= targets
+    for module in re.findall(r"-m ((?:lora_compose|recipe)[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    for found in re.findall(
+        r"(?:lora-compose|LORA-COMPOSE|--editable '\.)\[([\w,]+)\]", page.read_text(encoding="utf-8")
+    ):
+        assert set(found.split(",")) <= extras
+
+
+def test_no_page_leaves_the_address_of_the_repository_open() -> None:
+    assert [name_of(page) for page in PAGES if "REPOSITORY" in page.read_text(encoding="utf-8")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line[0] in TRIED and len(line) > 2], ids=" ".join)
+def test_a_command_of_the_docs_does_what_it_says(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On small models under the names of the large ones, on a CPU: `merge` and `inspect` as they are typed, `run` as
+    `check`, which takes the same and stops before the first step. Offloading is left out: it needs a GPU. Commands of
+    minutes (`bench`, `evaluate`, `train`, `batch`, `demo`), the server and the page are parsed only, by the test above.
+    """
+    line = [word for word in line if word != "..."]
+    if {"SCENE", "MODEL", "FOLDER", "FILE"} & set(line) and line[0] != "run":
+        pytest.skip("a form, not a command")
+    family = next((published.family for name, published in PUBLISHED.items() if name in line), "sd")
+    monkeypatch.chdir(Shelf(tmp_path).folder(family))
+    known = {"MODEL": "stable-diffusion-v1-5/stable-diffusion-v1-5", "FOLDER": "loras", "SCENE": SCENE}
+    words = [known.get(word, word) for word in line]
+    if words[0] == "run":
+        words = ["check", *without(words[1:], "--seed", "--out", "--save-memory", "--dtype"), "--device", "cpu"]
+        words = [word for word in words if word != "--maps"]
+        Path("start").mkdir()
+        for number in (2, 3):
+            Image.open("start.png").resize((128, 128)).save(f"start/{number}.png")
+        if "scene.yaml" in words:
+            Path("scene.yaml").write_text(blocks(ROOT / "docs/tutorial.md", "yaml")[0])
+    if "style.safetensors:0.7" in words:
+        shutil.copy("ink.safetensors", "style.safetensors")
+    call(*words)
+
+
+SCENE = "assets/scenes/bear-robot-words.yaml"
+
+
+def without(words: list[str], *options: str) -> list[str]:
+    """A command line without these options and their values."""
+    return [word for i, word in enumerate(words) if word not in options and (i == 0 or words[i - 1] not in options)]
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from lora_compose.compose.benchmark.architectures import (
     RANK as LORA_RANK,
 )
 from lora_compose.compose.benchmark.counting import Counted
+from lora_compose.compose.benchmark.hardware import MODELS, Need, need, needs_table, seconds_table
 from lora_compose.compose.benchmark.host import HostWork, host_work
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
@@ -97,6 +98,7 @@ def bench(
     count: bool,
     memory: bool,
     transformers: bool,
+    hardware: bool,
     calls: bool,
     time: bool,
     swap: bool,
@@ -127,7 +129,7 @@ def bench(
     check_savers(saving, device)
     real = Job(model, device, 1, settings=settings, dtype=dtype, size=size)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": settings}
-    if count or not (memory or transformers or calls or time or swap):
+    if count or not (memory or transformers or hardware or calls or time or swap):
         counted = count_cells(cells, steps, settings)
         out.print(counts_table(counted, steps))
         numbers["counted"] = [asdict(row) for row in counted]
@@ -142,6 +144,15 @@ def bench(
         passes = pass_cells(concepts)
         out.print(passes_table(passes))
         numbers["passes"] = [asdict(row) for row in passes]
+    if hardware:
+        with bar("computing", len(MODELS)) as on_progress:
+            needs: dict[str, Need] = {}
+            for model_name in MODELS:
+                needs[model_name] = need(model_name)
+                on_progress(len(needs))
+        out.print(needs_table(needs))
+        out.print(seconds_table(needs))
+        numbers["hardware"] = {name: asdict(one) for name, one in needs.items()}
     if calls:
         worked = host_cells(cells, real)
         out.print(host_table(worked, f"{model} on {device}"))

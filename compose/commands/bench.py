@@ -37,6 +37,10 @@ def bench(
     transformers: Annotated[
         bool, typer.Option("--transformers", help="Count a pass of FLUX, Krea 2 and Z-Image with regional.")
     ] = False,
+    hardware: Annotated[
+        bool,
+        typer.Option("--hardware", help="Compute what SD 1.5, SDXL, FLUX.1, Krea 2 and Z-Image need: GiB and TFLOP."),
+    ] = False,
     calls: Annotated[
         bool, typer.Option("--calls", help="Count Python calls and tensor operations of real calls.")
     ] = False,
@@ -80,7 +84,7 @@ def bench(
         from lora_compose.compose.benchmark import bench as benchmark
     benchmark.bench(
         methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
-        transformers=transformers, calls=calls, time=time, swap=swap, model=model, device=device,
+        transformers=transformers, hardware=hardware, calls=calls, time=time, swap=swap, model=model, device=device,
         dtype=dtype, size=size, savers=savers or (),
         pairs=pairs, peaks=peaks, to=to,
     )  # fmt: skip

@@ -1,0 +1,187 @@
+"""What a graphics card needs for models of full size: GiB and FLOPs of whole images, without weights.
+
+Text encoders count their weights, the denoiser its weights, two LoRAs with `regional` and one pass, the VAE all that
+decoding keeps. Not counted is what the device's libraries and allocator take for themselves.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from rich.table import Table
+from torch import nn
+from transformers import Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel, T5Config, T5EncoderModel
+
+from lora_compose.compose.benchmark import counting
+from lora_compose.compose.benchmark.architectures import (
+    ARCHITECTURES,
+    QWEN3,
+    RANK,
+    VAE,
+    attention_lora,
+    columns,
+    with_lora,
+    without_weights,
+)
+from lora_compose.compose.benchmark.memory import meta_memory
+from lora_compose.compose.benchmark.peaks import FusedAttention, peak
+from lora_compose.compose.benchmark.tables import GIB, new_table
+from lora_compose.compose.benchmark.transformers import pass_cost
+from lora_compose.pipelines.methods import Regional
+
+CONCEPTS, SIDE = 2, 1024
+NF4_BITS, INT8_BITS = 4.5, 8.5
+"""Bits of a weight with its scale: a float32 for 64 weights (bitsandbytes' nf4), a float16 for 32 (GGUF's Q8_0)."""
+
+_T5: Mapping[str, Any] = {
+    "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+_QWEN3_4B: Mapping[str, Any] = dict(QWEN3) | {
+    "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+}  # fmt: skip
+_QWEN3_VL_4B: Mapping[str, Any] = {
+    "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560,
+    "deepstack_visual_indexes": [5, 11, 17],
+}  # fmt: skip
+_MORE_TEXT: Mapping[str, Callable[[], nn.Module]] = {
+    "FLUX.1": lambda: T5EncoderModel(T5Config(**_T5)),
+    "Krea 2": lambda: Qwen3VLModel(Qwen3VLConfig(text_config=dict(_QWEN3_4B), vision_config=dict(_QWEN3_VL_4B))),
+    "Z-Image": lambda: Qwen3Model(Qwen3Config(**_QWEN3_4B)),
+}
+"""Text encoders that LoRA files leave alone. Sources: `text_encoder/config.json` and `text_encoder_2/config.json` of
+FLUX.1-dev (T5 v1.1 XXL), Z-Image-Turbo (Qwen3-4B) and Krea-2-Turbo (Qwen3-VL-4B)."""
+_STEPS = {"SD 1.5": (50, 2), "SDXL": (50, 2), "FLUX.1": (28, 1), "Krea 2": (28, 2), "Z-Image": (50, 2)}
+"""Steps of diffusers' default call, and passes of each: two with classifier-free guidance."""
+MODELS = tuple(_STEPS)
+
+
+CARDS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100": 989}
+"""Dense TFLOPS of the tensor cores in half precision with sums in float32, as NVIDIA's data sheets have them."""
+SHARE = 0.3
+"""Of that peak, which is taken for images: an assumption, not a measurement."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a model needs for one image of its own size, in bytes and FLOPs.
+
+    Attributes:
+        text: Text encoders in half precision.
+        weights: The denoiser in half precision.
+        denoiser: The same with LoRAs and one pass.
+        nf4: That with linear layers in 4 bits.
+        int8: That with linear layers in 8 bits.
+        blocks: That in half precision with one block on the device; None for UNets.
+        decoding: The VAE while it decodes.
+        vae: The VAE alone.
+        steps: Of diffusers' default call.
+        flops: Of all its steps.
+    """
+
+    text: int
+    weights: int
+    denoiser: int
+    nf4: int
+    int8: int
+    blocks: int | None
+    decoding: int
+    vae: int
+    steps: int
+    flops: int
+
+    @property
+    def together(self) -> int:
+        """Bytes with all models on the device."""
+        return self.text + max(self.denoiser + self.vae, self.weights + self.decoding)
+
+    def apart(self, denoiser: int | None = None) -> int:
+        """Bytes with one model on the device at a time (`model-offload`)."""
+        return max(self.text, self.denoiser if denoiser is None else denoiser, self.decoding)
+
+
+def need(model: str) -> Need:
+    """Computes what one of `MODELS` needs."""
+    steps, passes = _STEPS[model]
+    if model in ARCHITECTURES:
+        family = {"SD 1.5": "SD 1.x"}.get(model, model)
+        unet = counting.meta_unet(ARCHITECTURES[model]).half()
+        side = unet.config["sample_size"] * 8
+        concepts = with_lora(columns(CONCEPTS, side, side), attention_lora(unet))
+        found = peak(unet, concepts, Regional(), 1, 5.0, (side, side))
+        denoiser, whole, blocks, flops = unet, found.peak_bytes, None, found.flops * steps
+    else:
+        family, side = model, SIDE
+        denoiser = without_weights(model).transformer.bfloat16()
+        cost = pass_cost(denoiser, CONCEPTS, RANK, (side // 8, side // 8))
+        whole, blocks, flops = cost.peak_bytes, cost.offloaded_bytes, cost.flops * passes * steps
+    decoder = _vae(model, side)
+    linear = sum(layer.weight.numel() for layer in denoiser.modules() if isinstance(layer, nn.Linear))
+    return Need(
+        text=_text(family), weights=_bytes(denoiser), denoiser=whole, nf4=round(whole - linear * (2 - NF4_BITS / 8)),
+        int8=round(whole - linear * (2 - INT8_BITS / 8)), blocks=blocks, decoding=_decoding(decoder, side),
+        vae=_bytes(decoder), steps=steps, flops=flops,
+    )  # fmt: skip
+
+
+def _text(family: str) -> int:
+    encoders = [part for name, part in vars(without_weights(family)).items() if name.startswith("text_encoder")]
+    with torch.device("meta"):
+        encoders += [_MORE_TEXT[family]()] if family in _MORE_TEXT else []
+    return sum(parameter.numel() * 2 for part in encoders for parameter in part.parameters())
+
+
+def _vae(model: str, side: int) -> nn.Module:
+    """SDXL's decodes in float32, as its configuration asks, the others in half precision."""
+    with torch.device("meta"):
+        if model == "Krea 2":
+            return AutoencoderKLQwenImage().bfloat16().eval()
+        latent = {} if model in ARCHITECTURES else {"latent_channels": 16, "use_quant_conv": False}
+        vae = AutoencoderKL(**dict(VAE) | latent, sample_size=side).eval()
+        return vae if model == "SDXL" else vae.half()
+
+
+def _decoding(vae: Any, side: int) -> int:
+    frames = [1] if isinstance(vae, AutoencoderKLQwenImage) else []
+    channels = vae.config["z_dim" if frames else "latent_channels"]
+    latents = torch.empty(1, channels, *frames, side // 8, side // 8, device="meta", dtype=vae.dtype)
+    memory = meta_memory([*vae.parameters(), *vae.buffers()])
+    with torch.no_grad(), FusedAttention(), memory:
+        vae.decode(latents)
+    return memory.peak_bytes
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def needs_table(needs: Mapping[str, Need]) -> Table:
+    """GiB by model and by way to save memory."""
+    table = new_table(
+        f"Computed: GiB for one image, two LoRAs of rank {RANK} with regional; half precision where nothing else is "
+        "said; offload: one model on the device at a time; blocks: one block of the denoiser",
+        ["model", "text", "denoiser", "decoding", "all", "offload", "int8, offload", "nf4, offload", "blocks"],
+    )
+    for model, it in needs.items():
+        sizes = (it.text, it.denoiser, it.decoding, it.together, it.apart(), it.apart(it.int8), it.apart(it.nf4))
+        blocks = "-" if it.blocks is None else f"{it.blocks / GIB:.1f}"
+        table.add_row(model, *(f"{size / GIB:.1f}" for size in sizes), blocks)
+    return table
+
+
+def seconds_table(needs: Mapping[str, Need]) -> Table:
+    """Seconds of an image by card."""
+    table = new_table(
+        f"Estimated: seconds for one image with diffusers' default steps: counted FLOPs by {SHARE:.0%} of the peak "
+        "that the card's data sheet has for half precision; not measured",
+        ["model", "steps", "TFLOP", *CARDS],
+    )
+    for model, it in needs.items():
+        seconds = (it.flops / (tera * 1e12 * SHARE) for tera in CARDS.values())
+        table.add_row(model, str(it.steps), f"{it.flops / 1e12:.0f}", *(_rounded(one) for one in seconds))
+    return table
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"

@@ -1,0 +1,74 @@
+"""What a card needs: computed from configurations, and the same numbers in the docs."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from lora_compose.compose.benchmark.hardware import MODELS, SHARE, Need, need, needs_table, seconds_table
+from lora_compose.compose.benchmark.tables import GIB
+
+DOCS = Path(__file__).parents[3]
+
+
+@cache
+def needs() -> dict[str, Need]:
+    return {model: need(model) for model in MODELS}
+
+
+def cells(table: object) -> dict[str, list[str]]:
+    """The rows of a table by their first cell."""
+    columns = [list(column.cells) for column in table.columns]  # pyright: ignore[reportAttributeAccessIssue]
+    return {name: [column[i] for column in columns[1:]] for i, name in enumerate(columns[0])}
+
+
+def rows_of(page: str, heading: str) -> dict[str, list[str]]:
+    """The rows of the first table below a heading, by their first cell."""
+    text = (DOCS / page).read_text(encoding="utf-8").partition(f"{heading}\n")[2]
+    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert table is not None
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table[0].splitlines()[2:]]
+    return {name: found for name, *found in rows}
+
+
+def test_sizes_of_models_are_those_of_their_published_numbers_of_parameters():
+    """CLIP L 123 M, SD 1.5's UNet 860 M, T5 XXL's encoder 4.76 G, FLUX.1 11.9 G, Qwen3-4B 4.02 G."""
+    found = needs()
+    assert found["SD 1.5"].text / 2 == pytest.approx(123e6, rel=0.01)
+    assert found["SD 1.5"].weights / 2 == pytest.approx(860e6, rel=0.01)
+    assert found["FLUX.1"].text / 2 == pytest.approx(123e6 + 4.76e9, rel=0.01)
+    assert found["FLUX.1"].weights / 2 == pytest.approx(11.9e9, rel=0.01)
+    assert found["Z-Image"].text / 2 == pytest.approx(4.02e9, rel=0.01)
+
+
+def test_less_memory_is_needed_one_model_at_a_time_and_with_fewer_bits():
+    for model, it in needs().items():
+        assert it.apart(it.nf4) <= it.apart(it.int8) <= it.apart() < it.together, model
+        assert it.weights < it.denoiser
+        assert it.blocks is None or it.blocks < it.nf4
+
+
+def test_memory_in_the_docs_is_what_the_command_prints():
+    assert rows_of("docs/memory.md", "## What a card holds") == cells(needs_table(needs()))
+
+
+def test_sizes_in_recipes_are_in_the_table():
+    text = (DOCS / "docs/memory.md").read_text(encoding="utf-8")
+    recipes = text[text.index("## 12 GB") : text.index("## All options")]
+    known = {cell for row in rows_of("docs/memory.md", "## What a card holds").values() for cell in row}
+    said = set(re.findall(r"\d+\.\d", re.sub(r"```.*?```", "", recipes, flags=re.DOTALL).replace("FLUX.1", "")))
+    assert said
+    assert said <= known
+
+
+def test_hardware_in_the_readme_is_what_the_command_prints():
+    computed = cells(needs_table(needs()))
+    assert rows_of("README.md", "## Hardware") == {model: [row[3], row[4], row[6]] for model, row in computed.items()}
+
+
+def test_seconds_in_the_docs_are_counted_flops_by_a_share_of_the_peak():
+    assert rows_of("docs/faq.md", "## How long does an image take on a GPU?") == cells(seconds_table(needs()))
+    (flux,) = (row for name, row in cells(seconds_table(needs())).items() if name == "FLUX.1")
+    assert float(flux[-1]) == pytest.approx(needs()["FLUX.1"].flops / (989e12 * SHARE), rel=0.05)
+    assert needs()["SDXL"].denoiser / GIB < 6

@@ -1,0 +1,230 @@
+"""Python of README and docs, and small models under the names of those that it opens: `from snippets import Shelf`."""
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel
+from PIL import Image
+from safetensors.torch import save_file
+
+from anima import anima_pipeline
+from checkpoints import write_checkpoint
+from components import (
+    TINY,
+    TINY_XL,
+    lora_tensors,
+    random_lora,
+    sd_unet,
+    sdxl_unet,
+    small_pipeline,
+    small_vae,
+    xl_pipeline,
+)
+from flux import flux_pipeline
+from ip_adapters import image_encoder, ip_adapter
+from simulated_device import DEVICE, parameters_that_move
+from z_image import z_image_pipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "assets").rglob("*.md")],
+    key=lambda path: path.as_posix(),
+)
+CODE_BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+STEPS = 2
+
+
+def name_of(page: Path) -> str:
+    """The page as people name it."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, *kinds: str) -> list[str]:
+    """The code of these kinds on a page, in order."""
+    return [code for kind, code in CODE_BLOCK.findall(page.read_text(encoding="utf-8")) if kind in kinds]
+
+
+def _deep_vae(size: int, **changes: Any) -> Any:
+    """32 pixels per latent cell and side, so that images have the size of the large model's and few cells."""
+    deep = {
+        "block_out_channels": (4,) * 6, "down_block_types": ("DownEncoderBlock2D",) * 6,
+        "up_block_types": ("UpDecoderBlock2D",) * 6, "norm_num_groups": 2, "layers_per_block": 1, "sample_size": size,
+    }  # fmt: skip
+    return small_vae(**deep | changes)
+
+
+def _stable_diffusion() -> Any:
+    pipe = small_pipeline(unet=sd_unet(**TINY))
+    pipe.register_modules(vae=_deep_vae(512))
+    return pipe
+
+
+def _sdxl() -> Any:
+    pipe = xl_pipeline(unet=sdxl_unet(**TINY_XL, sample_size=32))
+    pipe.register_modules(vae=_deep_vae(1024))
+    return pipe
+
+
+def _flux() -> Any:
+    pipe = flux_pipeline()
+    pipe.register_modules(vae=_deep_vae(1024, shift_factor=0.1))
+    return pipe
+
+
+def _z_image() -> Any:
+    pipe = z_image_pipeline()
+    pipe.register_modules(vae=_deep_vae(1024, shift_factor=0.1))
+    return pipe
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model that the docs name.
+
+    Attributes:
+        family: Of its LoRAs.
+        make: Makes a small model of random weights with its structure.
+    """
+
+    family: str
+    make: Callable[[], Any]
+
+
+PUBLISHED: Mapping[str, Published] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": Published("sd", _stable_diffusion),
+    "stabilityai/stable-diffusion-xl-base-1.0": Published("sdxl", _sdxl),
+    "black-forest-labs/FLUX.1-dev": Published("flux", _flux),
+    "Tongyi-MAI/Z-Image": Published("z-image", _z_image),
+    "path/to/anima": Published("anima", lambda: anima_pipeline(max_size=(4, 128, 128))),
+}
+
+
+class Shelf:
+    """A folder for each family, in which the names that the docs use lead to small models, LoRAs and images."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._made: dict[str, Any] = {}
+
+    def folder(self, family: str) -> Path:
+        """Where code that uses models and LoRAs of a family is run."""
+        folder = self.root / family
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            (folder / "assets").symlink_to(ROOT / "assets")
+            for name, published in PUBLISHED.items():
+                if published.family == family:
+                    self._fill(folder, name, published)
+        return folder
+
+    def _fill(self, folder: Path, name: str, published: Published) -> None:
+        pipe = published.make()
+        pipe.save_pretrained(folder / name)
+        part = "unet" if hasattr(pipe, "unet") else "transformer"
+        (folder / "loras").mkdir()
+        for seed, concept in enumerate(("cat", "dog", "bear", "ink")):
+            lora = random_lora(pipe.components[part], seed, size=0.05)
+            words = {"trigger": ("sks", "zwx", "xlo", "ink")[seed], "class_word": concept} if concept != "ink" else {}
+            for place in (folder, folder / "loras"):
+                save_file(lora_tensors(**{part: lora}), place / f"{concept}.safetensors", metadata=words)
+        for seed, image in enumerate(("pose", "look", "start")):
+            pixels = np.random.default_rng(seed).random((512, 512, 3)) * 255
+            Image.fromarray(pixels.astype("u1")).save(folder / f"{image}.png")
+        for number, mask in enumerate(("cat", "dog")):
+            half = np.zeros((512, 512), "u1")
+            half[:, 256 * number : 256 * (number + 1)] = 255
+            Image.fromarray(half).save(folder / f"{mask}.png")
+        if published.family == "sd":
+            self._fill_control(folder, pipe)
+            self._fill_words(folder, pipe)
+        if published.family == "sdxl":
+            single = small_pipeline()
+            single.save_pretrained(folder / "stable-diffusion-v1-5/stable-diffusion-v1-5")  # its configuration
+            write_checkpoint(single, folder / "checkpoint.safetensors")
+            save_file(
+                lora_tensors(unet=random_lora(pipe.unet, 9, size=0.02)),
+                _folder(folder / "latent-consistency/lcm-lora-sdxl") / "pytorch_lora_weights.safetensors",
+            )
+
+    def _fill_words(self, folder: Path, pipe: Any) -> None:
+        layers = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")]
+        width = pipe.text_encoder.config.hidden_size
+        words = {f"<potter{i}>": torch.randn(len(layers), width) for i in (1, 2)}
+        lora = {
+            f"{layer}_lora.{side}.weight": tensor
+            for layer, factors in random_lora(pipe.unet, 5).items()
+            for side, tensor in (("down", factors.down), ("up", factors.up))
+        }
+        torch.save(
+            {"params": {"new_concept_embedding": words, "text_encoder": {}, "unet": lora}}, folder / "potter.pth"
+        )
+        factors = lora_tensors(unet=random_lora(pipe.unet, 6))
+        save_file({key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): tensor
+                   for key, tensor in factors.items()}, folder / "unet.safetensors")  # fmt: skip
+
+    def _fill_control(self, folder: Path, pipe: Any) -> None:
+        pose = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3)
+        config: dict[str, Any] = dict(pose.config) | {"conditioning_embedding_out_channels": (4,) * 6}
+        ControlNetModel(**config).save_pretrained(folder / "lllyasviel/control_v11p_sd15_openpose")
+        models = _folder(folder / "h94/IP-Adapter/models")
+        image_encoder().save_pretrained(models / "image_encoder")
+        tensors = {
+            f"{part}.{key}": tensor for part, found in ip_adapter(pipe.unet).items() for key, tensor in found.items()
+        }
+        save_file(tensors, models / "ip-adapter_sd15.safetensors")
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+class _Cheaper(ast.NodeTransformer):
+    """The same code in few steps, and on the simulated device where it names a GPU."""
+
+    def __init__(self, steps: int | None) -> None:
+        self.steps = steps
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        return ast.Constant(str(DEVICE)) if node.value == "cuda" and not torch.cuda.is_available() else node
+
+    def visit_Dict(self, node: ast.Dict) -> ast.AST:
+        self.generic_visit(node)
+        for i, key in enumerate(node.keys):
+            if isinstance(key, ast.Constant) and key.value == "num_inference_steps" and self.steps:
+                node.values[i] = ast.Constant(self.steps)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if called in ("enable_model_cpu_offload", "enable_sequential_cpu_offload") and not torch.cuda.is_available():
+            node.keywords.append(ast.keyword("device", ast.Constant(str(DEVICE))))
+        names = [keyword.arg for keyword in node.keywords]
+        if self.steps and called in ("pipe", "refine") and None not in names:
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "num_inference_steps"]
+            node.keywords.append(ast.keyword("num_inference_steps", ast.Constant(self.steps)))
+        if called == "preset":
+            node.keywords += [ast.keyword(name, ast.Constant(number)) for name, number in (("steps", 1), ("warmup", 0))]
+        return node
+
+
+def run_snippet(code: str, names: dict[str, Any], where: str, *, steps: int | None = STEPS) -> None:
+    """Runs code as a page shows it: calls take `steps`, unless it is None, and "cuda" is the simulated device.
+
+    Raises:
+        Whatever the code raises.
+    """
+    tree = ast.fix_missing_locations(_Cheaper(steps).visit(ast.parse(code)))
+    moving: AbstractContextManager[Any] = (
+        parameters_that_move() if "cuda" in code or "offload" in code else nullcontext()
+    )
+    with moving:
+        exec(compile(tree, where, "exec"), names)

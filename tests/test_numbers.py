@@ -1,0 +1,111 @@
+"""Numbers in sentences of the docs are those of the tables that the commands print."""
+
+import re
+from collections.abc import Mapping
+
+import pytest
+
+from snippets import ROOT
+
+
+def text_of(page: str) -> str:
+    """A page in one line."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+def table(page: str, after: str) -> list[list[str]]:
+    """The cells of the first table after some words of a page; an empty first cell repeats the one above it."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert after in text, after
+    found = re.search(r"(?:^\|.*\n)+", text.partition(after)[2], re.MULTILINE)
+    assert found is not None
+    rows: list[list[str]] = []
+    for line in found[0].splitlines():
+        cells = [cell.strip().replace("*", "").replace("`", "") for cell in line.strip("|").split("|")]
+        rows.append([cells[0] or (rows[-1][0] if rows else ""), *cells[1:]])
+    return rows
+
+
+def flops() -> Mapping[tuple[str, str], tuple[float, float]]:
+    """FLOPs of SD 1.5 and SDXL by method and number of concepts."""
+    rows = table("docs/costs.md", "## FLOPs")[2:]
+    numbers = {}
+    for methods, concepts, *_, sd, xl in rows:
+        for method in methods.split(", "):
+            numbers[method, concepts] = float(sd.split(",")[0]), float(xl.split(",")[0])
+    return numbers
+
+
+COSTS = [
+    ("README.md", r"\| ([\d.]+) \| \| a box for each subject \| \[`lora-composer`", ("draft", "2"), 0),
+    ("README.md", r"\| ([\d.]+); SDXL", ("lora-composer", "2"), 0),
+    ("README.md", r"SDXL ([\d.]+) \|", ("lora-composer", "2"), 1),
+    ("README.md", r"each LoRA acts in its box \| ([\d.]+) \|", ("regional", "2"), 0),
+    ("docs/costs.md", r"`draft` ([\d.]+) times as many", ("draft", "2"), 0),
+    ("docs/costs.md", r"`lora-composer` needs ([\d.]+) times", ("lora-composer", "2"), 0),
+    ("docs/costs.md", r"`clora` ([\d.]+) times the FLOPs", ("clora", "2"), 0),
+    ("docs/tutorial.md", r"about \[([\d.]+) times the FLOPs\]", ("lora-composer", "2"), 1),
+    ("docs/faq.md", r"multiply: `draft` ([\d.]+),", ("draft", "2"), 1),
+    ("docs/faq.md", r"`lora-composer` ([\d.]+) and", ("lora-composer", "2"), 1),
+    ("docs/faq.md", r"`clora` ([\d.]+) on SDXL", ("clora", "2"), 1),
+    ("docs/faq.md", r"Cost grows with `lora-composer` \(([\d.]+) times", ("lora-composer", "8"), 0),
+    ("docs/faq.md", r"hardly with `regional` \(([\d.]+)\)", ("regional", "8"), 0),
+    ("docs/coming-from.md", r"It costs ([\d.]+) plain images", ("draft", "2"), 0),
+    ("docs/coming-from.md", r"`freefuse` ([\d.]+) on SD 1.5", ("freefuse", "2"), 0),
+    ("docs/coming-from.md", r"Here it costs ([\d.]+) of a plain image", ("merge", "1 to 8"), 0),
+]
+
+
+@pytest.mark.parametrize(("page", "sentence", "row", "model"), COSTS)
+def test_costs_in_sentences_are_those_of_the_table(page, sentence, row, model):
+    found = re.search(sentence, text_of(page))
+    assert found is not None, sentence
+    digits = len(found[1].partition(".")[2])
+    assert f"{flops()[row][model]:.{digits}f}" == found[1] or abs(
+        flops()[row][model] - float(found[1])
+    ) <= 5.1 * 10 ** -(digits + 1)
+
+
+def successes(page: str, after: str, column: int = 1) -> dict[str, float]:
+    """A column of shares by row; the first number of a cell counts."""
+    rows = table(page, after)[2:]
+    return {row[0]: float(number[0]) for row in rows if (number := re.match(r"[\d.]+", row[column]))}
+
+
+def test_shares_of_the_overview_of_methods_are_those_of_the_suites():
+    rows = table("docs/methods/README.md", "## What to expect")[2:]
+    words = successes("docs/methods/draft.md", "**`playground-words`**")
+    for _, _, name, said in rows:
+        known = words["each LoRA alone" if "alone" in name else name]
+        assert said == f"{known:.0%}".replace("%", " %"), name
+
+
+@pytest.mark.parametrize("page", ["docs/limits.md", "docs/faq.md"])
+def test_shares_of_three_subjects_are_those_of_the_tables(page):
+    found = re.search(r"([\d.]+) and ([\d.]+) on \[two suites\]", text_of(page))
+    assert found is not None
+    suites = [("**`playground-words`**", 4), ("**`playground-draft`**", 4)]
+    assert [float(number) for number in found.groups()] == [
+        successes("docs/methods/draft.md", suite, column)["draft"] for suite, column in suites
+    ]
+
+
+def test_what_is_said_of_the_full_suite_is_in_its_table():
+    full = successes("docs/evaluation.md", "## Results of the full suite")
+    ours = re.search(r"the \[full suite\]\([^)]*\) ([\d.]+)\)", text_of("docs/methods/draft.md"))
+    assert ours is not None
+    assert float(ours[1]) == full["tara, TARA LoRAs"]
+    regional = re.search(
+        r"the success is ([\d.]+) over 80 images instead of ([\d.]+)", text_of("docs/methods/regional.md")
+    )
+    assert regional is not None
+    assert [float(number) for number in regional.groups()] == [full["regional"], full["regional, token masks"]]
+
+
+def test_costs_of_adapters_beside_ours_are_those_of_the_table():
+    (row,) = (row for row in table("docs/costs.md", "## Next to PEFT") if row[0] == "PEFT's set_adapters")
+    said = re.search(
+        r"PEFT's `set_adapters` \| no \| no \| no \| ([\d.]+) to ([\d.]+) \|", text_of("docs/coming-from.md")
+    )
+    assert said is not None
+    assert [*said.groups()] == [row[1], row[4]]

@@ -1,0 +1,180 @@
+"""The Python of README and docs runs as it is shown, on small models under the names of the large ones.
+
+Two things differ from what a reader gets: calls take two steps (those that say so below take theirs), and where no GPU
+is there, "cuda" and offloading mean the simulated device. Quantised weights are not opened without their packages and a
+GPU; the test that does not run says so.
+"""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import nn
+
+from components import random_lora, tiny_xl_pipeline
+from evaluations import known, store, suite
+from lora_compose import ComposePipeline
+from lora_compose.attention import Gates
+from lora_compose.compose.evaluation.table import load
+from lora_compose.compose.playground.assets import assets_dir
+from snippets import PAGES, PUBLISHED, STEPS, Shelf, blocks, name_of, run_snippet
+
+Names = dict[str, Any]
+
+START = """
+import torch
+from PIL import Image
+from lora_compose import *
+
+prompt = "a sks cat and a zwx dog on grass"
+"""
+"""What pages take for granted: README's imports and its prompt."""
+
+
+def composing(names: Names) -> None:
+    """A pipeline with concepts, and a box for each of two, as README makes them."""
+    pipe: Any = ComposePipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    pipe.add_concepts("loras")
+    boxes = {"cat": (20, 60, 240, 480), "dog": (270, 60, 500, 480)}
+    names |= {"pipe": pipe} | {name: names["Concept"](name=name, region=box) for name, box in boxes.items()}
+
+
+def playground(names: Names, name: str = "playground") -> None:
+    names["pipe"] = ComposePipeline.from_pretrained(assets_dir() / name / "model")
+    names["pipe"].add_concepts(assets_dir() / name / "loras")
+    Path("start").mkdir(exist_ok=True)
+    for image in (Path("start/2.png"), Path("start/3.png")):
+        names["Image"].open("start.png").resize((128, 128)).save(image)
+    names["prompt"] = "a sks cat and a zwx dog and a ohwx rabbit on grass"
+
+
+def an_own_model(names: Names) -> None:
+    """A module and LoRAs, as in another program."""
+    from lora_compose.attention import Site, installed_layers
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.ModuleDict({"to_k": nn.Linear(8, 6), "to_out": nn.Linear(6, 6)})])
+
+        def forward(self, _: Any) -> Any:
+            block: Any = self.blocks[0]
+            return block["to_k"](torch.ones(2, 77, 8)), block["to_out"](torch.ones(2, 16, 6))
+
+    model = Model()
+    gates = Gates(torch.ones(2, 77, 2), {1: torch.ones(2, 16, 2)}, torch.ones(2, 2), (8, 8))
+    loras = [random_lora(model, seed, targets=("to_k", "to_out")) for seed in (0, 1)]
+    names |= {
+        "Site": Site, "installed_layers": installed_layers, "model": model, "loras": loras, "gates": gates,
+        "device": torch.device("cpu"), "dtype": torch.float32,
+    }  # fmt: skip
+
+
+def evaluated(names: Names) -> None:
+    """The tables of a small evaluation, under the names of those of the docs."""
+    import pandas
+
+    names |= {"pandas": pandas, "pd": pandas}
+    for name in ("playground-boxes", "playground-ablations", "playground-quick"):
+        folder = Path("outputs/evaluation") / name
+        if not folder.exists():
+            load(store(folder, suite(), known)).images.to_csv(folder / "images.csv", index=False)
+
+
+def tables(names: Names) -> None:
+    """The files of the page that the code reads."""
+    page = next(page for page in PAGES if name_of(page) == "docs/batch.md")
+    Path("animal.yaml").write_text(blocks(page, "yaml")[0])
+    Path("animals.csv").write_text(blocks(page, "csv")[0])
+
+
+def pictures(names: Names) -> None:
+    """Images to train with, in a folder without LoRAs."""
+    Path("training").mkdir()
+    os.chdir("training")  # the test goes back
+    shutil.copytree(assets_dir() / "playground/references/cat", "references/cat")
+    shutil.copytree(assets_dir() / "playground/references/dog", "animals")
+
+
+def other_models(names: Names) -> None:
+    """A pipeline of diffusers."""
+    names["another_pipeline"] = tiny_xl_pipeline(StableDiffusionXLPipeline)
+
+
+def sdxl(names: Names) -> None:
+    """SDXL, by name and with concepts."""
+    names["model"] = "stabilityai/stable-diffusion-xl-base-1.0"
+    names["pipe"] = ComposePipeline.from_pretrained(names["model"])
+    names["pipe"].add_concepts("loras")
+
+
+def one_layer(names: Names) -> None:
+    """What a layer has at hand."""
+    names |= {
+        "F": nn.functional, "x": torch.randn(5, 8), "A": torch.randn(4, 8), "B": torch.randn(6, 4),
+        "gate": torch.ones(5, 1), "k": 2,
+    }  # fmt: skip
+
+
+BEFORE: dict[tuple[str, int], Callable[[Names], None]] = {
+    ("ARCHITECTURE.md", 0): an_own_model,
+    ("docs/batch.md", 0): tables,
+    ("docs/evaluation.md", 0): evaluated,
+    ("docs/image-to-image.md", 0): playground,
+    ("docs/image-to-image.md", 2): lambda names: playground(names, "playground-flux"),
+    ("docs/image-to-image.md", 3): playground,
+    ("docs/merge.md", 0): one_layer,
+    ("docs/methods/lora-composer.md", 1): evaluated,
+    ("docs/methods/tara.md", 1): evaluated,
+    ("docs/models.md", 0): other_models,
+    ("docs/models.md", 3): sdxl,
+    ("docs/models.md", 4): sdxl,
+    ("docs/training.md", 0): pictures,
+}
+"""What the text before a snippet says is there."""
+
+FAMILY = {("docs/models.md", 3): "sdxl"}  # of the LoRAs beside code that names no model
+ALL_STEPS = {("docs/image-to-image.md", 3)}  # it reads the maps of the thirteenth
+DEAR = {
+    "docs/batch.md", "docs/control.md", "docs/image-to-image.md", "docs/memory.md", "docs/models.md",
+    "docs/tutorial.md",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+def marked(page: Path) -> Any:
+    """A page as a parameter; several images of larger models take long."""
+    name = name_of(page)
+    return pytest.param(page, id=name, marks=[pytest.mark.slow] if name in DEAR else [])
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page, "python")])
+def test_python_of_a_page_runs(page: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: Names = {}
+    family, name = "sd", name_of(page)
+    exec(START, names)
+    monkeypatch.chdir(shelf.folder(family))
+    for number, code in enumerate(blocks(page, "python")):
+        if "PipelineQuantizationConfig" in code and not (
+            torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")
+        ):
+            compile(code, name, "exec")
+            continue
+        family = next((published.family for model, published in PUBLISHED.items() if model in code), family)
+        family = FAMILY.get((name, number), family)
+        monkeypatch.chdir(shelf.folder(family))
+        if before := BEFORE.get((name, number)):
+            before(names)
+        elif number == 0 and "from_pretrained" not in code:
+            composing(names)
+        run_snippet(code, names, f"{name}, snippet {number + 1}", steps=None if (name, number) in ALL_STEPS else STEPS)
