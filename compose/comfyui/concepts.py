@@ -166,8 +166,8 @@ def composition_of(
         raise ValueError(f"{method} does not use boxes and masks; take them away, or choose regional")
     if texts == "regions" or any(concept.prompt for concept in concepts):
         raise ValueError(f"{method} reads one text; clear the prompts of concepts, or choose regional")
-    everyone = range(len(concepts))
     if method == "merge":
+        everyone = range(len(concepts))
         return replace(plan, text_of_others=True, image_of_others=True), encode(text, everyone)
     found = [_trigger(clip, text, concept) for concept in concepts]
     words = torch.zeros(found[0][1], len(concepts))
@@ -175,7 +175,7 @@ def composition_of(
         if words[list(positions)].any():
             raise ValueError(f"the trigger {concepts[n].trigger!r} shares words with another one; each needs its own")
         words[list(positions), n] = 1
-    return replace(plan, words=words, image_of_others=True), encode(text, everyone)
+    return replace(plan, words=words, image_of_others=True), encode(text, ())
 
 
 def _regional(

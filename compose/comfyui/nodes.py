@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import comfy.lora  # pyright: ignore[reportMissingImports]
+import comfy.sd  # pyright: ignore[reportMissingImports]
 import folder_paths  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
 
 from lora_compose.compose.comfyui.concepts import Concept, boxes_of, composition_of, drawn, with_boxes
 from lora_compose.compose.comfyui.families import family_of
-from lora_compose.compose.comfyui.files import read_concept
+from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
 from lora_compose.compose.comfyui.host import compose, marked
 from lora_compose.compose.comfyui.words import (
     BOX,
@@ -135,12 +136,25 @@ class ComposeNode(io.ComfyNode):
                 logger.warning("%s: %s", concept.path.name, note)
             loras.append(lora)
 
-        def encode(text: str, _: Sequence[int]) -> Any:
-            return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        parts, used = [read_text_encoders(concept.path) for concept in concepts], set()
+
+        def encode(text: str, which: Sequence[int]) -> Any:
+            encoder = clip
+            for i in which:
+                if parts[i] and concepts[i].weight:
+                    weight = concepts[i].weight
+                    encoder = comfy.sd.load_lora_for_models(None, encoder, {**parts[i]}, 0, weight)[1]
+                    used.add(i)
+            return encoder.encode_from_tokens_scheduled(encoder.tokenize(text))
 
         composition, conditioning = composition_of(
             concepts, loras, clip, encode, text, method, texts, joint=family.joint is not None
         )
+        for i, part in enumerate(parts):
+            if part and i not in used:
+                logger.warning(
+                    "%s: its LoRA of text encoders is left out, since all read one text", concepts[i].path.name
+                )
         return io.NodeOutput(compose(model, composition), marked(conditioning, composition))
 
 

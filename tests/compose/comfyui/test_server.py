@@ -50,6 +50,10 @@ def checkpoint(folder: Path) -> None:
     save_file(weights, folder / "checkpoints/model.safetensors")
     for seed, name in ((1, "cat"), (2, "dog")):
         tensors = {key: value for key, value in core.tensors_of(patcher, seed, 2).items() if "attn" in key}
+        for layer in range(12):  # files of the text encoder have its layers by these names
+            start = f"lora_te_text_model_encoder_layers_{layer}_mlp_fc1"
+            tensors[f"{start}.lora_down.weight"] = torch.randn(2, 768) * 768**-0.5
+            tensors[f"{start}.lora_up.weight"] = torch.randn(3072, 2) * 0.05
         save_file(tensors, folder / f"loras/{name}.safetensors")
 
 
@@ -160,3 +164,26 @@ def test_a_mistake_is_told_in_the_answer(ask: Ask, comfyui: Path) -> None:
     (failed,) = (message for kind, message in status["messages"] if kind == "execution_error")
     assert failed["node_type"] == "LoraComposeCompose"
     assert "tara does not use boxes and masks; take them away, or choose regional" in failed["exception_message"]
+
+
+def test_merge_changes_the_text_encoder_as_lora_loaders_do(ask: Ask, comfyui: Path) -> None:
+    """ComfyUI adds to weights in fp16, we to outputs."""
+    status, merged = run(ask, comfyui, workflow(compose={"method": "merge", "concepts": ["dog", 0]}))
+    assert status["status_str"] == "success", status
+    found = {}
+    for strength in (0.0, 1.0):  # of the text encoder
+        graph, last = plain(), "model"
+        for name in ("cat", "dog"):
+            inputs = {"lora_name": f"{name}.safetensors", "strength_model": 1.0, "strength_clip": strength}
+            graph[name] = {"class_type": "LoraLoader", "inputs": {"model": [last, 0], "clip": [last, 1], **inputs}}
+            last = name
+        graph["positive"]["inputs"]["clip"] = [last, 1]
+        graph["sampler"]["inputs"]["model"] = [last, 0]
+        status, found[strength] = run(ask, comfyui, graph)
+        assert status["status_str"] == "success", status
+    assert merged is not None
+    assert found[0.0] is not None
+    assert found[1.0] is not None
+    effect = (found[1.0] - found[0.0]).abs().max()
+    assert effect > 0.01
+    assert (merged - found[1.0]).abs().max() < 0.1 * effect
