@@ -138,7 +138,7 @@ def drawn(
     last: int | None = None,
 ) -> Tensor:
     """Latents, by ComfyUI's KSampler."""
-    latents = torch.zeros(batch, patcher.model.latent_format.latent_channels, *grid)
+    latents = torch.zeros(batch, patcher.model.model_config.unet_config["in_channels"], *grid)
     noise = comfy.sample.prepare_noise(latents, 7)
     with torch.inference_mode():  # as ComfyUI runs its nodes
         return comfy.sample.sample(

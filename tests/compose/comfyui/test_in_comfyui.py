@@ -275,7 +275,7 @@ def test_a_guider_that_counts_its_conditionings_otherwise(core: ModuleType, patc
         guider = Guider_DualCFG(model)
         guider.set_conds(mine, middle, negative)
         guider.set_cfg(4.0, 2.0)
-        latents = torch.zeros(1, model.model.latent_format.latent_channels, *core.GRID)
+        latents = torch.zeros(1, model.model.model_config.unet_config["in_channels"], *core.GRID)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 3)
         with torch.inference_mode():
