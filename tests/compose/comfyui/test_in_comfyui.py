@@ -461,6 +461,22 @@ def test_words_are_found_where_the_conditioning_has_them(core: ModuleType) -> No
         find_tokens(clip, text, "ca")
 
 
+def test_words_are_found_in_a_chat_template(core: ModuleType) -> None:
+    flux = pytest.importorskip("comfy.text_encoders.flux")
+    if not hasattr(flux, "KleinTokenizer"):
+        pytest.skip("this version of ComfyUI has no FLUX.2-klein")
+    from lora_compose.compose.comfyui.tokens import find_tokens
+
+    clip = Text(core.WIDTH)
+    clip.tokenizer = flux.KleinTokenizer()
+    text = "a sks cat beside a zwx dog"
+    numbers = [token for part in clip.tokenize(text)["qwen3_4b"] for token, _ in part]
+    for words in ("sks", "sks cat", "zwx dog"):
+        positions, tokens = find_tokens(clip, text, words)
+        assert tokens == len(numbers) == 512, "with padding"
+        assert clip.tokenizer.qwen3_4b.tokenizer.decode([numbers[i] for i in positions]) == f" {words}"
+
+
 def test_the_nodes_run_from_files_to_an_image(
     core: ModuleType, models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,7 @@ def ask(comfyui: Path) -> Iterator[Ask]:
     with (comfyui / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
         try:
-            end = time.monotonic() + 120
+            end = time.monotonic() + 300
             while True:
                 assert server.poll() is None, (comfyui / "log").read_text()[-3000:]
                 try:
