@@ -231,7 +231,7 @@ def _draft(
             positions, tokens = find_tokens(clip, plain, concepts[i].class_word)
             words = words if len(words) else torch.zeros(tokens, len(subjects))
             words[list(positions), n] = 1 / len(positions)
-    return replace(plan, draft=Draft(encode(plain, styles), words, subjects, by_regions)), conditioning
+    return replace(plan, draft=Draft(_once(encode, plain, styles), words, subjects, by_regions)), conditioning
 
 
 def _with_texts(
@@ -253,16 +253,21 @@ def _with_texts(
     # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
     kept = all(find_words(concepts[i].trigger, bare) for i in styles if concepts[i].trigger)
     first = bare if kept and not joint else plain
-    every = [encode(first, styles)]
-    every += [encode(about(one, text, mine), [*styles, i]) for i, one in zip(readers, mine, strict=True)]
-    if any(len(one) != 1 for one in every):
-        raise ValueError("the CLIP has LoRA hooks with a schedule; with texts of regions, leave them out")
+    every = [_once(encode, first, styles)]
+    every += [_once(encode, about(one, text, mine), [*styles, i]) for i, one in zip(readers, mine, strict=True)]
     lengths = [one[0][0].shape[1] for one in every]
     everywhere = torch.tensor([float(i in styles) for i in range(len(concepts))])
     words = texts_of(everywhere, readers).repeat_interleave(torch.tensor(lengths), dim=0)
-    whole = every[0] if first == plain else encode(plain, styles)  # also what describes the image as a whole
+    whole = every[0] if first == plain else _once(encode, plain, styles)  # also what describes the image as a whole
     conditioning = [[torch.cat([one[0][0] for one in every], dim=1), whole[0][1]]]
     return replace(plan, words=words, lengths=lengths, readers=readers), conditioning
+
+
+def _once(encode: Encode, text: str, which: Sequence[int]) -> Conditioning:
+    found = encode(text, which)
+    if len(found) != 1:
+        raise ValueError("the CLIP has LoRA hooks with a schedule; leave them out with draft and texts of regions")
+    return found
 
 
 def _phrases(clip: Any, text: str, concepts: Sequence[Concept], subjects: Mapping[int, SceneConcept]) -> Tensor:

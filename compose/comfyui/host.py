@@ -94,7 +94,7 @@ class Host:
         self._sampling = Sampling(guider.inner_model, self.composition, ours, tuple(noise.shape[-2:]), device)
         try:
             self._sampling.put()
-            if self.composition.draft is not None:
+            if self.composition.draft is not None and len(arguments[0]) > 1:  # noise levels; one is no step
                 self._sampling.draft(self.composition.draft, executor, guider, *arguments, **options)
             return executor(guider, *arguments, **options)
         finally:
@@ -228,6 +228,8 @@ class Sampling:
                 executor(guider, first, {**extra}, None, noise.clone(), latents, mask, *further, **options)
         finally:
             guider.conds, self._recorder = conditionings, None
+        if not self._maps:
+            raise ValueError("the conditioning of Compose is not used in the first steps, where draft needs it")
         self._use_plan(whole)
         self.regions = [draft.divide(maps, whole.regions, self._grid) for maps in torch.stack(self._maps).sum(dim=0)]
 
