@@ -135,13 +135,19 @@ class RegionAttention:
     isolate: bool
 
     def cross(
-        self, kernel: Kernel, level: int, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None
+        self,
+        kernel: Kernel,
+        level: int,
+        query: Tensor,
+        keys: Tensor | Sequence[Tensor],
+        values: Tensor | Sequence[Tensor],
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Cross-attention of all region queries.
 
         Args:
             query: Shape: [rows, heads, cells, channels].
-            keys: Shape: [texts, rows, heads, tokens, channels].
+            keys: Shape: [texts, rows, heads, tokens, channels]; in a list, texts may have tokens of their own number.
             values: The same shape.
             bias: Added to the scores of all queries and texts. Shape: [rows, 1, 1, tokens].
 

@@ -69,7 +69,20 @@ def flux(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) ->
     return patcher_of(comfy.supported_models.Flux(config), dtype, cast)
 
 
+def flux2(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> Any:
+    """FLUX.2, whose texts ComfyUI fills with zeros in front, to 512 tokens."""
+    config: dict[str, Any] = dict(
+        image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=WIDTH, hidden_size=32,
+        mlp_ratio=3.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[4, 4, 4, 4], theta=2000, patch_size=1,
+        qkv_bias=False, guidance_embed=False, global_modulation=True, mlp_silu_act=True, ops_bias=False,
+        txt_ids_dims=[3],
+    )  # fmt: skip
+    return patcher_of(comfy.supported_models.Flux2(config), dtype, cast)
+
+
 FAMILIES = {"sd": unet, "sdxl": sdxl, "flux": flux}
+if hasattr(comfy.supported_models, "Flux2"):
+    FAMILIES["flux2"] = flux2
 
 
 def patcher_of(family: Any, dtype: torch.dtype, cast: torch.dtype | None) -> Any:
@@ -122,27 +135,54 @@ def drawn(
     sampler: str = "euler",
     grid: tuple[int, int] = GRID,
     steps: int = 3,
+    last: int | None = None,
 ) -> Tensor:
     """Latents, by ComfyUI's KSampler."""
-    latents = torch.zeros(batch, 4, *grid)
+    latents = torch.zeros(batch, patcher.model.model_config.unet_config["in_channels"], *grid)
     noise = comfy.sample.prepare_noise(latents, 7)
     with torch.inference_mode():  # as ComfyUI runs its nodes
         return comfy.sample.sample(
-            patcher, noise, steps, cfg, sampler, "normal", positive, negative, latents, disable_pbar=True, seed=7
-        )
+            patcher, noise, steps, cfg, sampler, "normal", positive, negative, latents, last_step=last,
+            disable_pbar=True, seed=7,
+        )  # fmt: skip
+
+
+Masks = Sequence[Tensor | None]
+"""Where each concept acts; None is everywhere."""
+
+
+def front_of(patcher: Any, text: Tensor) -> int:
+    """How many zeros ComfyUI puts before a text."""
+    return max(0, 512 - text.shape[1]) if hasattr(patcher.model.diffusion_model, "single_stream_modulation") else 0
 
 
 class Reference:
     """Dense deltas by plain hooks, one conditioning at a time: it knows no sites, levels, ranks or bank.
 
     Masks follow from the shapes of outputs, our conditioning is known by its numbers.
+
+    Args:
+        images: The masks of all concepts; of each image if there are several.
     """
 
-    def __init__(self, patcher: Any, plan: Composition, positive: list, masks: Sequence[Tensor | None]) -> None:
-        self.plan, self.masks, self.mine = plan, masks, positive[0][0]
+    def __init__(self, patcher: Any, plan: Composition, positive: list, *images: Masks) -> None:
+        self.plan, self.images, self.mine = plan, images, positive[0][0]
         self.model, self.patcher = patcher.model.diffusion_model, patcher.clone()
         self.patcher.set_model_unet_function_wrapper(self.each)
+        self.is_flux = hasattr(self.model, "double_blocks")
         self.ours, self.tokens, self.grid = False, 0, GRID
+        self.reading: int | None = None
+        self.front = front_of(patcher, self.mine)
+        self.words, self.lengths = plan.words, [*(plan.lengths or ())]
+        if self.front and len(self.words) > 1:  # zeros belong to the text of the image, and have no words
+            front = (
+                torch.zeros(self.front, len(plan.loras))
+                if plan.lengths is None
+                else self.words[:1].repeat(self.front, 1)
+            )
+            self.words = torch.cat([front, self.words])
+        if self.lengths:
+            self.lengths[0] += self.front
 
     @contextmanager
     def hooked(self) -> Iterator[Any]:
@@ -154,11 +194,14 @@ class Reference:
                 return self.added(name, layer, given[0], out, deltas)
 
             handles.append(self.model.get_submodule(name).register_forward_hook(hook))
+        attention = [] if self.is_flux or self.plan.lengths is None else self.read_by_region()
         try:
             yield self.patcher
         finally:
             for handle in handles:
                 handle.remove()
+            for module in attention:
+                del module.forward
 
     def draw(self, positive: list, negative: list, **options: Any) -> Tensor:
         self.grid = options.get("grid", GRID)
@@ -170,14 +213,33 @@ class Reference:
         size = len(given["input"]) // chunks
         for i in range(chunks):
             rows = slice(i * size, (i + 1) * size)
-            c = {name: x[rows] if torch.is_tensor(x) else x for name, x in given["c"].items()}
+            c: dict[str, Any] = {name: x[rows] if torch.is_tensor(x) else x for name, x in given["c"].items()}
             read = c["c_crossattn"]
-            self.ours = read.shape[1] >= length and torch.equal(read[:1, :length], self.mine)
+            start = self.front if read.shape[1] > length else 0
+            self.ours = read.shape[1] >= length and torch.equal(read[:1, start : start + length], self.mine)
             if self.ours:
-                c["c_crossattn"] = read[:, :length]  # ComfyUI repeats shorter texts
+                c["c_crossattn"] = read[:, : start + length]  # ComfyUI repeats shorter texts
+                options = {**c["transformer_options"], "optimized_attention_override": self.attend}
+                c["transformer_options"] = options
             self.tokens = c["c_crossattn"].shape[1]
             parts.append(apply(given["input"][rows], given["timestep"][rows], **c))
         return torch.cat(parts)
+
+    def attend(
+        self, core: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, **options: Any
+    ) -> Tensor:
+        """Scores of our conditioning with what is forbidden, or more or less likely."""
+        assert mask is None
+        if self.is_flux and self.plan.lengths is not None:
+            mask = torch.zeros(self.allowed().shape).masked_fill(~self.allowed(), -torch.inf)
+        elif self.plan.phrases is not None and not self.is_flux and k.shape[1] == self.tokens:
+            mask = torch.zeros(len(q), q.shape[1], k.shape[1])
+            grid = self.grid_of(q.shape[1])
+            for i in range(len(self.plan.loras)):
+                for j in range(len(self.plan.loras)):
+                    drawn = self.plan.phrases[:, j] * (1 if i == j else -1)
+                    mask += self.share(i, grid).flatten(1)[..., None] * drawn * float(self.plan.phrases[:, i].any())
+        return core(q, k, v, heads, mask, **options)
 
     def added(self, name: str, layer: Any, x: Tensor, out: Tensor, deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:
         for n, lora in enumerate(deltas):
@@ -192,32 +254,134 @@ class Reference:
     def gate(self, name: str, n: int, out: Tensor) -> Tensor | float:
         on_image = self.ours or self.plan.image_of_others
         on_text = self.ours or self.plan.text_of_others
-        mask = self.masks[n]
+        everywhere = self.images[0][n] is None
+        if self.reading is not None and re.search(r"attn2\.to_([kv]|out)", name):
+            return float(self.ours and (everywhere or self.reading == n))
         if re.search(r"time_embed|label_emb|emb_layers", name):
             return float(on_image)
         if re.search(r"(time|vector|guidance)_in|_mod\.|modulation|adaLN", name):
-            return float(on_image and mask is None)
+            return float(on_image and everywhere)
         # On other conditionings only methods without token gates act, and on all tokens.
-        words = self.plan.words[:, n, None].expand(-1 if len(self.plan.words) > 1 else self.tokens, 1)
+        words = self.words[:, n, None].expand(-1 if len(self.words) > 1 else self.tokens, 1)
         words = words if self.ours else torch.full((self.tokens, 1), float(words.mean()))
         if re.search(r"attn2\.to_[kv]|txt_", name):
             return words * float(on_text)
         if out.dim() == 4:
-            return self.small(mask, out.shape[2:]) * float(on_image)
+            return self.share(n, out.shape[2:])[:, None] * float(on_image)
         single = name.startswith("single")
-        cells = out.shape[1] - (self.tokens if single else 0)
-        grid = next(grid for grid in self.grids() if grid[0] * grid[1] == cells)
-        here = self.small(mask, grid).flatten()[:, None] * float(on_image)
-        return torch.cat([words * float(on_text), here]) if single else here
+        grid = self.grid_of(out.shape[1] - (self.tokens if single else 0))
+        here = self.share(n, grid).flatten(1)[..., None] * float(on_image)
+        return torch.cat([words.expand(len(here), -1, 1) * float(on_text), here], dim=1) if single else here
 
-    def grids(self) -> Iterator[tuple[int, int]]:
+    def grid_of(self, cells: int) -> tuple[int, int]:
         height, width = self.grid
-        for _ in range(4):
-            yield height, width
+        while height * width != cells:
             height, width = -(-height // 2), -(-width // 2)
+        return height, width
+
+    def share(self, n: int, grid: Sequence[int]) -> Tensor:
+        """How much of each cell is in the region of a concept. Shape: [images, height, width]."""
+        return torch.stack([self.small(masks[n], grid) for masks in self.images])
 
     def small(self, mask: Tensor | None, grid: Sequence[int]) -> Tensor:
         if mask is None:
             return torch.ones(*grid)
         mean = F.adaptive_avg_pool2d(mask[None], (grid[0], grid[1]))[0]
         return mean / mean.max().clamp(min=1e-9)
+
+    def shares(self, grid: Sequence[int]) -> Tensor:
+        """Share of each text in what a cell reads. Shape: [cells, texts]."""
+        inside = torch.stack([self.share(n, grid)[0].flatten() >= 0.5 for n in self.plan.readers], dim=1)
+        every = torch.cat([~inside.any(dim=1, keepdim=True), inside], dim=1).float()
+        return every / every.sum(dim=1, keepdim=True)
+
+    def seen(self, grid: Sequence[int]) -> Tensor:
+        """Which cells see which."""
+        shares = (self.shares(grid) > 0).float()
+        return (shares @ shares.t() > 0) | (shares[:, :1] > 0) | (shares[:, 0] > 0)
+
+    def allowed(self) -> Tensor:
+        """Who attends to whom in a joint sequence."""
+        grid, lengths = tuple(-(-side // self.model.patch_size) for side in self.grid), self.lengths
+        of_token = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        reads = self.shares(grid) > 0
+        reads[:, 0] = True
+        cells = reads[:, of_token]
+        both = self.seen(grid) if self.plan.isolate else torch.ones(len(reads), len(reads), dtype=torch.bool)
+        return torch.cat([torch.cat([of_token[:, None] == of_token, cells.t()], 1), torch.cat([cells, both], 1)])
+
+    def read_by_region(self) -> list[Any]:
+        """Cross-attention text by text, each with the LoRA of its concept alone, and the mean over the texts."""
+        modules: list[Any] = [
+            module for name, module in self.model.named_modules() if name.endswith((".attn1", ".attn2"))
+        ]
+        for module in modules:
+
+            def forward(x: Tensor, context: Any = None, module: Any = module, **_: Any) -> Tensor:
+                return self.attended(module, x, context)
+
+            module.forward = forward
+        return modules
+
+    def attended(self, module: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        grid, query = self.grid_of(x.shape[1]), module.to_q(x)
+
+        def read(given: Tensor, seen: Tensor | None = None) -> Tensor:
+            q, k, v = (
+                y.unflatten(-1, (module.heads, -1)).transpose(1, 2)
+                for y in (query, module.to_k(given), module.to_v(given))
+            )
+            return module.to_out(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
+
+        if context is None:
+            return read(x, self.seen(grid) if self.plan.isolate and self.ours else None)
+        if not self.ours:
+            return read(context)
+        total, shares = torch.zeros(()), self.shares(grid)
+        for n, part in enumerate(context.split(list(self.lengths), dim=1)):
+            self.reading = -1 if n == 0 else self.plan.readers[n - 1]
+            total = total + shares[:, n, None] * read(part)
+            self.reading = None
+        return total
+
+
+def maps_of_draft(patcher: Any, plain: list, negative: list, words: Tensor, **options: Any) -> Tensor:
+    """Attention to words in the base model, summed over steps. Shape: [images, maps, height, width]."""
+    found: list[Tensor] = []
+    halved = getattr(patcher.model.diffusion_model, "patch_size", 2)
+    sides = [-(-side // halved) for side in options.get("grid", GRID)]
+    cells, model = sides[0] * sides[1], patcher.model.diffusion_model
+
+    layers: list[Tensor] = []
+    front = front_of(patcher, plain[0][0])
+
+    def attend(core: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *further: Any, **more: Any) -> Tensor:
+        query, key = q, k
+        if not more.get("skip_reshape"):
+            query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        layers.append(scores.softmax(dim=-1).mean(dim=1))
+        return core(q, k, v, heads, *further, **more)
+
+    def each(apply: Any, given: Any) -> Tensor:
+        size, parts, tokens = len(given["input"]) // len(given["cond_or_uncond"]), [], front + len(words)
+        for rows in torch.arange(len(given["input"])).split(size):
+            c: dict[str, Any] = {name: x[rows] if torch.is_tensor(x) else x for name, x in given["c"].items()}
+            mine = torch.equal(c["c_crossattn"][:1, front:tokens], plain[0][0])
+            if mine:
+                c["c_crossattn"] = c["c_crossattn"][:, :tokens]
+            c["transformer_options"] = {**c["transformer_options"], "optimized_attention_override": attend}
+            layers.clear()
+            parts.append(apply(given["input"][rows], given["timestep"][rows], **c))
+            if mine:
+                blocks = getattr(model, "double_blocks", None)
+                shown = [one for one in layers if one.shape[1:] == (cells, tokens)]
+                if blocks is not None:  # the last third of them, which is one of two
+                    shown = [layers[len(blocks) - 1][:, -cells:, front:tokens]]
+                found.append(torch.stack(shown).mean(dim=0) @ words)
+        return torch.cat(parts)
+
+    watched = patcher.clone()
+    watched.set_model_unet_function_wrapper(each)
+    drawn(watched, plain, negative, **options)
+    return torch.stack(found).sum(dim=0).transpose(1, 2).unflatten(2, sides)

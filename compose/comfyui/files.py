@@ -24,6 +24,7 @@ Target = str | tuple[Any, ...]
 """A weight of the model by its key; or the key, the part of its outputs as (0, first row, rows) or None, and perhaps
 what ComfyUI does with a weight of the file before it is added."""
 
+_DENOISERS = ("unet", "transformer")
 _START, _END = "diffusion_model.", ".weight"
 _FITTING = 0.1
 """The share of a file's layers below which it is for another model, as in our pipelines."""
@@ -45,8 +46,7 @@ def read_concept(path: Path, model: nn.Module, names: Mapping[str, Target]) -> t
     parts: dict[str, list[LoraFactors]] = defaultdict(list)
     taken: dict[tuple[str, int], str] = {}
     left_out, cut = [*grouped.unknown, *grouped.inexpressible], 0
-    text = [layer for layer in grouped.layers if layer.part not in ("unet", "transformer")]
-    mine = [layer for layer in grouped.layers if layer not in text]
+    mine = [layer for layer in grouped.layers if layer.part in _DENOISERS]
     for layer in mine:
         target = targets.get(present_name(layer.module))
         if target is None:
@@ -69,14 +69,20 @@ def read_concept(path: Path, model: nn.Module, names: Mapping[str, Target]) -> t
             f"{path.name} fits this model in {found} of its {len(mine)} layers; choose a LoRA that was trained for it "
             f"(its first keys are {', '.join([*file.tensors][:3])})"
         )
-    notes = [f"its {len(text)} layers of text encoders are left out"] if text else []
-    notes += [f"{len(left_out)} keys fit no layer and are left out: {', '.join(left_out[:3])}"] if left_out else []
+    notes = [f"{len(left_out)} keys fit no layer and are left out: {', '.join(left_out[:3])}"] if left_out else []
     notes += [f"{cut} layers are cut to rank {MAX_RANK}"] if cut else []
     notes += [f"its words {', '.join(file.embeddings)} are left out"] if file.embeddings else []
     try:
         return {name: _together(name, of, model) for name, of in parts.items()}, notes
     except ValueError as error:
         raise LoraError(f"{path.name}: {error}") from error
+
+
+def read_text_encoders(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a file that change text encoders, which ComfyUI reads itself. Errors as for `read_concept`."""
+    file = read_lora(path)
+    layers = (layer for layer in by_layer(file).layers if layer.part not in _DENOISERS)
+    return {key: file.tensors[key] for layer in layers for key in layer.keys}
 
 
 def _targets(names: Mapping[str, Target]) -> Mapping[str, tuple[str, slice | None, Callable[[Tensor], Tensor] | None]]:

@@ -5,22 +5,39 @@ makes in the middle of a sampling (ON_EJECT_MODEL, ON_INJECT_MODEL). LoRAs act o
 the state dict stay, and are taken out at the end of the sampling, also after an exception.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import comfy.patcher_extension as core  # pyright: ignore[reportMissingImports]
+import comfy.samplers  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor
 
-from lora_compose.attention import BankCache, Grid, Installation, KeptBanks, installed_layers
+from lora_compose.attention import (
+    BankCache,
+    Grid,
+    Installation,
+    JointRegions,
+    KeptBanks,
+    Recorder,
+    RegionAttention,
+    grid_at,
+    installed_layers,
+)
 from lora_compose.attention.forward_state import LayerInputs
-from lora_compose.compose.comfyui.composition import Composition
-from lora_compose.compose.comfyui.families import sites_of
+from lora_compose.attention.swapped_forward import SwappedForward
+from lora_compose.compose.comfyui.composition import Composition, Draft
+from lora_compose.compose.comfyui.families import family_of
+from lora_compose.compose.comfyui.steering import SteeredAttention, Steering
 
 KEY = "lora_compose"
 """Our name among callbacks and wrappers, and of the mark in conditionings."""
+LENGTH = 0.12
+"""The part of the steps that is drafted, at least one step, as in our pipelines."""
 
 
 def compose(patcher: Any, composition: Composition) -> Any:
@@ -31,7 +48,7 @@ def compose(patcher: Any, composition: Composition) -> Any:
     """
     if patcher.wrappers.get(core.WrappersMP.APPLY_MODEL, {}).get(KEY):
         raise ValueError("this model has concepts already; chain all concepts, and connect them to one Compose")
-    sites_of(patcher.model.diffusion_model)
+    family_of(patcher.model.diffusion_model)
     clone, host = patcher.clone(), Host(composition)
     clone.add_callback_with_key(core.CallbacksMP.ON_EJECT_MODEL, KEY, host.eject)
     clone.add_callback_with_key(core.CallbacksMP.ON_INJECT_MODEL, KEY, host.inject)
@@ -77,6 +94,8 @@ class Host:
         self._sampling = Sampling(guider.inner_model, self.composition, ours, tuple(noise.shape[-2:]), device)
         try:
             self._sampling.put()
+            if self.composition.draft is not None and len(arguments[0]) > 1:  # noise levels; one is no step
+                self._sampling.draft(self.composition.draft, executor, guider, *arguments, **options)
             return executor(guider, *arguments, **options)
         finally:
             self._sampling.take()
@@ -102,9 +121,13 @@ class Host:
             raise ValueError("concepts act in one copy of a model alone, while it is sampled; not on several GPUs")
         if inputs.get("ref_latents") is not None:
             raise ValueError("reference images cannot be combined with concepts yet; leave ReferenceLatent out")
+        if sampling.steered and {"attn1", "attn2"} & options.get("patches_replace", {}).keys():
+            raise ValueError("another node replaces attention; it cannot be combined with a draft or texts of regions")
         uuids = options["uuids"]
         sampling.use([uuid in sampling.ours for uuid in uuids for _ in range(len(x) // len(uuids))], x, text)
-        return executor(x, t, concat, text, control, options, **inputs)
+        out = executor(x, t, concat, text, control, options, **inputs)
+        sampling.record()
+        return out
 
 
 class Sampling:
@@ -116,18 +139,27 @@ class Sampling:
         ours: The conditionings that concepts act on.
         grid: Height and width of the latents.
         device: Where the model runs.
+
+    Attributes:
+        steered: Whether attention is steered.
+        regions: Those of all concepts by image, once a draft has found them.
     """
 
     def __init__(
         self, model: Any, composition: Composition, ours: frozenset[Any], grid: Grid, device: torch.device
     ) -> None:
         self.model, self.ours = model, ours
-        self._composition, self._device = composition, device
-        self._sites = sites_of(model.diffusion_model)
+        self.steered = composition.draft is not None or composition.lengths is not None
+        self.regions: Sequence[Any] = ()
+        self._family = family_of(model.diffusion_model)
+        self._plan, self._device = composition.filled(self._family.least_tokens), device
         self._kept = KeptBanks(BankCache(sys.maxsize), tuple((i,) for i in range(len(composition.loras))))
         self._stack = ExitStack()
         self._installation: Installation | None = None
-        self._grid = grid
+        self._steering: Steering | None = None
+        self._grid, self._images = grid, 1
+        self._recorder: Recorder | None = None
+        self._maps: list[Tensor] = []
         self._inputs: dict[tuple[Any, ...], LayerInputs] = {}
 
     def put(self) -> None:
@@ -135,22 +167,80 @@ class Sampling:
         model, dtype = self.model.diffusion_model, self.model.manual_cast_dtype or self.model.get_dtype()
         layers = installed_layers(
             model,
-            self._composition.loras,
-            self._sites,
+            self._plan.loras,
+            self._family.sites,
             device=self._device,
             dtype=dtype,
             kept=self._kept,
             how="forward",
         )
         self._installation = self._stack.enter_context(layers)
+        if self.steered:
+            self._steering = Steering(self._installation.state, self._plan)
+            for name, site in self._family.attention.items():
+                swap = SwappedForward(model.get_submodule(name), model)
+                swap.layer = SteeredAttention(name, site, self._steering, swap.found)
+                self._stack.callback(swap.take_off)
+                swap.put_on()
 
     def take(self) -> None:
         """Takes them out; may be called twice."""
-        self._installation = None
+        self._installation = self._steering = None
         self._stack.close()
 
+    def draft(
+        self, draft: Draft, executor: Any, guider: Any, sigmas: Tensor, extra: dict[str, Any], _: Any, noise: Tensor,
+        latents: Tensor | None = None, mask: Tensor | None = None, *further: Any, **options: Any,
+    ) -> None:  # fmt: skip
+        """Finds the regions in a few steps without subjects; the sampler starts again from the same noise afterwards.
+
+        Args:
+            executor: Runs the sampler; the rest are its arguments.
+        """
+        whole, conditionings, steps = self._plan, guider.conds, len(sigmas) - 1
+        self._images = len(noise)
+        if whole.lengths is not None and self._images > 1:
+            raise ValueError(
+                "where regions read texts of their own, images are drafted one by one; set batch_size to 1"
+            )
+        ((text, pooled),) = draft.conditioning
+
+        def plain(kind: str, one: dict[str, Any]) -> dict[str, Any]:
+            if one["uuid"] not in self.ours:
+                return one
+            other = {**one, "cross_attn": text, "pooled_output": pooled.get("pooled_output")}
+            given = {"latent_image": latents, "denoise_mask": mask, "seed": extra.get("seed")}
+            return comfy.samplers.encode_model_conds(
+                self.model.extra_conds, [other], noise, self._device, kind, **given
+            )[0]
+
+        styles = torch.tensor([float(i not in draft.subjects) for i in range(len(whole.loras))])
+        self._use_plan(
+            replace(whole, weights=whole.weights * styles, lengths=None, words=torch.ones_like(styles)[None])
+        )
+        words = torch.nn.functional.pad(draft.words, (0, 0, max(0, self._family.least_tokens - len(draft.words)), 0))
+        self._recorder = Recorder(self._family.maps, words.to(self._device)[None])
+        devices = [self._device] if self._device.type == "cuda" else []
+        try:
+            guider.conds = {kind: [plain(kind, one) for one in every or ()] for kind, every in conditionings.items()}
+            with torch.random.fork_rng(devices):
+                first = sigmas[: 1 + max(1, math.ceil(round(LENGTH * steps, 6)))]
+                executor(guider, first, {**extra}, None, noise.clone(), latents, mask, *further, **options)
+        finally:
+            guider.conds, self._recorder = conditionings, None
+        if not self._maps:
+            raise ValueError("the conditioning of Compose is not used in the first steps, where draft needs it")
+        self._use_plan(whole)
+        self.regions = [draft.divide(maps, whole.regions, self._grid) for maps in torch.stack(self._maps).sum(dim=0)]
+
+    def _use_plan(self, plan: Composition) -> None:
+        self._plan = plan
+        self._inputs.clear()
+        if self._steering is not None:
+            self._steering.plan = plan
+
     def use(self, ours: Sequence[bool], x: Tensor, text: Tensor) -> None:
-        """Sets the gates of the next pass.
+        """Sets what layers read in the next pass.
 
         Args:
             ours: By row, whether it is predicted for our conditioning.
@@ -159,11 +249,38 @@ class Sampling:
         """
         if self._installation is None:
             raise RuntimeError("ComfyUI runs the model while its changes are taken out; please report this")
-        grid, tokens = (x.shape[-2], x.shape[-1]), text.shape[1]
-        if grid != self._grid and any(region is not None for region in self._composition.regions):
-            raise ValueError("a conditioning with an area of its own cannot be combined with boxes and masks")
+        plan, grid, tokens = self._plan, (x.shape[-2], x.shape[-1]), text.shape[1]
+        if grid != self._grid and (self.steered or any(region is not None for region in plan.regions)):
+            raise ValueError("a conditioning with an area of its own cannot be combined with regions of concepts")
         key = (*ours, grid, tokens)
         if key not in self._inputs:
-            gates = self._composition.gates(self._sites, ours, grid, tokens)
-            self._inputs[key] = self._installation.inputs(gates, lengths=[tokens] * len(ours))
-        self._installation.use(self._inputs[key])
+            gates = plan.gates(self._family, ours, grid, tokens, self.regions)
+            regions = joint = None
+            if any(ours):
+                found = plan.regions_of_pass(
+                    self._family, sum(ours), grid, (self.regions or [plan.regions])[0], self._device
+                )
+                regions = found if isinstance(found, RegionAttention) else None
+                joint = found if isinstance(found, JointRegions) else None
+            bias = {} if self._recorder is not None else plan.bias(self._family, ours, grid, tokens, self.regions)
+            self._inputs[key] = self._installation.inputs(
+                gates, regions=regions, joint_regions=joint, lengths=[tokens] * len(ours), text_bias=bias
+            )
+        recorders = [] if self._recorder is None or not any(ours) else [self._repeated(self._recorder, tokens)]
+        self._installation.use(self._inputs[key], *recorders)
+        if self._steering is not None:
+            self._steering.ours = torch.tensor(ours)
+
+    def _repeated(self, recorder: Recorder, tokens: int) -> Recorder:
+        words = recorder.token_weights
+        return Recorder(recorder.layers, words.repeat(1, tokens // words.shape[1], 1))
+
+    def record(self) -> None:
+        """Keeps the maps of our rows in the pass that has just been run, while a draft is made."""
+        steering = self._steering
+        if self._recorder is None or steering is None or not steering.state.recorders:
+            return
+        grid = grid_at(self._grid, self._family.map_level)
+        mine = steering.state.recorders[0].mean()[steering.ours.to(self._device)]
+        by_image = mine.unflatten(0, (-1, self._images)).mean(dim=0).float().cpu()
+        self._maps.append(by_image.transpose(1, 2).unflatten(2, grid))

@@ -6,13 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import comfy.lora  # pyright: ignore[reportMissingImports]
+import comfy.sd  # pyright: ignore[reportMissingImports]
 import folder_paths  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
 
 from lora_compose.compose.comfyui.concepts import Concept, boxes_of, composition_of, drawn, with_boxes
-from lora_compose.compose.comfyui.files import read_concept
+from lora_compose.compose.comfyui.families import family_of
+from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
 from lora_compose.compose.comfyui.host import compose, marked
-from lora_compose.compose.comfyui.words import BOX, BOXES, CLASS_WORD, CONCEPT, MASK, METHODS, TEXT, TRIGGER, WEIGHT
+from lora_compose.compose.comfyui.words import (
+    BOX,
+    BOXES,
+    CLASS_WORD,
+    CONCEPT,
+    MASK,
+    METHODS,
+    PROMPT,
+    TEXT,
+    TEXTS,
+    TRIGGER,
+    WEIGHT,
+)
 
 logger = logging.getLogger("lora_compose")
 Concepts = io.Custom("LORA_COMPOSE_CONCEPTS")
@@ -36,6 +50,7 @@ class ConceptNode(io.ComfyNode):
                 io.String.Input("class_word", default="", tooltip=CLASS_WORD),
                 io.Float.Input("weight", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip=WEIGHT),
                 io.String.Input("box", default="", tooltip=BOX),
+                io.String.Input("prompt", default="", optional=True, multiline=True, tooltip=PROMPT),
                 io.Mask.Input("mask", optional=True, tooltip=MASK),
                 Concepts.Input("concepts", optional=True, tooltip="The concepts before this one."),
             ],
@@ -44,11 +59,19 @@ class ConceptNode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, lora: str, trigger: str, class_word: str, weight: float, box: str, mask: Any = None, concepts: Any = ()
+        cls,
+        lora: str,
+        trigger: str,
+        class_word: str,
+        weight: float,
+        box: str,
+        prompt: str = "",
+        mask: Any = None,
+        concepts: Any = (),
     ) -> Any:
         """Adds a concept to those before it."""
         path = Path(folder_paths.get_full_path_or_raise("loras", lora))
-        return io.NodeOutput((*concepts, Concept.of(path, trigger, class_word, weight, box, mask)))
+        return io.NodeOutput((*concepts, Concept.of(path, trigger, class_word, weight, box, mask, prompt)))
 
 
 class BoxesNode(io.ComfyNode):
@@ -95,21 +118,43 @@ class ComposeNode(io.ComfyNode):
                 io.Combo.Input(
                     "method", options=[*METHODS], tooltip=" ".join(f"{name}: {said}" for name, said in METHODS.items())
                 ),
+                io.Combo.Input("texts", options=["auto", "shared", "regions"], optional=True, tooltip=TEXTS),
             ],
             outputs=[io.Model.Output(), io.Conditioning.Output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str) -> Any:
-        """Reads the files, finds the words, and encodes the text."""
-        names, loras = comfy.lora.model_lora_keys_unet(model.model, {}), []
+    def execute(
+        cls, model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
+    ) -> Any:
+        """Reads the files, finds the words, and encodes the texts."""
+        network = model.model.diffusion_model
+        family, names, loras = family_of(network), comfy.lora.model_lora_keys_unet(model.model, {}), []
         for concept in concepts:
-            lora, notes = read_concept(concept.path, model.model.diffusion_model, names)
+            lora, notes = read_concept(concept.path, network, names)
             for note in notes:
                 logger.warning("%s: %s", concept.path.name, note)
             loras.append(lora)
-        composition = composition_of(concepts, loras, clip, text, method)
-        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+        parts, used = [read_text_encoders(concept.path) for concept in concepts], set()
+
+        def encode(text: str, which: Sequence[int]) -> Any:
+            encoder = clip
+            for i in which:
+                if parts[i] and concepts[i].weight:
+                    weight = concepts[i].weight
+                    encoder = comfy.sd.load_lora_for_models(None, encoder, {**parts[i]}, 0, weight)[1]
+                    used.add(i)
+            return encoder.encode_from_tokens_scheduled(encoder.tokenize(text))
+
+        composition, conditioning = composition_of(
+            concepts, loras, clip, encode, text, method, texts, joint=family.joint is not None
+        )
+        for i, part in enumerate(parts):
+            if part and i not in used:
+                logger.warning(
+                    "%s: its LoRA of text encoders is left out, since all read one text", concepts[i].path.name
+                )
         return io.NodeOutput(compose(model, composition), marked(conditioning, composition))
 
 

@@ -28,13 +28,13 @@ from torch import Tensor
 
 from lora_compose.attention import Gates, Partition, RegionAttention, grid_at
 from lora_compose.attention.device import to_device
-from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, strongest
+from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, smooth, strongest
 from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import Needs, Process, Settings, warn_once, warn_unread
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
-from lora_compose.pipelines.methods.losses import contrast, smooth
+from lora_compose.pipelines.methods.losses import contrast
 from lora_compose.pipelines.methods.mapped_tokens import MappedTokens, check_words, map_tokens
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_gates import region_gates

@@ -33,13 +33,13 @@ from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import FixedPasses, Process, Settings, constant_gates
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
-from lora_compose.pipelines.methods.division import divided, nearest, strips
 from lora_compose.pipelines.methods.drafted import drafted_maps
 from lora_compose.pipelines.methods.gated_pass import gated_pass
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.methods.region_texts import HALF, region_texts, segment_texts, shared_text
 from lora_compose.pipelines.scene.canvas import Canvas, Step
+from lora_compose.pipelines.scene.division import divided, nearest, strips
 from lora_compose.pipelines.scene.regions import Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.branches import branch_of

@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention.device import to_device
+from lora_compose.attention.masks import smooth
 from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import ActingRows, Needs, Process, Settings, warn_unread
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, ComposedRegions, compose_regions
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
-from lora_compose.pipelines.methods.losses import concentration, filling, outside_attention, smooth
+from lora_compose.pipelines.methods.losses import concentration, filling, outside_attention
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_gates import Inject
 from lora_compose.pipelines.methods.region_texts import Background, region_texts

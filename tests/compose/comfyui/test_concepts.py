@@ -1,17 +1,52 @@
 """What people give in the nodes becomes gates, or an error that says what to do."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lora_compose.attention import Site
+from lora_compose.attention import JointRegions, RegionAttention, Site
+from lora_compose.compose.comfyui.composition import Composition
 from lora_compose.compose.comfyui.concepts import Concept, boxes_of, composition_of, drawn, with_boxes
+from lora_compose.compose.comfyui.families import Family
 from lora_compose.compose.comfyui.words import METHODS
 from lora_compose.compose.page.labels import METHOD_LABELS
 
 CAT, DOG = Path("cat.safetensors"), Path("dog.safetensors")
-SITES = {"a": Site("text"), "b": Site("image"), "c": Site("image", level=1), "d": Site("row"), "e": Site("modulation")}
+LAYERS = {"a": Site("text"), "b": Site("image"), "c": Site("image", level=1), "d": Site("row"), "e": Site("modulation")}
+
+UNET = Family(LAYERS, {"b.attn2": Site("image", reads_text=True), "b.attn1": Site("image")}, ["b.attn2"])
+JOINT = Family(LAYERS, {"c": Site("text", "image", level=1)}, ["c"])
+
+
+class Words:
+    """A tokenizer as ComfyUI's are asked: a token for each word, between a start and an end; and an encoder."""
+
+    def __init__(self) -> None:
+        self.tokenizer, self.l = self, self
+        self.encoded: list[tuple[str, tuple[int, ...]]] = []
+
+    def tokenize(self, text: str, return_word_ids: bool = False) -> Any:
+        return {"l": self.tokenize_with_weights(text, return_word_ids)}
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, disable_weights: bool = False) -> Any:
+        words = [(word, 1.0, n) for n, word in enumerate(text.split(), start=1)]
+        return [[("<", 1.0, 0), *words, (">", 1.0, 0)]]
+
+    def encode(self, text: str, which: Any) -> list[list[Any]]:
+        self.encoded.append((text, tuple(which)))
+        return [[torch.ones(1, len(text.split()) + 2, 4), {"pooled_output": text}]]
+
+
+def composed(
+    concepts: list[Concept], text: str, method: str, *, texts: str = "auto", joint: bool = False
+) -> tuple[Composition, Any, Words]:
+    clip = Words()
+    plan, conditioning = composition_of(
+        concepts, [{}] * len(concepts), clip, clip.encode, text, method, texts, joint=joint
+    )
+    return plan, conditioning, clip
 
 
 def two(first: str = "", second: str = "") -> list[Concept]:
@@ -23,8 +58,8 @@ def test_the_methods_are_described_as_on_the_page() -> None:
 
 
 def test_regional_acts_in_boxes_on_our_rows_alone() -> None:
-    plan = composition_of(two("0,0,0.5,1"), [{}, {}], None, "a sks cat", "regional")
-    gates = plan.gates(SITES, [True, False], (2, 4), 7)
+    plan = composed(two("0,0,0.5,1"), "a sks cat", "regional")[0]
+    gates = plan.gates(UNET, [True, False], (2, 4), 7)
     assert gates.text.tolist() == [[[1.0, 0.5]] * 7, [[0.0, 0.0]] * 7]
     assert gates.image[0][0].tolist() == [[1, 0.5], [1, 0.5], [0, 0.5], [0, 0.5]] * 2
     assert gates.image[1].tolist() == [[[1, 0.5], [0, 0.5]], [[0, 0], [0, 0]]]
@@ -34,15 +69,15 @@ def test_regional_acts_in_boxes_on_our_rows_alone() -> None:
 
 
 def test_merge_acts_on_every_row() -> None:
-    plan = composition_of(two(), [{}, {}], None, "", "merge")
-    gates = plan.gates(SITES, [False, True], (2, 4), 7)
+    plan = composed(two(), "", "merge")[0]
+    gates = plan.gates(UNET, [False, True], (2, 4), 7)
     assert torch.equal(gates.text, torch.tensor([1, 0.5]).expand(2, 7, 2))
     assert all(torch.equal(gate, torch.tensor([1, 0.5]).expand(2, 1, 2)) for gate in gates.image.values())
 
 
 def test_a_small_box_does_not_vanish_on_a_coarse_grid() -> None:
-    plan = composition_of(two("0.1,0.1,0.11,0.11"), [{}, {}], None, "", "regional")
-    assert plan.gates(SITES, [True], (4, 4), 1).image[1][0, :, 0].tolist() == [1, 0, 0, 0]
+    plan = composed(two("0.1,0.1,0.11,0.11"), "", "regional")[0]
+    assert plan.gates(UNET, [True], (4, 4), 1).image[1][0, :, 0].tolist() == [1, 0, 0, 0]
 
 
 def test_boxes_are_given_to_concepts_in_their_order() -> None:
@@ -61,13 +96,17 @@ def test_a_box_that_is_none_is_refused(box: str) -> None:
     ("concepts", "method", "said"),
     [
         (two(), "regional", "give at least one a box or a mask"),
+        ([Concept.of(CAT, "sks", "cat", 1.0)], "draft", "two or more"),
+        ([Concept.of(CAT, "sks", "", 1.0), *two()[1:]], "draft", "class word of cat.safetensors"),
+        ([Concept.of(CAT, "sks", "cat", 1.0, prompt="a sks cat")], "tara", "tara reads one text"),
+        ([*two("0,0,1,1")[:1], Concept.of(DOG, "", "", 1.0, prompt="a dog")], "regional", "no region that reads it"),
         (two("0,0,1,1"), "merge", "merge does not use boxes and masks"),
         ([Concept.of(CAT, "", "cat", 1.0)], "tara", "needs a trigger for cat.safetensors"),
     ],
 )
 def test_what_a_method_needs_is_said(concepts: list[Concept], method: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        composition_of(concepts, [{}] * len(concepts), None, "a cat", method)
+        composed(concepts, "a cat", method)
 
 
 def test_regions_that_contradict_each_other_are_refused() -> None:
@@ -79,3 +118,86 @@ def test_regions_that_contradict_each_other_are_refused() -> None:
         with_boxes(two("0,0,1,1"), [None, None])
     with pytest.raises(ValueError, match="1 boxes for 2 concepts"):
         with_boxes(two(), [None])
+
+
+TEXT = "a sks cat and a zwx dog on grass"
+
+
+def test_a_draft_looks_for_class_words_in_the_text_without_triggers() -> None:
+    style = Concept.of(Path("style.safetensors"), "", "", 1.0)
+    plan, conditioning, clip = composed([*two(), style], TEXT, "draft")
+    assert clip.encoded == [(TEXT, (2,)), ("a cat and a dog on grass", (2,))], "with the text-encoder LoRA of the style"
+    assert conditioning[0][1]["pooled_output"] == TEXT
+    assert plan.draft is not None
+    assert plan.draft.words.nonzero().tolist() == [[2, 0], [5, 1]]
+    assert not plan.draft.strips
+    assert plan.phrases is not None
+    assert plan.phrases.nonzero().tolist() == [[2, 0], [3, 0], [6, 1], [7, 1]], "from the trigger to the class word"
+    assert plan.lengths is None
+
+
+def test_a_draft_keeps_given_regions_and_divides_the_rest() -> None:
+    plan, *_ = composed(two("0,0,0.5,1"), TEXT, "draft", joint=True)
+    assert plan.draft is not None
+    assert plan.phrases is None, "there is a bias on UNets alone"
+    cat, dog = plan.draft.divide(torch.rand(2, 2, 4), plan.regions, (4, 8))
+    assert cat == (0, 0, 500, 1000)
+    assert isinstance(dog, torch.Tensor)
+    assert dog.tolist() == [[0.0] * 4 + [1.0] * 4] * 4
+    everything, *_ = composed(two("0,0,0.5,1", "0.5,0,1,1"), TEXT, "draft")
+    assert everything.draft is None, "there is nothing to find"
+
+
+def test_the_bias_draws_cells_to_the_words_of_their_own_region() -> None:
+    plan, *_ = composed(two(), TEXT, "draft")
+    left = torch.tensor([[1.0, 0.0]])
+    bias = plan.bias(UNET, [False, True], (1, 2), 11, [[left, 1 - left]])[0]
+    cat, dog = [0, 0, 1, 1, 0, 0, -1, -1, 0, 0, 0], [0, 0, -1, -1, 0, 0, 1, 1, 0, 0, 0]
+    assert bias.tolist() == [[[0] * 11] * 2, [cat, dog]]
+    assert plan.bias(UNET, [True], (1, 2), 22, [[left, 1 - left]])[0].tolist() == [[cat * 2, dog * 2]]
+
+
+def test_two_of_one_class_read_texts_of_their_own() -> None:
+    cats = [Concept.of(CAT, "sks", "cat", 1.0), Concept.of(DOG, "zwx", "cat", 1.0)]
+    plan, conditioning, clip = composed(cats, "a sks cat and a zwx cat on grass", "draft")
+    said = [text for text, _ in clip.encoded]
+    assert said[:3] == ["on grass", "a sks cat on grass", "a zwx cat on grass"]
+    assert [which for _, which in clip.encoded[:3]] == [(), (0,), (1,)]
+    assert plan.lengths == [4, 7, 7]
+    assert plan.isolate
+    assert plan.draft is not None
+    assert plan.draft.strips
+    assert conditioning[0][0].shape == (1, 18, 4)
+    assert conditioning[0][1]["pooled_output"] == "a cat and a cat on grass", "that of the whole image"
+    assert plan.words.nonzero().tolist() == [[n, 0] for n in range(4, 11)] + [[n, 1] for n in range(11, 18)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "joint", "prompt", "own"),
+    [
+        ("auto", False, "", False),
+        ("auto", True, "", True),
+        ("auto", False, "a sks cat asleep", True),
+        ("shared", True, "", False),
+        ("regions", False, "", True),
+    ],
+)
+def test_regions_read_texts_of_their_own_where_that_is_wanted(texts: str, joint: bool, prompt: str, own: bool) -> None:
+    cat = Concept.of(CAT, "sks", "cat", 1.0, "0,0,0.5,1", prompt=prompt)
+    plan, _, clip = composed([cat, two("", "0.4,0,1,1")[1]], TEXT, "regional", texts=texts, joint=joint)
+    assert (plan.lengths is not None) == own
+    if not own:
+        assert clip.encoded == [(TEXT, ())]
+        return
+    assert clip.encoded[0][0] == ("a cat and a dog on grass" if joint else "on grass")
+    assert clip.encoded[1][0] == (prompt or "a sks cat on grass")
+    found = plan.regions_of_pass(JOINT if joint else UNET, 1, (2, 4), plan.regions, torch.device("cpu"))
+    assert isinstance(found, JointRegions if joint else RegionAttention)
+
+
+def test_texts_that_cannot_be_made_or_read_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no text can be made about cat\.safetensors: write its trigger"):
+        composed(two("0,0,0.5,1"), "a zwx dog", "regional", texts="regions")
+    asleep = Concept.of(CAT, "sks", "cat", 1.0, "0,0,0.5,1", prompt="a sks cat asleep")
+    with pytest.raises(ValueError, match="all regions read one text; clear it, or set texts to regions"):
+        composed([asleep], TEXT, "regional", texts="shared")

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from lora_compose.attention import Site
-from lora_compose.compose.comfyui.families import sites_of
+from lora_compose.compose.comfyui.families import family_of
 
 UNET = """time_embed.0 time_embed.2 input_blocks.0.0* input_blocks.1.0.in_layers.2* input_blocks.1.0.emb_layers.1
 input_blocks.1.1.proj_in* input_blocks.1.1.transformer_blocks.0.attn1.to_q
@@ -32,8 +32,11 @@ class Tree(nn.Module):
 
 
 def test_layers_of_a_unet_lie_on_the_grid_of_their_block() -> None:
-    sites, block = sites_of(Tree(UNET)), "input_blocks.1.1.transformer_blocks.0"
+    family, block = family_of(Tree(UNET)), "input_blocks.1.1.transformer_blocks.0"
+    sites = family.sites
     assert len(sites) == len(UNET.split())
+    assert family.attention == {f"{block}.attn2": Site("image", reads_text=True)}
+    assert family.joint is None
     assert sites["time_embed.2"] == sites["input_blocks.1.0.emb_layers.1"] == Site("row")
     assert sites[f"{block}.attn2.to_k"] == Site("text")
     assert sites[f"{block}.attn2.to_out.0"] == Site("image", reads_text=True)
@@ -48,7 +51,11 @@ def test_layers_of_a_unet_lie_on_the_grid_of_their_block() -> None:
 
 
 def test_layers_of_flux_work_on_text_and_image() -> None:
-    sites = sites_of(Tree(FLUX))
+    family = family_of(Tree(FLUX))
+    sites = family.sites
+    assert list(family.attention) == ["double_blocks.0", "single_blocks.0"]
+    assert list(family.maps) == ["double_blocks.0"]
+    assert family.joint == Site("text", "image", level=1)
     assert len(sites) == len(FLUX.split())
     assert sites["single_blocks.0.linear1"] == Site("text", "image", level=1)
     assert sites["double_blocks.0.txt_attn.qkv"] == sites["txt_in"] == Site("text")
@@ -57,15 +64,25 @@ def test_layers_of_flux_work_on_text_and_image() -> None:
     assert sites["vector_in.in_layer"] == Site("modulation")
 
 
+def test_layers_of_flux2_share_their_modulation_and_work_on_all_cells_of_the_latents() -> None:
+    names = FLUX.replace("vector_in.in_layer", "double_stream_modulation_img.lin")
+    names = names.replace("double_blocks.0.img_mod.lin", "double_stream_modulation_txt.lin")
+    family = family_of(Tree(names.replace("single_blocks.0.modulation.lin", "single_stream_modulation.lin")))
+    assert len(family.sites) == len(FLUX.split())
+    assert family.sites["single_blocks.0.linear1"] == Site("text", "image")
+    assert family.sites["double_blocks.0.img_mlp.0"] == Site("image")
+    assert family.sites["single_stream_modulation.lin"] == Site("modulation", extra_axis=True)
+    assert family.joint == Site("text", "image")
+
+
 @pytest.mark.parametrize(
     "names",
     [
         "layers.0.attention.qkv x_embedder",
         FLUX.replace("vector_in.in_layer", "distilled_guidance_layer.in_proj"),  # Chroma
-        FLUX.replace("double_blocks.0.img_mod.lin", "double_stream_modulation_img.lin"),  # FLUX.2
         UNET + " input_blocks.1.1.time_stack.0.attn1.to_q",  # video
     ],
 )
 def test_other_families_are_refused_by_name(names: str) -> None:
-    with pytest.raises(ValueError, match=r"a Tree in ComfyUI; they act in the UNets of .*, and FLUX\.1"):
-        sites_of(Tree(names))
+    with pytest.raises(ValueError, match=r"a Tree in ComfyUI; they act in the UNets of .*, FLUX\.1 and FLUX\.2"):
+        family_of(Tree(names))

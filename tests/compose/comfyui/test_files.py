@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_compose.attention.transforms import Rescaling
-from lora_compose.compose.comfyui.files import read_concept
+from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
 from lora_compose.pipelines.formats.files import LoraError
 
 NAMES = {
@@ -86,13 +86,20 @@ def test_a_dora_keeps_its_norms(model: nn.Module, tmp_path: Path) -> None:
         read_concept(written(tmp_path, tensors), model, NAMES)
 
 
+def test_what_is_for_text_encoders_is_read_apart(tmp_path: Path) -> None:
+    mine = lora("lora_te_text_model_encoder_layers_0_mlp_fc1", 8, 4)
+    mine["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
+    found = read_text_encoders(written(tmp_path, lora("lora_unet_block_qkv", 12, 6) | mine))
+    assert found.keys() == mine.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in mine.items())
+
+
 def test_what_is_left_out_is_said(model: nn.Module, tmp_path: Path) -> None:
     tensors = lora("lora_unet_block_qkv", 12, 6) | lora("lora_te_text_model_encoder_layers_0_mlp_fc1", 8, 4)
     tensors |= lora("lora_unet_elsewhere", 8, 4)
     found, notes = read_concept(written(tmp_path, tensors), model, NAMES)
     assert [*found] == ["block.qkv"]
-    assert notes[0] == "its 1 layers of text encoders are left out"
-    assert notes[1].startswith("2 keys fit no layer and are left out: lora_unet_elsewhere")
+    assert notes[0].startswith("2 keys fit no layer and are left out: lora_unet_elsewhere")
 
 
 @pytest.mark.parametrize(

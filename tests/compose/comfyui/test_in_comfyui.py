@@ -1,5 +1,6 @@
 """Concepts on ComfyUI's own models, tiny, sampled by its own KSampler: equal to dense deltas, and gone afterwards."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_compose.compose.comfyui.composition import Composition
+from lora_compose.compose.comfyui.composition import Composition, Draft
+from lora_compose.pipelines.scene.division import divided, nearest, strips
+from lora_compose.pipelines.scene.scene import Concept
 
 pytestmark = pytest.mark.comfyui
-FAMILIES = ("sd", "sdxl", "flux")
+FAMILIES = ("sd", "sdxl", "flux", "flux2")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,8 @@ def models(core: ModuleType) -> dict[str, Any]:
 
 @pytest.fixture(params=FAMILIES)
 def patcher(request: pytest.FixtureRequest, models: dict[str, Any]) -> Any:
+    if request.param not in models:
+        pytest.skip(f"this version of ComfyUI has no {request.param}")
     return models[request.param]
 
 
@@ -66,18 +71,29 @@ def left(patcher: Any) -> int:
 
 
 def compared(
-    core: ModuleType, patcher: Any, plan: Composition, negative: list, before: Any = None, **options: Any
+    core: ModuleType,
+    patcher: Any,
+    plan: Composition,
+    negative: list,
+    before: Any = None,
+    positive: Any = None,
+    images: Any = None,
+    **options: Any,
 ) -> float:
-    """The largest difference from the reference, of the largest effect that the LoRAs have on a latent."""
+    """The largest difference from the reference, of the largest effect that the LoRAs have on a latent.
+
+    Args:
+        images: The masks of each image, where the plan has none.
+    """
     from lora_compose.compose.comfyui.host import compose, marked
 
     patcher = patcher if before is None else before(patcher)
-    positive = core.text(1)
+    positive = positive or core.text(1)
     base = core.drawn(patcher, positive, negative, **options)
     found = core.drawn(compose(patcher, plan), marked(positive, plan), negative, **options)
     assert left(patcher) == 0 or before is not None
     given = [region if isinstance(region, Tensor) else None for region in plan.regions]
-    wanted = core.Reference(patcher, plan, positive, given).draw(positive, negative, **options)
+    wanted = core.Reference(patcher, plan, positive, *(images or [given])).draw(positive, negative, **options)
     assert torch.equal(base, core.drawn(patcher, positive, negative, **options)), "the base model has changed"
     effect = (wanted - base).abs().max()
     assert effect > 0.01
@@ -90,6 +106,76 @@ def compared(
 def test_every_method_equals_dense_deltas(core: ModuleType, patcher: Any, tmp_path: Path, method: str) -> None:
     plan = composition(core, patcher, tmp_path, method)
     assert compared(core, patcher, plan, core.text(2)) < 1e-5
+
+
+def texts_of_regions(core: ModuleType, patcher: Any, folder: Path, *, isolate: bool) -> tuple[Composition, list]:
+    """Two regions that overlap, with texts of 6 and 10 tokens, a style that acts everywhere, and the conditioning."""
+    lengths, own = (8, 6, 10), torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    loras = [core.read(patcher, core.tensors_of(patcher, seed), folder) for seed in (1, 2, 3)]
+    words = own.repeat_interleave(torch.tensor(lengths), dim=0)
+    plan = Composition(
+        loras,
+        torch.tensor([1.0, 0.8, 0.4]),
+        [*masks(core), None],
+        words,
+        lengths=lengths,
+        readers=(0, 1),
+        isolate=isolate,
+    )
+    return plan, core.text(1, sum(lengths))
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_regions_read_texts_of_their_own(core: ModuleType, patcher: Any, tmp_path: Path, isolate: bool) -> None:
+    """On UNets the negative text is repeated; here to the length of ours."""
+    plan, positive = texts_of_regions(core, patcher, tmp_path, isolate=isolate)
+    assert compared(core, patcher, plan, core.text(2), positive=positive) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"cfg": 1.0, "grid": (13, 17)}, {"batch": 2, "tokens": 36}], ids=str)
+def test_texts_of_regions_in_other_batches(core: ModuleType, patcher: Any, tmp_path: Path, options: dict) -> None:
+    plan, positive = texts_of_regions(core, patcher, tmp_path, isolate=False)
+    negative = core.text(2, options.pop("tokens", 24))
+    assert compared(core, patcher, plan, negative, positive=positive, **options) < 1e-5
+
+
+def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = False) -> tuple[Composition, list]:
+    plan = composition(core, patcher, folder, "merge")
+    plain = torch.zeros(core.TOKENS, 2)
+    plain[1, 0] = plain[4, 1] = plain[5, 1] = 1
+    subjects = {0: Concept(name="a", class_word="cat"), 1: Concept(name="b", class_word="dog")}
+    draft = Draft(core.text(6), plain / plain.sum(dim=0), subjects, own_texts)
+    options: dict[str, Any] = {"text_of_others": False, "image_of_others": False, "draft": draft}
+    if own_texts:
+        own = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat_interleave(core.TOKENS, dim=0)
+        options |= {"words": own, "lengths": [core.TOKENS] * 3, "readers": (0, 1)}
+        return replace(plan, **options), core.text(1, 3 * core.TOKENS)
+    return replace(plan, phrases=None if has_blocks(patcher) else words(core), **options), core.text(1)
+
+
+def has_blocks(patcher: Any) -> bool:
+    return hasattr(patcher.model.diffusion_model, "double_blocks")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch": 2}, {"cfg": 1.0, "grid": (13, 17)}, {"negative": 12, "sampler": "euler_ancestral"}, {"own_texts": True}],
+    ids=str,
+)
+def test_a_draft_finds_the_regions_and_the_sampler_starts_again(
+    core: ModuleType, patcher: Any, tmp_path: Path, options: dict
+) -> None:
+    """Of 9 steps, 2 are drafted."""
+    options, own = {**options, "steps": 9}, options.get("own_texts", False)
+    plan, positive = drafting(core, patcher, tmp_path, own_texts=own)
+    options.pop("own_texts", None)
+    negative = core.text(2, options.pop("negative", core.TOKENS))
+    assert plan.draft is not None
+    maps = core.maps_of_draft(patcher, plan.draft.conditioning, negative, plan.draft.words, last=2, **options)
+    free, divide = [torch.zeros(options.get("grid", core.GRID))] * 2, strips if own else nearest
+    images = [divided(one, [*plan.draft.subjects.values()], free, divide, 0.3) for one in maps]
+    assert all(mask.any() for image in images for mask in image)
+    assert compared(core, patcher, plan, negative, positive=positive, images=images, **options) < 1e-5
 
 
 @pytest.mark.parametrize("options", [{"cfg": 1.0}, {"batch": 2, "sampler": "dpmpp_2m"}, {"grid": (13, 17)}], ids=str)
@@ -189,7 +275,7 @@ def test_a_guider_that_counts_its_conditionings_otherwise(core: ModuleType, patc
         guider = Guider_DualCFG(model)
         guider.set_conds(mine, middle, negative)
         guider.set_cfg(4.0, 2.0)
-        latents = torch.zeros(1, 4, *core.GRID)
+        latents = torch.zeros(1, model.model.model_config.unet_config["in_channels"], *core.GRID)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 3)
         with torch.inference_mode():
@@ -224,6 +310,8 @@ def test_weights_that_are_brought_in_for_each_layer(
     """As with --novram: LoRAs of ComfyUI are then added in each pass."""
     import comfy.model_management as management  # pyright: ignore[reportMissingImports]
 
+    if family not in core.FAMILIES:
+        pytest.skip(f"this version of ComfyUI has no {family}")
     patcher = core.FAMILIES[family]()  # one that is loaded already stays as it is
     monkeypatch.setattr(management, "is_device_cpu", lambda _: False)
     monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
@@ -373,6 +461,22 @@ def test_words_are_found_where_the_conditioning_has_them(core: ModuleType) -> No
         find_tokens(clip, text, "ca")
 
 
+def test_words_are_found_in_a_chat_template(core: ModuleType) -> None:
+    flux = pytest.importorskip("comfy.text_encoders.flux")
+    if not hasattr(flux, "KleinTokenizer"):
+        pytest.skip("this version of ComfyUI has no FLUX.2-klein")
+    from lora_compose.compose.comfyui.tokens import find_tokens
+
+    clip = Text(core.WIDTH)
+    clip.tokenizer = flux.KleinTokenizer()
+    text = "a sks cat beside a zwx dog"
+    numbers = [token for part in clip.tokenize(text)["qwen3_4b"] for token, _ in part]
+    for words in ("sks", "sks cat", "zwx dog"):
+        positions, tokens = find_tokens(clip, text, words)
+        assert tokens == len(numbers) == 512, "with padding"
+        assert clip.tokenizer.qwen3_4b.tokenizer.decode([numbers[i] for i in positions]) == f" {words}"
+
+
 def test_the_nodes_run_from_files_to_an_image(
     core: ModuleType, models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,17 +497,20 @@ def test_the_nodes_run_from_files_to_an_image(
     assert ids == ["LoraComposeConcept", "LoraComposeBoxes", "LoraComposeCompose"]
     assert ConceptNode.define_schema().inputs[0].options == ["one.safetensors", "two.safetensors"]
     one = ConceptNode.execute("one.safetensors", "sks", "cat", 1.0, "").args[0]
-    both = ConceptNode.execute("two.safetensors", "zwx", "dog", 0.8, "", None, one).args[0]
+    both = ConceptNode.execute("two.safetensors", "zwx", "dog", 0.8, "", "", None, one).args[0]
     placed, shown = BoxesNode.execute(both, "0,0,0.5,1\n0.4,0.2,1,1").args
     assert shown.shape == (2, 256, 256)
     text, negative = "a sks cat beside a zwx dog", clip.encode_from_tokens_scheduled(clip.tokenize("blurry"))
     plain = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     base, found = core.drawn(patcher, plain, negative), {}
-    for method, concepts in (("regional", placed), ("tara", both), ("merge", both)):
-        model, positive = ComposeNode.execute(patcher, clip, concepts, text, method).args
+    ways = {"regional": placed, "regions": placed, "draft": both, "tara": both, "merge": both}
+    for method, concepts in ways.items():
+        given = ("regional", method) if method == "regions" else (method,)
+        model, positive = ComposeNode.execute(patcher, clip, concepts, text, *given).args
         found[method] = core.drawn(model, positive, negative)
         assert (found[method] - base).abs().max() > 0.01
-    assert (found["tara"] - found["merge"]).abs().max() > 0.01
+    assert all((found["merge"] - found[method]).abs().max() > 0.01 for method in ways if method != "merge")
+    assert (found["regional"] - found["regions"]).abs().max() > 0.01
     assert torch.equal(base, core.drawn(patcher, plain, negative))
     with pytest.raises(ValueError, match="give at least one a box"):
         ComposeNode.execute(patcher, clip, both, text, "regional")
@@ -419,6 +526,23 @@ def test_areas_of_conditionings_are_refused_beside_regions(core: ModuleType, pat
     ((text, options),) = marked(core.text(1), plan)
     with pytest.raises(ValueError, match="area of its own"):
         core.drawn(compose(patcher, plan), [[text, {**options, "area": (6, 8, 0, 0)}]], core.text(2))
+    assert left(patcher) == 0
+
+
+def test_nodes_that_replace_attention_are_refused_beside_a_draft(
+    core: ModuleType, models: dict[str, Any], tmp_path: Path
+) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    patcher = models["sd"]
+    plan, positive = drafting(core, patcher, tmp_path)
+    host = compose(patcher, plan)
+    host.set_model_attn2_replace(lambda n, k, v, options: n, "middle", 0)
+    with pytest.raises(ValueError, match="another node replaces attention"):
+        core.drawn(host, marked(positive, plan), core.text(2))
+    plan, positive = drafting(core, patcher, tmp_path, own_texts=True)
+    with pytest.raises(ValueError, match="set batch_size to 1"):
+        core.drawn(compose(patcher, plan), marked(positive, plan), core.text(2), batch=2)
     assert left(patcher) == 0
 
 

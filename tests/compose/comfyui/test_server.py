@@ -24,6 +24,8 @@ pytestmark = pytest.mark.comfyui
 ROOT = Path(__file__).resolve().parents[3]
 OWN = ("custom_nodes", "models", "output", "input", "temp", "user")
 Ask = Callable[..., Any]
+EXAMPLES = ("two-in-boxes", "two-without-boxes", "texts-of-regions")
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 
 def checkpoint(folder: Path) -> None:
@@ -50,6 +52,10 @@ def checkpoint(folder: Path) -> None:
     save_file(weights, folder / "checkpoints/model.safetensors")
     for seed, name in ((1, "cat"), (2, "dog")):
         tensors = {key: value for key, value in core.tensors_of(patcher, seed, 2).items() if "attn" in key}
+        for layer in range(12):  # files of the text encoder have its layers by these names
+            start = f"lora_te_text_model_encoder_layers_{layer}_mlp_fc1"
+            tensors[f"{start}.lora_down.weight"] = torch.randn(2, 768) * 768**-0.5
+            tensors[f"{start}.lora_up.weight"] = torch.randn(3072, 2) * 0.05
         save_file(tensors, folder / f"loras/{name}.safetensors")
 
 
@@ -85,7 +91,7 @@ def ask(comfyui: Path) -> Iterator[Ask]:
     with (comfyui / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
         try:
-            end = time.monotonic() + 120
+            end = time.monotonic() + 300
             while True:
                 assert server.poll() is None, (comfyui / "log").read_text()[-3000:]
                 try:
@@ -100,9 +106,13 @@ def ask(comfyui: Path) -> Iterator[Ask]:
             server.wait()
 
 
-def workflow(**changes: Any) -> dict[str, Any]:
-    """The example, smaller; it ends with latents, since the checkpoint has no VAE."""
-    graph = json.loads((ROOT / "docs/comfyui/two-in-boxes.json").read_text(encoding="utf-8"))
+def example(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / f"docs/comfyui/{name}.json").read_text(encoding="utf-8"))
+
+
+def workflow(name: str = EXAMPLES[0], **changes: Any) -> dict[str, Any]:
+    """An example, smaller; it ends with latents, since the checkpoint has no VAE."""
+    graph = example(f"{name}-api")
     del graph["decode"]
     graph["save"] = {"class_type": "SaveLatent", "inputs": {"samples": ["sampler", 0], "filename_prefix": "composed"}}
     graph["latent"]["inputs"] |= {"width": 128, "height": 128}
@@ -160,3 +170,86 @@ def test_a_mistake_is_told_in_the_answer(ask: Ask, comfyui: Path) -> None:
     (failed,) = (message for kind, message in status["messages"] if kind == "execution_error")
     assert failed["node_type"] == "LoraComposeCompose"
     assert "tara does not use boxes and masks; take them away, or choose regional" in failed["exception_message"]
+
+
+def test_merge_changes_the_text_encoder_as_lora_loaders_do(ask: Ask, comfyui: Path) -> None:
+    """ComfyUI adds to weights in fp16, we to outputs."""
+    status, merged = run(ask, comfyui, workflow(compose={"method": "merge", "concepts": ["dog", 0]}))
+    assert status["status_str"] == "success", status
+    found = {}
+    for strength in (0.0, 1.0):  # of the text encoder
+        graph, last = plain(), "model"
+        for name in ("cat", "dog"):
+            inputs = {"lora_name": f"{name}.safetensors", "strength_model": 1.0, "strength_clip": strength}
+            graph[name] = {"class_type": "LoraLoader", "inputs": {"model": [last, 0], "clip": [last, 1], **inputs}}
+            last = name
+        graph["positive"]["inputs"]["clip"] = [last, 1]
+        graph["sampler"]["inputs"]["model"] = [last, 0]
+        status, found[strength] = run(ask, comfyui, graph)
+        assert status["status_str"] == "success", status
+    assert merged is not None
+    assert found[0.0] is not None
+    assert found[1.0] is not None
+    effect = (found[1.0] - found[0.0]).abs().max()
+    assert effect > 0.01
+    assert (merged - found[1.0]).abs().max() < 0.1 * effect
+
+
+def as_asked(drawn: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """A workflow as it is drawn, as the server is asked for it; checked against what the nodes say of themselves."""
+    links = {link[0]: link for link in drawn["links"]}
+    types = {node["id"]: node["type"] for node in drawn["nodes"]}
+    asked = {}
+    for node in drawn["nodes"]:
+        about, values, inputs = known[node["type"]], iter(node["widgets_values"]), {}
+        slots = iter(enumerate(node["inputs"]))
+        for side in ("required", "optional"):
+            for name in about["input_order"].get(side, ()):
+                kind, *more = about["input"][side][name]
+                options = more[0] if more else {}
+                if isinstance(kind, list) or kind in WIDGETS:
+                    inputs[name] = value = next(values)
+                    choices = kind if isinstance(kind, list) else options.get("options")
+                    assert choices is None or value in choices, (node["type"], name)
+                    assert (
+                        options.get("min", -1e99) <= value <= options.get("max", 1e99) if kind in WIDGETS[:2] else True
+                    )
+                    if options.get("control_after_generate"):
+                        assert next(values) in ("fixed", "randomize", "increment", "decrement")
+                    continue
+                slot, found = next(slots)
+                assert (found["name"], found["type"]) == (name, kind), node["type"]
+                if found["link"] is None:
+                    assert side == "optional", (node["type"], name)
+                    continue
+                _, start, output, end, at, of = links.pop(found["link"])
+                assert (end, at, of) == (node["id"], slot, kind)
+                assert known[types[start]]["output"][output] == kind
+                (sender,) = (one for one in drawn["nodes"] if one["id"] == start)
+                assert found["link"] in sender["outputs"][output]["links"]
+                inputs[name] = [start, output]
+        assert not [*values], node["type"]
+        assert not [*slots], node["type"]
+        shown = [(output["name"], output["type"]) for output in node["outputs"]]
+        named = [*zip(about["output_name"], about["output"], strict=True)]
+        assert shown == named[: len(shown)], "newer versions may have further outputs"
+        asked[node["id"]] = {"class_type": node["type"], "inputs": inputs}
+    assert not links
+    return asked
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_can_be_opened_and_run(ask: Ask, comfyui: Path, name: str) -> None:
+    asked, api = as_asked(example(name), ask("object_info")), example(f"{name}-api")
+    numbers = dict(zip(api, asked, strict=True))
+    for node in api.values():
+        for key, value in node["inputs"].items():
+            if isinstance(value, list):
+                node["inputs"][key] = [numbers[value[0]], value[1]]
+    assert asked == {numbers[node]: of for node, of in api.items()}, "both files of an example are the same workflow"
+    status, found = run(ask, comfyui, workflow(name))
+    assert status["status_str"] == "success", status
+    assert found is not None
+    _, base = run(ask, comfyui, plain())
+    assert base is not None
+    assert (found - base).abs().max() > 0.01

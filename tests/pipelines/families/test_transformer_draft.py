@@ -10,7 +10,7 @@ from torch import Tensor
 from all_transformers import JOINT, TRANSFORMERS
 from components import seeded
 from lora_compose import Concept, Draft, Regional
-from lora_compose.pipelines.methods.division import divided
+from lora_compose.pipelines.scene.division import divided
 from transformer_families import CELLS, TOKENS, Family, pipeline_with_concepts
 
 CALL: dict[str, Any] = {

@@ -21,8 +21,8 @@ from torch import Tensor
 from comparisons import assert_close, far_apart
 from components import random_lora, seeded, text_loras
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
-from lora_compose.pipelines.methods.division import centres_of, clusters, divided, nearest, strips
 from lora_compose.pipelines.methods.region_bias import region_bias
+from lora_compose.pipelines.scene.division import centres_of, clusters, divided, nearest, strips
 from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import Conditioning

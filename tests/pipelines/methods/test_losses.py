@@ -17,14 +17,13 @@ from scipy.ndimage import convolve1d
 from torch import Tensor
 
 from components import seeded
-from lora_compose.attention.masks import bounds
+from lora_compose.attention.masks import bounds, smooth
 from lora_compose.pipelines.methods.losses import (
     concentration,
     contrast,
     filling,
     gaussian_over,
     outside_attention,
-    smooth,
 )
 
 SMOOTHING = (0.2119, 0.5761, 0.2119)

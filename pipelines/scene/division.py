@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.pipelines.methods.losses import smooth
+from lora_compose.attention.masks import smooth
 from lora_compose.pipelines.scene.scene import Concept
 
 
