@@ -13,6 +13,7 @@ from lora_compose.attention.bank_cache import PASSING, Handle
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.loading import Factors, LoraFile
 from lora_compose.pipelines.formats.keys import Part
+from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import TEXT, Schedule, check_block, in_blocks, is_in
 from lora_compose.pipelines.support.notes import warn_once
@@ -38,6 +39,11 @@ class LoadedConcept:
         """How the LoRA was trained ("tara"), from the file's metadata; None if merged files differ in it."""
         methods = {file.metadata.get("method") for file in self.files}
         return methods.pop() if len(methods) == 1 else None
+
+    @property
+    def words(self) -> Words:
+        """What its file tells about its words, of several the first."""
+        return self.files[0].words if self.files else Words()
 
     @property
     def lora(self) -> Lora:
