@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, adapter_factors, match, read_lora
-from lora_compose.pipelines.concepts.lru import Read, Recent
+from lora_compose.pipelines.concepts.lru import Read, Recent, file_key
 from lora_compose.pipelines.concepts.merged import merge_matched, merger_for, without_tensors
 from lora_compose.pipelines.formats.alphas import needed_alpha
 from lora_compose.pipelines.formats.change import MAX_RANK
@@ -56,6 +56,7 @@ class ConceptLibrary:
         self.loaded: dict[str, LoadedConcept] = {}
         self.added: dict[str, Added] = {}
         self.recent = Recent()
+        self._reads: dict[str, tuple[Hashable, Read]] = {}
 
     @property
     def concepts(self) -> Mapping[str, Concept]:
@@ -77,15 +78,21 @@ class ConceptLibrary:
             LoraError: If the file is unusable or does not fit the model.
         """
         usual = max_rank == MAX_RANK and not allow_pickle
-        read = self.recent.find(paths, _options(concept)) if usual else None
+        key = file_key(paths, (_options(concept), max_rank, allow_pickle))
+        read = self._loaded_from(key) or (self.recent.find(paths, _options(concept)) if usual else None)
         if read is None:
             read = _read(pipe, concept, paths, max_rank=max_rank, allow_pickle=allow_pickle)
+        self._reads[concept.name] = key, read
         _warn_of_rest(read)
         logger.info("concept %s: %s", concept.name, read.factors.report)
         found = self.loaded[concept.name] = _loaded_concept(concept, read)
         if found.concept.trigger and not concept.trigger and found.words.where:
             logger.info("concept %s: trigger %r, of %s", concept.name, found.concept.trigger, found.words.where)
         return found.concept
+
+    def _loaded_from(self, key: Hashable) -> Read | None:
+        """What another concept was loaded from: several subjects of one file share its factors."""
+        return next((read for other, read in self._reads.values() if other == key), None)
 
     def add(self, pipe: LoadsConcepts, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
         """Adds files by their headers; see `ComposePipeline.add_concepts`."""
@@ -117,6 +124,7 @@ class ConceptLibrary:
         if name not in self.concepts:
             raise ValueError(f"no concept {name!r} is loaded; there are {', '.join(self.concepts) or 'none'}")
         self.loaded.pop(name, None)
+        self._reads.pop(name, None)
         self.added.pop(name, None)
 
     def resolve(
@@ -168,6 +176,8 @@ class ConceptLibrary:
         paths = [find_file(source) for source in files_of(concept.lora)]
 
         def read() -> Read:
+            if (there := self._loaded_from(file_key(paths, (_options(concept), MAX_RANK, False)))) is not None:
+                return there
             found = _read(pipe, concept, paths)
             _warn_of_rest(found)
             return found

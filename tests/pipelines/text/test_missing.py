@@ -10,6 +10,7 @@ import pytest
 from components import random_lora, tiny_pipeline
 from lora_compose.pipelines.methods import Draft, choose_method
 from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.text.prompts import about, without_triggers
 
 TAGS = {"ss_tag_frequency": json.dumps({"10_images": {"1girl": 40, "mikudress": 40}})}
 PROMPT = "mikudress and a zwx dog"
@@ -101,3 +102,17 @@ def test_methods_that_need_a_trigger_propose_one(pipe: Any, method: str) -> None
     pipe.add_concepts(pipe.folder)
     with pytest.raises(ValueError, match=r"miku has no trigger: give it one, Concept\(name='miku', trigger="):
         pipe(PROMPT, concepts=["miku", "dog"], method=method, num_inference_steps=1, width=32, height=32)
+
+
+def test_two_women_of_one_class_word_are_drafted_with_texts_of_their_own(pipe: Any) -> None:
+    for file, name, trigger in (
+        ("other", "alice", "alc dark hair woman"),
+        ("miku", "berta", "brt old lady woman"),
+    ):
+        pipe.load_concept(pipe.folder / f"{file}.safetensors", name, trigger=trigger, class_word="woman")
+    scene = "an alc dark hair woman and a brt old lady woman in a cafe"
+    plan = pipe.plan(scene, concepts=["alice", "berta"], width=32, height=32)
+    assert plan.method == "draft"
+    concepts = list(pipe.concepts.values())
+    assert without_triggers(scene, concepts) == "an woman and a woman in a cafe"
+    assert about(concepts[1], scene, concepts) == "an brt old lady woman in a cafe"
