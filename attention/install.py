@@ -221,10 +221,10 @@ def installed_layers(
     Everything is checked before the first change, and every change is undone, also after an exception or Ctrl-C.
 
     Args:
-        loras: The factors of every concept for this model; empty for a concept that does not change it. One that is
-            there several times, the same object, is installed once.
+        loras: The factors of every concept for this model; empty for a concept that does not change it.
         silence: Names of PEFT adapters to switch off, because they take part as concepts.
-        kept: Banks of earlier installations, of which one that fits is used, and which gets this one afterwards.
+        kept: Banks of earlier installations, of which one that fits is used, and which gets this one afterwards. LoRAs
+            with equal handles are installed once.
 
     Raises:
         ValueError: For layers that the model does not have or whose shape differs, and for another `how`.
@@ -268,14 +268,14 @@ def install(
 def _each_once(
     loras: Sequence[Lora], kept: KeptBanks | None
 ) -> tuple[Sequence[Lora], KeptBanks | None, tuple[int, ...]]:
-    """The LoRAs without repetitions, and the one of each concept; nothing for that if none is repeated."""
-    first = {id(lora): index for index, lora in reversed(list(enumerate(loras))) if lora}
-    own = [first.get(id(lora), index) for index, lora in enumerate(loras)]
-    if len(set(own)) == len(own):
+    """The LoRAs without those whose handles repeat, and the one of each concept; nothing for that if none repeats."""
+    handles = () if kept is None else kept.handles
+    own = [handles.index(handle) for handle in handles]
+    if kept is None or len(set(own)) == len(own):
         return loras, kept, ()
     once = sorted(set(own))
     columns = tuple(once.index(index) for index in own)
-    kept = None if kept is None else KeptBanks(kept.cache, tuple(kept.handles[index] for index in once))
+    kept = KeptBanks(kept.cache, tuple(handles[index] for index in once))
     return [loras[index] for index in once], kept, columns
 
 
