@@ -1,7 +1,7 @@
 """The concepts of a call with the factors of their LoRAs."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol, Self, TypeVar
 
@@ -28,11 +28,13 @@ class LoadedConcept:
         factors: Its LoRA, matched to the pipeline's models.
         files: Where it came from: a file, or several that were merged; none for an adapter loaded by
             `load_lora_weights`.
+        limits: Factors on layers of the model, which keep a joint change within a limit.
     """
 
     concept: Concept
     factors: Factors
     files: tuple[LoraFile, ...] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def trained_with(self) -> str | None:
@@ -48,14 +50,19 @@ class LoadedConcept:
     @property
     def lora(self) -> Lora:
         """The LoRA's factors for the model, with the factors on blocks applied."""
-        return in_blocks(self.factors.model, self.concept.blocks)
+        lora = in_blocks(self.factors.model, self.concept.blocks)
+        if not self.limits:
+            return lora
+        return {name: replace(one, scale=one.scale * self.limits.get(name, 1.0)) for name, one in lora.items()}
 
     def handle(self, part: Part) -> Handle:
         """Stands for its LoRA of one model, in a call; anyone may change an adapter before the next."""
         blocks = self.concept.blocks or {}
         if not self.files:
             return PASSING, self.factors.handle
-        return self.factors.handle, part, tuple(sorted(blocks.items())) if part == self.factors.part else ()
+        if part != self.factors.part:
+            return self.factors.handle, part, ()
+        return self.factors.handle, part, tuple(sorted(blocks.items())), *sorted(self.limits.items())
 
 
 def check_blocks(loaded: LoadedConcept, model: nn.Module) -> None:
