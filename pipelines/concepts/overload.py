@@ -95,7 +95,7 @@ def joint_change(loaded: Sequence[LoadedConcept]) -> Joint | None:
 
 def warning(loaded: Sequence[LoadedConcept], joint: Joint, model: nn.Module) -> str:
     """Figures and a proposal for LoRAs that change more together than each was trained to."""
-    names = " and ".join(one.concept.name for one in loaded)
+    names = ", ".join(one.concept.name for one in loaded)
     lower = ", ".join(f"{weight / joint.ratio:.2g}" for weight in joint.weights)
     share = joint.share_of(model)
     weights = "" if share is None else f", {share:.1%} of the weights that they change"
