@@ -176,5 +176,6 @@ def test_the_settings_of_a_run_are_its_own():
 def test_a_class_word_at_the_end_of_a_trigger_is_no_part_of_it(trigger: str, noun: str, bare: str) -> None:
     whole = Concept(name="a", trigger=trigger, class_word=noun)
     assert (whole.trigger, whole.class_word) == (bare, noun)
-    for one, other in (({"trigger": trigger}, {"class_word": noun}), ({"class_word": noun}, {"trigger": trigger})):
+    halves: list[dict[str, Any]] = [{"trigger": trigger}, {"class_word": noun}]
+    for one, other in (halves, halves[::-1]):
         assert Concept(name="a", **one).completed(Concept(name="a", **other)) == whole
