@@ -71,7 +71,8 @@ def joint_change(loaded: Sequence[LoadedConcept]) -> Joint | None:
         handle = one.handle(one.factors.part)
         if handle not in strongest or abs(weight) > abs(strongest[handle][1]):
             strongest[handle] = one, weight
-    acting = [(one, weight) for one, weight in strongest.values() if weight and one.factors.model]
+    # A call may be checked with LoRAs that have shapes alone.
+    acting = [(one, weight) for one, weight in strongest.values() if weight and _has_values(one)]
     if len(acting) < 2:
         return None
     weights = tuple(weight for _, weight in acting)
@@ -104,6 +105,10 @@ def warning(loaded: Sequence[LoadedConcept], joint: Joint, model: nn.Module) -> 
         f"trained{weights}. If the image breaks, use weights such as {lower}, or Merge(limit=1), or keep "
         "them apart: method='regional' with a region for each"
     )
+
+
+def _has_values(loaded: LoadedConcept) -> bool:
+    return bool(loaded.factors.model) and not any(factors.down.is_meta for factors in loaded.factors.model.values())
 
 
 def _weights(loaded: LoadedConcept) -> list[float]:
