@@ -63,6 +63,14 @@ class Gates:
         """
         return self._each(lambda gate: scatter_concepts(gate, columns, concepts))
 
+    def strongest(self, columns: Sequence[int]) -> "Gates":
+        """The gates of LoRAs that several concepts share: where these overlap, the one furthest from 0 counts.
+
+        Args:
+            columns: The LoRA of each concept.
+        """
+        return self._each(lambda gate: strongest(gate, columns))
+
     def times(self, factors: Tensor) -> "Gates":
         """The gates times one factor per concept. Shape: [concepts]."""
         return self._each(lambda gate: gate * factors)
@@ -161,6 +169,23 @@ def _rows(gate: Tensor, rows: slice | list[int], dim: int) -> Tensor:
     chosen: list[slice | list[int]] = [slice(None)] * gate.dim()
     chosen[dim] = rows
     return gate if gate.shape[dim] == 1 else gate[tuple(chosen)]
+
+
+def strongest(values: Tensor, columns: Sequence[int]) -> Tensor:
+    """Values by concept as values by LoRA, of concepts with the same one the value furthest from 0.
+
+    Args:
+        values: Shape: [..., concepts].
+        columns: The LoRA of each concept; those of the first concepts come first.
+
+    Returns:
+        Shape: [..., LoRAs].
+    """
+    each = values.unbind(dim=-1)
+    found = [each[columns.index(column)] for column in range(max(columns) + 1)]
+    for value, column in zip(each, columns, strict=True):
+        found[column] = torch.where(value.abs() > found[column].abs(), value, found[column])
+    return torch.stack(found, dim=-1)
 
 
 def scatter_concepts(values: Tensor, columns: Sequence[int], concepts: int) -> Tensor:

@@ -11,7 +11,7 @@ from lora_compose.attention.bank_cache import Bank, BankKey, KeptBanks, new_bank
 from lora_compose.attention.claims import Journal, claimed, undoing
 from lora_compose.attention.device import as_outside_of_inference_mode, modules_of, to_device, uncompiled
 from lora_compose.attention.forward_state import LayerInputs
-from lora_compose.attention.gates import Gates
+from lora_compose.attention.gates import Gates, strongest
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import BankLayer, Lora, LoraFactors, base_layer
 from lora_compose.attention.placing import How, check_how, put_in, replace_module
@@ -27,6 +27,8 @@ class Installation:
 
     Attributes:
         bank: The bank layers in place, by name. Fully folded layers are removed from it.
+        columns: The LoRA of each concept, if some share one; then it is installed once, and where their gates overlap
+            the strongest counts. Gates and weights are by concept all the same.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class Installation:
         key: BankKey,
         undo: Journal,
         how: How = "module",
+        columns: Sequence[int] = (),
     ) -> None:
+        self.columns = tuple(columns)
         self.bank = dict(bank.layers)
         self.state = bank.state
         self._modules = modules
@@ -67,6 +71,7 @@ class Installation:
             lengths: Number of tokens in each row, if rows have fewer than `text`.
             text_bias: Added to the scores between image and text; not with regions.
         """
+        gates = gates.strongest(self.columns) if self.columns else gates
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
         keys = {key for layer in self.bank.values() for key in layer.keys}
         expanded = {key: gates.expand(key, lengths).to(self._device, self._dtype) for key in keys}
@@ -119,6 +124,9 @@ class Installation:
             raise ValueError("LoRAs on `forward` are not folded into weights; install them with how='module' for that")
         if any("_diffusers_hook" in module.__dict__ for module in self._modules.values()):
             return 0  # group offloading and layerwise casting hold on to the weights they found
+        if self.columns:
+            weights = strongest(torch.tensor(weights), self.columns).tolist()
+            stay = {self.columns[index] for index in stay}
         parts = set(parts)
         names = [name for name, layer in self.bank.items() if parts.issuperset(layer.key.site.parts)]
         names = [name for name in names if _foldable(base_layer(self.bank[name].layer), self._dtype)]
@@ -218,7 +226,8 @@ def installed_layers(
     Args:
         loras: The factors of every concept for this model; empty for a concept that does not change it.
         silence: Names of PEFT adapters to switch off, because they take part as concepts.
-        kept: Banks of earlier installations, of which one that fits is used, and which gets this one afterwards.
+        kept: Banks of earlier installations, of which one that fits is used, and which gets this one afterwards. LoRAs
+            with equal handles are installed once.
 
     Raises:
         ValueError: For layers that the model does not have or whose shape differs, and for another `how`.
@@ -227,9 +236,10 @@ def installed_layers(
     check_how(how)
     model = uncompiled(model)
     with claimed([model], "install"), undoing(model) as undo:
+        loras, kept, columns = _each_once(loras, kept)
         modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
         bank = _bank(modules, loras, where, key, kept, undo)
-        yield _put_in(modules, loras, bank, key, silence, undo, how)
+        yield _put_in(modules, loras, bank, key, silence, undo, how, columns)
 
 
 @contextmanager
@@ -251,10 +261,25 @@ def install(
     check_how(how)
     model = uncompiled(backbone.model)
     with claimed([model], "install"), undoing(model) as undo:
+        loras, kept, columns = _each_once(loras, kept)
         modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
         bank = _bank(modules, loras, backbone.sites, key, kept, undo, backbone.same_input)
         backbone.steer(modules, bank.state, undo)
-        yield _put_in(modules, loras, bank, key, silence, undo, how)
+        yield _put_in(modules, loras, bank, key, silence, undo, how, columns)
+
+
+def _each_once(
+    loras: Sequence[Lora], kept: KeptBanks | None
+) -> tuple[Sequence[Lora], KeptBanks | None, tuple[int, ...]]:
+    """The LoRAs without those whose handles repeat, and the one of each concept; nothing for that if none repeats."""
+    handles = () if kept is None else kept.handles
+    own = [handles.index(handle) for handle in handles]
+    if kept is None or len(set(own)) == len(own):
+        return loras, kept, ()
+    once = sorted(set(own))
+    columns = tuple(once.index(index) for index in own)
+    kept = KeptBanks(kept.cache, tuple(handles[index] for index in once))
+    return [loras[index] for index in once], kept, columns
 
 
 def _bank(
@@ -297,10 +322,11 @@ def _put_in(
     silence: Iterable[str],
     undo: Journal,
     how: How,
+    columns: Sequence[int],
 ) -> Installation:
     _silence(modules.values(), frozenset(silence), undo)
     put_in(modules, bank.layers, undo, how)
-    return Installation(modules, loras, bank, key, undo, how)
+    return Installation(modules, loras, bank, key, undo, how, columns)
 
 
 def _silence(modules: Iterable[nn.Module], adapters: frozenset[str], undo: Journal) -> None:

@@ -17,7 +17,15 @@ from diffusers import (
 )
 from diffusers.models import AnimaTextConditioner
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
@@ -74,6 +82,10 @@ QWEN3: Mapping[str, Any] = {
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
 }  # fmt: skip
 """Qwen3-0.6B, Anima's text encoder."""
+T5_XXL: Mapping[str, Any] = {
+    "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+"""T5 v1.1 XXL, the second text encoder of FLUX.1."""
 TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
     "Anima": (CosmosTransformer3DModel, {"num_attention_heads": 16, "extra_pos_embed_type": None}),
     "FLUX.1": (FluxTransformer2DModel, {"guidance_embeds": True}),
@@ -114,6 +126,7 @@ def without_weights(family: str) -> SimpleNamespace:
             parts = SimpleNamespace(transformer=build(**config))
             if family == "FLUX.1":  # files of this family and of Anima may change text encoders
                 parts.text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L))
+                parts.text_encoder_2 = T5EncoderModel(T5Config(**T5_XXL))
             if family == "Anima":
                 parts.text_encoder = Qwen3Model(Qwen3Config(**QWEN3))
                 parts.text_conditioner = AnimaTextConditioner()

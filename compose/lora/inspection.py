@@ -1,6 +1,5 @@
 """Inspects a LoRA file: format, base model, ranks, norms, and which of its layers fit a model."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.kinds import rank_of
 from lora_compose.pipelines.formats.layers import Layer, by_layer
 from lora_compose.pipelines.formats.recognise import form, guess_family
+from lora_compose.pipelines.formats.triggers import parsed
 
 # Metadata of trainers, and our labels for them.
 _FACTS = {
@@ -216,22 +216,10 @@ def _fitting(file: LoraFile, alpha: float | None) -> str | None:
 
 
 def _triggers(file: LoraFile) -> Iterator[tuple[str, str]]:
-    for key in ("trigger", "modelspec.trigger_phrase"):
-        if word := (file.metadata.get(key) or "").strip():
-            yield _short(word), key
-    for word, by_part in file.embeddings.items():
+    for found in file.words.triggers:
+        by_part = file.embeddings.get(found.words, {})
         vectors = " and ".join(f"{len(tensor.flatten(0, 1))} for {part}" for part, tensor in by_part.items())
-        yield _short(word), f"a word with vectors of its own: {vectors}"
-    for folder in _parsed(file.metadata.get("ss_dataset_dirs")):
-        if named := re.fullmatch(r"\d+_(.+)", folder):
-            yield _short(named[1]), "name of a folder of training images"
-    tags: dict[str, int] = {}
-    for counts in _parsed(file.metadata.get("ss_tag_frequency")).values():
-        for tag, count in counts.items() if isinstance(counts, dict) else ():
-            if isinstance(count, int):
-                tags[tag.strip()] = tags.get(tag.strip(), 0) + count
-    for tag in sorted(tags, key=lambda tag: -tags[tag])[:5]:
-        yield _short(tag), f"in {tags[tag]} captions"
+        yield found.words, f"{found.where}: {vectors}" if vectors else found.where
 
 
 def merge_facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -239,7 +227,7 @@ def merge_facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
     The metadata are not trusted.
     """
-    record = _parsed(metadata.get(RECORD))
+    record = parsed(metadata.get(RECORD))
     files = record.get("files")
     if not isinstance(files, list):
         return
@@ -262,15 +250,6 @@ def _facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 def _short(text: str) -> str:
     return text if len(text) <= _MANY else f"{text[:_MANY]} ..."
-
-
-def _parsed(text: str | None) -> dict[str, Any]:
-    """JSON inside metadata, which may be anything."""
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def block_of(part: str, layer: str) -> str:

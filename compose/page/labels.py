@@ -150,7 +150,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
     "tara": {"cfg_mask": "LoRAs act on", "scope": "What a LoRA changes"},
     "switch": {"interval": "Steps of a turn"},
     "composite": {"shares": "Share of each LoRA"},
-    "merge": {},
+    "merge": {"limit": "Most that LoRAs change together"},
 }
 
 _CHOICES: Mapping[tuple[str, str], str] = {

@@ -29,6 +29,7 @@ from lora_compose.compose.playground.assets import (
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.recognise import guess_family
+from lora_compose.pipelines.formats.triggers import Candidate
 from lora_compose.pipelines.scene.mask_images import FORMATS, from_uri, greys, upright_image
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.regular import sha256_of
@@ -60,6 +61,8 @@ class Lora:
         thumbnail: A PNG; None if there is no image of it.
         family: The family of models that it is for, as far as its keys and metadata tell.
         composed: Whether models of that family can be composed here.
+        triggers: Words of its captions and folders that may be the trigger.
+        class_words: The same for the class word.
     """
 
     source: str
@@ -71,6 +74,8 @@ class Lora:
     thumbnail: bytes | None = None
     family: str | None = None
     composed: bool = True
+    triggers: tuple[Candidate, ...] = ()
+    class_words: tuple[Candidate, ...] = ()
 
     def concept(self, name: str) -> Concept:
         """A concept with this LoRA."""
@@ -322,6 +327,8 @@ def _described(file: LoraFile, source: str, shown: str, result: Path | None = No
         thumbnail=_thumbnail(result) if result else _embedded(metadata.get("modelspec.thumbnail")),
         family=ours or guess.family,
         composed=ours is not None or guess.supported,
+        triggers=file.words.triggers,
+        class_words=file.words.class_words,
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from lora_compose.attention import backbone_of
 from lora_compose.compose.serve.requests import AUTO, MOST_CONCEPTS, ImageRequest, RequestedConcept
-from lora_compose.pipelines.formats.files import LoraError, trained_with
+from lora_compose.pipelines.formats.files import LoraError, read_words, trained_with
+from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.methods import choose_method, name_of
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.sources import files_of
@@ -22,6 +23,7 @@ class Header:
 
     concept: Concept
     trained_with: str | None
+    words: Words
 
 
 def listed(request: ImageRequest) -> Sequence[RequestedConcept]:
@@ -61,14 +63,15 @@ def _header(pipe: Any, index: int, asked: RequestedConcept) -> Header:
     known = pipe.concepts.get(asked.name)
     if known is None:
         raise ValueError(f"concepts[{index}]: there is no LoRA of this name; GET /loras lists those that there are")
-    given = {name: value for name, value in asked.concept if value is not None}
     files = files_of(known.lora)
-    return Header(known.model_copy(update=given), _trained_with(files[0]) if len(files) == 1 else None)
+    trained, words = _in_file(files[0]) if files else (None, Words())
+    return Header(asked.concept.completed(known), trained if len(files) == 1 else None, words)
 
 
 @lru_cache(maxsize=4096)
-def _trained_with(source: str) -> str | None:
+def _in_file(source: str) -> tuple[str | None, Words]:
+    path = Path(source).expanduser()
     try:
-        return trained_with(Path(source).expanduser())
+        return trained_with(path), read_words(path)
     except (LoraError, OSError):  # the call that needs the file says so
-        return None
+        return None, Words()

@@ -1,6 +1,7 @@
 """The front of a call, the same for all families: diffusers' arguments become a `Request`, to be planned or run."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -82,6 +83,17 @@ class Begun:
     plain: Plain | None
 
 
+class _Answer(BaseException):
+    """Carries what `front` was asked for through whatever a class of the user's has put around its call."""
+
+    def __init__(self, made: Request | Plain) -> None:
+        super().__init__()
+        self.made = made
+
+
+_asking: ContextVar[bool] = ContextVar("a call is planned, not run", default=False)
+
+
 def front(
     make: Callable[Concatenate[Pipeline, P], Request | Plain],
 ) -> Callable[Concatenate[Pipeline, P], BaseOutput | tuple]:
@@ -94,6 +106,8 @@ def front(
 
     @wraps(make)
     def call(pipe: Pipeline, *args: P.args, **kwargs: P.kwargs) -> BaseOutput | tuple:
+        if _asking.get():
+            raise _Answer(make(pipe, *args, **kwargs))
         prompt = args[place] if len(args) > place else kwargs.get("prompt")
         ours = kwargs.get("mask_image") is not None and not pipe.inpaints_as_diffusers
         claim = Claim(models_of(pipe), "compose" if ours or _composes(prompt, kwargs.get("concepts")) else "read")
@@ -111,14 +125,20 @@ def front(
     return call
 
 
-def request_of(pipe: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
+def request_of(pipe: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
     """The request that a call of a pipeline with these arguments would run.
 
     Raises:
         ValueError: For arguments that do not fit together, and calls without concepts.
     """
-    call: Any = type(pipe).__call__
-    made = call.__wrapped__(pipe, *args, **kwargs)
+    token = _asking.set(True)
+    try:
+        pipe(*args, **kwargs)
+        raise TypeError(f"{type(pipe).__name__}.__call__ runs no pipeline of lora-compose, so there is nothing to plan")
+    except _Answer as answer:
+        made = answer.made
+    finally:
+        _asking.reset(token)
     if isinstance(made, Plain):
         raise ValueError("a call without concepts is diffusers' own, which is not planned; name some: concepts=[...]")
     return made

@@ -16,6 +16,8 @@ from lora_compose.pipelines.calls.call import Call, check_call, of_prompt, steps
 from lora_compose.pipelines.calls.host import Host
 from lora_compose.pipelines.calls.memory import check_size, warn_of_size
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
+from lora_compose.pipelines.concepts.overload import WARNED, joint_change
+from lora_compose.pipelines.concepts.overload import warning as overload_warning
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
 from lora_compose.pipelines.denoising.attention_log import AttentionLog
@@ -24,10 +26,11 @@ from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.denoising.session import Runner, Session, SetRunner
 from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.images.from_image import region_in_pixels
-from lora_compose.pipelines.methods import Choice, Settings, choose_method, make_method
+from lora_compose.pipelines.methods import Choice, Merge, Settings, choose_method, make_method
 from lora_compose.pipelines.scene.canvas import Canvas, images_of
 from lora_compose.pipelines.scene.regions import region_mask
 from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.emphasis import plain_text, refuse_weights
 from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts, TextEncoder
@@ -163,6 +166,8 @@ def make_plan(host: Host, call: Call) -> Plan:
     _check_positions(call, concepts)
     sets = [concepts.subset(columns) for columns in concepts_of]
     choice = resolve_choice(host, call.composition.method, loaded, call.prompts.first, sets)
+    concepts = _guarded(concepts, sets, choice.method, host.model)
+    loaded, sets = concepts.loaded, [concepts.subset(columns) for columns in concepts_of]
     backbone = host.backbone_of(call)
     needs = choice.method.needs
     if needs.region_attention and not backbone.reads_regions:
@@ -210,6 +215,25 @@ def make_plan(host: Host, call: Call) -> Plan:
     sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
     steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))
     return Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, sampler, reading)
+
+
+def _guarded(concepts: ConceptSet, sets: Sequence[ConceptSet], method: Settings, model: Any) -> ConceptSet:
+    """Warns of LoRAs that together change more than each was trained to, and keeps those of `merge` to its limit."""
+    limit = method.limit if isinstance(method, Merge) else None
+    limits: dict[str, float] = {}
+    for each in sets:
+        styles = [each.loaded[i] for i in each.styles]
+        merged = isinstance(method, Merge) or len(each.subjects) < 2
+        groups = [each.loaded] if merged else [[each.loaded[i], *styles] for i in each.subjects if styles]
+        for group in groups:
+            if (joint := joint_change(group)) is None:
+                continue
+            if limit is not None:
+                scales = joint.scales(limit)
+                limits.update({name: min(scale, limits.get(name, 1.0)) for name, scale in scales.items()})
+            elif joint.ratio > WARNED:
+                warn_once(overload_warning(group, joint, model))
+    return ConceptSet(tuple(replace(found, limits=limits) for found in concepts.loaded)) if limits else concepts
 
 
 def _without_weights(loaded: LoadedConcept) -> LoadedConcept:

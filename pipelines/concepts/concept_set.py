@@ -1,7 +1,7 @@
 """The concepts of a call with the factors of their LoRAs."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol, Self, TypeVar
 
@@ -13,6 +13,7 @@ from lora_compose.attention.bank_cache import PASSING, Handle
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.loading import Factors, LoraFile
 from lora_compose.pipelines.formats.keys import Part
+from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import TEXT, Schedule, check_block, in_blocks, is_in
 from lora_compose.pipelines.support.notes import warn_once
@@ -27,11 +28,13 @@ class LoadedConcept:
         factors: Its LoRA, matched to the pipeline's models.
         files: Where it came from: a file, or several that were merged; none for an adapter loaded by
             `load_lora_weights`.
+        limits: Factors on layers of the model, which keep a joint change within a limit.
     """
 
     concept: Concept
     factors: Factors
     files: tuple[LoraFile, ...] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def trained_with(self) -> str | None:
@@ -40,16 +43,26 @@ class LoadedConcept:
         return methods.pop() if len(methods) == 1 else None
 
     @property
+    def words(self) -> Words:
+        """What its file tells about its words, of several the first."""
+        return self.files[0].words if self.files else Words()
+
+    @property
     def lora(self) -> Lora:
         """The LoRA's factors for the model, with the factors on blocks applied."""
-        return in_blocks(self.factors.model, self.concept.blocks)
+        lora = in_blocks(self.factors.model, self.concept.blocks)
+        if not self.limits:
+            return lora
+        return {name: replace(one, scale=one.scale * self.limits.get(name, 1.0)) for name, one in lora.items()}
 
     def handle(self, part: Part) -> Handle:
         """Stands for its LoRA of one model, in a call; anyone may change an adapter before the next."""
         blocks = self.concept.blocks or {}
         if not self.files:
             return PASSING, self.factors.handle
-        return self.factors.handle, part, tuple(sorted(blocks.items())) if part == self.factors.part else ()
+        if part != self.factors.part:
+            return self.factors.handle, part, ()
+        return self.factors.handle, part, tuple(sorted(blocks.items())), *sorted(self.limits.items())
 
 
 def check_blocks(loaded: LoadedConcept, model: nn.Module) -> None:

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, adapter_factors, match, read_lora
-from lora_compose.pipelines.concepts.lru import Read, Recent
+from lora_compose.pipelines.concepts.lru import Read, Recent, file_key
 from lora_compose.pipelines.concepts.merged import merge_matched, merger_for, without_tensors
 from lora_compose.pipelines.formats.alphas import needed_alpha
 from lora_compose.pipelines.formats.change import MAX_RANK
 from lora_compose.pipelines.formats.files import read_words
+from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.scene.scene import Concept, check_names, concept_of
 from lora_compose.pipelines.scene.sources import Lora, files_of, shown, weighted
 from lora_compose.pipelines.scene.strength import Weight
@@ -55,6 +56,7 @@ class ConceptLibrary:
         self.loaded: dict[str, LoadedConcept] = {}
         self.added: dict[str, Added] = {}
         self.recent = Recent()
+        self._reads: dict[str, tuple[Hashable, Read]] = {}
 
     @property
     def concepts(self) -> Mapping[str, Concept]:
@@ -76,13 +78,21 @@ class ConceptLibrary:
             LoraError: If the file is unusable or does not fit the model.
         """
         usual = max_rank == MAX_RANK and not allow_pickle
-        read = self.recent.find(paths, _options(concept)) if usual else None
+        key = file_key(paths, (_options(concept), max_rank, allow_pickle))
+        read = self._loaded_from(key) or (self.recent.find(paths, _options(concept)) if usual else None)
         if read is None:
             read = _read(pipe, concept, paths, max_rank=max_rank, allow_pickle=allow_pickle)
+        self._reads[concept.name] = key, read
         _warn_of_rest(read)
         logger.info("concept %s: %s", concept.name, read.factors.report)
-        self.loaded[concept.name] = _loaded_concept(concept, read)
-        return self.loaded[concept.name].concept
+        found = self.loaded[concept.name] = _loaded_concept(concept, read)
+        if found.concept.trigger and not concept.trigger and found.words.where:
+            logger.info("concept %s: trigger %r, of %s", concept.name, found.concept.trigger, found.words.where)
+        return found.concept
+
+    def _loaded_from(self, key: Hashable) -> Read | None:
+        """What another concept was loaded from: several subjects of one file share its factors."""
+        return next((read for other, read in self._reads.values() if other == key), None)
 
     def add(self, pipe: LoadsConcepts, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
         """Adds files by their headers; see `ComposePipeline.add_concepts`."""
@@ -96,7 +106,7 @@ class ConceptLibrary:
                 )
             if before is None or _loras(before.given) != _loras(given):
                 self.check_new(pipe, name)
-            added[name] = Added(given, _filled(given, _by_header(given)))
+            added[name] = Added(given, given.completed(_by_header(given)))
         self.added.update(added)
         return tuple(found.concept for found in added.values())
 
@@ -114,6 +124,7 @@ class ConceptLibrary:
         if name not in self.concepts:
             raise ValueError(f"no concept {name!r} is loaded; there are {', '.join(self.concepts) or 'none'}")
         self.loaded.pop(name, None)
+        self._reads.pop(name, None)
         self.added.pop(name, None)
 
     def resolve(
@@ -143,16 +154,16 @@ class ConceptLibrary:
     def _resolve(self, pipe: LoadsConcepts, concept: Concept) -> LoadedConcept:
         loaded, added = self.loaded.get(concept.name), self.added.get(concept.name)
         if added is not None and (concept.lora is None or _loras(concept) == _loras(added.given)):
-            concept = _filled(concept, added.given)
+            concept = concept.completed(added.given)
         if concept.lora is not None and (loaded is None or not _same_source(concept, loaded.concept)):
             return self._from_disk(pipe, concept)
         if loaded is not None:
             if concept.alpha is not None and concept.alpha != loaded.concept.alpha:
                 raise ValueError(f"concept {concept.name!r} was loaded with another alpha; give it to load_concept")
-            return LoadedConcept(_filled(concept, loaded.concept), loaded.factors, loaded.files)
+            return LoadedConcept(concept.completed(loaded.concept), loaded.factors, loaded.files)
         if concept.name in adapters_of(pipe):
             return LoadedConcept(
-                _filled(concept, Concept(name=concept.name, weight=1.0)), adapter_factors(pipe, concept.name)
+                concept.completed(Concept(name=concept.name, weight=1.0)), adapter_factors(pipe, concept.name)
             )
         known = ", ".join([*self.concepts, *sorted(adapters_of(pipe))]) or "none"
         raise ValueError(
@@ -165,6 +176,8 @@ class ConceptLibrary:
         paths = [find_file(source) for source in files_of(concept.lora)]
 
         def read() -> Read:
+            if (there := self._loaded_from(file_key(paths, (_options(concept), MAX_RANK, False)))) is not None:
+                return there
             found = _read(pipe, concept, paths)
             _warn_of_rest(found)
             return found
@@ -256,19 +269,19 @@ def _by_header(given: Concept) -> Concept:
 
     A file that cannot be read is named in a warning; the call that needs it refuses it.
     """
-    path, words = local_path(files_of(given.lora)[0]), (None, None)
+    path, words = local_path(files_of(given.lora)[0]), Words()
     try:
         words = read_words(path)
     except (LoraError, OSError) as error:
         warn(f"{error}; {given.name!r} is known by its name alone")
-    return Concept(name=given.name, trigger=words[0], class_word=words[1], weight=1.0)
+    return Concept(name=given.name, trigger=words.trigger, class_word=words.class_word, weight=1.0)
 
 
 def _loaded_concept(concept: Concept, read: Read) -> LoadedConcept:
     """A concept with the factors of its file, which also completes missing fields; of several files the first does."""
     first = read.files[0]
     known = Concept(name=concept.name, trigger=first.trigger, class_word=first.class_word, weight=1.0)
-    return LoadedConcept(_filled(concept, known), read.factors, read.files)
+    return LoadedConcept(concept.completed(known), read.factors, read.files)
 
 
 def _same_source(concept: Concept, loaded: Concept) -> bool:
@@ -279,9 +292,3 @@ def _same_source(concept: Concept, loaded: Concept) -> bool:
 def _loras(concept: Concept) -> tuple[Lora, str | None]:
     """The files of a concept, and how they are merged."""
     return concept.lora, concept.merge
-
-
-def _filled(concept: Concept, known: Concept) -> Concept:
-    """A concept whose missing fields are taken from another."""
-    given = {name: value for name, value in concept if value is not None}
-    return known.model_copy(update=given)

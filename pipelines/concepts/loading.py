@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -107,10 +108,9 @@ def match(
     for part, layers in found.items():
         for name, layer in layers.items():
             _check_layer(file, models[part], name, layer)
+    loads = _Loads(alphas, max_rank, products)
     changes: Changes = {
-        part: {
-            name: _change(file, models[part], name, layer, alphas, max_rank, products) for name, layer in layers.items()
-        }
+        part: {name: _change(file, models[part], name, layer, loads) for name, layer in layers.items()}
         for part, layers in found.items()
     }
     loras: dict[Part, Lora] = {
@@ -243,20 +243,38 @@ def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> N
         )
 
 
-def _change(
-    file: LoraFile, model: nn.Module, name: str, layer: Layer, alphas: Alphas, max_rank: int, products: bool
-) -> Change:
+@dataclass(frozen=True)
+class _Loads:
+    """Loads the layers of a file, each once, although it may be several layers of the model."""
+
+    alphas: Alphas
+    max_rank: int
+    products: bool
+    known: dict[Any, Change] = field(default_factory=dict)
+
+    def of(self, name: str, layer: Layer, *, products: bool) -> Change:
+        """The whole change of a layer of the file, for the model's layer of that name."""
+        scale, settings = self.alphas.scale(name, layer), self.alphas.settings(layer)
+        key = id(layer.slots), scale, products
+        if key in self.known:
+            return self.known[key]
+        made = layer.kind.load(layer.parts, scale, self.max_rank, products=products, settings=settings)
+        if layer.outputs is not None:
+            self.known[key] = made
+        return made
+
+
+def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, loads: _Loads) -> Change:
     """The file's change of one layer, in the shapes that the layer needs."""
     model = uncompiled(model)
     try:
-        scale, target = alphas.scale(name, layer), base_layer(model.get_submodule(name))
-        products = products and isinstance(target, nn.Linear) and not layer.swapped
-        settings = alphas.settings(layer)
-        made = layer.kind.load(layer.parts, scale, max_rank, products=products, settings=settings)
+        target = base_layer(model.get_submodule(name))
+        products = loads.products and isinstance(target, nn.Linear) and not layer.swapped
+        made = loads.of(name, layer, products=products)
         transform = None if made.factors.transform is None else placed(made.factors.transform, layer, target)
         if made.factors.left is not None and layer.outputs is not None:
             part = rows_of(made.factors, layer.outputs)
-            made = layer.kind.load(layer.parts, scale, max_rank, settings=settings) if part is None else Change(part)
+            made = loads.of(name, layer, products=False) if part is None else Change(part)
         if made.factors.left is None and layer.outputs is not None:
             made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / layer.shares)
         if layer.swapped:

@@ -69,14 +69,15 @@ class Recent:
         """
         found = self.find(paths, options)
         if found is None:
-            key, found = _key(paths, options), read()  # the key of before: a file that changes meanwhile is read again
+            # The key of before: a file that changes meanwhile is read again.
+            key, found = file_key(paths, options), read()
             with self._lock:
                 self._kept[key] = found
         return found
 
     def find(self, paths: Sequence[Path], options: Hashable) -> Read | None:
         """The content of files that are in memory and have not changed on disk, otherwise None; as for `get`."""
-        key = _key(paths, options)
+        key = file_key(paths, options)
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -102,7 +103,8 @@ class Recent:
             logger.debug("%s leaves the memory (%.1f MiB); its next use reads it again", names, size)
 
 
-def _key(paths: Sequence[Path], options: Hashable) -> Hashable:
+def file_key(paths: Sequence[Path], options: Hashable) -> Hashable:
+    """Stands for the content of files, as they are on disk now, read with these options."""
     return *map(_identity, paths), options
 
 

@@ -19,6 +19,7 @@ from lora_compose.pipelines.scene.sources import files_of
 from lora_compose.pipelines.scene.strength import Weight
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.support.spelling import did_you_mean
+from lora_compose.pipelines.text.missing import on_loading
 from lora_compose.pipelines.text.selection import choose_concepts
 
 HUB_OPTIONS = frozenset(signature(hf_hub_download).parameters) - {"repo_id", "filename"}
@@ -93,8 +94,9 @@ class ConceptLoaderMixin:
                 if that is not 1: ["cat.safetensors", "style.safetensors:0.7"].
             name: What the concept is called; the file's name by default.
             merge: How several files are merged (`Concept.merge`); `ssr` and `soups` make an image with each.
-            trigger: The rare word or words; taken from the file's metadata if it has them.
-            class_word: The noun after the trigger; taken from the file's metadata if it has it.
+            trigger: The rare word or words; taken from the file if it names them. Otherwise a warning lists candidates
+                from its captions.
+            class_word: The noun after the trigger; taken from the file if it names it.
             weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
             blocks: Further factors, by block of the model (`Concept.blocks`).
             any_weight: Whether weights may be beyond 10 and -10.
@@ -129,7 +131,10 @@ class ConceptLoaderMixin:
         )  # fmt: skip
         self.library.check_new(self, concept.name)
         paths = [find_file(one, weight_name, **hub) for one in files_of(lora)]
-        return self.library.load(self, concept, paths, max_rank=max_rank, allow_pickle=allow_pickle)
+        loaded = self.library.load(self, concept, paths, max_rank=max_rank, allow_pickle=allow_pickle)
+        if note := on_loading(self.library.loaded[loaded.name]):
+            warn(note)
+        return loaded
 
     def add_concepts(self, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
         """Adds LoRA files as concepts without reading their weights; the first call that names one reads and checks it.

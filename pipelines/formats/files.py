@@ -6,9 +6,10 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lora_compose.pipelines.formats.safetensors_reader import (
     read_header,
     read_tensors,
 )
+from lora_compose.pipelines.formats.triggers import Words, words_of
 from lora_compose.pipelines.support.regular import open_regular
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -67,23 +69,24 @@ class LoraFile:
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     embeddings: Mapping[str, Mapping[Part, Tensor]] = field(default_factory=dict, repr=False)
 
+    @cached_property
+    def words(self) -> Words:
+        """What it tells about trigger and class word."""
+        return words_of(self.metadata, self.embeddings)
+
     @property
     def trigger(self) -> str | None:
         """The trigger, if the file names it."""
-        return _trigger(self.metadata, self.embeddings)
+        return self.words.trigger
 
     @property
     def class_word(self) -> str | None:
         """The noun after the trigger, if the file names it."""
-        return self.metadata.get("class_word") or None
+        return self.words.class_word
 
 
-def _trigger(metadata: Mapping[str, str], words: Iterable[str]) -> str | None:
-    return metadata.get("trigger") or metadata.get("modelspec.trigger_phrase") or " ".join(words) or None
-
-
-def read_words(path: Path) -> tuple[str | None, str | None]:
-    """Reads trigger and class word from the header of a safetensors file; no tensor is read.
+def read_words(path: Path) -> Words:
+    """Reads from the header of a safetensors file what it tells about its words; no tensor is read.
 
     Raises:
         LoraError: If it has no readable header.
@@ -91,7 +94,7 @@ def read_words(path: Path) -> tuple[str | None, str | None]:
     with _opened(path) as file:
         header = read_header(file)
     words = check_words(path, {key: entry.shape for key, entry in header.entries.items()})
-    return _trigger(header.metadata, words), header.metadata.get("class_word") or None
+    return words_of(header.metadata, words)
 
 
 def trained_with(path: Path) -> str | None:

@@ -13,11 +13,12 @@ PARTS: tuple[Part, ...] = ("unet", "transformer", "text_encoder", "text_encoder_
 
 # Prefixes of the layer names of each part. Order matters: the first match counts.
 _PREFIXES: tuple[tuple[str, Part], ...] = (
-    (r"lora_te2_", "text_encoder_2"),
+    (r"lora_te[23]_", "text_encoder_2"),  # kohya's third is T5, which is the second of FLUX.1
     (r"lora_te1?_", "text_encoder"),
     (r"(?:lora_unet_|lycoris_)llm_adapter_", "text_conditioner"),
     (r"lora_unet_|oft_unet_|lycoris_", "unet"),
     (r"lora_transformer_", "transformer"),
+    (r"text_encoder\.qwen3\.", "text_encoder"),
     (r"(?:base_model\.model\.)?text_encoder_2\.", "text_encoder_2"),
     (r"(?:base_model\.model\.)?text_encoder\.", "text_encoder"),
     (r"(?:base_model\.model\.)?unet\.", "unet"),
@@ -25,9 +26,10 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     (r"(?:base_model\.model\.)?text_conditioner\.", "text_conditioner"),
     (r"(?:base_model\.model\.)?(?:model\.)?diffusion_model\.llm_adapter\.", "text_conditioner"),
     (r"(?:base_model\.model\.)?(?:model\.)?diffusion_model\.", "unet"),
-    (r"text_encoders\.qwen3_06b\.transformer\.model\.", "text_encoder"),
-    (r"text_encoders\.clip_g\.transformer\.", "text_encoder_2"),
-    (r"text_encoders\.clip_l\.transformer\.", "text_encoder"),
+    (r"text_encoders\.(?:clip_g|t5xxl)\.transformer\.", "text_encoder_2"),
+    (r"text_encoders\.(?:clip_l|qwen\w+)\.transformer\.", "text_encoder"),
+    (r"(?:clip_g|t5)\.", "text_encoder_2"),  # of the Open Model Initiative, as OneTrainer may write
+    (r"clip_l\.", "text_encoder"),
     (r"(?:base_model\.model\.)?(?=text_model\.|encoder\.layers\.)", "text_encoder"),
     (r"base_model\.model\.|", "unet"),
 )

@@ -90,8 +90,8 @@ def by_layer(file: LoraFile) -> Layers:
         key = parse(name)
         if key is None:
             unknown.append(name)
-        elif key.kind is not None and key.kind.left_out:
-            inexpressible.append(name)
+        elif key.kind is not None and (key.kind.left_out or (key.slot == "diff" and file.tensors[name].dim() == 1)):
+            inexpressible.append(name)  # a norm has a difference with one dimension
         else:
             slots = found.setdefault((key.part, key.module), {})
             if key.slot in slots and not (key.kind and key.kind.refused):  # those have several tensors in one slot

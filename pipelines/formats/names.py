@@ -36,6 +36,9 @@ _OLDER = (
 )
 
 
+_OUTER = re.compile(r"text_model\.|(?:model\.)?language_model\.|model\.(?=layers\.)")
+
+
 def present_name(module: str) -> str:
     """The present name of a layer, with underscores for dots, for a name that older trainers use."""
     for pattern, present in _OLDER:
@@ -57,13 +60,17 @@ def spellings(model: nn.Module, part: Part) -> Mapping[str, tuple[str, ...]]:
     layers = [name for name, module in model.named_modules() if isinstance(base_layer(module), nn.Linear | nn.Conv2d)]
     own = {name.replace(".", "_"): name for name in layers}
     if part == "transformer":
-        fused = original_layers(model, layers)
-        return {spelled.replace(".", "_"): found for spelled, found in fused.items()} | _each(own)
+        fused = {spelled.replace(".", "_"): found for spelled, found in original_layers(model, layers).items()}
+        # The Open Model Initiative numbers the parts of a fused layer.
+        parts = {f"{spelled}_{i}": name for spelled, found in fused.items() for i, name in enumerate(found)}
+        return _each(parts) | fused | _each(own)
     if part == "unet":
         return _each(_original(model, own) | own)
-    # Text encoders had an outer `text_model` module until transformers 5.
-    bare = {name.removeprefix("text_model.").replace(".", "_"): name for name in layers}
-    return _each(bare | {f"text_model_{spelled}": name for spelled, name in bare.items()})
+    # CLIP had an outer `text_model` module until transformers 5; other text encoders may be in a `model`.
+    bare = {_OUTER.sub("", name).replace(".", "_"): name for name in layers}
+    return _each(
+        bare | {f"{outer}_{spelled}": name for outer in ("text_model", "model") for spelled, name in bare.items()}
+    )
 
 
 def _each(names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

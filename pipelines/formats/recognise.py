@@ -14,7 +14,7 @@ from lora_compose.pipelines.formats.keys import Key, Part, parse
 _FOREIGN = (
     (r"motion_modules|temporal_transformer", "AnimateDiff"),
     (r"lora_prior_|clip_txt_pooled_mapper", "Stable Cascade"),
-    (r"lora_te3_|joint_blocks", "SD3"),
+    (r"joint_blocks|lora_te3_", "SD3"),
 )
 _UNET_BLOCKS = r"(?:down|up|input|output)_blocks|mid_block|middle_block"
 # Supported transformers, by names that only they have; the width of the first layers gives their size.
@@ -26,7 +26,8 @@ _TRANSFORMERS: Sequence[tuple[str, str]] = (
     (r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate",
      "Krea 2"),
     (r"layers[._]\d+[._](?:attention[._](?:to_[qkv]|to_out|qkv|out)|feed_forward[._]w[123])", "Z-Image"),
-    (r"img_mod[._]lin|norm1_context|single_transformer_blocks[._]\d+[._]proj_(?:mlp|out)|modulation[._]lin", "FLUX.1"),
+    (r"(?:double|single)_blocks[._]\d+[._]processor"
+     r"|img_mod[._]lin|norm1_context|single_transformer_blocks[._]\d+[._]proj_(?:mlp|out)|modulation[._]lin", "FLUX.1"),
     (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
 )  # fmt: skip
 _SIZES: Mapping[str, Mapping[int, str]] = {
@@ -35,6 +36,11 @@ _SIZES: Mapping[str, Mapping[int, str]] = {
     "Anima": {2048: "Anima"},
 }
 """Families of one structure by their width."""
+_FLUX1_WIDTH = 3072  # FLUX.2-klein 4B has the same, and fewer blocks
+_KLEIN_BLOCKS = (
+    (r"double_blocks|(?<!single_)transformer_blocks", 5),
+    (r"single_(?:transformer_)?blocks", 20),
+)
 _COMPOSED = ("Anima", "FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Z-Image")
 
 _FOREIGN_WITHOUT_UNET = (
@@ -45,7 +51,7 @@ _FOREIGN_WITHOUT_UNET = (
     (r"(?:diffusion_model|transformer)[._]layers[._]\d+", "Lumina"),
     (r"^transformer\.|^lora_transformer_", "a diffusion transformer"),
 )
-_NOT_THESE = r"lora_te3_|joint_blocks|img_mlp[._]net|txt_mlp[._]net|img_mod[._]1|motion_modules|adaln_single"
+_NOT_THESE = r"joint_blocks|img_mlp[._]net|txt_mlp[._]net|img_mod[._]1|motion_modules|adaln_single"
 """Other transformers whose layers have some of the same names (SD3, Qwen-Image, PixArt)."""
 
 _ARCHITECTURES = (
@@ -89,12 +95,16 @@ def _spelling(keys: Sequence[str], parsed: Sequence[Key]) -> str:
     original = ", with the original checkpoint's block names" if re.search(r"input_blocks|output_blocks", text) else ""
     if any(suffix.startswith(".lora_layer.") for suffix in suffixes):
         return "a whole UNet with LoRA layers inside (TARA, SD 1.5)"
+    if re.search(r"(?:double|single)_blocks\.\d+\.processor", text):
+        return "XLabs (attention processors of FLUX.1)"
     if "_processor_" in " ".join(key.module for key in parsed):
         return "early diffusers (attention processors)"
     if any(suffix.startswith("_lora.") for suffix in suffixes):
         return "ED-LoRA (Mix-of-Show, LoRA-Composer)"
-    if prefixes & {"lora_unet_", "oft_unet_", "lora_te_", "lora_te1_", "lora_te2_"}:
+    if prefixes & {"lora_unet_", "oft_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_"}:
         return f"kohya's scripts{original}"
+    if prefixes & {"clip_l.", "clip_g.", "t5."}:
+        return "the Open Model Initiative (OneTrainer)"
     if "lycoris_" in prefixes:
         return f"LyCORIS{original}"
     if any("diffusion_model." in prefix for prefix in prefixes):
@@ -143,6 +153,9 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], reasons:
     if name == "FLUX":
         # The first layer of a single block has 7 outputs for each input in FLUX.1 and 9 in FLUX.2, of an MLP 4 and 6.
         name = "FLUX.1" if ratios & {4, 7} else "FLUX.2-klein" if ratios & {6, 9} else name
+        if name == "FLUX" and width == _FLUX1_WIDTH and any(_blocks(text, *of) for of in _KLEIN_BLOCKS):
+            why.append("it has more blocks than FLUX.2-klein 4B")
+            return Guess("FLUX.1", True, (*why, *reasons))
         if name == "FLUX":
             return Guess("FLUX.1 or FLUX.2", False, (*why, *reasons))
         why.append("by the ratio of outputs to inputs in its MLPs")
@@ -152,9 +165,15 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], reasons:
     return Guess(name, name in _COMPOSED, (*why, *reasons))
 
 
+def _blocks(text: str, name: str, most: int) -> bool:
+    """Whether there are more blocks of a name."""
+    return any(int(found) >= most for found in re.findall(rf"(?:{name})[._](\d{{1,3}})[._]", text))
+
+
 def _main_width(shapes: Mapping[str, Size | Sequence[int]]) -> tuple[int, set[int]]:
     """Inputs of most layers; and for the first layers of MLPs and of single blocks, outputs by input."""
-    layers = [(module, *_sides(shapes)) for (_, module), shapes in _layers(shapes).items()]
+    every = _layers(shapes).items()
+    layers = [(module, *_sides(shapes)) for (part, module), shapes in every if part in ("unet", "transformer")]
     counted = Counter(inputs for _, _, inputs in layers if inputs)
     first = [layer for layer in layers if re.search(r"linear1$|_mlp_0$", layer[0])]
     return (counted.most_common(1)[0][0] if counted else 0), {

@@ -19,7 +19,8 @@ from lora_compose.pipelines.methods.tara import Tara
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.support.spelling import did_you_mean
-from lora_compose.pipelines.text.tokens import find_words, own_nouns
+from lora_compose.pipelines.text import missing
+from lora_compose.pipelines.text.tokens import own_nouns
 
 __all__ = [
     "METHODS",
@@ -122,13 +123,8 @@ class Choice:
     reason: str
 
 
-class Described(Protocol):
+class Described(missing.Described, Protocol):
     """A concept as far as the choice of a method looks at it; its LoRA need not have been read."""
-
-    @property
-    def concept(self) -> Concept:
-        """The concept with its words."""
-        ...
 
     @property
     def trained_with(self) -> str | None:
@@ -159,9 +155,9 @@ def choose_method(
     subjects = [loaded.concept for loaded in given]
     if any(subject.region for subject in subjects):
         return _for_regions(subjects, prompts, "subject" if len(given) < len(concepts) else "concept", region_attention)
-    subjects_of = [subjects] * len(prompts or [()])
+    subjects_of: Sequence[Sequence[Described]] = [given] * len(prompts or [()])
     if concept_sets:
-        subjects_of = [[one.concepts[i] for i in one.subjects] for one in concept_sets]
+        subjects_of = [[one.loaded[i] for i in one.subjects] for one in concept_sets]
     several = max(map(len, subjects_of)) > 1
     lacks = _lacking(prompts, subjects_of)
     if several and not lacks:
@@ -175,7 +171,8 @@ def choose_method(
         return _chosen(Merge(), few if subjects else "styles act everywhere")
     if prompts is None:
         return _blending(lacks, "unless each has a region")
-    return _blending(lacks, "unless that is done, or each has a region")
+    region = f"Concept(name={subjects[0].name!r}, region=(0, 0, 0.5, 1))"
+    return _blending(lacks, f"unless that is done, or each has a region, such as {region}")
 
 
 def _chosen(method: Settings, reason: str) -> Choice:
@@ -204,26 +201,14 @@ def _for_regions(
     return _chosen(Regional(), f"{reason}, and {why}")
 
 
-def _lacking(prompts: Sequence[str] | None, subjects_of: Sequence[Sequence[Concept]]) -> str:
+def _lacking(prompts: Sequence[str] | None, subjects_of: Sequence[Sequence[Described]]) -> str:
     """What Draft lacks to find the subjects of each prompt; empty if nothing."""
     if prompts is None:
         return "prompt_embeds are given instead of a prompt"
-    missing = [
-        _missing_words(subject, prompt)
+    lacking = [
+        missing.missing_words(subject, prompt)
         for prompt, subjects in zip(prompts, subjects_of, strict=True)
         for subject in subjects
-        if not own_nouns(subject, prompt, subjects)
+        if not own_nouns(subject.concept, prompt, [other.concept for other in subjects])
     ]
-    return "; ".join(dict.fromkeys(missing))
-
-
-def _missing_words(subject: Concept, prompt: str) -> str:
-    """What is missing if the prompt does not have the concept's trigger followed by its class word."""
-    name, trigger, noun = subject.name, subject.trigger, subject.class_word
-    if not trigger:
-        return f"{name} has no trigger: give it one, such as 'sks', and write it in the prompt"
-    if not noun:
-        return f"{name} has no class word: give it one, such as 'cat', and write it after {trigger!r}"
-    if not find_words(trigger, prompt):
-        return f"the prompt lacks {trigger!r}, the trigger of {name}: write {subject.phrase!r}"
-    return f"the prompt has {trigger!r} without {noun!r} after it: write {subject.phrase!r}"
+    return "; ".join(dict.fromkeys(lacking))

@@ -44,6 +44,7 @@ from lora_compose.pipelines.scene.regions import Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.branches import branch_of
 from lora_compose.pipelines.text.conditioning import Conditioning
+from lora_compose.pipelines.text.missing import missing_words
 from lora_compose.pipelines.text.prompts import about
 
 Reading = Literal["auto", "scene", "regions"]
@@ -105,6 +106,9 @@ class Draft(Settings):
             return Merge().start(session)
         if prompts.texts is None:
             raise ValueError("draft reads the prompt without triggers, so it needs prompts, not prompt_embeds")
+        for i in concepts.subjects:
+            if not (concepts.concepts[i].trigger and concepts.concepts[i].class_word):
+                raise ValueError(f"draft looks for class words: {missing_words(concepts.loaded[i], prompts.texts[0])}")
         base = branch_of(None, prompts.texts, concepts.concepts, concepts.subjects)
         styles = concepts.with_styles(())
         text = prompts.encode(styles, base.prompts, None, base.names, base.mentions)

@@ -40,6 +40,7 @@ from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.text.conditioning import Conditioning
+from lora_compose.pipelines.text.missing import missing_trigger
 
 Words = Literal["class_word", "phrase"]
 _CHOICES = {"words": Words, "rows": ActingRows}
@@ -105,12 +106,11 @@ class FreeFuse(Settings):
         subjects, mine = list(concepts.subjects), text.conditional()
         phrases, triggers = mine.phrase_mask[..., subjects], mine.trigger_mask[..., subjects]
         lacking = (phrases.sum(dim=1) == 0).any(dim=0).tolist()
-        names = [concepts.concepts[i].name for i, lacks in zip(concepts.subjects, lacking, strict=True) if lacks]
-        if names:
-            raise ValueError(
-                f"freefuse finds each subject by its words, and has none of {', '.join(names)}: give it a trigger, and "
-                "write that in the prompt"
-            )
+        wordless = [concepts.loaded[i] for i, lacks in zip(concepts.subjects, lacking, strict=True) if lacks]
+        if wordless:
+            names = ", ".join(loaded.concept.name for loaded in wordless)
+            lacks = missing_trigger(wordless[0], session.prompts.texts or ())
+            raise ValueError(f"freefuse finds each subject by its words, and has none of {names}: {lacks}")
         words = phrases
         if self.words == "class_word":
             nouns = phrases - triggers  # 0 where token positions are given, or the prompt has no class word

@@ -5,6 +5,7 @@ subjects the deltas act on each other's tokens and cells, so identities blend or
 everywhere, so other methods do the same where a scene has no subjects.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,18 @@ EVERYWHERE: Sequence[SitePart] = ("text", "image", "reference", "other", "row", 
 
 @dataclass(frozen=True)
 class Merge(Settings):
-    """The sum of all LoRAs, as most tools do it. No settings."""
+    """The sum of all LoRAs, as most tools do it.
+
+    Attributes:
+        limit: The most that the joint change of a layer may be, as a multiple of the largest change of one LoRA alone
+            at weight 1; a layer with more is scaled down to it. None is no limit.
+    """
+
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise ValueError(f"limit must be positive, or None for none, not {self.limit}")
 
     def start(self, session: Session) -> FixedPasses:
         """Constant gates for everything; text encoders take part."""

@@ -26,6 +26,7 @@ from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.process import FixedPasses, Settings, one_text, warn_once
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
+from lora_compose.pipelines.text.missing import missing_trigger
 
 CfgMask = Literal["cond_only", "broadcast"]
 Scope = Literal["all", "cross_kv"]
@@ -112,9 +113,10 @@ def _check_masked(loaded: LoadedConcept, found: bool) -> None:
     """Checks a concept with a token mask; `found` is whether its words are in every prompt."""
     name = loaded.concept.name
     if not found:
+        lacks = "" if loaded.concept.trigger else f". {missing_trigger(loaded, ())}"
         raise ValueError(
             f"tara needs to know the words of concept {name!r}: give it a trigger that is in every prompt"
-            " (with prompt_embeds: its token_positions)"
+            f" (with prompt_embeds: its token_positions){lacks}"
         )
     if not loaded.factors.model:
         raise ValueError(f"concept {name!r} changes only the text encoder, which tara leaves alone; use method='merge'")

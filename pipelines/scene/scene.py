@@ -216,7 +216,8 @@ class Concept(_Frozen):
             concept has been loaded by `load_concept` or `load_lora_weights`. Several files are merged into one LoRA
             when they are loaded, each with its weight if that is not 1: ("cat.safetensors", "style.safetensors:0.7").
         merge: How several files are merged: a name of `pipelines.merging.MERGERS`; None is their exact sum, "cat".
-        trigger: The rare word or words that the LoRA was trained with, without the class word: "sks".
+        trigger: The rare word or words that the LoRA was trained with: "sks". If it ends with the class word, that is
+            taken off: "sks cat" becomes "sks".
         class_word: The noun after the trigger: "cat".
         weight: Factor on the whole LoRA; 1 by default. It may change over the steps: a list of numbers for equal parts
             of them, or text: "0:1,0.5:0" is 1 in the first half and 0 in the second, "0:1..0.5:0.4" falls evenly to
@@ -249,6 +250,11 @@ class Concept(_Frozen):
     role: Literal["subject", "style"] | None = None
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_words_apart(cls, data: Any) -> Any:
+        return with_bare_trigger(data) if isinstance(data, Mapping) else data
+
     @model_validator(mode="after")
     def _merges_several(self) -> Self:
         if self.merge is not None and isinstance(self.lora, str):
@@ -280,6 +286,22 @@ class Concept(_Frozen):
     def phrase(self) -> str:
         """Trigger and class word: "sks cat"."""
         return " ".join(word for word in (self.trigger, self.class_word) if word)
+
+    def completed(self, known: "Concept") -> "Concept":
+        """This concept, whose missing fields are taken from another."""
+        given = {name: value for name, value in self if value is not None}
+        words = {name: given.get(name, getattr(known, name)) for name in ("trigger", "class_word")}
+        return known.model_copy(update={**given, **with_bare_trigger(words)})
+
+
+def with_bare_trigger(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a concept whose trigger does not end with the class word: of "alc woman" the woman is taken off."""
+    trigger, noun = fields.get("trigger"), fields.get("class_word")
+    if isinstance(trigger, str) and isinstance(noun, str):
+        words, last = trigger.split(), noun.lower().split()
+        if last and len(words) > len(last) and [word.lower() for word in words[-len(last) :]] == last:
+            return {**fields, "trigger": " ".join(words[: -len(last)]).rstrip(" ,")}
+    return dict(fields)
 
 
 def concept_of(name: str, given: Any) -> Concept:

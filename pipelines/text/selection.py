@@ -12,7 +12,7 @@ from unicodedata import normalize
 
 from lora_compose.pipelines.concepts.tags import take_tags
 from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.text.tokens import Span, class_words, find_words
+from lora_compose.pipelines.text.tokens import Span, class_words, find_words, unescaped
 
 _ALIKE = 0.75
 """Two words with at least this share of letters in common, in order, may be the same word mistyped."""
@@ -107,7 +107,7 @@ def _by_trigger(prompt: str, known: Mapping[str, Concept]) -> dict[str, Span]:
     groups: dict[str, list[str]] = {}
     for name, found in own.items():
         if found:
-            groups.setdefault(" ".join((known[name].trigger or "").lower().split()), []).append(name)
+            groups.setdefault(" ".join(unescaped(known[name].trigger or "").lower().split()), []).append(name)
     return {(name := _only(prompt, group, known)): own[name][0] for group in groups.values()}
 
 

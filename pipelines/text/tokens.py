@@ -19,6 +19,10 @@ from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.long_prompts import LongTokenizer
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
+_BRACKET = re.compile(r"\\[()\[\]]")  # in a pattern of `re.escape`
+_ESCAPED = re.compile(r"\\([()\[\]])")
+_EDGES = "()[]\\"
+
 
 class Tokenizer(Protocol):
     """The required interface of a tokenizer; it must tokenise word by word, as CLIP's does, fast or slow."""
@@ -58,13 +62,19 @@ def find_words(words: str, prompt: str) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=1024)  # every concept of a call asks where the words of all others are
 def _find_words(words: str, prompt: str) -> tuple[tuple[int, int], ...]:
-    pattern = r"\s+".join(re.escape(word) for word in words.split())
+    words = unescaped(words)
+    pattern = r"\s+".join(_BRACKET.sub(r"\\\\?\g<0>", re.escape(word)) for word in words.split())
     # A boundary is needed only beside letters, digits and underscores: "<V1>" has its own.
     before = r"(?<!\w)" if re.match(r"\w", words.strip()) else ""
     after = r"(?!\w)" if re.search(r"\w$", words.strip()) else ""
     matches = re.finditer(before + pattern + after, prompt, re.IGNORECASE) if pattern else ()
     # To `re` the long s is an s, to tokenizers it is another letter.
-    return tuple(match.span() for match in matches if match[0].lower().split() == words.lower().split())
+    return tuple(match.span() for match in matches if unescaped(match[0]).lower().split() == words.lower().split())
+
+
+def unescaped(text: str) -> str:
+    r"""A text without the signs that tell brackets from weights: "saber \(fate\)" is "saber (fate)"."""
+    return _ESCAPED.sub(r"\1", text)
 
 
 Span = tuple[int, int]
@@ -160,9 +170,12 @@ def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], con
 
     start, end = span
     words = prompt[start:end]
+    inner = start + len(words) - len(words.lstrip(_EDGES)), end - len(words) + len(words.rstrip(_EDGES))
     # A space before the words is a part of their first token to some tokenizers, and no token to others.
     first, wanted = len(ids(prompt[:start].rstrip())), ids(words)
     if ids(prompt)[first : first + len(wanted)] != wanted:
+        if inner != span and inner[0] < inner[1]:  # a bracket may be one token with the comma after it
+            return span_positions(tokenizer, prompt, inner, concept)
         raise ValueError(
             f"{words!r} of concept {concept.name!r} does not keep its own tokens in {shortened(prompt)}: "
             "put spaces around it or choose a trigger of letters"

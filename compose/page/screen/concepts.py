@@ -20,6 +20,7 @@ from lora_compose.pipelines.concepts.finding import find_file
 logger = logging.getLogger(__name__)
 
 _PLACE = "concepts"
+_MOST_PROPOSALS = 3
 _MB = 2**20
 
 
@@ -47,6 +48,8 @@ def _card(session: PageSession, i: int, row: Row) -> None:
         noun.text_input("Class word", key=fields.of_row(row, "class_word"), max_chars=MOST_NAME, help=(
             "The plain noun that follows the trigger in the prompt."
         ))  # fmt: skip
+        if lora is not None and not fields.is_style(row):
+            _proposals(row, lora)
         with st.container(horizontal=True, vertical_alignment="center", wrap=False):
             st.slider("Weight", 0.0, fields.MOST_WEIGHT, step=fields.WEIGHT_STEP, key=fields.of_row(row, "weight"),
                       format="weight %.2f", label_visibility="collapsed",
@@ -66,6 +69,23 @@ def _card(session: PageSession, i: int, row: Row) -> None:
             st.error(f"This LoRA is missing: {markdown(row.wanted)}. Upload it, or remove the concept.")
         elif (fit := session.fit(row)) is not None and fit[2]:
             st.error("This LoRA does not fit the open model.", icon=":material/error:")  # reason: at the button
+
+
+def _proposals(row: Row, lora: Lora) -> None:
+    """Buttons with words of the file, for the first of trigger and class word that is empty."""
+    for field, label, found in (
+        ("trigger", "Trigger", lora.triggers),
+        ("class_word", "Class word", lora.class_words),
+    ):
+        key = fields.of_row(row, field)
+        if st.session_state[key].strip():
+            continue
+        short = [one for one in found if len(one.words) <= MOST_NAME][:_MOST_PROPOSALS]
+        with st.container(horizontal=True):
+            for i, one in enumerate(short):
+                st.button(markdown(f"{label} “{one.words}”, {one.where}"), key=f"do.{field}.{row.number}.{i}",
+                          on_click=st.session_state.update, args=({key: one.words},))  # fmt: skip
+        return
 
 
 def _remove(session: PageSession, row: Row) -> None:

@@ -14,8 +14,12 @@ from lora_compose.pipelines.formats.kinds.kind import Kind, Shapes, Tensors, che
 
 
 def _ending(side: str, letter: str) -> str:
-    """PEFT has letters, and perhaps the adapter's name inside; attention processors and ED-LoRA have an underscore."""
-    return rf"\.lora_(?:{side}|(?:linear_)?layer\.{side}|{letter}(?:\.\w++)?)\.weight|[._]lora\.{side}\.weight"
+    """PEFT has letters, and perhaps the adapter's name inside; attention processors and ED-LoRA have an underscore.
+
+    Those of XLabs end with a number, which is of the layer's name.
+    """
+    peft = rf"\.lora_(?:{side}|(?:linear_)?layer\.{side}|{letter}(?:\.\w++)?)\.weight"
+    return rf"{peft}|[._]lora\.{side}\.weight|(?<=_lora[12])\.{side}\.weight"
 
 
 def _sides(shapes: Shapes) -> tuple[int, int]:

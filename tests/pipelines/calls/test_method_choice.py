@@ -43,7 +43,7 @@ MISSING = {
     "a class word of its own": ("a sks beside a zwx cat", {"dog": {"class_word": "cat"}},
         "the prompt has 'sks' without 'cat' after it: write 'sks cat'"),
     "any class word": ("a sks cat and a zwx dog", {"cat": {"class_word": ""}},
-        "cat has no class word: give it one, such as 'cat', and write it after 'sks'"),
+        "cat has no class word: give it one, Concept(name='cat', class_word='cat'), and write it after 'sks'"),
     "two class words": ("a sks and a zwx", {}, "write 'sks cat'; the prompt has 'zwx' without"),
     "a prompt": (None, {}, "prompt_embeds are given instead of a prompt"),
 }  # fmt: skip

@@ -106,6 +106,24 @@ def test_a_call_without_concepts_has_no_plan():
         PIPELINES["sd"]().plan(PROMPT)
 
 
+def test_a_class_that_overrides_the_call_is_planned_as_it_would_be_run():
+    pipe = PIPELINES["sd"]()
+
+    class Quick(type(pipe)):
+        def __call__(self, *args, steps=2, **kwargs):
+            return super().__call__(*args, num_inference_steps=steps, **kwargs).images[0]
+
+    given = {name: value for name, value in arguments("sd").items() if name != "num_inference_steps"}
+    own = Quick(**pipe.components)
+    for name in ("cat", "dog"):
+        own.library.loaded[name] = pipe.library.loaded[name]
+    assert own.plan(**given).steps == 2
+    assert own.plan(**given, steps=5).steps == 5
+    assert (
+        own(**given, output_type="latent").shape[-1] == pipe(**arguments("sd"), output_type="latent").images.shape[-1]
+    )
+
+
 def test_a_plan_is_made_while_a_call_has_the_model():
     pipe = PIPELINES["sd"]()
     claim = Claim(models_of(pipe), "compose")

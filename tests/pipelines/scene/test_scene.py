@@ -160,3 +160,22 @@ def test_the_settings_of_a_run_are_its_own():
     run = Run(scene=SCENE, model="playground", settings=settings)
     settings["scope"] = "cross_kv"
     assert run.settings == {"scope": "all"}
+
+
+@pytest.mark.parametrize(
+    ("trigger", "noun", "bare"),
+    [
+        ("alc woman", "woman", "alc"),
+        ("alc old Woman", "old woman", "alc"),
+        ("hatsune miku, 1girl", "1girl", "hatsune miku"),
+        ("woman", "woman", "woman"),
+        ("alcwoman", "woman", "alcwoman"),
+        ("sks", "cat", "sks"),
+    ],
+)
+def test_a_class_word_at_the_end_of_a_trigger_is_no_part_of_it(trigger: str, noun: str, bare: str) -> None:
+    whole = Concept(name="a", trigger=trigger, class_word=noun)
+    assert (whole.trigger, whole.class_word) == (bare, noun)
+    halves: list[dict[str, Any]] = [{"trigger": trigger}, {"class_word": noun}]
+    for one, other in (halves, halves[::-1]):
+        assert Concept(name="a", **one).completed(Concept(name="a", **other)) == whole

@@ -123,6 +123,16 @@ def test_parts_of_words_and_other_words_are_not_the_trigger(tokenizer: Any, prom
     assert "'rex'" in str(caught.value)
 
 
+@pytest.mark.parametrize("trigger", ["saber (fate)", r"saber \(fate\)"])
+@pytest.mark.parametrize("written", ["saber (fate)", r"saber \(fate\)", "Saber  (fate)"])
+@pytest.mark.parametrize("after", [" stands", ", a cat", "."])
+def test_brackets_are_found_escaped_or_not(tokenizer: Any, trigger: str, written: str, after: str) -> None:
+    prompt = f"1girl, {written}{after}"
+    assert find_words(trigger, prompt) == [(7, 7 + len(written))]
+    found = locate(tokenizer, prompt, concept(trigger)).trigger
+    assert words_at(tokenizer, prompt, found).replace("\\", "").replace(" ", "").startswith("saber(fate")
+
+
 @pytest.mark.parametrize("trigger", ["", "  ", "\n"])
 def test_empty_triggers_are_in_no_prompt(tokenizer: Any, trigger: str) -> None:
     assert find_words(trigger, "a sks cat") == []

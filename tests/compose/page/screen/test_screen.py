@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from streamlit.testing.v1 import AppTest
 
 from ip_adapters import playground_guides
@@ -792,6 +792,23 @@ def test_loras_are_merged_and_used_as_one_concept(at: AppTest) -> None:
     assert session(at).fit(row) is not None
     at.button(key=f"do.remove.{session(at).rows[0].number}").click().run()
     assert not made(at).exception
+
+
+def test_a_card_without_a_trigger_offers_those_of_the_captions(at: AppTest, tmp_path: Path) -> None:
+    tags = {"10_images": {"1girl": 40, "mikudress": 40}}
+    path = tmp_path / "miku.safetensors"
+    tensors = load_file(playground_lora("cat"))
+    save_file(tensors, path, metadata={"ss_tag_frequency": json.dumps(tags)})
+    upload(at, "miku.safetensors", path.read_bytes())
+    row = session(at).rows[-1]
+    first = at.button(key=f"do.trigger.{row.number}.0")
+    assert first.label == "Trigger “mikudress”, in 40 captions"
+    first.click().run()
+    assert at.text_input(key=fields.of_row(row, "trigger")).value == "mikudress"
+    at.button(key=f"do.class_word.{row.number}.0").click().run()
+    assert at.text_input(key=fields.of_row(row, "class_word")).value == "1girl"
+    assert not [button for button in at.button if str(button.key).startswith("do.class_word")]
+    assert not at.exception
 
 
 def test_what_cannot_be_merged_is_said(at: AppTest) -> None:

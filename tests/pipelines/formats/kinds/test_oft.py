@@ -111,3 +111,12 @@ def test_blocks_are_shared_out_over_the_layers_of_a_model_if_they_end_where_thos
     assert {tuple(one.transform.values.shape) for one in found.values() if one.transform} == {(192, 16, 16)}
     with pytest.raises(LoraError, match="blocks of size 18 reach over the layers of the model"):
         flux({".oft_blocks": [512, 18, 18]})
+
+
+def test_what_a_file_has_once_is_computed_once_for_all_layers_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved: list[tuple[int, ...]] = []
+    solve = torch.linalg.solve
+    monkeypatch.setattr(torch.linalg, "solve", lambda a, b: solved.append(tuple(a.shape)) or solve(a, b))
+    found = flux({".oft_blocks": [576, 16, 16]})
+    assert len(found) == 3
+    assert solved == [(576, 16, 16)]

@@ -1,0 +1,307 @@
+"""The words that a file was trained with: those that it declares, and candidates from captions and folder names.
+
+Sources: the public metadata of sd-scripts (`ss_tag_frequency`, `ss_dataset_dirs`), modelspec (`trigger_phrase`),
+ai-toolkit, which writes its trigger word as the name of a folder with one caption, and OneTrainer (`ot_config`).
+Metadata are not trusted: they may be anything.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_MOST = 5  # candidates from captions
+_MANY = 200  # the most characters of a candidate
+_LONG = 4  # words of a tag; a longer one is a sentence
+_HALF = 0.5  # the share of captions that confirms the name of a folder
+
+_NOUNS = frozenset(
+    [
+        "person",
+        "people",
+        "man",
+        "woman",
+        "boy",
+        "girl",
+        "child",
+        "kid",
+        "baby",
+        "guy",
+        "lady",
+        "male",
+        "female",
+        "character",
+        "face",
+        "creature",
+        "animal",
+        "cat",
+        "dog",
+        "kitten",
+        "puppy",
+        "horse",
+        "bird",
+        "bear",
+        "fox",
+        "wolf",
+        "rabbit",
+        "dragon",
+        "monster",
+        "robot",
+        "doll",
+        "toy",
+        "figure",
+        "plushie",
+        "mascot",
+        "car",
+        "vehicle",
+        "ship",
+        "building",
+        "house",
+        "castle",
+        "landscape",
+        "place",
+        "room",
+        "object",
+        "product",
+        "bottle",
+        "shoe",
+        "shirt",
+        "dress",
+        "outfit",
+        "costume",
+        "hat",
+        "bag",
+        "logo",
+        "flower",
+        "tree",
+        "style",
+        "artstyle",
+        "1girl",
+        "1boy",
+        "1other",
+        "2girls",
+        "2boys",
+    ]
+)
+_GENERAL = frozenset(
+    ["solo", "looking at viewer", "simple background", "white background", "smile", "standing", "upper body", "blush",
+     "long hair", "short hair", "highres", "masterpiece", "best quality", "full body", "open mouth", "closed mouth"]
+)  # fmt: skip
+_STOP = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "on",
+        "at",
+        "by",
+        "to",
+        "with",
+        "and",
+        "or",
+        "is",
+        "are",
+        "her",
+        "his",
+        "their",
+        "its",
+        "from",
+        "for",
+        "as",
+        "that",
+        "this",
+        "photo",
+        "image",
+        "picture",
+        "wearing",
+        "standing",
+        "sitting",
+        "looking",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Words that may be the trigger, or the class word, and where they were found: "in 40 captions"."""
+
+    words: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a file tells about its words.
+
+    Attributes:
+        trigger: The trigger that it declares: in its metadata, as a bundled word, or as the name of its only folder of
+            training images, if its captions have that.
+        class_word: The same for the noun after it.
+        where: Where the trigger was found.
+        triggers: Words that may be the trigger, the most likely first.
+        class_words: Nouns of its captions, the most frequent first.
+    """
+
+    trigger: str | None = None
+    class_word: str | None = None
+    where: str = ""
+    triggers: tuple[Candidate, ...] = ()
+    class_words: tuple[Candidate, ...] = ()
+
+
+def words_of(metadata: Mapping[str, str], bundled: Iterable[str] = ()) -> Words:
+    """Reads the words of a file from its metadata.
+
+    Args:
+        bundled: Its words with vectors of their own.
+    """
+    captions, own = _Captions.of(metadata), list(bundled)
+    declared = list(_declared(metadata))
+    folders = [Candidate(name, "name of a folder of training images") for name in captions.folders]
+    tags = [Candidate(_short(tag), _in_captions(count)) for tag, count in captions.ranked()[:_MOST]]
+    named = captions.named()
+    own_words = [Candidate(_short(word), "a word with vectors of its own") for word in own]
+    trained = [*folders, *tags] if named else [*tags, *folders]
+    every = [*declared, *own_words, *_of_onetrainer(metadata), *trained]
+    first = {candidate.words: candidate for candidate in reversed(every)}
+    noun = (metadata.get("class_word") or "").strip() or None
+    trigger, where = None, ""
+    if declared:
+        trigger, where = declared[0].words, declared[0].where
+    elif own:
+        trigger, where = " ".join(own), "its bundled words"
+    elif named:
+        trigger, where = named, f"the folder of its training images, {captions.folder_of(named)!r}"
+    if trigger and not noun and not own:
+        trigger, noun = divided(trigger)
+    nouns = tuple(Candidate(word, _in_captions(count)) for word, count in captions.nouns())
+    return Words(trigger, noun, where, tuple(reversed(first.values())), nouns)
+
+
+def is_usual_noun(word: str) -> bool:
+    """Whether a word is a usual class word."""
+    return word.lower() in _NOUNS
+
+
+def divided(phrase: str) -> tuple[str, str | None]:
+    """Trigger and class word of a phrase that ends with a usual class word: "ohwx man" is ("ohwx", "man")."""
+    before, _, last = phrase.strip().rpartition(" ")
+    before = before.strip(" ,")
+    return (before, last) if before and is_usual_noun(last) else (phrase.strip(), None)
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """Captions and folders of training images.
+
+    Attributes:
+        counts: How many captions have a tag, by folder; in the order of the captions.
+        dirs: Names of folders, as they were.
+        images: How many images there are, if that is known.
+    """
+
+    counts: Mapping[str, Mapping[str, int]]
+    dirs: tuple[str, ...]
+    images: int
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str]) -> "_Captions":
+        regular = parsed(metadata.get("ss_reg_dataset_dirs")).keys()
+        dirs = {name: entry for name, entry in parsed(metadata.get("ss_dataset_dirs")).items() if name not in regular}
+        counts: dict[str, dict[str, int]] = {}
+        for folder, tags in parsed(metadata.get("ss_tag_frequency")).items():
+            if folder in regular or not isinstance(tags, dict):
+                continue
+            for tag, count in tags.items():
+                if isinstance(count, int) and tag.strip():
+                    mine = counts.setdefault(folder, {})
+                    mine[tag.strip()] = mine.get(tag.strip(), 0) + count
+        images = [entry.get("img_count") for entry in dirs.values() if isinstance(entry, dict)]
+        return cls(counts, tuple(dict.fromkeys([*dirs, *counts])), sum(n for n in images if isinstance(n, int)))
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """What folders are called after their number of repeats: "ohwx man" for "10_ohwx man"."""
+        found = (re.fullmatch(r"\d+_(.+?)(?: \(\d+\))?", name) for name in self.dirs)
+        return tuple(dict.fromkeys(_short(name[1].strip()) for name in found if name))
+
+    def folder_of(self, name: str) -> str:
+        """The folder of that name, with its number of repeats."""
+        return next((folder for folder in self.dirs if name in folder), name)
+
+    def named(self) -> str | None:
+        """The name of the only folder, if it can be a trigger and captions have it; None otherwise."""
+        if len(self.folders) != 1:
+            return None
+        name = self.folders[0]
+        trigger, noun = divided(name)
+        if trigger.lower() in _NOUNS or trigger.lower() in _GENERAL:
+            return None
+        every = self._tags()
+        if not every:
+            return name if noun else None
+        has = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
+        found = sum(count for tag, count in every.items() if has.search(tag))
+        return name if found >= _HALF * (self.images or max(every.values())) else None
+
+    def ranked(self) -> list[tuple[str, int]]:
+        """Tags by how many captions have them, those that say little last; of sentences, their words."""
+        every = self._tags()
+        if every and all(len(tag.split()) > _LONG for tag in every):
+            every = self._spelled(lambda word: word not in _STOP and len(word) > 1)
+        general = _NOUNS | _GENERAL
+        return sorted(every.items(), key=lambda found: (found[0].lower() in general, -found[1]))
+
+    def nouns(self) -> list[tuple[str, int]]:
+        """Usual class words in the captions, the most frequent first."""
+        return sorted(self._spelled(is_usual_noun).items(), key=lambda found: -found[1])[:_MOST]
+
+    def _tags(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for counts in self.counts.values():
+            for tag, count in counts.items():
+                found[tag] = found.get(tag, 0) + count
+        return found
+
+    def _spelled(self, wanted: Callable[[str], bool]) -> dict[str, int]:
+        """How many tags have each of the words that are wanted."""
+        found: dict[str, int] = {}
+        for tag, count in self._tags().items():
+            for word in dict.fromkeys(re.findall(r"\w+", tag.lower())):
+                if wanted(word):
+                    found[word] = found.get(word, 0) + count
+        return found
+
+
+def _declared(metadata: Mapping[str, str]) -> Iterator[Candidate]:
+    for key in ("trigger", "modelspec.trigger_phrase"):
+        if word := (metadata.get(key) or "").strip():
+            yield Candidate(_short(word) if len(word) > _MANY else word, key)
+
+
+def _of_onetrainer(metadata: Mapping[str, str]) -> Iterator[Candidate]:
+    concepts = parsed(metadata.get("ot_config")).get("concepts")
+    for concept in concepts[:_MOST] if isinstance(concepts, list) else ():
+        name = concept.get("name") if isinstance(concept, dict) else None
+        if isinstance(name, str) and name.strip():
+            yield Candidate(_short(name.strip()), "name of a concept in OneTrainer")
+
+
+def _in_captions(count: int) -> str:
+    return f"in {count} captions" if count != 1 else "in 1 caption"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MANY else f"{text[:_MANY]} ..."
+
+
+def parsed(text: str | None) -> dict[str, Any]:
+    """JSON inside metadata, which may be anything."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

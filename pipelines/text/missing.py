@@ -1,0 +1,81 @@
+"""What a prompt lacks to name a concept, and what to type; proposals come from the file and from the prompt."""
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from lora_compose.pipelines.formats.triggers import Candidate, Words, is_usual_noun
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.text.tokens import find_words
+
+_MOST = 3  # proposals that a message lists
+
+
+class Described(Protocol):
+    """A concept as far as its words matter; its LoRA need not have been read."""
+
+    @property
+    def concept(self) -> Concept:
+        """The concept with its words."""
+        ...
+
+    @property
+    def words(self) -> Words:
+        """What its file tells about words."""
+        ...
+
+
+def missing_words(found: Described, prompt: str) -> str:
+    """What is missing if the prompt does not have the concept's trigger followed by its class word."""
+    concept = found.concept
+    name, trigger, noun = concept.name, concept.trigger, concept.class_word
+    if not trigger:
+        return missing_trigger(found, [prompt])
+    if not noun:
+        after = [*_after(trigger, prompt), *_in_prompt_first(found.words.class_words, [prompt])]
+        return (
+            f"{name} has no class word: {_give(name, 'class_word', after, 'cat')}, and write it after {trigger!r}"
+            + (_listed(after))
+        )
+    if not find_words(trigger, prompt):
+        return f"the prompt lacks {trigger!r}, the trigger of {name}: write {concept.phrase!r}"
+    return f"the prompt has {trigger!r} without {noun!r} after it: write {concept.phrase!r}"
+
+
+def missing_trigger(found: Described, prompts: Sequence[str]) -> str:
+    """What to type for a concept without a trigger; candidates that are in the prompts come first."""
+    candidates, name = _in_prompt_first(found.words.triggers, prompts), found.concept.name
+    give = _give(name, "trigger", candidates, "sks")
+    return f"{name} has no trigger: {give}, and write it in the prompt{_listed(candidates)}"
+
+
+def on_loading(found: Described) -> str | None:
+    """The candidates for the trigger of a concept that was loaded without one; None if there are none."""
+    concept, candidates = found.concept, found.words.triggers
+    if concept.trigger or concept.is_style or not candidates:
+        return None
+    return (
+        f"concept {concept.name!r} has no trigger, so methods cannot find it by its words{_listed(candidates)}. Give "
+        f"the one that was trained: load_concept({concept.lora!r}, {concept.name!r}, trigger={candidates[0].words!r})"
+    )
+
+
+def _give(name: str, field: str, candidates: Sequence[Candidate], example: str) -> str:
+    if not candidates:
+        return f"give it one, such as {example!r}"
+    return f"give it one, Concept(name={name!r}, {field}={candidates[0].words!r})"
+
+
+def _listed(candidates: Sequence[Candidate]) -> str:
+    listed = ", ".join(f"{one.words!r} ({one.where})" for one in candidates[:_MOST])
+    return f"; there is {listed}" if listed else ""
+
+
+def _in_prompt_first(candidates: Sequence[Candidate], prompts: Sequence[str]) -> list[Candidate]:
+    return sorted(candidates, key=lambda one: not any(find_words(one.words, prompt) for prompt in prompts))
+
+
+def _after(trigger: str, prompt: str) -> list[Candidate]:
+    """The word after the trigger in the prompt, if it is a usual class word."""
+    words = [re.match(r"[\s,]+(\w+)", prompt[end:]) for _, end in find_words(trigger, prompt)]
+    return [Candidate(word[1], "in the prompt") for word in words if word and is_usual_noun(word[1])][:1]

@@ -1,0 +1,121 @@
+"""LoRAs that change more together than each was trained to are named with figures, and can be limited."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components import random_lora, seeded, tiny_pipeline
+from lora_compose.attention import Lora
+from lora_compose.pipelines.concepts import overload
+from lora_compose.pipelines.concepts.overload import joint_change
+from lora_compose.pipelines.methods import Merge
+from lora_compose.pipelines.scene.scene import Concept
+
+PROMPT = "a cat, a dog, a kitten, a tom and a zwx"
+
+
+@pytest.fixture
+def pipe(write_lora: Callable[..., Path]) -> Any:
+    """Two unrelated LoRAs, and one that is nearly the first."""
+    pipe = tiny_pipeline()
+    cat = random_lora(pipe.unet, 1)
+    pipe.loras = {"cat": cat, "dog": random_lora(pipe.unet, 2), "kitten": cat, "tom": cat}
+    for name, lora in pipe.loras.items():
+        pipe.load_concept(write_lora(name, unet=lora), name, trigger=name)
+    return pipe
+
+
+def latents_of(pipe: Any, *concepts: Concept | str, method: Any = "merge") -> torch.Tensor:
+    return pipe(
+        PROMPT, concepts=list(concepts), method=method, num_inference_steps=2, output_type="latent",
+        width=32, height=32, generator=seeded(),
+    ).images  # fmt: skip
+
+
+def warnings_of(pipe: Any, *concepts: Concept | str, method: Any = "merge") -> list[str]:
+    plan = pipe.plan(PROMPT, concepts=list(concepts), method=method, width=32, height=32)
+    return [warning for warning in plan.warnings if "act on the same places" in warning]
+
+
+def dense(lora: Lora, name: str) -> torch.Tensor:
+    return lora[name].delta().double()
+
+
+def test_the_joint_change_is_the_norm_of_the_dense_sum(pipe: Any) -> None:
+    given = [Concept(name="cat", weight=0.7), Concept(name="dog", weight="0..-0.5"), "kitten"]
+    joint = joint_change(pipe.resolve_concepts(given))
+    assert joint is not None
+    assert joint.weights == (0.7, -0.5, 1.0)
+    cat, dog, kitten = (pipe.loras[name] for name in ("cat", "dog", "kitten"))
+    sums = 0.0
+    for name, (together, alone) in joint.by_layer.items():
+        each = [dense(lora, name) for lora in (cat, dog, kitten)]
+        expected = 0.7 * each[0] - 0.5 * each[1] + each[2]
+        assert together == pytest.approx(float(expected.norm()), rel=1e-5)
+        assert alone == pytest.approx(max(float(one.norm()) for one in each), rel=1e-5)
+        sums += float(expected.square().sum())
+    largest = max(sum(float(dense(lora, name).square().sum()) for name in lora) for lora in (cat, dog))
+    assert joint.ratio == pytest.approx((sums / largest) ** 0.5, rel=1e-5)
+
+
+def test_what_adds_up_is_a_warning_with_figures_and_weights(pipe: Any) -> None:
+    (said,) = warnings_of(pipe, "cat", "kitten")
+    weights = [pipe.unet.get_submodule(name).weight.detach().double() for name in pipe.loras["cat"]]
+    changed = sum(float(dense(pipe.loras["cat"], name).square().sum()) for name in pipe.loras["cat"])
+    share = 2 * (changed / sum(float(weight.square().sum()) for weight in weights)) ** 0.5
+    assert f"together their change is 2 times the larger one as it was trained, {share:.1%} of the weights" in said
+    assert "use weights such as 0.5, 0.5, or Merge(limit=1)" in said
+    half = Concept(name="cat", weight=0.5), Concept(name="kitten", weight=0.5)
+    assert not warnings_of(pipe, *half)
+    assert not warnings_of(pipe, "cat", "dog"), "unrelated changes add up to 1.4 times"
+    assert not warnings_of(pipe, Concept(name="cat", weight=2.0)), "alone it is what was asked for"
+
+
+def test_styles_act_beside_each_subject_and_subjects_apart(pipe: Any) -> None:
+    regions = [Concept(name=name, region=(left, 0, left + 16, 32)) for name, left in (("cat", 0), ("kitten", 16))]
+    assert not warnings_of(pipe, *regions, method="regional")
+    style = Concept(name="tom", role="style")
+    assert len(warnings_of(pipe, *regions, style, method="regional")) == 2
+
+
+def test_one_file_under_two_names_counts_once(pipe: Any) -> None:
+    lora = pipe.concepts["cat"].lora
+    assert not warnings_of(pipe, "cat", Concept(name="other", lora=lora, trigger="zwx"))
+
+
+def test_a_limit_keeps_the_change_of_each_layer_within_it(pipe: Any) -> None:
+    given = ["cat", "kitten", Concept(name="dog", weight=0.3)]
+    assert not warnings_of(pipe, *given, method=Merge(limit=1.0))
+    joint = joint_change(pipe.resolve_concepts(given))
+    assert joint is not None
+    names = list(pipe.loras["cat"])
+    parts = (("cat", 1.0), ("kitten", 1.0), ("dog", 0.3))
+    scaled = {name: sum(weight * dense(pipe.loras[one], name) for one, weight in parts) for name in names}
+    for name in names:
+        scaled[name] *= min(1.0, joint.by_layer[name][1] / float(scaled[name].norm()))
+    limited = latents_of(pipe, *given, method=Merge(limit=1.0))
+    with torch.no_grad():
+        for name in names:
+            weight = pipe.unet.get_submodule(name).weight
+            weight += scaled[name].to(weight)
+    expected = latents_of(pipe, Concept(name="cat", weight=0.0))
+    torch.testing.assert_close(limited, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_limit_that_is_not_reached_changes_nothing(pipe: Any) -> None:
+    assert torch.equal(latents_of(pipe, "cat", "dog"), latents_of(pipe, "cat", "dog", method=Merge(limit=9.0)))
+    with pytest.raises(ValueError, match="limit must be positive"):
+        Merge(limit=0)
+
+
+def test_products_of_a_pair_are_computed_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    inner = overload.inner
+    monkeypatch.setattr(overload, "inner", lambda a, b: counted.append(1) or inner(a, b))
+    warnings_of(pipe, "cat", "dog")
+    assert len(counted) == 3 * len(pipe.loras["cat"])
+    warnings_of(pipe, "cat", Concept(name="dog", weight=0.5))
+    assert len(counted) == 3 * len(pipe.loras["cat"])

@@ -1,0 +1,96 @@
+"""The words of a file: what it declares, and candidates of its captions and folders."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from lora_compose.pipelines.formats.triggers import Candidate, words_of
+
+BOORU = {"mikudress": 40, "1girl": 40, "solo": 40, "twintails": 31}
+
+
+def header(tags: Mapping[str, Any] | None = None, **metadata: Any) -> dict[str, str]:
+    given = metadata if tags is None else {"ss_tag_frequency": tags, **metadata}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
+
+
+DECLARED = {
+    "modelspec": (header(**{"modelspec.trigger_phrase": "mikudress"}), ("mikudress", None)),
+    "a phrase with its noun": (header(**{"modelspec.trigger_phrase": "hatsune, 1girl"}), ("hatsune", "1girl")),
+    "ours": (header(trigger="sks", class_word="cat"), ("sks", "cat")),
+    "a folder, no captions": (header(ss_dataset_dirs={"10_ohwx man": {"img_count": 20}}), ("ohwx", "man")),
+    "a folder, twice": (header(ss_dataset_dirs={"10_ohwx man": {}, "10_ohwx man (2)": {}}), ("ohwx", "man")),
+    "a folder as caption": (header({"10_ohwx man": {"ohwx man": 20}}), ("ohwx", "man")),
+    "sentences with the folder's words": (
+        header({"10_ohwx man": {"a photo of ohwx man": 1, "ohwx man, smiling": 1, "a tree": 1}}), ("ohwx", "man")
+    ),
+    "ai-toolkit": (header({"1_TOK": {"TOK": 1}}), ("TOK", None)),
+    "a bundled word": (header(), ("<v1> <v2>", None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DECLARED)
+def test_declared_words_are_taken(case: str) -> None:
+    metadata, expected = DECLARED[case]
+    words = words_of(metadata, ["<v1>", "<v2>"] if case == "a bundled word" else [])
+    assert (words.trigger, words.class_word) == expected
+    assert words.where
+
+
+UNCERTAIN = {
+    "captions alone": header({"10_images": BOORU}),
+    "a folder that captions do not have": header({"10_ohwx man": BOORU}),
+    "several folders": header({"10_ohwx man": {"ohwx man": 9}, "5_alc woman": {"alc woman": 9}}),
+    "a class word alone": header({"10_woman": {"woman": 20}}),
+    "a folder of one word, no captions": header(ss_dataset_dirs={"10_images": {}}),
+}
+
+
+@pytest.mark.parametrize("case", UNCERTAIN)
+def test_what_is_not_certain_is_a_candidate_only(case: str) -> None:
+    words = words_of(UNCERTAIN[case])
+    assert words.trigger is None
+    assert words.triggers
+
+
+def test_candidates_have_counts_and_general_tags_come_last() -> None:
+    words = words_of(header({"10_images": BOORU}))
+    assert words.triggers == (
+        Candidate("mikudress", "in 40 captions"),
+        Candidate("twintails", "in 31 captions"),
+        Candidate("1girl", "in 40 captions"),
+        Candidate("solo", "in 40 captions"),
+        Candidate("images", "name of a folder of training images"),
+    )
+    assert words.class_words == (Candidate("1girl", "in 40 captions"),)
+
+
+def test_of_sentences_words_are_counted() -> None:
+    tags = {f"alc woman in a red dress number {i}": 1 for i in range(9)} | {"a wide view of an empty beach": 1}
+    words = words_of(header({"img": tags}))
+    assert words.triggers[0] == Candidate("alc", "in 9 captions")
+    assert [one.words for one in words.class_words] == ["woman", "dress"]
+
+
+def test_regularisation_images_do_not_count() -> None:
+    metadata = header({"10_ohwx man": {"ohwx man": 20}, "1_man": {"man": 400}}, ss_reg_dataset_dirs={"1_man": {}})
+    assert words_of(metadata).trigger == "ohwx"
+    assert words_of(metadata).class_words == (Candidate("man", "in 20 captions"),)
+
+
+def test_concepts_of_onetrainer_are_candidates() -> None:
+    words = words_of(header(ot_config={"concepts": [{"name": "ohwx"}, {"name": ""}, {}, 3]}))
+    assert words.triggers == (Candidate("ohwx", "name of a concept in OneTrainer"),)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["[", "[]", "3", '{"a": 3}', '{"a": {"b": "c"}}', '{"a": {"": 3}}', "[" * 9999, '{"concepts": {}}', "1" * 9999],
+)
+@pytest.mark.parametrize("key", ["ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ot_config"])
+def test_metadata_may_be_anything(key: str, value: str) -> None:
+    words = words_of({key: value, "trigger": "x" * 500})
+    assert len(words.triggers) == 1
+    assert len(words.triggers[0].words) <= 204
