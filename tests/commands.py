@@ -16,7 +16,7 @@ def call(*arguments: object, code: int = 0, of: Typer | Callable[..., Any] = app
         function, of = of, Typer()
         of.command()(function)
     result = CliRunner().invoke(of, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
+    assert result.exit_code == code, result.output or repr(result.exception)
     assert "Traceback" not in result.output
     return result
 

@@ -39,8 +39,11 @@ def _with_words(concept: Concept) -> Concept:
         path = Path(lora_source(source)).expanduser()
         if path.is_file():
             refuse_format(path)
-            trigger, class_word = read_words(path)
+            found = read_words(path)
             if number == 0:
-                words = {"trigger": concept.trigger or trigger, "class_word": concept.class_word or class_word}
+                words = {
+                    "trigger": concept.trigger or found.trigger,
+                    "class_word": concept.class_word or found.class_word,
+                }
                 concept = concept.model_copy(update=words)
     return concept
