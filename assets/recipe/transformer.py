@@ -4,7 +4,7 @@
 
 VAE, CLIP and its words are those of the UNet's model and stay as they are; transformer and T5 learn together. T5's
 vectors of words begin as CLIP's, which have learnt from images what a cat and a fox have in common. Flow matching with
-logit-normal times (Esser et al. 2024), Muon for the matrices of the blocks, an average of the last weights;
+logit-normal times (Esser et al. 2024) for a half, Muon for the matrices of the blocks, an average of the last weights;
 classifier-free guidance by dropped captions.
 """
 
@@ -24,7 +24,7 @@ from lora_compose.attention.backbones.joint import image_positions, packed
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
 from recipe.averaged import NO_CAPTION, AveragedTrainer
-from recipe.clock import train_for
+from recipe.clock import layout_times, train_for
 from recipe.pool import Batch
 from recipe.tokenizer import known_words
 
@@ -143,7 +143,8 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         left_out = (torch.rand(len(clean), generator=rng) < NO_CAPTION).tolist()
         texts = [self._texts["" if out else text] for text, out in zip(batch.captions, left_out, strict=True)]
         ids, pooled = (torch.stack(part) for part in zip(*texts, strict=True))
-        times = torch.randn(len(clean), generator=rng).sigmoid()
+        times = torch.rand(len(clean), generator=rng)
+        times[::2] = layout_times(len(times[::2]), rng)
         noise = torch.randn(clean.shape, generator=rng)
         with cpu_autocast(), quick_attention():
             predicted = self.compiled(

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
 from recipe.averaged import NO_CAPTION, AveragedTrainer
-from recipe.clock import train_for
+from recipe.clock import layout_times, train_for
 from recipe.pool import Batch
 from recipe.world import SIZE
 
@@ -95,18 +95,18 @@ class UNetTrainer(AveragedTrainer[Batch]):
         return tokens.input_ids
 
     def loss(self, batch: Batch) -> Tensor:
-        """The weighted error of v; half of the times are where shapes are decided."""
+        """The weighted error of v; half of the times are where it is decided what is where."""
         x, ids, rng = batch.latents, self._ids(batch.captions), self.generator
         ids[torch.rand(len(ids), generator=rng) < NO_CAPTION] = self._no_words
         noise = torch.randn(x.shape, generator=rng)
         t = torch.randint(0, 1000, (len(x),), generator=rng)
-        t[::2] = (torch.randn(len(t[::2]), generator=rng).sigmoid() * 1000).long()
+        t[::2] = (layout_times(len(t[::2]), rng) * 1000).long()
         noisy: Any = self.schedule.add_noise(x, noise, t)  # type: ignore[arg-type]
         with cpu_autocast():
             predicted = self.unet(noisy, t, self.text_encoder(ids)[0]).sample
         velocity = self.schedule.get_velocity(x, noise, t)  # type: ignore[arg-type]
         snr = self.schedule.alphas_cumprod[t] / (1 - self.schedule.alphas_cumprod[t])
-        weight = snr.clamp(max=SNR_LIMIT) / (snr + 1) + 0.25
+        weight = snr.clamp(max=SNR_LIMIT) / (snr + 1) + 0.5
         return ((predicted.float() - velocity).pow(2) * weight.view(-1, 1, 1, 1)).mean()
 
     def save(self, out: Path) -> None:
