@@ -65,7 +65,10 @@ def published(
     plan: Annotated[bool, typer.Option("--plan", help="Show downloads, licences and images, and stop.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Download, make two images, show the cost, and stop.")] = False,
 ) -> None:
-    """Download public models and LoRAs, and evaluate them: the cost is shown before it starts."""
+    """Evaluate public models and LoRAs.
+
+    They are downloaded, and the cost is shown before it starts.
+    """
     path = find_suite(suite)
     check_packages("the evaluation", EVALUATION, "evaluation")
     with starting():

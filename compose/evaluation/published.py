@@ -8,7 +8,15 @@ from typing import Annotated, Any, Self
 
 import yaml
 from diffusers import DiffusionPipeline
-from huggingface_hub import constants, hf_hub_download, list_repo_tree, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    list_repo_tree,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.hf_api import RepoFile
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -107,7 +115,7 @@ def read_published(path: Path) -> Published:
 
 
 def wanted(published: Published) -> Iterator[Wanted]:
-    """What is to be downloaded. Only lists of files are asked for.
+    """What is to be downloaded. Only lists of files are asked for, and whether they may be read.
 
     Raises:
         HubError: If the hub refuses a repository, or has another file than the suite names.
@@ -120,7 +128,9 @@ def wanted(published: Published) -> Iterator[Wanted]:
             continue
         with asking(one.repository, revision=one.revision):
             tree = list(list_repo_tree(one.repository, recursive=True, revision=one.revision))
-        files = [file for file in tree if isinstance(file, RepoFile) and one.takes(file.path)]
+            files = [file for file in tree if isinstance(file, RepoFile) and one.takes(file.path)]
+            for file in files[:1]:  # anybody may list the files of a gated repository
+                get_hf_file_metadata(hf_hub_url(one.repository, file.path, revision=one.revision))
         if not files:
             there = one.file or one.files or "a model of diffusers"
             raise HubError(

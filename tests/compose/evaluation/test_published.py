@@ -115,6 +115,9 @@ def test_what_the_hub_has_changed_or_does_not_give_is_said_before_anything_is_do
     suite["downloads"]["dog"] = {"repository": DOG, "file": "dog.safetensors", "revision": "v9"}
     with pytest.raises(HubError, match="has no revision 'v9'"):
         list(wanted(read_published(written(suite, tmp_path))))
+    hub.repositories[CAT].gated = True
+    with pytest.raises(HubError, match=r"'somebody/cat-lora' is gated: accept its conditions"):
+        list(wanted(read_published(written(suite, tmp_path))))
     assert not hub.served
 
 
