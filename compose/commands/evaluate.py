@@ -55,6 +55,28 @@ def run(
         raise typer.Exit(code)
 
 
+@app.command()
+@handle_errors(logging.ERROR)
+def published(
+    suite: Annotated[str, typer.Argument(help="A file with downloads and a suite, YAML or JSON.")],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Output folder; default: outputs/evaluation/NAME. A rerun resumes.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show downloads, licences and images, and stop.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Download, make two images, show the cost, and stop.")] = False,
+) -> None:
+    """Evaluate public models and LoRAs.
+
+    They are downloaded, and the cost is shown before it starts.
+    """
+    path = find_suite(suite)
+    check_packages("the evaluation", EVALUATION, "evaluation")
+    with starting():
+        from lora_compose.compose.evaluation.command import run_published
+    if code := run_published(path, folder, plan=plan, smoke=smoke):
+        raise typer.Exit(code)
+
+
 @app.command(hidden=True)
 @handle_errors(logging.ERROR)
 def work(suite: str, folder: Annotated[Path, typer.Option("--out")]) -> None:

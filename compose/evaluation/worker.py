@@ -105,7 +105,7 @@ class Worker:
 
     def _make(self, batch: Batch, on_progress: Any) -> Images:
         run, device, number = self._run(batch), self.device, len(batch.seeds)
-        counted = self._count(batch)
+        counted = self.count(batch)
         peak = self._probed_peak(batch, run) if device.type == "cpu" else None
         start = time.perf_counter()
         if device.type == "cuda":
@@ -135,7 +135,8 @@ class Worker:
             self._peaks[kind] = memory.peak_bytes
         return self._peaks[kind]
 
-    def _count(self, batch: Batch) -> Counted:
+    def count(self, batch: Batch) -> Counted:
+        """What an image of a batch costs; nothing is made."""
         run = self._run(batch)
         width, height = size_of(self.pipe, run.scene)
         kind = batch.arm.name, run.method, len(run.scene.concepts), width, height

@@ -13,7 +13,7 @@ from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import UNSTATED
 from lora_compose.pipelines.families.opening import checkpoint_keys
 from lora_compose.pipelines.families.unets import UNetPipeline
-from lora_compose.pipelines.support.hub import reachable
+from lora_compose.pipelines.support.hub import asking, reachable
 
 _INDEX = ("model_index.json", "modular_model_index.json")
 _CONFIGS = (*_INDEX, "*/config.json", "*/scheduler_config.json")
@@ -72,9 +72,11 @@ def facts_of(model: str) -> ModelFacts:
         files = tuple(sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()))
         return _of_folder(source, files)
     options = reachable(model, *_INDEX)
-    folder = Path(snapshot_download(model, allow_patterns=list(_CONFIGS), **options))
-    here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return _of_folder(folder, tuple(sorted(here if options else list_repo_files(model))))
+    with asking(model, **options):
+        folder = Path(snapshot_download(model, allow_patterns=list(_CONFIGS), **options))
+        here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        files = here if options else list_repo_files(model)
+    return _of_folder(folder, tuple(sorted(files)))
 
 
 def _of_folder(folder: Path, files: tuple[str, ...]) -> ModelFacts:

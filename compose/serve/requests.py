@@ -20,6 +20,7 @@ from pydantic import (
 from lora_compose.compose.batch.settings import LAST_SEED
 from lora_compose.compose.support.names import METHODS
 from lora_compose.pipelines.concepts.tags import read_tags
+from lora_compose.pipelines.scene.given import fields_of, listed
 from lora_compose.pipelines.scene.scene import Concept, Fractions, Region, check_box
 from lora_compose.pipelines.support.spelling import did_you_mean
 
@@ -134,7 +135,7 @@ class ImageRequest(_Asked):
             raise ValueError(f"there are {len(given)} concepts; at most {MOST_CONCEPTS}")
         if isinstance(given, dict):
             return [_named(name, value) for name, value in given.items()]
-        return [{"name": concept} if isinstance(concept, str) else concept for concept in given]
+        return listed(given)
 
     @field_validator("method")
     @classmethod
@@ -186,11 +187,9 @@ class ImageRequest(_Asked):
         return self.width, self.height, self.steps, (self.guidance_scale or 0) > 1, self.method
 
 
-def _named(name: Any, value: Any) -> dict[str, Any]:
-    """A concept by name: its weight, its box, or its fields."""
-    if isinstance(value, dict):
-        return {**value, "name": name}
-    return {"name": name, "region" if isinstance(value, list) else "weight": value}
+def _named(name: str, value: Any) -> dict[str, Any]:
+    """A concept by name, as in Python (`fields_of`); but a list is a box, since no weight is one here."""
+    return {"name": name, "region": value} if isinstance(value, list) else fields_of(name, value)
 
 
 def _tagged(prompt: str) -> tuple[str, tuple[RequestedConcept, ...]]:

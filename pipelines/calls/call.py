@@ -15,16 +15,13 @@ from lora_compose.pipelines.denoising.guidance import Embedded, Guider
 from lora_compose.pipelines.images.from_image import Source, check_steps
 from lora_compose.pipelines.images.task import OF_INPAINTING
 from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.scene.given import is_set
 from lora_compose.pipelines.scene.regions import check_region
-from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.scene.strength import Weight
+from lora_compose.pipelines.scene.scene import Concept, ConceptNames
 from lora_compose.pipelines.support.spelling import did_you_mean
 from lora_compose.pipelines.text.conditioning import TokenPositions
 
 Generators = torch.Generator | list[torch.Generator] | None
-
-ConceptNames = Sequence[str | Concept] | Mapping[str, Weight]
-"""Names and concepts; or by name weights, and boxes, which are regions."""
 
 Concepts = ConceptNames | Sequence[ConceptNames]
 """A concept set for all prompts, or one for each prompt."""
@@ -145,7 +142,7 @@ class Call:
 
 def no_concepts(concepts: Concepts | None) -> bool:
     """Whether there is no concept for any prompt."""
-    return not concepts or all(isinstance(entry, list | tuple | Mapping) and not entry for entry in concepts)
+    return not concepts or all(is_set(entry) and not entry for entry in concepts)
 
 
 def of_prompt(

@@ -9,8 +9,7 @@ from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.denoising.sampler import Schedule
 from lora_compose.pipelines.images.from_image import Source
 from lora_compose.pipelines.scene.canvas import Canvas
-from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.scene.strength import Weight
+from lora_compose.pipelines.scene.scene import ConceptNames
 from lora_compose.pipelines.text.textual_inversion import ReadsText, TextualInversions
 from lora_compose.pipelines.text.tokens import Tokenizer
 
@@ -40,7 +39,7 @@ class Host(ReadsText, Protocol):
         """LoRAs that are kept for the next calls."""
         ...
 
-    def resolve_concepts(self, concepts: Sequence[str | Concept] | Mapping[str, Weight]) -> tuple[LoadedConcept, ...]:
+    def resolve_concepts(self, concepts: ConceptNames) -> tuple[LoadedConcept, ...]:
         """Concepts with their factors.
 
         Raises:

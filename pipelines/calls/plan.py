@@ -26,8 +26,9 @@ from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.denoising.session import Runner, Session, SetRunner
 from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.images.from_image import region_in_pixels
-from lora_compose.pipelines.methods import Choice, Merge, Settings, choose_method, make_method
+from lora_compose.pipelines.methods import Choice, Merge, Settings, choose_method, make_method, name_of
 from lora_compose.pipelines.scene.canvas import Canvas, images_of
+from lora_compose.pipelines.scene.given import is_set
 from lora_compose.pipelines.scene.regions import region_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn_once
@@ -175,7 +176,12 @@ def make_plan(host: Host, call: Call) -> Plan:
             "this method needs region attention or gradients, which work with SD 1.x, SD 2.x and SDXL only; use "
             "draft, which needs no layout, regional with a region for each subject, or tara"
         )
-    check_caches(backbone.model, differentiates=needs.region_attention)
+    if needs.gradients and torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name_of(choice.method)[0]} takes gradients, which torch.inference_mode() has not: use draft, regional, "
+            "tara, merge or switch, which take none, or call it outside torch.inference_mode()"
+        )
+    check_caches(backbone.model, differentiates=needs.gradients or needs.region_attention)
     if call.source is not None and call.source.strength < 1 and needs.start_noise:
         raise ValueError(
             "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
@@ -288,7 +294,8 @@ def resolve_choice(
     if method is not None:
         return Choice(make_method(method), "it was asked for")
     reads_regions = backbone_of(host.model).reads_regions
-    return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
+    gradients = not torch.is_inference_mode_enabled()
+    return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions, gradients=gradients)
 
 
 def resolve_sets(host: Host, call: Call) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
@@ -302,10 +309,10 @@ def resolve_sets(host: Host, call: Call) -> tuple[tuple[LoadedConcept, ...], lis
     asked: Any = call.composition.concepts
     given: Any = [asked] if isinstance(call.composition.concepts, str | Concept) else asked
     prompts = len(call.prompts)
-    if not any(isinstance(entry, list | tuple | Mapping) for entry in given):
+    if not any(map(is_set, given)):
         loaded = host.resolve_concepts(asked)
         return loaded, [list(range(len(loaded)))] * prompts
-    if not all(isinstance(entry, list | tuple | Mapping) for entry in given):
+    if not all(map(is_set, given)):
         raise ValueError(
             "concepts must be names and Concepts for all prompts, or a list for each prompt, but not a mixture of both"
         )

@@ -1,11 +1,12 @@
 """Where a LoRA file is: a path, a folder or a hub repository."""
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub import constants, hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError
 
 from lora_compose.pipelines.formats.files import (
@@ -15,7 +16,7 @@ from lora_compose.pipelines.formats.files import (
     LoraError,
     refuse_format,
 )
-from lora_compose.pipelines.support.hub import is_hub_name, reachable
+from lora_compose.pipelines.support.hub import asking, cached_folder, is_hub_name, reachable
 
 
 def local_path(source: str | os.PathLike[str]) -> Path:
@@ -43,7 +44,7 @@ def find_file(source: str | os.PathLike[str], weight_name: str | None = None, **
         hub: Passed on to `huggingface_hub` (token, revision, cache_dir, local_files_only, ...).
 
     Raises:
-        LoraError: If there is no such file, several and none is named, or the model hub is out of reach.
+        LoraError: If there is no such file, several and none is named, or the model hub does not give it.
     """
     path = local_path(source)
     if path.is_dir():
@@ -56,19 +57,27 @@ def find_file(source: str | os.PathLike[str], weight_name: str | None = None, **
         refuse_format(path)
         raise LoraError(f"there is no file {str(source)!r}")
     try:
-        hub = reachable(str(source), weight_name or "", **hub)
-    except ConnectionError as error:
+        hub = reachable(str(source), *([weight_name] if weight_name else []), **hub)
+        with asking(str(source), **hub):
+            return _downloaded(str(source), weight_name, hub)
+    except OSError as error:
         raise LoraError(str(error)) from error
-    if weight_name is None:
+
+
+def _downloaded(repository: str, weight_name: str | None, hub: Mapping[str, Any]) -> Path:
+    if weight_name is None and (constants.HF_HUB_OFFLINE or hub.get("local_files_only")):
+        folder = cached_folder(repository, **hub)
+        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors"))]
+    elif weight_name is None:
         access = {option: hub[option] for option in ("revision", "token") if option in hub}
-        names = [name for name in list_repo_files(str(source), **access) if name.endswith(".safetensors")]
+        names = [name for name in list_repo_files(repository, **access) if name.endswith(".safetensors")]
     else:
         names = [weight_name]
-    name = _only(names, weight_name, source)
-    path = Path(hf_hub_download(str(source), name, **hub))
+    name = _only(names, weight_name, repository)
+    path = Path(hf_hub_download(repository, name, **hub))
     if path.stem == PEFT_FILE:
         with suppress(EntryNotFoundError):  # if it is missing, matching the file reports it
-            hf_hub_download(str(source), str(PurePosixPath(name).with_name(PEFT_CONFIG)), **hub)
+            hf_hub_download(repository, str(PurePosixPath(name).with_name(PEFT_CONFIG)), **hub)
     return path
 
 

@@ -15,13 +15,18 @@ from lora_compose.pipelines.formats.alphas import needed_alpha
 from lora_compose.pipelines.formats.change import MAX_RANK
 from lora_compose.pipelines.formats.files import read_words
 from lora_compose.pipelines.formats.triggers import Words
-from lora_compose.pipelines.scene.scene import Concept, check_names, concept_of
+from lora_compose.pipelines.scene.given import is_fields
+from lora_compose.pipelines.scene.scene import Concept, ConceptNames, concepts_of
 from lora_compose.pipelines.scene.sources import Lora, files_of, shown, weighted
-from lora_compose.pipelines.scene.strength import Weight
+from lora_compose.pipelines.support.hub import is_hub_name
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.support.spelling import did_you_mean
 
 logger = logging.getLogger(__name__)
+
+
+Addable = str | Path | Iterable[str | Path | Concept | Mapping[str, Any]] | Mapping[str, Any]
+"""A folder, files, concepts or their fields; or fields by name."""
 
 
 class LoadsConcepts(Protocol):
@@ -94,7 +99,7 @@ class ConceptLibrary:
         """What another concept was loaded from: several subjects of one file share its factors."""
         return next((read for other, read in self._reads.values() if other == key), None)
 
-    def add(self, pipe: LoadsConcepts, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
+    def add(self, pipe: LoadsConcepts, source: Addable) -> tuple[Concept, ...]:
         """Adds files by their headers; see `ComposePipeline.add_concepts`."""
         added: dict[str, Added] = {}
         for given in _in_files(source):
@@ -127,26 +132,17 @@ class ConceptLibrary:
         self._reads.pop(name, None)
         self.added.pop(name, None)
 
-    def resolve(
-        self, pipe: LoadsConcepts, concepts: Sequence[str | Concept] | Mapping[str, Weight], memory: int
-    ) -> tuple[LoadedConcept, ...]:
+    def resolve(self, pipe: LoadsConcepts, concepts: ConceptNames, memory: int) -> tuple[LoadedConcept, ...]:
         """The concepts of a call with their factors; given fields override loaded ones.
 
         Args:
-            concepts: Names of loaded concepts or adapters, `Concept` objects, or weights or boxes by name.
+            concepts: Names of loaded concepts or adapters, `Concept` objects or their fields; or by name (`fields_of`).
             memory: Bytes of read files that stay in memory.
 
         Raises:
             ValueError: For unknown names and names given twice.
         """
-        if isinstance(concepts, str | Concept):
-            raise ValueError(f"concepts must be a list of names or Concepts, not {concepts!r}")
-        if isinstance(concepts, Mapping):
-            concepts = [concept_of(name, weight) for name, weight in concepts.items()]
-        given = tuple(Concept(name=concept) if isinstance(concept, str) else concept for concept in concepts)
-        if wrong := [concept for concept in given if not isinstance(concept, Concept)]:
-            raise ValueError(f"concepts must be a list of names or Concepts, and one of them is {wrong[0]!r}")
-        check_names(given)
+        given = concepts_of(concepts)
         found = tuple(self._resolve(pipe, concept) for concept in given)
         self.recent.trim(memory, keep=len(given))
         return found
@@ -244,10 +240,12 @@ def _options(concept: Concept) -> Hashable:
     return concept.alpha, concept.merge, tuple(weight for _, weight in weighted(concept.lora))
 
 
-def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[Concept]:
-    """The concepts to add; every one has a file."""
-    entries: Iterable[str | Path | Concept]
-    if isinstance(source, str) or not isinstance(source, Iterable):
+def _in_files(source: Addable) -> Iterable[Concept]:
+    """The concepts to add; every one has a file, which is downloaded if it is in a hub repository."""
+    entries: Iterable[Any]
+    if isinstance(source, Mapping):
+        entries = concepts_of(source)
+    elif isinstance(source, str) or not isinstance(source, Iterable):
         path = local_path(source)
         entries = sorted(path.glob("*.safetensors")) if path.is_dir() else [source]
         if not entries:
@@ -255,8 +253,10 @@ def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[C
     else:
         entries = source
     for entry in entries:
+        if is_fields(entry):
+            (entry,) = concepts_of([entry])
         concept = entry if isinstance(entry, Concept) else Concept(name=local_path(entry).stem, lora=str(entry))
-        missing = [source for source in files_of(concept.lora) if not local_path(source).is_file()]
+        missing = [source for source in files_of(concept.lora) if not _found(source)]
         if concept.lora is None or missing:
             raise LoraError(
                 f"concept {concept.name!r} needs a file, and there is none at {missing[0] if missing else None!r}"
@@ -264,14 +264,19 @@ def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[C
         yield concept
 
 
+def _found(source: str) -> bool:
+    """Whether there is a file; one in a hub repository is downloaded."""
+    return (find_file(source) if is_hub_name(source) else local_path(source)).is_file()
+
+
 def _by_header(given: Concept) -> Concept:
     """Adds the words in the header of the concept's file, of several the first.
 
     A file that cannot be read is named in a warning; the call that needs it refuses it.
     """
-    path, words = local_path(files_of(given.lora)[0]), Words()
+    words = Words()
     try:
-        words = read_words(path)
+        words = read_words(find_file(files_of(given.lora)[0]))
     except (LoraError, OSError) as error:
         warn(f"{error}; {given.name!r} is known by its name alone")
     return Concept(name=given.name, trigger=words.trigger, class_word=words.class_word, weight=1.0)

@@ -57,10 +57,12 @@ class Needs:
 
     Attributes:
         region_attention: Cross-attention that reads a text for each region, or gets a bias: that of UNets.
+        gradients: Gradients of the latents, which `torch.inference_mode` has not.
         start_noise: Latents that are noise at the start, since the method moves patches of it.
     """
 
     region_attention: bool = False
+    gradients: bool = False
     start_noise: bool = False
 
 

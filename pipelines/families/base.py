@@ -35,7 +35,7 @@ from lora_compose.pipelines.images.output import ComposeOutput
 from lora_compose.pipelines.images.task import OF_INPAINTING, ImageToImage, Inpainting, Task, TextToImage
 from lora_compose.pipelines.methods import Choice, Settings
 from lora_compose.pipelines.scene.canvas import Canvas, Step
-from lora_compose.pipelines.support.hub import is_hub_name, reachable
+from lora_compose.pipelines.support.hub import asking, is_hub_name, reachable
 from lora_compose.pipelines.support.notes import kept
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import FamilyEncoder
@@ -103,16 +103,16 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
         Raises:
             ValueError: For model families that are not supported.
-            ConnectionError: If the model hub is out of reach, and its cache has no copy.
+            OSError: If the model hub is out of reach and its cache has no copy, or if it does not give the model.
         """
         source = str(pretrained_model_name_or_path)
-        if is_hub_name(source):
-            hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-            options |= reachable(source, DiffusionPipeline.config_name, ModularPipeline.config_name, **hub)
-        if cls is not ComposePipeline:
-            return super().from_pretrained(pretrained_model_name_or_path, **options)
         hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-        return cls.family_of(configuration(source, **hub)).from_pretrained(pretrained_model_name_or_path, **options)
+        if is_hub_name(source):
+            hub = reachable(source, DiffusionPipeline.config_name, ModularPipeline.config_name, **hub)
+        with asking(source, **hub):
+            if cls is not ComposePipeline:
+                return super().from_pretrained(pretrained_model_name_or_path, **options | hub)
+            return cls.family_of(configuration(source, **hub)).from_pretrained(source, **options | hub)
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
@@ -231,8 +231,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
         Args:
             prompt: Names each concept by its trigger.
-            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept`
-                objects, or a list of these per prompt; "auto": those that the prompt names; None: as in diffusers.
+            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept` objects
+                or their fields, a list of these per prompt, "auto": those that the prompt names; None: as in diffusers.
             method: draft, lora-composer, regional, clora, tara, merge, switch, composite, freefuse, or settings such as
                 `Tara(scope="cross_kv")`; None chooses.
             control: Control images for ControlNets and T2I-Adapters; only with concepts.

@@ -5,6 +5,7 @@ components a model may have, loads them, and constructs the class.
 """
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -22,6 +23,11 @@ def _needed(family: type[ComposePipeline]) -> set[str]:
     return required - set(family._optional_components)
 
 
+_CONCEPTS = inspect.Parameter(
+    "concepts", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Mapping[str, Any] | Sequence[Any] | str | None
+)
+
+
 def _components() -> list[str]:
     return sorted({name for each in ComposePipeline.families for name in (*_needed(each), *each._optional_components)})
 
@@ -34,7 +40,7 @@ def _joined_signature() -> inspect.Signature:
         inspect.Parameter(name, it.KEYWORD_ONLY, default=it.empty if name in components else it.default)
         for name, it in found.items()
     ]
-    return inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *joined])
+    return inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *joined, _CONCEPTS])
 
 
 class CustomComposePipeline(DiffusionPipeline):
@@ -42,14 +48,17 @@ class CustomComposePipeline(DiffusionPipeline):
 
     _optional_components = _components()  # which of them a model needs depends on its family
 
-    def __new__(cls, **parts: Any) -> ComposePipeline:
+    def __new__(cls, *, concepts: Any = None, **parts: Any) -> ComposePipeline:
         """The pipeline of the family whose components these are.
 
         Args:
+            concepts: What the pipeline's `add_concepts` takes, for programs that pass plain JSON to `from_pretrained`
+                and have no other way to name files: calls, and tags in prompts, then name them.
             parts: Components, None for those that the model does not have, and settings.
 
         Raises:
             ValueError: For model families that are not supported, and for models without a component that they need.
+            LoraError: If there is no file of one of the concepts.
         """
         given = {name: part for name, part in parts.items() if part is not None}
         config = {name: (type(part).__module__, type(part).__name__) for name, part in given.items()}
@@ -57,7 +66,10 @@ class CustomComposePipeline(DiffusionPipeline):
         missing = _needed(family) - given.keys()
         if missing:
             raise ValueError(f"the model has no {', '.join(sorted(missing))}, which {family.family} needs")
-        return family(**{name: parts[name] for name in _parameters(family) if name in parts})
+        pipe = family(**{name: parts[name] for name in _parameters(family) if name in parts})
+        if concepts:
+            pipe.add_concepts(concepts)
+        return pipe
 
     def __init__(self, **parts: Any) -> None:
         """Never runs, because `__new__` returns an object of another class. diffusers reads its signature."""

@@ -1,7 +1,7 @@
 """Concepts of a pipeline: load or add them once, then name them in calls."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,11 @@ from huggingface_hub import hf_hub_download
 from lora_compose.attention import BankCache
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
-from lora_compose.pipelines.concepts.library import ConceptLibrary, adapters_of
+from lora_compose.pipelines.concepts.library import Addable, ConceptLibrary, adapters_of
 from lora_compose.pipelines.concepts.tags import has_tags, take_tags
 from lora_compose.pipelines.formats.change import MAX_RANK
-from lora_compose.pipelines.scene.scene import Concept, concept_of
+from lora_compose.pipelines.scene.given import is_set
+from lora_compose.pipelines.scene.scene import Concept, ConceptNames, concepts_of
 from lora_compose.pipelines.scene.sources import files_of
 from lora_compose.pipelines.scene.strength import Weight
 from lora_compose.pipelines.support.notes import warn
@@ -136,7 +137,7 @@ class ConceptLoaderMixin:
             warn(note)
         return loaded
 
-    def add_concepts(self, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
+    def add_concepts(self, source: Addable) -> tuple[Concept, ...]:
         """Adds LoRA files as concepts without reading their weights; the first call that names one reads and checks it.
 
         Only headers are read, for triggers and class words; a damaged file is reported by the call that needs it. Files
@@ -145,13 +146,14 @@ class ConceptLoaderMixin:
 
         Args:
             source: A folder, whose safetensors files are added under their own names; or files; or `Concept` objects
-                with a file.
+                or their fields, also by name, {"cat": {"lora": "cat.safetensors", "trigger": "sks"}}. What is in a hub
+                repository is downloaded now.
 
         Returns:
             The added concepts.
 
         Raises:
-            LoraError: If there is no such file or folder, or none in it.
+            LoraError: If there is no such file or folder, or none in it; or if the model hub does not give it.
             ValueError: If a name is taken by another concept; nothing is added then.
         """
         return self.library.add(self, source)
@@ -167,11 +169,11 @@ class ConceptLoaderMixin:
         if loaded is not None:
             self.banks.forget(loaded.factors.handle)
 
-    def resolve_concepts(self, concepts: Sequence[str | Concept] | Mapping[str, Weight]) -> tuple[LoadedConcept, ...]:
+    def resolve_concepts(self, concepts: ConceptNames) -> tuple[LoadedConcept, ...]:
         """The concepts of a call with their factors; given fields override loaded ones.
 
         Args:
-            concepts: Names of loaded concepts or adapters, `Concept` objects, or weights or boxes by name.
+            concepts: Names of loaded concepts or adapters, `Concept` objects or their fields; or by name (`fields_of`).
 
         Raises:
             ValueError: For unknown names and names given twice.
@@ -210,13 +212,10 @@ class ConceptLoaderMixin:
             return prompt, concepts
         taken = [take_tags(text, {*self.concepts, *adapters_of(self)}) for text in texts]
         given: Any = [concepts] if isinstance(concepts, str | Concept) else concepts or []
-        each = given if any(isinstance(entry, list | tuple | Mapping) for entry in given) else [given] * len(texts)
+        each = given if any(map(is_set, given)) else [given] * len(texts)
         sets = []
         for (_, weights), one in zip(taken, each, strict=True):
-            if isinstance(one, Mapping):
-                named = [concept_of(name, weight) for name, weight in one.items()]
-            else:
-                named = [entry if isinstance(entry, Concept) else Concept(name=entry) for entry in one]
+            named = concepts_of(one)
             if twice := weights.keys() & {concept.name for concept in named}:
                 raise ValueError(f"{sorted(twice)[0]!r} is in concepts and has a tag in the prompt; leave out one")
             sets.append([*named, *(Concept(name=name, weight=weight) for name, weight in weights.items())])

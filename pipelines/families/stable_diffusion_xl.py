@@ -127,8 +127,9 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         `prompt_2`. In a batch with negative sizes, every row has its own; diffusers mixes them up there.
 
         Args:
-            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept`
-                objects, or a list of these per prompt; "auto": those that the prompt names; None: as in diffusers.
+            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept` objects
+                or their fields as in JSON, {"name": "cat", "lora": "cat.safetensors"}, or a list of these per prompt;
+                "auto": those that the prompt names; None: as in diffusers.
             method: draft, lora-composer, regional, clora, tara, merge, switch, composite, freefuse, or settings such as
                 `Tara(scope="cross_kv")`; None chooses.
             control: Control images for ControlNets and T2I-Adapters; only with concepts.

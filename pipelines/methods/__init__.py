@@ -138,6 +138,7 @@ def choose_method(
     concept_sets: Sequence[ConceptSet] | None = None,
     *,
     region_attention: bool = True,
+    gradients: bool = True,
 ) -> Choice:
     """Chooses the method of a call that names none. Logs the reason, as a warning if subjects will blend.
 
@@ -150,11 +151,13 @@ def choose_method(
         prompts: Prompts of the call; None with `prompt_embeds`.
         concept_sets: The concept set of each prompt; None means all concepts for every prompt.
         region_attention: Whether the model supports region attention, which lora-composer needs.
+        gradients: Whether gradients can be taken, which it needs as well: not under `torch.inference_mode`.
     """
     given = [loaded for loaded in concepts if not loaded.concept.is_style]
     subjects = [loaded.concept for loaded in given]
     if any(subject.region for subject in subjects):
-        return _for_regions(subjects, prompts, "subject" if len(given) < len(concepts) else "concept", region_attention)
+        kind = "subject" if len(given) < len(concepts) else "concept"
+        return _for_regions(subjects, prompts, kind, region_attention, gradients)
     subjects_of: Sequence[Sequence[Described]] = [given] * len(prompts or [()])
     if concept_sets:
         subjects_of = [[one.loaded[i] for i in one.subjects] for one in concept_sets]
@@ -186,15 +189,16 @@ def _blending(reason: str, unless: str) -> Choice:
 
 
 def _for_regions(
-    subjects: Sequence[Concept], prompts: Sequence[str] | None, kind: str, region_attention: bool
+    subjects: Sequence[Concept], prompts: Sequence[str] | None, kind: str, region_attention: bool, gradients: bool
 ) -> Choice:
     """The method for subjects of which some or all have a region."""
     boxed = [subject for subject in subjects if subject.region]
     others = ", ".join(subject.name for subject in subjects if not subject.region)
     reason = f"{', '.join(subject.name for subject in boxed)} has a region" if others else f"every {kind} has a region"
-    if region_attention and prompts is not None and all(subject.trigger for subject in boxed):
+    if region_attention and gradients and prompts is not None and all(subject.trigger for subject in boxed):
         return _chosen(LoraComposer(), f"{reason}, and {others} stays outside of it" if others else reason)
     why = "prompt_embeds are given instead of a prompt" if prompts is None else "not every one has a trigger"
+    why = why if gradients else "lora-composer takes gradients, which torch.inference_mode has not"
     why = why if region_attention else "lora-composer needs a UNet"
     if others:
         warn(f"without a region, {others} acts on the whole image, also inside the regions of others")

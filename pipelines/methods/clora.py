@@ -150,8 +150,9 @@ class Clora(Settings):
 
     @property
     def needs(self) -> Needs:
-        """Region attention where masks are regions."""
-        return Needs(region_attention=self.fuse == "regions")
+        """Region attention where masks are regions, and gradients for updates."""
+        updates = min(self.step_size, self.update_until) > 0
+        return Needs(region_attention=self.fuse == "regions", gradients=updates)
 
     def start(self, session: Session) -> Process:
         """Encodes a text for every branch. A single subject is merged."""

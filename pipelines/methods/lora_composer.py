@@ -145,8 +145,8 @@ class LoraComposer(Settings):
 
     @property
     def needs(self) -> Needs:
-        """Region attention, and with a latent re-initialisation start noise."""
-        return Needs(region_attention=True, start_noise=self.moves_noise)
+        """Region attention, for updates gradients, and with a latent re-initialisation start noise."""
+        return Needs(region_attention=True, gradients=self.updates, start_noise=self.moves_noise)
 
     @property
     def updates(self) -> bool:

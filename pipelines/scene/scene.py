@@ -3,7 +3,7 @@
 No torch is needed: the command line validates everything before slow imports.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -18,14 +18,12 @@ from pydantic import (
     model_validator,
 )
 
+from lora_compose.pipelines.scene.given import is_fields, listed
 from lora_compose.pipelines.scene.mask_images import URI_PREFIX, is_fractions, region_of
 from lora_compose.pipelines.scene.sources import Lora, weighted
 from lora_compose.pipelines.scene.strength import (
-    SANE_WEIGHT,
     Weight,
     check_sane,
-    is_box,
-    largest_factor,
     read_blocks,
     read_weight,
 )
@@ -304,20 +302,23 @@ def with_bare_trigger(fields: Mapping[str, Any]) -> dict[str, Any]:
     return dict(fields)
 
 
-def concept_of(name: str, given: Any) -> Concept:
-    """What `concepts={name: given}` means: a weight, a schedule of weights, or a box, which is the concept's region.
+ConceptNames = Sequence[str | Concept | Mapping[str, Any]] | Mapping[str, Any]
+"""A concept set as it is given: names, concepts or their fields in a list; or by name weights, boxes and fields."""
+
+
+def concepts_of(given: Any) -> tuple[Concept, ...]:
+    """The concepts of one set: names, `Concept` objects or their fields in a list; or by name (`fields_of`).
 
     Raises:
-        ValueError: For four numbers that may be a box and may be weights, and for unusable weights.
+        ValueError: For what is no concept set, unusable fields, and names given twice.
     """
-    if not is_box(given):
-        return Concept(name=name, weight=given)
-    if largest_factor(given) <= SANE_WEIGHT:
-        raise ValueError(
-            f"concepts={{{name!r}: {given}}} may be a box or the weights of four parts of the steps; write "
-            f"Concept(name={name!r}, region={given}) or Concept(name={name!r}, weight={list(given)})"
-        )
-    return Concept(name=name, region=given)
+    if isinstance(given, str | Concept) or is_fields(given):
+        raise ValueError(f"concepts must be a list of names, Concepts or their fields, not {given!r}")
+    found = tuple(Concept(**concept) if isinstance(concept, Mapping) else concept for concept in listed(given))
+    if wrong := [concept for concept in found if not isinstance(concept, Concept)]:
+        raise ValueError(f"concepts must be a list of names, Concepts or their fields, and one is {wrong[0]!r}")
+    check_names(found)
+    return found
 
 
 class Scene(Start):
@@ -326,7 +327,7 @@ class Scene(Start):
     Attributes:
         prompt: Names every concept by its trigger.
         negative_prompt: What to avoid.
-        concepts: The concept set.
+        concepts: The concept set: a list, or fields, weights and boxes by name.
         width: Width of the image in pixels; None is that of `image`, if there is one and nothing is cropped, or the
             model's own.
         height: Height of the image in pixels; None as for the width.
@@ -334,7 +335,7 @@ class Scene(Start):
 
     prompt: Annotated[str, Field(min_length=1)]
     negative_prompt: str = ""
-    concepts: tuple[Concept, ...] = ()
+    concepts: Annotated[tuple[Concept, ...], BeforeValidator(listed)] = ()
     width: Annotated[int, Field(gt=0)] | None = None
     height: Annotated[int, Field(gt=0)] | None = None
 

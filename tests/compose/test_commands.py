@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "diffusers", "transformers", "numpy", "pandas")
 COMMANDS = (
     "run", "batch", "demo", "ui", "serve", "check", "methods", "replay", "refine", "inspect", "merge", "train", "bench",
-    "evaluate", "evaluate run", "evaluate report", "evaluate compare", "blind", "blind make", "blind score",
-    "blind judge", "comfyui", "comfyui install", "comfyui uninstall",
+    "evaluate", "evaluate run", "evaluate published", "evaluate report", "evaluate compare", "blind", "blind make",
+    "blind score", "blind judge", "comfyui", "comfyui install", "comfyui uninstall",
 )  # fmt: skip
 CONCEPT = "path=playground:bear,trigger=xlo,class=bear"
 MISTAKES = {
@@ -50,6 +50,7 @@ MISTAKES = {
     "merge playground:cat playground:dgo --out a.safetensors": "did you mean 'dog'",
     "merge playground:cat playground:dog --method tise --out a.safetensors": "did you mean 'ties'?",
     "batch assets/scenes --model playground --ray 10.0.0.1": "--ray 10.0.0.1: expected local, auto",
+    "evaluate published assets/suites/templat.yaml": "did you mean 'template.yaml'?",
     "evaluate playground-quik": "did you mean 'playground-quick'",
     "comfyui install assets": "assets is not a ComfyUI that can run these nodes",
     "bench --method clora:oficial": "did you mean 'clora:official'",

@@ -1,5 +1,6 @@
 """Which concepts act in a call: by name, by file, with fields of their own."""
 
+import json
 from inspect import signature
 
 import pytest
@@ -43,6 +44,21 @@ def test_weights_may_be_given_by_name(composer):
     by_list = latents_of(composer, prompt=prompts, concepts=[[Concept(name="cat", weight=0.5)], ["dog"]])
     assert torch.equal(sets, by_list)
     assert torch.equal(latents_of(composer, concepts={}, method=None), latents_of(composer, concepts=None, method=None))
+
+
+def test_concepts_may_be_plain_json(composer):
+    boxes = {"cat": [0, 0, 64, 128], "dog": [64, 0, 128, 128]}
+    fields = {name: {"weight": [1, 0.5], "region": box} for name, box in boxes.items()}
+    listed = [{"name": name, **given} for name, given in fields.items()]
+    expected = latents_of(composer, method="regional", concepts=[Concept(**given) for given in listed])
+    for given in (fields, listed):
+        read = json.loads(json.dumps(given))
+        assert torch.equal(latents_of(composer, method="regional", concepts=read), expected)
+    prompts, half = ["a sks cat", "a zwx dog"], {"name": "cat", "weight": 0.5}
+    sets = latents_of(composer, prompt=prompts, concepts=[[half], {"dog": {}}])
+    assert torch.equal(sets, latents_of(composer, prompt=prompts, concepts=[[Concept(**half)], ["dog"]]))
+    tagged = latents_of(composer, prompt=f"{PROMPT} <lora:dog:0.5>", concepts=[half])
+    assert torch.equal(tagged, latents_of(composer, concepts=[half, Concept(name="dog", weight=0.5)]))
 
 
 def test_a_box_by_name_is_the_region(composer):

@@ -28,7 +28,11 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "unknown concept": ({"concepts": ["cat", "fox"]}, "unknown concept 'fox'; loaded are cat, dog"),
     "concept twice": ({"concepts": ["cat", "cat"]}, "'cat' stands twice"),
-    "a string as concepts": ({"concepts": "cat"}, "concepts must be a list of names or Concepts, not 'cat'"),
+    "a string as concepts": ({"concepts": "cat"}, "concepts must be a list of names, .*fields, not 'cat'"),
+    "fields instead of a list": ({"concepts": {"name": "cat"}}, r"must be a list of names, .*fields, not \{'name'"),
+    "fields without a name": ({"concepts": [{"lora": "cat.safetensors"}]}, "a concept's fields need its name"),
+    "fields with another name": ({"concepts": {"cat": {"name": "dog"}}}, "another name among its fields"),
+    "an unknown field": ({"concepts": [{"name": "cat", "wieght": 1}]}, "unknown field; fields are .*mean 'weight'"),
     "unknown method": ({"method": "blend"}, "unknown method 'blend'; there are .*merge.*tara"),
     "a class as method": ({"method": Tara}, "method must be one of .*merge.* or a settings object"),
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
@@ -85,7 +89,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "a mistyped name of a method": ({"method": "CLoRa"}, r"unknown method 'CLoRa'.*did you mean 'clora"),
     "a mistyped name": ({"concepts": ["cta"]}, r"unknown concept 'cta'.*did you mean 'cat'\?"),
-    "a number as a concept": ({"concepts": ["cat", 3]}, "must be a list of names or Concepts, and one of them is 3"),
+    "a number as a concept": ({"concepts": ["cat", 3]}, "must be a list of names, .*fields, and one is 3"),
     "a weight that is none": ({"concepts": {"cat": "much"}}, "^Concept: weight: "),
     "prompt and embeddings": (EMBEDS, "Cannot forward both `prompt`"),
     "timesteps and sigmas": ({"timesteps": [9], "sigmas": [1.0]}, "Only one of `timesteps` or `sigmas`"),
@@ -132,12 +136,12 @@ def test_steps_and_latents_are_checked_before_the_model_and_the_scheduler_are_to
 
 
 @BOTH
-def test_updates_are_refused_in_inference_mode(family: str) -> None:
-    composer = composer_of(family)
-    before = State(composer)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside torch.inference_mode\(\)"):
+def test_updates_are_refused_in_inference_mode_before_anything_is_installed(family: str, monkeypatch) -> None:
+    composer, entered = composer_of(family), []
+    monkeypatch.setattr("lora_compose.pipelines.calls.plan.install", lambda *args, **kwargs: entered.append(args))
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"lora-composer takes gradients.*use draft, regional"):
         one_step(composer, method=UPDATES)
-    before.assert_unchanged()
+    assert not entered
 
 
 BAD_POSITIONS = {

@@ -192,6 +192,15 @@ def test_fields_given_when_adding_override_the_header(pipe: Any, folder: Path) -
     )  # fmt: skip
 
 
+def test_fields_may_be_plain_json(pipe: Any, folder: Path) -> None:
+    tom = {"lora": str(folder / "cat.safetensors"), "trigger": "xlo"}
+    pipe.add_concepts({"tom": tom})
+    pipe.add_concepts([{"name": "rex", "lora": str(folder / "dog.safetensors")}])
+    assert (pipe.concepts["tom"].trigger, pipe.concepts["rex"].trigger) == ("xlo", "zwx")
+    with pytest.raises(LoraError, match="concept 'bear' needs a file, and there is none at None"):
+        pipe.add_concepts({"bear": {"trigger": "xlo"}})
+
+
 def test_a_folder_can_be_added_again_for_its_new_files(pipe: Any, folder: Path, write_lora: Any) -> None:
     pipe.add_concepts(folder)
     pipe.unload_concept("unused")

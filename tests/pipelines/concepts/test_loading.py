@@ -23,7 +23,6 @@ from components import EVERYTHING, random_lora, sd_unet, small_pipeline
 from lora_compose import ComposePipeline, Concept
 from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora
-from lora_compose.pipelines.concepts import finding
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, adapter_factors, match, read_lora
 from reference import deltas
@@ -521,40 +520,6 @@ def test_an_empty_folder_and_missing_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(LoraError, match="there is no file"):
             find_file(source)
-
-
-def test_hub_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two functions of the hub's client stand in for the network."""
-    asked: list[tuple[Any, ...]] = []
-    files = {
-        "user/cat-v1.5": ["README.md", "cat.safetensors"],
-        "user/two": ["a.safetensors", "b.safetensors", "c.bin"],
-    }
-
-    def list_repo_files(repo: str, **options: Any) -> list[str]:
-        asked.append((repo, options))
-        return files[repo]
-
-    def hf_hub_download(repo: str, name: str, **options: Any) -> str:
-        asked.append((repo, name, options))
-        return str(tmp_path / name)
-
-    monkeypatch.setattr(finding, "list_repo_files", list_repo_files)
-    monkeypatch.setattr(finding, "hf_hub_download", hf_hub_download)
-    options = {"revision": "v2", "token": "secret", "local_files_only": False}
-    assert find_file("user/cat-v1.5", **options) == tmp_path / "cat.safetensors"
-    assert asked == [
-        ("user/cat-v1.5", {"revision": "v2", "token": "secret"}),
-        ("user/cat-v1.5", "cat.safetensors", options),
-    ]
-    with pytest.raises(LoraError, match="user/two has 2 safetensors files"):
-        find_file("user/two")
-    asked.clear()
-    assert find_file("user/two", "b.safetensors") == tmp_path / "b.safetensors"
-    assert asked == [("user/two", "b.safetensors", {})]
-    asked.clear()
-    find_file("user/peft", "unet/adapter_model.safetensors", revision="v2")
-    assert [name for _, name, _ in asked] == ["unet/adapter_model.safetensors", "unet/adapter_config.json"]
 
 
 # Adapters that the user has loaded into the pipeline.

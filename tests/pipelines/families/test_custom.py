@@ -2,15 +2,12 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
-from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import save_file
 
 from all_transformers import JOINT, TRANSFORMERS
@@ -26,15 +23,7 @@ OPTIONS = {name: family.unguided for name, family in TRANSFORMERS.items()}
 PROMPT = "a sks cat on grass"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """diffusers copies the file into a cache below the home folder, from where it imports it."""
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    before = set(sys.modules)
-    yield
-    for name in [name for name in sys.modules if name.startswith("diffusers_modules") and name not in before]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 
 def saved(family: str, folder: Path) -> Any:

@@ -36,6 +36,13 @@ def test_unknown_fields_are_refused_by_name(kind, fields):
     assert ("did you mean 'prompt'?" in str(caught.value)) == ("prompt" in kind.model_fields)
 
 
+def test_concepts_of_a_scene_may_be_given_by_name() -> None:
+    fields: dict[str, Any] = {"concepts": {"cat": {"lora": "cat.safetensors", "region": [0, 0, 64, 64]}, "dog": 0.5}}
+    assert Scene(prompt="a sks cat", **fields).concepts == (
+        Concept(name="cat", lora="cat.safetensors", region=(0, 0, 64, 64)), Concept(name="dog", weight=0.5),
+    )  # fmt: skip
+
+
 def test_errors_say_where_and_what_was_expected_and_do_not_repeat_the_prompt():
     prompt = "a sks cat " * 100
     fields: dict[str, Any] = {"concepts": [{"name": "cat", "weight": "much"}]}

@@ -1,0 +1,229 @@
+"""Suites of public models and LoRAs: what they download, under which licences, and what they cost before they start."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    list_repo_tree,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.hf_api import RepoFile
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lora_compose.compose.evaluation.batches import Batch, batches
+from lora_compose.compose.evaluation.suite import Name, Suite, moved_suite
+from lora_compose.compose.evaluation.worker import Images, Worker
+from lora_compose.compose.files.atomic import write_whole
+from lora_compose.compose.files.images import png_bytes
+from lora_compose.compose.files.paths import local_source
+from lora_compose.compose.files.scenes import read_as
+from lora_compose.compose.generate.processes import own_device
+from lora_compose.pipelines.support.hub import HubError, asking, reachable
+from lora_compose.pipelines.support.regular import sha256_of
+
+_MODEL = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+class Download(BaseModel):
+    """Files of a hub repository.
+
+    Attributes:
+        repository: "owner/name".
+        file: One file, such as a LoRA; None is a whole model as diffusers opens it, or `files`.
+        files: A pattern for several files, such as "references/*.jpg"; the source is their folder.
+        revision: Branch, tag or commit; None is the main branch, which may change.
+        licence: Under which it is published, as its page says; None if that is not known.
+        sha256: Of the one file; None is not compared with anything but the hub's own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    file: str | None = None
+    files: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.file is not None and self.files is not None:
+            raise ValueError("give file or files, not both")
+        if self.sha256 is not None and self.file is None:
+            raise ValueError("sha256 is of one file: give file as well")
+        return self
+
+    def takes(self, path: str) -> bool:
+        """Whether a file of the repository is downloaded; of models, about: diffusers chooses."""
+        if self.file is not None:
+            return path == self.file
+        if self.files is not None:
+            return fnmatch(path, self.files)
+        return any(fnmatch(path, pattern) for pattern in _MODEL) and path.count("/") < 2
+
+
+class Published(BaseModel):
+    """A suite whose sources are names of downloads, or local.
+
+    Attributes:
+        downloads: By the names that the suite has for them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    downloads: Annotated[Mapping[Name, Download], Field(min_length=1)]
+    suite: Suite
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        used: set[str] = set()
+        moved_suite(self.suite, lambda source: (used.add(source), source)[1])
+        if unread := sorted(self.downloads.keys() - used):
+            raise ValueError(f"nothing in the suite names the download {unread[0]!r}")
+        return self
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A download, and its bytes in all and outside of the cache; None if the hub was not asked."""
+
+    name: str
+    download: Download
+    size: int | None
+    missing: int | None
+
+
+def read_published(path: Path) -> Published:
+    """Reads a published suite. Relative paths in it are relative to its file.
+
+    Raises:
+        FileError: If it is missing, unreadable or wrong; the message names the field.
+    """
+    found, base = read_as(Published, path), path.parent.absolute()
+    suite = moved_suite(found.suite, lambda source: source if source in found.downloads else local_source(source, base))
+    return found.model_copy(update={"suite": suite})
+
+
+def wanted(published: Published) -> Iterator[Wanted]:
+    """What is to be downloaded. Only lists of files are asked for, and whether they may be read.
+
+    Raises:
+        HubError: If the hub refuses a repository, or has another file than the suite names.
+        ConnectionError: If the hub is out of reach, and the cache has no copy.
+    """
+    for name, one in published.downloads.items():
+        options = reachable(one.repository)
+        if options or constants.HF_HUB_OFFLINE:
+            yield Wanted(name, one, None, None)
+            continue
+        with asking(one.repository, revision=one.revision):
+            tree = list(list_repo_tree(one.repository, recursive=True, revision=one.revision))
+            files = [file for file in tree if isinstance(file, RepoFile) and one.takes(file.path)]
+            for file in files[:1]:  # anybody may list the files of a gated repository
+                get_hf_file_metadata(hf_hub_url(one.repository, file.path, revision=one.revision))
+        if not files:
+            there = one.file or one.files or "a model of diffusers"
+            raise HubError(
+                f"the repository {one.repository!r} has no {there}: see {constants.ENDPOINT}/{one.repository}"
+            )
+        if one.sha256 is not None and files[0].lfs is not None and files[0].lfs.sha256 != one.sha256:
+            raise HubError(
+                f"{one.repository}/{one.file} is another file than the suite names: its SHA-256 is "
+                f"{files[0].lfs.sha256}, expected {one.sha256}; give the revision that had it, or the new SHA-256"
+            )
+        missing = sum(file.size for file in files if not _cached(one, file.path))
+        yield Wanted(name, one, sum(file.size for file in files), missing)
+
+
+def _cached(one: Download, path: str) -> bool:
+    return isinstance(try_to_load_from_cache(one.repository, path, revision=one.revision), str)
+
+
+def fetch(published: Published) -> Suite:
+    """Downloads what is missing, with progress, and returns the suite with the paths of the files.
+
+    Raises:
+        HubError: If the hub does not give a file, or gives another one than the suite names.
+    """
+    paths = {name: str(_fetched(one)) for name, one in published.downloads.items()}
+    return moved_suite(published.suite, lambda source: paths.get(source, source))
+
+
+def _fetched(one: Download) -> Path:
+    options = reachable(one.repository, **({} if one.revision is None else {"revision": one.revision}))
+    with asking(one.repository, **options):
+        if one.file is not None:
+            path = Path(hf_hub_download(one.repository, one.file, **options))
+        elif one.files is not None:
+            folder = Path(snapshot_download(one.repository, allow_patterns=[one.files], **options))
+            path = folder / Path(one.files).parent
+        else:
+            path = Path(str(DiffusionPipeline.download(one.repository, use_safetensors=True, **options)))
+    if one.sha256 is not None and (found := sha256_of(path)) != one.sha256:
+        raise HubError(f"{path} is another file than the suite names: its SHA-256 is {found}, expected {one.sha256}")
+    return path
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An image that was made to see what the whole costs."""
+
+    arm: str
+    path: Path
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a suite costs: images, FLOPs as counted, and seconds at the pace of the images that were tried."""
+
+    images: int
+    flops: int
+    seconds: float
+    tried: tuple[Tried, ...]
+
+
+def estimate(suite: Suite, out: Path) -> Estimate:
+    """Makes and scores two images, of the baseline and of the first other method, and counts the rest.
+
+    Raises:
+        ValueError: If something cannot be opened, or one of the two cannot be made.
+    """
+    worker = Worker.open(suite, own_device(suite.device))
+    tried, flops, seconds = [], 0, 0.0
+    for batch in _two(suite):
+        for result in worker.do(batch):
+            if isinstance(result, Images):
+                path = out / "smoke" / f"{batch.arm.name}.png"
+                write_whole(path, png_bytes(result.made[0].image, result.made[0].record))
+                tried.append(Tried(batch.arm.name, path, result.cost.seconds, result.cost.peak_bytes))
+                flops, seconds = flops + result.cost.flops, seconds + result.cost.seconds
+            elif (error := getattr(result, "error", None)) is not None:
+                raise ValueError(f"{batch.arm.name}, scene {batch.scene.name!r}: {error}")
+    every = list(batches(suite))
+    whole = sum(worker.count(batch).flops * len(batch.seeds) for batch in every)
+    return Estimate(sum(len(batch.seeds) for batch in every), whole, seconds * whole / flops, tuple(tried))
+
+
+def _two(suite: Suite) -> Sequence[Batch]:
+    small = suite.model_copy(update={"scenes": suite.scenes[:1], "seeds": suite.seeds[:1]})
+    methods = [batch for batch in batches(small) if batch.arm.method is not None]
+    baseline = [batch for batch in methods if batch.arm.name == suite.baseline]
+    return [*baseline, *(batch for batch in methods if batch.arm.name != suite.baseline)][:2]
+
+
+def write_suite(suite: Suite, path: Path) -> None:
+    """Writes a suite for `lora-compose evaluate`."""
+    data: dict[str, Any] = suite.model_dump(mode="json", exclude_defaults=True)
+    write_whole(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True).encode())

@@ -1,0 +1,54 @@
+"""What users may write for the concepts of an image: names, fields, or weights and boxes by name; also as plain JSON.
+
+Nothing here is checked beyond its shape: `Concept` does that.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_compose.pipelines.scene.strength import SANE_WEIGHT, is_box, largest_factor
+
+
+def is_fields(given: Any) -> bool:
+    """Whether this is one concept by its fields, {"name": "cat", "lora": "cat.safetensors"}."""
+    return isinstance(given, Mapping) and isinstance(given.get("name"), str)
+
+
+def is_set(given: Any) -> bool:
+    """Whether this is a concept set, a list or by name, rather than one concept of a set."""
+    return isinstance(given, list | tuple) or (isinstance(given, Mapping) and not is_fields(given))
+
+
+def fields_of(name: str, given: Any) -> dict[str, Any]:
+    """The fields that `concepts={name: given}` means: a weight or a schedule of weights, a box, or fields.
+
+    Raises:
+        ValueError: For four numbers that may be a box and may be weights, and for fields with another name.
+    """
+    if isinstance(given, Mapping):
+        if given.get("name", name) != name:
+            raise ValueError("a concept that is given by name has another name among its fields; leave that out")
+        return {**given, "name": name}
+    if not is_box(given):
+        return {"name": name, "weight": given}
+    if largest_factor(given) <= SANE_WEIGHT:
+        raise ValueError(
+            f"concepts={{{name!r}: {given}}} may be a box or the weights of four parts of the steps; write "
+            f"Concept(name={name!r}, region={given}) or Concept(name={name!r}, weight={list(given)})"
+        )
+    return {"name": name, "region": given}
+
+
+def listed(concepts: Any) -> Any:
+    """A concept set as a list of fields; what is no concept set stays as it is, for the check that follows.
+
+    Raises:
+        ValueError: As `fields_of`; and for fields without a name.
+    """
+    if isinstance(concepts, Mapping):
+        if isinstance(concepts.get("lora"), str | list | tuple) and not is_fields(concepts):
+            raise ValueError("a concept's fields need its name: {'name': 'cat', 'lora': 'cat.safetensors'}")
+        return [fields_of(name, given) for name, given in concepts.items()]
+    if isinstance(concepts, list | tuple):
+        return [{"name": concept} if isinstance(concept, str) else concept for concept in concepts]
+    return concepts
