@@ -275,7 +275,7 @@ def test_a_method_is_made_again_from_its_name_and_what_differs(name: str) -> Non
     ("tara", {"scop": "all"}, r"tara has no settings \['scop'\]; it has cfg_mask, scope"),
     ("tara", {"scope": "some"}, "scope must be one of all, cross_kv, not 'some'"),
     ("tara", {"cfg_mask": None}, "cfg_mask must be one of cond_only, broadcast, not None"),
-    ("merge", {"scope": "all"}, r"merge has no settings \['scope'\]; it has none"),
+    ("merge", {"scope": "all"}, r"merge has no settings \['scope'\]; it has limit"),
     (Tara, None, "method must be one of .*merge.* or a settings object"),
     (None, None, "method must be one of .*merge.* or a settings object"),
 ])  # fmt: skip
