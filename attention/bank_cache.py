@@ -168,8 +168,8 @@ def new_bank(
     with as_outside_of_inference_mode():
         for name in dict.fromkeys(name for lora in loras for name in lora):
             parts = {
-                index: _part(name, lora[name], found, key, modules[name])
-                for index, (lora, found) in enumerate(zip(loras, there, strict=True))
+                index: _part(name, lora[name], kept, key, modules[name])
+                for index, (lora, kept) in enumerate(zip(loras, there, strict=True))
                 if name in lora
             }
             layers[name] = BankLayer(parts, where[name], len(loras), state)
@@ -181,7 +181,7 @@ def new_bank(
 
 def _part(name: str, factors: LoraFactors, there: Parts | None, key: BankKey, layer: nn.Module) -> Part:
     """The factors of one LoRA in one layer: those that are there already, unless the layer has another weight now."""
-    if there is not None and ((own := there[name].transform) is None or own.of.is_of(base_layer(layer))):
+    if there is not None and ((transform := there[name].transform) is None or transform.of.is_of(base_layer(layer))):
         return there[name]
     try:
         return factors.parts(key.device, key.dtype, layer)

@@ -136,7 +136,7 @@ class JointRegions:
         hidden = (
             None
             if self.hidden is None
-            else {name: found[rows if isinstance(rows, slice) else list(rows)] for name, found in self.hidden.items()}
+            else {name: masked[rows if isinstance(rows, slice) else list(rows)] for name, masked in self.hidden.items()}
         )
         return replace(self, unconditional=tuple(self.unconditional[i] for i in indices), hidden=hidden)
 
@@ -171,10 +171,10 @@ class JointRegions:
         for group in self.groups[parts]:
             of_groups[group.queries[:, None], group.keys] = True
         of_base[:, slice(None) if self.base is None else self.base[parts].keys] = True
-        found = of_groups.expand(len(self.unconditional), -1, -1).clone()
+        allowed = of_groups.expand(len(self.unconditional), -1, -1).clone()
         if self.rows[0] is not None:
-            found[self.rows[0]] = of_base
-        return found
+            allowed[self.rows[0]] = of_base
+        return allowed
 
 
 def seen_too(mask: Tensor, seen: Tensor) -> Tensor:
@@ -210,8 +210,8 @@ def _into(
             continue
         queries, keys = group.queries, group.keys
         seen = None if mask is None else (mask if mask.shape[-2] == 1 else mask[..., queries, :])[..., keys]
-        found = attend(query[:, queries], key[:, keys], value[:, keys], seen)
-        out[rows if isinstance(rows, slice) else rows[:, None], queries] = found
+        attended = attend(query[:, queries], key[:, keys], value[:, keys], seen)
+        out[rows if isinstance(rows, slice) else rows[:, None], queries] = attended
 
 
 def _cells(membership: Tensor) -> list[Kind]:
@@ -235,8 +235,8 @@ def _sees(kind: Kind, other: Kind, isolate: bool) -> bool:
 
 
 def _base(kinds: Sequence[Kind], device: torch.device | None) -> Group:
-    found = _where(kinds, {kind for kind in kinds if kind.part == "image" or 0 in kind.texts}, device)
-    return Group(found, found)
+    positions = _where(kinds, {kind for kind in kinds if kind.part == "image" or 0 in kind.texts}, device)
+    return Group(positions, positions)
 
 
 def _where(kinds: Sequence[Kind], wanted: set[Kind], device: torch.device | None) -> Tensor:

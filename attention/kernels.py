@@ -62,7 +62,7 @@ class SlicedKernel:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attends."""
         parts = zip(*(x.split(self.heads, dim=1) for x in (query, key, value)), strict=True)
-        return torch.cat([self.kernel(one, keys, values, bias) for one, keys, values in parts], dim=1)
+        return torch.cat([self.kernel(queries, keys, values, bias) for queries, keys, values in parts], dim=1)
 
 
 @dataclass(frozen=True)

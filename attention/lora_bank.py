@@ -56,8 +56,8 @@ class LoraFactors:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All factors."""
-        rest = self.left, None if self.transform is None else self.transform.values
-        return (self.down, self.up, *(tensor for tensor in rest if tensor is not None))
+        optional = self.left, None if self.transform is None else self.transform.values
+        return (self.down, self.up, *(tensor for tensor in optional if tensor is not None))
 
     def parts(self, device: torch.device, dtype: torch.dtype, layer: nn.Module | None = None) -> "Part":
         """The factors where and as the model runs; the scale is in `up`, multiplied in fp32.
@@ -179,7 +179,7 @@ class BankLayer(nn.Module):
     Attributes:
         layer: The layer as found, while concepts are installed: linear, convolution, or a PEFT layer around one of
             them.
-        found: Its `forward` as found, if this one acts on that; None if it stands in the layer's place.
+        original_forward: Its `forward` as found, if this one acts on that; None if it stands in the layer's place.
         key: What the thin products ask of gates.
         stack: Factors before the gate, beside those of layers with the same input; None if the layer has its own.
         rows: The slice of the stack that is of this layer.
@@ -190,7 +190,7 @@ class BankLayer(nn.Module):
     """
 
     layer: nn.Module
-    found: Callable[[Tensor], Tensor] | None = None
+    original_forward: Callable[[Tensor], Tensor] | None = None
     own_down: Tensor
     stack: Stack | None
     rows = slice(None)
@@ -200,16 +200,16 @@ class BankLayer(nn.Module):
         super().__init__()
         thin = {index: part for index, part in parts.items() if part.left is None}
         ranked = any(len(part.down) for part in thin.values())  # a transform may have no factors beside it
-        one = next(iter((thin or parts).values()))
+        sample = next(iter((thin or parts).values()))
         if not thin:  # of the right size, for what looks at it
-            sides = [a * b for a, b in zip(one.left.shape, (len(one.up), one.down.shape[1]), strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
-            one = Part(one.down.new_empty(0, sides[1]), one.up.new_empty(sides[0], 0))
+            sides = [a * b for a, b in zip(sample.left.shape, (len(sample.up), sample.down.shape[1]), strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
+            sample = Part(sample.down.new_empty(0, sides[1]), sample.up.new_empty(sides[0], 0))
         ranks = _ranks(thin, concepts)
-        self.key = GateKey(site, one.down.dim() == 4, ranks)
+        self.key = GateKey(site, sample.down.dim() == 4, ranks)
         self._state = state
         downs, ups = [part.down for part in thin.values()], [part.up for part in thin.values()]
-        self.register_buffer("own_down", torch.cat(downs or [one.down]), persistent=False)
-        self.register_buffer("up", torch.cat(ups or [one.up], dim=1), persistent=False)
+        self.register_buffer("own_down", torch.cat(downs or [sample.down]), persistent=False)
+        self.register_buffer("up", torch.cat(ups or [sample.up], dim=1), persistent=False)
         self.stack = None
         self.products = {
             i: Kronecker(part, GateKey(site, False, _ranks({i: part}, concepts)))
@@ -218,28 +218,28 @@ class BankLayer(nn.Module):
         }
         if self.products:
             self.kronecker = nn.ModuleList(self.products.values())  # so that `.to()` reaches them
-        own = {index: part.transform for index, part in parts.items() if part.transform is not None}
-        pointwise = one.down.shape[2:] in ((), (1, 1))
-        self.transforms = Transforms(own, site, self.key.convolution, pointwise, concepts) if own else None
+        changes = {index: part.transform for index, part in parts.items() if part.transform is not None}
+        pointwise = sample.down.shape[2:] in ((), (1, 1))
+        self.transforms = Transforms(changes, site, self.key.convolution, pointwise, concepts) if changes else None
         self.keys = (*((self.key,) if ranked else ()), *(product.key for product in self.products.values()))
         self.keys += () if self.transforms is None else self.transforms.keys
         self.ranked = ranked
         self.concepts = frozenset(parts)
-        self.weight_shape = (one.up.shape[0], *one.down.shape[1:])
+        self.weight_shape = (sample.up.shape[0], *sample.down.shape[1:])
 
-    def act_on(self, layer: nn.Module, found: Callable[[Tensor], Tensor] | None = None) -> None:
+    def act_on(self, layer: nn.Module, original_forward: Callable[[Tensor], Tensor] | None = None) -> None:
         """Takes a layer as its child, and its mode. Without `nn.Module.__setattr__`, which costs more than the rest.
 
         Args:
-            found: The layer's `forward`, if this one acts on that.
+            original_forward: The layer's `forward`, if this one acts on that.
         """
         self._modules["layer"] = layer
-        self.__dict__.update(training=layer.training, found=found)
+        self.__dict__.update(training=layer.training, original_forward=original_forward)
 
     def let_go(self) -> None:
         """Holds no layer any more."""
         self._modules.pop("layer", None)
-        self.__dict__.pop("found", None)
+        self.__dict__.pop("original_forward", None)
 
     @property
     def down(self) -> Tensor:
@@ -254,11 +254,11 @@ class BankLayer(nn.Module):
 
     def part(self, index: int) -> Part:
         """The factors of one concept, without copying them."""
-        own = None if self.transforms is None else self.transforms.one(index)
+        transform = None if self.transforms is None else self.transforms.get(index)
         if (product := self.products.get(index)) is not None:
-            return Part(product.down, product.up, product.left, own)
+            return Part(product.down, product.up, product.left, transform)
         start, rank = sum(self.key.ranks[:index]), self.key.ranks[index]
-        return Part(self.down.narrow(0, start, rank), self.up.narrow(1, start, rank), transform=own)
+        return Part(self.down.narrow(0, start, rank), self.up.narrow(1, start, rank), transform=transform)
 
     def only(self, concepts: Collection[int]) -> "BankLayer":
         """A layer with the factors of some of these concepts alone."""
@@ -282,7 +282,7 @@ class BankLayer(nn.Module):
 
     def base(self, x: Tensor) -> Tensor:
         """The output of the layer as found."""
-        return self.layer(x) if self.found is None else self.found(x)
+        return self.layer(x) if self.original_forward is None else self.original_forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output plus the gated deltas of all concepts.
@@ -374,7 +374,7 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         return [layer(x) for layer in layers]
     down, gate = stack.down, bank[0].gates[bank[0].key]
     hidden = F.linear(x.to(down.dtype), down).unflatten(-1, (len(bank), -1)) * gate.unsqueeze(-2)
-    return [_added(layer.base(x), one, layer.up) for layer, one in zip(bank, hidden.unbind(-2), strict=True)]
+    return [_added(layer.base(x), gated, layer.up) for layer, gated in zip(bank, hidden.unbind(-2), strict=True)]
 
 
 def _ranks(parts: Mapping[int, Part], concepts: int) -> tuple[int, ...]:
