@@ -80,8 +80,8 @@ def parts_of(
     for n, text in enumerate(texts):
         window = regions.window(n, side)
         alone = regions.part(window, n)
-        mine, all_here = alone.cells[0][..., n], regions.cells[0][window]
-        shown = mine | ~all_here.any(dim=-1)
+        inside, all_here = alone.cells[0][..., n], regions.cells[0][window]
+        shown = inside | ~all_here.any(dim=-1)
         seen[window] |= shown
         height, width = (cells / full for cells, full in zip(shown.shape, regions.grid, strict=True))
         spec = make_pass(text.on_part(height, width), alone, window)

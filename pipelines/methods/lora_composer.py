@@ -241,13 +241,13 @@ class Composing:
             self.refining = torch.ones(len(latents), dtype=torch.bool)
         if index > int(steps_in(settings.most_updates, count)) or not self.refining.any():
             return latents
-        found = self.session.denoiser.gradient(latents, step, self.whole, self._request, self.loss)
+        gradient = self.session.denoiser.gradient(latents, step, self.whole, self._request, self.loss)
         size = settings.step_size * (1 - 0.5 * index / max(1, count - 1)) ** settings.step_decay
         active = to_device(self.refining, latents.device)
-        updated = descend(latents, found.direction, size, settings.step_rule, active)
+        updated = descend(latents, gradient.direction, size, settings.step_rule, active)
         if self.losses is not None and index >= int(steps_in(settings.least_updates, count)):
-            self.refining = self.refining & (found.losses <= self.losses)  # the update of this step has been applied
-        self.losses = found.losses
+            self.refining = self.refining & (gradient.losses <= self.losses)  # the update of this step has been applied
+        self.losses = gradient.losses
         return updated
 
     def loss(self, maps: AttentionMaps) -> Tensor:
@@ -276,8 +276,8 @@ class Composing:
     def _by_concept(self, maps: AttentionMaps) -> list[Tensor]:
         """Attention to each concept's tokens, by concept. Shape: [images, maps, height, width] each."""
         return [
-            found[..., : target.share.shape[1]].transpose(1, 2).unflatten(2, target.region.shape)
-            for found, target in zip(maps.text, self.targets, strict=True)
+            of_region[..., : target.share.shape[1]].transpose(1, 2).unflatten(2, target.region.shape)
+            for of_region, target in zip(maps.text, self.targets, strict=True)
         ]
 
 

@@ -108,10 +108,10 @@ def _check(session: Session) -> None:
             _check_masked(loaded, bool(present[:, i].all()))
 
 
-def _check_masked(loaded: LoadedConcept, found: bool) -> None:
-    """Checks a concept with a token mask; `found` is whether its words are in every prompt."""
+def _check_masked(loaded: LoadedConcept, named: bool) -> None:
+    """Checks a concept with a token mask; `named` is whether its words are in every prompt."""
     name = loaded.concept.name
-    if not found:
+    if not named:
         raise ValueError(
             f"tara needs to know the words of concept {name!r}: give it a trigger that is in every prompt"
             " (with prompt_embeds: its token_positions)"
