@@ -101,8 +101,8 @@ def front(
             try:
                 claim.take()
                 with torch.no_grad():
-                    made = make(pipe, *args, **kwargs)
-                    return made.run() if isinstance(made, Plain) else pipe.run_request(made)
+                    request = make(pipe, *args, **kwargs)
+                    return request.run() if isinstance(request, Plain) else pipe.run_request(request)
             finally:
                 claim.end()
         finally:
@@ -118,10 +118,10 @@ def request_of(pipe: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         ValueError: For arguments that do not fit together, and calls without concepts.
     """
     call: Any = type(pipe).__call__
-    made = call.__wrapped__(pipe, *args, **kwargs)
-    if isinstance(made, Plain):
+    request = call.__wrapped__(pipe, *args, **kwargs)
+    if isinstance(request, Plain):
         raise ValueError("a call without concepts is diffusers' own, which is not planned; name some: concepts=[...]")
-    return made
+    return request
 
 
 def _composes(prompt: Any, concepts: Any) -> bool:

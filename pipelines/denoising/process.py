@@ -136,14 +136,14 @@ class FixedPasses:
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The passes of this turn, one after the other, so that memory does not grow with their number."""
         prepared = self._prepared[self.turn(step)]
-        predictions = [self.session.denoiser.predict(latents, step, one) for one, _ in prepared]
+        predictions = [self.session.denoiser.predict(latents, step, handle) for handle, _ in prepared]
         prediction = weighted_mean(predictions, [weight for _, weight in prepared])
         return latents, self.session.guider.combine(prediction, step)
 
     @cached_property
     def _prepared(self) -> Mapping[int, Sequence[tuple[PreparedPass, float]]]:
         prepare = self.session.denoiser.prepare
-        return {i: [(prepare(one), weight) for one, weight in turn] for i, turn in enumerate(self.turns)}
+        return {i: [(prepare(spec), weight) for spec, weight in turn] for i, turn in enumerate(self.turns)}
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,11 @@ class ByImage:
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
         """Prepares each."""
-        return torch.cat([one.prepare(latents[i : i + 1], first) for i, one in enumerate(self.processes)])
+        return torch.cat([process.prepare(latents[i : i + 1], first) for i, process in enumerate(self.processes)])
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """A step of each."""
-        steps = [one.step(latents[i : i + 1], step) for i, one in enumerate(self.processes)]
+        steps = [process.step(latents[i : i + 1], step) for i, process in enumerate(self.processes)]
         moved, outputs = zip(*steps, strict=True)
         return torch.cat(moved), torch.cat(outputs)
 
@@ -175,8 +175,8 @@ def subject_pass(session: Session, chosen: Sequence[int]) -> Pass:
     The text is encoded with the text-encoder part of those LoRAs and the subject's own negative prompt.
     """
     weights = session.concepts.with_styles(chosen)
-    own = [session.concepts.concepts[i].negative_prompt for i in chosen]
-    negatives = [own[0]] * len(session.prompts.indices) if own and own[0] is not None else None
+    texts = [session.concepts.concepts[i].negative_prompt for i in chosen]
+    negatives = [texts[0]] * len(session.prompts.indices) if texts and texts[0] is not None else None
     text = session.prompts.encode(weights, negative_prompts=negatives)
     return Pass(text, constant_gates(session, weights))
 
@@ -194,8 +194,8 @@ def one_text(session: Session, weights: Tensor | None = None) -> Conditioning:
     Args:
         weights: Weights of the concepts' text-encoder LoRAs; None leaves them out. Shape: [concepts].
     """
-    every = session.concepts.concepts
-    warn_unread(every, every, "this method has one text for all; method='lora-composer' has one for each region")
+    concepts = session.concepts.concepts
+    warn_unread(concepts, concepts, "this method has one text for all; method='lora-composer' has one for each region")
     return session.prompts.encode(weights)
 
 

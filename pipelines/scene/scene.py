@@ -87,7 +87,7 @@ def _several(lora: Any) -> Any:
     """Several files as a tuple; what each says is read here, so that a wrong weight is noticed at once."""
     if not isinstance(lora, list | tuple):
         return lora
-    if not 2 <= len(lora) <= MOST_MERGED or not all(isinstance(one, str) for one in lora):
+    if not 2 <= len(lora) <= MOST_MERGED or not all(isinstance(source, str) for source in lora):
         raise ValueError(
             f"expected one file, or a list of 2 to {MOST_MERGED} that are merged, such as [cat.safetensors, "
             f"style.safetensors:0.7], not {lora}"
@@ -108,11 +108,11 @@ BoxOrMask = Annotated[
 ]
 
 
-def _scales(given: Any) -> Any:
+def _scales(scales: Any) -> Any:
     """Scales by name: a mapping, or text such as "cat:1,dog:0.5"."""
-    if not isinstance(given, str):
-        return given
-    pairs = [part.rpartition(":") for part in given.split(",")]
+    if not isinstance(scales, str):
+        return scales
+    pairs = [part.rpartition(":") for part in scales.split(",")]
     return {name.strip(): scale for name, _, scale in pairs}
 
 
@@ -197,12 +197,12 @@ class Start(_Frozen):
     @property
     def image_files(self) -> dict[str, str]:
         """The paths of all images, by the name of their field."""
-        found = {name: value for name, value in self.start.items() if name in ("image", "mask_image")}
+        paths = {name: value for name, value in self.start.items() if name in ("image", "mask_image")}
         for field in ("controls", "ip_adapters"):
-            for number, one in enumerate(getattr(self, field)):
-                found[f"{field}.{number}.image"] = one.image
-                found[f"{field}.{number}.region"] = getattr(one, "region", None)
-        return {name: path for name, path in found.items() if isinstance(path, str) and not path.startswith(URI_PREFIX)}
+            for number, entry in enumerate(getattr(self, field)):
+                paths[f"{field}.{number}.image"] = entry.image
+                paths[f"{field}.{number}.region"] = getattr(entry, "region", None)
+        return {name: path for name, path in paths.items() if isinstance(path, str) and not path.startswith(URI_PREFIX)}
 
 
 class Concept(_Frozen):
@@ -282,20 +282,20 @@ class Concept(_Frozen):
         return " ".join(word for word in (self.trigger, self.class_word) if word)
 
 
-def concept_of(name: str, given: Any) -> Concept:
+def concept_of(name: str, value: Any) -> Concept:
     """What `concepts={name: given}` means: a weight, a schedule of weights, or a box, which is the concept's region.
 
     Raises:
         ValueError: For four numbers that may be a box and may be weights, and for unusable weights.
     """
-    if not is_box(given):
-        return Concept(name=name, weight=given)
-    if largest_factor(given) <= SANE_WEIGHT:
+    if not is_box(value):
+        return Concept(name=name, weight=value)
+    if largest_factor(value) <= SANE_WEIGHT:
         raise ValueError(
-            f"concepts={{{name!r}: {given}}} may be a box or the weights of four parts of the steps; write "
-            f"Concept(name={name!r}, region={given}) or Concept(name={name!r}, weight={list(given)})"
+            f"concepts={{{name!r}: {value}}} may be a box or the weights of four parts of the steps; write "
+            f"Concept(name={name!r}, region={value}) or Concept(name={name!r}, weight={list(value)})"
         )
-    return Concept(name=name, region=given)
+    return Concept(name=name, region=value)
 
 
 class Scene(Start):
