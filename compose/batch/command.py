@@ -23,7 +23,7 @@ SHOWN = 20
 
 
 def make_all(
-    found: Found,
+    batch: Found,
     settings: BatchSettings,
     out: Path,
     processes: int | None = None,
@@ -42,10 +42,10 @@ def make_all(
     """
     settings = with_defaults(settings)
     if local_rank():  # a launcher has started several; only the first one prints
-        join(found, settings, out, replace=replace)
+        join(batch, settings, out, replace=replace)
         return 0
-    jobs, missing = make_jobs(found.entries, settings)
-    bad = [*found.bad, *missing]
+    jobs, missing = make_jobs(batch.entries, settings)
+    bad = [*batch.bad, *missing]
     _show_errors([one.error for one in bad])
     if not jobs:
         return BAD_INPUT
@@ -79,14 +79,14 @@ def make_all(
 def with_defaults(settings: BatchSettings) -> BatchSettings:
     """The settings with precision, steps and guidance of the model and device, where they name none."""
     named = {name: getattr(settings, name) for name in ("dtype", "steps", "guidance_scale")}
-    given = {name: value for name, value in named.items() if name in settings.model_fields_set}
-    run, _ = complete(Run(scene=Scene(prompt="-"), model=settings.model, device=settings.device, **given))
+    explicit = {name: value for name, value in named.items() if name in settings.model_fields_set}
+    run, _ = complete(Run(scene=Scene(prompt="-"), model=settings.model, device=settings.device, **explicit))
     return settings.model_copy(update={name: getattr(run, name) for name in named})
 
 
-def join(found: Found, settings: BatchSettings, out: Path, *, replace: bool) -> None:
+def join(batch: Found, settings: BatchSettings, out: Path, *, replace: bool) -> None:
     """Takes part in a batch without printing: what `--processes 2` starts twice."""
-    run_batch(found.entries, with_defaults(settings), out, replace=replace)
+    run_batch(batch.entries, with_defaults(settings), out, replace=replace)
 
 
 def _summary(jobs: Sequence[Job], left: Sequence[Job], out: Path) -> str:

@@ -61,8 +61,8 @@ def _make_all(
     scenes = {job.entry.name: job for job in folder.unchecked(jobs)}
     if scenes:
         report(done, f"checking {len(scenes)} scenes")
-    for name, found, error in pool.map(_check, {name: (job, parcels[name]) for name, job in scenes.items()}):
-        folder.keep_check(scenes[name], error, found or NO_CHOICE)
+    for name, choice, error in pool.map(_check, {name: (job, parcels[name]) for name, job in scenes.items()}):
+        folder.keep_check(scenes[name], error, choice or NO_CHOICE)
     named = {job.name: job for job in jobs}
     before = {job.name: changed(folder.failed_file(job)) for job in jobs}
     report(done, f"composing into {folder.path}")

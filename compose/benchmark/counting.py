@@ -145,11 +145,11 @@ def _counted(
             )
             process = settings.start(plan.session(plan.sets[0], runner, runner.encode))
             schedule = plan.sampler.schedule
-            every = [schedule.step(index, plan.cfg_scale) for index in range(len(schedule.timesteps))]
+            all_steps = [schedule.step(index, plan.cfg_scale) for index in range(len(schedule.timesteps))]
             latents = torch.zeros(images, unet.config["in_channels"], *plan.canvas.latent_grid, dtype=unet.dtype)
-            latents = process.prepare(latents, every[0])
+            latents = process.prepare(latents, all_steps[0])
             preparation = operations.flops
-            for step in every:
+            for step in all_steps:
                 latents, _ = process.step(latents, step)  # scaled latents have the same shape
     cost = runner.cost
     return Counted(cost.rows_forward, cost.rows_stopped, cost.rows_backward, operations.flops, preparation)
@@ -267,8 +267,8 @@ class PricingRunner(CountingRunner):
             self.prices[kind] = self.operations.flops - before, [dict(batch) for batch in kept]
         flops, text_kv = self.prices[kind]
         self.operations.flops = before + flops
-        for mine, known in zip(kept, text_kv, strict=True):
-            mine.update(known)
+        for target, known in zip(kept, text_kv, strict=True):
+            target.update(known)
 
 
 def _kind_of(spec: Pass) -> tuple | bool:
@@ -342,9 +342,9 @@ def _without_values(loaded: LoadedConcept) -> LoadedConcept:
 
     def on_meta(factors: LoraFactors) -> LoraFactors:
         sides = {side: getattr(factors, side) for side in ("down", "up", "left")}
-        own = factors.transform and replace(factors.transform, values=factors.transform.values.to(META))
+        transform = factors.transform and replace(factors.transform, values=factors.transform.values.to(META))
         moved = {side: tensor.to(META) for side, tensor in sides.items() if tensor is not None}
-        return replace(factors, **moved, transform=own)
+        return replace(factors, **moved, transform=transform)
 
     lora = {name: on_meta(factors) for name, factors in loaded.factors.model.items()}
     return replace(loaded, factors=replace(loaded.factors, model=lora))

@@ -98,8 +98,8 @@ def _here(worker: Worker, batch: Batch) -> Batch:
 
 
 def _problem(worker: Worker, node: Node, batch: Batch) -> str | None:
-    found = worker.problem(_here(worker, batch))
-    return None if found is None else node.as_given(found)
+    problem = worker.problem(_here(worker, batch))
+    return None if problem is None else node.as_given(problem)
 
 
 def _do(worker: Worker, node: Node, batch: Batch, run: Run, images: Sequence[Image.Image]) -> list[Result]:

@@ -222,10 +222,10 @@ def _with_styles(suite: Suite, shots: Sequence[_Image]) -> list[_Image]:
     """The images with how much of each style they have."""
     colours: dict[tuple[str, str, str | None], dict[str, list[Any]]] = {}
     for shot in shots:
-        found = colours.setdefault((shot.planned.scene, shot.planned.arm, shot.planned.alone), {})
+        by_style = colours.setdefault((shot.planned.scene, shot.planned.arm, shot.planned.alone), {})
         for name, score in shot.scores.concepts.items():
             if score.colours is not None:
-                found.setdefault(name, []).append(score.colours)
+                by_style.setdefault(name, []).append(score.colours)
 
     def mean(scene: str, arm: str, alone: str | None, style: str) -> np.ndarray:
         seen = colours.get((scene, arm, alone), {}).get(style)
@@ -252,16 +252,16 @@ def _concept_rows(shot: _Image) -> list[dict[str, Any]]:
     rows = []
     for i in shot.acting:
         score = shot.scores.concepts[shot.concepts[i]]
-        found = not np.isnan(similarity[i]).any()
+        detected = not np.isnan(similarity[i]).any()
         others = np.delete(similarity[i], i)
         rows.append(
             {
                 **shot.keys,
                 "concept": shot.concepts[i],
-                "found": found,
+                "found": detected,
                 "own": own[i],
                 "other": others.max() if len(others) else np.nan,
-                "nearest": shot.concepts[int(similarity[i].argmax())] if found else None,
+                "nearest": shot.concepts[int(similarity[i].argmax())] if detected else None,
                 "whole": score.whole,
                 "placed": score.placed,
                 "detection": score.detection,
@@ -321,8 +321,8 @@ def _thresholds(suite: Suite, concepts: pd.DataFrame) -> pd.DataFrame:
     used = {name for scene in suite.scenes for name in scene.concepts}
     rows = []
     for name in (concept.name for concept in suite.concepts if concept.name in used):
-        found = concepts[concepts["found"] & (concepts["concept"] == name)]
-        without, alone = (found.loc[found["arm"] == arm, "own"].to_numpy() for arm in SANITY[:2])
+        detected = concepts[concepts["found"] & (concepts["concept"] == name)]
+        without, alone = (detected.loc[detected["arm"] == arm, "own"].to_numpy() for arm in SANITY[:2])
         threshold = metrics.presence_threshold(without, alone)
         rows.append(
             {"concept": name, "without": _mean(without), "alone": metrics.reached(alone), "threshold": threshold}

@@ -161,9 +161,9 @@ def to_plan(todo: Iterable[Batch]) -> list[Batch]:
 
 def raise_problems(problems: Iterable[tuple[Batch, str | None]]) -> None:
     """Raises ValueError with all problems, each with its scene and arm, if there are any."""
-    found = [f"scene {batch.scene.name!r}, {batch.arm.name}: {text}" for batch, text in problems if text is not None]
-    if found:
-        raise ValueError("\n".join(["the suite cannot be evaluated:", *found]))
+    texts = [f"scene {batch.scene.name!r}, {batch.arm.name}: {text}" for batch, text in problems if text is not None]
+    if texts:
+        raise ValueError("\n".join(["the suite cannot be evaluated:", *texts]))
 
 
 def failed(batch: Batch, error: str) -> Failed:

@@ -92,11 +92,11 @@ def _class_images(base: Base, settings: Training, accelerator: Accelerator, side
     if settings.class_count and accelerator.is_main_process:
         generate_class_images(base, accelerator, settings, side)
     accelerator.wait_for_everyone()
-    found = read_images(settings.class_folder, [settings.filled(prompt) for prompt in settings.class_prompts])
-    warn_of_small(found, side)
-    for image in found:
+    images = read_images(settings.class_folder, [settings.filled(prompt) for prompt in settings.class_prompts])
+    warn_of_small(images, side)
+    for image in images:
         check_class_caption(image.caption, settings.concept)
-    return found
+    return images
 
 
 def adapt(base: Base, settings: Training, rows: Rows | None) -> Adapter:

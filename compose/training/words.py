@@ -57,10 +57,10 @@ def find_concept(tokenizers: Sequence[Tokenizer], caption: str, concept: Concept
         DataError: If a word is missing, stands past the model's limit, is no word to a tokenizer, or the tokenizers
             differ.
     """
-    found = [_find(tokenizer, caption, concept, noun, clean) for tokenizer in tokenizers]
-    if any(other != found[0] for other in found):
+    by_tokenizer = [_find(tokenizer, caption, concept, noun, clean) for tokenizer in tokenizers]
+    if any(other != by_tokenizer[0] for other in by_tokenizer):
         raise DataError(f"the model's two tokenizers read {caption!r} differently; choose a trigger of plain letters")
-    return found[0]
+    return by_tokenizer[0]
 
 
 def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, clean: bool) -> Words:
@@ -72,7 +72,7 @@ def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, cl
         )
     without = _without_trigger(caption, concept) if clean else caption
     nouns = free_nouns(concept, caption, [concept])
-    found = []
+    occurrences = []
     for span, noun in pairs:
         if needed and noun is None:
             raise DataError(
@@ -86,8 +86,8 @@ def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, cl
         except ValueError as error:
             raise DataError(str(error)) from error
         _check_known(tokenizer, caption, trigger, concept)
-        found.append(Occurrence(trigger, at))
-    return Words(caption, without, tuple(found))
+        occurrences.append(Occurrence(trigger, at))
+    return Words(caption, without, tuple(occurrences))
 
 
 def _without_trigger(caption: str, concept: Concept) -> str:
