@@ -68,7 +68,7 @@ class BankCache:
 
     @property
     def bytes(self) -> int:
-        """The memory that all of them take."""
+        """The memory that all banks take."""
         return sum(bank.bytes for bank in self._banks.values())
 
     def __len__(self) -> int:
@@ -117,7 +117,7 @@ class BankCache:
             del self._banks[key]
 
     def clear(self) -> None:
-        """Drops all."""
+        """Drops all banks."""
         self._banks.clear()
 
 

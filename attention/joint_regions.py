@@ -131,7 +131,7 @@ class JointRegions:
         return cls(groups, tuple(unconditional), base, masks)
 
     def select(self, rows: slice | Sequence[int]) -> "JointRegions":
-        """For some of the rows: a slice of them, or their indices in a new order."""
+        """The regions of some rows: a slice, or indices in a new order."""
         indices = range(len(self.unconditional))[rows] if isinstance(rows, slice) else rows
         hidden = (
             None

@@ -28,11 +28,11 @@ class SwappedForward:
         return (self.original if self.layer is None else self.layer)(*args, **kwargs)
 
     def put_on(self) -> None:
-        """Swaps."""
+        """Puts itself on the module."""
         self._attributes["forward"] = self
 
     def take_off(self) -> None:
-        """Swaps back; does nothing the second time."""
+        """Takes itself off the module; does nothing the second time."""
         self.layer = None
         if self._attributes.get("forward") is self:
             if self._own:

@@ -46,7 +46,7 @@ def make_all(
         return 0
     jobs, missing = make_jobs(batch.entries, settings)
     bad = [*batch.bad, *missing]
-    _show_errors([one.error for one in bad])
+    _show_errors([entry.error for entry in bad])
     if not jobs:
         return BAD_INPUT
     folder = Folder(out)
@@ -110,17 +110,17 @@ def write_plan(path: Path, entries: Sequence[Entry], settings: BatchSettings) ->
 
 def _show_results(folder: Folder, results: Sequence[Result]) -> int:
     """Reports the outcome of a batch; returns the exit code."""
-    failed = [one for one in results if one.error is not None]
+    failed = [result for result in results if result.error is not None]
     with Claims(folder.claims).claim("index") as claim:
         if claim is not None:
             folder.write_index(results)
     echo(f"{len(results) - len(failed)} images in {folder.path}, listed in images.jsonl", style="bold")
-    chosen = Counter((one.method, one.reason) for one in results if one.error is None and one.method is not None)
+    chosen = Counter((r.method, r.reason) for r in results if r.error is None and r.method is not None)
     for (method, reason), number in chosen.most_common():
         echo(f"{number} by {method}, because {reason}")
     if not failed:
         return 0
-    errors = (f"{one.source}: {one.error}" if one.seed is not None else one.error or "" for one in failed)
+    errors = (f"{r.source}: {r.error}" if r.seed is not None else r.error or "" for r in failed)
     _show_errors(list(dict.fromkeys(errors)))
     echo(f"{len(failed)} are missing; the same command tries them again.", style="red", to=err)
     return FAILED

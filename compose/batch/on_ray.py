@@ -89,7 +89,7 @@ def _make_all(
             logger.error("%s: %s", job.entry.source, ended.error)
             folder.keep_failure(job, ended.error)
         else:
-            folder.keep(job, encoded(ended.found))
+            folder.keep(job, encoded(ended.result))
         count()
 
     pool.work(_make, Claims(folder.claims, PATIENCE), named, start, end)
@@ -106,4 +106,4 @@ def _check(worker: Worker, node: Node, job: Job, parcel: Parcel) -> Choice:
 
 def _make(worker: Worker, node: Node, job: Job, parcel: Parcel) -> list[Made]:
     """The images of a job; their records name files as on the driver."""
-    return [named_as(one, job.run) for one in worker.make(moved(job.run, node.unpack(parcel)), job.seeds)]
+    return [named_as(image, job.run) for image in worker.make(moved(job.run, node.unpack(parcel)), job.seeds)]

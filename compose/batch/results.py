@@ -164,10 +164,10 @@ class Folder:
         path = self.path / "images.jsonl"
         lines = [
             {
-                "image": None if one.path is None else one.path.name, "name": one.name, "seed": one.seed,
-                "source": one.source, "error": one.error, "method": one.method, "reason": one.reason,
+                "image": None if r.path is None else r.path.name, "name": r.name, "seed": r.seed,
+                "source": r.source, "error": r.error, "method": r.method, "reason": r.reason,
             }
-            for one in results
+            for r in results
         ]  # fmt: skip
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return path

@@ -69,7 +69,7 @@ def _mapped(data: Any, change: Callable[[str], Any]) -> Any:
     if isinstance(data, str):
         return change(data)
     if isinstance(data, list):
-        return [new for one in data if (new := _mapped(one, change)) is not OMITTED]
+        return [new for value in data if (new := _mapped(value, change)) is not OMITTED]
     if isinstance(data, dict):
-        return {name: new for name, one in data.items() if (new := _mapped(one, change)) is not OMITTED}
+        return {name: new for name, value in data.items() if (new := _mapped(value, change)) is not OMITTED}
     return data

@@ -56,4 +56,4 @@ class Worker:
 
 def encoded(images: Iterable[Made]) -> dict[int, bytes]:
     """Images as PNG files with their record, by seed."""
-    return {one.record.run.seed: png_bytes(one.image, one.record) for one in images}
+    return {image.record.run.seed: png_bytes(image.image, image.record) for image in images}

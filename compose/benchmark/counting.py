@@ -127,7 +127,8 @@ def _counted(
             "num_images_per_prompt": images,
         })  # fmt: skip
         plan = make_plan(host, request.call)
-        operations, backbone, loras = Operations(), plan.canvas.backbone, [one.lora for one in plan.concepts.loaded]
+        operations, backbone = Operations(), plan.canvas.backbone
+        loras = [loaded.lora for loaded in plan.concepts.loaded]
         with (
             torch.no_grad(),
             watched or nullcontext(),
@@ -135,7 +136,7 @@ def _counted(
         ):
             counting = CountingRunner.of(plan)
             # Everything except the model has values, on the CPU.
-            inputs = {name: ByImage(one) for name, one in _unet_kwargs(unet, images).items()}
+            inputs = {name: ByImage(value) for name, value in _unet_kwargs(unet, images).items()}
             denoiser = Denoiser(
                 backbone, installed, counting.sampler, counting.canvas, plan.concepts, (), inputs, counting.log,
                 StepCaches(backbone.model),
@@ -238,7 +239,7 @@ class PricingRunner(CountingRunner):
         """Whether a loss depends on the maps of text, and on those of self-attention."""
         maps = self._maps(request)
         with torch.enable_grad():
-            leaves = [one.clone().requires_grad_() for one in (maps.text, maps.cells) if one is not None]
+            leaves = [value.clone().requires_grad_() for value in (maps.text, maps.cells) if value is not None]
             pulls = torch.autograd.grad(loss(AttentionMaps(*leaves)).sum(), leaves, allow_unused=True)
         return pulls[0] is not None, len(pulls) > 1 and pulls[1] is not None
 
@@ -292,7 +293,7 @@ def _moved(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _moved(item) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{one.name: _moved(getattr(value, one.name)) for one in fields(value)})
+        return replace(value, **{field.name: _moved(getattr(value, field.name)) for field in fields(value)})
     return value
 
 

@@ -68,7 +68,7 @@ def host_work(pipe: Any, job: Job) -> HostWork:
 def _quickest(pipe: Any, *functions: Callable[[], object]) -> list[float]:
     """Milliseconds of CPU time of each function outside of the model, called in turn; the least of all rounds."""
     rounds = [[_outside_of_passes(pipe, function) for function in functions] for _ in range(_TIMED)]
-    return [1000 * min(each) for each in zip(*rounds, strict=True)]
+    return [1000 * min(times) for times in zip(*rounds, strict=True)]
 
 
 def _outside_of_passes(pipe: Any, function: Callable[[], object]) -> float:

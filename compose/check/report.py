@@ -137,8 +137,8 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         ("method", _method_words(run, choice)),
         ("size", f"{width} x {height} pixels"),
         *((name, str(value)) for name, value in run.scene.start.items()),
-        *(("control", f"{one.model}, {one.image}, scale {one.scale:g}") for one in run.scene.controls),
-        *(("IP-Adapter", f"{one.model}, {one.image}, scale {one.scale:g}") for one in run.scene.ip_adapters),
+        *(("control", f"{control.model}, {control.image}, scale {control.scale:g}") for control in run.scene.controls),
+        *(("IP-Adapter", f"{a.model}, {a.image}, scale {a.scale:g}") for a in run.scene.ip_adapters),
         ("cost", _cost_words(pipe, run, planned, cost)),
     ]
     return facts, cost, choice

@@ -54,7 +54,7 @@ class Ended(NamedTuple):
     """A call that has ended: its result, or why it failed."""
 
     name: str
-    found: Any
+    result: Any
     error: str | None
 
 

@@ -170,19 +170,19 @@ class Todo:
                 self._keep_failure(folder, result)
 
     def _look(self) -> Kept:
-        made, scores, damage = None, None, []
+        record, scores, damage = None, None, []
         try:
-            made = read_made(self.out, self.planned)
-            if made is not None:
-                check_images(self.out, self.planned, made)
+            record = read_made(self.out, self.planned)
+            if record is not None:
+                check_images(self.out, self.planned, record)
         except FileError as error:
-            made = None
+            record = None
             damage.append(str(error))
         try:
             scores = read_scores(self.out, self.planned, self.batch.scene.concepts)
         except FileError as error:
             damage.append(str(error))
-        return Kept(made is not None, scores is not None, tuple(damage))
+        return Kept(record is not None, scores is not None, tuple(damage))
 
     def _keep_images(self, folder: Path, images: Images) -> None:
         clear(self.out, self.planned.key)

@@ -205,7 +205,8 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     lines += [line(_cells(row, shown, suite.baseline)) for row in arms_table.to_dict("records")]
     lines += ["", *_GUIDE]
     if evaluation.failed:
-        lines += ["", "## Failed", "", *(f"- {marked(_whose(one))}: {marked(one.error)}" for one in evaluation.failed)]
+        failures = (f"- {marked(_whose(failure))}: {marked(failure.error)}" for failure in evaluation.failed)
+        lines += ["", "## Failed", "", *failures]
     return "\n".join(lines) + "\n"
 
 
@@ -265,7 +266,7 @@ def _scene(evaluation: Evaluation, gallery: Gallery, scene: SuiteScene) -> dict[
 def _gap(evaluation: Evaluation, scene: SuiteScene, arm: Arm, seed: int) -> str:
     """Why there is no image with scores."""
     wanted = (scene.name, arm.name, arm.alone)
-    if any(seed in one.seeds and (one.scene, one.arm, one.alone) == wanted for one in evaluation.failed):
+    if any(seed in f.seeds and (f.scene, f.arm, f.alone) == wanted for f in evaluation.failed):
         return "failed"
     return "not there yet"
 
@@ -306,4 +307,4 @@ def _bounds_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for row in evaluation.bounds.to_dict("records"):
         rows.setdefault(row["arm"], {})[row["concept"]] = row
-    return [{"arm": arm, "role": role(evaluation.suite, arm), "concepts": found} for arm, found in rows.items()]
+    return [{"arm": arm, "role": role(evaluation.suite, arm), "concepts": concepts} for arm, concepts in rows.items()]

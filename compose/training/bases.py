@@ -48,7 +48,7 @@ class Base(Protocol):
 
     @property
     def prediction(self) -> str:
-        """The target of the network, named as in that standard; empty if it has no name for it."""
+        """The target of the network, named as in the ModelSpec standard; empty if that has no name for it."""
         ...
 
     @property

@@ -71,7 +71,7 @@ class Batches:
         number = (step * self.accumulate + part) * self.processes + self.process
         streams = [(self.concept, self.sizes[0])] + ([(self.prior, self.sizes[1])] if self.prior else [])
         parts = [_rows_of(stream, range(number * size, (number + 1) * size)) for stream, size in streams]
-        captions = [int(self.concept.examples.caption[found]) for found in parts[0].images]
+        captions = [int(self.concept.examples.caption[image]) for image in parts[0].images]
         return Batch(
             latents=torch.cat([part.latents for part in parts]),
             noise=torch.cat([part.noise for part in parts]),

@@ -39,12 +39,12 @@ class Words:
 
     caption: str
     class_caption: str
-    found: tuple[Occurrence, ...]
+    occurrences: tuple[Occurrence, ...]
 
     @property
     def trigger(self) -> tuple[int, ...]:
         """Token positions of all triggers."""
-        return tuple(position for occurrence in self.found for position in occurrence.trigger)
+        return tuple(position for occurrence in self.occurrences for position in occurrence.trigger)
 
 
 def find_concept(tokenizers: Sequence[Tokenizer], caption: str, concept: Concept, *, noun: bool, clean: bool) -> Words:
@@ -154,7 +154,7 @@ def rows_of(words: Sequence[Words], text: Tensor, class_text: Tensor) -> Rows:
     trigger, noun, of_caption = [], [], []
     for features, class_features, caption in zip(text.float(), class_text.float(), words, strict=True):
         first = len(trigger)
-        for occurrence in caption.found:
+        for occurrence in caption.occurrences:
             nouns = class_features[list(occurrence.noun)]
             if len(occurrence.noun) != len(occurrence.trigger):
                 nouns = nouns.mean(0, keepdim=True).expand(len(occurrence.trigger), -1)

@@ -49,7 +49,7 @@ class PreparedImagePrompts:
 
     @property
     def for_any_part(self) -> bool:
-        """Whether they are the same for all images and all parts of them."""
+        """Whether the image prompts are the same for all images and all parts of them."""
         return self.masks is None and all(len(embeds) == 1 for embeds in self.positive)
 
     def of_images(self, images: Sequence[int]) -> "PreparedImagePrompts":

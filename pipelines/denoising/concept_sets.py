@@ -149,14 +149,14 @@ class SetBySet:
     text: Conditioning
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
-        """Each set its own images."""
+        """Prepares each concept set on its own images."""
         return self._joined(
             process.prepare(_of_batch(latents, group.images), first)
             for group, process in zip(self.sets, self.processes, strict=True)
         )
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Each set its own images."""
+        """A step of each concept set on its own images."""
         steps = [
             process.step(_of_batch(latents, group.images), step)
             for group, process in zip(self.sets, self.processes, strict=True)

@@ -47,11 +47,11 @@ class Embedded:
     scale = 1.0
 
     def unguided(self, timesteps: Sequence[Tensor] | Tensor) -> Collection[int]:
-        """None beyond what the scale says."""
+        """No passes but those that the scale leaves unguided."""
         return ()
 
     def combine(self, prediction: Prediction, step: Step) -> Tensor:
-        """What the model predicts."""
+        """The model's own prediction."""
         return prediction.model_output
 
 
@@ -66,7 +66,7 @@ class ClassifierFree:
     scale: float
 
     def unguided(self, timesteps: Sequence[Tensor] | Tensor) -> Collection[int]:
-        """None beyond what the scale says."""
+        """No passes but those that the scale leaves unguided."""
         return ()
 
     def combine(self, prediction: Prediction, step: Step) -> Tensor:

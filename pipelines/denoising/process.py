@@ -159,11 +159,11 @@ class ByImage:
     text: Conditioning
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
-        """Prepares each."""
+        """Prepares the process of each image."""
         return torch.cat([process.prepare(latents[i : i + 1], first) for i, process in enumerate(self.processes)])
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """A step of each."""
+        """A step of the process of each image."""
         steps = [process.step(latents[i : i + 1], step) for i, process in enumerate(self.processes)]
         moved, outputs = zip(*steps, strict=True)
         return torch.cat(moved), torch.cat(outputs)

@@ -107,7 +107,7 @@ class Conditioning:
         return replace(self, trigger_mask=trigger, phrase_mask=phrase)
 
     def of_branches(self, branches: slice) -> "Conditioning":
-        """Some of the branches."""
+        """The text of some branches."""
         return self.select(slice(branches.start * self.images, branches.stop * self.images))
 
     def on_part(self, height: float, width: float) -> "Conditioning":
@@ -121,7 +121,7 @@ class Conditioning:
         return replace(self, added={**self.added, "time_ids": scaled})
 
     def select(self, rows: Selection) -> "Conditioning":
-        """Some of the rows."""
+        """The text of some rows."""
         added = self.added
         return replace(
             self,

@@ -32,7 +32,7 @@ class Emphasis:
         return all(weight == 1 for weight in self.weights)
 
     def part(self, start: int, end: int) -> "Emphasis":
-        """A span of it."""
+        """A span of the text, with its weights."""
         return Emphasis(self.text[start:end], self.weights[start:end])
 
     def carried_to(self, text: str) -> "Emphasis":

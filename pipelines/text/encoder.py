@@ -37,7 +37,7 @@ class EncodedText:
     added: Mapping[str, Tensor] | None = None
 
     def of_images(self, images: Sequence[int]) -> "EncodedText":
-        """Some of the images."""
+        """The text of some images."""
         count, negative, added = len(self.prompt_embeds), self.negative_prompt_embeds, self.added
         if added is not None:
             parts = {key: rows.unflatten(0, (-1, count))[:, images] for key, rows in added.items()}
@@ -81,7 +81,7 @@ class PromptEncoder:
     def __call__(
         self, weights: Tensor | None, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None
     ) -> EncodedText:
-        """Encodes.
+        """Encodes prompts with the text-encoder LoRAs of the concepts.
 
         Args:
             weights: Weights of the text-encoder LoRAs; None leaves them out. Shape: [concepts].
