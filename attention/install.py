@@ -174,7 +174,7 @@ class Installation:
             return self.bank[name].down, self.bank[name].up
         if name not in self._exact:
             thin = [lora[name] for lora in self._loras if name in lora and lora[name].left is None]
-            downs, ups, *_ = zip(*(factors.parts(self._device, torch.float32) for factors in thin), strict=True)
+            downs, ups, *_ = zip(*(factors.in_model(self._device, torch.float32) for factors in thin), strict=True)
             with as_outside_of_inference_mode():
                 self._exact[name] = torch.cat(downs), torch.cat(ups, dim=1)
         return self._exact[name]

@@ -59,7 +59,7 @@ class LoraFactors:
         optional = self.left, None if self.transform is None else self.transform.values
         return (self.down, self.up, *(tensor for tensor in optional if tensor is not None))
 
-    def parts(self, device: torch.device, dtype: torch.dtype, layer: nn.Module | None = None) -> "Part":
+    def in_model(self, device: torch.device, dtype: torch.dtype, layer: nn.Module | None = None) -> "LayerFactors":
         """The factors where and as the model runs; the scale is in `up`, multiplied in fp32.
 
         Args:
@@ -71,14 +71,14 @@ class LoraFactors:
         down, up = to_device(self.down, device), to_device(self.up, device).float() * self.scale
         left = None if self.left is None else to_device(self.left, device)
         if self.transform is None:
-            return Part(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype))
+            return LayerFactors(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype))
         assert layer is not None
         matrix, transform = applied(self.transform, self.delta_on(device), base_layer(layer), dtype)
         if self.transform.by_input:
             down = transformed(matrix, down.float(), True)
         elif left is None:
             up = transformed(matrix, up, False)
-        return Part(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype), transform)
+        return LayerFactors(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype), transform)
 
     def delta(self) -> Tensor:
         """The low-rank change of the weight, dense, in fp32 and in the weight's shape; without the transform."""
@@ -103,7 +103,7 @@ class LoraFactors:
         return transformed(self.transform.matrix(changed), changed, self.transform.by_input) - weight
 
 
-class Part(NamedTuple):
+class LayerFactors(NamedTuple):
     """The factors of one concept in one layer, as they are in the model.
 
     Attributes:
@@ -136,7 +136,7 @@ class Kronecker(nn.Module):
     left: Tensor
     rescaled: Tensor | None
 
-    def __init__(self, part: Part, key: GateKey) -> None:
+    def __init__(self, part: LayerFactors, key: GateKey) -> None:
         super().__init__()
         self.key = key
         rescaled = None if part.transform is None else 1 + part.transform.change
@@ -173,7 +173,7 @@ class BankLayer(nn.Module):
     which is so still reached by `.to()` and by offloading.
 
     Args:
-        parts: The factors of each concept that changes this layer, by its index (`LoraFactors.parts`).
+        parts: The factors of each concept that changes this layer, by its index (`LoraFactors.in_model`).
         concepts: How many concepts there are in all.
 
     Attributes:
@@ -196,14 +196,14 @@ class BankLayer(nn.Module):
     rows = slice(None)
     up: Tensor
 
-    def __init__(self, parts: Mapping[int, Part], site: Site, concepts: int, state: ForwardState) -> None:
+    def __init__(self, parts: Mapping[int, LayerFactors], site: Site, concepts: int, state: ForwardState) -> None:
         super().__init__()
         thin = {index: part for index, part in parts.items() if part.left is None}
         ranked = any(len(part.down) for part in thin.values())  # a transform may have no factors beside it
         sample = next(iter((thin or parts).values()))
         if not thin:  # of the right size, for what looks at it
             sides = [a * b for a, b in zip(sample.left.shape, (len(sample.up), sample.down.shape[1]), strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
-            sample = Part(sample.down.new_empty(0, sides[1]), sample.up.new_empty(sides[0], 0))
+            sample = LayerFactors(sample.down.new_empty(0, sides[1]), sample.up.new_empty(sides[0], 0))
         ranks = _ranks(thin, concepts)
         self.key = GateKey(site, sample.down.dim() == 4, ranks)
         self._state = state
@@ -252,17 +252,17 @@ class BankLayer(nn.Module):
         more = [*self.products.values(), *(() if self.transforms is None else (self.transforms,))]
         return self.down, self.up, *(tensor for module in more for tensor in module.buffers())
 
-    def part(self, index: int) -> Part:
+    def factors(self, index: int) -> LayerFactors:
         """The factors of one concept, without copying them."""
         transform = None if self.transforms is None else self.transforms.get(index)
         if (product := self.products.get(index)) is not None:
-            return Part(product.down, product.up, product.left, transform)
+            return LayerFactors(product.down, product.up, product.left, transform)
         start, rank = sum(self.key.ranks[:index]), self.key.ranks[index]
-        return Part(self.down.narrow(0, start, rank), self.up.narrow(1, start, rank), transform=transform)
+        return LayerFactors(self.down.narrow(0, start, rank), self.up.narrow(1, start, rank), transform=transform)
 
     def only(self, concepts: Collection[int]) -> "BankLayer":
         """A layer with the factors of some of these concepts alone."""
-        parts = {index: self.part(index) for index in sorted(self.concepts & set(concepts))}
+        parts = {index: self.factors(index) for index in sorted(self.concepts & set(concepts))}
         return BankLayer(parts, self.key.site, len(self.key.ranks), self._state)
 
     @property
@@ -377,7 +377,7 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return [_added(layer.base(x), gated, layer.up) for layer, gated in zip(bank, hidden.unbind(-2), strict=True)]
 
 
-def _ranks(parts: Mapping[int, Part], concepts: int) -> tuple[int, ...]:
+def _ranks(parts: Mapping[int, LayerFactors], concepts: int) -> tuple[int, ...]:
     return tuple([len(parts[index].down) if index in parts else 0 for index in range(concepts)])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_compose.compose.batch.entries import Entry
 from lora_compose.compose.batch.jobs import Job, make_jobs
-from lora_compose.compose.batch.results import NO_CHOICE, Choice, Folder, Result, changed
+from lora_compose.compose.batch.results import NO_CHOICE, ChosenMethod, Folder, Result, changed
 from lora_compose.compose.batch.runner import PATIENCE, OnProgress, check_names, results_of
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.batch.worker import Worker, encoded
@@ -100,7 +100,7 @@ def _open(settings: BatchSettings, model: Parcel, node: Node) -> Worker:
     return Worker.open(settings.model_copy(update={"model": here}), own_device(settings.device))
 
 
-def _check(worker: Worker, node: Node, job: Job, parcel: Parcel) -> Choice:
+def _check(worker: Worker, node: Node, job: Job, parcel: Parcel) -> ChosenMethod:
     return worker.check(moved(job.run, node.unpack(parcel)))
 
 

@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 STATE = "state"
 CLAIMS = "claims"
 
-Choice = tuple[str | None, str | None]
+ChosenMethod = tuple[str | None, str | None]
 """The method of a call, and the reason for the choice."""
 
-NO_CHOICE: Choice = (None, None)
+NO_CHOICE: ChosenMethod = (None, None)
 """The choice of a call without concepts."""
 
 
@@ -140,7 +140,7 @@ class Folder:
             return None
         return next((path for seed in job.seeds if (path := self.image(job, seed)).exists()), None)
 
-    def keep_check(self, job: Job, error: str | None, choice: Choice = NO_CHOICE) -> None:
+    def keep_check(self, job: Job, error: str | None, choice: ChosenMethod = NO_CHOICE) -> None:
         """Stores the check of a job's scene, and logs its error."""
         if error is not None:
             logger.error("%s: %s", job.entry.source, error)

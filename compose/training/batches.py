@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_compose.compose.training.examples import Examples
 from lora_compose.compose.training.learner import Batch
 from lora_compose.compose.training.noising import Noising
-from lora_compose.compose.training.words import Rows
+from lora_compose.compose.training.words import WordFeatures
 
 _ORDER, _CONCEPT, _CLASS = range(3)
 
@@ -60,7 +60,7 @@ class Batches:
 
     concept: Stream
     prior: Stream | None
-    rows: Rows | None
+    rows: WordFeatures | None
     sizes: tuple[int, int]
     accumulate: int = 1
     processes: int = 1
@@ -111,7 +111,7 @@ def _rows_of(stream: Stream, rows: range) -> _Part:
 def batches_of(
     concept: Examples,
     prior: Examples | None,
-    rows: Rows | None,
+    rows: WordFeatures | None,
     *,
     seed: int,
     sizes: tuple[int, int],

@@ -15,7 +15,7 @@ from lora_compose.compose.training.focus import Focus, focus_on_triggers
 from lora_compose.compose.training.model import ADAPTER, add_lora
 from lora_compose.compose.training.sampling import generate_class_images
 from lora_compose.compose.training.settings import Training
-from lora_compose.compose.training.words import Rows, Words, check_class_caption, find_concept, rows_of
+from lora_compose.compose.training.words import WordFeatures, Words, check_class_caption, find_concept, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class TrainingData:
 
     concept: Examples
     prior: Examples | None
-    rows: Rows | None
+    rows: WordFeatures | None
     data: str
 
 
@@ -99,7 +99,7 @@ def _class_images(base: Base, settings: Training, accelerator: Accelerator, side
     return images
 
 
-def adapt(base: Base, settings: Training, rows: Rows | None) -> Adapter:
+def adapt(base: Base, settings: Training, rows: WordFeatures | None) -> Adapter:
     """Gives the network its LoRA, with the mask and the keys that TARA asks for."""
     network = base.network
     config, tara = add_lora(network, base.targets(settings.scope), settings), settings.tara

@@ -121,7 +121,7 @@ def check_class_caption(caption: str, concept: Concept) -> None:
 
 
 @dataclass(frozen=True)
-class Rows:
+class WordFeatures:
     """Text features at the trigger and at its class word in all captions, a row for every token of a trigger.
 
     Shapes: [rows, channels], fp32; `of_caption` has the rows of each caption.
@@ -145,7 +145,7 @@ class Rows:
         return weights
 
 
-def rows_of(words: Sequence[Words], text: Tensor, class_text: Tensor) -> Rows:
+def rows_of(words: Sequence[Words], text: Tensor, class_text: Tensor) -> WordFeatures:
     """The features that alignment compares, from those of the captions and of their `class_caption`.
 
     A trigger and a class word of as many tokens are paired one by one; otherwise every token of the trigger belongs to
@@ -161,4 +161,4 @@ def rows_of(words: Sequence[Words], text: Tensor, class_text: Tensor) -> Rows:
             trigger += features[list(occurrence.trigger)].unbind()
             noun += nouns.unbind()
         of_caption.append(tuple(range(first, len(trigger))))
-    return Rows(torch.stack(trigger), torch.stack(noun), tuple(of_caption))
+    return WordFeatures(torch.stack(trigger), torch.stack(noun), tuple(of_caption))

@@ -147,7 +147,7 @@ class FixedPasses:
 
 
 @dataclass(frozen=True)
-class ByImage:
+class ImageByImage:
     """Images that cannot go through the model together, one after the other.
 
     Attributes:

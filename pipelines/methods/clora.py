@@ -46,7 +46,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning, join_branches
 
 Fuse = Literal["regions", "branches"]
 Uncond = Literal["shared", "each"]
-Change = Literal["dilate", "erode", "open", "close"]
+Morphology = Literal["dilate", "erode", "open", "close"]
 _CHOICES = {"fuse": Fuse, "uncond": Uncond, "step_rule": StepRule}
 _CHANGES = {"dilate": dilated, "erode": eroded, "open": opened, "close": closed}
 
@@ -97,7 +97,7 @@ class Clora(Settings):
     threshold: float = 0.3
     smoothed: bool = False
     exclusive: bool = True
-    morphology: Sequence[Change] = ()
+    morphology: Sequence[Morphology] = ()
     mask_from: float = 0.0
     mask_until: float = 0.5
     isolate: bool = False

@@ -46,10 +46,10 @@ from lora_compose.pipelines.text.branches import branch_of
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.prompts import about
 
-Reading = Literal["auto", "scene", "regions"]
+ReadingMode = Literal["auto", "scene", "regions"]
 Division = Literal["auto", "strips", "nearest"]
 Isolation = Literal["auto", "always", "never"]
-_CHOICES = {"reading": Reading, "division": Division, "isolate": Isolation}
+_CHOICES = {"reading": ReadingMode, "division": Division, "isolate": Isolation}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Draft(Settings):
     length: float = 0.12
     threshold: float = 0.3
     division: Division = "auto"
-    reading: Reading = "auto"
+    reading: ReadingMode = "auto"
     apart: float = 0.4
     isolate: Isolation = "auto"
     bias: float | None = None

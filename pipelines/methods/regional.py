@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import Site, grid_at
-from lora_compose.pipelines.denoising.process import ActingRows, ByImage, FixedPasses, Process, Settings, warn_once
+from lora_compose.pipelines.denoising.process import ActingRows, FixedPasses, ImageByImage, Process, Settings, warn_once
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass
 from lora_compose.pipelines.methods.merge import Merge
@@ -91,7 +91,7 @@ class Regional(Settings):
             return passes(read(texts))
         # Where a text is not padded, the positions of all that follows depend on its length.
         by_image = [passes(read(texts.of_image(image)), image) for image in range(canvas.images)]
-        return ByImage(by_image, texts.base)
+        return ImageByImage(by_image, texts.base)
 
     def _reads_regions(self, session: Session) -> Site | None:
         """How text and image lie in one sequence, if each region reads its own text; None if all read one."""

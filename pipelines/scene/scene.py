@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from lora_compose.pipelines.scene.mask_images import URI_PREFIX, is_fractions, region_of
+from lora_compose.pipelines.scene.mask_images import URI_PREFIX, Box, is_fractions, region_of
 from lora_compose.pipelines.scene.sources import Lora, weighted
 from lora_compose.pipelines.scene.strength import (
     SANE_WEIGHT,
@@ -48,9 +48,6 @@ class _Frozen(BaseModel):
 
         # pydantic goes on to read files and nested fields without it, so that errors name the place in the whole.
         __init__.__pydantic_base_init__ = True
-
-
-Box = tuple[int, int, int, int]
 
 
 def _proper(box: Any) -> Any:

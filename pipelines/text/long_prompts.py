@@ -21,6 +21,8 @@ _LATEST = 0.5
 """A chunk ends after punctuation if that leaves more than this part of it."""
 
 Span = tuple[int, int]
+"""First character, and the character after the last."""
+
 Texts = Sequence[str] | None
 
 

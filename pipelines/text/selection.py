@@ -21,7 +21,7 @@ _MOST = 200  # words of a prompt that are compared, and concepts that a message 
 
 
 @dataclass(frozen=True)
-class Choice:
+class NamedConcepts:
     """The concepts that a prompt names.
 
     Attributes:
@@ -44,7 +44,7 @@ class Choice:
         return [Concept(name=name, weight=self.weights[name]) if name in self.weights else name for name in self.names]
 
 
-def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
+def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> NamedConcepts:
     """The concepts that a prompt names.
 
     A concept is named by its trigger. Where several share a trigger, the class word that follows it decides. A concept
@@ -74,7 +74,7 @@ def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
             reasons[names.index(name)] += f", before which its trigger {trigger!r} is written"
     tagged = [name for name in weights if name not in names]
     reasons += [f"{name}: by its tag" for name in tagged]
-    return Choice((*names, *tagged), prompt, tuple(reasons), tuple(notes), weights)
+    return NamedConcepts((*names, *tagged), prompt, tuple(reasons), tuple(notes), weights)
 
 
 def _words(concept: Concept) -> Concept:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.spelling import shortened
-from lora_compose.pipelines.text.long_prompts import LongTokenizer
+from lora_compose.pipelines.text.long_prompts import LongTokenizer, Span
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
@@ -65,10 +65,6 @@ def _find_words(words: str, prompt: str) -> tuple[tuple[int, int], ...]:
     matches = re.finditer(before + pattern + after, prompt, re.IGNORECASE) if pattern else ()
     # To `re` the long s is an s, to tokenizers it is another letter.
     return tuple(match.span() for match in matches if match[0].lower().split() == words.lower().split())
-
-
-Span = tuple[int, int]
-"""First character, and the character after the last."""
 
 
 def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[tuple[Span, Span | None]]:
