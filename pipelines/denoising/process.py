@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "Settings",
     "WeightedPass",
     "acting_rows",
+    "check_choices",
     "constant_gates",
     "one_text",
     "subject_pass",
@@ -80,6 +81,13 @@ class Settings(Protocol):
             ValueError: If the concepts lack something the method needs.
         """
         ...
+
+
+def check_choices(settings: Settings) -> None:
+    """Raises ValueError for a setting that is none of the words its type lists."""
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, not {getattr(settings, name)!r}")
 
 
 ActingRows = Literal["cond_only", "all"]

@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from lora_compose.attention.device import to_device
 from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, strongest
 from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
-from lora_compose.pipelines.denoising.process import Needs, Process, Settings, warn_once, warn_unread
+from lora_compose.pipelines.denoising.process import Needs, Process, Settings, check_choices, warn_once, warn_unread
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.losses import contrast, smooth
@@ -47,7 +47,6 @@ from lora_compose.pipelines.text.conditioning import Conditioning, join_branches
 Fuse = Literal["regions", "branches"]
 Uncond = Literal["shared", "each"]
 Morphology = Literal["dilate", "erode", "open", "close"]
-_CHOICES = {"fuse": Fuse, "uncond": Uncond, "step_rule": StepRule}
 _CHANGES = {"dilate": dilated, "erode": eroded, "open": opened, "close": closed}
 
 
@@ -108,9 +107,7 @@ class Clora(Settings):
     mask_words: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
+        check_choices(self)
         for name in ("step_size", "update_until", "mask_from", "mask_until", "refinements"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, and it is {getattr(self, name)}")

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from lora_compose.attention import Site, TextBias, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
-from lora_compose.pipelines.denoising.process import FixedPasses, Process, Settings, constant_gates
+from lora_compose.pipelines.denoising.process import FixedPasses, Process, Settings, check_choices, constant_gates
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
 from lora_compose.pipelines.methods.division import divided, nearest, strips
@@ -49,7 +49,6 @@ from lora_compose.pipelines.text.prompts import about
 ReadingMode = Literal["auto", "scene", "regions"]
 Division = Literal["auto", "strips", "nearest"]
 Isolation = Literal["auto", "always", "never"]
-_CHOICES = {"reading": ReadingMode, "division": Division, "isolate": Isolation}
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,7 @@ class Draft(Settings):
     keep_regions: bool = True
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
+        check_choices(self)
         if not 0 < self.length < math.inf:
             raise ValueError(f"length must be positive, not {self.length}")
         if not 0 <= self.threshold < 1:

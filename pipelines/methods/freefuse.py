@@ -15,7 +15,7 @@ H is the output of self-attention. FreeFuse, arXiv 2510.23515, as in the authors
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from lora_compose.pipelines.denoising.process import (
     Process,
     Settings,
     acting_rows,
+    check_choices,
     constant_gates,
     one_text,
     warn_once,
@@ -42,7 +43,6 @@ from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 Words = Literal["class_word", "phrase"]
-_CHOICES = {"words": Words, "rows": ActingRows}
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,7 @@ class FreeFuse(Settings):
     rows: ActingRows = "all"
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
+        check_choices(self)
         if not 0 < self.length < math.inf:
             raise ValueError(f"length must be positive, not {self.length}")
         if not 0 < self.share <= 1:

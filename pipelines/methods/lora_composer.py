@@ -24,7 +24,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from torch import Tensor
 from lora_compose.attention.device import to_device
 from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
-from lora_compose.pipelines.denoising.process import ActingRows, Needs, Process, Settings, warn_unread
+from lora_compose.pipelines.denoising.process import ActingRows, Needs, Process, Settings, check_choices, warn_unread
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, ComposedRegions, compose_regions
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
@@ -48,7 +48,6 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.prompts import about
 
 Reinit = Literal["off", "copy", "swap"]
-_CHOICES = {"inject": Inject, "rows": ActingRows, "reinit": Reinit, "step_rule": StepRule, "background": Background}
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,7 @@ class LoraComposer(Settings):
     background: Background = "surroundings"
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
+        check_choices(self)
         for name in ("threshold", "least_updates", "most_updates", "apart", "apart_side"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")

@@ -18,13 +18,21 @@ region has its own text, about its concept alone, and the image has a text witho
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_compose.attention import Site, grid_at
-from lora_compose.pipelines.denoising.process import ActingRows, FixedPasses, ImageByImage, Process, Settings, warn_once
+from lora_compose.pipelines.denoising.process import (
+    ActingRows,
+    FixedPasses,
+    ImageByImage,
+    Process,
+    Settings,
+    check_choices,
+    warn_once,
+)
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass
 from lora_compose.pipelines.methods.merge import Merge
@@ -57,10 +65,7 @@ class Regional(Settings):
     isolate: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("rows", ActingRows), ("token_mask", TokenMask), ("texts", Texts)):
-            allowed = get_args(choices)
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        check_choices(self)
 
     def start(self, session: Session) -> Process:
         """Gates by region, token and row. A concept without a region acts everywhere. Styles alone are merged."""

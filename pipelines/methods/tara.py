@@ -15,7 +15,7 @@ mask.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_compose.attention import Gates
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.denoising.passes import Pass
-from lora_compose.pipelines.denoising.process import FixedPasses, Settings, one_text, warn_once
+from lora_compose.pipelines.denoising.process import FixedPasses, Settings, check_choices, one_text, warn_once
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
 
@@ -46,9 +46,7 @@ class Tara(Settings):
     scope: Scope = "all"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("cfg_mask", get_args(CfgMask)), ("scope", get_args(Scope))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        check_choices(self)
 
     @classmethod
     def official(cls) -> "Tara":
