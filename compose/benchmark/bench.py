@@ -21,9 +21,7 @@ from lora_compose.compose.benchmark.architectures import (
     without_boxes,
     without_weights,
 )
-from lora_compose.compose.benchmark.architectures import (
-    RANK as LORA_RANK,
-)
+from lora_compose.compose.benchmark.architectures import RANK as LORA_RANK
 from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.host import HostWork, host_work
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak

@@ -20,12 +20,7 @@ INTERRUPTED = 130
 
 
 def train(
-    preset: str | None,
-    tara: Mapping[str, Any] | None,
-    fields: Mapping[str, Any],
-    *,
-    fresh: bool,
-    overwrite: bool,
+    preset: str | None, tara: Mapping[str, Any] | None, fields: Mapping[str, Any], *, fresh: bool, overwrite: bool
 ) -> None:
     """Trains a LoRA and prints its path. Ctrl-C stops; the same call resumes.
 

@@ -327,11 +327,7 @@ def _masks_of(call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Co
 
 
 def _find(
-    tokenizers: Sequence[Tokenizer],
-    concepts: Sequence[Concept],
-    prompts: Sequence[str],
-    names: Any,
-    mentions: Any,
+    tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], prompts: Sequence[str], names: Any, mentions: Any
 ) -> TokenMasks:
     """A `Finder` for texts that all tokenizers read."""
     prompts = [plain_text(prompt) for prompt in prompts]

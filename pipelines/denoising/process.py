@@ -230,8 +230,5 @@ def constant_gates(session: Session, weights: Tensor) -> Gates:
     canvas = session.canvas
     gate = weights.to(canvas.device)[None]
     return Gates(
-        text=gate[:, None],
-        image=dict.fromkeys(canvas.levels, gate[:, None]),
-        row=gate,
-        latent_grid=canvas.latent_grid,
+        text=gate[:, None], image=dict.fromkeys(canvas.levels, gate[:, None]), row=gate, latent_grid=canvas.latent_grid
     )

@@ -170,11 +170,7 @@ class LoraComposer(Settings):
             wanted, canvas.image_size, canvas.latent_grid, canvas.levels, self.threshold, canvas.painted
         )
         behind = [concept for concept in concepts.concepts if concept.region is None]
-        warn_unread(
-            behind,
-            behind,
-            "without a region a concept acts in the background, which reads the scene's prompt",
-        )
+        warn_unread(behind, behind, "without a region a concept acts in the background, which reads the scene's prompt")
         prompts = _own_prompts(session, regions.indices)
         composed = compose_regions(
             session, regions, region_texts(session, regions.indices, prompts, self.background), isolate=self.isolate,

@@ -44,10 +44,7 @@ class RegionTexts:
 
 
 def region_texts(
-    session: Session,
-    indices: Sequence[int],
-    prompts: Sequence[Sequence[str]],
-    background: Background = "surroundings",
+    session: Session, indices: Sequence[int], prompts: Sequence[Sequence[str]], background: Background = "surroundings"
 ) -> RegionTexts:
     """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA.
 

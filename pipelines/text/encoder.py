@@ -179,10 +179,7 @@ class Prompts:
         return self._conditioning(text, masks)
 
     def find(
-        self,
-        prompts: Sequence[str],
-        names: Collection[str],
-        mentions: Sequence[Mapping[str, Mention]] | None = None,
+        self, prompts: Sequence[str], names: Collection[str], mentions: Sequence[Mapping[str, Mention]] | None = None
     ) -> TokenMasks:
         """Positions of the named concepts' words in prompts, and of the mentioned words of others.
 
