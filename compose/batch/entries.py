@@ -175,14 +175,12 @@ def _of_batch_file(scenes: Any, path: Path) -> Iterator[Entry | InvalidEntry]:
         raise FileError(f"{path}: scenes: expected a list of scenes, each with a name and a prompt")
     for i, scene in enumerate(scenes):
         source = f"{path}, scenes[{i}]"
-        entry_fields = {name: scene[name] for name in _OWN if name in scene} if isinstance(scene, dict) else {}
-        if "seed" in entry_fields and "seeds" in entry_fields:
+        named = {name: scene[name] for name in _OWN if name in scene} if isinstance(scene, dict) else {}
+        if "seed" in named and "seeds" in named:
             yield InvalidEntry(source, f"{source}: give seed or seeds, not both")
             continue
-        fields = {k: v for k, v in scene.items() if k not in entry_fields} if isinstance(scene, dict) else scene
-        yield _entry(
-            entry_fields.get("name"), fields, entry_fields.get("seeds", entry_fields.get("seed")), path, source
-        )
+        fields = {k: v for k, v in scene.items() if k not in named} if isinstance(scene, dict) else scene
+        yield _entry(named.get("name"), fields, named.get("seeds", named.get("seed")), path, source)
 
 
 @dataclass(frozen=True)
@@ -261,9 +259,9 @@ def _of_row(path: Path, table: Table, row: Row, template: _Template) -> Entry | 
         scene = template.scene(row.values)
     except ValueError as error:
         return InvalidEntry(source, f"{source}: {error}")
-    entry_fields = {name: row.values[name] for name in _OWN if row.values.get(name) not in (None, "")}
-    name = entry_fields.get("name", f"{path.stem}-{row.line:04}")
-    return _entry(name, scene, entry_fields.get("seeds", entry_fields.get("seed")), path, source, template.path)
+    named = {name: row.values[name] for name in _OWN if row.values.get(name) not in (None, "")}
+    name = named.get("name", f"{path.stem}-{row.line:04}")
+    return _entry(name, scene, named.get("seeds", named.get("seed")), path, source, template.path)
 
 
 def _distinct(read: Iterable[Entry | InvalidEntry]) -> tuple[list[Entry], list[InvalidEntry]]:
