@@ -236,13 +236,13 @@ def _region_in_pixels(call: Call, loaded: LoadedConcept) -> LoadedConcept:
 
 def _check_painted(loaded: Sequence[LoadedConcept], canvas: Canvas, painted: Tensor) -> None:
     """Raises ValueError for regions that lie outside of the painted cells."""
-    for concept in loaded:
-        region = concept.concept.region
+    for entry in loaded:
+        region = entry.concept.region
         if region is None:
             continue
         if not (region_mask(region, canvas.image_size, canvas.latent_grid, sharp=True) * painted).any():
             raise ValueError(
-                f"the region of concept {concept.concept.name!r} lies outside of the mask, where nothing is painted; "
+                f"the region of concept {entry.concept.name!r} lies outside of the mask, where nothing is painted; "
                 "move it, or widen mask_image"
             )
 

@@ -280,7 +280,7 @@ class Concept(_Frozen):
 
 
 def concept_of(name: str, value: Any) -> Concept:
-    """What `concepts={name: given}` means: a weight, a schedule of weights, or a box, which is the concept's region.
+    """What `concepts={name: value}` means: a weight, a schedule of weights, or a box, which is the concept's region.
 
     Raises:
         ValueError: For four numbers that may be a box and may be weights, and for unusable weights.
