@@ -87,7 +87,7 @@ def read_entries(
         raise FileError("there is nothing to make; name scene files, a folder, a table or a batch file")
     base = _Template.read(None if template is None else Path(template), concepts)
     tables = any(path.suffix.lower() in TABLES for path in paths)
-    if base.given and not tables:
+    if base.fields and not tables:
         raise FileError("a template and concepts are for tables (.csv, .tsv, .jsonl), and there is none")
     settings: dict[str, Any] = {}
     read: list[Entry | InvalidEntry] = []
@@ -189,11 +189,6 @@ class _Template:
 
     fields: Mapping[str, Any]
     path: Path | None
-
-    @property
-    def given(self) -> bool:
-        """Whether the template has any field."""
-        return bool(self.fields)
 
     @classmethod
     def read(cls, path: Path | None, concepts: Sequence[Concept]) -> "_Template":

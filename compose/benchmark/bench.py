@@ -156,8 +156,8 @@ def bench(
             "dtype": dtype,
             "size": size,
             "pairs": pairs,
-            "timed": [asdict(row) for row in timed],
         }
+        numbers["timed"] = [asdict(row) for row in timed]
     if swap:
         with bar("measuring swaps"):
             swaps = measure_swaps(device)

@@ -180,14 +180,14 @@ def _stored(out: Path, plan: results.Plan) -> tuple[list[_Image], list[results.F
     missing = unscored = 0
     for planned in plan.batches:
         concepts = plan.suite.scene(planned.scene).concepts
-        made = _sound(lambda planned=planned: results.read_made(out, planned))
-        scores = _sound(lambda planned=planned, concepts=concepts: results.read_scores(out, planned, concepts))
-        failure = _sound(
-            lambda planned=planned: read(results.batch_folder(out, planned.key) / results.FAILED, results.Failed)
-        )
+        made = _sound(results.read_made, out, planned)
+        scores = _sound(results.read_scores, out, planned, concepts)
+        failure = _sound(read, results.batch_folder(out, planned.key) / results.FAILED, results.Failed)
         if made is not None and scores is not None:
             subjects = tuple(name for name in concepts if not plan.suite.concept(name).is_style)
-            shots += _scored(out, planned, made, scores, subjects)
+            for seed in planned.seeds:
+                file = results.image_path(out, planned.key, seed).relative_to(out).as_posix()
+                shots.append(_Image(planned, seed, file, made, scores.images[seed], subjects))
         elif failure is not None:
             failed.append(failure)
         elif made is None:
@@ -197,25 +197,13 @@ def _stored(out: Path, plan: results.Plan) -> tuple[list[_Image], list[results.F
     return shots, failed, missing, unscored
 
 
-def _sound(reading: Callable[[], _Read | None]) -> _Read | None:
+def _sound(reader: Callable[..., _Read | None], *args: Any) -> _Read | None:
     """Reads results; a damaged batch is logged and left out, so that the others are still shown."""
     try:
-        return reading()
+        return reader(*args)
     except FileError as error:
         logger.error("%s, and is left out; run the evaluation again to repair it", error)
         return None
-
-
-def _scored(
-    out: Path, planned: results.Planned, made: results.Made, scores: results.Scores, concepts: tuple[str, ...]
-) -> list[_Image]:
-    return [
-        _Image(
-            planned, seed, results.image_path(out, planned.key, seed).relative_to(out).as_posix(), made,
-            scores.images[seed], concepts,
-        )
-        for seed in planned.seeds
-    ]  # fmt: skip
 
 
 def _with_styles(suite: Suite, shots: Sequence[_Image]) -> list[_Image]:
