@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_compose.attention.device import as_outside_of_inference_mode
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
-from lora_compose.attention.lora_bank import BankLayer, Lora, LoraFactors, Part, base_layer, share_input
+from lora_compose.attention.lora_bank import BankLayer, LayerFactors, Lora, LoraFactors, base_layer, share_input
 from lora_compose.attention.sites import Site
 
 Handle = tuple[Hashable, ...]
@@ -68,7 +68,7 @@ class BankCache:
 
     @property
     def bytes(self) -> int:
-        """The memory that all of them take."""
+        """The memory that all banks take."""
         return sum(bank.bytes for bank in self._banks.values())
 
     def __len__(self) -> int:
@@ -103,12 +103,12 @@ class BankCache:
                 break
             excess -= self._banks.pop(key).bytes
 
-    def parts(self, handle: Handle, device: torch.device, dtype: torch.dtype) -> "Parts | None":
+    def factors(self, handle: Handle, device: torch.device, dtype: torch.dtype) -> "ByLayer | None":
         """The factors of one LoRA, as they are in some bank, without copying anything."""
         for key, bank in self._banks.items():
             if handle in key.loras and (key.device, key.dtype) == (device, dtype):
                 column = key.loras.index(handle)
-                return {name: layer.part(column) for name, layer in bank.layers.items() if column in layer.concepts}
+                return {name: layer.factors(column) for name, layer in bank.layers.items() if column in layer.concepts}
         return None
 
     def forget(self, file: Hashable) -> None:
@@ -117,7 +117,7 @@ class BankCache:
             del self._banks[key]
 
     def clear(self) -> None:
-        """Drops all."""
+        """Drops all banks."""
         self._banks.clear()
 
 
@@ -142,7 +142,7 @@ class KeptBanks:
     handles: tuple[Handle, ...]
 
 
-Parts = Mapping[str, Part]
+ByLayer = Mapping[str, LayerFactors]
 """The factors of one LoRA as a bank has them, by layer."""
 
 
@@ -163,13 +163,13 @@ def new_bank(
     Raises:
         ValueError: If the weight of a layer with a transform is not to be had, or would be multiplied by too much.
     """
-    there = [kept.cache.parts(handle, key.device, key.dtype) for handle in key.loras] if kept else [None] * len(loras)
+    there = [kept.cache.factors(handle, key.device, key.dtype) for handle in key.loras] if kept else [None] * len(loras)
     state, layers = ForwardState(), {}
     with as_outside_of_inference_mode():
         for name in dict.fromkeys(name for lora in loras for name in lora):
             parts = {
-                index: _part(name, lora[name], found, key, modules[name])
-                for index, (lora, found) in enumerate(zip(loras, there, strict=True))
+                index: _factors(name, lora[name], known, key, modules[name])
+                for index, (lora, known) in enumerate(zip(loras, there, strict=True))
                 if name in lora
             }
             layers[name] = BankLayer(parts, where[name], len(loras), state)
@@ -179,11 +179,11 @@ def new_bank(
     return Bank(layers, state)
 
 
-def _part(name: str, factors: LoraFactors, there: Parts | None, key: BankKey, layer: nn.Module) -> Part:
+def _factors(name: str, factors: LoraFactors, there: ByLayer | None, key: BankKey, layer: nn.Module) -> LayerFactors:
     """The factors of one LoRA in one layer: those that are there already, unless the layer has another weight now."""
-    if there is not None and ((own := there[name].transform) is None or own.of.is_of(base_layer(layer))):
+    if there is not None and ((transform := there[name].transform) is None or transform.of.is_of(base_layer(layer))):
         return there[name]
     try:
-        return factors.parts(key.device, key.dtype, layer)
+        return factors.in_model(key.device, key.dtype, layer)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_compose.attention.device import uncompiled
 
-Kind = Literal["read", "compose", "install"]
+ClaimKind = Literal["read", "compose", "install"]
 """A call without concepts; one with concepts; LoRAs put into a model, by themselves or by a call with concepts."""
 
 
@@ -80,7 +80,7 @@ class Claim:
     `end` belongs into two `finally`, one around the other, so that it is finished if Ctrl-C comes during the first.
     """
 
-    def __init__(self, models: Iterable[nn.Module], kind: Kind) -> None:
+    def __init__(self, models: Iterable[nn.Module], kind: ClaimKind) -> None:
         self._models = tuple(models)
         self._kind = kind
         self._thread = threading.get_ident()
@@ -130,7 +130,7 @@ class Claim:
 
 
 @contextmanager
-def claimed(models: Iterable[nn.Module], kind: Kind) -> Iterator[None]:
+def claimed(models: Iterable[nn.Module], kind: ClaimKind) -> Iterator[None]:
     """Inside this block models are claimed.
 
     Raises:

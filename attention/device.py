@@ -26,18 +26,18 @@ def as_outside_of_inference_mode() -> Iterator[None]:
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """All modules of a model by name, in the order of `named_modules`, which takes ten times as long."""
     model = uncompiled(model)
-    found, seen = {"": model}, {model}
+    modules, seen = {"": model}, {model}
 
     def visit(module: nn.Module, start: str) -> None:
         for child, inner in module._modules.items():
             if inner is not None and inner not in seen:
                 seen.add(inner)
-                found[start + child] = inner
+                modules[start + child] = inner
                 if inner._modules:
                     visit(inner, f"{start}{child}.")
 
     visit(model, "")
-    return found
+    return modules
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -104,8 +104,8 @@ class Gates:
         """
         gate, grid = self._of(key.site, lengths), grid_at(self.latent_grid, key.site.level)
         # No indexing by rank: the index would have to be copied to the device.
-        each = [gate[..., i, None].expand(*gate.shape[:-1], rank) for i, rank in enumerate(key.ranks)]
-        gate = torch.cat(each, dim=-1)
+        columns = [gate[..., i, None].expand(*gate.shape[:-1], rank) for i, rank in enumerate(key.ranks)]
+        gate = torch.cat(columns, dim=-1)
         if not key.convolution:
             return gate.contiguous()
         gate = gate.transpose(1, 2)
@@ -120,8 +120,8 @@ class Gates:
             gate = gate.unflatten(1, (1, *((1, 1) if gate.shape[1] == 1 else grid)))
         if site.flat:
             cells = prod(grid_at(self.latent_grid, site.level))
-            each = lengths if site.parts == ("text",) else [cells] * len(lengths)
-            gate = _flat(gate, [site.padded(length) for length in each])
+            counts = lengths if site.parts == ("text",) else [cells] * len(lengths)
+            gate = _flat(gate, [site.padded(length) for length in counts])
         return gate.unsqueeze(-2) if site.extra_axis else gate
 
     def _by_position(self, site: Site, lengths: Sequence[int]) -> Tensor:
@@ -161,8 +161,8 @@ def _flat(gate: Tensor, lengths: Sequence[int]) -> Tensor:
     """The positions of all rows, row after row. Shape: [rows, positions, concepts] -> [all positions, concepts]."""
     if gate.shape[:2] == (1, 1):
         return gate[0]
-    each = gate.expand(len(lengths), max(lengths), -1)
-    return torch.cat([row[:length] for row, length in zip(each, lengths, strict=True)])
+    rows_of_gate = gate.expand(len(lengths), max(lengths), -1)
+    return torch.cat([row[:length] for row, length in zip(rows_of_gate, lengths, strict=True)])
 
 
 def _rows(gate: Tensor, rows: slice | list[int], dim: int) -> Tensor:

@@ -59,9 +59,9 @@ class _Aliases(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.__name__ != "__set__":
             args = tuple(map(_alias, args))
-            kwargs = {name: _alias(given) for name, given in (kwargs or {}).items()}
+            kwargs = {name: _alias(value) for name, value in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))
 
 
-def _alias(given: Any) -> Any:
-    return given.detach() if isinstance(given, nn.Parameter) else given
+def _alias(value: Any) -> Any:
+    return value.detach() if isinstance(value, nn.Parameter) else value

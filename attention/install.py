@@ -78,7 +78,7 @@ class Installation:
         kept = text_kv or (None if text is None else TextKV())
         factors = None if text_bias is None else text_bias.to(self._device)
         scores = {} if factors is None else factors.scores()
-        bias = {level: one.to(self._dtype)[:, None] for level, one in scores.items()}
+        bias = {level: score.to(self._dtype)[:, None] for level, score in scores.items()}
         return LayerInputs(
             expanded, kept, regions, text if regions is not None else None, joint_regions, tuple(lengths),
             gates.latent_grid, bias or None, factors, self._text_end(lengths, text),
@@ -145,15 +145,15 @@ class Installation:
                 self._add_to_weight(name, columns[ranks], gates)
             del self.bank[name]
             if adapted & set(stay):
-                self.bank[name] = rest = layer.only(stay)
-                rest.act_on(layer.layer)
+                self.bank[name] = unfolded = layer.only(stay)
+                unfolded.act_on(layer.layer)
             replace_module(self._modules, name, self.bank.get(name, layer.layer))
         return folded
 
     def _columns(self, gates: Sequence[float], ranks: Sequence[int]) -> Tensor | None:
         """The constant gate of every rank; None if all are 1."""
-        each = [gate for gate, rank in zip(gates, ranks, strict=True) for _ in range(rank)]
-        return None if set(each) == {1.0} else to_device(torch.tensor(each), self._device)
+        per_rank = [gate for gate, rank in zip(gates, ranks, strict=True) for _ in range(rank)]
+        return None if set(per_rank) == {1.0} else to_device(torch.tensor(per_rank), self._device)
 
     def _add_to_weight(self, name: str, columns: Tensor | None, gates: Sequence[float]) -> None:
         """Adds the delta of a layer to its weight, in fp32."""
@@ -182,7 +182,7 @@ class Installation:
             return self.bank[name].down, self.bank[name].up
         if name not in self._exact:
             thin = [lora[name] for lora in self._loras if name in lora and lora[name].left is None]
-            downs, ups, *_ = zip(*(factors.parts(self._device, torch.float32) for factors in thin), strict=True)
+            downs, ups, *_ = zip(*(factors.in_model(self._device, torch.float32) for factors in thin), strict=True)
             with as_outside_of_inference_mode():
                 self._exact[name] = torch.cat(downs), torch.cat(ups, dim=1)
         return self._exact[name]
@@ -195,16 +195,16 @@ def _foldable(layer: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def _replace_weight(layer: nn.Module, weight: Tensor, undo: Journal) -> None:
-    found = layer.get_parameter("weight")
+    original = layer.get_parameter("weight")
 
     def restore() -> None:
         current = layer.get_parameter("weight")
-        if (current.device, current.dtype) != (found.device, found.dtype):  # the model was moved in between
-            found.data = found.data.to(current)
-        layer._parameters["weight"] = found
+        if (current.device, current.dtype) != (original.device, original.dtype):  # the model was moved in between
+            original.data = original.data.to(current)
+        layer._parameters["weight"] = original
 
     undo.callback(restore)
-    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=found.requires_grad)
+    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=original.requires_grad)
 
 
 @contextmanager
@@ -305,13 +305,13 @@ def _bank(
 
 def _fits(modules: Mapping[str, nn.Module], name: str, layer: BankLayer, where: Mapping[str, Site]) -> bool:
     """Whether a layer of a bank that was kept can stand in for the layer of that name."""
-    site, mine = where.get(name), layer.key.site
-    if name not in modules or not (site is mine or site == mine):  # comparing fields takes longer
+    site, kept_site = where.get(name), layer.key.site
+    if name not in modules or not (site is kept_site or site == kept_site):  # comparing fields takes longer
         return False
-    found = base_layer(modules[name])
-    if layer.transforms is not None and not all(of.is_of(found) for of in layer.transforms.of.values()):
+    base = base_layer(modules[name])
+    if layer.transforms is not None and not all(of.is_of(base) for of in layer.transforms.of.values()):
         return False
-    return isinstance(found, nn.Linear | nn.Conv2d) and _shape_of(name, found) == layer.weight_shape
+    return isinstance(base, nn.Linear | nn.Conv2d) and _shape_of(name, base) == layer.weight_shape
 
 
 def _put_in(
@@ -382,9 +382,9 @@ def check_factors(model: nn.Module, name: str, factors: LoraFactors, where: Mapp
         if any(len(shape) != 2 or 0 in shape for shape in shapes) or down[0] != up[1]:
             raise ValueError(f"{name}: the factors of a Kronecker product have shapes {', '.join(map(str, shapes))}")
         if [left.shape[0] * up[0], left.shape[1] * down[1]] != [outputs, *inputs]:
-            found = left.shape[0] * up[0], left.shape[1] * down[1]
+            product = left.shape[0] * up[0], left.shape[1] * down[1]
             raise ValueError(
-                f"{name}: the Kronecker product is {found[0]} x {found[1]}, the weight {outputs} x {inputs}"
+                f"{name}: the Kronecker product is {product[0]} x {product[1]}, the weight {outputs} x {inputs}"
             )
         return
     ones = (1,) * (len(inputs) - 1)

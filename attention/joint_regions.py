@@ -25,7 +25,7 @@ from lora_compose.attention.sites import Site, SitePart
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of queries, keys and values, with a mask that is True where keys are seen."""
 
-Rows = slice | Tensor
+RowIndex = slice | Tensor
 """Rows of a batch: a slice where they are contiguous, which copies nothing; otherwise their indices."""
 
 
@@ -33,7 +33,7 @@ SiteParts = tuple[SitePart, ...]
 """The parts of an attention layer's sequence, in order."""
 
 
-class Kind(NamedTuple):
+class PositionKind(NamedTuple):
     """What a position is, and its texts.
 
     Attributes:
@@ -75,7 +75,7 @@ class JointRegions:
     unconditional: tuple[bool, ...]
     base: Mapping[SiteParts, Group] | None = None
     hidden: Mapping[SiteParts, Tensor] | None = None
-    rows: tuple[Rows | None, Rows | None] = field(init=False)
+    rows: tuple[RowIndex | None, RowIndex | None] = field(init=False)
 
     def __post_init__(self) -> None:
         device = next(iter(self.groups.values()))[0].queries.device
@@ -108,11 +108,11 @@ class JointRegions:
             references: True where a region covers a cell of a reference image, of all that the site has, in order; None
                 means that each has the size and the regions of the image. Shape: [cells of references, regions].
         """
-        text = [Kind("text", frozenset({n})) for n, length in enumerate(lengths) for _ in range(length)]
-        text += [Kind("text", frozenset({0}))] * (site.padded(len(text)) - len(text))
+        text = [PositionKind("text", frozenset({n})) for n, length in enumerate(lengths) for _ in range(length)]
+        text += [PositionKind("text", frozenset({0}))] * (site.padded(len(text)) - len(text))
         image = _cells(membership)
-        image += [Kind("image", frozenset())] * (site.padded(len(image)) - len(image))
-        of: Mapping[SitePart, Sequence[Kind]] = {
+        image += [PositionKind("image", frozenset())] * (site.padded(len(image)) - len(image))
+        of: Mapping[SitePart, Sequence[PositionKind]] = {
             "text": text, "image": image, "reference": image if references is None else _cells(references)
         }  # fmt: skip
         alone: tuple[SiteParts, SiteParts] = ("text",), ("image",)
@@ -131,12 +131,12 @@ class JointRegions:
         return cls(groups, tuple(unconditional), base, masks)
 
     def select(self, rows: slice | Sequence[int]) -> "JointRegions":
-        """For some of the rows: a slice of them, or their indices in a new order."""
+        """The regions of some rows: a slice, or indices in a new order."""
         indices = range(len(self.unconditional))[rows] if isinstance(rows, slice) else rows
         hidden = (
             None
             if self.hidden is None
-            else {name: found[rows if isinstance(rows, slice) else list(rows)] for name, found in self.hidden.items()}
+            else {name: masked[rows if isinstance(rows, slice) else list(rows)] for name, masked in self.hidden.items()}
         )
         return replace(self, unconditional=tuple(self.unconditional[i] for i in indices), hidden=hidden)
 
@@ -171,10 +171,10 @@ class JointRegions:
         for group in self.groups[parts]:
             of_groups[group.queries[:, None], group.keys] = True
         of_base[:, slice(None) if self.base is None else self.base[parts].keys] = True
-        found = of_groups.expand(len(self.unconditional), -1, -1).clone()
+        allowed = of_groups.expand(len(self.unconditional), -1, -1).clone()
         if self.rows[0] is not None:
-            found[self.rows[0]] = of_base
-        return found
+            allowed[self.rows[0]] = of_base
+        return allowed
 
 
 def seen_too(mask: Tensor, seen: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def seen_too(mask: Tensor, seen: Tensor) -> Tensor:
     return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -torch.inf)
 
 
-def _rows(indices: Sequence[int], device: torch.device) -> Rows | None:
+def _rows(indices: Sequence[int], device: torch.device) -> RowIndex | None:
     if not indices:
         return None
     if indices[-1] - indices[0] == len(indices) - 1:
@@ -198,7 +198,7 @@ def _into(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    rows: Rows,
+    rows: RowIndex,
 ) -> None:
     """Writes the attention of some rows; a group of None is the whole sequence."""
     query, key, value = query[rows], key[rows], value[rows]
@@ -210,23 +210,23 @@ def _into(
             continue
         queries, keys = group.queries, group.keys
         seen = None if mask is None else (mask if mask.shape[-2] == 1 else mask[..., queries, :])[..., keys]
-        found = attend(query[:, queries], key[:, keys], value[:, keys], seen)
-        out[rows if isinstance(rows, slice) else rows[:, None], queries] = found
+        attended = attend(query[:, queries], key[:, keys], value[:, keys], seen)
+        out[rows if isinstance(rows, slice) else rows[:, None], queries] = attended
 
 
-def _cells(membership: Tensor) -> list[Kind]:
-    return [Kind("image", frozenset((row.nonzero()[:, 0] + 1).tolist())) for row in membership]
+def _cells(membership: Tensor) -> list[PositionKind]:
+    return [PositionKind("image", frozenset((row.nonzero()[:, 0] + 1).tolist())) for row in membership]
 
 
-def _groups(kinds: Sequence[Kind], isolate: bool, device: torch.device | None) -> Sequence[Group]:
+def _groups(kinds: Sequence[PositionKind], isolate: bool, device: torch.device | None) -> Sequence[Group]:
     present = list(dict.fromkeys(kinds))
-    alike: dict[tuple[Kind, ...], set[Kind]] = {}
+    alike: dict[tuple[PositionKind, ...], set[PositionKind]] = {}
     for kind in present:
         alike.setdefault(tuple(other for other in present if _sees(kind, other, isolate)), set()).add(kind)
     return [Group(_where(kinds, queries, device), _where(kinds, set(seen), device)) for seen, queries in alike.items()]
 
 
-def _sees(kind: Kind, other: Kind, isolate: bool) -> bool:
+def _sees(kind: PositionKind, other: PositionKind, isolate: bool) -> bool:
     if kind.part == other.part == "image":
         return not isolate or not kind.texts or not other.texts or bool(kind.texts & other.texts)
     if kind.part == other.part:
@@ -234,10 +234,10 @@ def _sees(kind: Kind, other: Kind, isolate: bool) -> bool:
     return 0 in kind.texts | other.texts or bool(kind.texts & other.texts)
 
 
-def _base(kinds: Sequence[Kind], device: torch.device | None) -> Group:
-    found = _where(kinds, {kind for kind in kinds if kind.part == "image" or 0 in kind.texts}, device)
-    return Group(found, found)
+def _base(kinds: Sequence[PositionKind], device: torch.device | None) -> Group:
+    positions = _where(kinds, {kind for kind in kinds if kind.part == "image" or 0 in kind.texts}, device)
+    return Group(positions, positions)
 
 
-def _where(kinds: Sequence[Kind], wanted: set[Kind], device: torch.device | None) -> Tensor:
+def _where(kinds: Sequence[PositionKind], wanted: set[PositionKind], device: torch.device | None) -> Tensor:
     return to_device(torch.tensor([i for i, kind in enumerate(kinds) if kind in wanted]), device)

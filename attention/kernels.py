@@ -13,7 +13,7 @@ class Kernel(Protocol):
     """Computes attention for [rows, heads, positions, channels] tensors and returns the same shape."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attends.
+        """The output of attention.
 
         Args:
             query: Shape: [rows, heads, positions, channels].
@@ -38,7 +38,7 @@ class PlainKernel:
     upcast_softmax: bool
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attends."""
+        """The output of attention."""
         if self.upcast_attention:
             query, key = query.float(), key.float()
         start, beta = query.new_empty(1, 1, 1), 0
@@ -60,9 +60,9 @@ class SlicedKernel:
     heads: int
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attends."""
+        """The output of attention."""
         parts = zip(*(x.split(self.heads, dim=1) for x in (query, key, value)), strict=True)
-        return torch.cat([self.kernel(one, keys, values, bias) for one, keys, values in parts], dim=1)
+        return torch.cat([self.kernel(queries, keys, values, bias) for queries, keys, values in parts], dim=1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class XFormersKernel:
     operator: Callable | None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attends."""
+        """The output of attention."""
         import xformers.ops  # pyright: ignore[reportMissingImports]
 
         if bias is not None:  # its rows have to start at multiples of 8 in memory

@@ -56,10 +56,10 @@ class LoraFactors:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All factors."""
-        rest = self.left, None if self.transform is None else self.transform.values
-        return (self.down, self.up, *(tensor for tensor in rest if tensor is not None))
+        optional = self.left, None if self.transform is None else self.transform.values
+        return (self.down, self.up, *(tensor for tensor in optional if tensor is not None))
 
-    def parts(self, device: torch.device, dtype: torch.dtype, layer: nn.Module | None = None) -> "Part":
+    def in_model(self, device: torch.device, dtype: torch.dtype, layer: nn.Module | None = None) -> "LayerFactors":
         """The factors where and as the model runs; the scale is in `up`, multiplied in fp32.
 
         Args:
@@ -71,14 +71,14 @@ class LoraFactors:
         down, up = to_device(self.down, device), to_device(self.up, device).float() * self.scale
         left = None if self.left is None else to_device(self.left, device)
         if self.transform is None:
-            return Part(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype))
+            return LayerFactors(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype))
         assert layer is not None
         matrix, transform = applied(self.transform, self.delta_on(device), base_layer(layer), dtype)
         if self.transform.by_input:
             down = transformed(matrix, down.float(), True)
         elif left is None:
             up = transformed(matrix, up, False)
-        return Part(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype), transform)
+        return LayerFactors(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype), transform)
 
     def delta(self) -> Tensor:
         """The low-rank change of the weight, dense, in fp32 and in the weight's shape; without the transform."""
@@ -103,7 +103,7 @@ class LoraFactors:
         return transformed(self.transform.matrix(changed), changed, self.transform.by_input) - weight
 
 
-class Part(NamedTuple):
+class LayerFactors(NamedTuple):
     """The factors of one concept in one layer, as they are in the model.
 
     Attributes:
@@ -136,7 +136,7 @@ class Kronecker(nn.Module):
     left: Tensor
     rescaled: Tensor | None
 
-    def __init__(self, part: Part, key: GateKey) -> None:
+    def __init__(self, part: LayerFactors, key: GateKey) -> None:
         super().__init__()
         self.key = key
         rescaled = None if part.transform is None else 1 + part.transform.change
@@ -173,13 +173,13 @@ class BankLayer(nn.Module):
     which is so still reached by `.to()` and by offloading.
 
     Args:
-        parts: The factors of each concept that changes this layer, by its index (`LoraFactors.parts`).
+        parts: The factors of each concept that changes this layer, by its index (`LoraFactors.in_model`).
         concepts: How many concepts there are in all.
 
     Attributes:
         layer: The layer as found, while concepts are installed: linear, convolution, or a PEFT layer around one of
             them.
-        found: Its `forward` as found, if this one acts on that; None if it stands in the layer's place.
+        original_forward: Its `forward` as found, if this one acts on that; None if it stands in the layer's place.
         key: What the thin products ask of gates.
         stack: Factors before the gate, beside those of layers with the same input; None if the layer has its own.
         rows: The slice of the stack that is of this layer.
@@ -190,26 +190,26 @@ class BankLayer(nn.Module):
     """
 
     layer: nn.Module
-    found: Callable[[Tensor], Tensor] | None = None
+    original_forward: Callable[[Tensor], Tensor] | None = None
     own_down: Tensor
     stack: Stack | None
     rows = slice(None)
     up: Tensor
 
-    def __init__(self, parts: Mapping[int, Part], site: Site, concepts: int, state: ForwardState) -> None:
+    def __init__(self, parts: Mapping[int, LayerFactors], site: Site, concepts: int, state: ForwardState) -> None:
         super().__init__()
         thin = {index: part for index, part in parts.items() if part.left is None}
         ranked = any(len(part.down) for part in thin.values())  # a transform may have no factors beside it
-        one = next(iter((thin or parts).values()))
+        sample = next(iter((thin or parts).values()))
         if not thin:  # of the right size, for what looks at it
-            sides = [a * b for a, b in zip(one.left.shape, (len(one.up), one.down.shape[1]), strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
-            one = Part(one.down.new_empty(0, sides[1]), one.up.new_empty(sides[0], 0))
+            sides = [a * b for a, b in zip(sample.left.shape, (len(sample.up), sample.down.shape[1]), strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
+            sample = LayerFactors(sample.down.new_empty(0, sides[1]), sample.up.new_empty(sides[0], 0))
         ranks = _ranks(thin, concepts)
-        self.key = GateKey(site, one.down.dim() == 4, ranks)
+        self.key = GateKey(site, sample.down.dim() == 4, ranks)
         self._state = state
         downs, ups = [part.down for part in thin.values()], [part.up for part in thin.values()]
-        self.register_buffer("own_down", torch.cat(downs or [one.down]), persistent=False)
-        self.register_buffer("up", torch.cat(ups or [one.up], dim=1), persistent=False)
+        self.register_buffer("own_down", torch.cat(downs or [sample.down]), persistent=False)
+        self.register_buffer("up", torch.cat(ups or [sample.up], dim=1), persistent=False)
         self.stack = None
         self.products = {
             i: Kronecker(part, GateKey(site, False, _ranks({i: part}, concepts)))
@@ -218,28 +218,28 @@ class BankLayer(nn.Module):
         }
         if self.products:
             self.kronecker = nn.ModuleList(self.products.values())  # so that `.to()` reaches them
-        own = {index: part.transform for index, part in parts.items() if part.transform is not None}
-        pointwise = one.down.shape[2:] in ((), (1, 1))
-        self.transforms = Transforms(own, site, self.key.convolution, pointwise, concepts) if own else None
+        changes = {index: part.transform for index, part in parts.items() if part.transform is not None}
+        pointwise = sample.down.shape[2:] in ((), (1, 1))
+        self.transforms = Transforms(changes, site, self.key.convolution, pointwise, concepts) if changes else None
         self.keys = (*((self.key,) if ranked else ()), *(product.key for product in self.products.values()))
         self.keys += () if self.transforms is None else self.transforms.keys
         self.ranked = ranked
         self.concepts = frozenset(parts)
-        self.weight_shape = (one.up.shape[0], *one.down.shape[1:])
+        self.weight_shape = (sample.up.shape[0], *sample.down.shape[1:])
 
-    def act_on(self, layer: nn.Module, found: Callable[[Tensor], Tensor] | None = None) -> None:
+    def act_on(self, layer: nn.Module, original_forward: Callable[[Tensor], Tensor] | None = None) -> None:
         """Takes a layer as its child, and its mode. Without `nn.Module.__setattr__`, which costs more than the rest.
 
         Args:
-            found: The layer's `forward`, if this one acts on that.
+            original_forward: The layer's `forward`, if this one acts on that.
         """
         self._modules["layer"] = layer
-        self.__dict__.update(training=layer.training, found=found)
+        self.__dict__.update(training=layer.training, original_forward=original_forward)
 
     def let_go(self) -> None:
         """Holds no layer any more."""
         self._modules.pop("layer", None)
-        self.__dict__.pop("found", None)
+        self.__dict__.pop("original_forward", None)
 
     @property
     def down(self) -> Tensor:
@@ -252,17 +252,17 @@ class BankLayer(nn.Module):
         more = [*self.products.values(), *(() if self.transforms is None else (self.transforms,))]
         return self.down, self.up, *(tensor for module in more for tensor in module.buffers())
 
-    def part(self, index: int) -> Part:
+    def factors(self, index: int) -> LayerFactors:
         """The factors of one concept, without copying them."""
-        own = None if self.transforms is None else self.transforms.one(index)
+        transform = None if self.transforms is None else self.transforms.get(index)
         if (product := self.products.get(index)) is not None:
-            return Part(product.down, product.up, product.left, own)
+            return LayerFactors(product.down, product.up, product.left, transform)
         start, rank = sum(self.key.ranks[:index]), self.key.ranks[index]
-        return Part(self.down.narrow(0, start, rank), self.up.narrow(1, start, rank), transform=own)
+        return LayerFactors(self.down.narrow(0, start, rank), self.up.narrow(1, start, rank), transform=transform)
 
     def only(self, concepts: Collection[int]) -> "BankLayer":
         """A layer with the factors of some of these concepts alone."""
-        parts = {index: self.part(index) for index in sorted(self.concepts & set(concepts))}
+        parts = {index: self.factors(index) for index in sorted(self.concepts & set(concepts))}
         return BankLayer(parts, self.key.site, len(self.key.ranks), self._state)
 
     @property
@@ -282,7 +282,7 @@ class BankLayer(nn.Module):
 
     def base(self, x: Tensor) -> Tensor:
         """The output of the layer as found."""
-        return self.layer(x) if self.found is None else self.found(x)
+        return self.layer(x) if self.original_forward is None else self.original_forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output plus the gated deltas of all concepts.
@@ -374,10 +374,10 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         return [layer(x) for layer in layers]
     down, gate = stack.down, bank[0].gates[bank[0].key]
     hidden = F.linear(x.to(down.dtype), down).unflatten(-1, (len(bank), -1)) * gate.unsqueeze(-2)
-    return [_added(layer.base(x), one, layer.up) for layer, one in zip(bank, hidden.unbind(-2), strict=True)]
+    return [_added(layer.base(x), gated, layer.up) for layer, gated in zip(bank, hidden.unbind(-2), strict=True)]
 
 
-def _ranks(parts: Mapping[int, Part], concepts: int) -> tuple[int, ...]:
+def _ranks(parts: Mapping[int, LayerFactors], concepts: int) -> tuple[int, ...]:
     return tuple([len(parts[index].down) if index in parts else 0 for index in range(concepts)])
 
 

@@ -28,7 +28,7 @@ def put_in(modules: Mapping[str, nn.Module], layers: Mapping[str, BankLayer], un
         swaps = [(SwappedForward(modules[name], layer), layer, modules[name]) for name, layer in layers.items()]
         undo.callback(_take_off, swaps)
         for swap, layer, module in swaps:
-            layer.act_on(module, swap.found)
+            layer.act_on(module, swap.original)
             swap.put_on()
         return
     undo.callback(_take_out, modules, layers)

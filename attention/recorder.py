@@ -72,8 +72,8 @@ class Recorder:
             if self.token_weights.dim() == 4:
                 key = key[-len(self.token_weights) :]
             token_weights = self.token_weights[..., :tokens, :]  # a micro-batch of shorter texts has fewer tokens
-            found = _attention(query, key, scale, allowed, bias)[..., : token_weights.shape[-2]]
-            self.maps.setdefault(layer, found @ token_weights)
+            probabilities = _attention(query, key, scale, allowed, bias)[..., : token_weights.shape[-2]]
+            self.maps.setdefault(layer, probabilities @ token_weights)
         elif layer in self.self_layers:
             self.self_maps.setdefault(layer, _attention(query, key, scale, allowed, bias))
 

@@ -14,28 +14,28 @@ class SwappedForward:
 
     Attributes:
         layer: The bank layer; None once it has been taken off.
-        found: The `forward` that was there: the class's own, a PEFT layer's, or that of an offloading hook.
+        original: The `forward` that was there: the class's own, a PEFT layer's, or that of an offloading hook.
     """
 
     def __init__(self, module: nn.Module, layer: nn.Module) -> None:
         self.layer: Any = layer
-        self.found: Callable[..., Any] = module.forward
+        self.original: Callable[..., Any] = module.forward
         self._attributes = vars(module)
         self._own = "forward" in self._attributes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, with the deltas of the bank layer."""
-        return (self.found if self.layer is None else self.layer)(*args, **kwargs)
+        return (self.original if self.layer is None else self.layer)(*args, **kwargs)
 
     def put_on(self) -> None:
-        """Swaps."""
+        """Puts itself on the module."""
         self._attributes["forward"] = self
 
     def take_off(self) -> None:
-        """Swaps back; does nothing the second time."""
+        """Takes itself off the module; does nothing the second time."""
         self.layer = None
         if self._attributes.get("forward") is self:
             if self._own:
-                self._attributes["forward"] = self.found
+                self._attributes["forward"] = self.original
             else:
                 del self._attributes["forward"]

@@ -54,9 +54,9 @@ class Rescaling:
         Args:
             changed: W + D, in fp32. Shape: [outputs, inputs, ...].
         """
-        found = changed.transpose(0, int(self.by_input)).flatten(1).norm(dim=1)
+        norms = changed.transpose(0, int(self.by_input)).flatten(1).norm(dim=1)
         # A row that is zero stays so, whatever it is multiplied by.
-        return torch.where(found > 0, to_device(self.values, found.device).float() / found, 0.0)
+        return torch.where(norms > 0, to_device(self.values, norms.device).float() / norms, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +149,10 @@ def applied(transform: Transform, delta: Tensor, layer: nn.Module, dtype: torch.
             f"the model's weight would be multiplied by {largest:.3g}; expected at most {MAX_FACTOR:g}, since trained "
             "files have factors near 1: the file is damaged, or for another model"
         )
-    one = 1.0 if matrix.dim() == 1 else torch.eye(matrix.shape[-1], device=matrix.device)
+    identity = 1.0 if matrix.dim() == 1 else torch.eye(matrix.shape[-1], device=matrix.device)
     bias = _stored(layer, "bias")
     bias = None if bias is None else to_device(bias, delta.device).to(dtype)
-    return matrix, Applied((matrix - one).to(dtype), transform.by_input, bias, version_of(layer))
+    return matrix, Applied((matrix - identity).to(dtype), transform.by_input, bias, version_of(layer))
 
 
 def dense_weight(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -187,9 +187,9 @@ def dense_weight(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
 def _stored(layer: nn.Module, name: str) -> Tensor | None:
     """A parameter, also under sequential offload, which keeps the numbers outside of the layer."""
-    found, hook = layer._parameters.get(name), getattr(layer, "_hf_hook", None)
+    parameter, hook = layer._parameters.get(name), getattr(layer, "_hf_hook", None)
     kept = getattr(hook, "weights_map", None)
-    return found if found is None or not found.is_meta or kept is None else kept[name].detach()
+    return parameter if parameter is None or not parameter.is_meta or kept is None else kept[name].detach()
 
 
 def transformed(matrix: Tensor, weight: Tensor, by_input: bool) -> Tensor:
@@ -261,28 +261,28 @@ class Transforms(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, found: Mapping[int, Applied], site: Site, convolution: bool, pointwise: bool, concepts: int
+        self, by_concept: Mapping[int, Applied], site: Site, convolution: bool, pointwise: bool, concepts: int
     ) -> None:
         super().__init__()
-        rescaled = [i for i, one in found.items() if one.change.dim() == 1 and not one.by_input]
-        groups = [*([rescaled] if rescaled else []), *([i] for i in found if i not in rescaled)]
+        rescaled = [i for i, transform in by_concept.items() if transform.change.dim() == 1 and not transform.by_input]
+        groups = [*([rescaled] if rescaled else []), *([i] for i in by_concept if i not in rescaled)]
         sides = []
         for group in groups:
             key = GateKey(site, convolution, tuple([int(i in group) for i in range(concepts)]))
-            sides.append(Side([found[i].change for i in group], key))
+            sides.append(Side([by_concept[i].change for i in group], key))
         self.sides = nn.ModuleList(sides)  # so that `.to()` reaches them
         self._sides = sides
         self._places = {i: (n, group.index(i)) for n, group in enumerate(groups) for i in group}
-        self._outputs = [side for side, (i, *_) in zip(sides, groups, strict=True) if not found[i].by_input]
-        self._inputs = [side for side, (i, *_) in zip(sides, groups, strict=True) if found[i].by_input]
-        one, *_ = found.values()
-        self.register_buffer("bias", one.bias, persistent=False)
+        self._outputs = [side for side, (i, *_) in zip(sides, groups, strict=True) if not by_concept[i].by_input]
+        self._inputs = [side for side, (i, *_) in zip(sides, groups, strict=True) if by_concept[i].by_input]
+        first, *_ = by_concept.values()
+        self.register_buffer("bias", first.bias, persistent=False)
         self.keys = tuple(side.key for side in sides)
-        self.of = {i: each.of for i, each in found.items()}
-        self._by_input = {i for i, each in found.items() if each.by_input}
+        self.of = {i: transform.of for i, transform in by_concept.items()}
+        self._by_input = {i for i, transform in by_concept.items() if transform.by_input}
         self.in_the_input = pointwise and not self._outputs
 
-    def one(self, index: int) -> Applied | None:
+    def get(self, index: int) -> Applied | None:
         """The transform of one concept, without copying it; None if it has none."""
         if index not in self._places:
             return None
@@ -308,9 +308,9 @@ class Transforms(nn.Module):
             alone: Whether the output is the layer's alone; what other adapters added is not transformed.
         """
         if self._outputs:
-            own = self._without_bias(out if alone else layer(x))
+            base = self._without_bias(out if alone else layer(x))
             for side in self._outputs:
-                out = side(out, own, gates[side.key])
+                out = side(out, base, gates[side.key])
         for side in self._inputs:
             change = layer(side(torch.zeros_like(x), x, x.new_ones([1] * x.dim())))
             out = out + gates[side.key].to(out.dtype) * self._without_bias(change)

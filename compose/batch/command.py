@@ -23,7 +23,7 @@ SHOWN = 20
 
 
 def make_all(
-    found: Found,
+    batch: Found,
     settings: BatchSettings,
     out: Path,
     processes: int | None = None,
@@ -42,11 +42,11 @@ def make_all(
     """
     settings = with_defaults(settings)
     if local_rank():  # a launcher has started several; only the first one prints
-        join(found, settings, out, replace=replace)
+        join(batch, settings, out, replace=replace)
         return 0
-    jobs, missing = make_jobs(found.entries, settings)
-    bad = [*found.bad, *missing]
-    _show_errors([one.error for one in bad])
+    jobs, missing = make_jobs(batch.entries, settings)
+    bad = [*batch.bad, *missing]
+    _show_errors([entry.error for entry in bad])
     if not jobs:
         return BAD_INPUT
     folder = Folder(out)
@@ -79,14 +79,14 @@ def make_all(
 def with_defaults(settings: BatchSettings) -> BatchSettings:
     """The settings with precision, steps and guidance of the model and device, where they name none."""
     named = {name: getattr(settings, name) for name in ("dtype", "steps", "guidance_scale")}
-    given = {name: value for name, value in named.items() if name in settings.model_fields_set}
-    run, _ = complete(Run(scene=Scene(prompt="-"), model=settings.model, device=settings.device, **given))
+    explicit = {name: value for name, value in named.items() if name in settings.model_fields_set}
+    run, _ = complete(Run(scene=Scene(prompt="-"), model=settings.model, device=settings.device, **explicit))
     return settings.model_copy(update={name: getattr(run, name) for name in named})
 
 
-def join(found: Found, settings: BatchSettings, out: Path, *, replace: bool) -> None:
+def join(batch: Found, settings: BatchSettings, out: Path, *, replace: bool) -> None:
     """Takes part in a batch without printing: what `--processes 2` starts twice."""
-    run_batch(found.entries, with_defaults(settings), out, replace=replace)
+    run_batch(batch.entries, with_defaults(settings), out, replace=replace)
 
 
 def _summary(jobs: Sequence[Job], left: Sequence[Job], out: Path) -> str:
@@ -110,17 +110,17 @@ def write_plan(path: Path, entries: Sequence[Entry], settings: BatchSettings) ->
 
 def _show_results(folder: Folder, results: Sequence[Result]) -> int:
     """Reports the outcome of a batch; returns the exit code."""
-    failed = [one for one in results if one.error is not None]
+    failed = [result for result in results if result.error is not None]
     with Claims(folder.claims).claim("index") as claim:
         if claim is not None:
             folder.write_index(results)
     echo(f"{len(results) - len(failed)} images in {folder.path}, listed in images.jsonl", style="bold")
-    chosen = Counter((one.method, one.reason) for one in results if one.error is None and one.method is not None)
+    chosen = Counter((r.method, r.reason) for r in results if r.error is None and r.method is not None)
     for (method, reason), number in chosen.most_common():
         echo(f"{number} by {method}, because {reason}")
     if not failed:
         return 0
-    errors = (f"{one.source}: {one.error}" if one.seed is not None else one.error or "" for one in failed)
+    errors = (f"{r.source}: {r.error}" if r.seed is not None else r.error or "" for r in failed)
     _show_errors(list(dict.fromkeys(errors)))
     echo(f"{len(failed)} are missing; the same command tries them again.", style="red", to=err)
     return FAILED

@@ -87,7 +87,7 @@ def read_entries(
         raise FileError("there is nothing to make; name scene files, a folder, a table or a batch file")
     base = _Template.read(None if template is None else Path(template), concepts)
     tables = any(path.suffix.lower() in TABLES for path in paths)
-    if base.given and not tables:
+    if base.fields and not tables:
         raise FileError("a template and concepts are for tables (.csv, .tsv, .jsonl), and there is none")
     settings: dict[str, Any] = {}
     read: list[Entry | InvalidEntry] = []
@@ -130,10 +130,10 @@ def _entry(
     """A scene, checked without torch; paths in it are relative to `base`, by default its own file."""
     try:
         named = validated(_Named, {"name": name, "seeds": seeds}, source)
-        found = located(validated(Scene, scene, source), base or path)
+        valid_scene = located(validated(Scene, scene, source), base or path)
     except FileError as error:
         return InvalidEntry(source, str(error))
-    for concept in found.concepts:
+    for concept in valid_scene.concepts:
         try:
             check_merger(concept.merge)
             for file in files_of(concept.lora):
@@ -142,7 +142,7 @@ def _entry(
             return InvalidEntry(source, f"{source}: concept {concept.name!r}: {error}")
         if not concept.lora:
             return InvalidEntry(source, f"{source}: concept {concept.name!r} has no LoRA: give it a field lora")
-    return Entry(named.name, found, named.seeds, source)
+    return Entry(named.name, valid_scene, named.seeds, source)
 
 
 def _scene_file(path: Path, data: Any) -> Entry | InvalidEntry:
@@ -159,15 +159,15 @@ def _of_folder(folder: Path) -> Iterator[Entry | InvalidEntry]:
 
 
 def _settings_in(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    given = {name: value for name, value in data.items() if name != "scenes"}
+    fields = {name: value for name, value in data.items() if name != "scenes"}
     known = list(BatchSettings.model_fields)
-    for name in given.keys() - set(known):
+    for name in fields.keys() - set(known):
         raise FileError(
             f"{path}: {name}: unknown field; fields are {', '.join([*known, 'scenes'])}{did_you_mean(name, known)}"
         )
-    if isinstance(given.get("model"), str):
-        given["model"] = local_source(given["model"], path.parent.absolute())
-    return given
+    if isinstance(fields.get("model"), str):
+        fields["model"] = local_source(fields["model"], path.parent.absolute())
+    return fields
 
 
 def _of_batch_file(scenes: Any, path: Path) -> Iterator[Entry | InvalidEntry]:
@@ -175,12 +175,12 @@ def _of_batch_file(scenes: Any, path: Path) -> Iterator[Entry | InvalidEntry]:
         raise FileError(f"{path}: scenes: expected a list of scenes, each with a name and a prompt")
     for i, scene in enumerate(scenes):
         source = f"{path}, scenes[{i}]"
-        own = {name: scene[name] for name in _OWN if name in scene} if isinstance(scene, dict) else {}
-        if "seed" in own and "seeds" in own:
+        named = {name: scene[name] for name in _OWN if name in scene} if isinstance(scene, dict) else {}
+        if "seed" in named and "seeds" in named:
             yield InvalidEntry(source, f"{source}: give seed or seeds, not both")
             continue
-        fields = {k: v for k, v in scene.items() if k not in own} if isinstance(scene, dict) else scene
-        yield _entry(own.get("name"), fields, own.get("seeds", own.get("seed")), path, source)
+        fields = {k: v for k, v in scene.items() if k not in named} if isinstance(scene, dict) else scene
+        yield _entry(named.get("name"), fields, named.get("seeds", named.get("seed")), path, source)
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,6 @@ class _Template:
 
     fields: Mapping[str, Any]
     path: Path | None
-
-    @property
-    def given(self) -> bool:
-        """Whether the template has any field."""
-        return bool(self.fields)
 
     @classmethod
     def read(cls, path: Path | None, concepts: Sequence[Concept]) -> "_Template":
@@ -209,8 +204,8 @@ class _Template:
         if concepts:
             here = Path.cwd()
             scene = Scene(prompt="-", concepts=tuple(concepts))
-            given = located(scene, here / "options").model_dump(mode="json", exclude_none=True)["concepts"]
-            fields = {**fields, "concepts": [_literal(concept) for concept in given]}
+            listed = located(scene, here / "options").model_dump(mode="json", exclude_none=True)["concepts"]
+            fields = {**fields, "concepts": [_literal(concept) for concept in listed]}
         return cls(fields, path)
 
     def uses(self, columns: Iterable[str]) -> str | None:
@@ -230,8 +225,8 @@ class _Template:
     def scene(self, values: Mapping[str, Any]) -> Any:
         """The fields of a scene: the template's, and those that columns are named after."""
         names = placeholders(self.fields)
-        own = {name: f"{{{name}}}" for name in values if name in Scene.model_fields and name not in names}
-        return fill({**self.fields, **own}, values)
+        from_columns = {name: f"{{{name}}}" for name in values if name in Scene.model_fields and name not in names}
+        return fill({**self.fields, **from_columns}, values)
 
 
 def _literal(data: Any) -> Any:
@@ -259,20 +254,20 @@ def _of_row(path: Path, table: Table, row: Row, template: _Template) -> Entry | 
         scene = template.scene(row.values)
     except ValueError as error:
         return InvalidEntry(source, f"{source}: {error}")
-    own = {name: row.values[name] for name in _OWN if row.values.get(name) not in (None, "")}
-    name = own.get("name", f"{path.stem}-{row.line:04}")
-    return _entry(name, scene, own.get("seeds", own.get("seed")), path, source, template.path)
+    named = {name: row.values[name] for name in _OWN if row.values.get(name) not in (None, "")}
+    name = named.get("name", f"{path.stem}-{row.line:04}")
+    return _entry(name, scene, named.get("seeds", named.get("seed")), path, source, template.path)
 
 
 def _distinct(read: Iterable[Entry | InvalidEntry]) -> tuple[list[Entry], list[InvalidEntry]]:
     """Valid and invalid entries; those with a name that is taken are invalid."""
     entries: dict[str, Entry] = {}
     bad: list[InvalidEntry] = []
-    for one in read:
-        if isinstance(one, InvalidEntry):
-            bad.append(one)
-        elif (known := entries.get(one.name.casefold())) is not None:  # file systems may ignore case
-            bad.append(InvalidEntry(one.source, f"{one.source}: the name {one.name!r} is taken by {known.source}"))
+    for item in read:
+        if isinstance(item, InvalidEntry):
+            bad.append(item)
+        elif (known := entries.get(item.name.casefold())) is not None:  # file systems may ignore case
+            bad.append(InvalidEntry(item.source, f"{item.source}: the name {item.name!r} is taken by {known.source}"))
         else:
-            entries[one.name.casefold()] = one
+            entries[item.name.casefold()] = item
     return list(entries.values()), bad

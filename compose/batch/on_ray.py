@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_compose.compose.batch.entries import Entry
 from lora_compose.compose.batch.jobs import Job, make_jobs
-from lora_compose.compose.batch.results import NO_CHOICE, Choice, Folder, Result, changed
+from lora_compose.compose.batch.results import NO_CHOICE, ChosenMethod, Folder, Result, changed
 from lora_compose.compose.batch.runner import PATIENCE, OnProgress, check_names, results_of
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.batch.worker import Worker, encoded
@@ -61,8 +61,8 @@ def _make_all(
     scenes = {job.entry.name: job for job in folder.unchecked(jobs)}
     if scenes:
         report(done, f"checking {len(scenes)} scenes")
-    for name, found, error in pool.map(_check, {name: (job, parcels[name]) for name, job in scenes.items()}):
-        folder.keep_check(scenes[name], error, found or NO_CHOICE)
+    for name, choice, error in pool.map(_check, {name: (job, parcels[name]) for name, job in scenes.items()}):
+        folder.keep_check(scenes[name], error, choice or NO_CHOICE)
     named = {job.name: job for job in jobs}
     before = {job.name: changed(folder.failed_file(job)) for job in jobs}
     report(done, f"composing into {folder.path}")
@@ -89,7 +89,7 @@ def _make_all(
             logger.error("%s: %s", job.entry.source, ended.error)
             folder.keep_failure(job, ended.error)
         else:
-            folder.keep(job, encoded(ended.found))
+            folder.keep(job, encoded(ended.result))
         count()
 
     pool.work(_make, Claims(folder.claims, PATIENCE), named, start, end)
@@ -100,10 +100,10 @@ def _open(settings: BatchSettings, model: Parcel, node: Node) -> Worker:
     return Worker.open(settings.model_copy(update={"model": here}), own_device(settings.device))
 
 
-def _check(worker: Worker, node: Node, job: Job, parcel: Parcel) -> Choice:
+def _check(worker: Worker, node: Node, job: Job, parcel: Parcel) -> ChosenMethod:
     return worker.check(moved(job.run, node.unpack(parcel)))
 
 
 def _make(worker: Worker, node: Node, job: Job, parcel: Parcel) -> list[Made]:
     """The images of a job; their records name files as on the driver."""
-    return [named_as(one, job.run) for one in worker.make(moved(job.run, node.unpack(parcel)), job.seeds)]
+    return [named_as(image, job.run) for image in worker.make(moved(job.run, node.unpack(parcel)), job.seeds)]

@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 STATE = "state"
 CLAIMS = "claims"
 
-Choice = tuple[str | None, str | None]
+ChosenMethod = tuple[str | None, str | None]
 """The method of a call, and the reason for the choice."""
 
-NO_CHOICE: Choice = (None, None)
+NO_CHOICE: ChosenMethod = (None, None)
 """The choice of a call without concepts."""
 
 
@@ -113,34 +113,34 @@ class Folder:
 
     def checked(self, job: Job) -> Checked | None:
         """The check of a job's scene; None if it was not checked in its present form."""
-        found = _read(self.checked_file(job), Checked)
-        return found if found is not None and found.key == job.scene_key else None
+        check = _read(self.checked_file(job), Checked)
+        return check if check is not None and check.key == job.scene_key else None
 
     def unchecked(self, jobs: Iterable[Job]) -> list[Job]:
         """A job of each scene to check: scenes that were not checked yet, or were invalid, which may have changed."""
         one_of_each = {job.entry.name: job for job in jobs}.values()
-        return [job for job in one_of_each if (found := self.checked(job)) is None or found.error is not None]
+        return [job for job in one_of_each if (check := self.checked(job)) is None or check.error is not None]
 
     def failure(self, job: Job) -> str | None:
         """Why a job failed; None if it did not."""
-        found = _read(self.failed_file(job), Failed)
-        return found.error if found is not None and found.key == job.key else None
+        failure = _read(self.failed_file(job), Failed)
+        return failure.error if failure is not None and failure.key == job.key else None
 
     def has(self, job: Job) -> bool:
         """Whether all images of a job are there, as they were written."""
-        made = _read(self.made_file(job), Made)
-        return made is not None and made.key == job.key and all(
-            _sha256(self.image(job, seed)) == made.sha256.get(seed) for seed in job.seeds
+        record = _read(self.made_file(job), Made)
+        return record is not None and record.key == job.key and all(
+            _sha256(self.image(job, seed)) == record.sha256.get(seed) for seed in job.seeds
         )  # fmt: skip
 
     def foreign(self, job: Job) -> Path | None:
         """An image with a job's name that was made in another way, or None."""
-        made = _read(self.made_file(job), Made)
-        if made is not None and made.key == job.key:
+        record = _read(self.made_file(job), Made)
+        if record is not None and record.key == job.key:
             return None
         return next((path for seed in job.seeds if (path := self.image(job, seed)).exists()), None)
 
-    def keep_check(self, job: Job, error: str | None, choice: Choice = NO_CHOICE) -> None:
+    def keep_check(self, job: Job, error: str | None, choice: ChosenMethod = NO_CHOICE) -> None:
         """Stores the check of a job's scene, and logs its error."""
         if error is not None:
             logger.error("%s: %s", job.entry.source, error)
@@ -164,10 +164,10 @@ class Folder:
         path = self.path / "images.jsonl"
         lines = [
             {
-                "image": None if one.path is None else one.path.name, "name": one.name, "seed": one.seed,
-                "source": one.source, "error": one.error, "method": one.method, "reason": one.reason,
+                "image": None if r.path is None else r.path.name, "name": r.name, "seed": r.seed,
+                "source": r.source, "error": r.error, "method": r.method, "reason": r.reason,
             }
-            for one in results
+            for r in results
         ]  # fmt: skip
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return path

@@ -78,7 +78,7 @@ def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[InvalidEntry])
             path = folder.image(job, seed) if error is None else None
             choice = NO_CHOICE if checked is None else (checked.method, checked.reason)
             results.append(Result(job.entry.name, seed, job.entry.source, path, error, *choice))
-    return [*results, *(Result("", None, one.source, None, one.error) for one in bad)]
+    return [*results, *(Result("", None, entry.source, None, entry.error) for entry in bad)]
 
 
 class _Making:

@@ -17,15 +17,15 @@ MOST_SEEDS = 10_000
 _SPAN = re.compile(r"\s*(\d{1,19})\s*(?:-\s*(\d{1,19})\s*)?")
 
 
-def parse_seeds(given: Any) -> Any:
+def parse_seeds(value: Any) -> Any:
     """Reads seeds: 3, "0-7", "1, 4, 9", or a list of these; anything else is returned unchanged.
 
     Raises:
         ValueError: For spans that run backwards, too many seeds, and seeds that are given twice.
     """
-    if isinstance(given, bool) or not isinstance(given, int | str | Sequence):
-        return given
-    parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
+    if isinstance(value, bool) or not isinstance(value, int | str | Sequence):
+        return value
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
     seeds: list[Any] = []
     for part in parts:
         seeds += _span(part, MOST_SEEDS - len(seeds)) if isinstance(part, str) else [part]
@@ -33,10 +33,10 @@ def parse_seeds(given: Any) -> Any:
 
 
 def _span(text: str, most: int) -> range:
-    found = _SPAN.fullmatch(text)
-    if found is None:
+    match = _SPAN.fullmatch(text)
+    if match is None:
         raise ValueError(f"{text!r} is no seed; expected a number, or a span such as 0-7")
-    first, last = int(found[1]), int(found[2] or found[1])
+    first, last = int(match[1]), int(match[2] or match[1])
     if first > last:
         raise ValueError(f"the seeds {text.strip()} run backwards")
     if last - first >= most:

@@ -63,12 +63,12 @@ def _json_lines(text: str) -> Table:
 
 def _json_row(line: int, text: str) -> Row:
     try:
-        found = parse_json(text, "the row")
+        row = parse_json(text, "the row")
     except FileError as error:
         return Row(line, {}, str(error))
-    if not isinstance(found, dict):
+    if not isinstance(row, dict):
         return Row(line, {}, 'expected one row as {"column": value, ...}')
-    return Row(line, found)
+    return Row(line, row)
 
 
 def _csv(text: str, path: Path) -> Table:

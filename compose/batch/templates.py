@@ -15,14 +15,14 @@ OMITTED = object()
 
 def placeholders(template: Any) -> set[str]:
     """The names of all placeholders in a template."""
-    found: set[str] = set()
+    names: set[str] = set()
 
     def look(text: str) -> str:
-        found.update(one[1] for one in _PLACEHOLDER.finditer(text) if one[1])
+        names.update(match[1] for match in _PLACEHOLDER.finditer(text) if match[1])
         return text
 
     _mapped(template, look)
-    return found
+    return names
 
 
 def fill(template: Any, values: Mapping[str, Any]) -> Any:
@@ -42,17 +42,17 @@ def fill(template: Any, values: Mapping[str, Any]) -> Any:
             return OMITTED if value is None or value == "" else _typed(value)
         if not _PLACEHOLDER.search(text):
             return text
-        return _typed(_PLACEHOLDER.sub(lambda found: _inserted(found, values), text))
+        return _typed(_PLACEHOLDER.sub(lambda match: _inserted(match, values), text))
 
     return _mapped(template, filled)
 
 
-def _inserted(found: re.Match, values: Mapping[str, Any]) -> str:
-    if found[1] is None:
-        return found[0][0]
-    value = values[found[1]]
+def _inserted(match: re.Match, values: Mapping[str, Any]) -> str:
+    if match[1] is None:
+        return match[0][0]
+    value = values[match[1]]
     if isinstance(value, list | dict):
-        raise ValueError(f"{found[1]} is a list or has fields, which cannot stand within a text")
+        raise ValueError(f"{match[1]} is a list or has fields, which cannot stand within a text")
     return "" if value is None else str(value)
 
 
@@ -69,7 +69,7 @@ def _mapped(data: Any, change: Callable[[str], Any]) -> Any:
     if isinstance(data, str):
         return change(data)
     if isinstance(data, list):
-        return [new for one in data if (new := _mapped(one, change)) is not OMITTED]
+        return [new for value in data if (new := _mapped(value, change)) is not OMITTED]
     if isinstance(data, dict):
-        return {name: new for name, one in data.items() if (new := _mapped(one, change)) is not OMITTED}
+        return {name: new for name, value in data.items() if (new := _mapped(value, change)) is not OMITTED}
     return data

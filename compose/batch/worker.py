@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_compose.compose.batch.results import NO_CHOICE, Choice
+from lora_compose.compose.batch.results import NO_CHOICE, ChosenMethod
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.generate.making import Made, make_batch, plan
@@ -34,7 +34,7 @@ class Worker:
         run = settings.run(Scene(prompt="-")).model_copy(update={"device": device})
         return cls(open_model(run, settings.save_memory), device)
 
-    def check(self, run: Run) -> Choice:
+    def check(self, run: Run) -> ChosenMethod:
         """Plans a call; returns its method with the reason, and raises whatever models and libraries raise."""
         planned = plan(self.pipe, self._here(run))
         return NO_CHOICE if planned is None else (planned.method, planned.choice.reason)
@@ -56,4 +56,4 @@ class Worker:
 
 def encoded(images: Iterable[Made]) -> dict[int, bytes]:
     """Images as PNG files with their record, by seed."""
-    return {one.record.run.seed: png_bytes(one.image, one.record) for one in images}
+    return {image.record.run.seed: png_bytes(image.image, image.record) for image in images}

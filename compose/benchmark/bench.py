@@ -21,9 +21,7 @@ from lora_compose.compose.benchmark.architectures import (
     without_boxes,
     without_weights,
 )
-from lora_compose.compose.benchmark.architectures import (
-    RANK as LORA_RANK,
-)
+from lora_compose.compose.benchmark.architectures import RANK as LORA_RANK
 from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.hardware import MODELS, Need, need, needs_table, seconds_table
 from lora_compose.compose.benchmark.host import HostWork, host_work
@@ -169,8 +167,8 @@ def bench(
             "dtype": dtype,
             "size": size,
             "pairs": pairs,
-            "timed": [asdict(row) for row in timed],
         }
+        numbers["timed"] = [asdict(row) for row in timed]
     if swap:
         with bar("measuring swaps"):
             swaps = measure_swaps(device)
@@ -203,8 +201,8 @@ def _callable_on(unet: UNet2DConditionModel) -> Callable[[Settings, int], list[L
     """Gives the concepts of a call, by method and number of concepts."""
     side, lora = unet.config["sample_size"] * 8, attention_lora(unet)
     pipe = pipeline_of(unet, scheduler())
-    every = with_lora(without_boxes(columns(len(TRIGGERS), side, side)), lora)
-    pipe.library.loaded.update({loaded.concept.name: loaded for loaded in every})
+    concepts = with_lora(without_boxes(columns(len(TRIGGERS), side, side)), lora)
+    pipe.library.loaded.update({loaded.concept.name: loaded for loaded in concepts})
     return lambda method, number: with_lora(as_called(pipe, method, number, side, side), lora)
 
 
@@ -222,9 +220,9 @@ def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
     cells: dict[tuple[str, int], list[CountedRow]] = {}
     for row in rows:
         cells.setdefault((row.method, row.concepts), []).append(row)
-    for (method, number), found in cells.items():
-        ratios = [text for row in found for text in _ratios(row, steps)]
-        table.add_row(method, str(number), *_rows(found[0].cost), *ratios)
+    for (method, number), counted in cells.items():
+        ratios = [text for row in counted for text in _ratios(row, steps)]
+        table.add_row(method, str(number), *_rows(counted[0].cost), *ratios)
     return table
 
 
@@ -232,15 +230,15 @@ def peak_cells(
     cells: Sequence[tuple[str, int]], steps: int, settings: Mapping[str, Any] | None = None
 ) -> list[PeakRow]:
     """Computes the memory of the plain pipeline and of methods on every architecture, by number of concepts."""
-    rows, every = [], [(None, 0), *cells]
-    with bar("computing", len(ARCHITECTURES) * len(every)) as on_progress:
+    rows, all_cells = [], [(None, 0), *cells]
+    with bar("computing", len(ARCHITECTURES) * len(all_cells)) as on_progress:
         for architecture, config in ARCHITECTURES.items():
             unet = counting.meta_unet(config).half()
             side, called = unet.config["sample_size"] * 8, _callable_on(unet)
-            for method, number in every:
-                made = None if method is None else make_method(method, settings)
-                concepts = [] if made is None else called(made, number)
-                call = unet, concepts, made, steps, GUIDANCE, (side, side)
+            for method, number in all_cells:
+                chosen = None if method is None else make_method(method, settings)
+                concepts = [] if chosen is None else called(chosen, number)
+                call = unet, concepts, chosen, steps, GUIDANCE, (side, side)
                 kept = peak(*call)
                 again = peak(*call, gradient_checkpointing=True) if kept.updates else None
                 rows.append(PeakRow(architecture, method, number, kept, again))
@@ -250,15 +248,15 @@ def peak_cells(
 
 def decoding_bytes_by_architecture() -> dict[str, tuple[int, int]]:
     """Bytes to decode an image in float32, whole and in tiles, VAE included."""
-    found = {}
+    sizes = {}
     for name, config in ARCHITECTURES.items():
         side = config["sample_size"] * 8
         with counting.META:
             vae = AutoencoderKL(**VAE, sample_size=side).eval()
         whole = decoding_bytes(vae, (side, side))
         enable_tiling(vae)
-        found[name] = whole, decoding_bytes(vae, (side, side))
-    return found
+        sizes[name] = whole, decoding_bytes(vae, (side, side))
+    return sizes
 
 
 def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
@@ -272,8 +270,8 @@ def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
     cells: dict[tuple[str, int], list[PeakRow]] = {}
     for row in rows:
         cells.setdefault((row.method or "plain", row.concepts), []).append(row)
-    for (method, number), found in cells.items():
-        table.add_row(method, str(number), *(text for row in found for text in _gibibytes(row)))
+    for (method, number), measured in cells.items():
+        table.add_row(method, str(number), *(text for row in measured for text in _gibibytes(row)))
     return table
 
 

@@ -127,7 +127,8 @@ def _counted(
             "num_images_per_prompt": images,
         })  # fmt: skip
         plan = make_plan(host, request.call)
-        operations, backbone, loras = Operations(), plan.canvas.backbone, [one.lora for one in plan.concepts.loaded]
+        operations, backbone = Operations(), plan.canvas.backbone
+        loras = [loaded.lora for loaded in plan.concepts.loaded]
         with (
             torch.no_grad(),
             watched or nullcontext(),
@@ -135,7 +136,7 @@ def _counted(
         ):
             counting = CountingRunner.of(plan)
             # Everything except the model has values, on the CPU.
-            inputs = {name: ByImage(one) for name, one in _unet_kwargs(unet, images).items()}
+            inputs = {name: ByImage(value) for name, value in _unet_kwargs(unet, images).items()}
             denoiser = Denoiser(
                 backbone, installed, counting.sampler, counting.canvas, plan.concepts, (), inputs, counting.log,
                 StepCaches(backbone.model),
@@ -145,11 +146,11 @@ def _counted(
             )
             process = settings.start(plan.session(plan.sets[0], runner, runner.encode))
             schedule = plan.sampler.schedule
-            every = [schedule.step(index, plan.cfg_scale) for index in range(len(schedule.timesteps))]
+            all_steps = [schedule.step(index, plan.cfg_scale) for index in range(len(schedule.timesteps))]
             latents = torch.zeros(images, unet.config["in_channels"], *plan.canvas.latent_grid, dtype=unet.dtype)
-            latents = process.prepare(latents, every[0])
+            latents = process.prepare(latents, all_steps[0])
             preparation = operations.flops
-            for step in every:
+            for step in all_steps:
                 latents, _ = process.step(latents, step)  # scaled latents have the same shape
     cost = runner.cost
     return Counted(cost.rows_forward, cost.rows_stopped, cost.rows_backward, operations.flops, preparation)
@@ -238,7 +239,7 @@ class PricingRunner(CountingRunner):
         """Whether a loss depends on the maps of text, and on those of self-attention."""
         maps = self._maps(request)
         with torch.enable_grad():
-            leaves = [one.clone().requires_grad_() for one in (maps.text, maps.cells) if one is not None]
+            leaves = [value.clone().requires_grad_() for value in (maps.text, maps.cells) if value is not None]
             pulls = torch.autograd.grad(loss(AttentionMaps(*leaves)).sum(), leaves, allow_unused=True)
         return pulls[0] is not None, len(pulls) > 1 and pulls[1] is not None
 
@@ -267,8 +268,8 @@ class PricingRunner(CountingRunner):
             self.prices[kind] = self.operations.flops - before, [dict(batch) for batch in kept]
         flops, text_kv = self.prices[kind]
         self.operations.flops = before + flops
-        for mine, known in zip(kept, text_kv, strict=True):
-            mine.update(known)
+        for target, known in zip(kept, text_kv, strict=True):
+            target.update(known)
 
 
 def _kind_of(spec: Pass) -> tuple | bool:
@@ -292,7 +293,7 @@ def _moved(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _moved(item) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{one.name: _moved(getattr(value, one.name)) for one in fields(value)})
+        return replace(value, **{field.name: _moved(getattr(value, field.name)) for field in fields(value)})
     return value
 
 
@@ -342,9 +343,9 @@ def _without_values(loaded: LoadedConcept) -> LoadedConcept:
 
     def on_meta(factors: LoraFactors) -> LoraFactors:
         sides = {side: getattr(factors, side) for side in ("down", "up", "left")}
-        own = factors.transform and replace(factors.transform, values=factors.transform.values.to(META))
+        transform = factors.transform and replace(factors.transform, values=factors.transform.values.to(META))
         moved = {side: tensor.to(META) for side, tensor in sides.items() if tensor is not None}
-        return replace(factors, **moved, transform=own)
+        return replace(factors, **moved, transform=transform)
 
     lora = {name: on_meta(factors) for name, factors in loaded.factors.model.items()}
     return replace(loaded, factors=replace(loaded.factors, model=lora))

@@ -32,13 +32,13 @@ def cost(loras: Sequence[Lora], unet: Any) -> tuple[int, int]:
         torch.empty(ROWS, len(loras), device=META),
         GRID,
     )
-    given = _inputs(unet)
+    inputs = _inputs(unet)
     backbone = backbone_of(unet)
     with install(backbone, loras, device=META, dtype=torch.float32) if loras else nullcontext() as there:
         if there is not None:
-            there.use(there.inputs(gates, given["encoder_hidden_states"]))
-            unet(**given)  # keys and values of the text are made once
-        return _counted(lambda: unet(**given))
+            there.use(there.inputs(gates, inputs["encoder_hidden_states"]))
+            unet(**inputs)  # keys and values of the text are made once
+        return _counted(lambda: unet(**inputs))
 
 
 def cost_of_peft(number: int, dora: bool, unet: Any) -> tuple[int, int]:
@@ -51,8 +51,8 @@ def cost_of_peft(number: int, dora: bool, unet: Any) -> tuple[int, int]:
             unet.add_adapter(LoraConfig(r=RANK, target_modules=targets, use_dora=dora), name)
     unet.set_adapters(names)
     unet.eval().requires_grad_(False)
-    given = _inputs(unet)
-    return _counted(lambda: unet(**given))
+    inputs = _inputs(unet)
+    return _counted(lambda: unet(**inputs))
 
 
 def as_dora(lora: Lora) -> Lora:

@@ -57,18 +57,18 @@ def host_work(pipe: Any, job: Job) -> HostWork:
 
     plain, ours = way(None), way(job.method)
     plain()  # what is computed once
-    one, two = work(plain), work(way(None, 2))
+    one_step, two_steps = work(plain), work(way(None, 2))
     new = work(anew)
     later, more = work(ours), work(way(job.method, 2))
-    step = more - later - (two - one)
+    step = more - later - (two_steps - one_step)
     usual, again, first = _quickest(pipe, plain, ours, anew)
-    return HostWork(new - one - step, later - one - step, step, first - usual, again - usual)
+    return HostWork(new - one_step - step, later - one_step - step, step, first - usual, again - usual)
 
 
 def _quickest(pipe: Any, *functions: Callable[[], object]) -> list[float]:
     """Milliseconds of CPU time of each function outside of the model, called in turn; the least of all rounds."""
     rounds = [[_outside_of_passes(pipe, function) for function in functions] for _ in range(_TIMED)]
-    return [1000 * min(each) for each in zip(*rounds, strict=True)]
+    return [1000 * min(times) for times in zip(*rounds, strict=True)]
 
 
 def _outside_of_passes(pipe: Any, function: Callable[[], object]) -> float:
@@ -93,11 +93,11 @@ def _outside_of_passes(pipe: Any, function: Callable[[], object]) -> float:
 
 
 def _python_calls(function: Callable[[], object]) -> int:
-    found = 0
+    calls = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal found
-        found += event == "call"
+        nonlocal calls
+        calls += event == "call"
 
     before = sys.getprofile()
     sys.setprofile(count)
@@ -105,18 +105,18 @@ def _python_calls(function: Callable[[], object]) -> int:
         function()
     finally:
         sys.setprofile(before)
-    return found
+    return calls
 
 
 class _Operations(TorchDispatchMode):
     """Operations that compute or copy something: no views, by their schema, and no `_unsafe_view`, which has none."""
 
-    found = 0
+    count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         returned = func._schema.returns
-        views = [one for one in returned if one.alias_info is not None and not one.alias_info.is_write]
-        self.found += not views and not func._schema.name.startswith(("aten::empty", "aten::_unsafe_view"))
+        views = [value for value in returned if value.alias_info is not None and not value.alias_info.is_write]
+        self.count += not views and not func._schema.name.startswith(("aten::empty", "aten::_unsafe_view"))
         return func(*args, **(kwargs or {}))
 
 
@@ -124,4 +124,4 @@ def operations(function: Callable[[], object]) -> int:
     """How many operations a function runs that compute or copy something."""
     with _Operations() as operations:
         function()
-    return operations.found
+    return operations.count

@@ -100,6 +100,6 @@ PeakMemory = _CudaMemory | _StorageMemory
 
 def _all_tensors() -> Iterator[Tensor]:
     gc.collect()  # frees unreachable tensors, so that the result does not depend on when Python collects them
-    for found in gc.get_objects():
-        if issubclass(type(found), Tensor):  # isinstance would wake up lazy modules
-            yield found
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), Tensor):  # isinstance would wake up lazy modules
+            yield candidate

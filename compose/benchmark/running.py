@@ -25,8 +25,8 @@ def count_by_running(pipe: Any, run: Run) -> Counted:
     operations, rows = Operations(), [0]
 
     def begin(model: Any, positional: tuple, named: dict[str, Any]) -> None:
-        given = named.get("hidden_states", positional[0] if positional else ())
-        rows[0] += len(given)
+        latents = named.get("hidden_states", positional[0] if positional else ())
+        rows[0] += len(latents)
         operations.__enter__()
 
     def end(*_: Any) -> None:

@@ -60,8 +60,8 @@ def measure_swaps(device: str = "cpu", repeats: int = 5) -> Swaps:
         swapping = [named(name) for _ in range(repeats) for name in pipe.concepts]
         loaded = pipe.resolve_concepts([*pipe.concepts])
     installing, again = [], []
-    for found in loaded * repeats:
-        install_it = partial(_install, pipe, found, device, BankCache(pipe.bank_memory))
+    for concept in loaded * repeats:
+        install_it = partial(_install, pipe, concept, device, BankCache(pipe.bank_memory))
         installing.append(_milliseconds(install_it))
         again.append(_milliseconds(install_it))
     return Swaps(size, adding, *map(statistics.median, (reading, swapping, installing, again)))

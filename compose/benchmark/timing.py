@@ -119,8 +119,8 @@ def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int, on_call: Callable[[],
 
     ways = [way_of(pipe, job) for job in (replace(jobs[0], method=None), *jobs)]
     _, *timed = [[made(way) for way in ways] for _ in range(1 + rounds)]
-    plain, *each = zip(*timed, strict=True)
-    return [_medians(plain, calls) for calls in each]
+    plain, *by_job = zip(*timed, strict=True)
+    return [_medians(plain, calls) for calls in by_job]
 
 
 def _medians(plain: Sequence["Call"], calls: Sequence["Call"]) -> Timed:
@@ -145,13 +145,13 @@ def _call_with_peft(pipe: Any, job: Job) -> "Call":
         if job.method == "fuse_lora":
             pipe.fuse_lora(adapter_names=names)
         loaded = time.perf_counter()
-        made = call(pipe, job, {})
+        result = call(pipe, job, {})
         begun = time.perf_counter()
         if job.method == "fuse_lora":
             pipe.unfuse_lora()
     finally:
         pipe.unload_lora_weights()
-    return replace(made, change_seconds=loaded - start + time.perf_counter() - begun)
+    return replace(result, change_seconds=loaded - start + time.perf_counter() - begun)
 
 
 def peak_bytes(job: Job) -> int:
@@ -186,9 +186,9 @@ def time_rows(
     In every round the plain pipeline, all methods and PEFT make one image each, one after the other.
     """
     jobs = {n: [replace(plain, method=name, concepts=n) for name in (*methods, *PEFT_WAYS)] for n in concepts}
-    each, times, memory = [job for some in jobs.values() for job in some], [], []
+    all_jobs, times, memory = [job for some in jobs.values() for job in some], [], []
     pipe = open_with_concepts(replace(plain, concepts=max(concepts)))
-    with bar("timing", (1 + rounds) * (len(concepts) + len(each))) as on_progress:
+    with bar("timing", (1 + rounds) * (len(concepts) + len(all_jobs))) as on_progress:
         done = 0
 
         def count() -> None:
@@ -200,15 +200,15 @@ def time_rows(
             on_progress(done, f"timing {number} concepts")
             times += time_ways(pipe, some, rounds, count)
     del pipe
-    measured = (plain, *each) if peaks else ()
+    measured = (plain, *all_jobs) if peaks else ()
     with bar("memory", len(measured)) as on_progress:  # a process each, which takes longer than a call
         for i, job in enumerate(measured):
             on_progress(i, f"memory of {job.method or 'plain'} with {job.concepts} concepts")
             memory.append(peak_bytes(job))
-    plain_memory, *memory = memory or [None] * (1 + len(each))
+    plain_memory, *memory = memory or [None] * (1 + len(all_jobs))
     return [
         TimedRow(job.method or "", job.concepts, time, peak, plain_memory)
-        for job, time, peak in zip(each, times, memory, strict=True)
+        for job, time, peak in zip(all_jobs, times, memory, strict=True)
     ]
 
 

@@ -35,15 +35,15 @@ class PassCost:
 
 def block_lora(model: nn.Module, rank: int) -> Lora:
     """Factors without values for every linear layer that sees text or image; modulation layers are left alone."""
-    found = {}
+    lora = {}
     for name, site in backbone_of(model).sites.items():
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear) and not {"row", "modulation"} & set(site.parts):
             to: dict[str, Any] = {"device": META, "dtype": layer.weight.dtype}
-            found[name] = LoraFactors(
+            lora[name] = LoraFactors(
                 torch.empty(rank, layer.in_features, **to), torch.empty(layer.out_features, rank, **to)
             )
-    return found
+    return lora
 
 
 def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: int = TOKENS) -> PassCost:

@@ -101,8 +101,8 @@ def check(run: Run, pipe: Any = None, *, loras: Path | None = None, variant: str
 
 
 def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, str]], RunCost | None, Choice | None]:
-    loaded = [_attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
-    tokenizers = _attempt(problems, pipe.tokenizers_for, [found for found in loaded if found])
+    all_loaded = [_attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
+    tokenizers = _attempt(problems, pipe.tokenizers_for, [loaded for loaded in all_loaded if loaded])
     tokenizer = (tokenizers or pipe.tokenizers_for([]))[0]
     prompt = _attempt(problems, plain_text, run.scene.prompt) or run.scene.prompt
     if run.scene.concepts and pipe.reads_in_chunks:
@@ -113,32 +113,32 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
     width, height = _attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
     _attempt(problems, check_size, pipe, width, height)
     places: list[tuple[Concept, Positions]] = []
-    for concept, found in zip(run.scene.concepts, loaded, strict=True):
-        facts += _attempt(problems, _file_facts, concept) or [] if found is None else _concept_facts(found)
-        known = concept if found is None else found.concept
+    for concept, loaded in zip(run.scene.concepts, all_loaded, strict=True):
+        facts += _attempt(problems, _file_facts, concept) or [] if loaded is None else _concept_facts(loaded)
+        known = concept if loaded is None else loaded.concept
         if run.scene.image is None:  # otherwise regions are in the coordinates of the image, which the plan checks
             _attempt(problems, check_region, known, width, height)
-        if found is not None:
-            _attempt(problems, check_blocks, found, pipe.model)
+        if loaded is not None:
+            _attempt(problems, check_blocks, loaded, pipe.model)
         place = _attempt(problems, locate, tokenizer, prompt, known) if known.trigger else None
         facts.append((f"{known.name}: words", _words(known, place)))
         places += [(known, place)] if place else []
     _attempt(problems, check_disjoint, [c for c, _ in places], [place for _, place in places], prompt)
     choice = None
-    if all(loaded):
-        choice = _attempt(problems, resolve_choice, pipe, run, loaded)
+    if all(all_loaded):
+        choice = _attempt(problems, resolve_choice, pipe, run, all_loaded)
     elif run.method is not None:
         _attempt(problems, make_method, run.method, run.settings)
     planned = None if problems else _attempt(problems, plan, pipe, run)
     for warning in () if planned is None else planned.warnings:
         warn(warning)
-    cost = None if problems or needs_running(pipe) else _attempt(problems, _cost, pipe, run, planned, loaded)
+    cost = None if problems or needs_running(pipe) else _attempt(problems, _cost, pipe, run, planned, all_loaded)
     facts += [
         ("method", _method_words(run, choice)),
         ("size", f"{width} x {height} pixels"),
         *((name, str(value)) for name, value in run.scene.start.items()),
-        *(("control", f"{one.model}, {one.image}, scale {one.scale:g}") for one in run.scene.controls),
-        *(("IP-Adapter", f"{one.model}, {one.image}, scale {one.scale:g}") for one in run.scene.ip_adapters),
+        *(("control", f"{control.model}, {control.image}, scale {control.scale:g}") for control in run.scene.controls),
+        *(("IP-Adapter", f"{a.model}, {a.image}, scale {a.scale:g}") for a in run.scene.ip_adapters),
         ("cost", _cost_words(pipe, run, planned, cost)),
     ]
     return facts, cost, choice
@@ -151,13 +151,13 @@ def _file_facts(concept: Concept) -> list[tuple[str, str]]:
     return [(f"{concept.name}: file", f"{source}, SHA-256 {file.sha256}") for source, file in files]
 
 
-def _concept_facts(found: LoadedConcept) -> list[tuple[str, str]]:
-    concept, factors = found.concept, found.factors
-    trained = f", trained with {found.trained_with}" if found.trained_with else ""
+def _concept_facts(loaded: LoadedConcept) -> list[tuple[str, str]]:
+    concept, factors = loaded.concept, loaded.factors
+    trained = f", trained with {loaded.trained_with}" if loaded.trained_with else ""
     facts = [
-        *[(f"{concept.name}: file", f"{file.path}, SHA-256 {file.sha256}{trained}") for file in found.files],
-        *([] if found.files else [(f"{concept.name}: file", "a loaded adapter")]),
-        *([(f"{concept.name}: merged", f"{concept.merge or DEFAULT}, in this order")] if len(found.files) > 1 else []),
+        *[(f"{concept.name}: file", f"{file.path}, SHA-256 {file.sha256}{trained}") for file in loaded.files],
+        *([] if loaded.files else [(f"{concept.name}: file", "a loaded adapter")]),
+        *([(f"{concept.name}: merged", f"{concept.merge or DEFAULT}, in this order")] if len(loaded.files) > 1 else []),
         (f"{concept.name}: layers", factors.report.partition(";")[0]),
     ]
     if factors.unmatched:

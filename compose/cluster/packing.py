@@ -119,5 +119,5 @@ class Node:
 
 def named_as(made: Made, run: Run) -> Made:
     """An image whose record names model and files as a run does."""
-    own = made.record.run.model_copy(update={"scene": run.scene, "model": run.model})
-    return Made(made.image, made.record.model_copy(update={"run": own}))
+    renamed = made.record.run.model_copy(update={"scene": run.scene, "model": run.model})
+    return Made(made.image, made.record.model_copy(update={"run": renamed}))

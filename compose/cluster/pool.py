@@ -54,7 +54,7 @@ class Ended(NamedTuple):
     """A call that has ended: its result, or why it failed."""
 
     name: str
-    found: Any
+    result: Any
     error: str | None
 
 
@@ -227,8 +227,8 @@ class Pool:
         """
         fresh, taken = deque(names), list[str]()
         held: dict[str, tuple[ExitStack, Claim]] = {}
-        with ExitStack() as every:
-            every.callback(lambda: [stack.close() for stack, _ in held.values()])
+        with ExitStack() as stacks:
+            stacks.callback(lambda: [stack.close() for stack, _ in held.values()])
             while fresh or taken or held:
                 while fresh and self._idle and not self._queue:
                     name = fresh.popleft()
@@ -283,29 +283,29 @@ class Pool:
             time.sleep(LOOK_AGAIN)
             return
         ready, _ = ray.wait(coming, num_returns=1, timeout=LOOK_AGAIN)
-        for one in ready:
-            if one in self._placing:
-                self._placed(one, self._placing.pop(one))
-            elif one in self._opening:
-                self._opened(one, self._opening.pop(one))
+        for ref in ready:
+            if ref in self._placing:
+                self._placed(ref, self._placing.pop(ref))
+            elif ref in self._opening:
+                self._opened(ref, self._opening.pop(ref))
             else:
-                yield from self._called(one, *self._busy.pop(one))
+                yield from self._called(ref, *self._busy.pop(ref))
 
-    def _placed(self, one: Any, worker: Any) -> None:
+    def _placed(self, ref: Any, worker: Any) -> None:
         try:
-            node, folder, found = ray.get(one)
+            node, folder, node_versions = ray.get(ref)
         except RayError as error:
             self._replace_unopened(worker, error)
             return
         self._folders[node] = folder
         self._opening[worker.open.remote(self._opening_function, self._threads)] = worker
-        if differ := sorted(name for name, own in versions().items() if found.get(name) != own):
+        if differ := sorted(name for name, own in versions().items() if node_versions.get(name) != own):
             names = ", ".join(differ)
             echo(f"warning: a node has another version of {names}; pixels may differ", style="yellow", to=err)
 
-    def _opened(self, one: Any, worker: Any) -> None:
+    def _opened(self, ref: Any, worker: Any) -> None:
         try:
-            wrong = ray.get(one)
+            wrong = ray.get(ref)
         except RayError as error:
             self._replace_unopened(worker, error)
             return
@@ -315,11 +315,11 @@ class Pool:
         self._unopened_deaths = 0
         self._idle.append(worker)
 
-    def _called(self, one: Any, worker: Any, call: _Call) -> Iterator[Ended]:
+    def _called(self, ref: Any, worker: Any, call: _Call) -> Iterator[Ended]:
         try:
-            found, error = ray.get(one)
+            result, error = ray.get(ref)
         except RayTaskError as wrong:  # what a node cannot unpickle, because its version differs
-            found, error = None, error_text(wrong.cause or wrong)
+            result, error = None, error_text(wrong.cause or wrong)
         except RayError as wrong:  # the worker or its node has died, or cannot be reached
             ray.kill(worker)
             self._add()
@@ -331,7 +331,7 @@ class Pool:
                 yield Ended(call.name, None, f"{TRIES} workers have died of it: {error_text(wrong)}")
             return
         self._idle.append(worker)
-        yield Ended(call.name, found, error)
+        yield Ended(call.name, result, error)
 
     def _replace_unopened(self, worker: Any, error: RayError) -> None:
         """Replaces a worker that has died before it was open, unless that has happened too often."""

@@ -12,17 +12,17 @@ from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
 from lora_compose.compose.evaluation.table import load
 
 
-def judge_votes(evaluation: Path, images: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
+def judge_votes(folder: Path, images: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
     """The verdict on images of two concepts, by number: "both", "one" or "none" are present with their own identity.
 
     Encoder, detector and thresholds are those of an evaluation with scenes of these pairs.
     """
-    found = load(evaluation)
-    suite = found.suite
-    limits = dict(zip(found.thresholds["concept"], found.thresholds["threshold"], strict=True))
+    evaluation = load(folder)
+    suite = evaluation.suite
+    limits = dict(zip(evaluation.thresholds["concept"], evaluation.thresholds["threshold"], strict=True))
     scenes = {frozenset(scene.concepts): scene for scene in suite.scenes}
     if suite.detector is None:
-        raise ValueError(f"the evaluation in {evaluation} has no detector, so it cannot locate concepts")
+        raise ValueError(f"the evaluation in {folder} has no detector, so it cannot locate concepts")
     encoder = load_encoder(suite.encoder)
     references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
     scorer = Scorer(suite, encoder, make_detector(suite.detector, encoder, "cpu"), references)
@@ -37,6 +37,6 @@ def judge_votes(evaluation: Path, images: Mapping[int, tuple[tuple[str, str], Im
 
 def _is_there(scores: ImageScores, name: str, threshold: float) -> bool:
     similarity = scores.concepts[name].similarity
-    if not similarity or max(similarity, key=lambda one: similarity[one]) != name:
+    if not similarity or max(similarity, key=lambda other: similarity[other]) != name:
         return False
     return not similarity[name] < threshold  # without a threshold, being nearest is enough

@@ -72,9 +72,9 @@ def numbered(seeds: int) -> dict[int, BlindImage]:
     """All images under the numbers that the sheets show: shuffled, and the same every time."""
     jobs: list[BlindImage] = []
     for pair in PAIRS:
-        mine = [BlindImage(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
-        random.Random(" ".join(pair)).shuffle(mine)
-        jobs += mine
+        of_pair = [BlindImage(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
+        random.Random(" ".join(pair)).shuffle(of_pair)
+        jobs += of_pair
     return dict(enumerate(jobs, start=1))
 
 
@@ -85,9 +85,9 @@ def make(out: Path, seeds: int) -> None:
     key = {number: job.arm.label for number, job in jobs.items()}
     images = _generated(jobs, out)
     for pair in PAIRS:
-        mine = [number for number, job in jobs.items() if job.pair == pair]
-        for page, start in enumerate(range(0, len(mine), COLUMNS * ROWS)):
-            chosen = [(str(number), images[number]) for number in mine[start : start + COLUMNS * ROWS]]
+        numbers = [number for number, job in jobs.items() if job.pair == pair]
+        for page, start in enumerate(range(0, len(numbers), COLUMNS * ROWS)):
+            chosen = [(str(number), images[number]) for number in numbers[start : start + COLUMNS * ROWS]]
             references = [(name, Image.open(path)) for name in pair for path in playground_references(name)[:2]]
             vote_sheet(references, chosen).save(out / f"{pair[0]}-{pair[1]}-{page}.png")
     write_key(out, key)
@@ -111,8 +111,8 @@ def score(out: Path) -> None:
     for column in ("way", *VERDICTS, "images"):
         table.add_column(column)
     for label in dict.fromkeys(sorted(key.values())):
-        found = [counts[label, verdict] for verdict in VERDICTS]
-        table.add_row(label, *map(str, found), str(sum(found)))
+        row = [counts[label, verdict] for verdict in VERDICTS]
+        table.add_row(label, *map(str, row), str(sum(row)))
     Console().print(table)
 
 
@@ -148,9 +148,9 @@ def _show_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int,
         table.add_row(verdict, *(str(counts[verdict, other]) for other in VERDICTS))
     console.print(table)
     for arm in ARMS:
-        mine = [number for number in judged if jobs[number].arm == arm]
-        both = [sum(verdicts[number] == "both" for number in mine) for verdicts in (eye, judged)]
-        console.print(f"both, in {len(mine)} images of {arm.label}: human {both[0]}, judge {both[1]}")
+        numbers = [number for number in judged if jobs[number].arm == arm]
+        both = [sum(verdicts[number] == "both" for number in numbers) for verdicts in (eye, judged)]
+        console.print(f"both, in {len(numbers)} images of {arm.label}: human {both[0]}, judge {both[1]}")
     apart = [number for number in judged if eye[number] != judged[number]]
     console.print(f"they agree on {len(judged) - len(apart)} of {len(judged)}; they disagree on:")
     for number in apart:

@@ -26,35 +26,35 @@ class Shown:
     file: str
 
 
-def make_from(evaluation: Path, out: Path, methods: Sequence[str], images: int) -> None:
+def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> None:
     """Shuffles images of two subjects of some rows of an evaluation and writes sheets, `votes.csv` and `key.json`.
 
     Raises:
         ValueError: If a method is not in the evaluation, or there are too few images that all of them made.
     """
-    found = load(evaluation)
-    known = [method.name for method in found.suite.compared]
+    evaluation = load(folder)
+    known = [method.name for method in evaluation.suite.compared]
     for method in methods:
         if method not in known:
             raise ValueError(
-                f"the evaluation in {evaluation} has no method {method!r}; it has {', '.join(known)}"
+                f"the evaluation in {folder} has no method {method!r}; it has {', '.join(known)}"
                 f"{did_you_mean(method, known)}"
             )
-    shown = dict(enumerate(_chosen(found, methods, images), start=1))
+    shown = dict(enumerate(_chosen(evaluation, methods, images), start=1))
     out.mkdir(parents=True, exist_ok=True)
     for page, start in enumerate(range(1, len(shown) + 1, COLUMNS * ROWS)):
         part = {number: shown[number] for number in range(start, min(start + COLUMNS * ROWS, len(shown) + 1))}
-        _sheet(found, evaluation, part).save(out / f"{page}.png")
-    write_key(out, {number: one.method for number, one in shown.items()})
+        _sheet(evaluation, folder, part).save(out / f"{page}.png")
+    write_key(out, {number: image.method for number, image in shown.items()})
 
 
-def _chosen(found: Evaluation, methods: Sequence[str], images: int) -> list[Shown]:
+def _chosen(evaluation: Evaluation, methods: Sequence[str], images: int) -> list[Shown]:
     """Equal scenes and seeds of each method, spread over the scenes; neighbours on a sheet have the same scene."""
-    table = found.images
+    table = evaluation.images
     keys = zip(table["scene"], table["arm"], table["seed"], strict=True)
     files: dict[tuple[str, str, int], str] = dict(zip(keys, table["file"], strict=True))
     by_scene = {
-        scene.name: _of_all(files, scene.name, methods) for scene in found.suite.scenes if len(scene.concepts) == 2
+        scene.name: _of_all(files, scene.name, methods) for scene in evaluation.suite.scenes if len(scene.concepts) == 2
     }
     # Seed by seed, so that any number of images is spread over the scenes.
     turns = max((len(seeds) for seeds in by_scene.values()), default=0)
@@ -62,28 +62,28 @@ def _chosen(found: Evaluation, methods: Sequence[str], images: int) -> list[Show
     if len(places) < images:
         raise ValueError(f"all of {', '.join(methods)} have made {len(places)} images of two subjects, not {images}")
     chosen: list[Shown] = []
-    for scene in found.suite.scenes:
-        mine = [
+    for scene in evaluation.suite.scenes:
+        of_scene = [
             Shown(method, scene.concepts, files[name, method, seed])
             for name, seed in places[:images]
             if name == scene.name
             for method in methods
         ]
-        random.Random(scene.name).shuffle(mine)
-        chosen += mine
+        random.Random(scene.name).shuffle(of_scene)
+        chosen += of_scene
     return chosen
 
 
 def _of_all(files: Mapping[tuple[str, str, int], str], scene: str, methods: Sequence[str]) -> list[int]:
     """The seeds of a scene that every method has made."""
-    made = [{seed for name, arm, seed in files if (name, arm) == (scene, method)} for method in methods]
-    return sorted(set.intersection(*made))
+    by_method = [{seed for name, arm, seed in files if (name, arm) == (scene, method)} for method in methods]
+    return sorted(set.intersection(*by_method))
 
 
-def _sheet(found: Evaluation, folder: Path, images: Mapping[int, Shown]) -> Image.Image:
+def _sheet(evaluation: Evaluation, folder: Path, images: Mapping[int, Shown]) -> Image.Image:
     """References of the subjects on the sheet, and numbered images below."""
-    names = dict.fromkeys(name for one in images.values() for name in one.concepts)
+    names = dict.fromkeys(name for shown in images.values() for name in shown.concepts)
     return vote_sheet(
-        [(name, read_pixels(reference_files(found.suite.concept(name))[0])) for name in names],
-        [(f"{number}: {' and '.join(one.concepts)}", read_pixels(folder / one.file)) for number, one in images.items()],
+        [(name, read_pixels(reference_files(evaluation.suite.concept(name))[0])) for name in names],
+        [(f"{n}: {' and '.join(shown.concepts)}", read_pixels(folder / shown.file)) for n, shown in images.items()],
     )

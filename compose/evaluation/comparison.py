@@ -125,10 +125,10 @@ def _row(metric: Metric, a: pd.DataFrame, b: pd.DataFrame, shared: Sequence[str]
         return {**means, "wins": 0, "ties": 0, "losses": 0, "images": 0, "verdict": ""}
     common = (pd.DataFrame(images[[key in both for key in _keys(images)]]) for images in (a, b))
     first, second = (by_scene_and_seed(images, metric.key) for images in common)
-    found = compare(second, first, metric.higher_is_better)
-    ends = {"difference": found.difference.mean, "low": found.difference.low, "high": found.difference.high}
-    counts = {"wins": found.wins, "ties": found.ties, "losses": found.losses, "images": len(both)}
-    return {"a": _mean(first), "b": _mean(second), **ends, **counts, "verdict": found.verdict}
+    result = compare(second, first, metric.higher_is_better)
+    ends = {"difference": result.difference.mean, "low": result.difference.low, "high": result.difference.high}
+    counts = {"wins": result.wins, "ties": result.ties, "losses": result.losses, "images": len(both)}
+    return {"a": _mean(first), "b": _mean(second), **ends, **counts, "verdict": result.verdict}
 
 
 def _keys(images: pd.DataFrame) -> list[tuple[str, str, int]]:
@@ -167,8 +167,8 @@ def _shared_scenes(a: Suite, b: Suite) -> list[str]:
 def _differences(a: Evaluation, b: Evaluation) -> Iterator[str]:
     first, second = (evaluation.suite.model_dump(mode="json") for evaluation in (a, b))
     yield from _changed("", {k: first[k] for k in first if k not in _UNIMPORTANT}, second)
-    for kind in _LISTS:
-        yield from _changed_entries(kind.removesuffix("s"), getattr(a.suite, kind), getattr(b.suite, kind))
+    for field in _LISTS:
+        yield from _changed_entries(field.removesuffix("s"), getattr(a.suite, field), getattr(b.suite, field))
     versions = [{k: v for made in evaluation.made for k, v in made.versions.items()} for evaluation in (a, b)]
     names = sorted(versions[0].keys() | versions[1].keys())
     yield from _changed("version of ", {name: versions[0].get(name) for name in names}, versions[1])
@@ -179,8 +179,8 @@ def _differences(a: Evaluation, b: Evaluation) -> Iterator[str]:
 def _changed_entries(kind: str, a: Iterable[Any], b: Iterable[Any]) -> Iterator[str]:
     """Differences between two lists of named entries."""
     first, second = ({entry.name: entry for entry in entries} for entries in (a, b))
-    for run, own, other in (("A", first, second), ("B", second, first)):
-        if only := [name for name in own if name not in other]:
+    for run, here, there in (("A", first, second), ("B", second, first)):
+        if only := [name for name in here if name not in there]:
             yield f"only in {run}: {kind} {', '.join(map(repr, only))}"
     for name in (name for name in first if name in second):
         both = (entries[name].model_dump(mode="json") for entries in (first, second))

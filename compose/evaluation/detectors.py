@@ -67,13 +67,13 @@ class WindowDetector:
         near = [box for box in dict.fromkeys(near) if box not in set(boxes)]
         if near:
             boxes, shares = [*boxes, *near], torch.cat([shares, self._name(image, near, texts, len(words))])
-        found = [
+        detections = [
             Detection(words[word], box, round(share, 4))
             for box, row in zip(boxes, shares.tolist(), strict=True)
             for word, share in enumerate(row)
             if share >= self._threshold
         ]
-        return distinct(found)
+        return distinct(detections)
 
     def _name(self, image: Image.Image, boxes: Sequence[Box], texts: Tensor, words: int) -> Tensor:
         """How well each window is named by the first texts. Shape: [boxes, words]."""
@@ -103,12 +103,12 @@ class ZeroShotDetector:
         (result,) = self._processor.post_process_grounded_object_detection(
             output, threshold=self._threshold, target_sizes=[(image.height, image.width)], text_labels=[queries]
         )
-        found = [
+        detections = [
             Detection(words[queries.index(label)], box, round(float(score), 4))
             for label, score, edges in zip(result["text_labels"], result["scores"], result["boxes"], strict=True)
             if label in queries and (box := _inside(edges.tolist(), image.size)) is not None
         ]
-        return distinct(found)
+        return distinct(detections)
 
 
 def make_detector(config: WindowsConfig | ZeroShotConfig, encoder: Encoder, device: str) -> Detector:
@@ -121,38 +121,38 @@ def make_detector(config: WindowsConfig | ZeroShotConfig, encoder: Encoder, devi
 def coarse_windows(size: tuple[int, int]) -> list[Box]:
     """Squares of three sizes, spread evenly so that the edges of the image are reached."""
     width, height = size
-    found = []
+    windows = []
     for share, per_side in ((0.4, 6), (0.5, 5), (0.6, 4)):
         side = round(share * min(width, height))
         across = per_side if width <= height else round(per_side * width / height)
         down = per_side if height <= width else round(per_side * height / width)
         for top in np.linspace(0, height - side, down).round().astype(int).tolist():
             for left in np.linspace(0, width - side, across).round().astype(int).tolist():
-                found.append((left, top, left + side, top + side))
-    return found
+                windows.append((left, top, left + side, top + side))
+    return windows
 
 
 def _around(boxes: Sequence[Box], shares: Tensor, size: tuple[int, int], best: int = 2) -> list[Box]:
     """Windows near the best ones: moved by a sixteenth of the image, or a little larger or smaller."""
     width, height = size
     step = max(1, min(width, height) // 16)
-    found = []
+    windows = []
     for i in shares.argsort(descending=True)[:best].tolist():
         left, top, right, bottom = boxes[i]
         for x, y, grow in ((step, 0, 0), (-step, 0, 0), (0, step, 0), (0, -step, 0), (0, 0, step), (0, 0, -step)):
             half = grow // 2
             moved = (left + x - half, top + y - half, right + x + grow - half, bottom + y + grow - half)
             if moved[0] >= 0 and moved[1] >= 0 and moved[2] <= width and moved[3] <= height:
-                found.append(moved)
-    return found
+                windows.append(moved)
+    return windows
 
 
-def distinct(found: Sequence[Detection]) -> list[Detection]:
+def distinct(detections: Sequence[Detection]) -> list[Detection]:
     """Keeps the most confident of overlapping findings, whatever their words."""
     kept: list[Detection] = []
-    for one in sorted(found, key=lambda one: -one.score):
-        if all(shared(one.box, other.box) <= SHARED for other in kept):
-            kept.append(one)
+    for detection in sorted(detections, key=lambda detection: -detection.score):
+        if all(shared(detection.box, other.box) <= SHARED for other in kept):
+            kept.append(detection)
     return kept
 
 

@@ -30,10 +30,10 @@ def show_failures(folder: Path, method: str, to: Path | None = None) -> None:
     Raises:
         ValueError: If the evaluation has no images of the method.
     """
-    found = load(folder)
-    images = kinds_of_failure(found, method)
+    evaluation = load(folder)
+    images = kinds_of_failure(evaluation, method)
     if images.empty:
-        names = ", ".join(dict.fromkeys(found.images["arm"]))
+        names = ", ".join(dict.fromkeys(evaluation.images["arm"]))
         raise ValueError(f"the evaluation in {folder} has no images of {method!r}; it has those of {names or 'none'}")
     out.print(_table(images, method))
     rows = list(_examples(images, folder))
@@ -42,25 +42,25 @@ def show_failures(folder: Path, method: str, to: Path | None = None) -> None:
         return
     columns = [()] * max(len(row.images) for row in rows)
     drawn = sheet(
-        columns, rows, title=f"Failures of {method}", lines=[f"{found.suite.name}, examples by kind"], side=160
+        columns, rows, title=f"Failures of {method}", lines=[f"{evaluation.suite.name}, examples by kind"], side=160
     )
     echo(save_image(drawn, to or folder / f"failures-{re.sub(r'[^a-z0-9]+', '-', method.lower())}.png"))
 
 
-def kinds_of_failure(found: Evaluation, method: str) -> pd.DataFrame:
+def kinds_of_failure(evaluation: Evaluation, method: str) -> pd.DataFrame:
     """The images of a method with two further columns: the kind of scene, and the kind of failure or ""."""
-    concepts = found.concepts[found.concepts["arm"] == method].fillna({"alone": ""})
+    concepts = evaluation.concepts[evaluation.concepts["arm"] == method].fillna({"alone": ""})
     keys = ["scene", "alone", "seed"]
     missing = ~concepts["found"].astype(bool)
     mixed = ~missing & (concepts["own"] <= concepts["other"])
     weak = ~missing & ~mixed & (concepts["own"] < concepts["threshold"])
-    each = pd.DataFrame(concepts[keys]).assign(missing=missing, mixed=mixed, weak=weak)
-    of_image = each.groupby(keys, sort=False)[list(KINDS)].any().reset_index()
-    images = found.arm(method).fillna({"alone": ""}).merge(of_image, on=keys)
+    marks = pd.DataFrame(concepts[keys]).assign(missing=missing, mixed=mixed, weak=weak)
+    of_image = marks.groupby(keys, sort=False)[list(KINDS)].any().reset_index()
+    images = evaluation.arm(method).fillna({"alone": ""}).merge(of_image, on=keys)
     failure = pd.Series("", index=images.index)
     for kind in reversed(KINDS):
         failure = failure.mask(images[kind].astype(bool), kind)
-    kinds = {str(scene.name): kind_of_scene(found.suite, scene) for scene in found.suite.scenes}
+    kinds = {str(scene.name): kind_of_scene(evaluation.suite, scene) for scene in evaluation.suite.scenes}
     return images.assign(kind=[kinds[str(scene)] for scene in images["scene"]], failure=failure)
 
 
@@ -87,10 +87,10 @@ def _table(images: pd.DataFrame, method: str) -> Table:
 def _examples(images: pd.DataFrame, folder: Path) -> Iterator[Row]:
     """A row of examples of each kind, from different scenes as far as possible."""
     for kind, text in KINDS.items():
-        mine = images[images["failure"] == kind]
-        turn = mine.groupby("scene", sort=False).cumcount()
-        chosen = mine.assign(turn=turn).sort_values("turn", kind="stable").head(_EXAMPLES)
+        failed = images[images["failure"] == kind]
+        turn = failed.groupby("scene", sort=False).cumcount()
+        chosen = failed.assign(turn=turn).sort_values("turn", kind="stable").head(_EXAMPLES)
         if len(chosen):
             pictures = [read_pixels(folder / str(file)) for file in chosen["file"]]
-            label = (f"{kind}: {len(mine)} of {len(images)}", *textwrap.wrap(text, 26))
+            label = (f"{kind}: {len(failed)} of {len(images)}", *textwrap.wrap(text, 26))
             yield Row(label, pictures, [str(scene) for scene in chosen["scene"]], parted=True)

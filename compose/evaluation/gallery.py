@@ -53,9 +53,7 @@ class Gallery:
         row = self._images[key]
         source, size = self._embedded(row["file"])
         places = self.evaluation.suite.scene(scene).concepts
-        concepts = [
-            {**one, "box": _percent(one, size), "place": places.index(one["concept"])} for one in self._concepts[key]
-        ]
+        concepts = [{**c, "box": _percent(c, size), "place": places.index(c["concept"])} for c in self._concepts[key]]
         return {**row, "source": source, "size": size, "concepts": concepts}
 
     def _embedded(self, file: str) -> tuple[str, tuple[int, int]]:

@@ -63,7 +63,7 @@ def _check(pool: Pool, left: dict[str, Todo]) -> None:
     """Rehearses the batches that are left; raises ValueError with all problems."""
     unchecked = to_plan(todo.batch for todo in left.values())
     tasks = {str(number): (batch,) for number, batch in enumerate(unchecked)}
-    problems = {int(ended.name): ended.error or ended.found for ended in pool.map(_problem, tasks)}
+    problems = {int(ended.name): ended.error or ended.result for ended in pool.map(_problem, tasks)}
     raise_problems((batch, problems[number]) for number, batch in enumerate(unchecked))
 
 
@@ -82,7 +82,7 @@ def _work(pool: Pool, suite: Suite, left: dict[str, Todo], claims: Claims, done:
 
     def end(ended: Ended, claim: Claim) -> None:
         todo = left[ended.name]
-        todo.keep(ended.found if ended.error is None else [failed(todo.batch, ended.error)], claim)
+        todo.keep(ended.result if ended.error is None else [failed(todo.batch, ended.error)], claim)
         count()
 
     pool.work(_do, claims, left, start, end)
@@ -98,8 +98,8 @@ def _here(worker: Worker, batch: Batch) -> Batch:
 
 
 def _problem(worker: Worker, node: Node, batch: Batch) -> str | None:
-    found = worker.problem(_here(worker, batch))
-    return None if found is None else node.as_given(found)
+    problem = worker.problem(_here(worker, batch))
+    return None if problem is None else node.as_given(problem)
 
 
 def _do(worker: Worker, node: Node, batch: Batch, run: Run, images: Sequence[Image.Image]) -> list[Result]:
@@ -109,7 +109,7 @@ def _do(worker: Worker, node: Node, batch: Batch, run: Run, images: Sequence[Ima
 
 def _as_given(result: Result, node: Node, run: Run) -> Result:
     if isinstance(result, Images):
-        return replace(result, made=tuple(named_as(one, run) for one in result.made))
+        return replace(result, made=tuple(named_as(image, run) for image in result.made))
     if isinstance(result, Failed):
         return result.model_copy(update={"error": node.as_given(result.error)})
     return result

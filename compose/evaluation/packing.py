@@ -25,15 +25,15 @@ def pack(packer: Packer, suite: Suite) -> Parcel:
 
 def _references(packer: Packer, concept: SuiteConcept) -> Parcel:
     """Reference images, with the file beside them that says where the concept is."""
-    given = concept.references
-    if isinstance(given, str) and given.partition(":")[0] in PLAYGROUNDS:
+    references = concept.references
+    if isinstance(references, str) and references.partition(":")[0] in PLAYGROUNDS:
         return Parcel()
     files = reference_files(concept)
-    if isinstance(given, str):
-        folder = Path(given).expanduser()
-        return packer.together(given, folder, [*files, *_captions(folder)])
-    each = zip(given, files, strict=True)
-    return union(packer.together(name, file.parent, [file, *_captions(file.parent)], file) for name, file in each)
+    if isinstance(references, str):
+        folder = Path(references).expanduser()
+        return packer.together(references, folder, [*files, *_captions(folder)])
+    pairs = zip(references, files, strict=True)
+    return union(packer.together(name, file.parent, [file, *_captions(file.parent)], file) for name, file in pairs)
 
 
 def _captions(folder: Path) -> list[Path]:

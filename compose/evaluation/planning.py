@@ -59,12 +59,12 @@ def make_plan(suite: Suite) -> Plan:
     planned = []
     for batch in batches(suite):
         scene, arm = batch.scene, batch.arm
-        made = digest(run_facts(run_of(suite, batch), batch.seeds, suite.threads, suite.save_memory), model)
+        made_key = digest(run_facts(run_of(suite, batch), batch.seeds, suite.threads, suite.save_memory), model)
         names = [scene.name, arm.name, *([arm.alone] if arm.alone else []), str(batch.seeds[0])]
-        scored = digest(scene.model_dump(mode="json", exclude={"bundle"}), scoring)
+        scored_key = digest(scene.model_dump(mode="json", exclude={"bundle"}), scoring)
         planned.append(
             Planned(
-                key=f"{'-'.join(map(_slug, names))}-{made}", scores=f"scores-{scored}.json", scene=scene.name,
+                key=f"{'-'.join(map(_slug, names))}-{made_key}", scores=f"scores-{scored_key}.json", scene=scene.name,
                 arm=arm.name, alone=arm.alone, seeds=batch.seeds,
             )
         )  # fmt: skip
@@ -170,25 +170,25 @@ class Todo:
                 self._keep_failure(folder, result)
 
     def _look(self) -> Kept:
-        made, scores, damage = None, None, []
+        record, scores, damage = None, None, []
         try:
-            made = read_made(self.out, self.planned)
-            if made is not None:
-                check_images(self.out, self.planned, made)
+            record = read_made(self.out, self.planned)
+            if record is not None:
+                check_images(self.out, self.planned, record)
         except FileError as error:
-            made = None
+            record = None
             damage.append(str(error))
         try:
             scores = read_scores(self.out, self.planned, self.batch.scene.concepts)
         except FileError as error:
             damage.append(str(error))
-        return Kept(made is not None, scores is not None, tuple(damage))
+        return Kept(record is not None, scores is not None, tuple(damage))
 
     def _keep_images(self, folder: Path, images: Images) -> None:
         clear(self.out, self.planned.key)
         sha256 = {}
-        for one in images.made:
-            seed, data = one.record.run.seed, png_bytes(one.image, one.record)
+        for image in images.made:
+            seed, data = image.record.run.seed, png_bytes(image.image, image.record)
             write_whole(image_path(self.out, self.planned.key, seed), data)
             sha256[seed] = hashlib.sha256(data).hexdigest()
         about = Made(

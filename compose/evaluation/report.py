@@ -128,32 +128,32 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
 
 def warnings(evaluation: Evaluation) -> list[str]:
     """Warnings about the results, for the reader."""
-    found = [
+    texts = [
         f"The encoder cannot recognise {name}: with its LoRA alone, images are no more alike to its references than "
         "without any LoRA. Its similarity says nothing about its identity, and success only asks whether its own "
         "references are the nearest."
         for name in evaluation.unrecognised
     ]
     if unmeasured := evaluation.unmeasured:
-        found.append(
+        texts.append(
             f"No threshold for {', '.join(unmeasured)}: not found without LoRA, or not with the LoRA alone. Success "
             "only asks whether their own references are the nearest."
         )
     if (scenes := len(set(evaluation.images["scene"]))) < MINIMUM_SCENES:
-        found.append(
+        texts.append(
             f"{_count(scenes, 'scene')}: intervals of so few say little about other scenes, and there is no verdict "
             f"with fewer than {MINIMUM_SCENES}. More seeds do not help, more scenes do."
         )
     if len(_distinct(str(sorted(made.versions.items())) for made in evaluation.made)) > 1:
-        found.append("Images were made by different versions of the packages, so differences may be due to them.")
+        texts.append("Images were made by different versions of the packages, so differences may be due to them.")
     if len(_distinct(str(made.machine) for made in evaluation.made)) > 1:
-        found.append("Images were made by different machines, so their seconds cannot be compared.")
+        texts.append("Images were made by different machines, so their seconds cannot be compared.")
     if left := evaluation.missing + len(evaluation.failed):
-        found.append(
+        texts.append(
             f"{_count(left, 'batch', 'batches')} of {len(evaluation.plan.batches)} failed or are not made yet. Means "
             "are over different images then; comparisons use only what both have."
         )
-    return found
+    return texts
 
 
 def number(value: Any, metric: Metric | None = None, digits: int = 2, sign: bool = False) -> str:
@@ -164,10 +164,10 @@ def number(value: Any, metric: Metric | None = None, digits: int = 2, sign: bool
 
 def verdict(row: Mapping[str, Any], key: str, baseline: str) -> str:
     """The verdict on a row against the baseline; empty for rows that are not compared."""
-    found = row.get(f"{key}_verdict")
-    if not isinstance(found, str):
+    result = row.get(f"{key}_verdict")
+    if not isinstance(result, str):
         return ""
-    return found if found == "undecided" else f"{found} than {baseline}"
+    return result if result == "undecided" else f"{result} than {baseline}"
 
 
 def _bytes(value: float) -> str:
@@ -181,8 +181,8 @@ def _amount(value: float) -> str:
     return _DASH if pd.isna(value) else f"{value / size:.3g} {unit}".rstrip()
 
 
-def _count(count: int, one: str, many: str = "") -> str:
-    return f"{count} {one if count == 1 else many or f'{one}s'}"
+def _count(count: int, singular: str, plural: str = "") -> str:
+    return f"{count} {singular if count == 1 else plural or f'{singular}s'}"
 
 
 def _distinct(values: Iterable[str]) -> list[str]:
@@ -205,7 +205,8 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     lines += [line(_cells(row, shown, suite.baseline)) for row in arms_table.to_dict("records")]
     lines += ["", *_GUIDE]
     if evaluation.failed:
-        lines += ["", "## Failed", "", *(f"- {marked(_whose(one))}: {marked(one.error)}" for one in evaluation.failed)]
+        failures = (f"- {marked(_whose(failure))}: {marked(failure.error)}" for failure in evaluation.failed)
+        lines += ["", "## Failed", "", *failures]
     return "\n".join(lines) + "\n"
 
 
@@ -265,7 +266,7 @@ def _scene(evaluation: Evaluation, gallery: Gallery, scene: SuiteScene) -> dict[
 def _gap(evaluation: Evaluation, scene: SuiteScene, arm: Arm, seed: int) -> str:
     """Why there is no image with scores."""
     wanted = (scene.name, arm.name, arm.alone)
-    if any(seed in one.seeds and (one.scene, one.arm, one.alone) == wanted for one in evaluation.failed):
+    if any(seed in f.seeds and (f.scene, f.arm, f.alone) == wanted for f in evaluation.failed):
         return "failed"
     return "not there yet"
 
@@ -306,4 +307,4 @@ def _bounds_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for row in evaluation.bounds.to_dict("records"):
         rows.setdefault(row["arm"], {})[row["concept"]] = row
-    return [{"arm": arm, "role": role(evaluation.suite, arm), "concepts": found} for arm, found in rows.items()]
+    return [{"arm": arm, "role": role(evaluation.suite, arm), "concepts": concepts} for arm, concepts in rows.items()]

@@ -207,8 +207,8 @@ def check_images(out: Path, planned: Planned, made: Made) -> None:
             raise FileError(f"{path} is not the image that was written")
 
 
-def _batch(one: Made | Planned) -> tuple:
-    return one.scene, one.arm, one.alone, one.seeds
+def _batch(stored: Made | Planned) -> tuple:
+    return stored.scene, stored.arm, stored.alone, stored.seeds
 
 
 def _sha256(path: Path) -> str:

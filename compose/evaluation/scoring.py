@@ -39,58 +39,58 @@ class Scorer:
 
     def score(self, image: Image.Image, scene: SuiteScene) -> ImageScores:
         """Measures an image of a scene."""
-        every = [self.suite.concept(name) for name in scene.concepts]
-        concepts = [concept for concept in every if not concept.is_style]
+        all_concepts = [self.suite.concept(name) for name in scene.concepts]
+        concepts = [concept for concept in all_concepts if not concept.is_style]
         names = [concept.name for concept in concepts]
         references = [self.references[name] for name in names]
         whole = self.encoder.images([image])
-        found = self._found(image, scene, concepts)
-        crops = [squared(image.crop(one.box)) for one in found]
+        detections = self._detected(image, scene, concepts)
+        crops = [squared(image.crop(detection.box)) for detection in detections]
         similarity = similarity_matrix(self.encoder.images(crops), references)  # [findings, concepts]
-        chosen = self._chosen(similarity, found, concepts)
+        chosen = self._chosen(similarity, detections, concepts)
         scores = {}
-        for concept, i, own in zip(concepts, chosen, references, strict=True):
-            alike = _rounded(clip_i(whole, own)[0])
+        for concept, i, own_references in zip(concepts, chosen, references, strict=True):
+            alike = _rounded(clip_i(whole, own_references)[0])
             scores[concept.name] = ConceptScore(whole=alike)
             if i is not None:
                 likeness = dict(zip(names, map(_rounded, similarity[i]), strict=True))
-                scores[concept.name] = self._found_score(found[i], scene.regions.get(concept.name), likeness, alike)
-        for style in (concept for concept in every if concept.is_style):
+                scores[concept.name] = self._located(detections[i], scene.regions.get(concept.name), likeness, alike)
+        for style in (concept for concept in all_concepts if concept.is_style):
             alike = _rounded(clip_i(whole, self.references[style.name])[0])
             scores[style.name] = ConceptScore(whole=alike, colours=colours_of(image))
-        extra = None if self.detector is None else len(found) - sum(i is not None for i in chosen)
-        return ImageScores(clip_t=self._clip_t(whole, scene, every), concepts=scores, extra=extra)
+        extra = None if self.detector is None else len(detections) - sum(i is not None for i in chosen)
+        return ImageScores(clip_t=self._clip_t(whole, scene, all_concepts), concepts=scores, extra=extra)
 
     def _clip_t(self, whole: Tensor, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> float | None:
         if not self.encoder.has_text:
             return None
         return _rounded(clip_t(whole, self.encoder.texts([without_triggers(scene.prompt, concepts)]))[0])
 
-    def _found(self, image: Image.Image, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> list[Detection]:
+    def _detected(self, image: Image.Image, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> list[Detection]:
         """Findings of the detector; without one, each concept's region, in the order of the concepts."""
         if self.detector is not None:
             return self.detector.detect(image, [concept.class_word for concept in concepts])
         return [Detection(concept.class_word, scene.regions[concept.name], 1.0) for concept in concepts]
 
     def _chosen(
-        self, similarity: np.ndarray, found: Sequence[Detection], concepts: Sequence[SuiteConcept]
+        self, similarity: np.ndarray, detections: Sequence[Detection], concepts: Sequence[SuiteConcept]
     ) -> list[int | None]:
         """The finding of each concept: at most one, of its own class, by likeness to its references."""
         if self.detector is None:
             return list(range(len(concepts)))
-        allowed = [[one.word == concept.class_word for one in found] for concept in concepts]
-        return assign(similarity.T, np.array(allowed, dtype=bool).reshape(len(concepts), len(found)))
+        allowed = [[detection.word == concept.class_word for detection in detections] for concept in concepts]
+        return assign(similarity.T, np.array(allowed, dtype=bool).reshape(len(concepts), len(detections)))
 
-    def _found_score(
-        self, found: Detection, region: Box | None, similarity: Mapping[str, float], whole: float
+    def _located(
+        self, detection: Detection, region: Box | None, similarity: Mapping[str, float], whole: float
     ) -> ConceptScore:
         known = self.detector is not None
         return ConceptScore(
-            box=found.box,
-            detection=found.score if known else None,
+            box=detection.box,
+            detection=detection.score if known else None,
             similarity=similarity,
             whole=whole,
-            placed=_placed(found.box, region) if known and region is not None else None,
+            placed=_placed(detection.box, region) if known and region is not None else None,
         )
 
 
@@ -121,18 +121,18 @@ def reference_files(concept: SuiteConcept) -> list[Path]:
     Raises:
         ValueError: If there are none.
     """
-    given = concept.references
-    if isinstance(given, str) and given.startswith(f"{PLAYGROUND}:"):
-        return playground_references(given.removeprefix(f"{PLAYGROUND}:"))
-    if not isinstance(given, str):
-        return [Path(source).expanduser() for source in given]
-    folder = Path(given).expanduser()
+    references = concept.references
+    if isinstance(references, str) and references.startswith(f"{PLAYGROUND}:"):
+        return playground_references(references.removeprefix(f"{PLAYGROUND}:"))
+    if not isinstance(references, str):
+        return [Path(source).expanduser() for source in references]
+    folder = Path(references).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"concept {concept.name!r}: there is no folder {given!r} with reference images")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not found:
-        raise ValueError(f"concept {concept.name!r}: no image in {given!r}; expected {', '.join(IMAGE_SUFFIXES)}")
-    return found
+        raise ValueError(f"concept {concept.name!r}: there is no folder {references!r} with reference images")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not paths:
+        raise ValueError(f"concept {concept.name!r}: no image in {references!r}; expected {', '.join(IMAGE_SUFFIXES)}")
+    return paths
 
 
 def reference_crops(concept: SuiteConcept) -> list[Image.Image]:

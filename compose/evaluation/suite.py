@@ -225,9 +225,9 @@ class Suite(_Frozen):
                 raise ValueError(
                     f"method {method.name!r} uses LoRAs of the kind {method.lora!r}, which {_listed(missing)} lacks"
                 )
-        own = self.kinds[0]
-        if own and (lacking := [c.name for c in self.concepts if own not in c.loras]):
-            raise ValueError(f"{self.concepts[0].name} has a LoRA of the kind {own!r}, which {_listed(lacking)} lacks")
+        kind = self.kinds[0]
+        if kind and (lacking := [c.name for c in self.concepts if kind not in c.loras]):
+            raise ValueError(f"{self.concepts[0].name} has a LoRA of the kind {kind!r}, which {_listed(lacking)} lacks")
         if self.baseline not in (names := [arm.name for arm in self.compared]):
             raise ValueError(f"the baseline {self.baseline!r} is not among the methods; there are {_listed(names)}")
         return self

@@ -129,11 +129,11 @@ def _compared(metric: Metric, method: pd.DataFrame, baseline: pd.DataFrame) -> d
     result = compare(
         by_scene_and_seed(method, metric.key), by_scene_and_seed(baseline, metric.key), metric.higher_is_better
     )
-    found = (
+    values = (
         result.difference.mean, result.difference.low, result.difference.high,
         result.wins, result.ties, result.losses, result.verdict,
     )  # fmt: skip
-    return dict(zip(_comparison_columns(metric.key), found, strict=True))
+    return dict(zip(_comparison_columns(metric.key), values, strict=True))
 
 
 def by_scene_and_seed(images: pd.DataFrame, key: str) -> pd.Series:

@@ -180,14 +180,14 @@ def _stored(out: Path, plan: results.Plan) -> tuple[list[_Image], list[results.F
     missing = unscored = 0
     for planned in plan.batches:
         concepts = plan.suite.scene(planned.scene).concepts
-        made = _sound(lambda planned=planned: results.read_made(out, planned))
-        scores = _sound(lambda planned=planned, concepts=concepts: results.read_scores(out, planned, concepts))
-        failure = _sound(
-            lambda planned=planned: read(results.batch_folder(out, planned.key) / results.FAILED, results.Failed)
-        )
+        made = _sound(results.read_made, out, planned)
+        scores = _sound(results.read_scores, out, planned, concepts)
+        failure = _sound(read, results.batch_folder(out, planned.key) / results.FAILED, results.Failed)
         if made is not None and scores is not None:
             subjects = tuple(name for name in concepts if not plan.suite.concept(name).is_style)
-            shots += _scored(out, planned, made, scores, subjects)
+            for seed in planned.seeds:
+                file = results.image_path(out, planned.key, seed).relative_to(out).as_posix()
+                shots.append(_Image(planned, seed, file, made, scores.images[seed], subjects))
         elif failure is not None:
             failed.append(failure)
         elif made is None:
@@ -197,35 +197,23 @@ def _stored(out: Path, plan: results.Plan) -> tuple[list[_Image], list[results.F
     return shots, failed, missing, unscored
 
 
-def _sound(reading: Callable[[], _Read | None]) -> _Read | None:
+def _sound(reader: Callable[..., _Read | None], *args: Any) -> _Read | None:
     """Reads results; a damaged batch is logged and left out, so that the others are still shown."""
     try:
-        return reading()
+        return reader(*args)
     except FileError as error:
         logger.error("%s, and is left out; run the evaluation again to repair it", error)
         return None
-
-
-def _scored(
-    out: Path, planned: results.Planned, made: results.Made, scores: results.Scores, concepts: tuple[str, ...]
-) -> list[_Image]:
-    return [
-        _Image(
-            planned, seed, results.image_path(out, planned.key, seed).relative_to(out).as_posix(), made,
-            scores.images[seed], concepts,
-        )
-        for seed in planned.seeds
-    ]  # fmt: skip
 
 
 def _with_styles(suite: Suite, shots: Sequence[_Image]) -> list[_Image]:
     """The images with how much of each style they have."""
     colours: dict[tuple[str, str, str | None], dict[str, list[Any]]] = {}
     for shot in shots:
-        found = colours.setdefault((shot.planned.scene, shot.planned.arm, shot.planned.alone), {})
+        by_style = colours.setdefault((shot.planned.scene, shot.planned.arm, shot.planned.alone), {})
         for name, score in shot.scores.concepts.items():
             if score.colours is not None:
-                found.setdefault(name, []).append(score.colours)
+                by_style.setdefault(name, []).append(score.colours)
 
     def mean(scene: str, arm: str, alone: str | None, style: str) -> np.ndarray:
         seen = colours.get((scene, arm, alone), {}).get(style)
@@ -252,16 +240,16 @@ def _concept_rows(shot: _Image) -> list[dict[str, Any]]:
     rows = []
     for i in shot.acting:
         score = shot.scores.concepts[shot.concepts[i]]
-        found = not np.isnan(similarity[i]).any()
+        detected = not np.isnan(similarity[i]).any()
         others = np.delete(similarity[i], i)
         rows.append(
             {
                 **shot.keys,
                 "concept": shot.concepts[i],
-                "found": found,
+                "found": detected,
                 "own": own[i],
                 "other": others.max() if len(others) else np.nan,
-                "nearest": shot.concepts[int(similarity[i].argmax())] if found else None,
+                "nearest": shot.concepts[int(similarity[i].argmax())] if detected else None,
                 "whole": score.whole,
                 "placed": score.placed,
                 "detection": score.detection,
@@ -321,8 +309,8 @@ def _thresholds(suite: Suite, concepts: pd.DataFrame) -> pd.DataFrame:
     used = {name for scene in suite.scenes for name in scene.concepts}
     rows = []
     for name in (concept.name for concept in suite.concepts if concept.name in used):
-        found = concepts[concepts["found"] & (concepts["concept"] == name)]
-        without, alone = (found.loc[found["arm"] == arm, "own"].to_numpy() for arm in SANITY[:2])
+        detected = concepts[concepts["found"] & (concepts["concept"] == name)]
+        without, alone = (detected.loc[detected["arm"] == arm, "own"].to_numpy() for arm in SANITY[:2])
         threshold = metrics.presence_threshold(without, alone)
         rows.append(
             {"concept": name, "without": _mean(without), "alone": metrics.reached(alone), "threshold": threshold}

@@ -91,9 +91,9 @@ class Worker:
         """
         try:
             if not images:
-                made = self._make(batch, on_progress)
-                yield made
-                images = [one.image for one in made.made]
+                result = self._make(batch, on_progress)
+                yield result
+                images = [made.image for made in result.made]
             scored = [self.scorer.score(image.convert("RGB"), batch.scene) for image in images]
             yield Scores(images=dict(zip(batch.seeds, scored, strict=True)))
         except Exception as error:  # models and libraries may raise anything
@@ -110,20 +110,20 @@ class Worker:
         start = time.perf_counter()
         if device.type == "cuda":
             with peak_memory(device) as memory:
-                made = make_batch(self.pipe, run, batch.seeds, on_progress)
+                result = make_batch(self.pipe, run, batch.seeds, on_progress)
             peak = memory.peak_bytes
         else:
-            made = make_batch(self.pipe, run, batch.seeds, on_progress)
+            result = make_batch(self.pipe, run, batch.seeds, on_progress)
         cost = ImageCost(
-            rows_forward=made.cost.rows_forward / number if made.cost else counted.rows_forward,
-            rows_stopped=made.cost.rows_stopped / number if made.cost else counted.rows_stopped,
-            rows_backward=made.cost.rows_backward / number if made.cost else counted.rows_backward,
+            rows_forward=result.cost.rows_forward / number if result.cost else counted.rows_forward,
+            rows_stopped=result.cost.rows_stopped / number if result.cost else counted.rows_stopped,
+            rows_backward=result.cost.rows_backward / number if result.cost else counted.rows_backward,
             flops=counted.flops,
             seconds=(time.perf_counter() - start) / number,
-            preparation_seconds=made.cost.preparation_seconds / number if made.cost else 0.0,
+            preparation_seconds=result.cost.preparation_seconds / number if result.cost else 0.0,
             peak_bytes=peak,
         )
-        return Images(made.images, cost, versions(), machine(device))
+        return Images(result.images, cost, versions(), machine(device))
 
     def _probed_peak(self, batch: Batch, run: Run) -> int:
         """Measures memory in a short run of its own, once for each kind of call, since it is slow on a CPU."""
@@ -162,9 +162,9 @@ def to_plan(todo: Iterable[Batch]) -> list[Batch]:
 
 def raise_problems(problems: Iterable[tuple[Batch, str | None]]) -> None:
     """Raises ValueError with all problems, each with its scene and arm, if there are any."""
-    found = [f"scene {batch.scene.name!r}, {batch.arm.name}: {text}" for batch, text in problems if text is not None]
-    if found:
-        raise ValueError("\n".join(["the suite cannot be evaluated:", *found]))
+    texts = [f"scene {batch.scene.name!r}, {batch.arm.name}: {text}" for batch, text in problems if text is not None]
+    if texts:
+        raise ValueError("\n".join(["the suite cannot be evaluated:", *texts]))
 
 
 def failed(batch: Batch, error: str) -> Failed:

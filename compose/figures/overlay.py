@@ -62,8 +62,8 @@ def masks(image: Image.Image, attention: Attention, step: int | None, index: int
 
     Without a step, cells that belong to a concept in at least half of the steps.
     """
-    found = attention.masks[:, index].float()
-    chosen = (found.mean(dim=0) >= 0.5) if step is None else found[step] > 0
+    by_step = attention.masks[:, index].float()
+    chosen = (by_step.mean(dim=0) >= 0.5) if step is None else by_step[step] > 0
     ground = _grown(image)
     pixels = np.asarray(ground, np.float32).copy()
     for concept, mask in enumerate(chosen.numpy()):

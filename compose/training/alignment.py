@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_compose.compose.training.words import Rows
+from lora_compose.compose.training.words import WordFeatures
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Alignment:
     norm: Literal["l1", "l2"]
 
     @classmethod
-    def of(cls, network: nn.Module, adapter: str, rows: Rows, norm: Literal["l1", "l2"]) -> "Alignment":
+    def of(cls, network: nn.Module, adapter: str, rows: WordFeatures, norm: Literal["l1", "l2"]) -> "Alignment":
         """Computes the targets, on the network's device."""
         layers = []
         device = next(network.parameters()).device
@@ -57,7 +57,7 @@ class Alignment:
         return cls(tuple(layers), trigger, min(rows.ranks, len(layers[0].down)), norm)
 
     def loss(self, weights: Tensor) -> Tensor:
-        """The distance between keys, each row weighted by `Rows.weights`. Shape: [rows]."""
+        """The distance between keys, each row weighted by `WordFeatures.weights`. Shape: [rows]."""
         with torch.autocast(self.features.device.type, enabled=False):
             losses = []
             for layer in self.layers:

@@ -48,7 +48,7 @@ class Base(Protocol):
 
     @property
     def prediction(self) -> str:
-        """The target of the network, named as in that standard; empty if it has no name for it."""
+        """The target of the network, named as in the ModelSpec standard; empty if that has no name for it."""
         ...
 
     @property
@@ -123,8 +123,8 @@ class _UNet:
 
     @property
     def tokenizers(self) -> Sequence[Any]:
-        found = (getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
-        return [tokenizer for tokenizer in found if tokenizer is not None]
+        tokenizers = (getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return [tokenizer for tokenizer in tokenizers if tokenizer is not None]
 
     def check(self, settings: Training) -> None:
         """Accepts all settings."""
@@ -195,8 +195,8 @@ class _Transformer:
 
     @property
     def tokenizers(self) -> Sequence[Any]:
-        found = self.pipe.tokenizers_for([])
-        return [one.tokenizer if isinstance(one, ExpandingTokenizer) else one for one in found]
+        tokenizers = self.pipe.tokenizers_for([])
+        return [t.tokenizer if isinstance(t, ExpandingTokenizer) else t for t in tokenizers]
 
     def check(self, settings: Training) -> None:
         family = self.pipe.family
@@ -228,13 +228,13 @@ class _Transformer:
         ]  # fmt: skip
 
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        found = []
+        encoded = []
         with torch.no_grad():
             for caption in captions:
                 text, added = self.pipe.read_texts([caption])
-                found.append((text.cpu(), {name: value.cpu() for name, value in added.items()}))
-        texts, by_caption = zip(*found, strict=True)
-        return torch.cat(texts), {name: torch.cat([one[name] for one in by_caption]) for name in by_caption[0]}
+                encoded.append((text.cpu(), {name: value.cpu() for name, value in added.items()}))
+        texts, by_caption = zip(*encoded, strict=True)
+        return torch.cat(texts), {name: torch.cat([values[name] for values in by_caption]) for name in by_caption[0]}
 
     def latents(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_compose.compose.training.examples import Examples
 from lora_compose.compose.training.learner import Batch
 from lora_compose.compose.training.noising import Noising
-from lora_compose.compose.training.words import Rows
+from lora_compose.compose.training.words import WordFeatures
 
 _ORDER, _CONCEPT, _CLASS = range(3)
 
@@ -60,7 +60,7 @@ class Batches:
 
     concept: Stream
     prior: Stream | None
-    rows: Rows | None
+    rows: WordFeatures | None
     sizes: tuple[int, int]
     accumulate: int = 1
     processes: int = 1
@@ -70,48 +70,33 @@ class Batches:
         """The batch of this process in a step; `part` counts the batches in the step. On the CPU."""
         number = (step * self.accumulate + part) * self.processes + self.process
         streams = [(self.concept, self.sizes[0])] + ([(self.prior, self.sizes[1])] if self.prior else [])
-        parts = [_rows_of(stream, range(number * size, (number + 1) * size)) for stream, size in streams]
-        captions = [int(self.concept.examples.caption[found]) for found in parts[0].images]
+        parts = (_rows_of(stream, range(number * size, (number + 1) * size)) for stream, size in streams)
+        images, tensors, added = zip(*parts, strict=True)
+        captions = [int(self.concept.examples.caption[image]) for image in images[0]]
         return Batch(
-            latents=torch.cat([part.latents for part in parts]),
-            noise=torch.cat([part.noise for part in parts]),
-            times=torch.cat([part.times for part in parts]),
-            text=torch.cat([part.text for part in parts]),
-            mask=torch.cat([part.mask for part in parts]),
-            added={name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added},
+            *map(torch.cat, zip(*tensors, strict=True)),
+            added={name: torch.cat([part[name] for part in added]) for name in added[0]},
             weights=torch.zeros(0) if self.rows is None else self.rows.weights(captions),
             own=self.sizes[0],
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    images: Sequence[int]
-    latents: Tensor
-    noise: Tensor
-    times: Tensor
-    text: Tensor
-    mask: Tensor
-    added: dict[str, Tensor]
-
-
-def _rows_of(stream: Stream, rows: range) -> _Part:
+def _rows_of(stream: Stream, rows: range) -> tuple[Sequence[int], Sequence[Tensor], dict[str, Tensor]]:
+    """Images of some rows; their latents, noise, times, text and masks; further inputs of the network."""
     images = [stream.image(row) for row in rows]
     latents, noise, times = zip(*map(stream.draw, rows), strict=True)
     examples = stream.examples
     captions = examples.caption[images]
+    tensors = torch.stack(latents), torch.stack(noise), torch.tensor(times), examples.text[captions]
     added = {name: value[captions] for name, value in examples.by_caption.items()}
     added |= {name: value[images] for name, value in examples.by_image.items()}
-    return _Part(
-        images, torch.stack(latents), torch.stack(noise), torch.tensor(times), examples.text[captions],
-        examples.mask[captions], added,
-    )  # fmt: skip
+    return images, (*tensors, examples.mask[captions]), added
 
 
 def batches_of(
     concept: Examples,
     prior: Examples | None,
-    rows: Rows | None,
+    rows: WordFeatures | None,
     *,
     seed: int,
     sizes: tuple[int, int],

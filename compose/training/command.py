@@ -20,12 +20,7 @@ INTERRUPTED = 130
 
 
 def train(
-    preset: str | None,
-    tara: Mapping[str, Any] | None,
-    fields: Mapping[str, Any],
-    *,
-    fresh: bool,
-    overwrite: bool,
+    preset: str | None, tara: Mapping[str, Any] | None, fields: Mapping[str, Any], *, fresh: bool, overwrite: bool
 ) -> None:
     """Trains a LoRA and prints its path. Ctrl-C stops; the same call resumes.
 
@@ -58,10 +53,10 @@ def train(
         )
 
 
-def _settings(preset: str | None, tara: Mapping[str, Any] | None, given: Mapping[str, Any]) -> Training:
+def _settings(preset: str | None, tara: Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Training:
     try:
         words = None if tara is None else TaraTraining(**tara)
-        return Training.preset(preset or preset_of(given["model"]), tara=words, **given)
+        return Training.preset(preset or preset_of(fields["model"]), tara=words, **fields)
     except ValidationError as error:
         kind = TaraTraining if error.title == TaraTraining.__name__ else Training
         raise ValueError("\n".join(field_messages(kind, error))) from error

@@ -55,12 +55,12 @@ def read_images(folder: Path, prompts: Sequence[str]) -> tuple[TrainingImage, ..
     captions = [from_table.get(path.name) or _beside(path) for path in paths]
     if missing := captions.count(None):
         logger.info("%s: %d of %d images have no caption and get the prompt", folder, missing, len(paths))
-    found = []
+    images = []
     for i, (path, caption) in enumerate(zip(paths, captions, strict=True)):
         size = load_image(path).size
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        found.append(TrainingImage(path, caption or prompts[i % len(prompts)], size, sha256))
-    return tuple(found)
+        images.append(TrainingImage(path, caption or prompts[i % len(prompts)], size, sha256))
+    return tuple(images)
 
 
 def load_image(path: Path) -> Image.Image:

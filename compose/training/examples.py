@@ -54,5 +54,5 @@ def encode_images(
         text=text,
         mask=mask,
         by_caption=by_caption,
-        by_image={name: torch.tensor([one[name] for one in sizes], dtype=torch.float32) for name in sizes[0]},
+        by_image={name: torch.tensor([size[name] for size in sizes], dtype=torch.float32) for name in sizes[0]},
     )

@@ -24,13 +24,13 @@ def optimizers_of(parameters: Sequence[nn.Parameter], settings: Training) -> lis
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"optimizer muon needs PyTorch 2.9 or newer, this is {torch.__version__}; use adamw")
     matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-    rest = [parameter for parameter in parameters if parameter.ndim != 2]
-    found: list[torch.optim.Optimizer] = []
+    others = [parameter for parameter in parameters if parameter.ndim != 2]
+    optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        found.append(torch.optim.Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    if rest:
-        found.append(torch.optim.AdamW(rest, lr, weight_decay=decay))
-    return found
+        optimizers.append(torch.optim.Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr, weight_decay=decay))
+    return optimizers
 
 
 def learning_rate(settings: Training, step: int) -> float:

@@ -15,7 +15,7 @@ from lora_compose.compose.training.focus import Focus, focus_on_triggers
 from lora_compose.compose.training.model import ADAPTER, add_lora
 from lora_compose.compose.training.sampling import generate_class_images
 from lora_compose.compose.training.settings import Training
-from lora_compose.compose.training.words import Rows, Words, check_class_caption, find_concept, rows_of
+from lora_compose.compose.training.words import WordFeatures, Words, check_class_caption, find_concept, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class TrainingData:
 
     concept: Examples
     prior: Examples | None
-    rows: Rows | None
+    rows: WordFeatures | None
     data: str
 
 
@@ -66,7 +66,7 @@ def read_texts(base: Base, settings: Training) -> Texts:
     def find(caption: str, noun: bool) -> Words:
         return find_concept(base.tokenizers, caption, settings.concept, noun=noun, clean=clean)
 
-    words = {caption: find(caption, noun) for caption in dict.fromkeys(one.caption for one in images)}
+    words = {caption: find(caption, noun) for caption in dict.fromkeys(image.caption for image in images)}
     prompts = settings.sample_prompts or (next(iter(words)),)
     samples = tuple((prompt, find(prompt, noun=False).trigger) for prompt in prompts)
     return Texts(images, words, samples, side)
@@ -75,12 +75,12 @@ def read_texts(base: Base, settings: Training) -> Texts:
 def encode(base: Base, texts: Texts, settings: Training, accelerator: Accelerator) -> TrainingData:
     """Encodes all images and captions; generates missing class images first."""
     class_images = _class_images(base, settings, accelerator, texts.side)
-    triggers = {caption: found.trigger for caption, found in texts.words.items()}
+    triggers = {caption: words.trigger for caption, words in texts.words.items()}
     concept = encode_images(base, texts.images, triggers, texts.side)
     prior = encode_images(base, class_images, {}, texts.side) if class_images else None
     rows = None
     if settings.tara is not None and settings.tara.needs_class_word:
-        class_text, _ = base.texts([found.class_caption for found in texts.words.values()])
+        class_text, _ = base.texts([words.class_caption for words in texts.words.values()])
         rows = rows_of(list(texts.words.values()), concept.text, class_text)
     logger.info("%d images of the concept, %d of its class", len(texts.images), len(class_images))
     return TrainingData(concept, prior, rows, digest([*texts.images, *class_images]))
@@ -92,14 +92,14 @@ def _class_images(base: Base, settings: Training, accelerator: Accelerator, side
     if settings.class_count and accelerator.is_main_process:
         generate_class_images(base, accelerator, settings, side)
     accelerator.wait_for_everyone()
-    found = read_images(settings.class_folder, [settings.filled(prompt) for prompt in settings.class_prompts])
-    warn_of_small(found, side)
-    for image in found:
+    images = read_images(settings.class_folder, [settings.filled(prompt) for prompt in settings.class_prompts])
+    warn_of_small(images, side)
+    for image in images:
         check_class_caption(image.caption, settings.concept)
-    return found
+    return images
 
 
-def adapt(base: Base, settings: Training, rows: Rows | None) -> Adapter:
+def adapt(base: Base, settings: Training, rows: WordFeatures | None) -> Adapter:
     """Gives the network its LoRA, with the mask and the keys that TARA asks for."""
     network = base.network
     config, tara = add_lora(network, base.targets(settings.scope), settings), settings.tara

@@ -164,7 +164,7 @@ class Training(_Frozen):
     threads: Positive | None = None
 
     @classmethod
-    def preset(cls, name: str, **given: Any) -> "Training":
+    def preset(cls, name: str, **overrides: Any) -> "Training":
         """A training with the defaults of one of `PRESETS`, which the given fields override.
 
         Raises:
@@ -172,13 +172,13 @@ class Training(_Frozen):
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-        fields = {**PRESETS[name], **given}
-        if name in PLAYGROUNDS and "mixed_precision" not in given:
-            on_gpu = torch.cuda.is_available() and not given.get("cpu")
+        fields = {**PRESETS[name], **overrides}
+        if name in PLAYGROUNDS and "mixed_precision" not in overrides:
+            on_gpu = torch.cuda.is_available() and not overrides.get("cpu")
             fields["mixed_precision"] = "bf16" if on_gpu or cpu_has_bf16() else "no"
-        if fields.get("tara") is not None and "scope" not in given:
+        if fields.get("tara") is not None and "scope" not in overrides:
             fields["scope"] = "attention"  # where the paper has its LoRA
-        if given.get("class_images") is not None and "class_count" not in given:
+        if overrides.get("class_images") is not None and "class_count" not in overrides:
             fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
         return cls(**fields)
 

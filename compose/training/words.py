@@ -39,12 +39,12 @@ class Words:
 
     caption: str
     class_caption: str
-    found: tuple[Occurrence, ...]
+    occurrences: tuple[Occurrence, ...]
 
     @property
     def trigger(self) -> tuple[int, ...]:
         """Token positions of all triggers."""
-        return tuple(position for occurrence in self.found for position in occurrence.trigger)
+        return tuple(position for occurrence in self.occurrences for position in occurrence.trigger)
 
 
 def find_concept(tokenizers: Sequence[Tokenizer], caption: str, concept: Concept, *, noun: bool, clean: bool) -> Words:
@@ -57,10 +57,10 @@ def find_concept(tokenizers: Sequence[Tokenizer], caption: str, concept: Concept
         DataError: If a word is missing, stands past the model's limit, is no word to a tokenizer, or the tokenizers
             differ.
     """
-    found = [_find(tokenizer, caption, concept, noun, clean) for tokenizer in tokenizers]
-    if any(other != found[0] for other in found):
+    by_tokenizer = [_find(tokenizer, caption, concept, noun, clean) for tokenizer in tokenizers]
+    if any(other != by_tokenizer[0] for other in by_tokenizer):
         raise DataError(f"the model's two tokenizers read {caption!r} differently; choose a trigger of plain letters")
-    return found[0]
+    return by_tokenizer[0]
 
 
 def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, clean: bool) -> Words:
@@ -72,7 +72,7 @@ def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, cl
         )
     without = _without_trigger(caption, concept) if clean else caption
     nouns = free_nouns(concept, caption, [concept])
-    found = []
+    occurrences = []
     for span, noun in pairs:
         if needed and noun is None:
             raise DataError(
@@ -86,8 +86,8 @@ def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, cl
         except ValueError as error:
             raise DataError(str(error)) from error
         _check_known(tokenizer, caption, trigger, concept)
-        found.append(Occurrence(trigger, at))
-    return Words(caption, without, tuple(found))
+        occurrences.append(Occurrence(trigger, at))
+    return Words(caption, without, tuple(occurrences))
 
 
 def _without_trigger(caption: str, concept: Concept) -> str:
@@ -121,7 +121,7 @@ def check_class_caption(caption: str, concept: Concept) -> None:
 
 
 @dataclass(frozen=True)
-class Rows:
+class WordFeatures:
     """Text features at the trigger and at its class word in all captions, a row for every token of a trigger.
 
     Shapes: [rows, channels], fp32; `of_caption` has the rows of each caption.
@@ -145,7 +145,7 @@ class Rows:
         return weights
 
 
-def rows_of(words: Sequence[Words], text: Tensor, class_text: Tensor) -> Rows:
+def rows_of(words: Sequence[Words], text: Tensor, class_text: Tensor) -> WordFeatures:
     """The features that alignment compares, from those of the captions and of their `class_caption`.
 
     A trigger and a class word of as many tokens are paired one by one; otherwise every token of the trigger belongs to
@@ -154,11 +154,11 @@ def rows_of(words: Sequence[Words], text: Tensor, class_text: Tensor) -> Rows:
     trigger, noun, of_caption = [], [], []
     for features, class_features, caption in zip(text.float(), class_text.float(), words, strict=True):
         first = len(trigger)
-        for occurrence in caption.found:
+        for occurrence in caption.occurrences:
             nouns = class_features[list(occurrence.noun)]
             if len(occurrence.noun) != len(occurrence.trigger):
                 nouns = nouns.mean(0, keepdim=True).expand(len(occurrence.trigger), -1)
             trigger += features[list(occurrence.trigger)].unbind()
             noun += nouns.unbind()
         of_caption.append(tuple(range(first, len(trigger))))
-    return Rows(torch.stack(trigger), torch.stack(noun), tuple(of_caption))
+    return WordFeatures(torch.stack(trigger), torch.stack(noun), tuple(of_caption))

@@ -68,8 +68,8 @@ class GivenPrompts:
 
     def __len__(self) -> int:
         """Number of prompts."""
-        given = self.first if self.embeds is None else self.embeds
-        return 0 if given is None else len(given)
+        prompts = self.first if self.embeds is None else self.embeds
+        return 0 if prompts is None else len(prompts)
 
 
 @dataclass(frozen=True)
@@ -151,14 +151,14 @@ def of_prompt(
     """The token positions of one prompt's concepts."""
     if positions is None:
         return None
-    found: dict[str, Sequence[int]] = {}
+    of_concept: dict[str, Sequence[int]] = {}
     for concept in concepts:
-        given: Sequence[Any] = positions.get(concept.name, ())
-        nested = bool(given) and isinstance(given[0], Sequence)
-        if nested and len(given) != prompts:
-            raise ValueError(f"token_positions of {concept.name!r} are for {len(given)} prompts, there are {prompts}")
-        found[concept.name] = given[prompt] if nested else given
-    return found
+        listed: Sequence[Any] = positions.get(concept.name, ())
+        nested = bool(listed) and isinstance(listed[0], Sequence)
+        if nested and len(listed) != prompts:
+            raise ValueError(f"token_positions of {concept.name!r} are for {len(listed)} prompts, there are {prompts}")
+        of_concept[concept.name] = listed[prompt] if nested else listed
+    return of_concept
 
 
 def check_plain(composition: Composition) -> None:
@@ -174,18 +174,18 @@ def check_plain(composition: Composition) -> None:
             "controlnet=...) or from_pipe(pipe, adapter=...)"
         )
     others = composition.method, composition.token_positions
-    if any(given is not None for given in others) or composition.record_attention is not False:
+    if any(value is not None for value in others) or composition.record_attention is not False:
         raise ValueError("method, token_positions and record_attention need concepts; name some with concepts=[...]")
 
 
-def refuse_unknown(given: Iterable[str], call: Callable[..., Any]) -> None:
+def refuse_unknown(names: Iterable[str], call: Callable[..., Any]) -> None:
     """Refuses unknown arguments, and suggests similar ones.
 
     Raises:
         TypeError: For the first unknown argument.
     """
-    known = [name for name, one in signature(call).parameters.items() if one.kind is not one.VAR_KEYWORD]
-    for name in given:
+    known = [name for name, p in signature(call).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    for name in names:
         how = " generator=torch.Generator().manual_seed(4) is seed 4" if name == "seed" else ""
         raise TypeError(f"unknown argument {name!r}{did_you_mean(name, known[1:])}{how}")
 
@@ -205,7 +205,7 @@ def check_arguments(
     """
     if unknown:
         raise TypeError(f"unknown arguments: {', '.join(unknown)}")
-    if any(given is not None for given in ip_adapter):
+    if any(value is not None for value in ip_adapter):
         raise ValueError("IP-Adapter images can be combined with concepts on Stable Diffusion 1.x, 2.x and XL only")
     if others := (attention_kwargs or {}).keys() - set(allowed):
         raise ValueError(
@@ -215,8 +215,8 @@ def check_arguments(
 
 def tensors_for(callback: object, tensors: Sequence[str] | None) -> list[str]:
     """Names of the tensors for a callback, None for none; diffusers' own callbacks have a list."""
-    own = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
-    return list((callback.tensor_inputs if own else tensors) or ())
+    diffusers_own = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+    return list((callback.tensor_inputs if diffusers_own else tensors) or ())
 
 
 _CUT_WITH_GUIDANCE = {"prompt_embeds", "add_text_embeds", "add_time_ids", *OF_INPAINTING}
@@ -263,8 +263,8 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
     if size.width < 1 or size.height < 1:
         raise ValueError(f"width and height must be positive, not {size.width} x {size.height}")
     if sampling.has_schedule:
-        for name, given in (("timesteps", sampling.timesteps), ("sigmas", sampling.sigmas)):
-            if given is not None and not len(given):
+        for name, schedule in (("timesteps", sampling.timesteps), ("sigmas", sampling.sigmas)):
+            if schedule is not None and not len(schedule):
                 raise ValueError(f"{name} is empty; give one for each step, or leave it out")
     elif sampling.num_inference_steps is None:
         raise ValueError("num_inference_steps may be None only with timesteps or sigmas")
@@ -279,8 +279,8 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
     for loaded in concepts:
         check_region(loaded.concept, width, height)
     if call.source is not None:
-        given = sampling.timesteps if sampling.timesteps is not None else sampling.sigmas
-        steps = (sampling.num_inference_steps or 1) if given is None else len(given)
+        schedule = sampling.timesteps if sampling.timesteps is not None else sampling.sigmas
+        steps = (sampling.num_inference_steps or 1) if schedule is None else len(schedule)
         check_steps(steps, call.source.strength, rounds_up=call.source.rounds_up)
         call.source.given.check_masks(len(call.prompts))
         images, prompts = len(call.source.pixels), len(call.prompts)
@@ -288,7 +288,7 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
             raise ValueError(f"there are {images} images and {prompts} prompts; give one image, or one for each prompt")
 
 
-def check_latents(given: Tensor | None, *expected: tuple[int, ...]) -> None:
+def check_latents(latents: Tensor | None, *expected: tuple[int, ...]) -> None:
     """Checks the latents that a call is to start from.
 
     Args:
@@ -297,12 +297,12 @@ def check_latents(given: Tensor | None, *expected: tuple[int, ...]) -> None:
     Raises:
         ValueError: For other shapes, and values that are not finite.
     """
-    if given is None:
+    if latents is None:
         return
-    if tuple(given.shape) not in expected:
+    if tuple(latents.shape) not in expected:
         shapes = " or ".join(str(list(shape)) for shape in expected)
-        raise ValueError(f"latents have the shape {list(given.shape)}; expected {shapes}")
-    if not torch.isfinite(given).all():
+        raise ValueError(f"latents have the shape {list(latents.shape)}; expected {shapes}")
+    if not torch.isfinite(latents).all():
         raise ValueError("latents have NaN or infinite values; give finite ones, or leave them out")
 
 

@@ -82,8 +82,8 @@ class CallPlan:
     @property
     def regions(self) -> Mapping[str, tuple[float, float, float, float] | str]:
         """The regions by concept: boxes in pixels, or mask images."""
-        every = {planned.concept.name: planned.concept.region for planned in self.concepts}
-        return {name: region for name, region in every.items() if region is not None}
+        regions = {planned.concept.name: planned.concept.region for planned in self.concepts}
+        return {name: region for name, region in regions.items() if region is not None}
 
     @cached_property
     def cost(self) -> Cost:
@@ -115,12 +115,12 @@ def _planned(plan: Plan, column: int) -> PlannedConcept:
         columns = part.concepts.columns or tuple(range(len(part.concepts.loaded)))
         if column not in columns:
             continue
-        for found, masks in ((trigger, part.token_masks.trigger), (phrase, part.token_masks.phrase)):
-            found.update(_positions(masks[..., columns.index(column)], part.indices))
+        for positions, masks in ((trigger, part.token_masks.trigger), (phrase, part.token_masks.phrase)):
+            positions.update(_positions(masks[..., columns.index(column)], part.indices))
     return PlannedConcept(plan.concepts.concepts[column], dict(sorted(trigger.items())), dict(sorted(phrase.items())))
 
 
 def _positions(masks: Tensor, prompts: Sequence[int]) -> dict[int, tuple[int, ...]]:
     """By prompt, the positions of the tokens in a mask, if there are any. Shape: [prompts, tokens]."""
-    every = {prompt: tuple(mask.nonzero().flatten().tolist()) for prompt, mask in zip(prompts, masks, strict=True)}
-    return {prompt: found for prompt, found in every.items() if found}
+    positions = {prompt: tuple(mask.nonzero().flatten().tolist()) for prompt, mask in zip(prompts, masks, strict=True)}
+    return {prompt: indices for prompt, indices in positions.items() if indices}

@@ -115,8 +115,8 @@ def front(
             try:
                 claim.take()
                 with torch.no_grad():
-                    made = make(pipe, *args, **kwargs)
-                    return made.run() if isinstance(made, Plain) else pipe.run_request(made)
+                    request = make(pipe, *args, **kwargs)
+                    return request.run() if isinstance(request, Plain) else pipe.run_request(request)
             finally:
                 claim.end()
         finally:
@@ -136,12 +136,12 @@ def request_of(pipe: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         pipe(*args, **kwargs)
         raise TypeError(f"{type(pipe).__name__}.__call__ runs no pipeline of lora-compose, so there is nothing to plan")
     except _Answer as answer:
-        made = answer.made
+        request = answer.made
     finally:
         _asking.reset(token)
-    if isinstance(made, Plain):
+    if isinstance(request, Plain):
         raise ValueError("a call without concepts is diffusers' own, which is not planned; name some: concepts=[...]")
-    return made
+    return request
 
 
 def _composes(prompt: Any, concepts: Any) -> bool:

@@ -155,14 +155,14 @@ def make_plan(host: Host, call: Call) -> Plan:
     check_size(host, call.size.width, call.size.height, len(call.prompts) * call.size.images_per_prompt)
     warn_of_size(host, call.size.width, call.size.height)
     loaded, concepts_of = resolve_sets(host, call)
-    loaded = tuple(_region_in_pixels(call, found) for found in loaded)
-    raw = [text for found in loaded for text in (found.concept.prompt, found.concept.negative_prompt) if text]
+    loaded = tuple(_region_in_pixels(call, entry) for entry in loaded)
+    raw = [text for entry in loaded for text in (entry.concept.prompt, entry.concept.negative_prompt) if text]
     loaded = tuple(map(_without_weights, loaded))
     check_call(call, loaded)
     if call.source is not None:
         loaded = tuple(map(call.source.placed, loaded))
-    for found in loaded:
-        check_blocks(found, host.model)
+    for entry in loaded:
+        check_blocks(entry, host.model)
     concepts = ConceptSet(loaded)
     _check_positions(call, concepts)
     sets = [concepts.subset(columns) for columns in concepts_of]
@@ -199,8 +199,8 @@ def make_plan(host: Host, call: Call) -> Plan:
     for prompt, columns in enumerate(concepts_of):
         prompts_of.setdefault(tuple(columns), []).append(prompt)
     of_sets = [
-        PromptsOfSet(found, tuple(prompts), _token_masks(call, tokenizers, found.concepts, prompts))
-        for found, prompts in ((sets[prompts[0]], prompts) for prompts in prompts_of.values())
+        PromptsOfSet(entry, tuple(prompts), _token_masks(call, tokenizers, entry.concepts, prompts))
+        for entry, prompts in ((sets[prompts[0]], prompts) for prompts in prompts_of.values())
     ]
     size, scale = call.size, host.vae_scale_factor
     grid = size.height // scale, size.width // scale
@@ -211,7 +211,7 @@ def make_plan(host: Host, call: Call) -> Plan:
     if canvas.painted is not None:
         _check_painted(loaded, canvas, canvas.painted)
     host.check_start(call, canvas)
-    regions = [{concept.name: concept.region for concept in found.concepts} for found in sets]
+    regions = [{concept.name: concept.region for concept in entry.concepts} for entry in sets]
     ready = [prepare_control(control, host.model, canvas, regions) for control in call.composition.controls]
     finder = partial(_find, tokenizers)
     controls: list[Any] = [control for control in ready if not control.control.is_off]
@@ -251,11 +251,11 @@ def _without_weights(loaded: LoadedConcept) -> LoadedConcept:
 
 def _reading(host: Host, call: Call, tokenizers: Sequence[Tokenizer], others: Sequence[str]) -> Reading | None:
     prompts, negative = call.prompts.texts or (), call.prompts.negative
-    every = [*(text for column in (*prompts, *negative) for text in column), *others]
-    check_no_tags(every)
+    all_texts = [*(text for column in (*prompts, *negative) for text in column), *others]
+    check_no_tags(all_texts)
     if host.reads_weights and prompts:
         return Reading.of(tokenizers, prompts, negative, others, in_chunks=host.reads_in_chunks)
-    refuse_weights(every, "go with a prompt, and this call has embeddings" if host.reads_weights else None)
+    refuse_weights(all_texts, "go with a prompt, and this call has embeddings" if host.reads_weights else None)
     return None
 
 
@@ -266,13 +266,13 @@ def _region_in_pixels(call: Call, loaded: LoadedConcept) -> LoadedConcept:
 
 def _check_painted(loaded: Sequence[LoadedConcept], canvas: Canvas, painted: Tensor) -> None:
     """Raises ValueError for regions that lie outside of the painted cells."""
-    for found in loaded:
-        region = found.concept.region
+    for entry in loaded:
+        region = entry.concept.region
         if region is None:
             continue
         if not (region_mask(region, canvas.image_size, canvas.latent_grid, sharp=True) * painted).any():
             raise ValueError(
-                f"the region of concept {found.concept.name!r} lies outside of the mask, where nothing is painted; "
+                f"the region of concept {entry.concept.name!r} lies outside of the mask, where nothing is painted; "
                 "move it, or widen mask_image"
             )
 
@@ -307,24 +307,24 @@ def resolve_sets(host: Host, call: Call) -> tuple[tuple[LoadedConcept, ...], lis
         ValueError: For mixtures of concepts and lists of them, and another number of lists than prompts.
     """
     asked: Any = call.composition.concepts
-    given: Any = [asked] if isinstance(call.composition.concepts, str | Concept) else asked
+    entries: Any = [asked] if isinstance(call.composition.concepts, str | Concept) else asked
     prompts = len(call.prompts)
-    if not any(map(is_set, given)):
+    if not any(map(is_set, entries)):
         loaded = host.resolve_concepts(asked)
         return loaded, [list(range(len(loaded)))] * prompts
-    if not all(map(is_set, given)):
+    if not all(map(is_set, entries)):
         raise ValueError(
             "concepts must be names and Concepts for all prompts, or a list for each prompt, but not a mixture of both"
         )
-    if len(given) != prompts:
-        raise ValueError(f"there are concepts for {len(given)} prompts, but {prompts} prompts")
-    found: dict[Concept, LoadedConcept] = {}
+    if len(entries) != prompts:
+        raise ValueError(f"there are concepts for {len(entries)} prompts, but {prompts} prompts")
+    known: dict[Concept, LoadedConcept] = {}
     columns = []
-    for concept_set in map(host.resolve_concepts, given):
+    for concept_set in map(host.resolve_concepts, entries):
         for loaded in concept_set:
-            found.setdefault(loaded.concept, loaded)
-        columns.append([list(found).index(loaded.concept) for loaded in concept_set])
-    return tuple(found.values()), columns
+            known.setdefault(loaded.concept, loaded)
+        columns.append([list(known).index(loaded.concept) for loaded in concept_set])
+    return tuple(known.values()), columns
 
 
 def _token_masks(
@@ -358,11 +358,7 @@ def _masks_of(call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Co
 
 
 def _find(
-    tokenizers: Sequence[Tokenizer],
-    concepts: Sequence[Concept],
-    prompts: Sequence[str],
-    names: Any,
-    mentions: Any,
+    tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], prompts: Sequence[str], names: Any, mentions: Any
 ) -> TokenMasks:
     """A `Finder` for texts that all tokenizers read."""
     prompts = [plain_text(prompt) for prompt in prompts]
@@ -373,8 +369,8 @@ def find_in(
     tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any
 ) -> TokenMasks:
     """Token masks of words; they must be equal for all tokenizers, whose features are concatenated."""
-    found = [
+    masks = [
         TokenMasks.of_prompts(tokenizer, prompts, concepts, **how)
         for tokenizer, prompts in zip(tokenizers, texts, strict=True)
     ]
-    return agreed(found, concepts)
+    return agreed(masks, concepts)

@@ -101,21 +101,21 @@ def refine(
         ValueError: If no concept has a mask or a region, or a mask is for no concept.
     """
     how = how or Detailer()
-    every = [loaded.concept for loaded in pipe.resolve_concepts(concepts)]
-    subjects, styles = [one for one in every if not one.is_style], [one for one in every if one.is_style]
-    if unknown := (masks or {}).keys() - {one.name for one in subjects}:
-        raise ValueError(f"masks name {sorted(unknown)}; the subjects are {', '.join(one.name for one in subjects)}")
-    found = {one.name: _mask(one, masks or {}, image.size) for one in subjects}
-    if not any(found.values()):
+    everyone = [loaded.concept for loaded in pipe.resolve_concepts(concepts)]
+    subjects, styles = [c for c in everyone if not c.is_style], [c for c in everyone if c.is_style]
+    if unknown := (masks or {}).keys() - {c.name for c in subjects}:
+        raise ValueError(f"masks name {sorted(unknown)}; the subjects are {', '.join(c.name for c in subjects)}")
+    mask_of = {c.name: _mask(c, masks or {}, image.size) for c in subjects}
+    if not any(mask_of.values()):
         raise ValueError("it is not known where the subjects are: give masks={name: mask}, or concepts with regions")
     cost, done, whole = Cost(), [], read_emphasis(prompt)
     width, height = pipe.own_size
     for subject in subjects:
-        mask = found[subject.name]
+        mask = mask_of[subject.name]
         if mask is None:
             continue
         text = whole.carried_to(about(subject, whole.text, subjects)).written()
-        acting = [one.model_copy(update={"region": None, "prompt": None}) for one in (subject, *styles)]
+        acting = [c.model_copy(update={"region": None, "prompt": None}) for c in (subject, *styles)]
         output = pipe(
             prompt=text, concepts=acting, method=how.method or _method_for(pipe, acting), image=image,
             mask_image=_softened(mask, how.blur), strength=how.strength,
@@ -158,10 +158,10 @@ class Origin:
         prompt = index % len(output.images) // self.images_per_prompt
         concepts = self.concepts[prompt]
         masks = None
-        if output.masks is not None and all(one.region is None for one in concepts):
+        if output.masks is not None and all(concept.region is None for concept in concepts):
             steps = output.masks[len(output.masks) // 2, index]
             masks = subject_masks(steps[list(self.columns[prompt])], concepts, image.size)
-        if not masks and all(one.region is None for one in concepts):
+        if not masks and all(concept.region is None for concept in concepts):
             raise ValueError(
                 "nothing says where the subjects are: make the image with record_attention=True, or give regions"
             )
@@ -179,21 +179,21 @@ def subject_masks(masks: Tensor, concepts: Sequence[Concept], size: tuple[int, i
     Returns:
         By name, the bounding box of each mask; subjects with an empty one are left out.
     """
-    found = {}
+    by_name = {}
     for concept, mask in zip(concepts, masks.cpu(), strict=True):
         if concept.is_style or not mask.any():
             continue
         rows, columns = bounds(mask)
         height, width = mask.shape
         box = columns.start / width, rows.start / height, columns.stop / width, rows.stop / height
-        found[concept.name] = mask_of_box(in_pixels(box, *size), *size)
-    return found
+        by_name[concept.name] = mask_of_box(in_pixels(box, *size), *size)
+    return by_name
 
 
 def _mask(concept: Concept, masks: Mapping[str, Any], size: tuple[int, int]) -> Image.Image | None:
     """A subject's mask in the size of the image; None if there is none."""
-    if (given := masks.get(concept.name)) is not None:
-        return read_mask_image(given, size).resize(size)
+    if (mask := masks.get(concept.name)) is not None:
+        return read_mask_image(mask, size).resize(size)
     if concept.region is None:
         return None
     if isinstance(concept.region, str):
@@ -214,5 +214,5 @@ def _softened(mask: Image.Image, blur: float) -> Image.Image:
 
 
 def _method_for(pipe: Repaints, concepts: Sequence[Concept]) -> str:
-    trained = {found.trained_with for found in pipe.resolve_concepts(concepts)}
+    trained = {loaded.trained_with for loaded in pipe.resolve_concepts(concepts)}
     return "tara" if trained == {"tara"} else "merge"

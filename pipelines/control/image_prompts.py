@@ -49,25 +49,25 @@ class PreparedImagePrompts:
 
     @property
     def for_any_part(self) -> bool:
-        """Whether they are the same for all images and all parts of them."""
-        return self.masks is None and all(len(one) == 1 for one in self.positive)
+        """Whether the image prompts are the same for all images and all parts of them."""
+        return self.masks is None and all(len(embeds) == 1 for embeds in self.positive)
 
     def of_images(self, images: Sequence[int]) -> "PreparedImagePrompts":
         """The image prompts of some images of the batch."""
         positive, negative = (
-            [one if len(one) == 1 else one[images] for one in given] for given in (self.positive, self.negative)
+            [e if len(e) == 1 else e[images] for e in embeds] for embeds in (self.positive, self.negative)
         )
         return replace(self, positive=positive, negative=negative)
 
     def inputs(self, text: Conditioning, view: View) -> Mapping[str, Any]:
         """Arguments of the model for one pass."""
-        given: list[Tensor] = []
+        embeds: list[Tensor] = []
         for index, positive in enumerate(self.positive):
             branches = [conditional for _, conditional in text.roles.branches]
-            each = [view.of_images(positive if one else self.negative[index]) for one in branches]
-            given.append(torch.cat([one.expand(text.images, *one.shape[1:]) for one in each]))
+            by_branch = [view.of_images(positive if conditional else self.negative[index]) for conditional in branches]
+            embeds.append(torch.cat([embed.expand(text.images, *embed.shape[1:]) for embed in by_branch]))
         masks = None if self.masks is None else [self._seen(mask, view) for mask in self.masks]
-        return {"image_embeds": given, "ip_adapter_masks": masks}
+        return {"image_embeds": embeds, "ip_adapter_masks": masks}
 
     def _seen(self, mask: Tensor, view: View) -> Tensor:
         if view.window is None:
@@ -97,10 +97,10 @@ def prepare_image_prompts(
         ValueError: If images and adapters do not go together.
     """
     there = pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
-    given = image is not None or embeds is not None
-    if not there and (given or masks is not None):
+    has_image = image is not None or embeds is not None
+    if not there and (has_image or masks is not None):
         raise ValueError("ip_adapter_image needs an IP-Adapter in the model: call pipe.load_ip_adapter(...) first")
-    if there and not given:
+    if there and not has_image:
         raise ValueError(
             "the model has an IP-Adapter, which needs an image: give ip_adapter_image=..., or call "
             "pipe.unload_ip_adapter()"
@@ -110,20 +110,20 @@ def prepare_image_prompts(
     if image is not None and embeds is not None:
         raise ValueError("give ip_adapter_image or ip_adapter_image_embeds, one of the two")
     adapters = len(pipe.unet.encoder_hid_proj.image_projection_layers)
-    for name, one in (("ip_adapter_image", image), ("ip_adapter_image_embeds", embeds), ("ip_adapter_masks", masks)):
-        count = 1 if isinstance(one, Tensor) or not isinstance(one, list | tuple) else len(one)
-        if one is not None and count != adapters:
+    for name, value in (("ip_adapter_image", image), ("ip_adapter_image_embeds", embeds), ("ip_adapter_masks", masks)):
+        count = 1 if isinstance(value, Tensor) or not isinstance(value, list | tuple) else len(value)
+        if value is not None and count != adapters:
             raise ValueError(f"{name} has {count} entries; the model has {adapters} IP-Adapters, which need one each")
     if image is not None and pipe.image_encoder is None:
         raise ValueError(
             "ip_adapter_image needs the image encoder of the IP-Adapter, which was not loaded; load it, or give "
             "ip_adapter_image_embeds"
         )
-    found = pipe.prepare_ip_adapter_image_embeds(
+    pairs = pipe.prepare_ip_adapter_image_embeds(
         image, ip_adapter_image_embeds=embeds, device=pipe.runs_on, num_images_per_prompt=1,
         do_classifier_free_guidance=guided,
     )  # fmt: skip
-    halves = [one.chunk(2) if guided else (one[:0], one) for one in found]
+    halves = [value.chunk(2) if guided else (value[:0], value) for value in pairs]
     for _, positive in halves:
         if len(positive) not in (1, images):
             raise ValueError(
@@ -136,14 +136,14 @@ def prepare_image_prompts(
     return PreparedImagePrompts([half for _, half in halves], negative, read, (size[1] // scale, size[0] // scale))
 
 
-def _masks(given: Any, images: Sequence[int], device: torch.device) -> list[Tensor]:
+def _masks(masks: Any, images: Sequence[int], device: torch.device) -> list[Tensor]:
     """Masks of each adapter, in the form that diffusers' processors take."""
-    every = [given] if isinstance(given, Tensor) else list(given)
-    for mask, count in zip(every, images, strict=True):
+    by_adapter = [masks] if isinstance(masks, Tensor) else list(masks)
+    for mask, count in zip(by_adapter, images, strict=True):
         if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[:2] != (1, count):
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
                 f"each of ip_adapter_masks is a tensor [1, {count}, height, width] as IPAdapterMaskProcessor prepares "
                 f"it, not {shape}"
             )
-    return [mask.to(device) for mask in every]
+    return [mask.to(device) for mask in by_adapter]

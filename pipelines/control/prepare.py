@@ -32,10 +32,10 @@ def prepare_control(control: Control, unet: nn.Module, canvas: Canvas, regions: 
         ValueError: If it does not fit, before anything has been changed.
     """
     model: Any = uncompiled(control.model)
-    kind = type(model).__name__
+    class_name = type(model).__name__
     if model.device.type != canvas.device.type and not hasattr(model, "_hf_hook"):
         raise ValueError(
-            f"the {kind} is on {model.device}, the pipeline runs on {canvas.device}; move it there with "
+            f"the {class_name} is on {model.device}, the pipeline runs on {canvas.device}; move it there with "
             f"model.to({canvas.device.type!r})"
         )
     original: Any = uncompiled(unet)
@@ -133,13 +133,13 @@ def _weights(
     """By level, the scale of every cell, [images or 1, 1, height, width]; None if it is the same everywhere."""
     if not control.regions:
         return None
-    found = {name: region for mine in regions for name, region in mine.items() if region is not None}
-    if unknown := control.regions.keys() - found.keys():
+    known = {name: region for of_prompt in regions for name, region in of_prompt.items() if region is not None}
+    if unknown := control.regions.keys() - known.keys():
         raise ValueError(
             f"the regions of a control name {', '.join(map(repr, sorted(unknown)))}; concepts of this call that have a "
-            f"region: {', '.join(map(repr, found)) or 'none'}"
+            f"region: {', '.join(map(repr, known)) or 'none'}"
         )
-    by_prompt = torch.stack([_of_prompt(control, mine, canvas) for mine in regions])
+    by_prompt = torch.stack([_of_prompt(control, of_prompt, canvas) for of_prompt in regions])
     same = bool((by_prompt == by_prompt[0]).all())
     by_image = by_prompt[:1] if same else by_prompt.repeat_interleave(canvas.images_per_prompt, dim=0)
     return {level: _coarse(by_image[:, None], level).to(canvas.device) for level in levels}
@@ -162,8 +162,8 @@ def _coarse(cells: Tensor, level: int) -> Tensor:
 
 def _hint(source: ControlImage | Sequence[ControlImage], channels: int, canvas: Canvas) -> Tensor:
     """The control image of every image of a call, fp32. Shape: [images, channels, height, width]."""
-    given, prompts = source if isinstance(source, list | tuple) else [source], canvas.prompts
-    images = [one for image in given for one in _pixels(image, channels)]
+    sources, prompts = source if isinstance(source, list | tuple) else [source], canvas.prompts
+    images = [pixels for image in sources for pixels in _pixels(image, channels)]
     if len(images) not in (1, prompts):
         raise ValueError(
             f"a control has one image for all prompts, or one for each, and there are {len(images)} images and "

@@ -85,18 +85,18 @@ class PreparedControlNet:
             latents: As the UNet gets them. Shape: [rows, channels, height, width].
         """
         model, rows, dtype = self.control.model, self.read_by(text), self.hint.dtype
-        mine = text.select(rows)
+        read = text.select(rows)
         skips, mid = model(
             latents[rows].to(dtype),
             t,
-            encoder_hidden_states=_one_text(mine.canvas_text, model.config.cross_attention_dim).to(dtype),
-            controlnet_cond=repeated(view.of_pixels(self.hint, self.pixels), mine.rows),
-            added_cond_kwargs=None if mine.added is None else dict(mine.added),
+            encoder_hidden_states=_one_text(read.canvas_text, model.config.cross_attention_dim).to(dtype),
+            controlnet_cond=repeated(view.of_pixels(self.hint, self.pixels), read.rows),
+            added_cond_kwargs=None if read.added is None else dict(read.added),
             return_dict=False,
         )
-        given = zip((*skips, mid), self.levels, strict=True)
-        found = [self._weighed(residual, level, view).to(latents.dtype) for residual, level in given]
-        return found if mine.rows == text.rows else [_on_rows(one, rows, text.rows) for one in found]
+        leveled = zip((*skips, mid), self.levels, strict=True)
+        weighed = [self._weighed(residual, level, view).to(latents.dtype) for residual, level in leveled]
+        return weighed if read.rows == text.rows else [_on_rows(residual, rows, text.rows) for residual in weighed]
 
     def _weighed(self, residual: Tensor, level: int, view: View) -> Tensor:
         scale = _scale(self.control, self.weights, level, view)
@@ -145,16 +145,16 @@ class PreparedAdapter:
 
     def _features(self, view: View) -> list[Tensor]:
         hint = view.of_pixels(self.hint, self.pixels)
-        found: list[Tensor] = self.control.model(hint)
+        features: list[Tensor] = self.control.model(hint)
         cells = hint.shape[2] // self.pixels, hint.shape[3] // self.pixels
-        taken = [(channels, *grid_at(cells, level)) for channels, level in self.places][: len(found)]
-        if (given := [tuple(feature.shape[1:]) for feature in found]) != taken:
+        taken = [(channels, *grid_at(cells, level)) for channels, level in self.places][: len(features)]
+        if (shapes := [tuple(feature.shape[1:]) for feature in features]) != taken:
             raise ValueError(
-                f"this T2I-Adapter is for another model: it gives features of {given}, and the UNet takes {taken} "
+                f"this T2I-Adapter is for another model: it gives features of {shapes}, and the UNet takes {taken} "
                 "(channels, height, width); expected one that was made for this family (Stable Diffusion 1.x, 2.x or "
                 "XL)"
             )
-        scaled = zip(found, self.places, strict=False)  # the UNet's middle need not have one
+        scaled = zip(features, self.places, strict=False)  # the UNet's middle need not have one
         return [
             (feature * _scale(self.control, self.weights, level, view)).to(self.dtype) for feature, (_, level) in scaled
         ]
@@ -162,9 +162,9 @@ class PreparedAdapter:
 
 def _on_rows(values: Tensor, rows: Selection, count: int) -> Tensor:
     """Values of some rows, and 0 on the others of so many."""
-    every = values.new_zeros(count, *values.shape[1:])
-    every[rows] = values
-    return every
+    on_all = values.new_zeros(count, *values.shape[1:])
+    on_all[rows] = values
+    return on_all
 
 
 PreparedControl = PreparedControlNet | PreparedAdapter
@@ -189,12 +189,12 @@ def model_inputs(
     ]
     nets = [control.residuals(latents, t, text, view) for control in running]
     adapters = [control.residuals(text.rows, view) for control in controls if isinstance(control, PreparedAdapter)]
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if nets:
-        *found["down_block_additional_residuals"], found["mid_block_additional_residual"] = _summed(nets)
+        *arguments["down_block_additional_residuals"], arguments["mid_block_additional_residual"] = _summed(nets)
     if adapters:
-        found["down_intrablock_additional_residuals"] = _summed(adapters)  # the UNet empties this list
-    return found
+        arguments["down_intrablock_additional_residuals"] = _summed(adapters)  # the UNet empties this list
+    return arguments
 
 
 def _scale(control: Control, weights: Mapping[int, Tensor] | None, level: int, view: View) -> Tensor | float:
@@ -212,7 +212,7 @@ def _of_images(weights: Mapping[int, Tensor] | None, images: Sequence[int]) -> M
 def _summed(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     sums = []
     for together in zip_longest(*parts):
-        first, *others = (one for one in together if one is not None)
+        first, *others = (values for values in together if values is not None)
         sums.append(sum(others, start=first))
     return sums
 

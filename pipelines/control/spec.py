@@ -68,10 +68,10 @@ def controls_of(control: "Control | Sequence[Control] | None") -> tuple[Control,
         TypeError: For anything that is no `Control`.
     """
     several = isinstance(control, list | tuple)
-    given: tuple[Any, ...] = () if control is None else tuple(control) if several else (control,)
-    for one in given:
-        if not isinstance(one, Control):
+    controls: tuple[Any, ...] = () if control is None else tuple(control) if several else (control,)
+    for entry in controls:
+        if not isinstance(entry, Control):
             raise TypeError(
-                f"control takes a Control(model=..., image=...) or a list of them, not a {type(one).__name__}"
+                f"control takes a Control(model=..., image=...) or a list of them, not a {type(entry).__name__}"
             )
-    return given
+    return controls

@@ -79,8 +79,8 @@ class AttentionLog:
             images: Which images; None is all.
         """
         if step in self.steps:
-            every = range(self.canvas.images) if images is None else images
-            self._masks.setdefault(step, []).append((list(every), masks))
+            chosen = range(self.canvas.images) if images is None else images
+            self._masks.setdefault(step, []).append((list(chosen), masks))
 
     def keep_draft(self, maps: Tensor, images: Sequence[int] | None = None) -> None:
         """Records the maps by which a method found the subjects before the first step.
@@ -90,8 +90,8 @@ class AttentionLog:
             images: Which images; None is all.
         """
         if self.steps:
-            every = range(self.canvas.images) if images is None else images
-            self._draft.append((list(every), maps.cpu()))
+            chosen = range(self.canvas.images) if images is None else images
+            self._draft.append((list(chosen), maps.cpu()))
 
     def draft_maps(self) -> Tensor | None:
         """The maps of the draft; 0 for images without one. Shape: [images, concepts, height, width], fp32."""
@@ -111,14 +111,14 @@ class AttentionLog:
 
     def masks(self) -> Tensor | None:
         """The masks of all recorded steps. Shape: [steps, images, concepts, height, width], bool."""
-        found = self.attention_maps()
-        if found is None:
+        recorded = self.attention_maps()
+        if recorded is None:
             return None
-        steps, maps = found
+        steps, maps = recorded
         masks = masks_of(maps)
-        for step, every in zip(steps, masks, strict=True):
+        for step, of_step in zip(steps, masks, strict=True):
             for images, kept in self._masks.get(step, ()):
-                every[images] = kept
+                of_step[images] = kept
         return masks
 
 
@@ -151,9 +151,9 @@ class LogOfSet(AttentionLog):
         return scatter_concepts(maps.movedim(1, -1), self._columns, self._concepts).movedim(-1, 1)
 
     def _in_batch(self, maps: Tensor) -> Tensor:
-        every = maps.new_zeros(self._whole.canvas.images, *maps.shape[1:])
-        every[self._images] = maps
-        return every
+        in_batch = maps.new_zeros(self._whole.canvas.images, *maps.shape[1:])
+        in_batch[self._images] = maps
+        return in_batch
 
 
 def _mean_where_seen(passes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -32,9 +32,8 @@ def start(begin: Callable[[Session], Process], sessions: Sequence[Session], deno
         return processes[0]
     count = denoiser.canvas.images_per_prompt
     sets = [ImagesOfSet(session, images_of(session.prompts.indices, count)) for session in sessions]
-    text = join_images(
-        [one.scatter(process.text) for one, process in zip(sets, processes, strict=True)], [one.images for one in sets]
-    )
+    texts = [group.scatter(process.text) for group, process in zip(sets, processes, strict=True)]
+    text = join_images(texts, [group.images for group in sets])
     fixed = [process for process in processes if type(process) is FixedPasses and _can_join(process)]
     if len(fixed) == len(sets):
         return Joined(denoiser, sets, fixed, text)
@@ -45,7 +44,7 @@ def _can_join(process: FixedPasses) -> bool:
     """Whether all passes are of all images and the whole canvas, with one text for all cells."""
     passes = [spec for turn in process.turns for spec, _ in turn]
     return all(
-        all(one is None for one in (spec.regions, spec.joint_regions, spec.text_bias, spec.window, spec.image))
+        all(part is None for part in (spec.regions, spec.joint_regions, spec.text_bias, spec.window, spec.image))
         for spec in passes
     )
 
@@ -87,25 +86,26 @@ class Joined:
         if turns not in self._prepared:
             self._prepared[turns] = list(self._passes(turns))
         prepared = self._prepared[turns]
-        predictions = [self.denoiser.predict(latents, step, one) for one, _ in prepared]
+        predictions = [self.denoiser.predict(latents, step, handle) for handle, _ in prepared]
         prediction = weighted_mean(predictions, [weights for _, weights in prepared])
         return latents, self.sets[0].session.guider.combine(prediction, step)
 
     def _passes(self, turns: Sequence[int]) -> Iterable[tuple[PreparedPass, Tensor]]:
         """The joined passes of a turn, and the weight of each image in them. Shape: [images, 1, 1, 1]."""
+        images = [group.images for group in self.sets]
         by_set = [process.turns[turn] for process, turn in zip(self.processes, turns, strict=True)]
         for n in range(max(map(len, by_set))):
             nth = [passes[n] if n < len(passes) else (passes[-1][0], 0.0) for passes in by_set]
-            by_image = [torch.full((len(one.images),), weight) for one, (_, weight) in zip(self.sets, nth, strict=True)]
-            weights = join_rows_of_images(by_image, [one.images for one in self.sets])
+            by_image = [torch.full((len(part),), weight) for part, (_, weight) in zip(images, nth, strict=True)]
+            weights = join_rows_of_images(by_image, images)
             joined = self._joined([spec for spec, _ in nth])
             yield self.denoiser.prepare(joined), weights[:, None, None, None].to(self.denoiser.canvas.device)
 
     def _joined(self, passes: Sequence[Pass]) -> Pass:
         """One pass of all images."""
-        images = [one.images for one in self.sets]
-        texts = [one.scatter(spec.text) for one, spec in zip(self.sets, passes, strict=True)]
-        gates = [one.scatter(spec.gates) for one, spec in zip(self.sets, passes, strict=True)]
+        images = [group.images for group in self.sets]
+        texts = [group.scatter(spec.text) for group, spec in zip(self.sets, passes, strict=True)]
+        gates = [group.scatter(spec.gates) for group, spec in zip(self.sets, passes, strict=True)]
         return Pass(join_images(texts, images), join_gates(gates, texts, images))
 
 
@@ -149,24 +149,24 @@ class SetBySet:
     text: Conditioning
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
-        """Each set its own images."""
+        """Prepares each concept set on its own images."""
         return self._joined(
-            process.prepare(_of_batch(latents, one.images), first)
-            for one, process in zip(self.sets, self.processes, strict=True)
+            process.prepare(_of_batch(latents, group.images), first)
+            for group, process in zip(self.sets, self.processes, strict=True)
         )
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Each set its own images."""
+        """A step of each concept set on its own images."""
         steps = [
-            process.step(_of_batch(latents, one.images), step)
-            for one, process in zip(self.sets, self.processes, strict=True)
+            process.step(_of_batch(latents, group.images), step)
+            for group, process in zip(self.sets, self.processes, strict=True)
         ]
         moved, outputs = zip(*steps, strict=True)
         return self._joined(moved), self._joined(outputs)
 
     def _joined(self, parts: Iterable[Tensor]) -> Tensor:
         """The images of all sets in the order of the batch."""
-        order = [image for one in self.sets for image in one.images]
+        order = [image for group in self.sets for image in group.images]
         return _of_batch(torch.cat(list(parts)), sorted(range(len(order)), key=order.__getitem__))
 
 

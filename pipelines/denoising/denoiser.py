@@ -146,7 +146,7 @@ class Denoiser:
         batches = self.micro_batches(prepared, step, conditional=not step.guided)
         text = self._text(prepared, conditional=not step.guided)
         logged = self.log.request(step.index, text)
-        recorders = [None if one is None else self._recorder(one) for one in (logged, request)]
+        recorders = [None if asked is None else self._recorder(asked) for asked in (logged, request)]
         active = [recorder for recorder in recorders if recorder is not None]
         output = self._run(self.sampler.scaled(latents, step.t), step, prepared.spec, batches, active, whole=True)
         if recorders[0] is not None:
@@ -194,13 +194,13 @@ class Denoiser:
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
-        found = self.differentiate(latents, step, prepared, request, loss, whole=whole)
-        wanted = found.losses.new_empty(0) if readout is None else readout(found.maps)
-        known = [found.losses, found.direction.isfinite().all()[None], wanted.flatten()]
-        losses, finite, read = torch.cat(known).cpu().split([len(one) for one in known])
+        gradient = self.differentiate(latents, step, prepared, request, loss, whole=whole)
+        wanted = gradient.losses.new_empty(0) if readout is None else readout(gradient.maps)
+        known = [gradient.losses, gradient.direction.isfinite().all()[None], wanted.flatten()]
+        losses, finite, read = torch.cat(known).cpu().split([len(values) for values in known])
         if not finite:
             raise ValueError(f"the gradient at step {step.index} is not finite; try float32 or a smaller step size")
-        return replace(found, losses=losses, readout=None if readout is None else read.view(wanted.shape))
+        return replace(gradient, losses=losses, readout=None if readout is None else read.view(wanted.shape))
 
     def differentiate(
         self,
@@ -306,8 +306,8 @@ class Denoiser:
     ) -> Tensor:
         """All rows, through the denoiser to its end, or to the last layer that is recorded."""
         wanted = [layer for recorder in recorders for layer in recorder.all_layers]
-        parts = [[r.of_rows(one.rows) for r in recorders] for one in batches] if len(batches) > 1 else [recorders]
-        outputs, view, total = [], View(spec.window, spec.image), sum(one.text.rows for one in batches)
+        parts = [[r.of_rows(batch.rows) for r in recorders] for batch in batches] if len(batches) > 1 else [recorders]
+        outputs, view, total = [], View(spec.window, spec.image), sum(batch.text.rows for batch in batches)
         # Rows are counted in latents of the whole canvas.
         fraction = scaled.shape[-2] * scaled.shape[-1] / math.prod(self.canvas.latent_grid)
         with nullcontext() if whole else self.backbone.truncated_after(wanted):

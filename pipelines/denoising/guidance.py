@@ -47,11 +47,11 @@ class Embedded:
     scale = 1.0
 
     def unguided(self, timesteps: Sequence[Tensor] | Tensor) -> Collection[int]:
-        """None beyond what the scale says."""
+        """No passes but those that the scale leaves unguided."""
         return ()
 
     def combine(self, prediction: Prediction, step: Step) -> Tensor:
-        """What the model predicts."""
+        """The model's own prediction."""
         return prediction.model_output
 
 
@@ -66,7 +66,7 @@ class ClassifierFree:
     scale: float
 
     def unguided(self, timesteps: Sequence[Tensor] | Tensor) -> Collection[int]:
-        """None beyond what the scale says."""
+        """No passes but those that the scale leaves unguided."""
         return ()
 
     def combine(self, prediction: Prediction, step: Step) -> Tensor:
@@ -108,8 +108,8 @@ class TokenNorms(ClassifierFree):
 
     def corrected(self, guided: Tensor, cond: Tensor) -> Tensor:
         """Guided predictions with the norms of the conditional rows."""
-        tokens, kept = (self._tokens(one) for one in (guided, cond))
-        norms = [vector_norm(one, dim=(1, 3, 5), keepdim=True) for one in (kept, tokens)]
+        tokens, kept = (self._tokens(prediction) for prediction in (guided, cond))
+        norms = [vector_norm(values, dim=(1, 3, 5), keepdim=True) for values in (kept, tokens)]
         return (tokens * (norms[0] / _positive(norms[1]))).flatten(4, 5).flatten(2, 3)
 
     def _tokens(self, images: Tensor) -> Tensor:
@@ -138,8 +138,8 @@ class NormLimited(ClassifierFree):
         """The prediction with norms that are at most n times those of the conditional rows."""
         if self.limit <= 0:
             return guided
-        kept, found = (vector_norm(one, dim=(1, 2, 3), keepdim=True) for one in (cond, guided))
-        return guided * (self.limit * kept / _positive(found)).clamp(max=1)
+        limit_norm, norm = (vector_norm(prediction, dim=(1, 2, 3), keepdim=True) for prediction in (cond, guided))
+        return guided * (self.limit * limit_norm / _positive(norm)).clamp(max=1)
 
 
 def _positive(norms: Tensor) -> Tensor:

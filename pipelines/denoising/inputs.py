@@ -50,16 +50,16 @@ def check_marked(inputs: Mapping[str, Any]) -> None:
     Raises:
         TypeError: For tensors without a mark.
     """
-    for name, given in inputs.items():
-        if isinstance(given, Tensor):
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
             raise TypeError(f"the argument {name!r} is a tensor; expected ByImage or OnGrid, which say what it lies on")
 
 
 def of_images(inputs: Mapping[str, Any], images: Sequence[int]) -> Mapping[str, Any]:
     """The arguments for some images of the batch."""
-    return {name: one.of_images(images) if isinstance(one, ByImage) else one for name, one in inputs.items()}
+    return {name: value.of_images(images) if isinstance(value, ByImage) else value for name, value in inputs.items()}
 
 
 def for_rows(inputs: Mapping[str, Any], view: View, rows: int) -> Mapping[str, Any]:
     """The arguments of one pass as the model takes them."""
-    return {name: repeated(one.seen(view), rows) if isinstance(one, ByImage) else one for name, one in inputs.items()}
+    return {name: repeated(v.seen(view), rows) if isinstance(v, ByImage) else v for name, v in inputs.items()}

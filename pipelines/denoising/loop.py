@@ -31,14 +31,7 @@ class Hooks:
 
 
 def denoise(
-    process: Process,
-    task: Task,
-    sampler: Sampler,
-    cfg_scale: float,
-    hooks: Hooks,
-    *,
-    cost: Cost,
-    started: float,
+    process: Process, task: Task, sampler: Sampler, cfg_scale: float, hooks: Hooks, *, cost: Cost, started: float
 ) -> Tensor:
     """Runs all steps: method, scheduler with its task, callback, progress.
 

@@ -75,7 +75,7 @@ class AttentionMaps:
 
     def detached(self) -> "AttentionMaps":
         """The maps without a graph."""
-        cells, output = (None if one is None else one.detach() for one in (self.cells, self.output))
+        cells, output = (None if value is None else value.detach() for value in (self.cells, self.output))
         return AttentionMaps(self.text.detach(), cells, output)
 
 

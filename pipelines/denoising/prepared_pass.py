@@ -75,8 +75,8 @@ class PreparedPass:
             self._made[conditional] = weights, list(self._make(installation, concepts, weights, conditional))
         # Keys and values are looked up, not held: those of earlier weights go, also of a pass that is no longer run.
         return [
-            replace(one, inputs=replace(one.inputs, text_kv=self.kept_text.of(conditional, i, weights)))
-            for i, one in enumerate(self._made[conditional][1])
+            replace(batch, inputs=replace(batch.inputs, text_kv=self.kept_text.of(conditional, i, weights)))
+            for i, batch in enumerate(self._made[conditional][1])
         ]
 
     def _make(

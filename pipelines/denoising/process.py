@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "Settings",
     "WeightedPass",
     "acting_rows",
+    "check_choices",
     "constant_gates",
     "one_text",
     "subject_pass",
@@ -84,6 +85,13 @@ class Settings(Protocol):
         ...
 
 
+def check_choices(settings: Settings) -> None:
+    """Raises ValueError for a setting that is none of the words its type lists."""
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, not {getattr(settings, name)!r}")
+
+
 ActingRows = Literal["cond_only", "all"]
 """Where LoRAs act under guidance: on conditional rows, or on all rows."""
 
@@ -138,18 +146,18 @@ class FixedPasses:
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The passes of this turn, one after the other, so that memory does not grow with their number."""
         prepared = self._prepared[self.turn(step)]
-        predictions = [self.session.denoiser.predict(latents, step, one) for one, _ in prepared]
+        predictions = [self.session.denoiser.predict(latents, step, handle) for handle, _ in prepared]
         prediction = weighted_mean(predictions, [weight for _, weight in prepared])
         return latents, self.session.guider.combine(prediction, step)
 
     @cached_property
     def _prepared(self) -> Mapping[int, Sequence[tuple[PreparedPass, float]]]:
         prepare = self.session.denoiser.prepare
-        return {i: [(prepare(one), weight) for one, weight in turn] for i, turn in enumerate(self.turns)}
+        return {i: [(prepare(spec), weight) for spec, weight in turn] for i, turn in enumerate(self.turns)}
 
 
 @dataclass(frozen=True)
-class ByImage:
+class ImageByImage:
     """Images that cannot go through the model together, one after the other.
 
     Attributes:
@@ -161,12 +169,12 @@ class ByImage:
     text: Conditioning
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
-        """Prepares each."""
-        return torch.cat([one.prepare(latents[i : i + 1], first) for i, one in enumerate(self.processes)])
+        """Prepares the process of each image."""
+        return torch.cat([process.prepare(latents[i : i + 1], first) for i, process in enumerate(self.processes)])
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """A step of each."""
-        steps = [one.step(latents[i : i + 1], step) for i, one in enumerate(self.processes)]
+        """A step of the process of each image."""
+        steps = [process.step(latents[i : i + 1], step) for i, process in enumerate(self.processes)]
         moved, outputs = zip(*steps, strict=True)
         return torch.cat(moved), torch.cat(outputs)
 
@@ -177,8 +185,8 @@ def subject_pass(session: Session, chosen: Sequence[int]) -> Pass:
     The text is encoded with the text-encoder part of those LoRAs and the subject's own negative prompt.
     """
     weights = session.concepts.with_styles(chosen)
-    own = [session.concepts.concepts[i].negative_prompt for i in chosen]
-    negatives = [own[0]] * len(session.prompts.indices) if own and own[0] is not None else None
+    texts = [session.concepts.concepts[i].negative_prompt for i in chosen]
+    negatives = [texts[0]] * len(session.prompts.indices) if texts and texts[0] is not None else None
     text = session.prompts.encode(weights, negative_prompts=negatives)
     return Pass(text, constant_gates(session, weights))
 
@@ -196,8 +204,8 @@ def one_text(session: Session, weights: Tensor | None = None) -> Conditioning:
     Args:
         weights: Weights of the concepts' text-encoder LoRAs; None leaves them out. Shape: [concepts].
     """
-    every = session.concepts.concepts
-    warn_unread(every, every, "this method has one text for all; method='lora-composer' has one for each region")
+    concepts = session.concepts.concepts
+    warn_unread(concepts, concepts, "this method has one text for all; method='lora-composer' has one for each region")
     return session.prompts.encode(weights)
 
 
@@ -224,8 +232,5 @@ def constant_gates(session: Session, weights: Tensor) -> Gates:
     canvas = session.canvas
     gate = weights.to(canvas.device)[None]
     return Gates(
-        text=gate[:, None],
-        image=dict.fromkeys(canvas.levels, gate[:, None]),
-        row=gate,
-        latent_grid=canvas.latent_grid,
+        text=gate[:, None], image=dict.fromkeys(canvas.levels, gate[:, None]), row=gate, latent_grid=canvas.latent_grid
     )

@@ -70,8 +70,8 @@ class Sampler:
     def of_images(self, images: Sequence[int]) -> "Sampler":
         """The sampler of some images of the batch, which has the same scheduler."""
         arguments = {
-            name: [one[image] for image in images] if isinstance(one, list) else one
-            for name, one in self.arguments.items()
+            name: [value[image] for image in images] if isinstance(value, list) else value
+            for name, value in self.arguments.items()
         }
         return replace(self, arguments=arguments, task=None if self.task is None else self.task.of_images(images))
 
@@ -83,14 +83,14 @@ class Sampler:
         """
         devices = [self.schedule.timesteps[0].device] if self.schedule.timesteps[0].is_cuda else []
         with torch.random.fork_rng(devices):
-            arguments = {name: _copied(one) for name, one in self.arguments.items()}
+            arguments = {name: _copied(value) for name, value in self.arguments.items()}
             yield replace(self, scheduler=copy.deepcopy(self.scheduler), arguments=arguments)
 
 
 def _copied(argument: Any) -> Any:
     """A generator in the same state, or a list of them; other arguments as they are."""
     if isinstance(argument, list):
-        return [_copied(one) for one in argument]
+        return [_copied(value) for value in argument]
     if not isinstance(argument, torch.Generator):
         return argument
     copied = torch.Generator(argument.device)

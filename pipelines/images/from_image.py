@@ -71,7 +71,7 @@ class FromImage:
                 "mask_image": mask_image is not None, "strength": strength is not None,
                 "padding_mask_crop": padding_mask_crop is not None, "paste_original": paste_original,
             }  # fmt: skip
-            if without := [name for name, given in others.items() if given]:
+            if without := [name for name, is_given in others.items() if is_given]:
                 raise ValueError(f"{' and '.join(without)} needs an image: give image=... as well")
             return None
         images = read_images(image, latent_channels)
@@ -83,7 +83,7 @@ class FromImage:
             if padding_mask_crop is not None or paste_original:
                 raise ValueError("padding_mask_crop and paste_original need a mask: give mask_image=... as well")
             return cls(images, (), strength)
-        masks = [read_mask_image(one, _size(images)) for one in each_mask(mask_image)]
+        masks = [read_mask_image(mask, _size(images)) for mask in each_mask(mask_image)]
         for mask in masks:
             if mask.getextrema()[1] < 128:  # pyright: ignore[reportOperatorIssue]
                 raise ValueError(_PALE)
@@ -137,16 +137,16 @@ class FromImage:
     @property
     def arguments(self) -> Mapping[str, Any]:
         """The fields as arguments of diffusers' pipelines."""
-        given: dict[str, Any] = {"image": self.images}
+        arguments: dict[str, Any] = {"image": self.images}
         if isinstance(self.images, list) and len(self.images) == 1:
-            given["image"] = self.images[0]
+            arguments["image"] = self.images[0]
         if self.strength is not None:
-            given["strength"] = self.strength
+            arguments["strength"] = self.strength
         if self.masks:
-            given["mask_image"] = self.masks[0] if len(self.masks) == 1 else list(self.masks)
+            arguments["mask_image"] = self.masks[0] if len(self.masks) == 1 else list(self.masks)
         if self.padding_mask_crop is not None:
-            given["padding_mask_crop"] = self.padding_mask_crop
-        return given
+            arguments["padding_mask_crop"] = self.padding_mask_crop
+        return arguments
 
     def pasted(self, images: Sequence[Image.Image], processor: Any, crop: Box | None = None) -> list[Image.Image]:
         """Pastes the original pixels outside of the mask into results; grey mask values blend.
@@ -154,7 +154,7 @@ class FromImage:
         Args:
             crop: The part of the image that was worked on, in pixels; None means all.
         """
-        originals, masks = (_for_each(given, len(images)) for given in (self.images, self.masks))
+        originals, masks = (_for_each(values, len(images)) for values in (self.images, self.masks))
         width, height = self.size
         parts = images if crop is not None else [processor.resize(image, height, width) for image in images]
         return [
@@ -283,9 +283,9 @@ def region_in_pixels(loaded: LoadedConcept, width: int, height: int) -> LoadedCo
     return replace(loaded, concept=loaded.concept.model_copy(update={"region": in_pixels(region, width, height)}))
 
 
-def _for_each(given: Any, images: int) -> list[Any]:
+def _for_each(values: Any, images: int) -> list[Any]:
     """What is given for each image: one for all, or one for each prompt, which may have several images."""
-    return [given[i * len(given) // images] for i in range(images)]
+    return [values[i * len(values) // images] for i in range(images)]
 
 
 def _size(images: list[Image.Image] | Tensor) -> tuple[int, int]:

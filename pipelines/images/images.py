@@ -11,11 +11,11 @@ from torch import Tensor
 from lora_compose.pipelines.scene.mask_images import PIXEL_LIMIT, bounded, open_image
 
 
-def read_images(given: Any, latent_channels: int | None = None) -> list[Image.Image] | Tensor:
+def read_images(value: Any, latent_channels: int | None = None) -> list[Image.Image] | Tensor:
     """The images that a call starts from.
 
     Args:
-        given: A PIL image, a path, an array of 8 bits [height, width, 3] or of 0 to 1, a tensor of 0 to 1 [3, height,
+        value: A PIL image, a path, an array of 8 bits [height, width, 3] or of 0 to 1, a tensor of 0 to 1 [3, height,
             width], latents [images, channels, height, width], or a list of these; also batches of arrays and tensors.
             Values of -1 to 1 are images, too, as they once were for diffusers, which warns.
         latent_channels: Channels of latents; None takes no latents.
@@ -26,34 +26,34 @@ def read_images(given: Any, latent_channels: int | None = None) -> list[Image.Im
     Raises:
         ValueError: For what cannot be an image, and images of several sizes.
     """
-    if not isinstance(given, list | tuple):
-        found = _image(given, latent_channels)
-        return [found] if isinstance(found, Image.Image) else found
-    if not given:
+    if not isinstance(value, list | tuple):
+        item = _image(value, latent_channels)
+        return [item] if isinstance(item, Image.Image) else item
+    if not value:
         raise ValueError("image is an empty list; give one image, or one for each prompt")
-    every = [_image(one, latent_channels) for one in given]
-    images = [one for one in every if isinstance(one, Image.Image)]
-    tensors = [one for one in every if isinstance(one, Tensor)]
+    items = [_image(entry, latent_channels) for entry in value]
+    images = [entry for entry in items if isinstance(entry, Image.Image)]
+    tensors = [entry for entry in items if isinstance(entry, Tensor)]
     if images and tensors:
         raise ValueError("image is a mixture of kinds; give PIL images, paths and 8-bit arrays, or tensors of 0 to 1")
-    sizes = {image.size for image in images} or {(one.shape[-1], one.shape[-2]) for one in tensors}
+    sizes = {image.size for image in images} or {(entry.shape[-1], entry.shape[-2]) for entry in tensors}
     if len(sizes) > 1:
         listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
         raise ValueError(f"the images have different sizes ({listed}); resize them to one")
     return images or torch.cat(tensors)
 
 
-def _image(given: Any, latent_channels: int | None) -> Image.Image | Tensor:
-    if isinstance(given, str | Path):
-        return _rgb(open_image(given, "image"))
-    if isinstance(given, Image.Image):
-        return _rgb(bounded(given, "image"))
-    if isinstance(given, np.ndarray):
-        return _of_array(given)
-    if isinstance(given, Tensor):
-        return _of_tensor(given, latent_channels)
+def _image(value: Any, latent_channels: int | None) -> Image.Image | Tensor:
+    if isinstance(value, str | Path):
+        return _rgb(open_image(value, "image"))
+    if isinstance(value, Image.Image):
+        return _rgb(bounded(value, "image"))
+    if isinstance(value, np.ndarray):
+        return _of_array(value)
+    if isinstance(value, Tensor):
+        return _of_tensor(value, latent_channels)
     raise ValueError(
-        f"image is a {type(given).__name__}; expected a PIL image, a path, an array, a tensor, or a list of these"
+        f"image is a {type(value).__name__}; expected a PIL image, a path, an array, a tensor, or a list of these"
     )
 
 
@@ -61,33 +61,33 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _of_array(given: np.ndarray) -> Image.Image | Tensor:
-    if given.dtype == np.uint8 and given.ndim in (2, 3) and given.size:
-        if given.ndim == 2 or given.shape[2] in (3, 4):
-            return _rgb(bounded(Image.fromarray(given), "image"))
-        if given.shape[2] == 1:
-            return _rgb(bounded(Image.fromarray(given[..., 0]), "image"))
-    if given.dtype.kind != "f" or given.ndim not in (3, 4) or given.shape[-1] != 3:
+def _of_array(array: np.ndarray) -> Image.Image | Tensor:
+    if array.dtype == np.uint8 and array.ndim in (2, 3) and array.size:
+        if array.ndim == 2 or array.shape[2] in (3, 4):
+            return _rgb(bounded(Image.fromarray(array), "image"))
+        if array.shape[2] == 1:
+            return _rgb(bounded(Image.fromarray(array[..., 0]), "image"))
+    if array.dtype.kind != "f" or array.ndim not in (3, 4) or array.shape[-1] != 3:
         raise ValueError(
-            f"image is an array of {given.dtype} with the shape {list(given.shape)}; expected 8 bits [height, width, "
+            f"image is an array of {array.dtype} with the shape {list(array.shape)}; expected 8 bits [height, width, "
             "3], or floats of 0 to 1 [height, width, 3] or [images, height, width, 3]"
         )
-    return _of_tensor(torch.from_numpy(np.moveaxis(given, -1, -3).astype(np.float32)))
+    return _of_tensor(torch.from_numpy(np.moveaxis(array, -1, -3).astype(np.float32)))
 
 
-def _of_tensor(given: Tensor, latent_channels: int | None = None) -> Tensor:
-    tensor = given[None] if given.dim() == 3 else given
-    if not given.is_floating_point() or tensor.dim() != 4 or tensor.shape[1] not in (3, latent_channels):
+def _of_tensor(tensor: Tensor, latent_channels: int | None = None) -> Tensor:
+    batch = tensor[None] if tensor.dim() == 3 else tensor
+    if not tensor.is_floating_point() or batch.dim() != 4 or batch.shape[1] not in (3, latent_channels):
         latents = "" if latent_channels is None else f", or latents [images, {latent_channels}, height, width]"
         raise ValueError(
-            f"image is a tensor of {given.dtype} with the shape {list(given.shape)}; expected floats of 0 to 1 [3, "
+            f"image is a tensor of {tensor.dtype} with the shape {list(tensor.shape)}; expected floats of 0 to 1 [3, "
             f"height, width] or [images, 3, height, width]{latents}"
         )
-    if not 0 < tensor.numel() <= 3 * PIXEL_LIMIT:
-        raise ValueError(f"image has the shape {list(given.shape)}; expected at most {PIXEL_LIMIT} pixels in all")
-    if not tensor.isfinite().all():
+    if not 0 < batch.numel() <= 3 * PIXEL_LIMIT:
+        raise ValueError(f"image has the shape {list(tensor.shape)}; expected at most {PIXEL_LIMIT} pixels in all")
+    if not batch.isfinite().all():
         raise ValueError("image has values that are NaN or infinite")
-    low, high = tensor.min(), tensor.max()
-    if tensor.shape[1] == 3 and (low < -1 or high > 1):
+    low, high = batch.min(), batch.max()
+    if batch.shape[1] == 3 and (low < -1 or high > 1):
         raise ValueError(f"image has values from {low:.3g} to {high:.3g}; floats are expected between 0 and 1")
-    return tensor
+    return batch

@@ -112,7 +112,7 @@ class Inpainting(ImageToImage):
 
     def of_images(self, images: Sequence[int]) -> "Inpainting":
         """The task of some images of the batch."""
-        latents, mask, noise = (_of(one, images) for one in (self.latents, self.mask, self.noise))
+        latents, mask, noise = (_of(value, images) for value in (self.latents, self.mask, self.noise))
         image = None if self.image is None else _of(self.image, images)
         return replace(self, latents=latents, mask=mask, image=image, noise=noise)
 

@@ -43,13 +43,13 @@ def make_merger(name: str, settings: Mapping[str, Any] | None = None) -> Merger:
     Raises:
         ValueError: For unknown names, unknown settings and unusable values; the message lists those that exist.
     """
-    kind = MERGERS.get(name)
-    if kind is None:
+    merger = MERGERS.get(name)
+    if merger is None:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(MERGERS)}")
-    known = _fields(kind())
+    known = _fields(merger())
     if unknown := (settings or {}).keys() - known.keys():
         raise ValueError(f"{name} has no settings {sorted(unknown)}; it has {', '.join(known) or 'none'}")
-    return kind(**{**known, **(settings or {})})
+    return merger(**{**known, **(settings or {})})
 
 
 def settings_of(merger: Merger) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _measured(layer: nn.Module, changes: Sequence[LoraFactors], acting: int, mom
     shape = (-1, *weight.shape[1:])
     down = torch.cat([change.down.to(**place).reshape(shape) for change in changes])
     start = sum(change.rank for change in changes[:acting])
-    own = slice(start, start + changes[acting].rank)
+    ranks = slice(start, start + changes[acting].rank)
     up = changes[acting].up.to(**place).flatten(1) * changes[acting].scale
     tokens = 0
 
@@ -91,11 +91,11 @@ def _measured(layer: nn.Module, changes: Sequence[LoraFactors], acting: int, mom
         nonlocal tokens
         if isinstance(base, nn.Conv2d):
             read = F.conv2d(inputs[0], down, None, base.stride, base.padding, base.dilation)  # pyright: ignore[reportArgumentType]
-            added = F.conv2d(read[:, own], up[:, :, None, None]) if changes[acting].rank else 0
+            added = F.conv2d(read[:, ranks], up[:, :, None, None]) if changes[acting].rank else 0
             read = read.movedim(1, -1)
         else:
             read = F.linear(inputs[0], down)
-            added = F.linear(read[..., own], up)
+            added = F.linear(read[..., ranks], up)
         rows = read.detach().reshape(-1, len(down)).double()
         moments.add_((rows.T @ rows).to(moments.device))
         tokens += len(rows)

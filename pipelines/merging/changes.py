@@ -25,7 +25,7 @@ def side_by_side(
     Raises:
         LoraError: If LoRAs have changes of different sizes for a layer.
     """
-    found: dict[Name, Changes] = {}
+    by_layer: dict[Name, Changes] = {}
     for name in dict.fromkeys(name for lora in loras for name in lora):
         here = {i: lora[name] for i, lora in enumerate(loras) if name in lora}
         sizes = {i: (len(f.up), math.prod(f.down.shape[1:])) for i, f in here.items()}
@@ -33,11 +33,11 @@ def side_by_side(
             told = "; ".join(f"{called[i]} {a} x {b}" for i, (a, b) in sizes.items())
             raise LoraError(f"the files do not fit each other: {'.'.join(name)} is changed by {told}")
         some = next(iter(here.values()))
-        found[name] = [
+        by_layer[name] = [
             scaled(_compact(here[i]), weight) if i in here and weight else absent(some)
             for i, weight in enumerate(weights)
         ]
-    return found
+    return by_layer
 
 
 def begin(merger: Merger, layers: Sequence[Changes], weights: Sequence[float]) -> MergeLayer:

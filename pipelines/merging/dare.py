@@ -44,8 +44,8 @@ def dare(changes: Changes, density: float, generator: torch.Generator) -> LoraFa
     spectra = [spectrum(change) for change in changes]
     space = left_space(spectra)
     merged = 0.0
-    for one in spectra:
-        entries = coefficients(space, one)
+    for addend in spectra:
+        entries = coefficients(space, addend)
         kept = torch.rand(entries.shape, generator=generator, dtype=entries.dtype) < density
         merged = merged + entries * kept / density
     return LoraFactors(torch.as_tensor(merged), space)

@@ -25,7 +25,7 @@ def expressed(
     Raises:
         LoraError: If the weights are not there.
     """
-    found, lost, whole = dict(lora), 0.0, 0.0
+    by_layer, lost, whole = dict(lora), 0.0, 0.0
     for (part, name), factors in lora.items():
         if factors.transform is None:
             continue
@@ -36,13 +36,13 @@ def expressed(
                 "model; give the model whose weights it was trained on (--model)"
             )
         change = factors.change_of(dense_weight(layer, torch.device("cpu"), torch.float32))
-        made = shaped(*cut(matrix(change), max_rank), change.shape[1:])
-        found[part, name] = made.factors
-        lost, whole = lost + made.lost, whole + made.lost + inner(made.factors, made.factors)
+        best = shaped(*cut(matrix(change), max_rank), change.shape[1:])
+        by_layer[part, name] = best.factors
+        lost, whole = lost + best.lost, whole + best.lost + inner(best.factors, best.factors)
     if not whole:
         return lora, None
     count = sum(factors.transform is not None for factors in lora.values())
-    return found, (
+    return by_layer, (
         f"{count} layers rescale or rotate the model's weights; their change is taken from this model, as the best of "
         f"rank {max_rank}: relative error {(lost / whole) ** 0.5:.2%}"
     )

@@ -78,14 +78,14 @@ def left_space(spectra: Sequence[Spectrum]) -> Tensor:
 
     They are those of [U_1 S_1 | U_2 S_2 | ...], since the V_i^T that follow have orthonormal rows.
     """
-    beside = torch.cat([one.u * one.values for one in spectra], dim=1)
+    beside = torch.cat([change.u * change.values for change in spectra], dim=1)
     u, values, _ = torch.linalg.svd(beside, full_matrices=False)
     return u[:, _above_rounding(values)]
 
 
-def coefficients(space: Tensor, one: Spectrum) -> Tensor:
+def coefficients(space: Tensor, change: Spectrum) -> Tensor:
     """A change in the coordinates of a space that contains its outputs. Shape: [dimensions, inputs]."""
-    return (space.T @ one.u * one.values) @ one.v.T
+    return (space.T @ change.u * change.values) @ change.v.T
 
 
 def gram(changes: Sequence[LoraFactors]) -> Tensor:
@@ -96,7 +96,7 @@ def gram(changes: Sequence[LoraFactors]) -> Tensor:
     up = torch.cat([change.up.flatten(1).float() * change.scale for change in changes], dim=1)
     down = torch.cat([change.down.flatten(1).float() for change in changes])
     products = ((up.T @ up) * (down @ down.T)).double()
-    file_of = torch.repeat_interleave(torch.arange(len(changes)), torch.tensor([one.rank for one in changes]))
+    file_of = torch.repeat_interleave(torch.arange(len(changes)), torch.tensor([change.rank for change in changes]))
     membership = torch.nn.functional.one_hot(file_of, len(changes)).to(products)
     return membership.T @ products @ membership
 

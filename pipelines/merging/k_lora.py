@@ -62,8 +62,8 @@ def absolute_ratio(subject: LoraFactors, style: LoraFactors) -> float:
     """The sum of the subject's absolute entries over that of the style's; 0 where one does not change the layer."""
     if not subject.rank or not style.rank:
         return 0.0
-    one, other = (sum(float(rows.sum(dtype=torch.float64)) for rows in _entries(change)) for change in (subject, style))
-    return one / other if other else 0.0
+    a, b = (sum(float(rows.sum(dtype=torch.float64)) for rows in _entries(change)) for change in (subject, style))
+    return a / b if b else 0.0
 
 
 def mean_ratio(ratios: list[float]) -> float:
@@ -84,10 +84,10 @@ def subject_share(subject: LoraFactors, style: LoraFactors, level: float) -> flo
     if not subject.rank or not style.rank:
         return float(subject.rank > 0)
     count = spectrum(subject).rank * spectrum(style).rank
-    one, other = (_largest(change, count) for change in (subject, style))
-    if not other:
-        return float(one > 0)
-    return min(1.0, max(0.0, (one / level / other - _START) / _RISE))
+    of_subject, of_style = (_largest(change, count) for change in (subject, style))
+    if not of_style:
+        return float(of_subject > 0)
+    return min(1.0, max(0.0, (of_subject / level / of_style - _START) / _RISE))
 
 
 def _largest(change: LoraFactors, count: int) -> float:

@@ -55,14 +55,14 @@ class Lego(Merger):
 def lego(changes: Changes, k: int | Literal["auto"] | None, alike: float, output: bool) -> LoraFactors:
     """Clusters the units of all changes, and makes one rank of each cluster."""
     spectra = [spectrum(change) for change in changes]
-    ranks = [one.rank for one in spectra if one.rank]
-    u, v = (torch.cat([getattr(one, side) for one in spectra], dim=1) for side in "uv")
-    values = torch.cat([one.values for one in spectra])
+    ranks = [change.rank for change in spectra if change.rank]
+    u, v = (torch.cat([getattr(change, side) for change in spectra], dim=1) for side in "uv")
+    values = torch.cat([change.values for change in spectra])
     order = values.argsort(descending=True)  # so that the order of the LoRAs does not matter to k-means
     pooled = Spectrum(u[:, order], values[order], v[:, order])
     cosines = (pooled.u.T @ pooled.u) * (pooled.v.T @ pooled.v)
     if k == "auto":
-        repeats = torch.tensor([one.rank for one in spectra])
+        repeats = torch.tensor([change.rank for change in spectra])
         file_of = torch.repeat_interleave(torch.arange(len(spectra)), repeats)[order]
         labels = joined((cosines > alike) & (file_of[:, None] != file_of))
     else:
@@ -98,8 +98,8 @@ def k_means(products: Tensor, k: int) -> Tensor:
     if k >= len(products):
         return torch.arange(len(products))
     generator = torch.Generator().manual_seed(0)
-    found = [_clustered(products, k, generator) for _ in range(_STARTS)]
-    return min(found, key=lambda one: one[0])[1]
+    clusterings = [_clustered(products, k, generator) for _ in range(_STARTS)]
+    return min(clusterings, key=lambda clustering: clustering[0])[1]
 
 
 def _clustered(products: Tensor, k: int, generator: torch.Generator) -> tuple[float, Tensor]:
@@ -133,10 +133,10 @@ def _centroids(pooled: Spectrum, labels: Tensor) -> Spectrum:
         members = (labels == label).nonzero().flatten()
         u, values, v = pooled.u[:, members], pooled.values[members], pooled.v[:, members]
         if len(members) > 1:
-            found = spectrum(LoraFactors(v.T, u * values))
-            if not found.rank or found.values[0] < TINY * values.sum():  # they cancel out
+            direction = spectrum(LoraFactors(v.T, u * values))
+            if not direction.rank or direction.values[0] < TINY * values.sum():  # they cancel out
                 continue
-            u, v = found.u, found.v
+            u, v = direction.u, direction.v
         us.append(u[:, 0])
         lengths.append(values.mean())
         vs.append(v[:, 0])

@@ -46,8 +46,8 @@ class NpLora(Merger):
 
 def np_lora(subject: LoraFactors, style: LoraFactors, strength: float, energy: float) -> LoraFactors:
     """The subject, projected away from the style's main input directions, plus the style."""
-    found = spectrum(style)
-    v = found.v[:, : main_directions(found.values, energy)]
+    main = spectrum(style)
+    v = main.v[:, : main_directions(main.values, energy)]
     up, down = matrices(subject)
     return concatenated([LoraFactors(down - strength / (1 + strength) * (down @ v) @ v.T, up), style])
 

@@ -46,7 +46,7 @@ class Soups(Merger):
             if moments is None:
                 return concatenated(changes)
             numbers = best_numbers(changes, moments, self.ridge).clamp(0, self.largest).tolist()
-            return concatenated([scaled(one, a) for one, a in zip(changes, numbers, strict=True)])
+            return concatenated([scaled(change, a) for change, a in zip(changes, numbers, strict=True)])
 
         return merge
 

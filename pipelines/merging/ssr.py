@@ -55,15 +55,15 @@ def ssr(changes: Changes, moments: Tensor, ridge: float) -> LoraFactors:
     """
     present = [k for k, change in enumerate(changes) if change.rank]
     whitened = [_orthonormal(changes[k]) for k in present]
-    white = torch.block_diag(*(one.white for one in whitened))
+    white = torch.block_diag(*(factors.white for factors in whitened))
     z = white @ moments[present].double() @ white.T
     q, start = torch.zeros_like(z[0]), 0
-    for k, one in enumerate(whitened):
-        rows = slice(start, start := start + one.down.shape[0])
+    for k, factors in enumerate(whitened):
+        rows = slice(start, start := start + factors.down.shape[0])
         q[rows] = z[k, rows] / len(present)
     pull = ridge * torch.eye(len(q), dtype=q.dtype)
     router = torch.linalg.solve(z.mean(0) + pull, q + pull, left=False)
-    up, down = torch.cat([one.up for one in whitened], dim=1), torch.cat([one.down for one in whitened])
+    up, down = torch.cat([factors.up for factors in whitened], dim=1), torch.cat([factors.down for factors in whitened])
     return LoraFactors(down, up @ router)
 
 

@@ -43,8 +43,8 @@ def ties(changes: Changes, density: float) -> LoraFactors:
     """
     spectra = [spectrum(change) for change in changes]
     space = left_space(spectra)
-    entries = torch.stack([coefficients(space, one) for one in spectra])
+    entries = torch.stack([coefficients(space, change) for change in spectra])
     if entries.numel():
         entries[entries.abs() < entries.abs().max() * TINY] = 0  # rounding has no sign, and counts in no mean
-    kept = torch.stack([magnitude_based_pruning(one, density) for one in entries])
+    kept = torch.stack([magnitude_based_pruning(matrix, density) for matrix in entries])
     return LoraFactors(disjoint_merge(kept, calculate_majority_sign_mask(kept, method="total")), space)

@@ -32,9 +32,9 @@ class Tsv(Merger):
 def tsv(changes: Changes) -> LoraFactors:
     """The singular values of all changes, on singular vectors that are orthogonal to each other."""
     spectra = [spectrum(change) for change in changes]
-    root = torch.cat([one.values for one in spectra]).sqrt()
-    up = nearest_isometry(torch.cat([one.u for one in spectra], dim=1))
-    down = nearest_isometry(torch.cat([one.v for one in spectra], dim=1))
+    root = torch.cat([change.values for change in spectra]).sqrt()
+    up = nearest_isometry(torch.cat([change.u for change in spectra], dim=1))
+    down = nearest_isometry(torch.cat([change.v for change in spectra], dim=1))
     return LoraFactors(root[:, None] * down.T, up * root)
 
 

@@ -90,13 +90,13 @@ def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = N
     if make is None:
         known = (*METHODS, *PRESETS)
         raise ValueError(f"unknown method {method!r}; there are {', '.join(known)}{did_you_mean(method, known)}")
-    made = make()
-    fields = _fields(made)
+    defaults = make()
+    fields = _fields(defaults)
     unknown = (settings or {}).keys() - fields.keys()
     if unknown:
         near = did_you_mean(sorted(unknown)[0], fields)
         raise ValueError(f"{method} has no settings {sorted(unknown)}; it has {', '.join(fields) or 'none'}{near}")
-    return type(made)(**{**fields, **(settings or {})})
+    return type(defaults)(**{**fields, **(settings or {})})
 
 
 def name_of(settings: Settings) -> tuple[str, dict[str, Any]]:
@@ -153,19 +153,19 @@ def choose_method(
         region_attention: Whether the model supports region attention, which lora-composer needs.
         gradients: Whether gradients can be taken, which it needs as well: not under `torch.inference_mode`.
     """
-    given = [loaded for loaded in concepts if not loaded.concept.is_style]
-    subjects = [loaded.concept for loaded in given]
+    loaded_subjects = [loaded for loaded in concepts if not loaded.concept.is_style]
+    subjects = [loaded.concept for loaded in loaded_subjects]
     if any(subject.region for subject in subjects):
-        kind = "subject" if len(given) < len(concepts) else "concept"
-        return _for_regions(subjects, prompts, kind, region_attention, gradients)
-    subjects_of: Sequence[Sequence[Described]] = [given] * len(prompts or [()])
+        noun = "subject" if len(subjects) < len(concepts) else "concept"
+        return _for_regions(subjects, prompts, noun, region_attention, gradients)
+    subjects_of: Sequence[Sequence[Described]] = [loaded_subjects] * len(prompts or [()])
     if concept_sets:
-        subjects_of = [[one.loaded[i] for i in one.subjects] for one in concept_sets]
+        subjects_of = [[concept_set.loaded[i] for i in concept_set.subjects] for concept_set in concept_sets]
     several = max(map(len, subjects_of)) > 1
     lacks = _lacking(prompts, subjects_of)
     if several and not lacks:
         return _chosen(Draft(), "the prompt names every concept by trigger and class word")
-    relevant = given or (concepts if prompts is not None else ())  # with styles alone, they decide
+    relevant = loaded_subjects or (concepts if prompts is not None else ())  # with styles alone, they decide
     if relevant and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in relevant):
         why = f", and {lacks}" if several else ""
         return _chosen(Tara(), f"every concept was trained for it{why}")
@@ -189,12 +189,12 @@ def _blending(reason: str, unless: str) -> Choice:
 
 
 def _for_regions(
-    subjects: Sequence[Concept], prompts: Sequence[str] | None, kind: str, region_attention: bool, gradients: bool
+    subjects: Sequence[Concept], prompts: Sequence[str] | None, noun: str, region_attention: bool, gradients: bool
 ) -> Choice:
     """The method for subjects of which some or all have a region."""
     boxed = [subject for subject in subjects if subject.region]
     others = ", ".join(subject.name for subject in subjects if not subject.region)
-    reason = f"{', '.join(subject.name for subject in boxed)} has a region" if others else f"every {kind} has a region"
+    reason = f"{', '.join(subject.name for subject in boxed)} has a region" if others else f"every {noun} has a region"
     if region_attention and gradients and prompts is not None and all(subject.trigger for subject in boxed):
         return _chosen(LoraComposer(), f"{reason}, and {others} stays outside of it" if others else reason)
     why = "prompt_embeds are given instead of a prompt" if prompts is None else "not every one has a trigger"

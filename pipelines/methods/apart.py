@@ -15,7 +15,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class RegionCanvas:
     """A part of the canvas on which one region is denoised alone.
 
     Attributes:
@@ -30,15 +30,15 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class RegionCanvases:
     """The canvases of all regions.
 
     Attributes:
-        each: One for each region.
+        canvases: One for each region.
         complete: Whether they cover the whole canvas.
     """
 
-    each: Sequence[Part]
+    canvases: Sequence[RegionCanvas]
     complete: bool
 
     def predict(self, session: Session, latents: Tensor, step: Step, whole: Callable[[], Tensor]) -> Tensor:
@@ -49,7 +49,7 @@ class Parts:
             whole: Predicts the whole canvas, for cells that no part shows.
         """
         total, times = torch.zeros_like(latents), torch.zeros_like(latents[:1, :1])
-        for part in self.each:
+        for part in self.canvases:
             here = (..., *part.window)
             prediction = session.denoiser.predict(latents[here].contiguous(), step, part.prepared)
             total[here] += session.guider.combine(prediction, step) * part.shown
@@ -59,14 +59,14 @@ class Parts:
         return torch.where(times > 0, total / times.clamp(min=1), whole())
 
 
-def parts_of(
+def canvases_of(
     session: Session,
     texts: Sequence[Conditioning],
     regions: Regions,
     side: float,
     whole: PreparedPass,
     make_pass: Callable[[Conditioning, Regions, Window], Pass],
-) -> Parts:
+) -> RegionCanvases:
     """A canvas for each region.
 
     Args:
@@ -74,17 +74,17 @@ def parts_of(
         regions: On all grids.
         side: Least side of a canvas in latent cells.
         whole: The pass of the whole canvas, which has the same text.
-        make_pass: The pass of a part, from its text, regions and window.
+        make_pass: The pass of a region, from its text, regions and window.
     """
-    parts, seen = [], torch.zeros(regions.grid, dtype=torch.bool)
+    canvases, seen = [], torch.zeros(regions.grid, dtype=torch.bool)
     for n, text in enumerate(texts):
         window = regions.window(n, side)
         alone = regions.part(window, n)
-        mine, all_here = alone.cells[0][..., n], regions.cells[0][window]
-        shown = mine | ~all_here.any(dim=-1)
+        inside, all_here = alone.cells[0][..., n], regions.cells[0][window]
+        shown = inside | ~all_here.any(dim=-1)
         seen[window] |= shown
         height, width = (cells / full for cells, full in zip(shown.shape, regions.grid, strict=True))
         spec = make_pass(text.on_part(height, width), alone, window)
-        part = session.denoiser.prepare(spec, same_text_as=whole)
-        parts.append(Part(window, shown.to(session.canvas.device), part))
-    return Parts(parts, complete=bool(seen.all()))
+        prepared = session.denoiser.prepare(spec, same_text_as=whole)
+        canvases.append(RegionCanvas(window, shown.to(session.canvas.device), prepared))
+    return RegionCanvases(canvases, complete=bool(seen.all()))

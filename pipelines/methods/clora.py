@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from lora_compose.attention.device import to_device
 from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, smooth, strongest
 from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
-from lora_compose.pipelines.denoising.process import Needs, Process, Settings, warn_once, warn_unread
+from lora_compose.pipelines.denoising.process import Needs, Process, Settings, check_choices, warn_once, warn_unread
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.losses import contrast
@@ -46,8 +46,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning, join_branches
 
 Fuse = Literal["regions", "branches"]
 Uncond = Literal["shared", "each"]
-Change = Literal["dilate", "erode", "open", "close"]
-_CHOICES = {"fuse": Fuse, "uncond": Uncond, "step_rule": StepRule}
+Morphology = Literal["dilate", "erode", "open", "close"]
 _CHANGES = {"dilate": dilated, "erode": eroded, "open": opened, "close": closed}
 
 
@@ -97,7 +96,7 @@ class Clora(Settings):
     threshold: float = 0.3
     smoothed: bool = False
     exclusive: bool = True
-    morphology: Sequence[Change] = ()
+    morphology: Sequence[Morphology] = ()
     mask_from: float = 0.0
     mask_until: float = 0.5
     isolate: bool = False
@@ -108,9 +107,7 @@ class Clora(Settings):
     mask_words: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
+        check_choices(self)
         for name in ("step_size", "update_until", "mask_from", "mask_until", "refinements"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, and it is {getattr(self, name)}")
@@ -157,8 +154,8 @@ class Clora(Settings):
     def start(self, session: Session) -> Process:
         """Encodes a text for every branch. A single subject is merged."""
         concepts, subjects = session.concepts, session.concepts.subjects
-        every = concepts.whole or concepts  # `words` may name concepts of other prompts
-        check_words([every.concepts[i].name for i in every.subjects], words=self.words, mask_words=self.mask_words)
+        whole = concepts.whole or concepts  # `words` may name concepts of other prompts
+        check_words([whole.concepts[i].name for i in whole.subjects], words=self.words, mask_words=self.mask_words)
         if len(subjects) < 2:
             return Merge().start(session)
         if session.prompts.texts is None:
@@ -180,10 +177,10 @@ class Clora(Settings):
         return Contrasting(self, session, texts[0], prepared, words, by_image)
 
     def _encode(self, session: Session, branch: Branch) -> Conditioning:
-        own = None if branch.subject is None else session.concepts.concepts[branch.subject].negative_prompt
-        if own is not None and self.fuse == "branches" and self.uncond == "shared":
+        negative = None if branch.subject is None else session.concepts.concepts[branch.subject].negative_prompt
+        if negative is not None and self.fuse == "branches" and self.uncond == "shared":
             warn_once("clora reads own negative prompts only where each branch has unconditional rows (uncond='each')")
-        negatives = None if own is None else [own] * len(branch.prompts)
+        negatives = None if negative is None else [negative] * len(branch.prompts)
         weights = _weights(session, branch)
         return session.prompts.encode(weights, branch.prompts, negatives, branch.names, branch.mentions)
 
@@ -243,23 +240,23 @@ class Contrasting:
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Updates the latents, makes masks from the maps before the last update, and predicts."""
-        latents, found = self._update(latents, step)
+        latents, gradient = self._update(latents, step)
         if self.settings.fuse == "branches":
-            return latents, self._by_branches(latents, step, found)
-        return latents, self._by_regions(latents, step, found)
+            return latents, self._by_branches(latents, step, gradient)
+        return latents, self._by_regions(latents, step, gradient)
 
     def _update(self, latents: Tensor, step: Step) -> tuple[Tensor, Gradient | None]:
         """All updates of a step, with what was found before the last one, if there are any."""
-        settings, found = self.settings, None
+        settings, gradient = self.settings, None
         request = self._all_rows(step) if settings.whole else MapRequest(self.words.token_weights)
         updates, wants_masks = self._updates(step), settings.fuse == "regions" and self._masks_due(step)
         for left in reversed(range(updates)):
-            found = self.session.denoiser.gradient(
+            gradient = self.session.denoiser.gradient(
                 latents, step, self.branches, request, self.loss, whole=settings.whole,
                 readout=self._masks_of if wants_masks and not left else None,
             )  # fmt: skip
-            latents = descend(latents, found.direction, settings.step_size, settings.step_rule)
-        return latents, found
+            latents = descend(latents, gradient.direction, settings.step_size, settings.step_rule)
+        return latents, gradient
 
     def _updates(self, step: Step) -> int:
         """Number of updates in a step."""
@@ -275,9 +272,9 @@ class Contrasting:
         by_image = self._by_branch(maps).transpose(0, 1).flatten(1, 2)
         return contrast(by_image, self.words.groups, self.settings.temperature)
 
-    def _by_branches(self, latents: Tensor, step: Step, found: Gradient | None) -> Tensor:
+    def _by_branches(self, latents: Tensor, step: Step, gradient: Gradient | None) -> Tensor:
         """The mean of the branches' predictions under their masks, with guidance."""
-        prediction, maps = (None, None) if found is None else (found.prediction, found.maps)
+        prediction, maps = (None, None) if gradient is None else (gradient.prediction, gradient.maps)
         if prediction is None:
             request = self._all_rows(step) if maps is None and self._masks_due(step) else None
             prediction = self.session.denoiser.predict(latents, step, self.branches, request)
@@ -302,13 +299,13 @@ class Contrasting:
         masks = F.interpolate(torch.cat([unclaimed, self.masks], dim=1).float(), canvas.latent_grid)
         return (masks / masks.sum(dim=1, keepdim=True)).transpose(0, 1)[:, :, None]
 
-    def _by_regions(self, latents: Tensor, step: Step, found: Gradient | None) -> Tensor:
+    def _by_regions(self, latents: Tensor, step: Step, gradient: Gradient | None) -> Tensor:
         """One pass per image, since each image has its own regions.
 
         New masks come to the host, which divides the grids by them; with those of an update it has not to wait again.
         """
         if self._masks_due(step):
-            masks = None if found is None else found.readout
+            masks = None if gradient is None else gradient.readout
             if masks is None:
                 request = MapRequest(self.words.token_weights)
                 masks = self._masks_of(self.session.denoiser.maps(latents, step, self.branches, request)).cpu()
@@ -324,7 +321,7 @@ class Contrasting:
 
     def _masks_of(self, maps: AttentionMaps) -> Tensor:
         """The masks that attention maps give: 1 inside. Shape: [images, subjects, height, width], fp32."""
-        return self._found(self._by_branch(maps)[1:].transpose(0, 1)).float()
+        return self._subject_masks(self._by_branch(maps)[1:].transpose(0, 1)).float()
 
     def _log_masks(self, step: Step) -> None:
         if self.masks is not None:
@@ -333,19 +330,19 @@ class Contrasting:
                 by_concept[i] = mask
             self.session.log.keep_masks(step.index, torch.stack(by_concept, dim=1))
 
-    def _found(self, maps: Tensor) -> Tensor:
+    def _subject_masks(self, maps: Tensor) -> Tensor:
         """Masks of all subjects. Shape: [images, subjects, (maps,) height, width]; the result without maps."""
         maps, painted = smooth(maps) if self.settings.smoothed else maps, self._painted
         maps = maps if painted is None else maps * painted  # the maximum must be in the painted part, too
-        mine = self.words.mine[..., None, None]
-        masks = (strongest(maps, self.settings.threshold) & mine).any(dim=2)
+        masking = self.words.makes_mask[..., None, None]
+        masks = (strongest(maps, self.settings.threshold) & masking).any(dim=2)
         for change in self.settings.morphology:
             masks = _CHANGES[change](masks)
         if painted is not None:
             masks = masks & painted
         if not self.settings.exclusive:
             return masks
-        heights = (maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-20) * mine).amax(dim=2)
+        heights = (maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-20) * masking).amax(dim=2)
         return masks & torch.zeros_like(masks).scatter_(1, heights.argmax(dim=1, keepdim=True), True)
 
     @cached_property
@@ -376,15 +373,15 @@ class Contrasting:
         token_weights = self.words.token_weights
         if not step.guided:
             return MapRequest(token_weights)
-        each = self.settings.uncond == "each"
-        unconds = token_weights if each else torch.zeros_like(token_weights[: self.session.canvas.images])
+        per_branch = self.settings.uncond == "each"
+        unconds = token_weights if per_branch else torch.zeros_like(token_weights[: self.session.canvas.images])
         return MapRequest(torch.cat([unconds, token_weights]))
 
     def _by_branch(self, maps: AttentionMaps) -> Tensor:
         """By branch, [images, maps, height, width]; with `whole`, the mean of unconditional and conditional rows."""
         canvas, branches = self.session.canvas, len(self.subjects) + 1
         grid = grid_at(canvas.latent_grid, canvas.map_level)
-        found = maps.text.transpose(1, 2).unflatten(2, grid).unflatten(0, (-1, canvas.images))
-        if self.settings.whole and len(found) == 2 * branches:
-            return (found[:branches] + found[branches:]) / 2
-        return found[-branches:]
+        by_branch = maps.text.transpose(1, 2).unflatten(2, grid).unflatten(0, (-1, canvas.images))
+        if self.settings.whole and len(by_branch) == 2 * branches:
+            return (by_branch[:branches] + by_branch[branches:]) / 2
+        return by_branch[-branches:]

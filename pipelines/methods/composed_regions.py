@@ -10,7 +10,7 @@ from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import ActingRows
 from lora_compose.pipelines.denoising.session import Session
-from lora_compose.pipelines.methods.apart import Parts, parts_of
+from lora_compose.pipelines.methods.apart import RegionCanvases, canvases_of
 from lora_compose.pipelines.methods.region_gates import Inject, region_gates
 from lora_compose.pipelines.methods.region_texts import RegionTexts
 from lora_compose.pipelines.scene.canvas import Step, steps_in
@@ -28,14 +28,14 @@ class ComposedRegions:
     Attributes:
         text: Text 0, of the canvas.
         whole: The pass of the whole canvas.
-        parts: The canvases on which regions are denoised apart; None if they are not.
+        canvases: The canvases on which regions are denoised apart; None if they are not.
         apart: In this fraction of the steps, from the first, regions are denoised apart.
     """
 
     session: Session
     text: Conditioning
     whole: PreparedPass
-    parts: Parts | None
+    canvases: RegionCanvases | None
     apart: float
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
@@ -44,8 +44,8 @@ class ComposedRegions:
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The prediction with guidance, of the whole canvas or of each region on its own."""
-        if self.parts is not None and step.index < math.ceil(steps_in(self.apart, step.count)):
-            return latents, self.parts.predict(self.session, latents, step, lambda: self._together(latents, step))
+        if self.canvases is not None and step.index < math.ceil(steps_in(self.apart, step.count)):
+            return latents, self.canvases.predict(self.session, latents, step, lambda: self._together(latents, step))
         return latents, self._together(latents, step)
 
     def _together(self, latents: Tensor, step: Step) -> Tensor:
@@ -84,5 +84,5 @@ def compose_regions(
 
     whole = session.denoiser.prepare(make_pass(texts.together, regions))
     side = session.canvas.backbone.native_side * apart_side
-    parts = parts_of(session, texts.alone, regions, side, whole, make_pass) if apart > 0 else None
-    return ComposedRegions(session, texts.background, whole, parts, apart)
+    canvases = canvases_of(session, texts.alone, regions, side, whole, make_pass) if apart > 0 else None
+    return ComposedRegions(session, texts.background, whole, canvases, apart)

@@ -54,7 +54,7 @@ class Composite(Settings):
             raise ValueError(f"composite has {len(shares)} shares, but there are {len(chosen)} {passes}")
         warn_unread_by_passes(session)
         averaged = [
-            (subject_pass(session, one), share / sum(shares)) for one, share in zip(chosen, shares, strict=True)
+            (subject_pass(session, subject), share / sum(shares)) for subject, share in zip(chosen, shares, strict=True)
         ]
         return FixedPasses(session, [averaged])
 

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from lora_compose.attention import Site, TextBias, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
-from lora_compose.pipelines.denoising.process import FixedPasses, Process, Settings, constant_gates
+from lora_compose.pipelines.denoising.process import FixedPasses, Process, Settings, check_choices, constant_gates
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
 from lora_compose.pipelines.methods.drafted import drafted_maps
@@ -47,10 +47,9 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_words
 from lora_compose.pipelines.text.prompts import about
 
-Reading = Literal["auto", "scene", "regions"]
+ReadingMode = Literal["auto", "scene", "regions"]
 Division = Literal["auto", "strips", "nearest"]
 Isolation = Literal["auto", "always", "never"]
-_CHOICES = {"reading": Reading, "division": Division, "isolate": Isolation}
 
 
 @dataclass(frozen=True)
@@ -80,16 +79,14 @@ class Draft(Settings):
     length: float = 0.12
     threshold: float = 0.3
     division: Division = "auto"
-    reading: Reading = "auto"
+    reading: ReadingMode = "auto"
     apart: float = 0.4
     isolate: Isolation = "auto"
     bias: float | None = None
     keep_regions: bool = True
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
+        check_choices(self)
         if not 0 < self.length < math.inf:
             raise ValueError(f"length must be positive, not {self.length}")
         if not 0 <= self.threshold < 1:
@@ -131,10 +128,10 @@ class Draft(Settings):
     def _reads_regions(self, session: Session) -> bool:
         if self.reading != "auto":
             return self.reading == "regions"
-        every = [session.concepts.concepts[i] for i in session.concepts.subjects]
-        own = any(concept.prompt is not None or concept.negative_prompt is not None for concept in every)
-        room = len(every) * _side(session.canvas) <= max(session.canvas.latent_grid)
-        return own or len({_class_of(concept) for concept in every}) < len(every) or (len(every) > 2 and room)
+        subjects = [session.concepts.concepts[i] for i in session.concepts.subjects]
+        prompted = any(concept.prompt is not None or concept.negative_prompt is not None for concept in subjects)
+        room = len(subjects) * _side(session.canvas) <= max(session.canvas.latent_grid)
+        return prompted or len(set(map(_class_of, subjects))) < len(subjects) or (len(subjects) > 2 and room)
 
 
 def _side(canvas: Canvas) -> int:
@@ -186,12 +183,12 @@ def _bias(session: Session, text: Conditioning, shares: Mapping[int, Tensor], si
 def _by_level(session: Session, masks: Tensor) -> Mapping[int, Tensor]:
     """By level, the share of each concept in each cell, [images, cells, concepts]; a style has all of them."""
     concepts, canvas = session.concepts, session.canvas
-    every = torch.ones(len(masks), len(concepts.loaded), *masks.shape[2:])
-    every[:, list(concepts.subjects)] = masks
+    shares = torch.ones(len(masks), len(concepts.loaded), *masks.shape[2:])
+    shares[:, list(concepts.subjects)] = masks
     by_level = {}
     for level in canvas.levels:
-        coarse = torch.stack([coarse_mask(mask, level) for mask in every.flatten(0, 1)])
-        by_level[level] = coarse.flatten(1).unflatten(0, every.shape[:2]).transpose(1, 2).to(canvas.device)
+        coarse = torch.stack([coarse_mask(mask, level) for mask in shares.flatten(0, 1)])
+        by_level[level] = coarse.flatten(1).unflatten(0, shares.shape[:2]).transpose(1, 2).to(canvas.device)
     return by_level
 
 
@@ -203,13 +200,13 @@ def _by_regions(settings: Draft, session: Session) -> Restart:
     texts = region_texts(session, indices, prompts)
 
     def start(masks: Tensor) -> Sequence[Process]:
-        every = [Regions.of_masks(indices, image, session.canvas.levels, HALF) for image in masks]
+        by_image = [Regions.of_masks(indices, image, session.canvas.levels, HALF) for image in masks]
         return [
             compose_regions(
                 session, regions, texts.of_image(image), isolate=settings.isolate != "never", apart=settings.apart,
                 image=image,
             )
-            for image, regions in enumerate(every)
+            for image, regions in enumerate(by_image)
         ]  # fmt: skip
 
     # Borders at which the canvases of the first steps do not overlap.
@@ -226,10 +223,10 @@ def _by_segments(settings: Draft, session: Session, joint: Site) -> Restart:
 
     def start(masks: Tensor) -> Sequence[Process]:
         by_level, processes = _by_level(session, masks), []
-        for image, mine in enumerate(masks):
-            cells = Regions.of_masks(indices, mine, [joint.level], HALF).cells[joint.level]
+        for image, image_masks in enumerate(masks):
+            cells = Regions.of_masks(indices, image_masks, [joint.level], HALF).cells[joint.level]
             read = texts.of_image(image).read_in(cells, joint, isolate=isolate, device=canvas.device)
-            of_image = {level: every[image] for level, every in by_level.items()}
+            of_image = {level: shares[image] for level, shares in by_level.items()}
             spec = gated_pass(session, read, of_image, everywhere, image=image)
             processes.append(FixedPasses(session, [[(spec, 1.0)]]))
         return processes
@@ -264,19 +261,19 @@ class Drafting:
         """Drafts the image and divides the canvas; the latents stay as they are."""
         canvas, concepts = self.session.canvas, self.session.concepts
         subjects = [concepts.concepts[i] for i in concepts.subjects]
-        given = [_given(subject if self.settings.keep_regions else None, canvas) for subject in subjects]
+        regions = [_given(subject if self.settings.keep_regions else None, canvas) for subject in subjects]
         map_grid = grid_at(canvas.latent_grid, canvas.map_level)
         # With a given region for each subject there is nothing to find.
-        nothing = all(region.any() for region in given)
-        maps = torch.zeros(canvas.images, len(given), *map_grid)
+        nothing = all(region.any() for region in regions)
+        maps = torch.zeros(canvas.images, len(regions), *map_grid)
         if not nothing:
             maps = self._maps(latents, first).cpu()
-            every = torch.zeros(len(maps), len(concepts.loaded), *map_grid)
-            every[:, list(concepts.subjects)] = maps
-            self.session.log.keep_draft(every)
+            by_concept = torch.zeros(len(maps), len(concepts.loaded), *map_grid)
+            by_concept[:, list(concepts.subjects)] = maps
+            self.session.log.keep_draft(by_concept)
         masks = torch.stack(
             [
-                divided(image, subjects, given, self.restart.divide, self.settings.threshold, canvas.painted)
+                divided(image, subjects, regions, self.restart.divide, self.settings.threshold, canvas.painted)
                 for image in maps
             ]
         )
@@ -288,8 +285,8 @@ class Drafting:
     def _maps(self, latents: Tensor, first: Step) -> Tensor:
         """The mean attention to each subject over the draft. Shape: [images, subjects, height, width]."""
         canvas, request = self.session.canvas, MapRequest(self.words)
-        found = drafted_maps(self.session, latents, first, self.draft, request, self.settings.length)
-        mean = torch.stack([maps.text for maps in found]).mean(dim=0)
+        by_step = drafted_maps(self.session, latents, first, self.draft, request, self.settings.length)
+        mean = torch.stack([maps.text for maps in by_step]).mean(dim=0)
         return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level))
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def drafted_maps(
     Returns:
         The maps of the conditional rows in each step that is recorded.
     """
-    found = []
+    recorded = []
     with session.denoiser.sampler.ahead() as sampler:
         denoiser = session.denoiser.ahead(sampler)
         *earlier, last = sampler.schedule.leading(length, first)
@@ -42,9 +42,9 @@ def drafted_maps(
             wanted = None if of_last else _on_all_rows(request, prepared, step)
             prediction = denoiser.predict(latents, step, prepared, wanted)
             if prediction.maps is not None:
-                found.append(replace(prediction.maps, text=prediction.maps.text[prediction.rows.conditional]))
+                recorded.append(replace(prediction.maps, text=prediction.maps.text[prediction.rows.conditional]))
             latents = sampler.step(session.guider.combine(prediction, step), step, latents)
-        return [*found, denoiser.maps(latents, last, prepared, request)]
+        return [*recorded, denoiser.maps(latents, last, prepared, request)]
 
 
 def _on_all_rows(request: MapRequest, prepared: PreparedPass, step: Step) -> MapRequest:

@@ -15,7 +15,7 @@ H is the output of self-attention. FreeFuse, arXiv 2510.23515, as in the authors
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from lora_compose.pipelines.denoising.process import (
     Process,
     Settings,
     acting_rows,
+    check_choices,
     constant_gates,
     one_text,
     warn_once,
@@ -43,7 +44,6 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_trigger
 
 Words = Literal["class_word", "phrase"]
-_CHOICES = {"words": Words, "rows": ActingRows}
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ class FreeFuse(Settings):
     rows: ActingRows = "all"
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
+        check_choices(self)
         if not 0 < self.length < math.inf:
             raise ValueError(f"length must be positive, not {self.length}")
         if not 0 < self.share <= 1:
@@ -103,8 +101,8 @@ class FreeFuse(Settings):
         if any(concept.region for concept in concepts.concepts):
             warn_once("freefuse ignores regions and finds subjects by itself; method='regional' uses regions")
         text = one_text(session, concepts.weights_of(range(len(concepts.loaded))))
-        subjects, mine = list(concepts.subjects), text.conditional()
-        phrases, triggers = mine.phrase_mask[..., subjects], mine.trigger_mask[..., subjects]
+        subjects, conditional = list(concepts.subjects), text.conditional()
+        phrases, triggers = conditional.phrase_mask[..., subjects], conditional.trigger_mask[..., subjects]
         lacking = (phrases.sum(dim=1) == 0).any(dim=0).tolist()
         wordless = [concepts.loaded[i] for i, lacks in zip(concepts.subjects, lacking, strict=True) if lacks]
         if wordless:
@@ -149,8 +147,8 @@ class Fusing:
         canvas, concepts = self.session.canvas, self.session.concepts
         maps = self._maps(latents, first)
         assert maps.output is not None, "the request names a layer"
-        found = similarity(maps.text, maps.output, self.settings.share, self.settings.temperature)
-        masks = balanced(found.unflatten(2, grid_at(canvas.latent_grid, canvas.map_level)).cpu())
+        similarities = similarity(maps.text, maps.output, self.settings.share, self.settings.temperature)
+        masks = balanced(similarities.unflatten(2, grid_at(canvas.latent_grid, canvas.map_level)).cpu())
         self.masks = masks.new_ones(len(masks), len(concepts.loaded), *masks.shape[2:], dtype=torch.bool)
         self.masks[:, list(concepts.subjects)] = masks.bool()
         masks = masks.to(canvas.device)
@@ -162,8 +160,8 @@ class Fusing:
         session, words = self.session, self.words / self.words.sum(dim=1, keepdim=True)
         layer, output_layer = block_read(session.canvas.backbone)
         request = MapRequest(words, layer=layer, output_layer=output_layer)
-        (found,) = drafted_maps(session, latents, first, self.base, request, self.settings.length, of_last=True)
-        return found
+        (maps,) = drafted_maps(session, latents, first, self.base, request, self.settings.length, of_last=True)
+        return maps
 
     def _masked(self, masks: Tensor) -> Pass:
         """The pass with LoRAs and biases. Shape of the masks: [images, subjects, height, width]."""
@@ -181,9 +179,9 @@ class Fusing:
         if canvas.backbone.joint is not None:
             tokens, modulation = self._own_tokens(weights), weights[:, 0] * self._styles(weights)
         for level, share in shares.items():
-            every = share.new_ones(*share.shape[:2], len(concepts.loaded))
-            every[..., list(concepts.subjects)] = share
-            image[level] = weights * every.repeat(branches, 1, 1)
+            by_concept = share.new_ones(*share.shape[:2], len(concepts.loaded))
+            by_concept[..., list(concepts.subjects)] = share
+            image[level] = weights * by_concept.repeat(branches, 1, 1)
         on_all = settings.rows == "all"
         bias = region_bias(text, shares, self.phrases, settings.own_bias, settings.other_bias, on_all_rows=on_all)
         gates = Gates(weights * tokens, image, weights[:, 0], canvas.latent_grid, modulation=modulation)
@@ -192,9 +190,9 @@ class Fusing:
     def _own_tokens(self, weights: Tensor) -> Tensor:
         """0 at the words of other subjects. Shape: [rows, tokens, concepts]."""
         others = self.phrases.sum(dim=2, keepdim=True) - self.phrases
-        own = weights.new_ones(*others.shape[:2], weights.shape[-1])
-        own[..., list(self.session.concepts.subjects)] = 1 - others.clamp(max=1)
-        return own.repeat(self.text.rows // self.text.images, 1, 1)
+        gates = weights.new_ones(*others.shape[:2], weights.shape[-1])
+        gates[..., list(self.session.concepts.subjects)] = 1 - others.clamp(max=1)
+        return gates.repeat(self.text.rows // self.text.images, 1, 1)
 
     def _styles(self, weights: Tensor) -> Tensor:
         """1 for concepts that act everywhere. Shape: [concepts]."""
@@ -216,13 +214,13 @@ def block_read(backbone: Backbone) -> tuple[str, str]:
     transformers the last layer of which maps are recorded, or of FLUX the last block with two streams, as in the
     authors' code.
     """
-    own = {name.removesuffix(".attn1"): name for name in backbone.self_map_layers}
+    by_block = {name.removesuffix(".attn1"): name for name in backbone.self_map_layers}
     if backbone.joint is not None:
         return backbone.map_layers[-1], backbone.map_layers[-1]
-    known = [name for name in backbone.map_layers if name.removesuffix(".attn2") in own]
+    known = [name for name in backbone.map_layers if name.removesuffix(".attn2") in by_block]
     up = [name for name in known if name.startswith("up_")]
     layer = up[min(3, len(up) - 1)] if up else known[-1]
-    return layer, own[layer.removesuffix(".attn2")]
+    return layer, by_block[layer.removesuffix(".attn2")]
 
 
 def similarity(attention: Tensor, features: Tensor, share: float, temperature: float | None) -> Tensor:

@@ -24,7 +24,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from lora_compose.attention.device import to_device
 from lora_compose.attention.masks import smooth
 from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
-from lora_compose.pipelines.denoising.process import ActingRows, Needs, Process, Settings, warn_unread
+from lora_compose.pipelines.denoising.process import ActingRows, Needs, Process, Settings, check_choices, warn_unread
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, ComposedRegions, compose_regions
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
@@ -49,7 +49,6 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.prompts import about
 
 Reinit = Literal["off", "copy", "swap"]
-_CHOICES = {"inject": Inject, "rows": ActingRows, "reinit": Reinit, "step_rule": StepRule, "background": Background}
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,7 @@ class LoraComposer(Settings):
     background: Background = "surroundings"
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
+        check_choices(self)
         for name in ("threshold", "least_updates", "most_updates", "apart", "apart_side"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
@@ -174,11 +171,7 @@ class LoraComposer(Settings):
             wanted, canvas.image_size, canvas.latent_grid, canvas.levels, self.threshold, canvas.painted
         )
         behind = [concept for concept in concepts.concepts if concept.region is None]
-        warn_unread(
-            behind,
-            behind,
-            "without a region a concept acts in the background, which reads the scene's prompt",
-        )
+        warn_unread(behind, behind, "without a region a concept acts in the background, which reads the scene's prompt")
         prompts = _own_prompts(session, regions.indices)
         composed = compose_regions(
             session, regions, region_texts(session, regions.indices, prompts, self.background), isolate=self.isolate,
@@ -242,13 +235,13 @@ class Composing:
             self.refining = torch.ones(len(latents), dtype=torch.bool)
         if index > int(steps_in(settings.most_updates, count)) or not self.refining.any():
             return latents
-        found = self.session.denoiser.gradient(latents, step, self.whole, self._request, self.loss)
+        gradient = self.session.denoiser.gradient(latents, step, self.whole, self._request, self.loss)
         size = settings.step_size * (1 - 0.5 * index / max(1, count - 1)) ** settings.step_decay
         active = to_device(self.refining, latents.device)
-        updated = descend(latents, found.direction, size, settings.step_rule, active)
+        updated = descend(latents, gradient.direction, size, settings.step_rule, active)
         if self.losses is not None and index >= int(steps_in(settings.least_updates, count)):
-            self.refining = self.refining & (found.losses <= self.losses)  # the update of this step has been applied
-        self.losses = found.losses
+            self.refining = self.refining & (gradient.losses <= self.losses)  # the update of this step has been applied
+        self.losses = gradient.losses
         return updated
 
     def loss(self, maps: AttentionMaps) -> Tensor:
@@ -277,8 +270,8 @@ class Composing:
     def _by_concept(self, maps: AttentionMaps) -> list[Tensor]:
         """Attention to each concept's tokens, by concept. Shape: [images, maps, height, width] each."""
         return [
-            found[..., : target.share.shape[1]].transpose(1, 2).unflatten(2, target.region.shape)
-            for found, target in zip(maps.text, self.targets, strict=True)
+            of_region[..., : target.share.shape[1]].transpose(1, 2).unflatten(2, target.region.shape)
+            for of_region, target in zip(maps.text, self.targets, strict=True)
         ]
 
 

@@ -20,25 +20,25 @@ class MappedTokens:
     Attributes:
         token_weights: One token for every map, by branch and image. Shape: [branches * images, tokens, maps].
         groups: Index of the concept of each map; -1 for none. Shape: [images, branches * maps].
-        mine: True if the map is a part of the branch's mask. Shape: [images, subjects, maps].
+        makes_mask: True if the map is a part of the branch's mask. Shape: [images, subjects, maps].
     """
 
     token_weights: Tensor
     groups: Tensor
-    mine: Tensor
+    makes_mask: Tensor
 
 
-def check_words(subjects: Sequence[str], **given: Mapping[str, Sequence[str]]) -> None:
+def check_words(subjects: Sequence[str], **settings: Mapping[str, Sequence[str]]) -> None:
     """Checks words by name of a concept.
 
     Args:
         subjects: Names of the concepts that may have words.
-        given: The words, by name of the setting.
+        settings: The words, by name of the setting.
 
     Raises:
         ValueError: For unknown concepts, and words that are no list.
     """
-    for name, words in given.items():
+    for name, words in settings.items():
         if unknown := words.keys() - set(subjects):
             raise ValueError(f"{name} names {sorted(unknown)}; the subjects are {', '.join(subjects)}")
         if wrong := [concept for concept, listed in words.items() if isinstance(listed, str) or not listed]:
@@ -61,20 +61,20 @@ def map_tokens(session: Session, branches: Sequence[Branch], mask_words: Mapping
         masking = _masking(session, branch, named, mask_words)
         for prompt in range(len(branch.prompts)):
             _check_apart(named[prompt], branch.prompts[prompt], session.concepts.concepts)
-            found = {token: (concept, False) for token, concept in named[prompt].nonzero().tolist()}
-            found |= {token: (found.get(token, (-1, False))[0], True) for token in masking[prompt]}
-            rows += [found] * canvas.images_per_prompt
+            named_tokens = {token: (concept, False) for token, concept in named[prompt].nonzero().tolist()}
+            named_tokens |= {token: (named_tokens.get(token, (-1, False))[0], True) for token in masking[prompt]}
+            rows += [named_tokens] * canvas.images_per_prompt
     most, tokens = max(map(len, rows)), session.prompts.token_masks.phrase.shape[1]
     token_weights, groups = torch.zeros(len(rows), tokens, most), torch.full((len(rows), most), -1)
-    mine = torch.zeros(len(rows), most, dtype=torch.bool)
-    for row, found in enumerate(rows):
-        for column, (token, (concept, masks)) in enumerate(sorted(found.items())):
-            token_weights[row, token, column], groups[row, column], mine[row, column] = 1, concept, masks
+    makes_mask = torch.zeros(len(rows), most, dtype=torch.bool)
+    for row, named_tokens in enumerate(rows):
+        for column, (token, (concept, masks)) in enumerate(sorted(named_tokens.items())):
+            token_weights[row, token, column], groups[row, column], makes_mask[row, column] = 1, concept, masks
     by_branch = (len(branches), -1)
     return MappedTokens(
         token_weights.to(canvas.device),
         groups.unflatten(0, by_branch).transpose(0, 1).flatten(1).to(canvas.device),
-        mine.unflatten(0, by_branch)[1:].transpose(0, 1).to(canvas.device),
+        makes_mask.unflatten(0, by_branch)[1:].transpose(0, 1).to(canvas.device),
     )
 
 
@@ -95,7 +95,7 @@ def _check_apart(named: Tensor, prompt: str, concepts: Sequence[Concept]) -> Non
     """Raises ValueError if a token names two concepts. Shape of named: [tokens, concepts]."""
     for row in named:
         if row.sum() > 1:
-            both = " and ".join(concept.name for concept, mine in zip(concepts, row, strict=True) if mine)
+            both = " and ".join(concept.name for concept, named in zip(concepts, row, strict=True) if named)
             raise ValueError(
                 f"the same word of {shortened(prompt)} names {both}; clora tells concepts apart by their words"
             )

@@ -36,7 +36,7 @@ class Merge(Settings):
         """Constant gates for everything; text encoders take part."""
         if any(concept.region for concept in session.concepts.concepts):
             warn_once("merge ignores regions; use method='regional'")
-        every = session.concepts.weights
-        weights = session.concepts.weights_of(range(len(every)))
+        strengths = session.concepts.weights
+        weights = session.concepts.weights_of(range(len(strengths)))
         merged = Pass(one_text(session, weights), constant_gates(session, weights))
-        return FixedPasses(session, [[(merged, 1.0)]], constant=EVERYWHERE, constant_weights=every)
+        return FixedPasses(session, [[(merged, 1.0)]], constant=EVERYWHERE, constant_weights=strengths)

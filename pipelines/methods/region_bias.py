@@ -12,8 +12,8 @@ def region_bias(
     text: Conditioning,
     shares: Mapping[int, Tensor],
     phrases: Tensor,
-    own: float,
-    other: float,
+    own_bias: float,
+    other_bias: float,
     *,
     on_all_rows: bool = False,
 ) -> TextBias:
@@ -25,12 +25,12 @@ def region_bias(
     Args:
         shares: By level; the same for all images, or by image. Shape: [images, cells, subjects] each.
         phrases: 1 at the words of each subject. Shape: [images, tokens, subjects].
-        own: Added between a region and the words of its subject.
-        other: Added between a region and the words of other subjects.
+        own_bias: Added between a region and the words of its subject.
+        other_bias: Added between a region and the words of other subjects.
         on_all_rows: Whether it is there on unconditional rows, too, where it is 0 otherwise.
     """
     others = phrases.sum(dim=2, keepdim=True) - phrases
-    weights, branches = own * phrases + other * others, text.rows // text.images
+    weights, branches = own_bias * phrases + other_bias * others, text.rows // text.images
     tokens = weights.repeat(branches, 1, 1)
     if not on_all_rows:
         tokens[text.roles.unconditional] = 0

@@ -34,19 +34,19 @@ def region_gates(
     """
     weights, concepts = torch.tensor(session.concepts.weights), len(session.concepts.loaded)
     acting = acting_rows(texts, rows)
-    mine = list(regions.indices)
-    background = torch.ones(concepts).index_fill(0, torch.tensor(mine), 0)
+    owners = list(regions.indices)
+    background = torch.ones(concepts).index_fill(0, torch.tensor(owners), 0)
     styles = torch.tensor([float(concept.is_style) for concept in session.concepts.concepts])
-    of_text = torch.stack([background, *(torch.eye(concepts)[mine] + styles)])
+    of_text = torch.stack([background, *(torch.eye(concepts)[owners] + styles)])
     everywhere = torch.ones(concepts) if inject == "full" else background
-    here = background.index_copy(0, torch.tensor(mine), regions.cells[0].flatten(0, 1).any(dim=0).float())
+    here = background.index_copy(0, torch.tensor(owners), regions.cells[0].flatten(0, 1).any(dim=0).float())
     image, read = {}, {}
     for level, cells in regions.cells.items():
         inside = regions.shares(level, concepts)
         image[level] = (inside + background) * everywhere
         read[level] = of_text[queries_of(cells.flatten(0, 1))[0]]
     if inject == "off":
-        of_text, read = background.expand(1 + len(mine), -1), image
+        of_text, read = background.expand(1 + len(owners), -1), image
 
     def on_device(gate: Tensor) -> Tensor:
         return to_device(acting * gate * weights, session.canvas.device)

@@ -44,10 +44,7 @@ class RegionTexts:
 
 
 def region_texts(
-    session: Session,
-    indices: Sequence[int],
-    prompts: Sequence[Sequence[str]],
-    background: Background = "surroundings",
+    session: Session, indices: Sequence[int], prompts: Sequence[Sequence[str]], background: Background = "surroundings"
 ) -> RegionTexts:
     """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA.
 
@@ -61,31 +58,31 @@ def region_texts(
     """
     concepts, encode = session.concepts, session.prompts.encode
     scene = session.prompts.texts or ()
-    mine = [concepts.concepts[i] for i in indices]
+    placed = [concepts.concepts[i] for i in indices]
     others = [concept for i, concept in enumerate(concepts.concepts) if i not in indices and concept.trigger]
     # Concepts with a prompt of their own need not be named in the scene's, but these are read there.
     session.prompts.find(scene, [other.name for other in others])
-    canvas = [_background_prompt(prompt, mine, others, background) for prompt in scene]
+    canvas = [_canvas_prompt(prompt, placed, others, background) for prompt in scene]
     behind = concepts.weights_of([i for i in range(len(concepts.loaded)) if i not in indices])
     texts = [encode(behind, canvas, names=[other.name for other in others])]
-    for i, own in zip(indices, prompts, strict=True):
+    for i, region_prompts in zip(indices, prompts, strict=True):
         negative = concepts.concepts[i].negative_prompt
-        negatives = None if negative is None else [negative] * len(own)
-        texts.append(encode(concepts.with_styles([i]), own, negatives, [concepts.concepts[i].name]))
+        negatives = None if negative is None else [negative] * len(region_prompts)
+        texts.append(encode(concepts.with_styles([i]), region_prompts, negatives, [concepts.concepts[i].name]))
     together = stack_texts(texts)
     if together.added is None and not session.denoiser.has_controlnet:
         return RegionTexts(texts[0], together, [together] * len(prompts))
-    plain = [without_triggers(prompt, mine) for prompt in scene]
+    plain = [without_triggers(prompt, placed) for prompt in scene]
     whole = encode(behind, plain, names=[other.name for other in others])
     alone = [together.described_by(text) for text in texts[1:]]
     return RegionTexts(texts[0], together.described_by(whole), alone)
 
 
-def _background_prompt(prompt: str, mine: Sequence[Concept], others: Sequence[Concept], background: Background) -> str:
-    bare = surroundings(prompt, mine)
+def _canvas_prompt(prompt: str, placed: Sequence[Concept], others: Sequence[Concept], background: Background) -> str:
+    bare = surroundings(prompt, placed)
     # Where the words of a background concept stand among those of the others, plain words keep them.
     keeps = all(find_words(other.trigger or "", bare) for other in others)
-    return bare if background == "surroundings" and keeps else without_triggers(prompt, mine)
+    return bare if background == "surroundings" and keeps else without_triggers(prompt, placed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,16 +148,16 @@ class SegmentedTexts:
         """
         segments = join_segments(self.base, self.regions, joint.multiple)
         text, roles = segments.text, segments.text.roles
-        own = torch.zeros_like(text.trigger_mask)
-        own[roles.unconditional] = 1
+        text_gates = torch.zeros_like(text.trigger_mask)
+        text_gates[roles.unconditional] = 1
         for i, owner in enumerate(self.owners):
-            own[roles.conditional, slice(None) if owner is None else segments.of(owner), i] = 1
+            text_gates[roles.conditional, slice(None) if owner is None else segments.of(owner), i] = 1
         unconditional = [not row.conditional for row in roles.each]
         regions = JointRegions.of(
             joint, cells.flatten(0, 1), segments.lengths, unconditional, isolate=isolate, hidden=segments.hidden,
             device=device,
         )  # fmt: skip
-        return GatedText(text, own, regions, self.base)
+        return GatedText(text, text_gates, regions, self.base)
 
 
 def segment_texts(session: Session, indices: Sequence[int]) -> SegmentedTexts:
@@ -170,15 +167,15 @@ def segment_texts(session: Session, indices: Sequence[int]) -> SegmentedTexts:
         indices: Indices of the concepts that have a region.
     """
     concepts, encode = session.concepts, session.prompts.encode
-    every, prompts = concepts.concepts, session.prompts.texts or ()
-    warn_unread([], every, "the negative prompt is the call's in all regions")
-    mine, others = [every[i] for i in indices], [concept for i, concept in enumerate(every) if i not in indices]
-    plain = [without_triggers(prompt, mine) for prompt in prompts]
+    scene, prompts = concepts.concepts, session.prompts.texts or ()
+    warn_unread([], scene, "the negative prompt is the call's in all regions")
+    placed, others = [scene[i] for i in indices], [concept for i, concept in enumerate(scene) if i not in indices]
+    plain = [without_triggers(prompt, placed) for prompt in prompts]
     named = [other.name for other in others if other.trigger and other.prompt is None]
     base = encode(concepts.weights_of(concepts.styles), plain, names=named)
     texts = []
     for i in indices:
-        own = [about(every[i], prompt, mine) for prompt in prompts]
-        texts.append(encode(concepts.with_styles([i]), own, names=[every[i].name] if every[i].trigger else []))
-    of = [None if concept.is_style else 1 + indices.index(i) if i in indices else 0 for i, concept in enumerate(every)]
+        region_prompts, named = [about(scene[i], prompt, placed) for prompt in prompts], scene[i].trigger
+        texts.append(encode(concepts.with_styles([i]), region_prompts, names=[scene[i].name] if named else []))
+    of = [None if concept.is_style else 1 + indices.index(i) if i in indices else 0 for i, concept in enumerate(scene)]
     return SegmentedTexts(base, tuple(texts), tuple(of))

@@ -18,13 +18,21 @@ region has its own text, about its concept alone, and the image has a text witho
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_compose.attention import Site, grid_at
-from lora_compose.pipelines.denoising.process import ActingRows, ByImage, FixedPasses, Process, Settings, warn_once
+from lora_compose.pipelines.denoising.process import (
+    ActingRows,
+    FixedPasses,
+    ImageByImage,
+    Process,
+    Settings,
+    check_choices,
+    warn_once,
+)
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass
 from lora_compose.pipelines.methods.merge import Merge
@@ -57,10 +65,7 @@ class Regional(Settings):
     isolate: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("rows", ActingRows), ("token_mask", TokenMask), ("texts", Texts)):
-            allowed = get_args(choices)
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        check_choices(self)
 
     def start(self, session: Session) -> Process:
         """Gates by region, token and row. A concept without a region acts everywhere. Styles alone are merged."""
@@ -90,8 +95,8 @@ class Regional(Settings):
         if joint.multiple == 1 or texts.alike:
             return passes(read(texts))
         # Where a text is not padded, the positions of all that follows depend on its length.
-        each = [passes(read(texts.of_image(image)), image) for image in range(canvas.images)]
-        return ByImage(each, texts.base)
+        by_image = [passes(read(texts.of_image(image)), image) for image in range(canvas.images)]
+        return ImageByImage(by_image, texts.base)
 
     def _reads_regions(self, session: Session) -> Site | None:
         """How text and image lie in one sequence, if each region reads its own text; None if all read one."""
@@ -127,18 +132,18 @@ def region_masks(session: Session, level: int) -> Tensor:
 def given_cells(session: Session, joint: Site) -> Tensor:
     """The cells of the regions that the user gives. Shape: [height, width, regions], bool, on the CPU."""
     canvas = session.canvas
-    given = [concept.region for concept in session.concepts.concepts]
-    return Regions.of(given, canvas.image_size, canvas.latent_grid, canvas.levels, HALF).cells[joint.level]
+    regions = [concept.region for concept in session.concepts.concepts]
+    return Regions.of(regions, canvas.image_size, canvas.latent_grid, canvas.levels, HALF).cells[joint.level]
 
 
 def _unnamed(session: Session) -> list[str]:
     """Concepts with a region for which no text can be made."""
-    mine = [concept for concept in session.concepts.concepts if concept.region is not None]
+    owners = [concept for concept in session.concepts.concepts if concept.region is not None]
     texts = session.prompts.texts
     if texts is None:
-        return [concept.name for concept in mine]
+        return [concept.name for concept in owners]
     return [
         concept.name
-        for concept in mine
+        for concept in owners
         if concept.prompt is None and not all(find_words(concept.trigger or "", text) for text in texts)
     ]

@@ -26,7 +26,7 @@ def reinitialised(latents: Tensor, scores: Tensor, regions: Sequence[Tensor], fa
         Shape: as latents.
     """
     masks = [region.bool().cpu() for region in regions]
-    return torch.stack([_image(*one, masks, factor, swap) for one in zip(latents, scores.cpu(), strict=True)])
+    return torch.stack([_image(*of_image, masks, factor, swap) for of_image in zip(latents, scores.cpu(), strict=True)])
 
 
 def _image(latents: Tensor, scores: Tensor, regions: Sequence[Tensor], factor: int, swap: bool) -> Tensor:

@@ -42,4 +42,4 @@ class Switch(Settings):
             warn_once("switch ignores regions; use method='regional'")
         warn_unread_by_passes(session)
         chosen = [(subject,) for subject in session.concepts.subjects] or [()]
-        return FixedPasses(session, [[(subject_pass(session, one), 1.0)] for one in chosen], self.interval)
+        return FixedPasses(session, [[(subject_pass(session, subject), 1.0)] for subject in chosen], self.interval)

@@ -15,7 +15,7 @@ mask.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_compose.attention import Gates
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.denoising.passes import Pass
-from lora_compose.pipelines.denoising.process import FixedPasses, Settings, one_text, warn_once
+from lora_compose.pipelines.denoising.process import FixedPasses, Settings, check_choices, one_text, warn_once
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_trigger
@@ -47,9 +47,7 @@ class Tara(Settings):
     scope: Scope = "all"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("cfg_mask", get_args(CfgMask)), ("scope", get_args(Scope))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        check_choices(self)
 
     @classmethod
     def official(cls) -> "Tara":
@@ -109,10 +107,10 @@ def _check(session: Session) -> None:
             _check_masked(loaded, bool(present[:, i].all()))
 
 
-def _check_masked(loaded: LoadedConcept, found: bool) -> None:
-    """Checks a concept with a token mask; `found` is whether its words are in every prompt."""
+def _check_masked(loaded: LoadedConcept, named: bool) -> None:
+    """Checks a concept with a token mask; `named` is whether its words are in every prompt."""
     name = loaded.concept.name
-    if not found:
+    if not named:
         lacks = "" if loaded.concept.trigger else f". {missing_trigger(loaded, ())}"
         raise ValueError(
             f"tara needs to know the words of concept {name!r}: give it a trigger that is in every prompt"

@@ -44,20 +44,20 @@ def targets_of(session: Session, regions: Regions, prompts: Sequence[Sequence[st
         ValueError: If the text of a region has no words of its concept.
     """
     masks = regions.cells[session.canvas.map_level].unbind(dim=-1)
-    return [_target(session, *one) for one in zip(regions.indices, masks, prompts, strict=True)]
+    return [_target(session, *of_region) for of_region in zip(regions.indices, masks, prompts, strict=True)]
 
 
 def _target(session: Session, concept: int, region: Tensor, prompts: Sequence[str]) -> Target:
-    mine, canvas = session.concepts.concepts[concept], session.canvas
-    words = session.prompts.find(prompts, [mine.name]).phrase[:, :, concept]
+    subject, canvas = session.concepts.concepts[concept], session.canvas
+    words = session.prompts.find(prompts, [subject.name]).phrase[:, :, concept]
     words = words.repeat_interleave(canvas.images_per_prompt, dim=0)
-    _check_words(mine, words)
+    _check_words(subject, words)
     tokens = [row.nonzero()[:, 0] for row in words.cpu()]
-    token_weights = torch.zeros(*words.shape, max(len(found) for found in tokens))
+    token_weights = torch.zeros(*words.shape, max(len(positions) for positions in tokens))
     share = torch.zeros(len(tokens), token_weights.shape[-1])
-    for image, found in enumerate(tokens):
-        token_weights[image, found, torch.arange(len(found))] = 1
-        share[image, : len(found)] = 1 / len(found)
+    for image, positions in enumerate(tokens):
+        token_weights[image, positions, torch.arange(len(positions))] = 1
+        share[image, : len(positions)] = 1 / len(positions)
     inside, outside = region.flatten().nonzero()[:, 0], (~region).flatten().nonzero()[:, 0]
     on_device = (
         x.to(canvas.device) for x in (region.float(), gaussian_over(region), inside, outside, token_weights, share)

@@ -15,7 +15,7 @@ from lora_compose.pipelines.scene.scene import Concept
 def divided(
     maps: Tensor,
     subjects: Sequence[Concept],
-    given: Sequence[Tensor],
+    regions: Sequence[Tensor],
     divide: Callable[[Tensor, Tensor], Tensor],
     threshold: float,
     painted: Tensor | None = None,
@@ -24,7 +24,7 @@ def divided(
 
     Args:
         maps: Attention to each subject. Shape: [subjects, map grid height, width].
-        given: The region of each subject on the latent grid; empty where none is given. Shape: [height, width] each.
+        regions: The region of each subject on the latent grid; empty where none is given. Shape: [height, width] each.
         divide: Divides the free cells, given centres and 1 where a cell is free.
         threshold: As for `centres_of`.
         painted: 1 in the cells that may be divided (inpainting); None is all of them. Shape: [height, width].
@@ -36,20 +36,21 @@ def divided(
     Raises:
         ValueError: If the given regions leave no cell to the others.
     """
-    masks = torch.stack(list(given)).float()
+    masks = torch.stack(list(regions)).float()
     free = (1 - masks.amax(dim=0)) * (1 if painted is None else painted)
-    found = [n for n, region in enumerate(given) if not region.any()]
-    if not found:
+    wanted = [n for n, region in enumerate(regions) if not region.any()]
+    if not wanted:
         return masks
-    if (cells := int(free.sum())) < len(found):
-        names = ", ".join(subjects[n].name for n in found)
+    if (cells := int(free.sum())) < len(wanted):
+        names = ", ".join(subjects[n].name for n in wanted)
         raise ValueError(
             f"the given regions and the mask leave {cells} cells of the latents for {names}, which need one each; "
             "give smaller regions, a larger image, or fewer concepts"
         )
     here = F.adaptive_avg_pool2d(free[None], (maps.shape[1], maps.shape[2]))[0]
-    centres = centres_of(smooth(maps[found]) * here, [(subjects[n].class_word or "").lower() for n in found], threshold)
-    masks[found] = _seated(divide(centres, free), centres, free)
+    classes = [(subjects[n].class_word or "").lower() for n in wanted]
+    centres = centres_of(smooth(maps[wanted]) * here, classes, threshold)
+    masks[wanted] = _seated(divide(centres, free), centres, free)
     return masks
 
 
@@ -90,14 +91,14 @@ def centres_of(maps: Tensor, classes: Sequence[str], threshold: float) -> Tensor
     cells = torch.stack([down, across], dim=-1)
     centres = torch.zeros(len(maps), 2)
     words = list(dict.fromkeys(classes))
-    of_class = torch.stack([heights[[n for n, one in enumerate(classes) if one == word]].amax(dim=0) for word in words])
+    of_class = torch.stack([heights[[n for n, c in enumerate(classes) if c == word]].amax(dim=0) for word in words])
     owner = of_class.argmax(dim=0)
     for k, word in enumerate(words):
-        mine = (owner == k) & (of_class[k] > threshold)
-        if not mine.any():
-            mine = of_class[k] == of_class[k].max()
-        members = [n for n, one in enumerate(classes) if one == word]
-        centres[members] = clusters(cells[mine], of_class[k][mine], len(members))
+        owned = (owner == k) & (of_class[k] > threshold)
+        if not owned.any():
+            owned = of_class[k] == of_class[k].max()
+        members = [n for n, c in enumerate(classes) if c == word]
+        centres[members] = clusters(cells[owned], of_class[k][owned], len(members))
     return centres
 
 
@@ -111,9 +112,9 @@ def clusters(points: Tensor, weights: Tensor, count: int) -> Tensor:
         away = torch.cdist(points, centres).amin(dim=1).square() * weights
         centres = torch.cat([centres, points[away.argmax()][None]])
     for _ in range(10):
-        mine = F.one_hot(torch.cdist(points, centres).argmin(dim=1), count) * weights[:, None]
-        total = mine.sum(dim=0)
-        moved = mine.T @ points / total[:, None].clamp(min=1e-20)
+        shares = F.one_hot(torch.cdist(points, centres).argmin(dim=1), count) * weights[:, None]
+        total = shares.sum(dim=0)
+        moved = shares.T @ points / total[:, None].clamp(min=1e-20)
         centres = torch.where(total[:, None] > 0, moved, centres)
     return centres[centres[:, 1].argsort(stable=True)]
 
@@ -143,8 +144,8 @@ def strips(centres: Tensor, free: Tensor, *, block: int = 1, side: int = 0) -> T
 
 def _extent(used: Tensor) -> slice:
     """From the first to the last row or column that is used."""
-    found = used.nonzero()[:, 0]
-    return slice(int(found[0]), int(found[-1]) + 1)
+    indices = used.nonzero()[:, 0]
+    return slice(int(indices[0]), int(indices[-1]) + 1)
 
 
 def _strips(centres: Tensor, free: Tensor, block: int, side: int) -> Tensor:
@@ -157,8 +158,8 @@ def _strips(centres: Tensor, free: Tensor, block: int, side: int) -> Tensor:
     least = min(math.ceil(max(0.7 * length / count, side) / block) * block, length // count // block * block)
     order = centres[:, axis].argsort(stable=True).tolist()
     borders = [0]
-    for j, (one, other) in enumerate(pairwise(order), start=1):
-        middle = float(centres[one, axis] + centres[other, axis]) / 2 * length
+    for j, (before, after) in enumerate(pairwise(order), start=1):
+        middle = float(centres[before, axis] + centres[after, axis]) / 2 * length
         latest = (length - least * (count - j)) // block * block
         borders.append(min(max(round(middle / block) * block, borders[-1] + least), latest))
     masks = torch.zeros(count, *free.shape)

@@ -24,12 +24,12 @@ URI_PREFIX = "data:image/png;base64,"
 Box = tuple[int, int, int, int]
 
 
-def read_mask_image(given: Any, size: tuple[int, int]) -> Image.Image:
+def read_mask_image(source: Any, size: tuple[int, int]) -> Image.Image:
     """A mask image (white = inside).
 
     Args:
-        given: A PIL image, a path, an array or a tensor [height, width] (bool, 8 bits, or 0 to 1), or a box (left, top,
-            right, bottom) in pixels or in fractions of the image.
+        source: A PIL image, a path, an array or a tensor [height, width] (bool, 8 bits, or 0 to 1), or a box (left,
+            top, right, bottom) in pixels or in fractions of the image.
         size: Width and height of the image that it belongs to.
 
     Returns:
@@ -38,30 +38,30 @@ def read_mask_image(given: Any, size: tuple[int, int]) -> Image.Image:
     Raises:
         ValueError: For what cannot be a mask, and masks that are black all over.
     """
-    if isinstance(given, list | tuple) and len(given) == 4 and all(isinstance(side, int | float) for side in given):
-        mask = mask_of_box(in_pixels(given, *size), *size)
-    elif isinstance(given, list | tuple):
+    if isinstance(source, list | tuple) and len(source) == 4 and all(isinstance(side, int | float) for side in source):
+        mask = mask_of_box(in_pixels(source, *size), *size)
+    elif isinstance(source, list | tuple):
         raise ValueError(
-            f"mask_image is a list of {len(given)} where one mask was expected; a box has four numbers: left, top, "
-            "right, bottom"
+            f"mask_image is a list of {len(source)} where one mask was expected; a box has four numbers: left, "
+            "top, right, bottom"
         )
-    elif isinstance(given, str | Path):
-        mask = greys(open_image(given, "mask"))
-    elif isinstance(given, Image.Image):
-        mask = greys(bounded(given, "mask_image"))
+    elif isinstance(source, str | Path):
+        mask = greys(open_image(source, "mask"))
+    elif isinstance(source, Image.Image):
+        mask = greys(bounded(source, "mask_image"))
     else:
-        mask = _mask_of_array(given)
+        mask = _mask_of_array(source)
     if mask.getextrema()[1] == 0:  # pyright: ignore[reportIndexIssue, reportArgumentType]
         raise ValueError("mask_image is all black; it must be white where the image is painted")
     return mask
 
 
-def each_mask(given: Any) -> list[Any]:
+def each_mask(masks: Any) -> list[Any]:
     """The masks that are given as one: a list of them, or a batch of arrays or tensors; otherwise it is one mask."""
-    numbers = isinstance(given, list | tuple) and all(isinstance(side, int | float) for side in given)
-    if isinstance(given, list | tuple) and given and not numbers:
-        return [mask for one in given for mask in each_mask(one)]
-    return list(given) if getattr(given, "ndim", 0) == 4 else [given]
+    numbers = isinstance(masks, list | tuple) and all(isinstance(side, int | float) for side in masks)
+    if isinstance(masks, list | tuple) and masks and not numbers:
+        return [mask for item in masks for mask in each_mask(item)]
+    return list(masks) if getattr(masks, "ndim", 0) == 4 else [masks]
 
 
 def open_image(path: str | Path, what: str) -> Image.Image:
@@ -115,13 +115,13 @@ def mask_name(path: str) -> str:
     return "image that was given" if path.startswith(URI_PREFIX) else repr(path)
 
 
-def region_of(given: Any) -> Any:
+def region_of(region: Any) -> Any:
     """Converts a region for a `Concept`: paths and images become text, everything else is unchanged."""
-    if isinstance(given, Path):
-        return str(given)
-    if isinstance(given, Image.Image) or hasattr(given, "__array__"):
-        return as_uri(read_mask_image(given, (1, 1)))
-    return given
+    if isinstance(region, Path):
+        return str(region)
+    if isinstance(region, Image.Image) or hasattr(region, "__array__"):
+        return as_uri(read_mask_image(region, (1, 1)))
+    return region
 
 
 def in_pixels(box: Sequence[float], width: int, height: int) -> Box:
@@ -202,20 +202,20 @@ def bounded(image: Image.Image, what: str) -> Image.Image:
     return image
 
 
-def _mask_of_array(given: Any) -> Image.Image:
-    if not hasattr(given, "__array__"):
+def _mask_of_array(array: Any) -> Image.Image:
+    if not hasattr(array, "__array__"):
         raise ValueError(
-            f"mask_image is a {type(given).__name__}; expected a PIL image, a path, an array, a tensor or a box"
+            f"mask_image is a {type(array).__name__}; expected a PIL image, a path, an array, a tensor or a box"
         )
     import numpy as np
 
-    if hasattr(given, "detach"):  # a tensor
-        given = given.detach().cpu()
-        given = given.float() if given.is_floating_point() else given
-    values = np.asarray(given)
+    if hasattr(array, "detach"):  # a tensor
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array
+    values = np.asarray(array)
     values = values.reshape([side for side in values.shape if side != 1] or [1, 1]) if values.ndim > 2 else values
     if values.ndim != 2 or not 0 < values.size <= PIXEL_LIMIT:
-        raise ValueError(f"mask_image has the shape {list(given.shape)}; expected [height, width]")
+        raise ValueError(f"mask_image has the shape {list(array.shape)}; expected [height, width]")
     if values.dtype == np.bool_:
         values = values * np.float32(1)
     elif values.dtype == np.uint8:

@@ -165,14 +165,14 @@ class Regions:
 
     def _reached(self, region: int) -> Window:
         """The latent cells that a region covers on any grid; a coarse cell may reach beyond the region."""
-        found = [
+        extents = [
             [(part.start * 2**level, part.stop * 2**level) for part in bounds(cells[..., region])]
             for level, cells in self.cells.items()
             if cells[..., region].any()
         ]
         rows, columns = (
             slice(min(start for start, _ in parts), min(length, max(stop for _, stop in parts)))
-            for parts, length in zip(zip(*found, strict=True), self.grid, strict=True)
+            for parts, length in zip(zip(*extents, strict=True), self.grid, strict=True)
         )
         return rows, columns
 

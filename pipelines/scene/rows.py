@@ -60,12 +60,12 @@ class Rows:
 
     def where(self, chosen: Callable[[Row], bool]) -> Selection:
         """The rows of a role."""
-        found = [index for index, row in enumerate(self.each) if chosen(row)]
-        if not found:
+        indices = [index for index, row in enumerate(self.each) if chosen(row)]
+        if not indices:
             return slice(0, 0)
-        step = found[1] - found[0] if len(found) > 1 else 1
-        regular = found == list(range(found[0], found[-1] + 1, step))
-        return slice(found[0], found[-1] + 1, None if step == 1 else step) if regular else found
+        step = indices[1] - indices[0] if len(indices) > 1 else 1
+        regular = indices == list(range(indices[0], indices[-1] + 1, step))
+        return slice(indices[0], indices[-1] + 1, None if step == 1 else step) if regular else indices
 
     def select(self, rows: Selection) -> "Rows":
         """The roles of some rows."""

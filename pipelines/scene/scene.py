@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from lora_compose.pipelines.scene.given import is_fields, listed
-from lora_compose.pipelines.scene.mask_images import URI_PREFIX, is_fractions, region_of
+from lora_compose.pipelines.scene.mask_images import URI_PREFIX, Box, is_fractions, region_of
 from lora_compose.pipelines.scene.sources import Lora, weighted
 from lora_compose.pipelines.scene.strength import (
     Weight,
@@ -46,9 +46,6 @@ class _Frozen(BaseModel):
 
         # pydantic goes on to read files and nested fields without it, so that errors name the place in the whole.
         __init__.__pydantic_base_init__ = True
-
-
-Box = tuple[int, int, int, int]
 
 
 def _proper(box: Any) -> Any:
@@ -85,7 +82,7 @@ def _several(lora: Any) -> Any:
     """Several files as a tuple; what each says is read here, so that a wrong weight is noticed at once."""
     if not isinstance(lora, list | tuple):
         return lora
-    if not 2 <= len(lora) <= MOST_MERGED or not all(isinstance(one, str) for one in lora):
+    if not 2 <= len(lora) <= MOST_MERGED or not all(isinstance(source, str) for source in lora):
         raise ValueError(
             f"expected one file, or a list of 2 to {MOST_MERGED} that are merged, such as [cat.safetensors, "
             f"style.safetensors:0.7], not {lora}"
@@ -106,11 +103,11 @@ BoxOrMask = Annotated[
 ]
 
 
-def _scales(given: Any) -> Any:
+def _scales(scales: Any) -> Any:
     """Scales by name: a mapping, or text such as "cat:1,dog:0.5"."""
-    if not isinstance(given, str):
-        return given
-    pairs = [part.rpartition(":") for part in given.split(",")]
+    if not isinstance(scales, str):
+        return scales
+    pairs = [part.rpartition(":") for part in scales.split(",")]
     return {name.strip(): scale for name, _, scale in pairs}
 
 
@@ -195,12 +192,12 @@ class Start(_Frozen):
     @property
     def image_files(self) -> dict[str, str]:
         """The paths of all images, by the name of their field."""
-        found = {name: value for name, value in self.start.items() if name in ("image", "mask_image")}
+        paths = {name: value for name, value in self.start.items() if name in ("image", "mask_image")}
         for field in ("controls", "ip_adapters"):
-            for number, one in enumerate(getattr(self, field)):
-                found[f"{field}.{number}.image"] = one.image
-                found[f"{field}.{number}.region"] = getattr(one, "region", None)
-        return {name: path for name, path in found.items() if isinstance(path, str) and not path.startswith(URI_PREFIX)}
+            for number, entry in enumerate(getattr(self, field)):
+                paths[f"{field}.{number}.image"] = entry.image
+                paths[f"{field}.{number}.region"] = getattr(entry, "region", None)
+        return {name: path for name, path in paths.items() if isinstance(path, str) and not path.startswith(URI_PREFIX)}
 
 
 class Concept(_Frozen):
@@ -314,11 +311,11 @@ def concepts_of(given: Any) -> tuple[Concept, ...]:
     """
     if isinstance(given, str | Concept) or is_fields(given):
         raise ValueError(f"concepts must be a list of names, Concepts or their fields, not {given!r}")
-    found = tuple(Concept(**concept) if isinstance(concept, Mapping) else concept for concept in listed(given))
-    if wrong := [concept for concept in found if not isinstance(concept, Concept)]:
+    concepts = tuple(Concept(**concept) if isinstance(concept, Mapping) else concept for concept in listed(given))
+    if wrong := [concept for concept in concepts if not isinstance(concept, Concept)]:
         raise ValueError(f"concepts must be a list of names, Concepts or their fields, and one is {wrong[0]!r}")
-    check_names(found)
-    return found
+    check_names(concepts)
+    return concepts
 
 
 class Scene(Start):

@@ -52,8 +52,8 @@ def with_files(lora: Lora, files: Sequence[str]) -> Lora:
     """A LoRA with other files, in the same order and of the same weights."""
     if lora is None or isinstance(lora, str):
         return files[0] if files else lora
-    each = zip(files, weighted(lora), strict=True)
-    return tuple(f"{file}{_suffix(file, weight)}" for file, (_, weight) in each)
+    pairs = zip(files, weighted(lora), strict=True)
+    return tuple(f"{file}{_suffix(file, weight)}" for file, (_, weight) in pairs)
 
 
 def shown(lora: Lora) -> str:

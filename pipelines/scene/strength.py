@@ -92,7 +92,7 @@ class Schedule:
         return min(round(point.at * steps, 6), max(steps - 1, 1))
 
 
-def read_weight(given: Any) -> Weight:
+def read_weight(value: Any) -> Weight:
     """Checks a weight given in Python, YAML, JSON or on the command line.
 
     Text may be a number ("0.8"), numbers for equal parts of the steps ("1,0.5,0"), points at which weights begin
@@ -101,20 +101,20 @@ def read_weight(given: Any) -> Weight:
     Raises:
         ValueError: For anything else; the message says what was expected.
     """
-    if isinstance(given, str):
-        return _read_text(given)
-    if isinstance(given, list | tuple):
-        if not 0 < len(given) <= _MOST:
-            raise ValueError(f"expected 1 to {_MOST} numbers, one for each equal part of the steps, found {len(given)}")
-        return tuple(map(_finite, given))
-    return _finite(given)
+    if isinstance(value, str):
+        return _read_text(value)
+    if isinstance(value, list | tuple):
+        if not 0 < len(value) <= _MOST:
+            raise ValueError(f"expected 1 to {_MOST} numbers, one for each equal part of the steps, found {len(value)}")
+        return tuple(map(_finite, value))
+    return _finite(value)
 
 
-def _finite(given: Any) -> float:
-    if isinstance(given, bool) or not isinstance(given, int | float):
-        raise ValueError(f"expected {_HINT}; found {str(given)[:80]!r}")
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"expected {_HINT}; found {str(value)[:80]!r}")
     try:
-        number = float(given)
+        number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
@@ -139,10 +139,10 @@ def _read_text(text: str) -> Weight:
 def _parse(text: str) -> Schedule:
     pieces = re.split(r"(\.\.|,)", text)
     texts, ramps = pieces[::2], [piece == ".." for piece in pieces[1::2]]
-    found = [_POINT.fullmatch(piece) for piece in texts]
-    if len(texts) > _MOST or not all(found):
+    matches = [_POINT.fullmatch(piece) for piece in texts]
+    if len(texts) > _MOST or not all(matches):
         raise ValueError(f"expected {_HINT}; found {text[:80]!r}")
-    pairs = [point.groups() for point in found if point]
+    pairs = [point.groups() for point in matches if point]
     weights = [_finite(float(weight)) for _, weight in pairs]
     if all(at is None for at, _ in pairs):
         if any(ramps) and not all(ramps):
@@ -154,9 +154,9 @@ def _parse(text: str) -> Schedule:
     return Schedule(tuple(map(Point, places, weights, [*ramps, False])))
 
 
-def _positions(given: Iterable[str | None], text: str) -> list[float]:
+def _positions(positions: Iterable[str | None], text: str) -> list[float]:
     """The positions of the points, in order."""
-    places = [math.nan if at is None else float(at) for at in given]
+    places = [math.nan if at is None else float(at) for at in positions]
     if any(math.isnan(place) for place in places):
         raise ValueError(f"give every point of a schedule a position, as in 0:1,0.5:0, or none; found {text[:80]!r}")
     if places[0] < 0 or any(a >= b for a, b in pairwise(places)):
@@ -194,13 +194,13 @@ def check_sane(weight: Weight | None, blocks: Mapping[str, float] | None, files:
     )
 
 
-def is_box(given: Any) -> bool:
+def is_box(value: Any) -> bool:
     """Whether a value may be a box: left, top, right, bottom."""
-    if not isinstance(given, list | tuple) or len(given) != 4:
+    if not isinstance(value, list | tuple) or len(value) != 4:
         return False
-    if any(isinstance(side, bool) or not isinstance(side, int | float) for side in given):
+    if any(isinstance(side, bool) or not isinstance(side, int | float) for side in value):
         return False
-    left, top, right, bottom = given
+    left, top, right, bottom = value
     return 0 <= left < right and 0 <= top < bottom
 
 
@@ -218,17 +218,17 @@ def _number(value: float) -> str:
     return short if float(short) == value else repr(float(value))
 
 
-def read_blocks(given: Any) -> dict[str, float] | None:
+def read_blocks(blocks: Any) -> dict[str, float] | None:
     """Checks factors on blocks: a mapping, or text such as "down:0.5,up.1:0".
 
     Raises:
         ValueError: For names that are no blocks, names given twice and values that are not numbers.
     """
-    pairs = _pairs(given) if isinstance(given, str) else given
+    pairs = _pairs(blocks) if isinstance(blocks, str) else blocks
     if pairs is None:
         return None
     if not isinstance(pairs, Mapping):
-        raise ValueError(f"expected factors by block, such as {{down: 0.5, up.1: 0}}, found {str(given)[:80]!r}")
+        raise ValueError(f"expected factors by block, such as {{down: 0.5, up.1: 0}}, found {str(blocks)[:80]!r}")
     seen: dict[str, str] = {}
     for name in pairs:
         if not isinstance(name, str) or not _BLOCK.fullmatch(name):
@@ -286,5 +286,5 @@ def check_block(concept: str, block: str, layers: Collection[str]) -> None:
     """Raises ValueError if a model with these layers does not have a block; the message names those it has."""
     if any(is_in(layer, block) for layer in layers):
         return
-    there = {found[0] for layer in layers if (found := re.match(r"(down_blocks|up_blocks)\.\d+|mid_block", layer))}
+    there = {match[0] for layer in layers if (match := re.match(r"(down_blocks|up_blocks)\.\d+|mid_block", layer))}
     raise ValueError(f"concept {concept!r} has a factor for {block!r}, but this model has {', '.join(sorted(there))}")

@@ -66,20 +66,20 @@ def branch_of(
     words: Mapping[str, Sequence[str]] | None = None,
 ) -> Branch:
     """The branch of a subject, or the base branch. Args and errors: as for `branches_of`."""
-    mine = [concepts[i] for i in subjects]
-    own = None if subject is None else concepts[subject]
-    given = base_prompt if own is None else own.prompt
-    others = [concept for concept in mine if concept is not own]
-    texts = tuple(given or without_triggers(prompt, others) for prompt in prompts)
+    subject_concepts = [concepts[i] for i in subjects]
+    owner = None if subject is None else concepts[subject]
+    own_text = base_prompt if owner is None else owner.prompt
+    others = [concept for concept in subject_concepts if concept is not owner]
+    texts = tuple(own_text or without_triggers(prompt, others) for prompt in prompts)
     mentions = tuple(
         {
-            concept.name: _mention(concept, text, prompt, mine, words or {})
-            for concept in mine
-            if concept is not own or concept.name in (words or {})
+            concept.name: _mention(concept, text, prompt, subject_concepts, words or {})
+            for concept in subject_concepts
+            if concept is not owner or concept.name in (words or {})
         }
         for text, prompt in zip(texts, prompts, strict=True)
     )
-    return Branch(subject, texts, () if own is None else (own.name,), mentions)
+    return Branch(subject, texts, () if owner is None else (owner.name,), mentions)
 
 
 def _mention(

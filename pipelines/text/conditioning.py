@@ -107,7 +107,7 @@ class Conditioning:
         return replace(self, trigger_mask=trigger, phrase_mask=phrase)
 
     def of_branches(self, branches: slice) -> "Conditioning":
-        """Some of the branches."""
+        """The text of some branches."""
         return self.select(slice(branches.start * self.images, branches.stop * self.images))
 
     def on_part(self, height: float, width: float) -> "Conditioning":
@@ -121,7 +121,7 @@ class Conditioning:
         return replace(self, added={**self.added, "time_ids": scaled})
 
     def select(self, rows: Selection) -> "Conditioning":
-        """Some of the rows."""
+        """The text of some rows."""
         added = self.added
         return replace(
             self,
@@ -234,10 +234,10 @@ class TokenMasks:
         trigger, phrase = [], []
         for prompt, mentioned in zip(prompts, mentions or [{}] * len(prompts), strict=True):
             named = [c for c in wanted if c.name not in optional or find_words(c.trigger or "", prompt)]
-            found = {concept.name: locate(tokenizer, prompt, concept, concepts) for concept in named}
-            check_disjoint(named, list(found.values()), prompt)
-            trigger.append([found[c.name].trigger if c.name in found else () for c in concepts])
-            phrases = {name: place.phrase for name, place in found.items()}
+            positions = {concept.name: locate(tokenizer, prompt, concept, concepts) for concept in named}
+            check_disjoint(named, list(positions.values()), prompt)
+            trigger.append([positions[c.name].trigger if c.name in positions else () for c in concepts])
+            phrases = {name: place.phrase for name, place in positions.items()}
             phrases |= {
                 c.name: locate_mention(tokenizer, prompt, c, mentioned[c.name], concepts)
                 for c in concepts
@@ -261,16 +261,16 @@ class TokenMasks:
             raise ValueError(f"token_positions names {sorted(unknown)}, which are not among the concepts of this call")
         rows: list[list[tuple[int, ...]]] = [[] for _ in range(prompts)]
         for concept in concepts:
-            given = positions.get(concept.name, ())
-            nested = [tuple(p) if isinstance(p, Sequence) else p for p in given]
+            listed = positions.get(concept.name, ())
+            nested = [tuple(p) if isinstance(p, Sequence) else p for p in listed]
             per_prompt = nested if nested and isinstance(nested[0], tuple) else [tuple(nested)] * prompts
             if len(per_prompt) != prompts:
                 raise ValueError(
                     f"token_positions of {concept.name!r} are for {len(per_prompt)} prompts, there are {prompts}"
                 )
-            for row, found in zip(rows, per_prompt, strict=True):
-                row.append(found)  # pyright: ignore[reportArgumentType]
-        if any(not 0 <= p < tokens for row in rows for found in row for p in found):
+            for row, indices in zip(rows, per_prompt, strict=True):
+                row.append(indices)  # pyright: ignore[reportArgumentType]
+        if any(not 0 <= p < tokens for row in rows for indices in row for p in indices):
             raise ValueError(f"token_positions must lie between 0 and {tokens - 1}")
         mask = token_mask(rows, tokens)
         if (mask.sum(dim=2) > 1).any():

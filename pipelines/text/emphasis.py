@@ -32,14 +32,14 @@ class Emphasis:
         return all(weight == 1 for weight in self.weights)
 
     def part(self, start: int, end: int) -> "Emphasis":
-        """A span of it."""
+        """A span of the text, with its weights."""
         return Emphasis(self.text[start:end], self.weights[start:end])
 
     def carried_to(self, text: str) -> "Emphasis":
         """The weights on the same words of a text that was derived from this one."""
-        ours, theirs = (list(_WORD.finditer(one)) for one in (self.text, text))
+        ours, theirs = (list(_WORD.finditer(source)) for source in (self.text, text))
         weights = [1.0] * len(text)
-        matcher = SequenceMatcher(None, [one[0] for one in ours], [one[0] for one in theirs], autojunk=False)
+        matcher = SequenceMatcher(None, [word[0] for word in ours], [word[0] for word in theirs], autojunk=False)
         for block in matcher.get_matching_blocks():
             for i in range(block.size):
                 (a, b), (c, d) = ours[block.a + i].span(), theirs[block.b + i].span()
@@ -48,11 +48,11 @@ class Emphasis:
 
     def fragments(self) -> tuple[list[str], list[float]]:
         """Texts in their order, each with one weight; blanks between two go with neither."""
-        found = []
+        pieces = []
         for weight, group in groupby(range(len(self.text)), key=lambda i: self._weight_at(i)):
             indices = list(group)
-            found.append((self.text[indices[0] : indices[-1] + 1].strip(), weight))
-        kept = [(text, weight) for text, weight in found if text]
+            pieces.append((self.text[indices[0] : indices[-1] + 1].strip(), weight))
+        kept = [(text, weight) for text, weight in pieces if text]
         return [text for text, _ in kept], [weight for _, weight in kept]
 
     def written(self) -> str:
@@ -77,7 +77,7 @@ def read_emphasis(text: str) -> Emphasis:
     """
     written: list[tuple[str, float]] = []
     opened: list[int] = []
-    found = False
+    weighted = False
     characters = iter(text)
     for character in characters:
         if character == "\\":
@@ -90,7 +90,7 @@ def read_emphasis(text: str) -> Emphasis:
             inside = "".join(part for part, _ in written[start + 1 :])
             tail = _TAIL.search(inside)
             if tail is not None:
-                weight, found = float(tail[1]), True
+                weight, weighted = float(tail[1]), True
                 if not 0 <= weight <= MOST:
                     raise ValueError(
                         f"the weight in {('(' + inside + ')')[-60:]!r} is {tail[1]}; expected 0 to {MOST:g}, "
@@ -103,7 +103,7 @@ def read_emphasis(text: str) -> Emphasis:
                 written[start:] = [(part, before * weight) for part, before in written[start + 1 : end]]
                 continue
         written.append((character, 1.0))
-    if not found:
+    if not weighted:
         return Emphasis(text, (1.0,) * len(text))
     plain = [(part[1:] if part[:2] in ("\\(", "\\)") else part, weight) for part, weight in written]
     weights = tuple(weight for part, weight in plain for _ in part)

@@ -37,10 +37,10 @@ class EncodedText:
     added: Mapping[str, Tensor] | None = None
 
     def of_images(self, images: Sequence[int]) -> "EncodedText":
-        """Some of the images."""
-        every, negative, added = len(self.prompt_embeds), self.negative_prompt_embeds, self.added
+        """The text of some images."""
+        count, negative, added = len(self.prompt_embeds), self.negative_prompt_embeds, self.added
         if added is not None:
-            parts = {key: rows.unflatten(0, (-1, every))[:, images] for key, rows in added.items()}
+            parts = {key: rows.unflatten(0, (-1, count))[:, images] for key, rows in added.items()}
             added = {key: part.flatten(0, 1) for key, part in parts.items()}
         return EncodedText(self.prompt_embeds[images], None if negative is None else negative[images], added)
 
@@ -81,7 +81,7 @@ class PromptEncoder:
     def __call__(
         self, weights: Tensor | None, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None
     ) -> EncodedText:
-        """Encodes.
+        """Encodes prompts with the text-encoder LoRAs of the concepts.
 
         Args:
             weights: Weights of the text-encoder LoRAs; None leaves them out. Shape: [concepts].
@@ -102,16 +102,16 @@ class PromptEncoder:
         """The gate of each concept's text-encoder LoRA; None if all are 0, so that nothing need be installed."""
         if weights is None:
             return None
-        every = zip(weights.tolist(), self.concepts.loaded, strict=True)
-        acting = [weight != 0 and bool(loaded.factors.text_encoders) for weight, loaded in every]
+        pairs = zip(weights.tolist(), self.concepts.loaded, strict=True)
+        acting = [weight != 0 and bool(loaded.factors.text_encoders) for weight, loaded in pairs]
         gates = weights * self.concepts.text_factors(acting, self.steps) * torch.tensor(acting)
         return tuple(gates.tolist()) if gates.any() else None
 
     @contextmanager
     def _adapted(self, part: Part, gates: tuple[float, ...] | None) -> Iterator[None]:
         model: nn.Module = self.components[part]
-        every = self.concepts.loaded
-        loras = [{} if gates is None else loaded.factors.text_encoders.get(part, {}) for loaded in every]
+        concepts = self.concepts.loaded
+        loras = [{} if gates is None else loaded.factors.text_encoders.get(part, {}) for loaded in concepts]
         parts: dict[str, SitePart] = {"text_projection": "row"}  # its input is one vector of the whole prompt
         where = {name: Site(parts.get(name, "text")) for lora in loras for name in lora}
         # Adapters of these names are replaced by the concepts, also by those that come from a file.
@@ -179,10 +179,7 @@ class Prompts:
         return self._conditioning(text, masks)
 
     def find(
-        self,
-        prompts: Sequence[str],
-        names: Collection[str],
-        mentions: Sequence[Mapping[str, Mention]] | None = None,
+        self, prompts: Sequence[str], names: Collection[str], mentions: Sequence[Mapping[str, Mention]] | None = None
     ) -> TokenMasks:
         """Positions of the named concepts' words in prompts, and of the mentioned words of others.
 
@@ -200,8 +197,8 @@ class Prompts:
         """The texts in a batch of the call's size; rows of other prompts are not used, and empty."""
         if texts is None:
             return None
-        found = dict(zip(self.indices, texts, strict=True))
-        return [found.get(prompt, "") for prompt in range(self.canvas.prompts)]
+        by_prompt = dict(zip(self.indices, texts, strict=True))
+        return [by_prompt.get(prompt, "") for prompt in range(self.canvas.prompts)]
 
     def _conditioning(self, text: EncodedText, masks: TokenMasks) -> Conditioning:
         embeds, negative = text.prompt_embeds, text.negative_prompt_embeds

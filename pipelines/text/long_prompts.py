@@ -21,6 +21,8 @@ _LATEST = 0.5
 """A chunk ends after punctuation if that leaves more than this part of it."""
 
 Span = tuple[int, int]
+"""First character, and the character after the last."""
+
 Texts = Sequence[str] | None
 
 
@@ -68,7 +70,7 @@ def chunks_of(tokenizer: Any, text: str) -> list[Span]:
             return limit + 1
         return len(tokenizer(text[start:end], add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
-    found: list[Span] = []
+    chunks: list[Span] = []
     start = len(text) - len(text.lstrip())
     while tokens(start, len(text)) > limit:
         ends = [start + word.end() for word in re.finditer(r"\S+", text[start:])]
@@ -81,9 +83,9 @@ def chunks_of(tokenizer: Any, text: str) -> list[Span]:
             raise ValueError(f"the word {shortened(word)} has more tokens than the model reads at once, {limit}")
         pauses = [i + 1 for i in range(low) if text[ends[i] - 1] in ".,;:!?" and i + 1 > _LATEST * low]
         end = ends[(pauses[-1] if pauses else low) - 1]
-        found.append((start, end))
+        chunks.append((start, end))
         start = end + len(text[end:]) - len(text[end:].lstrip())
-    return [*found, (start, len(text))]
+    return [*chunks, (start, len(text))]
 
 
 @dataclass(frozen=True)
@@ -123,18 +125,18 @@ class Reading:
         """
         columns = (*prompts, *negative, others)
         read = [[read_emphasis(text) for text in texts] for texts in columns]
-        plain = {one.text for texts in read for one in texts}
-        length = {text: max(len(chunks_of(one, text)) if in_chunks else 1 for one in tokenizers) for text in plain}
+        plain = {entry.text for texts in read for entry in texts}
+        length = {text: max(len(chunks_of(t, text)) if in_chunks else 1 for t in tokenizers) for text in plain}
 
         def chunks(prompt: int) -> int:
-            own = [texts[min(prompt, len(texts) - 1)] for texts in read[:-1] if texts]
-            return max(length[one.text] for one in (*own, *read[-1]))
+            emphases = [texts[min(prompt, len(texts) - 1)] for texts in read[:-1] if texts]
+            return max(length[entry.text] for entry in (*emphases, *read[-1]))
 
-        each = tuple(chunks(prompt) for prompt in range(len(prompts[0])))
-        if set(each) == {1} and plain == {text for texts in columns for text in texts}:
+        chunk_counts = tuple(chunks(prompt) for prompt in range(len(prompts[0])))
+        if set(chunk_counts) == {1} and plain == {text for texts in columns for text in texts}:
             return None
-        derived = (one for texts in read[len(prompts) :] for one in texts)
-        return cls(tokenizers, each, read[0], {one.text: one for one in derived if not one.is_even})
+        derived = (entry for texts in read[len(prompts) :] for entry in texts)
+        return cls(tokenizers, chunk_counts, read[0], {entry.text: entry for entry in derived if not entry.is_even})
 
     @property
     def longest(self) -> int:
@@ -155,11 +157,11 @@ class Reading:
 
     def emphasis(self, text: str, prompt: int, *, derived: bool) -> Emphasis:
         """The weights of a text that belongs to a prompt, from which it may have been derived."""
-        own = read_emphasis(text)
-        if not own.is_even or text in self.known:
-            return self.known.get(text, own)
+        written = read_emphasis(text)
+        if not written.is_even or text in self.known:
+            return self.known.get(text, written)
         origin = self.origins[prompt]
-        return origin.carried_to(text) if derived and not origin.is_even else own
+        return origin.carried_to(text) if derived and not origin.is_even else written
 
     def encode(
         self,
@@ -197,7 +199,7 @@ class Reading:
             for row in range(len(read[0] or ())):
                 for i in range(self.longest):
                     pieces = [column[row][i] for column in read if column is not None]
-                    if not all(one.is_even for one in pieces):
+                    if not all(piece.is_even for piece in pieces):
                         rows = slice(row * images_per_prompt, (row + 1) * images_per_prompt)
                         chunks[i][rows] = weighted(pieces).to(chunks[i])
             joined[side] = torch.cat(chunks, dim=1)
@@ -211,5 +213,5 @@ class Reading:
                 f"{shortened(whole.text)} is longer than the prompt of its image, which has {chunks} chunks of "
                 f"{self.tokenizers[0].model_max_length} tokens; shorten it, or lengthen the prompt"
             )
-        found = [*(whole.part(*span) for span in spans), *[Emphasis("", ())] * (chunks - len(spans))]
-        return [found[i % chunks] for i in range(self.longest)]
+        parts = [*(whole.part(*span) for span in spans), *[Emphasis("", ())] * (chunks - len(spans))]
+        return [parts[i % chunks] for i in range(self.longest)]

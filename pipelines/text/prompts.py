@@ -40,15 +40,15 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
     """
     if concept.prompt is not None:
         return concept.prompt
-    mine = _named(concept, prompt, concepts)
-    if not mine:
+    spans = _named(concept, prompt, concepts)
+    if not spans:
         missing = f"write {concept.phrase!r} in it" if concept.phrase else "give it a trigger and write that in it"
         raise ValueError(
             f"the prompt {shortened(prompt)} does not name the concept {concept.name!r}: {missing}, or give the "
             f"concept a prompt of its own, Concept(name={concept.name!r}, prompt=...)"
         )
     start, end = _list_of(concepts, prompt)
-    return prompt[:start] + prompt[slice(*mine[0])] + prompt[end:]
+    return prompt[:start] + prompt[slice(*spans[0])] + prompt[end:]
 
 
 def _list_of(concepts: Sequence[Concept], prompt: str) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning], multiple:
         """Rows of all texts. Shape: [rows, tokens, ...]."""
         rows = of[0].new_zeros(base.rows, width, *of[0].shape[2:])
         rows[unconditional, : of[0].shape[1]] = of[0][unconditional]
-        parts = [one[conditional][:, indices] for one, indices in zip(of, kept, strict=True)]
+        parts = [values[conditional][:, indices] for values, indices in zip(of, kept, strict=True)]
         rows[conditional, : sum(lengths)] = torch.cat(parts, dim=1)
         return rows
 
@@ -76,9 +76,9 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning], multiple:
         hidden[:, : lengths[0]] = False  # its padding is for the model to mask or to read
     text = replace(
         base,
-        prompt_embeds=joined([one.prompt_embeds for one in texts]),
-        trigger_mask=joined([one.trigger_mask for one in texts]),
-        phrase_mask=joined([one.phrase_mask for one in texts]),
+        prompt_embeds=joined([text.prompt_embeds for text in texts]),
+        trigger_mask=joined([text.trigger_mask for text in texts]),
+        phrase_mask=joined([text.phrase_mask for text in texts]),
         added=added,
     )
     return Segments(text, lengths, hidden if bool(hidden.any()) else None)

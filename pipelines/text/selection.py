@@ -21,7 +21,7 @@ _MOST = 200  # words of a prompt that are compared, and concepts that a message 
 
 
 @dataclass(frozen=True)
-class Choice:
+class NamedConcepts:
     """The concepts that a prompt names.
 
     Attributes:
@@ -44,7 +44,7 @@ class Choice:
         return [Concept(name=name, weight=self.weights[name]) if name in self.weights else name for name in self.names]
 
 
-def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
+def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> NamedConcepts:
     """The concepts that a prompt names.
 
     A concept is named by its trigger. Where several share a trigger, the class word that follows it decides. A concept
@@ -57,13 +57,13 @@ def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
     words, versions = _without_versions({name: _words(concept) for name, concept in known.items()}, weights)
     by_trigger = _by_trigger(prompt, words)
     by_class, notes = _by_class_word(prompt, words, by_trigger)
-    found = {**by_trigger, **by_class}
-    notes += _near_misses(prompt, [concept for name, concept in words.items() if name not in found])
-    if not found and not weights:
+    spans = {**by_trigger, **by_class}
+    notes += _near_misses(prompt, [concept for name, concept in words.items() if name not in spans])
+    if not spans and not weights:
         raise ValueError("\n".join([_nothing(words), *notes]))
-    names = sorted(found, key=lambda name: found[name])
+    names = sorted(spans, key=lambda name: spans[name])
     reasons = [
-        f"{name}: by its {'trigger' if name in by_trigger else 'class word'} {prompt[slice(*found[name])]!r}"
+        f"{name}: by its {'trigger' if name in by_trigger else 'class word'} {prompt[slice(*spans[name])]!r}"
         + (f" (the words of {', '.join(versions[name])}, too)" if versions.get(name) else "")
         for name in names
     ]
@@ -74,7 +74,7 @@ def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
             reasons[names.index(name)] += f", before which its trigger {trigger!r} is written"
     tagged = [name for name in weights if name not in names]
     reasons += [f"{name}: by its tag" for name in tagged]
-    return Choice((*names, *tagged), prompt, tuple(reasons), tuple(notes), weights)
+    return NamedConcepts((*names, *tagged), prompt, tuple(reasons), tuple(notes), weights)
 
 
 def _words(concept: Concept) -> Concept:
@@ -102,13 +102,13 @@ def _without_versions(
 def _by_trigger(prompt: str, known: Mapping[str, Concept]) -> dict[str, Span]:
     """The first occurrence of each trigger in the prompt that is not inside a longer trigger."""
     spans = {name: find_words(concept.trigger or "", prompt) for name, concept in known.items()}
-    every = [span for found in spans.values() for span in found]
-    own = {name: [span for span in found if not _inside(span, every)] for name, found in spans.items()}
+    all_spans = [span for places in spans.values() for span in places]
+    outermost = {name: [span for span in places if not _inside(span, all_spans)] for name, places in spans.items()}
     groups: dict[str, list[str]] = {}
-    for name, found in own.items():
-        if found:
+    for name, places in outermost.items():
+        if places:
             groups.setdefault(" ".join(unescaped(known[name].trigger or "").lower().split()), []).append(name)
-    return {(name := _only(prompt, group, known)): own[name][0] for group in groups.values()}
+    return {(name := _only(prompt, group, known)): outermost[name][0] for group in groups.values()}
 
 
 def _inside(span: Span, others: Sequence[Span]) -> bool:
@@ -118,15 +118,15 @@ def _inside(span: Span, others: Sequence[Span]) -> bool:
 def _only(prompt: str, group: Sequence[str], known: Mapping[str, Concept]) -> str:
     """The one of several concepts with the same trigger that the prompt means."""
     meant = [name for name in group if known[name].class_word and find_words(known[name].phrase, prompt)]
-    one = meant if len(group) > 1 else group
-    if len(one) != 1:
+    choices = meant if len(group) > 1 else group
+    if len(choices) != 1:
         trigger = known[group[0]].trigger
         listed = ", ".join(f"{name} ({known[name].phrase!r})" for name in group[:_MOST])
         raise ValueError(
             f"{trigger!r} in the prompt may be each of {len(group)} concepts: {listed}. Name the one you mean instead "
             "of 'auto', or leave the others out"
         )
-    return one[0]
+    return choices[0]
 
 
 def _by_class_word(
@@ -140,19 +140,19 @@ def _by_class_word(
     for name, concept in known.items():
         if concept.class_word:
             groups.setdefault(" ".join(concept.class_word.lower().split()), []).append(name)
-    found, notes = {}, []
+    spans, notes = {}, []
     for word, group in groups.items():
         free = [span for span in find_words(word, prompt) if span not in owned and not _inside(span, triggers)]
         others = [name for name in group if name not in taken]
         if not free or not others:
             continue
         if len(group) == 1 and len(free) == 1:
-            found[others[0]] = free[0]
+            spans[others[0]] = free[0]
             continue
         listed = ", ".join(f"{name} ({known[name].phrase!r})" for name in group[:_MOST])
         why = f"may be {listed}" if len(group) > 1 else f"stands {len(free)} times, and may be {listed}"
         notes.append(f"{word!r} {why}: write the trigger of the concept you mean; none was chosen")
-    return found, notes
+    return spans, notes
 
 
 def _near_misses(prompt: str, others: Sequence[Concept]) -> list[str]:

@@ -53,8 +53,8 @@ class TemplateTokenizer:
                 "remove template markup from it, or give prompt_embeds with token_positions"
             )
         if not getattr(self.tokenizer, "is_fast", False):
-            kind = type(self.tokenizer).__name__
-            raise ValueError(f"a {kind} does not give the characters of its tokens; expected a fast tokenizer")
+            class_name = type(self.tokenizer).__name__
+            raise ValueError(f"a {class_name} does not give the characters of its tokens; expected a fast tokenizer")
 
         def of(**cut: Any) -> tuple[int, ...]:
             spans = self.tokenizer(text, return_offsets_mapping=True, verbose=False, **cut)["offset_mapping"]

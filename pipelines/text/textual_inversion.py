@@ -70,13 +70,13 @@ class TextualInversions:
         parts: list[Part] = [part for part in TOKENIZERS.values() if components.get(part) is not None]
         brought = {part: words for part in parts if (words := _brought(concepts, part))}
         layers = max((vectors.shape[1] for words in brought.values() for vectors in words.values()), default=1)
-        found = {}
+        by_part = {}
         for name, tokenizer in tokenizers.items():
             if words := brought.get(TOKENIZERS[name]):
                 tokenizers[name] = _with_words(tokenizer, {word: len(vectors) for word, vectors in words.items()})
-                every = torch.cat([vectors.expand(-1, layers, -1) for vectors in words.values()])
-                found[TOKENIZERS[name]] = every.transpose(0, 1)
-        return cls(tuple({word: None for words in brought.values() for word in words}), tokenizers, found, layers)
+                stacked = torch.cat([vectors.expand(-1, layers, -1) for vectors in words.values()])
+                by_part[TOKENIZERS[name]] = stacked.transpose(0, 1)
+        return cls(tuple({word: None for words in brought.values() for word in words}), tokenizers, by_part, layers)
 
     def expander(self, convert: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """Replacement of a pipeline's `maybe_convert_prompt`, which writes every word as all its tokens.
@@ -88,14 +88,14 @@ class TextualInversions:
         @cache
         def known_to(tokenizer: Any) -> tuple[Mapping[str, str], bool]:
             added = tokenizer.added_tokens_encoder  # which is built anew each time that it is asked for
-            own: set[str] = set()
+            written: set[str] = set()
             spelled = {}
             for word in self.words:
                 names = [word, *takewhile(added.__contains__, (_further(word, i) for i in count(1)))]
-                own.update(names)
+                written.update(names)
                 if len(names) > 1:
                     spelled[word] = " ".join(names)
-            return spelled, any(name.endswith("_1") and name not in own for name in added)
+            return spelled, any(name.endswith("_1") and name not in written for name in added)
 
         def expand(prompt: str | list[str], tokenizer: Any) -> Any:
             if isinstance(prompt, list):
@@ -147,10 +147,10 @@ class TextualInversions:
                 undo.callback(setattr, pipe, name, getattr(pipe, name))
                 setattr(pipe, name, self.tokenizers[name])
                 model: Any = uncompiled(getattr(pipe, part))
-                found = model.get_input_embeddings()
-                vectors = self.vectors[part].to(pipe.runs_on, found.weight.dtype)
-                embeddings.append(WordEmbedding(found, vectors, len(self.tokenizers[name])))
-                undo.callback(model.set_input_embeddings, found)
+                original = model.get_input_embeddings()
+                vectors = self.vectors[part].to(pipe.runs_on, original.weight.dtype)
+                embeddings.append(WordEmbedding(original, vectors, len(self.tokenizers[name])))
+                undo.callback(model.set_input_embeddings, original)
                 model.set_input_embeddings(embeddings[-1])
                 _find_end(model, self.tokenizers[name].eos_token_id, undo)
             yield embeddings
@@ -186,11 +186,11 @@ class WordEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Shape: [rows, tokens] -> [rows, tokens, width]."""
-        own = ids >= self._first
-        self.met = self.met or bool(own.any())
-        known = self.layer(ids.masked_fill(own, 0))
-        mine = self.vectors[self.read_layer][(ids - self._first).clamp(min=0)]
-        return torch.where(own[..., None], mine.to(known.dtype), known)
+        is_added = ids >= self._first
+        self.met = self.met or bool(is_added.any())
+        known = self.layer(ids.masked_fill(is_added, 0))
+        added = self.vectors[self.read_layer][(ids - self._first).clamp(min=0)]
+        return torch.where(is_added[..., None], added.to(known.dtype), known)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.spelling import shortened
-from lora_compose.pipelines.text.long_prompts import LongTokenizer
+from lora_compose.pipelines.text.long_prompts import LongTokenizer, Span
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 _BRACKET = re.compile(r"\\[()\[\]]")  # in a pattern of `re.escape`
@@ -77,10 +77,6 @@ def unescaped(text: str) -> str:
     return _ESCAPED.sub(r"\1", text)
 
 
-Span = tuple[int, int]
-"""First character, and the character after the last."""
-
-
 def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[tuple[Span, Span | None]]:
     """The occurrences of a concept's trigger in a prompt, each with the class word that belongs to it.
 
@@ -93,12 +89,12 @@ def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> l
     others = [find_words(other.trigger or "", prompt) for other in concepts if other.name != concept.name]
     starts = [start for spans in others for start, _ in spans]
     nouns = free_nouns(concept, prompt, concepts)
-    found = []
+    pairs = []
     for span in find_words(concept.trigger or "", prompt):
         noun = next((noun for noun in nouns if noun[0] >= span[1]), None)
         taken = noun is not None and any(span[1] <= start < noun[1] for start in starts)
-        found.append((span, None if taken else noun))
-    return found
+        pairs.append((span, None if taken else noun))
+    return pairs
 
 
 def check_named(concept: Concept, prompt: str) -> None:
@@ -124,10 +120,10 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
             punctuation in a way that changes its tokens.
     """
     prompt = unicodedata.normalize("NFC", prompt)
-    found = class_words(_composed(concept), prompt, list(map(_composed, concepts)))
-    if not found:
+    occurrences = class_words(_composed(concept), prompt, list(map(_composed, concepts)))
+    if not occurrences:
         check_named(concept, prompt)
-    triggers, nouns = [span for span, _ in found], sorted({noun for _, noun in found if noun})
+    triggers, nouns = [span for span, _ in occurrences], sorted({noun for _, noun in occurrences if noun})
     positions = (
         [p for span in spans for p in span_positions(tokenizer, prompt, span, concept)] for spans in (triggers, nouns)
     )
@@ -254,8 +250,8 @@ def locate_mention(
 def check_disjoint(concepts: Sequence[Concept], positions: Sequence[Positions], prompt: str) -> None:
     """Raises ValueError if the triggers of two concepts share a token."""
     owner: dict[int, Concept] = {}
-    for concept, found in zip(concepts, positions, strict=True):
-        for position in found.trigger:
+    for concept, place in zip(concepts, positions, strict=True):
+        for position in place.trigger:
             if position in owner:
                 other = owner[position]
                 raise ValueError(
@@ -277,6 +273,6 @@ def token_mask(positions: Sequence[Sequence[Sequence[int]]], tokens: int) -> Ten
     """
     mask = torch.zeros(len(positions), tokens, len(positions[0]) if positions else 0)
     for row, concepts in enumerate(positions):
-        for column, found in enumerate(concepts):
-            mask[row, list(found), column] = 1.0
+        for column, indices in enumerate(concepts):
+            mask[row, list(indices), column] = 1.0
     return mask

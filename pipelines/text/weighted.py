@@ -45,17 +45,17 @@ def weighted_embeds(
         raise ValueError(
             f"a weight ends inside a word of {shortened(emphasis.text)}; put spaces around the parentheses"
         )
-    kind = ReturnedEmbeddingsType
+    layers = ReturnedEmbeddingsType
     provider = EmbeddingsProvider(
         tokenizer,
         text_encoder,
         dtype_for_device_getter=lambda _: text_encoder.dtype,
         padding_attention_mask_value=0 if getattr(text_encoder.config, "use_attention_mask", False) else 1,
         returned_embeddings_type=(
-            kind.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED if penultimate else kind.LAST_HIDDEN_STATES_NORMALIZED
+            layers.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED if penultimate else layers.LAST_HIDDEN_STATES_NORMALIZED
         ),
         model_max_length=length,
         device=device,  # pyright: ignore[reportArgumentType]
     )
-    found: Any = provider.get_embeddings_for_weighted_prompt_fragments([fragments], [weights], device=device)  # pyright: ignore[reportArgumentType]
-    return found
+    embeds: Any = provider.get_embeddings_for_weighted_prompt_fragments([fragments], [weights], device=device)  # pyright: ignore[reportArgumentType]
+    return embeds

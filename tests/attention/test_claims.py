@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from lora_compose.attention.claims import Claim, Journal, Kind, claimed, undoing
+from lora_compose.attention.claims import Claim, ClaimKind, Journal, claimed, undoing
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from lora_compose.attention.claims import Claim, Journal, Kind, claimed, undoing
         ("install", "compose", False), ("install", "install", False),
     ],
 )  # fmt: skip
-def test_which_claims_go_together_in_one_thread(first: Kind, second: Kind, allowed: bool) -> None:
+def test_which_claims_go_together_in_one_thread(first: ClaimKind, second: ClaimKind, allowed: bool) -> None:
     model = nn.Linear(1, 1)
     with claimed([model], first):
         if allowed:

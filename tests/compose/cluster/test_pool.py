@@ -35,8 +35,8 @@ def test_calls_that_fail_and_calls_that_kill_their_workers_do_not_stop_the_other
     with one_node():
         with Pool(opening, "cpu", 3, 1) as pool:
             ended = {one.name: one for one in pool.map(call, {str(number): (number,) for number in range(4)})}
-        folder, *rest = ended["0"].found
-        assert (rest, ended["3"].found[2]) == ([3, 0], 3)
+        folder, *rest = ended["0"].result
+        assert (rest, ended["3"].result[2]) == ([3, 0], 3)
         assert ended["2"][1:] == (None, "KeyError: 'two'")
         assert "3 workers have died of it" in (ended["1"].error or "")
         assert capsys.readouterr().err.count("a worker has died; another does its work") == 2

@@ -22,7 +22,7 @@ from lora_compose.compose.training.bases import base_of
 from lora_compose.compose.training.examples import Examples
 from lora_compose.compose.training.model import ADAPTER, lora_parameters
 from lora_compose.compose.training.preparation import TrainingData, adapt, encode, read_texts
-from lora_compose.compose.training.words import Rows
+from lora_compose.compose.training.words import WordFeatures
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
 CAPTIONS = ("a sks cat on grass", "a red sks cat in snow")  # the trigger stands at different tokens
@@ -53,7 +53,7 @@ def encoded(pipe: Any, folder: Path, tara: TaraTraining | None = TARA) -> tuple[
     return data, data.concept
 
 
-def rows_of(data: TrainingData) -> Rows:
+def rows_of(data: TrainingData) -> WordFeatures:
     assert data.rows is not None
     return data.rows
 

@@ -20,7 +20,7 @@ from lora_compose.compose.training.learner import Batch, Learner, Weights
 from lora_compose.compose.training.model import ADAPTER, add_lora, lora_parameters
 from lora_compose.compose.training.noising import Diffusion
 from lora_compose.compose.training.settings import SCOPES, Training
-from lora_compose.compose.training.words import Occurrence, Rows, Words, rows_of
+from lora_compose.compose.training.words import Occurrence, WordFeatures, Words, rows_of
 from trainings import training
 
 TOKENS, GRID = 9, (4, 4)
@@ -64,7 +64,7 @@ def mask_of(*rows: tuple[int, ...]) -> Tensor:
     return mask
 
 
-def rows_for(text: Tensor, *occurrences: Occurrence) -> Rows:
+def rows_for(text: Tensor, *occurrences: Occurrence) -> WordFeatures:
     """The rows of the caption whose features are the first ones in `text`."""
     return rows_of([Words("", "", occurrences or (Occurrence(TRIGGER, NOUN),))], text[:1], text[:1])
 

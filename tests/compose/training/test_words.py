@@ -31,20 +31,20 @@ def tokens(tokenizer: Any, caption: str, positions: tuple[int, ...]) -> str:
 
 def test_words_of_one_token(tokenizer: CLIPTokenizer) -> None:
     found = find(tokenizer, "a SKS cat on grass")
-    assert found.found == (Occurrence((2,), (3,)),)
-    assert find(tokenizer, "a SKS cat on grass", noun=False).found == (Occurrence((2,)),)
+    assert found.occurrences == (Occurrence((2,), (3,)),)
+    assert find(tokenizer, "a SKS cat on grass", noun=False).occurrences == (Occurrence((2,)),)
 
 
 def test_every_occurrence_has_its_class_word(tokenizer: CLIPTokenizer) -> None:
     found = find(tokenizer, "a sks cat and a red sks cat")
-    assert found.found == (Occurrence((2,), (3,)), Occurrence((7,), (8,)))
+    assert found.occurrences == (Occurrence((2,), (3,)), Occurrence((7,), (8,)))
     assert found.trigger == (2, 7)
 
 
 def test_triggers_and_class_words_of_several_tokens(tokenizer: CLIPTokenizer) -> None:
     concept = Concept(name="it", trigger="monadikos", class_word="wooden floor")
     caption = "a monadikos wooden floor"
-    found = find(tokenizer, caption, concept).found[0]
+    found = find(tokenizer, caption, concept).occurrences[0]
     assert len(found.trigger) > 1
     assert tokens(tokenizer, caption, found.trigger).replace(" ", "") == "monadikos"
     assert tokens(tokenizer, caption, found.noun) == "wooden floor"
@@ -54,11 +54,11 @@ def test_the_clean_caption_lacks_the_trigger_and_has_the_same_class_word(tokeniz
     caption = "a cat beside a sks cat and a sks cat"
     found = find(tokenizer, caption, clean=True)
     assert found.class_caption == "a cat beside a cat and a cat"
-    nouns = [occurrence.noun for occurrence in found.found]
+    nouns = [occurrence.noun for occurrence in found.occurrences]
     assert [tokens(tokenizer, found.class_caption, noun) for noun in nouns] == ["cat", "cat"]
     first, second = (noun[0] for noun in nouns)
-    assert find(tokenizer, caption).found[0].noun[0] == first + 1  # one trigger before it
-    assert find(tokenizer, caption).found[1].noun[0] == second + 2
+    assert find(tokenizer, caption).occurrences[0].noun[0] == first + 1  # one trigger before it
+    assert find(tokenizer, caption).occurrences[1].noun[0] == second + 2
 
 
 @pytest.mark.parametrize(

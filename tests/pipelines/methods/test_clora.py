@@ -380,7 +380,7 @@ def test_every_cell_is_shared_out_and_cells_that_no_concept_claims_are_the_base_
 def test_cells_that_several_claim_are_shared_or_go_to_the_highest(composer, exclusive):
     process = started(composer, replace(MASKS_ONLY, threshold=0.4, exclusive=exclusive))
     cat, dog = torch.tensor([[10.0, 8, 5, 0]]), torch.tensor([[0.1, 0.9, 1.0, 0.2]])
-    mine = process.words.mine[0]
+    mine = process.words.makes_mask[0]
     maps = torch.stack(
         [torch.where(m[:, None, None], x, torch.rand(1, 4)) for m, x in zip(mine, (cat, dog), strict=True)]
     )
@@ -403,7 +403,7 @@ def test_words_that_make_the_mask_can_be_named(composer):
     triggers = replace(MASKS_ONLY, mask_words={"cat": ["sks"], "dog": ["zwx"]})
     assert far_apart(latents_of(composer, method=triggers), latents_of(composer, method=MASKS_ONLY))
     words = started(composer, replace(MASKS_ONLY, mask_words={"cat": ["grass"]})).words
-    (column,) = words.mine[0, 0].nonzero()[:, 0].tolist()
+    (column,) = words.makes_mask[0, 0].nonzero()[:, 0].tolist()
     assert words.token_weights[1, :, column].nonzero().tolist() == [[8]]  # a1 sks2 cat3 and4 a5 dog6 on7 grass8
     assert words.groups[0].unflatten(0, (3, -1))[1, column] == -1  # it belongs to no group
 
