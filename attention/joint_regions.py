@@ -68,6 +68,7 @@ class JointRegions:
         unconditional: True for unconditional rows, in any order; they attend as in the base model.
         base: What unconditional rows attend to: text 0 and the image; None if that is their whole sequence.
         hidden: True at padding inside the texts. Shape: [rows, positions].
+        positions: Position of each token in its own text, for models that rotate text by it. Shape: [tokens].
         rows: The unconditional rows, and the others; None where there are none.
     """
 
@@ -75,6 +76,7 @@ class JointRegions:
     unconditional: tuple[bool, ...]
     base: Mapping[SiteParts, Group] | None = None
     hidden: Mapping[SiteParts, Tensor] | None = None
+    positions: Tensor | None = None
     rows: tuple[Rows | None, Rows | None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,7 +130,8 @@ class JointRegions:
             none = {part: hidden.new_zeros(len(hidden), len(kinds)) for part, kinds in of.items()}
             none["text"] = torch.nn.functional.pad(hidden, (0, len(text) - hidden.shape[1]))
             masks = {parts: torch.cat([none[part] for part in parts], dim=1) for parts in sequences}
-        return cls(groups, tuple(unconditional), base, masks)
+        positions = to_device(torch.cat([torch.arange(length) for length in lengths]), device)
+        return cls(groups, tuple(unconditional), base, masks, positions)
 
     def select(self, rows: slice | Sequence[int]) -> "JointRegions":
         """For some of the rows: a slice of them, or their indices in a new order."""

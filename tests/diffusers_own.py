@@ -25,6 +25,7 @@ from components import ATTENTION
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
+from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
@@ -43,6 +44,9 @@ FILES = {
     "FLUX.2-klein": "flux2/test_pipeline_flux2_klein.py",
     "FLUX.2-klein, inpainting": "flux2/test_pipeline_flux2_klein_inpaint.py",
     "Krea 2": "krea2/test_krea2.py",
+    "Qwen-Image": "qwenimage/test_qwenimage.py",
+    "Qwen-Image, image to image": "qwenimage/test_qwenimage_img2img.py",
+    "Qwen-Image, inpainting": "qwenimage/test_qwenimage_inpaint.py",
     "Z-Image": "z_image/test_z_image.py",
     "Z-Image, image to image": "z_image/test_z_image_img2img.py",
     "Z-Image, inpainting": "z_image/test_z_image_inpaint.py",
@@ -60,6 +64,7 @@ _OURS: dict[str, Any] = {
         "Flux": ComposeFluxPipeline,
         "Flux2Klein": ComposeFlux2KleinPipeline,
         "Krea2": ComposeKrea2Pipeline,
+        "QwenImage": ComposeQwenImagePipeline,
         "ZImage": ComposeZImagePipeline,
     }.items()
     for task in ("", "Img2Img", "Inpaint")

@@ -12,6 +12,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
+    QwenImageTransformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
@@ -88,14 +89,15 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
          "guidance_embeds": False},
     ),
     "Krea 2": (Krea2Transformer2DModel, {}),
+    "Qwen-Image": (QwenImageTransformer2DModel, {}),
     "Z-Image": (ZImageTransformer2DModel, {}),
 }  # fmt: skip
 """Configurations of transformers: the defaults of their classes, with changes.
 
-The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo and Z-Image-Turbo (whose `axes_lens` of
-1536 is the length of a table). FLUX.2-klein: `Klein4BParams` and `Klein9BParams` in `src/flux2/model.py` of
-github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers' converter
-`scripts/convert_cosmos_to_diffusers.py` has it.
+The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo, Qwen-Image and Z-Image-Turbo (whose
+`axes_lens` of 1536 is the length of a table). FLUX.2-klein: `Klein4BParams` and `Klein9BParams` in
+`src/flux2/model.py` of github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers'
+converter `scripts/convert_cosmos_to_diffusers.py` has it.
 """
 FAMILIES = (*_FAMILIES, *TRANSFORMERS)
 

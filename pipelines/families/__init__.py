@@ -5,6 +5,7 @@ from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
+from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
@@ -15,6 +16,7 @@ __all__ = [
     "ComposeFluxPipeline",
     "ComposeKrea2Pipeline",
     "ComposePipeline",
+    "ComposeQwenImagePipeline",
     "ComposeStableDiffusionPipeline",
     "ComposeStableDiffusionXLPipeline",
     "ComposeZImagePipeline",

@@ -35,7 +35,9 @@ OUTSIDE = np.asarray(MASK) == 0
 CALL: dict[str, Any] = {
     "prompt": PROMPT, "num_inference_steps": 4, "strength": 0.5, "max_sequence_length": TOKENS, "image": IMAGE,
 }  # fmt: skip
-DEFAULTS: dict[str, dict[str, float]] = {"flux": {"width": 128, "height": 128, "guidance_scale": 3.5}}
+DEFAULTS: dict[str, dict[str, float]] = {
+    "flux": {"width": 128, "height": 128, "guidance_scale": 3.5}, "qwen-image": {"width": 128, "height": 128},
+}  # fmt: skip
 """For families whose images get the size of the call, and which have another default for each task."""
 
 
