@@ -108,12 +108,14 @@ class JointRegions:
             isolate: Whether cells do not attend to cells of other regions.
             hidden: True at padding inside the texts. Shape: [rows, tokens].
             references: True where a region covers a cell of a reference image, of all that the site has, in order; None
-                means that each has the size and the regions of the image. Shape: [cells of references, regions].
+                means none, or the image's own, as the site says. Shape: [cells of references, regions].
         """
         text = [Kind("text", frozenset({n})) for n, length in enumerate(lengths) for _ in range(length)]
         text += [Kind("text", frozenset({0}))] * (site.padded(len(text)) - len(text))
         image = _cells(membership)
         image += [Kind("image", frozenset())] * (site.padded(len(image)) - len(image))
+        if references is None and site.reference_cells is not None:
+            references = membership.new_zeros(site.reference_cells, membership.shape[1])
         of: Mapping[SitePart, Sequence[Kind]] = {
             "text": text, "image": image, "reference": image if references is None else _cells(references)
         }  # fmt: skip

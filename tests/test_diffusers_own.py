@@ -22,7 +22,7 @@ FILES = (
 """As `diffusers_own.FILES` has them, which takes seconds to import."""
 
 REFUSED = (
-    "IP-Adapter images can be combined with concepts on", "reference images cannot be combined with concepts",
+    "IP-Adapter images can be combined with concepts on", "further reference images cannot be combined with",
     "unknown argument 'masked_image_latents'", "mask_image is all black", "unknown argument 'denoising_start'",
 )  # fmt: skip
 """What docs/limits.md lists, as the errors say it."""

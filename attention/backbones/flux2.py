@@ -1,38 +1,37 @@
 """FLUX.2: double-stream, then single-stream blocks whose queries, keys, values and first MLP layer are one layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention.backbones.joint import JointBackbone, image_positions, packed, unpacked
-from lora_compose.attention.sites import Site
+from lora_compose.attention.backbones.joint import PATCH, JointBackbone, image_positions, packed, unpacked
+from lora_compose.attention.sites import Grid, Site
 
 REFERENCE = 10
-"""The first of the four position ids of the first reference image; that of the image is 0."""
+"""The first of the four position ids of the n-th reference image is so many times n; that of the image is 0."""
 
 
 class Flux2Backbone(JointBackbone):
     """A `Flux2Transformer2DModel`.
 
     Args:
-        reference: Whether it reads a reference image beside the image.
+        reference: Whether it reads reference images beside the image.
+        cells: Tokens of all of them; None means that there is one, which is the image that a call starts from.
     """
 
-    def __init__(self, model: nn.Module, reference: bool = False) -> None:
+    def __init__(self, model: nn.Module, reference: bool = False, cells: int | None = None) -> None:
         super().__init__(model)
-        self._reference = reference
+        self._reference, self._cells = reference, cells
         if reference:
-            self.sites = {name: self._with_reference(site) for name, site in self.sites.items()}
+            self.sites = {name: site.with_references(cells) for name, site in self.sites.items()}
 
     @property
     def joint(self) -> Site | None:
         """How text and image lie in one sequence."""
-        return None if (joint := super().joint) is None else self._with_reference(joint)
-
-    def _with_reference(self, site: Site) -> Site:
-        return site.with_parts(*site.parts, "reference") if self._reference and "image" in site.parts else site
+        joint = super().joint
+        return joint.with_references(self._cells) if self._reference and joint is not None else joint
 
     table = (
         # All blocks share three modulation layers.
@@ -59,6 +58,7 @@ class Flux2Backbone(JointBackbone):
         text: Tensor,
         added: Mapping[str, Tensor] | None,
         reference: Tensor | None = None,
+        reference_grids: Sequence[Grid] = (),
         **inputs: Any,
     ) -> Tensor:
         """One forward pass.
@@ -69,7 +69,9 @@ class Flux2Backbone(JointBackbone):
             text: Hidden states of several layers of the text encoder, concatenated. Shape: [rows, tokens, layers *
                 channels].
             added: "text_positions" of the tokens, with several texts in one sequence. Shape: [rows, tokens].
-            reference: Latents of a reference image. Shape: as the latents.
+            reference: Latents of a reference image, shape: as the latents; or tokens of several, one after the other.
+                Shape: [rows, tokens, channels].
+            reference_grids: Height and width of each of several, in tokens.
             inputs: "joint_attention_kwargs".
 
         Returns:
@@ -79,8 +81,10 @@ class Flux2Backbone(JointBackbone):
         image = torch.nn.functional.pad(image_positions(latents, torch.int64), (0, 1))
         tokens, cells = packed(latents), len(image)
         if reference is not None:
-            tokens = torch.cat([tokens, packed(reference).to(tokens.dtype)], dim=1)
-            image = torch.cat([image, image + image.new_tensor([REFERENCE, 0, 0, 0])])
+            several = reference if reference.dim() == 3 else packed(reference)
+            tokens = torch.cat([tokens, several.to(tokens.dtype)], dim=1)
+            sides = reference_grids or [tuple(side // PATCH for side in latents.shape[-2:])]
+            image = torch.cat([image, *(_positions(REFERENCE * n, one, image) for n, one in enumerate(sides, 1))])
         words = torch.arange(text.shape[1], device=text.device)
         if added is not None and "text_positions" in added:
             words = added["text_positions"][-1]  # with several texts, each starts at 0
@@ -95,3 +99,11 @@ class Flux2Backbone(JointBackbone):
             **inputs,
         )[0]
         return unpacked(velocity[:, :cells], latents.shape[-2:])
+
+
+def _positions(first: int, grid: Sequence[int], like: Tensor) -> Tensor:
+    """Ids of the tokens of a reference image. Shape: [tokens, 4]."""
+    rows, columns = (torch.arange(side, device=like.device, dtype=like.dtype) for side in grid)
+    ids = like.new_zeros(*grid, 4)
+    ids[..., 0], ids[..., 1], ids[..., 2] = first, rows[:, None], columns
+    return ids.flatten(0, 1)

@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 from lora_compose.attention import Backbone
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import PATCH
+from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
@@ -28,7 +29,7 @@ from lora_compose.pipelines.calls.call import (
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.denoising.inputs import OnGrid
+from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import (
@@ -40,6 +41,7 @@ from lora_compose.pipelines.families.flow_matching import (
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.images.images import read_images
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.conditioning import TokenPositions
@@ -103,7 +105,8 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
 
         Args:
             image: With a mask, what inpainting starts from, as in the Stable Diffusion families; the model reads it as
-                a reference image, too. Without a mask, reference images, which cannot be combined with concepts yet.
+                a reference image, too. Without a mask, one or several reference images, of any sizes; LoRAs act on them
+                only if a concept says so (`Concept.references`), and regions are those of the image that is made.
             concepts: As for `ComposePipeline.__call__`.
             method: One without gradients: draft, regional, tara, merge, switch or composite, or settings of them.
             control: Not supported yet.
@@ -131,11 +134,11 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             return begun.plain
         prompt = begun.prompt
         check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
-        if reference is not None or image_reference is not None:
-            raise ValueError(
-                "reference images cannot be combined with concepts yet; leave them out, or give mask_image to repaint "
-                "a part of it"
-            )
+        if image_reference is not None:
+            raise ValueError("further reference images cannot be combined with concepts in inpainting; leave them out")
+        references = self._references(reference)
+        if references:
+            height, width = height or references[0].shape[-2], width or references[0].shape[-1]
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         source = self._source(begun.start, width, height, output_type)
         width, height = self._size(width, height) if source is None else source.size
@@ -156,6 +159,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
                 "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length,
                 "text_encoder_out_layers": text_encoder_out_layers,
             },
+            references=references,
         )  # fmt: skip
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -212,7 +216,43 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
 
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call; with a start image it reads that as a reference image, too."""
-        return super().backbone_of(call) if call.source is None else Flux2Backbone(self.transformer, reference=True)
+        if not call.references:
+            return super().backbone_of(call) if call.source is None else Flux2Backbone(self.transformer, reference=True)
+        cells = sum(height * width for height, width in self._grids(call.references))
+        return Flux2Backbone(self.transformer, reference=True, cells=cells)
+
+    def _grids(self, references: Sequence[Tensor]) -> list[Grid]:
+        """Height and width of reference images, in tokens."""
+        unit = self.vae_scale_factor * PATCH
+        return [(one.shape[-2] // unit, one.shape[-1] // unit) for one in references]
+
+    def _references(self, given: Any) -> list[Tensor]:
+        """Reference images, prepared as diffusers does: cut to whole tokens, and made smaller above 1024 x 1024 pixels.
+
+        Raises:
+            ValueError: For tensors, and images that are too small or too long.
+        """
+        found, unit, most = [], self.vae_scale_factor * PATCH, 1024 * 1024
+        for one in [] if given is None else given if isinstance(given, list | tuple) else [given]:
+            read = read_images(one)
+            if isinstance(read, Tensor):
+                raise ValueError("reference images are PIL images, paths or 8-bit arrays, not tensors")
+            (image,) = read
+            self.image_processor.check_image_input(image)
+            if image.width * image.height > most:
+                image = self.image_processor._resize_to_target_area(image, most)
+            width, height = (side // unit * unit for side in image.size)
+            found.append(self.image_processor.preprocess(image, height=height, width=width, resize_mode="crop"))
+        return found
+
+    def _of_references(self, call: Call) -> Mapping[str, Any]:
+        if not call.references:
+            return {}
+        tokens, _ = self.prepare_image_latents(
+            list(call.references), batch_size=1, generator=None,  # pyright: ignore[reportArgumentType]
+            device=self._execution_device, dtype=self.vae.dtype,
+        )  # fmt: skip
+        return {"reference": ByImage(tokens), "reference_grids": self._grids(call.references)}
 
     def _check_composed(self, given: FromImage) -> None:
         if given.size[0] * given.size[1] > 1024 * 1024:

@@ -211,7 +211,7 @@ def test_a_further_reference_image_is_for_inpainting_without_concepts(pipes):
     pipe, given = pipes["flux2"], task("flux2", True, output_type="latent")
     plain = pipe(**given, generator=seeded()).images
     assert not torch.equal(pipe(**given, generator=seeded(), image_reference=IMAGE.rotate(90)).images, plain)
-    with pytest.raises(ValueError, match="reference images cannot be combined with concepts"):
+    with pytest.raises(ValueError, match="further reference images cannot be combined with concepts"):
         pipe(**given, image_reference=IMAGE, concepts=["cat"])
     with pytest.raises(ValueError, match="image_reference goes with inpainting"):
         pipe(PROMPT, image_reference=IMAGE)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -168,6 +169,18 @@ def each_from_its_start(family: Family, transformer: Any, lengths: Sequence[int]
         yield
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_reference_images_of_other_sizes_lie_in_no_region(tmp_path, isolate):
+    pipe = pipeline_with_concepts(FLUX2, tmp_path)
+    images = [Image.new("RGB", size, colour) for size, colour in (((64, 96), "navy"), ((80, 64), "orange"))]
+    method = Regional(texts="regions", isolate=isolate)
+    with observed(pipe.transformer) as calls:
+        pipe(**CALL, **FLUX2.unguided, image=images, concepts=concepts("overlapping"), method=method)
+    elsewhere = torch.zeros(4 * 6 + 5 * 4, dtype=torch.bool)
+    mine = [torch.cat([inside(box), elsewhere]) for box in BOXES["overlapping"]]
+    check_pass(FLUX2, pipe, calls[0], mine, isolate=isolate)
 
 
 def check_pass(family: Family, pipe: Any, call: tuple, mine: Sequence[Tensor], *, isolate: bool) -> None:
