@@ -24,6 +24,7 @@ from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 from components import ATTENTION
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
+from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
 from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
@@ -41,6 +42,7 @@ FILES = {
     "FLUX.1": "flux/test_pipeline_flux.py",
     "FLUX.1, image to image": "flux/test_pipeline_flux_img2img.py",
     "FLUX.1, inpainting": "flux/test_pipeline_flux_inpaint.py",
+    "FLUX.1 Kontext": "flux/test_pipeline_flux_kontext.py",
     "FLUX.2-klein": "flux2/test_pipeline_flux2_klein.py",
     "FLUX.2-klein, inpainting": "flux2/test_pipeline_flux2_klein_inpaint.py",
     "Krea 2": "krea2/test_krea2.py",
@@ -62,6 +64,7 @@ _OURS: dict[str, Any] = {
         "StableDiffusion": ComposeStableDiffusionPipeline,
         "StableDiffusionXL": ComposeStableDiffusionXLPipeline,
         "Flux": ComposeFluxPipeline,
+        "FluxKontext": ComposeFluxKontextPipeline,
         "Flux2Klein": ComposeFlux2KleinPipeline,
         "Krea2": ComposeKrea2Pipeline,
         "QwenImage": ComposeQwenImagePipeline,

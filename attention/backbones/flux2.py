@@ -4,9 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_compose.attention.backbones.joint import PATCH, JointBackbone, image_positions, packed, unpacked
+from lora_compose.attention.backbones.joint import (
+    PATCH,
+    JointBackbone,
+    image_positions,
+    packed,
+    unpacked,
+    with_references,
+)
 from lora_compose.attention.sites import Grid, Site
 
 REFERENCE = 10
@@ -14,24 +21,7 @@ REFERENCE = 10
 
 
 class Flux2Backbone(JointBackbone):
-    """A `Flux2Transformer2DModel`.
-
-    Args:
-        reference: Whether it reads reference images beside the image.
-        cells: Tokens of all of them; None means that there is one, which is the image that a call starts from.
-    """
-
-    def __init__(self, model: nn.Module, reference: bool = False, cells: int | None = None) -> None:
-        super().__init__(model)
-        self._reference, self._cells = reference, cells
-        if reference:
-            self.sites = {name: site.with_references(cells) for name, site in self.sites.items()}
-
-    @property
-    def joint(self) -> Site | None:
-        """How text and image lie in one sequence."""
-        joint = super().joint
-        return joint.with_references(self._cells) if self._reference and joint is not None else joint
+    """A `Flux2Transformer2DModel`."""
 
     table = (
         # All blocks share three modulation layers.
@@ -82,9 +72,8 @@ class Flux2Backbone(JointBackbone):
         tokens, cells = packed(latents), len(image)
         if reference is not None:
             several = reference if reference.dim() == 3 else packed(reference)
-            tokens = torch.cat([tokens, several.to(tokens.dtype)], dim=1)
-            sides = reference_grids or [tuple(side // PATCH for side in latents.shape[-2:])]
-            image = torch.cat([image, *(_positions(REFERENCE * n, one, image) for n, one in enumerate(sides, 1))])
+            grids = reference_grids or [(latents.shape[-2] // PATCH, latents.shape[-1] // PATCH)]
+            tokens, image = with_references(tokens, image, several, grids, REFERENCE)
         words = torch.arange(text.shape[1], device=text.device)
         if added is not None and "text_positions" in added:
             words = added["text_positions"][-1]  # with several texts, each starts at 0
@@ -99,11 +88,3 @@ class Flux2Backbone(JointBackbone):
             **inputs,
         )[0]
         return unpacked(velocity[:, :cells], latents.shape[-2:])
-
-
-def _positions(first: int, grid: Sequence[int], like: Tensor) -> Tensor:
-    """Ids of the tokens of a reference image. Shape: [tokens, 4]."""
-    rows, columns = (torch.arange(side, device=like.device, dtype=like.dtype) for side in grid)
-    ids = like.new_zeros(*grid, 4)
-    ids[..., 0], ids[..., 1], ids[..., 2] = first, rows[:, None], columns
-    return ids.flatten(0, 1)

@@ -13,7 +13,6 @@ from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 from lora_compose.attention import Backbone
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import PATCH
-from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
@@ -29,7 +28,7 @@ from lora_compose.pipelines.calls.call import (
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
+from lora_compose.pipelines.denoising.inputs import OnGrid
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import (
@@ -40,15 +39,15 @@ from lora_compose.pipelines.families.flow_matching import (
     real_tokens,
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
 from lora_compose.pipelines.images.from_image import FromImage
-from lora_compose.pipelines.images.images import read_images
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
-class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+class ComposeFlux2KleinPipeline(ReferencesPipeline, TemplatePipeline, Flux2KleinPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `Flux2KleinPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "FLUX.2-klein"
@@ -216,15 +215,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
 
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call; with a start image it reads that as a reference image, too."""
-        if not call.references:
-            return super().backbone_of(call) if call.source is None else Flux2Backbone(self.transformer, reference=True)
-        cells = sum(height * width for height, width in self._grids(call.references))
-        return Flux2Backbone(self.transformer, reference=True, cells=cells)
-
-    def _grids(self, references: Sequence[Tensor]) -> list[Grid]:
-        """Height and width of reference images, in tokens."""
-        unit = self.vae_scale_factor * PATCH
-        return [(one.shape[-2] // unit, one.shape[-1] // unit) for one in references]
+        return super().backbone_of(call) if call.source is None else Flux2Backbone(self.transformer, reference=True)
 
     def _references(self, given: Any) -> list[Tensor]:
         """Reference images, prepared as diffusers does: cut to whole tokens, and made smaller above 1024 x 1024 pixels.
@@ -233,11 +224,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             ValueError: For tensors, and images that are too small or too long.
         """
         found, unit, most = [], self.vae_scale_factor * PATCH, 1024 * 1024
-        for one in [] if given is None else given if isinstance(given, list | tuple) else [given]:
-            read = read_images(one)
-            if isinstance(read, Tensor):
-                raise ValueError("reference images are PIL images, paths or 8-bit arrays, not tensors")
-            (image,) = read
+        for image in reference_images(given):
             self.image_processor.check_image_input(image)
             if image.width * image.height > most:
                 image = self.image_processor._resize_to_target_area(image, most)
@@ -245,14 +232,12 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             found.append(self.image_processor.preprocess(image, height=height, width=width, resize_mode="crop"))
         return found
 
-    def _of_references(self, call: Call) -> Mapping[str, Any]:
-        if not call.references:
-            return {}
+    def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
         tokens, _ = self.prepare_image_latents(
-            list(call.references), batch_size=1, generator=None,  # pyright: ignore[reportArgumentType]
+            list(references), batch_size=1, generator=None,  # pyright: ignore[reportArgumentType]
             device=self._execution_device, dtype=self.vae.dtype,
         )  # fmt: skip
-        return {"reference": ByImage(tokens), "reference_grids": self._grids(call.references)}
+        return tokens
 
     def _check_composed(self, given: FromImage) -> None:
         if given.size[0] * given.size[1] > 1024 * 1024:
