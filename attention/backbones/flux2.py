@@ -49,6 +49,7 @@ class Flux2Backbone(JointBackbone):
         added: Mapping[str, Tensor] | None,
         reference: Tensor | None = None,
         reference_grids: Sequence[Grid] = (),
+        guidance: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor:
         """One forward pass.
@@ -62,6 +63,7 @@ class Flux2Backbone(JointBackbone):
             reference: Latents of a reference image, shape: as the latents; or tokens of several, one after the other.
                 Shape: [rows, tokens, channels].
             reference_grids: Height and width of each of several, in tokens.
+            guidance: The scale of distilled guidance, of FLUX.2-dev. Shape: [rows].
             inputs: "joint_attention_kwargs".
 
         Returns:
@@ -83,7 +85,7 @@ class Flux2Backbone(JointBackbone):
             timestep=t.expand(len(latents)).to(latents.dtype) / 1000,
             img_ids=image,
             txt_ids=torch.nn.functional.pad(words[:, None], (3, 0)),
-            guidance=None,
+            guidance=guidance,
             return_dict=False,
             **inputs,
         )[0]

@@ -78,6 +78,7 @@ QWEN3: Mapping[str, Any] = {
 TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
     "Anima": (CosmosTransformer3DModel, {"num_attention_heads": 16, "extra_pos_embed_type": None}),
     "FLUX.1": (FluxTransformer2DModel, {"guidance_embeds": True}),
+    "FLUX.2-dev": (Flux2Transformer2DModel, {}),
     "FLUX.2-klein 4B": (
         Flux2Transformer2DModel,
         {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
@@ -95,7 +96,7 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
 """Configurations of transformers: the defaults of their classes, with changes.
 
 The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo, Qwen-Image and Z-Image-Turbo (whose
-`axes_lens` of 1536 is the length of a table). FLUX.2-klein: `Klein4BParams` and `Klein9BParams` in
+`axes_lens` of 1536 is the length of a table). FLUX.2: `Flux2Params`, `Klein4BParams` and `Klein9BParams` in
 `src/flux2/model.py` of github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers'
 converter `scripts/convert_cosmos_to_diffusers.py` has it.
 """

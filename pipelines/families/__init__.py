@@ -4,6 +4,7 @@ from lora_compose.pipelines.families.anima import ComposeAnimaPipeline
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
+from lora_compose.pipelines.families.flux2_dev import ComposeFlux2Pipeline
 from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
 from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
@@ -14,6 +15,7 @@ from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
 __all__ = [
     "ComposeAnimaPipeline",
     "ComposeFlux2KleinPipeline",
+    "ComposeFlux2Pipeline",
     "ComposeFluxKontextPipeline",
     "ComposeFluxPipeline",
     "ComposeKrea2Pipeline",

@@ -39,7 +39,9 @@ _SIZES: Mapping[str, Mapping[int, str]] = {
     "Qwen-Image": {3072: "Qwen-Image"},
 }
 """Families of one structure by their width."""
-_COMPOSED = ("Anima", "FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Qwen-Image", "Z-Image")
+_COMPOSED = (
+    "Anima", "FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Qwen-Image", "Z-Image"
+)  # fmt: skip
 OF_CLASS: Mapping[str, str] = {
     "CosmosTransformer3DModel": "Anima", "FluxTransformer2DModel": "FLUX.1", "Flux2Transformer2DModel": "FLUX.2",
     "Krea2Transformer2DModel": "Krea 2", "QwenImageTransformer2DModel": "Qwen-Image",

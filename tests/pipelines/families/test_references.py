@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from PIL import Image
 from torch import Tensor
 
 from flux2 import FLUX2
+from flux2_dev import FLUX2_DEV
 from flux_kontext import KONTEXT
 from lora_compose import ComposePipeline, Concept, Merge
 from lora_compose.pipelines.families import ComposeFluxKontextPipeline
@@ -20,6 +22,8 @@ from transformer_families import (
     CALL,
     CELLS,
     METHODS,
+    PROMPT,
+    TOKENS,
     Family,
     Places,
     dense_loras,
@@ -40,20 +44,24 @@ class Reading:
         image: Reference images, which are cut to whole tokens of 16 pixels.
         tokens: Of all of them.
         further: Arguments of every call.
+        guided: Whether there are unconditional rows.
     """
 
     family: Family
     image: Any
     tokens: int
     further: Mapping[str, Any] = field(default_factory=dict)
+    guided: bool = True
 
     @property
     def call(self) -> dict[str, Any]:
-        return {**CALL, **self.family.guided, "image": self.image, **self.further}
+        guidance = self.family.guided if self.guided else self.family.unguided
+        return {**CALL, **guidance, "image": self.image, **self.further}
 
 
 READING = {
     "klein": Reading(FLUX2, [NAVY, ORANGE], 4 * 6 + 5 * 4),
+    "dev": Reading(FLUX2_DEV, [NAVY, ORANGE], 4 * 6 + 5 * 4, guided=False),
     "kontext": Reading(KONTEXT, NAVY, 4 * 6, {"_auto_resize": False}),
 }
 
@@ -77,7 +85,7 @@ def expected_of(reading: Reading, pipe: Any, places_of: Any, on_references: floa
         return replace(found, image=torch.cat([found.image, there], dim=1))
 
     loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
-    with dense_loras(reading.family, pipe.transformer, loras, placed, guided=True):
+    with dense_loras(reading.family, pipe.transformer, loras, placed, guided=reading.guided):
         return plain_latents(reading.family, pipe, **reading.call)
 
 
@@ -130,7 +138,7 @@ def test_kontext_refuses_another_area_several_images_and_masks(reading, pipe):
     with pytest.raises(ValueError, match=r"reads one reference image with concepts, not 2; put them side by side"):
         pipe(**{**call, "image": [NAVY, ORANGE]})
     with pytest.raises(ValueError, match=r"reads image as a reference image, and inpaints nothing here; leave out"):
-        pipe(**call, mask_image=(0, 0, 32, 32))
+        pipe(**{**call, "image": NAVY}, mask_image=(0, 0, 32, 32))
 
 
 @pytest.mark.parametrize("reading", ["kontext"], indirect=True)
@@ -147,3 +155,30 @@ def test_kontext_opens_by_its_own_name(reading, pipe, tmp_path):
         '{"_class_name": "FluxKontextPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}'
     )
     assert ComposePipeline.family_of(configuration(str(tmp_path))) is ComposeFluxKontextPipeline
+
+
+@pytest.mark.parametrize("reading", ["dev"], indirect=True)
+def test_dev_refuses_a_rewritten_prompt_and_masks(reading, pipe):
+    call = {**reading.call, "concepts": ["cat"]}
+    with pytest.raises(ValueError, match="caption_upsample_temperature has the text encoder rewrite the prompt"):
+        pipe(**call, caption_upsample_temperature=0.1)
+    with pytest.raises(ValueError, match=r"no inpainting for FLUX\.2-dev, which reads image as a reference image"):
+        pipe(**{**call, "image": NAVY}, mask_image=(0, 0, 32, 32))
+
+
+@pytest.mark.parametrize("adds_special", [True, False], ids=["added-by-the-tokenizer", "in-the-template"])
+@pytest.mark.parametrize("reading", ["dev"], indirect=True)
+def test_dev_finds_words_as_its_processor_reads_them(reading, pipe, monkeypatch, adds_special):
+    if adds_special:
+        monkeypatch.setattr(pipe.tokenizer, "chat_template", pipe.tokenizer.chat_template.removeprefix("<s>"))
+    template = pipe._template(TOKENS)
+    assert template.adds_special is adds_special
+    (messages,) = format_input([PROMPT], pipe.system_message)
+    read = pipe.tokenizer.apply_chat_template(
+        [messages], tokenize=True, return_dict=True, padding="max_length", max_length=TOKENS, truncation=True
+    )
+    start = PROMPT.index("sks")
+    found = template.positions(PROMPT, start, start + 3)
+    assert found == reading.family.words[0]
+    assert [pipe.tokenizer.tokenizer.decode([read["input_ids"][0][i]]) for i in found] == ["s", "k", "s"]
+    assert torch.equal(template.real_tokens([PROMPT]), torch.tensor(read["attention_mask"]).bool())
