@@ -60,10 +60,18 @@ def test_words_that_a_template_loses_are_refused(pipe: Any) -> None:
         pipe(prompt="a sks cat", **pipe.arguments)
 
 
-@pytest.mark.parametrize("family", ["Chroma", "StableDiffusion3", "QwenImageEdit", "FluxFill"])
+OTHERS = {
+    "Chroma": "Chroma", "StableDiffusion3": "StableDiffusion3", "QwenImageEdit": "QwenImage",
+    "QwenImageEditPlus": "QwenImage", "FluxFill": "Flux", "Flux2KleinKV": "Flux2",
+}  # fmt: skip
+"""Families that are not supported, and how the class of their transformer begins."""
+
+
+@pytest.mark.parametrize("family", OTHERS)
 def test_models_of_other_families_are_refused_with_those_that_are_supported(tmp_path: Path, family: str) -> None:
-    kind = f"{'Flux' if family.startswith('Flux') else family.removesuffix('Edit')}Transformer2DModel"
-    config = {"_class_name": f"{family}Pipeline", "transformer": ["diffusers", kind]}
+    config = {
+        "_class_name": f"{family}Pipeline", "transformer": ["diffusers", f"{OTHERS[family]}Transformer2DModel"]
+    }  # fmt: skip
     (tmp_path / "model_index.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"a model for {family}Pipeline; supported are Anima, FLUX\.1, .*Z-Image"):
         ComposePipeline.from_pretrained(tmp_path)
