@@ -5,7 +5,7 @@ token mask is TARA, an image mask is a regional LoRA, one value per row is one L
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -39,8 +39,9 @@ class Gates:
             place of cells where there are several texts (`RegionQueries`).
         modulation: For the modulation layers of transformers; None means `row`. Shape: [rows, concepts].
         further: For further parts of a sequence. "reference": cells of the reference images, one after the other; if it
-            is missing, each has the size of the image and the gates of its cells. "other" is required where there is
-            such a part. Shape: [rows, positions, concepts] each; positions are not broadcast.
+            is missing, it is 0, or that of the image's cells, as the site says (`Site.reference_cells`). "other" is
+            required where there is such a part. Shape: [rows, positions, concepts] each; positions are broadcast where
+            the site knows how many there are.
     """
 
     text: Tensor
@@ -74,6 +75,13 @@ class Gates:
     def times(self, factors: Tensor) -> "Gates":
         """The gates times one factor per concept. Shape: [concepts]."""
         return self._each(lambda gate: gate * factors)
+
+    def acting_on_references(self, acting: Sequence[bool]) -> "Gates":
+        """The gates with those of reference images: some concepts act there as strongly as anywhere in the image."""
+        (image, *_) = self.image.values()
+        gate = image.amax(dim=1, keepdim=True)
+        gate = torch.stack([gate[..., i] * acts for i, acts in enumerate(acting)], dim=-1)
+        return replace(self, further={**self.further, "reference": gate})
 
     def _each(
         self, change: Callable[[Tensor], Tensor], change_row: Callable[[Tensor], Tensor] | None = None
@@ -141,9 +149,12 @@ class Gates:
             tokens = site.padded(max(lengths))
             # Rows with longer texts may be in another micro-batch.
             return self.text if site.multiple == 1 else self.text[..., :tokens, :], tokens
+        known = site.reference_cells if part == "reference" else None
         if part in self.further or part == "other":
             gate = self.further[part]
-            return gate, gate.shape[1]
+            return gate, gate.shape[1] if known is None else known
+        if known is not None:
+            return torch.zeros_like(self.image[site.level][:, :1]), known
         image = (self.read if site.reads_text and self.read is not None else self.image)[site.level]
         cells = site.padded(prod(grid_at(self.latent_grid, site.level)))
         return _padded(image, cells), cells

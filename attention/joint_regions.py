@@ -68,6 +68,7 @@ class JointRegions:
         unconditional: True for unconditional rows, in any order; they attend as in the base model.
         base: What unconditional rows attend to: text 0 and the image; None if that is their whole sequence.
         hidden: True at padding inside the texts. Shape: [rows, positions].
+        positions: Position of each token in its own text, for models that rotate text by it. Shape: [tokens].
         rows: The unconditional rows, and the others; None where there are none.
     """
 
@@ -75,6 +76,7 @@ class JointRegions:
     unconditional: tuple[bool, ...]
     base: Mapping[SiteParts, Group] | None = None
     hidden: Mapping[SiteParts, Tensor] | None = None
+    positions: Tensor | None = None
     rows: tuple[RowIndex | None, RowIndex | None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,12 +108,14 @@ class JointRegions:
             isolate: Whether cells do not attend to cells of other regions.
             hidden: True at padding inside the texts. Shape: [rows, tokens].
             references: True where a region covers a cell of a reference image, of all that the site has, in order; None
-                means that each has the size and the regions of the image. Shape: [cells of references, regions].
+                means none, or the image's own, as the site says. Shape: [cells of references, regions].
         """
         text = [PositionKind("text", frozenset({n})) for n, length in enumerate(lengths) for _ in range(length)]
         text += [PositionKind("text", frozenset({0}))] * (site.padded(len(text)) - len(text))
         image = _cells(membership)
         image += [PositionKind("image", frozenset())] * (site.padded(len(image)) - len(image))
+        if references is None and site.reference_cells is not None:
+            references = membership.new_zeros(site.reference_cells, membership.shape[1])
         of: Mapping[SitePart, Sequence[PositionKind]] = {
             "text": text, "image": image, "reference": image if references is None else _cells(references)
         }  # fmt: skip
@@ -128,7 +132,8 @@ class JointRegions:
             none = {part: hidden.new_zeros(len(hidden), len(kinds)) for part, kinds in of.items()}
             none["text"] = torch.nn.functional.pad(hidden, (0, len(text) - hidden.shape[1]))
             masks = {parts: torch.cat([none[part] for part in parts], dim=1) for parts in sequences}
-        return cls(groups, tuple(unconditional), base, masks)
+        positions = to_device(torch.cat([torch.arange(length) for length in lengths]), device)
+        return cls(groups, tuple(unconditional), base, masks, positions)
 
     def select(self, rows: slice | Sequence[int]) -> "JointRegions":
         """The regions of some rows: a slice, or indices in a new order."""

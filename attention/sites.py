@@ -26,6 +26,8 @@ class Site:
         extra_axis: Whether the input has a dimension more before its channels (Krea 2: layers of the text encoder).
         in_line: Whether several texts of a pass follow one another in the sequence, and are no dimension of their own.
         planar: Whether cells lie in frames, rows and columns: [rows, frames, height, width, channels].
+        reference_cells: Cells of all reference images, where LoRAs act only if gates say so and which lie in no region
+            of the image; None means that they are the image's own cells once more, with its gates and regions.
 
     Raises:
         ValueError: For a part of another name, or none.
@@ -39,6 +41,7 @@ class Site:
     extra_axis: bool
     in_line: bool
     planar: bool
+    reference_cells: int | None
 
     def __init__(
         self,
@@ -50,18 +53,26 @@ class Site:
         extra_axis: bool = False,
         in_line: bool = False,
         planar: bool = False,
+        reference_cells: int | None = None,
     ) -> None:
         if not parts or not set(parts) <= set(get_args(SitePart)):
             raise ValueError(f"the parts of a site are some of {', '.join(get_args(SitePart))}, not {parts}")
         vars(self).update(
             parts=parts, level=level, reads_text=reads_text, multiple=multiple, flat=flat, extra_axis=extra_axis,
-            in_line=in_line, planar=planar,
+            in_line=in_line, planar=planar, reference_cells=reference_cells,
         )  # fmt: skip
 
     def with_parts(self, *parts: SitePart) -> "Site":
         """A site of the same layer with other parts."""
         options: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "parts"}
         return Site(*parts, **options)
+
+    def with_references(self, cells: int | None) -> "Site":
+        """A site that has cells of reference images too, after the others, if it has the image's."""
+        if "image" not in self.parts:
+            return self
+        options: dict[str, Any] = {**vars(self), "reference_cells": cells}
+        return Site(*options.pop("parts"), "reference", **options)
 
     @property
     def joint(self) -> bool:

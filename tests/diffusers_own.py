@@ -24,7 +24,9 @@ from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 from components import ATTENTION
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
+from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
+from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
@@ -40,9 +42,13 @@ FILES = {
     "FLUX.1": "flux/test_pipeline_flux.py",
     "FLUX.1, image to image": "flux/test_pipeline_flux_img2img.py",
     "FLUX.1, inpainting": "flux/test_pipeline_flux_inpaint.py",
+    "FLUX.1 Kontext": "flux/test_pipeline_flux_kontext.py",
     "FLUX.2-klein": "flux2/test_pipeline_flux2_klein.py",
     "FLUX.2-klein, inpainting": "flux2/test_pipeline_flux2_klein_inpaint.py",
     "Krea 2": "krea2/test_krea2.py",
+    "Qwen-Image": "qwenimage/test_qwenimage.py",
+    "Qwen-Image, image to image": "qwenimage/test_qwenimage_img2img.py",
+    "Qwen-Image, inpainting": "qwenimage/test_qwenimage_inpaint.py",
     "Z-Image": "z_image/test_z_image.py",
     "Z-Image, image to image": "z_image/test_z_image_img2img.py",
     "Z-Image, inpainting": "z_image/test_z_image_inpaint.py",
@@ -58,8 +64,10 @@ _OURS: dict[str, Any] = {
         "StableDiffusion": ComposeStableDiffusionPipeline,
         "StableDiffusionXL": ComposeStableDiffusionXLPipeline,
         "Flux": ComposeFluxPipeline,
+        "FluxKontext": ComposeFluxKontextPipeline,
         "Flux2Klein": ComposeFlux2KleinPipeline,
         "Krea2": ComposeKrea2Pipeline,
+        "QwenImage": ComposeQwenImagePipeline,
         "ZImage": ComposeZImagePipeline,
     }.items()
     for task in ("", "Img2Img", "Inpaint")

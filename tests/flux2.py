@@ -29,19 +29,24 @@ def flux2_transformer(**changes: Any) -> Flux2Transformer2DModel:
     return without_zeros(Flux2Transformer2DModel(**config | changes))
 
 
-def flux2_pipeline(cls: Any = ComposeFlux2KleinPipeline, **changes: Any) -> Any:
-    """A FLUX.2-klein pipeline of small real components."""
-    torch.manual_seed(0)
-    words = qwen_tokenizer()
+def flux2_vae() -> Any:
+    """A VAE of four channels."""
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=128
     )
     norm: Any = vae.bn
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2.0)
+    return vae.eval()
+
+
+def flux2_pipeline(cls: Any = ComposeFlux2KleinPipeline, **changes: Any) -> Any:
+    """A FLUX.2-klein pipeline of small real components."""
+    torch.manual_seed(0)
+    words = qwen_tokenizer()
     pipe = cls(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae.eval(),
+        vae=flux2_vae(),
         text_encoder=qwen3(len(words)),
         tokenizer=words,
         transformer=flux2_transformer(**changes),

@@ -5,7 +5,16 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
+)
 
 # As in the templates of the published tokenizers: a system part only if there is one, and an empty thought on request.
 TEMPLATE = (
@@ -60,6 +69,19 @@ def qwen3_vl(words: int) -> Any:
     }  # fmt: skip
     text = _sizes(words, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]})
     return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def qwen2_5_vl(words: int) -> Any:
+    """Qwen-Image's text encoder, small; its part for images is run by edit models alone."""
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24,
+        "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    text = _sizes(
+        words, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
 
 
 def without_zeros(model: torch.nn.Module) -> Any:

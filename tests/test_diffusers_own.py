@@ -16,13 +16,14 @@ import pytest
 
 FILES = (
     "SD", "SD, image to image", "SD, inpainting", "SDXL", "SDXL, image to image", "SDXL, inpainting", "FLUX.1",
-    "FLUX.1, image to image", "FLUX.1, inpainting", "FLUX.2-klein", "FLUX.2-klein, inpainting", "Krea 2", "Z-Image",
+    "FLUX.1, image to image", "FLUX.1, inpainting", "FLUX.1 Kontext", "FLUX.2-klein", "FLUX.2-klein, inpainting",
+    "Krea 2", "Qwen-Image", "Qwen-Image, image to image", "Qwen-Image, inpainting", "Z-Image",
     "Z-Image, image to image", "Z-Image, inpainting",
 )  # fmt: skip
 """As `diffusers_own.FILES` has them, which takes seconds to import."""
 
 REFUSED = (
-    "IP-Adapter images can be combined with concepts on", "reference images cannot be combined with concepts",
+    "IP-Adapter images can be combined with concepts on", "further reference images cannot be combined with",
     "unknown argument 'masked_image_latents'", "mask_image is all black", "unknown argument 'denoising_start'",
 )  # fmt: skip
 """What docs/limits.md lists, as the errors say it."""

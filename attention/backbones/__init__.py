@@ -101,6 +101,7 @@ BACKBONES: Mapping[str, str] = {
     "FluxTransformer2DModel": "flux.FluxBackbone",
     "Flux2Transformer2DModel": "flux2.Flux2Backbone",
     "Krea2Transformer2DModel": "krea2.Krea2Backbone",
+    "QwenImageTransformer2DModel": "qwen_image.QwenImageBackbone",
     "ZImageTransformer2DModel": "z_image.ZImageBackbone",
 }
 """File and class for each model class of diffusers. By name: programs with models of their own load none of them."""

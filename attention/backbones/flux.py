@@ -1,13 +1,16 @@
 """FLUX.1: text and image tokens in one sequence, in double-stream blocks and then in single-stream ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_compose.attention.backbones.joint import JointBackbone, image_positions, packed, unpacked
-from lora_compose.attention.sites import Site
+from lora_compose.attention.backbones.joint import JointBackbone, image_positions, packed, unpacked, with_references
+from lora_compose.attention.sites import Grid, Site
+
+REFERENCE = 1
+"""The first of the three position ids of Kontext's reference image; that of the image is 0."""
 
 
 class FluxBackbone(JointBackbone):
@@ -29,7 +32,14 @@ class FluxBackbone(JointBackbone):
     blocks = ("transformer_blocks", "single_transformer_blocks")
 
     def forward(
-        self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
+        self,
+        latents: Tensor,
+        t: Tensor,
+        text: Tensor,
+        added: Mapping[str, Tensor] | None,
+        reference: Tensor | None = None,
+        reference_grids: Sequence[Grid] = (),
+        **inputs: Any,
     ) -> Tensor:
         """One forward pass.
 
@@ -38,19 +48,25 @@ class FluxBackbone(JointBackbone):
             t: The timestep, 0 to 1000.
             text: Features of the T5 encoder. Shape: [rows, tokens, channels].
             added: "pooled_projections" of the CLIP encoder. Shape: [rows, channels].
+            reference: Tokens of reference images (Kontext). Shape: [rows, tokens, channels].
+            reference_grids: Height and width of each, in tokens.
             inputs: "guidance" of a guidance-distilled model, shape [rows], and "joint_attention_kwargs".
 
         Returns:
             The velocity. Shape: as the latents.
         """
+        tokens, positions = packed(latents), image_positions(latents)
+        cells = len(positions)
+        if reference is not None:
+            tokens, positions = with_references(tokens, positions, reference, reference_grids, REFERENCE)
         velocity = self.model(
-            hidden_states=packed(latents),
+            hidden_states=tokens,
             encoder_hidden_states=text,
             pooled_projections=(added or {})["pooled_projections"],
             timestep=t.expand(len(latents)).to(latents.dtype) / 1000,
-            img_ids=image_positions(latents),
+            img_ids=positions,
             txt_ids=torch.zeros(text.shape[1], 3, device=latents.device, dtype=latents.dtype),
             return_dict=False,
             **inputs,
         )[0]
-        return unpacked(velocity, latents.shape[-2:])
+        return unpacked(velocity[:, :cells], latents.shape[-2:])

@@ -1,38 +1,27 @@
 """FLUX.2: double-stream, then single-stream blocks whose queries, keys, values and first MLP layer are one layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_compose.attention.backbones.joint import JointBackbone, image_positions, packed, unpacked
-from lora_compose.attention.sites import Site
+from lora_compose.attention.backbones.joint import (
+    PATCH,
+    JointBackbone,
+    image_positions,
+    packed,
+    unpacked,
+    with_references,
+)
+from lora_compose.attention.sites import Grid, Site
 
 REFERENCE = 10
-"""The first of the four position ids of the first reference image; that of the image is 0."""
+"""The first of the four position ids of the n-th reference image is so many times n; that of the image is 0."""
 
 
 class Flux2Backbone(JointBackbone):
-    """A `Flux2Transformer2DModel`.
-
-    Args:
-        reference: Whether it reads a reference image beside the image.
-    """
-
-    def __init__(self, model: nn.Module, reference: bool = False) -> None:
-        super().__init__(model)
-        self._reference = reference
-        if reference:
-            self.sites = {name: self._with_reference(site) for name, site in self.sites.items()}
-
-    @property
-    def joint(self) -> Site | None:
-        """How text and image lie in one sequence."""
-        return None if (joint := super().joint) is None else self._with_reference(joint)
-
-    def _with_reference(self, site: Site) -> Site:
-        return site.with_parts(*site.parts, "reference") if self._reference and "image" in site.parts else site
+    """A `Flux2Transformer2DModel`."""
 
     table = (
         # All blocks share three modulation layers.
@@ -59,6 +48,8 @@ class Flux2Backbone(JointBackbone):
         text: Tensor,
         added: Mapping[str, Tensor] | None,
         reference: Tensor | None = None,
+        reference_grids: Sequence[Grid] = (),
+        guidance: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor:
         """One forward pass.
@@ -69,7 +60,10 @@ class Flux2Backbone(JointBackbone):
             text: Hidden states of several layers of the text encoder, concatenated. Shape: [rows, tokens, layers *
                 channels].
             added: "text_positions" of the tokens, with several texts in one sequence. Shape: [rows, tokens].
-            reference: Latents of a reference image. Shape: as the latents.
+            reference: Latents of a reference image, shape: as the latents; or tokens of several, one after the other.
+                Shape: [rows, tokens, channels].
+            reference_grids: Height and width of each of several, in tokens.
+            guidance: The scale of distilled guidance, of FLUX.2-dev. Shape: [rows].
             inputs: "joint_attention_kwargs".
 
         Returns:
@@ -79,8 +73,9 @@ class Flux2Backbone(JointBackbone):
         image = torch.nn.functional.pad(image_positions(latents, torch.int64), (0, 1))
         tokens, cells = packed(latents), len(image)
         if reference is not None:
-            tokens = torch.cat([tokens, packed(reference).to(tokens.dtype)], dim=1)
-            image = torch.cat([image, image + image.new_tensor([REFERENCE, 0, 0, 0])])
+            several = reference if reference.dim() == 3 else packed(reference)
+            grids = reference_grids or [(latents.shape[-2] // PATCH, latents.shape[-1] // PATCH)]
+            tokens, image = with_references(tokens, image, several, grids, REFERENCE)
         words = torch.arange(text.shape[1], device=text.device)
         if added is not None and "text_positions" in added:
             words = added["text_positions"][-1]  # with several texts, each starts at 0
@@ -90,7 +85,7 @@ class Flux2Backbone(JointBackbone):
             timestep=t.expand(len(latents)).to(latents.dtype) / 1000,
             img_ids=image,
             txt_ids=torch.nn.functional.pad(words[:, None], (3, 0)),
-            guidance=None,
+            guidance=guidance,
             return_dict=False,
             **inputs,
         )[0]

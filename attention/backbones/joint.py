@@ -24,7 +24,7 @@ from lora_compose.attention.claims import Journal, undoing
 from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.joint_regions import seen_too
-from lora_compose.attention.sites import Site, SitePart, grid_at
+from lora_compose.attention.sites import Grid, Site, SitePart, grid_at
 
 PATCH = 2
 """Latent cells per image token and side, so that image tokens are on level 1."""
@@ -32,6 +32,10 @@ PATCH = 2
 
 class JointBackbone:
     """Base class of transformers; a family adds a table of its layers and its forward pass.
+
+    Args:
+        reference: Whether it reads reference images beside the image.
+        cells: Tokens of all of them; None means that there is one, which is the image that a call starts from.
 
     Attributes:
         table: Sites by patterns of layer names. A LoRA cannot change a layer that no pattern matches.
@@ -48,9 +52,10 @@ class JointBackbone:
     text_layers = 1
     reads_regions = False
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.sites = _sites(self.table, tuple(modules_of(model)))
+    def __init__(self, model: nn.Module, reference: bool = False, cells: int | None = None) -> None:
+        self.model, self._reference, self._cells = model, reference, cells
+        sites = _sites(self.table, tuple(modules_of(model)))
+        self.sites = {name: site.with_references(cells) for name, site in sites.items()} if reference else sites
 
     @property
     def map_layers(self) -> tuple[str, ...]:
@@ -106,7 +111,8 @@ class JointBackbone:
     @property
     def joint(self) -> Site | None:
         """How text and image lie in one sequence; None if they do not."""
-        return next((site for _, site in self.table if site.joint), None)
+        found = next((site for _, site in self.table if site.joint), None)
+        return found.with_references(self._cells) if self._reference and found is not None else found
 
     def _processor(self, layer: str, processor: Any, state: ForwardState) -> Any:
         """A processor for an attention layer, in place of the one found."""
@@ -146,6 +152,28 @@ def image_positions(latents: Tensor, dtype: torch.dtype | None = None) -> Tensor
     to: dict[str, Any] = {"device": latents.device, "dtype": dtype or latents.dtype}
     rows, columns = torch.meshgrid(torch.arange(height, **to), torch.arange(width, **to), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+
+
+def with_references(
+    tokens: Tensor, positions: Tensor, references: Tensor, grids: Sequence[Grid], step: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens and position ids of an image, and then those of reference images.
+
+    Args:
+        tokens: Shape: [rows, cells, channels].
+        positions: Shape: [cells, ids].
+        references: Tokens of all reference images, one after the other. Shape: [rows, cells, channels].
+        grids: Height and width of each of them, in tokens.
+        step: The first id of the n-th is so many times n; that of the image is 0.
+    """
+    each = [positions]
+    for n, grid in enumerate(grids, 1):
+        ids = positions.new_zeros(*grid, positions.shape[1])
+        ids[..., 0] = step * n
+        ids[..., 1] = torch.arange(grid[0], device=ids.device)[:, None]
+        ids[..., 2] = torch.arange(grid[1], device=ids.device)
+        each.append(ids.flatten(0, 1))
+    return torch.cat([tokens, references.to(tokens.dtype)], dim=1), torch.cat(each)
 
 
 @dataclass(frozen=True)

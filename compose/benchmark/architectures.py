@@ -12,6 +12,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
+    QwenImageTransformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
@@ -89,6 +90,7 @@ T5_XXL: Mapping[str, Any] = {
 TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
     "Anima": (CosmosTransformer3DModel, {"num_attention_heads": 16, "extra_pos_embed_type": None}),
     "FLUX.1": (FluxTransformer2DModel, {"guidance_embeds": True}),
+    "FLUX.2-dev": (Flux2Transformer2DModel, {}),
     "FLUX.2-klein 4B": (
         Flux2Transformer2DModel,
         {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
@@ -100,14 +102,15 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
          "guidance_embeds": False},
     ),
     "Krea 2": (Krea2Transformer2DModel, {}),
+    "Qwen-Image": (QwenImageTransformer2DModel, {}),
     "Z-Image": (ZImageTransformer2DModel, {}),
 }  # fmt: skip
 """Configurations of transformers: the defaults of their classes, with changes.
 
-The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo and Z-Image-Turbo (whose `axes_lens` of
-1536 is the length of a table). FLUX.2-klein: `Klein4BParams` and `Klein9BParams` in `src/flux2/model.py` of
-github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers' converter
-`scripts/convert_cosmos_to_diffusers.py` has it.
+The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo, Qwen-Image and Z-Image-Turbo (whose
+`axes_lens` of 1536 is the length of a table). FLUX.2: `Flux2Params`, `Klein4BParams` and `Klein9BParams` in
+`src/flux2/model.py` of github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers'
+converter `scripts/convert_cosmos_to_diffusers.py` has it.
 """
 FAMILIES = (*_FAMILIES, *TRANSFORMERS)
 

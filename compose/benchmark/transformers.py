@@ -107,7 +107,7 @@ def _inputs(model: Any, tokens: int) -> dict[str, Any]:
     if "text_embed_dim" in config:
         return {"text": empty(1, tokens, config["text_embed_dim"]), "added": None}
     text = empty(1, tokens, config["joint_attention_dim"])
+    guidance = {"guidance": empty(1)} if config.get("guidance_embeds") else {}
     if "pooled_projection_dim" not in config:
-        return {"text": text, "added": None}
-    guidance = {"guidance": empty(1)} if config["guidance_embeds"] else {}
+        return {"text": text, "added": None, **guidance}
     return {"text": text, "added": {"pooled_projections": empty(1, config["pooled_projection_dim"])}, **guidance}

@@ -35,7 +35,7 @@ def bench(
         bool, typer.Option("--memory", help="Compute the peak memory of SD 1.5 and SDXL in half precision.")
     ] = False,
     transformers: Annotated[
-        bool, typer.Option("--transformers", help="Count a pass of FLUX, Krea 2 and Z-Image with regional.")
+        bool, typer.Option("--transformers", help="Count a pass of FLUX, Krea 2, Qwen-Image and Z-Image with regional.")
     ] = False,
     hardware: Annotated[
         bool,

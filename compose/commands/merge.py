@@ -31,7 +31,7 @@ def merge(
             "--model",
             help="playground, a folder, a file or a hub repository. soups and ssr need it; the other methods only read "
             "its layer names, which are known for all families: SD 1.x, 2.x and SDXL, and the transformers FLUX.1, "
-            "FLUX.2-klein, Krea 2, Z-Image and Anima.",
+            "FLUX.2-klein and -dev, Krea 2, Qwen-Image, Z-Image and Anima.",
         ),
     ] = None,
     settings: Annotated[

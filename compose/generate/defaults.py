@@ -83,9 +83,10 @@ def defaults_for(device: str, facts: ModelFacts | None) -> Defaults:
 
 
 def call_defaults(family: Any) -> tuple[int, float]:
-    """Steps and guidance of a family in Python, which are diffusers'."""
+    """Steps and guidance of a family in Python, which are diffusers'; guidance as `guided` of the family takes it."""
     given = inspect.signature(family.__call__).parameters
-    return given["num_inference_steps"].default, given["guidance_scale"].default
+    scale = given["guidance_scale"].default  # None where no model has distilled guidance
+    return given["num_inference_steps"].default, given["true_cfg_scale"].default if scale is None else scale
 
 
 def few_steps(facts: ModelFacts) -> tuple[int, float, str] | None:

@@ -124,6 +124,7 @@ class Call:
         inputs: Further arguments of every forward pass; tensors are marked (`ByImage`, `OnGrid`).
         properties: Attributes that diffusers' pipeline has during a call.
         source: The image to start from; None means text-to-image.
+        references: Reference images, prepared for the VAE, of any sizes. Shape: [1, 3, height, width] each.
         repaint: Further arguments of calls that repaint the subjects of the images (`refine`).
     """
 
@@ -138,6 +139,7 @@ class Call:
     source: Source | None = None
     repaint: Mapping[str, Any] = field(default_factory=dict)
     image_prompts: PreparedImagePrompts | None = None
+    references: Sequence[Tensor] = ()
 
 
 def no_concepts(concepts: Concepts | None) -> bool:

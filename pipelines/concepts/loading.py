@@ -25,7 +25,7 @@ from lora_compose.pipelines.formats.keys import PARTS, Part, parse
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.models import MODEL_PARTS, TEXT_ENCODERS, Models, model_part, models_by_part
 from lora_compose.pipelines.formats.names import present_name, spellings
-from lora_compose.pipelines.formats.recognise import guess_family
+from lora_compose.pipelines.formats.recognise import OF_CLASS, guess_family
 from lora_compose.pipelines.formats.transformer_names import swaps_halves
 
 __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read_lora"]
@@ -141,9 +141,17 @@ def assign(file: LoraFile, grouped: Layers, pipe: object) -> tuple[Mapping[Part,
     fitting = sum(map(len, found.values()))
     # Families share the names of a few layers, and some of them a text encoder.
     other = not found[model] and any(component == model for component, _ in meant)
+    other = other or (bool(unmatched) and _is_of_another_family(file, models[model]))
     if other or fitting < _FITTING * len(grouped.layers) or not fitting:
         raise LoraError(_nothing(file, fitting, len(grouped.layers)))
     return found, tuple(unmatched)
+
+
+def _is_of_another_family(file: LoraFile, model: nn.Module) -> bool:
+    """Whether a file is for another transformer, some of whose layers have the names and sizes of the model's."""
+    own = OF_CLASS.get(type(uncompiled(model)).__name__)
+    guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, file.metadata)
+    return own is not None and guess.supported and not (guess.family or "").startswith(own)
 
 
 def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:

@@ -119,6 +119,10 @@ class Denoiser:
             parts: Parts of sequences whose gates are the same on all rows and positions.
             weights: The gate of each concept.
         """
+        joint = self.backbone.joint
+        acts = [bool(concept.references) for concept in self.concepts.concepts]
+        if joint is not None and joint.reference_cells is not None and not all(acts):
+            parts = [part for part in parts if part != "reference"]
         if self._can_fold and parts:
             self.installation.fold(parts, weights, self.concepts.schedules.keys())
 

@@ -88,6 +88,9 @@ class PreparedPass:
             regions = None if regions is None else regions.select(rows)
             bias = None if bias is None else bias.select(rows)
             gates, text = gates.select(rows), text.select(rows)
+        acting = [bool(concept.references) for concept in concepts.concepts]
+        if any(acting):
+            gates = gates.acting_on_references(acting)
         if concepts.schedules:
             gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
         gates = concepts.scatter(gates)

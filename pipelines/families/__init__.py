@@ -4,7 +4,10 @@ from lora_compose.pipelines.families.anima import ComposeAnimaPipeline
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
+from lora_compose.pipelines.families.flux2_dev import ComposeFlux2Pipeline
+from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
+from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
@@ -12,9 +15,12 @@ from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
 __all__ = [
     "ComposeAnimaPipeline",
     "ComposeFlux2KleinPipeline",
+    "ComposeFlux2Pipeline",
+    "ComposeFluxKontextPipeline",
     "ComposeFluxPipeline",
     "ComposeKrea2Pipeline",
     "ComposePipeline",
+    "ComposeQwenImagePipeline",
     "ComposeStableDiffusionPipeline",
     "ComposeStableDiffusionXLPipeline",
     "ComposeZImagePipeline",

@@ -276,18 +276,17 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             schedule = self.schedule(self.scheduler, call.sampling, plan.canvas, call.source)
             task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
             sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling), task)
-            opened = sessions(encode, sampler, {} if task is None else task.inputs)
+            opened = sessions(encode, sampler, self._of_references(call) if task is None else task.inputs)
             process = concept_sets.start(plan.choice.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
                 self._before_step, lambda step, latents: self._after_step(call, process, step, latents, task),
                 lambda: self.interrupt, self.progress_bar,
             )  # fmt: skip
+            start = task or TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype))
             latents = denoise(
-                process, task or TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
-                sampler, plan.cfg_scale, hooks,
-                cost=opened.denoiser.cost, started=call.started,
-            )  # fmt: skip
+                process, start, sampler, plan.cfg_scale, hooks, cost=opened.denoiser.cost, started=call.started
+            )
             check_finite(latents, likely_causes(plan))
             return latents, process, Outcome(opened.denoiser, plan.choice, self._origin(call, plan))
 
@@ -299,8 +298,6 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """
         with kept() as warnings, torch.no_grad():
             return CallPlan.of(make_plan(self, request_of(self, args, kwargs).call), warnings)
-
-    # Differences between families.
 
     @property
     def model(self) -> Any:
@@ -342,6 +339,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """The task of a call that starts from an image."""
         raise NotImplementedError
 
+    def _of_references(self, call: Call) -> Mapping[str, Any]:
+        """Further arguments of every forward pass, from the reference images of a call."""
+        return {}
+
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
         """Text tensors for callbacks, by diffusers' names."""
         return {"prompt_embeds": text.prompt_embeds}
@@ -354,10 +355,9 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         ends = isinstance(sampling.denoising_end, float) and 0 < sampling.denoising_end < 1
         if ends:
             trained = scheduler.config.num_train_timesteps
-            kept = timesteps[timesteps >= round(trained - sampling.denoising_end * trained)]
-            if not len(kept):
+            timesteps = timesteps[timesteps >= round(trained - sampling.denoising_end * trained)]
+            if not len(timesteps):
                 raise ValueError(f"denoising_end={sampling.denoising_end} leaves none of the {steps} steps")
-            timesteps = kept
         if ends or sampling.has_schedule:
             steps = math.ceil(len(timesteps) / scheduler.order)
         return Schedule(timesteps, steps, scheduler.order, sampling.guider.unguided(timesteps))
@@ -388,8 +388,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         offered = {"latents": latents, **self._text_for_callbacks(process.text)}
         if isinstance(task, Inpainting):
             offered |= dict(zip(OF_INPAINTING, (task.mask, task.masked), strict=True))
-        given = {name: offered[name] for name in call.callback.tensors}
-        returned = function(self, step.index, step.t, dict(given))
+        returned = function(self, step.index, step.t, {name: offered[name] for name in call.callback.tensors})
         if step.cfg_scale > 1 and self.guidance_scale != guidance_scale:
             cfg_scale = self._cfg_scale(step)
         check_changed(offered, returned, cut=step.cfg_scale > 1 >= cfg_scale)

@@ -71,6 +71,11 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     def _timesteps(self, scheduler: Any, sampling: Sampling, canvas: Canvas) -> tuple[Tensor, int]:
         steps = sampling.num_inference_steps or 1
         sigmas = self._sigmas(steps) if sampling.sigmas is None else sampling.sigmas
+        if scheduler.config.get("shift_terminal") and len(sigmas) == 1:
+            raise ValueError(
+                "this scheduler stretches its steps to end at shift_terminal, which needs at least 2 of them: with 1, "
+                "diffusers divides by 0"
+            )
         if scheduler.config.get("use_flow_sigmas"):
             sigmas = None
         height, width = canvas.latent_grid

@@ -21,7 +21,7 @@ from lora_compose.pipelines.calls.call import (
     listed,
     tensors_for,
 )
-from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.calls.front import Begun, Plain, Request, front
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
@@ -35,7 +35,7 @@ from lora_compose.pipelines.families.flow_matching import (
     real_tokens,
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.text.conditioning import TokenPositions
@@ -44,100 +44,39 @@ from lora_compose.pipelines.text.long_prompts import Reading
 from lora_compose.pipelines.text.weighted import weighted_embeds
 
 
-class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """diffusers' `FluxPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+class FluxCalls(FlowMatchingPipeline):
+    """What calls of FLUX.1 and of Kontext, which has the same components, have in common."""
 
-    family = "FLUX.1"
     architecture = "flux-1-dev"
     transformer_class = FluxTransformer2DModel
-    image_to_image = ImageTask(FluxImg2ImgPipeline, resizes=True)
-    inpainting = ImageTask(FluxInpaintPipeline, resizes=True)
     text_tokenizers = ("tokenizer_2",)
     reads_weights = True
 
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Whether a checkpoint is of this family."""
-        bare = [key.removeprefix("model.diffusion_model.") for key in keys]
-        later = any(key.startswith("single_stream_modulation.") for key in bare)  # FLUX.2 has double blocks too
-        return not later and any(key.startswith("double_blocks.") for key in bare)
-
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _request(
         self,
-        prompt: str | list[str] | None = None,
-        prompt_2: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        negative_prompt_2: str | list[str] | None = None,
-        true_cfg_scale: float = 1.0,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 28,
-        sigmas: list[float] | None = None,
-        guidance_scale: float = 3.5,
-        num_images_per_prompt: int | None = 1,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        ip_adapter_image: Any = None,
-        ip_adapter_image_embeds: list[Tensor] | None = None,
-        negative_ip_adapter_image: Any = None,
-        negative_ip_adapter_image_embeds: list[Tensor] | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        max_sequence_length: int = 512,
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        image: Any = None,
-        mask_image: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
-
-        Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
-        With concepts, `output_type="latent"` returns them packed, as diffusers does.
+        begun: Begun,
+        given: Mapping[str, Any],
+        size: tuple[int, int],
+        source: Source | None = None,
+        references: Sequence[Tensor] = (),
+    ) -> Request:
+        """The request of a call with concepts.
 
         Args:
-            concepts: As for `ComposePipeline.__call__`.
-            method: One without gradients: draft, regional, tara, merge, switch or composite, or settings of them.
-            control: Not supported yet.
-            token_positions: Positions among the T5 tokens.
-            record_attention: Maps come from the last third of the double-stream blocks.
-            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
+            given: The arguments of `__call__`, by name.
+            size: Width and height of the images, in pixels.
         """
-        max_sequence_length = self._readable(max_sequence_length)
-        if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take
-            negative_prompt = _for_each(negative_prompt, len(prompt))
-        width, height = self._sides(width, height)
-        begun = self._begin(locals())
-        if begun.plain is not None:
-            return begun.plain
-        prompt = begun.prompt
-        ip_adapters = ip_adapter_image, ip_adapter_image_embeds
-        negative_ip_adapters = negative_ip_adapter_image, negative_ip_adapter_image_embeds
-        check_arguments(kwargs, (*ip_adapters, *negative_ip_adapters), joint_attention_kwargs, "joint_attention_kwargs")
-        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        source = self._source(begun.start, width, height, output_type or "np")
-        width, height = self._size(width, height) if source is None else source.size
+        prompt, prompt_2, (width, height) = begun.prompt, given["prompt_2"], size
+        negative_prompt, negative_prompt_2 = given["negative_prompt"], given["negative_prompt_2"]
+        prompt_embeds, pooled_prompt_embeds = given["prompt_embeds"], given["pooled_prompt_embeds"]
+        negative_prompt_embeds = given["negative_prompt_embeds"]
+        negative_pooled_prompt_embeds = given["negative_pooled_prompt_embeds"]
+        true_cfg_scale, guidance_scale = given["true_cfg_scale"], given["guidance_scale"]
+        joint_attention_kwargs, callback_on_step_end = given["joint_attention_kwargs"], given["callback_on_step_end"]
+        max_sequence_length, output_type = given["max_sequence_length"], given["output_type"] or "np"
+        ip_adapters = [given[f"{side}ip_adapter_image{kind}"] for side in ("", "negative_") for kind in ("", "_embeds")]
+        check_arguments(given["kwargs"], ip_adapters, joint_attention_kwargs, "joint_attention_kwargs")
+        tensors = tensors_for(callback_on_step_end, given["callback_on_step_end_tensor_inputs"])
         self.check_inputs(
             prompt, prompt_2=prompt_2, height=height, width=width, negative_prompt=negative_prompt,
             negative_prompt_2=negative_prompt_2, prompt_embeds=prompt_embeds,
@@ -150,15 +89,18 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             raise ValueError(f"there are {len(listed(prompt))} prompts, but {len(texts[0])} in prompt_2")
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
         cfg_scale = true_cfg_scale if has_negative else 1.0
-        per_prompt = num_images_per_prompt or 1
+        per_prompt = given["num_images_per_prompt"] or 1
         guider = ClassifierFree(cfg_scale)
-        sampling = Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider)
+        sampling = Sampling(
+            given["num_inference_steps"], None, given["sigmas"], None, given["generator"], given["latents"],
+            guider=guider,
+        )  # fmt: skip
         negatives = [listed(negative_prompt), listed(negative_prompt_2)]
-        given = GivenPrompts(texts, prompt_embeds, max_sequence_length, negatives)
-        check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
-        images = len(given) * per_prompt
+        prompts_given = GivenPrompts(texts, prompt_embeds, max_sequence_length, negatives)
+        check_negative_embeds(prompts_given, negative_prompt_embeds if cfg_scale > 1 else None)
+        images = len(prompts_given) * per_prompt
         call = Call(
-            begun.composition, given,
+            begun.composition, prompts_given,
             ImageSize(width, height, per_prompt), sampling, Callback(callback_on_step_end, tensors), begun.started,
             self._inputs(guidance_scale, images, joint_attention_kwargs),
             {
@@ -171,6 +113,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
                 "negative_prompt": None if negative_prompt is None else listed(negative_prompt)[0],
                 "max_sequence_length": max_sequence_length,
             },
+            references=references,
         )  # fmt: skip
 
         def encode(
@@ -178,7 +121,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         ) -> tuple[Tensor, dict[str, Tensor]]:
             own = prompt, prompt_2, prompt_embeds, pooled_prompt_embeds
             if negative:
-                words = [_for_each(text, len(given)) for text in (negative_prompt, negative_prompt_2)]
+                words = [for_all(text, len(prompts_given)) for text in (negative_prompt, negative_prompt_2)]
                 own = *words, negative_prompt_embeds, negative_pooled_prompt_embeds
             first, second, embeds, pooled = own if prompts is None else (prompts, None, None, None)
             read = None
@@ -200,9 +143,9 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             return text, {"pooled_projections": pooled, "text_mask": mask}
 
         def decode(latents: Tensor, process: Process) -> tuple[Any]:
-            return (self._finished(self._decode(latents, output_type or "np"), source),)
+            return (self._finished(self._decode(latents, output_type), source),)
 
-        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, return_dict)
+        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, given["return_dict"])
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
         """As `FlowMatchingPipeline.guided`: distilled guidance where the model has it, otherwise a second pass."""
@@ -291,12 +234,101 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         return self._postprocess(image, output_type)
 
 
-def _for_each(text: str | list[str] | None, count: int) -> list[str] | None:
+def for_all(text: str | list[str] | None, count: int) -> list[str] | None:
     """A text for each of so many prompts; one is for all."""
     if text is None:
         return None
     found = listed(text)
     return (found * count if len(found) == 1 else found) or None
+
+
+class ComposeFluxPipeline(FluxCalls, FluxPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `FluxPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+
+    family = "FLUX.1"
+    image_to_image = ImageTask(FluxImg2ImgPipeline, resizes=True)
+    inpainting = ImageTask(FluxInpaintPipeline, resizes=True)
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        """Whether a checkpoint is of this family."""
+        bare = [key.removeprefix("model.diffusion_model.") for key in keys]
+        later = any(key.startswith("single_stream_modulation.") for key in bare)  # FLUX.2 has double blocks too
+        return not later and any(key.startswith("double_blocks.") for key in bare)
+
+    @front
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int | None = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        negative_ip_adapter_image: Any = None,
+        negative_ip_adapter_image_embeds: list[Tensor] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        max_sequence_length: int = 512,
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
+        **kwargs: Any,
+    ) -> Request | Plain:
+        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+
+        Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
+        With concepts, `output_type="latent"` returns them packed, as diffusers does.
+
+        Args:
+            concepts: As for `ComposePipeline.__call__`.
+            method: One without gradients: draft, regional, tara, merge, switch or composite, or settings of them.
+            control: Not supported yet.
+            token_positions: Positions among the T5 tokens.
+            record_attention: Maps come from the last third of the double-stream blocks.
+            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
+
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed.
+        """
+        max_sequence_length = self._readable(max_sequence_length)
+        if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take
+            negative_prompt = for_all(negative_prompt, len(prompt))
+        width, height = self._sides(width, height)
+        given = dict(locals())
+        begun = self._begin(given)
+        if begun.plain is not None:
+            return begun.plain
+        source = self._source(begun.start, width, height, output_type or "np")
+        size = self._size(width, height) if source is None else source.size
+        return self._request(begun, given, size, source)
 
 
 ComposePipeline.families.append(ComposeFluxPipeline)

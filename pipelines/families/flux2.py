@@ -1,4 +1,4 @@
-"""FLUX.2-klein with concepts: the prompt in Qwen3's chat template, three layers of it side by side as the text."""
+"""FLUX.2-klein with concepts: the prompt in a chat template, three layers of its encoder side by side as the text."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,10 +25,10 @@ from lora_compose.pipelines.calls.call import (
     listed,
     tensors_for,
 )
-from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.calls.front import Begun, Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.denoising.inputs import OnGrid
+from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import (
@@ -36,30 +36,160 @@ from lora_compose.pipelines.families.flow_matching import (
     TemplatePipeline,
     both_sides,
     check_negative_embeds,
-    real_tokens,
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
+from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
-class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """diffusers' `Flux2KleinPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+class Flux2Calls(ReferencesPipeline, TemplatePipeline):
+    """What calls of FLUX.2-klein and FLUX.2-dev have in common."""
 
-    family = "FLUX.2-klein"
-    architecture = "flux-2-klein"
     transformer_class = Flux2Transformer2DModel
-    inpainting = ImageTask(Flux2KleinInpaintPipeline, resizes=False)
     named_channels = "num_latents_channels"
     starts_from_latents = False  # diffusers reads them with patches as channels
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: diffusers opens no checkpoints in one file for this pipeline."""
+        """Never: diffusers opens no checkpoints in one file for these pipelines."""
         return False
+
+    def _request(
+        self,
+        begun: Begun,
+        given: Mapping[str, Any],
+        size: tuple[int, int],
+        source: Source | None,
+        references: Sequence[Tensor],
+        **inputs: ByImage,
+    ) -> Request:
+        """The request of a call with concepts.
+
+        Args:
+            given: The arguments of `__call__`, by name.
+            size: Width and height of the images, in pixels.
+            inputs: Further arguments of every forward pass.
+        """
+        prompt, prompt_embeds = begun.prompt, given["prompt_embeds"]
+        negative_prompt_embeds = given.get("negative_prompt_embeds")  # FLUX.2-dev has none
+        guidance_scale, attention_kwargs = given["guidance_scale"], given["attention_kwargs"]
+        per_prompt, max_sequence_length = given["num_images_per_prompt"], given["max_sequence_length"]
+        text_encoder_out_layers, callback_on_step_end = given["text_encoder_out_layers"], given["callback_on_step_end"]
+        tensors = tensors_for(callback_on_step_end, given["callback_on_step_end_tensor_inputs"])
+        cfg_scale = self._cfg_of(guidance_scale)
+        prompts_given = GivenPrompts(None if prompt is None else [listed(prompt)], prompt_embeds, max_sequence_length)
+        check_negative_embeds(prompts_given, negative_prompt_embeds if cfg_scale > 1 else None)
+        call = Call(
+            begun.composition, prompts_given, ImageSize(*size, per_prompt),
+            Sampling(
+                given["num_inference_steps"], None, given["sigmas"], None, given["generator"], given["latents"],
+                guider=ClassifierFree(cfg_scale),
+            ),
+            Callback(callback_on_step_end, tensors), begun.started,
+            {"joint_attention_kwargs": attention_kwargs, **inputs},
+            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
+            source,
+            {
+                "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length,
+                "text_encoder_out_layers": text_encoder_out_layers,
+            },
+            references=references,
+        )  # fmt: skip
+
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+            own = ([""] * len(prompts_given), negative_prompt_embeds) if negative else (prompt, prompt_embeds)
+            words, embeds = own if prompts is None else (prompts, None)
+            encode_prompt: Any = self.encode_prompt
+            text, _ = encode_prompt(
+                words, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
+                max_sequence_length=max_sequence_length, text_encoder_out_layers=text_encoder_out_layers,
+            )  # fmt: skip
+            mask = text.new_ones(text.shape[:2], dtype=torch.bool)
+            if embeds is None:
+                template = self._template(max_sequence_length)
+                mask = template.real_tokens(listed(words)).to(text.device).repeat_interleave(per_prompt, dim=0)
+            return text, {"text_mask": mask}
+
+        def decode(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._finished(self._decode(latents, given["output_type"] or "np"), source),)
+
+        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, given["return_dict"])
+
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """As `FlowMatchingPipeline.guided`."""
+        if negative_prompt is not None:
+            raise ValueError(f"{self.family} takes no negative prompt; leave it out")
+        return {"guidance_scale": scale}
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `FlowMatchingPipeline.read_texts`."""
+        encode_prompt: Any = self.encode_prompt
+        text, _ = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
+        return text, {}
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """As `FlowMatchingPipeline.latents_of`; patches are normalised as the VAE's last layer says."""
+        mean, std = self._norm(pixels.to(self.vae.dtype))
+        means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
+        return pixel_shuffle((pixel_unshuffle(means, PATCH) - mean) / std, PATCH)
+
+    def _norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents' patches."""
+        norm: Any = self.vae.bn
+        mean, variance = (numbers.view(1, -1, 1, 1).to(like) for numbers in (norm.running_mean, norm.running_var))
+        return mean, torch.sqrt(variance + self.vae.config.batch_norm_eps)
+
+    def _references(self, given: Any) -> list[Tensor]:
+        """Reference images, prepared as diffusers does: cut to whole tokens, and made smaller above 1024 x 1024 pixels.
+
+        Raises:
+            ValueError: For tensors, and images that are too small or too long.
+        """
+        found, unit, most = [], self.vae_scale_factor * PATCH, 1024 * 1024
+        for image in reference_images(given):
+            self.image_processor.check_image_input(image)
+            if image.width * image.height > most:
+                image = self.image_processor._resize_to_target_area(image, most)
+            width, height = (side // unit * unit for side in image.size)
+            found.append(self.image_processor.preprocess(image, height=height, width=width, resize_mode="crop"))
+        return found
+
+    def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+        tokens, _ = self.prepare_image_latents(
+            list(references), batch_size=1, generator=None,  # pyright: ignore[reportArgumentType]
+            device=self._execution_device, dtype=self.vae.dtype,
+        )  # fmt: skip
+        return tokens
+
+    def _shift(self, tokens: int, steps: int) -> float:
+        return compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
+
+    def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
+        return [self._drawn(shape)]
+
+    def _drawn(self, shape: Shape) -> Shape:
+        rows, channels, height, width = shape
+        return rows, channels * PATCH**2, height // PATCH, width // PATCH
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        mean, std = self._norm(latents)
+        scaled = pixel_shuffle(pixel_unshuffle(latents, PATCH) * std + mean, PATCH)
+        if output_type == "latent":
+            return scaled
+        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
+        return self._postprocess(image, output_type)
+
+
+class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `Flux2KleinPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+
+    family = "FLUX.2-klein"
+    architecture = "flux-2-klein"
+    inpainting = ImageTask(Flux2KleinInpaintPipeline, resizes=False)
 
     @front
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -103,7 +233,8 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
 
         Args:
             image: With a mask, what inpainting starts from, as in the Stable Diffusion families; the model reads it as
-                a reference image, too. Without a mask, reference images, which cannot be combined with concepts yet.
+                a reference image, too. Without a mask, one or several reference images, of any sizes; LoRAs act on them
+                only if a concept says so (`Concept.references`), and regions are those of the image that is made.
             concepts: As for `ComposePipeline.__call__`.
             method: One without gradients: draft, regional, tara, merge, switch or composite, or settings of them.
             control: Not supported yet.
@@ -126,56 +257,23 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             )
         if not repaints and reference is None:  # otherwise the size is that of the image
             width, height = self._sides(width, height)
-        begun = self._begin(locals())
+        given = dict(locals())
+        begun = self._begin(given)
         if begun.plain is not None:
             return begun.plain
-        prompt = begun.prompt
         check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
-        if reference is not None or image_reference is not None:
-            raise ValueError(
-                "reference images cannot be combined with concepts yet; leave them out, or give mask_image to repaint "
-                "a part of it"
-            )
-        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if image_reference is not None:
+            raise ValueError("further reference images cannot be combined with concepts in inpainting; leave them out")
+        references = self._references(reference)
+        if references:
+            height, width = height or references[0].shape[-2], width or references[0].shape[-1]
         source = self._source(begun.start, width, height, output_type)
-        width, height = self._size(width, height) if source is None else source.size
+        size = self._size(width, height) if source is None else source.size
         self.check_inputs(
-            prompt, height=height, width=width, prompt_embeds=prompt_embeds,
-            callback_on_step_end_tensor_inputs=tensors, guidance_scale=guidance_scale,
+            begun.prompt, height=size[1], width=size[0], prompt_embeds=prompt_embeds, guidance_scale=guidance_scale,
+            callback_on_step_end_tensor_inputs=tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs),
         )  # fmt: skip
-        cfg_scale = self._cfg_of(guidance_scale)
-        given = GivenPrompts(None if prompt is None else [listed(prompt)], prompt_embeds, max_sequence_length)
-        check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
-        call = Call(
-            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=ClassifierFree(cfg_scale)),
-            Callback(callback_on_step_end, tensors), begun.started, {"joint_attention_kwargs": attention_kwargs},
-            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
-            source,
-            {
-                "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length,
-                "text_encoder_out_layers": text_encoder_out_layers,
-            },
-        )  # fmt: skip
-
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            own = ([""] * len(given), negative_prompt_embeds) if negative else (prompt, prompt_embeds)
-            words, embeds = own if prompts is None else (prompts, None)
-            encode_prompt: Any = self.encode_prompt
-            text, _ = encode_prompt(
-                words, device=device, num_images_per_prompt=num_images_per_prompt, prompt_embeds=embeds,
-                max_sequence_length=max_sequence_length, text_encoder_out_layers=text_encoder_out_layers,
-            )  # fmt: skip
-            mask = text.new_ones(text.shape[:2], dtype=torch.bool)
-            if embeds is None:
-                read = list(map(self._template(max_sequence_length).render, listed(words)))
-                mask = real_tokens(self.tokenizer, read, max_sequence_length, num_images_per_prompt, text.device)
-            return text, {"text_mask": mask}
-
-        def decode(latents: Tensor, process: Process) -> tuple[Any]:
-            return (self._finished(self._decode(latents, output_type or "np"), source),)
-
-        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, return_dict)
+        return self._request(begun, given, size, source, references)
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         self._check_plain_texts(arguments["prompt"])
@@ -185,30 +283,6 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             del arguments["image_reference"]
             return {**arguments, "image": reference}
         return arguments
-
-    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """As `FlowMatchingPipeline.guided`."""
-        if negative_prompt is not None:
-            raise ValueError(f"{self.family} takes no negative prompt; leave it out")
-        return {"guidance_scale": scale}
-
-    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `FlowMatchingPipeline.read_texts`."""
-        encode_prompt: Any = self.encode_prompt
-        text, _ = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
-        return text, {}
-
-    def latents_of(self, pixels: Tensor) -> Tensor:
-        """As `FlowMatchingPipeline.latents_of`; patches are normalised as the VAE's last layer says."""
-        mean, std = self._norm(pixels.to(self.vae.dtype))
-        means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
-        return pixel_shuffle((pixel_unshuffle(means, PATCH) - mean) / std, PATCH)
-
-    def _norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents' patches."""
-        norm: Any = self.vae.bn
-        mean, variance = (numbers.view(1, -1, 1, 1).to(like) for numbers in (norm.running_mean, norm.running_var))
-        return mean, torch.sqrt(variance + self.vae.config.batch_norm_eps)
 
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call; with a start image it reads that as a reference image, too."""
@@ -233,24 +307,6 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
 
     def _cfg_of(self, guidance_scale: float) -> float:
         return 1.0 if self.config["is_distilled"] else guidance_scale
-
-    def _shift(self, tokens: int, steps: int) -> float:
-        return compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
-
-    def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
-        return [self._drawn(shape)]
-
-    def _drawn(self, shape: Shape) -> Shape:
-        rows, channels, height, width = shape
-        return rows, channels * PATCH**2, height // PATCH, width // PATCH
-
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        mean, std = self._norm(latents)
-        scaled = pixel_shuffle(pixel_unshuffle(latents, PATCH) * std + mean, PATCH)
-        if output_type == "latent":
-            return scaled
-        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
-        return self._postprocess(image, output_type)
 
 
 ComposePipeline.families.append(ComposeFlux2KleinPipeline)

@@ -276,6 +276,8 @@ class ImageTasksPipeline(ComposePipeline):
         prompts, sampling = call.prompts.first, call.sampling
         if prompts is None or call.source is not None or sampling.has_schedule or self.inpainting is None:
             return None
+        if call.references:
+            return None
         if call.image_prompts is not None and not call.image_prompts.for_any_part:
             return None
         names = [concept.name for concept in plan.concepts.concepts]

@@ -26,6 +26,9 @@ _TRANSFORMERS: Sequence[tuple[str, str]] = (
     (r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate",
      "Krea 2"),
     (r"layers[._]\d+[._](?:attention[._](?:to_[qkv]|to_out|qkv|out)|feed_forward[._]w[123])", "Z-Image"),
+    # Attention alone is named as FLUX.1's and SD3's, which have no block 40.
+    (r"transformer_blocks[._]\d+[._](?:img|txt)_m(?:lp|od)[._]"
+     r"|(?<!single_)transformer_blocks[._][45]\d[._]attn[._](?:add_[qkv]_proj|to_add_out)", "Qwen-Image"),
     (r"(?:double|single)_blocks[._]\d+[._]processor"
      r"|img_mod[._]lin|norm1_context|single_transformer_blocks[._]\d+[._]proj_(?:mlp|out)|modulation[._]lin", "FLUX.1"),
     (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
@@ -34,6 +37,7 @@ _SIZES: Mapping[str, Mapping[int, str]] = {
     "FLUX.2-klein": {3072: "FLUX.2-klein 4B", 4096: "FLUX.2-klein 9B", 6144: "FLUX.2-dev"},
     "Z-Image": {3840: "Z-Image", 2304: "Lumina 2"},
     "Anima": {2048: "Anima"},
+    "Qwen-Image": {3072: "Qwen-Image"},
 }
 """Families of one structure by their width."""
 _FLUX1_WIDTH = 3072  # FLUX.2-klein 4B has the same, and fewer blocks
@@ -41,18 +45,25 @@ _KLEIN_BLOCKS = (
     (r"double_blocks|(?<!single_)transformer_blocks", 5),
     (r"single_(?:transformer_)?blocks", 20),
 )
-_COMPOSED = ("Anima", "FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Z-Image")
+_COMPOSED = (
+    "Anima", "FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Qwen-Image", "Z-Image"
+)  # fmt: skip
+OF_CLASS: Mapping[str, str] = {
+    "CosmosTransformer3DModel": "Anima", "FluxTransformer2DModel": "FLUX.1", "Flux2Transformer2DModel": "FLUX.2",
+    "Krea2Transformer2DModel": "Krea 2", "QwenImageTransformer2DModel": "Qwen-Image",
+    "ZImageTransformer2DModel": "Z-Image",
+}  # fmt: skip
+"""How the names of a transformer's families begin, by diffusers' class."""
 
 _FOREIGN_WITHOUT_UNET = (
     (r"adaln_single|caption_projection", "PixArt"),
-    (r"img_mod|txt_mlp|img_mlp", "Qwen-Image"),
     (r"add_q_proj|(?<![a-z_])transformer_blocks", "SD3 or another transformer of that kind"),
     (r"(?<![a-z])blocks[._]\d+[._](?:self_attn|cross_attn|attn1|attn2|attn|ffn)", "a transformer for video or images"),
     (r"(?:diffusion_model|transformer)[._]layers[._]\d+", "Lumina"),
     (r"^transformer\.|^lora_transformer_", "a diffusion transformer"),
 )
-_NOT_THESE = r"joint_blocks|img_mlp[._]net|txt_mlp[._]net|img_mod[._]1|motion_modules|adaln_single"
-"""Other transformers whose layers have some of the same names (SD3, Qwen-Image, PixArt)."""
+_NOT_THESE = r"joint_blocks|motion_modules|adaln_single"
+"""Other transformers whose layers have some of the same names (SD3, PixArt)."""
 
 _ARCHITECTURES = (
     (r"stable-diffusion-xl|^sdxl|^xl$", "SDXL"),

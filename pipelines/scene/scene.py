@@ -227,6 +227,8 @@ class Concept(_Frozen):
             derives it from the scene's prompt.
         negative_prompt: What to avoid in the region; None means the scene's.
         role: "subject", or "style" for a concept that acts everywhere and has no region; None means a subject.
+        references: Whether the LoRA acts on the cells of reference images, too, as strongly as anywhere in the image:
+            for LoRAs that were trained to read them. None means no.
         alpha: The alpha that the LoRA was trained with, for files that do not contain it; the change is scaled by
             alpha / rank.
     """
@@ -243,6 +245,7 @@ class Concept(_Frozen):
     prompt: Annotated[str, Field(min_length=1)] | None = None
     negative_prompt: str | None = None
     role: Literal["subject", "style"] | None = None
+    references: bool | None = None
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="before")

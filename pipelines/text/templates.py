@@ -4,9 +4,11 @@ Language models read a prompt as the message of a user: `<|im_start|>user ... <|
 all words of the prompt, so words are found in the text that the pipeline tokenises, by the characters of each token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 _MARK = "\ufffc"
 """A character that no template has."""
@@ -22,6 +24,7 @@ class TemplateTokenizer:
         length: Number of tokens to which the pipeline cuts or pads the text.
         model_max_length: Number of tokens that the model reads.
         dropped: Number of tokens at the start that it does not read.
+        adds_special: Whether the tokenizer adds its own special tokens to those of the template.
     """
 
     tokenizer: Any
@@ -29,6 +32,15 @@ class TemplateTokenizer:
     length: int
     model_max_length: int
     dropped: int = 0
+    adds_special: bool = True
+
+    def real_tokens(self, prompts: Sequence[str]) -> Tensor:
+        """True at the tokens of prompts in the template that are not padding. Shape: [prompts, length]."""
+        found = self.tokenizer(
+            list(map(self.render, prompts)), padding="max_length", max_length=self.length, truncation=True,
+            return_tensors="pt", add_special_tokens=self.adds_special,
+        )  # fmt: skip
+        return found.attention_mask.bool()
 
     def __call__(self, text: str, **options: Any) -> Any:
         """Tokenises a text alone, without the template."""
@@ -57,7 +69,8 @@ class TemplateTokenizer:
             raise ValueError(f"a {class_name} does not give the characters of its tokens; expected a fast tokenizer")
 
         def of(**cut: Any) -> tuple[int, ...]:
-            spans = self.tokenizer(text, return_offsets_mapping=True, verbose=False, **cut)["offset_mapping"]
+            options = {"add_special_tokens": self.adds_special, "return_offsets_mapping": True, "verbose": False, **cut}
+            spans = self.tokenizer(text, **options)["offset_mapping"]
             first, last = start + len(before), end + len(before)
             return tuple(i for i, (a, b) in enumerate(spans) if a < last and b > first)
 

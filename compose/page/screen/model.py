@@ -38,8 +38,8 @@ def model_part(session: PageSession) -> None:
                 key=_NAME,
                 placeholder="stable-diffusion-v1-5/stable-diffusion-v1-5",
             )
-            st.caption("Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2-klein, Krea 2 and Z-Image. Weights are read "
-                       "from safetensors only. A hub repository is downloaded first.")  # fmt: skip
+            st.caption("Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2-klein, Krea 2, Qwen-Image and Z-Image. "
+                       "Weights are read from safetensors only. A hub repository is downloaded first.")  # fmt: skip
         left, right = st.columns(2)
         left.selectbox("Precision", [fields.AUTOMATIC, "float32", "float16", "bfloat16"], key=_DTYPE, help=(
             "Automatic: float32 on a CPU; on a GPU float16 for Stable Diffusion, bfloat16 for the others."

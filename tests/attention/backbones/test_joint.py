@@ -20,6 +20,7 @@ from lora_compose.attention.backbones import backbone_of
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import JointKernel, with_kernel
 from lora_compose.attention.forward_state import ForwardState
+from qwen_image import qwen_image_transformer
 from transformer_families import CALL, Family, plain_latents, random_lora_of_all
 from z_image import z_image_transformer
 
@@ -28,6 +29,7 @@ MODELS = {
     "flux": flux_transformer,
     "flux2": flux2_transformer,
     "krea2": krea2_transformer,
+    "qwen-image": qwen_image_transformer,
     "z-image": z_image_transformer,
 }
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SD, XL = families.ComposeStableDiffusionPipeline, families.ComposeStableDiffusionXLPipeline
 FLUX, KLEIN = families.ComposeFluxPipeline, families.ComposeFlux2KleinPipeline
 KREA, Z_IMAGE = families.ComposeKrea2Pipeline, families.ComposeZImagePipeline
+QWEN = families.ComposeQwenImagePipeline
 LEADING = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
 TRAILING = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
 UPCAST = {"force_upcast": True}
@@ -42,6 +43,7 @@ def facts(family: Any, index: Mapping[str, Any] | None = None, **parts: Mapping[
         (facts(KLEIN, {"is_distilled": False}), "bfloat16", 50, 4.0, "those of FLUX.2-klein"),
         (facts(KREA, {"is_distilled": True}), "bfloat16", 8, 0.0, "is_distilled"),
         (facts(Z_IMAGE), "bfloat16", 50, 5.0, "those of Z-Image"),
+        (facts(QWEN), "bfloat16", 50, 4.0, "those of Qwen-Image"),
     ],
 )
 def test_on_a_gpu_the_model_decides(model: ModelFacts, dtype: str, steps: int, guidance: float, reason: str) -> None:

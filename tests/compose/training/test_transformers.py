@@ -25,11 +25,17 @@ from lora_compose.compose.training.learner import Learner, Weights
 from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.preparation import adapt, encode, read_texts
 from qwen import qwen3
+from qwen_image import QWEN_IMAGE
 from trainings import paint_folder, training
 from z_image import Z_IMAGE
 
 SIDE = 32  # pixels: two by two tokens
-MAKE = {"FLUX.1": flux_pipeline, "FLUX.2": FLUX2.pipeline, "Krea 2": KREA2.pipeline, "Z-Image": Z_IMAGE.pipeline}
+MAKE = {
+    "FLUX.1": flux_pipeline, "FLUX.2": FLUX2.pipeline, "Krea 2": KREA2.pipeline, "Z-Image": Z_IMAGE.pipeline,
+    "Qwen-Image": QWEN_IMAGE.pipeline,
+}  # fmt: skip
+FRAMES = "Krea 2", "Qwen-Image"
+"""Families with a VAE for videos."""
 
 
 @pytest.fixture(params=list(MAKE))
@@ -63,7 +69,7 @@ def test_latents_are_what_the_pipeline_decodes(family: str) -> None:
     pixels = torch.rand(1, 3, SIDE, SIDE, generator=seeded(0)) * 2 - 1
     with torch.no_grad():
         latents = base_of(pipe).latents(pixels)
-        frame = (slice(None), slice(None), None) if family == "Krea 2" else ()
+        frame = (slice(None), slice(None), None) if family in FRAMES else ()
         alone = pipe.vae.decode(pipe.vae.encode(pixels[frame] if frame else pixels).latent_dist.mode()).sample
         alone = alone[:, :, 0] if frame else alone
         torch.testing.assert_close(decoded(pipe, latents), (alone / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
@@ -100,7 +106,7 @@ def test_a_file_opens_in_diffusers_and_composes(family: str, folder: Path) -> No
     assert Image.open(folder / "cat-samples" / "000003-0.png").size == (SIDE, SIDE)
     tensors = load_file(path)
     layers = {name.split(".lora_")[0] for name in tensors}
-    assert not any("norm" in name or "modulation" in name.lower() for name in layers)
+    assert not any("norm" in name or "modulation" in name.lower() or "_mod." in name for name in layers)
     assert {name.split(".")[0] for name in layers} == {"transformer"}
     with safe_open(path, framework="pt") as file:
         told = file.metadata()

@@ -115,7 +115,7 @@ def test_every_field_of_a_concept_can_be_given_when_it_is_loaded(composer):
     path = composer.concepts["cat"].lora
     given = {
         "trigger": "xlo", "class_word": "lion", "weight": 0.5, "blocks": {"down": 0.5}, "region": (0, 0, 8, 8),
-        "prompt": "a xlo lion", "negative_prompt": "dark", "role": "subject",
+        "prompt": "a xlo lion", "negative_prompt": "dark", "role": "subject", "references": True,
     }  # fmt: skip
     loaded = composer.load_concept(path, "lion", **given)
     assert {name: value for name, value in given.items() if getattr(loaded, name) != value} == {}

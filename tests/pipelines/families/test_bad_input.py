@@ -14,10 +14,11 @@ from krea2 import KREA2
 from lora_compose import ComposePipeline
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.formats.files import LoraError
+from qwen_image import QWEN_IMAGE
 from transformer_families import TOKENS, as_file, random_lora_of_all
 from z_image import Z_IMAGE
 
-FAMILIES = {"FLUX.2": FLUX2, "Krea 2": KREA2, "Z-Image": Z_IMAGE}
+FAMILIES = {"FLUX.2": FLUX2, "Krea 2": KREA2, "Qwen-Image": QWEN_IMAGE, "Z-Image": Z_IMAGE}
 LONG = "a photo of a dog on grass and " * 10 + "a sks cat"
 CALL: dict[str, Any] = {
     "concepts": ["cat"], "method": "tara", "num_inference_steps": 1, "width": 128, "height": 128,
@@ -52,17 +53,25 @@ def test_words_past_the_end_of_a_text_and_missing_ones_are_refused(pipe: Any) ->
         pipe(prompt="a cat", **pipe.arguments)
 
 
-@pytest.mark.parametrize("pipe", ["FLUX.2", "Z-Image"], indirect=True)  # Krea 2 writes the template itself
+@pytest.mark.parametrize("pipe", ["FLUX.2", "Z-Image"], indirect=True)  # others write the template themselves
 def test_words_that_a_template_loses_are_refused(pipe: Any) -> None:
     pipe.tokenizer.chat_template = pipe.tokenizer.chat_template.replace("message.content", "message.content | upper")
     with pytest.raises(ValueError, match="'sks' is lost in this model's chat template"):
         pipe(prompt="a sks cat", **pipe.arguments)
 
 
-@pytest.mark.parametrize("family", ["Chroma", "StableDiffusion3", "QwenImage", "FluxFill", "FluxKontext"])
+OTHERS = {
+    "Chroma": "Chroma", "StableDiffusion3": "StableDiffusion3", "QwenImageEdit": "QwenImage",
+    "QwenImageEditPlus": "QwenImage", "FluxFill": "Flux", "Flux2KleinKV": "Flux2",
+}  # fmt: skip
+"""Families that are not supported, and how the class of their transformer begins."""
+
+
+@pytest.mark.parametrize("family", OTHERS)
 def test_models_of_other_families_are_refused_with_those_that_are_supported(tmp_path: Path, family: str) -> None:
-    kind = "FluxTransformer2DModel" if family.startswith("Flux") else f"{family}Transformer2DModel"
-    config = {"_class_name": f"{family}Pipeline", "transformer": ["diffusers", kind]}
+    config = {
+        "_class_name": f"{family}Pipeline", "transformer": ["diffusers", f"{OTHERS[family]}Transformer2DModel"]
+    }  # fmt: skip
     (tmp_path / "model_index.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"a model for {family}Pipeline; supported are Anima, FLUX\.1, .*Z-Image"):
         ComposePipeline.from_pretrained(tmp_path)

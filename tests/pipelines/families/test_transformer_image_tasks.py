@@ -35,7 +35,9 @@ OUTSIDE = np.asarray(MASK) == 0
 CALL: dict[str, Any] = {
     "prompt": PROMPT, "num_inference_steps": 4, "strength": 0.5, "max_sequence_length": TOKENS, "image": IMAGE,
 }  # fmt: skip
-DEFAULTS: dict[str, dict[str, float]] = {"flux": {"width": 128, "height": 128, "guidance_scale": 3.5}}
+DEFAULTS: dict[str, dict[str, float]] = {
+    "flux": {"width": 128, "height": 128, "guidance_scale": 3.5}, "qwen-image": {"width": 128, "height": 128},
+}  # fmt: skip
 """For families whose images get the size of the call, and which have another default for each task."""
 
 
@@ -209,7 +211,7 @@ def test_a_further_reference_image_is_for_inpainting_without_concepts(pipes):
     pipe, given = pipes["flux2"], task("flux2", True, output_type="latent")
     plain = pipe(**given, generator=seeded()).images
     assert not torch.equal(pipe(**given, generator=seeded(), image_reference=IMAGE.rotate(90)).images, plain)
-    with pytest.raises(ValueError, match="reference images cannot be combined with concepts"):
+    with pytest.raises(ValueError, match="further reference images cannot be combined with concepts"):
         pipe(**given, image_reference=IMAGE, concepts=["cat"])
     with pytest.raises(ValueError, match="image_reference goes with inpainting"):
         pipe(PROMPT, image_reference=IMAGE)

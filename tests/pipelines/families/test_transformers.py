@@ -14,6 +14,7 @@ from components import seeded
 from flux import FLUX
 from krea2 import KREA2
 from lora_compose import Composite, Concept, Switch
+from qwen_image import QWEN_IMAGE
 from transformer_families import (
     BOXES,
     CALL,
@@ -62,7 +63,7 @@ def test_negative_embeddings_of_another_shape_are_refused(family, pipe):
     tokens, rest = pipe.encode_prompt("a cat", device="cpu", **layers)[0][:, :-1], {}
     if family is FLUX:
         rest = {"negative_pooled_prompt_embeds": torch.zeros(1, 24), "negative_prompt": None}
-    if family is KREA2:
+    if family in (KREA2, QWEN_IMAGE):
         rest = {
             "negative_prompt_embeds_mask": torch.ones(1, tokens.shape[1], dtype=torch.bool),
             "negative_prompt": None,

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import pytest
+from torch import nn
 
 from layouts import NAMES, file_of, layout, shapes_of, written_out
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
@@ -156,3 +157,19 @@ def test_what_kohya_writes_about_training_is_shown() -> None:
     (block,) = [block for block in found.blocks if block.name == "mid_block"]
     assert (block.ranks, block.alphas, block.layers) == ((8,), (1.0,), 12)
     assert re.search(r"cross-attention reads text of width 768", found.why[0])
+
+
+@pytest.mark.parametrize(("written", "opened"), [("FLUX.1", "Qwen-Image"), ("Qwen-Image", "FLUX.1")])
+def test_transformers_that_share_names_and_shapes_of_layers_are_told_apart(written: str, opened: str) -> None:
+    model = without_weights(written).transformer
+    pattern = {
+        f"transformer.{name}": {
+            ".lora_A.weight": [4, layer.in_features], ".lora_B.weight": [layer.out_features, 4],
+        }
+        for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and "blocks." in name
+    }  # fmt: skip
+    file = file_of({"tensors": pattern, "metadata": {}})
+    with pytest.raises(
+        LoraError, match=rf"fits this model in \d+ of its \d+ layers only.*looks like a file for {written}"
+    ):
+        match(file, without_weights(opened))

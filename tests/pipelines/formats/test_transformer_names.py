@@ -14,6 +14,7 @@ from flux2 import flux2_transformer
 from krea2 import krea2_transformer
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
+from qwen_image import qwen_image_transformer
 from z_image import z_image_transformer
 
 
@@ -72,6 +73,7 @@ def test_a_layer_of_the_original_checkpoint_is_shared_out_in_order(tmp_path: Pat
 
 BUILDS = {
     "flux": flux_transformer, "flux2": flux2_transformer, "krea2": krea2_transformer, "z-image": z_image_transformer,
+    "qwen-image": qwen_image_transformer,
 }  # fmt: skip
 
 

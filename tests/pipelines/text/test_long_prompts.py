@@ -25,6 +25,7 @@ from flux2 import FLUX2
 from krea2 import KREA2
 from lora_compose import Clora, Concept, LoraComposer
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
+from qwen_image import QWEN_IMAGE
 from transformer_families import TOKENS, as_file, pipeline_with_concepts, random_lora_of_all
 from z_image import Z_IMAGE
 
@@ -223,7 +224,7 @@ def test_weights_of_flux_are_those_of_compel(tmp_path, concepts):
 
 
 @pytest.mark.parametrize("concepts", [[], ["cat"]], ids=["plain", "concepts"])
-@pytest.mark.parametrize("family", [FLUX2, KREA2, Z_IMAGE])
+@pytest.mark.parametrize("family", [FLUX2, KREA2, QWEN_IMAGE, Z_IMAGE])
 def test_transformers_with_a_chat_template_refuse_weights_and_tags(family, concepts, tmp_path):
     pipe = pipeline_with_concepts(family, tmp_path)
     texts = [("a sks cat (on:1.2) grass", None), ("a sks cat", "a (dark:1.2) cat")]

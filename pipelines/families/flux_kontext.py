@@ -1,0 +1,160 @@
+"""FLUX.1 Kontext with concepts: FLUX.1 that reads a reference image behind the image that it makes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diffusers import FluxKontextPipeline
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from PIL import Image
+from torch import Tensor
+
+from lora_compose.attention.backbones.joint import packed
+from lora_compose.pipelines.calls.call import Concepts, Generators
+from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.families.flux import FluxCalls, for_all
+from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
+from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.text.conditioning import TokenPositions
+
+
+class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `FluxKontextPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+
+    family = "FLUX.1 Kontext"
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        """Never: a checkpoint in one file has the names of FLUX.1's, and opens as that."""
+        return False
+
+    @front
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        image: Any = None,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int | None = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        negative_ip_adapter_image: Any = None,
+        negative_ip_adapter_image_embeds: list[Tensor] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        max_sequence_length: int = 512,
+        max_area: int = 1024**2,
+        _auto_resize: bool = True,
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
+        **kwargs: Any,
+    ) -> Request | Plain:
+        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+
+        Args:
+            image: The reference image, which is read at a size that the model knows, and is the same for all images;
+                LoRAs act on it only if a concept says so (`Concept.references`), and regions are those of the image
+                that is made.
+            concepts: As for `ComposePipeline.__call__`, as are the four arguments after it.
+            mask_image: Not supported, as are the three arguments after it.
+
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed. With concepts, also for a
+                size of another area than `max_area`, for which diffusers makes images of another size.
+        """
+        max_sequence_length = self._readable(max_sequence_length)
+        if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take
+            negative_prompt = for_all(negative_prompt, len(prompt))
+        named = width is not None or height is not None
+        width, height = self._sides(width, height)
+        reference = image
+        repaints = paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop))
+        image = image if repaints else None
+        given = dict(locals())
+        begun = self._begin(given)
+        if begun.plain is not None:
+            return begun.plain
+        size = self._of_area(width, height, max_area)
+        if named and size != (self._rounded(width), self._rounded(height)):
+            raise ValueError(
+                f"{self.family} makes images of max_area={max_area} pixels, here {size[0]} x {size[1]} for {width} x "
+                f"{height}, in which regions would lie elsewhere; give that size, or max_area={width * height}"
+            )
+        return self._request(begun, given, size, references=self._references(reference, _auto_resize))
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        image = arguments.pop("reference")
+        for name in ("repaints", "named"):
+            del arguments[name]
+        return {**super()._plain_arguments(arguments, start), "image": image}
+
+    def _task(self, inpaints: bool) -> ImageTask:
+        raise ValueError(
+            f"{self.family} reads image as a reference image, and inpaints nothing here; leave out mask_image, "
+            "strength, padding_mask_crop and paste_original, or use FLUX.1"
+        )
+
+    def _of_area(self, width: int, height: int, area: int) -> tuple[int, int]:
+        """Width and height of an image of this shape and area, as diffusers rounds them."""
+        ratio = width / height
+        return self._rounded(round((area * ratio) ** 0.5)), self._rounded(round((area / ratio) ** 0.5))
+
+    def _references(self, given: Any, resizes: bool) -> list[Tensor]:
+        """The reference image, prepared as diffusers does; none if there is none.
+
+        Raises:
+            ValueError: For several, and for tensors.
+        """
+        images = reference_images(given)
+        if len(images) > 1:
+            raise ValueError(
+                f"{self.family} reads one reference image with concepts, not {len(images)}; put them side by side into "
+                "one image"
+            )
+        return [self._prepared(image, resizes) for image in images]
+
+    def _prepared(self, image: Image.Image, resizes: bool) -> Tensor:
+        height, width = self.image_processor.get_default_height_width(image)
+        if resizes:
+            ratio = width / height
+            _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        width, height = self._rounded(width), self._rounded(height)
+        resized = self.image_processor.resize(image, height, width)
+        return self.image_processor.preprocess(resized, height, width)
+
+    def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+        (image,) = references
+        return packed(self.latents_of(image.to(self._execution_device)))
+
+
+ComposePipeline.families.append(ComposeFluxKontextPipeline)

@@ -1,0 +1,223 @@
+"""Qwen-Image with concepts: the prompt in a chat template whose beginning is dropped, guidance that keeps norms."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import (
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lora_compose.attention.backbones.joint import PATCH, packed
+from lora_compose.pipelines.calls.call import (
+    Call,
+    Callback,
+    Concepts,
+    Generators,
+    GivenPrompts,
+    ImageSize,
+    Sampling,
+    check_arguments,
+    listed,
+    tensors_for,
+)
+from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.guidance import TokenNorms
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides, check_negative_embeds, for_each
+from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
+from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.support.notes import warn
+from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
+from lora_compose.pipelines.text.templates import TemplateTokenizer
+
+
+class ComposeQwenImagePipeline(TemplatePipeline, QwenImagePipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `QwenImagePipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+
+    family = "Qwen-Image"
+    architecture = "qwen-image"
+    transformer_class = QwenImageTransformer2DModel
+    image_to_image = ImageTask(QwenImageImg2ImgPipeline, resizes=True)
+    inpainting = ImageTask(QwenImageInpaintPipeline, resizes=True)
+    starts_from_latents = False  # diffusers reads them with a frame axis
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        """Never: diffusers opens no checkpoints in one file for this family."""
+        return False
+
+    @front
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        true_cfg_scale: float = 4.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        max_sequence_length: int = 512,
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
+        **kwargs: Any,
+    ) -> Request | Plain:
+        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+
+        Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
+        With concepts, `output_type="latent"` returns them packed, as diffusers does.
+
+        Args:
+            negative_prompt: Without one, or negative embeddings, there is no guidance, as in diffusers.
+            guidance_scale: Not read, as in diffusers: no model of this family has distilled guidance.
+            max_sequence_length: With concepts texts are also padded to so many tokens; the padding is masked.
+            concepts: As for `ComposePipeline.__call__`.
+            method: One without gradients: draft, regional, tara, merge, switch or composite, or settings of them.
+            control: Not supported yet.
+            token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
+            record_attention: Maps come from the last third of the blocks.
+            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
+
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed.
+        """
+        width, height = self._sides(width, height)
+        begun = self._begin(locals())
+        if begun.plain is not None:
+            return begun.plain
+        prompt = begun.prompt
+        check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
+        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        source = self._source(begun.start, width, height, output_type or "np")
+        width, height = self._size(width, height) if source is None else source.size
+        self.check_inputs(
+            prompt, height=height, width=width, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, prompt_embeds_mask=prompt_embeds_mask,
+            negative_prompt_embeds_mask=negative_prompt_embeds_mask,
+            callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
+            max_sequence_length=max_sequence_length,
+        )  # fmt: skip
+        cfg_scale = self._guidance(true_cfg_scale, negative_prompt, negative_prompt_embeds, guidance_scale)
+        texts = None if prompt is None else [listed(prompt)]
+        given = GivenPrompts(texts, prompt_embeds, max_sequence_length, [listed(negative_prompt)])
+        check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
+        tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
+        guider = TokenNorms(cfg_scale, PATCH)
+        call = Call(
+            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
+            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider),
+            Callback(callback_on_step_end, tensors), begun.started, {"attention_kwargs": attention_kwargs},
+            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
+            source,
+            {
+                "true_cfg_scale": true_cfg_scale, "negative_prompt": (listed(negative_prompt) or [None])[0],
+                "max_sequence_length": max_sequence_length,
+            },
+        )  # fmt: skip
+
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+            own = (prompt, prompt_embeds, prompt_embeds_mask)
+            if negative:
+                words = None if negative_prompt_embeds is not None else for_each(negative_prompt, len(given))
+                own = (words, negative_prompt_embeds, negative_prompt_embeds_mask)
+            words, embeds, mask = own if prompts is None else (prompts, None, None)
+            return self._encoded(
+                words, tokens, device=device, num_images_per_prompt=num_images_per_prompt, prompt_embeds=embeds,
+                prompt_embeds_mask=mask,
+            )  # fmt: skip
+
+        def decode(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._finished(self._decode(latents, output_type or "np"), source),)
+
+        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, return_dict)
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        self._check_plain_texts(arguments["prompt"], arguments["negative_prompt"])
+        return arguments
+
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """As `FlowMatchingPipeline.guided`; nothing to avoid is a space, as in diffusers' examples."""
+        return {"true_cfg_scale": scale, "negative_prompt": negative_prompt or " "}
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `FlowMatchingPipeline.read_texts`; the padding is masked."""
+        return self._encoded(list(prompts), length or 512, device=self._execution_device)
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """As `FlowMatchingPipeline.latents_of`; each channel is normalised apart."""
+        return latents_of_image(self.vae, pixels)
+
+    def _encoded(self, words: str | list[str] | None, tokens: int, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The text and its mask, cut or padded to a number of tokens; diffusers pads to the longest of a batch."""
+        encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
+        text, mask = encode_prompt(words, max_sequence_length=tokens, **options)
+        mask = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        missing = tokens - text.shape[1]
+        return pad(text, (0, 0, 0, missing)), {"text_mask": pad(mask, (0, missing))}
+
+    def _guidance(
+        self, scale: float, negative_prompt: Any, negative_embeds: Tensor | None, distilled: float | None
+    ) -> float:
+        """The scale of classifier-free guidance; 1 if there is none."""
+        if self.transformer.config.guidance_embeds:
+            raise ValueError("diffusers cannot run a Qwen-Image with distilled guidance (guidance_embeds is true)")
+        if distilled is not None:
+            warn(f"guidance_scale={distilled:g} is not read by Qwen-Image; give true_cfg_scale and a negative_prompt")
+        return 1.0 if negative_prompt is None and negative_embeds is None else scale
+
+    def _cfg_scale(self, step: Step) -> float:
+        return step.cfg_scale  # diffusers' callbacks cannot change it
+
+    def _template(self, length: int) -> TemplateTokenizer:
+        dropped = self.prompt_template_encode_start_idx
+        return TemplateTokenizer(self.tokenizer, self.prompt_template_encode.format, length + dropped, length, dropped)
+
+    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
+        return {"prompt_embeds": text.conditional().prompt_embeds}
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return packed(latents)
+        latents = latents[:, :, None].to(self.vae.dtype)
+        mean, std = channel_norm(self.vae, latents)
+        image = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+        return self._postprocess(image, output_type)
+
+
+ComposePipeline.families.append(ComposeQwenImagePipeline)

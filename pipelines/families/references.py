@@ -1,0 +1,59 @@
+"""Reference images that a transformer reads behind the image: prepared, encoded once, and counted in tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from lora_compose.attention import Backbone, backbone_of
+from lora_compose.attention.backbones.joint import PATCH
+from lora_compose.attention.sites import Grid
+from lora_compose.pipelines.calls.call import Call
+from lora_compose.pipelines.denoising.inputs import ByImage
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
+from lora_compose.pipelines.images.images import read_images
+
+
+class ReferencesPipeline(FlowMatchingPipeline):
+    """A composing pipeline whose calls may have reference images."""
+
+    def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+        """The latents of prepared reference images, one after the other. Shape: [1, tokens, channels]."""
+        raise NotImplementedError
+
+    def backbone_of(self, call: Call) -> Backbone:
+        """The backbone of a call."""
+        found: Any = backbone_of(self.model)
+        if not call.references:
+            return found
+        cells = sum(height * width for height, width in self._grids(call.references))
+        return type(found)(self.model, reference=True, cells=cells)
+
+    def _grids(self, references: Sequence[Tensor]) -> list[Grid]:
+        """Height and width of reference images, in tokens."""
+        unit = self.vae_scale_factor * PATCH
+        return [(one.shape[-2] // unit, one.shape[-1] // unit) for one in references]
+
+    def _of_references(self, call: Call) -> Mapping[str, Any]:
+        if not call.references:
+            return {}
+        return {
+            "reference": ByImage(self._reference_tokens(call.references)),
+            "reference_grids": self._grids(call.references),
+        }
+
+
+def reference_images(given: Any) -> list[Image.Image]:
+    """The reference images of a call: one, or a list of any sizes; none if it is None.
+
+    Raises:
+        ValueError: For tensors.
+    """
+    found = []
+    for one in [] if given is None else given if isinstance(given, list | tuple) else [given]:
+        read = read_images(one)
+        if isinstance(read, Tensor):
+            raise ValueError("reference images are PIL images, paths or 8-bit arrays, not tensors")
+        found += read
+    return found

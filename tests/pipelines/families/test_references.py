@@ -1,0 +1,184 @@
+"""Reference images, several and of different sizes: LoRAs act in the cells of the image, elsewhere on request."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxKontextPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+from PIL import Image
+from torch import Tensor
+
+from flux2 import FLUX2
+from flux2_dev import FLUX2_DEV
+from flux_kontext import KONTEXT
+from lora_compose import ComposePipeline, Concept, Merge
+from lora_compose.pipelines.families import ComposeFluxKontextPipeline
+from lora_compose.pipelines.families.opening import configuration
+from transformer_families import (
+    BOXES,
+    CALL,
+    CELLS,
+    METHODS,
+    PROMPT,
+    TOKENS,
+    Family,
+    Places,
+    dense_loras,
+    latents_of,
+    merged,
+    pipeline_with_concepts,
+    plain_latents,
+)
+
+NAVY, ORANGE = Image.new("RGB", (64, 100), "navy"), Image.new("RGB", (80, 64), "orange")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A family that reads reference images.
+
+    Attributes:
+        image: Reference images, which are cut to whole tokens of 16 pixels.
+        tokens: Of all of them.
+        further: Arguments of every call.
+        guided: Whether there are unconditional rows.
+    """
+
+    family: Family
+    image: Any
+    tokens: int
+    further: Mapping[str, Any] = field(default_factory=dict)
+    guided: bool = True
+
+    @property
+    def call(self) -> dict[str, Any]:
+        guidance = self.family.guided if self.guided else self.family.unguided
+        return {**CALL, **guidance, "image": self.image, **self.further}
+
+
+READING = {
+    "klein": Reading(FLUX2, [NAVY, ORANGE], 4 * 6 + 5 * 4),
+    "dev": Reading(FLUX2_DEV, [NAVY, ORANGE], 4 * 6 + 5 * 4, guided=False),
+    "kontext": Reading(KONTEXT, NAVY, 4 * 6, {"_auto_resize": False}),
+}
+
+
+@pytest.fixture(params=READING, scope="module")
+def reading(request: pytest.FixtureRequest) -> Reading:
+    return READING[request.param]
+
+
+@pytest.fixture(scope="module")
+def pipe(reading: Reading, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return pipeline_with_concepts(reading.family, tmp_path_factory.mktemp("loras"))
+
+
+def expected_of(reading: Reading, pipe: Any, places_of: Any, on_references: float = 0.0) -> Tensor:
+    """diffusers' pipeline with dense deltas; on references they have one factor."""
+
+    def placed(unconditional: Any) -> Places:
+        found = places_of(reading.family, unconditional)
+        there = found.image.new_full((len(found.image), reading.tokens, 2), on_references)
+        return replace(found, image=torch.cat([found.image, there], dim=1))
+
+    loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
+    with dense_loras(reading.family, pipe.transformer, loras, placed, guided=reading.guided):
+        return plain_latents(reading.family, pipe, **reading.call)
+
+
+def test_without_concepts_it_is_diffusers_own(reading, pipe):
+    assert torch.equal(latents_of(pipe, **reading.call), plain_latents(reading.family, pipe, **reading.call))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loras_act_in_the_cells_of_the_image_alone(reading, pipe, method):
+    settings, concepts, places = METHODS[method]
+    found = latents_of(pipe, **reading.call, concepts=concepts, method=settings)
+    torch.testing.assert_close(found, expected_of(reading, pipe, places), atol=3e-5, rtol=0)
+    alone = latents_of(pipe, **{**reading.call, "image": None}, concepts=concepts, method=settings)
+    assert (found - alone).abs().max() > 0.01
+
+
+def test_a_concept_may_act_on_references_too(reading, pipe):
+    both = [Concept(name=name, references=True) for name in ("cat", "dog")]
+    found = latents_of(pipe, **reading.call, concepts=both, method=Merge())
+    everywhere = expected_of(reading, pipe, merged, on_references=1.0)
+    torch.testing.assert_close(found, everywhere, atol=3e-5, rtol=0)
+    assert (found - expected_of(reading, pipe, merged)).abs().max() > 0.01
+    one = latents_of(pipe, **reading.call, concepts=[both[0], "dog"], method=Merge())
+    assert (one - found).abs().max() > 0.01, "which is not added to the weights, since the other stays out"
+
+
+def test_maps_are_those_of_the_cells_of_the_image(reading, pipe):
+    output = pipe(**reading.call, concepts=["cat", "dog"], method="draft", record_attention=[0], output_type="latent")
+    assert output.attention_maps.shape == (1, 1, 2, CELLS, CELLS)
+    assert 0 < output.attention_maps.sum(dim=2).max() < 1, "cells attend to references as well"
+
+
+@pytest.mark.parametrize("reading", ["klein"], indirect=True)
+def test_without_a_size_images_have_that_of_the_first_reference(reading, pipe):
+    given = {**reading.call, "width": None, "height": None, "num_inference_steps": 1}
+    found = pipe(**given, concepts=["cat"], method="merge", output_type="latent").images
+    assert found.shape[-2:] == (12, 8)
+
+
+def test_what_is_no_image_is_refused(reading, pipe):
+    with pytest.raises(ValueError, match="reference images are PIL images, paths or 8-bit arrays, not tensors"):
+        pipe(**{**reading.call, "image": torch.rand(3, 64, 64)}, concepts=["cat"])
+
+
+@pytest.mark.parametrize("reading", ["kontext"], indirect=True)
+def test_kontext_refuses_another_area_several_images_and_masks(reading, pipe):
+    call = {**reading.call, "concepts": BOXES}
+    with pytest.raises(ValueError, match=r"max_area=16384 pixels, here 128 x 128 for 256 x 256, in which regions .*"):
+        pipe(**{**call, "width": 256, "height": 256})
+    with pytest.raises(ValueError, match=r"reads one reference image with concepts, not 2; put them side by side"):
+        pipe(**{**call, "image": [NAVY, ORANGE]})
+    with pytest.raises(ValueError, match=r"reads image as a reference image, and inpaints nothing here; leave out"):
+        pipe(**{**call, "image": NAVY}, mask_image=(0, 0, 32, 32))
+
+
+@pytest.mark.parametrize("reading", ["kontext"], indirect=True)
+def test_kontext_reads_references_at_a_size_that_it_knows(reading, pipe):
+    found = pipe._references(NAVY, True)[0]
+    assert found.shape == (1, 3, 1248, 832)
+    assert pipe._of_area(640, 640, 1024**2) == (1024, 1024)
+
+
+@pytest.mark.parametrize("reading", ["kontext"], indirect=True)
+def test_kontext_opens_by_its_own_name(reading, pipe, tmp_path):
+    assert type(ComposePipeline.from_pipe(FluxKontextPipeline(**pipe.components))) is ComposeFluxKontextPipeline
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "FluxKontextPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}'
+    )
+    assert ComposePipeline.family_of(configuration(str(tmp_path))) is ComposeFluxKontextPipeline
+
+
+@pytest.mark.parametrize("reading", ["dev"], indirect=True)
+def test_dev_refuses_a_rewritten_prompt_and_masks(reading, pipe):
+    call = {**reading.call, "concepts": ["cat"]}
+    with pytest.raises(ValueError, match="caption_upsample_temperature has the text encoder rewrite the prompt"):
+        pipe(**call, caption_upsample_temperature=0.1)
+    with pytest.raises(ValueError, match=r"no inpainting for FLUX\.2-dev, which reads image as a reference image"):
+        pipe(**{**call, "image": NAVY}, mask_image=(0, 0, 32, 32))
+
+
+@pytest.mark.parametrize("adds_special", [True, False], ids=["added-by-the-tokenizer", "in-the-template"])
+@pytest.mark.parametrize("reading", ["dev"], indirect=True)
+def test_dev_finds_words_as_its_processor_reads_them(reading, pipe, monkeypatch, adds_special):
+    if adds_special:
+        monkeypatch.setattr(pipe.tokenizer, "chat_template", pipe.tokenizer.chat_template.removeprefix("<s>"))
+    template = pipe._template(TOKENS)
+    assert template.adds_special is adds_special
+    (messages,) = format_input([PROMPT], pipe.system_message)
+    read = pipe.tokenizer.apply_chat_template(
+        [messages], tokenize=True, return_dict=True, padding="max_length", max_length=TOKENS, truncation=True
+    )
+    start = PROMPT.index("sks")
+    found = template.positions(PROMPT, start, start + 3)
+    assert found == reading.family.words[0]
+    assert [pipe.tokenizer.tokenizer.decode([read["input_ids"][0][i]]) for i in found] == ["s", "k", "s"]
+    assert torch.equal(template.real_tokens([PROMPT]), torch.tensor(read["attention_mask"]).bool())
