@@ -8,7 +8,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, Grid, JointRegions, Lora, Partition, RegionAttention, grid_at
+from lora_compose.attention import Gates, Grid, JointRegions, Lora, Partition, RegionAttention, TextBias, grid_at
 from lora_compose.attention.masks import Box, box_mask, cells_of, resize_mask
 from lora_compose.attention.regions import queries_of
 from lora_compose.compose.comfyui.families import Family
@@ -154,19 +154,20 @@ class Composition:
 
     def bias(
         self, family: Family, ours: Sequence[bool], grid: Grid, tokens: int, found: Sequence[Any] = ()
-    ) -> Mapping[int, Tensor]:
+    ) -> TextBias | None:
         """What is added to the scores of cross-attention: 1 between a region and its words, -1 for those of others.
 
-        Args and shape: as for `gates`; by level [rows, cells, tokens].
+        Args: as for `gates`.
         """
         if self.phrases is None or not any(ours):
-            return {}
+            return None
         own, acting = self.phrases.repeat(tokens // len(self.phrases), 1), torch.tensor(ours, dtype=torch.float32)
         drawn = own - (own.sum(dim=1, keepdim=True) - own)
         subjects = self.phrases.any(dim=0)
         levels = {site.level for site in family.attention.values() if site.reads_text}
         shares = {level: by_row(found or [self.regions], grid_at(grid, level), len(ours)) for level in levels}
-        return {level: acting[:, None, None] * ((share * subjects) @ drawn.t()) for level, share in shares.items()}
+        cells = {level: (share * subjects).expand(len(ours), -1, -1) for level, share in shares.items()}
+        return TextBias(cells, acting[:, None, None] * drawn)
 
 
 def texts_of(everywhere: Tensor, readers: Sequence[int]) -> Tensor:

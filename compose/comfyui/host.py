@@ -179,7 +179,7 @@ class Sampling:
             self._steering = Steering(self._installation.state, self._plan)
             for name, site in self._family.attention.items():
                 swap = SwappedForward(model.get_submodule(name), model)
-                swap.layer = SteeredAttention(name, site, self._steering, swap.found)
+                swap.layer = SteeredAttention(name, site, self._steering, swap.original)
                 self._stack.callback(swap.take_off)
                 swap.put_on()
 
@@ -262,7 +262,7 @@ class Sampling:
                 )
                 regions = found if isinstance(found, RegionAttention) else None
                 joint = found if isinstance(found, JointRegions) else None
-            bias = {} if self._recorder is not None else plan.bias(self._family, ours, grid, tokens, self.regions)
+            bias = None if self._recorder is not None else plan.bias(self._family, ours, grid, tokens, self.regions)
             self._inputs[key] = self._installation.inputs(
                 gates, regions=regions, joint_regions=joint, lengths=[tokens] * len(ours), text_bias=bias
             )

@@ -17,7 +17,7 @@ def ui(
         str,
         typer.Option(help="Address to listen on. There is no password: anybody who can reach the address can use it."),
     ] = "localhost",
-    out: Annotated[Path, typer.Option(help="Folder for images and evaluations.")] = Path("outputs"),
+    out: Annotated[Path, typer.Option(help="Folder for images.")] = Path("outputs"),
     loras: Annotated[Path | None, typer.Option(help="Folder whose LoRAs the page offers.")] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:

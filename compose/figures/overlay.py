@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from lora_compose.pipelines.methods.draft import Drafted
 
 PALETTE = ("#1f9e89", "#e07a1f", "#7a5cd6", "#c9427d", "#3b82c4", "#8a9a1b", "#b5553c", "#5c6b8a")
 """Colours of concepts, in order; readable on light and dark backgrounds."""
@@ -71,6 +74,21 @@ def masks(image: Image.Image, attention: Attention, step: int | None, index: int
         ink = np.array(_rgb(colour(concept)), np.float32)
         pixels = np.where(inside, (1 - _TINT) * pixels + _TINT * ink, pixels)
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def division(size: tuple[int, int], drafted: Drafted, subjects: Sequence[int]) -> Image.Image:
+    """The division of a draft, in the colours of its subjects: brighter where the model puts one of them.
+
+    Args:
+        size: Width and height of the image that it would become.
+        subjects: Indices of the subjects among the concepts.
+    """
+    only = torch.zeros_like(drafted.masks)
+    only[:, list(subjects)] = drafted.masks[:, list(subjects)]
+    relative = drafted.maps[0] / drafted.maps[0].amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    strength = _spread(relative.amax(dim=0).numpy(), size)
+    ground = Image.fromarray((255 * strength).astype(np.uint8)).convert("RGB")
+    return masks(ground, Attention((0,), drafted.maps[None], only[None]), None)
 
 
 def outlined(image: Image.Image, boxes: Sequence[tuple[int, int, int, int] | None]) -> Image.Image:

@@ -29,7 +29,8 @@ from lora_compose.pipelines.calls.memory import check_size, warn_of_size
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.formats.models import models_of
 from lora_compose.pipelines.images.output import Cost
-from lora_compose.pipelines.methods import METHODS, Choice, Settings, make_method, name_of
+from lora_compose.pipelines.methods import METHODS, Choice, Draft, Settings, make_method, name_of
+from lora_compose.pipelines.methods.draft import Drafted, draft_only
 from lora_compose.pipelines.scene.mask_images import open_image
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from lora_compose.pipelines.scene.sources import moved_files
@@ -130,6 +131,19 @@ def make_batch(
     if maps is not None and masks is not None:
         attention = Attention(output.recorded_steps, maps.cpu(), masks.cpu(), output.draft_maps)
     return MadeBatch(tuple(map(Made, output.images, records)), getattr(output, "cost", None), attention)
+
+
+def draft(pipe: Any, run: Run) -> Drafted:
+    """Where each LoRA of a run would act, without its image; the image of the run is divided in the same way.
+
+    Raises:
+        ValueError: Whatever `make` would raise; if the method of the run, given or chosen, is not draft.
+    """
+    with _prepared(pipe, run) as (_, choice, arguments):
+        settings = arguments.pop("method")
+        if choice is None or not isinstance(settings, Draft):
+            raise ValueError("only the method draft looks at the noise before it makes an image; choose it")
+        return draft_only(pipe, settings, **arguments, generator=[torch.Generator().manual_seed(run.seed)])
 
 
 def plan(pipe: Any, run: Run) -> CallPlan | None:

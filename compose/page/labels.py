@@ -41,11 +41,11 @@ MERGER_LABELS: Mapping[str, tuple[str, str]] = {
 
 METHOD_LABELS: Mapping[str, MethodLabel] = {
     "lora-composer": MethodLabel(
-        "By boxes", "LoRA-Composer",
+        "In boxes", "LoRA-Composer",
         "Each box has its own text and LoRA, and the subjects are moved into their boxes.", "boxes",
     ),
     "regional": MethodLabel(
-        "By boxes, light", "regional",
+        "In boxes, light", "regional",
         "Each LoRA acts in its box only. Nothing moves the subjects into their boxes.", "boxes",
     ),
     "draft": MethodLabel(
@@ -195,6 +195,15 @@ def full_name(method: str) -> str:
 def methods() -> list[str]:
     """All methods, the most useful first."""
     return [*METHOD_LABELS, *(method for method in METHODS if method not in METHOD_LABELS)]
+
+
+def shown_methods(reads_regions: bool) -> tuple[str, str]:
+    """The methods beside the automatic choice that need no further knowledge: in boxes, and added up.
+
+    Args:
+        reads_regions: Whether the model supports region attention, which lora-composer needs.
+    """
+    return ("lora-composer" if reads_regions else "regional"), "merge"
 
 
 def setting_label(method: str, name: str) -> str:

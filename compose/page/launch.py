@@ -34,11 +34,6 @@ class Options:
         """The folder for saved images."""
         return self.out / "page"
 
-    @property
-    def evaluations(self) -> Path:
-        """The folder of evaluations, as the command line has it."""
-        return self.out / "evaluation"
-
 
 def options() -> Options:
     """How this page was started."""

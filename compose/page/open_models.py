@@ -77,6 +77,11 @@ class OpenModel:
         return self._pipe.tokenizer if "unet" in self._pipe.components else self._pipe.tokenizers_for(())[0]
 
     @property
+    def reads_regions(self) -> bool:
+        """Whether it supports region attention: a UNet."""
+        return "unet" in self._pipe.components
+
+    @property
     def busy(self) -> bool:
         """Whether the model is in use."""
         return bool(self._queue)

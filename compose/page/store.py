@@ -5,7 +5,7 @@ import binascii
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -252,8 +252,24 @@ def named(source: str) -> Lora:
     path = find_file(source)
     if is_on_hub(source):
         return _described(read_lora(path), source, source)
-    beside = (path.with_suffix(suffix) for suffix in (".png", ".preview.png"))  # many programs put its image there
-    return _described(read_lora(path), str(path), path.name, next(filter(Path.is_file, beside), None))
+    return _described(read_lora(path), str(path), path.name, _beside(path))
+
+
+def family_of(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> tuple[str | None, bool]:
+    """The family of models that a LoRA is for, None if it is not known; and whether such models are composed here."""
+    ours, guess = playground_of(metadata.get("base_model")), guess_family(shapes, metadata)
+    return ours or guess.family, ours is not None or guess.supported
+
+
+def image_of(path: Path, metadata: Mapping[str, str]) -> bytes | None:
+    """A small PNG of what a LoRA shows: from the image beside its file, or from its metadata; None without one."""
+    beside = _beside(path)
+    return _thumbnail(beside) if beside is not None else _embedded(metadata.get("modelspec.thumbnail"))
+
+
+def _beside(path: Path) -> Path | None:
+    """The image beside a file, where many programs put it."""
+    return next(filter(Path.is_file, (path.with_suffix(suffix) for suffix in (".png", ".preview.png"))), None)
 
 
 def is_on_hub(source: str) -> bool:
@@ -315,8 +331,7 @@ def _shown(name: str) -> str:
 
 def _described(file: LoraFile, source: str, shown: str, result: Path | None = None) -> Lora:
     metadata = file.metadata
-    guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, metadata)
-    ours = playground_of(metadata.get("base_model"))
+    family, composed = family_of({key: tensor.shape for key, tensor in file.tensors.items()}, metadata)
     return Lora(
         source=source,
         shown=shown,
@@ -325,8 +340,8 @@ def _described(file: LoraFile, source: str, shown: str, result: Path | None = No
         class_word=(file.class_word or "").strip(),
         trained_with=(metadata.get("method") or "").strip(),
         thumbnail=_thumbnail(result) if result else _embedded(metadata.get("modelspec.thumbnail")),
-        family=ours or guess.family,
-        composed=ours is not None or guess.supported,
+        family=family,
+        composed=composed,
         triggers=file.words.triggers,
         class_words=file.words.class_words,
     )

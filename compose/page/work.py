@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lora_compose.compose.figures.overlay import Attention
-from lora_compose.compose.generate.making import Made, make_batch
+from lora_compose.compose.figures.overlay import Attention, division
+from lora_compose.compose.generate.making import Made, draft, make_batch, size_of
 from lora_compose.compose.page.open_models import OpenModel, Stopped
 from lora_compose.pipelines.images.output import Cost
 from lora_compose.pipelines.scene.scene import Run
@@ -46,6 +46,18 @@ class Result:
     def run(self) -> Run:
         """How it was made."""
         return self.made.record.run
+
+
+@dataclass(frozen=True, eq=False)
+class Division:
+    """How the noise of a run divides the canvas between its subjects.
+
+    Attributes:
+        image: In the colours of the concepts.
+    """
+
+    run: Run
+    image: Image.Image
 
 
 class Job:
@@ -112,10 +124,15 @@ class Job:
         return self._done, self._of
 
     @property
+    def made(self) -> int:
+        """How many are finished."""
+        return len(self.results)
+
+    @property
     def share(self) -> float:
         """The finished fraction of all images, up to 1."""
         within = self._done / self._of if self._of else 0.0
-        return min(1.0, (len(self.results) + within) / max(1, len(self.runs)))
+        return min(1.0, (self.made + within) / max(1, len(self.runs)))
 
     @property
     def seconds_left(self) -> float | None:
@@ -177,6 +194,30 @@ class Job:
             self.preview = look(pipe, latents)
             took = time.monotonic() - start
             self._next_look = time.monotonic() + took / _PREVIEW_SHARE
+
+
+class DraftJob(Job):
+    """Drafts without their images, one for each run.
+
+    Attributes:
+        divisions: Finished ones.
+    """
+
+    def __init__(self, model: OpenModel, runs: Sequence[Run]) -> None:
+        super().__init__(model, runs, record_attention=False)
+        self.divisions: list[Division] = []
+
+    @property
+    def made(self) -> int:
+        """How many are finished."""
+        return len(self.divisions)
+
+    def _make(self, pipe: Any, run: Run) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        self._first_step = self._first_step or time.monotonic()
+        subjects = [i for i, concept in enumerate(run.scene.concepts) if not concept.is_style]
+        self.divisions.append(Division(run, division(size_of(pipe, run.scene), draft(pipe, run), subjects)))
 
 
 def look(pipe: Any, latents: Tensor) -> Image.Image:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -241,7 +241,8 @@ class Drafting:
     Attributes:
         words: Weight of every token in the map of each subject. Shape: [images, tokens, subjects].
         restart: How the image is denoised.
-        masks: The masks of all concepts on the map grid. Shape: [images, concepts, height, width], bool.
+        maps: The maps by which subjects were found; 0 for concepts that were not looked for, None if nothing was.
+        masks: The masks of all concepts on the map grid. Shape of both: [images, concepts, height, width].
     """
 
     settings: Draft
@@ -249,6 +250,7 @@ class Drafting:
     draft: PreparedPass
     words: Tensor
     restart: Restart
+    maps: Tensor | None = None
     masks: Tensor | None = None
     processes: Sequence[Process] = ()
 
@@ -270,6 +272,7 @@ class Drafting:
             maps = self._maps(latents, first).cpu()
             by_concept = torch.zeros(len(maps), len(concepts.loaded), *map_grid)
             by_concept[:, list(concepts.subjects)] = maps
+            self.maps = by_concept
             self.session.log.keep_draft(by_concept)
         masks = torch.stack(
             [
@@ -304,3 +307,78 @@ def _given(subject: Concept | None, canvas: Canvas) -> Tensor:
     if subject is None or subject.region is None:
         return torch.zeros(canvas.latent_grid, dtype=torch.bool)
     return cells_of(region_mask(subject.region, canvas.image_size, canvas.latent_grid, sharp=True), 0.5)
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Where each LoRA would act in an image.
+
+    Attributes:
+        maps: Mean attention to each subject over the draft; 0 for concepts that were not looked for. fp32.
+        masks: The cells of each concept; a style has all. Shape of both: [images, concepts, height, width], bool.
+    """
+
+    maps: Tensor
+    masks: Tensor
+
+
+def draft_only(pipe: Callable[..., Any], settings: Draft, **arguments: Any) -> Drafted:
+    """The draft of a call without its image: where each LoRA would act, for the price of the drafted steps.
+
+    The call with the same arguments and `method=settings` divides the canvas in the same way.
+
+    Args:
+        pipe: A pipeline of ours.
+        arguments: Those of its call, but for the method; one prompt.
+
+    Raises:
+        ValueError: Whatever the call would raise; for fewer than two subjects; where all have regions that are kept.
+    """
+    if not isinstance(arguments.get("prompt"), str):
+        raise ValueError("a draft without its image is that of one prompt, given as text; call it for each")
+    try:
+        pipe(**arguments, method=_DraftOnly(settings))
+    except _Found as found:
+        return found.drafted
+    raise RuntimeError("the call has ended without a draft")
+
+
+class _Found(Exception):  # noqa: N818 (nothing has gone wrong)
+    """Ends a call once its canvas is divided."""
+
+    def __init__(self, drafted: Drafted) -> None:
+        super().__init__("the canvas is divided")
+        self.drafted = drafted
+
+
+@dataclass(frozen=True)
+class _DraftOnly(Settings):
+    """`Draft` up to the division."""
+
+    settings: Draft
+
+    def start(self, session: Session) -> Process:
+        process = self.settings.start(session)
+        if not isinstance(process, Drafting):
+            raise ValueError("one subject alone is not drafted: its LoRA acts everywhere; name two or more")
+        return _UntilDivided(process)
+
+
+@dataclass(frozen=True)
+class _UntilDivided:
+    drafting: Drafting
+
+    @property
+    def text(self) -> Conditioning:
+        return self.drafting.text
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        self.drafting.prepare(latents, first)
+        if self.drafting.maps is None or self.drafting.masks is None:
+            raise ValueError(
+                "every subject has a region, so nothing is drafted; leave one out, or use keep_regions=False"
+            )
+        raise _Found(Drafted(self.drafting.maps, self.drafting.masks))
+
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("the call has gone on after its draft")

@@ -53,14 +53,13 @@ def test_attention_with_the_channels_is_attention_with_the_bias(dtype):
     query, key, value = (torch.randn(2, 3, 10, 16, generator=seeded(i)) for i in range(3))
     expected = scaled_dot_product_attention(query, key, value, dense(bias, 10, text, image)[:, None])
     more = bias.channels(1, 10, text, image, scale=16**-0.5)
-    wide = [
+    wide_query, wide_key = (
         torch.cat([x, channels[:, None].expand(-1, 3, -1, -1)], dim=-1).to(dtype)
         for x, channels in zip((query, key), more, strict=True)
-    ]
-    found = scaled_dot_product_attention(*wide, value.to(dtype), scale=16**-0.5).float()
-    torch.testing.assert_close(
-        found, expected, **({"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05})
     )
+    attended = scaled_dot_product_attention(wide_query, wide_key, value.to(dtype), scale=16**-0.5).float()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(attended, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_some_of_the_rows_have_the_bias_of_those_rows():

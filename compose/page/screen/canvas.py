@@ -34,7 +34,7 @@ def position_part(session: PageSession) -> None:
                       disabled=session.start is None or session.start.mask is None)  # fmt: skip
         if not session.rows:
             return
-        st.segmented_control("Position of the concepts", [fields.ANYWHERE, fields.IN_BOXES], key=fields.BOXED,
+        st.segmented_control("Position of the concepts", [fields.ANYWHERE, fields.BOXES], key=fields.BOXED,
                              required=True, label_visibility="collapsed", on_change=fields.without_boxes)  # fmt: skip
         if fields.boxed():
             with st.popover("Arrange", icon=":material/dashboard:"):

@@ -11,10 +11,10 @@ from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.form import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, free_name
 from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.picker import picker_part
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, Row, checking, discard
-from lora_compose.compose.page.store import UPLOAD_LIMIT, Lora, in_folder, is_on_hub, named, playground, tile
+from lora_compose.compose.page.store import UPLOAD_LIMIT, Lora, is_on_hub, named, tile
 from lora_compose.compose.page.text import markdown, markup
-from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
 from lora_compose.pipelines.concepts.finding import find_file
 
 logger = logging.getLogger(__name__)
@@ -142,41 +142,9 @@ def _adding(session: PageSession) -> None:
         st.caption("They stay on this machine until your session ends. Pickles (.pt, .ckpt, .bin) are refused: "
                    "they could run code.")  # fmt: skip
     with ready:
-        _choosing(session)
+        picker_part(session, _picked)
     if full:
         st.caption(f"{MOST_CONCEPTS} concepts are the maximum.")
-
-
-def _choosing(session: PageSession) -> None:
-    ready = {f"{lora.shown} ({lora.trigger} {lora.class_word})": lora.source for lora in of_the_playground(session)}
-    ready |= {f"{lora.shown} (uploaded)": lora.source for lora in session.store.uploads}
-    _picker(session, "From the playground, and uploaded before", ready, "ready")
-    folder = session.options.loras
-    if session.options.local:
-        text = st.text_input("A folder on this machine", value=str(folder or ""), key="set.folder")
-        folder = Path(text) if text.strip() else None
-    if folder is not None:
-        try:
-            _picker(session, "In the folder", {path.name: str(path) for path in in_folder(folder)}, "folder")
-        except ValueError as error:
-            st.error(markdown(str(error)))
-
-
-def _picker(session: PageSession, label: str, sources: dict[str, str], key: str) -> None:
-    chosen = st.multiselect(label, list(sources), key=f"do.pick.{key}.{session.uploads}")
-    st.button("Add", key=f"do.add.{key}", disabled=not chosen, on_click=_picked,
-              args=(session, [sources[name] for name in chosen]))  # fmt: skip
-
-
-def of_the_playground(session: PageSession) -> list[Lora]:
-    """The LoRAs of the playground that is open, or of the first one."""
-    model = session.model.choice.model
-    return _read_once(model if model in PLAYGROUNDS else PLAYGROUND)
-
-
-@st.cache_data(show_spinner=False)
-def _read_once(model: str) -> list[Lora]:
-    return playground(model)
 
 
 def _uploaded(session: PageSession, key: str) -> None:

@@ -9,11 +9,12 @@ import streamlit as st
 
 from lora_compose.compose.page.boxes import fitted, one_more
 from lora_compose.compose.page.controls import changed, controls
-from lora_compose.compose.page.form import Form, read_seeds
+from lora_compose.compose.page.form import Form, example, read_seeds
 from lora_compose.compose.page.labels import label_of
 from lora_compose.compose.page.screen.state import PageSession, Row
 from lora_compose.compose.page.store import Lora
 from lora_compose.compose.page.text import page_message
+from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene.mask_images import in_pixels
 from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Run
@@ -29,7 +30,7 @@ WIDTH, HEIGHT, BOXED = "set.width", "set.height", "set.boxed"
 METHOD, SCHEDULER, STEPS, GUIDANCE, SEEDS = "set.method", "set.scheduler", "set.steps", "set.guidance", "set.seeds"
 ATTENTION = "set.attention"
 STRENGTH, PAINTED, BRUSH = "set.strength", "set.painted", "set.brush"
-ANYWHERE, IN_BOXES = "Anywhere", "In boxes"
+ANYWHERE, BOXES = "Anywhere", "Boxes"
 AUTOMATIC = "automatic"
 ALL, PART = "All of it", "What you paint"
 DEFAULT_STRENGTH = 0.7
@@ -70,7 +71,7 @@ def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> 
         NEGATIVE: form.negative_prompt,
         WIDTH: form.size[0],
         HEIGHT: form.size[1],
-        BOXED: IN_BOXES if form.boxed else ANYWHERE,
+        BOXED: BOXES if form.boxed else ANYWHERE,
         METHOD: form.method or AUTOMATIC,
         SCHEDULER: form.scheduler or AUTOMATIC,
         STEPS: form.steps,
@@ -120,6 +121,17 @@ def add(
     return row
 
 
+def clear_example(session: PageSession) -> None:
+    """Removes LoRAs of the playgrounds that do not fit; if no concept is left, the example's prompt and method too."""
+    ours = [row for row in session.rows if row.lora is not None and row.lora.source.partition(":")[0] in PLAYGROUNDS]
+    gone = [row for row in ours if (fit := session.fit(row)) is not None and fit[2]]
+    session.rows = [row for row in session.rows if row not in gone]
+    if gone and not session.rows:
+        st.session_state[METHOD] = AUTOMATIC
+        if st.session_state[PROMPT] == example().prompt:
+            st.session_state[PROMPT] = ""
+
+
 def place_anew(session: PageSession, row: Row) -> None:
     """Gives the last concept a box of its own, next to the others."""
     others = [other for other in session.rows if other is not row and has_box(other)]
@@ -151,7 +163,7 @@ def size() -> tuple[int, int]:
 
 def boxed() -> bool:
     """Whether concepts have boxes."""
-    return st.session_state[BOXED] == IN_BOXES
+    return st.session_state[BOXED] == BOXES
 
 
 def without_boxes() -> None:
@@ -159,6 +171,12 @@ def without_boxes() -> None:
     method = st.session_state[METHOD]
     if not boxed() and method != AUTOMATIC and label_of(method).decides == "boxes":
         st.session_state[METHOD] = AUTOMATIC
+
+
+def with_boxes() -> None:
+    """Switches boxes on where the chosen method needs them."""
+    if label_of(st.session_state[METHOD]).decides == "boxes":
+        st.session_state[BOXED] = BOXES
 
 
 def box_of(row: Row) -> tuple[int, int, int, int]:
@@ -223,9 +241,7 @@ def form(session: PageSession) -> Form:
         raise ValueError("\n".join(unfit))
     method = None if st.session_state[METHOD] == AUTOMATIC else st.session_state[METHOD]
     if session.rows and not boxed() and method and label_of(method).decides == "boxes":
-        raise ValueError(
-            f"“{label_of(method).name}” needs boxes: choose “{IN_BOXES}” above the image, or another method."
-        )
+        raise ValueError(f"“{label_of(method).name}” needs boxes: choose “{BOXES}” above the image, or another method.")
     start, paints = session.start, st.session_state[PAINTED] == PART
     if start is not None and start.size != size():
         width, height = start.size

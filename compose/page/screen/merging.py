@@ -8,7 +8,8 @@ import streamlit as st
 from lora_compose.compose.page.labels import MERGER_LABELS
 from lora_compose.compose.page.merging import Merged, merge_loras
 from lora_compose.compose.page.open_models import Busy
-from lora_compose.compose.page.screen.concepts import add_lora, is_full, of_the_playground
+from lora_compose.compose.page.screen.concepts import add_lora, is_full
+from lora_compose.compose.page.screen.picker import of_the_playground
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, checking
 from lora_compose.compose.page.store import Lora
 from lora_compose.compose.page.text import markdown, page_message
@@ -22,24 +23,23 @@ _PLACE = "merging"
 _CHOSEN, _METHOD = "do.merge.loras", "do.merge.method"
 
 
-def merging_part(session: PageSession) -> None:
+def merging_view(session: PageSession) -> None:
     """The LoRAs to merge, how strong each is, and how they are merged."""
-    with st.expander("Merge LoRAs into one", icon=":material/merge:"):
-        ready = _ready(session)
-        names = st.multiselect("LoRAs to merge", list(ready), key=_CHOSEN, max_selections=MOST, help=(
-            "The playground's, your uploads, and those of your concepts. For a subject and a style choose the subject "
-            "first."
-        ))  # fmt: skip
-        for name in names:
-            st.number_input(f"Weight of {markdown(name)}", -4.0, 4.0, 1.0, 0.05, key=_weight_key(name))
-        method = st.selectbox("How", list(MERGER_LABELS), key=_METHOD, format_func=lambda key: MERGER_LABELS[key][0])
-        st.caption(MERGER_LABELS[method][1])
-        st.button("Merge", key="do.merge", icon=":material/merge:", disabled=len(names) < 2, on_click=_merge,
-                  args=(session, [ready[name] for name in names], names))  # fmt: skip
-        for trouble in session.problems.get(_PLACE, []):
-            st.error(markdown(trouble), icon=":material/error:")
-        if session.merged is not None:
-            _result(session, session.merged)
+    ready = _ready(session)
+    names = st.multiselect("LoRAs to merge", list(ready), key=_CHOSEN, max_selections=MOST, help=(
+        "The playground's, your uploads, and those of your concepts. For a subject and a style choose the subject "
+        "first."
+    ))  # fmt: skip
+    for name in names:
+        st.number_input(f"Weight of {markdown(name)}", -4.0, 4.0, 1.0, 0.05, key=_weight_key(name))
+    method = st.selectbox("How", list(MERGER_LABELS), key=_METHOD, format_func=lambda key: MERGER_LABELS[key][0])
+    st.caption(MERGER_LABELS[method][1])
+    st.button("Merge", key="do.merge", icon=":material/merge:", disabled=len(names) < 2, on_click=_merge,
+              args=(session, [ready[name] for name in names], names))  # fmt: skip
+    for trouble in session.problems.get(_PLACE, []):
+        st.error(markdown(trouble), icon=":material/error:")
+    if session.merged is not None:
+        _result(session, session.merged)
 
 
 def _result(session: PageSession, merged: Merged) -> None:

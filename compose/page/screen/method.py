@@ -2,43 +2,76 @@
 
 import streamlit as st
 
+from lora_compose.compose.check.report import Report
 from lora_compose.compose.generate.schedulers import scheduler_names
 from lora_compose.compose.page.controls import Control, controls, sentence
 from lora_compose.compose.page.form import MOST_STEPS, MOST_TEXT
-from lora_compose.compose.page.labels import choice_label, full_name, methods
+from lora_compose.compose.page.labels import choice_label, full_name, label_of, methods, shown_methods
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.text import markdown
+from lora_compose.pipelines.methods import name_of
 
-_AUTOMATIC = (
-    "By boxes if every subject has one; without boxes by subjects, if triggers and class words are in the prompt; "
-    "otherwise added up. The reason is shown below “Generate”."
-)
+_ADVANCED = "do.method.advanced"
 
 
-def method_part(session: PageSession) -> None:
-    """The method with its settings, and the sampling."""
-    with st.container(key="sampling"):
-        left, right = st.columns([2, 3])
-        method = fields.AUTOMATIC
-        if session.rows:
-            names = {fields.AUTOMATIC: fields.AUTOMATIC.capitalize()} | {name: full_name(name) for name in methods()}
-            method = left.selectbox("Method", list(names), key=fields.METHOD, format_func=names.__getitem__)
-        steps, guidance, seeds = right.columns(3, wrap=False)
-        steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
-        guidance.number_input("Guidance", key=fields.GUIDANCE, step=0.5, format="%.2f", help=(
-            "How closely the image follows the prompt: 5 to 8 for most models. 1 or less turns it off and halves the "
-            "cost."
-        ))  # fmt: skip
-        seeds.text_input("Seeds", key=fields.SEEDS, help="One image per seed: “0, 1, 2” or “5-8”.")
-    if session.rows:
-        st.caption(markdown(_AUTOMATIC if method == fields.AUTOMATIC else sentence(method)))
+def method_part(session: PageSession, report: Report | None) -> None:
+    """The method with its settings.
+
+    Args:
+        report: The check of the form; None while it is not ready, or the model is in use.
+    """
+    if not session.rows:
+        return
+    shown = [fields.AUTOMATIC, *shown_methods(session.model.reads_regions)]
+    chosen = st.session_state[fields.METHOD]
+    others = [name for name in methods() if name not in shown]
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.segmented_control("Method", [*shown, *([chosen] if chosen in others else [])], key=fields.METHOD,
+                             required=True, label_visibility="collapsed", on_change=fields.with_boxes,
+                             format_func=lambda name: "Automatic" if name == fields.AUTOMATIC else label_of(name).name,
+                             )  # fmt: skip
+        with st.popover("Advanced"):
+            st.session_state[_ADVANCED] = chosen if chosen in others else None
+            st.radio("Other methods", others, key=_ADVANCED, format_func=full_name, on_change=_take,
+                     captions=[sentence(name) for name in others])  # fmt: skip
+    st.caption(_automatic_words(report) if chosen == fields.AUTOMATIC else markdown(sentence(chosen)))
+
+
+def sampling_part() -> None:
+    """Steps, guidance and seeds."""
+    steps, guidance, seeds = st.columns(3, wrap=False)
+    steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
+    guidance.number_input("Guidance", key=fields.GUIDANCE, step=0.5, format="%.2f", help=(
+        "How closely the image follows the prompt: 5 to 8 for most models. 1 or less turns it off and halves the "
+        "cost."
+    ))  # fmt: skip
+    seeds.text_input("Seeds", key=fields.SEEDS, help="One image per seed: “0, 1, 2” or “5-8”.")
+
+
+def settings_part(session: PageSession) -> None:
+    """The settings of the method, and what is rarely changed."""
+    method = st.session_state[fields.METHOD] if session.rows else fields.AUTOMATIC
     if method != fields.AUTOMATIC and controls(method):
         _settings(method)
     with st.expander("Negative prompt, scheduler", icon=":material/settings:"):
         st.text_input("Negative prompt: what to avoid", key=fields.NEGATIVE, max_chars=MOST_TEXT)
         st.selectbox("Scheduler", [fields.AUTOMATIC, *scheduler_names()], key=fields.SCHEDULER)
         st.toggle("Keep attention maps, for “Understand”", key=fields.ATTENTION)
+
+
+def _automatic_words(report: Report | None) -> str:
+    """What is chosen for the prompt and the concepts as they are, and why."""
+    if report is None or report.choice is None:
+        return "Chosen by the boxes and the prompt; which one and why is said here once these are ready."
+    method = name_of(report.choice.method)[0]
+    why = f"{full_name(method)}, because {report.choice.reason}. {sentence(method)}"
+    return f"Takes {markdown(why)}"
+
+
+def _take() -> None:
+    st.session_state[fields.METHOD] = st.session_state[_ADVANCED]
+    fields.with_boxes()
 
 
 def _settings(method: str) -> None:

@@ -1,23 +1,28 @@
 """The model, and how it is opened."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
+from huggingface_hub import constants
 
 from lora_compose.compose.files.paths import is_hub_name
+from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.generate.defaults import ON_CPU, complete
 from lora_compose.compose.generate.machine import devices
 from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession, choose_model
+from lora_compose.compose.page.shelf import OWN, PUBLISHED, KnownModel, cached_models, models_in
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.savers import SAVERS, Saver, in_order
 from lora_compose.pipelines.scene.scene import Run, Scene
 
 _KIND, _NAME, _DTYPE, _DEVICE, _MEMORY = "set.model.kind", "set.model.name", "set.dtype", "set.device", "set.memory"
+_FOLDER = "do.model.folder.name"
 _OWN = "A folder or a hub repository"
 _PLACE = "model"
 _SHORT = 32  # letters of a model's name that are shown
@@ -28,9 +33,11 @@ def model_part(session: PageSession) -> None:
     choice = session.model.choice
     show_choice(choice)
     with st.popover(f"Model: **{markdown(_short(choice.model))}**", icon=":material/deployed_code:"):
-        kind = st.segmented_control("Model", [*PLAYGROUNDS, _OWN], key=_KIND, required=True, help=(
-            "The playgrounds are small built-in models, a UNet and a transformer like FLUX.1: they draw blurry little "
-            "images, quickly and offline. Each has LoRAs of its own."
+        labels = {model.source: model.words for model in _known(session)} | {_OWN: _OWN}
+        if st.session_state[_KIND] not in labels:  # named by an image, or its folder has gone
+            st.session_state[_NAME], st.session_state[_KIND] = st.session_state[_KIND], _OWN
+        kind = st.selectbox("Model", list(labels), key=_KIND, format_func=labels.__getitem__, help=(
+            "The playgrounds draw blurry little images, quickly and offline. Each has LoRAs of its own."
         ))  # fmt: skip
         if kind == _OWN:
             st.text_input(
@@ -38,8 +45,10 @@ def model_part(session: PageSession) -> None:
                 key=_NAME,
                 placeholder="stable-diffusion-v1-5/stable-diffusion-v1-5",
             )
-            st.caption("Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2-klein, Krea 2, Qwen-Image and Z-Image. "
+            st.caption("Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2, Krea 2, Qwen-Image and Z-Image. "
                        "Weights are read from safetensors only. A hub repository is downloaded first.")  # fmt: skip
+        if session.options.local:
+            _folders(session)
         left, right = st.columns(2)
         left.selectbox("Precision", [fields.AUTOMATIC, "float32", "float16", "bfloat16"], key=_DTYPE, help=(
             "Automatic: float32 on a CPU; on a GPU float16 for Stable Diffusion, bfloat16 for the others."
@@ -56,6 +65,50 @@ def model_part(session: PageSession) -> None:
         )  # fmt: skip
 
 
+def _known(session: PageSession) -> list[KnownModel]:
+    """The small models, those on this machine, and a published one of each family that is not.
+
+    A page that is open to other machines does not tell them what is on this one.
+    """
+    here = _here(tuple(session.model_folders), Path(constants.HF_HUB_CACHE)) if session.options.local else []
+    sources = {model.source for model in here}
+    return [*OWN, *here, *(model for model in PUBLISHED if model.source not in sources)]
+
+
+@st.cache_data(show_spinner=False, ttl=60)
+def _here(folders: tuple[Path, ...], cache: Path) -> list[KnownModel]:
+    found = cached_models(cache)
+    for folder in folders:
+        with suppress(FileError):  # it has gone since it was added
+            found += models_in(folder)
+    return found
+
+
+def _folders(session: PageSession) -> None:
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.text_input("A folder with models", key=_FOLDER)
+        st.button("List its models", key="do.model.folder", on_click=_add_folder, args=(session,))
+    for number, folder in enumerate(session.model_folders):
+        st.button(f"Forget {markdown(str(folder))}", key=f"do.model.forget.{number}", type="tertiary",
+                  icon=":material/close:", on_click=_forget, args=(session, folder))  # fmt: skip
+
+
+def _add_folder(session: PageSession) -> None:
+    session.problems[_PLACE] = []
+    folder = Path(st.session_state[_FOLDER].strip()).expanduser().absolute()
+    try:
+        if not models_in(folder):
+            raise FileError(f"{folder} has no models: expected folders as diffusers saves them, or .safetensors files")
+    except FileError as error:
+        session.problems[_PLACE] = [str(error)]
+        return
+    session.model_folders = [*dict.fromkeys([*session.model_folders, folder])]
+
+
+def _forget(session: PageSession, folder: Path) -> None:
+    session.model_folders = [other for other in session.model_folders if other != folder]
+
+
 def model_problems(session: PageSession) -> None:
     """Why a model was not opened."""
     for problem in session.problems.get(_PLACE, []):
@@ -64,8 +117,8 @@ def model_problems(session: PageSession) -> None:
 
 def show_choice(choice: Choice) -> None:
     """Fills the fields with the open model, where they are empty."""
-    st.session_state.setdefault(_KIND, choice.model if choice.model in PLAYGROUNDS else _OWN)
-    st.session_state.setdefault(_NAME, "" if choice.model in PLAYGROUNDS else choice.model)
+    st.session_state.setdefault(_KIND, choice.model)
+    st.session_state.setdefault(_NAME, "")
     st.session_state.setdefault(_DTYPE, choice.dtype)
     st.session_state.setdefault(_DEVICE, choice.device or fields.AUTOMATIC)
     st.session_state.setdefault(_MEMORY, list(choice.memory))
@@ -118,6 +171,7 @@ def _open(session: PageSession, choice: Choice) -> None:
         asked: dict[str, Any] = {} if st.session_state[_DTYPE] == fields.AUTOMATIC else {"dtype": choice.dtype}
         run, defaults = complete(Run(scene=Scene(prompt="-"), model=choice.model, device=choice.device, **asked))
         choose_model(session, replace(choice, dtype=run.dtype))
+        fields.clear_example(session)
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
         session.problems[_PLACE] = [str(error)]
         return

@@ -4,10 +4,9 @@ import streamlit as st
 
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.concepts import concepts_part
+from lora_compose.compose.page.screen.generate import generate_part
 from lora_compose.compose.page.screen.guides import guides_part
 from lora_compose.compose.page.screen.keep import restoring
-from lora_compose.compose.page.screen.merging import merging_part
-from lora_compose.compose.page.screen.method import method_part
 from lora_compose.compose.page.screen.prompt import prompt_part
 from lora_compose.compose.page.screen.session import page_session
 from lora_compose.compose.page.screen.stage import stage_part
@@ -20,12 +19,11 @@ session = page_session()
 fields.keep(session)
 top_part(session)
 
-stage, bench = st.columns([1, 1], gap="medium")
+bench, stage = st.columns([1, 1], gap="medium")
 with bench, st.container(key="bench"):
     prompt_part(session)
     concepts_part(session)
-    merging_part(session)
-    method_part(session)
+    generate_part(session)
     start_part(session)
     guides_part(session)
     restoring(session)

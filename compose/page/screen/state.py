@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from lora_compose.compose.check.report import Report, check
 from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.page.form import Form
-from lora_compose.compose.page.launch import Options, options
+from lora_compose.compose.page.launch import Options
 from lora_compose.compose.page.merging import Merged
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
-from lora_compose.compose.page.quick import Quick
 from lora_compose.compose.page.scores import Judge, Likeness
 from lora_compose.compose.page.store import Lora, StartImage, Store
 from lora_compose.compose.page.text import page_message
-from lora_compose.compose.page.work import Job, Result
+from lora_compose.compose.page.work import Division, DraftJob, Job, Result
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.loading import LoraError
 from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile, Run
@@ -37,6 +35,8 @@ _CHECKING = threading.Lock()
 _PATIENCE = 0.5  # seconds that a rerun waits for files and checks of other sessions
 FILE_PATIENCE = 30.0
 """Seconds that a file waits for those of other sessions before it is read."""
+VIEW = "set.view"
+"""The name of the field with the view of the result."""
 MOST_WAITING = 8
 """Most presses of the button that wait for the running one."""
 QUEUE = "queue"
@@ -60,12 +60,6 @@ def open_models() -> OpenModels:
 def judge() -> Judge:
     """The playground's judge, shared by all sessions."""
     return _JUDGE
-
-
-@cache
-def quick() -> Quick:
-    """The quick suite, shared by all sessions."""
-    return Quick(options().evaluations)
 
 
 @dataclass
@@ -95,6 +89,7 @@ class PageSession:
 
     Attributes:
         results: Finished ones, the newest first.
+        divisions: Those of the last drafts without images.
         shown: Key of the image on the canvas.
         job: The running job, or the last one.
         waiting: The jobs after it, in order.
@@ -104,6 +99,7 @@ class PageSession:
         unready: Whether the prompt has to be fixed first; the reason is shown there.
         closed: Whether it has ended: its browser was away for too long.
         fields: The values of its fields at the last rerun, by name.
+        model_folders: Folders whose models are offered.
     """
 
     store: Store
@@ -113,6 +109,7 @@ class PageSession:
     rows: list[Row] = field(default_factory=list, init=False)
     results: list[Result] = field(default_factory=list, init=False)
     compared: list[Result] = field(default_factory=list, init=False)
+    divisions: list[Division] = field(default_factory=list, init=False)
     shown: str = field(default="", init=False)
     job: Job | None = field(default=None, init=False)
     waiting: list[Job] = field(default_factory=list, init=False)
@@ -125,6 +122,7 @@ class PageSession:
     closed: bool = field(default=False, init=False)
     merged: Merged | None = field(default=None, init=False)
     fields: dict[str, Any] = field(default_factory=dict, init=False)
+    model_folders: list[Path] = field(default_factory=list, init=False)
     _numbers: int = field(default=0, init=False)
     _png: tuple[str, bytes] = field(default=("", b""), init=False)
     _outlooks: dict[str, Report] = field(default_factory=dict, init=False)
@@ -151,7 +149,13 @@ class PageSession:
 
         They stop when the session ends.
         """
-        job = Job(self.model, runs, record_attention=record_attention, flops=flops, comparing=comparing)
+        self._begin(Job(self.model, runs, record_attention=record_attention, flops=flops, comparing=comparing))
+
+    def try_noises(self, runs: list[Run]) -> None:
+        """Starts to draft images, or queues the drafts behind the running work."""
+        self._begin(DraftJob(self.model, runs))
+
+    def _begin(self, job: Job) -> None:
         if self.working:
             self.waiting.append(job)
             return
@@ -172,7 +176,8 @@ class PageSession:
         if self.job is not None:
             self.job.stop()
             self.job = self.job if self.job.running else None
-        self.rows, self.results, self.compared, self._png, self.merged = [], [], [], ("", b""), None
+        self.rows, self.results, self.compared, self.divisions = [], [], [], []
+        self._png, self.merged = ("", b""), None
         _forget(self._session_id)
         return self.store.close() and self.job is None
 
@@ -189,6 +194,9 @@ class PageSession:
             return False
         running = job.running  # read before its images, so that none is missed
         new = [result for result in job.results if result.key not in known]
+        drafted = isinstance(job, DraftJob) and self.divisions != job.divisions
+        if isinstance(job, DraftJob):
+            self.divisions = list(job.divisions)
         if new and job.comparing:
             self.compared = list(job.results)
         self.results = [*reversed(new), *self.results][:_RESULTS]
@@ -198,7 +206,7 @@ class PageSession:
             if job.state == "failed":
                 self.problems.setdefault(QUEUE, []).append(job.error)
             self.job = self.waiting.pop(0).start()
-        return bool(new)
+        return bool(new) or drafted
 
     def outlook(self, form: Form) -> Report | None:
         """The check of a form; None while the model is in use."""
@@ -219,7 +227,7 @@ class PageSession:
 
     def look_at(self, result: Result) -> None:
         """Shows an image on the canvas."""
-        self.shown, st.session_state["set.view"] = result.key, "Image"
+        self.shown, st.session_state[VIEW] = result.key, "Image"
 
     def fit(self, row: Row) -> Fit | None:
         """Whether a concept's LoRA fits the model; None while files of other sessions are being read."""

@@ -151,10 +151,14 @@ def test_a_draft_keeps_given_regions_and_divides_the_rest() -> None:
 def test_the_bias_draws_cells_to_the_words_of_their_own_region() -> None:
     plan, *_ = composed(two(), TEXT, "draft")
     left = torch.tensor([[1.0, 0.0]])
-    bias = plan.bias(UNET, [False, True], (1, 2), 11, [[left, 1 - left]])[0]
+    drawn = plan.bias(UNET, [False, True], (1, 2), 11, [[left, 1 - left]])
+    assert drawn is not None
+    bias = drawn.scores()[0]
     cat, dog = [0, 0, 1, 1, 0, 0, -1, -1, 0, 0, 0], [0, 0, -1, -1, 0, 0, 1, 1, 0, 0, 0]
     assert bias.tolist() == [[[0] * 11] * 2, [cat, dog]]
-    assert plan.bias(UNET, [True], (1, 2), 22, [[left, 1 - left]])[0].tolist() == [[cat * 2, dog * 2]]
+    repeated = plan.bias(UNET, [True], (1, 2), 22, [[left, 1 - left]])
+    assert repeated is not None
+    assert repeated.scores()[0].tolist() == [[cat * 2, dog * 2]]
 
 
 def test_two_of_one_class_read_texts_of_their_own() -> None:

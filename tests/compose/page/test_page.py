@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from commands import call
 from components import installed
@@ -41,7 +43,7 @@ from lora_compose.compose.page import (
     form,
     labels,
     launch,
-    quick,
+    shelf,
     store,
     text,
     work,
@@ -50,7 +52,7 @@ from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenM
 from lora_compose.compose.page.scores import Judge
 from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
-from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora
+from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts.loading import LoraError
 from lora_compose.pipelines.merging import MERGERS
@@ -584,6 +586,50 @@ def test_a_session_has_one_visit() -> None:
     assert second.closings == 0
 
 
+def test_models_on_this_machine_are_listed_with_their_family(tmp_path: Path) -> None:
+    index = (playground_model() / "model_index.json").read_text()
+    for name, content in (("mine", index), ("other", '{"_class_name": "UnheardPipeline"}'), ("broken", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(content)
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "one.safetensors")
+    shutil.copy(playground_lora("cat"), tmp_path / "cat.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"PK")
+    found = shelf.models_in(tmp_path)
+    assert [(Path(model.source).name, model.family) for model in found] == [
+        ("mine", "Stable Diffusion 1.x and 2.x"),
+        ("one.safetensors", "Stable Diffusion 1.x and 2.x"),
+    ]
+    with pytest.raises(FileError, match="cannot be read"):
+        shelf.models_in(tmp_path / "nowhere")
+
+
+def test_models_in_the_hubs_cache_are_those_whose_weights_are_there(tmp_path: Path) -> None:
+    for name in ("models--someone--whole", "models--someone--configurations", "models--alone", "datasets--a--b"):
+        snapshot = tmp_path / name / "snapshots" / ("0" * 40)
+        (snapshot / "unet").mkdir(parents=True)
+        shutil.copy(playground_model() / "model_index.json", snapshot)
+        if name != "models--someone--configurations":
+            (snapshot / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    assert [model.source for model in shelf.cached_models(tmp_path)] == ["someone/whole"]
+    assert shelf.cached_models(tmp_path / "none") == []
+
+
+def test_a_lora_is_listed_by_its_header_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    Image.new("RGB", (300, 200), "red").save(buffer := BytesIO(), "PNG")
+    uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    metadata = {"trigger": "sks", "class_word": "cat", "modelspec.thumbnail": uri}
+    save_file({"unet.mid_block.x.lora_A.weight": torch.full((2, 4), torch.nan)}, path, metadata)
+    lora = shelf.listed(path)
+    assert (lora.shown, lora.trigger, lora.class_word, lora.sha256) == ("mine.safetensors", "sks", "cat", "")
+    assert Image.open(BytesIO(lora.thumbnail or b"")).size == (96, 64)
+    Image.new("RGB", (50, 100), "blue").save(path.with_suffix(".png"))
+    assert Image.open(BytesIO(shelf.listed(path).thumbnail or b"")).size == (48, 96), "the image beside it is preferred"
+    path.write_bytes(b"PK")
+    with pytest.raises(LoraError, match="not a readable safetensors file"):
+        shelf.listed(path)
+
+
 def test_images_in_metadata_are_shown_only_if_they_are_images() -> None:
     buffer = BytesIO()
     Image.new("RGB", (500, 300), "red").save(buffer, "JPEG")
@@ -902,27 +948,6 @@ def test_the_judge_scores_where_there_are_reference_images() -> None:
     scores = judge.score(Image.new("RGB", (128, 128), "white"), run.scene)
     assert scores.keys() == {"bear", "robot"}
     assert {likeness.words for likeness in scores.values()} == {"not found"}
-
-
-def test_reports_are_found_newest_first(tmp_path: Path) -> None:
-    assert quick.reports(tmp_path / "none") == []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "report.html").write_text(name)
-    os.utime(tmp_path / "a" / "report.html", (2**31, 2**31))
-    assert [path.parent.name for path in quick.reports(tmp_path)] == ["a", "b"]
-
-
-def test_the_quick_suite_can_be_stopped(tmp_path: Path) -> None:
-    suite = quick.Quick(tmp_path)
-    suite.start()
-    assert suite.state == "running"
-    suite.start()  # a second one does nothing
-    suite.stop()
-    assert suite.state == "stopped"
-    assert suite.share == 0.0
-    assert suite._process is not None
-    assert suite._process.wait(30) != 0
 
 
 def test_the_command_explains_itself_and_refuses_what_cannot_be() -> None:

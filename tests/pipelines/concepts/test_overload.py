@@ -93,7 +93,9 @@ def test_a_limit_keeps_the_change_of_each_layer_within_it(pipe: Any) -> None:
     assert joint is not None
     names = list(pipe.loras["cat"])
     parts = (("cat", 1.0), ("kitten", 1.0), ("dog", 0.3))
-    scaled = {name: sum(weight * dense(pipe.loras[one], name) for one, weight in parts) for name in names}
+    scaled = {
+        name: torch.stack([weight * dense(pipe.loras[one], name) for one, weight in parts]).sum(dim=0) for name in names
+    }
     for name in names:
         scaled[name] *= min(1.0, joint.by_layer[name][1] / float(scaled[name].norm()))
     limited = latents_of(pipe, *given, method=Merge(limit=1.0))

@@ -17,8 +17,8 @@ def header(tags: Mapping[str, Any] | None = None, **metadata: Any) -> dict[str, 
 
 
 DECLARED = {
-    "modelspec": (header(**{"modelspec.trigger_phrase": "mikudress"}), ("mikudress", None)),
-    "a phrase with its noun": (header(**{"modelspec.trigger_phrase": "hatsune, 1girl"}), ("hatsune", "1girl")),
+    "modelspec": (header(None, **{"modelspec.trigger_phrase": "mikudress"}), ("mikudress", None)),
+    "a phrase with its noun": (header(None, **{"modelspec.trigger_phrase": "hatsune, 1girl"}), ("hatsune", "1girl")),
     "ours": (header(trigger="sks", class_word="cat"), ("sks", "cat")),
     "a folder, no captions": (header(ss_dataset_dirs={"10_ohwx man": {"img_count": 20}}), ("ohwx", "man")),
     "a folder, twice": (header(ss_dataset_dirs={"10_ohwx man": {}, "10_ohwx man (2)": {}}), ("ohwx", "man")),

@@ -21,6 +21,7 @@ from torch import Tensor
 from comparisons import assert_close, far_apart
 from components import random_lora, seeded, text_loras
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
+from lora_compose.pipelines.methods.draft import draft_only
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.scene.division import centres_of, clusters, divided, nearest, strips
 from lora_compose.pipelines.scene.rows import Rows
@@ -401,3 +402,30 @@ def test_the_draft_does_not_depend_on_what_the_loras_do(composer, dividing):
     for weight in (1.0, 0.0):
         call(composer, [Concept(name=name, weight=weight) for name in ("cat", "dog")])
     assert torch.equal(*dividing.maps)
+
+
+def test_a_draft_without_its_image_is_that_of_the_image_and_ends_with_the_drafted_steps(composer):
+    whole = call(composer, record_attention=True, num_inference_steps=8)
+    rows: list[int] = []
+    hook = composer.unet.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    given = {"concepts": ["cat", "dog"], "num_inference_steps": 8, "output_type": "latent"}
+    found = draft_only(composer, Draft(length=2), prompt=PROMPT, generator=seeded(), **given)
+    hook.remove()
+    assert rows == [2, 1], "a guided step, and the maps of the second"
+    found = draft_only(composer, Draft(), prompt=PROMPT, generator=seeded(), **given)
+    assert torch.equal(found.maps, whole.draft_maps)
+    assert torch.equal(found.masks, whole.masks[0])
+    assert torch.equal(call(composer, num_inference_steps=8).images, whole.images), "nothing is left of it"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "concepts", "message"),
+    [
+        ([PROMPT], ["cat", "dog"], "one prompt"),
+        ("a sks cat", ["cat"], "one subject alone is not drafted"),
+        (PROMPT, {"cat": [0, 0, 64, 128], "dog": [64, 0, 128, 128]}, "every subject has a region"),
+    ],
+)
+def test_what_cannot_be_drafted_alone_is_refused(composer, prompt, concepts, message):
+    with pytest.raises(ValueError, match=message):
+        draft_only(composer, Draft(), prompt=prompt, concepts=concepts, num_inference_steps=2)

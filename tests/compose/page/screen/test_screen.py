@@ -21,10 +21,12 @@ from streamlit.testing.v1 import AppTest
 
 from ip_adapters import playground_guides
 from layouts import layout, shapes_of
+from lora_compose.compose.figures.overlay import division
 from lora_compose.compose.files.images import Machine, Record, read_record, save_image
 from lora_compose.compose.lora.inspection import RECORD
+from lora_compose.compose.page.controls import sentence
 from lora_compose.compose.page.form import example
-from lora_compose.compose.page.labels import full_name
+from lora_compose.compose.page.labels import full_name, methods
 from lora_compose.compose.page.launch import SCREEN
 from lora_compose.compose.page.open_models import Choice, OpenModel
 from lora_compose.compose.page.screen import fields
@@ -35,6 +37,7 @@ from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import finding
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.methods import METHODS
+from lora_compose.pipelines.methods.draft import Drafted
 from lora_compose.pipelines.scene.mask_images import as_uri
 from lora_compose.pipelines.scene.scene import Concept
 
@@ -76,6 +79,14 @@ def after(at: AppTest) -> AppTest:
     return at
 
 
+def choose(at: AppTest, method: str) -> AppTest:
+    """Chooses a method as a person does: of the three that are shown, or of those under "Advanced"."""
+    shown = at.segmented_control(key=fields.METHOD)
+    if method not in (fields.AUTOMATIC, "lora-composer", "merge"):
+        return at.radio(key="do.method.advanced").set_value(method).run()
+    return shown.set_value(method).run()
+
+
 def said(at: AppTest) -> str:
     """All messages, without the marks that keep Markdown from being read as such."""
     kinds = (at.error, at.warning, at.info, at.caption)
@@ -100,30 +111,32 @@ def test_an_image_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     made(at)
     (result,) = session(at).results
     assert session(at).shown == result.key
-    assert "By boxes · seed 2 · 2 steps" in said(at)
+    assert "In boxes · seed 2 · 2 steps" in said(at)
     at.button(key=f"do.keep.{result.key}").click().run()
     kept = tmp_path / "out" / "page" / "2.png"
     assert read_record(kept) == result.made.record
     at.session_state["set.view"] = "Gallery"
     at.run()
-    assert "2.png: By boxes, seed 2" in said(at)
+    assert "2.png: In boxes, seed 2" in said(at)
     at.session_state["set.view"] = "Understand"
     at.run()
     assert "Your boxes decided where each LoRA acts" in said(at).replace("*", "")
     assert "Where the model looked for bear" in said(at)
 
 
-@pytest.mark.parametrize(
-    ("method", "words"),
-    [("clora", "Areas that the method found decided"), ("merge", "Nothing was divided"), ("tara", "Words decided")],
-)
-def test_what_decided_where_a_lora_acts_is_shown(at: AppTest, method: str, words: str) -> None:
-    at.selectbox(key=fields.METHOD).set_value(method).run()
-    made(at)
-    at.session_state["set.view"] = "Understand"
-    at.run()
-    assert words in said(at).replace("*", "")
-    assert ("The areas follow from it" in said(at)) == (method == "clora")
+def test_what_decided_where_a_lora_acts_is_shown(at: AppTest) -> None:
+    for method, words in (
+        ("clora", "Areas that the method found decided"),
+        ("merge", "Nothing was divided"),
+        ("tara", "Words decided"),
+    ):
+        at.session_state["set.view"] = "Image"
+        choose(at, method)
+        made(at)
+        at.session_state["set.view"] = "Understand"
+        at.run()
+        assert words in said(at).replace("*", "")
+        assert ("The areas follow from it" in said(at)) == (method == "clora")
 
 
 def test_several_seeds_give_several_images(at: AppTest) -> None:
@@ -146,13 +159,19 @@ def test_words_that_are_missing_are_flagged_and_inserted(at: AppTest) -> None:
 def test_the_needs_of_a_method_are_shown_before(at: AppTest) -> None:
     at.session_state[fields.BOXED] = fields.ANYWHERE
     at.run()
-    assert "“By boxes” needs boxes: choose “In boxes” above the image, or another method" in said(at)
+    assert "“In boxes” needs boxes: choose “Boxes” above the image, or another method" in said(at)
     assert at.button(key="do.make").disabled
-    at.segmented_control(key=fields.BOXED).set_value(fields.IN_BOXES).run()
+    at.segmented_control(key=fields.BOXED).set_value(fields.BOXES).run()
     at.segmented_control(key=fields.BOXED).set_value(fields.ANYWHERE).run()
-    assert at.selectbox(key=fields.METHOD).value == fields.AUTOMATIC
-    assert "Method: By subjects · draft, because" in said(at)
+    assert at.session_state[fields.METHOD] == fields.AUTOMATIC
+    assert "Takes By subjects · draft, because the prompt names every concept by trigger and class word" in said(at)
     assert not at.button(key="do.make").disabled
+    choose(at, "lora-composer")
+    assert fields.BOXED in at.session_state
+    assert at.session_state[fields.BOXED] == fields.BOXES, "what needs boxes switches them on"
+    assert not at.button(key="do.make").disabled
+    choose(at, fields.AUTOMATIC)
+    assert "Takes In boxes · LoRA-Composer, because every concept has a region" in said(at)
 
 
 def upload(at: AppTest, name: str, content: bytes) -> None:
@@ -171,28 +190,45 @@ def test_a_lora_for_another_model_is_reported_by_its_own_name_with_advice(at: Ap
         "dragon.safetensors was made for SDXL, but the model playground is open. Open such a model with “Model” at the "
         "top, or remove this concept." in said(at)
     )
-    assert said(at).count("dragon.safetensors") == 1
+    assert "".join(error.value for error in at.error).replace("\\", "").count("dragon.safetensors") == 1
     assert Path(session(at).store.uploads[0].source).name not in said(at)
     assert at.button(key="do.make").disabled
 
 
-def test_every_method_can_be_chosen(at: AppTest) -> None:
-    assert set(at.selectbox(key=fields.METHOD).options[1:]) == {full_name(method) for method in METHODS}
+def test_three_methods_are_shown_and_the_others_are_under_advanced_with_a_sentence_each(at: AppTest) -> None:
+    at.run()
+    assert at.segmented_control(key=fields.METHOD).options == ["Automatic", "In boxes", "Added up"]
+    advanced = at.radio(key="do.method.advanced")
+    assert set(advanced.options) == {
+        full_name(method) for method in METHODS if method not in ("lora-composer", "merge")
+    }
+    assert list(advanced.proto.captions) == [
+        sentence(name) for name in methods() if full_name(name) in advanced.options
+    ]
     for method in ("composite", "clora", "lora-composer"):  # with controls of every kind
-        at.selectbox(key=fields.METHOD).set_value(method).run()
+        choose(at, method)
         assert not at.exception
         assert not at.error
+        assert at.session_state[fields.METHOD] == method
+    assert at.radio(key="do.method.advanced").value is None
+
+
+def test_the_prompt_comes_first_then_concepts_then_method_and_button_and_the_result_beside_them(at: AppTest) -> None:
+    order = [element.key for element in at.main if getattr(element, "key", None)]  # depth first
+    wanted = [fields.PROMPT, row_key(at, 0, "name"), fields.METHOD, fields.SEEDS, "do.make", "set.view"]
+    assert [order.index(key) for key in wanted] == sorted(order.index(key) for key in wanted)
+    assert not any(field.key == "do.merge.loras" for field in at.multiselect), "merging has a view of its own"
 
 
 def test_settings_are_used_kept_when_another_method_is_looked_at_and_wrong_ones_said(at: AppTest) -> None:
-    at.selectbox(key=fields.METHOD).set_value("switch").run()
+    choose(at, "switch")
     key = fields.of_setting("switch", "interval")
     at.number_input(key=key).set_value(0).run()
     assert said(at).count("“Steps of a turn” must be a whole number of steps") == 1
     assert at.button(key="do.make").disabled
     at.number_input(key=key).set_value(1).run()
-    at.selectbox(key=fields.METHOD).set_value("merge").run()
-    at.selectbox(key=fields.METHOD).set_value("switch").run()
+    choose(at, "merge")
+    choose(at, "switch")
     assert at.number_input(key=key).value == 1
     assert fields_of(at).settings == {"interval": 1}
 
@@ -222,9 +258,17 @@ def test_concepts_are_chosen_from_a_folder_and_problems_are_shown_at_the_file(at
     shutil.copy(playground_lora("cat"), folder / "mine.safetensors")
     (folder / "broken.safetensors").write_bytes(b"\x80\x04K\x01.")
     at.text_input(key="set.folder").set_value(str(folder)).run()
-    at.multiselect(key="do.pick.folder.0").set_value(["broken.safetensors", "mine.safetensors"]).run()
-    at.button(key="do.add.folder").click().run()
+    (folder / "styles").mkdir()
+    shutil.copy(playground_lora("faded"), folder / "styles" / "fog.safetensors")
+    at.run()
     assert "broken.safetensors is not a readable safetensors file" in said(at)
+    assert "mine.safetensors**  \nsks cat" in said(at)
+    at.text_input(key="do.pick.search").set_value("sks mine").run()
+    assert not any(button.key == "do.add.playground:cat" for button in at.button), "only what has all words"
+    at.button(key=f"do.add.{folder / 'mine.safetensors'}").click().run()
+    at.text_input(key="do.pick.search").set_value("")
+    at.selectbox(key="do.pick.inside").set_value("styles").run()
+    assert "fog.safetensors**  \nwfy style" in said(at)
     assert [row.lora.shown for row in session(at).rows if row.lora] == ["bear", "robot", "mine.safetensors"]
     assert at.text_input(key=row_key(at, 2, "trigger")).value == "sks"
     at.button(key=f"do.remove.{session(at).rows[2].number}").click().run()
@@ -232,9 +276,10 @@ def test_concepts_are_chosen_from_a_folder_and_problems_are_shown_at_the_file(at
 
 
 def test_more_concepts_than_can_be_are_left_out_in_words(at: AppTest) -> None:
-    names = at.multiselect(key="do.pick.ready.0").options
-    at.multiselect(key="do.pick.ready.0").set_value(names).run()
-    at.button(key="do.add.ready").click().run()
+    at.run()
+    assert "12 of 18 are shown: search for others" in said(at)
+    assert at.button(key="do.add.shown").label == "Add these 12"
+    at.button(key="do.add.shown").click().run()
     assert len(session(at).rows) == 12
     assert "12 concepts are the maximum" in said(at)
 
@@ -279,17 +324,17 @@ def test_a_plain_image_without_concepts(at: AppTest) -> None:
 
 
 def test_settings_of_an_image_come_back(at: AppTest) -> None:
-    at.selectbox(key=fields.METHOD).set_value("tara").run()
+    choose(at, "tara")
     at.session_state[fields.of_setting("tara", "scope")] = "cross_kv"
     at.text_input(key=row_key(at, 0, "schedule")).set_value("1..0.5").run()
     at.text_input(key=row_key(at, 0, "blocks")).set_value("down:0.5,up.1:0").run()
     at.checkbox(key=row_key(at, 1, "style")).check().run()
     made(at)
     first = session(at).results[0]
-    at.selectbox(key=fields.METHOD).set_value("merge").run()
+    choose(at, "merge")
     at.text_area(key=fields.PROMPT).set_value("something else").run()
     at.button(key=f"do.reuse.{first.key}").click().run()
-    assert at.selectbox(key=fields.METHOD).value == "tara"
+    assert at.session_state[fields.METHOD] == "tara"
     assert fields_of(at) == first.run.model_copy(update={"device": None})
 
 
@@ -319,8 +364,8 @@ def test_the_slider_sets_the_weight_and_other_weights_are_text(at: AppTest, tmp_
 
 
 def test_a_new_lora_gets_a_box_of_its_own(at: AppTest) -> None:
-    at.multiselect(key="do.pick.ready.0").set_value([at.multiselect(key="do.pick.ready.0").options[0]]).run()
-    at.button(key="do.add.ready").click().run()
+    at.run()
+    at.button(key="do.add.playground:car").click().run()
     boxes = [fields_box(at, i) for i in range(3)]
     assert all(a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for a, b in combinations(boxes, 2))
 
@@ -474,7 +519,7 @@ def test_a_lora_that_does_not_fit_is_looked_at_once(at: AppTest, monkeypatch: py
         raise RuntimeError("whatever a file sets off")
 
     monkeypatch.setattr("lora_compose.compose.page.open_models.OpenModel.read", fails)
-    at.multiselect(key="do.pick.ready.0").set_value([at.multiselect(key="do.pick.ready.0").options[0]]).run()
+    at.run()
     looked.clear()
     session(at).rows[0].fit = None
     at.run()
@@ -522,30 +567,37 @@ def drop(
     assert not at.exception
 
 
-def test_another_model_is_opened_from_a_folder(at: AppTest) -> None:
-    at.session_state["set.model.kind"] = "A folder or a hub repository"
-    at.run()
-    at.text_input(key="set.model.name").set_value(str(playground_model())).run()
+def test_another_model_is_opened_from_a_folder(at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    at.text_input(key="do.model.folder.name").set_value(str(tmp_path))
+    at.button(key="do.model.folder").click().run()
+    assert "has no models: expected folders as diffusers saves them" in said(at)
+    at.text_input(key="do.model.folder.name").set_value(str(playground_model().parent))
+    at.button(key="do.model.folder").click().run()
+    offered = at.selectbox(key="set.model.kind").options
+    assert [words.partition(" ·")[0] for words in offered[:3]] == ["playground", "playground-flux", "model"]
+    assert offered[2] == "model · Stable Diffusion 1.x and 2.x · in playground"
+    at.selectbox(key="set.model.kind").set_value(str(playground_model())).run()
     at.multiselect(key="set.memory").set_value([Saver.TILING]).run()
     next(button for button in at.button if button.label == "Open this model").click().run()
     assert session(at).model.choice.memory == (Saver.TILING,)
+    assert len(session(at).rows) == 2, "they fit this one as well"
     made(at)
     assert session(at).results[0].run.model == str(playground_model())
 
 
 def test_the_playgrounds_transformer_composes_with_loras_of_its_own(at: AppTest) -> None:
-    for row in list(session(at).rows):
-        at.button(key=f"do.remove.{row.number}").click().run()
-    at.session_state["set.model.kind"] = "playground-flux"
-    at.run()
+    at.selectbox(key="set.model.kind").set_value("playground-flux").run()
     next(button for button in at.button if button.label == "Open this model").click().run()
-    names = at.multiselect(key="do.pick.ready.0").options
-    assert len(names) == 6
-    at.multiselect(key="do.pick.ready.0").set_value([name for name in names if name[:3] in ("cat", "dog")]).run()
-    at.button(key="do.add.ready").click().run()
+    assert session(at).rows == [], "the example is of the other model"
+    assert at.text_area(key=fields.PROMPT).value == ""
+    assert at.session_state[fields.METHOD] == fields.AUTOMATIC
+    assert [error.value for error in at.error] == ["Write a prompt\\."]
+    assert sum(str(button.key).startswith("do.add.playground-flux:") for button in at.button) == 6
+    for name in ("cat", "dog"):
+        at.button(key=f"do.add.playground-flux:{name}").click().run()
     at.text_area(key=fields.PROMPT).set_value("a sks cat and a zwx dog on grass").run()
-    assert "work with SD 1.x, SD 2.x and SDXL only; use draft" in said(at)  # By boxes, as in the example
-    at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
+    assert at.segmented_control(key=fields.METHOD).options == ["Automatic", "In boxes, light", "Added up"]
     made(at)
     (result,) = session(at).results
     assert [concept.lora for concept in result.run.scene.concepts] == ["playground-flux:cat", "playground-flux:dog"]
@@ -569,7 +621,9 @@ def test_trouble_with_a_model_keeps_the_old_one(at: AppTest) -> None:
 def test_a_page_that_others_reach_opens_no_files_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_COMPOSE_LOCAL", "no")
     at = AppTest.from_file(str(SCREEN), default_timeout=60).run()
-    assert not any(field.key == "set.folder" for field in at.text_input)
+    assert not any(field.key in ("set.folder", "do.model.folder.name") for field in at.text_input)
+    offered = at.selectbox(key="set.model.kind").options
+    assert not any("in the hub's cache" in words for words in offered), "what is on this machine is not told"
     at.session_state["set.model.kind"] = "A folder or a hub repository"
     at.run()
     at.text_input(key="set.model.name").set_value("/etc").run()
@@ -593,7 +647,7 @@ def test_the_methods_are_compared(at: AppTest) -> None:
     at.session_state["set.view"] = "Compare"
     at.run()
     table = next(markdown.value for markdown in at.markdown if "what it does" in markdown.value)
-    assert all(f"| **{name}** |" in table.replace("\\", "") for name in ("Added up", "By subjects", "By boxes"))
+    assert all(f"| **{name}** |" in table.replace("\\", "") for name in ("Added up", "By subjects", "In boxes"))
     assert "1.0 times a plain image" in table.replace("\\", "")
     at.button(key="do.compare").click().run()
     after(at)
@@ -627,6 +681,32 @@ def test_variations_share_the_seed_and_differ_in_weight(at: AppTest) -> None:
         [1.3, 0.65], [1.15, 0.575], [0.85, 0.425], [0.7, 0.35],
     ]  # fmt: skip
     assert len({result.made.image.tobytes() for result in session(at).results}) == 5
+
+
+def test_the_drafts_of_four_noises_are_shown_and_one_is_made(at: AppTest) -> None:
+    assert not any(button.key == "do.noises" for button in at.button), "boxes leave nothing to find"
+    at.session_state[fields.BOXED] = fields.ANYWHERE
+    choose(at, fields.AUTOMATIC)
+    at.button(key="do.noises").click().run()
+    after(at)
+    assert [one.run.seed for one in session(at).divisions] == [2, 3, 4, 5]
+    assert session(at).results == []
+    assert at.button(key="do.noises").label == "Try four more noises"
+    at.text_area(key=fields.PROMPT).set_value("a xlo bear and a qrt robot in snow").run()
+    assert not any(str(button.key).startswith("do.noise.") for button in at.button), "they are of another prompt"
+    at.text_area(key=fields.PROMPT).set_value("a xlo bear and a qrt robot on a white background").run()
+    at.button(key="do.noise.4").click().run()
+    after(at)
+    (result,) = session(at).results
+    assert (result.run.seed, result.run.method) == (4, "draft")
+    assert at.text_input(key=fields.SEEDS).value == "4"
+    assert result.attention is not None
+    assert result.attention.draft is not None
+    shown = session(at).divisions[2].image
+    assert (
+        shown.tobytes()
+        == division((128, 128), Drafted(result.attention.draft, result.attention.masks[0]), [0, 1]).tobytes()
+    ), "the image is divided as its draft was"
 
 
 def test_two_images_are_chosen_for_wiping(at: AppTest) -> None:
@@ -682,13 +762,6 @@ def until(true: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def test_the_page_lists_no_missing_evaluations(at: AppTest) -> None:
-    at.session_state["set.view"] = "Evaluate"
-    at.run()
-    assert not at.exception
-    assert "No reports yet" in said(at)
-
-
 # --- images to start from ---
 
 
@@ -738,7 +811,7 @@ def test_what_is_no_image_to_start_from_is_refused(at: AppTest) -> None:
 @pytest.mark.slow
 def test_a_control_image_and_an_ip_adapter_guide_the_image(at: AppTest, tmp_path: Path) -> None:
     folder = playground_guides(tmp_path)
-    at.selectbox(key=fields.METHOD).set_value("merge").run()
+    choose(at, "merge")
     for kind, model, weights in (("ControlNet or T2I-Adapter", "pose", ""), ("IP-Adapter", "faces", "adapter.bin"),
                                  ("IP-Adapter", "faces", "adapter.safetensors")):  # fmt: skip
         at.selectbox(key="new.guide.kind").set_value(kind).run()
@@ -773,6 +846,8 @@ def encoded_as(image: Image.Image, kind: str) -> bytes:
 
 
 def test_loras_are_merged_and_used_as_one_concept(at: AppTest) -> None:
+    at.session_state["set.view"] = "Merge"
+    at.run()
     labels = at.multiselect(key="do.merge.loras").options
     bear, faded = (next(label for label in labels if label.startswith(name)) for name in ("bear (", "faded ("))
     assert at.button(key="do.merge").disabled
@@ -812,6 +887,8 @@ def test_a_card_without_a_trigger_offers_those_of_the_captions(at: AppTest, tmp_
 
 
 def test_what_cannot_be_merged_is_said(at: AppTest) -> None:
+    at.session_state["set.view"] = "Merge"
+    at.run()
     labels = at.multiselect(key="do.merge.loras").options
     at.multiselect(key="do.merge.loras").set_value([*labels[:3]]).run()
     at.selectbox(key="do.merge.method").set_value("k-lora").run()

@@ -1,0 +1,120 @@
+"""What is on this machine: models in folders and in the hub's cache, and LoRAs as their headers describe them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_compose.compose.page.store import SUFFIX, Lora, family_of, image_of, in_folder
+from lora_compose.compose.playground.assets import PLAYGROUNDS
+from lora_compose.pipelines.families import ComposePipeline
+from lora_compose.pipelines.families.opening import checkpoint_keys
+from lora_compose.pipelines.formats.files import LoraError, read_words
+from lora_compose.pipelines.formats.safetensors_reader import read_header
+from lora_compose.pipelines.support.regular import open_regular
+
+_INDEX = "model_index.json"
+_CHECKPOINT = ("model.diffusion_model.", "double_blocks.")  # keys of models in one file, which LoRAs do not have
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that can be chosen.
+
+    Attributes:
+        source: As a run names it.
+        family: The model family.
+        where: Where it is, in words.
+    """
+
+    source: str
+    family: str
+    where: str
+
+    @property
+    def words(self) -> str:
+        """Its name, family and place in a line."""
+        name = Path(self.source).name if Path(self.source).is_absolute() else self.source
+        return f"{name} · {self.family} · {self.where}"
+
+
+OWN = (
+    KnownModel(PLAYGROUNDS[0], "small UNet", "comes with lora-compose"),
+    KnownModel(PLAYGROUNDS[1], "small transformer", "comes with lora-compose"),
+)
+"""The small models."""
+
+PUBLISHED = (
+    KnownModel("stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.x and 2.x", "to download"),
+    KnownModel("stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL", "to download"),
+    KnownModel("black-forest-labs/FLUX.1-dev", "FLUX.1", "to download"),
+    KnownModel("Tongyi-MAI/Z-Image", "Z-Image", "to download"),
+)
+"""A published model of each family that is used most."""
+
+
+def models_in(folder: Path) -> list[KnownModel]:
+    """The models in a folder: as diffusers saves them, it or those inside of it, and checkpoints in one file.
+
+    Raises:
+        FileError: If it cannot be read.
+    """
+    files = in_folder(folder)
+    where = f"in {folder.name or folder}"
+    saved = [(inside, _family(inside / _INDEX)) for inside in (folder, *sorted(filter(Path.is_dir, folder.iterdir())))]
+    every = [*saved, *((path, _family_of_file(path)) for path in files)]
+    return [KnownModel(str(path), family, where) for path, family in every if family is not None]
+
+
+def cached_models(cache: Path) -> list[KnownModel]:
+    """The repositories in the hub's cache whose weights are there, not their configurations alone."""
+    found = {}
+    for index in sorted(cache.glob(f"models--*--*/snapshots/*/{_INDEX}")):
+        _, owner, name = index.parents[2].name.split("--", 2)
+        if (family := _family(index)) is not None and any(index.parent.glob(f"*/*{SUFFIX}")):
+            found[f"{owner}/{name}"] = family
+    return [KnownModel(source, family, "in the hub's cache") for source, family in found.items()]
+
+
+def listed(path: Path) -> Lora:
+    """A LoRA as the header of its file describes it. No weights are read, so they are not checked yet.
+
+    Raises:
+        LoraError: If it has no readable header.
+    """
+    trigger, class_word = read_words(path)
+    try:
+        with open_regular(path) as file:
+            header = read_header(file)
+    except (OSError, ValueError) as error:  # it has changed since its words were read
+        raise LoraError(f"{path.name} cannot be read: {error}") from error
+    family, composed = family_of({key: entry.shape for key, entry in header.entries.items()}, header.metadata)
+    return Lora(
+        source=str(path),
+        shown=path.name,
+        trigger=(trigger or "").strip(),
+        class_word=(class_word or "").strip(),
+        thumbnail=image_of(path, header.metadata),
+        family=family,
+        composed=composed,
+    )
+
+
+def _family_of_file(path: Path) -> str | None:
+    """The family of a checkpoint; None for LoRAs and whatever else is no model."""
+    try:
+        keys = checkpoint_keys(path, {})
+        return ComposePipeline.family_of_keys(keys).family if any(map(_is_of_checkpoint, keys)) else None
+    except Exception:  # files are not trusted: whatever errors they cause, the others are listed
+        return None
+
+
+def _is_of_checkpoint(key: str) -> bool:
+    return key.startswith(_CHECKPOINT)
+
+
+def _family(index: Path) -> str | None:
+    """The family of a model by its `model_index.json`; None if it is none that is supported."""
+    try:
+        return ComposePipeline.family_of(json.loads(index.read_text(encoding="utf-8"))).family
+    except (OSError, ValueError, AttributeError):
+        return None
