@@ -81,7 +81,7 @@ def listed(path: Path) -> Lora:
     Raises:
         LoraError: If it has no readable header.
     """
-    trigger, class_word = read_words(path)
+    words = read_words(path)
     try:
         with open_regular(path) as file:
             header = read_header(file)
@@ -91,8 +91,8 @@ def listed(path: Path) -> Lora:
     return Lora(
         source=str(path),
         shown=path.name,
-        trigger=(trigger or "").strip(),
-        class_word=(class_word or "").strip(),
+        trigger=(words.trigger or "").strip(),
+        class_word=(words.class_word or "").strip(),
         thumbnail=image_of(path, header.metadata),
         family=family,
         composed=composed,
