@@ -134,6 +134,9 @@ class Shelf:
             words = {"trigger": ("sks", "zwx", "xlo", "ink")[seed], "class_word": concept} if concept != "ink" else {}
             for place in (folder, folder / "loras"):
                 save_file(lora_tensors(**{part: lora}), place / f"{concept}.safetensors", metadata=words)
+        for seed, concept in enumerate(("alice", "berta", "duo"), 4):  # files that say nothing of their words
+            lora = random_lora(pipe.components[part], seed, size=0.05)
+            save_file(lora_tensors(**{part: lora}), folder / f"{concept}.safetensors")
         for seed, image in enumerate(("pose", "look", "start")):
             pixels = np.random.default_rng(seed).random((512, 512, 3)) * 255
             Image.fromarray(pixels.astype("u1")).save(folder / f"{image}.png")

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from rich.table import Table
 from torch import nn
-from transformers import Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel, T5Config, T5EncoderModel
+from transformers import Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
 
 from lora_compose.compose.benchmark import counting
 from lora_compose.compose.benchmark.architectures import (
@@ -35,9 +35,6 @@ CONCEPTS, SIDE = 2, 1024
 NF4_BITS, INT8_BITS = 4.5, 8.5
 """Bits of a weight with its scale: a float32 for 64 weights (bitsandbytes' nf4), a float16 for 32 (GGUF's Q8_0)."""
 
-_T5: Mapping[str, Any] = {
-    "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
 _QWEN3_4B: Mapping[str, Any] = dict(QWEN3) | {
     "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
 }  # fmt: skip
@@ -46,7 +43,6 @@ _QWEN3_VL_4B: Mapping[str, Any] = {
     "deepstack_visual_indexes": [5, 11, 17],
 }  # fmt: skip
 _MORE_TEXT: Mapping[str, Callable[[], nn.Module]] = {
-    "FLUX.1": lambda: T5EncoderModel(T5Config(**_T5)),
     "Krea 2": lambda: Qwen3VLModel(Qwen3VLConfig(text_config=dict(_QWEN3_4B), vision_config=dict(_QWEN3_VL_4B))),
     "Z-Image": lambda: Qwen3Model(Qwen3Config(**_QWEN3_4B)),
 }

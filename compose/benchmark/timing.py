@@ -79,11 +79,12 @@ def open_with_concepts(job: Job) -> Any:
         run = Run(scene=_SCENE, model=job.model, device=job.device, dtype=job.dtype)
         pipe = open_model(run, [Saver(name) for name in job.savers])
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "random.safetensors"
         sides = {"lora_A": "down", "lora_B": "up"}
         lora = attention_lora(pipe.unet).items()
-        save_file({f"unet.{n}.{key}.weight": getattr(f, side) for n, f in lora for key, side in sides.items()}, path)
-        for concept in columns(job.concepts, *size_of(pipe, _SCENE)):
+        tensors = {f"unet.{n}.{key}.weight": getattr(f, side) for n, f in lora for key, side in sides.items()}
+        for number, concept in enumerate(columns(job.concepts, *size_of(pipe, _SCENE))):
+            path = Path(folder) / f"{number}.safetensors"  # concepts of one file would share its factors
+            save_file(tensors, path)
             pipe.load_concept(path, name=concept.name, trigger=concept.trigger, class_word=concept.class_word)
     return pipe
 

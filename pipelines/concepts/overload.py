@@ -28,6 +28,7 @@ Products = Mapping[str, float]
 """Inner products of two LoRAs by layer."""
 
 _known: OrderedDict[tuple[Handle, Handle], Products] = OrderedDict()
+_joint: "OrderedDict[tuple[tuple[Handle, float], ...], Joint]" = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Joint:
 
 
 def joint_change(loaded: Sequence[LoadedConcept]) -> Joint | None:
-    """The joint change of concepts that act on the same positions; None if fewer than two LoRAs do.
+    """The joint change of concepts that act on the same positions; None if fewer than two LoRAs do, or one is no file.
 
-    Of concepts with one LoRA the strongest counts, as in the bank.
+    Of concepts with one LoRA the strongest counts, as in the bank. What was computed once is kept for the next call.
     """
     strongest: dict[Handle, tuple[LoadedConcept, float]] = {}
     for one in loaded:
@@ -71,12 +72,20 @@ def joint_change(loaded: Sequence[LoadedConcept]) -> Joint | None:
         handle = one.handle(one.factors.part)
         if handle not in strongest or abs(weight) > abs(strongest[handle][1]):
             strongest[handle] = one, weight
-    # A call may be checked with LoRAs that have shapes alone.
-    acting = [(one, weight) for one, weight in strongest.values() if weight and _has_values(one)]
-    if len(acting) < 2:
+    # A call may be checked with LoRAs that have shapes alone. Adapters of PEFT may change between calls.
+    acting = [(concept, weight) for concept, weight in strongest.values() if weight and _has_values(concept)]
+    if len(acting) < 2 or not all(concept.files for concept, _ in acting):
         return None
-    weights = tuple(weight for _, weight in acting)
-    number = len(acting)
+    key = tuple((concept.handle(concept.factors.part), weight) for concept, weight in acting)
+    if key not in _joint:
+        _joint[key] = _joint_change(acting)
+        while len(_joint) > _MOST:
+            _joint.popitem(last=False)
+    return _joint[key]
+
+
+def _joint_change(acting: Sequence[tuple[LoadedConcept, float]]) -> Joint:
+    weights, number = tuple(weight for _, weight in acting), len(acting)
     tables: dict[str, Tensor] = {}
     for i in range(number):
         for j in range(i + 1):
@@ -128,8 +137,7 @@ def _products(one: LoadedConcept, other: LoadedConcept) -> Products:
         for name, factors in first.items()
         if name in second and factors.transform is None and second[name].transform is None
     }
-    if one.files and other.files:
-        _known[key] = found
-        while len(_known) > _MOST:
-            _known.popitem(last=False)
+    _known[key] = found
+    while len(_known) > _MOST:
+        _known.popitem(last=False)
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import Part, parse
+from lora_compose.pipelines.formats.kinds import DIFFERENCE
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ def by_layer(file: LoraFile) -> Layers:
         key = parse(name)
         if key is None:
             unknown.append(name)
-        elif key.kind is not None and (key.kind.left_out or (key.slot == "diff" and file.tensors[name].dim() == 1)):
+        elif key.kind is not None and (key.kind.left_out or (key.kind is DIFFERENCE and file.tensors[name].dim() == 1)):
             inexpressible.append(name)  # a norm has a difference with one dimension
         else:
             slots = found.setdefault((key.part, key.module), {})

@@ -51,7 +51,7 @@ def test_a_model_of_each_family_opens_through_the_folder_and_composes_the_same(f
     saved(family, tmp_path / "model")
     ours = ComposePipeline.from_pretrained(tmp_path / "model")
     opened: Any = DiffusionPipeline.from_pretrained(
-        tmp_path / "model", custom_pipeline=str(FOLDER), trust_remote_code=True
+        str(tmp_path / "model"), custom_pipeline=str(FOLDER), trust_remote_code=True
     )
     assert isinstance(opened, ComposePipeline)
     assert type(opened) is type(ours)

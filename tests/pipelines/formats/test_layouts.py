@@ -152,7 +152,7 @@ def test_inspect_tells_the_same(name: str) -> None:
 def test_what_kohya_writes_about_training_is_shown() -> None:
     found, _ = inspect(file_of(layout("kohya-sd15")))
     assert ("sks cat", "name of a folder of training images") in found.triggers
-    assert ("sks cat", "in 12 captions") in found.triggers
+    assert ("grass", "in 3 captions") in found.triggers
     assert dict(found.facts)["images"] == "120"
     (block,) = [block for block in found.blocks if block.name == "mid_block"]
     assert (block.ranks, block.alphas, block.layers) == ((8,), (1.0,), 12)

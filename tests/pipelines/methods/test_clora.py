@@ -384,7 +384,7 @@ def test_cells_that_several_claim_are_shared_or_go_to_the_highest(composer, excl
     maps = torch.stack(
         [torch.where(m[:, None, None], x, torch.rand(1, 4)) for m, x in zip(mine, (cat, dog), strict=True)]
     )
-    found = process._found(maps[None])[0, :, 0].int().tolist()
+    found = process._subject_masks(maps[None])[0, :, 0].int().tolist()
     # As parts of their own maximum, 0.8 against 0.9 in the second cell, 0.5 against 1 in the third.
     assert found == ([[1, 0, 0, 0], [0, 1, 1, 0]] if exclusive else [[1, 1, 1, 0], [0, 1, 1, 0]])
 

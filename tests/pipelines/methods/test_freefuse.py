@@ -257,7 +257,7 @@ class Both(Settings):
 
 def test_what_does_not_fit_is_refused(pipe, load):
     load(pipe)
-    with pytest.raises(ValueError, match="has none of ink: give it a trigger"):
+    with pytest.raises(ValueError, match="has none of ink: ink has no trigger: give it one"):
         call(pipe, ["cat", "ink"])
     with pytest.raises(ValueError, match="a pass has it or region attention"):
         call(pipe, method=Both())

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from streamlit.testing.v1 import AppTest
@@ -428,6 +429,8 @@ def test_an_untrusted_image_opens_no_connection_until_the_user_asks_for_it(
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, network)
     monkeypatch.setattr(socket, "getaddrinfo", network)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(finding, "reachable", lambda source, *names, **hub: hub)
     monkeypatch.setattr("lora_compose.pipelines.concepts.finding.list_repo_files", network)
     monkeypatch.setattr("lora_compose.pipelines.concepts.finding.hf_hub_download", network)
     cat = Concept(name="cat", lora="stranger/cat-lora", trigger="sks", class_word="cat")
@@ -652,7 +655,8 @@ def test_the_methods_are_compared(at: AppTest) -> None:
     at.button(key="do.compare").click().run()
     after(at)
     assert {result.run.method for result in session(at).compared} == {"merge", "draft", "lora-composer"}
-    costs = [caption.help for caption in at.caption if caption.value.startswith("**")]
+    helps = [caption.help or "" for caption in at.caption if caption.value.startswith("**")]
+    costs = [text for text in helps if "latent rows" in text]
     assert len(costs) == 3
     assert all(re.match(r"4 (\+ .*)?latent rows\. ", cost) for cost in costs)  # two steps
 
