@@ -75,6 +75,7 @@ def test_a_plan_names_sizes_and_licences_and_downloads_nothing(
     assert one.size == one.missing == len(hub.repositories[DOG].files["dog.safetensors"])
 
 
+@pytest.mark.slow
 def test_a_smoke_test_makes_two_images_and_tells_what_the_whole_costs(
     hub: LocalHub, suite: dict[str, Any], tmp_path: Path
 ) -> None:
