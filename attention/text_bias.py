@@ -35,7 +35,7 @@ class TextBias:
         return TextBias({level: cells[chosen] for level, cells in self.cells.items()}, self.tokens[chosen])
 
     def to(self, device: torch.device) -> "TextBias":
-        """The same factors on a device."""
+        """Factors on a device."""
         return TextBias({level: cells.to(device) for level, cells in self.cells.items()}, self.tokens.to(device))
 
     def scores(self) -> Mapping[int, Tensor]:

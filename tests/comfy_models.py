@@ -296,7 +296,7 @@ class Reference:
         return every / every.sum(dim=1, keepdim=True)
 
     def seen(self, grid: Sequence[int]) -> Tensor:
-        """Which cells see which."""
+        """Self-attention mask between cells: True where a cell attends to another."""
         shares = (self.shares(grid) > 0).float()
         return (shares @ shares.t() > 0) | (shares[:, :1] > 0) | (shares[:, 0] > 0)
 

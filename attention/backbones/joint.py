@@ -265,7 +265,12 @@ class JointKernel:
 
 
 def _extended(x: Tensor, channels: Tensor) -> Tensor:
-    """The same further channels in all heads. Shapes: [rows, positions, heads, channels], [rows, positions, more]."""
+    """Queries or keys with extra channels, equal in all heads.
+
+    Args:
+        x: Shape: [rows, positions, heads, channels].
+        channels: Shape: [rows, positions, extra channels].
+    """
     return torch.cat([x, channels[:, :, None].to(x.dtype).expand(-1, -1, x.shape[2], -1)], dim=-1)
 
 

@@ -56,7 +56,7 @@ MODELS = tuple(_STEPS)
 CARDS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100": 989}
 """Dense TFLOPS of the tensor cores in half precision with sums in float32, as NVIDIA's data sheets have them."""
 SHARE = 0.3
-"""Of that peak, which is taken for images: an assumption, not a measurement."""
+"""Share of the peak that generation is assumed to reach; an assumption, not a measurement."""
 
 
 @dataclass(frozen=True)

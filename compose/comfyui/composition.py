@@ -69,7 +69,7 @@ class Composition:
         text_of_others: Whether concepts also act on the text of other conditionings, e.g. the negative one.
         image_of_others: Whether they also act on the image where other conditionings are predicted.
         lengths: Tokens of the text of the image, and of those of regions, which follow it; None if all read one text.
-        readers: The concept of each text of a region.
+        owners: Index of the concept that each regional prompt describes.
         isolate: Whether cells of a region see no other region; with texts of regions.
         phrases: 1 at the words of each concept in the text, to which a bias draws the cells of its region. Shape:
             [tokens, concepts].
@@ -84,7 +84,7 @@ class Composition:
     text_of_others: bool = False
     image_of_others: bool = False
     lengths: Sequence[int] | None = None
-    readers: Sequence[int] = ()
+    owners: Sequence[int] = ()
     isolate: bool = False
     phrases: Tensor | None = None
     draft: Draft | None = None
@@ -119,7 +119,7 @@ class Composition:
         levels = {site.level for site in family.sites.values() if "image" in site.parts}
         read = None
         if self.lengths is not None and family.joint is None:
-            of_text = texts_of(everywhere, self.readers)
+            of_text = gates_by_prompt(everywhere, self.owners)
             inside = {level: self.inside(images[0], grid_at(grid, level)) for level in levels}
             read = {level: image[:, None] * of_text[queries_of(one)[0]] for level, one in inside.items()}
         return Gates(
@@ -134,13 +134,13 @@ class Composition:
 
     def inside(self, regions: Sequence[Region | None], grid: Grid) -> Tensor:
         """True where a cell reads the text of a region. Shape: [cells, texts of regions]."""
-        masks = [on_grid(region, grid) for i in self.readers if (region := regions[i]) is not None]
+        masks = [on_grid(region, grid) for i in self.owners if (region := regions[i]) is not None]
         return torch.stack([cells_of(mask, HALF).flatten() for mask in masks], dim=1)
 
     def regions_of_pass(
         self, family: Family, ours: int, grid: Grid, regions: Sequence[Region | None], device: torch.device
     ) -> RegionAttention | JointRegions | None:
-        """Which text each cell reads in our rows; None if all read one."""
+        """Region attention of the rows with concepts; None if all cells attend to one prompt."""
         if self.lengths is None:
             return None
         if (joint := family.joint) is not None:
@@ -170,9 +170,9 @@ class Composition:
         return TextBias(cells, acting[:, None, None] * drawn)
 
 
-def texts_of(everywhere: Tensor, readers: Sequence[int]) -> Tensor:
-    """On which texts concepts act: each on its own, and those without a region on all. Shape: [texts, concepts]."""
-    return torch.stack([everywhere, *(everywhere + torch.eye(len(everywhere))[list(readers)])])
+def gates_by_prompt(everywhere: Tensor, owners: Sequence[int]) -> Tensor:
+    """Gates by prompt: 1 on a concept's own regional prompt, without a region on all. Shape: [texts, concepts]."""
+    return torch.stack([everywhere, *(everywhere + torch.eye(len(everywhere))[list(owners)])])
 
 
 def by_row(images: Sequence[Sequence[Region | None]], grid: Grid, rows: int) -> Tensor:

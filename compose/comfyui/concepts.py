@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_compose.attention import Lora
 from lora_compose.attention.masks import Box, box_mask
-from lora_compose.compose.comfyui.composition import UNIT, Composition, Draft, Region, texts_of
+from lora_compose.compose.comfyui.composition import UNIT, Composition, Draft, Region, gates_by_prompt
 from lora_compose.compose.comfyui.tokens import find_tokens
 from lora_compose.pipelines.scene.scene import Concept as SceneConcept
 from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
@@ -181,21 +181,21 @@ def composition_of(
 def _regional(
     plan: Composition, concepts: Sequence[Concept], encode: Encode, text: str, texts: str, joint: bool
 ) -> tuple[Composition, Conditioning]:
-    readers = [i for i, concept in enumerate(concepts) if concept.region is not None]
-    styles = [i for i in range(len(concepts)) if i not in readers]
-    if not readers:
+    owners = [i for i, concept in enumerate(concepts) if concept.region is not None]
+    styles = [i for i in range(len(concepts)) if i not in owners]
+    if not owners:
         raise ValueError("regional needs to know where concepts are: give at least one a box or a mask")
     for i in styles:
         if concepts[i].prompt:
             raise ValueError(
                 f"{concepts[i].path.name} has a prompt, and no region that reads it; give it a box or a mask"
             )
-    unnamed = _unnamed([concepts[i] for i in readers], text)
+    unnamed = _unnamed([concepts[i] for i in owners], text)
     if texts == "auto" and joint and unnamed:
         logger.warning("all regions read one text, since none can be made about %s", ", ".join(unnamed))
     own = any(concept.prompt for concept in concepts) or (joint and not unnamed)
     if texts == "regions" or (texts == "auto" and own):
-        return _with_texts(plan, concepts, readers, styles, encode, text, joint)
+        return _with_texts(plan, concepts, owners, styles, encode, text, joint)
     _check_no_prompts(concepts)
     return plan, encode(text, styles)
 
@@ -237,15 +237,15 @@ def _draft(
 def _with_texts(
     plan: Composition,
     concepts: Sequence[Concept],
-    readers: Sequence[int],
+    owners: Sequence[int],
     styles: Sequence[int],
     encode: Encode,
     text: str,
     joint: bool,
 ) -> tuple[Composition, Conditioning]:
     """A text for the image, and one for each region, one after the other in the conditioning."""
-    mine = [concepts[i].in_scene for i in readers]
-    if unnamed := _unnamed([concepts[i] for i in readers], text):
+    mine = [concepts[i].in_scene for i in owners]
+    if unnamed := _unnamed([concepts[i] for i in owners], text):
         raise ValueError(
             f"no text can be made about {', '.join(unnamed)}: write its trigger in the text, or give it a prompt"
         )
@@ -254,13 +254,13 @@ def _with_texts(
     kept = all(find_words(concepts[i].trigger, bare) for i in styles if concepts[i].trigger)
     first = bare if kept and not joint else plain
     every = [_once(encode, first, styles)]
-    every += [_once(encode, about(one, text, mine), [*styles, i]) for i, one in zip(readers, mine, strict=True)]
+    every += [_once(encode, about(one, text, mine), [*styles, i]) for i, one in zip(owners, mine, strict=True)]
     lengths = [one[0][0].shape[1] for one in every]
     everywhere = torch.tensor([float(i in styles) for i in range(len(concepts))])
-    words = texts_of(everywhere, readers).repeat_interleave(torch.tensor(lengths), dim=0)
+    words = gates_by_prompt(everywhere, owners).repeat_interleave(torch.tensor(lengths), dim=0)
     whole = every[0] if first == plain else _once(encode, plain, styles)  # also what describes the image as a whole
     conditioning = [[torch.cat([one[0][0] for one in every], dim=1), whole[0][1]]]
-    return replace(plan, words=words, lengths=lengths, readers=readers), conditioning
+    return replace(plan, words=words, lengths=lengths, owners=owners), conditioning
 
 
 def _once(encode: Encode, text: str, which: Sequence[int]) -> Conditioning:

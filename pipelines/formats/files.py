@@ -71,7 +71,7 @@ class LoraFile:
 
     @cached_property
     def words(self) -> Words:
-        """What it tells about trigger and class word."""
+        """Trigger and class word as the file's metadata states them, with candidates."""
         return words_of(self.metadata, self.embeddings)
 
     @property

@@ -119,7 +119,7 @@ def texts_of_regions(core: ModuleType, patcher: Any, folder: Path, *, isolate: b
         [*masks(core), None],
         words,
         lengths=lengths,
-        readers=(0, 1),
+        owners=(0, 1),
         isolate=isolate,
     )
     return plan, core.text(1, sum(lengths))
@@ -148,7 +148,7 @@ def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = 
     options: dict[str, Any] = {"text_of_others": False, "image_of_others": False, "draft": draft}
     if own_texts:
         own = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat_interleave(core.TOKENS, dim=0)
-        options |= {"words": own, "lengths": [core.TOKENS] * 3, "readers": (0, 1)}
+        options |= {"words": own, "lengths": [core.TOKENS] * 3, "owners": (0, 1)}
         return replace(plan, **options), core.text(1, 3 * core.TOKENS)
     return replace(plan, phrases=None if has_blocks(patcher) else words(core), **options), core.text(1)
 
