@@ -291,7 +291,7 @@ class Reference:
 
     def shares(self, grid: Sequence[int]) -> Tensor:
         """Share of each text in what a cell reads. Shape: [cells, texts]."""
-        inside = torch.stack([self.share(n, grid)[0].flatten() >= 0.5 for n in self.plan.readers], dim=1)
+        inside = torch.stack([self.share(n, grid)[0].flatten() >= 0.5 for n in self.plan.owners], dim=1)
         every = torch.cat([~inside.any(dim=1, keepdim=True), inside], dim=1).float()
         return every / every.sum(dim=1, keepdim=True)
 
@@ -339,7 +339,7 @@ class Reference:
             return read(context)
         total, shares = torch.zeros(()), self.shares(grid)
         for n, part in enumerate(context.split(list(self.lengths), dim=1)):
-            self.reading = -1 if n == 0 else self.plan.readers[n - 1]
+            self.reading = -1 if n == 0 else self.plan.owners[n - 1]
             total = total + shares[:, n, None] * read(part)
             self.reading = None
         return total
