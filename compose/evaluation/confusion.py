@@ -118,9 +118,11 @@ def gained(similarity: np.ndarray, truth: np.ndarray) -> float:
     0 is as alike as the references of the two are; lower is better. Subjects that were not found are left out; NaN if
     none was, or with fewer than two.
     """
+    if len(similarity) < 2:
+        return np.nan
     beside = np.where(np.eye(len(similarity), dtype=bool), -np.inf, similarity - truth)
     kept = beside[~np.isnan(similarity).any(axis=1)].max(axis=1)
-    return float(kept.mean()) if len(kept) and len(similarity) > 1 else np.nan
+    return float(kept.mean()) if len(kept) else np.nan
 
 
 def inside(box: Box, region: Box) -> float:
