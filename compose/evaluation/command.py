@@ -129,4 +129,5 @@ def show_report(folder: Path, baseline: str | None = None) -> None:
     """Writes the report of an evaluation and prints its path."""
     written = write_report(folder, baseline)
     echo(f"The report: {written.html}", style="bold")
-    echo(f"As a table: {written.markdown}; for pandas: {written.images}, {written.concepts}, {written.summary}")
+    tables = (written.images, written.concepts, written.confusion, written.summary)
+    echo(f"As a table: {written.markdown}; for pandas: {', '.join(map(str, tables))}")
