@@ -52,7 +52,8 @@ class Confused:
         """A row per cell: the crop of which concept, compared with the references of which."""
         names = self.shot.names
         for i, j in product(range(len(names)), repeat=2):
-            values = self.slots[i, j], self.truth[i, j], self.slots[i, j] - self.truth[i, j], self.limit[i, j]
+            difference = round(self.slots[i, j] - self.truth[i, j], 5)  # stored similarities have five digits
+            values = self.slots[i, j], self.truth[i, j], difference, self.limit[i, j]
             yield {
                 **self.shot.keys,
                 "concept": names[i],
@@ -66,5 +67,5 @@ def mean_matrix(cells: pd.DataFrame, names: list[str], value: str) -> np.ndarray
 
     Shape: [names, names].
     """
-    means = cells.groupby(["concept", "reference"])[value].mean()
-    return means.unstack("reference").reindex(index=names, columns=names).to_numpy(float)
+    means = cells.pivot_table(index="concept", columns="reference", values=value, aggfunc="mean")
+    return means.reindex(index=names, columns=names).to_numpy(float)

@@ -26,7 +26,7 @@ def show_following(votes: Path, folder: Path) -> None:
     """
     found = following(votes, folder)
     table = Table(
-        title=f"How well metrics follow {int(found['images'].max())} votes",
+        title=f"How well metrics follow {found['images'].to_numpy().max()} votes",
         caption="Of two images that were voted differently, how often the better one has the better number; ties count "
         "half, so 0.5 is chance. In brackets 95 %, over scenes and seeds.",
     )

@@ -231,7 +231,7 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
 
 _GUIDE = (
     "Success: every concept is there and is itself. Worst concept, Likeness: similarity to the own references; a "
-    "concept that was not found counts as 0. Leak, Swapped: likeness to other concepts; lower is better.  ",
+    "concept that was not found counts as 0. Leak, Nearer to another: likeness to other concepts; lower is better.  ",
     "After a mean comes its 95 % interval over scenes. A verdict against the baseline needs an interval of "
     f"the difference, on the same scenes and seeds, that excludes 0, and at least {MINIMUM_SCENES} scenes.  ",
     "The first rows are references, not methods: no LoRA, and each LoRA alone, with tara if its file says "

@@ -75,9 +75,9 @@ class ConceptScore(_Frozen):
         whole: Similarity of the whole image to the concept's references.
         placed: Whether the middle of the box lies in the concept's region; None without a region or a detector, or if
             it was not found.
-        slot: Similarity of what stands in its place to the references of every concept of the scene: of what was found
-            nearest to its region among objects of its class, and in scenes without regions `similarity`. Empty if there
-            is nothing, and in files of older versions.
+        slot: As `similarity`, of what stands in its place: if several concepts of a scene with regions have one class,
+            what was found of them goes to the nearest regions. Otherwise the same as `similarity`. Empty if there is
+            nothing, and in files of older versions.
         colours: Of a style: mean and spread of red, green and blue in the image, 0 to 1; None of a subject.
     """
 

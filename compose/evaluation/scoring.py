@@ -68,7 +68,8 @@ class Scorer:
         similarity = similarity_matrix(self.encoder.images(crops), references)  # [findings, concepts]
         rows = [dict(zip(names, map(_rounded, row), strict=True)) for row in similarity]
         allowed = np.array([[one.word == concept.class_word for one in detections] for concept in concepts], dtype=bool)
-        chosen = self._chosen(similarity, allowed.reshape(len(concepts), len(detections)))
+        allowed = allowed.reshape(len(concepts), len(detections))
+        chosen = self._chosen(similarity, allowed)
         slots = self._slots(detections, [scene.regions[name] for name in names if scene.regions], chosen, allowed)
         scores = {}
         for concept, i, slot, own_references in zip(concepts, chosen, slots, references, strict=True):
@@ -106,13 +107,14 @@ class Scorer:
     def _slots(
         self, detections: Sequence[Detection], regions: Sequence[Box], chosen: list[int | None], allowed: np.ndarray
     ) -> list[int | None]:
-        """The finding in the place of each concept, of its own class; that of its likeness where there are no places.
+        """The findings of the concepts; those of one class go to the concepts in whose places they are.
 
-        By likeness, two subjects of one class would never be swapped.
+        By likeness, two subjects of one class would never be swapped. Where there are no places, it has to do.
         """
         if self.detector is None or not regions:
             return chosen
-        return by_place([one.box for one in detections], regions, allowed.reshape(len(regions), len(detections)))
+        taken = np.isin(np.arange(len(detections)), [i for i in chosen if i is not None])
+        return by_place([one.box for one in detections], regions, allowed & taken)
 
     def _located(
         self,

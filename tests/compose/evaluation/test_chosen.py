@@ -21,8 +21,9 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small DINOv2 with random weights."""
     folder = tmp_path_factory.mktemp("dinov2")
     torch.manual_seed(0)
-    sides = {"image_size": 32, "patch_size": 16}
-    model = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, **sides))
+    model = Dinov2Model(
+        Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16)
+    )
     with torch.no_grad():
         for parameter in model.parameters():  # an untrained model gives nearly the same for everything
             if parameter.ndim > 1:

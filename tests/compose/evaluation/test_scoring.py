@@ -119,6 +119,17 @@ def test_two_of_one_class_in_each_others_places_keep_their_places_in_the_confusi
     assert free["bear"].slot == free["bear"].similarity
 
 
+def test_the_place_does_not_choose_among_several_of_a_single_subject(suite: Suite, judge: Encoder) -> None:
+    class Bears:
+        def detect(self, image: Image.Image, words: Any) -> list[Detection]:
+            return [Detection("bear", (8, 40, 56, 88), 0.9), Detection("bear", (72, 40, 120, 88), 0.8)]
+
+    scorer = Scorer(suite, judge, Bears(), {"bear": judge.images(reference_crops(suite.concept("bear")))})
+    found = scorer.score(pasted(("car", 8, 40), ("bear", 72, 40)), scene(("bear",), regions={"bear": (0, 0, 64, 128)}))
+    assert found.concepts["bear"].box == (72, 40, 120, 88)
+    assert found.concepts["bear"].slot == found.concepts["bear"].similarity
+
+
 def test_the_references_are_compared_among_themselves(scorer: Scorer) -> None:
     bears, cars = (scorer.references[name].tolist() for name in ("bear", "car"))
     cosines = [sum(a * b for a, b in zip(one, other, strict=True)) for one in bears for other in cars]

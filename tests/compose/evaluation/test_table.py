@@ -223,8 +223,8 @@ def test_where_a_lora_acts_alone_its_subject_is_kept_or_drifts(tmp_path: Path) -
 
 def test_scores_of_older_versions_have_no_outcomes(evaluation: Evaluation) -> None:
     assert evaluation.confusion.empty
-    assert evaluation.images[["share_kept", "lost", "dino", "scr"]].isna().all(axis=None)
-    assert evaluation.concepts["outcome"].isna().all()
+    assert evaluation.images[["share_kept", "lost", "dino", "scr"]].isna().to_numpy().all()
+    assert evaluation.concepts["outcome"].isna().to_numpy().all()
 
 
 def test_the_share_in_its_box_is_that_of_the_found_box(tmp_path: Path) -> None:
