@@ -221,7 +221,21 @@ def test_where_a_lora_acts_alone_its_subject_is_kept_or_drifts(tmp_path: Path) -
     assert evaluation.confusion.query("arm == 'alone' and alone == 'dog'")["reference"].unique().tolist() == ["dog"]
 
 
-def test_scores_of_older_versions_have_no_outcomes(evaluation: Evaluation) -> None:
+def test_scores_of_older_versions_have_no_outcomes(tmp_path: Path) -> None:
+    out = store(tmp_path, suite(), known)
+    for path in out.glob(f"batches/*/{SCORES}"):  # as they were written before there were outcomes
+        scores = json.loads(path.read_text())
+        del scores["truth"]
+        for shown in scores["images"].values():
+            del shown["chosen"]
+            for name in shown["concepts"]:
+                del shown["concepts"][name]["slot"]
+        path.write_text(json.dumps(scores))
+    plan = json.loads((out / PLAN).read_text())
+    del plan["suite"]["metrics"]
+    (out / PLAN).write_text(json.dumps(plan))
+    evaluation = load(out)
+    assert image(evaluation, "merge", 1)["region"] == pytest.approx(0.45)
     assert evaluation.confusion.empty
     assert evaluation.images[["share_kept", "lost", "dino", "scr"]].isna().to_numpy().all()
     assert evaluation.concepts["outcome"].isna().to_numpy().all()
