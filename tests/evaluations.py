@@ -74,14 +74,20 @@ def _score(concepts: tuple[str, ...], name: str, found: Found) -> ConceptScore:
     own, other = found if isinstance(found, tuple) else (found, 0.1)
     similarity = {one: own if one == name else other for one in concepts}
     box = BOXES[sorted(concepts).index(name)]
-    return ConceptScore(box=box, detection=0.9, similarity=similarity, whole=0.5, placed=True)
+    return ConceptScore(box=box, detection=0.9, similarity=similarity, whole=0.5, placed=True, slot=similarity)
 
 
 Measured = Callable[[Batch, int], Seen | str | None]
 """What is stored of an image: what was seen; or of its batch: why it failed, "unscored", or None for nothing yet."""
 
 
-def store(out: Path, of: Suite, measured: Measured, draw: bool = False, **changes: Any) -> Path:
+TRUTH = {"cat": {"cat": 0.9, "dog": 0.1}, "dog": {"cat": 0.1, "dog": 0.8}}
+"""How alike the references are among themselves; without it, `store` writes scores of older versions."""
+
+
+def store(
+    out: Path, of: Suite, measured: Measured, draw: bool = False, truth: Mapping[str, Any] | None = None, **changes: Any
+) -> Path:
     """Stores an evaluation, with images if `draw`. `changes` are of what was made."""
     planned = []
     for batch in batches(of):
@@ -100,7 +106,7 @@ def store(out: Path, of: Suite, measured: Measured, draw: bool = False, **change
                 _draw(image_path(out, key, seed), seed)
         seen = {seed: scores(batch.scene.concepts, one) for seed, one in found.items() if isinstance(one, Mapping)}
         if seen:
-            write(batch_folder(out, key) / SCORES, Scores(images=seen))
+            write(batch_folder(out, key) / SCORES, Scores(images=seen, truth=truth or {}))
     write(out / PLAN, Plan(suite=of, batches=tuple(planned)))
     return out
 

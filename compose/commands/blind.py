@@ -71,3 +71,19 @@ def judge(
     with starting():
         from lora_compose.compose.evaluation import blind
     blind.judge(out, evaluation, first)
+
+
+@app.command()
+@handle_errors(logging.ERROR)
+def follow(
+    out: Annotated[Path, typer.Argument(help="The folder that `from` wrote, with your votes.")],
+    evaluation: Annotated[Path, typer.Option(help="The evaluation that the images are of.")],
+) -> None:
+    """Show how well each metric follows your votes.
+
+    So you know which number to read.
+    """
+    check_packages("an evaluation", EVALUATION, "evaluation")
+    with starting():
+        from lora_compose.compose.evaluation.following import show_following
+    show_following(out, evaluation)

@@ -23,6 +23,15 @@ class _Suites(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+MetricsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metrics",
+        help="Further metrics, instead of the suite's: clip-t, clip-i, dino, scr, parted by commas; NAME=MODEL for "
+        "another model, a folder or hub repository.",
+    ),
+]
+
 app = typer.Typer(
     cls=_Suites,
     help="Score methods on many scenes: lora-compose evaluate SUITE.",
@@ -41,6 +50,7 @@ def run(
         int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or as in the suite.")
     ] = None,
     ray: RayOption = None,
+    metrics: MetricsOption = None,
 ) -> None:
     """Generate and score all images of a suite and write the report.
 
@@ -51,7 +61,7 @@ def run(
     check_ray(ray)
     with starting():
         from lora_compose.compose.evaluation.command import run_suite
-    if code := run_suite(suite, folder, processes, ray):
+    if code := run_suite(suite, folder, processes, ray, _names(metrics)):
         raise typer.Exit(code)
 
 
@@ -79,11 +89,15 @@ def published(
 
 @app.command(hidden=True)
 @handle_errors(logging.ERROR)
-def work(suite: str, folder: Annotated[Path, typer.Option("--out")]) -> None:
+def work(suite: str, folder: Annotated[Path, typer.Option("--out")], metrics: MetricsOption = None) -> None:
     """Take part in an evaluation, without a report: what `run --processes 2` starts twice."""
     from lora_compose.compose.evaluation.command import work_on
 
-    work_on(suite, folder)
+    work_on(suite, folder, _names(metrics))
+
+
+def _names(metrics: list[str] | None) -> list[str]:
+    return [name.strip() for text in metrics or [] for name in text.split(",") if name.strip()]
 
 
 @app.command()

@@ -5,10 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_compose.compose.evaluation.detectors import make_detector
-from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.evaluation.results import ImageScores
-from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
+from lora_compose.compose.evaluation.scoring import open_scorer
 from lora_compose.compose.evaluation.table import load
 
 
@@ -23,9 +21,7 @@ def judge_votes(folder: Path, images: Mapping[int, tuple[tuple[str, str], Image.
     scenes = {frozenset(scene.concepts): scene for scene in suite.scenes}
     if suite.detector is None:
         raise ValueError(f"the evaluation in {folder} has no detector, so it cannot locate concepts")
-    encoder = load_encoder(suite.encoder)
-    references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
-    scorer = Scorer(suite, encoder, make_detector(suite.detector, encoder, "cpu"), references)
+    scorer = open_scorer(suite)
     verdicts = {}
     for number, (pair, image) in images.items():
         scene = scenes[frozenset(pair)]

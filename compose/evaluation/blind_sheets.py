@@ -1,8 +1,10 @@
 """Blind votes on the images of an evaluation: the same scenes and seeds of some methods, shuffled.
 
-`lora-compose blind from` writes the sheets, `votes.csv` and `key.json` that `lora-compose blind score` reads.
+`lora-compose blind from` writes the sheets, `votes.csv` and `key.json` that `lora-compose blind score` reads, and
+`images.json`, by which `lora-compose blind follow` finds the images in the evaluation.
 """
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,10 @@ from lora_compose.compose.evaluation.blind import COLUMNS, ROWS, vote_sheet, wri
 from lora_compose.compose.evaluation.scoring import reference_files
 from lora_compose.compose.evaluation.table import Evaluation, load
 from lora_compose.compose.files.images import read_pixels
+from lora_compose.compose.files.reading import read_whole
 from lora_compose.pipelines.support.spelling import did_you_mean
+
+FILES = "images.json"
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Shown:
 
 
 def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> None:
-    """Shuffles images of two subjects of some rows of an evaluation and writes sheets, `votes.csv` and `key.json`.
+    """Shuffles images of two subjects of some rows of an evaluation and writes sheets and the files of votes.
 
     Raises:
         ValueError: If a method is not in the evaluation, or there are too few images that all of them made.
@@ -46,6 +51,16 @@ def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> N
         part = {number: shown[number] for number in range(start, min(start + COLUMNS * ROWS, len(shown) + 1))}
         _sheet(evaluation, folder, part).save(out / f"{page}.png")
     write_key(out, {number: image.method for number, image in shown.items()})
+    (out / FILES).write_text(json.dumps({number: image.file for number, image in shown.items()}, indent=1))
+
+
+def read_files(out: Path) -> dict[str, str]:
+    """The file of each voted image, relative to the folder of the evaluation, by number.
+
+    Raises:
+        FileError: If the votes are not on images of an evaluation.
+    """
+    return json.loads(read_whole(out / FILES))
 
 
 def _chosen(evaluation: Evaluation, methods: Sequence[str], images: int) -> list[Shown]:

@@ -1,37 +1,48 @@
 """`lora-compose evaluate`: runs a suite in one process or several, and writes its report."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import constants
 
 from lora_compose.compose.evaluation.batches import batches
+from lora_compose.compose.evaluation.chosen import chosen
 from lora_compose.compose.evaluation.comparison import compare_runs
 from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.published import estimate, fetch, read_published, wanted, write_suite
 from lora_compose.compose.evaluation.report import write_report
 from lora_compose.compose.evaluation.results import CLAIMS, PLAN, is_done
 from lora_compose.compose.evaluation.runner import evaluate
-from lora_compose.compose.evaluation.suite import read_suite
+from lora_compose.compose.evaluation.scoring import check_chosen
+from lora_compose.compose.evaluation.suite import Suite, read_suite
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.generate.processes import default_number, launch, local_rank
 from lora_compose.compose.support.terminal import FAILED, bar, echo, err, out
 
 
-def run_suite(suite: str, folder: Path | None = None, processes: int | None = None, ray: str | None = None) -> int:
+def run_suite(
+    suite: str,
+    folder: Path | None = None,
+    processes: int | None = None,
+    ray: str | None = None,
+    metrics: Sequence[str] = (),
+) -> int:
     """Generates and scores all images of a suite, writes the report, and returns the exit code; a rerun resumes.
 
     Further processes join in. The suite is a file or the name of a shipped one; `processes` are one per GPU by default,
     or as in the suite, and with a Ray cluster (`ray`: its address, or "local") one per node if there are no GPUs.
+    `metrics` are the names of further metrics, instead of those of the suite, as `chosen` takes them.
 
     Raises:
-        ValueError: For suites that cannot be read.
+        ValueError: For suites that cannot be read, and metrics whose models are not there.
         OSError: If all processes were killed.
     """
-    loaded = read_suite(suite)
+    loaded = _read(suite, metrics)
     to = folder or Path("outputs/evaluation") / loaded.name
     if local_rank():
         evaluate(loaded, to)  # only the first process of the machine prints
         return 0
+    check_chosen(loaded)
     plan = make_plan(loaded)
     echo(f"{loaded.name}: {len(plan.batches)} batches of {loaded.batch_size} images, in {to}", to=err)
 
@@ -44,7 +55,7 @@ def run_suite(suite: str, folder: Path | None = None, processes: int | None = No
 
             evaluate_on_ray(loaded, to, ray, on_progress, workers=processes)
         elif (number := processes or default_number(loaded.processes, loaded.device)) > 1:
-            work = ["evaluate", "work", suite, "--out", str(to)]
+            work = ["evaluate", "work", suite, "--out", str(to), *(f"--metrics={name}" for name in metrics)]
             code = launch(work, number, loaded.threads or 1, lambda: on_progress(done()))
             if code and done() < len(plan.batches):
                 return code
@@ -99,9 +110,14 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def work_on(suite: str, folder: Path) -> None:
+def work_on(suite: str, folder: Path, metrics: Sequence[str] = ()) -> None:
     """Takes part in an evaluation, without a report."""
-    evaluate(read_suite(suite), folder)
+    evaluate(_read(suite, metrics), folder)
+
+
+def _read(suite: str, metrics: Sequence[str]) -> Suite:
+    loaded = read_suite(suite)
+    return loaded.model_copy(update={"metrics": chosen(metrics)}) if metrics else loaded
 
 
 def compare_folders(first: Path, second: Path) -> None:
@@ -113,4 +129,5 @@ def show_report(folder: Path, baseline: str | None = None) -> None:
     """Writes the report of an evaluation and prints its path."""
     written = write_report(folder, baseline)
     echo(f"The report: {written.html}", style="bold")
-    echo(f"As a table: {written.markdown}; for pandas: {written.images}, {written.concepts}, {written.summary}")
+    tables = (written.images, written.concepts, written.confusion, written.summary)
+    echo(f"As a table: {written.markdown}; for pandas: {', '.join(map(str, tables))}")

@@ -26,7 +26,7 @@ RELATIVE = ("success", "swap")
 metrics only ask whether a concept is nearest to its own references, and above its run's own threshold."""
 
 _SIMILARITIES_FROM = ("encoder", "detector")
-_LISTS = ("concepts", "scenes", "methods")
+_LISTS = ("concepts", "scenes", "methods", "metrics")
 _UNIMPORTANT = ("name", "processes", *_LISTS)
 _HEADER = ("", "metric", "A", "B", "B - A", "won / tied / lost", "")
 
@@ -104,13 +104,16 @@ def compare_runs(a: Path, b: Path) -> RunComparison:
     """
     first, second = load(a), load(b)
     comparable = _same_scale(first.suite, second.suite)
+    compared = set(COMPARED if comparable else RELATIVE)
+    if _text_model(first.suite) != _text_model(second.suite):
+        compared -= {"clip_t"}
     shared = _shared_scenes(first.suite, second.suite)
     rows = [
         {"arm": arm, "metric": metric.key, **_row(metric, first.arm(arm), second.arm(arm), shared)}
         for arm in arm_names(first.suite)
         if arm in arm_names(second.suite)
         for metric in METRICS
-        if metric.key in (COMPARED if comparable else RELATIVE)
+        if metric.key in compared
     ]
     columns = ["arm", "metric", "a", "b", "difference", "low", "high", "wins", "ties", "losses", "images", "verdict"]
     notes = [*_differences(first, second), *_consequences(first, second, comparable, shared)]
@@ -151,6 +154,11 @@ def _same_scale(a: Suite, b: Suite) -> bool:
     in_both = references[0].keys() & references[1].keys()
     same = all(references[0][name] == references[1][name] for name in in_both)
     return same and all(getattr(a, field) == getattr(b, field) for field in _SIMILARITIES_FROM)
+
+
+def _text_model(suite: Suite) -> str:
+    """What CLIP-T is measured by."""
+    return next((one.model for one in suite.metrics if one.name == "clip-t"), suite.encoder)
 
 
 def _shared_scenes(a: Suite, b: Suite) -> list[str]:

@@ -115,11 +115,7 @@ def load_encoder(source: str, device: str = "cpu") -> Encoder:
         ValueError: If there is no such encoder, it is of another family, or it cannot be opened; the message says what
             was expected.
     """
-    where, what = _locate(source), f"the encoder {source!r}"
-    config = _opened(what, AutoConfig, where)
-    family = config.model_type
-    if family not in (*IMAGES_AND_TEXTS, *IMAGES_ONLY):
-        raise ValueError(f"{what} is of the family {family!r}; {_expected()}")
+    where, what, family = _locate(source), f"the encoder {source!r}", family_of(source)
     model, loading = _opened(
         what, AutoModel, where, dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
@@ -128,6 +124,19 @@ def load_encoder(source: str, device: str = "cpu") -> Encoder:
     processor = _opened(f"the image processor of {what}", AutoImageProcessor, where, backend="pil")
     tokenizer = _opened(f"the tokenizer of {what}", AutoTokenizer, where) if family in IMAGES_AND_TEXTS else None
     return Encoder(source, model.eval().requires_grad_(False).to(device), processor, tokenizer)
+
+
+def family_of(source: str) -> str:
+    """The family of an encoder, of which only the configuration is opened.
+
+    Raises:
+        ValueError: If there is no such encoder, it is of another family, or its configuration cannot be opened.
+    """
+    what = f"the encoder {source!r}"
+    family = _opened(what, AutoConfig, _locate(source)).model_type
+    if family not in (*IMAGES_AND_TEXTS, *IMAGES_ONLY):
+        raise ValueError(f"{what} is of the family {family!r}; {_expected()}")
+    return family
 
 
 def _locate(source: str) -> str:

@@ -42,7 +42,7 @@ from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_judge
 
 logger = logging.getLogger(__name__)
 
-SCORING = 1  # incremented whenever the computation of scores changes
+SCORING = 2  # incremented whenever the computation of scores changes
 
 
 def make_plan(suite: Suite) -> Plan:
@@ -79,7 +79,8 @@ def _scoring(suite: Suite) -> Any:
     detector = None if suite.detector is None else suite.detector.model_dump(mode="json")
     if isinstance(suite.detector, ZeroShotConfig):
         detector = [detector, fingerprint(suite.detector.model)]
-    return [SCORING, fingerprint(suite.encoder), detector, concepts]
+    chosen = [[one.name, fingerprint(one.model)] for one in suite.metrics]
+    return [SCORING, fingerprint(suite.encoder), detector, concepts, chosen]
 
 
 def _references(suite: Suite, name: str) -> list[str]:

@@ -12,36 +12,41 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lora_compose.compose.evaluation.batches import Arm, arms
+from lora_compose.compose.evaluation.confusion import OUTCOMES
+from lora_compose.compose.evaluation.confusion_page import bars, matrices
 from lora_compose.compose.evaluation.gallery import SMALL_SIDE, Gallery, shrunk
 from lora_compose.compose.evaluation.plots import against_cost
 from lora_compose.compose.evaluation.results import Failed
 from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES
 from lora_compose.compose.evaluation.suite import SuiteScene, ZeroShotConfig
-from lora_compose.compose.evaluation.summary import MAIN, METRICS, Metric, role, summary
+from lora_compose.compose.evaluation.summary import MAIN, METRICS, OUTCOME_METRICS, Metric, role, summary
 from lora_compose.compose.evaluation.table import Evaluation, load
 from lora_compose.compose.files.stored import write_text
 from lora_compose.compose.support.terminal import plain
 
 _REFERENCES = 4
 _OPEN_SCENES = 3
+_GLANCE = 4
 _DASH = "\u2013"
 
 
 class Report(NamedTuple):
-    """The files of a written report: the page, the table as Markdown, and CSV or JSON of images, concepts and arms."""
+    """The files of a written report: the page, the table as Markdown, and CSV or JSON of the tables."""
 
     html: Path
     markdown: Path
     images: Path
     concepts: Path
+    confusion: Path
     summary: Path
 
 
 def write_report(out: Path, baseline: str | None = None) -> Report:
     """Writes the report of an evaluation, as far as it is finished, into its folder.
 
-    report.html (images inside), report.md, images.csv, concepts.csv and summary.json; each appears whole or not at all.
+    report.html (images inside), report.md, images.csv, concepts.csv, confusion.csv (a row per cell of the confusion
+    matrix of each image) and summary.json; each appears whole or not at all.
     Methods are compared with `baseline`, by default the suite's. The same results give the same files.
 
     Raises:
@@ -51,11 +56,12 @@ def write_report(out: Path, baseline: str | None = None) -> Report:
     """
     evaluation = load(out) if baseline is None else load(out).against(baseline)
     arms_table = summary(evaluation)
-    names = ("report.html", "report.md", "images.csv", "concepts.csv", "summary.json")
+    names = ("report.html", "report.md", "images.csv", "concepts.csv", "confusion.csv", "summary.json")
     report = Report(*(out / name for name in names))
     write_text(report.html, render_html(out, evaluation, arms_table))
     write_text(report.markdown, render_markdown(evaluation, arms_table))
-    for path, table in ((report.images, evaluation.images), (report.concepts, evaluation.concepts)):
+    tables = (evaluation.images, evaluation.concepts, evaluation.confusion)
+    for path, table in zip((report.images, report.concepts, report.confusion), tables, strict=True):
         write_text(path, str(table.to_csv(index=False, lineterminator="\n")))
     write_text(report.summary, f"{arms_table.to_json(orient='records', indent=1, double_precision=15)}\n")
     return report
@@ -70,16 +76,22 @@ def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> 
     environment.filters |= {"plain": plain, "number": number, "bytes": _bytes, "amount": _amount}
     environment.globals |= {"verdict": verdict}
     gallery = Gallery(out, evaluation)
+    concepts = _concepts(evaluation, gallery)
     plots = [Markup(against_cost(arms_table, metric)) for metric in METRICS if metric.key in ("success", "region_min")]
     return environment.get_template("report.html.j2").render(
         suite=evaluation.suite,
         facts=facts(evaluation),
         warnings=warnings(evaluation),
         metrics=_measured(arms_table),
+        glance=_glance(evaluation, gallery, {row["concept"]: row["images"][:1] for row in concepts}),
+        outcomes=OUTCOMES,
+        outcome_metrics=OUTCOME_METRICS,
+        bars=bars(arms_table),
+        matrices=matrices(evaluation),
         main=MAIN,
         rows=arms_table.to_dict("records"),
         plots=[plot for plot in plots if plot],
-        concepts=_concepts(evaluation, gallery),
+        concepts=concepts,
         bounds=_bounds_rows(evaluation),
         scenes=[_scene(evaluation, gallery, scene) for scene in evaluation.suite.scenes],
         open_scenes=_OPEN_SCENES,
@@ -112,6 +124,7 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
     return {
         "Model": suite.model,
         "Encoder": suite.encoder,
+        "Further metrics": ", ".join(f"{one.name} ({one.model})" for one in suite.metrics) or "none",
         "Detector": found_by,
         "Steps": str(suite.steps),
         "Guidance": f"{suite.guidance_scale:g}",
@@ -203,6 +216,12 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     lines += ["", *(f"> **Note.** {marked(text)}\n" for text in warnings(evaluation))]
     lines += [line(header), line(["---", *["---:"] * (len(header) - 1)])]
     lines += [line(_cells(row, shown, suite.baseline)) for row in arms_table.to_dict("records")]
+    if outcomes := bars(arms_table):
+        lines += ["", line(["", *(metric.title for metric in OUTCOME_METRICS)])]
+        lines += [line(["---", *["---:"] * len(OUTCOME_METRICS)])]
+        lines += [
+            line([marked(row["arm"]), *(number(row[one.key], one) for one in OUTCOME_METRICS)]) for row in outcomes
+        ]
     lines += ["", *_GUIDE]
     if evaluation.failed:
         failures = (f"- {marked(_whose(failure))}: {marked(failure.error)}" for failure in evaluation.failed)
@@ -212,7 +231,7 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
 
 _GUIDE = (
     "Success: every concept is there and is itself. Worst concept, Likeness: similarity to the own references; a "
-    "concept that was not found counts as 0. Leak, Swapped: likeness to other concepts; lower is better.  ",
+    "concept that was not found counts as 0. Leak, Nearer to another: likeness to other concepts; lower is better.  ",
     "After a mean comes its 95 % interval over scenes. A verdict against the baseline needs an interval of "
     f"the difference, on the same scenes and seeds, that excludes 0, and at least {MINIMUM_SCENES} scenes.  ",
     "The first rows are references, not methods: no LoRA, and each LoRA alone, with tara if its file says "
@@ -261,6 +280,29 @@ def _scene(evaluation: Evaluation, gallery: Gallery, scene: SuiteScene) -> dict[
         ]
         rows.append({"arm": arm.name, "alone": arm.alone, "role": role(evaluation.suite, arm.name), "cells": cells})
     return {"name": scene.name, "prompt": scene.prompt, "rows": rows}
+
+
+def _glance(evaluation: Evaluation, gallery: Gallery, references: Mapping[str, list[str]]) -> dict[str, Any]:
+    """An image of each row, LoRAs alone left out, in the first scenes: what the page begins with."""
+    suite = evaluation.suite
+    scenes, seed = suite.scenes[:_GLANCE], suite.seeds[0]
+    rows = [
+        {
+            "arm": arm.name,
+            "role": role(suite, arm.name),
+            "cells": [
+                gallery.shown(scene.name, arm.name, None, seed) or _gap(evaluation, scene, arm, seed)
+                for scene in scenes
+            ],
+        }
+        for arm in arms(suite, scenes[0])
+        if arm.alone is None
+    ]
+    shown = [
+        {"name": scene.name, "prompt": scene.prompt, "references": {name: references[name] for name in scene.concepts}}
+        for scene in scenes
+    ]
+    return {"scenes": shown, "rows": rows, "seed": seed}
 
 
 def _gap(evaluation: Evaluation, scene: SuiteScene, arm: Arm, seed: int) -> str:

@@ -75,6 +75,9 @@ class ConceptScore(_Frozen):
         whole: Similarity of the whole image to the concept's references.
         placed: Whether the middle of the box lies in the concept's region; None without a region or a detector, or if
             it was not found.
+        slot: As `similarity`, of what stands in its place: if several concepts of a scene with regions have one class,
+            what was found of them goes to the nearest regions. Otherwise the same as `similarity`. Empty if there is
+            nothing, and in files of older versions.
         colours: Of a style: mean and spread of red, green and blue in the image, 0 to 1; None of a subject.
     """
 
@@ -83,24 +86,46 @@ class ConceptScore(_Frozen):
     similarity: Mapping[str, float] = {}
     whole: float
     placed: bool | None = None
+    slot: Mapping[str, float] = {}
     colours: tuple[float, ...] | None = None
+
+
+class Features(_Frozen):
+    """What the model of a chosen metric measured on an image.
+
+    Attributes:
+        text: 100 x similarity of the image to the prompt without triggers; None if the model reads no text.
+        whole: Similarity of the whole image to the references of each concept.
+        found: Similarity of what was found of each subject to its references; those that were not found are left out.
+    """
+
+    text: float | None = None
+    whole: Mapping[str, float] = {}
+    found: Mapping[str, float] = {}
 
 
 class ImageScores(_Frozen):
     """Measurements of one image.
 
     `clip_t` is 100 x similarity to the prompt without triggers, None if the encoder reads no text; `extra` counts
-    findings that belong to no concept, such as a second cat, None without a detector.
+    findings that belong to no concept, such as a second cat, None without a detector. `chosen` has the metrics that the
+    user chose, by name.
     """
 
     clip_t: float | None
     concepts: Mapping[str, ConceptScore]
     extra: int | None = None
+    chosen: Mapping[str, Features] = {}
 
 
 class Scores(_Frozen):
-    """Measurements of a batch, by seed."""
+    """Measurements of a batch, by seed.
 
+    `truth` is how alike the references of the scene's subjects are among themselves (`confusion.truth_matrix`), row by
+    row; empty in files of older versions.
+    """
+
+    truth: Mapping[str, Mapping[str, float]] = {}
     images: Mapping[int, ImageScores]
 
 

@@ -1,7 +1,7 @@
 """Raw scores of an image: finds the concepts, crops them, and compares them with their references."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.batches import without_triggers
-from lora_compose.compose.evaluation.detectors import Detection, Detector
-from lora_compose.compose.evaluation.encoders import Encoder
+from lora_compose.compose.evaluation.confusion import by_place, truth_matrix
+from lora_compose.compose.evaluation.detectors import Detection, Detector, make_detector
+from lora_compose.compose.evaluation.encoders import IMAGES_AND_TEXTS, Encoder, family_of, load_encoder
 from lora_compose.compose.evaluation.metrics import assign, clip_i, clip_t, similarity_matrix
-from lora_compose.compose.evaluation.results import ConceptScore, ImageScores
+from lora_compose.compose.evaluation.results import ConceptScore, Features, ImageScores
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene
 from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_references
@@ -26,16 +27,34 @@ CAPTIONS = "captions.tsv"
 
 
 @dataclass(frozen=True, eq=False)
+class Embedded:
+    """An encoder, and the reference images by concept as it embeds them. Shape: [images, channels] each."""
+
+    encoder: Encoder
+    references: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Scorer:
     """Scores images of a suite; without a detector, concepts are taken from the regions of the scenes.
 
-    `references` has the embedded reference images by concept. Shape: [images, channels] each.
+    `references` has the embedded reference images by concept. Shape: [images, channels] each. `chosen` has what the
+    metrics that the user chose compare with, by name.
     """
 
     suite: Suite
     encoder: Encoder
     detector: Detector | None
     references: Mapping[str, Tensor]
+    chosen: Mapping[str, Embedded] = field(default_factory=dict)
+
+    def truth(self, scene: SuiteScene) -> dict[str, dict[str, float]]:
+        """How alike the references of a scene's subjects are among themselves: `confusion.truth_matrix` by name."""
+        names = [name for name in scene.concepts if not self.suite.concept(name).is_style]
+        matrix = truth_matrix([self.references[name] for name in names])
+        return {
+            name: dict(zip(names, map(_rounded, row), strict=True)) for name, row in zip(names, matrix, strict=True)
+        }
 
     def score(self, image: Image.Image, scene: SuiteScene) -> ImageScores:
         """Measures an image of a scene."""
@@ -47,24 +66,33 @@ class Scorer:
         detections = self._detected(image, scene, concepts)
         crops = [squared(image.crop(detection.box)) for detection in detections]
         similarity = similarity_matrix(self.encoder.images(crops), references)  # [findings, concepts]
-        chosen = self._chosen(similarity, detections, concepts)
+        rows = [dict(zip(names, map(_rounded, row), strict=True)) for row in similarity]
+        allowed = np.array([[one.word == concept.class_word for one in detections] for concept in concepts], dtype=bool)
+        allowed = allowed.reshape(len(concepts), len(detections))
+        chosen = self._chosen(similarity, allowed)
+        slots = self._slots(detections, [scene.regions[name] for name in names if scene.regions], chosen, allowed)
         scores = {}
-        for concept, i, own_references in zip(concepts, chosen, references, strict=True):
+        for concept, i, slot, own_references in zip(concepts, chosen, slots, references, strict=True):
             alike = _rounded(clip_i(whole, own_references)[0])
-            scores[concept.name] = ConceptScore(whole=alike)
+            row = {} if slot is None else rows[slot]
+            scores[concept.name] = ConceptScore(whole=alike, slot=row)
             if i is not None:
-                likeness = dict(zip(names, map(_rounded, similarity[i]), strict=True))
-                scores[concept.name] = self._located(detections[i], scene.regions.get(concept.name), likeness, alike)
+                region = scene.regions.get(concept.name)
+                scores[concept.name] = self._located(detections[i], region, rows[i], alike, row)
         for style in (concept for concept in all_concepts if concept.is_style):
             alike = _rounded(clip_i(whole, self.references[style.name])[0])
             scores[style.name] = ConceptScore(whole=alike, colours=colours_of(image))
         extra = None if self.detector is None else len(detections) - sum(i is not None for i in chosen)
-        return ImageScores(clip_t=self._clip_t(whole, scene, all_concepts), concepts=scores, extra=extra)
-
-    def _clip_t(self, whole: Tensor, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> float | None:
-        if not self.encoder.has_text:
-            return None
-        return _rounded(clip_t(whole, self.encoder.texts([without_triggers(scene.prompt, concepts)]))[0])
+        prompt = without_triggers(scene.prompt, all_concepts)
+        found = {concept.name: crops[i] for concept, i in zip(concepts, chosen, strict=True) if i is not None}
+        every = [concept.name for concept in all_concepts]
+        by_model = {id(one): _features(one, image, prompt, every, found) for one in self.chosen.values()}
+        return ImageScores(
+            clip_t=_clip_t(self.encoder, whole, prompt),
+            concepts=scores,
+            extra=extra,
+            chosen={name: by_model[id(one)] for name, one in self.chosen.items()},
+        )
 
     def _detected(self, image: Image.Image, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> list[Detection]:
         """Findings of the detector; without one, each concept's region, in the order of the concepts."""
@@ -72,17 +100,29 @@ class Scorer:
             return self.detector.detect(image, [concept.class_word for concept in concepts])
         return [Detection(concept.class_word, scene.regions[concept.name], 1.0) for concept in concepts]
 
-    def _chosen(
-        self, similarity: np.ndarray, detections: Sequence[Detection], concepts: Sequence[SuiteConcept]
-    ) -> list[int | None]:
+    def _chosen(self, similarity: np.ndarray, allowed: np.ndarray) -> list[int | None]:
         """The finding of each concept: at most one, of its own class, by likeness to its references."""
-        if self.detector is None:
-            return list(range(len(concepts)))
-        allowed = [[detection.word == concept.class_word for detection in detections] for concept in concepts]
-        return assign(similarity.T, np.array(allowed, dtype=bool).reshape(len(concepts), len(detections)))
+        return list(range(len(allowed))) if self.detector is None else assign(similarity.T, allowed)
+
+    def _slots(
+        self, detections: Sequence[Detection], regions: Sequence[Box], chosen: list[int | None], allowed: np.ndarray
+    ) -> list[int | None]:
+        """The findings of the concepts; those of one class go to the concepts in whose places they are.
+
+        By likeness, two subjects of one class would never be swapped. Where there are no places, it has to do.
+        """
+        if self.detector is None or not regions:
+            return chosen
+        taken = np.isin(np.arange(len(detections)), [i for i in chosen if i is not None])
+        return by_place([one.box for one in detections], regions, allowed & taken)
 
     def _located(
-        self, detection: Detection, region: Box | None, similarity: Mapping[str, float], whole: float
+        self,
+        detection: Detection,
+        region: Box | None,
+        similarity: Mapping[str, float],
+        whole: float,
+        slot: Mapping[str, float],
     ) -> ConceptScore:
         known = self.detector is not None
         return ConceptScore(
@@ -91,7 +131,65 @@ class Scorer:
             similarity=similarity,
             whole=whole,
             placed=_placed(detection.box, region) if known and region is not None else None,
+            slot=slot,
         )
+
+
+def open_scorer(suite: Suite, device: str = "cpu") -> Scorer:
+    """Opens what a suite is scored with: encoders, detector and references.
+
+    Raises:
+        ValueError: If one of them cannot be opened.
+    """
+    crops = {concept.name: reference_crops(concept) for concept in suite.concepts}
+    opened: dict[str, Embedded] = {}
+
+    def embedded(source: str) -> Embedded:
+        if source not in opened:
+            encoder = load_encoder(source, device)
+            opened[source] = Embedded(encoder, {name: encoder.images(images) for name, images in crops.items()})
+        return opened[source]
+
+    main = embedded(suite.encoder)
+    detector = None if suite.detector is None else make_detector(suite.detector, main.encoder, device)
+    check_chosen(suite)
+    chosen = {one.name: embedded(one.model) for one in suite.metrics}
+    return Scorer(suite, main.encoder, detector, main.references, chosen)
+
+
+def check_chosen(suite: Suite) -> None:
+    """Raises ValueError if the model of a metric that the user chose is not there, or cannot measure it."""
+    for one in suite.metrics:
+        try:
+            family = family_of(one.model)
+        except ValueError as error:
+            raise ValueError(
+                f"the metric {one.name} needs the model {one.model!r}, and {error}. Download it where there is a "
+                f"network (hf download {one.model}), or name the folder of one: --metrics {one.name}=FOLDER"
+            ) from error
+        if one.name == "clip-t" and family not in IMAGES_AND_TEXTS:
+            raise ValueError(
+                f"the metric clip-t compares images with their prompts, and {one.model!r} of the family {family!r} "
+                f"reads no text; name one of {', '.join(IMAGES_AND_TEXTS)}"
+            )
+
+
+def _features(
+    by: Embedded, image: Image.Image, prompt: str, concepts: Sequence[str], found: Mapping[str, Image.Image]
+) -> Features:
+    """What a model says of an image of concepts, in which crops of some were found."""
+    whole, crops = by.encoder.images([image]), by.encoder.images(list(found.values()))
+    return Features(
+        text=_clip_t(by.encoder, whole, prompt),
+        whole={name: _rounded(clip_i(whole, by.references[name])[0]) for name in concepts},
+        found={
+            name: _rounded(clip_i(crop[None], by.references[name])[0]) for name, crop in zip(found, crops, strict=True)
+        },
+    )
+
+
+def _clip_t(encoder: Encoder, whole: Tensor, prompt: str) -> float | None:
+    return _rounded(clip_t(whole, encoder.texts([prompt]))[0]) if encoder.has_text else None
 
 
 def colours_of(image: Image.Image) -> tuple[float, ...]:

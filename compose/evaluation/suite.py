@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from lora_compose.compose.evaluation.chosen import Chosen, distinct
 from lora_compose.compose.evaluation.shipped import find_suite
 from lora_compose.compose.files.paths import local_source, moved_start
 from lora_compose.compose.files.scenes import read_as
@@ -170,6 +171,7 @@ class Suite(_Frozen):
         model: A folder, a checkpoint file, a hub repository or `playground`.
         encoder: The encoder for similarity: `playground:judge`, a folder or a hub repository of CLIP, SigLIP or DINOv2.
         detector: How concepts are found in images; None crops the regions of the scenes.
+        metrics: Further metrics by name, each with a model of its own: clip-t, clip-i, dino, scr.
         concepts: The concepts.
         scenes: The scenes.
         methods: The methods to compare; `merge` is added if it is missing and no method merges files.
@@ -190,6 +192,7 @@ class Suite(_Frozen):
     model: str
     encoder: str = "openai/clip-vit-base-patch32"
     detector: Annotated[WindowsConfig | ZeroShotConfig, Field(discriminator="kind")] | None = None
+    metrics: Annotated[tuple[Chosen, ...], AfterValidator(distinct)] = ()
     concepts: Annotated[tuple[SuiteConcept, ...], Field(min_length=1)]
     scenes: Annotated[tuple[SuiteScene, ...], Field(min_length=1)]
     methods: Annotated[tuple[SuiteMethod, ...], Field(min_length=1)]
@@ -302,6 +305,8 @@ def moved_suite(suite: Suite, move: Callable[[str], str]) -> Suite:
     }
     if isinstance(suite.detector, ZeroShotConfig):
         moved["detector"] = suite.detector.model_copy(update={"model": move(suite.detector.model)})
+    if suite.metrics:
+        moved["metrics"] = tuple(one.model_copy(update={"model": move(one.model)}) for one in suite.metrics)
     return suite.model_copy(update=moved)
 
 

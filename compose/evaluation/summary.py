@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lora_compose.compose.evaluation.confusion import OUTCOMES
 from lora_compose.compose.evaluation.statistics import bootstrap, compare
 from lora_compose.compose.evaluation.suite import SANITY, Suite
 from lora_compose.compose.evaluation.table import COSTS, Evaluation, arm_names
@@ -51,7 +52,7 @@ METRICS = (
         "there is without any other LoRA.",
     ),
     Metric(
-        "swap", "Swapped", False, 2, "0 to 1",
+        "swap", "Nearer to another", False, 2, "0 to 1",
         "Share of the concepts that were found, but look more like another concept than like themselves.",
     ),
     Metric("found", "Found", True, 2, "0 to 1", "Share of the concepts that the detector found."),
@@ -59,6 +60,10 @@ METRICS = (
         "placed", "In place", True, 2, "0 to 1",
         "Share of the found concepts whose middle lies in their region, in scenes with a layout. Methods that take no "
         "layout are not meant to follow it.",
+    ),
+    Metric(
+        "inside", "Inside its box", True, 2, "0 to 1",
+        "Which share of what was found of a concept lies in its region, in scenes with a layout.",
     ),
     Metric(
         "extra", "Extra objects", False, 2, "0 and more",
@@ -78,8 +83,44 @@ METRICS = (
         "Similarity of the whole image to the references, averaged over the concepts. It cannot say which object is "
         "alike; it is here because papers report it.",
     ),
+    Metric(
+        "dino", "DINO", True, 3, "-1 to 1",
+        "As CLIP-I, by DINOv2, which sees form and coat where CLIP sees the kind of thing. Of the whole image.",
+    ),
+    Metric(
+        "dino_found", "DINO, found", True, 3, "-1 to 1, in practice above 0",
+        "The same for what was found of each concept alone. A concept that was not found counts as 0.",
+    ),
+    Metric(
+        "scr", "SCR", False, 2, "0 to 1",
+        "Subject collapse rate: share of the concepts that were not found, or are less similar to their references "
+        "than a threshold.",
+    ),
+    Metric(
+        "scr_whole", "SCR, whole image", False, 2, "0 to 1",
+        "The same with the whole image instead of what was found, as the paper has it.",
+    ),
 )  # fmt: skip
 """All metrics, the main ones among them; tables show them in this order."""
+
+OUTCOME_METRICS = (
+    Metric("share_kept", "Kept", True, 2, "0 to 1", f"The subject {OUTCOMES['kept']}."),
+    *(
+        Metric(f"share_{kind}", kind.capitalize(), False, 2, "0 to 1", f"The subject {text}.")
+        for kind, text in OUTCOMES.items()
+        if kind != "kept"
+    ),
+    Metric(
+        "lost", "Lost", True, 3, "-1 to 1, in practice below 0",
+        "Similarity of what stands in a concept's place to its own references, less that of the references among "
+        "themselves.",
+    ),
+    Metric(
+        "gained", "Gained", False, 3, "-1 to 1",
+        "Similarity to the references of the other concept that gave most, less that of the two concepts' references.",
+    ),
+)  # fmt: skip
+"""What became of the subjects: shares that sum to 1, and what they lost and took."""
 
 MAIN = ("success", "region_min", "leak")
 """The metrics in which methods are compared with the baseline."""
@@ -102,7 +143,7 @@ def summary(evaluation: Evaluation) -> pd.DataFrame:
         chosen = evaluation.arm(arm)
         row: dict[str, Any] = {"arm": arm, "role": role(suite, arm), "images": len(chosen)}
         row |= {"scenes": len(set(chosen["scene"]))}
-        for metric in METRICS:
+        for metric in (*METRICS, *OUTCOME_METRICS):
             row |= _interval(metric.key, chosen)
             if metric.key in MAIN:
                 row |= _compared(metric, chosen, baseline) if row["role"] == "method" else {}
@@ -161,7 +202,7 @@ def _ratio(cost: float, plain: float) -> float:
 
 def _summary_columns() -> list[str]:
     columns = ["arm", "role", "images", "scenes"]
-    for metric in METRICS:
+    for metric in (*METRICS, *OUTCOME_METRICS):
         columns += [metric.key, f"{metric.key}_low", f"{metric.key}_high"]
         columns += _comparison_columns(metric.key) if metric.key in MAIN else []
     return [*columns, "rows", *COSTS, "rows_ratio", "flops_ratio", "seconds_ratio"]

@@ -1,39 +1,39 @@
 """From stored scores to tables: a row per concept, and a row per image."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lora_compose.compose.evaluation import metrics, results
 from lora_compose.compose.evaluation.batches import alone_name
+from lora_compose.compose.evaluation.chosen import COLLAPSED
+from lora_compose.compose.evaluation.confused import CELLS, CONFUSION, Confused
+from lora_compose.compose.evaluation.confusion import collapse_rate, inside
+from lora_compose.compose.evaluation.shots import Shot, stored_shots
 from lora_compose.compose.evaluation.suite import SANITY, Suite
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import read
 
-logger = logging.getLogger(__name__)
-
-_Read = TypeVar("_Read")
-
-
 COSTS = ("rows_forward", "rows_stopped", "rows_backward", "flops", "seconds", "preparation_seconds", "peak_bytes")
+_CHOSEN = ("dino", "dino_found", "scr", "scr_whole")
 _KEYS = ("scene", "arm", "alone", "seed")
 _EDGES = ("left", "top", "right", "bottom")
 _CONCEPT_COLUMNS = (
-    *_KEYS, "concept", "found", "own", "other", "nearest", "whole", "placed", "detection", "threshold", "present",
-    *_EDGES,
+    *_KEYS, "concept", "found", "own", "other", "nearest", "whole", "placed", "inside", "detection", "threshold",
+    "present", "outcome", "took", *_EDGES,
 )  # fmt: skip
 _IMAGE_COLUMNS = (
     *_KEYS, "file", "clip_t", "clip_i", "region", "region_min", "ratio", "leak", "swap", "success", "found", "placed",
-    "extra", "style", *COSTS,
+    "inside", "extra", "style", *CONFUSION, *_CHOSEN, *COSTS,
 )  # fmt: skip
+_CELL_COLUMNS = (*_KEYS, "concept", "reference", *CELLS)
 _NUMBERS = (
-    "own", "other", "whole", "detection", "threshold", "clip_t", "clip_i", "region", "region_min", "ratio", "leak",
-    "swap", "extra", "style", *COSTS,
+    "own", "other", "whole", "inside", "detection", "threshold", "clip_t", "clip_i", "region", "region_min", "ratio",
+    "leak", "swap", "extra", "style", *CONFUSION, *_CHOSEN, *CELLS, *COSTS,
 )  # fmt: skip
 
 
@@ -47,6 +47,8 @@ class Evaluation:
         images: A row per image.
         thresholds: A row per concept: mean similarity without any LoRA, what its LoRA reaches alone, and the threshold.
         bounds: A row per arm and concept: mean similarity, and its ratio to that with the LoRA alone.
+        confusion: A row per cell of the confusion matrix of each image: the crop of which concept, compared with the
+            references of which; nothing of images that older versions scored.
         made: How the batches with scores were made.
         failed: Batches that failed.
         missing: Batches that are not made yet.
@@ -58,6 +60,7 @@ class Evaluation:
     images: pd.DataFrame
     thresholds: pd.DataFrame
     bounds: pd.DataFrame
+    confusion: pd.DataFrame
     made: tuple[results.Made, ...]
     failed: tuple[results.Failed, ...]
     missing: int
@@ -96,39 +99,6 @@ class Evaluation:
         return self.thresholds.loc[self.thresholds[["without", "alone"]].isna().any(axis=1), "concept"].tolist()
 
 
-@dataclass(frozen=True, eq=False)
-class _Image:
-    """An image with scores.
-
-    `concepts` are the subjects of its scene, `acting` the places of those that count, `styles` the styles that count
-    and how much of each the image has.
-    """
-
-    planned: results.Planned
-    seed: int
-    file: str
-    made: results.Made
-    scores: results.ImageScores
-    concepts: tuple[str, ...]
-    styles: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        return {"scene": self.planned.scene, "arm": self.planned.arm, "alone": self.planned.alone, "seed": self.seed}
-
-    @property
-    def acting(self) -> list[int]:
-        return [i for i, name in enumerate(self.concepts) if self.planned.alone in (None, name)]
-
-    @property
-    def similarity(self) -> np.ndarray:
-        """S [concepts, concepts] of the metrics, with rows of NaN for those that do not count."""
-        rows = [self.scores.concepts[name].similarity for name in self.concepts]
-        values = np.array([[row.get(name, np.nan) for name in self.concepts] for row in rows], dtype=np.float64)
-        values[[i for i in range(len(values)) if i not in self.acting]] = np.nan
-        return values
-
-
 def arm_names(suite: Suite) -> list[str]:
     """The rows of the tables, in their order: no LoRA, LoRAs alone, the methods."""
     return [SANITY[0], *(alone_name(suite, kind) for kind in suite.kinds), *(method.name for method in suite.compared)]
@@ -152,20 +122,27 @@ def load(out: Path) -> Evaluation:
     plan = read(out / results.PLAN, results.Plan)
     if plan is None:
         raise FileError(f"there is no evaluation in {out}: {results.PLAN} is missing")
-    shots, failed, missing, unscored = _stored(out, plan)
+    shots, failed, missing, unscored = stored_shots(out, plan)
     shots = _with_styles(plan.suite, shots)
-    concepts = _typed(pd.DataFrame([row for shot in shots for row in _concept_rows(shot)], columns=_CONCEPT_COLUMNS))
+    concepts = _typed(
+        pd.DataFrame([row for shot in shots for row in _concept_rows(plan.suite, shot)], columns=_CONCEPT_COLUMNS)
+    )
     thresholds = _thresholds(plan.suite, concepts)
     limits = dict(zip(thresholds["concept"], thresholds["threshold"], strict=True))
     concepts["threshold"] = [limits[name] for name in concepts["concept"]]
     concepts = _typed(concepts)
     concepts["present"] = _present(concepts)
+    confused = [Confused.of(shot, thresholds) for shot in shots]
+    concepts = _with_outcomes(concepts, shots, confused)
     return Evaluation(
         plan=plan,
         concepts=concepts,
-        images=_images(plan.suite, shots, concepts),
+        images=_images(plan.suite, shots, confused, concepts),
         thresholds=thresholds,
         bounds=_bounds(plan.suite, concepts),
+        confusion=_typed(
+            pd.DataFrame([cell for one in confused if one for cell in one.cells()], columns=_CELL_COLUMNS)
+        ),
         made=tuple({id(shot.made): shot.made for shot in shots}.values()),
         failed=tuple(failed),
         missing=missing,
@@ -173,40 +150,7 @@ def load(out: Path) -> Evaluation:
     )
 
 
-def _stored(out: Path, plan: results.Plan) -> tuple[list[_Image], list[results.Failed], int, int]:
-    """Images with scores, failures, how many batches are not made, and how many images are not scored."""
-    shots: list[_Image] = []
-    failed: list[results.Failed] = []
-    missing = unscored = 0
-    for planned in plan.batches:
-        concepts = plan.suite.scene(planned.scene).concepts
-        made = _sound(results.read_made, out, planned)
-        scores = _sound(results.read_scores, out, planned, concepts)
-        failure = _sound(read, results.batch_folder(out, planned.key) / results.FAILED, results.Failed)
-        if made is not None and scores is not None:
-            subjects = tuple(name for name in concepts if not plan.suite.concept(name).is_style)
-            for seed in planned.seeds:
-                file = results.image_path(out, planned.key, seed).relative_to(out).as_posix()
-                shots.append(_Image(planned, seed, file, made, scores.images[seed], subjects))
-        elif failure is not None:
-            failed.append(failure)
-        elif made is None:
-            missing += 1
-        else:
-            unscored += len(planned.seeds)
-    return shots, failed, missing, unscored
-
-
-def _sound(reader: Callable[..., _Read | None], *args: Any) -> _Read | None:
-    """Reads results; a damaged batch is logged and left out, so that the others are still shown."""
-    try:
-        return reader(*args)
-    except FileError as error:
-        logger.error("%s, and is left out; run the evaluation again to repair it", error)
-        return None
-
-
-def _with_styles(suite: Suite, shots: Sequence[_Image]) -> list[_Image]:
+def _with_styles(suite: Suite, shots: Sequence[Shot]) -> list[Shot]:
     """The images with how much of each style they have."""
     colours: dict[tuple[str, str, str | None], dict[str, list[Any]]] = {}
     for shot in shots:
@@ -219,7 +163,7 @@ def _with_styles(suite: Suite, shots: Sequence[_Image]) -> list[_Image]:
         seen = colours.get((scene, arm, alone), {}).get(style)
         return np.mean(seen, axis=0) if seen else np.full(6, np.nan)
 
-    def share(shot: _Image, style: str) -> float:
+    def share(shot: Shot, style: str) -> float:
         scene, bound = shot.planned.scene, bound_name(suite, shot.planned.arm)
         ends = mean(scene, SANITY[0], None, style), mean(scene, bound, style, style)
         return metrics.style_share(np.array(shot.scores.concepts[style].colours), *ends)
@@ -234,7 +178,16 @@ def _with_styles(suite: Suite, shots: Sequence[_Image]) -> list[_Image]:
     ]  # fmt: skip
 
 
-def _concept_rows(shot: _Image) -> list[dict[str, Any]]:
+def _with_outcomes(concepts: pd.DataFrame, shots: Sequence[Shot], confused: Sequence[Confused | None]) -> pd.DataFrame:
+    """The table with what became of each concept; nothing of styles and of images of older versions."""
+    found: list[Mapping[str, str | None]] = []
+    for shot, one in zip(shots, confused, strict=True):
+        found += [{}] * len(shot.names) if one is None else one.subjects()
+        found += [{}] * len(shot.styles)
+    return concepts.assign(**{key: [row.get(key) for row in found] for key in ("outcome", "took")})
+
+
+def _concept_rows(suite: Suite, shot: Shot) -> list[dict[str, Any]]:
     similarity = shot.similarity
     own = metrics.region_similarity(similarity)
     rows = []
@@ -252,6 +205,7 @@ def _concept_rows(shot: _Image) -> list[dict[str, Any]]:
                 "nearest": shot.concepts[int(similarity[i].argmax())] if detected else None,
                 "whole": score.whole,
                 "placed": score.placed,
+                "inside": _inside(suite, shot, shot.concepts[i]),
                 "detection": score.detection,
                 **dict(zip(_EDGES, score.box or [None] * 4, strict=True)),
             }
@@ -264,15 +218,46 @@ def _concept_rows(shot: _Image) -> list[dict[str, Any]]:
     return rows + styles
 
 
-def _images(suite: Suite, shots: Sequence[_Image], concepts: pd.DataFrame) -> pd.DataFrame:
+def _inside(suite: Suite, shot: Shot, concept: str) -> float:
+    """Which share of what was found lies in the concept's region; NaN without a region or a detector."""
+    region = suite.scene(shot.planned.scene).regions.get(concept)
+    box = shot.scores.concepts[concept].box
+    return np.nan if region is None or box is None or suite.detector is None else inside(box, region)
+
+
+def _images(
+    suite: Suite, shots: Sequence[Shot], confused: Sequence[Confused | None], concepts: pd.DataFrame
+) -> pd.DataFrame:
     own = _own_by(concepts)
     rows = []
-    for shot in shots:
+    for shot, one in zip(shots, confused, strict=True):
         bound = bound_name(suite, shot.planned.arm)
-        rows.append(_image_row(shot, {name: own.get((bound, name), np.array([])) for name in shot.concepts}))
+        row = _image_row(shot, {name: own.get((bound, name), np.array([])) for name in shot.concepts})
+        places = {"inside": _mean([_inside(suite, shot, name) for name in shot.names])}
+        rows.append({**row, **places, **(one.image() if one else {}), **_chosen(suite, shot)})
     images = _typed(pd.DataFrame(rows, columns=_IMAGE_COLUMNS))
     present = concepts.groupby(list(_KEYS), dropna=False, sort=False)["present"].all()
     return images.assign(success=present.to_numpy(dtype=bool))
+
+
+def _chosen(suite: Suite, shot: Shot) -> dict[str, float | None]:
+    """The metrics that the user chose, as far as the image was scored by them."""
+    row: dict[str, float | None] = {}
+    for one in suite.metrics:
+        if one.name not in shot.scores.chosen:
+            continue
+        whole, found = shot.whole_by(one.name), shot.found_by(one.name)
+        if one.name == "clip-t":
+            row["clip_t"] = shot.scores.chosen[one.name].text
+        elif one.name == "clip-i":
+            seen = shot.scores.chosen[one.name].whole
+            row["clip_i"] = _mean([*whole, *(seen[style] for style in shot.styles)])
+        elif one.name == "dino":
+            row |= {"dino": _mean(whole), "dino_found": _mean(np.nan_to_num(found, nan=0.0))}
+        else:
+            threshold = COLLAPSED if one.threshold is None else one.threshold
+            row |= {"scr": collapse_rate(found, threshold), "scr_whole": collapse_rate(whole, threshold)}
+    return row
 
 
 def _present(concepts: pd.DataFrame) -> np.ndarray:
@@ -281,7 +266,7 @@ def _present(concepts: pd.DataFrame) -> np.ndarray:
     return concepts["found"].to_numpy(dtype=bool) & ~(own <= other) & ~(own < threshold)
 
 
-def _image_row(shot: _Image, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _image_row(shot: Shot, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]:
     similarity, acting = shot.similarity, shot.acting
     names = [shot.concepts[i] for i in acting]
     scores = [shot.scores.concepts[name] for name in (*names, *shot.styles)]

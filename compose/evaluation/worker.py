@@ -13,10 +13,8 @@ from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.compose.benchmark.running import count_by_running, needs_running
 from lora_compose.compose.evaluation.batches import Batch, batches, run_of
-from lora_compose.compose.evaluation.detectors import make_detector
-from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.evaluation.results import Failed, ImageCost, Scores
-from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
+from lora_compose.compose.evaluation.scoring import Scorer, open_scorer
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine
 from lora_compose.compose.generate.machine import machine, versions
@@ -56,19 +54,17 @@ class Worker:
 
     @classmethod
     def open(cls, suite: Suite, device: str) -> "Worker":
-        """Opens model, encoder, detector and references.
+        """Opens encoders, detector and references, and then the model.
 
         Raises:
             ValueError: If one of them cannot be opened.
         """
         if suite.threads is not None:
             torch.set_num_threads(suite.threads)
-        encoder = load_encoder(suite.encoder, device)
-        detector = None if suite.detector is None else make_detector(suite.detector, encoder, device)
-        references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
+        scorer = open_scorer(suite, device)
         run = run_of(suite, next(batches(suite)))
         pipe = open_model(run.model_copy(update={"device": device}), suite.save_memory)
-        return cls(suite, pipe, Scorer(suite, encoder, detector, references))
+        return cls(suite, pipe, scorer)
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +91,7 @@ class Worker:
                 yield result
                 images = [made.image for made in result.made]
             scored = [self.scorer.score(image.convert("RGB"), batch.scene) for image in images]
-            yield Scores(images=dict(zip(batch.seeds, scored, strict=True)))
+            yield Scores(images=dict(zip(batch.seeds, scored, strict=True)), truth=self.scorer.truth(batch.scene))
         except Exception as error:  # models and libraries may raise anything
             logger.debug("scene %r, %s", batch.scene.name, batch.arm.name, exc_info=True)
             yield failed(batch, error_text(error))

@@ -21,7 +21,7 @@ SLOW = ("torch", "diffusers", "transformers", "numpy", "pandas")
 COMMANDS = (
     "run", "batch", "demo", "ui", "serve", "check", "methods", "replay", "refine", "inspect", "merge", "train", "bench",
     "evaluate", "evaluate run", "evaluate published", "evaluate report", "evaluate compare", "blind", "blind make",
-    "blind score", "blind judge", "comfyui", "comfyui install", "comfyui uninstall",
+    "blind score", "blind judge", "blind follow", "comfyui", "comfyui install", "comfyui uninstall",
 )  # fmt: skip
 CONCEPT = "path=playground:bear,trigger=xlo,class=bear"
 MISTAKES = {

@@ -40,7 +40,7 @@ def test_images_of_an_evaluation_are_shuffled_the_same_scenes_and_seeds_for_each
     call("blind", "from", folder, "--method", "merge", "--method", "regional", "--images", "3", "--out", out)
     key, _ = read_votes_of(out)
     assert sorted(key.values()) == ["merge"] * 3 + ["regional"] * 3
-    assert sorted(path.name for path in out.iterdir()) == ["0.png", "key.json", "votes.csv"]
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "images.json", "key.json", "votes.csv"]
     (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{number},both\n" for number in key))
     counted = call("blind", "score", out).output
     assert all(f"{method} " in counted for method in ("merge", "regional"))

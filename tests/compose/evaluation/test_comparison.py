@@ -109,3 +109,9 @@ def test_scenes_that_share_only_their_name_are_left_out(tmp_path: Path) -> None:
     found = compared(tmp_path, short({"both": ("cat", "dog")}), short({"both": ("dog", "cat")}))
     assert "not the same scene in spite of the name, and left out: 'both'" in found.notes
     assert set(found.table["images"]) == {0}
+
+
+def test_clip_t_by_different_models_is_not_compared(tmp_path: Path) -> None:
+    found = compared(tmp_path, short(seeds=[1]), short(seeds=[1], metrics=["clip-t=another"]))
+    assert set(found.table["metric"]) == set(COMPARED) - {"clip_t"}
+    assert "only in B: metric 'clip-t'" in found.notes

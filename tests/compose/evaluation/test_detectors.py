@@ -24,7 +24,8 @@ from lora_compose.compose.evaluation.detectors import (
     shared,
 )
 from lora_compose.compose.evaluation.encoders import Encoder, load_encoder
-from lora_compose.compose.evaluation.suite import ZeroShotConfig
+from lora_compose.compose.evaluation.scoring import Scorer, reference_crops, squared
+from lora_compose.compose.evaluation.suite import ZeroShotConfig, read_suite
 from lora_compose.compose.playground.assets import playground_model
 
 BOXES = st.tuples(st.integers(0, 90), st.integers(0, 90), st.integers(1, 40), st.integers(1, 40)).map(
@@ -107,6 +108,23 @@ def test_a_detection_model_finds_words_inside_the_image(owl: Path, image: Image.
         assert 0 <= left < right <= 100
         assert 0 <= top < bottom <= 80
         assert 0 <= one.score <= 1
+
+
+def test_what_a_detection_model_finds_is_compared_with_every_subject(owl: Path) -> None:
+    suite, judge = read_suite("playground-quick"), load_encoder("playground:judge")
+    scene = suite.scene("cat and dog")
+    references = {name: judge.images(reference_crops(suite.concept(name))) for name in scene.concepts}
+    shown = Image.effect_noise((128, 128), 90).convert("RGB")
+    detector = ZeroShotDetector(str(owl), threshold=0.0)
+    scores = Scorer(suite, judge, detector, references).score(shown, scene)
+    found = [score for score in scores.concepts.values() if score.box is not None]
+    assert found
+    for score in found:
+        crop = judge.images([squared(shown.crop(score.box))])[0].tolist()
+        for name, of_concept in references.items():
+            cosines = [sum(a * b for a, b in zip(crop, one, strict=True)) for one in of_concept.tolist()]
+            assert score.slot[name] == pytest.approx(sum(cosines) / len(cosines), abs=2e-5)
+    assert scores.extra == len(detector.detect(shown, ["cat", "dog"])) - len(found)
 
 
 def test_findings_below_the_threshold_are_left_out(owl: Path, image: Image.Image) -> None:

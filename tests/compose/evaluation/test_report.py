@@ -13,17 +13,18 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from evaluations import Seen, known, sanity, store, suite
+from evaluations import TRUTH, Seen, known, sanity, store, suite
 from lora_compose.compose.evaluation.batches import Batch
 from lora_compose.compose.evaluation.gallery import MANY, SIDE, SMALL_SIDE
 from lora_compose.compose.evaluation.report import marked, number, write_report
 from lora_compose.compose.evaluation.results import PLAN, Plan
 from lora_compose.compose.evaluation.suite import Suite
-from lora_compose.compose.evaluation.summary import METRICS, summary
+from lora_compose.compose.evaluation.summary import METRICS, OUTCOME_METRICS, summary
 from lora_compose.compose.evaluation.table import load
 from lora_compose.compose.files.images import Machine
 
-FILES = ["report.html", "report.md", "images.csv", "concepts.csv", "summary.json"]
+FILES = ["report.html", "report.md", "images.csv", "concepts.csv", "confusion.csv", "summary.json"]
+ABSENT = ("style", "inside", "dino", "dino_found", "scr", "scr_whole")  # nothing measured, no column
 EVIL = (
     'a <script>alert("x")</script> sks cat & a zwx dog | *bold* \x1b[31m\u202e " onmouseover="alert(1)" '
     "' onload='alert(1)' </script></style></title><svg/onload=alert(1)> {{ 7 * 7 }} ]]> -->"
@@ -72,7 +73,7 @@ def partly(batch: Batch, seed: int) -> Seen | str | None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = store(tmp_path_factory.mktemp("report"), evil(), partly, draw=True)
+    out = store(tmp_path_factory.mktemp("report"), evil(), partly, draw=True, truth=TRUTH)
     write_report(out)
     return out
 
@@ -93,7 +94,7 @@ def test_the_files(written: Path) -> None:
 
 
 def test_the_same_results_give_the_same_bytes(written: Path, tmp_path: Path) -> None:
-    write_report(store(tmp_path, evil(), partly, draw=True))
+    write_report(store(tmp_path, evil(), partly, draw=True, truth=TRUTH))
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (written / name).read_bytes(), name
 
@@ -174,11 +175,11 @@ def test_numbers_agree_everywhere(written: Path) -> None:
     stored = json.loads((written / "summary.json").read_text())
     images = pd.read_csv(written / "images.csv")
     page = _Page(written / "report.html").words
-    lines = (written / "report.md").read_text(encoding="utf-8").splitlines()
+    lines = (written / "report.md").read_text(encoding="utf-8").split("| Kept", 1)[0].splitlines()
     for row, kept in zip(table, stored, strict=True):
         (line,) = (line for line in lines if re.match(rf"\| \*?{row['arm']}[* ]", line))
         of_arm = images[images["arm"] == row["arm"]]
-        for metric in (metric for metric in METRICS if metric.key != "style"):  # no style, no column
+        for metric in (metric for metric in METRICS if metric.key not in ABSENT):
             shown = number(row[metric.key], metric)
             assert f" {shown}" in line
             assert shown in page
@@ -197,6 +198,48 @@ def test_tables_for_pandas(written: Path) -> None:
     assert [row["arm"] for row in json.loads((written / "summary.json").read_text())][-1] == "tara"
 
 
+def test_outcomes_are_the_same_everywhere(written: Path) -> None:
+    stored = {row["arm"]: row for row in json.loads((written / "summary.json").read_text())}
+    lines = (written / "report.md").read_text(encoding="utf-8").split("| Kept", 1)[1].splitlines()
+    page = (written / "report.html").read_text(encoding="utf-8")
+    for arm in ("no LoRA", "alone", "merge", "regional"):
+        (line,) = (line for line in lines if line.startswith(f"| {arm} |"))
+        assert line.split(" | ")[1:] == [
+            f"{shown} |" if last else shown
+            for last, shown in (
+                (metric is OUTCOME_METRICS[-1], number(stored[arm][metric.key], metric)) for metric in OUTCOME_METRICS
+            )
+        ]
+        assert sum(stored[arm][metric.key] for metric in OUTCOME_METRICS[:6]) == pytest.approx(1)
+    assert re.findall(r'<i class="(\w+)" style="width:([\d.]+)%" title="\w+: ([\d.]+)"', page)[-5:] == [
+        ("kept", "50.0", "0.50"), ("dominance", "25.0", "0.25"), ("missing", "25.0", "0.25"),  # merge
+        ("kept", "75.0", "0.75"), ("drift", "25.0", "0.25"),  # regional
+    ]  # fmt: skip
+
+
+def test_cells_are_means_of_the_table_for_pandas(written: Path) -> None:
+    cells = pd.read_csv(written / "confusion.csv")
+    taken = cells[(cells["arm"] == "merge") & (cells["concept"] == "dog") & (cells["reference"] == "cat")]
+    assert taken["difference"].tolist() == pytest.approx([0.5 - 0.1, 0.2 - 0.1])
+    page = (written / "report.html").read_text(encoding="utf-8")
+    merge = page.split("<caption>merge</caption>", 1)[1]
+    found = re.findall(r'<td class="(\w+)" style="--strength:([\d.]+)%" title="(.*?)">(.*?)</td>', merge)[:4]
+    # cat: 0.6 in the only image that has it; dog: 0.3 and 0.5. The page's largest difference is that of "no LoRA": 0.6
+    assert [(kind, number) for kind, _, _, number in found] == [
+        ("own", "\u22120.30"), ("other", "+0.20"), ("other", "+0.25"), ("own", "\u22120.40")
+    ]  # fmt: skip
+    assert [float(strength) for _, strength, _, _ in found] == pytest.approx([30, 20, 25, 40])
+    assert found[2][2] == (
+        "in the place of dog, references of cat: 0.35; the references among themselves 0.10; limit 0.40"
+    )
+
+
+def test_scores_of_older_versions_have_a_report(tmp_path: Path) -> None:
+    words = report_of(tmp_path, suite(seeds=[1]), known)
+    assert "an older version scored them" in words
+    assert "images are kept, and only scored" in words
+
+
 def test_numbers_are_short_and_signed() -> None:
     assert number(0.12345) == "0.12"
     assert number(-0.5, digits=1) == "\u22120.5"
@@ -206,7 +249,7 @@ def test_numbers_are_short_and_signed() -> None:
 
 def test_facts_about_images(written: Path) -> None:
     words = _Page(written / "report.html").words
-    assert "dog 0.300 like cat" in words
+    assert "dog 0.300 dominance: cat" in words
     assert "cat 0.490 too low" in words
     assert "cat not found" in words
     assert "both, merge, seed 2: cat not found, dog found" in _Page(written / "report.html").alts
@@ -309,4 +352,4 @@ def test_an_image_that_is_gone_leaves_a_gap(tmp_path: Path, damage: Any) -> None
     store(tmp_path, suite(seeds=[1], methods=["merge"]), known, draw=True)
     damage(next(tmp_path.glob("batches/both-merge*/1.png")))
     write_report(tmp_path)
-    assert _Page(tmp_path / "report.html").words.count("image missing") == 1
+    assert _Page(tmp_path / "report.html").words.count("image missing") == 2  # at the top and among all

@@ -100,6 +100,44 @@ def test_two_concepts_of_one_class_get_one_finding_each(suite: Suite, judge: Enc
     assert scores.concepts["car"].box == (72, 40, 120, 88)
 
 
+def test_two_of_one_class_in_each_others_places_keep_their_places_in_the_confusion_matrix(
+    suite: Suite, judge: Encoder
+) -> None:
+    class Animals:
+        def detect(self, image: Image.Image, words: Any) -> list[Detection]:
+            return [Detection("animal", (72, 40, 120, 88), 0.9), Detection("animal", (8, 40, 56, 88), 0.8)]
+
+    concepts = tuple(suite.concept(name).model_copy(update={"class_word": "animal"}) for name in ("bear", "car"))
+    references = {one.name: judge.images(reference_crops(one)) for one in concepts}
+    scorer = Scorer(suite.model_copy(update={"concepts": concepts}), judge, Animals(), references)
+    turned = pasted(("car", 8, 40), ("bear", 72, 40))
+    scores = scorer.score(turned, scene(regions=HALVES)).concepts
+    assert scores["bear"].box == (72, 40, 120, 88)  # by likeness
+    assert scores["bear"].slot == scores["car"].similarity  # by place
+    assert scores["car"].slot == scores["bear"].similarity
+    free = scorer.score(turned, scene()).concepts
+    assert free["bear"].slot == free["bear"].similarity
+
+
+def test_the_place_does_not_choose_among_several_of_a_single_subject(suite: Suite, judge: Encoder) -> None:
+    class Bears:
+        def detect(self, image: Image.Image, words: Any) -> list[Detection]:
+            return [Detection("bear", (8, 40, 56, 88), 0.9), Detection("bear", (72, 40, 120, 88), 0.8)]
+
+    scorer = Scorer(suite, judge, Bears(), {"bear": judge.images(reference_crops(suite.concept("bear")))})
+    found = scorer.score(pasted(("car", 8, 40), ("bear", 72, 40)), scene(("bear",), regions={"bear": (0, 0, 64, 128)}))
+    assert found.concepts["bear"].box == (72, 40, 120, 88)
+    assert found.concepts["bear"].slot == found.concepts["bear"].similarity
+
+
+def test_the_references_are_compared_among_themselves(scorer: Scorer) -> None:
+    bears, cars = (scorer.references[name].tolist() for name in ("bear", "car"))
+    cosines = [sum(a * b for a, b in zip(one, other, strict=True)) for one in bears for other in cars]
+    truth = scorer.truth(scene())
+    assert truth["bear"]["car"] == truth["car"]["bear"] == pytest.approx(np.mean(cosines), abs=2e-5)
+    assert truth["bear"]["bear"] > truth["bear"]["car"] < truth["car"]["car"]
+
+
 def test_the_prompt_is_compared_without_triggers(scorer: Scorer, judge: Encoder) -> None:
     image = pasted(("bear", 8, 40), ("car", 72, 40))
     told = float(judge.images([image]) @ judge.texts(["a bear and a car on a white background"]).T)

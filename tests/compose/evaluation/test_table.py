@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from evaluations import SCORES, Seen, known, sanity, store, suite
+from evaluations import SCORES, TRUTH, Seen, known, sanity, store, suite
 from lora_compose.compose.evaluation.batches import Batch
 from lora_compose.compose.evaluation.metrics import success
 from lora_compose.compose.evaluation.report import write_report
-from lora_compose.compose.evaluation.results import MADE, PLAN, ConceptScore
+from lora_compose.compose.evaluation.results import MADE, PLAN, ConceptScore, Features, Scores
 from lora_compose.compose.evaluation.statistics import bootstrap
 from lora_compose.compose.evaluation.summary import MAIN, METRICS, summary
 from lora_compose.compose.evaluation.table import Evaluation, arm_names, load
@@ -182,6 +182,92 @@ def test_success_of_an_image_is_that_of_the_metric(tmp_path: Path) -> None:
     for seed, (cat, dog) in cases.items():
         matrix = np.array([cat or gap, (dog or gap)[::-1]])
         assert found[seed] == success(matrix, np.array([0.5, 0.4])), (cat, dog)
+
+
+# --- what became of the subjects ---
+
+
+def test_outcomes_come_from_what_lies_beyond_the_references(tmp_path: Path) -> None:
+    evaluation = load(store(tmp_path, suite(), known, truth=TRUTH))
+    cells = {
+        (row["concept"], row["reference"]): row
+        for row in evaluation.confusion.query("arm == 'merge' and seed == 1").to_dict("records")
+    }
+    # limits: cat 0.5 and dog 0.4 (thresholds), else halfway from 0.1 to the 0.6 and 0.7 of the LoRAs alone
+    assert {key: cell["limit"] for key, cell in cells.items()} == pytest.approx({
+        ("cat", "cat"): 0.5, ("cat", "dog"): 0.35, ("dog", "cat"): 0.4, ("dog", "dog"): 0.4
+    })  # fmt: skip
+    assert {key: cell["difference"] for key, cell in cells.items()} == pytest.approx({
+        ("cat", "cat"): -0.3, ("cat", "dog"): 0.2, ("dog", "cat"): 0.4, ("dog", "dog"): -0.5
+    })  # fmt: skip
+    found = [
+        concept(evaluation, arm, seed, name)
+        for arm, seed in (("merge", 1), ("merge", 2), ("regional", 2))
+        for name in ("cat", "dog")
+    ]
+    assert [one["outcome"] for one in found] == ["kept", "dominance", "missing", "kept", "drift", "kept"]
+    assert [one["took"] for one in found if pd.notna(one["took"])] == ["cat"]
+    row = image(evaluation, "merge", 1)
+    assert values(row, "share_kept share_dominance share_drift lost gained") == pytest.approx([0.5, 0.5, 0, -0.4, 0.3])
+    merge = arms(evaluation)["merge"]
+    assert values(merge, "share_kept share_dominance share_missing share_swap") == pytest.approx([0.5, 0.25, 0.25, 0])
+
+
+def test_where_a_lora_acts_alone_its_subject_is_kept_or_drifts(tmp_path: Path) -> None:
+    evaluation = load(store(tmp_path, suite(), known, truth=TRUTH))
+    row = image(evaluation, "alone", 1, "dog")
+    assert values(row, "share_kept lost") == pytest.approx([1, -0.2])
+    assert pd.isna(row["gained"])
+    assert evaluation.confusion.query("arm == 'alone' and alone == 'dog'")["reference"].unique().tolist() == ["dog"]
+
+
+def test_scores_of_older_versions_have_no_outcomes(tmp_path: Path) -> None:
+    out = store(tmp_path, suite(), known)
+    for path in out.glob(f"batches/*/{SCORES}"):  # as they were written before there were outcomes
+        scores = json.loads(path.read_text())
+        del scores["truth"]
+        for shown in scores["images"].values():
+            del shown["chosen"]
+            for name in shown["concepts"]:
+                del shown["concepts"][name]["slot"]
+        path.write_text(json.dumps(scores))
+    plan = json.loads((out / PLAN).read_text())
+    del plan["suite"]["metrics"]
+    (out / PLAN).write_text(json.dumps(plan))
+    evaluation = load(out)
+    assert image(evaluation, "merge", 1)["region"] == pytest.approx(0.45)
+    assert evaluation.confusion.empty
+    assert evaluation.images[["share_kept", "lost", "dino", "scr"]].isna().to_numpy().all()
+    assert evaluation.concepts["outcome"].isna().to_numpy().all()
+
+
+def test_the_share_in_its_box_is_that_of_the_found_box(tmp_path: Path) -> None:
+    scene = {"name": "both", "prompt": "a sks cat and a zwx dog", "concepts": ["cat", "dog"],
+             "regions": {"cat": [0, 0, 32, 128], "dog": [64, 0, 128, 128]}}  # fmt: skip
+    row = image(load(store(tmp_path, suite([scene]), known)), "regional", 1)
+    assert row["inside"] == pytest.approx((30 / 60 + 1) / 2)  # boxes from 2 to 62 and from 66 to 126
+
+
+def test_chosen_metrics_are_computed_from_their_own_models(tmp_path: Path) -> None:
+    chosen = ["clip-t=a", "clip-i=b", "dino=c", {"name": "scr", "model": "c", "threshold": 0.45}]
+
+    def measured(whole: float, found: dict[str, float]) -> Features:
+        return Features(text=31.0, whole={"cat": whole, "dog": 0.5}, found=found)
+
+    of = suite(methods=["merge"], seeds=[1], metrics=chosen)
+    out = store(tmp_path, of, lambda batch, seed: sanity(batch) or {"cat": 0.6, "dog": 0.6})
+    path = out / "batches/both-merge-None-1" / SCORES
+    scores = Scores.model_validate_json(path.read_text())
+    by_name = {"clip-t": measured(0.9, {}), "clip-i": measured(0.1, {}), "dino": measured(0.2, {"cat": 0.7}),
+               "scr": measured(0.3, {"cat": 0.46, "dog": 0.44})}  # fmt: skip
+    images = {1: scores.images[1].model_copy(update={"chosen": by_name})}
+    path.write_text(scores.model_copy(update={"images": images}).model_dump_json())
+    row = image(load(out), "merge", 1)
+    found = values(row, "clip_t clip_i dino dino_found scr scr_whole")
+    assert found == pytest.approx([31, (0.1 + 0.5) / 2, (0.2 + 0.5) / 2, 0.7 / 2, 1 / 2, 1 / 2])
+    plain = image(load(out), "no LoRA", 1)
+    assert values(plain, "clip_t clip_i") == [25, 0.5]
+    assert pd.isna(plain["dino"])
 
 
 # --- what is not there ---

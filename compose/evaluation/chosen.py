@@ -1,0 +1,75 @@
+"""Metrics that a user chooses by name, each with a model of its own."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ChosenName = Literal["clip-t", "clip-i", "dino", "scr"]
+MODELS: dict[str, str] = {
+    "clip-t": "openai/clip-vit-base-patch32",
+    "clip-i": "openai/clip-vit-base-patch32",
+    "dino": "facebook/dinov2-base",
+    "scr": "facebook/dinov2-base",
+}
+"""The model of each metric unless another is named."""
+COLLAPSED = 0.4
+"""The similarity below which a subject has collapsed, by DINOv2: the lowest threshold of arXiv 2603.26078."""
+
+
+class Chosen(BaseModel):
+    """A metric that a user chose.
+
+    Attributes:
+        name: Its name: clip-t, clip-i, dino or scr.
+        model: A folder or hub repository of CLIP, SigLIP or DINOv2, or `playground:judge`; by default that of `MODELS`.
+        threshold: Of scr, the similarity below which a subject has collapsed; other models than DINOv2 need another.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: ChosenName
+    model: Annotated[str, Field(min_length=1)]
+    threshold: Annotated[float, Field(gt=-1, lt=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        """`dino` is `{name: dino}` with its usual model, and `dino=FOLDER` is `{name: dino, model: FOLDER}`."""
+        if isinstance(data, str):
+            name, named, model = data.partition("=")
+            data = {"name": name.strip(), **({"model": model.strip()} if named else {})}
+        if isinstance(data, dict) and data.get("name") in MODELS:
+            data = {"model": MODELS[data["name"]], **data}
+        return data
+
+    @model_validator(mode="after")
+    def _reads_threshold(self) -> Self:
+        if self.threshold is not None and self.name != "scr":
+            raise ValueError(f"{self.name} reads no threshold, only scr does")
+        return self
+
+
+def chosen(names: Iterable[str]) -> tuple[Chosen, ...]:
+    """Metrics from the command line: names, each with a model after "=" if it is not the usual one.
+
+    Raises:
+        ValueError: If there is no such metric, or one is named twice.
+    """
+    found = []
+    for text in names:
+        name, known = text.partition("=")[0].strip(), get_args(ChosenName)
+        if name not in known:
+            raise ValueError(f"there is no metric {name!r}; choose from {', '.join(known)}")
+        if text.rstrip().endswith("="):
+            raise ValueError(f"{text!r} names no model: write {name}=FOLDER, or only {name}")
+        found.append(Chosen.model_validate(text))
+    return distinct(tuple(found))
+
+
+def distinct(metrics: tuple[Chosen, ...]) -> tuple[Chosen, ...]:
+    """Raises ValueError if a metric is named twice."""
+    names = [metric.name for metric in metrics]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the metric {twice[0]!r} stands twice")
+    return metrics

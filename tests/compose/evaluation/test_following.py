@@ -1,0 +1,66 @@
+"""How well numbers follow votes, against Somers' D and votes of a known rule."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import somersd
+
+from commands import call
+from evaluations import TRUTH, Seen, sanity, store, suite
+from lora_compose.compose.evaluation.batches import Batch
+from lora_compose.compose.evaluation.following import following, follows
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=2, max_size=30))
+def test_it_is_somers_d_of_the_values_given_the_votes(items: list[tuple[int, int]]) -> None:
+    values, votes = (list(column) for column in zip(*items, strict=True))
+    found = follows(values, votes, range(len(items)), draws=1).mean
+    if len(set(votes)) == 1:
+        assert np.isnan(found)
+    elif len(set(values)) == 1:
+        assert found == 0.5  # ties only, of which SciPy gives NaN
+    else:
+        assert found == pytest.approx((somersd(votes, values).statistic + 1) / 2)
+
+
+def test_the_interval_draws_whole_groups() -> None:
+    rng = np.random.default_rng(3)
+    votes = rng.integers(0, 3, 60)
+    values = votes + rng.normal(0, 1.5, 60)
+    groups = np.repeat(np.arange(20), 3)
+    by_hand = []
+    for _ in range(1500):
+        drawn = np.concatenate([np.flatnonzero(groups == one) for one in rng.integers(0, 20, 20)])
+        by_hand.append((somersd(votes[drawn], values[drawn]).statistic + 1) / 2)
+    found = follows(values, votes.tolist(), groups.tolist())
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(by_hand, [0.025, 0.975])), abs=0.02)
+    assert found.low < found.mean < found.high
+    assert np.isnan(follows(values, votes.tolist(), [0] * 60).low)
+
+
+def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> None:
+    seeds = list(range(1, 7))
+
+    def measured(batch: Batch, seed: int) -> Seen:
+        return sanity(batch) or {"cat": (0.3 + 0.05 * seed, 0.0), "dog": (0.3 + 0.05 * seed, 0.0)}
+
+    folder = store(tmp_path / "run", suite(methods=["merge"], seeds=seeds), measured, draw=True, truth=TRUTH)
+    out = tmp_path / "votes"
+    call("blind", "from", folder, "--method", "merge", "--images", "6", "--out", out)
+    files = json.loads((out / "images.json").read_text())
+    verdicts = {n: ("none", "one", "both")[(int(Path(file).stem) - 1) // 2] for n, file in files.items()}
+    (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},{verdict}\n" for n, verdict in verdicts.items()))
+    found = following(out, folder).set_index("metric")["follows"].to_dict()
+    assert found["region_min"] == found["region"] == found["lost"] == 1
+    assert found["clip_t"] == found["found"] == 0.5  # the same in all images
+    assert "dino" not in found
+    printed = call("blind", "follow", out, "--evaluation", folder).output
+    assert "Worst concept" in printed
+    assert "1.00 (1.00 … 1.00)" in " ".join(printed.replace("│", " ").split())
+    (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},both\n" for n in files))
+    refused = call("blind", "follow", out, "--evaluation", folder, code=2).output
+    assert "are the same, so no number can follow them" in " ".join(refused.split())
