@@ -16,7 +16,8 @@ from lora_compose.pipelines.support.quantising import GGUF, check_quantize, is_f
 
 logger = logging.getLogger(__name__)
 
-_SMALL = ("CLIPTextModel", "CLIPTextModelWithProjection")  # text encoders of at most 1.4 GB in half precision
+SMALL_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+"""Text encoders that are not quantised: of at most 1.4 GB in half precision."""
 _PREFIX = "model.diffusion_model."  # of denoisers in whole checkpoints
 
 
@@ -30,7 +31,7 @@ def quantised_components(config: Mapping[str, Any], quantize: str) -> tuple[str,
     if is_file_of_weights(quantize) or quantize == "fp8":
         return (denoiser,)
     texts = [name for name, value in config.items() if name.startswith("text_encoder") and isinstance(value, list)]
-    return (denoiser, *(name for name in texts if config[name][1] not in (None, *_SMALL)))
+    return (denoiser, *(name for name in texts if config[name][1] not in (None, *SMALL_TEXT_ENCODERS)))
 
 
 def quantising_options(quantize: str | None, source: str, options: Mapping[str, Any], **hub: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from lora_compose.compose.page import export
 from lora_compose.compose.page.open_models import Choice, OpenModels
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir, lora_source
 from lora_compose.compose.serve import launch
+from lora_compose.compose.serve.recording import record_of
+from lora_compose.compose.serve.requests import ImageRequest
 
 BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear")
 RUN = Run(scene=Scene(prompt="a xlo bear on grass", concepts=(BEAR,)), model=PLAYGROUND, method="merge", device="cpu")
@@ -51,6 +53,9 @@ def test_the_server_opens_its_model_in_fewer_bits_and_with_options_that_save_mem
     assert torch.float8_e4m3fn in stored(engine._pipe)
     assert engine._pipe.vae.use_tiling
     engine.stop(5)
+    request = ImageRequest(prompt="a bear", steps=1)
+    run = RUN.model_copy(update={"quantize": "/folder/of/the/server/few.gguf"})
+    assert record_of(engine._pipe, run, request, None, 1).run.quantize == "few.gguf"
 
 
 def test_a_batch_file_names_its_weights_beside_itself(tmp_path: Path) -> None:
