@@ -43,12 +43,35 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The precision in which a model of diffusers runs: its `dtype`, which first asks every module for hooks."""
     original: Any = uncompiled(model)
-    hooked = any("_diffusers_hook" in module.__dict__ for module in modules_of(original).values())
-    if not hooked and not getattr(original, "_keep_in_fp32_modules", None):
-        for parameter in original.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
+    if any("_diffusers_hook" in module.__dict__ for module in modules_of(original).values()):
+        return original.dtype
+    apart = getattr(original, "_keep_in_fp32_modules", None) or ()
+    named = original.named_parameters() if apart else (("", parameter) for parameter in original.parameters())
+    for name, parameter in named:
+        # No layer computes with numbers of one byte: they are of quantised weights.
+        if parameter.is_floating_point() and parameter.itemsize > 1 and not any(part in name for part in apart):
+            return parameter.dtype
     return original.dtype
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is linear: PyTorch's or one that extends it, or one of a quantisation library that is neither."""
+    if isinstance(layer, nn.Linear):
+        return True
+    sides = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
+    return all(isinstance(side, int) for side in sides) and not layer._modules
+
+
+def is_adaptable(layer: nn.Module) -> bool:
+    """Whether a LoRA can change a layer: linear layers and convolutions."""
+    return is_linear(layer) or isinstance(layer, nn.Conv2d)
+
+
+def has_plain_weight(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether the numbers of a weight are those that the layer multiplies by; in quantised layers they are not."""
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+        return False
+    return weight.itemsize > 1 or type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

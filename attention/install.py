@@ -9,11 +9,18 @@ from torch import Tensor, nn
 from lora_compose.attention.backbones import Backbone
 from lora_compose.attention.bank_cache import Bank, BankKey, KeptBanks, new_bank
 from lora_compose.attention.claims import Journal, claimed, undoing
-from lora_compose.attention.device import as_outside_of_inference_mode, modules_of, to_device, uncompiled
+from lora_compose.attention.device import (
+    as_outside_of_inference_mode,
+    is_adaptable,
+    modules_of,
+    to_device,
+    uncompiled,
+)
+from lora_compose.attention.fitting import check_factors, shape_of
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.gates import Gates, strongest
 from lora_compose.attention.joint_regions import JointRegions
-from lora_compose.attention.lora_bank import BankLayer, Lora, LoraFactors, base_layer
+from lora_compose.attention.lora_bank import BankLayer, Lora, base_layer
 from lora_compose.attention.placing import How, check_how, put_in, replace_module
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
@@ -311,7 +318,7 @@ def _fits(modules: Mapping[str, nn.Module], name: str, layer: BankLayer, where: 
     base = base_layer(modules[name])
     if layer.transforms is not None and not all(of.is_of(base) for of in layer.transforms.of.values()):
         return False
-    return isinstance(base, nn.Linear | nn.Conv2d) and _shape_of(name, base) == layer.weight_shape
+    return is_adaptable(base) and shape_of(name, base) == layer.weight_shape
 
 
 def _put_in(
@@ -336,62 +343,3 @@ def _silence(modules: Iterable[nn.Module], adapters: frozenset[str], undo: Journ
         if isinstance(scaling, dict) and "base_layer" in module._modules:
             undo.callback(scaling.update, dict(scaling))  # all of them: diffusers resets them after a pass at scale 0
             scaling.update(dict.fromkeys(adapters & scaling.keys(), 0.0))
-
-
-def weight_shape(model: nn.Module, name: str, where: Mapping[str, Site] | None = None) -> tuple[int, ...]:
-    """The shape of the weight that a LoRA would change: outputs, inputs, and the kernel of a convolution.
-
-    From the layer's settings, since quantised and offloaded weights have other shapes.
-
-    Raises:
-        ValueError: If there is no such layer, or a LoRA cannot change it.
-    """
-    try:
-        layer = base_layer(model.get_submodule(name))
-    except AttributeError:
-        layer = None
-    if layer is None or (where is not None and name not in where):
-        raise ValueError(f"the model has no layer {name!r}")
-    return _shape_of(name, layer)
-
-
-def _shape_of(name: str, layer: nn.Module) -> tuple[int, ...]:
-    weight = getattr(layer, "weight", None)
-    if not isinstance(layer, nn.Linear | nn.Conv2d) or weight is None:
-        raise ValueError(f"{name} is a {type(layer).__name__}; a LoRA can change linear layers and convolutions")
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    if layer.groups != 1:
-        raise ValueError(f"{name} is a grouped convolution, which is not supported")
-    return layer.out_channels, layer.in_channels, *layer.kernel_size
-
-
-def check_factors(model: nn.Module, name: str, factors: LoraFactors, where: Mapping[str, Site] | None = None) -> None:
-    """Checks that factors fit a layer.
-
-    Raises:
-        ValueError: Naming the layer and both shapes.
-    """
-    outputs, *inputs = weight_shape(model, name, where)
-    if (own := factors.transform) is not None and own.size != (inputs[0] if own.by_input else outputs):
-        side = f"{inputs[0]} inputs" if own.by_input else f"{outputs} outputs"
-        raise ValueError(f"{name}: the transform of the weight is of size {own.size}, the model's layer has {side}")
-    down, up, left = factors.down.shape, factors.up.shape, factors.left
-    if left is not None:
-        shapes = down, up, left.shape
-        if any(len(shape) != 2 or 0 in shape for shape in shapes) or down[0] != up[1]:
-            raise ValueError(f"{name}: the factors of a Kronecker product have shapes {', '.join(map(str, shapes))}")
-        if [left.shape[0] * up[0], left.shape[1] * down[1]] != [outputs, *inputs]:
-            product = left.shape[0] * up[0], left.shape[1] * down[1]
-            raise ValueError(
-                f"{name}: the Kronecker product is {product[0]} x {product[1]}, the weight {outputs} x {inputs}"
-            )
-        return
-    ones = (1,) * (len(inputs) - 1)
-    if down[1:] != (*inputs,) or up != (outputs, *down[:1], *ones) or (0 in down and factors.transform is None):
-        wanted = f"{_shape('rank', *inputs)} and {_shape(outputs, 'rank', *ones)}"
-        raise ValueError(f"{name}: the factors have shapes {list(down)} and {list(up)}, the model needs {wanted}")
-
-
-def _shape(*sides: object) -> str:
-    return f"[{', '.join(map(str, sides))}]"

@@ -15,13 +15,13 @@ T of a DoRA is made from W once, when its bank is made. Sources: DoRA, arXiv 240
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_compose.attention.device import to_device
+from lora_compose.attention.device import has_plain_weight, is_linear, to_device
 from lora_compose.attention.gates import GateKey
 from lora_compose.attention.sites import Site
 
@@ -125,12 +125,17 @@ class Version(NamedTuple):
 
 def version_of(layer: nn.Module) -> Version:
     """The weight of a layer as it is now."""
-    weight, stored = layer.get_parameter("weight"), _stored(layer, "weight")
+    stored = _stored(layer, "weight")
+    # Layers of some quantisation libraries have no parameter of that name.
+    weight = layer._parameters.get("weight") if stored is not None else next(layer.parameters(), None)
+    if weight is None:
+        raise ValueError(f"the weight of a {type(layer).__name__} cannot be read")
     number = 0 if weight.is_inference() else weight._version
     if stored is None or stored.is_meta or type(stored) not in (nn.Parameter, Tensor):
         return Version(weakref.ref(weight), number, None)
     rows = stored.detach()[:: max(1, len(stored) // _SAMPLED)]
-    return Version(weakref.ref(weight), number, rows.select(1, stored.shape[1] // 2).flatten().cpu().clone())
+    column = rows if rows.dim() == 1 else rows.select(1, stored.shape[1] // 2)  # packed numbers may have no rows
+    return Version(weakref.ref(weight), number, column.flatten().cpu().clone())
 
 
 def applied(transform: Transform, delta: Tensor, layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Applied]:
@@ -162,26 +167,27 @@ def dense_weight(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
     Args:
         layer: A linear layer or a convolution, without adapters.
-        device: Where the result is, and where the layer runs.
+        device: Where the result is.
         dtype: The precision of the layer's inputs.
 
     Raises:
         ValueError: If the weight is not to be had.
     """
     weight = _stored(layer, "weight")
-    assert weight is not None
-    if weight.is_floating_point() and type(weight) in (nn.Parameter, Tensor):
+    if weight is not None and has_plain_weight(layer, weight):
         return to_device(weight.detach(), device).float()
-    if not isinstance(layer, nn.Linear):
+    if not is_linear(layer):
         raise ValueError(f"the weight of a quantised {type(layer).__name__} cannot be read")
-    width, rows = layer.in_features, []
+    width, rows = int(layer.in_features), []  # pyright: ignore[reportArgumentType]
+    there = next((parameter.device for parameter in layer.parameters()), device)
+    place: dict[str, Any] = {"device": device if there.type == "meta" else there, "dtype": dtype}
     with torch.no_grad():
-        bias = layer(torch.zeros(1, width, device=device, dtype=dtype)).float()
+        bias = layer(torch.zeros(1, width, **place)).float()
         for start in range(0, width, _PROBED):
             count = min(_PROBED, width - start)
-            unit = torch.zeros(count, width, device=device, dtype=dtype)
+            unit = torch.zeros(count, width, **place)
             unit[:, start : start + count].fill_diagonal_(1)
-            rows.append(layer(unit).float() - bias)
+            rows.append(to_device(layer(unit).float() - bias, device))
     return torch.cat(rows).T
 
 

@@ -172,7 +172,8 @@ def test_a_command_of_the_docs_does_what_it_says(
     line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On small models under the names of the large ones, on a CPU: `merge` and `inspect` as they are typed, `run` as
-    `check`, which takes the same and stops before the first step. Offloading is left out: it needs a GPU. Commands of
+    `check`, which takes the same and stops before the first step. Offloading and quantising are left out: they need a
+    GPU, packages or files. Commands of
     minutes (`bench`, `evaluate`, `train`, `batch`, `demo`), the server and the page are parsed only, by the test above.
     """
     line = [word for word in line if word != "..."]
@@ -183,7 +184,12 @@ def test_a_command_of_the_docs_does_what_it_says(
     known = {"MODEL": "stable-diffusion-v1-5/stable-diffusion-v1-5", "FOLDER": "loras", "SCENE": SCENE}
     words = [known.get(word, word) for word in line]
     if words[0] == "run":
-        words = ["check", *without(words[1:], "--seed", "--out", "--save-memory", "--dtype"), "--device", "cpu"]
+        words = [
+            "check",
+            *without(words[1:], "--seed", "--out", "--save-memory", "--dtype", "--quantize"),
+            "--device",
+            "cpu",
+        ]
         words = [word for word in words if word != "--maps"]
         Path("start").mkdir()
         for number in (2, 3):

@@ -8,7 +8,7 @@ from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor
 
 from lora_compose.attention.backbones.joint import JointBackbone
-from lora_compose.attention.device import uncompiled
+from lora_compose.attention.device import dtype_of, uncompiled
 from lora_compose.attention.sites import Site, SitePart
 
 _LAYER = r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])"
@@ -52,7 +52,7 @@ class ZImageBackbone(JointBackbone):
         model: Any = uncompiled(self.model)
         lengths = (added or {})["lengths"].tolist()
         found = self.model(
-            list(latents.to(model.dtype)[:, :, None]),
+            list(latents.to(dtype_of(model))[:, :, None]),
             (1000 - t.expand(len(latents))) / 1000,
             [row[:length] for row, length in zip(text, lengths, strict=True)],
             return_dict=False,

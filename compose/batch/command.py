@@ -11,7 +11,7 @@ from lora_compose.compose.batch.results import Folder, Result, changed
 from lora_compose.compose.batch.runner import check_names, results_of, run_batch
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.files.claims import Claims
-from lora_compose.compose.files.paths import to_record
+from lora_compose.compose.files.paths import moved_weights, to_record
 from lora_compose.compose.files.stored import write_text
 from lora_compose.compose.generate.defaults import complete
 from lora_compose.compose.generate.processes import default_number, launch, local_rank
@@ -104,8 +104,13 @@ def write_plan(path: Path, entries: Sequence[Entry], settings: BatchSettings) ->
         }
         for entry in entries
     ]  # fmt: skip
-    about = settings.model_copy(update={"model": to_record(settings.model)}).model_dump(mode="json", exclude_none=True)
+    about = settings.model_copy(update=_everywhere(settings)).model_dump(mode="json", exclude_none=True)
     write_text(path, json.dumps({**about, "scenes": scenes}, ensure_ascii=False, indent=1) + "\n")
+
+
+def _everywhere(settings: BatchSettings) -> dict[str, str | None]:
+    """The files of a model, named so that it is found from everywhere on this machine."""
+    return {"model": to_record(settings.model), "quantize": moved_weights(settings.quantize, to_record)}
 
 
 def _show_results(folder: Folder, results: Sequence[Result]) -> int:

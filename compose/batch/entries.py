@@ -15,7 +15,7 @@ from lora_compose.compose.batch.settings import BatchSettings, Seeds
 from lora_compose.compose.batch.tables import SUFFIXES as TABLES
 from lora_compose.compose.batch.tables import Row, Table, read_table
 from lora_compose.compose.batch.templates import fill, placeholders
-from lora_compose.compose.files.paths import check_lora, local_source, located
+from lora_compose.compose.files.paths import check_lora, local_source, located, moved_weights
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.text import parse_file
 from lora_compose.compose.files.validation import validated
@@ -167,6 +167,8 @@ def _settings_in(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
         )
     if isinstance(fields.get("model"), str):
         fields["model"] = local_source(fields["model"], path.parent.absolute())
+    if isinstance(fields.get("quantize"), str):
+        fields["quantize"] = moved_weights(fields["quantize"], lambda file: local_source(file, path.parent.absolute()))
     return fields
 
 

@@ -17,6 +17,7 @@ from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.files.paths import moved
 from lora_compose.compose.generate.making import Made
 from lora_compose.compose.generate.processes import own_device
+from lora_compose.pipelines.support.quantising import QUANTISED
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ def run_on_ray(
     if left:
         with connected(address):
             packer = object_packer()
-            opening = partial(_open, settings, packer.source(settings.model))
+            weights = None if settings.quantize in (None, *QUANTISED) else packer.source(settings.quantize)
+            opening = partial(_open, settings, packer.source(settings.model), weights)
             parcels = {job.entry.name: packer.scene(job.run.scene) for job in left}
             with Pool(opening, settings.device, settings.threads, workers) as pool:
                 _make_all(pool, folder, left, parcels, len(jobs) - len(left), report)
@@ -95,9 +97,11 @@ def _make_all(
     pool.work(_make, Claims(folder.claims, PATIENCE), named, start, end)
 
 
-def _open(settings: BatchSettings, model: Parcel, node: Node) -> Worker:
-    here = node.unpack(model)(settings.model)
-    return Worker.open(settings.model_copy(update={"model": here}), own_device(settings.device))
+def _open(settings: BatchSettings, model: Parcel, weights: Parcel | None, node: Node) -> Worker:
+    here = {"model": node.unpack(model)(settings.model)}
+    if weights is not None and settings.quantize is not None:
+        here["quantize"] = node.unpack(weights)(settings.quantize)
+    return Worker.open(settings.model_copy(update=here), own_device(settings.device))
 
 
 def _check(worker: Worker, node: Node, job: Job, parcel: Parcel) -> ChosenMethod:

@@ -73,6 +73,7 @@ class BatchSettings(BaseModel):
         batch_size: Images of one scene that are made in one call; the pixels depend on it.
         threads: CPU threads of a process; the pixels depend on them, too. None leaves them to torch.
         dtype: Precision of the model.
+        quantize: nf4, int8, fp8, or a file of the denoiser in fewer bits; None is the model as it is.
         device: The device; None chooses, and uses every GPU of the machine.
         save_memory: Options that save memory.
     """
@@ -89,6 +90,7 @@ class BatchSettings(BaseModel):
     batch_size: Annotated[int, Field(gt=0, le=64)] = 1
     threads: Annotated[int, Field(gt=0)] | None = None
     dtype: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")] = "float32"
+    quantize: str | None = None
     device: str | None = None
     save_memory: Savers = ()
 
@@ -96,5 +98,6 @@ class BatchSettings(BaseModel):
         """The run of a scene."""
         return Run(
             scene=scene, model=self.model, method=self.method, settings=self.settings, scheduler=self.scheduler,
-            steps=self.steps, guidance_scale=self.guidance_scale, dtype=self.dtype, device=self.device,
+            steps=self.steps, guidance_scale=self.guidance_scale, dtype=self.dtype, quantize=self.quantize,
+            device=self.device,
         )  # fmt: skip

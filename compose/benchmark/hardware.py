@@ -4,7 +4,7 @@ Text encoders count their weights, the denoiser its weights, two LoRAs with `reg
 decoding keeps. Not counted is what the device's libraries and allocator take for themselves.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from lora_compose.compose.benchmark.memory import meta_memory
 from lora_compose.compose.benchmark.peaks import FusedAttention, peak
 from lora_compose.compose.benchmark.tables import GIB, new_table
 from lora_compose.compose.benchmark.transformers import pass_cost
+from lora_compose.pipelines.families.quantised import SMALL_TEXT_ENCODERS
 from lora_compose.pipelines.methods import Regional
 
 CONCEPTS, SIDE = 2, 1024
@@ -65,10 +66,12 @@ class Need:
 
     Attributes:
         text: Text encoders in half precision.
+        text_int8: The same with linear layers of all but CLIP's in 8 bits.
         weights: The denoiser in half precision.
         denoiser: The same with LoRAs and one pass.
-        nf4: That with linear layers in 4 bits.
         int8: That with linear layers in 8 bits.
+        nf4: That with linear layers in 4 bits.
+        opening_nf4: Text encoders but CLIP's, and the denoiser, with linear layers in 4 bits.
         blocks: That in half precision with one block on the device; None for UNets.
         decoding: The VAE while it decodes.
         vae: The VAE alone.
@@ -77,10 +80,12 @@ class Need:
     """
 
     text: int
+    text_int8: int
     weights: int
     denoiser: int
-    nf4: int
     int8: int
+    nf4: int
+    opening_nf4: int
     blocks: int | None
     decoding: int
     vae: int
@@ -92,9 +97,25 @@ class Need:
         """Bytes with all models on the device."""
         return self.text + max(self.denoiser + self.vae, self.weights + self.decoding)
 
-    def apart(self, denoiser: int | None = None) -> int:
+    @property
+    def apart(self) -> int:
         """Bytes with one model on the device at a time (`model-offload`)."""
-        return max(self.text, self.denoiser if denoiser is None else denoiser, self.decoding)
+        return max(self.text, self.denoiser, self.decoding)
+
+    @property
+    def apart_fp8(self) -> int:
+        """The same with the denoiser in 8 bits (`--quantize fp8`, or a file)."""
+        return max(self.text, self.int8, self.decoding)
+
+    @property
+    def apart_int8(self) -> int:
+        """The same with large text encoders in 8 bits as well (`--quantize int8`)."""
+        return max(self.text_int8, self.int8, self.decoding)
+
+    @property
+    def apart_nf4(self) -> int:
+        """The same in 4 bits (`--quantize nf4`), and while it is opened: all of bitsandbytes is on the device then."""
+        return max(self.opening_nf4, self.nf4, self.decoding)
 
 
 def need(model: str) -> Need:
@@ -113,19 +134,32 @@ def need(model: str) -> Need:
         cost = pass_cost(denoiser, CONCEPTS, RANK, (side // 8, side // 8))
         whole, blocks, flops = cost.peak_bytes, cost.offloaded_bytes, cost.flops * passes * steps
     decoder = _vae(model, side)
-    linear = sum(layer.weight.numel() for layer in denoiser.modules() if isinstance(layer, nn.Linear))
+    encoders = _encoders(family)
+    large = [encoder for encoder in encoders if type(encoder).__name__ not in SMALL_TEXT_ENCODERS]
+    opening = sum(_less(_half(model), [model], NF4_BITS) for model in (*large, denoiser))
+    text = sum(map(_half, encoders))
     return Need(
-        text=_text(family), weights=_bytes(denoiser), denoiser=whole, nf4=round(whole - linear * (2 - NF4_BITS / 8)),
-        int8=round(whole - linear * (2 - INT8_BITS / 8)), blocks=blocks, decoding=_decoding(decoder, side),
-        vae=_bytes(decoder), steps=steps, flops=flops,
+        text=text, text_int8=_less(text, large, INT8_BITS), weights=_bytes(denoiser), denoiser=whole,
+        int8=_less(whole, [denoiser], INT8_BITS), nf4=_less(whole, [denoiser], NF4_BITS), opening_nf4=opening,
+        blocks=blocks, decoding=_decoding(decoder, side), vae=_bytes(decoder), steps=steps, flops=flops,
     )  # fmt: skip
 
 
-def _text(family: str) -> int:
-    encoders = [part for name, part in vars(without_weights(family)).items() if name.startswith("text_encoder")]
+def _less(size: int, models: Sequence[nn.Module], bits: float) -> int:
+    """A size with the linear layers of some models in fewer bits than 16."""
+    layers = (layer for model in models for layer in model.modules() if isinstance(layer, nn.Linear))
+    return round(size - sum(layer.weight.numel() for layer in layers) * (2 - bits / 8))
+
+
+def _half(model: nn.Module) -> int:
+    return sum(parameter.numel() * 2 for parameter in model.parameters())
+
+
+def _encoders(family: str) -> list[nn.Module]:
+    """The text encoders of a model."""
+    found = [part for name, part in vars(without_weights(family)).items() if name.startswith("text_encoder")]
     with torch.device("meta"):
-        encoders += [_MORE_TEXT[family]()] if family in _MORE_TEXT else []
-    return sum(parameter.numel() * 2 for part in encoders for parameter in part.parameters())
+        return found + ([_MORE_TEXT[family]()] if family in _MORE_TEXT else [])
 
 
 def _vae(model: str, side: int) -> nn.Module:
@@ -156,11 +190,13 @@ def needs_table(needs: Mapping[str, Need]) -> Table:
     """GiB by model and by way to save memory."""
     table = new_table(
         f"Computed: GiB for one image, two LoRAs of rank {RANK} with regional; half precision where nothing else is "
-        "said; offload: one model on the device at a time; blocks: one block of the denoiser",
-        ["model", "text", "denoiser", "decoding", "all", "offload", "int8, offload", "nf4, offload", "blocks"],
+        "said; offload and what follows: one model on the device at a time; blocks: one block of the denoiser",
+        ["model", "text", "denoiser", "decoding", "all", "offload", "fp8", "int8", "nf4", "blocks"],
     )
     for model, it in needs.items():
-        sizes = (it.text, it.denoiser, it.decoding, it.together, it.apart(), it.apart(it.int8), it.apart(it.nf4))
+        sizes = (
+            it.text, it.denoiser, it.decoding, it.together, it.apart, it.apart_fp8, it.apart_int8, it.apart_nf4
+        )  # fmt: skip
         blocks = "-" if it.blocks is None else f"{it.blocks / GIB:.1f}"
         table.add_row(model, *(f"{size / GIB:.1f}" for size in sizes), blocks)
     return table

@@ -81,7 +81,7 @@ def check(run: Run, pipe: Any = None, *, loras: Path | None = None, variant: str
     if pipe is None:
         done = _attempt(problems, complete, run)
         run, facts = (run, []) if done is None else (done[0], [("defaults", words(done[1]))])
-    facts = [("model", f"{run.model}, {run.dtype}"), *facts, ("prompt", run.scene.prompt)]
+    facts = [("model", _model_words(run)), *facts, ("prompt", run.scene.prompt)]
     cost: RunCost | None = None
     choice: Choice | None = None
     with kept() as notes:
@@ -142,6 +142,10 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         ("cost", _cost_words(pipe, run, planned, cost)),
     ]
     return facts, cost, choice
+
+
+def _model_words(run: Run) -> str:
+    return ", ".join((run.model, run.dtype, *(() if run.quantize is None else (run.quantize,))))
 
 
 def _file_facts(concept: Concept) -> list[tuple[str, str]]:

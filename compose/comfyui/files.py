@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_compose.attention import Lora, LoraFactors
-from lora_compose.attention.install import check_factors, weight_shape
+from lora_compose.attention.fitting import check_factors, weight_shape
 from lora_compose.pipelines.concepts.placing import placed, reshaped
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK

@@ -15,6 +15,7 @@ from lora_compose.compose.support.names import METHODS, check_merger, check_meth
 from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
 from lora_compose.pipelines.scene.sources import files_of, parse_lora
 from lora_compose.pipelines.support.field_errors import FieldError
+from lora_compose.pipelines.support.quantising import check_quantize
 
 _EDGE = r"\s*(\d{1,9}|\d?\.\d{1,9}|\d\.)\s*"
 _BOX = re.compile(rf"\(?{_EDGE}([,:]){_EDGE}\2{_EDGE}\2{_EDGE}\)?")
@@ -270,6 +271,7 @@ def check_lookups(asked: Run) -> None:
     if asked.settings and asked.method is None:
         raise ValueError(f"--set {', '.join(asked.settings)}: a setting needs --method; there are {', '.join(METHODS)}")
     model_source(asked.model)
+    check_quantize(asked.quantize)
     for concept in asked.scene.concepts:
         check_merger(concept.merge)
         for source in files_of(concept.lora):

@@ -14,6 +14,7 @@ from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.files.validation import validated
 from lora_compose.compose.support.names import check_method
 from lora_compose.compose.support.terminal import BAD_INPUT, echo, err, handle_errors, starting
+from lora_compose.pipelines.support.quantising import check_quantize
 
 
 @handle_errors(logging.ERROR)
@@ -46,6 +47,7 @@ def batch(
     guidance: options.GuidanceOption = None,
     scheduler: options.SchedulerOption = None,
     dtype: options.DtypeOption = None,
+    quantize: options.QuantizeOption = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest, and every GPU.")
     ] = None,
@@ -76,8 +78,8 @@ def batch(
     given = {
         "model": model, "method": method, "settings": reading.parse_settings(settings) if settings else None,
         "seeds": seed, "steps": steps, "guidance_scale": guidance, "scheduler": scheduler, "dtype": dtype,
-        "device": device, "save_memory": tuple(savers) if savers else None, "batch_size": batch_size,
-        "threads": threads,
+        "quantize": quantize, "device": device, "save_memory": tuple(savers) if savers else None,
+        "batch_size": batch_size, "threads": threads,
     }  # fmt: skip
     asked = _settings(found, {name: value for name, value in given.items() if value is not None})
     reading.check_ray(ray)
@@ -102,6 +104,7 @@ def _settings(found: Found, given: dict[str, Any]) -> BatchSettings:
     settings = validated(BatchSettings, fields, "settings")
     check_method(settings.method)
     model_source(settings.model)
+    check_quantize(settings.quantize)
     if not found.entries:
         for one in found.bad:
             echo(f"error: {one.error}", style="red", to=err)

@@ -34,6 +34,7 @@ def check(
     ip_adapter: options.IPAdapterOption = None,
     scheduler: options.SchedulerOption = None,
     dtype: options.DtypeOption = None,
+    quantize: options.QuantizeOption = None,
     variant: options.VariantOption = None,
     device: options.DeviceOption = None,
 ) -> None:
@@ -49,7 +50,7 @@ def check(
         },
         of_run={
             "method": method, "scheduler": scheduler, "steps": steps, "guidance_scale": guidance, "dtype": dtype,
-            "device": device,
+            "quantize": quantize, "device": device,
         },
         looked_up=False,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import typer
 
 from lora_compose.compose.support.names import METHODS, PRESETS
 from lora_compose.compose.support.savers import SAVERS, Saver
+from lora_compose.pipelines.support.quantising import QUANTISED
 
 LAST_SEED = 2**63 - 1
 LORA_HELP = (
@@ -105,6 +106,15 @@ DtypeOption = Annotated[
         "--dtype",
         help="float32, float16 or bfloat16; default: float32 on a CPU; on a GPU float16 for UNets, bfloat16 for "
         "transformers.",
+    ),
+]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="NAME|FILE",
+        help=f"Open the model in fewer bits. {'; '.join(f'{name}: {what}' for name, what in QUANTISED.items())}; or a "
+        "file of the denoiser, .gguf or .safetensors in fp8.",
     ),
 ]
 VariantOption = Annotated[

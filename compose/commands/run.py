@@ -36,6 +36,7 @@ def run(
     ip_adapter: options.IPAdapterOption = None,
     scheduler: options.SchedulerOption = None,
     dtype: options.DtypeOption = None,
+    quantize: options.QuantizeOption = None,
     variant: options.VariantOption = None,
     device: options.DeviceOption = None,
     savers: options.SaversOption = None,
@@ -55,7 +56,7 @@ def run(
         },
         of_run={
             "method": method, "scheduler": scheduler, "steps": steps, "guidance_scale": guidance, "dtype": dtype,
-            "device": device,
+            "quantize": quantize, "device": device,
         },
     )  # fmt: skip
     seeds = seeds_of(seed)

@@ -17,6 +17,7 @@ from lora_compose.compose.support.network import is_local
 from lora_compose.compose.support.packages import SERVE, check_packages
 from lora_compose.compose.support.terminal import handle_errors, starting
 from lora_compose.pipelines.scene.scene import Scene
+from lora_compose.pipelines.support.quantising import check_quantize
 
 
 @handle_errors(logging.WARNING)
@@ -51,13 +52,15 @@ def serve(
     pixels: Annotated[int, typer.Option(min=1, help="Largest image, width times height.")] = 1024 * 1024,
     steps: Annotated[int, typer.Option(min=1, help="Most denoising steps of a request.")] = 50,
     dtype: options.DtypeOption = None,
+    quantize: options.QuantizeOption = None,
     variant: options.VariantOption = None,
     device: options.DeviceOption = None,
     savers: options.SaversOption = None,
 ) -> None:
     """Serve images over HTTP: one model, many LoRAs, in batches."""
-    asked = run_of(scene=Scene(prompt="-"), model=model, dtype=dtype, device=device)
+    asked = run_of(scene=Scene(prompt="-"), model=model, dtype=dtype, quantize=quantize, device=device)
     model_source(model)
+    check_quantize(quantize)
     if not loras.is_dir():
         raise ValueError(f"there is no folder {str(loras)!r}{file_near(loras)}; --loras names a folder of LoRAs")
     if token is None and not is_local(host):

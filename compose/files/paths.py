@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from lora_compose.compose.support.names import did_you_mean, file_near
 from lora_compose.pipelines.scene.mask_images import URI_PREFIX
 from lora_compose.pipelines.scene.scene import Run, Start
 from lora_compose.pipelines.scene.sources import moved_files
+from lora_compose.pipelines.support.quantising import QUANTISED
 
 _PICKLES = (".ckpt", ".bin", ".pt")
 _FILES = (".safetensors", ".gguf", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -57,8 +59,8 @@ def model_source(model: str) -> Path:
     path = Path(model).expanduser()
     if path.suffix.lower() == ".gguf":
         raise ModelError(
-            f"{model!r} is one quantised transformer, not a whole model; load it in Python, with diffusers' "
-            "from_single_file and GGUFQuantizationConfig (docs/memory.md)"
+            f"{model!r} is one quantised denoiser, not a whole model; name the model that it is of, a folder or hub "
+            f"repository, and --quantize {model}"
         )
     if path.is_file() and path.suffix.lower() != ".safetensors":
         raise ModelError(f"{model!r}: a model in one file must be .safetensors; a pickle could run code when opened")
@@ -93,12 +95,18 @@ def located(model: _Model, path: Path) -> _Model:
 def moved(model: Any, move: Any) -> Any:
     """A scene or run with every path changed by a function."""
     if isinstance(model, Run):
-        return model.model_copy(update={"model": move(model.model), "scene": moved(model.scene, move)})
+        files = {"model": move(model.model), "quantize": moved_weights(model.quantize, move)}
+        return model.model_copy(update={**files, "scene": moved(model.scene, move)})
     concepts = tuple(
         _moved(concept, ("region",), move).model_copy(update={"lora": moved_files(concept.lora, move)})
         for concept in model.concepts
     )
     return moved_start(model, move).model_copy(update={"concepts": concepts})
+
+
+def moved_weights(quantize: str | None, move: Callable[[str], str]) -> str | None:
+    """What a model is opened with in fewer bits, moved if it is a file."""
+    return quantize if quantize is None or quantize in QUANTISED else move(quantize)
 
 
 def moved_start(model: _Start, move: Any) -> _Start:

@@ -13,6 +13,7 @@ from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene.mask_images import URI_PREFIX
 from lora_compose.pipelines.scene.scene import Run
 from lora_compose.pipelines.scene.sources import weighted
+from lora_compose.pipelines.support.quantising import QUANTISED
 from lora_compose.pipelines.support.regular import sha256_of
 
 _MODEL_FILES = (".safetensors", ".json", ".txt", ".model")
@@ -29,6 +30,10 @@ def run_facts(run: Run, seeds: Sequence[int], threads: int | None, savers: Seque
         ValueError: If a LoRA or an image is missing.
     """
     facts = run.model_dump(mode="json", exclude={"model", "device", "seed"})
+    if run.quantize is not None and run.quantize not in QUANTISED:
+        facts["quantize"] = file_hash(run.quantize)
+    if run.quantize is None:  # as in facts of versions that could not quantise
+        del facts["quantize"]
     scene = facts["scene"]
     for concept in scene["concepts"]:
         concept["lora"] = _lora_hashes(concept["lora"])

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lora_compose.attention.claims import claimed
+from lora_compose.attention.device import dtype_of
 from lora_compose.compose.figures.overlay import Attention
 from lora_compose.compose.files.images import Hashes, Record
 from lora_compose.compose.generate.guides import (
@@ -208,8 +209,8 @@ def resolve_choice(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choi
 @contextmanager
 def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice | None, dict[str, Any]]]:
     """Concepts, method and the arguments of the call, with the run's scheduler in the pipeline inside this block."""
-    if pipe.model.dtype != getattr(torch, run.dtype):
-        raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {pipe.model.dtype}; open it again")
+    if (dtype := dtype_of(pipe.model)) != getattr(torch, run.dtype):
+        raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {dtype}; open it again")
     size = size_of(pipe, run.scene)
     check_size(pipe, *size)
     if not run.scene.concepts:  # otherwise its plan warns
@@ -267,7 +268,7 @@ def _finite(pipe: Any, on_step: OnStep | None) -> OnStep:
             on_step(done, steps, latents)
         if done == steps:
             damaged = "weights of the model that are damaged, or do not fit its precision"
-            check_finite(latents, [*causes_of_precision(pipe.model.dtype), damaged])
+            check_finite(latents, [*causes_of_precision(dtype_of(pipe.model)), damaged])
 
     return after_step
 

@@ -17,6 +17,7 @@ from lora_compose.compose.support.terminal import bar, echo, err
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene.scene import Run
+from lora_compose.pipelines.support.quantising import check_quantize
 
 
 @contextmanager
@@ -38,8 +39,8 @@ def open_model(run: Run, savers: Collection[Saver] = (), variant: str | None = N
 
     Raises:
         ModelError: If the model is missing, not supported, or has pickled weights only.
-        ValueError: If the device, method, settings or scheduler are unknown, or options that save memory cannot be
-            combined, before anything is opened.
+        ValueError: If the device, method, settings or scheduler are unknown, options that save memory cannot be
+            combined, or what fewer bits need is missing, before anything is opened.
     """
     if run.method is not None:
         make_method(run.method, run.settings)
@@ -47,16 +48,17 @@ def open_model(run: Run, savers: Collection[Saver] = (), variant: str | None = N
         scheduler_class(run.scheduler)
     device, dtype = choose_device(run.device), getattr(torch, run.dtype)
     check_savers(savers, device)
+    check_quantize(run.quantize)
     source = model_source(run.model)
     try:
         with without_bars():
             if source.is_file():
-                pipe = ComposePipeline.from_single_file(source, dtype=dtype)
+                pipe = ComposePipeline.from_single_file(source, dtype=dtype, quantize=run.quantize)
             else:
                 # On Windows a path would change the slash of a hub name.
                 name = str(source) if source.is_dir() else run.model
                 pipe = ComposePipeline.from_pretrained(
-                    name, dtype=dtype, use_safetensors=True, variant=variant or variant_of(run)
+                    name, dtype=dtype, quantize=run.quantize, use_safetensors=True, variant=variant or variant_of(run)
                 )
     except torch.OutOfMemoryError:
         raise

@@ -56,6 +56,7 @@ def command(run: Run, savers: Sequence[Saver] = (), scene: str = "scene.yaml") -
     words += ["--seed", str(run.seed), "--steps", str(run.steps), "--guidance", repr(run.guidance_scale)]
     words += ["--scheduler", run.scheduler] if run.scheduler is not None else []
     words += ["--dtype", run.dtype] if run.dtype != "float32" else []
+    words += ["--quantize", run.quantize] if run.quantize is not None else []
     words += ["--device", run.device] if run.device is not None else []
     for saver in savers:
         words += ["--save-memory", saver]
@@ -119,8 +120,9 @@ def _opening(run: Run, savers: Sequence[Saver], imports: dict[str, set[str]]) ->
     elif run.model.endswith(".safetensors"):
         maker = "from_single_file"
     dtype = f", dtype=torch.{run.dtype}" if run.dtype != "float32" else ""
+    bits = "" if run.quantize is None else f", quantize={_value(run.quantize)}"
     moved = f'.to("{run.device}")' if run.device not in (None, "cpu") and OFFLOADS.isdisjoint(savers) else ""
-    lines = [f"pipe = ComposePipeline.{maker}({source}{dtype}){moved}"]
+    lines = [f"pipe = ComposePipeline.{maker}({source}{dtype}{bits}){moved}"]
     if Saver.TILING in savers:
         imports.setdefault("lora_compose.compose.support.savers", set()).add("enable_tiling")
     return lines + [_SAVING[saver] for saver in savers]

@@ -80,7 +80,7 @@ class Form:
                 Run(
                     scene=scene, model=self.choice.model, method=self.method, settings=self.settings,
                     scheduler=self.scheduler, steps=self.steps, guidance_scale=self.guidance_scale, seed=seed,
-                    dtype=self.choice.dtype, device=self.choice.device,
+                    dtype=self.choice.dtype, quantize=self.choice.quantize, device=self.choice.device,
                 )
                 for seed in self.seeds
             ]  # fmt: skip
@@ -114,7 +114,7 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
         if control.kind == "whole" and abs(value) > _MOST_WHOLE:
             raise ValueError(f"{control.name} is {value}; a browser counts to {_MOST_WHOLE}.")
     form = Form(
-        choice=Choice(run.model, run.dtype, run.device),
+        choice=Choice(run.model, run.dtype, run.device, quantize=run.quantize),
         prompt=run.scene.prompt,
         negative_prompt=run.scene.negative_prompt,
         concepts=run.scene.concepts,

@@ -41,6 +41,7 @@ class Choice:
     dtype: str = "float32"
     device: str | None = None
     memory: tuple[Saver, ...] = ()
+    quantize: str | None = None
 
     @property
     def offloads(self) -> bool:
@@ -178,7 +179,9 @@ class OpenModels:
             for other in idle[: max(0, len(self._models) - LIMIT + 1)]:
                 del self._models[other]  # whoever still shows it keeps it alive until then
             scene = Scene(prompt="-")  # opening looks at the model's part of a run only
-            run = Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device)
+            run = Run(
+                scene=scene, model=choice.model, dtype=choice.dtype, quantize=choice.quantize, device=choice.device
+            )
             self._models[choice] = OpenModel(choice, open_model(run, choice.memory))
             return self._models[choice]
 

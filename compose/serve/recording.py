@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_compose.compose.files.images import Record
-from lora_compose.compose.files.paths import is_hub_name
+from lora_compose.compose.files.paths import is_hub_name, moved_weights
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.serve.choosing import listed
@@ -40,6 +40,7 @@ def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, to
         update={
             "scene": scene, "model": run.model if public else Path(run.model).name, "method": request.method,
             "scheduler": type(pipe.scheduler).__name__, "steps": request.steps, "seed": request.seed,
+            "quantize": moved_weights(run.quantize, lambda file: Path(file).name),
             "guidance_scale": request.guidance_scale, "device": str(pipe._execution_device),
         }
     )  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from lora_compose.attention import Backbone, backbone_of, grid_at
-from lora_compose.attention.device import dtype_of, modules_of
+from lora_compose.attention.device import dtype_of, is_linear, modules_of
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.calls.host import Host
 from lora_compose.pipelines.support.notes import warn
@@ -68,8 +68,8 @@ def least_bytes(backbone: Backbone, latent_grid: tuple[int, int], images: int = 
         if "image" not in site.parts or name.startswith(chunked):
             continue
         height, width = grid_at(latent_grid, site.level)
-        if isinstance(layer, torch.nn.Linear):
-            largest = max(largest, height * width * (layer.in_features + layer.out_features))
+        if is_linear(layer):
+            largest = max(largest, height * width * (layer.in_features + layer.out_features))  # pyright: ignore[reportOperatorIssue]
         elif isinstance(layer, torch.nn.Conv2d):
             largest = max(largest, height * width * (layer.in_channels + layer.out_channels))
     kept = 3 * 4 * images * latent_grid[0] * latent_grid[1]

@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones import backbone_of
-from lora_compose.attention.device import uncompiled
-from lora_compose.attention.install import check_factors, weight_shape
+from lora_compose.attention.device import is_linear, uncompiled
+from lora_compose.attention.fitting import check_factors, weight_shape
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
 from lora_compose.pipelines.concepts.placing import placed, reshaped, rows_of
 from lora_compose.pipelines.formats import kinds
@@ -277,7 +277,7 @@ def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, loads: _L
     model = uncompiled(model)
     try:
         target = base_layer(model.get_submodule(name))
-        products = loads.products and isinstance(target, nn.Linear) and not layer.swapped
+        products = loads.products and is_linear(target) and not layer.swapped
         made = loads.of(name, layer, products=products)
         transform = None if made.factors.transform is None else placed(made.factors.transform, layer, target)
         if made.factors.left is not None and layer.outputs is not None:

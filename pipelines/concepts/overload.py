@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_compose.attention.bank_cache import Handle
-from lora_compose.attention.device import uncompiled
+from lora_compose.attention.device import has_plain_weight, uncompiled
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.formats.change import inner
@@ -53,8 +53,9 @@ class Joint:
         """The joint change relative to the weights of the layers; None if these cannot be read as they are."""
         weights = 0.0
         for name in self.by_layer:
-            weight = base_layer(uncompiled(model).get_submodule(name))._parameters.get("weight")
-            if weight is None or weight.is_meta or not weight.is_floating_point():
+            layer = base_layer(uncompiled(model).get_submodule(name))
+            weight = layer._parameters.get("weight")
+            if weight is None or weight.is_meta or not has_plain_weight(layer, weight):
                 return None
             weights += float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)) ** 2
         joint = sum(joint**2 for joint, _ in self.by_layer.values())

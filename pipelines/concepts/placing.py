@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lora_compose.attention.install import weight_shape
+from lora_compose.attention.fitting import weight_shape
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.attention.transforms import Rescaling, Rotation, Transform
 from lora_compose.pipelines.formats.layers import Layer

@@ -42,9 +42,11 @@ from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.process import Process
-from lora_compose.pipelines.families.base import HUB_OPTIONS, ComposePipeline
+from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
 from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.families.opening import HUB_OPTIONS
+from lora_compose.pipelines.families.quantised import cast
 from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
@@ -100,18 +102,23 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, quantize: str | None = None, **options: Any
     ) -> "ComposePipeline":
         """Opens a folder or hub repository with a `modular_model_index.json`.
 
         Args:
             options: Those of `AnimaModularPipeline.from_pretrained` for the hub, and those of `load_components`, such
                 as `dtype`.
+
+        Raises:
+            ValueError: If `quantize` is another than fp8.
         """
+        if quantize not in (None, "fp8"):
+            raise ValueError(f"models of Anima are opened with quantize='fp8' or without, not {quantize!r}")
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
         modular: Any = AnimaModularPipeline.from_pretrained(pretrained_model_name_or_path, **hub)
         modular.load_components(**options)
-        return cls.of_modular(modular)
+        return cast(cls.of_modular(modular), quantize)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **options: Any) -> Self:

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.modular_pipelines import ModularPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_compose.attention import Backbone, backbone_of
 from lora_compose.pipelines.calls.call import Call, Concepts, Sampling, check_changed
@@ -28,21 +28,20 @@ from lora_compose.pipelines.denoising.loop import Hooks, denoise
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.denoising.sampler import Sampler, Schedule
 from lora_compose.pipelines.families.loader_mixin import ConceptLoaderMixin
-from lora_compose.pipelines.families.opening import checkpoint_keys, configuration
+from lora_compose.pipelines.families.opening import checkpoint_keys, configuration, hub_options, shared_dtype
+from lora_compose.pipelines.families.quantised import cast, check_of_one_file, quantising_options
 from lora_compose.pipelines.families.saved import README, how_to_open
 from lora_compose.pipelines.images.from_image import Source
 from lora_compose.pipelines.images.output import ComposeOutput
 from lora_compose.pipelines.images.task import OF_INPAINTING, ImageToImage, Inpainting, Task, TextToImage
 from lora_compose.pipelines.methods import Choice, Settings
 from lora_compose.pipelines.scene.canvas import Canvas, Step
-from lora_compose.pipelines.support.hub import asking, is_hub_name, reachable
+from lora_compose.pipelines.support.hub import asking
 from lora_compose.pipelines.support.notes import kept
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import FamilyEncoder
 from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer, TextualInversions
 from lora_compose.pipelines.text.tokens import Tokenizer
-
-HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
 class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
@@ -97,34 +96,40 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, quantize: str | None = None, **options: Any
     ) -> "ComposePipeline":
         """Opens a folder or hub repository; all options of diffusers are passed on.
 
+        Args:
+            quantize: nf4, int8, fp8, or a file of the denoiser in fewer bits: GGUF, or safetensors in fp8.
+
         Raises:
-            ValueError: For model families that are not supported.
+            ValueError: For model families that are not supported, and what `quantising_options` refuses.
             OSError: If the model hub is out of reach and its cache has no copy, or if it does not give the model.
         """
         source = str(pretrained_model_name_or_path)
-        hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-        if is_hub_name(source):
-            hub = reachable(source, DiffusionPipeline.config_name, ModularPipeline.config_name, **hub)
+        hub = hub_options(source, options)
         with asking(source, **hub):
-            if cls is not ComposePipeline:
-                return super().from_pretrained(pretrained_model_name_or_path, **options | hub)
-            return cls.family_of(configuration(source, **hub)).from_pretrained(source, **options | hub)
+            if cls is ComposePipeline:
+                family = cls.family_of(configuration(source, **hub))
+                return family.from_pretrained(source, quantize=quantize, **options | hub)
+            more = hub | quantising_options(quantize, source, options, **hub)
+            return cast(super().from_pretrained(pretrained_model_name_or_path, **options | more), quantize)
 
     @classmethod
-    def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | Path, *, quantize: str | None = None, **options: Any
+    ) -> Self:
         """Opens a checkpoint in one file; all options of diffusers are passed on.
 
         Raises:
-            ValueError: For SDXL's refiner.
+            ValueError: For SDXL's refiner, and if `quantize` is another than fp8.
         """
-        if cls is not ComposePipeline:
-            return super().from_single_file(str(pretrained_model_link_or_path), **options)  # pyright: ignore[reportAttributeAccessIssue]
-        family: Any = cls.family_of_keys(checkpoint_keys(pretrained_model_link_or_path, options))
-        return family.from_single_file(pretrained_model_link_or_path, **options)
+        check_of_one_file(quantize)
+        if cls is ComposePipeline:
+            family: Any = cls.family_of_keys(checkpoint_keys(pretrained_model_link_or_path, options))
+            return family.from_single_file(pretrained_model_link_or_path, quantize=quantize, **options)
+        return cast(super().from_single_file(str(pretrained_model_link_or_path), **options), quantize)  # pyright: ignore[reportAttributeAccessIssue]
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline | ModularPipeline, **options: Any) -> Self:
@@ -136,13 +141,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             ValueError: If the components differ in precision and no `dtype` is given, which would change some of them.
         """
         if not options.keys() & {"dtype", "torch_dtype"}:
-            found = {name: part.dtype for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-            if len(set(found.values())) > 1:
-                raise ValueError(
-                    f"the components differ in precision ({found}); build the pipeline with its class and "
-                    "`**pipe.components` to keep them so, or give from_pipe a dtype to change the shared models"
-                )
-            options["dtype"] = pipeline.dtype
+            options["dtype"] = shared_dtype(pipeline)
         if cls is not ComposePipeline:
             return super().from_pipe(pipeline, **options)  # pyright: ignore[reportReturnType]
         family: Any = cls.family_of({"_class_name": type(pipeline).__name__, **pipeline.config})

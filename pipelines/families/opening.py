@@ -4,11 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.modular_pipelines import ModularPipeline
 from safetensors import safe_open
+from torch import nn
 
+from lora_compose.pipelines.support.hub import is_hub_name, reachable
+
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 _FILE_OPTIONS = ("force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "disable_mmap")
 
 
@@ -27,6 +32,18 @@ def checkpoint_keys(link_or_path: str | Path, options: Mapping[str, Any]) -> lis
     return list(load_single_file_checkpoint(str(link_or_path), **given))
 
 
+def hub_options(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with which a folder or hub repository is read, of those that were given: from the cache if need be.
+
+    Raises:
+        ConnectionError: If the hub is out of reach, and the cache has no copy.
+    """
+    given = {name: options[name] for name in HUB_OPTIONS if name in options}
+    if not is_hub_name(source):
+        return given
+    return reachable(source, DiffusionPipeline.config_name, ModularPipeline.config_name, **given)
+
+
 def configuration(source: str, **options: Any) -> Mapping[str, Any]:
     """What `model_index.json` says of a folder or repository, or else `modular_model_index.json`.
 
@@ -41,3 +58,18 @@ def configuration(source: str, **options: Any) -> Mapping[str, Any]:
         except OSError:
             pass
         raise
+
+
+def shared_dtype(pipeline: Any) -> torch.dtype:
+    """The precision of all models of a pipeline.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    found = {name: part.dtype for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    if len(set(found.values())) > 1:
+        raise ValueError(
+            f"the components differ in precision ({found}); build the pipeline with its class and `**pipe.components` "
+            "to keep them so, or give from_pipe a dtype to change the shared models"
+        )
+    return pipeline.dtype

@@ -78,17 +78,15 @@ def calibrate(
 def _measured(layer: nn.Module, changes: Sequence[LoraFactors], acting: int, moments: Tensor) -> Iterator[None]:
     """Lets one LoRA act on a layer, and puts the mean outer products of (A x) in `moments`, zeros before."""
     base = base_layer(layer)
-    weight = base.get_parameter("weight")
-    place = {"device": weight.device, "dtype": weight.dtype}
-    shape = (-1, *weight.shape[1:])
-    down = torch.cat([change.down.to(**place).reshape(shape) for change in changes])
+    whole = torch.cat([change.down for change in changes])
     start = sum(change.rank for change in changes[:acting])
     ranks = slice(start, start + changes[acting].rank)
-    up = changes[acting].up.to(**place).flatten(1) * changes[acting].scale
+    back = changes[acting].up.flatten(1) * changes[acting].scale
     tokens = 0
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         nonlocal tokens
+        down, up = whole.to(inputs[0]), back.to(inputs[0])
         if isinstance(base, nn.Conv2d):
             read = F.conv2d(inputs[0], down, None, base.stride, base.padding, base.dilation)  # pyright: ignore[reportArgumentType]
             added = F.conv2d(read[:, ranks], up[:, :, None, None]) if changes[acting].rank else 0

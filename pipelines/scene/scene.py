@@ -361,6 +361,7 @@ class Run(_Frozen):
         guidance_scale: Classifier-free guidance; 1 or less is none.
         seed: Seed of the start noise.
         dtype: Precision of the model.
+        quantize: nf4, int8, fp8, or a file of the denoiser in fewer bits; None is the model as it is.
         device: Device; None chooses one. A seed gives the same start noise on every device.
     """
 
@@ -373,6 +374,7 @@ class Run(_Frozen):
     guidance_scale: float = 5.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")] = "float32"
+    quantize: str | None = None
     device: str | None = None
 
 

@@ -1,7 +1,7 @@
 """DoRA and OFT behind gates equal dense weights: each row, token and cell gets a weight of its own, in float64."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +9,22 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from gated_layers import (
+    CPU,
+    IN,
+    KINDS,
+    OUT,
+    ROWS,
+    SIDE,
+    TOKENS,
+    Kind,
+    concept,
+    error,
+    gates_by,
+    run,
+)
 from lora_compose.attention import BankCache, Gates, How, KeptBanks, Lora, LoraFactors, Site, installed_layers
-from lora_compose.attention.transforms import Rescaling, Rotation
-
-ROWS, TOKENS, SIDE, IN, OUT, RANK, BLOCK = 4, 5, 6, 8, 12, 3, 4
-CPU = torch.device("cpu")
-Kind = Literal["DoRA", "DoRA of inputs", "LoKr with DoRA", "OFT", "OFT of inputs"]
-KINDS: tuple[Kind, ...] = ("DoRA", "DoRA of inputs", "LoKr with DoRA", "OFT", "OFT of inputs")
+from lora_compose.attention.transforms import Rescaling
 
 
 class Quantised(nn.Linear):
@@ -43,52 +52,6 @@ def weight_of(layer: Any) -> Tensor:
     return layer.weight.double() * (layer.step.double() if isinstance(layer, Quantised) else 1)
 
 
-def rotation(size: int) -> Tensor:
-    skew = torch.randn(size // BLOCK, BLOCK, BLOCK) / 4
-    return torch.matrix_exp(skew - skew.mT)
-
-
-def concept(kind: Kind | None, weight: Tensor, seed: int) -> tuple[LoraFactors, Tensor]:
-    """Factors, and the changed weight from the formula of the kind; None is a plain LoRA."""
-    torch.manual_seed(seed)
-    ones = [1] * (weight.dim() - 2)
-    down, up = torch.randn(RANK, *weight.shape[1:]) / 3, torch.randn(OUT, RANK, *ones) / 3
-    delta = 0.7 * (up.flatten(1).double() @ down.flatten(1).double()).view_as(weight)
-    if kind is None:
-        return LoraFactors(down, up, 0.7), weight + delta
-    if kind == "LoKr with DoRA":
-        left, down, up = torch.randn(2, 2) / 2, torch.randn(4, IN // 2) / 2, torch.randn(OUT // 2, 4) / 2
-        changed = weight + torch.kron(left.double(), 0.7 * up.double() @ down.double())
-        norms = 1 + torch.rand(OUT)
-        return LoraFactors(down, up, 0.7, left, Rescaling(norms)), norms.double()[:, None] * F.normalize(changed, dim=1)
-    if kind == "DoRA":
-        norms = 1 + torch.rand(OUT)
-        changed = F.normalize((weight + delta).flatten(1), dim=1) * norms.double()[:, None]
-        return LoraFactors(down, up, 0.7, transform=Rescaling(norms)), changed.view_as(weight)
-    if kind == "DoRA of inputs":
-        norms, columns = 1 + torch.rand(IN), (weight + delta).transpose(0, 1)
-        changed = F.normalize(columns.flatten(1), dim=1) * norms.double()[:, None]
-        found = LoraFactors(down, up, 0.7, transform=Rescaling(norms, by_input=True))
-        return found, changed.view_as(columns).transpose(0, 1)
-    down, up = torch.empty(0, *weight.shape[1:]), torch.empty(OUT, 0, *ones)
-    if kind == "OFT":
-        turn = rotation(OUT)
-        whole = torch.block_diag(*turn).double()
-        return LoraFactors(down, up, transform=Rotation(turn)), torch.einsum("po,oi...->pi...", whole, weight)
-    turn = rotation(IN)
-    whole = torch.block_diag(*turn).double()
-    return LoraFactors(down, up, transform=Rotation(turn, True)), torch.einsum("oi...,ij->oj...", weight, whole)
-
-
-def gates_by(what: str, concepts: int) -> Gates:
-    """The first rows are unconditional: gates of 0."""
-    torch.manual_seed(7)
-    text = torch.rand(ROWS, TOKENS if what == "token" else 1, concepts) * 2 - 0.5
-    image = torch.rand(ROWS, SIDE * SIDE if what == "cell" else 1, concepts) * 2 - 0.5
-    text[: ROWS // 2] = image[: ROWS // 2] = 0
-    return Gates(text, {0: image}, image[:, 0], (SIDE, SIDE))
-
-
 def dense(layer: Any, x: Tensor, gates: Gates, changed: list[Tensor]) -> Tensor:
     """Every position has the weight W + sum of g (W' - W), in float64."""
     weight, x, bias = weight_of(layer), x.double(), layer.bias.double()
@@ -102,23 +65,6 @@ def dense(layer: Any, x: Tensor, gates: Gates, changed: list[Tensor]) -> Tensor:
     weights = weight.flatten(1) + torch.einsum("rtc,coi->rtoi", gate, change)
     found = torch.einsum("rtoi,rti->rto", weights.expand(*patches.shape[:2], -1, -1), patches) + bias
     return found.mT.unflatten(-1, (SIDE, SIDE))
-
-
-def run(
-    layer: nn.Module, loras: list[LoraFactors], gates: Gates, x: Tensor, how: How = "module", **rest: Any
-) -> Tensor:
-    """The layer with its concepts, in a model of its own."""
-    model = nn.ModuleDict({"layer": layer})
-    site = Site("text" if not isinstance(layer, nn.Conv2d) and x.shape[1] == TOKENS else "image")
-    each: list[Lora] = [{"layer": one} for one in loras]
-    to = {"device": CPU, "dtype": x.dtype}
-    with installed_layers(model, each, {"layer": site}, how=how, **to, **rest) as there, torch.no_grad():
-        there.use(there.inputs(gates, lengths=[TOKENS] * ROWS))
-        return model["layer"](x)
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
 
 
 LAYERS: list[tuple[str, str]] = [("linear", gate) for gate in ("row", "token", "cell")]

@@ -73,7 +73,7 @@ def restore(session: PageSession, record: Record) -> None:
     with checking(FILE_PATIENCE):
         loras = located(record, session.store.uploads, session.options.loras, local=session.options.local)
     memory = session.model.choice.memory_for(run.model, device)
-    is_open = take_over(session, Choice(run.model, run.dtype, _same_device(session, device), memory))
+    is_open = take_over(session, Choice(run.model, run.dtype, _same_device(session, device), memory, run.quantize))
     fields.fill(session, form, loras)
     for concept, row in zip(run.scene.concepts, session.rows, strict=True):
         row.sha256 = sha256 if isinstance(sha256 := record.sha256.get(concept.name), str) else ""

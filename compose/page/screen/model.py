@@ -20,8 +20,11 @@ from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.savers import SAVERS, Saver, in_order
 from lora_compose.pipelines.scene.scene import Run, Scene
+from lora_compose.pipelines.support.quantising import QUANTISED, check_quantize
 
 _KIND, _NAME, _DTYPE, _DEVICE, _MEMORY = "set.model.kind", "set.model.name", "set.dtype", "set.device", "set.memory"
+_BITS, _WEIGHTS = "set.bits", "set.bits.file"
+_WHOLE, _FILE = "As it is", "A file of the denoiser"
 _FOLDER = "do.model.folder.name"
 _OWN = "A folder or a hub repository"
 _PLACE = "model"
@@ -54,6 +57,12 @@ def model_part(session: PageSession) -> None:
             "Automatic: float32 on a CPU; on a GPU float16 for Stable Diffusion, bfloat16 for the others."
         ))  # fmt: skip
         right.selectbox("Device", [fields.AUTOMATIC, *devices()], key=_DEVICE)
+        bits = st.selectbox("Fewer bits", [_WHOLE, *QUANTISED, *([_FILE] if session.options.local else [])], key=_BITS,
+                            format_func=lambda name: f"{name}: {QUANTISED[name]}" if name in QUANTISED else name,
+                            help="Needs less memory; changes images a little. Some need a package, which the message "
+                                 "names.")  # fmt: skip
+        if bits == _FILE:
+            st.text_input("File", key=_WEIGHTS, placeholder="flux1-dev-Q4_K_S.gguf, or .safetensors in fp8")
         st.multiselect("Save memory", list(Saver), key=_MEMORY, help=(
             "Less memory, but slower. Keeping parts on the CPU needs a GPU. Not stored in images: "
             "tiles can change a large image slightly."
@@ -122,6 +131,9 @@ def show_choice(choice: Choice) -> None:
     st.session_state.setdefault(_DTYPE, choice.dtype)
     st.session_state.setdefault(_DEVICE, choice.device or fields.AUTOMATIC)
     st.session_state.setdefault(_MEMORY, list(choice.memory))
+    named = choice.quantize is None or choice.quantize in QUANTISED
+    st.session_state.setdefault(_BITS, (choice.quantize or _WHOLE) if named else _FILE)
+    st.session_state.setdefault(_WEIGHTS, "" if named else choice.quantize)
 
 
 def take_over(session: PageSession, choice: Choice) -> bool:
@@ -136,10 +148,11 @@ def take_over(session: PageSession, choice: Choice) -> bool:
     Raises:
         ValueError: If it cannot be opened.
     """
-    known = choice.model in PLAYGROUNDS or choice == session.model.choice
+    named = choice.quantize is None or choice.quantize in QUANTISED
+    known = (choice.model in PLAYGROUNDS and named) or choice == session.model.choice
     if known and choice != session.model.choice:
         choose_model(session, choice)
-    for name in (_KIND, _NAME, _DTYPE, _DEVICE, _MEMORY):
+    for name in (_KIND, _NAME, _DTYPE, _DEVICE, _MEMORY, _BITS, _WEIGHTS):
         st.session_state.pop(name, None)
     show_choice(choice)
     return known
@@ -152,12 +165,13 @@ def _short(model: str) -> str:
 
 
 def _chosen() -> Choice:
-    kind, device = st.session_state[_KIND], st.session_state[_DEVICE]
+    kind, device, bits = (st.session_state[name] for name in (_KIND, _DEVICE, _BITS))
     return Choice(
         st.session_state[_NAME].strip() if kind == _OWN else kind,
         ON_CPU.dtype if st.session_state[_DTYPE] == fields.AUTOMATIC else st.session_state[_DTYPE],
         None if device == fields.AUTOMATIC else device,
         in_order(st.session_state[_MEMORY]),
+        {_WHOLE: None, _FILE: st.session_state[_WEIGHTS].strip()}.get(bits, bits),
     )
 
 
@@ -168,6 +182,9 @@ def _open(session: PageSession, choice: Choice) -> None:
         if not choice.model:
             raise ValueError("Name a model: a folder, a .safetensors file, or a hub repository.")
         _check_allowed(session, choice.model)
+        if choice.quantize is not None and choice.quantize not in QUANTISED:
+            _check_allowed(session, choice.quantize)
+        check_quantize(choice.quantize)
         asked: dict[str, Any] = {} if st.session_state[_DTYPE] == fields.AUTOMATIC else {"dtype": choice.dtype}
         run, defaults = complete(Run(scene=Scene(prompt="-"), model=choice.model, device=choice.device, **asked))
         choose_model(session, replace(choice, dtype=run.dtype))

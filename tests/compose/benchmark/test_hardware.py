@@ -44,7 +44,8 @@ def test_sizes_of_models_are_those_of_their_published_numbers_of_parameters():
 
 def test_less_memory_is_needed_one_model_at_a_time_and_with_fewer_bits():
     for model, it in needs().items():
-        assert it.apart(it.nf4) <= it.apart(it.int8) <= it.apart() < it.together, model
+        assert it.apart_nf4 <= it.apart_fp8 <= it.apart < it.together, model
+        assert it.apart_int8 <= it.apart_fp8
         assert it.weights < it.denoiser
         assert it.blocks is None or it.blocks < it.nf4
 
@@ -55,7 +56,7 @@ def test_memory_in_the_docs_is_what_the_command_prints():
 
 def test_sizes_in_recipes_are_in_the_table():
     text = (DOCS / "docs/memory.md").read_text(encoding="utf-8")
-    recipes = text[text.index("## 12 GB") : text.index("## All options")]
+    recipes = text[text.index("## 12 GB") : text.index("## Fewer bits")]
     known = {cell for row in rows_of("docs/memory.md", "## What a card holds").values() for cell in row}
     said = set(re.findall(r"\d+\.\d", re.sub(r"```.*?```", "", recipes, flags=re.DOTALL).replace("FLUX.1", "")))
     assert said
@@ -64,7 +65,7 @@ def test_sizes_in_recipes_are_in_the_table():
 
 def test_hardware_in_the_readme_is_what_the_command_prints():
     computed = cells(needs_table(needs()))
-    assert rows_of("README.md", "## Hardware") == {model: [row[3], row[4], row[6]] for model, row in computed.items()}
+    assert rows_of("README.md", "## Hardware") == {model: [row[3], row[4], row[7]] for model, row in computed.items()}
 
 
 def test_seconds_in_the_docs_are_counted_flops_by_a_share_of_the_peak():

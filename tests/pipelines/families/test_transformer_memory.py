@@ -66,6 +66,11 @@ def quanto(transformer: Any, folder: Path) -> None:
     found.freeze(transformer)
 
 
+def sdnq(transformer: Any, folder: Path) -> Any:
+    found = pytest.importorskip("sdnq", reason="sdnq is not installed")
+    return found.sdnq_post_load_quant(transformer, weights_dtype="int8", minimum_allowed_numel=0)
+
+
 def gguf(transformer: Any, folder: Path) -> Any:
     found = pytest.importorskip("gguf", reason="gguf is not installed")
     writer, kinds = found.GGUFWriter(folder / "model.gguf", "any"), found.GGMLQuantizationType
@@ -85,7 +90,7 @@ def gguf(transformer: Any, folder: Path) -> Any:
     )
 
 
-STORED = (layerwise_casting, bitsandbytes, nf4, torchao, quanto, gguf)
+STORED = (layerwise_casting, bitsandbytes, nf4, torchao, quanto, sdnq, gguf)
 
 
 @each("flux")
