@@ -19,6 +19,7 @@ from lora_compose.compose.page.shelf import OWN, PUBLISHED, KnownModel, cached_m
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.savers import SAVERS, Saver, in_order
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene.scene import Run, Scene
 
 _KIND, _NAME, _DTYPE, _DEVICE, _MEMORY = "set.model.kind", "set.model.name", "set.dtype", "set.device", "set.memory"
@@ -45,8 +46,9 @@ def model_part(session: PageSession) -> None:
                 key=_NAME,
                 placeholder="stable-diffusion-v1-5/stable-diffusion-v1-5",
             )
-            st.caption("Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2, Krea 2, Qwen-Image and Z-Image. "
-                       "Weights are read from safetensors only. A hub repository is downloaded first.")  # fmt: skip
+            supported = dict.fromkeys(family.family for family in ComposePipeline.families)
+            st.caption(f"{', '.join(supported)}. Weights are read from safetensors only. A hub repository is "
+                       "downloaded first.")  # fmt: skip
         if session.options.local:
             _folders(session)
         left, right = st.columns(2)
