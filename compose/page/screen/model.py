@@ -79,11 +79,11 @@ def _known(session: PageSession) -> list[KnownModel]:
 
 @st.cache_data(show_spinner=False, ttl=60)
 def _here(folders: tuple[Path, ...], cache: Path) -> list[KnownModel]:
-    found = cached_models(cache)
+    models = cached_models(cache)
     for folder in folders:
         with suppress(FileError):  # it has gone since it was added
-            found += models_in(folder)
-    return found
+            models += models_in(folder)
+    return models
 
 
 def _folders(session: PageSession) -> None:
