@@ -23,7 +23,7 @@ class Site:
         reads_text: True for the output projection of cross-attention.
         multiple: Text and image are each padded to a multiple of so many positions.
         flat: Whether rows and positions are one dimension of the input, row after row.
-        extra_axis: Whether the input has a dimension more before its channels (Krea 2: layers of the text encoder).
+        extra_axis: Whether the input has a dimension more before its channels, e.g. layers of the text encoder.
         in_line: Whether several texts of a pass follow one another in the sequence, and are no dimension of their own.
         planar: Whether cells lie in frames, rows and columns: [rows, frames, height, width, channels].
         reference_cells: Cells of all reference images, where LoRAs act only if gates say so and which lie in no region

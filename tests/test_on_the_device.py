@@ -43,7 +43,6 @@ PROMPT = "a sks cat and a zwx dog"
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
 CAT, DOG = Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)
 SD_AND_SLOWLY_XL = pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
-XL_AND_SLOWLY_SD = pytest.mark.parametrize("family", ["sdxl", pytest.param("sd", marks=pytest.mark.slow)])
 BOTH = pytest.mark.parametrize("family", FAMILIES)
 
 # Settings of the authors stand beside our defaults where they take other ways through the code.
@@ -229,20 +228,30 @@ FEATURES: dict[str, Callable[[Any, Path], Mapping[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("exact", "half"), [("sdxl", "sd"), pytest.param("sd", "sdxl", marks=pytest.mark.slow)]
+OF_SDXL = (
+    "maps of clora", "controls of lora-composer", "own prompts of clora", "embeddings", "with_words",
+    "with_words_of_a_file", "with_heun",
 )  # fmt: skip
-@pytest.mark.parametrize("name", FEATURES)
+"""What differs between the families, or has to be seen once for both; the rest is tried with the smaller one."""
+
+
+def by_default(name: str, family: str) -> Any:
+    """A case, slow unless it is tried with this family."""
+    mine = "sdxl" if name in OF_SDXL else "sd"
+    return pytest.param(name, family, marks=() if family == mine else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "exact"), [by_default(name, family) for name in FEATURES for family in FAMILIES])
 def test_whatever_else_a_call_may_have_gives_on_the_device_what_the_cpu_gives(
-    exact: str, half: str, name: str, tmp_path: Path
+    exact: str, name: str, tmp_path: Path
 ) -> None:
-    """In single precision with one family, and finite numbers in half precision with the other."""
+    """In single precision with one family, and finite numbers in half precision."""
     found, expected, in_half = (
         called(pipe, **FEATURES[name](pipe, tmp_path))
         for pipe in (
             composer(exact, DEVICE, torch.float32),
             composer(exact, CPU, torch.float32),
-            composer(half, DEVICE, torch.float16),
+            composer("sd", DEVICE, torch.float16),
         )
     )
     for part in ("images", "attention_maps", "masks"):
@@ -320,19 +329,21 @@ def with_channels_last(pipe: Any, folder: Path) -> dict[str, Any]:
     return {"method": "regional"}
 
 
-PREPARED = (
-    with_words, with_words_of_a_file, with_adapters, with_checkpointing, with_checkpointing_by_branch, with_euler,
-    with_heun, with_plain_attention, with_channels_last,
-)  # fmt: skip
+PREPARED: dict[str, Callable[[Any, Path], dict[str, Any]]] = {
+    prepare.__name__: prepare
+    for prepare in (
+        with_words, with_words_of_a_file, with_adapters, with_checkpointing, with_checkpointing_by_branch, with_euler,
+        with_heun, with_plain_attention, with_channels_last,
+    )
+}  # fmt: skip
 
 
-@XL_AND_SLOWLY_SD
-@pytest.mark.parametrize("prepare", PREPARED)
+@pytest.mark.parametrize(("name", "family"), [by_default(name, family) for name in PREPARED for family in FAMILIES])
 def test_pipelines_that_were_changed_give_on_the_device_what_the_cpu_gives(
-    family: str, prepare: Callable[[Any, Path], dict[str, Any]], tmp_path: Path
+    name: str, family: str, tmp_path: Path
 ) -> None:
     pipes = [copy.deepcopy(composer(family, place, torch.float32)) for place in (DEVICE, CPU)]
-    found, expected = (called(pipe, **prepare(pipe, tmp_path)).images for pipe in pipes)
+    found, expected = (called(pipe, **PREPARED[name](pipe, tmp_path)).images for pipe in pipes)
     assert_same(found, expected, 1e-3)  # updates amplify what is rounded, most with Heun's two passes for a step
 
 
@@ -384,7 +395,7 @@ def waits_of(pipe: Any, **arguments: Any) -> list[Wait]:
 @cache
 def waits_of_a_plain_step(pipe: Any) -> Sequence[Wait]:
     """How often diffusers' own scheduler waits."""
-    more, fewer = (waits_of(pipe, concepts=None, num_inference_steps=steps) for steps in (4, 3))
+    more, fewer = (waits_of(pipe, concepts=None, num_inference_steps=steps) for steps in (3, 2))
     return beyond(more, fewer)
 
 
@@ -402,7 +413,7 @@ def test_in_another_step_the_host_waits_no_more_than_in_diffusers(family: str, n
             pipe, **arguments | {"method": with_updates(make_method(arguments["method"]), 2, steps)},
             num_inference_steps=steps,
         )
-        for steps in (4, 3)
+        for steps in (3, 2)
     )  # fmt: skip
     assert_as_many(beyond(beyond(more, fewer), waits_of_a_plain_step(pipe)), 0)
 

@@ -81,9 +81,9 @@ class JointBackbone:
         Raises:
             ValueError: For processors that do not end in diffusers' attention dispatch.
         """
-        found = dict(_attention(modules))
-        ours = {name: self._processor(name, attn.processor, state) for name, attn in found.items()}
-        for name, attn in found.items():
+        layers = dict(_attention(modules))
+        ours = {name: self._processor(name, attn.processor, state) for name, attn in layers.items()}
+        for name, attn in layers.items():
             replace_processor(attn, ours[name], undo)
             if getattr(attn, "fused_projections", False):
                 undo.callback(setattr, attn, "fused_projections", True)
@@ -111,8 +111,8 @@ class JointBackbone:
     @property
     def joint(self) -> Site | None:
         """How text and image lie in one sequence; None if they do not."""
-        found = next((site for _, site in self.table if site.joint), None)
-        return found.with_references(self._cells) if self._reference and found is not None else found
+        joint = next((site for _, site in self.table if site.joint), None)
+        return joint.with_references(self._cells) if self._reference and joint is not None else joint
 
     def _processor(self, layer: str, processor: Any, state: ForwardState) -> Any:
         """A processor for an attention layer, in place of the one found."""
@@ -130,8 +130,8 @@ def _attention(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
 @lru_cache(maxsize=8)
 def _sites(table: tuple[tuple[str, Site], ...], names: tuple[str, ...]) -> Mapping[str, Site]:
     """Computed once for all models with the same names, since every call needs it."""
-    found = {name: site for pattern, site in table for name in names if re.fullmatch(pattern, name)}
-    return MappingProxyType(found)
+    sites = {name: site for pattern, site in table for name in names if re.fullmatch(pattern, name)}
+    return MappingProxyType(sites)
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -254,14 +254,14 @@ class JointKernel:
         cells = prod(grid_at(inputs.latent_grid, self.site.level))
         lengths = {"text": self.site.padded(max(inputs.lengths)), "image": self.site.padded(cells)}
         rest = positions - sum(lengths.values())
-        found, start = {}, 0
+        slices, start = {}, 0
         for part in parts:
             length = lengths.get(part)
             if length is None:
                 length, rest = rest, 0
-            found[part] = slice(start, start + (cells if part == "image" else length))
+            slices[part] = slice(start, start + (cells if part == "image" else length))
             start += length
-        return found["text"], found["image"], [where for part, where in found.items() if part != "text"]
+        return slices["text"], slices["image"], [where for part, where in slices.items() if part != "text"]
 
 
 def _extended(x: Tensor, channels: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ _BY_COUNT = (FasterCacheBlockHook, FasterCacheDenoiserHook, PyramidAttentionBroa
 def _hooks(model: nn.Module) -> list[Any]:
     """The hooks of a model that keep something between steps."""
     hooked: list[Any] = [module for module in modules_of(model).values() if "_diffusers_hook" in module.__dict__]
-    found: list[ModelHook] = [hook for module in hooked for hook in module._diffusers_hook.hooks.values()]
-    return [hook for hook in found if hook._is_stateful]
+    hooks: list[ModelHook] = [hook for module in hooked for hook in module._diffusers_hook.hooks.values()]
+    return [hook for hook in hooks if hook._is_stateful]
 
 
 def check_caches(model: nn.Module, *, differentiates: bool) -> None:

@@ -16,12 +16,12 @@ def replace_children(module: nn.Module, undo: Journal, **children: nn.Module | N
     behind.
     """
     children = {name: child for name, child in children.items() if name in module._modules}
-    found = {name: module._modules[name] for name in children}
+    before = {name: module._modules[name] for name in children}
 
     def put_back() -> None:
         module._modules.pop("cut_off", None)
-        module._modules.update(found)
+        module._modules.update(before)
 
     undo.callback(put_back)
     module._modules.update(children)
-    module._modules["cut_off"] = nn.ModuleList(child for child in found.values() if child is not None)
+    module._modules["cut_off"] = nn.ModuleList(child for child in before.values() if child is not None)

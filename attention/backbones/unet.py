@@ -86,12 +86,12 @@ class UNetBackbone:
         Raises:
             ValueError: For processors whose behaviour ours would lose; nothing has been changed then.
         """
-        found = {layer: cast(Attention, modules[layer.name]) for layer in self._layers}
+        layers = {layer: cast(Attention, modules[layer.name]) for layer in self._layers}
         ours = {
             layer: ComposeAttnProcessor(layer, kernel_of(layer.name, attn), state, image_attention(attn.processor))
-            for layer, attn in found.items()
+            for layer, attn in layers.items()
         }
-        for layer, attn in found.items():
+        for layer, attn in layers.items():
             replace_processor(attn, ours[layer], undo)
 
     def truncated_after(self, layers: Iterable[str]) -> AbstractContextManager[None]:
@@ -198,22 +198,18 @@ def blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, Stage, int]]:
         yield name, uncompiled(unet).get_submodule(name), stage, level
 
 
-def attention_layers(unet: nn.Module) -> tuple[AttentionLayer, ...]:
-    """Every attention layer of the UNet, in forward order (down, mid, up)."""
-    return _attention_layers(_layout(unet))
-
-
 @lru_cache(maxsize=8)
 def _attention_layers(layout: Layout) -> tuple[AttentionLayer, ...]:
-    found = [
+    """Every attention layer, in forward order (down, mid, up)."""
+    layers = [
         AttentionLayer(name, cross, stage, level)
         for _, stage, level, modules in _blocks(layout)
         for name, cross in modules
         if cross is not None
     ]
-    kinds = {cross: [layer for layer in found if layer.cross == cross] for cross in (True, False)}
+    kinds = {cross: [layer for layer in layers if layer.cross == cross] for cross in (True, False)}
     order = {layer.name: (i, len(kind)) for kind in kinds.values() for i, layer in enumerate(kind)}
-    return tuple(replace(layer, order=order[layer.name][0], of_kind=order[layer.name][1]) for layer in found)
+    return tuple(replace(layer, order=order[layer.name][0], of_kind=order[layer.name][1]) for layer in layers)
 
 
 def map_level(layers: tuple[AttentionLayer, ...]) -> int:
@@ -228,35 +224,28 @@ def map_level(layers: tuple[AttentionLayer, ...]) -> int:
     return max(levels[0] & levels[1])
 
 
-def unet_sites(unet: nn.Module) -> Mapping[str, Site]:
-    """The site of every module of the UNet that a LoRA may adapt, by module name.
-
-    A name that is missing here is not a module of the UNet.
-    """
-    return _sites(_layout(unet))
-
-
 @lru_cache(maxsize=8)
 def _sites(layout: Layout) -> Mapping[str, Site]:
-    found = {name: Site("row") for name, _ in layout if name.split(".")[0].endswith("_embedding")}
-    found |= {"conv_in": Site("image"), "conv_out": Site("image")}
+    """The site of every layer that a LoRA may adapt, by name."""
+    sites = {name: Site("row") for name, _ in layout if name.split(".")[0].endswith("_embedding")}
+    sites |= {"conv_in": Site("image"), "conv_out": Site("image")}
     cross = [layer.name for layer in _attention_layers(layout) if layer.cross]
     text = {f"{name}.{side}" for name in cross for side in ("to_k", "to_v")}
     read = {f"{name}.to_out.0" for name in cross}
     for block, _, level, modules in _blocks(layout):
         for name, _ in modules:
             if name in text:
-                found[name] = Site("text")
+                sites[name] = Site("text")
             elif name in read:
-                found[name] = Site("image", level=level, reads_text=True)
+                sites[name] = Site("image", level=level, reads_text=True)
             elif name.endswith("time_emb_proj"):
-                found[name] = Site("row")
+                sites[name] = Site("row")
             else:
                 inner = name[len(block) + 1 :]
-                found[name] = Site(
+                sites[name] = Site(
                     "image", level=level + inner.startswith("downsamplers") - inner.startswith("upsamplers")
                 )
-    return MappingProxyType(found)
+    return MappingProxyType(sites)
 
 
 @contextmanager

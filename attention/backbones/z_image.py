@@ -51,11 +51,11 @@ class ZImageBackbone(JointBackbone):
         """
         model: Any = uncompiled(self.model)
         lengths = (added or {})["lengths"].tolist()
-        found = self.model(
+        velocities = self.model(
             list(latents.to(dtype_of(model))[:, :, None]),
             (1000 - t.expand(len(latents))) / 1000,
             [row[:length] for row, length in zip(text, lengths, strict=True)],
             return_dict=False,
             **inputs,
         )[0]
-        return -torch.stack(found)[:, :, 0].float()
+        return -torch.stack(velocities)[:, :, 0].float()

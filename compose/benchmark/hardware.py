@@ -25,7 +25,7 @@ from lora_compose.compose.benchmark.architectures import (
     with_lora,
     without_weights,
 )
-from lora_compose.compose.benchmark.memory import meta_memory
+from lora_compose.compose.benchmark.memory import added_memory
 from lora_compose.compose.benchmark.peaks import FusedAttention, peak
 from lora_compose.compose.benchmark.tables import GIB, new_table
 from lora_compose.compose.benchmark.transformers import pass_cost
@@ -176,7 +176,7 @@ def _decoding(vae: Any, side: int) -> int:
     frames = [1] if isinstance(vae, AutoencoderKLQwenImage) else []
     channels = vae.config["z_dim" if frames else "latent_channels"]
     latents = torch.empty(1, channels, *frames, side // 8, side // 8, device="meta", dtype=vae.dtype)
-    memory = meta_memory([*vae.parameters(), *vae.buffers()])
+    memory = added_memory("meta", [*vae.parameters(), *vae.buffers()])
     with torch.no_grad(), FusedAttention(), memory:
         vae.decode(latents)
     return memory.peak_bytes

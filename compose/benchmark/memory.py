@@ -33,10 +33,14 @@ def peak_memory(device: torch.device | str) -> "PeakMemory":
     raise ValueError(f"the peak of the memory can be measured on cuda and on the cpu, not on {device}")
 
 
-def meta_memory(there: Iterable[Tensor]) -> "PeakMemory":
-    """Watches the meta device: the memory that tensors of these shapes would take, counting `there` from the start."""
+def added_memory(device: torch.device | str, there: Iterable[Tensor] = ()) -> "_StorageMemory":
+    """Watches the CPU or the meta device: `peak_bytes` counts `there` from the start, and what the block makes.
+
+    An earlier tensor counts once an operation returns it. On the meta device it is the memory that tensors of these
+    shapes would take.
+    """
     there = tuple(there)
-    return _StorageMemory("meta", lambda: there)
+    return _StorageMemory(torch.device(device).type, lambda: there)
 
 
 class _CudaMemory:

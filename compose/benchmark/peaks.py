@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.counting import count
-from lora_compose.compose.benchmark.memory import PeakMemory, meta_memory
+from lora_compose.compose.benchmark.memory import PeakMemory, added_memory
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.methods import Settings
 
@@ -51,7 +51,7 @@ def peak(
     """
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=_recomputing))
-    memory = meta_memory([*unet.parameters(), *unet.buffers()])
+    memory = added_memory("meta", [*unet.parameters(), *unet.buffers()])
     watched = _watched(memory)
     try:
         counted = count(unet, concepts, settings, steps, guidance_scale, image_size, tokens=tokens, watched=watched)
@@ -65,7 +65,7 @@ def decoding_bytes(vae: AutoencoderKL, image_size: Grid) -> int:
     scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
     grid = image_size[0] // scale, image_size[1] // scale
     latents = torch.empty(1, vae.config["latent_channels"], *grid, device="meta", dtype=vae.dtype)
-    memory = meta_memory([*vae.parameters(), *vae.buffers()])
+    memory = added_memory("meta", [*vae.parameters(), *vae.buffers()])
     with torch.no_grad(), _watched(memory):
         vae.decode(latents)  # pyright: ignore[reportArgumentType]
     return memory.peak_bytes

@@ -11,7 +11,7 @@ from lora_compose.attention import Gates, JointRegions, Lora, LoraFactors, backb
 from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.architectures import TRANSFORMERS
 from lora_compose.compose.benchmark.flops import Operations
-from lora_compose.compose.benchmark.memory import meta_memory
+from lora_compose.compose.benchmark.memory import added_memory
 from lora_compose.compose.benchmark.peaks import FusedAttention
 
 META = torch.device("meta")
@@ -74,7 +74,7 @@ def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: i
         columns = torch.arange(width) * concepts // width
         cells = (columns[:, None] == torch.arange(concepts)).expand(height, -1, -1).flatten(0, 1)
         regions = JointRegions.of(site, cells, texts, [False], isolate=False, device=META)
-    memory, operations = meta_memory([*model.parameters(), *model.buffers()]), Operations()
+    memory, operations = added_memory("meta", [*model.parameters(), *model.buffers()]), Operations()
     with torch.no_grad(), FusedAttention(), memory, install(backbone, loras, device=META, dtype=text.dtype) as there:
         there.use(there.inputs(gates, text, lengths=(tokens,), joint_regions=regions))
         with operations:

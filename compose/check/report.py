@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_compose.compose.benchmark.counting import count_run
+from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.running import needs_running
 from lora_compose.compose.generate.defaults import complete, words
 from lora_compose.compose.generate.images import named_in
@@ -20,7 +20,7 @@ from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blo
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.concepts.merged import DEFAULT
-from lora_compose.pipelines.methods import Choice, make_method, name_of
+from lora_compose.pipelines.methods import Choice, Settings, make_method, name_of
 from lora_compose.pipelines.scene.mask_images import mask_name
 from lora_compose.pipelines.scene.regions import check_region
 from lora_compose.pipelines.scene.scene import Concept, Run
@@ -34,6 +34,9 @@ from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate, special_tokens
 
 _T = TypeVar("_T")
+
+_KNOWN_COSTS = 500
+"""Most costs that are kept for later checks."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,21 @@ class Report:
     choice: Choice | None = None
 
 
-def check(run: Run, pipe: Any = None, *, loras: Path | None = None, variant: str | None = None) -> Report:
+def check(
+    run: Run,
+    pipe: Any = None,
+    *,
+    loras: Path | None = None,
+    variant: str | None = None,
+    known_costs: dict[str, Counted] | None = None,
+) -> Report:
     """Checks everything that a run needs, and collects all problems, not only the first.
 
     Args:
         pipe: The run's model, if it is open already; then the run is complete.
         loras: A folder of LoRAs; those that the prompt names take part. None means the concepts of the scene.
         variant: As for `open_model`.
+        known_costs: Costs that earlier checks of this pipeline have counted, a few hundred; this check adds its own.
     """
     problems: list[str] = []
     facts: list[tuple[str, str]] = []
@@ -95,12 +106,15 @@ def check(run: Run, pipe: Any = None, *, loras: Path | None = None, variant: str
         else:
             if loras is not None and (scene := _attempt(problems, named_in, pipe, run.scene, loras)) is not None:
                 run = run.model_copy(update={"scene": scene})
-            of_model, cost, choice = _facts(pipe, run, problems)
+            known_costs = {} if known_costs is None else known_costs
+            of_model, cost, choice = _facts(pipe, run, problems, known_costs)
             facts += of_model
     return Report(tuple(facts), tuple(notes), tuple(dict.fromkeys(problems)), cost, choice)
 
 
-def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, str]], RunCost | None, Choice | None]:
+def _facts(
+    pipe: Any, run: Run, problems: list[str], known_costs: dict[str, Counted]
+) -> tuple[list[tuple[str, str]], RunCost | None, Choice | None]:
     all_loaded = [_attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
     tokenizers = _attempt(problems, pipe.tokenizers_for, [loaded for loaded in all_loaded if loaded])
     tokenizer = (tokenizers or pipe.tokenizers_for([]))[0]
@@ -132,7 +146,9 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
     planned = None if problems else _attempt(problems, plan, pipe, run)
     for warning in () if planned is None else planned.warnings:
         warn(warning)
-    cost = None if problems or needs_running(pipe) else _attempt(problems, _cost, pipe, run, planned, all_loaded)
+    cost = None
+    if not problems and not needs_running(pipe):
+        cost = _attempt(problems, _cost, pipe, run, planned, all_loaded, known_costs)
     facts += [
         ("method", _method_words(run, choice)),
         ("size", f"{width} x {height} pixels"),
@@ -220,10 +236,28 @@ def _tokens_from(tokenizer: ExpandingTokenizer | TemplateTokenizer, prompt: str,
     )
 
 
-def _cost(pipe: Any, run: Run, planned: CallPlan | None, loaded: Sequence[LoadedConcept | None]) -> RunCost:
+def _cost(
+    pipe: Any,
+    run: Run,
+    planned: CallPlan | None,
+    loaded: Sequence[LoadedConcept | None],
+    known_costs: dict[str, Counted],
+) -> RunCost:
     width, height = size_of(pipe, run.scene)
-    count = partial(count_run, pipe, steps=_steps(pipe, run, planned), guidance_scale=run.guidance_scale, width=width,
-                    height=height, scheduler=scheduler_of(pipe, run))  # fmt: skip
+    given: dict[str, Any] = {
+        "steps": _steps(pipe, run, planned), "guidance_scale": run.guidance_scale, "width": width, "height": height,
+    }  # fmt: skip
+
+    def count(method: Settings | None, concepts: Sequence[LoadedConcept]) -> Counted:
+        """Counts, which takes a second, unless it is known. Prompts and seed do not matter."""
+        files = [(concept.concept, [file.sha256 for file in concept.files]) for concept in concepts]
+        key = sha256(repr((given, run.scheduler, method, files)).encode()).hexdigest()
+        if key not in known_costs or not all(concept.files for concept in concepts):  # adapters may be other ones now
+            known_costs[key] = count_run(pipe, method, concepts, **given, scheduler=scheduler_of(pipe, run))
+            for old in list(known_costs)[:-_KNOWN_COSTS]:
+                del known_costs[old]
+        return known_costs[key]
+
     plain = count(None, ())
     if planned is None:
         return RunCost(plain.rows, plain.flops, plain.flops)

@@ -35,11 +35,11 @@ def bench(
         bool, typer.Option("--memory", help="Compute the peak memory of SD 1.5 and SDXL in half precision.")
     ] = False,
     transformers: Annotated[
-        bool, typer.Option("--transformers", help="Count a pass of FLUX, Krea 2, Qwen-Image and Z-Image with regional.")
+        bool, typer.Option("--transformers", help="Count a pass of every supported transformer with regional.")
     ] = False,
     hardware: Annotated[
         bool,
-        typer.Option("--hardware", help="Compute what SD 1.5, SDXL, FLUX.1, Krea 2 and Z-Image need: GiB and TFLOP."),
+        typer.Option("--hardware", help="Compute what models of several families need: GiB and TFLOP."),
     ] = False,
     calls: Annotated[
         bool, typer.Option("--calls", help="Count Python calls and tensor operations of real calls.")

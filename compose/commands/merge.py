@@ -30,8 +30,7 @@ def merge(
         typer.Option(
             "--model",
             help="playground, a folder, a file or a hub repository. soups and ssr need it; the other methods only read "
-            "its layer names, which are known for all families: SD 1.x, 2.x and SDXL, and the transformers FLUX.1, "
-            "FLUX.2-klein and -dev, Krea 2, Qwen-Image, Z-Image and Anima.",
+            "its layer names, which are known for all supported families.",
         ),
     ] = None,
     settings: Annotated[

@@ -44,8 +44,8 @@ def clean(place: Path) -> None:
         return
     for root in place.glob(f"{PREFIX}*"):
         with suppress(OSError):  # gone meanwhile, no folder, or not ours after all
-            found = root.lstat()
-            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            status = root.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
                 lock = _locked(root, os.O_RDWR)
                 logger.info("%s is left of a page that was killed, and is removed", root)
                 shutil.rmtree(root, ignore_errors=True)  # holding the lock, so that no other page starts to use it

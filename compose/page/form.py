@@ -178,10 +178,10 @@ def read_seeds(text: str) -> tuple[int, ...]:
     """
     seeds: list[int] = []
     for part in filter(None, re.split(r"[,;\s]+", re.sub(r"\s*-\s*", "-", text.strip()))):
-        found = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part)
-        if found is None or int(found[2] or found[1]) >= 2**63:
+        match = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part)
+        if match is None or int(match[2] or match[1]) >= 2**63:
             raise ValueError(f"Seeds are whole numbers such as “0, 1, 2” or “5-8”, not “{part[:40]}”.")
-        first, last = int(found[1]), int(found[2] or found[1])
+        first, last = int(match[1]), int(match[2] or match[1])
         if not 0 <= last - first < MOST_SEEDS:
             raise ValueError(f"“{part}” is no range of at most {MOST_SEEDS} seeds.")
         seeds += range(first, last + 1)

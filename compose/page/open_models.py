@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lora_compose.attention.device import uncompiled
+from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source
 from lora_compose.compose.support.savers import OFFLOADS, Saver
@@ -61,12 +62,14 @@ class OpenModel:
     Attributes:
         scheduler: The class of the model's own scheduler.
         seconds_per_flop: Of the last image; None before the first one.
+        costs: What checks have counted, for all sessions.
     """
 
     def __init__(self, choice: Choice, pipe: Any) -> None:
         self.choice = choice
         self.scheduler = type(pipe.scheduler).__name__
         self.seconds_per_flop: float | None = None
+        self.costs: dict[str, Counted] = {}
         self._pipe = pipe
         self._models = _without_weights(pipe)
         self._queue: deque[object] = deque()
@@ -188,15 +191,15 @@ class OpenModels:
 
 def _without_weights(pipe: Any) -> SimpleNamespace:
     """The models that LoRAs change, as they are between calls, by name: layers and shapes without values."""
-    found = {}
+    models = {}
     for part in PARTS:
         if (given := getattr(pipe, part, None)) is None:
             continue
         model: Any = uncompiled(given)
         with torch.device("meta"):
             new = getattr(type(model), "from_config", type(model))  # of diffusers, or of transformers
-            found[part] = new(model.config)
-    return SimpleNamespace(**found)
+            models[part] = new(model.config)
+    return SimpleNamespace(**models)
 
 
 def _unload_others(pipe: Any, concepts: Sequence[Concept]) -> None:

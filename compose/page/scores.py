@@ -81,8 +81,8 @@ class Judge:
         """The suite's concepts by ours; None if one of ours has no counterpart, or two have the same."""
         theirs = {lora: concept.name for concept in self._suite.concepts for lora in concept.loras.values()}
         names = {concept.name: theirs.get(_of_unet(shown(concept.lora))) for concept in scene.concepts}
-        found = [name for name in names.values() if name is not None]
-        if len(found) < len(names) or len(set(found)) < len(found):
+        classes = [name for name in names.values() if name is not None]
+        if len(classes) < len(names) or len(set(classes)) < len(classes):
             return None
         return {ours: name for ours, name in names.items() if name is not None}
 

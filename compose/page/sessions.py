@@ -56,7 +56,7 @@ class Sessions:
     def add(self, session_id: str, session: Closing) -> None:
         """Adds a session. An earlier one of the same browser session ends."""
         with self._lock:
-            self._end([found for found in self._open if found.session_id == session_id])
+            self._end([entry for entry in self._open if entry.session_id == session_id])
             self._open.append(_Open(session_id, session, time.monotonic()))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="lora-compose-sessions", daemon=True)
@@ -69,21 +69,21 @@ class Sessions:
             Whether it goes on; not if it has ended or still has a browser.
         """
         with self._lock:
-            found = next((one for one in self._open if one.session is session), None)
-            if found is None or self._is_there(found.session_id):
+            moved = next((one for one in self._open if one.session is session), None)
+            if moved is None or self._is_there(moved.session_id):
                 return False
-            self._end([one for one in self._open if one.session_id == session_id and one is not found])
-            found.session_id, found.seen = session_id, time.monotonic()
+            self._end([one for one in self._open if one.session_id == session_id and one is not moved])
+            moved.session_id, moved.seen = session_id, time.monotonic()
             return True
 
     def look(self) -> None:
         """Ends the sessions whose browsers have been away for too long."""
         with self._lock:
             now = time.monotonic()
-            for found in self._open:
-                if self._is_there(found.session_id):
-                    found.seen = now
-            self._end([found for found in self._open if now - found.seen > self._grace])
+            for entry in self._open:
+                if self._is_there(entry.session_id):
+                    entry.seen = now
+            self._end([entry for entry in self._open if now - entry.seen > self._grace])
             self._ending = [session for session in self._ending if not _closed(session)]  # the others at the next check
 
     def end(self, patience: float = PATIENCE) -> None:
@@ -97,8 +97,8 @@ class Sessions:
             self.look()
 
     def _end(self, gone: list[_Open]) -> None:
-        self._open = [found for found in self._open if found not in gone]
-        self._ending += [found.session for found in gone]
+        self._open = [entry for entry in self._open if entry not in gone]
+        self._ending += [entry.session for entry in gone]
 
     def _watch(self) -> None:
         while True:

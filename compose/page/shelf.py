@@ -67,12 +67,12 @@ def models_in(folder: Path) -> list[KnownModel]:
 
 def cached_models(cache: Path) -> list[KnownModel]:
     """The repositories in the hub's cache whose weights are there, not their configurations alone."""
-    found = {}
+    families = {}
     for index in sorted(cache.glob(f"models--*--*/snapshots/*/{_INDEX}")):
         _, owner, name = index.parents[2].name.split("--", 2)
         if (family := _family(index)) is not None and any(index.parent.glob(f"*/*{SUFFIX}")):
-            found[f"{owner}/{name}"] = family
-    return [KnownModel(source, family, "in the hub's cache") for source, family in found.items()]
+            families[f"{owner}/{name}"] = family
+    return [KnownModel(source, family, "in the hub's cache") for source, family in families.items()]
 
 
 def listed(path: Path) -> Lora:

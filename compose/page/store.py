@@ -232,10 +232,10 @@ def in_folder(folder: Path) -> list[Path]:
         FileError: If there is no such folder, or it cannot be read.
     """
     try:
-        found = sorted(path for path in folder.expanduser().iterdir() if path.suffix.lower() == SUFFIX)
+        paths = sorted(path for path in folder.expanduser().iterdir() if path.suffix.lower() == SUFFIX)
     except (OSError, RuntimeError) as error:
         raise FileError(f"the folder {str(folder)!r} cannot be read: {error}") from error
-    return [path for path in found if path.is_file()]
+    return [path for path in paths if path.is_file()]
 
 
 def named(source: str) -> Lora:

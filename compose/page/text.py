@@ -29,11 +29,11 @@ def page_message(message: str, method: str | None = None, files: Mapping[str, st
     """
     for stored, shown in (files or {}).items():
         message = message.replace(stored, shown)
-    message = re.sub(r"method='([\w-]+)'", lambda found: f"“{label_of(found[1]).name}”", message)
+    message = re.sub(r"method='([\w-]+)'", lambda match: f"“{label_of(match[1]).name}”", message)
     for name, label in (SETTING_LABELS.get(method or "", {})).items():
         message = re.sub(rf"^{name}\b", f"“{label}”", message)
     names = "|".join(METHOD_LABELS)
-    message = re.sub(rf"^({names})\b(?!\.)", lambda found: f"“{label_of(found[1]).name}”", message)
+    message = re.sub(rf"^({names})\b(?!\.)", lambda match: f"“{label_of(match[1]).name}”", message)
     message = re.sub(r" \([^()]*\w_\w[^()]*\)", "", message)
     message = re.sub(r"(?<!\w)'([^']*)'(?!\w)", r"“\1”", _without_code(message))
     is_name = "." in message.partition(" ")[0].rstrip(".:;,")  # as a file's, which keeps its first letter

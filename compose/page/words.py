@@ -13,7 +13,7 @@ from lora_compose.pipelines.text.templates import TemplateTokenizer
 from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate
 
-Part = Literal["trigger", "class word"]
+WordKind = Literal["trigger", "class word"]
 
 
 @dataclass(frozen=True, order=True)
@@ -23,7 +23,7 @@ class Mark:
     start: int
     end: int
     concept: int
-    part: Part
+    kind: WordKind
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
             if not concept.is_style:
                 flags.append(f"{concept.name} needs a trigger word: type it in its card.")
             continue
-        found = _marks(i, concept, prompt)
-        marks += found
-        if not found:
+        own = _marks(i, concept, prompt)
+        marks += own
+        if not own:
             missing.append(i)
             if concept.prompt is None:
                 unready = True
                 flags.append(f"{concept.name} is missing in the prompt: write “{concept.phrase}”.")
             continue
-        flags += _doubts(concept, found)
+        flags += _doubts(concept, own)
         try:
             located.append((concept, locate(tokenizer, text, concept)))
         except ValueError:
@@ -126,7 +126,7 @@ def as_html(prompt: str, reading: Reading) -> str:
     for mark in reading.marks:
         pieces.append(_piece(prompt, at, mark.start, reading.cut))
         inside = _piece(prompt, mark.start, mark.end, reading.cut)
-        kind = "trigger" if mark.part == "trigger" else "noun"
+        kind = "trigger" if mark.kind == "trigger" else "noun"
         pieces.append(f'<span class="lc-{kind}" style="--concept:{colour(mark.concept)}">{inside}</span>')
         at = mark.end
     return f'<p class="lc-prompt">{"".join(pieces)}{_piece(prompt, at, len(prompt), reading.cut)}</p>'
@@ -151,11 +151,11 @@ def _marks(i: int, concept: Concept, prompt: str) -> list[Mark]:
     return marks + [Mark(start, end, i, "class word") for start, end in bound]
 
 
-def _doubts(concept: Concept, found: Sequence[Mark]) -> list[str]:
+def _doubts(concept: Concept, marks: Sequence[Mark]) -> list[str]:
     doubts = []
-    if concept.class_word and all(mark.part == "trigger" for mark in found):
+    if concept.class_word and all(mark.kind == "trigger" for mark in marks):
         doubts.append(f"Write “{concept.class_word}” after the trigger “{concept.trigger}” of {concept.name}.")
-    times = sum(mark.part == "trigger" for mark in found)
+    times = sum(mark.kind == "trigger" for mark in marks)
     if times > 1:
         doubts.append(f"The trigger of {concept.name} occurs {times} times; all name the same {concept.name}.")
     return doubts

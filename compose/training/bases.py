@@ -173,7 +173,7 @@ class _UNet:
 
 
 class _Transformer:
-    """FLUX.1, FLUX.2-klein, Krea 2, Qwen-Image and Z-Image."""
+    """A transformer whose pipeline encodes texts for training (`FlowMatchingPipeline.read_texts`)."""
 
     part = "transformer"
 

@@ -15,7 +15,7 @@ from lora_compose.pipelines.concepts.loading import Factors, LoraFile
 from lora_compose.pipelines.formats.keys import Part
 from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.scene.strength import TEXT, Schedule, check_block, in_blocks, is_in
+from lora_compose.pipelines.scene.strength import TEXT, WeightSchedule, check_block, in_blocks, is_in
 from lora_compose.pipelines.support.notes import warn_once
 
 
@@ -118,15 +118,15 @@ class ConceptSet:
         return tuple(loaded.concept for loaded in self.loaded)
 
     @cached_property
-    def schedules(self) -> Mapping[int, Schedule]:
+    def schedules(self) -> Mapping[int, WeightSchedule]:
         """Weight schedules, by index, of concepts whose weight changes over the steps."""
-        every = {i: Schedule.of(0.0 if c.weight is None else c.weight) for i, c in enumerate(self.concepts)}
+        every = {i: WeightSchedule.of(0.0 if c.weight is None else c.weight) for i, c in enumerate(self.concepts)}
         return {i: schedule for i, schedule in every.items() if schedule.constant is None}
 
     @cached_property
     def weights(self) -> tuple[float, ...]:
         """The weight of each; 1 with a schedule, which the denoiser multiplies into the gates in every step."""
-        every = [Schedule.of(0.0 if c.weight is None else c.weight).constant for c in self.concepts]
+        every = [WeightSchedule.of(0.0 if c.weight is None else c.weight).constant for c in self.concepts]
         return tuple(1.0 if fixed is None else fixed for fixed in every)
 
     @property

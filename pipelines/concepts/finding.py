@@ -48,7 +48,7 @@ def find_file(source: str | os.PathLike[str], weight_name: str | None = None, **
     """
     path = local_path(source)
     if path.is_dir():
-        names = sorted(found.name for found in path.glob("*.safetensors"))
+        names = sorted(file.name for file in path.glob("*.safetensors"))
         return path / _only(names, weight_name, path)
     if path.exists():
         return path

@@ -66,7 +66,7 @@ class ConceptLibrary:
     @property
     def concepts(self) -> Mapping[str, Concept]:
         """The loaded and the added concepts by name."""
-        return {name: found.concept for name, found in {**self.loaded, **self.added}.items()}
+        return {name: entry.concept for name, entry in {**self.loaded, **self.added}.items()}
 
     def load(
         self,
@@ -90,10 +90,10 @@ class ConceptLibrary:
         self._reads[concept.name] = key, read
         _warn_of_rest(read)
         logger.info("concept %s: %s", concept.name, read.factors.report)
-        found = self.loaded[concept.name] = _loaded_concept(concept, read)
-        if found.concept.trigger and not concept.trigger and found.words.where:
-            logger.info("concept %s: trigger %r, of %s", concept.name, found.concept.trigger, found.words.where)
-        return found.concept
+        loaded = self.loaded[concept.name] = _loaded_concept(concept, read)
+        if loaded.concept.trigger and not concept.trigger and loaded.words.where:
+            logger.info("concept %s: trigger %r, of %s", concept.name, loaded.concept.trigger, loaded.words.where)
+        return loaded.concept
 
     def _loaded_from(self, key: Hashable) -> Read | None:
         """What another concept was loaded from: several subjects of one file share its factors."""
@@ -113,7 +113,7 @@ class ConceptLibrary:
                 self.check_new(pipe, name)
             added[name] = Added(given, given.completed(_by_header(given)))
         self.added.update(added)
-        return tuple(found.concept for found in added.values())
+        return tuple(entry.concept for entry in added.values())
 
     def check_new(self, pipe: LoadsConcepts, name: str) -> None:
         """Raises ValueError if a name is taken."""
@@ -143,9 +143,9 @@ class ConceptLibrary:
             ValueError: For unknown names and names given twice.
         """
         given = concepts_of(concepts)
-        found = tuple(self._resolve(pipe, concept) for concept in given)
+        resolved = tuple(self._resolve(pipe, concept) for concept in given)
         self.recent.trim(memory, keep=len(given))
-        return found
+        return resolved
 
     def _resolve(self, pipe: LoadsConcepts, concept: Concept) -> LoadedConcept:
         loaded, added = self.loaded.get(concept.name), self.added.get(concept.name)
@@ -174,9 +174,9 @@ class ConceptLibrary:
         def read() -> Read:
             if (there := self._loaded_from(file_key(paths, (_options(concept), MAX_RANK, False)))) is not None:
                 return there
-            found = _read(pipe, concept, paths)
-            _warn_of_rest(found)
-            return found
+            fresh = _read(pipe, concept, paths)
+            _warn_of_rest(fresh)
+            return fresh
 
         return _loaded_concept(concept, self.recent.get(paths, _options(concept), read))
 
@@ -193,9 +193,9 @@ class ConceptLibrary:
             LoraError: If the file is unusable or does not fit the models.
         """
         (path,) = map(find_file, files_of(concept.lora))
-        found = self.recent.get([path], _options(concept), lambda: _read_file(models, concept, path))
+        read = self.recent.get([path], _options(concept), lambda: _read_file(models, concept, path))
         self.recent.trim(memory, keep=1)
-        return found.factors
+        return read.factors
 
 
 def adapters_of(pipe: LoadsConcepts) -> set[str]:

@@ -102,23 +102,23 @@ def match(
     """
     _check_options(file, alpha, max_rank)
     grouped, models = by_layer(file), models_by_part(pipe)
-    found, unmatched = assign(file, grouped, pipe)
+    assigned, unmatched = assign(file, grouped, pipe)
     alphas, model = Alphas(file, alpha), model_part(pipe)
     _check_embeddings(file, models, backbone_of(models[model]).text_layers)
-    for part, layers in found.items():
+    for part, layers in assigned.items():
         for name, layer in layers.items():
             _check_layer(file, models[part], name, layer)
     loads = _Loads(alphas, max_rank, products)
     changes: Changes = {
         part: {name: _change(file, models[part], name, layer, loads) for name, layer in layers.items()}
-        for part, layers in found.items()
+        for part, layers in assigned.items()
     }
     loras: dict[Part, Lora] = {
         part: {name: made.factors for name, made in changed.items()} for part, changed in changes.items()
     }
     text: dict[Part, Lora] = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
     notes = tuple(_notes(file, grouped, changes, alpha, max_rank))
-    error = _error(made for found in changes.values() for made in found.values())
+    error = _error(made for changed in changes.values() for made in changed.values())
     return Factors(loras[model], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, model)
 
 
@@ -131,20 +131,20 @@ def assign(file: LoraFile, grouped: Layers, pipe: object) -> tuple[Mapping[Part,
     Raises:
         LoraError: If nothing matches, or two layers of the file mean one of the model.
     """
-    unmatched, found, models, model = list(grouped.unknown), {}, models_by_part(pipe), model_part(pipe)
+    unmatched, assigned, models, model = list(grouped.unknown), {}, models_by_part(pipe), model_part(pipe)
     # Keys without a prefix, and kohya's, are the model's.
     meant = [(model if layer.part in MODEL_PARTS else layer.part, layer) for layer in grouped.layers]
     for part in PARTS:
         mine = [layer for component, layer in meant if component == part]
-        found[part], left_over = _matched(file, part, models.get(part), mine)
+        assigned[part], left_over = _matched(file, part, models.get(part), mine)
         unmatched += left_over
-    fitting = sum(map(len, found.values()))
+    fitting = sum(map(len, assigned.values()))
     # Families share the names of a few layers, and some of them a text encoder.
-    other = not found[model] and any(component == model for component, _ in meant)
+    other = not assigned[model] and any(component == model for component, _ in meant)
     other = other or (bool(unmatched) and _is_of_another_family(file, models[model]))
     if other or fitting < _FITTING * len(grouped.layers) or not fitting:
         raise LoraError(_nothing(file, fitting, len(grouped.layers)))
-    return found, tuple(unmatched)
+    return assigned, tuple(unmatched)
 
 
 def _is_of_another_family(file: LoraFile, model: nn.Module) -> bool:
@@ -160,9 +160,9 @@ def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise LoraError(f"alpha must be a positive number, not {alpha}")
     switched = {key for settings in file.config.values() for key, value in settings.items() if value}
-    found = {key.kind for name in file.tensors if (key := parse(name)) is not None}
+    present = {key.kind for name in file.tensors if (key := parse(name)) is not None}
     for kind in kinds.KINDS:
-        if kind.setting in switched and kind not in found:
+        if kind.setting in switched and kind not in present:
             raise LoraError(
                 f"{file.path.name} is a {kind.name} by its settings ({kind.setting}), but has no tensors of one; the "
                 "file is incomplete"
@@ -182,7 +182,7 @@ def _matched(
     """Layers of the file by the name of the model's layer that they mean, and the keys that mean none."""
     known = {} if model is None else spellings(model, part)
     sites = backbone_of(model).sites if part in MODEL_PARTS and model is not None else None
-    found: dict[str, Layer] = {}
+    matched: dict[str, Layer] = {}
     left_over: list[str] = []
     for layer in layers:
         names = known.get(layer.module) or known.get(present_name(layer.module)) or ()
@@ -190,13 +190,13 @@ def _matched(
             left_over += layer.keys
             continue
         for name, mine in _shared_out(file, model, layer, names):
-            if name in found and not found[name].same(mine):
+            if name in matched and not matched[name].same(mine):
                 raise LoraError(
-                    f"{file.path.name} has more than one LoRA for {part}.{name} ({found[name].keys[0]}, "
+                    f"{file.path.name} has more than one LoRA for {part}.{name} ({matched[name].keys[0]}, "
                     f"{layer.keys[0]}); expected one adapter"
                 )
-            found[name] = mine
-    return found, left_over
+            matched[name] = mine
+    return matched, left_over
 
 
 def _shared_out(
@@ -243,8 +243,8 @@ def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> N
     if layer.outputs is not None and outputs is not None:
         outputs = layer.outputs.stop - layer.outputs.start
     sides = weight[0], math.prod(weight[1:])
-    if any(found not in (None, side) for found, side in zip((outputs, inputs), sides, strict=True)):
-        change = " x ".join("any" if found is None else str(found) for found in (outputs, inputs))
+    if any(size not in (None, side) for size, side in zip((outputs, inputs), sides, strict=True)):
+        change = " x ".join("any" if size is None else str(size) for size in (outputs, inputs))
         raise LoraError(
             f"{file.path.name} does not fit this model: {layer.part}.{name}: its change is {change}, the model's "
             f"weight {' x '.join(map(str, weight))}"
@@ -322,10 +322,10 @@ def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | Non
             f"{len(grouped.inexpressible)} keys with biases or norms are left out, since no low-rank change can "
             f"express them: {', '.join(grouped.inexpressible[:3])}"
         )
-    errors = {f"{part}.{name}": _error([made]) for part, found in changes.items() for name, made in found.items()}
+    errors = {f"{part}.{name}": _error([made]) for part, changed in changes.items() for name, made in changed.items()}
     if cut := {name: error for name, error in errors.items() if error > _EXACT}:
         worst = max(cut, key=lambda name: cut[name])
-        whole = _error(made for found in changes.values() for made in found.values())
+        whole = _error(made for changed in changes.values() for made in changed.values())
         yield (
             f"{len(cut)} layers have more rank than max_rank={max_rank} and are cut to it: relative error {whole:.2%}, "
             f"at most {cut[worst]:.2%} in one layer ({worst})"

@@ -56,7 +56,7 @@ class Recent:
 
     @property
     def bytes(self) -> int:
-        """The memory that all of them take."""
+        """The memory that all kept files take."""
         return sum(read.bytes for read in self._kept.values())
 
     def get(self, paths: Sequence[Path], options: Hashable, read: Callable[[], Read]) -> Read:
@@ -67,13 +67,13 @@ class Recent:
             options: Options of reading; the content is cached for each combination.
             read: Reads it. If that fails, the cache is unchanged.
         """
-        found = self.find(paths, options)
-        if found is None:
+        content = self.find(paths, options)
+        if content is None:
             # The key of before: a file that changes meanwhile is read again.
-            key, found = file_key(paths, options), read()
+            key, content = file_key(paths, options), read()
             with self._lock:
-                self._kept[key] = found
-        return found
+                self._kept[key] = content
+        return content
 
     def find(self, paths: Sequence[Path], options: Hashable) -> Read | None:
         """The content of files that are in memory and have not changed on disk, otherwise None; as for `get`."""

@@ -18,7 +18,7 @@ from lora_compose.attention.device import has_plain_weight, uncompiled
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.formats.change import inner
-from lora_compose.pipelines.scene.strength import Schedule
+from lora_compose.pipelines.scene.strength import WeightSchedule
 
 WARNED = 1.5
 """The joint change from which there is a warning; two unrelated LoRAs at their full weights have 1.41."""
@@ -123,7 +123,7 @@ def _has_values(loaded: LoadedConcept) -> bool:
 
 def _weights(loaded: LoadedConcept) -> list[float]:
     weight = loaded.concept.weight
-    return [point.weight for point in Schedule.of(0.0 if weight is None else weight).points]
+    return [point.weight for point in WeightSchedule.of(0.0 if weight is None else weight).points]
 
 
 def _products(one: LoadedConcept, other: LoadedConcept) -> Products:
@@ -133,12 +133,12 @@ def _products(one: LoadedConcept, other: LoadedConcept) -> Products:
         _known.move_to_end(key)
         return _known[key]
     first, second = one.lora, other.lora
-    found = {
+    products = {
         name: inner(factors, second[name])
         for name, factors in first.items()
         if name in second and factors.transform is None and second[name].transform is None
     }
-    _known[key] = found
+    _known[key] = products
     while len(_known) > _MOST:
         _known.popitem(last=False)
-    return found
+    return products

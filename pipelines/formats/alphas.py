@@ -92,15 +92,15 @@ class Alphas:
     def _configured(self, name: str, part: Part) -> float | None:
         """PEFT's alpha of a layer; None where there is none. LoHa and LoKr call it "alpha"."""
         patterns, config = self._patterns[part], self._config[part]
-        found = [patterns[spelled] for spelled in _spellings(name) if spelled in patterns]
-        if found:
-            return _positive(min(found)[1])  # of several that match, the first one counts
+        matching = [patterns[spelled] for spelled in _spellings(name) if spelled in patterns]
+        if matching:
+            return _positive(min(matching)[1])  # of several that match, the first one counts
         return next((_positive(config[key]) for key in ("lora_alpha", "alpha") if key in config), None)
 
 
 def _patterns(given: Any) -> dict[str, tuple[int, Any]]:
     """Position and alpha of every pattern: "^name" for a whole name, "name" for it or an end, ".name" for an end."""
-    found: dict[str, tuple[int, Any]] = {}
+    patterns: dict[str, tuple[int, Any]] = {}
     if not isinstance(given or {}, Mapping):
         raise ValueError(f"alpha_pattern is a {type(given).__name__}; expected alphas by name")
     for position, (pattern, alpha) in enumerate((given or {}).items()):
@@ -111,8 +111,8 @@ def _patterns(given: Any) -> dict[str, tuple[int, Any]]:
                 "layer or its end, such as 'attn2.to_q'"
             )
         prefix = "." if plain["inside"] else "^" if plain["whole"] else ""
-        found.setdefault(prefix + plain["name"].replace("\\.", "."), (position, alpha))
-    return found
+        patterns.setdefault(prefix + plain["name"].replace("\\.", "."), (position, alpha))
+    return patterns
 
 
 def _spellings(name: str) -> Iterator[str]:

@@ -38,21 +38,21 @@ def by_name(file: LoraFile, *, alpha: float | None = None) -> tuple[Mapping[tupl
     """
     grouped = by_layer(file)
     alphas = Alphas(file, alpha)
-    found: dict[tuple[Part, str], Named] = {}
+    layers: dict[tuple[Part, str], Named] = {}
     for layer in grouped.layers:
         if layer.refused:
             raise LoraError(f"{file.path.name} is {layer.refused}")
         stem, name = _spelled(layer.keys[0])
         where = layer.part, present_name(layer.module)
-        if where in found:
+        if where in layers:
             raise LoraError(f"{file.path.name} has more than one LoRA for {name}; expected one adapter")
         try:
-            found[where] = Named(stem, _factors(layer, alphas.scale(name, layer)))
+            layers[where] = Named(stem, _factors(layer, alphas.scale(name, layer)))
         except LoraError:
             raise
         except (ValueError, ZeroDivisionError) as error:
             raise LoraError(f"{file.path.name}: {name}: {error}") from error
-    return found, (*grouped.unknown, *grouped.inexpressible)
+    return layers, (*grouped.unknown, *grouped.inexpressible)
 
 
 def _factors(layer: Layer, scale: float) -> LoraFactors:

@@ -126,25 +126,25 @@ def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
         if pickled:
             content = _content(path, file)
             digest.update(content)
-            metadata, found = {}, _unpickled(path, content)
+            metadata, entries = {}, _unpickled(path, content)
         else:
             header = read_header(file)
             metadata = dict(header.metadata)
             shapes = {key: entry.shape for key, entry in header.entries.items()}
-            found = read_tensors(file, header, wanted_keys(path, shapes), digest)
-    return lora_file(path, digest.hexdigest(), metadata, found)
+            entries = read_tensors(file, header, wanted_keys(path, shapes), digest)
+    return lora_file(path, digest.hexdigest(), metadata, entries)
 
 
-def lora_file(path: Path, sha256: str, metadata: Mapping[str, str], found: Mapping[str, Tensor]) -> LoraFile:
+def lora_file(path: Path, sha256: str, metadata: Mapping[str, str], entries: Mapping[str, Tensor]) -> LoraFile:
     """Checks the tensors of a file and makes a `LoraFile` of them.
 
     Raises:
         LoraError: As for `read_lora`.
     """
-    _check_keys(path, found)
-    tensors = {key: tensor for key, tensor in found.items() if bundled_embedding(key) is None}
+    _check_keys(path, entries)
+    tensors = {key: tensor for key, tensor in entries.items() if bundled_embedding(key) is None}
     config = {**_header_config(path, metadata), **_neighbour_config(path)}
-    return LoraFile(path, sha256, metadata, tensors, config, _embeddings(path, found))
+    return LoraFile(path, sha256, metadata, tensors, config, _embeddings(path, entries))
 
 
 def refuse_format(path: Path) -> None:
@@ -254,13 +254,13 @@ def _unpickled(path: Path, content: bytes) -> dict[str, Tensor]:
         raise LoraError(f"{path.name} holds more than tensors, or is damaged; it was not opened: {first}") from error
     except Exception as error:  # torch raises nearly anything for damaged archives
         raise LoraError(f"{path.name} is not a readable torch.save file: {type(error).__name__}: {error}") from error
-    found = dict(_flat(path, loaded))
+    entries = dict(_flat(path, loaded))
     for outer in ("params.", "params_ema.", "state_dict."):
-        if any(key.startswith(outer) for key in found):
-            found = {key.removeprefix(outer): t for key, t in found.items() if key.startswith(outer)}
+        if any(key.startswith(outer) for key in entries):
+            entries = {key.removeprefix(outer): t for key, t in entries.items() if key.startswith(outer)}
             break
-    shapes = {key: tensor.shape for key, tensor in found.items()}
-    return {key: found[key] for key in wanted_keys(path, shapes)}
+    shapes = {key: tensor.shape for key, tensor in entries.items()}
+    return {key: entries[key] for key in wanted_keys(path, shapes)}
 
 
 def _check_archive(path: Path, content: bytes) -> None:
@@ -291,8 +291,8 @@ def _flat(path: Path, content: Any, prefix: str = "", depth: int = 0) -> Iterato
             yield from _flat(path, value, f"{prefix}{key}.", depth + 1)
 
 
-def _check_keys(path: Path, found: Mapping[str, Tensor]) -> None:
-    for key, tensor in found.items():
+def _check_keys(path: Path, entries: Mapping[str, Tensor]) -> None:
+    for key, tensor in entries.items():
         number = key.endswith(_SCALARS)
         if tensor.dtype not in (*_DTYPES, *(_WHOLE if number else ())):
             raise LoraError(f"{path.name}: {key} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
@@ -343,10 +343,10 @@ def _json(path: Path, what: str, text: str | bytes) -> dict[str, Any]:
     return config
 
 
-def _embeddings(path: Path, found: Mapping[str, Tensor]) -> dict[str, dict[Part, Tensor]]:
+def _embeddings(path: Path, entries: Mapping[str, Tensor]) -> dict[str, dict[Part, Tensor]]:
     """Bundled words and their vectors: those of an ED-LoRA, and textual inversions."""
     words: dict[str, dict[Part, Tensor]] = {}
-    for key, tensor in found.items():
+    for key, tensor in entries.items():
         if (known := bundled_embedding(key)) is not None:
             vectors = tensor[None] if tensor.ndim == 1 else tensor
             by_layer = key.startswith(_BY_LAYER)

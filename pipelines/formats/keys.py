@@ -89,7 +89,7 @@ def bundled_embedding(key: str) -> tuple[str, Part] | None:
 
     Mix-of-Show calls them `new_concept_embedding`, and trainers bundle textual inversions as `bundle_emb`.
     """
-    found = _EMBEDDING.fullmatch(key)
-    if found is None or key.endswith(("clip_l_out", "clip_g_out")):  # vectors that replace the encoder's output
+    match = _EMBEDDING.fullmatch(key)
+    if match is None or key.endswith(("clip_l_out", "clip_g_out")):  # vectors that replace the encoder's output
         return None
-    return found[1] or found[2], "text_encoder_2" if found[3] == "clip_g" else "text_encoder"
+    return match[1] or match[2], "text_encoder_2" if match[3] == "clip_g" else "text_encoder"

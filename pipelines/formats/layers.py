@@ -40,7 +40,7 @@ class Layer:
 
     @property
     def shapes(self) -> kinds.Shapes:
-        """The shapes of these."""
+        """The shapes of the parts."""
         return {slot: tensor.shape for slot, tensor in self.parts.items()}
 
     @property
@@ -58,7 +58,7 @@ class Layer:
         return ""
 
     def same(self, other: "Layer") -> bool:
-        """Whether two have the same tensors."""
+        """Whether two layers have the same tensors."""
         return self.slots.keys() == other.slots.keys() and all(
             torch.equal(tensor, other.slots[slot]) for slot, tensor in self.slots.items()
         )
@@ -69,7 +69,7 @@ class Layers:
     """All keys of a file.
 
     Attributes:
-        layers: Those that change weights, by layer.
+        layers: The layers whose weights the file changes.
         inexpressible: Keys with biases and norms, which no low-rank change of a weight can express.
         unknown: Keys that belong to no known adapter.
     """
@@ -85,7 +85,7 @@ def by_layer(file: LoraFile) -> Layers:
     Raises:
         LoraError: If two keys are the same tensor of the same layer, as in a file with two adapters.
     """
-    found: dict[tuple[Part, str], dict[str, str]] = {}
+    slots_by_layer: dict[tuple[Part, str], dict[str, str]] = {}
     inexpressible, unknown = [], []
     for name in file.tensors:
         key = parse(name)
@@ -94,7 +94,7 @@ def by_layer(file: LoraFile) -> Layers:
         elif key.kind is not None and (key.kind.left_out or (key.kind is DIFFERENCE and file.tensors[name].dim() == 1)):
             inexpressible.append(name)  # a norm has a difference with one dimension
         else:
-            slots = found.setdefault((key.part, key.module), {})
+            slots = slots_by_layer.setdefault((key.part, key.module), {})
             if key.slot in slots and not (key.kind and key.kind.refused):  # those have several tensors in one slot
                 raise LoraError(
                     f"{file.path.name} has more than one LoRA for {key.part}.{key.module} ({slots[key.slot]}, {name}); "
@@ -103,6 +103,6 @@ def by_layer(file: LoraFile) -> Layers:
             slots[key.slot] = name
     layers = [
         Layer(part, module, {slot: file.tensors[name] for slot, name in slots.items()}, tuple(slots.values()))
-        for (part, module), slots in found.items()
+        for (part, module), slots in slots_by_layer.items()
     ]
     return Layers(layers, tuple(inexpressible), tuple(unknown))

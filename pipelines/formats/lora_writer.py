@@ -53,14 +53,14 @@ def stems(spelling: Spelling, pipe: object, names: Mapping[Part, list[str]]) -> 
     first = "lora_te1_" if two else "lora_te_"
     kohya: Mapping[Part, str] = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}
     blocks = original_names(models["unet"]) if spelling == "kohya" and two and names.get("unet") else {}
-    found = {}
+    written = {}
     for part, layers in names.items():
         for name in layers:
             # transformers 5 removed the outer name that all files have
             own = name if part in MODEL_PARTS else f"text_model.{name.removeprefix('text_model.')}"
             own = blocks.get(name, own) if part == "unet" else own
-            found[part, name] = f"{kohya[part]}{own.replace('.', '_')}" if spelling == "kohya" else f"{part}.{own}"
-    return found
+            written[part, name] = f"{kohya[part]}{own.replace('.', '_')}" if spelling == "kohya" else f"{part}.{own}"
+    return written
 
 
 def tensors(

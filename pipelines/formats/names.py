@@ -60,9 +60,9 @@ def spellings(model: nn.Module, part: Part) -> Mapping[str, tuple[str, ...]]:
     layers = [name for name, module in model.named_modules() if is_adaptable(base_layer(module))]
     own = {name.replace(".", "_"): name for name in layers}
     if part == "transformer":
-        fused = {spelled.replace(".", "_"): found for spelled, found in original_layers(model, layers).items()}
+        fused = {spelled.replace(".", "_"): names for spelled, names in original_layers(model, layers).items()}
         # The Open Model Initiative numbers the parts of a fused layer.
-        parts = {f"{spelled}_{i}": name for spelled, found in fused.items() for i, name in enumerate(found)}
+        parts = {f"{spelled}_{i}": name for spelled, names in fused.items() for i, name in enumerate(names)}
         return _each(parts) | fused | _each(own)
     if part == "unet":
         return _each(_original(model, own) | own)
@@ -85,15 +85,15 @@ def original_names(unet: nn.Module) -> Mapping[str, str]:
 
 def _original(unet: nn.Module, own: Mapping[str, str]) -> dict[str, str]:
     """Layers by their names in original checkpoints, which number all down blocks, and all up blocks, consecutively."""
-    found = {theirs: own[ours] for ours, theirs in _OUTSIDE.items() if ours in own}
+    by_original = {theirs: own[ours] for ours, theirs in _OUTSIDE.items() if ours in own}
     for theirs, ours in _original_blocks(unet):
         if ours in own:
-            found[theirs] = own[ours]
+            by_original[theirs] = own[ours]
         for spelled, name in own.items():
             if spelled.startswith(f"{ours}_"):
                 inner = spelled.removeprefix(f"{ours}_")
-                found[f"{theirs}_{_RESNET.get(inner, inner)}"] = name
-    return found
+                by_original[f"{theirs}_{_RESNET.get(inner, inner)}"] = name
+    return by_original
 
 
 def _original_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:

@@ -90,13 +90,13 @@ class Guess:
 
 def form(keys: Sequence[str]) -> str:
     """One line: the kind of adapter, and the tool whose key names it has."""
-    parsed = [found for key in keys if (found := parse(key))]
+    parsed = [key for name in keys if (key := parse(name))]
     slots = {key.slot for key in parsed}
-    found = [kind for kind in kinds.KINDS if not kind.left_out and not kind.endings.keys().isdisjoint(slots)]
-    if not found:
+    present = [kind for kind in kinds.KINDS if not kind.left_out and not kind.endings.keys().isdisjoint(slots)]
+    if not present:
         return "no adapter"
     # What rescales has the factors of another kind beside its own tensors.
-    named = found[:1] if found[0].refused or found[0].transform else found[:2]
+    named = present[:1] if present[0].refused or present[0].transform else present[:2]
     return f"{' and '.join(kind.name for kind in named)}, keys of {_spelling(keys, parsed)}"
 
 
@@ -137,8 +137,8 @@ def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[s
         return guess
     foreign = _FOREIGN if re.search(_UNET_BLOCKS, text) else (*_FOREIGN, *_FOREIGN_WITHOUT_UNET)
     for pattern, name in foreign:
-        if found := re.search(pattern, text, re.MULTILINE):
-            return Guess(name, False, (f"layers called {found[0]!r}", *reasons))
+        if match := re.search(pattern, text, re.MULTILINE):
+            return Guess(name, False, (f"layers called {match[0]!r}", *reasons))
     seen = _from_shapes(shapes)
     families = list(dict.fromkeys(family for family, _ in seen))
     why = tuple(dict.fromkeys(reason for _, reason in seen))
@@ -155,7 +155,7 @@ def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[s
 
 def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], reasons: tuple[str, ...]) -> Guess | None:
     """The family if it is a supported transformer."""
-    seen = next(((found[0], name) for pattern, name in _TRANSFORMERS if (found := re.search(pattern, text))), None)
+    seen = next(((match[0], name) for pattern, name in _TRANSFORMERS if (match := re.search(pattern, text))), None)
     if seen is None:
         return None
     layer, name = seen
@@ -178,7 +178,7 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], reasons:
 
 def _blocks(text: str, name: str, most: int) -> bool:
     """Whether there are more blocks of a name."""
-    return any(int(found) >= most for found in re.findall(rf"(?:{name})[._](\d{{1,3}})[._]", text))
+    return any(int(number) >= most for number in re.findall(rf"(?:{name})[._](\d{{1,3}})[._]", text))
 
 
 def _main_width(shapes: Mapping[str, Size | Sequence[int]]) -> tuple[int, set[int]]:
@@ -196,8 +196,8 @@ def _layers(shapes: Mapping[str, Sequence[int]]) -> Mapping[tuple[Part, str], di
     """The shapes of each layer's tensors, by slot."""
     layers: dict[tuple[Part, str], dict[str, Sequence[int]]] = {}
     for key, shape in shapes.items():
-        if (found := parse(key)) and found.kind is not None:  # the others are numbers
-            layers.setdefault((found.part, found.module), {})[found.slot] = shape
+        if (parsed := parse(key)) and parsed.kind is not None:  # the others are numbers
+            layers.setdefault((parsed.part, parsed.module), {})[parsed.slot] = shape
     return layers
 
 
@@ -212,14 +212,14 @@ def _sides(shapes: kinds.Shapes) -> tuple[int, int]:
 
 def _named(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     """Families named in the metadata, each with the text that names it."""
-    found = []
+    named = []
     for key in ("modelspec.architecture", "ss_base_model_version", "base_model"):
         value = metadata.get(key) or ""
         architecture = value.partition("/")[0]
         if value:
             known = next((name for pattern, name in _ARCHITECTURES if re.search(pattern, architecture.lower())), None)
-            found.append((known or architecture, f"{key} says {value!r}"))
-    return found
+            named.append((known or architecture, f"{key} says {value!r}"))
+    return named
 
 
 def _reasons(metadata: Mapping[str, str]) -> tuple[str, ...]:
@@ -229,8 +229,8 @@ def _reasons(metadata: Mapping[str, str]) -> tuple[str, ...]:
 def _from_shapes(shapes: Mapping[str, Size | Sequence[int]]) -> list[tuple[str, str]]:
     """Families that layers and their widths point to, each with the reason."""
     seen, text = [], []
-    for (part, module), found in _layers(shapes).items():
-        width = _sides(found)[1]
+    for (part, module), tensors in _layers(shapes).items():
+        width = _sides(tensors)[1]
         if part == "unet" and re.search(r"attn2_(?:processor_)?to_[kv]$", module) and width in _WIDTHS:
             seen.append((_WIDTHS[width], f"cross-attention reads text of width {width}"))
         elif part == "text_encoder_2":

@@ -114,15 +114,15 @@ def read_header(file: BufferedReader) -> Header:
         raise DamagedError("the metadata in the header are not strings")
     entries = {key: _entry(key, value) for key, value in header.items()}
     # An empty tensor comes before the one that begins at the same byte.
-    found = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
+    in_order = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
     position = 0
-    for key, entry in found:
+    for key, entry in in_order:
         if entry.start != position:
             raise DamagedError(f"{key[:80]!r} does not begin where the tensor before it ends")
         position = entry.stop
     if position != size - 8 - length:
         raise DamagedError(f"its tensors take {position} bytes, and {size - 8 - length} follow the header")
-    return Header(metadata, dict(found), prefix + text)
+    return Header(metadata, dict(in_order), prefix + text)
 
 
 def read_tensors(file: BufferedReader, header: Header, wanted: Collection[str], digest: Digest) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def read_tensors(file: BufferedReader, header: Header, wanted: Collection[str], 
         )
     starts = list(accumulate((_aligned(entry.stop - entry.start) for entry in kept.values()), initial=0))
     whole = torch.empty(starts.pop(), dtype=torch.uint8)  # one block: hundreds of small ones fragment the memory
-    inside, found = dict(zip(kept, starts, strict=True)), {}
+    inside, tensors = dict(zip(kept, starts, strict=True)), {}
     for key, entry in header.entries.items():
         if key not in wanted:
             _skip(file, entry.stop - entry.start, digest)
@@ -159,8 +159,8 @@ def read_tensors(file: BufferedReader, header: Header, wanted: Collection[str], 
         if file.readinto(data) != len(data):
             raise DamagedError("the file became shorter while it was read")
         digest.update(data)
-        found[key] = part.view(_DTYPES[entry.dtype]).view(entry.shape)
-    return found
+        tensors[key] = part.view(_DTYPES[entry.dtype]).view(entry.shape)
+    return tensors
 
 
 def _aligned(size: int) -> int:

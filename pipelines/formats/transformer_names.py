@@ -131,12 +131,12 @@ _TABLES: Mapping[str, _Table] = {
 
 def original_layers(model: nn.Module, names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
     """For each layer of the original checkpoint, the model's layers that it is, in the order of its outputs."""
-    found: dict[str, list[tuple[int, str]]] = {}
+    by_original: dict[str, list[tuple[int, str]]] = {}
     for number, (pattern, original) in enumerate(_TABLES.get(type(model).__name__, ())):
         for name in names:
             if match := re.fullmatch(pattern, name):
-                found.setdefault(match.expand(original), []).append((number, name))
-    return {original: tuple(name for _, name in sorted(layers, key=_order)) for original, layers in found.items()}
+                by_original.setdefault(match.expand(original), []).append((number, name))
+    return {original: tuple(name for _, name in sorted(layers, key=_order)) for original, layers in by_original.items()}
 
 
 def swaps_halves(name: str, spelled: str) -> bool:

@@ -225,8 +225,8 @@ class _Captions:
     @property
     def folders(self) -> tuple[str, ...]:
         """What folders are called after their number of repeats: "ohwx man" for "10_ohwx man"."""
-        found = (re.fullmatch(r"\d+_(.+?)(?: \(\d+\))?", name) for name in self.dirs)
-        return tuple(dict.fromkeys(_short(name[1].strip()) for name in found if name))
+        matches = (re.fullmatch(r"\d+_(.+?)(?: \(\d+\))?", name) for name in self.dirs)
+        return tuple(dict.fromkeys(_short(name[1].strip()) for name in matches if name))
 
     def folder_of(self, name: str) -> str:
         """The folder of that name, with its number of repeats."""
@@ -244,8 +244,8 @@ class _Captions:
         if not every:
             return name if noun else None
         has = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
-        found = sum(count for tag, count in every.items() if has.search(tag))
-        return name if found >= _HALF * (self.images or max(every.values())) else None
+        captions = sum(count for tag, count in every.items() if has.search(tag))
+        return name if captions >= _HALF * (self.images or max(every.values())) else None
 
     def ranked(self) -> list[tuple[str, int]]:
         """Tags by how many captions have them, those that say little last; of sentences, their words."""
@@ -253,27 +253,27 @@ class _Captions:
         if every and all(len(tag.split()) > _LONG for tag in every):
             every = self._spelled(lambda word: word not in _STOP and len(word) > 1)
         general = _NOUNS | _GENERAL
-        return sorted(every.items(), key=lambda found: (found[0].lower() in general, -found[1]))
+        return sorted(every.items(), key=lambda item: (item[0].lower() in general, -item[1]))
 
     def nouns(self) -> list[tuple[str, int]]:
         """Usual class words in the captions, the most frequent first."""
-        return sorted(self._spelled(is_usual_noun).items(), key=lambda found: -found[1])[:_MOST]
+        return sorted(self._spelled(is_usual_noun).items(), key=lambda item: -item[1])[:_MOST]
 
     def _tags(self) -> dict[str, int]:
-        found: dict[str, int] = {}
+        sums: dict[str, int] = {}
         for counts in self.counts.values():
             for tag, count in counts.items():
-                found[tag] = found.get(tag, 0) + count
-        return found
+                sums[tag] = sums.get(tag, 0) + count
+        return sums
 
     def _spelled(self, wanted: Callable[[str], bool]) -> dict[str, int]:
         """How many tags have each of the words that are wanted."""
-        found: dict[str, int] = {}
+        sums: dict[str, int] = {}
         for tag, count in self._tags().items():
             for word in dict.fromkeys(re.findall(r"\w+", tag.lower())):
                 if wanted(word):
-                    found[word] = found.get(word, 0) + count
-        return found
+                    sums[word] = sums.get(word, 0) + count
+        return sums
 
 
 def _declared(metadata: Mapping[str, str]) -> Iterator[Candidate]:
@@ -301,7 +301,7 @@ def _short(text: str) -> str:
 def parsed(text: str | None) -> dict[str, Any]:
     """JSON inside metadata, which may be anything."""
     try:
-        found = json.loads(text or "{}")
+        value = json.loads(text or "{}")
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

@@ -370,18 +370,29 @@ class Contrasting:
 
     def _all_rows(self, step: Step) -> MapRequest:
         """The request for all rows. A shared unconditional branch has no maps; others have those of their branch."""
-        token_weights = self.words.token_weights
-        if not step.guided:
-            return MapRequest(token_weights)
-        per_branch = self.settings.uncond == "each"
-        unconds = token_weights if per_branch else torch.zeros_like(token_weights[: self.session.canvas.images])
-        return MapRequest(torch.cat([unconds, token_weights]))
+        of_branch = self.words.token_weights.unflatten(0, (-1, self.session.canvas.images))
+        shared = self.settings.uncond == "shared"
+        rows = [
+            torch.zeros_like(of_branch[0, 0]) if shared and not row.conditional else of_branch[row.branch, row.image]
+            for row in self._roles.each
+            if step.guided or row.conditional
+        ]
+        return MapRequest(torch.stack(rows))
 
     def _by_branch(self, maps: AttentionMaps) -> Tensor:
         """By branch, [images, maps, height, width]; with `whole`, the mean of unconditional and conditional rows."""
-        canvas, branches = self.session.canvas, len(self.subjects) + 1
-        grid = grid_at(canvas.latent_grid, canvas.map_level)
-        by_branch = maps.text.transpose(1, 2).unflatten(2, grid).unflatten(0, (-1, canvas.images))
-        if self.settings.whole and len(by_branch) == 2 * branches:
-            return (by_branch[:branches] + by_branch[branches:]) / 2
-        return by_branch[-branches:]
+        canvas, roles = self.session.canvas, self._roles
+        if len(maps.text) < len(roles):
+            roles = roles.select(roles.conditional)
+        by_row = maps.text.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level))
+        unconditional, conditional = (
+            by_row[rows].unflatten(0, (-1, canvas.images)) for rows in (roles.unconditional, roles.conditional)
+        )
+        if self.settings.whole and len(unconditional) == len(conditional):
+            return (unconditional + conditional) / 2
+        return conditional
+
+    @property
+    def _roles(self) -> Rows:
+        """The roles of the rows of all branches."""
+        return self.branches.spec.text.roles

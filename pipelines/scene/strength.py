@@ -44,7 +44,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class WeightSchedule:
     """The weight of every step, from keyframes in order.
 
     Points are at fractions of the steps or, if any is above 1, all at step numbers, counted from 0. A fraction takes
@@ -58,7 +58,7 @@ class Schedule:
     points: tuple[Point, ...]
 
     @classmethod
-    def of(cls, weight: Weight) -> "Schedule":
+    def of(cls, weight: Weight) -> "WeightSchedule":
         """The schedule that a checked weight means (`read_weight`)."""
         if isinstance(weight, str):
             return _parse(weight)
@@ -136,7 +136,7 @@ def _read_text(text: str) -> Weight:
     return tuple(point.weight for point in schedule.points)
 
 
-def _parse(text: str) -> Schedule:
+def _parse(text: str) -> WeightSchedule:
     pieces = re.split(r"(\.\.|,)", text)
     texts, ramps = pieces[::2], [piece == ".." for piece in pieces[1::2]]
     matches = [_POINT.fullmatch(piece) for piece in texts]
@@ -151,7 +151,7 @@ def _parse(text: str) -> Schedule:
         places = [i / ends for i in range(len(pairs))]
     else:
         places = _positions([at for at, _ in pairs], text)
-    return Schedule(tuple(map(Point, places, weights, [*ramps, False])))
+    return WeightSchedule(tuple(map(Point, places, weights, [*ramps, False])))
 
 
 def _positions(positions: Iterable[str | None], text: str) -> list[float]:
@@ -171,7 +171,7 @@ def _positions(positions: Iterable[str | None], text: str) -> list[float]:
 
 def largest_factor(weight: Weight | None, blocks: Mapping[str, float] | None = None) -> float:
     """The largest factor, without its sign, that a weight and factors on blocks put on a LoRA."""
-    points = Schedule.of(1.0 if weight is None else weight).points
+    points = WeightSchedule.of(1.0 if weight is None else weight).points
     return max(abs(point.weight) for point in points) * max([1.0, *map(abs, (blocks or {}).values())])
 
 

@@ -99,6 +99,6 @@ def _cell(session: PageSession, result: Result) -> None:
     lines = [f"**{markdown(label_of(result.run.method or '').name)}**"]
     lines.append(f"{result.seconds:.1f} s")
     if judge().judges(result.run):
-        lines += [f"{markdown(name)}: {found.words}" for name, found in session.likeness(result).items()]
+        lines += [f"{markdown(name)}: {likeness.words}" for name, likeness in session.likeness(result).items()]
     st.caption("  \n".join(lines), help=result_cost(result))
     st.button("View image", key=f"do.compared.{result.key}", on_click=session.look_at, args=(result,), width="stretch")

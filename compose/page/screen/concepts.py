@@ -73,18 +73,19 @@ def _card(session: PageSession, i: int, row: Row) -> None:
 
 def _proposals(row: Row, lora: Lora) -> None:
     """Buttons with words of the file, for the first of trigger and class word that is empty."""
-    for field, label, found in (
+    for field, label, candidates in (
         ("trigger", "Trigger", lora.triggers),
         ("class_word", "Class word", lora.class_words),
     ):
         key = fields.of_row(row, field)
         if st.session_state[key].strip():
             continue
-        short = [one for one in found if len(one.words) <= MOST_NAME][:_MOST_PROPOSALS]
+        short = [candidate for candidate in candidates if len(candidate.words) <= MOST_NAME][:_MOST_PROPOSALS]
         with st.container(horizontal=True):
-            for i, one in enumerate(short):
-                st.button(markdown(f"{label} “{one.words}”, {one.where}"), key=f"do.{field}.{row.number}.{i}",
-                          on_click=st.session_state.update, args=({key: one.words},))  # fmt: skip
+            for i, candidate in enumerate(short):
+                st.button(markdown(f"{label} “{candidate.words}”, {candidate.where}"),
+                          key=f"do.{field}.{row.number}.{i}", on_click=st.session_state.update,
+                          args=({key: candidate.words},))  # fmt: skip
         return
 
 

@@ -10,13 +10,13 @@ from lora_compose.compose.page.screen.state import PageSession
 def drafts_part(session: PageSession) -> None:
     """The divisions by the noises that were tried, as long as the fields are those that they are of."""
     form, _ = read_form(session) if session.divisions else (None, [])
-    found = drafts_of(session, form) if form is not None else []
-    if not found:
+    drafts = drafts_of(session, form) if form is not None else []
+    if not drafts:
         return
     st.caption("Where each LoRA would act with each seed, brighter where the model puts a subject. Make one of them:")
-    for column, one in zip(st.columns(len(found), wrap=False), found, strict=True):
-        seed = one.run.seed
-        column.image(one.image, width="stretch", alt=f"The division with seed {seed}")
+    for column, draft in zip(st.columns(len(drafts), wrap=False), drafts, strict=True):
+        seed = draft.run.seed
+        column.image(draft.image, width="stretch", alt=f"The division with seed {seed}")
         column.button(f"Seed {seed}", key=f"do.noise.{seed}", on_click=_make, args=(session, seed), width="stretch")
 
 

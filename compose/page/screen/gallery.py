@@ -51,9 +51,9 @@ def _wiping(session: PageSession) -> None:
         ):
             if st.session_state.get(key) not in known:
                 st.session_state[key] = session.results[default].key
-            found = column.selectbox(label, list(known), key=key,
-                                     format_func=lambda key: f"{numbers[key]}: {_name(known[key].run)}")  # fmt: skip
-            chosen.append(known[found])
+            picked = column.selectbox(label, list(known), key=key,
+                                      format_func=lambda key: f"{numbers[key]}: {_name(known[key].run)}")  # fmt: skip
+            chosen.append(known[picked])
         _wipe(*chosen, key="do.wipe")
 
 

@@ -68,9 +68,9 @@ def start(session: PageSession) -> None:
 
 
 def drafts_of(session: PageSession, form: Form) -> list[Division]:
-    """The divisions that are those of a form, whatever its seeds."""
+    """The session's divisions for a form, whatever its seeds."""
     wanted = _without_seed(form.runs()[0])
-    return [found for found in session.divisions if _without_seed(found.run) == wanted]
+    return [draft for draft in session.divisions if _without_seed(draft.run) == wanted]
 
 
 def _without_seed(run: Run) -> Run:

@@ -64,12 +64,12 @@ def _ready(session: PageSession) -> dict[str, Lora]:
     """The LoRAs that can be merged, by what they are called; of two with one name, the second has a number."""
     own = [row.lora for row in session.rows if row.lora is not None]
     every = {lora.source: lora for lora in (*of_the_playground(session), *session.store.uploads, *own)}
-    found: dict[str, Lora] = {}
+    by_name: dict[str, Lora] = {}
     for lora in every.values():
         words = f"{lora.trigger} {lora.class_word}".strip()
         name = f"{lora.shown} ({words})" if words else lora.shown
-        found[name if name not in found else f"{name} {len(found)}"] = lora
-    return found
+        by_name[name if name not in by_name else f"{name} {len(by_name)}"] = lora
+    return by_name
 
 
 def _merge(session: PageSession, loras: list[Lora], names: list[str]) -> None:

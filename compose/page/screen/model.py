@@ -19,6 +19,7 @@ from lora_compose.compose.page.shelf import OWN, PUBLISHED, KnownModel, cached_m
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.savers import SAVERS, Saver, in_order
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene.scene import Run, Scene
 from lora_compose.pipelines.support.quantising import QUANTISED, check_quantize
 
@@ -48,8 +49,9 @@ def model_part(session: PageSession) -> None:
                 key=_NAME,
                 placeholder="stable-diffusion-v1-5/stable-diffusion-v1-5",
             )
-            st.caption("Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2, Krea 2, Qwen-Image and Z-Image. "
-                       "Weights are read from safetensors only. A hub repository is downloaded first.")  # fmt: skip
+            supported = dict.fromkeys(family.family for family in ComposePipeline.families)
+            st.caption(f"{', '.join(supported)}. Weights are read from safetensors only. A hub repository is "
+                       "downloaded first.")  # fmt: skip
         if session.options.local:
             _folders(session)
         left, right = st.columns(2)
@@ -86,11 +88,11 @@ def _known(session: PageSession) -> list[KnownModel]:
 
 @st.cache_data(show_spinner=False, ttl=60)
 def _here(folders: tuple[Path, ...], cache: Path) -> list[KnownModel]:
-    found = cached_models(cache)
+    models = cached_models(cache)
     for folder in folders:
         with suppress(FileError):  # it has gone since it was added
-            found += models_in(folder)
-    return found
+            models += models_in(folder)
+    return models
 
 
 def _folders(session: PageSession) -> None:

@@ -29,18 +29,18 @@ def picker_part(session: PageSession, take: Callable[[PageSession, list[str]], N
     search = st.text_input("Search by name, trigger or model family", key=_SEARCH)
     of_folder, problems = _in_folder(folder) if folder is not None else ([], [])
     every = [*of_folder, *session.store.uploads, *of_the_playground(session)]
-    found = [lora for lora in every if all(word in _text(lora) for word in search.lower().split())]
-    shown = found[:MOST]
+    matching = [lora for lora in every if all(word in _text(lora) for word in search.lower().split())]
+    shown = matching[:MOST]
     for start in range(0, len(shown), _ACROSS):
         for column, lora in zip(st.columns(_ACROSS, wrap=False), shown[start : start + _ACROSS], strict=False):
             with column:
                 _card(session, lora, take)
-    if len(found) > MOST:
-        st.caption(f"{MOST} of {len(found)} are shown: search for others.")
+    if len(matching) > MOST:
+        st.caption(f"{MOST} of {len(matching)} are shown: search for others.")
     if len(shown) > 1:
         st.button(f"Add these {len(shown)}", key="do.add.shown", on_click=take,
                   args=(session, [lora.source for lora in shown]))  # fmt: skip
-    if not found:
+    if not matching:
         st.caption("Nothing is found.")
     for problem in problems:
         st.error(markdown(problem))
@@ -86,13 +86,13 @@ def _in_folder(folder: Path) -> tuple[list[Lora], list[str]]:
         paths = in_folder(folder)
     except ValueError as error:
         return [], [str(error)]
-    found, problems = [], []
+    loras, problems = [], []
     for path in paths:
         try:
-            found.append(_header_of(path, path.stat().st_mtime_ns))
+            loras.append(_header_of(path, path.stat().st_mtime_ns))
         except (LoraError, OSError) as error:
             problems.append(str(error))
-    return found, problems
+    return loras, problems
 
 
 def _text(lora: Lora) -> str:

@@ -68,10 +68,10 @@ def _result_view(session: PageSession) -> None:
 
 def _siblings(session: PageSession, result: Result) -> None:
     """The choice among images that were made together."""
-    together = {found.key: found for found in (session.job.results if session.job is not None else [])}
+    together = {made.key: made for made in (session.job.results if session.job is not None else [])}
     if result.key not in together or len(together) < 2:
         return
-    methods, seeds = ({getattr(found.run, of) for found in together.values()} for of in ("method", "seed"))
+    methods, seeds = ({getattr(made.run, of) for made in together.values()} for of in ("method", "seed"))
 
     def label(key: str) -> str:
         run = together[key].run

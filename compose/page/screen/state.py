@@ -215,7 +215,7 @@ class PageSession:
         if key not in self._outlooks:
             try:
                 with checking(_PATIENCE), self.model.turn(run.scene.concepts, wait=False) as pipe:
-                    self._outlooks[key] = check(run, pipe)
+                    self._outlooks[key] = check(run, pipe, known_costs=self.model.costs)
             except Busy:
                 return None
             except Exception as error:  # whatever a method raises, the page goes on, and the image may be tried

@@ -101,14 +101,14 @@ def _series(skew: Tensor, terms: Any) -> Tensor:
     """1 + 2 Q + 2 Q^2 + ..., of which the last power counts once."""
     if not isinstance(terms, int) or not 1 <= terms <= _MAX_TERMS:
         raise ValueError(f"num_cayley_neumann_terms is {str(terms)[:20]!r}; expected a number from 1 to {_MAX_TERMS}")
-    found, power, last = torch.eye(skew.shape[-1]).expand_as(skew), skew, max(3, terms - 1)
+    total, power, last = torch.eye(skew.shape[-1]).expand_as(skew), skew, max(3, terms - 1)
     if terms == 1:
-        return found
-    found = found + 2 * skew
+        return total
+    total = total + 2 * skew
     for i in range(2, last + 1 if terms > 2 else 0):
         power = power @ skew
-        found = found + (1 if i == last else 2) * power
-    return found
+        total = total + (1 if i == last else 2) * power
+    return total
 
 
 OFT = Kind(

@@ -11,8 +11,13 @@ from torch import nn
 
 from components import sd_unet, sdxl_unet, unet_inputs
 from lora_compose.attention import Site, grid_at
-from lora_compose.attention.backbones.unet import AttentionLayer, attention_layers, map_level, unet_sites
+from lora_compose.attention.backbones.unet import AttentionLayer, UNetBackbone, map_level
 from lora_compose.compose.playground.assets import playground_model
+
+
+def attention_layers(unet: Any) -> tuple[AttentionLayer, ...]:
+    """The layers of the backbone, in forward order."""
+    return UNetBackbone(unet)._layers
 
 
 def playground_unet() -> Any:
@@ -84,7 +89,7 @@ def test_grids_are_the_true_sizes_of_activations(name: str, grid: tuple[int, int
     adaptable = {n: m for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | Attention)}
     calls = watch(unet, adaptable, grid)
     assert calls.keys() == adaptable.keys()
-    where, text_tokens = unet_sites(unet), 7
+    where, text_tokens = UNetBackbone(unet).sites, 7
     for layer in attention_layers(unet):
         height, width = grid_at(grid, layer.level)
         assert calls[layer.name][2].shape[1] == height * width, layer.name
@@ -110,7 +115,7 @@ def test_grids_are_the_true_sizes_of_activations(name: str, grid: tuple[int, int
 @pytest.mark.parametrize("name", UNETS)
 def test_every_linear_layer_and_convolution_has_a_site(name: str) -> None:
     unet = UNETS[name]()
-    where = unet_sites(unet)
+    where = UNetBackbone(unet).sites
     for module_name, module in unet.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             assert module_name in where, module_name
@@ -118,7 +123,7 @@ def test_every_linear_layer_and_convolution_has_a_site(name: str) -> None:
 
 def test_names_outside_the_unet_have_no_site() -> None:
     outside = {"", "down_blocks.4.resnets.0.conv1", "mid_block.attentions.1.proj_in", "encoder.conv_in", "to_q"}
-    assert not outside & unet_sites(sd_unet()).keys()
+    assert not outside & UNetBackbone(sd_unet()).sites.keys()
 
 
 def test_map_grid_of_sd_and_sdxl_is_a_thirty_second_of_the_image() -> None:
@@ -141,4 +146,4 @@ def test_map_grid_needs_cross_attention_on_the_way_down_and_up() -> None:
     with pytest.raises(ValueError, match="no grid with cross-attention"):
         map_level((layer("down", 0), layer("mid", 1), layer("up", 1)))
     with pytest.raises(ValueError, match="no grid with cross-attention"):
-        map_level(attention_layers(sd_unet(up_block_types=("UpBlock2D",) * 4)))
+        UNetBackbone(sd_unet(up_block_types=("UpBlock2D",) * 4)).map_level  # noqa: B018

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_compose.compose.benchmark.memory import peak_memory
+from lora_compose.compose.benchmark.memory import added_memory, peak_memory
 
 MIB = 2**20
 
@@ -82,6 +82,18 @@ def test_tensors_without_numbers_take_nothing():
         kept = block(MIB, "meta")
     assert memory.peak_bytes == start
     assert kept.is_meta
+
+
+def test_what_a_block_adds_counts_without_what_was_there():
+    kept, used = block(64 * MIB), block(2 * MIB)
+    with added_memory("cpu") as memory:
+        made = block(8 * MIB)
+        del made
+        used += 1
+    assert memory.peak_bytes == 8 * MIB
+    with added_memory("cpu", [kept]) as memory:
+        used += 1
+    assert memory.peak_bytes == (64 + 2) * MIB
 
 
 def test_nothing_is_watched_after_an_error():

@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 
 from commands import call
 from components import installed
+from lora_compose.compose.benchmark.counting import Counted
+from lora_compose.compose.check import report
 from lora_compose.compose.check.report import check
 from lora_compose.compose.figures import overlay
 from lora_compose.compose.figures.overlay import Attention
@@ -258,8 +260,8 @@ def test_every_method_and_setting_is_called_by_what_it_does(method: str) -> None
 def problems_of(model: OpenModel, method: str | None, **changes: Any) -> Iterator[str]:
     """All that is wrong with, and to be known of, a form, in the page's words."""
     with model.turn(()) as pipe:
-        report = check(replace(short(**changes), method=method, settings={}).runs()[0], pipe)
-    yield from (text.page_message(said, method) for said in (*report.problems, *report.notes))
+        found = check(replace(short(**changes), method=method, settings={}).runs()[0], pipe, known_costs=model.costs)
+    yield from (text.page_message(said, method) for said in (*found.problems, *found.notes))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -278,6 +280,20 @@ def test_errors_are_reported_without_python(model: OpenModel, method: str) -> No
     for words in said:
         assert not re.search(r"\w=|Concept\(|[{}\[\]]|\W'|'\W|\bNone\b|lora-composer|clora", words), words
         assert words[0].isupper() or words.startswith(("“", "bear.safetensors"))
+
+
+def test_a_cost_is_counted_once_for_all_prompts(model: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs: dict[str, Counted] = {}
+    (run,) = short(method="regional").runs()
+    other = run.model_copy(update={"scene": run.scene.model_copy(update={"prompt": "a qrt robot, a xlo bear"})})
+    with model.turn(()) as pipe:
+        counted = check(run, pipe, known_costs=costs).cost
+        monkeypatch.setattr(report, "count_run", None)
+        assert counted is not None
+        assert check(other, pipe, known_costs=costs).cost == counted
+        for change in ({"steps": 3}, {"guidance_scale": 1.0}, {"method": "merge"}):
+            with pytest.raises(TypeError, match="not callable"):
+                check(run.model_copy(update=change), pipe, known_costs=costs)
 
 
 def test_messages_keep_what_they_are_about() -> None:

@@ -380,8 +380,14 @@ def consistency_vae() -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("sd", torch.float32), ("sdxl", torch.float16)])
-@pytest.mark.parametrize("kind", [tiny_vae, asymmetric_vae, consistency_vae])
+@pytest.mark.parametrize(
+    ("family", "dtype", "kind"),
+    [
+        *(("sd", torch.float32, kind) for kind in (tiny_vae, asymmetric_vae, consistency_vae)),
+        *(("sdxl", torch.float16, kind) for kind in (tiny_vae, asymmetric_vae)),
+        pytest.param("sdxl", torch.float16, consistency_vae, marks=pytest.mark.slow),
+    ],
+)
 def test_every_kind_of_vae_decodes_as_in_diffusers(composer, plain_pipe, family, kind, dtype):
     torch.manual_seed(0)
     vae = kind().eval()

@@ -10,7 +10,7 @@ from components import sd_unet, sdxl_unet
 from composing import compose, composer_of
 from flux import flux_transformer
 from lora_compose.attention import backbone_of
-from lora_compose.compose.benchmark.memory import peak_memory
+from lora_compose.compose.benchmark.memory import added_memory
 from lora_compose.compose.generate.making import make, plan
 from lora_compose.pipelines.calls.memory import check_size, least_bytes, memory_of, warn_of_size
 from lora_compose.pipelines.scene.scene import Run, Scene
@@ -69,11 +69,10 @@ def flux_pass(transformer, side):
 @torch.no_grad()
 def test_what_is_needed_at_least_is_less_than_what_is_used(model, forward):
     one, side = model(), 64
-    with peak_memory("cpu") as before:
-        pass
-    with peak_memory("cpu") as memory:
+    with added_memory("cpu", one.parameters()) as memory:
+        before = memory.peak_bytes
         forward(one, side)
-    used = memory.peak_bytes - before.peak_bytes
+    used = memory.peak_bytes - before
     assert used / 20 < least_bytes(backbone_of(one), (side, side)) < used
 
 

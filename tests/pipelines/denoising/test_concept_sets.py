@@ -188,7 +188,11 @@ FIVE = [*PROMPTS, "a xlo bear, and a sks cat", "a sks cat near a zwx dog"]
 
 
 @pytest.mark.parametrize(
-    ("family", "case"), [*(("sd", case) for case in DIVIDED), ("sdxl", "clora"), ("sdxl", "lora-composer")]
+    ("family", "case"),
+    [
+        *(("sd", case) for case in DIVIDED),
+        *(pytest.param("sdxl", case, marks=pytest.mark.slow) for case in ("clora", "lora-composer")),
+    ],
 )
 def test_methods_that_divide_the_canvas_make_the_images_of_one_call_for_each(pipe, case):
     method, chosen = DIVIDED[case]

@@ -253,7 +253,12 @@ def test_a_style_of_weight_0_is_no_style(composer, load, settings):
 
 
 @pytest.mark.parametrize(
-    ("settings", "size"), [(REGIONS, 2), (BRANCHES, 1), (OFFICIAL, 2)], ids=["regions", "branches", "official"]
+    ("settings", "size"),
+    [
+        pytest.param(REGIONS, 2, id="regions"),
+        pytest.param(BRANCHES, 1, id="branches"),
+        pytest.param(OFFICIAL, 2, id="official", marks=pytest.mark.slow),
+    ],
 )
 def test_micro_batches_give_the_same_numbers(composer, settings, size):
     settings = replace(settings, update_until=0.3)
@@ -311,7 +316,10 @@ def test_few_steps_and_no_guidance_work(composer, settings, steps, guidance):
         assert found.cost.rows_forward == halves * steps
 
 
-@pytest.mark.parametrize("settings", [REGIONS, OFFICIAL], ids=["regions", "official"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(REGIONS, id="regions"), pytest.param(OFFICIAL, id="official", marks=pytest.mark.slow)],
+)
 def test_guidance_may_be_switched_off_on_the_way(composer, settings):
     found = latents_of(composer, method=settings, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
     assert found.isfinite().all()

@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
+from safetensors.torch import save_file
 from torch import Tensor
 
 from comparisons import assert_close, far_apart
-from components import EVERYTHING, random_lora, seeded, tiny_pipeline
+from components import EVERYTHING, lora_tensors, random_lora, seeded, tiny_pipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Composite, Switch
 from lora_compose.pipelines.scene.scene import Concept
@@ -24,33 +26,34 @@ TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 METHODS = ("switch", "composite")
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """LoRAs that change the UNet and the text encoder."""
+    pipe, paths = tiny_pipeline(), {}
+    for seed, name in enumerate(TRIGGERS):
+        unet = random_lora(pipe.unet, seed, rank=2 + seed, scale=0.5, targets=EVERYTHING, size=0.15)
+        text = random_lora(pipe.text_encoder, 10 + seed, targets=TEXT_LAYERS, size=0.2)
+        paths[name] = tmp_path_factory.getbasetemp() / f"{name}-of-three.safetensors"
+        save_file(lora_tensors(unet=unet, text_encoder=text), paths[name])
+    return paths
+
+
 @pytest.fixture
-def pipe(write_lora) -> ComposeStableDiffusionPipeline:
-    """A tiny pipeline with the concepts "cat", "dog" and "bear", whose LoRAs change the UNet and the text encoder."""
+def pipe(files: dict[str, Path]) -> ComposeStableDiffusionPipeline:
+    """A tiny pipeline with the concepts "cat", "dog" and "bear"."""
     pipe = tiny_pipeline()
-    for name, path in lora_files(pipe, write_lora).items():
+    for name, path in files.items():
         pipe.load_concept(path, name, trigger=TRIGGERS[name], class_word=name, weight=WEIGHTS[name])
     return pipe
 
 
-@pytest.fixture
-def plain_pipe(write_lora) -> StableDiffusionPipeline:
-    """diffusers' own pipeline with the same weights and the same LoRAs as adapters."""
+@pytest.fixture(scope="module")
+def plain_pipe(files: dict[str, Path]) -> StableDiffusionPipeline:
+    """diffusers' own pipeline with the same weights and LoRAs as adapters, which tests only switch."""
     pipe = tiny_pipeline(StableDiffusionPipeline)
-    for name, path in lora_files(pipe, write_lora).items():
+    for name, path in files.items():
         pipe.load_lora_weights(path, adapter_name=name)
     return pipe
-
-
-def lora_files(pipe: Any, write_lora: Any) -> dict[str, Any]:
-    return {
-        name: write_lora(
-            f"{name}-file",
-            unet=random_lora(pipe.unet, seed, rank=2 + seed, scale=0.5, targets=EVERYTHING, size=0.15),
-            text_encoder=random_lora(pipe.text_encoder, 10 + seed, targets=TEXT_LAYERS, size=0.2),
-        )
-        for seed, name in enumerate(TRIGGERS)
-    }
 
 
 def compose(pipe: Any, **arguments: Any) -> Any:

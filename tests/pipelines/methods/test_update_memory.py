@@ -1,13 +1,12 @@
 """What updates of the latents need in memory: one graph at a time, of all branches or of one."""
 
-import gc
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from components import random_lora, tiny_pipeline
-from lora_compose.compose.benchmark.memory import peak_memory
+from lora_compose.compose.benchmark.memory import added_memory
 from lora_compose.pipelines.methods import Clora, LoraComposer, Settings
 from lora_compose.pipelines.scene.scene import Concept
 
@@ -19,19 +18,16 @@ ALL_STEPS = {"clora": CLORA, "lora-composer": replace(COMPOSER, least_updates=1.
 
 
 def peak_of(write_lora: Any, concepts: int, method: Settings, steps: int = 1) -> int:
-    """The most bytes that tensors take during a call, without those of other tests."""
-    gc.collect()
-    with peak_memory("cpu") as memory:
-        others = memory.peak_bytes
+    """The most bytes that tensors take during a call."""
     pipe, width, scene = tiny_pipeline(), 128 // concepts, []
     for i, (trigger, word) in enumerate(list(WORDS.items())[:concepts]):
         pipe.load_concept(
             write_lora(trigger, unet=random_lora(pipe.unet, i)), trigger, trigger=trigger, class_word=word
         )
         scene.append(Concept(name=trigger, region=(width * i, 0, width * (i + 1), 128)))
-    with peak_memory("cpu") as memory:
+    with added_memory("cpu", pipe.unet.parameters()) as memory:
         pipe(PROMPT, concepts=scene, method=method, output_type="latent", num_inference_steps=steps)
-    return memory.peak_bytes - others
+    return memory.peak_bytes
 
 
 @pytest.mark.parametrize("method", ALL_STEPS.values(), ids=ALL_STEPS)

@@ -1,5 +1,6 @@
 """Roles of rows: what a row is does not depend on where it lies."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +10,14 @@ from components import FAMILIES, seeded
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.passes import Prediction
 from lora_compose.pipelines.denoising.process import acting_rows
-from lora_compose.pipelines.methods import Tara
+from lora_compose.pipelines.methods import Clora, Settings, Tara, clora
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.scene.rows import Rows
-from lora_compose.pipelines.text.conditioning import Conditioning
+from lora_compose.pipelines.text.conditioning import Conditioning, join_branches
 from lora_compose.pipelines.text.encoder import Prompts
 from three_concepts import denoise, load, loras_of
 
+OFFICIAL = replace(Clora.official(), refine_at=())
 FORWARD = Rows.of(2, 1)
 BACKWARD = FORWARD.select([2, 3, 0, 1])
 
@@ -48,8 +50,15 @@ def test_loras_act_on_conditional_rows_wherever_they_lie():
         assert acting_rows(text, "all").flatten().tolist() == [1, 1, 1, 1]
 
 
+def conditional_first(text: Conditioning) -> Conditioning:
+    unconditional = [not row.conditional for row in text.roles.each]
+    return text.select(sorted(range(text.rows), key=unconditional.__getitem__))
+
+
 @pytest.mark.parametrize("family", ["sd"])
-@pytest.mark.parametrize("method", [Tara(cfg_mask="broadcast"), "clora:official", "draft"], ids=str)
+@pytest.mark.parametrize(
+    "method", [Tara(cfg_mask="broadcast"), OFFICIAL, "draft"], ids=["tara", "clora:official", "draft"]
+)
 def test_images_do_not_depend_on_the_order_of_the_rows(family, method, write_lora, monkeypatch):
     """Conditional rows first, as other programs have them, give what unconditional rows first give."""
     pipe: Any = FAMILIES[family]()
@@ -59,9 +68,19 @@ def test_images_do_not_depend_on_the_order_of_the_rows(family, method, write_lor
     encode = Prompts.encode
 
     def turned(self: Prompts, *args: Any, **options: Any) -> Conditioning:
-        found = encode(self, *args, **options)
-        unconditional = [not row.conditional for row in found.roles.each]
-        return found.select(sorted(range(found.rows), key=unconditional.__getitem__))
+        return conditional_first(encode(self, *args, **options))
 
     monkeypatch.setattr(Prompts, "encode", turned)
+    torch.testing.assert_close(denoise(pipe, **call).images, expected, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", [OFFICIAL, Clora(fuse="branches", refine_at=())], ids=["each", "shared"])
+def test_branches_of_clora_do_not_depend_on_the_order_of_the_rows(method: Settings, write_lora, monkeypatch):
+    pipe: Any = FAMILIES["sd"]()
+    load(pipe, write_lora, ["cat", "dog"], loras_of(pipe, ["cat", "dog"]))
+    call = {"concepts": ["cat", "dog"], "method": method, "num_images_per_prompt": 2, "num_inference_steps": 2}
+    expected = denoise(pipe, **call).images
+    monkeypatch.setattr(
+        clora, "join_branches", lambda *texts, **unconds: conditional_first(join_branches(*texts, **unconds))
+    )
     torch.testing.assert_close(denoise(pipe, **call).images, expected, atol=3e-5, rtol=0)

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -10,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
-from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
+from components import EVERYTHING, FAMILIES, lora_tensors, random_lora, seeded, text_loras
 from composing import BOXED, PLAIN, TRIGGERS, assert_close, far_apart
 from lora_compose.attention import Lora
 from lora_compose.attention.lora_bank import BankLayer
@@ -29,7 +32,7 @@ from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods import METHODS, LoraComposer, Settings
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
-from lora_compose.pipelines.scene.strength import Schedule, blocks_text, read_blocks, read_weight, weight_text
+from lora_compose.pipelines.scene.strength import WeightSchedule, blocks_text, read_blocks, read_weight, weight_text
 from lora_compose.pipelines.support.field_errors import FieldError
 from lora_compose.pipelines.text.conditioning import Conditioning
 
@@ -41,7 +44,7 @@ STEPS = 4
 
 
 def weights_of(text: Any, steps: int) -> list[float]:
-    schedule = Schedule.of(read_weight(text))
+    schedule = WeightSchedule.of(read_weight(text))
     return [round(schedule.at(step, steps), 6) for step in range(steps)]
 
 
@@ -72,7 +75,7 @@ def test_the_weight_of_every_step(given: Any, steps: int, weights: list[float]) 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=40))
 def test_a_list_as_long_as_the_steps_has_a_number_for_each(weights: list[float]) -> None:
-    schedule, steps = Schedule.of(read_weight(weights)), len(weights)
+    schedule, steps = WeightSchedule.of(read_weight(weights)), len(weights)
     assert [schedule.at(step, steps) for step in range(steps)] == weights
     passes = 2 * steps - 1  # a scheduler with two passes a step, but for the last
     assert [schedule.at(i, passes) for i in range(passes)] == [weights[i // 2] for i in range(passes)]
@@ -91,7 +94,7 @@ def schedules(draw: st.DrawFn) -> str:
 
 @given(schedules(), st.integers(1, 60))
 def test_schedules_stay_between_their_points_and_arrive(text: str, steps: int) -> None:
-    schedule = Schedule.of(read_weight(text))
+    schedule = WeightSchedule.of(read_weight(text))
     every = [point.weight for point in schedule.points]
     found = [schedule.at(step, steps) for step in range(steps)]
     assert all(min(every) - 1e-9 <= weight <= max(every) + 1e-9 for weight in found)
@@ -106,7 +109,7 @@ def test_weights_survive_being_written(given: Any) -> None:
     weight = read_weight(given)
     assert read_weight(weight) == weight
     again = read_weight(weight_text(weight))
-    assert Schedule.of(again) == Schedule.of(weight)
+    assert WeightSchedule.of(again) == WeightSchedule.of(weight)
 
 
 @given(st.text() | st.text(alphabet="0123456789.:,-e "))
@@ -117,7 +120,7 @@ def test_any_text_is_a_weight_or_is_refused_in_words(text: str) -> None:
         with pytest.raises(ValueError, match=r"expected|points|point|says where"):
             read_weight(text)
         return
-    assert all(math.isfinite(Schedule.of(weight).at(step, 7)) for step in range(7))
+    assert all(math.isfinite(WeightSchedule.of(weight).at(step, 7)) for step in range(7))
 
 
 @pytest.mark.parametrize(
@@ -265,13 +268,19 @@ def by_hand(pipe: Any, weights: Callable[[int], Sequence[float]]) -> Tensor:
     return latents
 
 
-@pytest.fixture
-def adapters(write_lora) -> Callable[[str], Any]:
-    """diffusers' own pipeline of a family with the same LoRAs as adapters."""
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """diffusers' own pipeline of a family with the same LoRAs as adapters, which tests only switch."""
 
+    def write(name: str, **parts: Lora) -> Path:
+        path = tmp_path_factory.mktemp("adapters") / f"{name}.safetensors"
+        save_file(lora_tensors(**parts), path)
+        return path
+
+    @cache
     def adapters(family: str) -> Any:
         pipe = FAMILIES[family](PLAIN[family])
-        for name, path in files(pipe, write_lora, text=False).items():
+        for name, path in files(pipe, write, text=False).items():
             pipe.load_lora_weights(path, adapter_name=name)
         return pipe
 

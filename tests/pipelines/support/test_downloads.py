@@ -86,7 +86,8 @@ def test_downloads_show_how_far_they_are(hub: LocalHub, capfd: Any, monkeypatch:
     assert "cat.safetensors: 100%" in capfd.readouterr().err
 
 
-def test_a_download_goes_on_where_its_connection_broke(hub: LocalHub) -> None:
+def test_a_download_goes_on_where_its_connection_broke(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     size = len(lora_of(hub))
     hub.breaks["cat.safetensors"] = [8192, 4096]
     assert find_file(LORA).read_bytes() == lora_of(hub)

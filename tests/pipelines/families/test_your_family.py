@@ -1,0 +1,237 @@
+"""A model family is a backbone, a pipeline and a line in each registry, as CONTRIBUTING.md says.
+
+Chroma stands for the new family: text and image in one sequence, T5 as the only text encoder.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import T5Config, T5EncoderModel
+
+from components import small_vae
+from flux import FLUX, gate, t5_tokenizer
+from lora_compose import ComposePipeline
+from lora_compose.attention.backbones import BACKBONES, backbone_of
+from lora_compose.attention.backbones.joint import JointBackbone, image_positions, packed, unpacked
+from lora_compose.attention.sites import Site
+from lora_compose.pipelines.calls.call import Call, Callback, GivenPrompts, ImageSize, Sampling, listed, tensors_for
+from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.denoising.guidance import ClassifierFree
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, for_each
+from lora_compose.pipelines.formats import recognise, transformer_names
+from transformer_families import (
+    CALL,
+    METHODS,
+    Family,
+    as_file,
+    assert_equals_dense_deltas,
+    latents_of,
+    plain_latents,
+    random_lora_of_all,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`FluxPosEmbed` is deprecated:FutureWarning"
+)  # which diffusers itself uses
+
+
+class YourBackbone(JointBackbone):
+    """What `attention/backbones/your_model.py` would have."""
+
+    table = (
+        (r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)", Site("text", "image", level=1)),
+        (
+            r"context_embedder|transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\..+)",
+            Site("text"),
+        ),
+        (
+            r"x_embedder|proj_out|transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.net\..+)",
+            Site("image", level=1),
+        ),
+    )
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+
+    def forward(
+        self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
+    ) -> Tensor:
+        tokens, mask = packed(latents), (added or {})["text_mask"]
+        velocity = self.model(
+            hidden_states=tokens,
+            encoder_hidden_states=text,
+            timestep=t.expand(len(latents)).to(latents.dtype) / 1000,
+            img_ids=image_positions(latents),
+            txt_ids=torch.zeros(text.shape[1], 3),
+            attention_mask=torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1),
+            return_dict=False,
+            **inputs,
+        )[0]
+        return unpacked(velocity, latents.shape[-2:])
+
+
+class YourPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """What `pipelines/families/your_family.py` would have; a real one takes all arguments of diffusers' pipeline."""
+
+    family = "Yours"
+    architecture = "yours"
+    transformer_class = ChromaTransformer2DModel
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        return False
+
+    @front
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | None = None,
+        height: int = 128,
+        width: int = 128,
+        num_inference_steps: int = 35,
+        guidance_scale: float = 5.0,
+        generator: Any = None,
+        output_type: str = "pil",
+        callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        max_sequence_length: int = 512,
+        *,
+        concepts: Any = None,
+        method: Any = None,
+        control: Any = None,
+        token_positions: Any = None,
+        record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
+        **kwargs: Any,
+    ) -> Request | Plain:
+        begun = self._begin(locals())
+        if begun.plain is not None:
+            return begun.plain
+        given = GivenPrompts([listed(begun.prompt)], None, max_sequence_length, [listed(negative_prompt)])
+        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        call = Call(
+            begun.composition, given, ImageSize(width, height, 1),
+            Sampling(
+                num_inference_steps, None, None, None, generator, None, guider=ClassifierFree(guidance_scale)
+            ),
+            Callback(callback_on_step_end, tensors), begun.started, {}, {"_guidance_scale": guidance_scale},
+        )  # fmt: skip
+
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+            own = for_each(negative_prompt, len(given)) if negative else listed(begun.prompt)
+            encode_prompt: Any = self.encode_prompt
+            text, _, mask, *_ = encode_prompt(
+                prompts or own, device=device, do_classifier_free_guidance=False,
+                max_sequence_length=max_sequence_length,
+            )  # fmt: skip
+            return text, {"text_mask": mask}
+
+        return Request(
+            call, partial(both_sides, encode, guided=guidance_scale > 1), lambda latents, _: (packed(latents),), True
+        )
+
+
+def your_pipeline(cls: Any = YourPipeline) -> Any:
+    """A small pipeline of real components, as `tests/your_family.py` would have."""
+    torch.manual_seed(0)
+    words = t5_tokenizer()
+    t5 = T5Config(vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, dropout_rate=0.0)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, axes_dims_rope=(4, 6, 6), approximator_num_channels=16, approximator_hidden_dim=32,
+        approximator_layers=1,
+    )  # fmt: skip
+    pipe = cls(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=small_vae(shift_factor=0.1),
+        text_encoder=T5EncoderModel(t5).eval(),
+        tokenizer=words,
+        transformer=transformer.eval().requires_grad_(False),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+YOURS = Family(
+    pipeline=your_pipeline,
+    plain=ChromaPipeline,
+    gate=gate,  # its layers have the names of FLUX.1's
+    words=FLUX.words,
+    guided={"negative_prompt": "the photo", "guidance_scale": 3.0},
+    unguided={"guidance_scale": 1.0},
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> Iterator[None]:
+    """A line in each registry: backbones, pipelines, and names in LoRA files."""
+    file: Any = ModuleType("your_model")
+    file.YourBackbone = YourBackbone
+    kind = ChromaTransformer2DModel.__name__
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, "lora_compose.attention.backbones.your_model", file)
+        patched.setitem(BACKBONES, kind, "your_model.YourBackbone")  # pyright: ignore[reportArgumentType]
+        patched.setattr(ComposePipeline, "families", [*ComposePipeline.families, YourPipeline])
+        patched.setitem(recognise.OF_CLASS, kind, "FLUX.1")  # pyright: ignore[reportArgumentType]
+        patched.setitem(transformer_names._TABLES, kind, transformer_names._FLUX)  # pyright: ignore[reportArgumentType]
+        yield
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A pipeline with a cat and a dog, whose LoRAs are on every layer of the table."""
+    pipe, folder = your_pipeline(), tmp_path_factory.mktemp("loras")
+    sites = backbone_of(pipe.transformer).sites
+    for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
+        lora = {
+            layer: factors for layer, factors in random_lora_of_all(pipe.transformer, seed).items() if layer in sites
+        }
+        save_file(dict(as_file(lora)), folder / f"{name}.safetensors")
+        pipe.load_concept(folder / f"{name}.safetensors", trigger=trigger, class_word=name)
+    return pipe
+
+
+def test_a_new_family_is_opened_by_its_model() -> None:
+    assert type(ComposePipeline.from_pipe(your_pipeline(ChromaPipeline))) is YourPipeline
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_loras_compose_as_dense_deltas_do(pipe: Any, method: str) -> None:
+    assert_equals_dense_deltas(YOURS, pipe, method)
+
+
+def test_without_concepts_it_does_exactly_what_diffusers_does(pipe: Any) -> None:
+    assert torch.equal(latents_of(pipe, **YOURS.guided), plain_latents(YOURS, pipe, **CALL, **YOURS.guided))
+
+
+def test_the_names_of_its_original_checkpoint_are_known(pipe: Any, tmp_path: Path) -> None:
+    ours, original = "transformer_blocks.0.attn.to_out.0", "diffusion_model.double_blocks.0.img_attn.proj"
+    factors = random_lora_of_all(pipe.transformer, 0)[ours]
+    tensors = {f"{original}.lora_A.weight": factors.down, f"{original}.lora_B.weight": factors.up}
+    save_file(tensors, tmp_path / "bird.safetensors")
+    pipe.load_concept(tmp_path / "bird.safetensors", trigger="xlo")
+    (bird,) = pipe.resolve_concepts(["bird"])
+    assert list(bird.factors.model) == [ours]
+
+
+def test_the_guide_names_every_file_that_a_family_touches() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    guide = guide.partition("## Add a model family")[2].partition("\n## ")[0]
+    own = {ROOT / "attention/backbones/krea2.py", ROOT / "pipelines/families/krea2.py"}
+    files = {path for part in ("attention", "pipelines", "compose") for path in ROOT.glob(f"{part}/**/*.py")} - own
+    touched = {path for path in files if re.search(r"krea ?2", path.read_text(encoding="utf-8"), re.IGNORECASE)}
+    assert len(touched) > 5
+    assert {path.relative_to(ROOT).as_posix() for path in touched if path.name not in guide} == set()
