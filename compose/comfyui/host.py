@@ -6,19 +6,18 @@ the state dict stay, and are taken out at the end of the sampling, also after an
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import comfy.model_patcher  # pyright: ignore[reportMissingImports]
 import comfy.patcher_extension as core  # pyright: ignore[reportMissingImports]
 import comfy.samplers  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor
 
 from lora_compose.attention import (
-    BankCache,
     Grid,
     Installation,
     JointRegions,
@@ -32,6 +31,7 @@ from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.swapped_forward import SwappedForward
 from lora_compose.compose.comfyui.composition import Composition, Draft
 from lora_compose.compose.comfyui.families import family_of
+from lora_compose.compose.comfyui.memory import Brought, CountedBank, Factors, bytes_of
 from lora_compose.compose.comfyui.steering import SteeredAttention, Steering
 
 KEY = "lora_compose"
@@ -49,12 +49,20 @@ def compose(patcher: Any, composition: Composition) -> Any:
     if patcher.wrappers.get(core.WrappersMP.APPLY_MODEL, {}).get(KEY):
         raise ValueError("this model has concepts already; chain all concepts, and connect them to one Compose")
     family_of(patcher.model.diffusion_model)
-    clone, host = patcher.clone(), Host(composition)
+    factors = Factors(patcher.offload_device)
+    size = bytes_of(composition.loras, _dtype(patcher.model))
+    counted = comfy.model_patcher.ModelPatcher(factors, patcher.load_device, patcher.offload_device, size)
+    clone, host = patcher.clone(), Host(composition, factors)
+    clone.set_additional_models(KEY, [counted])
     clone.add_callback_with_key(core.CallbacksMP.ON_EJECT_MODEL, KEY, host.eject)
     clone.add_callback_with_key(core.CallbacksMP.ON_INJECT_MODEL, KEY, host.inject)
     clone.add_wrapper_with_key(core.WrappersMP.SAMPLER_SAMPLE, KEY, host.sample)
     clone.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, KEY, host.apply_model)
     return clone
+
+
+def _dtype(model: Any) -> torch.dtype:
+    return model.manual_cast_dtype or model.get_dtype()
 
 
 def marked(conditioning: Sequence[Sequence[Any]], composition: Composition) -> list[list[Any]]:
@@ -67,10 +75,11 @@ class Host:
 
     Args:
         composition: What acts where.
+        factors: Its factors, which ComfyUI moves.
     """
 
-    def __init__(self, composition: Composition) -> None:
-        self.composition = composition
+    def __init__(self, composition: Composition, factors: Factors) -> None:
+        self.composition, self._factors = composition, factors
         self._sampling: Sampling | None = None
 
     def sample(self, executor: Any, guider: Any, *arguments: Any, **options: Any) -> Tensor:
@@ -91,7 +100,8 @@ class Host:
             raise ValueError("conditionings of several Compose nodes cannot be sampled together; chain the concepts")
         noise = arguments[3]  # after the noise levels, more arguments and a callback
         device = guider.model_patcher.load_device
-        self._sampling = Sampling(guider.inner_model, self.composition, ours, tuple(noise.shape[-2:]), device)
+        grid = tuple(noise.shape[-2:])
+        self._sampling = Sampling(guider.inner_model, self.composition, self._factors, ours, grid, device)
         try:
             self._sampling.put()
             if self.composition.draft is not None and len(arguments[0]) > 1:  # noise levels; one is no step
@@ -136,6 +146,7 @@ class Sampling:
     Args:
         model: ComfyUI's `BaseModel`.
         composition: What acts where.
+        factors: Its factors.
         ours: The conditionings that concepts act on.
         grid: Height and width of the latents.
         device: Where the model runs.
@@ -146,14 +157,15 @@ class Sampling:
     """
 
     def __init__(
-        self, model: Any, composition: Composition, ours: frozenset[Any], grid: Grid, device: torch.device
-    ) -> None:
-        self.model, self.ours = model, ours
+        self, model: Any, composition: Composition, factors: Factors, ours: frozenset[Any], grid: Grid,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.model, self.ours, self._factors = model, ours, factors
         self.steered = composition.draft is not None or composition.lengths is not None
         self.regions: Sequence[Any] = ()
         self._family = family_of(model.diffusion_model)
         self._plan, self._device = composition.filled(self._family.least_tokens), device
-        self._kept = KeptBanks(BankCache(sys.maxsize), tuple((i,) for i in range(len(composition.loras))))
+        self._kept = KeptBanks(CountedBank(factors), tuple((i,) for i in range(len(composition.loras))))
         self._stack = ExitStack()
         self._installation: Installation | None = None
         self._steering: Steering | None = None
@@ -164,7 +176,8 @@ class Sampling:
 
     def put(self) -> None:
         """Puts the LoRAs in."""
-        model, dtype = self.model.diffusion_model, self.model.manual_cast_dtype or self.model.get_dtype()
+        model, dtype = self.model.diffusion_model, _dtype(self.model)
+        self._factors.make(self._plan.loras, self._family.sites, model, dtype)
         layers = installed_layers(
             model,
             self._plan.loras,
@@ -175,6 +188,8 @@ class Sampling:
             how="forward",
         )
         self._installation = self._stack.enter_context(layers)
+        for name, layer in self._installation.bank.items():
+            model.get_submodule(name).forward.layer = Brought(layer)
         if self.steered:
             self._steering = Steering(self._installation.state, self._plan)
             for name, site in self._family.attention.items():

@@ -309,15 +309,56 @@ def test_weights_that_are_brought_in_for_each_layer(
 ) -> None:
     """As with --novram: LoRAs of ComfyUI are then added in each pass."""
     import comfy.model_management as management  # pyright: ignore[reportMissingImports]
+    import comfy.model_patcher  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.memory import Factors
 
     if family not in core.FAMILIES:
         pytest.skip(f"this version of ComfyUI has no {family}")
     patcher = core.FAMILIES[family]()  # one that is loaded already stays as it is
     monkeypatch.setattr(management, "is_device_cpu", lambda _: False)
     monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
-    plan = composition(core, patcher, tmp_path, "words in regions")
+    plan, sizes = composition(core, patcher, tmp_path, "words in regions"), []
+    load = comfy.model_patcher.ModelPatcher.partially_load
+
+    def watch(self: Any, *arguments: Any, **options: Any) -> Any:
+        out = load(self, *arguments, **options)
+        if isinstance(self.model, Factors):
+            sizes.append(self.loaded_size())
+        return out
+
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "partially_load", watch)
     assert compared(core, patcher, plan, core.text(2), before=lambda p: loaded(core, p, LOADERS[0])) < 1e-5
+    assert sizes == [0], "nor are ours loaded"
     assert any(getattr(module, "comfy_cast_weights", False) for module in patcher.model.modules())
+
+
+def test_factors_are_counted_moved_and_evicted_by_comfyui(
+    core: ModuleType, models: dict[str, Any], tmp_path: Path
+) -> None:
+    """Beside the model; one that is loaded by halves has factors that stay where they are, and are brought in."""
+    import comfy.model_management as management  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import KEY, compose, marked
+
+    patcher = models["sd"]
+    plan, positive, negative = composition(core, patcher, tmp_path, "regional"), core.text(1), core.text(2)
+    host = compose(patcher, plan)
+    (counted,) = host.get_additional_models_with_key(KEY)
+    assert counted.model_size() == sum(t.nbytes for lora in plan.loras for one in lora.values() for t in one.tensors)
+    assert counted.loaded_size() == 0
+    first = core.drawn(host, marked(positive, plan), negative)
+    assert counted.loaded_size() == counted.model_size() == counted.model.bank.bytes
+    assert counted in [loaded.model for loaded in management.current_loaded_models]
+    bank = counted.model.bank
+    management.unload_all_models()
+    assert counted.loaded_size() == 0
+    assert torch.equal(first, core.drawn(host.clone(), marked(positive, plan), negative))
+    assert counted.model.bank is bank, "it is made once"
+    management.unload_all_models()
+    counted.partially_load(torch.device("meta"), 1e32)
+    assert {tensor.device.type for layer in bank.layers.values() for tensor in layer.tensors} == {"meta"}
+    assert {weight.device.type for weight in patcher.model.parameters()} == {"cpu"}
 
 
 def test_one_conditioning_a_pass_where_memory_is_short(
