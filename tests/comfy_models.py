@@ -4,6 +4,7 @@ The environment variable COMFYUI_PATH is a checkout of ComfyUI.
 """
 # ruff: noqa: C408, E402
 
+import json
 import logging
 import os
 import re
@@ -147,12 +148,35 @@ def patcher_of(family: Any, dtype: torch.dtype, cast: torch.dtype | None) -> Any
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
+def quantised(name: str) -> Any:
+    """A model whose linear layers are stored in fp8 with a scale of each, as in published files."""
+    found, weights = FAMILIES[name]().model, {}
+    linear = {f"{at}.weight" for at, layer in found.diffusion_model.named_modules() if isinstance(layer, nn.Linear)}
+    for key, weight in found.diffusion_model.state_dict().items():
+        layer = key.removesuffix(".weight")
+        if key in linear:
+            scale = weight.abs().max() / 448
+            weights[f"{layer}.weight_scale"] = scale
+            conf = json.dumps({"format": "float8_e4m3fn"}).encode()
+            weights[f"{layer}.comfy_quant"] = torch.tensor([*conf], dtype=torch.uint8)
+            weight = (weight / scale).to(torch.float8_e4m3fn)
+        weights[key] = weight
+    family = type(found.model_config)({**found.model_config.unet_config})
+    family.quant_config = {"mixed_ops": True}
+    family.set_inference_dtype(torch.float32, None)
+    model = family.get_model({}, "")
+    missing, unexpected = model.diffusion_model.load_state_dict(weights, strict=False)
+    assert not missing
+    assert not unexpected
+    return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
 def tensors_of(patcher: Any, seed: int, rank: int = 3) -> dict[str, Tensor]:
     """A LoRA of all layers, by ComfyUI's own names."""
     torch.manual_seed(seed)
     found = {}
     for name, layer in patcher.model.diffusion_model.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and not name.startswith("llm_adapter"):
+        if (hasattr(layer, "in_features") or isinstance(layer, nn.Conv2d)) and not name.startswith("llm_adapter"):
             inputs = (layer.in_channels, *layer.kernel_size) if isinstance(layer, nn.Conv2d) else (layer.in_features,)
             ones, start = [1] * (len(inputs) - 1), f"diffusion_model.{name}"
             found[f"{start}.lora_down.weight"] = torch.randn(rank, *inputs) * torch.Size(inputs).numel() ** -0.5

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_compose.attention import Site
+from lora_compose.attention.install import is_linear
 
 _FLUX = (
     (r"(time|vector|guidance)_in\.\w+_layer", Site("modulation")),
@@ -88,7 +89,8 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ValueError: If it is of a family that is not supported.
     """
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    modules = model.named_modules()
+    layers = [name for name, layer in modules if is_linear(layer) or isinstance(layer, nn.Conv2d)]
     if _IS_FLUX.issubset(layers):
         return _joint(layers, level=1)
     if _IS_FLUX2.issubset(layers) and not any("gate_proj" in name for name in layers):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_compose.attention import Lora, LoraFactors
-from lora_compose.attention.install import check_factors, weight_shape
+from lora_compose.attention.install import check_factors, is_linear, weight_shape
 from lora_compose.pipelines.concepts.placing import placed, reshaped
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK
@@ -123,7 +123,7 @@ def _factors(
             raise ValueError(f"its change has a side of {found}, the model's layer {name} has {side}")
     module, whole = model.get_submodule(name), rows is None and change is None
     scale = alphas.scale(layer.module, layer)
-    products = whole and isinstance(module, nn.Linear)
+    products = whole and is_linear(module)
     made = layer.kind.load(layer.parts, scale, MAX_RANK, products=products, settings=alphas.settings(layer))
     factors = made.factors
     if factors.transform is not None:
