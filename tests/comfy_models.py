@@ -362,7 +362,9 @@ class Reference:
             return float(self.ours and (everywhere or self.reading == n))
         if re.search(r"time_embed|label_emb|emb_layers", name):
             return float(on_image)
-        if re.search(r"(time|vector|guidance)_in|_mod\.|modulation|ada(LN|ln_mod)|distilled|t_embedder|time_text|norm_out", name):
+        if re.search(
+            r"(time|vector|guidance)_in|_mod\.|modulation|ada(LN|ln_mod)|distilled|t_embedder|time_text|norm_out", name
+        ):
             return float(on_image and everywhere)
         # On other conditionings only methods without token gates act, and on all tokens.
         words = self.words[:, n, None].expand(-1 if len(self.words) > 1 else self.tokens, 1)
@@ -413,7 +415,7 @@ class Reference:
         return (shares @ shares.t() > 0) | (shares[:, :1] > 0) | (shares[:, 0] > 0)
 
     def allowed(self, positions: int) -> Tensor:
-        """Who attends to whom in a joint sequence, or among its tokens or cells alone; what is filled up is of text 0."""
+        """Who attends to whom in a joint sequence, or in one of its parts; what is filled up is of text 0."""
         grid, lengths = tuple(-(-side // self.model.patch_size) for side in self.grid), self.lengths
         of_token = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         of_token = F.pad(of_token, (0, self.filled(len(of_token)) - len(of_token)))

@@ -1,7 +1,7 @@
-"""The playground's transformer as a node of ComfyUI: core's own Flux class, tokenizers and samplers, with real images.
+"""The playground's transformer as a node of ComfyUI: core's own Flux class and samplers, with real images.
 
-Core's loaders do not take it, nor the playground's UNet: they know models by the sizes of published ones, tokenizers are
-core's own files, and UNet and VAE have 32 groups in every normalisation, whatever their width.
+Core's loaders do not take it, nor the playground's UNet: they know models by the sizes of published ones, tokenizers
+are core's own files, and UNet and VAE have 32 groups in every normalisation, whatever their width.
 """
 
 import json
@@ -95,7 +95,9 @@ class SmallWorldNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         outputs = [io.Model.Output(), io.Clip.Output(), io.Vae.Output()]
-        return io.Schema(node_id="SmallWorld", display_name="Small world", category="loaders", inputs=[], outputs=outputs)
+        return io.Schema(
+            node_id="SmallWorld", display_name="Small world", category="loaders", inputs=[], outputs=outputs
+        )
 
     @classmethod
     def execute(cls) -> Any:

@@ -101,7 +101,7 @@ def family_of(model: nn.Module) -> Family:
         return _joint(layers, level=1)
     if _IS_QWEN_IMAGE.issubset(layers):
         return _qwen_image(layers)
-    if _IS_Z_IMAGE.issubset(layers) and getattr(model, "pad_tokens_multiple", None) == 32:  # noqa: PLR2004
+    if _IS_Z_IMAGE.issubset(layers) and getattr(model, "pad_tokens_multiple", None) == 32:
         return _z_image(layers)
     reads_text = any(name.endswith(".attn2.to_k") for name in layers)
     if _IS_UNET.issubset(layers) and reads_text and not any("time_stack" in name for name in layers):

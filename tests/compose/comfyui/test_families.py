@@ -137,10 +137,10 @@ def test_one_network_makes_the_modulation_of_all_blocks_of_chroma() -> None:
     "names",
     [
         "layers.0.attention.qkv x_embedder",
-        FLUX.replace("img_in", "img_in_patch").replace("vector_in.in_layer", "nerf_blocks.0.param_generator"),  # Radiance
+        FLUX.replace("img_in", "img_in_patch").replace("vector_in.in_layer", "nerf_blocks.0.norm"),  # Chroma Radiance
         UNET + " input_blocks.1.1.time_stack.0.attn1.to_q",  # video
     ],
 )
 def test_other_families_are_refused_by_name(names: str) -> None:
-    with pytest.raises(ValueError, match=r"a Tree in ComfyUI; they act in the UNets of .*, FLUX\.1, .*Z-Image and Anima"):
+    with pytest.raises(ValueError, match=r"a Tree in ComfyUI; they act in the UNets of .*, FLUX\.1, .* and Anima"):
         family_of(Tree(names))

@@ -45,7 +45,8 @@ def test_factors_that_lie_elsewhere_are_copied_in_each_call() -> None:
 def test_factors_move_without_the_layers_of_the_model_and_are_made_once() -> None:
     factors, model = Factors(CPU), nn.Sequential(nn.Linear(4, 4))
     drawn(model, factors, torch.zeros(1, 1, 4))
-    assert (bank := factors.bank) is not None
+    bank = factors.bank
+    assert bank is not None
     (layer,) = bank.layers.values()
     layer.act_on(model[0])
     factors.to(META)
