@@ -45,7 +45,7 @@ _IS_FLUX2 = frozenset({"txt_in", "double_stream_modulation_img.lin", "single_str
 _IS_ANIMA = frozenset({"x_embedder.proj.1", "llm_adapter.blocks.0.cross_attn.q_proj", "blocks.0.cross_attn.q_proj"})
 _IS_CHROMA = frozenset({"txt_in", "distilled_guidance_layer.in_proj", "double_blocks.0.img_mlp.0", "img_in"})
 _IS_QWEN_IMAGE = frozenset({"txt_in", "transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.img_mod.1"})
-_IS_Z_IMAGE = frozenset({"cap_embedder.1", "context_refiner.0.attention.qkv", "layers.0.adaLN_modulation.0"})
+_IS_Z_IMAGE = frozenset({"cap_embedder.1", "noise_refiner.0.attention.qkv", "layers.0.adaLN_modulation.0"})
 _IS_UNET = frozenset({"time_embed.0", "input_blocks.0.0", "middle_block.0.in_layers.2", "out.2"})
 _SIDES = ("input_blocks", "output_blocks")
 _SUPPORTED = "the UNets of Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image and Anima"
@@ -99,9 +99,9 @@ def family_of(model: nn.Module) -> Family:
         return _anima(layers)
     if _IS_CHROMA.issubset(layers):
         return _joint(layers, level=1)
-    if _IS_QWEN_IMAGE.issubset(layers):
+    if _IS_QWEN_IMAGE.issubset(layers) and _has(model, patch_size=2):
         return _qwen_image(layers)
-    if _IS_Z_IMAGE.issubset(layers) and getattr(model, "pad_tokens_multiple", None) == 32:
+    if _IS_Z_IMAGE.issubset(layers) and _has(model, patch_size=2, pad_tokens_multiple=32):
         return _z_image(layers)
     reads_text = any(name.endswith(".attn2.to_k") for name in layers)
     if _IS_UNET.issubset(layers) and reads_text and not any("time_stack" in name for name in layers):
@@ -110,6 +110,11 @@ def family_of(model: nn.Module) -> Family:
         f"concepts cannot act in this model, a {type(model).__name__} in ComfyUI; they act in {_SUPPORTED}. A "
         "quantised model may have layers of another kind: then load it in fp16 or bf16"
     )
+
+
+def _has(model: nn.Module, **settings: int) -> bool:
+    """Whether it is built so; others have layers of the same names."""
+    return all(getattr(model, name, None) == value for name, value in settings.items())
 
 
 def _joint(layers: Sequence[str], level: int, least_tokens: int = 0) -> Family:

@@ -19,8 +19,9 @@ final_layer.adaLN_modulation.1"""
 class Tree(nn.Module):
     """Layers by name; a star is a convolution."""
 
-    def __init__(self, names: str) -> None:
+    def __init__(self, names: str, **settings: int | None) -> None:
         super().__init__()
+        vars(self).update(settings)
         for name in names.split():
             *path, last = name.removesuffix("*").split(".")
             here: nn.Module = self
@@ -87,9 +88,7 @@ final_layer.linear final_layer.adaln_modulation.2"""
 
 
 def test_text_and_image_of_z_image_are_filled_up_in_its_blocks_and_not_before() -> None:
-    tree = Tree(Z_IMAGE)
-    tree.pad_tokens_multiple = 32  # pyright: ignore[reportAttributeAccessIssue]
-    family = family_of(tree)
+    family = family_of(Tree(Z_IMAGE, patch_size=2, pad_tokens_multiple=32))
     sites = family.sites
     assert len(sites) == len(Z_IMAGE.split())
     assert family.joint == sites["layers.0.attention.out"] == Site("text", "image", level=1, multiple=32)
@@ -99,13 +98,10 @@ def test_text_and_image_of_z_image_are_filled_up_in_its_blocks_and_not_before() 
     assert sites["cap_embedder.1"] == Site("text")
     assert sites["x_embedder"] == Site("image", level=1)
     assert sites["noise_refiner.0.adaLN_modulation.0"] == Site("modulation")
-    tree.pad_tokens_multiple = None  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(ValueError, match="a Tree in ComfyUI"):  # Lumina 2
-        family_of(tree)
 
 
 def test_text_and_image_of_qwen_image_meet_in_attention_alone() -> None:
-    family = family_of(Tree(QWEN_IMAGE))
+    family = family_of(Tree(QWEN_IMAGE, patch_size=2))
     sites = family.sites
     assert len(sites) == len(QWEN_IMAGE.split())
     assert family.attention == {"transformer_blocks.0.attn": Site("text", "image", level=1)}
@@ -134,13 +130,16 @@ def test_one_network_makes_the_modulation_of_all_blocks_of_chroma() -> None:
 
 
 @pytest.mark.parametrize(
-    "names",
+    "tree",
     [
-        "layers.0.attention.qkv x_embedder",
-        FLUX.replace("img_in", "img_in_patch").replace("vector_in.in_layer", "nerf_blocks.0.norm"),  # Chroma Radiance
-        UNET + " input_blocks.1.1.time_stack.0.attn1.to_q",  # video
+        Tree("layers.0.attention.qkv x_embedder"),
+        Tree(Z_IMAGE, patch_size=2, pad_tokens_multiple=None),  # Lumina 2
+        Tree(Z_IMAGE, patch_size=16, pad_tokens_multiple=32),  # Z-Image on pixels
+        Tree(QWEN_IMAGE, patch_size=1),  # Mage-Flow
+        Tree(FLUX.replace("img_in", "img_in_patch").replace("vector_in.in_layer", "nerf_blocks.0.norm")),
+        Tree(UNET + " input_blocks.1.1.time_stack.0.attn1.to_q"),  # video
     ],
 )
-def test_other_families_are_refused_by_name(names: str) -> None:
+def test_other_families_are_refused_by_name(tree: Tree) -> None:
     with pytest.raises(ValueError, match=r"a Tree in ComfyUI; they act in the UNets of .*, FLUX\.1, .* and Anima"):
-        family_of(Tree(names))
+        family_of(tree)
