@@ -21,7 +21,7 @@ CHANGES: dict[str, list[Any]] = {
     "LoraComposeCompose": ["a xlo bear and a qrt robot on sand", "regional", "shared"],
     "CLIPTextEncode": [""],
     "EmptyLatentImage": [128, 128, 1],
-    "KSampler": [7, "fixed", 25, 4.0, "euler", "simple", 1.0],
+    "KSampler": [2, "fixed", 16, 4.0, "euler", "simple", 1.0],
 }
 SHOW = """graph => {
     const canvas = window.app.canvas, nodes = window.app.graph.nodes
