@@ -431,7 +431,7 @@ class Reference:
 
     def count_by_text(self) -> list[Any]:
         """Qwen-Image: each text begins where the first one does."""
-        if not hasattr(self.model, "txt_norm"):
+        if not hasattr(self.model, "time_text_embed"):
             return []
         count = self.model.pe_embedder.forward
 

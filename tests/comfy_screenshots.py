@@ -61,7 +61,8 @@ def main(out: Path) -> None:
         page.set_default_timeout(PATIENCE)
         page.goto(address, wait_until="domcontentloaded")
         page.wait_for_function("window.app && window.app.graph && window.app.canvas")
-        page.wait_for_timeout(10_000)  # it opens a workflow of its own first
+        page.wait_for_timeout(10_000)  # it opens a workflow of its own first, and shows its templates
+        page.keyboard.press("Escape")
         page.evaluate("graph => window.app.loadGraphData(graph)", small_world())
         page.evaluate("() => window.app.queuePrompt(0)")
         while not (history := ask("history")):

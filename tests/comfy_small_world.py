@@ -18,7 +18,7 @@ from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissing
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
 WORLD = Path(__file__).resolve().parents[1] / "assets/playground-flux/model"
 CPU = torch.device("cpu")
