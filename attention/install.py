@@ -312,7 +312,7 @@ def _fits(modules: Mapping[str, nn.Module], name: str, layer: BankLayer, where: 
     base = base_layer(modules[name])
     if layer.transforms is not None and not all(of.is_of(base) for of in layer.transforms.of.values()):
         return False
-    return _can_change(base) and _shape_of(name, base) == layer.weight_shape
+    return (isinstance(base, nn.Linear | nn.Conv2d) or is_linear(base)) and _shape_of(name, base) == layer.weight_shape
 
 
 def _put_in(
@@ -358,17 +358,14 @@ def weight_shape(model: nn.Module, name: str, where: Mapping[str, Site] | None =
 
 def is_linear(layer: nn.Module | None) -> bool:
     """Whether a layer is linear: PyTorch's, or another program's that says its sides."""
-    sides = (getattr(layer, name, None) for name in ("in_features", "out_features"))
-    return isinstance(layer, nn.Linear) or all(isinstance(side, int) for side in sides)
-
-
-def _can_change(layer: nn.Module | None) -> bool:
-    return is_linear(layer) or isinstance(layer, nn.Conv2d)
+    if isinstance(layer, nn.Linear):
+        return True
+    return isinstance(getattr(layer, "in_features", None), int) and isinstance(layer.out_features, int)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _shape_of(name: str, layer: Any) -> tuple[int, ...]:
     weight = getattr(layer, "weight", None)
-    if not _can_change(layer) or weight is None:
+    if not (isinstance(layer, nn.Linear | nn.Conv2d) or is_linear(layer)) or weight is None:
         raise ValueError(f"{name} is a {type(layer).__name__}; a LoRA can change linear layers and convolutions")
     if not isinstance(layer, nn.Conv2d):
         return layer.out_features, layer.in_features
