@@ -148,7 +148,7 @@ class Gates:
         if part == "text":
             tokens = site.padded(max(lengths))
             # Rows with longer texts may be in another micro-batch.
-            return self.text if site.multiple == 1 else self.text[..., :tokens, :], tokens
+            return self.text if site.multiple == 1 else _padded(self.text[..., :tokens, :], tokens), tokens
         known = site.reference_cells if part == "reference" else None
         if part in self.further or part == "other":
             gate = self.further[part]
@@ -160,12 +160,12 @@ class Gates:
         return _padded(image, cells), cells
 
 
-def _padded(image: Tensor, positions: int) -> Tensor:
-    """Adds padding positions; a LoRA acts there only if it acts on every cell."""
-    missing = positions - image.shape[1]
-    if image.shape[1] == 1 or missing <= 0:
-        return image
-    return torch.cat([image, image.amin(dim=1, keepdim=True).expand(-1, missing, -1)], dim=1)
+def _padded(gate: Tensor, positions: int) -> Tensor:
+    """Adds padding positions; a LoRA acts there only if it acts on every cell, or on every token."""
+    missing = positions - gate.shape[-2]
+    if gate.shape[-2] == 1 or missing <= 0:
+        return gate
+    return torch.cat([gate, gate.amin(dim=-2, keepdim=True).expand(*gate.shape[:-2], missing, -1)], dim=-2)
 
 
 def _flat(gate: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -4,14 +4,17 @@ The environment variable COMFYUI_PATH is a checkout of ComfyUI.
 """
 # ruff: noqa: C408, E402
 
+import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +83,55 @@ def flux2(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -
     return patcher_of(comfy.supported_models.Flux2(config), dtype, cast)
 
 
-FAMILIES = {"sd": unet, "sdxl": sdxl, "flux": flux}
-if hasattr(comfy.supported_models, "Flux2"):
-    FAMILIES["flux2"] = flux2
+def chroma(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> Any:
+    """FLUX.1's blocks, whose modulation one network makes for all."""
+    config: dict[str, Any] = dict(
+        image_model="chroma", in_channels=16, out_channels=16, vec_in_dim=0, context_in_dim=WIDTH, hidden_size=32,
+        mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[4, 6, 6], theta=10000, patch_size=2,
+        qkv_bias=True, in_dim=64, out_dim=32, hidden_dim=32, n_layers=2, txt_ids_dims=[],
+    )  # fmt: skip
+    return patcher_of(comfy.supported_models.Chroma(config), dtype, cast)
+
+
+def z_image(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> Any:
+    """Z-Image; its width is at least that of its time embedding, 256."""
+    config = dict(
+        image_model="lumina2", in_channels=4, dim=256, n_layers=3, n_refiner_layers=1, n_heads=4, n_kv_heads=4,
+        multiple_of=32, ffn_dim_multiplier=0.25, qk_norm=True, cap_feat_dim=WIDTH, axes_dims=[16, 24, 24],
+        axes_lens=[1536, 512, 512], rope_theta=256.0, z_image_modulation=True, time_scale=1000.0,
+        pad_tokens_multiple=32,
+    )  # fmt: skip
+    return patcher_of(comfy.supported_models.ZImage(config), dtype, cast)
+
+
+def qwen_image(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> Any:
+    """Qwen-Image, whose latents have a dimension of frames."""
+    config = dict(
+        image_model="qwen_image", in_channels=64, out_channels=16, num_layers=3, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return patcher_of(comfy.supported_models.QwenImage(config), dtype, cast)
+
+
+def anima(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> Any:
+    """Anima, with a small adapter of its text."""
+    import comfy.ldm.anima.model as anima  # pyright: ignore[reportMissingImports]
+
+    config: dict[str, Any] = dict(
+        image_model="anima", max_img_h=240, max_img_w=240, max_frames=128, in_channels=16, out_channels=16,
+        patch_spatial=2, patch_temporal=1, model_channels=32, concat_padding_mask=True, crossattn_emb_channels=WIDTH,
+        pos_emb_cls="rope3d", pos_emb_learnable=True, pos_emb_interpolation="crop", min_fps=1, max_fps=30,
+        use_adaln_lora=True, adaln_lora_dim=8, num_blocks=3, num_heads=2, extra_per_block_abs_pos_emb=False,
+    )  # fmt: skip
+    small = dict(source_dim=WIDTH, target_dim=WIDTH, model_dim=WIDTH, num_layers=1, num_heads=2)
+    with mock.patch.object(anima, "LLMAdapter", partial(anima.LLMAdapter, **small)):
+        return patcher_of(comfy.supported_models.Anima(config), dtype, cast)
+
+
+FAMILIES = {"sd": unet, "sdxl": sdxl, "flux": flux, "chroma": chroma}
+for name, made in (("Flux2", flux2), ("ZImage", z_image), ("QwenImage", qwen_image), ("Anima", anima)):
+    if hasattr(comfy.supported_models, name):
+        FAMILIES[made.__name__] = made
 
 
 def patcher_of(family: Any, dtype: torch.dtype, cast: torch.dtype | None) -> Any:
@@ -90,7 +139,7 @@ def patcher_of(family: Any, dtype: torch.dtype, cast: torch.dtype | None) -> Any
     torch.manual_seed(0)
     model = family.get_model({}, "")
     for name, weight in model.named_parameters():
-        last = name.endswith(("out.2.weight", "final_layer.linear.weight"))
+        last = name.endswith(("out.2.weight", "final_layer.linear.weight", "proj_out.weight"))
         if weight.dim() > 1:
             random = torch.randn(weight.shape) * weight[0].numel() ** -0.5 * (0.1 if last else 1)
         else:
@@ -99,12 +148,35 @@ def patcher_of(family: Any, dtype: torch.dtype, cast: torch.dtype | None) -> Any
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
+def quantised(name: str) -> Any:
+    """A model whose linear layers are stored in fp8 with a scale of each, as in published files."""
+    found, weights = FAMILIES[name]().model, {}
+    linear = {f"{at}.weight" for at, layer in found.diffusion_model.named_modules() if isinstance(layer, nn.Linear)}
+    for key, weight in found.diffusion_model.state_dict().items():
+        layer = key.removesuffix(".weight")
+        if key in linear:
+            scale = weight.abs().max() / 448
+            weights[f"{layer}.weight_scale"] = scale
+            conf = json.dumps({"format": "float8_e4m3fn"}).encode()
+            weights[f"{layer}.comfy_quant"] = torch.tensor([*conf], dtype=torch.uint8)
+            weight = (weight / scale).to(torch.float8_e4m3fn)
+        weights[key] = weight
+    family = type(found.model_config)({**found.model_config.unet_config})
+    family.quant_config = {"mixed_ops": True}
+    family.set_inference_dtype(torch.float32, None)
+    model = family.get_model({}, "")
+    missing, unexpected = model.diffusion_model.load_state_dict(weights, strict=False)
+    assert not missing
+    assert not unexpected
+    return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
 def tensors_of(patcher: Any, seed: int, rank: int = 3) -> dict[str, Tensor]:
     """A LoRA of all layers, by ComfyUI's own names."""
     torch.manual_seed(seed)
     found = {}
     for name, layer in patcher.model.diffusion_model.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+        if (hasattr(layer, "in_features") or isinstance(layer, nn.Conv2d)) and not name.startswith("llm_adapter"):
             inputs = (layer.in_channels, *layer.kernel_size) if isinstance(layer, nn.Conv2d) else (layer.in_features,)
             ones, start = [1] * (len(inputs) - 1), f"diffusion_model.{name}"
             found[f"{start}.lora_down.weight"] = torch.randn(rank, *inputs) * torch.Size(inputs).numel() ** -0.5
@@ -121,9 +193,35 @@ def read(patcher: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
 
 
 def text(seed: int, tokens: int = TOKENS) -> list[list[Any]]:
-    """A conditioning."""
+    """A conditioning; T5's numbers are for Anima alone."""
     torch.manual_seed(seed)
-    return [[torch.randn(1, tokens, WIDTH), {"pooled_output": torch.randn(1, 8)}]]
+    found = torch.randn(1, tokens, WIDTH), {"pooled_output": torch.randn(1, 8)}
+    found[1].update(t5xxl_ids=torch.randint(32128, (tokens,)), t5xxl_weights=torch.ones(tokens))
+    return [[*found]]
+
+
+def empty(patcher: Any, batch: int = 1, grid: tuple[int, int] = GRID) -> Tensor:
+    """Latents of zeros."""
+    if patcher.model.latent_format.latent_dimensions == 3:  # with frames
+        return torch.zeros(batch, patcher.model.latent_format.latent_channels, 1, *grid)
+    config = patcher.model.model_config.unet_config
+    of_patch = 4 if config.get("image_model") == "chroma" else 1  # which counts the channels of a patch
+    return torch.zeros(batch, config["in_channels"] // of_patch, *grid)
+
+
+def is_joint(patcher: Any) -> bool:
+    """Whether text and image are in one sequence."""
+    return not any(hasattr(patcher.model.diffusion_model, name) for name in ("input_blocks", "llm_adapter"))
+
+
+def seen_text(patcher: Any, conditioning: list) -> Tensor:
+    """What a model reads of a conditioning: itself, but Anima makes another text of it."""
+    ((text, options),) = conditioning
+    adapter = getattr(patcher.model.diffusion_model, "preprocess_text_embeds", None)
+    if adapter is None:
+        return text
+    with torch.no_grad():
+        return adapter(text, options["t5xxl_ids"][None], options["t5xxl_weights"][None, :, None])
 
 
 def drawn(
@@ -138,7 +236,7 @@ def drawn(
     last: int | None = None,
 ) -> Tensor:
     """Latents, by ComfyUI's KSampler."""
-    latents = torch.zeros(batch, patcher.model.model_config.unet_config["in_channels"], *grid)
+    latents = empty(patcher, batch, grid)
     noise = comfy.sample.prepare_noise(latents, 7)
     with torch.inference_mode():  # as ComfyUI runs its nodes
         return comfy.sample.sample(
@@ -166,10 +264,10 @@ class Reference:
     """
 
     def __init__(self, patcher: Any, plan: Composition, positive: list, *images: Masks) -> None:
-        self.plan, self.images, self.mine = plan, images, positive[0][0]
+        self.plan, self.images, self.mine = plan, images, seen_text(patcher, positive)
         self.model, self.patcher = patcher.model.diffusion_model, patcher.clone()
         self.patcher.set_model_unet_function_wrapper(self.each)
-        self.is_flux = hasattr(self.model, "double_blocks")
+        self.joint, self.pad = is_joint(patcher), getattr(self.model, "pad_tokens_multiple", None) or 1
         self.ours, self.tokens, self.grid = False, 0, GRID
         self.reading: int | None = None
         self.front = front_of(patcher, self.mine)
@@ -194,13 +292,15 @@ class Reference:
                 return self.added(name, layer, given[0], out, deltas)
 
             handles.append(self.model.get_submodule(name).register_forward_hook(hook))
-        attention = [] if self.is_flux or self.plan.lengths is None else self.read_by_region()
+        swapped = []
+        if self.plan.lengths is not None:
+            swapped = self.count_by_text() if self.joint else self.read_by_region()
         try:
             yield self.patcher
         finally:
             for handle in handles:
                 handle.remove()
-            for module in attention:
+            for module in swapped:
                 del module.forward
 
     def draw(self, positive: list, negative: list, **options: Any) -> Tensor:
@@ -230,14 +330,17 @@ class Reference:
     ) -> Tensor:
         """Scores of our conditioning with what is forbidden, or more or less likely."""
         assert mask is None
-        if self.is_flux and self.plan.lengths is not None:
-            mask = torch.zeros(self.allowed().shape).masked_fill(~self.allowed(), -torch.inf)
-        elif self.plan.phrases is not None and not self.is_flux and k.shape[1] == self.tokens:
-            mask = torch.zeros(len(q), q.shape[1], k.shape[1])
-            grid = self.grid_of(q.shape[1])
+        at = 2 if options.get("skip_reshape") else 1
+        if self.joint and self.plan.lengths is not None:
+            seen = self.allowed(k.shape[at])
+            mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+        elif self.plan.phrases is not None and not self.joint and k.shape[at] == self.tokens:
+            mask = torch.zeros(len(q), q.shape[at], k.shape[at])
+            grid = self.grid_of(q.shape[at])
             for i in range(len(self.plan.loras)):
                 for j in range(len(self.plan.loras)):
                     drawn = self.plan.phrases[:, j] * (1 if i == j else -1)
+                    drawn = F.pad(drawn, (0, self.tokens - len(drawn)))
                     mask += self.share(i, grid).flatten(1)[..., None] * drawn * float(self.plan.phrases[:, i].any())
         return core(q, k, v, heads, mask, **options)
 
@@ -259,23 +362,34 @@ class Reference:
             return float(self.ours and (everywhere or self.reading == n))
         if re.search(r"time_embed|label_emb|emb_layers", name):
             return float(on_image)
-        if re.search(r"(time|vector|guidance)_in|_mod\.|modulation|adaLN", name):
+        if re.search(
+            r"(time|vector|guidance)_in|_mod\.|modulation|ada(LN|ln_mod)|distilled|t_embedder|time_text|norm_out", name
+        ):
             return float(on_image and everywhere)
         # On other conditionings only methods without token gates act, and on all tokens.
         words = self.words[:, n, None].expand(-1 if len(self.words) > 1 else self.tokens, 1)
         words = words if self.ours else torch.full((self.tokens, 1), float(words.mean()))
-        if re.search(r"attn2\.to_[kv]|txt_", name):
-            return words * float(on_text)
+        tokens = self.filled(self.tokens)
+        if re.search(r"attn2\.to_[kv]|cross_attn\.[kv]_|txt_|add_|cap_|context_refiner", name):
+            return words_to(words, out.shape[1], bool(self.lengths)) * float(on_text)
         if out.dim() == 4:
             return self.share(n, out.shape[2:])[:, None] * float(on_image)
-        single = name.startswith("single")
-        grid = self.grid_of(out.shape[1] - (self.tokens if single else 0))
-        here = self.share(n, grid).flatten(1)[..., None] * float(on_image)
+        if out.dim() == 5:
+            return self.share(n, out.shape[2:4])[:, None, ..., None] * float(on_image)
+        single = name.startswith(("single", "layers", "final_layer.linear")[: 3 if self.pad > 1 else 1])
+        cells = out.shape[1] - (tokens if single else 0)
+        here = self.share(n, self.grid_of(cells)).flatten(1)[..., None] * float(on_image)
+        rest = torch.full((len(here), cells - here.shape[1], 1), float(on_image and everywhere))  # it is filled up
+        here = torch.cat([here, rest], dim=1)
+        words = words_to(words, tokens, bool(self.lengths))
         return torch.cat([words.expand(len(here), -1, 1) * float(on_text), here], dim=1) if single else here
+
+    def filled(self, positions: int) -> int:
+        return -(-positions // self.pad) * self.pad
 
     def grid_of(self, cells: int) -> tuple[int, int]:
         height, width = self.grid
-        while height * width != cells:
+        while cells not in (height * width, self.filled(height * width)):
             height, width = -(-height // 2), -(-width // 2)
         return height, width
 
@@ -300,15 +414,36 @@ class Reference:
         shares = (self.shares(grid) > 0).float()
         return (shares @ shares.t() > 0) | (shares[:, :1] > 0) | (shares[:, 0] > 0)
 
-    def allowed(self) -> Tensor:
-        """Who attends to whom in a joint sequence."""
+    def allowed(self, positions: int) -> Tensor:
+        """Who attends to whom in a joint sequence, or in one of its parts; what is filled up is of text 0."""
         grid, lengths = tuple(-(-side // self.model.patch_size) for side in self.grid), self.lengths
         of_token = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        of_token = F.pad(of_token, (0, self.filled(len(of_token)) - len(of_token)))
         reads = self.shares(grid) > 0
-        reads[:, 0] = True
-        cells = reads[:, of_token]
         both = self.seen(grid) if self.plan.isolate else torch.ones(len(reads), len(reads), dtype=torch.bool)
-        return torch.cat([torch.cat([of_token[:, None] == of_token, cells.t()], 1), torch.cat([cells, both], 1)])
+        rest = self.filled(len(reads)) - len(reads)
+        reads, both = F.pad(reads, (0, 0, 0, rest)), F.pad(both, (0, rest, 0, rest), value=True)
+        reads[:, 0] = True
+        cells, texts = reads[:, of_token], of_token[:, None] == of_token
+        if positions in (len(texts), len(cells)) and self.pad > 1:
+            return texts if positions == len(texts) else both
+        return torch.cat([torch.cat([texts, cells.t()], 1), torch.cat([cells, both], 1)])
+
+    def count_by_text(self) -> list[Any]:
+        """Qwen-Image: each text begins where the first one does."""
+        if not hasattr(self.model, "time_text_embed"):
+            return []
+        count = self.model.pe_embedder.forward
+
+        def forward(ids: Tensor) -> Tensor:
+            if self.ours:
+                starts = torch.cat([torch.zeros(1), torch.tensor(self.lengths).cumsum(0)[:-1]])
+                ids = ids.clone()
+                ids[:, : self.tokens] -= starts.repeat_interleave(torch.tensor(self.lengths))[:, None]
+            return count(ids)
+
+        self.model.pe_embedder.forward = forward
+        return [self.model.pe_embedder]
 
     def read_by_region(self) -> list[Any]:
         """Cross-attention text by text, each with the LoRA of its concept alone, and the mean over the texts."""
@@ -345,6 +480,14 @@ class Reference:
         return total
 
 
+def words_to(words: Tensor, tokens: int, several: bool) -> Tensor:
+    """The gate of tokens with what ComfyUI fills them up with: a part of the first of several texts, or no word."""
+    if len(words) >= tokens:
+        return words
+    rest = words[:1] if several or bool((words == 1).all()) else torch.zeros(1, 1)
+    return torch.cat([words, rest.repeat(tokens - len(words), 1)])
+
+
 def maps_of_draft(patcher: Any, plain: list, negative: list, words: Tensor, **options: Any) -> Tensor:
     """Attention to words in the base model, summed over steps. Shape: [images, maps, height, width]."""
     found: list[Tensor] = []
@@ -353,7 +496,8 @@ def maps_of_draft(patcher: Any, plain: list, negative: list, words: Tensor, **op
     cells, model = sides[0] * sides[1], patcher.model.diffusion_model
 
     layers: list[Tensor] = []
-    front = front_of(patcher, plain[0][0])
+    front, wanted = front_of(patcher, plain[0][0]), seen_text(patcher, plain)
+    words = F.pad(words, (0, 0, 0, wanted.shape[1] - len(words)))
 
     def attend(core: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *further: Any, **more: Any) -> Tensor:
         query, key = q, k
@@ -367,17 +511,20 @@ def maps_of_draft(patcher: Any, plain: list, negative: list, words: Tensor, **op
         size, parts, tokens = len(given["input"]) // len(given["cond_or_uncond"]), [], front + len(words)
         for rows in torch.arange(len(given["input"])).split(size):
             c: dict[str, Any] = {name: x[rows] if torch.is_tensor(x) else x for name, x in given["c"].items()}
-            mine = torch.equal(c["c_crossattn"][:1, front:tokens], plain[0][0])
+            mine = torch.equal(c["c_crossattn"][:1, front:tokens], wanted)
             if mine:
                 c["c_crossattn"] = c["c_crossattn"][:, :tokens]
             c["transformer_options"] = {**c["transformer_options"], "optimized_attention_override": attend}
             layers.clear()
             parts.append(apply(given["input"][rows], given["timestep"][rows], **c))
             if mine:
-                blocks = getattr(model, "double_blocks", None)
                 shown = [one for one in layers if one.shape[1:] == (cells, tokens)]
-                if blocks is not None:  # the last third of them, which is one of two
-                    shown = [layers[len(blocks) - 1][:, -cells:, front:tokens]]
+                shown = shown[-1:] if hasattr(model, "llm_adapter") else shown
+                if is_joint(patcher):  # the last third of them, which is one of two or three
+                    last = len(model.double_blocks) - 1 if hasattr(model, "double_blocks") else -1
+                    pad = getattr(model, "pad_tokens_multiple", None) or 1
+                    start = -(-tokens // pad) * pad
+                    shown = [layers[last][:, start : start + cells, front:tokens]]
                 found.append(torch.stack(shown).mean(dim=0) @ words)
         return torch.cat(parts)
 

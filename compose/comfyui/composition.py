@@ -90,15 +90,20 @@ class Composition:
     draft: Draft | None = None
     mark: str = field(init=False, default_factory=lambda: uuid4().hex)
 
-    def filled(self, tokens: int) -> "Composition":
-        """As it is where ComfyUI puts zeros before the text, up to so many tokens; they belong to that of the image."""
+    def filled(self, tokens: int, *, behind: bool) -> "Composition":
+        """As it is where ComfyUI fills the text with zeros, up to so many tokens.
+
+        Args:
+            behind: Whether they follow the text; otherwise they are in front of it, and belong to that of the image.
+        """
+        plan = replace(self, phrases=None if self.phrases is None else filled(self.phrases, tokens, behind=behind))
         missing = tokens - len(self.words)
         if missing <= 0 or len(self.words) == 1:
-            return self
-        front = self.words[:1] if self.lengths is not None else torch.zeros_like(self.words[:1])
-        words = torch.cat([front.repeat(missing, 1), self.words])
-        lengths = None if self.lengths is None else [self.lengths[0] + missing, *self.lengths[1:]]
-        return replace(self, words=words, lengths=lengths)
+            return plan
+        if self.lengths is None or behind:
+            return replace(plan, words=filled(self.words, tokens, behind=behind))
+        words = torch.cat([self.words[:1].repeat(missing, 1), self.words])
+        return replace(plan, words=words, lengths=[self.lengths[0] + missing, *self.lengths[1:]])
 
     def gates(self, family: Family, ours: Sequence[bool], grid: Grid, tokens: int, found: Sequence[Any] = ()) -> Gates:
         """The gates of one pass.
@@ -168,6 +173,12 @@ class Composition:
         shares = {level: by_row(found or [self.regions], grid_at(grid, level), len(ours)) for level in levels}
         cells = {level: (share * subjects).expand(len(ours), -1, -1) for level, share in shares.items()}
         return TextBias(cells, acting[:, None, None] * drawn)
+
+
+def filled(words: Tensor, tokens: int, *, behind: bool) -> Tensor:
+    """Zeros behind the tokens of a text, or in front of them. Shape: [tokens, concepts]."""
+    missing = max(0, tokens - len(words))
+    return torch.nn.functional.pad(words, (0, 0, 0, missing) if behind else (0, 0, missing, 0))
 
 
 def gates_by_prompt(everywhere: Tensor, owners: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_compose.attention import Lora
 from lora_compose.attention.masks import Box, box_mask
 from lora_compose.compose.comfyui.composition import UNIT, Composition, Draft, Region, gates_by_prompt
-from lora_compose.compose.comfyui.tokens import find_tokens
+from lora_compose.compose.comfyui.tokens import find_tokens, tokens_of
 from lora_compose.pipelines.scene.scene import Concept as SceneConcept
 from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
 from lora_compose.pipelines.text.tokens import class_words, find_words
@@ -169,13 +169,14 @@ def composition_of(
     if method == "merge":
         everyone = range(len(concepts))
         return replace(plan, text_of_others=True, image_of_others=True), encode(text, everyone)
-    found = [_trigger(clip, text, concept) for concept in concepts]
+    conditioning = encode(text, ())
+    found = [_trigger(clip, text, concept, tokens_of(*conditioning[0])) for concept in concepts]
     words = torch.zeros(found[0][1], len(concepts))
     for n, (positions, _) in enumerate(found):
         if words[list(positions)].any():
             raise ValueError(f"the trigger {concepts[n].trigger!r} shares words with another one; each needs its own")
         words[list(positions), n] = 1
-    return replace(plan, words=words, image_of_others=True), encode(text, ())
+    return replace(plan, words=words, image_of_others=True), conditioning
 
 
 def _regional(
@@ -221,17 +222,17 @@ def _draft(
         _check_no_prompts(concepts)
         conditioning = encode(text, styles)
         if not joint:
-            plan = replace(plan, phrases=_phrases(clip, text, concepts, subjects))
+            plan = replace(plan, phrases=_phrases(clip, text, concepts, subjects, tokens_of(*conditioning[0])))
     if not searched:
         return plan, conditioning
     plain = without_triggers(text, mine)
-    words = torch.zeros(0, 0)
+    of_draft, words = _once(encode, plain, styles), torch.zeros(0, 0)
     for n, i in enumerate(subjects):
         if i in searched:
-            positions, tokens = find_tokens(clip, plain, concepts[i].class_word)
+            positions, tokens = find_tokens(clip, plain, concepts[i].class_word, tokens_of(*of_draft[0]))
             words = words if len(words) else torch.zeros(tokens, len(subjects))
             words[list(positions), n] = 1 / len(positions)
-    return replace(plan, draft=Draft(_once(encode, plain, styles), words, subjects, by_regions)), conditioning
+    return replace(plan, draft=Draft(of_draft, words, subjects, by_regions)), conditioning
 
 
 def _with_texts(
@@ -255,6 +256,8 @@ def _with_texts(
     first = bare if kept and not joint else plain
     every = [_once(encode, first, styles)]
     every += [_once(encode, about(one, text, mine), [*styles, i]) for i, one in zip(owners, mine, strict=True)]
+    if "t5xxl_ids" in every[0][0][1]:
+        raise ValueError("regions cannot have prompts of their own in Anima; clear them, and set texts to shared")
     lengths = [one[0][0].shape[1] for one in every]
     everywhere = torch.tensor([float(i in styles) for i in range(len(concepts))])
     words = gates_by_prompt(everywhere, owners).repeat_interleave(torch.tensor(lengths), dim=0)
@@ -270,7 +273,9 @@ def _once(encode: Encode, text: str, which: Sequence[int]) -> Conditioning:
     return found
 
 
-def _phrases(clip: Any, text: str, concepts: Sequence[Concept], subjects: Mapping[int, SceneConcept]) -> Tensor:
+def _phrases(
+    clip: Any, text: str, concepts: Sequence[Concept], subjects: Mapping[int, SceneConcept], kept: int
+) -> Tensor:
     """1 at the tokens from a trigger to its class word, or of the class word alone. Shape: [tokens, concepts]."""
     phrases = torch.zeros(0, 0)
     for i, one in subjects.items():
@@ -278,7 +283,7 @@ def _phrases(clip: Any, text: str, concepts: Sequence[Concept], subjects: Mappin
             (start, (noun or (start, end))[1]) for (start, end), noun in class_words(one, text, [*subjects.values()])
         ]
         for said in {text[start:end] for start, end in spans} or {concepts[i].class_word} - {""}:
-            positions, tokens = find_tokens(clip, text, said)
+            positions, tokens = find_tokens(clip, text, said, kept)
             phrases = phrases if len(phrases) else torch.zeros(tokens, len(concepts))
             phrases[list(positions), i] = 1
     return phrases
@@ -297,10 +302,10 @@ def _check_no_prompts(concepts: Sequence[Concept]) -> None:
             )
 
 
-def _trigger(clip: Any, text: str, concept: Concept) -> tuple[Sequence[int], int]:
+def _trigger(clip: Any, text: str, concept: Concept, kept: int) -> tuple[Sequence[int], int]:
     if not concept.trigger:
         raise ValueError(f"tara needs a trigger for {concept.path.name}: type it in its Concept node")
     try:
-        return find_tokens(clip, text, concept.trigger)
+        return find_tokens(clip, text, concept.trigger, kept)
     except ValueError as error:
         raise ValueError(f"{concept.path.name}: {error}: {concept.phrase!r}") from error

@@ -7,21 +7,48 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_compose.attention import Site
+from lora_compose.attention.device import is_linear
 
 _FLUX = (
     (r"(time|vector|guidance)_in\.\w+_layer", Site("modulation")),
     (r".+_blocks\.\d+\.(img_mod|txt_mod|modulation)\.lin", Site("modulation", extra_axis=True)),
     (r"(double|single)_stream_modulation(_img|_txt)?\.lin", Site("modulation", extra_axis=True)),
     (r"final_layer\.adaLN_modulation\.1", Site("modulation", extra_axis=True)),
+    (r"distilled_guidance_layer\..+", Site("modulation", extra_axis=True)),
     (r"single_blocks\.\d+\.linear[12]", Site("text", "image", level=1)),
     (r"txt_in|double_blocks\.\d+\.txt_(attn|mlp)\..+", Site("text")),
     (r"img_in|final_layer\.linear|double_blocks\.\d+\.img_(attn|mlp)\..+", Site("image", level=1)),
 )
+_QWEN_IMAGE = (
+    (r"time_text_embed\..+|transformer_blocks\.\d+\.(img|txt)_mod\.1|norm_out\.linear", Site("modulation")),
+    (r"txt_in|transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|txt_mlp\..+)", Site("text")),
+    (r"img_in|proj_out|transformer_blocks\.\d+\.(attn\.to_([qkv]|out\.0)|img_mlp\..+)", Site("image", level=1)),
+)
+_ANIMA = (
+    (r"t_embedder\.1\.linear_[12]|.+\.adaln_modulation(_\w+)?\.[12]", Site("modulation", extra_axis=True)),
+    (r"x_embedder\.proj\.1|blocks\.\d+\.mlp\.layer[12]|final_layer\.linear", Site("image", level=1, planar=True)),
+    (r"blocks\.\d+\.(self_attn\.(q|k|v|output)_proj|cross_attn\.q_proj)", Site("image", level=1)),
+    (r"blocks\.\d+\.cross_attn\.[kv]_proj", Site("text")),
+    (r"blocks\.\d+\.cross_attn\.output_proj", Site("image", level=1, reads_text=True)),
+)
+_IN_BLOCK = r"\d+\.(attention\.(qkv|out)|feed_forward\.w[123])"
+_Z_IMAGE = (
+    (r"t_embedder\.mlp\.\d|.+\.adaLN_modulation\.\d", Site("modulation")),
+    (r"cap_embedder\.1", Site("text")),
+    (r"x_embedder", Site("image", level=1)),
+    (rf"context_refiner\.{_IN_BLOCK}", Site("text", multiple=32)),
+    (rf"noise_refiner\.{_IN_BLOCK}", Site("image", level=1, multiple=32)),
+    (rf"layers\.{_IN_BLOCK}|final_layer\.linear", Site("text", "image", level=1, multiple=32)),
+)
 _IS_FLUX = frozenset({"txt_in", "vector_in.in_layer", "double_blocks.0.img_mod.lin", "single_blocks.0.modulation.lin"})
 _IS_FLUX2 = frozenset({"txt_in", "double_stream_modulation_img.lin", "single_stream_modulation.lin"})
+_IS_ANIMA = frozenset({"x_embedder.proj.1", "llm_adapter.blocks.0.cross_attn.q_proj", "blocks.0.cross_attn.q_proj"})
+_IS_CHROMA = frozenset({"txt_in", "distilled_guidance_layer.in_proj", "double_blocks.0.img_mlp.0", "img_in"})
+_IS_QWEN_IMAGE = frozenset({"txt_in", "transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.img_mod.1"})
+_IS_Z_IMAGE = frozenset({"cap_embedder.1", "noise_refiner.0.attention.qkv", "layers.0.adaLN_modulation.0"})
 _IS_UNET = frozenset({"time_embed.0", "input_blocks.0.0", "middle_block.0.in_layers.2", "out.2"})
 _SIDES = ("input_blocks", "output_blocks")
-_SUPPORTED = "the UNets of Stable Diffusion 1.x, 2.x and XL, FLUX.1 and FLUX.2"
+_SUPPORTED = "the UNets of Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image and Anima"
 
 
 @dataclass(frozen=True)
@@ -30,15 +57,20 @@ class Family:
 
     Attributes:
         sites: The layers that a LoRA may change, by name.
-        attention: The modules whose `forward` runs one attention: the grid of its cells, and the text that they see.
+        attention: The modules whose `forward` runs one attention: what is in its sequence, and whether it reads text.
         maps: Those whose attention shows where subjects are; all of one grid.
-        least_tokens: To so many tokens ComfyUI fills texts with zeros, in front.
+        least_tokens: To so many tokens ComfyUI fills texts with zeros.
+        zeros_behind: Whether these follow the text; otherwise they are in front of it.
+        positions: The module that turns positions into rotary embeddings, where regional prompts each begin at the
+            first position; None where they follow one another.
     """
 
     sites: Mapping[str, Site]
     attention: Mapping[str, Site]
     maps: Sequence[str]
     least_tokens: int = 0
+    zeros_behind: bool = False
+    positions: str | None = None
 
     @property
     def map_level(self) -> int:
@@ -48,8 +80,7 @@ class Family:
     @property
     def joint(self) -> Site | None:
         """How text and image lie in one sequence; None in UNets."""
-        site = next(iter(self.attention.values()))
-        return site if site.joint else None
+        return next((site for site in self.attention.values() if site.joint), None)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -58,11 +89,20 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ValueError: If it is of a family that is not supported.
     """
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    modules = model.named_modules()
+    layers = [name for name, layer in modules if is_linear(layer) or isinstance(layer, nn.Conv2d)]
     if _IS_FLUX.issubset(layers):
         return _joint(layers, level=1)
     if _IS_FLUX2.issubset(layers) and not any("gate_proj" in name for name in layers):
         return _joint(layers, level=0, least_tokens=512)  # a cell of its latents is a patch
+    if _IS_ANIMA.issubset(layers):
+        return _anima(layers)
+    if _IS_CHROMA.issubset(layers):
+        return _joint(layers, level=1)
+    if _IS_QWEN_IMAGE.issubset(layers) and _has(model, patch_size=2):
+        return _qwen_image(layers)
+    if _IS_Z_IMAGE.issubset(layers) and _has(model, patch_size=2, pad_tokens_multiple=32):
+        return _z_image(layers)
     reads_text = any(name.endswith(".attn2.to_k") for name in layers)
     if _IS_UNET.issubset(layers) and reads_text and not any("time_stack" in name for name in layers):
         return _unet(model, layers)
@@ -72,14 +112,50 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
+def _has(model: nn.Module, **settings: int) -> bool:
+    """Whether it is built so; others have layers of the same names."""
+    return all(getattr(model, name, None) == value for name, value in settings.items())
+
+
 def _joint(layers: Sequence[str], level: int, least_tokens: int = 0) -> Family:
-    """FLUX.1 or FLUX.2; maps are those of the last third of the double-stream blocks, as in our pipelines."""
-    sites = {name: site for name in layers for pattern, site in _FLUX if re.fullmatch(pattern, name)}
-    sites = {name: _on(site, level) for name, site in sites.items()}
+    """FLUX.1, FLUX.2 or Chroma; maps are those of double-stream blocks."""
+    sites = {name: _on(site, level) for name, site in _by_table(_FLUX, layers).items()}
     found = (re.match(r"(double|single)_blocks\.\d+", name) for name in layers)
     blocks = dict.fromkeys((match[0] for match in found if match), Site("text", "image", level=level))
     double = [name for name in blocks if name.startswith("double")]
-    return Family(sites, blocks, double[-max(1, len(double) // 3) :], least_tokens)
+    return Family(sites, blocks, _last_third(double), least_tokens)
+
+
+def _anima(layers: Sequence[str]) -> Family:
+    """The image attends to itself and to the text in turn, as in a UNet; an adapter makes the text before sampling."""
+    sites = _by_table(_ANIMA, layers)
+    found = {name.removesuffix(".output_proj"): sites[name] for name in sites if name.endswith("attn.output_proj")}
+    cross = [name for name, site in found.items() if site.reads_text]
+    return Family(sites, found, _last_third(cross), least_tokens=512, zeros_behind=True)
+
+
+def _qwen_image(layers: Sequence[str]) -> Family:
+    """Text and image are in one sequence in attention alone, in which text has positions of its own."""
+    attention = [name.removesuffix(".to_q") for name in layers if name.endswith(".attn.to_q")]
+    joint = dict.fromkeys(attention, Site("text", "image", level=1))
+    return Family(_by_table(_QWEN_IMAGE, layers), joint, _last_third(attention), positions="pe_embedder")
+
+
+def _z_image(layers: Sequence[str]) -> Family:
+    """Text and image are refined alone before they are joined, each filled up to a multiple of 32 positions."""
+    sites = _by_table(_Z_IMAGE, layers)
+    attention = {name.removesuffix(".qkv"): site for name, site in sites.items() if name.endswith(".attention.qkv")}
+    joined = [name for name, site in attention.items() if site.joint]
+    return Family(sites, attention, _last_third(joined))
+
+
+def _by_table(table: Sequence[tuple[str, Site]], layers: Sequence[str]) -> Mapping[str, Site]:
+    return {name: site for name in layers for pattern, site in table if re.fullmatch(pattern, name)}
+
+
+def _last_third(names: Sequence[str]) -> Sequence[str]:
+    """The attention whose maps show subjects, as in our pipelines."""
+    return names[-max(1, len(names) // 3) :]
 
 
 def _on(site: Site, level: int) -> Site:

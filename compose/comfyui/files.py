@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_compose.attention import Lora, LoraFactors
+from lora_compose.attention.device import is_linear
 from lora_compose.attention.fitting import check_factors, weight_shape
 from lora_compose.pipelines.concepts.placing import placed, reshaped
 from lora_compose.pipelines.formats.alphas import Alphas
@@ -46,6 +47,8 @@ def read_concept(path: Path, model: nn.Module, names: Mapping[str, Target]) -> t
     parts: dict[str, list[LoraFactors]] = defaultdict(list)
     taken: dict[tuple[str, int], str] = {}
     left_out, cut = [*grouped.unknown, *grouped.inexpressible], 0
+    # Anima's adapter, which runs before a sampling.
+    left_out += [key for layer in grouped.layers if layer.part == "text_conditioner" for key in layer.keys]
     mine = [layer for layer in grouped.layers if layer.part in _DENOISERS]
     for layer in mine:
         target = targets.get(present_name(layer.module))
@@ -78,10 +81,16 @@ def read_concept(path: Path, model: nn.Module, names: Mapping[str, Target]) -> t
         raise LoraError(f"{path.name}: {error}") from error
 
 
+def with_sites(names: Mapping[str, Target], sites: Collection[str]) -> Mapping[str, Target]:
+    """The names of layers that concepts can act in; not e.g. those that read reference images."""
+    keys = {name: target if isinstance(target, str) else target[0] for name, target in names.items()}
+    return {name: names[name] for name, key in keys.items() if key[len(_START) : -len(_END)] in sites}
+
+
 def read_text_encoders(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a file that change text encoders, which ComfyUI reads itself. Errors as for `read_concept`."""
     file = read_lora(path)
-    layers = (layer for layer in by_layer(file).layers if layer.part not in _DENOISERS)
+    layers = (layer for layer in by_layer(file).layers if layer.part.startswith("text_encoder"))
     return {key: file.tensors[key] for layer in layers for key in layer.keys}
 
 
@@ -91,7 +100,7 @@ def _targets(names: Mapping[str, Target]) -> Mapping[str, tuple[str, slice | Non
     for spelled, target in names.items():
         key, window, change, *_ = (target, None, None) if isinstance(target, str) else (*target, None)
         parsed = parse(f"{spelled}.lora_A.weight")
-        if parsed is not None and key.startswith(_START) and key.endswith(_END):
+        if parsed is not None and parsed.part in _DENOISERS and key.startswith(_START) and key.endswith(_END):
             rows = None if window is None else slice(window[1], window[1] + window[2])
             found[present_name(parsed.module)] = key[len(_START) : -len(_END)], rows, change
     return found
@@ -115,7 +124,7 @@ def _factors(
             raise ValueError(f"its change has a side of {found}, the model's layer {name} has {side}")
     module, whole = model.get_submodule(name), rows is None and change is None
     scale = alphas.scale(layer.module, layer)
-    products = whole and isinstance(module, nn.Linear)
+    products = whole and is_linear(module)
     made = layer.kind.load(layer.parts, scale, MAX_RANK, products=products, settings=alphas.settings(layer))
     factors = made.factors
     if factors.transform is not None:

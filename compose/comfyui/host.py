@@ -6,19 +6,19 @@ the state dict stay, and are taken out at the end of the sampling, also after an
 """
 
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import comfy.model_patcher  # pyright: ignore[reportMissingImports]
 import comfy.patcher_extension as core  # pyright: ignore[reportMissingImports]
 import comfy.samplers  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor
 
 from lora_compose.attention import (
-    BankCache,
     Grid,
     Installation,
     JointRegions,
@@ -30,14 +30,20 @@ from lora_compose.attention import (
 )
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.swapped_forward import SwappedForward
-from lora_compose.compose.comfyui.composition import Composition, Draft
+from lora_compose.compose.comfyui.composition import Composition, Draft, filled
 from lora_compose.compose.comfyui.families import family_of
-from lora_compose.compose.comfyui.steering import SteeredAttention, Steering
+from lora_compose.compose.comfyui.memory import Brought, CountedBank, Factors, bytes_of
+from lora_compose.compose.comfyui.steering import EachTextFromItsStart, SteeredAttention, Steering
+from lora_compose.compose.comfyui.tokens import tokens_of
 
 KEY = "lora_compose"
 """Our name among callbacks and wrappers, and of the mark in conditionings."""
 LENGTH = 0.12
 """The part of the steps that is drafted, at least one step, as in our pipelines."""
+
+
+OF_TEXT = ("pooled_output", "attention_mask", "t5xxl_ids", "t5xxl_weights")
+"""What encoders give beside a text."""
 
 
 def compose(patcher: Any, composition: Composition) -> Any:
@@ -49,12 +55,20 @@ def compose(patcher: Any, composition: Composition) -> Any:
     if patcher.wrappers.get(core.WrappersMP.APPLY_MODEL, {}).get(KEY):
         raise ValueError("this model has concepts already; chain all concepts, and connect them to one Compose")
     family_of(patcher.model.diffusion_model)
-    clone, host = patcher.clone(), Host(composition)
+    factors = Factors(patcher.offload_device)
+    size = bytes_of(composition.loras, _dtype(patcher.model))
+    counted = comfy.model_patcher.ModelPatcher(factors, patcher.load_device, patcher.offload_device, size)
+    clone, host = patcher.clone(), Host(composition, factors)
+    clone.set_additional_models(KEY, [counted])
     clone.add_callback_with_key(core.CallbacksMP.ON_EJECT_MODEL, KEY, host.eject)
     clone.add_callback_with_key(core.CallbacksMP.ON_INJECT_MODEL, KEY, host.inject)
     clone.add_wrapper_with_key(core.WrappersMP.SAMPLER_SAMPLE, KEY, host.sample)
     clone.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, KEY, host.apply_model)
     return clone
+
+
+def _dtype(model: Any) -> torch.dtype:
+    return model.manual_cast_dtype or model.get_dtype()
 
 
 def marked(conditioning: Sequence[Sequence[Any]], composition: Composition) -> list[list[Any]]:
@@ -67,10 +81,11 @@ class Host:
 
     Args:
         composition: What acts where.
+        factors: Its factors, which ComfyUI moves.
     """
 
-    def __init__(self, composition: Composition) -> None:
-        self.composition = composition
+    def __init__(self, composition: Composition, factors: Factors) -> None:
+        self.composition, self._factors = composition, factors
         self._sampling: Sampling | None = None
 
     def sample(self, executor: Any, guider: Any, *arguments: Any, **options: Any) -> Tensor:
@@ -82,7 +97,7 @@ class Host:
             raise ValueError("connect the CONDITIONING of the same Compose to the sampler, as the positive one")
         words = len(self.composition.words)
         for one in conditionings:
-            if one["uuid"] in ours and words not in (1, tokens := one["cross_attn"].shape[1]):
+            if one["uuid"] in ours and words not in (1, tokens := tokens_of(one["cross_attn"], one)):
                 raise ValueError(
                     f"the conditioning has {tokens} tokens, the text of the concepts has {words}: connect the "
                     "CONDITIONING of Compose without joining it to other texts"
@@ -91,7 +106,8 @@ class Host:
             raise ValueError("conditionings of several Compose nodes cannot be sampled together; chain the concepts")
         noise = arguments[3]  # after the noise levels, more arguments and a callback
         device = guider.model_patcher.load_device
-        self._sampling = Sampling(guider.inner_model, self.composition, ours, tuple(noise.shape[-2:]), device)
+        grid = tuple(noise.shape[-2:])
+        self._sampling = Sampling(guider.inner_model, self.composition, self._factors, ours, grid, device)
         try:
             self._sampling.put()
             if self.composition.draft is not None and len(arguments[0]) > 1:  # noise levels; one is no step
@@ -136,6 +152,7 @@ class Sampling:
     Args:
         model: ComfyUI's `BaseModel`.
         composition: What acts where.
+        factors: Its factors.
         ours: The conditionings that concepts act on.
         grid: Height and width of the latents.
         device: Where the model runs.
@@ -146,14 +163,16 @@ class Sampling:
     """
 
     def __init__(
-        self, model: Any, composition: Composition, ours: frozenset[Any], grid: Grid, device: torch.device
-    ) -> None:
-        self.model, self.ours = model, ours
+        self, model: Any, composition: Composition, factors: Factors, ours: frozenset[Any], grid: Grid,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.model, self.ours, self._factors = model, ours, factors
         self.steered = composition.draft is not None or composition.lengths is not None
         self.regions: Sequence[Any] = ()
         self._family = family_of(model.diffusion_model)
-        self._plan, self._device = composition.filled(self._family.least_tokens), device
-        self._kept = KeptBanks(BankCache(sys.maxsize), tuple((i,) for i in range(len(composition.loras))))
+        fill = {"tokens": self._family.least_tokens, "behind": self._family.zeros_behind}
+        self._plan, self._device, self._fill = composition.filled(**fill), device, fill
+        self._kept = KeptBanks(CountedBank(factors), tuple((i,) for i in range(len(composition.loras))))
         self._stack = ExitStack()
         self._installation: Installation | None = None
         self._steering: Steering | None = None
@@ -164,7 +183,8 @@ class Sampling:
 
     def put(self) -> None:
         """Puts the LoRAs in."""
-        model, dtype = self.model.diffusion_model, self.model.manual_cast_dtype or self.model.get_dtype()
+        model, dtype = self.model.diffusion_model, _dtype(self.model)
+        self._factors.make(self._plan.loras, self._family.sites, model, dtype)
         layers = installed_layers(
             model,
             self._plan.loras,
@@ -175,13 +195,21 @@ class Sampling:
             how="forward",
         )
         self._installation = self._stack.enter_context(layers)
+        for name, layer in self._installation.bank.items():
+            model.get_submodule(name).forward.layer = Brought(layer)
         if self.steered:
-            self._steering = Steering(self._installation.state, self._plan)
+            self._steering = Steering(self._installation.state, self._plan, self._family.joint is not None)
             for name, site in self._family.attention.items():
-                swap = SwappedForward(model.get_submodule(name), model)
-                swap.layer = SteeredAttention(name, site, self._steering, swap.original)
-                self._stack.callback(swap.take_off)
-                swap.put_on()
+                self._swap(name, partial(SteeredAttention, name, site, self._steering))
+            if self._family.positions is not None:
+                self._swap(self._family.positions, partial(EachTextFromItsStart, self._steering))
+
+    def _swap(self, name: str, made: Callable[..., Any]) -> None:
+        """Puts what is made of the `forward` of a module on it."""
+        swap = SwappedForward(self.model.diffusion_model.get_submodule(name), self.model.diffusion_model)
+        swap.layer = made(swap.original)
+        self._stack.callback(swap.take_off)
+        swap.put_on()
 
     def take(self) -> None:
         """Takes them out; may be called twice."""
@@ -203,12 +231,12 @@ class Sampling:
             raise ValueError(
                 "where regions read texts of their own, images are drafted one by one; set batch_size to 1"
             )
-        ((text, pooled),) = draft.conditioning
+        ((text, others),) = draft.conditioning
 
         def plain(kind: str, one: dict[str, Any]) -> dict[str, Any]:
             if one["uuid"] not in self.ours:
                 return one
-            other = {**one, "cross_attn": text, "pooled_output": pooled.get("pooled_output")}
+            other = {**one, "cross_attn": text, **{name: others.get(name) for name in OF_TEXT}}
             given = {"latent_image": latents, "denoise_mask": mask, "seed": extra.get("seed")}
             return comfy.samplers.encode_model_conds(
                 self.model.extra_conds, [other], noise, self._device, kind, **given
@@ -218,8 +246,7 @@ class Sampling:
         self._use_plan(
             replace(whole, weights=whole.weights * styles, lengths=None, words=torch.ones_like(styles)[None])
         )
-        words = torch.nn.functional.pad(draft.words, (0, 0, max(0, self._family.least_tokens - len(draft.words)), 0))
-        self._recorder = Recorder(self._family.maps, words.to(self._device)[None])
+        self._recorder = Recorder(self._family.maps, filled(draft.words, **self._fill).to(self._device)[None])
         devices = [self._device] if self._device.type == "cuda" else []
         try:
             guider.conds = {kind: [plain(kind, one) for one in every or ()] for kind, every in conditionings.items()}

@@ -12,7 +12,7 @@ from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissing
 
 from lora_compose.compose.comfyui.concepts import Concept, boxes_of, composition_of, drawn, with_boxes
 from lora_compose.compose.comfyui.families import family_of
-from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
+from lora_compose.compose.comfyui.files import read_concept, read_text_encoders, with_sites
 from lora_compose.compose.comfyui.host import compose, marked
 from lora_compose.compose.comfyui.words import (
     BOX,
@@ -129,7 +129,8 @@ class ComposeNode(io.ComfyNode):
     ) -> Any:
         """Reads the files, finds the words, and encodes the texts."""
         network = model.model.diffusion_model
-        family, names, loras = family_of(network), comfy.lora.model_lora_keys_unet(model.model, {}), []
+        family, loras = family_of(network), []
+        names = with_sites(comfy.lora.model_lora_keys_unet(model.model, {}), family.sites)
         for concept in concepts:
             lora, notes = read_concept(concept.path, network, names)
             for note in notes:

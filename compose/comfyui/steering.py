@@ -28,11 +28,13 @@ class Steering:
     Attributes:
         state: That of the layers.
         plan: What acts where.
+        joint: Whether text and image are in one sequence.
         ours: True for rows of our conditioning. Shape: [rows].
     """
 
     state: ForwardState
     plan: Composition
+    joint: bool
     ours: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.bool))
 
 
@@ -84,19 +86,20 @@ class SteeredAttention:
 
     def _steered(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of heads. Shapes: [rows, heads, positions, channels]."""
-        state, joint = self.steering.state, self.site.joint
-        cells = prod(grid_at(state.inputs.latent_grid, self.site.level))
-        tokens = q.shape[2] - cells
-        if tokens < 0 or (tokens and not joint):
+        state, site = self.steering.state, self.site
+        cells = prod(grid_at(state.inputs.latent_grid, site.level))
+        tokens = site.padded(max(state.inputs.lengths))
+        lengths = {"text": tokens, "image": site.padded(cells)}
+        if q.shape[2] != sum(lengths[part] for part in site.parts):
             raise ValueError("another node changes the cells that attention sees; take it out, or use no draft here")
-        scale = q.shape[-1] ** -0.5
+        scale, joint = q.shape[-1] ** -0.5, self.steering.joint
         if joint:
-            for recorder in state.recorders:
-                recorder.take(self.name, q[:, :, tokens:], k, scale, tokens=tokens)
+            for recorder in state.recorders if site.joint else ():
+                recorder.take(self.name, q[:, :, tokens : tokens + cells], k, scale, tokens=tokens)
             if state.inputs.joint_regions is None:
                 return kernel(q, k, v)
         elif state.inputs.regions is None:
-            return state.attend(kernel, self.name, self.site.level, q, k, v, scale, self.site.reads_text)
+            return state.attend(kernel, self.name, site.level, q, k, v, scale, site.reads_text)
         run, ours = self._joint if joint else self._cells, self.steering.ours.to(q.device)
         parts = [(mine, rows) for mine, rows in ((True, ours), (False, ~ours)) if rows.any()]
         if len(parts) == 1:
@@ -133,3 +136,22 @@ class SteeredAttention:
 
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return regions.attend(attend, self.site.parts, q, k, v, None).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class EachTextFromItsStart:
+    """The `forward` of a module that turns positions into rotary embeddings, where several texts are in one sequence.
+
+    ComfyUI counts through the whole sequence: the text of a region would stand behind that of the image.
+    """
+
+    steering: Steering
+    found: Callable[[Tensor], Tensor]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Rotary embeddings. Shape of the positions: [rows, tokens and cells, dimensions]."""
+        regions = self.steering.state.inputs.joint_regions
+        if regions is None or regions.positions is None:
+            return self.found(ids)
+        moved = torch.cat([ids[:, regions.positions], ids[:, len(regions.positions) :]], dim=1)
+        return self.found(torch.where(self.steering.ours.to(ids.device)[:, None, None], moved, ids))

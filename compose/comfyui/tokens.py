@@ -1,12 +1,20 @@
 """Where the words of a concept are in a text, by ComfyUI's tokenizers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from lora_compose.pipelines.text.tokens import find_words
 
 
-def find_tokens(clip: Any, text: str, words: str) -> tuple[Sequence[int], int]:
+def tokens_of(text: Tensor, options: Mapping[str, Any]) -> int:
+    """How many tokens a conditioning has for the model; Anima's makes them of T5's, beside which the text is read."""
+    ids = options.get("t5xxl_ids")
+    return text.shape[1] if ids is None else ids.shape[-1]
+
+
+def find_tokens(clip: Any, text: str, words: str, kept: int | None = None) -> tuple[Sequence[int], int]:
     """The positions of words among the tokens of a text, as its conditioning has them; and how many tokens it has.
 
     Weights in brackets are parsed, and texts are cut into parts, as ComfyUI does it.
@@ -15,6 +23,7 @@ def find_tokens(clip: Any, text: str, words: str) -> tuple[Sequence[int], int]:
         clip: ComfyUI's CLIP.
         text: The text.
         words: For example a trigger.
+        kept: Tokens of the conditioning, if those of a chat template are cut off in front of it.
 
     Raises:
         ValueError: If the words are not in the text, or are joined to other signs there.
@@ -32,7 +41,8 @@ def find_tokens(clip: Any, text: str, words: str) -> tuple[Sequence[int], int]:
             i for i in range(len(read) - len(wanted) + 1) if [token for _, token in read[i : i + len(wanted)]] == wanted
         ]
         if times and len(starts) == times:
-            return [read[i + k][0] for i in starts for k in range(len(wanted))], len(every)
+            cut = 0 if kept is None else len(every) - kept
+            return [read[i + k][0] - cut for i in starts for k in range(len(wanted))], len(every) - cut
     if not times:
         raise ValueError(f"the words {words!r} are not in the text; write them where the concept is meant")
     raise ValueError(f"the words {words!r} do not keep their own tokens in the text; put spaces around them")

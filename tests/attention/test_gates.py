@@ -92,3 +92,14 @@ def test_gates_of_a_larger_set_a_factor_and_some_rows_are_those_of_every_part(ca
     assert torch.equal(expanded(GIVEN.select(slice(1, None)), site), by_rank(gate[1:]))
     one = gates(rows=1)
     assert torch.equal(expanded(one.select(slice(1, None)), site), expanded(one, site)), "rows that are broadcast stay"
+
+
+def test_a_text_is_filled_up_where_the_layer_fills_it_up_and_a_lora_acts_there_if_it_acts_on_every_token() -> None:
+    """As a transformer does it whose program tells no padding; the concepts act on one token, and on all."""
+    text = torch.tensor([[[1.0, 1.0], [0.0, 1.0], [0.0, 1.0]]])
+    gates = Gates(text, {0: torch.full((1, 2, 2), 0.5)}, torch.ones(1, 2), (1, 2))
+    key = GateKey(Site("text", "image", multiple=4), False, (1, 1))
+    expanded = gates.expand(key, [3])
+    assert expanded[0, :4].tolist() == [[1, 1], [0, 1], [0, 1], [0, 1]]
+    assert expanded.shape == (1, 8, 2)
+    assert gates.expand(GateKey(Site("text"), False, (1, 1)), [3]).shape == (1, 3, 2)

@@ -19,8 +19,9 @@ final_layer.adaLN_modulation.1"""
 class Tree(nn.Module):
     """Layers by name; a star is a convolution."""
 
-    def __init__(self, names: str) -> None:
+    def __init__(self, names: str, **settings: int | None) -> None:
         super().__init__()
+        vars(self).update(settings)
         for name in names.split():
             *path, last = name.removesuffix("*").split(".")
             here: nn.Module = self
@@ -75,14 +76,70 @@ def test_layers_of_flux2_share_their_modulation_and_work_on_all_cells_of_the_lat
     assert family.joint == Site("text", "image")
 
 
+Z_IMAGE = """x_embedder cap_embedder.1 t_embedder.mlp.0 noise_refiner.0.attention.qkv
+noise_refiner.0.adaLN_modulation.0 context_refiner.0.attention.qkv context_refiner.0.feed_forward.w1
+layers.0.attention.qkv layers.0.attention.out layers.0.adaLN_modulation.0 final_layer.linear"""
+QWEN_IMAGE = """img_in txt_in time_text_embed.timestep_embedder.linear_1 transformer_blocks.0.img_mod.1
+transformer_blocks.0.attn.to_q transformer_blocks.0.attn.add_q_proj transformer_blocks.0.attn.to_out.0
+transformer_blocks.0.attn.to_add_out transformer_blocks.0.txt_mlp.net.0.proj norm_out.linear proj_out"""
+ANIMA = """x_embedder.proj.1 t_embedder.1.linear_1 blocks.0.self_attn.output_proj blocks.0.cross_attn.q_proj
+blocks.0.cross_attn.k_proj blocks.0.cross_attn.output_proj blocks.0.adaln_modulation_self_attn.1 blocks.0.mlp.layer1
+final_layer.linear final_layer.adaln_modulation.2"""
+
+
+def test_text_and_image_of_z_image_are_filled_up_in_its_blocks_and_not_before() -> None:
+    family = family_of(Tree(Z_IMAGE, patch_size=2, pad_tokens_multiple=32))
+    sites = family.sites
+    assert len(sites) == len(Z_IMAGE.split())
+    assert family.joint == sites["layers.0.attention.out"] == Site("text", "image", level=1, multiple=32)
+    assert family.attention["context_refiner.0.attention"] == Site("text", multiple=32)
+    assert family.attention["noise_refiner.0.attention"] == Site("image", level=1, multiple=32)
+    assert list(family.maps) == ["layers.0.attention"]
+    assert sites["cap_embedder.1"] == Site("text")
+    assert sites["x_embedder"] == Site("image", level=1)
+    assert sites["noise_refiner.0.adaLN_modulation.0"] == Site("modulation")
+
+
+def test_text_and_image_of_qwen_image_meet_in_attention_alone() -> None:
+    family = family_of(Tree(QWEN_IMAGE, patch_size=2))
+    sites = family.sites
+    assert len(sites) == len(QWEN_IMAGE.split())
+    assert family.attention == {"transformer_blocks.0.attn": Site("text", "image", level=1)}
+    assert family.positions == "pe_embedder"
+    assert sites["transformer_blocks.0.attn.add_q_proj"] == sites["txt_in"] == Site("text")
+    assert sites["transformer_blocks.0.attn.to_q"] == sites["proj_out"] == Site("image", level=1)
+
+
+def test_the_image_of_anima_reads_text_by_cross_attention() -> None:
+    family = family_of(Tree(f"{ANIMA} llm_adapter.blocks.0.cross_attn.q_proj"))
+    sites = family.sites
+    assert len(sites) == len(ANIMA.split()), "the adapter has run before"
+    assert family.joint is None
+    assert list(family.maps) == ["blocks.0.cross_attn"]
+    assert family.attention["blocks.0.self_attn"] == Site("image", level=1)
+    assert sites["blocks.0.cross_attn.k_proj"] == Site("text")
+    assert sites["blocks.0.cross_attn.output_proj"] == Site("image", level=1, reads_text=True)
+    assert sites["blocks.0.mlp.layer1"] == sites["x_embedder.proj.1"] == Site("image", level=1, planar=True)
+
+
+def test_one_network_makes_the_modulation_of_all_blocks_of_chroma() -> None:
+    names = FLUX.replace("vector_in.in_layer", "distilled_guidance_layer.in_proj").replace("time_in.in_layer", "")
+    family = family_of(Tree(names))
+    assert family.sites["distilled_guidance_layer.in_proj"] == Site("modulation", extra_axis=True)
+    assert family.joint == Site("text", "image", level=1)
+
+
 @pytest.mark.parametrize(
-    "names",
+    "tree",
     [
-        "layers.0.attention.qkv x_embedder",
-        FLUX.replace("vector_in.in_layer", "distilled_guidance_layer.in_proj"),  # Chroma
-        UNET + " input_blocks.1.1.time_stack.0.attn1.to_q",  # video
+        Tree("layers.0.attention.qkv x_embedder"),
+        Tree(Z_IMAGE, patch_size=2, pad_tokens_multiple=None),  # Lumina 2
+        Tree(Z_IMAGE, patch_size=16, pad_tokens_multiple=32),  # Z-Image on pixels
+        Tree(QWEN_IMAGE, patch_size=1),  # Mage-Flow
+        Tree(FLUX.replace("img_in", "img_in_patch").replace("vector_in.in_layer", "nerf_blocks.0.norm")),
+        Tree(UNET + " input_blocks.1.1.time_stack.0.attn1.to_q"),  # video
     ],
 )
-def test_other_families_are_refused_by_name(names: str) -> None:
-    with pytest.raises(ValueError, match=r"a Tree in ComfyUI; they act in the UNets of .*, FLUX\.1 and FLUX\.2"):
-        family_of(Tree(names))
+def test_other_families_are_refused_by_name(tree: Tree) -> None:
+    with pytest.raises(ValueError, match=r"a Tree in ComfyUI; they act in the UNets of .*, FLUX\.1, .* and Anima"):
+        family_of(tree)

@@ -14,7 +14,7 @@ from lora_compose.pipelines.scene.division import divided, nearest, strips
 from lora_compose.pipelines.scene.scene import Concept
 
 pytestmark = pytest.mark.comfyui
-FAMILIES = ("sd", "sdxl", "flux", "flux2")
+FAMILIES = ("sd", "sdxl", "flux", "flux2", "z_image", "qwen_image", "chroma", "anima")
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,15 @@ def test_every_method_equals_dense_deltas(core: ModuleType, patcher: Any, tmp_pa
     assert compared(core, patcher, plan, core.text(2)) < 1e-5
 
 
+def skip_one_text(patcher: Any) -> None:
+    """Of Anima, where the composition is refused before."""
+    if hasattr(patcher.model.diffusion_model, "llm_adapter"):
+        pytest.skip("an adapter makes one text of all")
+
+
 def texts_of_regions(core: ModuleType, patcher: Any, folder: Path, *, isolate: bool) -> tuple[Composition, list]:
     """Two regions that overlap, with texts of 6 and 10 tokens, a style that acts everywhere, and the conditioning."""
+    skip_one_text(patcher)
     lengths, own = (8, 6, 10), torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     loras = [core.read(patcher, core.tensors_of(patcher, seed), folder) for seed in (1, 2, 3)]
     words = own.repeat_interleave(torch.tensor(lengths), dim=0)
@@ -140,6 +147,8 @@ def test_texts_of_regions_in_other_batches(core: ModuleType, patcher: Any, tmp_p
 
 
 def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = False) -> tuple[Composition, list]:
+    if own_texts:
+        skip_one_text(patcher)
     plan = composition(core, patcher, folder, "merge")
     plain = torch.zeros(core.TOKENS, 2)
     plain[1, 0] = plain[4, 1] = plain[5, 1] = 1
@@ -150,11 +159,7 @@ def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = 
         own = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat_interleave(core.TOKENS, dim=0)
         options |= {"words": own, "lengths": [core.TOKENS] * 3, "owners": (0, 1)}
         return replace(plan, **options), core.text(1, 3 * core.TOKENS)
-    return replace(plan, phrases=None if has_blocks(patcher) else words(core), **options), core.text(1)
-
-
-def has_blocks(patcher: Any) -> bool:
-    return hasattr(patcher.model.diffusion_model, "double_blocks")
+    return replace(plan, phrases=None if core.is_joint(patcher) else words(core), **options), core.text(1)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +280,7 @@ def test_a_guider_that_counts_its_conditionings_otherwise(core: ModuleType, patc
         guider = Guider_DualCFG(model)
         guider.set_conds(mine, middle, negative)
         guider.set_cfg(4.0, 2.0)
-        latents = torch.zeros(1, model.model.model_config.unet_config["in_channels"], *core.GRID)
+        latents = core.empty(model)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 3)
         with torch.inference_mode():
@@ -303,21 +308,75 @@ def test_weights_that_are_stored_in_less(core: ModuleType, tmp_path: Path, dtype
         assert compared(core, patcher, plan, core.text(2)) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["flux", "z_image"])
+def test_layers_that_are_quantised_by_comfyui(core: ModuleType, tmp_path: Path, family: str) -> None:
+    """They are no `Linear` of PyTorch; on the CPU they are dequantised for each product."""
+    import comfy.ops  # pyright: ignore[reportMissingImports]
+
+    if family not in core.FAMILIES or not hasattr(comfy.ops, "mixed_precision_ops"):
+        pytest.skip("this version of ComfyUI has no such layers")
+    patcher = core.quantised(family)
+    assert not any(type(layer) is torch.nn.Linear for layer in patcher.model.modules())
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    assert compared(core, patcher, plan, core.text(2)) < 1e-5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_that_are_brought_in_for_each_layer(
     core: ModuleType, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with --novram: LoRAs of ComfyUI are then added in each pass."""
     import comfy.model_management as management  # pyright: ignore[reportMissingImports]
+    import comfy.model_patcher  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.memory import Factors
 
     if family not in core.FAMILIES:
         pytest.skip(f"this version of ComfyUI has no {family}")
     patcher = core.FAMILIES[family]()  # one that is loaded already stays as it is
     monkeypatch.setattr(management, "is_device_cpu", lambda _: False)
     monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
-    plan = composition(core, patcher, tmp_path, "words in regions")
+    plan, sizes = composition(core, patcher, tmp_path, "words in regions"), []
+    load = comfy.model_patcher.ModelPatcher.partially_load
+
+    def watch(self: Any, *arguments: Any, **options: Any) -> Any:
+        out = load(self, *arguments, **options)
+        if isinstance(self.model, Factors):
+            sizes.append(self.loaded_size())
+        return out
+
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "partially_load", watch)
     assert compared(core, patcher, plan, core.text(2), before=lambda p: loaded(core, p, LOADERS[0])) < 1e-5
+    assert sizes == [0], "nor are ours loaded"
     assert any(getattr(module, "comfy_cast_weights", False) for module in patcher.model.modules())
+
+
+def test_factors_are_counted_moved_and_evicted_by_comfyui(
+    core: ModuleType, models: dict[str, Any], tmp_path: Path
+) -> None:
+    """Beside the model; one that is loaded by halves has factors that stay where they are, and are brought in."""
+    import comfy.model_management as management  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import KEY, compose, marked
+
+    patcher = models["sd"]
+    plan, positive, negative = composition(core, patcher, tmp_path, "regional"), core.text(1), core.text(2)
+    host = compose(patcher, plan)
+    (counted,) = host.get_additional_models_with_key(KEY)
+    assert counted.model_size() == sum(t.nbytes for lora in plan.loras for one in lora.values() for t in one.tensors)
+    assert counted.loaded_size() == 0
+    first = core.drawn(host, marked(positive, plan), negative)
+    assert counted.loaded_size() == counted.model_size() == counted.model.bank.bytes
+    assert counted in [loaded.model for loaded in management.current_loaded_models]
+    bank = counted.model.bank
+    management.unload_all_models()
+    assert counted.loaded_size() == 0
+    assert torch.equal(first, core.drawn(host.clone(), marked(positive, plan), negative))
+    assert counted.model.bank is bank, "it is made once"
+    management.unload_all_models()
+    counted.partially_load(torch.device("meta"), 1e32)
+    assert {tensor.device.type for layer in bank.layers.values() for tensor in layer.tensors} == {"meta"}
+    assert {weight.device.type for weight in patcher.model.parameters()} == {"cpu"}
 
 
 def test_one_conditioning_a_pass_where_memory_is_short(
@@ -406,6 +465,8 @@ def test_names_of_diffusers_and_parts_of_fused_layers(core: ModuleType, patcher:
 
     from lora_compose.compose.comfyui.host import compose, marked
 
+    if hasattr(patcher.model.diffusion_model, "llm_adapter"):
+        pytest.skip("ComfyUI knows no names of diffusers for Anima")
     keys, weights = comfy.lora.model_lora_keys_unet(patcher.model, {}), patcher.model.state_dict()
     start = "transformer." if any(key.startswith("transformer.") for key in keys) else "unet."
     torch.manual_seed(3)

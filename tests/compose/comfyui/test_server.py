@@ -2,28 +2,23 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from commands import free_port
-from lora_compose.compose.comfyui.installing import install
+from comfy_server import Ask, checkout, serving
 
 pytestmark = pytest.mark.comfyui
 ROOT = Path(__file__).resolve().parents[3]
-OWN = ("custom_nodes", "models", "output", "input", "temp", "user")
-Ask = Callable[..., Any]
 EXAMPLES = ("two-in-boxes", "two-without-boxes", "texts-of-regions")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
@@ -62,48 +57,16 @@ def checkpoint(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkout, with folders of its own for what is installed and made."""
-    root, core = tmp_path_factory.mktemp("ComfyUI"), Path(os.environ["COMFYUI_PATH"])
-    for entry in core.iterdir():
-        if entry.name not in OWN:
-            (root / entry.name).symlink_to(entry)
-    for name in (*OWN, "models/checkpoints", "models/loras"):
-        (root / name).mkdir(parents=True)
+    root = checkout(tmp_path_factory.mktemp("ComfyUI"))
     checkpoint(root / "models")
-    install(root)
     return root
 
 
 @pytest.fixture(scope="module")
 def ask(comfyui: Path) -> Iterator[Ask]:
     """Asks the server; it runs until the tests are over."""
-    port = free_port()
-    command = [
-        sys.executable, "main.py", "--cpu", "--port", str(port), "--base-directory", str(comfyui),
-        "--dont-print-server", "--disable-api-nodes",
-    ]  # fmt: skip
-
-    def asked(path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
-
-    with (comfyui / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            end = time.monotonic() + 300
-            while True:
-                assert server.poll() is None, (comfyui / "log").read_text()[-3000:]
-                try:
-                    asked("system_stats")
-                    break
-                except (urllib.error.URLError, ConnectionError):
-                    assert time.monotonic() < end
-                    time.sleep(0.5)
-            yield asked
-        finally:
-            server.terminate()
-            server.wait()
+    with serving(comfyui) as (_, asked):
+        yield asked
 
 
 def example(name: str) -> dict[str, Any]:
@@ -163,6 +126,27 @@ def test_the_nodes_are_there_and_the_example_runs_twice(ask: Ask, comfyui: Path)
     _, second = run(ask, comfyui, workflow())
     assert second is not None
     assert torch.equal(second, first)
+
+
+def test_a_lora_of_the_small_world_changes_its_box(ask: Ask, comfyui: Path) -> None:
+    """Real weights in core's own Flux: the half of the image with the box changes more than twice as much."""
+    graph, images = example(f"{EXAMPLES[0]}-api"), []
+    graph["model"] = {"class_type": "SmallWorld", "inputs": {}}
+    graph["latent"]["inputs"] |= {"width": 128, "height": 128}
+    graph["sampler"]["inputs"] |= {"steps": 8, "cfg": 4.0, "scheduler": "simple"}
+    graph["boxes"]["inputs"] |= {"boxes": "0,0,0.5,1", "concepts": ["cat", 0]}
+    graph["compose"]["inputs"] |= {"text": "a xlo bear and a robot on sand", "texts": "shared"}
+    del graph["dog"]
+    for weight in (0.0, 1.0):
+        graph["cat"]["inputs"] |= {
+            "lora": "world/bear.safetensors", "trigger": "xlo", "class_word": "bear", "weight": weight
+        }  # fmt: skip
+        status, _ = run(ask, comfyui, graph)
+        assert status["status_str"] == "success", status
+        newest = max((comfyui / "output").glob("*.png"), key=lambda path: path.stat().st_mtime)
+        images.append(torch.from_numpy(np.array(Image.open(newest).convert("RGB"))).float())
+    left, right = (images[1] - images[0]).abs().chunk(2, dim=1)
+    assert left.mean() > 2 * right.mean() > 0
 
 
 def test_a_mistake_is_told_in_the_answer(ask: Ask, comfyui: Path) -> None:

@@ -1,0 +1,93 @@
+"""The factors of a composition as a model of ComfyUI: counted, moved and evicted by it beside the one they act in."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lora_compose.attention import BankCache, Lora, Site
+from lora_compose.attention.bank_cache import Bank, BankKey, new_bank
+from lora_compose.attention.device import modules_of
+from lora_compose.attention.forward_state import LayerInputs
+from lora_compose.attention.lora_bank import BankLayer
+
+
+def bytes_of(loras: Sequence[Lora], dtype: torch.dtype) -> int:
+    """The memory that factors take in a model."""
+    tensors = (tensor for lora in loras for factors in lora.values() for tensor in factors.tensors)
+    return sum(tensor.numel() for tensor in tensors) * dtype.itemsize
+
+
+class Factors(nn.Module):
+    """The bank of a composition. It has no parameters, so ComfyUI loads it as a whole, or leaves it where it is.
+
+    Args:
+        device: Where it is until then.
+
+    Attributes:
+        bank: None until it is first used.
+        place: Empty, and where the bank is or will be made.
+    """
+
+    place: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.bank = device, None
+        self.register_buffer("place", torch.empty(0, device=device), persistent=False)
+
+    def make(self, loras: Sequence[Lora], sites: Mapping[str, Site], model: nn.Module, dtype: torch.dtype) -> None:
+        """Makes the bank, unless there is one of this precision."""
+        if self.bank is None or any(layer.up.dtype != dtype for layer in self.bank.layers.values()):
+            key = BankKey((), self.place.device, dtype)
+            self.bank: Bank | None = new_bank(loras, sites, key, None, (), modules_of(model))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()` calls. An installed layer of the bank has a layer of the model inside, which stays."""
+        super()._apply(fn, recurse)
+        for layer in self.bank.layers.values() if self.bank is not None else ():
+            inside = layer._modules.pop("layer", None)
+            layer._apply(fn)
+            if inside is not None:
+                layer._modules["layer"] = inside
+        return self
+
+
+class CountedBank(BankCache):
+    """Gives an installation the bank wherever it is, and keeps the one that it has used."""
+
+    def __init__(self, factors: Factors) -> None:
+        super().__init__(sys.maxsize)
+        self._factors = factors
+
+    def take(self, key: BankKey) -> Bank | None:
+        """The bank; `key` names the only one there is."""
+        return self._factors.bank
+
+    def put(self, key: BankKey, bank: Bank) -> None:
+        """Keeps a bank; a new one if a weight that DoRA needs has changed."""
+        bank.state.inputs, bank.state.recorders = LayerInputs(), ()
+        if bank is not self._factors.bank:
+            self._factors.bank = bank
+            self._factors.to(self._factors.place.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Brought:
+    """A bank layer whose factors are copied to its input in each call, if ComfyUI leaves them elsewhere."""
+
+    layer: BankLayer
+
+    def __call__(self, x: Tensor) -> Any:
+        """The layer's output."""
+        if self.layer.up.device == x.device:
+            return self.layer(x)
+        factors = {
+            name: factor.to(x.device)
+            for name, factor in self.layer.named_buffers()
+            if not name.startswith("layer.")  # that of the model
+        }
+        return torch.func.functional_call(self.layer, factors, (x,))
