@@ -15,6 +15,9 @@ from flux2 import FLUX2
 from flux2_dev import FLUX2_DEV
 from flux_kontext import KONTEXT
 from lora_compose import ComposePipeline, Concept, Merge
+from lora_compose.attention import backbone_of
+from lora_compose.compose.benchmark.flops import Operations
+from lora_compose.pipelines.calls.memory import least_bytes
 from lora_compose.pipelines.families import ComposeFluxKontextPipeline
 from lora_compose.pipelines.families.opening import configuration
 from transformer_families import (
@@ -182,3 +185,36 @@ def test_dev_finds_words_as_its_processor_reads_them(reading, pipe, monkeypatch,
     assert found == reading.family.words[0]
     assert [pipe.tokenizer.tokenizer.decode([read["input_ids"][0][i]]) for i in found] == ["s", "k", "s"]
     assert torch.equal(template.real_tokens([PROMPT]), torch.tensor(read["attention_mask"]).bool())
+
+
+def test_a_row_costs_what_the_operations_of_its_pass_say(reading, pipe):
+    call = {**reading.call, "num_inference_steps": 1}
+    ratio = flops_of(pipe, **call) / flops_of(pipe, **{**call, "image": None})
+    cost = pipe.plan(**call, concepts=["cat"], method="merge").cost
+    assert cost.row_factor == pytest.approx(ratio, rel=0.01)  # padding of texts that diffusers cuts
+    assert cost.each == f", each {ratio:.2f} times one without reference images"
+    assert pipe(**call, concepts=["cat"], method="merge", output_type="latent").cost.row_factor == cost.row_factor
+    alone = pipe.plan(**{**call, "image": None}, concepts=["cat"], method="merge").cost
+    assert (alone.row_factor, alone.each) == (1.0, "")
+
+
+def test_memory_that_a_pass_needs_has_the_references(reading, pipe):
+    without, kept = least_bytes(backbone_of(pipe.transformer), (16, 16)), 4 * 3 * 4 * 16 * 16
+    reads = type(backbone_of(pipe.transformer))(pipe.transformer, reference=True, cells=reading.tokens)
+    of_a_cell = (without - kept) / CELLS**2  # input and output of the largest layer
+    assert least_bytes(reads, (16, 16)) == without + of_a_cell * reading.tokens
+
+
+def flops_of(pipe: Any, **call: Any) -> int:
+    """FLOPs of the passes of a call without concepts."""
+    operations, model = Operations(), pipe.transformer
+    hooks = [
+        model.register_forward_pre_hook(lambda *_: operations.__enter__() and None),
+        model.register_forward_hook(lambda *_: operations.__exit__(None, None, None)),
+    ]
+    try:
+        latents_of(pipe, **call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return operations.flops
