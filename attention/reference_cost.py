@@ -37,6 +37,8 @@ def _flops(
     """FLOPs of one row whose parts have so many positions; a part without any number is one vector."""
 
     def length(site: Site) -> int:
+        if "modulation" in site.parts:
+            return len(site.parts)
         return sum(positions.get(part, 1) for part in site.parts)
 
     flops = 0

@@ -192,7 +192,8 @@ def make_plan(host: Host, call: Call) -> Plan:
             "it reinit='off', or strength=1"
         )
     textual_inversions = TextualInversions.of(loaded, host.components)
-    tokenizers = host.prompt_tokenizers(textual_inversions, call.prompts.length)
+    of_host = host.prompt_tokenizers(textual_inversions, call.prompts.length)
+    tokenizers = of_host if call.prompts.tokenizers is None else call.prompts.tokenizers
     reading = _reading(host, call, tokenizers, raw)
     if reading is not None and reading.longest > 1:
         tokenizers = [LongTokenizer(tokenizer, reading.longest) for tokenizer in tokenizers]

@@ -5,19 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from all_transformers import TRANSFORMERS
+from all_transformers import EVERY
 from components import seeded
-from flux2_dev import FLUX2_DEV
-from flux_kontext import KONTEXT
 from lora_compose.compose.page.work import look
 from transformer_families import CALL
 
-FAMILIES = {**TRANSFORMERS, "kontext": KONTEXT, "flux2-dev": FLUX2_DEV}
 
-
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_latents_of_the_last_step_look_like_the_image(name: str) -> None:
-    family = FAMILIES[name]
+    family = EVERY[name]
     pipe, seen = family.pipeline(), []
 
     def keep(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
