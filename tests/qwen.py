@@ -76,7 +76,7 @@ def qwen3_vl(words: int) -> Any:
     return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
 
 
-def qwen2_5_vl(words: int, **tokens: int) -> Any:
+def qwen2_5_vl(words: int, **tokens: Any) -> Any:
     """Qwen-Image's text encoder, small; its part for images is run by edit models alone.
 
     Args:

@@ -303,6 +303,27 @@ def for_each(text: str | list[str] | None, count: int) -> list[str]:
     return found * count if len(found) == 1 else found
 
 
+def texts_to_encode(
+    given: Mapping[str, Any], prompt: Any, prompts: list[str] | None, count: int, *, negative: bool
+) -> tuple[Any, Tensor | None, Tensor | None]:
+    """Texts, or embeddings with their mask, as `encode_prompt` of diffusers takes them: new ones, or those of a call.
+
+    Args:
+        given: The arguments of the call, by name.
+        prompt: Its prompt.
+        prompts: New texts; None means those of the call.
+        count: Prompts of the call.
+        negative: Whether its negative prompts are meant.
+    """
+    if prompts is not None:
+        return prompts, None, None
+    side = "negative_" if negative else ""
+    embeds, mask = given[f"{side}prompt_embeds"], given[f"{side}prompt_embeds_mask"]
+    if negative:
+        prompt = None if embeds is not None else for_each(given["negative_prompt"], count)
+    return prompt, embeds, mask
+
+
 def real_tokens(
     tokenizer: Any, texts: Sequence[str], length: int, images_per_prompt: int, device: torch.device
 ) -> Tensor:

@@ -32,7 +32,12 @@ from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import TokenNorms
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides, check_negative_embeds, for_each
+from lora_compose.pipelines.families.flow_matching import (
+    TemplatePipeline,
+    both_sides,
+    check_negative_embeds,
+    texts_to_encode,
+)
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
 from lora_compose.pipelines.images.from_image import FromImage, Source
@@ -75,9 +80,8 @@ class QwenImageCalls(TemplatePipeline):
             encoded: From texts and their number of tokens to the input of the model; options as for `encode_prompt`.
             tokenizers: Those of this call; None means the pipeline's.
         """
-        prompt, prompt_embeds, prompt_embeds_mask = begun.prompt, given["prompt_embeds"], given["prompt_embeds_mask"]
+        prompt, prompt_embeds, per_prompt = begun.prompt, given["prompt_embeds"], given["num_images_per_prompt"]
         negative_prompt, negative_prompt_embeds = given["negative_prompt"], given["negative_prompt_embeds"]
-        negative_prompt_embeds_mask, per_prompt = given["negative_prompt_embeds_mask"], given["num_images_per_prompt"]
         true_cfg_scale, guidance_scale = given["true_cfg_scale"], given["guidance_scale"]
         attention_kwargs, callback_on_step_end = given["attention_kwargs"], given["callback_on_step_end"]
         max_sequence_length, output_type = given["max_sequence_length"], given["output_type"] or "np"
@@ -85,17 +89,12 @@ class QwenImageCalls(TemplatePipeline):
         tensors = tensors_for(callback_on_step_end, given["callback_on_step_end_tensor_inputs"])
         width, height = size
         self.check_inputs(
-            prompt,
-            height=height,
-            width=width,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_embeds_mask=prompt_embeds_mask,
-            negative_prompt_embeds_mask=negative_prompt_embeds_mask,
+            prompt, height=height, width=width, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, prompt_embeds_mask=given["prompt_embeds_mask"],
+            negative_prompt_embeds_mask=given["negative_prompt_embeds_mask"],
             callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
             max_sequence_length=max_sequence_length,
-        )
+        )  # fmt: skip
         cfg_scale = self._guidance(true_cfg_scale, negative_prompt, negative_prompt_embeds, guidance_scale)
         texts = None if prompt is None else [listed(prompt)]
         prompts_given = GivenPrompts(texts, prompt_embeds, tokens, [listed(negative_prompt)], tokenizers)
@@ -117,19 +116,11 @@ class QwenImageCalls(TemplatePipeline):
         )  # fmt: skip
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            own = (prompt, prompt_embeds, prompt_embeds_mask)
-            if negative:
-                words = None if negative_prompt_embeds is not None else for_each(negative_prompt, len(prompts_given))
-                own = (words, negative_prompt_embeds, negative_prompt_embeds_mask)
-            words, embeds, mask = own if prompts is None else (prompts, None, None)
+            words, embeds, mask = texts_to_encode(given, prompt, prompts, len(prompts_given), negative=negative)
             return encoded(
-                words,
-                tokens,
-                device=device,
-                num_images_per_prompt=per_prompt,
-                prompt_embeds=embeds,
+                words, tokens, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
                 prompt_embeds_mask=mask,
-            )
+            )  # fmt: skip
 
         def decode(latents: Tensor, process: Process) -> tuple[Any]:
             return (self._finished(self._decode(latents, output_type), source),)
@@ -264,7 +255,8 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
     def _encoded(self, words: str | list[str] | None, tokens: int, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The text and its mask, cut or padded to a number of tokens; diffusers pads to the longest of a batch."""
         encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
-        return padded(*encode_prompt(words, max_sequence_length=tokens, **options), tokens)
+        text, mask = encode_prompt(words, max_sequence_length=tokens, **options)
+        return padded(text, mask, tokens)
 
     def _template(self, length: int) -> TemplateTokenizer:
         dropped = self.prompt_template_encode_start_idx

@@ -163,7 +163,8 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         """Texts behind the reference images, one at a time as in diffusers, padded to a number of tokens."""
         encode_prompt: Any = self.encode_prompt
         if options["prompt_embeds"] is not None:
-            return padded(*encode_prompt(None, **options), tokens)
+            text, mask = encode_prompt(None, **options)
+            return padded(text, mask, tokens)
         each = []
         for text in [words] if isinstance(words, str) else words or ():
             embeds, mask = encode_prompt(text, image=list(images), **options)

@@ -208,7 +208,8 @@ def test_a_row_costs_what_the_operations_of_its_pass_say(reading, pipe):
 
 def test_memory_that_a_pass_needs_has_the_references(reading, pipe):
     without, kept = least_bytes(backbone_of(pipe.transformer), (16, 16)), 4 * 3 * 4 * 16 * 16
-    reads = type(backbone_of(pipe.transformer))(pipe.transformer, reference=True, cells=reading.tokens)
+    found: Any = backbone_of(pipe.transformer)
+    reads = type(found)(pipe.transformer, reference=True, cells=reading.tokens)
     of_a_cell = (without - kept) / CELLS**2  # input and output of the largest layer
     assert least_bytes(reads, (16, 16)) == without + of_a_cell * reading.tokens
 
@@ -258,7 +259,7 @@ def flops_of(pipe: Any, **call: Any) -> int:
     operations, model = Operations(), pipe.transformer
     hooks = [
         model.register_forward_pre_hook(lambda *_: operations.__enter__() and None),
-        model.register_forward_hook(lambda *_: operations.__exit__(None, None, None)),  # pyright: ignore
+        model.register_forward_hook(lambda *_: operations.__exit__(None, None, None)),
     ]
     try:
         latents_of(pipe, **call)
