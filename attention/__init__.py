@@ -16,6 +16,7 @@ from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import Lora, LoraFactors
 from lora_compose.attention.placing import How
 from lora_compose.attention.recorder import Recorder
+from lora_compose.attention.reference_cost import reference_factor
 from lora_compose.attention.regions import Partition, RegionAttention
 from lora_compose.attention.sites import Grid, Site, SitePart, coarser, grid_at
 from lora_compose.attention.text_bias import TextBias
@@ -49,6 +50,7 @@ __all__ = [
     "grid_at",
     "install",
     "installed_layers",
+    "reference_factor",
     "scatter_concepts",
     "weights_kept",
 ]

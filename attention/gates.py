@@ -42,6 +42,8 @@ class Gates:
             is missing, it is 0, or that of the image's cells, as the site says (`Site.reference_cells`). "other" is
             required where there is such a part. Shape: [rows, positions, concepts] each; positions are broadcast where
             the site knows how many there are.
+        reference_modulation: For the modulation of reference images, where they have one of their own; None means 0.
+            Shape: [rows, concepts].
     """
 
     text: Tensor
@@ -51,6 +53,7 @@ class Gates:
     read: Mapping[int, Tensor] | None = None
     modulation: Tensor | None = None
     further: Mapping[SitePart, Tensor] = field(default_factory=dict)
+    reference_modulation: Tensor | None = None
 
     def select(self, rows: slice | list[int]) -> "Gates":
         """The gates of some of the rows."""
@@ -79,9 +82,12 @@ class Gates:
     def acting_on_references(self, acting: Sequence[bool]) -> "Gates":
         """The gates with those of reference images: some concepts act there as strongly as anywhere in the image."""
         (image, *_) = self.image.values()
-        gate = image.amax(dim=1, keepdim=True)
-        gate = torch.stack([gate[..., i] * acts for i, acts in enumerate(acting)], dim=-1)
-        return replace(self, further={**self.further, "reference": gate})
+
+        def acts(gate: Tensor) -> Tensor:
+            return torch.stack([gate[..., i] * factor for i, factor in enumerate(acting)], dim=-1)
+
+        further = {**self.further, "reference": acts(image.amax(dim=1, keepdim=True))}
+        return replace(self, further=further, reference_modulation=acts(self._modulation))
 
     def _each(
         self, change: Callable[[Tensor], Tensor], change_row: Callable[[Tensor], Tensor] | None = None
@@ -95,6 +101,7 @@ class Gates:
             None if self.read is None else {level: change(gate) for level, gate in self.read.items()},
             None if self.modulation is None else change_row(self.modulation),
             {part: change(gate) for part, gate in self.further.items()},
+            None if self.reference_modulation is None else change_row(self.reference_modulation),
         )
 
     def expand(self, key: GateKey, lengths: Sequence[int]) -> Tensor:
@@ -119,7 +126,15 @@ class Gates:
         gate = gate.transpose(1, 2)
         return gate.reshape(*gate.shape[:2], *(grid if gate.shape[-1] > 1 else [1] * len(grid)))
 
+    @property
+    def _modulation(self) -> Tensor:
+        return self.row if self.modulation is None else self.modulation
+
     def _of(self, site: Site, lengths: Sequence[int]) -> Tensor:
+        if site.parts == ("modulation", "reference"):
+            gate, there = self._modulation, self.reference_modulation
+            both = (gate, torch.zeros_like(gate) if there is None else there)
+            return torch.cat([one.expand(len(lengths), -1) for one in both])
         gate = self._by_position(site, lengths)
         if site.in_line and gate.dim() == 4:
             gate = gate.expand(-1, -1, max(lengths), -1).transpose(0, 1).flatten(1, 2)
@@ -144,7 +159,7 @@ class Gates:
         if part == "row":
             return self.row, 1
         if part == "modulation":
-            return self.row if self.modulation is None else self.modulation, 1
+            return self._modulation, 1
         if part == "text":
             tokens = site.padded(max(lengths))
             # Rows with longer texts may be in another micro-batch.

@@ -9,7 +9,8 @@ Grid = tuple[int, int]
 SitePart = Literal["text", "image", "reference", "other", "row", "modulation"]
 """What lies in a layer's sequence: text tokens, image cells, cells of a reference image, or anything else, such as
 audio. Or one vector per batch row (time embedding); a modulation layer has one too, and scales and shifts every token
-of a transformer with its output."""
+of a transformer with its output. "modulation" and "reference" together: all rows come twice, first for the image, then
+for its reference images."""
 
 
 @dataclass(frozen=True, init=False)
@@ -17,7 +18,7 @@ class Site:
     """A layer that can be adapted: `Site("text", "image", level=1)`.
 
     Attributes:
-        parts: The parts of its sequence, in order; "row" and "modulation" stand alone.
+        parts: The parts of its sequence, in order; "row" and "modulation" stand alone, but for references.
         level: How often the latent grid is halved where its output lives; 0 without a grid. A transformer with
             2 x 2 patches works at level 1.
         reads_text: True for the output projection of cross-attention.

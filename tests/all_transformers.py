@@ -2,11 +2,16 @@
 
 from collections.abc import Mapping
 
+import pytest
+
 from anima import ANIMA
 from flux import FLUX
 from flux2 import FLUX2
+from flux2_dev import FLUX2_DEV
+from flux_kontext import KONTEXT
 from krea2 import KREA2
 from qwen_image import QWEN_IMAGE
+from qwen_image_edit import QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_2511
 from transformer_families import Family
 from z_image import Z_IMAGE
 
@@ -15,3 +20,11 @@ TRANSFORMERS: Mapping[str, Family] = {
 }  # fmt: skip
 JOINT = [name for name in TRANSFORMERS if name != "anima"]
 """Families in which text and image attend to each other in one sequence; Anima has cross-attention, as a UNet has."""
+OF_THE_SAME_MODEL: Mapping[str, Family] = {
+    "kontext": KONTEXT, "flux2-dev": FLUX2_DEV, "qwen-image-edit": QWEN_IMAGE_EDIT,
+    "qwen-image-edit-2511": QWEN_IMAGE_EDIT_2511,
+}  # fmt: skip
+"""Further pipelines of the transformers above. By default `test_references.py` alone is about them."""
+EVERY: Mapping[str, Family] = {**TRANSFORMERS, **OF_THE_SAME_MODEL}
+EVERY_NAME = [*TRANSFORMERS, *(pytest.param(name, marks=pytest.mark.slow) for name in OF_THE_SAME_MODEL)]
+"""For parameters of tests."""

@@ -28,14 +28,19 @@ WORDS = (
 )
 
 
-def qwen_tokenizer() -> Any:
-    """Every word above is a token, with the space before it, as most English words are to Qwen; others are letters."""
+def qwen_tokenizer(further: str = "") -> Any:
+    """Every word above is a token, with the space before it, as most English words are to Qwen; others are letters.
+
+    Args:
+        further: More words that are tokens.
+    """
     split = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = split
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator([WORDS, *WORDS.split()] * 2, trainer)
+    words = f"{WORDS} {further}" if further else WORDS
+    trained.train_from_iterator([words, *words.split()] * 2, trainer)
     bpe = json.loads(trained.to_str())["model"]
     merges: Any = [tuple(pair) for pair in bpe["merges"]]
     vocab = {"<|endoftext|>": 0} | {word: i for i, word in enumerate(bpe["vocab"], start=1)}
@@ -71,8 +76,12 @@ def qwen3_vl(words: int) -> Any:
     return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
 
 
-def qwen2_5_vl(words: int) -> Any:
-    """Qwen-Image's text encoder, small; its part for images is run by edit models alone."""
+def qwen2_5_vl(words: int, **tokens: Any) -> Any:
+    """Qwen-Image's text encoder, small; its part for images is run by edit models alone.
+
+    Args:
+        tokens: Ids of the tokens that stand for images, by the names in its configuration.
+    """
     vision = {
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24,
         "fullatt_block_indexes": [0],
@@ -81,7 +90,7 @@ def qwen2_5_vl(words: int) -> Any:
         words, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)).eval()
 
 
 def without_zeros(model: torch.nn.Module) -> Any:

@@ -27,20 +27,30 @@ def qwen_image_transformer(**changes: Any) -> QwenImageTransformer2DModel:
     return without_zeros(QwenImageTransformer2DModel(**config | changes))
 
 
-def qwen_image_pipeline(cls: Any = ComposeQwenImagePipeline, **changes: Any) -> Any:
-    """A Qwen-Image pipeline of small real components."""
-    torch.manual_seed(0)
-    words = qwen_tokenizer()
+def qwen_image_vae() -> Any:
+    """A VAE of four channels."""
     vae = AutoencoderKLQwenImage(
         base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.5, 2.0, 1.0, 0.5],
     )  # fmt: skip
     vae.register_to_config(sample_size=128)
+    return vae.eval()
+
+
+def qwen_image_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of Qwen-Image, without the stretched end."""
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192
+    )
+
+
+def qwen_image_pipeline(cls: Any = ComposeQwenImagePipeline, **changes: Any) -> Any:
+    """A Qwen-Image pipeline of small real components."""
+    torch.manual_seed(0)
+    words = qwen_tokenizer()
     pipe = cls(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192
-        ),
-        vae=vae.eval(),
+        scheduler=qwen_image_scheduler(),
+        vae=qwen_image_vae(),
         text_encoder=qwen2_5_vl(len(words)),
         tokenizer=words,
         transformer=qwen_image_transformer(**changes),

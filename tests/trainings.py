@@ -9,9 +9,16 @@ from PIL import Image
 
 import components
 from components import TINY, TINY_XL, sd_unet, sdxl_unet, small_pipeline
+from flux import FLUX
+from flux2 import FLUX2
+from krea2 import KREA2
 from lora_compose.compose.training import TaraTraining, Training
+from qwen_image import QWEN_IMAGE
+from z_image import Z_IMAGE
 
 SIDE = 32  # pixels of the training images
+TRAINED = {"FLUX.1": FLUX, "FLUX.2": FLUX2, "Krea 2": KREA2, "Z-Image": Z_IMAGE, "Qwen-Image": QWEN_IMAGE}
+"""Families of transformers that are trained by tests."""
 
 
 def xl_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionXLPipeline:

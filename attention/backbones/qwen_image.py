@@ -1,15 +1,20 @@
 """Qwen-Image: text and image in one sequence, in double-stream blocks alone; text has rotary positions of its own."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones.joint import PATCH, JointBackbone, packed, unpacked
 from lora_compose.attention.claims import Journal
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.forward_state import ForwardState
-from lora_compose.attention.sites import Site
+from lora_compose.attention.sites import Grid, Site
+
+_OF_EACH_TIME = re.compile(r"time_text_embed\..+|transformer_blocks\.\d+\.img_mod\.1")
+"""Layers that see all rows twice if reference images are read at timestep 0: at the image's, then at 0."""
 
 
 class QwenImageBackbone(JointBackbone):
@@ -28,10 +33,18 @@ class QwenImageBackbone(JointBackbone):
         ),
     )
 
+    def __init__(self, model: nn.Module, reference: bool = False, cells: int | None = None) -> None:
+        super().__init__(model, reference, cells)
+        config: Any = uncompiled(model).config
+        if config["zero_cond_t"]:
+            both = Site("modulation", "reference")
+            self.sites = {name: both if _OF_EACH_TIME.fullmatch(name) else site for name, site in self.sites.items()}
+
     @property
     def joint(self) -> Site:
         """Text before image, in attention alone: no layer sees both."""
-        return Site("text", "image", level=1)
+        found = Site("text", "image", level=1)
+        return found.with_references(self._cells) if self._reference else found
 
     def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
         """As `JointBackbone.steer`; of several texts in one sequence, each begins at the first position."""
@@ -42,7 +55,14 @@ class QwenImageBackbone(JointBackbone):
         children["pos_embed"] = _EachTextFromItsStart(found, state)
 
     def forward(
-        self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
+        self,
+        latents: Tensor,
+        t: Tensor,
+        text: Tensor,
+        added: Mapping[str, Tensor] | None,
+        reference: Tensor | None = None,
+        reference_grids: Sequence[Grid] = (),
+        **inputs: Any,
     ) -> Tensor:
         """One forward pass.
 
@@ -51,22 +71,28 @@ class QwenImageBackbone(JointBackbone):
             t: The timestep, 0 to 1000.
             text: Hidden states of the text encoder. Shape: [rows, tokens, channels].
             added: "text_mask", True where tokens are not padding, if there is any. Shape: [rows, tokens].
+            reference: Tokens of reference images, one after the other. Shape: [rows, tokens, channels].
+            reference_grids: Height and width of each of them, in tokens.
             inputs: "attention_kwargs".
 
         Returns:
             The velocity. Shape: as the latents.
         """
         height, width = (side // PATCH for side in latents.shape[-2:])
+        tokens = packed(latents)
+        cells = tokens.shape[1]
+        if reference is not None:
+            tokens = torch.cat([tokens, reference.to(tokens.dtype)], dim=1)
         velocity = self.model(
-            hidden_states=packed(latents),
+            hidden_states=tokens,
             encoder_hidden_states=text,
             encoder_hidden_states_mask=(added or {}).get("text_mask"),
             timestep=t.expand(len(latents)).to(latents.dtype) / 1000,
-            img_shapes=[[(1, height, width)]] * len(latents),
+            img_shapes=[[(1, *grid) for grid in ((height, width), *reference_grids)]] * len(latents),
             return_dict=False,
             **inputs,
         )[0]
-        return unpacked(velocity, latents.shape[-2:])
+        return unpacked(velocity[:, :cells], latents.shape[-2:])
 
 
 class _EachTextFromItsStart(nn.Module):

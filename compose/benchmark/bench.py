@@ -30,7 +30,7 @@ from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.tables import GIB, MIB, new_table
 from lora_compose.compose.benchmark.timing import Job, open_with_concepts, time_rows, times_table
-from lora_compose.compose.benchmark.transformers import REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
+from lora_compose.compose.benchmark.transformers import READING, REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
 from lora_compose.compose.generate.defaults import ON_CPU, complete
 from lora_compose.compose.generate.machine import choose_device
 from lora_compose.compose.support.names import STRUCTURES
@@ -79,10 +79,11 @@ class HostRow:
 
 @dataclass(frozen=True)
 class PassRow:
-    """The costs of a pass of a transformer, with `regional` and plain."""
+    """The costs of a pass of a transformer, with `regional` and plain, without LoRAs and reference images."""
 
     family: str
     concepts: int
+    references: int
     cost: PassCost
     plain: PassCost
 
@@ -96,6 +97,7 @@ def bench(
     count: bool,
     memory: bool,
     transformers: bool,
+    references: int,
     hardware: bool,
     calls: bool,
     time: bool,
@@ -120,6 +122,8 @@ def bench(
     cells = [(name, number) for name in methods for number in concepts]
     for name, _ in cells:
         make_method(name, settings)
+    if references and not transformers:
+        raise ValueError("--references is for passes of transformers: give --transformers with it")
     if savers and not time:
         raise ValueError("--save-memory is for what is timed: give --time with it (--memory shows both ways by itself)")
     saving, device = in_order(savers), choose_device(device)
@@ -139,7 +143,7 @@ def bench(
         for name, (whole, tiled) in decoding.items():
             echo(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
     if transformers:
-        passes = pass_cells(concepts)
+        passes = pass_cells(concepts, references=references)
         out.print(passes_table(passes))
         numbers["passes"] = [asdict(row) for row in passes]
     if hardware:
@@ -275,25 +279,33 @@ def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
     return table
 
 
-def pass_cells(concepts: Sequence[int], families: Sequence[str] = SHOWN) -> list[PassRow]:
-    """Computes one pass of transformers at 1024 x 1024 in bfloat16, by number of regions."""
+def pass_cells(concepts: Sequence[int], families: Sequence[str] | None = None, *, references: int = 0) -> list[PassRow]:
+    """Computes one pass of transformers at 1024 x 1024 in bfloat16, by number of regions.
+
+    Args:
+        families: By default all, or those that read reference images, if there are any.
+        references: Reference images of that size. Then there is a row without concepts, too.
+    """
+    families = families or (READING if references else SHOWN)
+    concepts = [0, *concepts] if references else concepts
     rows, grid = [], (128, 128)
     with bar("counting", len(families) * len(concepts)) as on_progress:
         for family in families:
             model = without_weights(family).transformer.bfloat16()
             plain = pass_cost(model, 0, LORA_RANK, grid)
             for number in concepts:
-                cost = pass_cost(model, number, LORA_RANK, grid)
-                rows.append(PassRow(family, number, cost, plain))
+                cost = pass_cost(model, number, LORA_RANK, grid, references=references)
+                rows.append(PassRow(family, number, references, cost, plain))
                 on_progress(len(rows))
     return rows
 
 
 def passes_table(rows: Sequence[PassRow]) -> Table:
     """FLOPs and memory of a pass, as ratios to the plain model."""
+    references = f", {rows[0].references} reference images of that size" if rows and rows[0].references else ""
     table = new_table(
         f"Counted: one pass at 1024 x 1024 in bfloat16 with regional, LoRAs of rank {LORA_RANK} on all linear layers "
-        f"that see text or image, {TOKENS} tokens and {REGION_TOKENS} for each region",
+        f"that see text or image, {TOKENS} tokens and {REGION_TOKENS} for each region{references}",
         ["model", "N", "TFLOP", "ratio", "GiB", "ratio", "GiB by blocks", "plain"],
     )
     for row in rows:

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import flop_registry
 class Operations(TorchDispatchMode):
     """Counts FLOPs inside a `with` block by the formulas of PyTorch's `FlopCounterMode`.
 
-    `FlopCounterMode` misses `addmm_`, with which the bank adds its deltas. And PyTorch computes shapes of meta tensors
-    in Python, slowly; here this is done once for every operation and kind of input, for the whole process.
+    `FlopCounterMode` misses `addmm_`, with which the bank adds its deltas, and fused attention on the CPU. And PyTorch
+    computes shapes of meta tensors in Python, slowly; here this is done once for every operation and kind of input, for
+    the whole process.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,13 @@ class Operations(TorchDispatchMode):
         return out
 
 
-_FORMULAS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+_FORMULAS = {
+    **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+}
 _known: dict[tuple, tuple[Callable[[Any, tuple, dict], Any], int]] = {}
 
 

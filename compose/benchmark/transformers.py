@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ META = torch.device("meta")
 TOKENS, REGION_TOKENS = 512, 12
 """Tokens of the text, as most of these models read it, and of the text of each region ("a photo of a sks cat")."""
 SHOWN = tuple(TRANSFORMERS)
+READING = ("FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Qwen-Image")
+"""Those that read reference images; FLUX.1 as FLUX.1 Kontext and Qwen-Image as an edit model, which have its layers."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,22 @@ def block_lora(model: nn.Module, rank: int) -> Lora:
     return lora
 
 
-def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: int = TOKENS) -> PassCost:
+def pass_cost(
+    model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: int = TOKENS, references: int = 0
+) -> PassCost:
     """Runs one pass of `regional` on the meta device: a text for each region, and gates by concept, token and cell.
 
-    Each LoRA has a column of the image; 0 concepts are the plain model. `latent_grid` is height and width, `tokens`
-    those of the text of the whole image.
+    Each LoRA has a column of the image; 0 concepts are the plain model.
+
+    Args:
+        latent_grid: Height and width.
+        tokens: Of the text of the whole image.
+        references: Reference images, as large as the image.
     """
-    backbone, loras = backbone_of(model), [block_lora(model, rank)] * concepts
+    found: Any = backbone_of(model)
+    each = grid_at(latent_grid, 1)
+    backbone = type(found)(model, reference=True, cells=references * prod(each)) if references else found
+    loras = [block_lora(model, rank)] * concepts
     channels, site = model.config["in_channels"], backbone.joint
     texts = (tokens, *[REGION_TOKENS] * concepts)
     if site is not None:  # where the image reads the text by cross-attention, all regions read one
@@ -62,6 +74,9 @@ def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: i
     if {"joint_attention_dim", "text_hidden_dim"} & model.config.keys():  # whose channels are those of a patch
         channels //= 4
     latents = torch.empty(1, channels, *latent_grid, device=META, dtype=text.dtype)
+    if references:
+        inputs["reference"] = torch.empty(1, references * prod(each), 4 * channels, device=META, dtype=text.dtype)
+        inputs["reference_grids"] = [each] * references
     height, width = grid_at(latent_grid, 1)
     gates = Gates(
         torch.empty(1, tokens, concepts),

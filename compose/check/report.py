@@ -123,7 +123,7 @@ def _facts(
         chunks = _attempt(problems, chunks_of, tokenizer, prompt) or [(0, len(prompt))]
         tokenizer = LongTokenizer(tokenizer, len(chunks)) if len(chunks) > 1 else tokenizer
     facts = [("tokens", _tokens(tokenizer, prompt))]
-    of_model = run.scene.model_copy(update={"image": None})
+    of_model = run.scene.model_copy(update={"image": None, "references": ()})
     width, height = _attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
     _attempt(problems, check_size, pipe, width, height)
     places: list[tuple[Concept, Positions]] = []
@@ -153,6 +153,7 @@ def _facts(
         ("method", _method_words(run, choice)),
         ("size", f"{width} x {height} pixels"),
         *((name, str(value)) for name, value in run.scene.start.items()),
+        *(("reference", path) for path in run.scene.references),
         *(("control", f"{control.model}, {control.image}, scale {control.scale:g}") for control in run.scene.controls),
         *(("IP-Adapter", f"{a.model}, {a.image}, scale {a.scale:g}") for a in run.scene.ip_adapters),
         ("cost", _cost_words(pipe, run, planned, cost)),
@@ -282,7 +283,8 @@ def _cost_words(pipe: Any, run: Run, planned: CallPlan | None, cost: RunCost | N
     passes = "" if planned is None or planned.passes == steps else f", {planned.passes} passes"
     how = "with guidance" if run.guidance_scale > 1 else "without guidance"
     ratio = "" if cost is None else f", {cost.flops / cost.plain_flops:.2f} times the FLOPs of a plain image"
-    return f"{rows} latent rows ({steps} steps{passes} {how}){ratio}"
+    each = "" if planned is None else planned.cost.each
+    return f"{rows} latent rows ({steps} steps{passes} {how}){each}{ratio}"
 
 
 def _method_words(run: Run, choice: Choice | None) -> str:

@@ -37,6 +37,9 @@ def bench(
     transformers: Annotated[
         bool, typer.Option("--transformers", help="Count a pass of every supported transformer with regional.")
     ] = False,
+    references: Annotated[
+        int, typer.Option(help="With --transformers: passes that read so many reference images of 1024 x 1024.", min=0)
+    ] = 0,
     hardware: Annotated[
         bool,
         typer.Option("--hardware", help="Compute what models of several families need: GiB and TFLOP."),
@@ -84,7 +87,6 @@ def bench(
         from lora_compose.compose.benchmark import bench as benchmark
     benchmark.bench(
         methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
-        transformers=transformers, hardware=hardware, calls=calls, time=time, swap=swap, model=model, device=device,
-        dtype=dtype, size=size, savers=savers or (),
-        pairs=pairs, peaks=peaks, to=to,
+        transformers=transformers, references=references, hardware=hardware, calls=calls, time=time, swap=swap,
+        model=model, device=device, dtype=dtype, size=size, savers=savers or (), pairs=pairs, peaks=peaks, to=to,
     )  # fmt: skip

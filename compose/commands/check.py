@@ -26,6 +26,7 @@ def check(
     width: options.WidthOption = None,
     height: options.HeightOption = None,
     image: options.ImageOption = None,
+    reference: options.ReferenceOption = None,
     mask_image: options.MaskImageOption = None,
     strength: options.StrengthOption = None,
     padding_mask_crop: options.PaddingOption = None,
@@ -46,7 +47,8 @@ def check(
         model, scene, lora, box, concept, loras, control, ip_adapter, mask_image, settings,
         of_scene={
             "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height, "image": image,
-            "strength": strength, "padding_mask_crop": padding_mask_crop, "paste_original": paste_original,
+            "references": reference or None, "strength": strength, "padding_mask_crop": padding_mask_crop,
+            "paste_original": paste_original,
         },
         of_run={
             "method": method, "scheduler": scheduler, "steps": steps, "guidance_scale": guidance, "dtype": dtype,

@@ -139,6 +139,15 @@ SeedsOption = Annotated[list[str] | None, typer.Option("--seed", help=SEED_HELP)
 
 
 ImageOption = Annotated[str | None, typer.Option("--image", help="Start from this image (image-to-image).")]
+ReferenceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reference",
+        metavar="FILE",
+        help="An image that the model reads beside the prompt, repeatable; for FLUX.2, FLUX.1 Kontext and "
+        "Qwen-Image-Edit.",
+    ),
+]
 MaskImageOption = Annotated[
     str | None,
     typer.Option(

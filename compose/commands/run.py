@@ -28,6 +28,7 @@ def run(
     width: options.WidthOption = None,
     height: options.HeightOption = None,
     image: options.ImageOption = None,
+    reference: options.ReferenceOption = None,
     mask_image: options.MaskImageOption = None,
     strength: options.StrengthOption = None,
     padding_mask_crop: options.PaddingOption = None,
@@ -52,7 +53,8 @@ def run(
         model, scene, lora, box, concept, loras, control, ip_adapter, mask_image, settings,
         of_scene={
             "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height, "image": image,
-            "strength": strength, "padding_mask_crop": padding_mask_crop, "paste_original": paste_original,
+            "references": reference or None, "strength": strength, "padding_mask_crop": padding_mask_crop,
+            "paste_original": paste_original,
         },
         of_run={
             "method": method, "scheduler": scheduler, "steps": steps, "guidance_scale": guidance, "dtype": dtype,

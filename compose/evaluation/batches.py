@@ -76,6 +76,7 @@ def run_of(suite: Suite, batch: Batch) -> Run:
             concepts=tuple(concepts),
             width=scene.width,
             height=scene.height,
+            references=scene.references,
             controls=scene.controls,
             ip_adapters=scene.ip_adapters,
             **scene.start,

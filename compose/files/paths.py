@@ -114,7 +114,8 @@ def moved_start(model: _Start, move: Any) -> _Start:
     controls = tuple(_moved(one, ("model", "image"), move) for one in model.controls)
     adapters = tuple(_moved(one, ("model", "image", "region"), move) for one in model.ip_adapters)
     start = _moved(model, ("image", "mask_image"), move)
-    return start.model_copy(update={"controls": controls, "ip_adapters": adapters})
+    references = tuple(map(move, model.references))
+    return start.model_copy(update={"references": references, "controls": controls, "ip_adapters": adapters})
 
 
 def _moved(model: _Model, names: tuple[str, ...], move: Any) -> _Model:

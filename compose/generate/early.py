@@ -27,7 +27,7 @@ def check_early(run: Run) -> None:
         if known.trigger and known.prompt is None:
             check_named(known, prompt)
     scene, source = run.scene, model_source(run.model)
-    if scene.image is None and source.is_dir():
+    if scene.image is None and not scene.references and source.is_dir():  # otherwise the size may be theirs
         own = facts_of(run.model).own_size or (None, None)
         for concept in scene.concepts:
             check_box(concept, scene.width or own[0], scene.height or own[1])

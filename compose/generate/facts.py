@@ -39,6 +39,9 @@ def run_facts(run: Run, seeds: Sequence[int], threads: int | None, savers: Seque
         concept["lora"] = _lora_hashes(concept["lora"])
         if concept["merge"] is None:  # as in facts of versions that could not merge
             del concept["merge"]
+    scene["references"] = [_content(path) for path in scene["references"]]
+    if not scene["references"]:  # as in facts of versions that could not read them
+        del scene["references"]
     guides = [*scene["controls"], *scene["ip_adapters"]]
     for fields in (scene, *scene["concepts"], *guides):
         fields |= {name: _content(fields[name]) for name in ("image", "mask_image", "region") if name in fields}

@@ -1,4 +1,4 @@
-"""Control images and IP-Adapters of scene files, with their models."""
+"""Reference images, control images and IP-Adapters of scene files, with their models."""
 
 import json
 from collections.abc import Sequence
@@ -18,10 +18,31 @@ from PIL import Image
 
 from lora_compose.compose.files.paths import ModelError, is_hub_name
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.families import ComposePipeline
+from lora_compose.pipelines.families.references import ReferencesPipeline
 from lora_compose.pipelines.scene.mask_images import from_uri, greys, in_pixels, mask_of_box, open_image
 from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile, Scene
 
 _KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
+
+
+def references_of(pipe: Any, scene: Scene) -> list[Image.Image]:
+    """The reference images of a scene, in their order.
+
+    Raises:
+        ValueError: If one cannot be read, or the model reads none. Also for an image to start from, if the model would
+            read it as a reference image.
+    """
+    reads = isinstance(pipe, ReferencesPipeline)
+    if reads and scene.image is not None and scene.mask_image is None:
+        raise ValueError(
+            f"{pipe.family} does not start from an image; if it is to be read as a reference image, give it as one "
+            "(references, --reference)"
+        )
+    if scene.references and not reads:
+        reading = ", ".join(one.family for one in ComposePipeline.families if issubclass(one, ReferencesPipeline))
+        raise ValueError(f"reference images are read by {reading}, not by {pipe.family}; leave them out")
+    return [open_image(path, "reference image").convert("RGB") for path in scene.references]
 
 
 def controls_of(pipe: Any, given: Sequence[ControlFile], size: tuple[int, int]) -> list[Control]:

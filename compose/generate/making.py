@@ -20,6 +20,7 @@ from lora_compose.compose.generate.guides import (
     fit_ip_adapters,
     ip_adapter_arguments,
     pipeline_without_concepts,
+    references_of,
 )
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.schedulers import scheduler_of
@@ -180,13 +181,18 @@ def load(pipe: Any, concept: Concept) -> LoadedConcept:
 def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     """Width and height of a scene's images in pixels.
 
-    By default the size of the start image, unless a part of it is enlarged, otherwise the model's own.
+    By default the size of the start image, unless a part of it is enlarged, or what the model makes of the reference
+    images, otherwise the model's own.
+
+    Raises:
+        ValueError: If an image cannot be read, or the model does not read it.
     """
+    references = references_of(pipe, scene)
     if scene.image is not None and scene.padding_mask_crop is None:
         given, cell = open_image(scene.image, "image"), pipe.image_processor.config.vae_scale_factor
         return scene.width or given.width // cell * cell, scene.height or given.height // cell * cell
     # Both are always passed: if one is missing, diffusers takes the model's own size for both.
-    width, height = pipe.own_size
+    width, height = pipe.size_from(references) if references else pipe.own_size
     return scene.width or width, scene.height or height
 
 
@@ -221,7 +227,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
     fit_ip_adapters(pipe, run.scene.ip_adapters)
     arguments = {
         "prompt": run.scene.prompt,
-        **dict(zip(("width", "height"), size, strict=True)),
+        **pipe.sized(*size),
         "num_inference_steps": run.steps,
         **pipe.guided(run.guidance_scale, run.scene.negative_prompt or None),
         "concepts": [concept.concept for concept in loaded],
@@ -229,6 +235,8 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
         **run.scene.start,
         **ip_adapter_arguments(run.scene.ip_adapters, size),
     }
+    if run.scene.references:
+        arguments["image"] = references_of(pipe, run.scene)
     if run.scene.controls:
         arguments["control"] = controls_of(pipe, run.scene.controls, size)
     pipe.scheduler = scheduler

@@ -38,8 +38,10 @@ def replay_and_compare(
         loras: A folder in which LoRA files are looked for, by content.
 
     Raises:
-        ValueError: If LoRAs are missing, the model cannot be opened, or the record cannot be run.
+        ValueError: If LoRAs are missing, reference images are missing or others, the model cannot be opened, or the
+            record cannot be run.
     """
+    check_images(record)
     run = runnable(record, loras)
     run = run if model is None else run.model_copy(update={"model": model})
     echo(f"{run.model}, {run.method or 'no method'}, seed {run.seed}, {run.steps} steps: {run.scene.prompt}")
@@ -88,6 +90,24 @@ def runnable(record: Record, loras: Path | None = None) -> Run:
     device = record.run.device if record.run.device in devices() else None
     scene = record.run.scene.model_copy(update={"concepts": tuple(concepts)})
     return record.run.model_copy(update={"scene": scene, "device": device})
+
+
+def check_images(record: Record) -> None:
+    """Checks that the reference images of a record are still those that it was made with.
+
+    Raises:
+        ValueError: If one is missing or another one now; the message lists all of them.
+    """
+    wrong = []
+    for number, path in enumerate(record.run.scene.references):
+        wanted, file = record.images.get(f"references.{number}"), Path(path).expanduser()
+        if not file.is_file():
+            wrong.append(f"  {path}: there is no such file, SHA-256 {wanted or 'not recorded'}")
+        elif wanted is not None and sha256_of(file) != wanted:
+            wrong.append(f"  {path}: another image, SHA-256 {sha256_of(file)}; it was {wanted}")
+    if wrong:
+        raise ValueError("\n".join(["reference images of this image are missing or have changed:", *wrong,
+                                    "put the files back where they were"]))  # fmt: skip
 
 
 def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:

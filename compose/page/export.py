@@ -164,6 +164,7 @@ def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     sides = () if scene.image is not None and scene.mask_image is None else ("width", "height")
     lines += [f"{side}={value}" for side in sides if (value := getattr(scene, side))]
     lines += [f"{name}={_value(value)}" for name, value in scene.start.items()]
+    lines += [f"image=[{', '.join(map(_value, scene.references))}]"] if scene.references else []
     size = f"({scene.width}, {scene.height})"
     for kind, given in (("ControlFile", scene.controls), ("IPAdapterFile", scene.ip_adapters)):
         if given:

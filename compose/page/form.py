@@ -56,6 +56,7 @@ class Form:
     image: str | None = None
     mask_image: str | None = None
     strength: float | None = None
+    references: tuple[str, ...] = ()
     controls: tuple[ControlFile, ...] = ()
     ip_adapters: tuple[IPAdapterFile, ...] = ()
 
@@ -74,7 +75,7 @@ class Form:
                 prompt=self.prompt, negative_prompt=self.negative_prompt, concepts=concepts,
                 width=self.size[0], height=self.size[1], image=self.image, mask_image=self.mask_image,
                 strength=self.strength, paste_original=True if self.mask_image is not None else None,
-                controls=self.controls, ip_adapters=self.ip_adapters,
+                references=self.references, controls=self.controls, ip_adapters=self.ip_adapters,
             )  # fmt: skip
             return [
                 Run(
@@ -129,6 +130,7 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
         image=run.scene.image,
         mask_image=run.scene.mask_image if isinstance(run.scene.mask_image, str) else None,
         strength=run.scene.strength,
+        references=run.scene.references,
         controls=run.scene.controls,
         ip_adapters=run.scene.ip_adapters,
     )

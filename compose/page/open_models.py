@@ -16,6 +16,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source
 from lora_compose.compose.support.savers import OFFLOADS, Saver
 from lora_compose.pipelines.concepts.loading import Factors
+from lora_compose.pipelines.families.references import ReferencesPipeline
 from lora_compose.pipelines.formats.keys import PARTS
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from lora_compose.pipelines.scene.sources import moved_files
@@ -84,6 +85,11 @@ class OpenModel:
     def reads_regions(self) -> bool:
         """Whether it supports region attention: a UNet."""
         return "unet" in self._pipe.components
+
+    @property
+    def reads_references(self) -> bool:
+        """Whether it reads reference images."""
+        return isinstance(self._pipe, ReferencesPipeline)
 
     @property
     def busy(self) -> bool:

@@ -307,6 +307,20 @@ def _located(source: Any, sha256: Hashes, known: dict[str, Lora], folder: Path |
     return None
 
 
+def located_references(record: Record, uploads: Mapping[str, str], *, local: bool) -> tuple[str, ...]:
+    """The reference images of a record that are here with the recorded content, as `located` finds LoRAs.
+
+    Args:
+        uploads: Images of the session, by path.
+    """
+    found = []
+    for number, path in enumerate(record.run.scene.references):
+        file = Path(path).expanduser()
+        readable = (local or path in uploads) and file.is_file()
+        found += [path] if readable and sha256_of(file) == record.images.get(f"references.{number}") else []
+    return tuple(found)
+
+
 def image_files(folder: Path, most: int = MOST_FILES) -> list[Path]:
     """The newest images of a folder and the folders in it."""
     paths = [*folder.glob("*.png"), *folder.glob("*/*.png")] if folder.is_dir() else []

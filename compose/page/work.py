@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.compose.figures.overlay import Attention, division
 from lora_compose.compose.generate.making import Made, draft, make_batch, size_of
 from lora_compose.compose.page.open_models import OpenModel, Stopped
@@ -178,20 +179,20 @@ class Job:
             pipe,
             run,
             (run.seed,),
-            on_step=lambda done, of, latents: self._step(pipe, done, of, latents),
+            on_step=lambda done, of, latents: self._step(pipe, run, done, of, latents),
             record_attention=self._record_attention,
         )
         self.results.append(Result(made.images[0], made.cost, made.attention, time.monotonic() - start))
         self._done, self.preview = 0, made.images[0].image  # until the next one can be looked at
 
-    def _step(self, pipe: Any, done: int, of: int, latents: Tensor) -> None:
+    def _step(self, pipe: Any, run: Run, done: int, of: int, latents: Tensor) -> None:
         if self._stop.is_set():
             raise Stopped
         self._done, self._of = done, of
         # With offloading, a look would move the models to and fro.
         if not self.model.choice.offloads and done < of and time.monotonic() >= self._next_look:
             start = time.monotonic()
-            self.preview = look(pipe, latents)
+            self.preview = look(pipe, latents, size_of(pipe, run.scene))
             took = time.monotonic() - start
             self._next_look = time.monotonic() + took / _PREVIEW_SHARE
 
@@ -220,11 +221,17 @@ class DraftJob(Job):
         self.divisions.append(Division(run, division(size_of(pipe, run.scene), draft(pipe, run), subjects)))
 
 
-def look(pipe: Any, latents: Tensor) -> Image.Image:
-    """A preview of latents, decoded by the model's own VAE; large latents are shrunk first."""
-    longer = max(latents.shape[-2:])
+def look(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A preview of latents, decoded by the model's own VAE; large latents are shrunk first.
+
+    Args:
+        latents: As callbacks of the pipeline have them.
+        size: Width and height of the image.
+    """
+    cells = pipe.cells_of(latents[:1], size)
+    longer = max(cells.shape[-2:])
     if longer > _PREVIEW_CELLS:
-        latents = F.interpolate(latents, scale_factor=_PREVIEW_CELLS / longer, mode="area")
+        sides = [max(PATCH, round(side * _PREVIEW_CELLS / longer / PATCH) * PATCH) for side in cells.shape[-2:]]
+        cells = F.interpolate(cells, sides, mode="area")
     with torch.no_grad():
-        image = pipe.vae.decode(latents[:1] / pipe.vae.config.scaling_factor, return_dict=False)[0]
-    return pipe.image_processor.postprocess(image, output_type="pil")[0]
+        return pipe.image_processor.postprocess(pipe.pixels_of(cells), output_type="pil")[0]

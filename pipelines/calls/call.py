@@ -20,6 +20,7 @@ from lora_compose.pipelines.scene.regions import check_region
 from lora_compose.pipelines.scene.scene import Concept, ConceptNames
 from lora_compose.pipelines.support.spelling import did_you_mean
 from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.tokens import Tokenizer
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -54,12 +55,15 @@ class GivenPrompts:
         embeds: Embeddings, instead of prompts. Shape: [prompts, tokens, channels].
         length: Tokens of an encoded text; None means as many as the tokenizer says.
         negative: The negative prompts for each tokenizer: one for each prompt, one for all, or none.
+        tokenizers: Those of this call, where they depend on more than the length, such as reference images in the text;
+            None means the host's.
     """
 
     texts: Sequence[Sequence[str]] | None
     embeds: Tensor | None = None
     length: int | None = None
     negative: Sequence[Sequence[str]] = ()
+    tokenizers: Sequence[Tokenizer] | None = None
 
     @property
     def first(self) -> Sequence[str] | None:

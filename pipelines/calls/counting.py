@@ -42,7 +42,7 @@ class CountingRunner:
         """For all concept sets of a call."""
         canvas = plan.canvas.on(CPU)
         with plan.sampler.ahead() as sampler:
-            return cls(plan, canvas, sampler, AttentionLog(canvas, ()))
+            return cls(plan, canvas, sampler, AttentionLog(canvas, ()), Cost(row_factor=plan.row_factor))
 
     def encode(
         self, weights: Tensor | None, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None

@@ -13,19 +13,20 @@ from lora_compose.pipelines.support.notes import warn
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
-def check_size(host: Host, width: int, height: int, images: int = 1) -> None:
+def check_size(host: Host, width: int, height: int, images: int = 1, backbone: Backbone | None = None) -> None:
     """Checks that one pass of the model can fit into the memory of its device.
 
     Args:
         width: In pixels.
         height: In pixels.
+        backbone: That of the call; None means one without reference images.
 
     Raises:
         ValueError: For sizes that need more than all memory that there is.
     """
     scale, device = host.vae_scale_factor, host.runs_on
     there = memory_of(device)
-    needed = least_bytes(backbone_of(host.model), (max(height, 0) // scale, max(width, 0) // scale), images)
+    needed = least_bytes(backbone or backbone_of(host.model), (max(height, 0) // scale, max(width, 0) // scale), images)
     if there is not None and needed > there:
         some = f"{images} images of" if images > 1 else "an image of"
         raise ValueError(
@@ -68,10 +69,13 @@ def least_bytes(backbone: Backbone, latent_grid: tuple[int, int], images: int = 
         if "image" not in site.parts or name.startswith(chunked):
             continue
         height, width = grid_at(latent_grid, site.level)
+        cells = height * width
+        if "reference" in site.parts:
+            cells += height * width if site.reference_cells is None else site.reference_cells
         if is_linear(layer):
-            largest = max(largest, height * width * (layer.in_features + layer.out_features))  # pyright: ignore[reportOperatorIssue]
+            largest = max(largest, cells * (layer.in_features + layer.out_features))  # pyright: ignore[reportOperatorIssue]
         elif isinstance(layer, torch.nn.Conv2d):
-            largest = max(largest, height * width * (layer.in_channels + layer.out_channels))
+            largest = max(largest, cells * (layer.in_channels + layer.out_channels))
     kept = 3 * 4 * images * latent_grid[0] * latent_grid[1]
     return size * (largest + kept)
 

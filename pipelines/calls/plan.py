@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.attention import StepCaches, backbone_of, check_caches, install
+from lora_compose.attention import StepCaches, backbone_of, check_caches, install, reference_factor
 from lora_compose.attention.device import dtype_of
 from lora_compose.pipelines.calls.call import Call, check_call, of_prompt, steps_to_record
 from lora_compose.pipelines.calls.host import Host
@@ -65,6 +65,7 @@ class Plan:
         controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
         sampler: A copy of the scheduler with its timesteps, on the CPU.
         reading: How texts with weights, and long ones, are read; None if there are none.
+        row_factor: FLOPs of a row, relative to one without reference images.
     """
 
     call: Call
@@ -77,6 +78,7 @@ class Plan:
     controls: Sequence[PreparedControl | PreparedImagePrompts]
     sampler: Sampler
     reading: Reading | None = None
+    row_factor: float = 1.0
 
     @contextmanager
     def installed(self, host: Host) -> Iterator[Callable[[FamilyEncoder, Sampler, Mapping[str, Any]], "Sessions"]]:
@@ -107,6 +109,7 @@ class Plan:
                     self.canvas.backbone, installation, sampler, self.canvas, self.concepts, self.controls,
                     {**self.call.inputs, **inputs}, log, caches,
                 )  # fmt: skip
+                denoiser.cost.row_factor = self.row_factor
                 reading = {} if self.reading is None else {"reading": self.reading}
 
                 def here(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
@@ -152,7 +155,9 @@ def make_plan(host: Host, call: Call) -> Plan:
     Raises:
         ValueError: For anything that does not fit together.
     """
-    check_size(host, call.size.width, call.size.height, len(call.prompts) * call.size.images_per_prompt)
+    backbone = host.backbone_of(call)
+    images = len(call.prompts) * call.size.images_per_prompt
+    check_size(host, call.size.width, call.size.height, images, backbone)
     warn_of_size(host, call.size.width, call.size.height)
     loaded, concepts_of = resolve_sets(host, call)
     loaded = tuple(_region_in_pixels(call, entry) for entry in loaded)
@@ -169,7 +174,6 @@ def make_plan(host: Host, call: Call) -> Plan:
     choice = resolve_choice(host, call.composition.method, loaded, call.prompts.first, sets)
     concepts = _guarded(concepts, sets, choice.method, host.model)
     loaded, sets = concepts.loaded, [concepts.subset(columns) for columns in concepts_of]
-    backbone = host.backbone_of(call)
     needs = choice.method.needs
     if needs.region_attention and not backbone.reads_regions:
         raise ValueError(
@@ -188,7 +192,8 @@ def make_plan(host: Host, call: Call) -> Plan:
             "it reinit='off', or strength=1"
         )
     textual_inversions = TextualInversions.of(loaded, host.components)
-    tokenizers = host.prompt_tokenizers(textual_inversions, call.prompts.length)
+    of_host = host.prompt_tokenizers(textual_inversions, call.prompts.length)
+    tokenizers = of_host if call.prompts.tokenizers is None else call.prompts.tokenizers
     reading = _reading(host, call, tokenizers, raw)
     if reading is not None and reading.longest > 1:
         tokenizers = [LongTokenizer(tokenizer, reading.longest) for tokenizer in tokenizers]
@@ -220,7 +225,10 @@ def make_plan(host: Host, call: Call) -> Plan:
     scheduler = deepcopy(host.scheduler)
     sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
     steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))
-    return Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, sampler, reading)
+    row_factor = reference_factor(backbone, grid, of_sets[0].token_masks.trigger.shape[1])
+    return Plan(
+        call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, sampler, reading, row_factor
+    )
 
 
 def _guarded(concepts: ConceptSet, sets: Sequence[ConceptSet], method: Settings, model: Any) -> ConceptSet:

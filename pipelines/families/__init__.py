@@ -8,6 +8,7 @@ from lora_compose.pipelines.families.flux2_dev import ComposeFlux2Pipeline
 from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
 from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
+from lora_compose.pipelines.families.qwen_image_edit import ComposeQwenImageEditPlusPipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
@@ -20,6 +21,7 @@ __all__ = [
     "ComposeFluxPipeline",
     "ComposeKrea2Pipeline",
     "ComposePipeline",
+    "ComposeQwenImageEditPlusPipeline",
     "ComposeQwenImagePipeline",
     "ComposeStableDiffusionPipeline",
     "ComposeStableDiffusionXLPipeline",

@@ -109,7 +109,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         if found is None:
             generator = call.sampling.generator
             found = randn_tensor(self._drawn(shape), generator=generator, device=canvas.device, dtype=dtype)
-        return _unpacked(found, canvas).to(canvas.device, dtype)
+        return _unpacked(found, canvas.latent_grid).to(canvas.device, dtype)
 
     def _sides(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height as given; None means the model's own, for which diffusers has 1024 with any model."""
@@ -145,8 +145,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
                 **{self.named_channels: self._latent_shape(canvas)[1]},
             )  # fmt: skip
         if source.mask is None:
-            return ImageToImage(_unpacked(found if isinstance(found, Tensor) else found[0], canvas))
-        latents, noise, image = (_unpacked(one, canvas) for one in found[:3])
+            return ImageToImage(_unpacked(found if isinstance(found, Tensor) else found[0], canvas.latent_grid))
+        latents, noise, image = (_unpacked(one, canvas.latent_grid) for one in found[:3])
         mask = self._latent_mask(self._by_image(call, source.mask), canvas).to(canvas.device, encoder.dtype)
         inputs = self._inputs_from_image(image)
         return Inpainting(latents, inputs, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
@@ -206,6 +206,19 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
         return (means - config.shift_factor) * config.scaling_factor
 
+    def cells_of(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """As `UNetPipeline.cells_of`, unpacked."""
+        width, height = (self._rounded(side) // self.vae_scale_factor for side in size)
+        return _unpacked(latents, (height, width))
+
+    def pixels_of(self, cells: Tensor) -> Tensor:
+        """As `UNetPipeline.pixels_of`."""
+        return self._decode(cells, "pt") * 2 - 1
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        """The images of final latents, as diffusers returns them."""
+        raise NotImplementedError
+
     def _cfg_of(self, guidance_scale: float) -> float:
         """The scale s of uncond + s (cond - uncond) that diffusers' guidance scale means; 1 is no guidance."""
         return guidance_scale
@@ -214,11 +227,11 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         return self._cfg_of(self.guidance_scale)
 
 
-def _unpacked(latents: Tensor, canvas: Canvas) -> Tensor:
+def _unpacked(latents: Tensor, grid: tuple[int, int]) -> Tensor:
     """Latents with patches as tokens, or as channels, in their own height and width."""
-    if latents.shape[-2:] == canvas.latent_grid and latents.dim() == 4:
+    if latents.shape[-2:] == grid and latents.dim() == 4:
         return latents
-    return unpacked(latents, canvas.latent_grid) if latents.dim() == 3 else pixel_shuffle(latents, PATCH)
+    return unpacked(latents, grid) if latents.dim() == 3 else pixel_shuffle(latents, PATCH)
 
 
 class TemplatePipeline(FlowMatchingPipeline):
@@ -288,6 +301,27 @@ def for_each(text: str | list[str] | None, count: int) -> list[str]:
     """A text for each of `count` prompts: a single text is repeated, None is the empty text."""
     found = listed(text) or [""]
     return found * count if len(found) == 1 else found
+
+
+def texts_to_encode(
+    given: Mapping[str, Any], prompt: Any, prompts: list[str] | None, count: int, *, negative: bool
+) -> tuple[Any, Tensor | None, Tensor | None]:
+    """Texts, or embeddings with their mask, as `encode_prompt` of diffusers takes them: new ones, or those of a call.
+
+    Args:
+        given: The arguments of the call, by name.
+        prompt: Its prompt.
+        prompts: New texts; None means those of the call.
+        count: Prompts of the call.
+        negative: Whether its negative prompts are meant.
+    """
+    if prompts is not None:
+        return prompts, None, None
+    side = "negative_" if negative else ""
+    embeds, mask = given[f"{side}prompt_embeds"], given[f"{side}prompt_embeds_mask"]
+    if negative:
+        prompt = None if embeds is not None else for_each(given["negative_prompt"], count)
+    return prompt, embeds, mask
 
 
 def real_tokens(

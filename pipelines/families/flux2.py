@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import Flux2KleinInpaintPipeline, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
@@ -38,7 +39,7 @@ from lora_compose.pipelines.families.flow_matching import (
     check_negative_embeds,
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
+from lora_compose.pipelines.families.references import ReferencesPipeline, opened, reference_images
 from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas
@@ -142,6 +143,11 @@ class Flux2Calls(ReferencesPipeline, TemplatePipeline):
         norm: Any = self.vae.bn
         mean, variance = (numbers.view(1, -1, 1, 1).to(like) for numbers in (norm.running_mean, norm.running_var))
         return mean, torch.sqrt(variance + self.vae.config.batch_norm_eps)
+
+    def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:
+        """As `ReferencesPipeline.size_from`: that of the first one, as it is read."""
+        height, width = self._references(images[:1])[0].shape[-2:]
+        return width, height
 
     def _references(self, given: Any) -> list[Tensor]:
         """Reference images, prepared as diffusers does: cut to whole tokens, and made smaller above 1024 x 1024 pixels.
@@ -281,7 +287,7 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
         reference = arguments.pop("reference")
         if start is None:
             del arguments["image_reference"]
-            return {**arguments, "image": reference}
+            return {**arguments, "image": opened(reference)}
         return arguments
 
     def backbone_of(self, call: Call) -> Backbone:

@@ -16,6 +16,7 @@ from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flux2 import Flux2Calls
 from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.families.references import opened
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Step
@@ -108,7 +109,7 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         self._check_plain_texts(arguments["prompt"])
         reference = arguments.pop("reference")
-        return {**arguments, "image": reference}
+        return {**arguments, "image": opened(reference)}
 
     def _task(self, inpaints: bool) -> ImageTask:
         raise ValueError(

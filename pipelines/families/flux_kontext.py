@@ -15,7 +15,7 @@ from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flux import FluxCalls, for_all
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
+from lora_compose.pipelines.families.references import ReferencesPipeline, opened, reference_images
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.text.conditioning import TokenPositions
@@ -116,7 +116,11 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         image = arguments.pop("reference")
         for name in ("repaints", "named"):
             del arguments[name]
-        return {**super()._plain_arguments(arguments, start), "image": image}
+        return {**super()._plain_arguments(arguments, start), "image": opened(image)}
+
+    def sized(self, width: int, height: int) -> dict[str, Any]:
+        """As `ComposePipeline.sized`; diffusers takes the size as a shape, and the area apart."""
+        return {**super().sized(width, height), "max_area": width * height}
 
     def _task(self, inpaints: bool) -> ImageTask:
         raise ValueError(

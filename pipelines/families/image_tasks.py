@@ -251,6 +251,10 @@ class ImageTasksPipeline(ComposePipeline):
         maybe_free_model_hooks()
         return output_of(outcome, *results) if request.named else tuple(results)
 
+    def sized(self, width: int, height: int) -> dict[str, Any]:
+        """Arguments of a call whose images have this size in pixels."""
+        return {"width": width, "height": height}
+
     def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
         check_decoded(image)
         return self.image_processor.postprocess(image, output_type=output_type, **options)

@@ -26,7 +26,12 @@ from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides, check_negative_embeds, for_each
+from lora_compose.pipelines.families.flow_matching import (
+    TemplatePipeline,
+    both_sides,
+    check_negative_embeds,
+    texts_to_encode,
+)
 from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
@@ -102,7 +107,8 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        begun = self._begin(locals())
+        asked = dict(locals())
+        begun = self._begin(asked)
         if begun.plain is not None:
             return begun.plain
         prompt = begun.prompt
@@ -128,11 +134,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         )  # fmt: skip
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            own = (prompt, prompt_embeds, prompt_embeds_mask)
-            if negative:
-                words = None if negative_prompt_embeds is not None else for_each(negative_prompt, len(given))
-                own = (words, negative_prompt_embeds, negative_prompt_embeds_mask)
-            words, embeds, mask = own if prompts is None else (prompts, None, None)
+            words, embeds, mask = texts_to_encode(asked, prompt, prompts, len(given), negative=negative)
             encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
             text, mask = encode_prompt(
                 words, device=device, num_images_per_prompt=num_images_per_prompt, prompt_embeds=embeds,

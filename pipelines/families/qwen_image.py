@@ -1,6 +1,6 @@
 """Qwen-Image with concepts: the prompt in a chat template whose beginning is dropped, guidance that keeps norms."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,15 +27,20 @@ from lora_compose.pipelines.calls.call import (
     listed,
     tensors_for,
 )
-from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.calls.front import Begun, Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import TokenNorms
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides, check_negative_embeds, for_each
+from lora_compose.pipelines.families.flow_matching import (
+    TemplatePipeline,
+    both_sides,
+    check_negative_embeds,
+    texts_to_encode,
+)
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
-from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.support.notes import warn
@@ -43,20 +48,132 @@ from lora_compose.pipelines.text.conditioning import Conditioning, TokenPosition
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
-class ComposeQwenImagePipeline(TemplatePipeline, QwenImagePipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """diffusers' `QwenImagePipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+class QwenImageCalls(TemplatePipeline):
+    """What calls of Qwen-Image and of its edit models, which have the same transformer, have in common."""
 
-    family = "Qwen-Image"
-    architecture = "qwen-image"
     transformer_class = QwenImageTransformer2DModel
-    image_to_image = ImageTask(QwenImageImg2ImgPipeline, resizes=True)
-    inpainting = ImageTask(QwenImageInpaintPipeline, resizes=True)
     starts_from_latents = False  # diffusers reads them with a frame axis
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: diffusers opens no checkpoints in one file for this family."""
+        """Never: diffusers opens no checkpoints in one file for these pipelines."""
         return False
+
+    def _request(
+        self,
+        begun: Begun,
+        given: Mapping[str, Any],
+        size: tuple[int, int],
+        tokens: int,
+        encoded: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+        *,
+        tokenizers: Sequence[TemplateTokenizer] | None = None,
+        source: Source | None = None,
+        references: Sequence[Tensor] = (),
+    ) -> Request:
+        """The request of a call with concepts.
+
+        Args:
+            given: The arguments of `__call__`, by name.
+            size: Width and height of the images, in pixels.
+            tokens: Of every text.
+            encoded: From texts and their number of tokens to the input of the model; options as for `encode_prompt`.
+            tokenizers: Those of this call; None means the pipeline's.
+        """
+        prompt, prompt_embeds, per_prompt = begun.prompt, given["prompt_embeds"], given["num_images_per_prompt"]
+        negative_prompt, negative_prompt_embeds = given["negative_prompt"], given["negative_prompt_embeds"]
+        true_cfg_scale, guidance_scale = given["true_cfg_scale"], given["guidance_scale"]
+        attention_kwargs, callback_on_step_end = given["attention_kwargs"], given["callback_on_step_end"]
+        max_sequence_length, output_type = given["max_sequence_length"], given["output_type"] or "np"
+        check_arguments(given["kwargs"], (), attention_kwargs, "attention_kwargs")
+        tensors = tensors_for(callback_on_step_end, given["callback_on_step_end_tensor_inputs"])
+        width, height = size
+        self.check_inputs(
+            prompt, height=height, width=width, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, prompt_embeds_mask=given["prompt_embeds_mask"],
+            negative_prompt_embeds_mask=given["negative_prompt_embeds_mask"],
+            callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
+            max_sequence_length=max_sequence_length,
+        )  # fmt: skip
+        cfg_scale = self._guidance(true_cfg_scale, negative_prompt, negative_prompt_embeds, guidance_scale)
+        texts = None if prompt is None else [listed(prompt)]
+        prompts_given = GivenPrompts(texts, prompt_embeds, tokens, [listed(negative_prompt)], tokenizers)
+        check_negative_embeds(prompts_given, negative_prompt_embeds if cfg_scale > 1 else None)
+        call = Call(
+            begun.composition, prompts_given, ImageSize(width, height, per_prompt),
+            Sampling(
+                given["num_inference_steps"], None, given["sigmas"], None, given["generator"], given["latents"],
+                guider=TokenNorms(cfg_scale, PATCH),
+            ),
+            Callback(callback_on_step_end, tensors), begun.started, {"attention_kwargs": attention_kwargs},
+            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
+            source,
+            {
+                "true_cfg_scale": true_cfg_scale, "negative_prompt": (listed(negative_prompt) or [None])[0],
+                "max_sequence_length": max_sequence_length,
+            },
+            references=references,
+        )  # fmt: skip
+
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+            words, embeds, mask = texts_to_encode(given, prompt, prompts, len(prompts_given), negative=negative)
+            return encoded(
+                words, tokens, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
+                prompt_embeds_mask=mask,
+            )  # fmt: skip
+
+        def decode(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._finished(self._decode(latents, output_type), source),)
+
+        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, given["return_dict"])
+
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """As `FlowMatchingPipeline.guided`; nothing to avoid is a space, as in diffusers' examples."""
+        return {"true_cfg_scale": scale, "negative_prompt": negative_prompt or " "}
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """As `FlowMatchingPipeline.latents_of`; each channel is normalised apart."""
+        return latents_of_image(self.vae, pixels)
+
+    def _guidance(
+        self, scale: float, negative_prompt: Any, negative_embeds: Tensor | None, distilled: float | None
+    ) -> float:
+        """The scale of classifier-free guidance; 1 if there is none."""
+        if self.transformer.config.guidance_embeds:
+            raise ValueError("diffusers cannot run a Qwen-Image with distilled guidance (guidance_embeds is true)")
+        if distilled is not None:
+            warn(f"guidance_scale={distilled:g} is not read by Qwen-Image; give true_cfg_scale and a negative_prompt")
+        return 1.0 if negative_prompt is None and negative_embeds is None else scale
+
+    def _cfg_scale(self, step: Step) -> float:
+        return step.cfg_scale  # diffusers' callbacks cannot change it
+
+    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
+        return {"prompt_embeds": text.conditional().prompt_embeds}
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return packed(latents)
+        latents = latents[:, :, None].to(self.vae.dtype)
+        mean, std = channel_norm(self.vae, latents)
+        image = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+        return self._postprocess(image, output_type)
+
+
+def padded(text: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """A text and its mask, padded to a number of tokens; all of a text without a mask are seen."""
+    mask = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    missing = tokens - text.shape[1]
+    return pad(text, (0, 0, 0, missing)), {"text_mask": pad(mask, (0, missing))}
+
+
+class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `QwenImagePipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+
+    family = "Qwen-Image"
+    architecture = "qwen-image"
+    image_to_image = ImageTask(QwenImageImg2ImgPipeline, resizes=True)
+    inpainting = ImageTask(QwenImageInpaintPipeline, resizes=True)
 
     @front
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -118,106 +235,32 @@ class ComposeQwenImagePipeline(TemplatePipeline, QwenImagePipeline):  # pyright:
             ValueError: For anything that does not fit together, before anything is changed.
         """
         width, height = self._sides(width, height)
-        begun = self._begin(locals())
+        given = dict(locals())
+        begun = self._begin(given)
         if begun.plain is not None:
             return begun.plain
-        prompt = begun.prompt
-        check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
-        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         source = self._source(begun.start, width, height, output_type or "np")
-        width, height = self._size(width, height) if source is None else source.size
-        self.check_inputs(
-            prompt, height=height, width=width, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds, prompt_embeds_mask=prompt_embeds_mask,
-            negative_prompt_embeds_mask=negative_prompt_embeds_mask,
-            callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
-            max_sequence_length=max_sequence_length,
-        )  # fmt: skip
-        cfg_scale = self._guidance(true_cfg_scale, negative_prompt, negative_prompt_embeds, guidance_scale)
-        texts = None if prompt is None else [listed(prompt)]
-        given = GivenPrompts(texts, prompt_embeds, max_sequence_length, [listed(negative_prompt)])
-        check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
+        size = self._size(width, height) if source is None else source.size
         tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
-        guider = TokenNorms(cfg_scale, PATCH)
-        call = Call(
-            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider),
-            Callback(callback_on_step_end, tensors), begun.started, {"attention_kwargs": attention_kwargs},
-            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
-            source,
-            {
-                "true_cfg_scale": true_cfg_scale, "negative_prompt": (listed(negative_prompt) or [None])[0],
-                "max_sequence_length": max_sequence_length,
-            },
-        )  # fmt: skip
-
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            own = (prompt, prompt_embeds, prompt_embeds_mask)
-            if negative:
-                words = None if negative_prompt_embeds is not None else for_each(negative_prompt, len(given))
-                own = (words, negative_prompt_embeds, negative_prompt_embeds_mask)
-            words, embeds, mask = own if prompts is None else (prompts, None, None)
-            return self._encoded(
-                words, tokens, device=device, num_images_per_prompt=num_images_per_prompt, prompt_embeds=embeds,
-                prompt_embeds_mask=mask,
-            )  # fmt: skip
-
-        def decode(latents: Tensor, process: Process) -> tuple[Any]:
-            return (self._finished(self._decode(latents, output_type or "np"), source),)
-
-        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, return_dict)
+        return self._request(begun, given, size, tokens, self._encoded, source=source)
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         self._check_plain_texts(arguments["prompt"], arguments["negative_prompt"])
         return arguments
 
-    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """As `FlowMatchingPipeline.guided`; nothing to avoid is a space, as in diffusers' examples."""
-        return {"true_cfg_scale": scale, "negative_prompt": negative_prompt or " "}
-
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; the padding is masked."""
         return self._encoded(list(prompts), length or 512, device=self._execution_device)
-
-    def latents_of(self, pixels: Tensor) -> Tensor:
-        """As `FlowMatchingPipeline.latents_of`; each channel is normalised apart."""
-        return latents_of_image(self.vae, pixels)
 
     def _encoded(self, words: str | list[str] | None, tokens: int, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The text and its mask, cut or padded to a number of tokens; diffusers pads to the longest of a batch."""
         encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
         text, mask = encode_prompt(words, max_sequence_length=tokens, **options)
-        mask = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        missing = tokens - text.shape[1]
-        return pad(text, (0, 0, 0, missing)), {"text_mask": pad(mask, (0, missing))}
-
-    def _guidance(
-        self, scale: float, negative_prompt: Any, negative_embeds: Tensor | None, distilled: float | None
-    ) -> float:
-        """The scale of classifier-free guidance; 1 if there is none."""
-        if self.transformer.config.guidance_embeds:
-            raise ValueError("diffusers cannot run a Qwen-Image with distilled guidance (guidance_embeds is true)")
-        if distilled is not None:
-            warn(f"guidance_scale={distilled:g} is not read by Qwen-Image; give true_cfg_scale and a negative_prompt")
-        return 1.0 if negative_prompt is None and negative_embeds is None else scale
-
-    def _cfg_scale(self, step: Step) -> float:
-        return step.cfg_scale  # diffusers' callbacks cannot change it
+        return padded(text, mask, tokens)
 
     def _template(self, length: int) -> TemplateTokenizer:
         dropped = self.prompt_template_encode_start_idx
         return TemplateTokenizer(self.tokenizer, self.prompt_template_encode.format, length + dropped, length, dropped)
-
-    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
-        return {"prompt_embeds": text.conditional().prompt_embeds}
-
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return packed(latents)
-        latents = latents[:, :, None].to(self.vae.dtype)
-        mean, std = channel_norm(self.vae, latents)
-        image = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
-        return self._postprocess(image, output_type)
 
 
 ComposePipeline.families.append(ComposeQwenImagePipeline)

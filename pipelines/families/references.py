@@ -1,6 +1,7 @@
 """Reference images that a transformer reads behind the image: prepared, encoded once, and counted in tokens."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -22,6 +23,10 @@ class ReferencesPipeline(FlowMatchingPipeline):
         """The latents of prepared reference images, one after the other. Shape: [1, tokens, channels]."""
         raise NotImplementedError
 
+    def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:
+        """Width and height in pixels of images for which none is named, by the reference images."""
+        return self.own_size
+
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call."""
         found: Any = backbone_of(self.model)
@@ -42,6 +47,13 @@ class ReferencesPipeline(FlowMatchingPipeline):
             "reference": ByImage(self._reference_tokens(call.references)),
             "reference_grids": self._grids(call.references),
         }
+
+
+def opened(given: Any) -> Any:
+    """The reference images of a call without concepts, whose paths diffusers cannot read."""
+    if isinstance(given, list | tuple):
+        return [opened(one) for one in given]
+    return read_images(given)[0] if isinstance(given, str | Path) else given
 
 
 def reference_images(given: Any) -> list[Image.Image]:

@@ -242,6 +242,18 @@ class UNetPipeline(ImageTasksPipeline):
                 "give the image in pixels"
             )
 
+    def cells_of(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Latents as callbacks have them, in their height and width.
+
+        Args:
+            size: Width and height of the image in pixels.
+        """
+        return latents
+
+    def pixels_of(self, cells: Tensor) -> Tensor:
+        """Latents decoded by the VAE, from -1 to 1."""
+        return self.vae.decode(cells / self.vae.config.scaling_factor, return_dict=False)[0]
+
     def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
         canvas, generator = plan.canvas, call.sampling.generator
         encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.unet

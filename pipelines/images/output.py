@@ -17,6 +17,7 @@ class Cost:
         rows_backward: Rows run backward.
         control_rows: Rows run forward through ControlNets, each of which counts; in passes with a gradient they are run
             backward as well.
+        row_factor: FLOPs of a row, relative to one of the same prompt without reference images.
         preparation_seconds: From the start of the call to its first denoising step, by the host's clock: checking,
             encoding, installing, folding.
     """
@@ -25,6 +26,7 @@ class Cost:
     rows_stopped: float = 0.0
     rows_backward: float = 0.0
     control_rows: float = 0.0
+    row_factor: float = 1.0
     preparation_seconds: float = 0.0
 
     @property
@@ -33,6 +35,11 @@ class Cost:
         kinds = {"": self.rows_forward, " stopped": self.rows_stopped, " backward": self.rows_backward,
                  " of ControlNets": self.control_rows}  # fmt: skip
         return " + ".join(f"{rows:g}{kind}" for kind, rows in kinds.items() if rows or not kind)
+
+    @property
+    def each(self) -> str:
+        """What a row costs, in words; empty without reference images."""
+        return "" if self.row_factor == 1 else f", each {self.row_factor:.2f} times one without reference images"
 
     def add(self, other: "Cost") -> None:
         """Adds the rows of other passes."""

@@ -96,6 +96,16 @@ def _several(lora: Any) -> Any:
 ImageFile = Annotated[str, Field(pattern=r"(?i)\.(png|jpe?g|webp|bmp)$")]
 """The path of an image."""
 
+MOST_REFERENCES = 16
+"""Reference images of a scene: each adds its tokens to every pass."""
+
+References = Annotated[
+    tuple[ImageFile, ...],
+    BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
+    Field(max_length=MOST_REFERENCES),
+]
+"""Paths of reference images; one alone may be given without a list."""
+
 BoxOrMask = Annotated[
     Annotated[Region, Tag("box")] | Annotated[Fractions, Tag("fractions")] | Annotated[MaskFile, Tag("mask")],
     Discriminator(_kind),
@@ -163,6 +173,8 @@ class Start(_Frozen):
         strength: The share of the steps that are run; None is diffusers' default for the model.
         padding_mask_crop: Pixels around the mask; only that part is painted, at the size of the scene.
         paste_original: Whether pixels outside of the mask are copied from the image; None means no.
+        references: Paths of the images that the model reads beside the prompt, in their order; they go with
+            text-to-image, and with models that read them.
         controls: Control images with their models.
         ip_adapters: IP-Adapters with their images.
     """
@@ -172,6 +184,7 @@ class Start(_Frozen):
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     padding_mask_crop: Annotated[int, Field(ge=0)] | None = None
     paste_original: bool | None = None
+    references: References = ()
     controls: tuple[ControlFile, ...] = ()
     ip_adapters: tuple[IPAdapterFile, ...] = ()
 
@@ -181,18 +194,21 @@ class Start(_Frozen):
             raise ValueError(f"{' and '.join(self.start)} needs an image: give image as well")
         if self.mask_image is None and (self.padding_mask_crop is not None or self.paste_original):
             raise ValueError("padding_mask_crop and paste_original need a mask: give mask_image as well")
+        if self.image is not None and self.references:
+            raise ValueError("an image to start from and reference images cannot be combined; give one of the two")
         return self
 
     @property
     def start(self) -> dict[str, Any]:
         """The fields of the start image that are given, as arguments of a call."""
-        names = [name for name in Start.model_fields if name not in ("controls", "ip_adapters")]
+        names = [name for name in Start.model_fields if name not in ("references", "controls", "ip_adapters")]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
     def image_files(self) -> dict[str, str]:
         """The paths of all images, by the name of their field."""
         paths = {name: value for name, value in self.start.items() if name in ("image", "mask_image")}
+        paths |= {f"references.{number}": path for number, path in enumerate(self.references)}
         for field in ("controls", "ip_adapters"):
             for number, entry in enumerate(getattr(self, field)):
                 paths[f"{field}.{number}.image"] = entry.image

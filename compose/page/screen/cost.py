@@ -23,7 +23,7 @@ def cost_help(cost: RunCost, steps: int) -> str:
 
 def result_cost(result: Result) -> str | None:
     """The passes that an image took; None without concepts."""
-    return None if result.cost is None else f"{result.cost.words} latent rows. {_ROW}"
+    return None if result.cost is None else f"{result.cost.words} latent rows{result.cost.each}. {_ROW}"
 
 
 def seconds_words(seconds: float) -> str:

@@ -90,6 +90,7 @@ def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> 
     st.session_state[BRUSH] = False
     known = session.start is not None and form.image == session.start.path
     session.start = session.start if known else None
+    session.references = list(form.references)
     given = [*form.controls, *form.ip_adapters]
     session.guides = [guide for guide in given if session.options.local and Path(guide.image).expanduser().is_file()]
     session.rows = []
@@ -254,6 +255,7 @@ def form(session: PageSession) -> Form:
         image=None if start is None else start.path,
         mask_image=start.mask if start is not None and paints else None,
         strength=None if start is None else round(st.session_state[STRENGTH], 4),
+        references=tuple(session.references) if session.model.reads_references else (),
         controls=tuple(guide for guide in session.guides if isinstance(guide, ControlFile)),
         ip_adapters=tuple(guide for guide in session.guides if isinstance(guide, IPAdapterFile)),
         choice=session.model.choice,

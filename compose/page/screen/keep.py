@@ -1,5 +1,7 @@
 """Buttons of an image: save it, enlarge it, vary it, and load its settings."""
 
+from dataclasses import replace
+
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
@@ -10,7 +12,7 @@ from lora_compose.compose.page.open_models import Busy, Choice
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.model import take_over
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, MOST_WAITING, PageSession, checking, discard
-from lora_compose.compose.page.store import PNG_LIMIT, dropped, is_on_hub, located
+from lora_compose.compose.page.store import PNG_LIMIT, dropped, is_on_hub, located, located_references
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Result
 from lora_compose.pipelines.scene.scene import Run
@@ -68,7 +70,8 @@ def restore(session: PageSession, record: Record) -> None:
         ValueError: If it is beyond the page's limits, or its model cannot be opened; nothing has changed then.
     """
     run = record.run
-    form = form_of(run, session.model.size)
+    references = located_references(record, session.store.images, local=session.options.local)
+    form = replace(form_of(run, session.model.size), references=references)
     device = run.device if run.device in devices() else None
     with checking(FILE_PATIENCE):
         loras = located(record, session.store.uploads, session.options.loras, local=session.options.local)
@@ -89,6 +92,8 @@ def restore(session: PageSession, record: Record) -> None:
                      "“Model”: open it there if you trust it.")  # fmt: skip
     if form.image is not None and session.start is None:
         notes.append("The image that it started from is not here: drop it under “Start from an image”.")
+    if len(references) < len(run.scene.references):
+        notes.append("Reference images are not here, or are others now: drop them under “Reference images”.")
     if len(session.guides) < len(form.controls) + len(form.ip_adapters):
         notes.append("Control images or images of IP-Adapters are not here: add them under “Guide with another image”.")
     if run.scene.padding_mask_crop is not None:

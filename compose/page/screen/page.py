@@ -8,6 +8,7 @@ from lora_compose.compose.page.screen.generate import generate_part
 from lora_compose.compose.page.screen.guides import guides_part
 from lora_compose.compose.page.screen.keep import restoring
 from lora_compose.compose.page.screen.prompt import prompt_part
+from lora_compose.compose.page.screen.references import references_part
 from lora_compose.compose.page.screen.session import page_session
 from lora_compose.compose.page.screen.stage import stage_part
 from lora_compose.compose.page.screen.start import start_part
@@ -24,6 +25,7 @@ with bench, st.container(key="bench"):
     prompt_part(session)
     concepts_part(session)
     generate_part(session)
+    references_part(session)
     start_part(session)
     guides_part(session)
     restoring(session)

@@ -113,8 +113,8 @@ def _exports(session: PageSession, result: Result) -> None:
         command_tab.caption("It reads scene.yaml, from the first tab.")
         if run != result.run:
             st.caption("Uploaded files keep your names; put them beside the scene file.")
-        for name in ("image", "mask_image"):
-            path, shown = getattr(result.run.scene, name), getattr(run.scene, name)
+        for name, path in result.run.scene.image_files.items():
+            shown = run.scene.image_files[name]
             if path in session.store.images and Path(path).exists():
                 st.download_button(f"Save {shown}", Path(path).read_bytes(), shown, "image/png",
                                    icon=":material/download:", on_click="ignore", key=f"do.save.{name}")  # fmt: skip

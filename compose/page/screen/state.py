@@ -93,6 +93,7 @@ class PageSession:
         shown: Key of the image on the canvas.
         job: The running job, or the last one.
         waiting: The jobs after it, in order.
+        references: Paths of the reference images.
         was_working: Whether images were being generated at the last rerun.
         problems: What went wrong, by place on the screen.
         uploads: Number of uploads so far; upload fields have it in their names, so that a new number empties them.
@@ -117,6 +118,7 @@ class PageSession:
     problems: dict[str, list[str]] = field(default_factory=dict, init=False)
     uploads: int = field(default=0, init=False)
     start: StartImage | None = field(default=None, init=False)
+    references: list[str] = field(default_factory=list, init=False)
     guides: list[ControlFile | IPAdapterFile] = field(default_factory=list, init=False)
     unready: bool = field(default=False, init=False)
     closed: bool = field(default=False, init=False)

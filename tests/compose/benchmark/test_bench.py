@@ -12,7 +12,8 @@ import pytest
 
 from commands import call
 from components import tiny_pipeline
-from lora_compose.attention import backbone_of
+from lora_compose.attention import backbone_of, reference_factor
+from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.compose.benchmark import timing
 from lora_compose.compose.benchmark.architectures import (
     PROMPT,
@@ -223,3 +224,13 @@ def test_a_pass_of_a_transformer_costs_two_thin_products_per_layer_more_and_atte
     assert found.offloaded_bytes == found.peak_bytes - sum(away) + max(
         sum(p.nbytes for p in block.parameters()) for block in (single, model.transformer_blocks[0])
     )
+
+
+def test_a_pass_with_reference_images_costs_what_its_tokens_cost():
+    model = without_weights("FLUX.2-klein 4B").transformer
+    plain, found = (pass_cost(model, 0, 8, (32, 32), 64, references=number) for number in (0, 2))
+    backbone = Flux2Backbone(model, reference=True, cells=2 * 16 * 16)
+    assert found.flops / plain.flops == pytest.approx(reference_factor(backbone, (32, 32), 64))
+    assert found.peak_bytes > plain.peak_bytes
+    both = pass_cost(model, 2, 8, (32, 32), 64, references=2)
+    assert 1 < both.flops / found.flops < 1.2

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from components import seeded
 from flux import flux_pipeline
-from flux2 import FLUX2
-from krea2 import KREA2
 from lora_compose import ComposePipeline
 from lora_compose.compose.training import TaraTraining, train
 from lora_compose.compose.training.bases import base_of
@@ -25,20 +23,14 @@ from lora_compose.compose.training.learner import Learner, Weights
 from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.preparation import adapt, encode, read_texts
 from qwen import qwen3
-from qwen_image import QWEN_IMAGE
-from trainings import paint_folder, training
-from z_image import Z_IMAGE
+from trainings import TRAINED, paint_folder, training
 
 SIDE = 32  # pixels: two by two tokens
-MAKE = {
-    "FLUX.1": flux_pipeline, "FLUX.2": FLUX2.pipeline, "Krea 2": KREA2.pipeline, "Z-Image": Z_IMAGE.pipeline,
-    "Qwen-Image": QWEN_IMAGE.pipeline,
-}  # fmt: skip
 FRAMES = "Krea 2", "Qwen-Image"
 """Families with a VAE for videos."""
 
 
-@pytest.fixture(params=list(MAKE))
+@pytest.fixture(params=list(TRAINED))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -52,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(family: str) -> Any:
-    pipe = MAKE[family]()
+    pipe = TRAINED[family].pipeline()
     if family == "FLUX.2":  # diffusers' pipeline reads the layer 27 unless it is told otherwise
         torch.manual_seed(0)
         pipe.text_encoder = qwen3(len(pipe.tokenizer), layers=28)

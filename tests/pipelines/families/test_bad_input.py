@@ -62,7 +62,7 @@ def test_words_that_a_template_loses_are_refused(pipe: Any) -> None:
 
 OTHERS = {
     "Chroma": "Chroma", "StableDiffusion3": "StableDiffusion3", "QwenImageEdit": "QwenImage",
-    "QwenImageEditPlus": "QwenImage", "FluxFill": "Flux", "Flux2KleinKV": "Flux2",
+    "QwenImageEditInpaint": "QwenImage", "FluxFill": "Flux", "Flux2KleinKV": "Flux2",
 }  # fmt: skip
 """Families that are not supported, and how the class of their transformer begins."""
 

@@ -6,17 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxKontextPipeline
+from diffusers import FluxKontextPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
-from PIL import Image
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as diffusers_own
 from torch import Tensor
 
+from components import seeded
 from flux2 import FLUX2
 from flux2_dev import FLUX2_DEV
 from flux_kontext import KONTEXT
-from lora_compose import ComposePipeline, Concept, Merge
+from lora_compose import ComposePipeline, Concept, Merge, Regional
+from lora_compose.attention import backbone_of
+from lora_compose.compose.benchmark.flops import Operations
+from lora_compose.pipelines.calls.memory import least_bytes
 from lora_compose.pipelines.families import ComposeFluxKontextPipeline
 from lora_compose.pipelines.families.opening import configuration
+from qwen_image_edit import NAVY, ORANGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_2511, REFERENCE_TOKENS
 from transformer_families import (
     BOXES,
     CALL,
@@ -33,8 +38,6 @@ from transformer_families import (
     plain_latents,
 )
 
-NAVY, ORANGE = Image.new("RGB", (64, 100), "navy"), Image.new("RGB", (80, 64), "orange")
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -43,6 +46,7 @@ class Reading:
     Attributes:
         image: Reference images, which are cut to whole tokens of 16 pixels.
         tokens: Of all of them.
+        without: What is given where there is none; other images, if the model needs some.
         further: Arguments of every call.
         guided: Whether there are unconditional rows.
     """
@@ -52,6 +56,7 @@ class Reading:
     tokens: int
     further: Mapping[str, Any] = field(default_factory=dict)
     guided: bool = True
+    without: Any = None
 
     @property
     def call(self) -> dict[str, Any]:
@@ -63,10 +68,15 @@ READING = {
     "klein": Reading(FLUX2, [NAVY, ORANGE], 4 * 6 + 5 * 4),
     "dev": Reading(FLUX2_DEV, [NAVY, ORANGE], 4 * 6 + 5 * 4, guided=False),
     "kontext": Reading(KONTEXT, NAVY, 4 * 6, {"_auto_resize": False}),
+    "qwen": Reading(QWEN_IMAGE_EDIT, [NAVY, ORANGE], REFERENCE_TOKENS, without=[ORANGE, NAVY]),
+    "qwen-2511": Reading(QWEN_IMAGE_EDIT_2511, [NAVY, ORANGE], REFERENCE_TOKENS, without=[ORANGE, NAVY]),
 }
 
 
-@pytest.fixture(params=READING, scope="module")
+ALL = [pytest.param(name, marks=pytest.mark.slow) if name == "qwen" else name for name in READING]
+
+
+@pytest.fixture(params=ALL, scope="module")
 def reading(request: pytest.FixtureRequest) -> Reading:
     return READING[request.param]
 
@@ -98,7 +108,7 @@ def test_loras_act_in_the_cells_of_the_image_alone(reading, pipe, method):
     settings, concepts, places = METHODS[method]
     found = latents_of(pipe, **reading.call, concepts=concepts, method=settings)
     torch.testing.assert_close(found, expected_of(reading, pipe, places), atol=3e-5, rtol=0)
-    alone = latents_of(pipe, **{**reading.call, "image": None}, concepts=concepts, method=settings)
+    alone = latents_of(pipe, **{**reading.call, "image": reading.without}, concepts=concepts, method=settings)
     assert (found - alone).abs().max() > 0.01
 
 
@@ -182,3 +192,78 @@ def test_dev_finds_words_as_its_processor_reads_them(reading, pipe, monkeypatch,
     assert found == reading.family.words[0]
     assert [pipe.tokenizer.tokenizer.decode([read["input_ids"][0][i]]) for i in found] == ["s", "k", "s"]
     assert torch.equal(template.real_tokens([PROMPT]), torch.tensor(read["attention_mask"]).bool())
+
+
+@pytest.mark.parametrize("reading", ["klein", "dev", "kontext"], indirect=True)
+def test_a_row_costs_what_the_operations_of_its_pass_say(reading, pipe):
+    call = {**reading.call, "num_inference_steps": 1}
+    ratio = flops_of(pipe, **call) / flops_of(pipe, **{**call, "image": None})
+    cost = pipe.plan(**call, concepts=["cat"], method="merge").cost
+    assert cost.row_factor == pytest.approx(ratio, rel=0.01)  # padding of texts that diffusers cuts
+    assert cost.each == f", each {ratio:.2f} times one without reference images"
+    assert pipe(**call, concepts=["cat"], method="merge", output_type="latent").cost.row_factor == cost.row_factor
+    alone = pipe.plan(**{**call, "image": None}, concepts=["cat"], method="merge").cost
+    assert (alone.row_factor, alone.each) == (1.0, "")
+
+
+def test_memory_that_a_pass_needs_has_the_references(reading, pipe):
+    without, kept = least_bytes(backbone_of(pipe.transformer), (16, 16)), 4 * 3 * 4 * 16 * 16
+    found: Any = backbone_of(pipe.transformer)
+    reads = type(found)(pipe.transformer, reference=True, cells=reading.tokens)
+    of_a_cell = (without - kept) / CELLS**2  # input and output of the largest layer
+    assert least_bytes(reads, (16, 16)) == without + of_a_cell * reading.tokens
+
+
+@pytest.mark.parametrize("reading", ["qwen-2511"], indirect=True)
+def test_words_of_an_edit_are_found_behind_its_images(reading, pipe):
+    images = [pipe._resized(image, diffusers_own.CONDITION_IMAGE_SIZE) for image in (NAVY, ORANGE)]
+    before = "".join(f"Picture {n}: <|vision_start|><|image_pad|><|vision_end|>" for n in (1, 2))
+    text = pipe.prompt_template_encode.format(before + PROMPT)
+    read = pipe.processor(text=[text], images=images, return_tensors="pt")["input_ids"][0, 64:]
+    (cat, dog) = pipe.plan(**reading.call, concepts=["cat", "dog"], method="merge").concepts
+    assert (cat.trigger[0], dog.trigger[0]) == reading.family.words
+    assert [pipe.tokenizer.decode([read[i]]) for i in cat.trigger[0]] == ["s", "k", "s"]
+    many = {**reading.call, "prompt": f"{PROMPT}, {'a cat on grass, ' * 8}"}
+    with pytest.raises(ValueError, match=r"a text has \d+ tokens with its reference images, and 72 are read: shorten"):
+        pipe(**many, concepts=["cat"], method="merge")
+
+
+@pytest.mark.parametrize("reading", ["qwen-2511"], indirect=True)
+def test_each_prompt_and_each_region_of_an_edit_reads_its_images(reading, pipe):
+    call, noise = {**reading.call, "num_inference_steps": 1}, torch.randn(2, 4, 16, 16, generator=seeded(1))
+    both = latents_of(
+        pipe, **{**call, "prompt": [PROMPT, "a zwx dog"]}, concepts=["dog"], method="merge", latents=noise
+    )
+    alone = latents_of(pipe, **{**call, "prompt": "a zwx dog"}, concepts=["dog"], method="merge", latents=noise[1:])
+    torch.testing.assert_close(both[1:], alone, atol=3e-5, rtol=0)
+    regions = latents_of(pipe, **call, concepts=BOXES, method="regional")
+    assert regions.isfinite().all()
+    assert (regions - latents_of(pipe, **call, concepts=BOXES, method=Regional(texts="shared"))).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("reading", ["qwen-2511"], indirect=True)
+def test_an_edit_has_the_shape_of_its_last_image_and_needs_one(reading, pipe):
+    assert pipe.size_from([NAVY, ORANGE]) == diffusers_own.calculate_dimensions(1024 * 1024, 80 / 64) == (1152, 928)
+    for concepts in (["cat"], None):
+        with pytest.raises(ValueError, match=r"Qwen-Image-Edit-Plus needs a reference image: give image; for text al"):
+            pipe(**{**reading.call, "image": None}, concepts=concepts)
+    with pytest.raises(ValueError, match=r"reads image as a reference image, and inpaints nothing here; leave out mas"):
+        pipe(**{**reading.call, "image": NAVY}, mask_image=(0, 0, 32, 32), concepts=["cat"])
+    with pytest.raises(ValueError, match="reads texts with reference images only; train with Qwen-Image"):
+        pipe.read_texts(["a cat"])
+    assert type(ComposePipeline.from_pipe(QwenImageEditPlusPipeline(**pipe.components))) is type(pipe)
+
+
+def flops_of(pipe: Any, **call: Any) -> int:
+    """FLOPs of the passes of a call without concepts."""
+    operations, model = Operations(), pipe.transformer
+    hooks = [
+        model.register_forward_pre_hook(lambda *_: operations.__enter__() and None),
+        model.register_forward_hook(lambda *_: operations.__exit__(None, None, None)),
+    ]
+    try:
+        latents_of(pipe, **call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return operations.flops

@@ -10,7 +10,7 @@ import torch
 from diffusers import GGUFQuantizationConfig
 from torch import nn
 
-from all_transformers import TRANSFORMERS
+from all_transformers import EVERY
 from components import seeded
 from simulated_device import DEVICE, parameters_that_move
 from transformer_families import BOXES, CALL, METHODS, assert_equals_dense_deltas, latents_of, pipeline_with_concepts
@@ -18,7 +18,8 @@ from transformer_families import BOXES, CALL, METHODS, assert_equals_dense_delta
 
 def each(*by_default: str) -> Any:
     """Every family; all but some are slow."""
-    marks = {name: () if name in by_default else pytest.mark.slow for name in TRANSFORMERS}
+    guided = [name for name in EVERY if name != "flux2-dev"]  # which has no unconditional rows
+    marks = {name: () if name in by_default else pytest.mark.slow for name in guided}
     return pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in marks.items()])
 
 
@@ -96,7 +97,7 @@ STORED = (layerwise_casting, bitsandbytes, nf4, torchao, quanto, sdnq, gguf)
 @each("flux")
 @pytest.mark.parametrize("store", STORED)
 def test_loras_act_on_weights_in_few_bits_as_dense_deltas_beside_them(name, store, tmp_path):
-    family = TRANSFORMERS[name]
+    family = EVERY[name]
     pipe = pipeline_with_concepts(family, tmp_path)
     whole = latents_of(pipe, **family.unguided)
     pipe.transformer = store(pipe.transformer, tmp_path) or pipe.transformer
@@ -117,7 +118,8 @@ def by_layers(pipe: Any) -> None:
 
 def by_blocks(pipe: Any) -> None:
     pipe.transformer.enable_group_offload(DEVICE, offload_type="block_level", num_blocks_per_group=1)
-    for part in (pipe.vae, *(pipe.components.get(name) for name in ("text_encoder", "text_encoder_2"))):
+    texts = ("text_encoder", "text_encoder_2", "text_conditioner")
+    for part in (pipe.vae, *map(pipe.components.get, texts)):
         if part is not None:
             part.to(DEVICE)
 
@@ -125,7 +127,7 @@ def by_blocks(pipe: Any) -> None:
 @each("z-image")
 @pytest.mark.parametrize("offload", [pytest.param(by_models, marks=pytest.mark.slow), by_layers, by_blocks])
 def test_an_offloaded_transformer_gives_the_same_images(name, offload, tmp_path):
-    family = TRANSFORMERS[name]
+    family = EVERY[name]
     pipe = pipeline_with_concepts(family, tmp_path)
     call = {**CALL, "num_inference_steps": 1, "output_type": "np", **family.guided}
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from streamlit.components.v2 import manifest_scanner
 from streamlit.testing.v1 import AppTest
 
+from flux2 import saved_klein
 from ip_adapters import playground_guides
 from layouts import layout, shapes_of
 from lora_compose.compose.figures.overlay import division
@@ -34,7 +35,7 @@ from lora_compose.compose.page.launch import SCREEN
 from lora_compose.compose.page.open_models import Choice, OpenModel
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.concepts import _remove
-from lora_compose.compose.page.screen.state import PageSession, checking
+from lora_compose.compose.page.screen.state import PageSession, checking, open_models
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import finding
@@ -819,7 +820,34 @@ def test_what_is_no_image_to_start_from_is_refused(at: AppTest) -> None:
     assert not list(session(at).store.folder.iterdir())
 
 
-# --- images that guide ---
+# --- images that are read, and images that guide ---
+
+
+def test_reference_images_are_offered_where_the_model_reads_them(at: AppTest, tmp_path: Path) -> None:
+    assert not [field for field in at.file_uploader if (field.key or "").startswith("do.reference")]
+    session(at).model = open_models().open(Choice(str(saved_klein(tmp_path / "klein"))))
+    session(at).rows.clear()
+    at.run()
+    for name, colour in (("room.jpg", "navy"), ("chair.jpg", "orange"), ("no.jpg", None)):
+        content = b"no image" if colour is None else encoded_as(Image.new("RGB", (70, 96), colour), "JPEG")
+        key = f"do.reference.{session(at).uploads}"
+        at.file_uploader(key=key).set_value([(name, content, "image/jpeg")]).run()
+        assert not at.exception
+    assert "no.jpg cannot be read as an image" in said(at)
+    both = list(session(at).references)
+    assert [session(at).store.images[path] for path in both] == ["room.png", "chair.png"]
+    assert Image.open(both[0]).size == (70, 96), "as large as it was given"
+    made(at)  # with a preview, of latents that diffusers packs
+    (result,) = session(at).results
+    assert list(result.run.scene.references) == both
+    assert result.made.record.images.keys() == {"references.0", "references.1"}
+    assert 'image=["room.png", "chair.png"]' in "".join(code.value for code in at.code)
+    at.button(key="do.unreference.0").click().run()
+    assert session(at).references == both[1:]
+    Image.new("RGB", (70, 96), "red").save(both[1])
+    at.button(key=f"do.reuse.{result.key}").click().run()
+    assert session(at).references == both[:1], "the other one has changed"
+    assert "Reference images are not here, or are others now" in said(at)
 
 
 @pytest.mark.slow

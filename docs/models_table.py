@@ -1,0 +1,130 @@
+"""Writes the table of model families into `docs/models.md`: `python docs/models_table.py [REPORT ...]`.
+
+The rows are made of what the classes declare, which the tests check, of the layouts of LoRA files that the tests read,
+and, for what depends on how a model is stored, of tests that have passed: REPORT is what pytest writes with
+`--junitxml` of tests/pipelines/families/test_transformer_memory.py, tests/pipelines/calls/test_devices.py and
+tests/pipelines/families/test_stable_diffusion_xl.py, `-m "slow or not slow"`. What passed is kept in `models_run.json`.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from all_transformers import EVERY  # noqa: E402
+from layouts import NAMES, layout  # noqa: E402
+from lora_compose.attention.backbones import BACKBONES  # noqa: E402
+from lora_compose.compose.benchmark.architectures import TRANSFORMERS  # noqa: E402
+from lora_compose.pipelines.families import ComposePipeline  # noqa: E402
+from lora_compose.pipelines.families.references import ReferencesPipeline  # noqa: E402
+from lora_compose.pipelines.families.unets import UNetPipeline  # noqa: E402
+from lora_compose.pipelines.methods import METHODS  # noqa: E402
+from trainings import TRAINED  # noqa: E402
+
+PAGE, RAN = ROOT / "docs" / "models.md", ROOT / "docs" / "models_run.json"
+HEADER = ("family", "methods", "from an image", "references", "control", "names in LoRA files", "train", "merge",
+          "offloaded", "weights in fewer bits")  # fmt: skip
+_BLOCK = re.compile(r"(<!-- families -->\n).*?(<!-- end -->)", re.DOTALL)
+_KEYS = re.compile(r"keys of (?:early |a )?(?:the )?(.+?)(?:'s scripts| before|,| \(| with|$)")
+_UNETS = {"SD 1.x": "StableDiffusionPipeline", "SD 2.x": "StableDiffusionPipeline", "SDXL": "StableDiffusionXLPipeline"}
+_HOW = {
+    "by_models": "models", "by_layers": "layers", "by_blocks": "blocks", "layerwise_casting": "float8",
+    "bitsandbytes": "bitsandbytes int8", "nf4": "bitsandbytes NF4", "torchao": "torchao", "quanto": "quanto",
+    "gguf": "GGUF", "models": "models", "layers": "layers", "groups": "blocks",
+}  # fmt: skip
+
+
+def written(text: str) -> str:
+    """The page with the table anew."""
+    return _BLOCK.sub(lambda found: f"{found[1]}{table()}\n{found[2]}", text)
+
+
+def table() -> str:
+    """The table, as Markdown."""
+    ran = json.loads(RAN.read_text(encoding="utf-8"))
+    lines = [HEADER, ("---",) * len(HEADER), *(row(family, ran) for family in ComposePipeline.families)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in sorted(lines, key=lambda line: _rank(line[0])))
+
+
+def row(family: Any, ran: Mapping[str, Mapping[str, list[str]]]) -> tuple[str, ...]:
+    """What is known of a family."""
+    unet = issubclass(family, UNetPipeline)
+    tasks = {"image-to-image": family.image_to_image, "inpainting": family.inpainting}
+    missing = refused(family)
+    return (
+        family.family,
+        f"all but {', '.join(f'`{name}`' for name in missing)}" if missing else "all",
+        ", ".join(name for name, task in tasks.items() if task is not None) or "no",
+        "yes" if issubclass(family, ReferencesPipeline) else "no",
+        "ControlNet, T2I-Adapter, IP-Adapter" if unet else "no",
+        ", ".join(_spellings(family)),
+        "yes" if unet or family.__name__ in {known.plain.__name__ for known in TRAINED.values()} else "not run",
+        "yes" if unet or family.transformer_class in {build for build, _ in TRANSFORMERS.values()} else "no",
+        *(", ".join(ran[what].get(family.family, [])) or "not run" for what in ("offloaded", "fewer bits")),
+    )
+
+
+def refused(family: Any) -> list[str]:
+    """Methods in their default form that need what the model does not have (`make_plan`)."""
+    return [name for name, kind in METHODS.items() if kind().needs.region_attention and not _reads_regions(family)]
+
+
+def outcomes(reports: Iterable[Path]) -> dict[str, dict[str, list[str]]]:
+    """What passed in tests of how a model is stored, by family."""
+    families = {family.__name__: family.family for family in ComposePipeline.families}
+    families["PlainAnima"] = "Anima"  # the tests' own pipeline of diffusers' modular one
+    found: dict[str, dict[str, list[str]]] = {"offloaded": {}, "fewer bits": {}}
+    for case in (case for path in reports for case in ElementTree.parse(path).iter("testcase")):
+        name, _, parameters = case.attrib["name"].removesuffix("]").partition("[")
+        if len(case):  # skipped or failed
+            continue
+        if "test_transformer_memory" in case.attrib["classname"]:
+            how, _, known = parameters.partition("-")
+            kind = EVERY[known].plain.__name__
+        elif "offload" in name:
+            how = next(one for one in ("models", "layers", "groups") if one in f"{name} {parameters}")
+            xl = "xl" in f"{case.attrib['classname']} {parameters}"
+            kind = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+        else:
+            continue
+        hows = found["fewer bits" if "bits" in name else "offloaded"].setdefault(families[kind], [])
+        hows += [] if _HOW[how] in hows else [_HOW[how]]
+    return {what: {family: sorted(hows) for family, hows in sorted(by.items())} for what, by in found.items()}
+
+
+def _rank(name: str) -> tuple[int, str]:
+    return (0 if name == HEADER[0] else 1 if name == "---" else 2, name)
+
+
+def _reads_regions(family: Any) -> bool:
+    if issubclass(family, UNetPipeline):
+        return True
+    file, name = BACKBONES[family.transformer_class.__name__].split(".")
+    return getattr(import_module(f"lora_compose.attention.backbones.{file}"), name).reads_regions
+
+
+def _spellings(family: Any) -> list[str]:
+    """Whose names of layers are read, by the layouts of files for models of this class."""
+    found = {"diffusers"}
+    for known in map(layout, NAMES):
+        if "refused" in known or known["family"] is None:
+            continue
+        if known["family"] in _UNETS:
+            fits = family.__name__ == _UNETS[known["family"]]
+        else:
+            fits = TRANSFORMERS[known["family"]][0] is getattr(family, "transformer_class", None)
+        found |= {_KEYS.search(known["form"])[1]} if fits else set()  # pyright: ignore[reportOptionalSubscript]
+    return sorted(found, key=str.lower)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        RAN.write_text(json.dumps(outcomes(map(Path, sys.argv[1:])), indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

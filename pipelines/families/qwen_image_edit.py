@@ -1,0 +1,188 @@
+"""Qwen-Image-Edit-Plus with concepts: reference images are read beside the image, and by the text encoder."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plain
+from PIL import Image
+from torch import Tensor
+
+from lora_compose.attention.backbones.joint import packed
+from lora_compose.pipelines.calls.call import Concepts, Generators
+from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.families.qwen_image import QwenImageCalls, padded
+from lora_compose.pipelines.families.references import ReferencesPipeline, opened, reference_images
+from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.templates import TemplateTokenizer
+
+_IMAGE = "Picture {}: <|vision_start|>{}<|vision_end|>"
+"""What stands before the prompt for each reference image: its number, and its tokens."""
+
+
+class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenImageEditPlusPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `QwenImageEditPlusPipeline` whose calls may name concepts; latents keep height and width, unpacked."""
+
+    family = "Qwen-Image-Edit-Plus"
+    architecture = "qwen-image-edit"
+
+    @front
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        image: Any = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        true_cfg_scale: float = 4.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        max_sequence_length: int = 512,
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
+        **kwargs: Any,
+    ) -> Request | Plain:
+        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+
+        Args:
+            image: One or several reference images, of any sizes, which are the same for all images; LoRAs act on them
+                only if a concept says so (`Concept.references`), and regions are those of the image that is made.
+            negative_prompt: As for `ComposeQwenImagePipeline.__call__`, as are guidance, concepts and the arguments
+                after these.
+            max_sequence_length: With concepts texts are padded to so many tokens beside those of the reference images,
+                and longer ones are refused; the padding is masked.
+            token_positions: Positions among the tokens that the model reads, those of reference images included.
+            mask_image: Not supported, as are the three arguments after it.
+
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed.
+        """
+        reference = image
+        if reference is None or (isinstance(reference, list | tuple) and not reference):
+            raise ValueError(f"{self.family} needs a reference image: give image; for text alone take Qwen-Image")
+        if not (paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop))):
+            image = None
+        given = dict(locals())
+        begun = self._begin(given)
+        if begun.plain is not None:
+            return begun.plain
+        images = reference_images(reference)
+        own_width, own_height = self.size_from(images)
+        size = self._rounded(width or own_width), self._rounded(height or own_height)
+        read = [self._resized(one, plain.CONDITION_IMAGE_SIZE) for one in images]
+        tokens, tokenizers = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1], None
+        if prompt_embeds is None:
+            shown = self._shown(read)
+            tokens += len(self.processor.tokenizer(shown, add_special_tokens=False).input_ids)
+            tokenizers = [self._template(tokens, shown)]
+        return self._request(
+            begun, given, size, tokens, partial(self._encoded, images=read), tokenizers=tokenizers,
+            references=[self._prepared(one) for one in images],
+        )  # fmt: skip
+
+    def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:
+        """As `ReferencesPipeline.size_from`: the shape of the last one, with 1024 x 1024 pixels in all."""
+        return plain.calculate_dimensions(1024 * 1024, images[-1].width / images[-1].height)
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        self._check_plain_texts(arguments["prompt"], arguments["negative_prompt"])
+        image = opened(arguments.pop("reference"))
+        return {**arguments, "image": image}
+
+    def _task(self, inpaints: bool) -> ImageTask:
+        raise ValueError(
+            f"{self.family} reads image as a reference image, and inpaints nothing here; leave out mask_image, "
+            "strength, padding_mask_crop and paste_original, or use Qwen-Image"
+        )
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Never: the text of this family has reference images.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"{self.family} reads texts with reference images only; train with Qwen-Image")
+
+    def _resized(self, image: Image.Image, area: int) -> Image.Image:
+        """An image in about so many pixels, in its shape."""
+        width, height = plain.calculate_dimensions(area, image.width / image.height)
+        return self.image_processor.resize(image, height, width)  # pyright: ignore[reportReturnType]
+
+    def _prepared(self, image: Image.Image) -> Tensor:
+        """A reference image as the VAE reads it. Shape: [1, 3, height, width]."""
+        width, height = plain.calculate_dimensions(plain.VAE_IMAGE_SIZE, image.width / image.height)
+        return self.image_processor.preprocess(image, height, width)
+
+    def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+        to: dict[str, Any] = {"device": self._execution_device, "dtype": self.vae.dtype}
+        encode: Any = self._encode_vae_image
+        latents = [encode(image[:, :, None].to(**to), generator=None)[:, :, 0] for image in references]
+        return torch.cat([packed(one) for one in latents], dim=1)
+
+    def _shown(self, images: Sequence[Image.Image]) -> str:
+        """The text that stands for reference images before a prompt, each with as many tokens as the encoder reads."""
+        grids = self.processor.image_processor(images=list(images), return_tensors="pt")["image_grid_thw"]
+        counts = grids.prod(dim=-1) // self.processor.image_processor.merge_size**2
+        token = self.processor.image_token
+        return "".join(_IMAGE.format(number, token * count) for number, count in enumerate(counts.tolist(), 1))
+
+    def _encoded(
+        self, words: str | list[str] | None, tokens: int, images: Sequence[Image.Image], **options: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Texts behind the reference images, one at a time as in diffusers, padded to a number of tokens."""
+        encode_prompt: Any = self.encode_prompt
+        if options["prompt_embeds"] is not None:
+            text, mask = encode_prompt(None, **options)
+            return padded(text, mask, tokens)
+        each = []
+        for text in [words] if isinstance(words, str) else words or ():
+            embeds, mask = encode_prompt(text, image=list(images), **options)
+            if embeds.shape[1] > tokens:
+                raise ValueError(
+                    f"a text has {embeds.shape[1]} tokens with its reference images, and {tokens} are read: shorten "
+                    "it, or raise max_sequence_length"
+                )
+            each.append(padded(embeds, mask, tokens))
+        return torch.cat([text for text, _ in each]), {"text_mask": torch.cat([one["text_mask"] for _, one in each])}
+
+    def _template(self, length: int, shown: str = "") -> TemplateTokenizer:
+        dropped = self.prompt_template_encode_start_idx
+
+        def render(prompt: str) -> str:
+            return self.prompt_template_encode.format(shown + prompt)
+
+        return TemplateTokenizer(self.processor.tokenizer, render, length + dropped, length, dropped)
+
+
+ComposePipeline.families.append(ComposeQwenImageEditPlusPipeline)

@@ -1,0 +1,64 @@
+"""The table of model families in the docs is that of the code and of the tests."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from all_transformers import TRANSFORMERS
+from lora_compose.pipelines.families import ComposePipeline
+from lora_compose.pipelines.methods import METHODS
+from transformer_families import CALL, Family, pipeline_with_concepts
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def made() -> ModuleType:
+    """The program that writes it."""
+    spec = importlib.util.spec_from_file_location("models_table", ROOT / "docs" / "models_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_the_table_and_every_family_a_row(made: ModuleType) -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert page == made.written(page), "run python docs/models_table.py"
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in made.table().splitlines()[2:]]
+    assert sorted(rows) == sorted(family.family for family in ComposePipeline.families)
+
+
+@pytest.mark.parametrize("name", ["anima", "flux2", "qwen-image"])
+def test_methods_of_a_row_are_those_that_a_call_takes(made: ModuleType, name: str, tmp_path: Path) -> None:
+    family: Family = TRANSFORMERS[name]
+    pipe = pipeline_with_concepts(family, tmp_path)
+    boxes = {"cat": (0, 0, 64, 128), "dog": (64, 0, 128, 128)}
+    refused: dict[str, str] = {}
+    for method in METHODS:
+        try:
+            pipe.plan(**{**CALL, **family.guided}, concepts=boxes, method=method)
+        except ValueError as error:
+            refused[method] = str(error)
+    assert list(refused) == made.refused(type(pipe))
+    assert all("needs region attention or gradients" in message for message in refused.values())
+
+
+def test_only_what_passed_counts(made: ModuleType, tmp_path: Path) -> None:
+    cases = (
+        ("test_transformer_memory", "test_loras_act_on_weights_in_few_bits[layerwise_casting-z-image]", ""),
+        ("test_transformer_memory", "test_loras_act_on_weights_in_few_bits[gguf-z-image]", "<skipped/>"),
+        ("test_transformer_memory", "test_an_offloaded_transformer[by_blocks-kontext]", ""),
+        ("test_transformer_memory", "test_an_offloaded_transformer[by_layers-kontext]", "<failure/>"),
+        ("test_devices", "test_an_offloaded_pipeline[offload_layers_to_the_device]", ""),
+        ("test_devices", "test_double_precision", ""),
+    )
+    lines = [f'<testcase classname="tests.{where}" name="{name}">{inside}</testcase>' for where, name, inside in cases]
+    (tmp_path / "report.xml").write_text(f"<testsuite>{''.join(lines)}</testsuite>")
+    assert made.outcomes([tmp_path / "report.xml"]) == {
+        "offloaded": {"FLUX.1 Kontext": ["blocks"], "Stable Diffusion 1.x and 2.x": ["layers"]},
+        "fewer bits": {"Z-Image": ["float8"]},
+    }
