@@ -25,6 +25,7 @@ from lora_compose.compose.benchmark.architectures import RANK as LORA_RANK
 from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.hardware import MODELS, Need, need, needs_table, seconds_table
 from lora_compose.compose.benchmark.host import HostWork, host_work
+from lora_compose.compose.benchmark.many_loaded import measure_requests, requests_table
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
@@ -100,6 +101,7 @@ def bench(
     calls: bool,
     time: bool,
     swap: bool,
+    loaded: int,
     model: str,
     device: str | None,
     dtype: str | None,
@@ -111,8 +113,9 @@ def bench(
 ) -> None:
     """Shows the costs of methods relative to the plain pipeline: what is counted, computed or measured, as asked for.
 
-    Counting is the default. `pairs` are timed rounds: a plain call, one of each method, and PEFT's; `to` is a file for
-    the numbers. Device and precision that are None are those of a run.
+    Counting is the default. `pairs` are timed rounds: a plain call, one of each method, and PEFT's; `loaded` are the
+    LoRAs of which each request of `swap` has others; `to` is a file for the numbers. Device and precision that are None
+    are those of a run.
 
     Raises:
         ValueError: For unknown methods and settings.
@@ -174,6 +177,9 @@ def bench(
             swaps = measure_swaps(device)
         out.print(swaps_table(swaps, device))
         numbers["swaps"] = asdict(swaps)
+        requests = measure_requests(real, loaded, pairs)
+        out.print(requests_table(requests, f"{model} on {device}, {dtype}"))
+        numbers["requests"] = asdict(requests)
     if to is not None:
         to.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         echo(to)

@@ -103,7 +103,7 @@ def way_of(pipe: Any, job: Job) -> Way:
     if job.method in PEFT_WAYS:
         return lambda: _call_with_peft(pipe, job)
     method = make_method(job.method, job.settings)
-    ours = {"concepts": as_called(pipe, method, job.concepts, *_size(pipe, job.size)), "method": method}
+    ours = {"concepts": as_called(pipe, method, job.concepts, *image_size(pipe, job.size)), "method": method}
     return lambda: call(pipe, job, ours)
 
 
@@ -257,13 +257,14 @@ class Call:
     change_seconds: float = 0.0
 
 
-def _size(pipe: Any, side: int | None) -> tuple[int, int]:
+def image_size(pipe: Any, side: int | None) -> tuple[int, int]:
+    """Width and height of a benchmark's images, in pixels; None is the model's own."""
     return size_of(pipe, _SCENE) if side is None else (side, side)
 
 
 def call(pipe: Any, job: Job, arguments: Mapping[str, Any]) -> Call:
     """One call without decoding, and its time."""
-    width, height = _size(pipe, job.size)
+    width, height = image_size(pipe, job.size)
     start = time.perf_counter()
     output = pipe(
         PROMPT, height=height, width=width, num_inference_steps=job.steps, guidance_scale=5.0, output_type="latent",

@@ -48,8 +48,14 @@ def bench(
         bool, typer.Option("--time", help="Measure seconds and memory of real calls, and of PEFT.")
     ] = False,
     swap: Annotated[
-        bool, typer.Option("--swap", help="Measure the time to read a LoRA file, and to swap it for another.")
+        bool,
+        typer.Option(
+            "--swap",
+            help="Measure the time to read a LoRA file, to swap it for another, and between requests that need others "
+            "of many, with PEFT too.",
+        ),
     ] = False,
+    loaded: Annotated[int, typer.Option(help="LoRAs that are loaded for the requests of --swap.", min=5)] = 57,
     model: Annotated[
         str,
         typer.Option(
@@ -60,7 +66,7 @@ def bench(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     size: Annotated[
-        int | None, typer.Option(help="Width and height of the images of --time and --calls.", min=64)
+        int | None, typer.Option(help="Width and height of the images of --time, --calls and --swap.", min=64)
     ] = None,
     savers: Annotated[
         list[Saver] | None, typer.Option("--save-memory", help="Time with less memory, repeatable.")
@@ -84,7 +90,6 @@ def bench(
         from lora_compose.compose.benchmark import bench as benchmark
     benchmark.bench(
         methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
-        transformers=transformers, hardware=hardware, calls=calls, time=time, swap=swap, model=model, device=device,
-        dtype=dtype, size=size, savers=savers or (),
-        pairs=pairs, peaks=peaks, to=to,
+        transformers=transformers, hardware=hardware, calls=calls, time=time, swap=swap, loaded=loaded,
+        model=model, device=device, dtype=dtype, size=size, savers=savers or (), pairs=pairs, peaks=peaks, to=to,
     )  # fmt: skip
