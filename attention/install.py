@@ -294,9 +294,10 @@ def _bank(
     """A bank that was kept, if it fits the model, or a new one. Nothing is installed yet."""
     bank = kept.cache.take(key) if kept else None
     if bank is None or not all(_fits(modules, name, layer, where) for name, layer in bank.layers.items()):
+        shapes = {name: _shape_at(name, modules.get(name), where) for lora in loras for name in lora}
         for lora in loras:
             for name, factors in lora.items():
-                check_factors(modules[""], name, factors, where)
+                _check_sides(name, factors, *shapes[name])
         bank = new_bank(loras, where, key, kept, same_input, modules)
     if kept:
         undo.callback(kept.cache.put, key, bank)
@@ -347,12 +348,16 @@ def weight_shape(model: nn.Module, name: str, where: Mapping[str, Site] | None =
         ValueError: If there is no such layer, or a LoRA cannot change it.
     """
     try:
-        layer = base_layer(model.get_submodule(name))
+        layer = model.get_submodule(name)
     except AttributeError:
         layer = None
+    return _shape_at(name, layer, where)
+
+
+def _shape_at(name: str, layer: nn.Module | None, where: Mapping[str, Site] | None) -> tuple[int, ...]:
     if layer is None or (where is not None and name not in where):
         raise ValueError(f"the model has no layer {name!r}")
-    return _shape_of(name, layer)
+    return _shape_of(name, base_layer(layer))
 
 
 def _shape_of(name: str, layer: nn.Module) -> tuple[int, ...]:
@@ -372,7 +377,11 @@ def check_factors(model: nn.Module, name: str, factors: LoraFactors, where: Mapp
     Raises:
         ValueError: Naming the layer and both shapes.
     """
-    outputs, *inputs = weight_shape(model, name, where)
+    _check_sides(name, factors, *weight_shape(model, name, where))
+
+
+def _check_sides(name: str, factors: LoraFactors, outputs: int, *inputs: int) -> None:
+    """Checks that factors fit a weight of this shape."""
     if (own := factors.transform) is not None and own.size != (inputs[0] if own.by_input else outputs):
         side = f"{inputs[0]} inputs" if own.by_input else f"{outputs} outputs"
         raise ValueError(f"{name}: the transform of the weight is of size {own.size}, the model's layer has {side}")

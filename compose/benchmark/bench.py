@@ -26,6 +26,7 @@ from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.hardware import MODELS, Need, need, needs_table, seconds_table
 from lora_compose.compose.benchmark.host import HostWork, host_work
 from lora_compose.compose.benchmark.many_loaded import measure_requests, requests_table
+from lora_compose.compose.benchmark.parts import parts_table, split_cells
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
@@ -158,6 +159,9 @@ def bench(
         worked = host_cells(cells, real)
         out.print(host_table(worked, f"{model} on {device}"))
         numbers["calls"] = [asdict(row) for row in worked]
+        parts = split_cells(cells, real)
+        out.print(parts_table(parts, f"{model} on {device}"))
+        numbers["parts"] = [asdict(row) for row in parts]
     if time:
         timed = time_rows(methods, concepts, replace(real, steps=steps, savers=saving), pairs, peaks=peaks)
         shown = [] if size is None else [f"{size} x {size}"]

@@ -89,15 +89,20 @@ def _python_calls(function: Callable[[], object]) -> int:
     return calls
 
 
+def computes(operation: Any) -> bool:
+    """Whether an operation computes or copies something: no views, by their schema, and no `_unsafe_view`."""
+    returned = operation._schema.returns
+    views = [value for value in returned if value.alias_info is not None and not value.alias_info.is_write]
+    return not views and not operation._schema.name.startswith(("aten::empty", "aten::_unsafe_view"))
+
+
 class _Operations(TorchDispatchMode):
-    """Operations that compute or copy something: no views, by their schema, and no `_unsafe_view`, which has none."""
+    """Operations that compute or copy something."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        returned = func._schema.returns
-        views = [value for value in returned if value.alias_info is not None and not value.alias_info.is_write]
-        self.count += not views and not func._schema.name.startswith(("aten::empty", "aten::_unsafe_view"))
+        self.count += computes(func)
         return func(*args, **(kwargs or {}))
 
 

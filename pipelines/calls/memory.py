@@ -13,17 +13,18 @@ from lora_compose.pipelines.support.notes import warn
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
-def check_size(host: Host, width: int, height: int, images: int = 1) -> None:
+def check_size(host: Host, device: torch.device, width: int, height: int, images: int = 1) -> None:
     """Checks that one pass of the model can fit into the memory of its device.
 
     Args:
+        device: Where the model runs.
         width: In pixels.
         height: In pixels.
 
     Raises:
         ValueError: For sizes that need more than all memory that there is.
     """
-    scale, device = host.vae_scale_factor, host.runs_on
+    scale = host.vae_scale_factor
     there = memory_of(device)
     needed = least_bytes(backbone_of(host.model), (max(height, 0) // scale, max(width, 0) // scale), images)
     if there is not None and needed > there:
