@@ -22,7 +22,9 @@ from lora_compose.compose.benchmark.architectures import (
     without_weights,
 )
 from lora_compose.compose.benchmark.architectures import RANK as LORA_RANK
+from lora_compose.compose.benchmark.capacity import capacity_table
 from lora_compose.compose.benchmark.counting import Counted
+from lora_compose.compose.benchmark.growth import draw_growth
 from lora_compose.compose.benchmark.hardware import MODELS, Need, need, needs_table, seconds_table
 from lora_compose.compose.benchmark.host import HostWork, host_work
 from lora_compose.compose.benchmark.many_loaded import measure_requests, requests_table
@@ -103,6 +105,7 @@ def bench(
     time: bool,
     swap: bool,
     loaded: int,
+    growth: Path | None,
     model: str,
     device: str | None,
     dtype: str | None,
@@ -131,7 +134,7 @@ def bench(
     check_savers(saving, device)
     real = Job(model, device, 1, settings=settings, dtype=dtype, size=size)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": settings}
-    if count or not (memory or transformers or hardware or calls or time or swap):
+    if count or not (memory or transformers or hardware or calls or time or swap or growth):
         counted = count_cells(cells, steps, settings)
         out.print(counts_table(counted, steps))
         numbers["counted"] = [asdict(row) for row in counted]
@@ -154,6 +157,7 @@ def bench(
                 on_progress(len(needs))
         out.print(needs_table(needs))
         out.print(seconds_table(needs))
+        out.print(capacity_table(needs))
         numbers["hardware"] = {name: asdict(one) for name, one in needs.items()}
     if calls:
         worked = host_cells(cells, real)
@@ -184,6 +188,8 @@ def bench(
         requests = measure_requests(real, loaded, pairs)
         out.print(requests_table(requests, f"{model} on {device}, {dtype}"))
         numbers["requests"] = asdict(requests)
+    if growth is not None:
+        numbers["growth"] = [asdict(curve) for curve in draw_growth(growth)]
     if to is not None:
         to.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         echo(to)

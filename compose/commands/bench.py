@@ -56,6 +56,10 @@ def bench(
         ),
     ] = False,
     loaded: Annotated[int, typer.Option(help="LoRAs that are loaded for the requests of --swap.", min=5)] = 57,
+    growth: Annotated[
+        Path | None,
+        typer.Option(help="Count costs against concepts, stored LoRAs, images and sizes, and draw them into this PNG."),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -91,5 +95,6 @@ def bench(
     benchmark.bench(
         methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
         transformers=transformers, hardware=hardware, calls=calls, time=time, swap=swap, loaded=loaded,
+        growth=growth,
         model=model, device=device, dtype=dtype, size=size, savers=savers or (), pairs=pairs, peaks=peaks, to=to,
     )  # fmt: skip
