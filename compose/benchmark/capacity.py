@@ -23,8 +23,8 @@ def seconds(need: Need, card: str) -> float:
 def capacity_table(needs: Mapping[str, Need]) -> Table:
     """Cards that `REQUESTS` images a minute keep busy, by model."""
     table = new_table(
-        f"Estimated: cards for {REQUESTS} images a minute with two LoRAs and regional, at {SHARE:.0%} of the peak in half "
-        "precision and of the memory's bandwidth, whichever takes longer; text and decoding are not in it",
+        f"Estimated: cards for {REQUESTS} images a minute with two LoRAs and regional, at {SHARE:.0%} of the peak in "
+        "half precision and of the memory's bandwidth, whichever takes longer; text and decoding are not in it",
         ["model", "TFLOP", "TB read", *CARDS],
     )
     for model, it in needs.items():
