@@ -25,7 +25,7 @@ from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.scene.scene import Concept
 
-CONCEPTS, IMAGES, SIZES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), (512, 768, 1024, 1536, 2048)
+CONCEPTS, IMAGES, SIZES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), (512, 1024, 2048)
 STORED = (10, 100, 1000, 10_000)
 _WORDS = "abcdefghijklmnopqrstuvwxyz0123456789"  # each a token of its own for CLIP's tokenizers
 _STEPS, _GUIDANCE, _SIDE = 1, 5.0, 512
