@@ -18,12 +18,17 @@ def weight_shape(model: nn.Module, name: str, where: Mapping[str, Site] | None =
         ValueError: If there is no such layer, or a LoRA cannot change it.
     """
     try:
-        layer = base_layer(model.get_submodule(name))
+        layer = model.get_submodule(name)
     except AttributeError:
         layer = None
+    return shape_at(name, layer, where)
+
+
+def shape_at(name: str, layer: nn.Module | None, where: Mapping[str, Site] | None) -> tuple[int, ...]:
+    """The shape of the weight of a module, None if the model has none of this name; the errors of `weight_shape`."""
     if layer is None or (where is not None and name not in where):
         raise ValueError(f"the model has no layer {name!r}")
-    return shape_of(name, layer)
+    return shape_of(name, base_layer(layer))
 
 
 def shape_of(name: str, layer: nn.Module) -> tuple[int, ...]:
@@ -43,7 +48,11 @@ def check_factors(model: nn.Module, name: str, factors: LoraFactors, where: Mapp
     Raises:
         ValueError: Naming the layer and both shapes.
     """
-    outputs, *inputs = weight_shape(model, name, where)
+    check_sides(name, factors, *weight_shape(model, name, where))
+
+
+def check_sides(name: str, factors: LoraFactors, outputs: int, *inputs: int) -> None:
+    """Checks that factors fit a weight of this shape; the errors of `check_factors`."""
     if (own := factors.transform) is not None and own.size != (inputs[0] if own.by_input else outputs):
         side = f"{inputs[0]} inputs" if own.by_input else f"{outputs} outputs"
         raise ValueError(f"{name}: the transform of the weight is of size {own.size}, the model's layer has {side}")

@@ -16,7 +16,7 @@ from lora_compose.attention.device import (
     to_device,
     uncompiled,
 )
-from lora_compose.attention.fitting import check_factors, shape_of
+from lora_compose.attention.fitting import check_sides, shape_at, shape_of
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.gates import Gates, strongest
 from lora_compose.attention.joint_regions import JointRegions
@@ -301,9 +301,10 @@ def _bank(
     """A bank that was kept, if it fits the model, or a new one. Nothing is installed yet."""
     bank = kept.cache.take(key) if kept else None
     if bank is None or not all(_fits(modules, name, layer, where) for name, layer in bank.layers.items()):
+        shapes = {name: shape_at(name, modules.get(name), where) for lora in loras for name in lora}
         for lora in loras:
             for name, factors in lora.items():
-                check_factors(modules[""], name, factors, where)
+                check_sides(name, factors, *shapes[name])
         bank = new_bank(loras, where, key, kept, same_input, modules)
     if kept:
         undo.callback(kept.cache.put, key, bank)

@@ -142,13 +142,13 @@ def without_weights(family: str) -> SimpleNamespace:
     return parts
 
 
-def attention_lora(unet: UNet2DConditionModel) -> Lora:
-    """Random factors of rank 8, on the CPU, for the projections of all attention layers; their deltas are small."""
-    generator = torch.Generator().manual_seed(0)
+def attention_lora(unet: UNet2DConditionModel, rank: int = RANK, seed: int = 0) -> Lora:
+    """Random factors, on the CPU, for the projections of all attention layers; their deltas are small."""
+    generator = torch.Generator().manual_seed(seed)
     return {
         name: LoraFactors(
-            torch.randn(RANK, module.in_features, generator=generator) * 0.01,
-            torch.randn(module.out_features, RANK, generator=generator) * 0.01,
+            torch.randn(rank, module.in_features, generator=generator) * 0.01,
+            torch.randn(module.out_features, rank, generator=generator) * 0.01,
         )
         for name, module in unet.named_modules()
         if isinstance(module, nn.Linear) and name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))

@@ -22,9 +22,13 @@ from lora_compose.compose.benchmark.architectures import (
     without_weights,
 )
 from lora_compose.compose.benchmark.architectures import RANK as LORA_RANK
+from lora_compose.compose.benchmark.capacity import capacity_table
 from lora_compose.compose.benchmark.counting import Counted
+from lora_compose.compose.benchmark.growth import draw_growth
 from lora_compose.compose.benchmark.hardware import MODELS, Need, need, needs_table, seconds_table
 from lora_compose.compose.benchmark.host import HostWork, host_work
+from lora_compose.compose.benchmark.many_loaded import measure_requests, requests_table
+from lora_compose.compose.benchmark.parts import parts_table, split_cells
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
@@ -102,6 +106,8 @@ def bench(
     calls: bool,
     time: bool,
     swap: bool,
+    loaded: int,
+    growth: Path | None,
     model: str,
     device: str | None,
     dtype: str | None,
@@ -113,8 +119,9 @@ def bench(
 ) -> None:
     """Shows the costs of methods relative to the plain pipeline: what is counted, computed or measured, as asked for.
 
-    Counting is the default. `pairs` are timed rounds: a plain call, one of each method, and PEFT's; `to` is a file for
-    the numbers. Device and precision that are None are those of a run.
+    Counting is the default. `pairs` are timed rounds: a plain call, one of each method, and PEFT's; `loaded` are the
+    LoRAs of which each request of `swap` has others; `to` is a file for the numbers. Device and precision that are None
+    are those of a run.
 
     Raises:
         ValueError: For unknown methods and settings.
@@ -131,7 +138,7 @@ def bench(
     check_savers(saving, device)
     real = Job(model, device, 1, settings=settings, dtype=dtype, size=size)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": settings}
-    if count or not (memory or transformers or hardware or calls or time or swap):
+    if count or not (memory or transformers or hardware or calls or time or swap or growth):
         counted = count_cells(cells, steps, settings)
         out.print(counts_table(counted, steps))
         numbers["counted"] = [asdict(row) for row in counted]
@@ -154,11 +161,15 @@ def bench(
                 on_progress(len(needs))
         out.print(needs_table(needs))
         out.print(seconds_table(needs))
+        out.print(capacity_table(needs))
         numbers["hardware"] = {name: asdict(one) for name, one in needs.items()}
     if calls:
         worked = host_cells(cells, real)
         out.print(host_table(worked, f"{model} on {device}"))
         numbers["calls"] = [asdict(row) for row in worked]
+        parts = split_cells(cells, real)
+        out.print(parts_table(parts, f"{model} on {device}"))
+        numbers["parts"] = [asdict(row) for row in parts]
     if time:
         timed = time_rows(methods, concepts, replace(real, steps=steps, savers=saving), pairs, peaks=peaks)
         shown = [] if size is None else [f"{size} x {size}"]
@@ -178,6 +189,11 @@ def bench(
             swaps = measure_swaps(device)
         out.print(swaps_table(swaps, device))
         numbers["swaps"] = asdict(swaps)
+        requests = measure_requests(real, loaded, pairs)
+        out.print(requests_table(requests, f"{model} on {device}, {dtype}"))
+        numbers["requests"] = asdict(requests)
+    if growth is not None:
+        numbers["growth"] = [asdict(curve) for curve in draw_growth(growth)]
     if to is not None:
         to.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         echo(to)

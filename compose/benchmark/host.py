@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_compose.attention.device import uncompiled
+from lora_compose.compose.benchmark.outside import spent
 from lora_compose.compose.benchmark.timing import Job, Way, way_of
 
 _TIMED = 10  # calls, of which the quickest counts: the others were disturbed
@@ -67,29 +67,10 @@ def host_work(pipe: Any, job: Job) -> HostWork:
 
 def _quickest(pipe: Any, *functions: Callable[[], object]) -> list[float]:
     """Milliseconds of CPU time of each function outside of the model, called in turn; the least of all rounds."""
-    rounds = [[_outside_of_passes(pipe, function) for function in functions] for _ in range(_TIMED)]
+    rounds = [
+        [spent(pipe.model, function, [time.thread_time])[0].outside for function in functions] for _ in range(_TIMED)
+    ]
     return [1000 * min(times) for times in zip(*rounds, strict=True)]
-
-
-def _outside_of_passes(pipe: Any, function: Callable[[], object]) -> float:
-    model, inside = uncompiled(pipe.model), 0.0
-
-    def begin(*_: object) -> None:
-        nonlocal inside
-        inside -= time.thread_time()
-
-    def end(*_: object) -> None:
-        nonlocal inside
-        inside += time.thread_time()
-
-    hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
-    try:
-        start = time.thread_time()
-        function()
-        return time.thread_time() - start - inside
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _python_calls(function: Callable[[], object]) -> int:
@@ -108,15 +89,20 @@ def _python_calls(function: Callable[[], object]) -> int:
     return calls
 
 
+def computes(operation: Any) -> bool:
+    """Whether an operation computes or copies something: no views, by their schema, and no `_unsafe_view`."""
+    returned = operation._schema.returns
+    views = [value for value in returned if value.alias_info is not None and not value.alias_info.is_write]
+    return not views and not operation._schema.name.startswith(("aten::empty", "aten::_unsafe_view"))
+
+
 class _Operations(TorchDispatchMode):
-    """Operations that compute or copy something: no views, by their schema, and no `_unsafe_view`, which has none."""
+    """Operations that compute or copy something."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        returned = func._schema.returns
-        views = [value for value in returned if value.alias_info is not None and not value.alias_info.is_write]
-        self.count += not views and not func._schema.name.startswith(("aten::empty", "aten::_unsafe_view"))
+        self.count += computes(func)
         return func(*args, **(kwargs or {}))
 
 

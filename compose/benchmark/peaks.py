@@ -52,9 +52,10 @@ def peak(
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=_recomputing))
     memory = added_memory("meta", [*unet.parameters(), *unet.buffers()])
-    watched = _watched(memory)
     try:
-        counted = count(unet, concepts, settings, steps, guidance_scale, image_size, tokens=tokens, watched=watched)
+        counted = count(
+            unet, concepts, settings, steps, guidance_scale, image_size, tokens=tokens, watched=watched(memory)
+        )
     finally:
         unet.disable_gradient_checkpointing()
     return Peak(memory.peak_bytes, counted.flops, counted.rows_backward > 0)
@@ -66,7 +67,7 @@ def decoding_bytes(vae: AutoencoderKL, image_size: Grid) -> int:
     grid = image_size[0] // scale, image_size[1] // scale
     latents = torch.empty(1, vae.config["latent_channels"], *grid, device="meta", dtype=vae.dtype)
     memory = added_memory("meta", [*vae.parameters(), *vae.buffers()])
-    with torch.no_grad(), _watched(memory):
+    with torch.no_grad(), watched(memory):
         vae.decode(latents)  # pyright: ignore[reportArgumentType]
     return memory.peak_bytes
 
@@ -77,7 +78,8 @@ def _recomputing() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 @contextmanager
-def _watched(memory: PeakMemory) -> Iterator[None]:
+def watched(memory: PeakMemory) -> Iterator[None]:
+    """Watches memory, with fused attention."""
     with FusedAttention(), memory:
         yield
 

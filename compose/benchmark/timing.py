@@ -96,15 +96,18 @@ PEFT_WAYS = ("set_adapters", "fuse_lora")
 """LoRAs in the plain pipeline, as diffusers and PEFT have them: beside the weights, and added to the weights."""
 
 
-def way_of(pipe: Any, job: Job) -> Way:
-    """The way in which a job makes its image with what `open_with_concepts` gave, for as many concepts or more."""
+def way_of(pipe: Any, job: Job, output_type: str = "latent") -> Way:
+    """The way in which a job makes its image with what `open_with_concepts` gave, for as many concepts or more.
+
+    `output_type` is diffusers', for the plain pipeline and for methods.
+    """
     if job.method is None:
-        return lambda: call(pipe, job, {})
+        return lambda: call(pipe, job, {}, output_type)
     if job.method in PEFT_WAYS:
         return lambda: _call_with_peft(pipe, job)
     method = make_method(job.method, job.settings)
-    ours = {"concepts": as_called(pipe, method, job.concepts, *_size(pipe, job.size)), "method": method}
-    return lambda: call(pipe, job, ours)
+    ours = {"concepts": as_called(pipe, method, job.concepts, *image_size(pipe, job.size)), "method": method}
+    return lambda: call(pipe, job, ours, output_type)
 
 
 def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int, on_call: Callable[[], None] = lambda: None) -> list[Timed]:
@@ -257,16 +260,17 @@ class Call:
     change_seconds: float = 0.0
 
 
-def _size(pipe: Any, side: int | None) -> tuple[int, int]:
+def image_size(pipe: Any, side: int | None) -> tuple[int, int]:
+    """Width and height of a benchmark's images, in pixels; None is the model's own."""
     return size_of(pipe, _SCENE) if side is None else (side, side)
 
 
-def call(pipe: Any, job: Job, arguments: Mapping[str, Any]) -> Call:
-    """One call without decoding, and its time."""
-    width, height = _size(pipe, job.size)
+def call(pipe: Any, job: Job, arguments: Mapping[str, Any], output_type: str = "latent") -> Call:
+    """One call, without decoding if its output are latents, and its time."""
+    width, height = image_size(pipe, job.size)
     start = time.perf_counter()
     output = pipe(
-        PROMPT, height=height, width=width, num_inference_steps=job.steps, guidance_scale=5.0, output_type="latent",
+        PROMPT, height=height, width=width, num_inference_steps=job.steps, guidance_scale=5.0, output_type=output_type,
         generator=torch.Generator().manual_seed(0), **arguments,
     )  # fmt: skip
     output.images.sum().item()  # waits for the device

@@ -51,8 +51,18 @@ def bench(
         bool, typer.Option("--time", help="Measure seconds and memory of real calls, and of PEFT.")
     ] = False,
     swap: Annotated[
-        bool, typer.Option("--swap", help="Measure the time to read a LoRA file, and to swap it for another.")
+        bool,
+        typer.Option(
+            "--swap",
+            help="Measure the time to read a LoRA file, to swap it for another, and between requests that need others "
+            "of many, with PEFT too.",
+        ),
     ] = False,
+    loaded: Annotated[int, typer.Option(help="LoRAs that are loaded for the requests of --swap.", min=5)] = 57,
+    growth: Annotated[
+        Path | None,
+        typer.Option(help="Count costs against concepts, stored LoRAs, images and sizes, and draw them into this PNG."),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -63,7 +73,7 @@ def bench(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     size: Annotated[
-        int | None, typer.Option(help="Width and height of the images of --time and --calls.", min=64)
+        int | None, typer.Option(help="Width and height of the images of --time, --calls and --swap.", min=64)
     ] = None,
     savers: Annotated[
         list[Saver] | None, typer.Option("--save-memory", help="Time with less memory, repeatable.")
@@ -88,5 +98,6 @@ def bench(
     benchmark.bench(
         methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
         transformers=transformers, references=references, hardware=hardware, calls=calls, time=time, swap=swap,
+        loaded=loaded, growth=growth,
         model=model, device=device, dtype=dtype, size=size, savers=savers or (), pairs=pairs, peaks=peaks, to=to,
     )  # fmt: skip

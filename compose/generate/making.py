@@ -218,7 +218,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
     if (dtype := dtype_of(pipe.model)) != getattr(torch, run.dtype):
         raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {dtype}; open it again")
     size = size_of(pipe, run.scene)
-    check_size(pipe, *size)
+    check_size(pipe, pipe.runs_on, *size)
     if not run.scene.concepts:  # otherwise its plan warns
         warn_of_size(pipe, *size)
     loaded = [load(pipe, concept) for concept in run.scene.concepts]

@@ -13,10 +13,13 @@ from lora_compose.pipelines.support.notes import warn
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
-def check_size(host: Host, width: int, height: int, images: int = 1, backbone: Backbone | None = None) -> None:
+def check_size(
+    host: Host, device: torch.device, width: int, height: int, images: int = 1, backbone: Backbone | None = None
+) -> None:
     """Checks that one pass of the model can fit into the memory of its device.
 
     Args:
+        device: Where the model runs.
         width: In pixels.
         height: In pixels.
         backbone: That of the call; None means one without reference images.
@@ -24,7 +27,7 @@ def check_size(host: Host, width: int, height: int, images: int = 1, backbone: B
     Raises:
         ValueError: For sizes that need more than all memory that there is.
     """
-    scale, device = host.vae_scale_factor, host.runs_on
+    scale = host.vae_scale_factor
     there = memory_of(device)
     needed = least_bytes(backbone or backbone_of(host.model), (max(height, 0) // scale, max(width, 0) // scale), images)
     if there is not None and needed > there:

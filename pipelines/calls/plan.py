@@ -31,7 +31,7 @@ from lora_compose.pipelines.scene.canvas import Canvas, images_of
 from lora_compose.pipelines.scene.given import is_set
 from lora_compose.pipelines.scene.regions import region_mask
 from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.support.notes import warn_once
+from lora_compose.pipelines.support.notes import warn_first
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.emphasis import plain_text, refuse_weights
 from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts, TextEncoder
@@ -155,9 +155,9 @@ def make_plan(host: Host, call: Call) -> Plan:
     Raises:
         ValueError: For anything that does not fit together.
     """
-    backbone = host.backbone_of(call)
+    backbone, device = host.backbone_of(call), host.runs_on  # diffusers looks through all models for the device
     images = len(call.prompts) * call.size.images_per_prompt
-    check_size(host, call.size.width, call.size.height, images, backbone)
+    check_size(host, device, call.size.width, call.size.height, images, backbone)
     warn_of_size(host, call.size.width, call.size.height)
     loaded, concepts_of = resolve_sets(host, call)
     loaded = tuple(_region_in_pixels(call, entry) for entry in loaded)
@@ -210,7 +210,7 @@ def make_plan(host: Host, call: Call) -> Plan:
     size, scale = call.size, host.vae_scale_factor
     grid = size.height // scale, size.width // scale
     canvas = Canvas(
-        (size.height, size.width), grid, len(call.prompts), size.images_per_prompt, host.runs_on, backbone,
+        (size.height, size.width), grid, len(call.prompts), size.images_per_prompt, device, backbone,
         None if call.source is None else call.source.painted(grid),
     )  # fmt: skip
     if canvas.painted is not None:
@@ -246,7 +246,8 @@ def _guarded(concepts: ConceptSet, sets: Sequence[ConceptSet], method: Settings,
                 scales = joint.scales(limit)
                 limits.update({name: min(scale, limits.get(name, 1.0)) for name, scale in scales.items()})
             elif joint.ratio > WARNED:
-                warn_once(overload_warning(group, joint, model))
+                about = tuple(found.concept.name for found in group), joint.weights, joint.ratio
+                warn_first(about, partial(overload_warning, group, joint, model))
     return ConceptSet(tuple(replace(found, limits=limits) for found in concepts.loaded)) if limits else concepts
 
 

@@ -1,7 +1,8 @@
 """How much LoRAs that act together change a model, beside what each was trained at.
 
-The joint change of a layer, sum_i w_i D_i, is compared with the largest of the D_i alone, in the Frobenius norm, from
-inner products of factors (`inner`): no change is built. Two unrelated LoRAs at weight 1 give sqrt(2); what they have in
+The joint change of a layer, sum_i w_i D_i, is compared with the largest of the D_i alone, in the Frobenius norm. It
+comes from products of all stacked factors, or of the change itself where that is smaller, so that its cost grows
+linearly with the number of LoRAs. Two unrelated LoRAs at weight 1 give sqrt(2); what they have in
 common adds up. Changes that depend on the model's weights (DoRA, OFT) are not counted.
 """
 
@@ -11,23 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_compose.attention.bank_cache import Handle
 from lora_compose.attention.device import has_plain_weight, uncompiled
-from lora_compose.attention.lora_bank import base_layer
+from lora_compose.attention.lora_bank import LoraFactors, base_layer
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.formats.change import inner
 from lora_compose.pipelines.scene.strength import WeightSchedule
 
 WARNED = 1.5
 """The joint change from which there is a warning; two unrelated LoRAs at their full weights have 1.41."""
-_MOST = 256  # pairs of LoRAs whose products are kept
+_MOST = 256  # LoRAs whose norms are kept, and sets of them
 
-Products = Mapping[str, float]
-"""Inner products of two LoRAs by layer."""
-
-_known: OrderedDict[tuple[Handle, Handle], Products] = OrderedDict()
+_norms: OrderedDict[Handle, Mapping[str, float]] = OrderedDict()
 _joint: "OrderedDict[tuple[tuple[Handle, float], ...], Joint]" = OrderedDict()
 
 
@@ -86,22 +84,32 @@ def joint_change(loaded: Sequence[LoadedConcept]) -> Joint | None:
 
 
 def _joint_change(acting: Sequence[tuple[LoadedConcept, float]]) -> Joint:
-    weights, number = tuple(weight for _, weight in acting), len(acting)
-    tables: dict[str, Tensor] = {}
-    for i in range(number):
-        for j in range(i + 1):
-            for name, product in _products(acting[i][0], acting[j][0]).items():
-                table = tables.setdefault(name, torch.zeros(number, number, dtype=torch.float64))
-                table[i, j] = table[j, i] = product
-    factors = torch.tensor(weights, dtype=torch.float64)
+    weights = tuple(weight for _, weight in acting)
+    norms = [_norms_of(concept) for concept, _ in acting]
+    by_layer: dict[str, list[tuple[LoraFactors, float]]] = {}
+    for (concept, weight), known in zip(acting, norms, strict=True):
+        lora = concept.lora
+        for name in known:
+            by_layer.setdefault(name, []).append((lora[name], weight))
     joint = {
-        name: (math.sqrt(max(0.0, float(factors @ table @ factors))), math.sqrt(float(table.diagonal().max())))
-        for name, table in tables.items()
+        name: (_norm(parts), math.sqrt(max(known.get(name, 0.0) for known in norms)))
+        for name, parts in by_layer.items()
     }
-    whole = sum(tables.values(), torch.zeros(number, number, dtype=torch.float64))
-    largest = float(whole.diagonal().max())
-    ratio = math.sqrt(max(0.0, float(factors @ whole @ factors)) / largest) if largest else 0.0
-    return Joint(weights, joint, ratio)
+    largest = max(sum(known.values()) for known in norms)
+    whole = sum(together**2 for together, _ in joint.values())
+    return Joint(weights, joint, math.sqrt(whole / largest) if largest else 0.0)
+
+
+def _norm(parts: Sequence[tuple[LoraFactors, float]]) -> float:
+    """The Frobenius norm of a weighted sum of changes: |B A|^2 = sum((B^T B) * (A A^T)), for all factors stacked."""
+    if any(factors.left is not None for factors, _ in parts):
+        return float(torch.linalg.vector_norm(sum(weight * factors.delta().double() for factors, weight in parts)))
+    ups = torch.cat([weight * factors.scale * factors.up.flatten(1).double() for factors, weight in parts], dim=1)
+    downs = torch.cat([factors.down.flatten(1).double() for factors, _ in parts])
+    outputs, rank, inputs = *ups.shape, downs.shape[1]
+    if rank * (outputs + inputs) > outputs * inputs:
+        return float(torch.linalg.vector_norm(ups @ downs))
+    return math.sqrt(max(0.0, float(((ups.T @ ups) * (downs @ downs.T)).sum())))
 
 
 def warning(loaded: Sequence[LoadedConcept], joint: Joint, model: nn.Module) -> str:
@@ -126,19 +134,14 @@ def _weights(loaded: LoadedConcept) -> list[float]:
     return [point.weight for point in WeightSchedule.of(0.0 if weight is None else weight).points]
 
 
-def _products(one: LoadedConcept, other: LoadedConcept) -> Products:
-    """Inner products of two LoRAs, of files kept for the next call."""
-    key = one.handle(one.factors.part), other.handle(other.factors.part)
-    if key in _known:
-        _known.move_to_end(key)
-        return _known[key]
-    first, second = one.lora, other.lora
-    products = {
-        name: inner(factors, second[name])
-        for name, factors in first.items()
-        if name in second and factors.transform is None and second[name].transform is None
-    }
-    _known[key] = products
-    while len(_known) > _MOST:
-        _known.popitem(last=False)
-    return products
+def _norms_of(loaded: LoadedConcept) -> Mapping[str, float]:
+    """The squared norm of each layer's change that does not depend on the model's weights, kept for the next call."""
+    key = loaded.handle(loaded.factors.part)
+    if key in _norms:
+        _norms.move_to_end(key)
+        return _norms[key]
+    norms = {name: inner(one, one) for name, one in loaded.lora.items() if one.transform is None}
+    _norms[key] = norms
+    while len(_norms) > _MOST:
+        _norms.popitem(last=False)
+    return norms

@@ -1,7 +1,7 @@
 """Warnings about calls that are allowed but may surprise: logged in a call, values of a plan."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -37,6 +37,21 @@ def warn_once(message: str) -> None:
         log_once(message)
     else:
         warn(message)
+
+
+def warn_first(about: Hashable, message: Callable[[], str]) -> None:
+    """Warns in the first call of a process that is about this; later calls do not even make the message."""
+    if _kept.get() is not None:
+        warn(message())
+    elif news := news_of(about):
+        news.clear()
+        logger.warning("%s", message())
+
+
+@lru_cache(maxsize=1024)
+def news_of(_about: Hashable) -> list[bool]:
+    """Something in it as long as nobody was warned about this."""
+    return [True]
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ from commands import call
 from components import tiny_pipeline
 from lora_compose.attention import backbone_of, reference_factor
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
-from lora_compose.compose.benchmark import timing
+from lora_compose.compose.benchmark import many_loaded, timing
 from lora_compose.compose.benchmark.architectures import (
     PROMPT,
     SD15,
@@ -157,14 +157,43 @@ def test_every_concept_has_a_word_and_a_column(model):
     assert pipe.resolve_concepts(concepts)[12].factors.model.keys() == attention_lora(pipe.unet).keys()
 
 
-def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(tmp_path):
-    output = bench("--swap", "--json", tmp_path / "it.json")
+def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(model, tmp_path):
+    given = ("--swap", "--model", model, "--loaded", 6, "--pairs", 1)
+    output = bench(*given, "--json", tmp_path / "it.json")
     swaps = json.loads((tmp_path / "it.json").read_text())["swaps"]
     assert 0 < swaps["swapping"] < swaps["reading"] / 10
     assert 0 < swaps["installing_again"] < swaps["installing"]
     assert 16 < swaps["file_bytes"] / 2**20 < 17
     (row,) = (line for line in output.splitlines() if "used again" in line)
     assert row.split()[-1] == f"{swaps['swapping']:.2f}"
+    found = json.loads((tmp_path / "it.json").read_text())["requests"]
+    assert (found["loaded"], found["active"], found["requests"]) == (6, 5, 1)
+    for one in found["ways"]:
+        row = next(line.split() for line in output.splitlines() if line.split()[:1] == [one["way"]])
+        assert (row[2], row[-1]) == (f"{one['cpu']:.1f}", f"{one['times']:.2f}")
+
+
+def test_requests_with_peft_and_with_methods_have_the_same_loras_which_are_others_in_each_request(model, monkeypatch):
+    seen: list[tuple[str, list[str], bool]] = []
+
+    def watched(pipe: Any, job: Job, arguments: dict[str, Any]) -> Any:
+        names = [concept.name for concept in arguments.get("concepts", ())] or list(pipe.get_active_adapters())
+        ours = isinstance(pipe, ComposeStableDiffusionPipeline)
+        seen.append((str(arguments.get("method")), sorted(names), ours))
+        return timing.call(pipe, job, arguments)
+
+    monkeypatch.setattr(many_loaded, "call", watched)
+    found = many_loaded.measure_requests(Job(str(model), "cpu", 1), 6, 1)
+    warm, timed = seen[:4], seen[4:]
+    for requests, numbers in ((warm, (0, 1, 2, 3, 4)), (timed, (0, 1, 2, 3, 5))):
+        five = [f"lora{number}" for number in numbers]
+        assert requests == [
+            ("None", [], True), ("None", five, False), ("regional", five, True), ("merge", five, True),
+        ]  # fmt: skip
+    peft = found.ways[0]
+    assert 0 < peft.changing_cpu < peft.cpu
+    with pytest.raises(ValueError, match="at least 5"):
+        many_loaded.measure_requests(Job(str(model), "cpu", 1), 4, 1)
 
 
 @pytest.mark.slow

@@ -267,7 +267,7 @@ def test_rows_and_flops_are_those_of_a_real_call(name, family, write_lora):
         pipe.load_concept(write_lora(trigger, unet=random_lora(pipe.unet, seed)), trigger=trigger)
     concepts = [Concept(name=trigger, region=(32 * i, 0, 32 * i + 32, 64)) for i, trigger in enumerate(triggers)]
     settings, loaded = METHODS[name](), pipe.resolve_concepts(concepts)
-    joint_change(loaded)  # a product of factors, once for each pair
+    joint_change(loaded)  # products of factors, once for each set
     for scheduler, guidance_scale, rows in (
         (pipe.scheduler, 5.0, 3 * ROWS[name]),
         (pipe.scheduler, 1.0, 3 * ROWS[name] // 2),

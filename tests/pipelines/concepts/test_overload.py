@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from components import random_lora, seeded, tiny_pipeline
-from lora_compose.attention import Lora
+from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts import overload
 from lora_compose.pipelines.concepts.overload import joint_change
 from lora_compose.pipelines.methods import Merge
@@ -113,11 +113,27 @@ def test_a_limit_that_is_not_reached_changes_nothing(pipe: Any) -> None:
         Merge(limit=0)
 
 
-def test_products_of_a_pair_are_computed_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_norm_of_a_lora_is_computed_once_whatever_is_beside_it(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     inner = overload.inner
     monkeypatch.setattr(overload, "inner", lambda a, b: counted.append(1) or inner(a, b))
     warnings_of(pipe, "cat", "dog")
-    assert len(counted) == 3 * len(pipe.loras["cat"])
+    assert len(counted) == 2 * len(pipe.loras["cat"])
     warnings_of(pipe, "cat", Concept(name="dog", weight=0.5))
+    warnings_of(pipe, "kitten", "dog")
     assert len(counted) == 3 * len(pipe.loras["cat"])
+
+
+@pytest.mark.parametrize("rank", [2, 40])
+@pytest.mark.parametrize("product", [False, True])
+def test_the_joint_change_is_exact_with_few_and_with_many_ranks_and_with_products(rank: int, product: bool) -> None:
+    numbers = seeded()
+    parts = [
+        (LoraFactors(torch.randn(rank, 32, generator=numbers), torch.randn(48, rank, generator=numbers), 0.3), weight)
+        for weight in (1.0, -0.4, 0.7)
+    ]
+    if product:
+        left, down = torch.randn(6, 4, generator=numbers), torch.randn(rank, 8, generator=numbers)
+        parts.append((LoraFactors(down, torch.randn(8, rank, generator=numbers), left=left), 0.5))
+    whole = torch.stack([weight * factors.delta().double() for factors, weight in parts]).sum(dim=0)
+    assert overload._norm(parts) == pytest.approx(float(whole.norm()), rel=1e-5)
