@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_compose.attention import Gates, How, Installation, Lora, LoraFactors, backbone_of, install
+from lora_compose.attention.backbones.unet import AttentionLayer, UNetBackbone
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
@@ -63,6 +64,11 @@ def sdxl_unet(**changes: Any) -> UNet2DConditionModel:
         "projection_class_embeddings_input_dim": 6 * 8 + 12,
     }
     return UNet2DConditionModel(**config | changes).eval()
+
+
+def attention_layers(unet: Any) -> tuple[AttentionLayer, ...]:
+    """The attention layers of a UNet, in forward order."""
+    return UNetBackbone(unet)._layers
 
 
 def random_lora(

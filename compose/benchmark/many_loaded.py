@@ -145,10 +145,10 @@ def _medians(way: str, rounds: Sequence[dict[str | None, tuple[Spent, ...]]]) ->
     def milliseconds(values: Sequence[float]) -> float:
         return 1000 * statistics.median(values)
 
-    changing = [milliseconds([one[way][clock].outside for one in rounds]) for clock in (0, 1)]
+    by_clock, by_cpu = (milliseconds([one[way][clock].outside for one in rounds]) for clock in (0, 1))
     times = statistics.median(peft / own for peft, own in zip(added(PEFT, 1), added(way, 1), strict=True))
     passes = milliseconds([one[way][2].inside for one in rounds])
-    return Between(way, milliseconds(added(way, 0)), milliseconds(added(way, 1)), *changing, passes, times)
+    return Between(way, milliseconds(added(way, 0)), milliseconds(added(way, 1)), by_clock, by_cpu, passes, times)
 
 
 def requests_table(found: ManyLoaded, what: str) -> Table:

@@ -88,7 +88,7 @@ class _Tracker:
     def __init__(self, pipe: Any) -> None:
         self.calls: Counter[str] = Counter()
         self.stack = ["planning"]
-        self._whole = {uncompiled(pipe.model).forward.__func__.__code__: "passes"}
+        self._whole = {uncompiled(pipe.model).forward.__code__: "passes"}
         if getattr(pipe, "vae", None) is not None:
             self._whole[_innermost(type(pipe.vae).decode).__code__] = "decoding"
 

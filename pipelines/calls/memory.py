@@ -6,6 +6,7 @@ import torch
 
 from lora_compose.attention import Backbone, backbone_of, grid_at
 from lora_compose.attention.device import dtype_of, is_linear, modules_of
+from lora_compose.attention.fitting import shape_of
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.calls.host import Host
 from lora_compose.pipelines.support.notes import warn
@@ -76,7 +77,7 @@ def least_bytes(backbone: Backbone, latent_grid: tuple[int, int], images: int = 
         if "reference" in site.parts:
             cells += height * width if site.reference_cells is None else site.reference_cells
         if is_linear(layer):
-            largest = max(largest, cells * (layer.in_features + layer.out_features))  # pyright: ignore[reportOperatorIssue]
+            largest = max(largest, cells * sum(shape_of(name, layer)))
         elif isinstance(layer, torch.nn.Conv2d):
             largest = max(largest, cells * (layer.in_channels + layer.out_channels))
     kept = 3 * 4 * images * latent_grid[0] * latent_grid[1]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from components import installed, random_lora, sd_unet, shallow_sdxl_unet, unet_inputs
+from components import attention_layers, installed, random_lora, sd_unet, shallow_sdxl_unet, unet_inputs
 from lora_compose.attention import Gates, Lora, Recorder
-from lora_compose.attention.backbones.unet import UNetBackbone, attention_layers
+from lora_compose.attention.backbones.unet import UNetBackbone
 from reference import random_gates, relative_error
 
 ROWS, TOKENS = 2, 7

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from components import EVERYTHING, installed, random_lora, sd_unet, shallow_sdxl_unet, unet_inputs, with_bank
 from lora_compose.attention import Gates, Lora
-from lora_compose.attention.backbones.unet import unet_sites
+from lora_compose.attention.backbones.unet import UNetBackbone
 from reference import dense, random_gates, relative_error
 
 GRID, TOKENS = (8, 8), 7
@@ -23,7 +23,7 @@ def two_loras(unet: Any) -> list[Lora]:
 
 def text_layers(unet: Any) -> list[str]:
     """The projections to keys and values of cross-attention."""
-    return [name for name, site in unet_sites(unet).items() if site.parts == ("text",)]
+    return [name for name, site in UNetBackbone(unet).sites.items() if site.parts == ("text",)]
 
 
 def random_gates_of(seed: int = 0) -> Gates:

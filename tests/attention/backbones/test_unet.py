@@ -9,15 +9,10 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from components import sd_unet, sdxl_unet, unet_inputs
+from components import attention_layers, sd_unet, sdxl_unet, unet_inputs
 from lora_compose.attention import Site, grid_at
 from lora_compose.attention.backbones.unet import AttentionLayer, UNetBackbone, map_level
 from lora_compose.compose.playground.assets import playground_model
-
-
-def attention_layers(unet: Any) -> tuple[AttentionLayer, ...]:
-    """The layers of the backbone, in forward order."""
-    return UNetBackbone(unet)._layers
 
 
 def playground_unet() -> Any:

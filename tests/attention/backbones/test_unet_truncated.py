@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from components import installed, sd_unet, shallow_sdxl_unet, tiny_unet, unet_inputs
+from components import attention_layers, installed, sd_unet, shallow_sdxl_unet, tiny_unet, unet_inputs
 from lora_compose.attention import Recorder, frozen
-from lora_compose.attention.backbones.unet import attention_layers, map_level, stopped_after
+from lora_compose.attention.backbones.unet import map_level, stopped_after
 from reference import constant_gates, relative_error
 
 ROWS, TOKENS, GRID = 2, 7, (8, 12)

@@ -8,7 +8,18 @@ from lora_compose.compose.benchmark.capacity import BANDWIDTH, REQUESTS, capacit
 from lora_compose.compose.benchmark.hardware import CARDS, SHARE, Need
 
 NEED = Need(
-    text=0, weights=2 * 10**9, denoiser=0, nf4=0, int8=0, blocks=None, decoding=0, vae=0, steps=25, flops=10**14
+    text=0,
+    weights=2 * 10**9,
+    denoiser=0,
+    text_int8=0,
+    nf4=0,
+    opening_nf4=0,
+    int8=0,
+    blocks=None,
+    decoding=0,
+    vae=0,
+    steps=25,
+    flops=10**14,
 )
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from components import FAMILIES, TINY, TINY_XL, random_lora, sd_unet, sdxl_unet, tiny_pipeline
+from components import FAMILIES, TINY, TINY_XL, attention_layers, random_lora, sd_unet, sdxl_unet, tiny_pipeline
 from lora_compose.attention import grid_at
-from lora_compose.attention.backbones.unet import attention_layers, map_level
+from lora_compose.attention.backbones.unet import map_level
 from lora_compose.compose.benchmark import counting
 from lora_compose.compose.benchmark.architectures import ARCHITECTURES, SD15, SDXL, attention_lora, columns, with_lora
 from lora_compose.compose.benchmark.counting import Counted, PricingRunner, count, count_run, meta_unet

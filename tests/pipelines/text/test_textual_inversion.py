@@ -11,8 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from components import State, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
-from lora_compose.attention.backbones.unet import attention_layers
+from components import State, attention_layers, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.formats.files import LoraError
 from lora_compose.pipelines.scene.scene import Concept
