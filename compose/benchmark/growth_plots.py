@@ -10,7 +10,7 @@ from lora_compose.compose.benchmark.growth import Curve
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """Writes one panel for each curve and quantity; numbers are on a logarithmic axis."""
+    """Writes one panel for each curve and quantity; both axes are logarithmic, so that a straight line is a power."""
     columns = max(len(curve.points[0].costs) for curve in curves)
     figure = Figure(figsize=(3 * columns, 2.4 * len(curves)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -22,7 +22,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
             axes.set_xscale("log", base=2 if x[-1] < 4096 else 10)
             axes.set_xticks(x, [f"{value:,}" for value in x], fontsize=8)
             axes.minorticks_off()
-            axes.set_ylim(bottom=0)
+            axes.set_yscale("log")
             axes.set_title(f"{name} by {curve.against}", fontsize=9, loc="left")
             axes.tick_params(labelsize=8)
             axes.grid(alpha=0.3)
