@@ -4,9 +4,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 
 from lora_compose.compose.benchmark import counting
 from lora_compose.compose.benchmark.architectures import SD15, attention_lora, with_lora
+from lora_compose.compose.benchmark.curves import Curve, Point
 from lora_compose.compose.benchmark.memory import added_memory
 from lora_compose.compose.benchmark.peaks import watched
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
@@ -29,38 +28,6 @@ CONCEPTS, IMAGES, SIZES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), (512, 1024
 STORED = (10, 100, 1000, 10_000)
 _WORDS = "abcdefghijklmnopqrstuvwxyz0123456789"  # each a token of its own for CLIP's tokenizers
 _STEPS, _GUIDANCE, _SIDE = 1, 5.0, 512
-
-
-@dataclass(frozen=True)
-class Point:
-    """Costs at one number: quantities by name."""
-
-    at: int
-    costs: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """How costs grow with something."""
-
-    against: str
-    points: Sequence[Point]
-
-    def exponents(self) -> dict[str, float]:
-        """The exponent p of the growth `a + b n^p` of each quantity; 0 where nothing grows.
-
-        From the last three points, if each is at as many times the number before it.
-        """
-        first, second, third = self.points[-3:]
-        return {
-            name: _growth(second.costs[name] - first.costs[name], third.costs[name] - second.costs[name])
-            / log(third.at / second.at)
-            for name in first.costs
-        }
-
-
-def _growth(first: float, second: float) -> float:
-    return log(second / first) if first > 0 and second > 0 else 0.0
 
 
 def in_columns(number: int, side: int = _SIDE) -> list[Concept]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lora_compose.compose.benchmark.growth import Curve
+from lora_compose.compose.benchmark.curves import Curve
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:

@@ -306,7 +306,7 @@ class ComposeFluxPipeline(FluxCalls, FluxPipeline):  # pyright: ignore[reportInc
 
         Args:
             concepts: As for `ComposePipeline.__call__`.
-            method: One without gradients: draft, freefuse, regional, tara, merge, switch or composite, or settings.
+            method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among the T5 tokens.
             record_attention: Maps come from the last third of the double-stream blocks.

@@ -242,7 +242,7 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
                 a reference image, too. Without a mask, one or several reference images, of any sizes; LoRAs act on them
                 only if a concept says so (`Concept.references`), and regions are those of the image that is made.
             concepts: As for `ComposePipeline.__call__`.
-            method: One without gradients: draft, freefuse, regional, tara, merge, switch or composite, or settings.
+            method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the double-stream blocks.

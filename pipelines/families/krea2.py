@@ -95,7 +95,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
 
         Args:
             concepts: As for `ComposePipeline.__call__`.
-            method: One without gradients: draft, freefuse, regional, tara, merge, switch or composite, or settings.
+            method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
             record_attention: Maps come from the last third of the blocks.

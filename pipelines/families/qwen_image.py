@@ -222,7 +222,7 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
             guidance_scale: Not read, as in diffusers: no model of this family has distilled guidance.
             max_sequence_length: With concepts texts are also padded to so many tokens; the padding is masked.
             concepts: As for `ComposePipeline.__call__`.
-            method: One without gradients: draft, freefuse, regional, tara, merge, switch or composite, or settings.
+            method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
             record_attention: Maps come from the last third of the blocks.

@@ -93,7 +93,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
 
         Args:
             concepts: As for `ComposePipeline.__call__`.
-            method: One without gradients: draft, freefuse, regional, tara, merge, switch or composite, or settings.
+            method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the layers.

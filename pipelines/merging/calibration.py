@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_compose.attention import LoraFactors
 from lora_compose.attention.device import uncompiled
+from lora_compose.attention.fitting import shape_of
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.models import models_by_part
@@ -78,7 +79,8 @@ def calibrate(
 def _measured(layer: nn.Module, changes: Sequence[LoraFactors], acting: int, moments: Tensor) -> Iterator[None]:
     """Lets one LoRA act on a layer, and puts the mean outer products of (A x) in `moments`, zeros before."""
     base = base_layer(layer)
-    whole = torch.cat([change.down for change in changes])
+    _, *sides = shape_of(type(base).__name__, base)
+    whole = torch.cat([change.down.reshape(-1, *sides) for change in changes])
     start = sum(change.rank for change in changes[:acting])
     ranks = slice(start, start + changes[acting].rank)
     back = changes[acting].up.flatten(1) * changes[acting].scale

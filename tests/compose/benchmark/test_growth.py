@@ -7,8 +7,9 @@ from components import seeded
 from lora_compose.attention import LoraFactors
 from lora_compose.compose.benchmark.architectures import SD15
 from lora_compose.compose.benchmark.counting import meta_unet
+from lora_compose.compose.benchmark.curves import Curve, Point
 from lora_compose.compose.benchmark.flops import Operations
-from lora_compose.compose.benchmark.growth import Curve, Point, of_call, of_stored
+from lora_compose.compose.benchmark.growth import of_call, of_stored
 from lora_compose.compose.benchmark.growth_plots import draw
 from lora_compose.pipelines.concepts import overload
 

@@ -17,6 +17,7 @@ from transformer_families import TOKENS
 FAMILIES = ("sd", "sdxl", *(name for name in TRANSFORMERS if name != "anima"))
 """Anima is a modular pipeline, which has no methods to hand arguments to."""
 OF_OUR_OWN = {"concepts", "method", "control", "token_positions", "record_attention"}
+OPENED = {"quantize"}
 FROM_IMAGE = {"image", "mask_image", "strength", "padding_mask_crop", "paste_original"}
 Class = type[ComposePipeline]
 
@@ -61,7 +62,12 @@ def test_the_signature_is_that_of_diffusers_and_more(cls, name):
         assert default == theirs[parameter].default, parameter
     added = {one.name for one in ours.values() if one.kind is one.KEYWORD_ONLY} - theirs.keys()
     inpainting = {"image_reference"} if cls.family == "FLUX.2-klein" else set()  # of its diffusers' inpainting pipeline
-    assert added == (((OF_OUR_OWN | FROM_IMAGE | inpainting) - theirs.keys()) if name == "__call__" else set())
+    of_our_own = {
+        "__call__": OF_OUR_OWN | FROM_IMAGE | inpainting,
+        "from_pretrained": OPENED,
+        "from_single_file": OPENED,
+    }
+    assert added == of_our_own.get(name, set()) - theirs.keys()
 
 
 def test_the_call_and_what_opens_and_saves_are_compared():
