@@ -90,6 +90,9 @@ def chroma(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) 
         mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[4, 6, 6], theta=10000, patch_size=2,
         qkv_bias=True, in_dim=64, out_dim=32, hidden_dim=32, n_layers=2, txt_ids_dims=[],
     )  # fmt: skip
+    for name in ("vec_in_dim", "txt_ids_dims"):
+        if name not in ChromaParams.__dataclass_fields__:  # of older versions
+            del config[name]
     return patcher_of(comfy.supported_models.Chroma(config), dtype, cast)
 
 

@@ -10,7 +10,7 @@ from lora_compose.compose.benchmark.curves import Curve
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """Writes one panel for each curve and quantity; both axes are logarithmic, so that a straight line is a power."""
+    """Writes one panel for each curve and quantity; axes begin at 0, so that what grows linearly is straight."""
     columns = max(len(curve.points[0].costs) for curve in curves)
     figure = Figure(figsize=(3 * columns, 2.4 * len(curves)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -19,10 +19,8 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         for column, name in enumerate(curve.points[0].costs):
             axes = figure.add_subplot(len(curves), columns, row * columns + column + 1)
             axes.plot(x, [point.costs[name] for point in curve.points], "o-", color="black", markersize=4, linewidth=1)
-            axes.set_xscale("log", base=2 if x[-1] < 4096 else 10)
-            axes.set_xticks(x, [f"{value:,}" for value in x], fontsize=8)
-            axes.minorticks_off()
-            axes.set_yscale("log")
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
             axes.set_title(f"{name} by {curve.against}", fontsize=9, loc="left")
             axes.tick_params(labelsize=8)
             axes.grid(alpha=0.3)
