@@ -85,6 +85,8 @@ def flux2(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -
 
 def chroma(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> Any:
     """FLUX.1's blocks, whose modulation one network makes for all."""
+    from comfy.ldm.chroma.model import ChromaParams  # pyright: ignore[reportMissingImports]
+
     config: dict[str, Any] = dict(
         image_model="chroma", in_channels=16, out_channels=16, vec_in_dim=0, context_in_dim=WIDTH, hidden_size=32,
         mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[4, 6, 6], theta=10000, patch_size=2,
