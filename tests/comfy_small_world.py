@@ -14,6 +14,7 @@ import comfy.model_patcher  # pyright: ignore[reportMissingImports]
 import comfy.sd1_clip  # pyright: ignore[reportMissingImports]
 import comfy.supported_models  # pyright: ignore[reportMissingImports]
 import torch
+from comfy.ldm.flux.model import FluxParams  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
@@ -35,6 +36,8 @@ def patcher() -> Any:
         "depth": theirs["num_layers"], "depth_single_blocks": theirs["num_single_layers"], "theta": 10000,
         "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [],
     }  # fmt: skip
+    if "txt_ids_dims" not in FluxParams.__dataclass_fields__:  # of older versions
+        del config["txt_ids_dims"]
     family = comfy.supported_models.FluxSchnell(config)
     family.latent_format = comfy.latent_formats.LatentFormat()
     family.latent_format.latent_channels = channels
