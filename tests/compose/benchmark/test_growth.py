@@ -27,8 +27,9 @@ def test_rows_flops_and_memory_grow_at_most_linearly_with_concepts_and_images():
     assert images == pytest.approx({"rows": 1, "TFLOP": 1, "GiB": 1}, abs=0.1)
 
 
-def test_memory_of_stored_loras_grows_linearly():
-    assert Curve("stored", list(of_stored((50, 100, 200)))).exponents()["MiB"] == pytest.approx(1, abs=0.2)
+def test_memory_of_stored_loras_grows_at_most_linearly():
+    growth = Curve("stored", list(of_stored((50, 100, 200)))).exponents()["MiB"]
+    assert 0.5 < growth < 1.2  # dictionaries grow in jumps
 
 
 def test_the_joint_change_of_many_concepts_grows_linearly():
