@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import pytest
-
 from anima import ANIMA
 from flux import FLUX
 from flux2 import FLUX2
@@ -26,5 +24,4 @@ OF_THE_SAME_MODEL: Mapping[str, Family] = {
 }  # fmt: skip
 """Further pipelines of the transformers above. By default `test_references.py` alone is about them."""
 EVERY: Mapping[str, Family] = {**TRANSFORMERS, **OF_THE_SAME_MODEL}
-EVERY_NAME = [*TRANSFORMERS, *(pytest.param(name, marks=pytest.mark.slow) for name in OF_THE_SAME_MODEL)]
 """For parameters of tests."""

@@ -66,13 +66,13 @@ class Need:
 
     Attributes:
         text: Text encoders in half precision.
-        text_int8: The same with linear layers of all but CLIP's in 8 bits.
+        text_int8: Text encoders with linear layers of all but CLIP's in 8 bits.
         weights: The denoiser in half precision.
-        denoiser: The same with LoRAs and one pass.
-        int8: That with linear layers in 8 bits.
-        nf4: That with linear layers in 4 bits.
+        denoiser: The denoiser in half precision with LoRAs and one pass.
+        int8: The denoiser with LoRAs and one pass, linear layers in 8 bits.
+        nf4: The denoiser with LoRAs and one pass, linear layers in 4 bits.
         opening_nf4: Text encoders but CLIP's, and the denoiser, with linear layers in 4 bits.
-        blocks: That in half precision with one block on the device; None for UNets.
+        blocks: The denoiser in half precision with LoRAs and one pass, one block on the device; None for UNets.
         decoding: The VAE while it decodes.
         vae: The VAE alone.
         steps: Of diffusers' default call.
@@ -104,17 +104,17 @@ class Need:
 
     @property
     def apart_fp8(self) -> int:
-        """The same with the denoiser in 8 bits (`--quantize fp8`, or a file)."""
+        """Bytes with one model on the device at a time, the denoiser in 8 bits (`--quantize fp8`, or a file)."""
         return max(self.text, self.int8, self.decoding)
 
     @property
     def apart_int8(self) -> int:
-        """The same with large text encoders in 8 bits as well (`--quantize int8`)."""
+        """Bytes with one model at a time, denoiser and large text encoders in 8 bits (`--quantize int8`)."""
         return max(self.text_int8, self.int8, self.decoding)
 
     @property
     def apart_nf4(self) -> int:
-        """The same in 4 bits (`--quantize nf4`), and while it is opened: all of bitsandbytes is on the device then."""
+        """Bytes with one model at a time, in 4 bits (`--quantize nf4`); bitsandbytes opens all on the device."""
         return max(self.opening_nf4, self.nf4, self.decoding)
 
 

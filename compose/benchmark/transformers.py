@@ -20,7 +20,7 @@ TOKENS, REGION_TOKENS = 512, 12
 """Tokens of the text, as most of these models read it, and of the text of each region ("a photo of a sks cat")."""
 SHOWN = tuple(TRANSFORMERS)
 READING = ("FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Qwen-Image")
-"""Those that read reference images; FLUX.1 as FLUX.1 Kontext and Qwen-Image as an edit model, which have its layers."""
+"""Transformers that read reference images; FLUX.1 Kontext and Qwen-Image-Edit have the layers of their base models."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ CELLS = ("similarity", "truth", "difference", "limit")
 
 @dataclass(frozen=True, eq=False)
 class Confused:
-    """An image's confusion matrix, that of the references, the limits, and what became of each subject."""
+    """The confusion matrices of an image and of the references, the limits, and the outcome of each subject."""
 
     shot: Shot
     slots: np.ndarray
@@ -38,7 +38,7 @@ class Confused:
         return cls(shot, shot.slots, truth, limit, outcomes(shot.slots, truth, limit))
 
     def subjects(self) -> Iterator[dict[str, str | None]]:
-        """What became of each subject: the columns `outcome` and `took` of concepts."""
+        """The outcome of each subject: the columns `outcome` and `took` of concepts."""
         for one in self.outcomes:
             yield {"outcome": one.kind, "took": None if one.other is None else self.shot.names[one.other]}
 

@@ -73,7 +73,7 @@ def follows(
     draws: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Of two items that were voted differently, how often the one that was voted better has the higher value.
+    """How often the better-voted of two items has the higher value.
 
     Ties of values count half, so 0.5 is chance, 1 is perfect and 0 is perfectly wrong. NaN if all votes are the same.
     The interval of 95 % draws whole groups with replacement; items of a group are alike. (Somers' D of the values,

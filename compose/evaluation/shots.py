@@ -63,7 +63,7 @@ class Shot:
 
     @property
     def true(self) -> np.ndarray | None:
-        """That of their references; None if an older version scored the image."""
+        """The similarity matrix of the references; None for images that an older version scored."""
         return _matrix(self.truth, self.names) if self.truth else None
 
     def found_by(self, metric: str) -> np.ndarray:

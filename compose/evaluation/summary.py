@@ -85,11 +85,11 @@ METRICS = (
     ),
     Metric(
         "dino", "DINO", True, 3, "-1 to 1",
-        "As CLIP-I, by DINOv2, which sees form and coat where CLIP sees the kind of thing. Of the whole image.",
+        "As CLIP-I, by DINOv2, which compares appearance where CLIP compares classes. Of the whole image.",
     ),
     Metric(
         "dino_found", "DINO, found", True, 3, "-1 to 1, in practice above 0",
-        "The same for what was found of each concept alone. A concept that was not found counts as 0.",
+        "Similarity of the crop of each concept to its references, by DINOv2. One that was not found counts as 0.",
     ),
     Metric(
         "scr", "SCR", False, 2, "0 to 1",
@@ -98,7 +98,7 @@ METRICS = (
     ),
     Metric(
         "scr_whole", "SCR, whole image", False, 2, "0 to 1",
-        "The same with the whole image instead of what was found, as the paper has it.",
+        "Subject collapse rate of the whole image instead of crops, as in the paper.",
     ),
 )  # fmt: skip
 """All metrics, the main ones among them; tables show them in this order."""

@@ -12,10 +12,10 @@ from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.generate.defaults import ON_CPU, complete
 from lora_compose.compose.generate.machine import devices
+from lora_compose.compose.page.catalog import OWN, PUBLISHED, KnownModel, cached_models, models_in
 from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession, choose_model
-from lora_compose.compose.page.shelf import OWN, PUBLISHED, KnownModel, cached_models, models_in
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.savers import SAVERS, Saver, in_order

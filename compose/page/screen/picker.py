@@ -5,8 +5,8 @@ from pathlib import Path
 
 import streamlit as st
 
+from lora_compose.compose.page.catalog import listed
 from lora_compose.compose.page.screen.state import PageSession
-from lora_compose.compose.page.shelf import listed
 from lora_compose.compose.page.store import Lora, in_folder, playground, tile
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUNDS

@@ -39,13 +39,13 @@ from lora_compose.compose.generate.making import load, make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.page import (
     boxes,
+    catalog,
     controls,
     export,
     folders,
     form,
     labels,
     launch,
-    shelf,
     store,
     text,
     work,
@@ -610,13 +610,13 @@ def test_models_on_this_machine_are_listed_with_their_family(tmp_path: Path) -> 
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "one.safetensors")
     shutil.copy(playground_lora("cat"), tmp_path / "cat.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"PK")
-    found = shelf.models_in(tmp_path)
+    found = catalog.models_in(tmp_path)
     assert [(Path(model.source).name, model.family) for model in found] == [
         ("mine", "Stable Diffusion 1.x and 2.x"),
         ("one.safetensors", "Stable Diffusion 1.x and 2.x"),
     ]
     with pytest.raises(FileError, match="cannot be read"):
-        shelf.models_in(tmp_path / "nowhere")
+        catalog.models_in(tmp_path / "nowhere")
 
 
 def test_models_in_the_hubs_cache_are_those_whose_weights_are_there(tmp_path: Path) -> None:
@@ -626,8 +626,8 @@ def test_models_in_the_hubs_cache_are_those_whose_weights_are_there(tmp_path: Pa
         shutil.copy(playground_model() / "model_index.json", snapshot)
         if name != "models--someone--configurations":
             (snapshot / "unet" / "diffusion_pytorch_model.safetensors").touch()
-    assert [model.source for model in shelf.cached_models(tmp_path)] == ["someone/whole"]
-    assert shelf.cached_models(tmp_path / "none") == []
+    assert [model.source for model in catalog.cached_models(tmp_path)] == ["someone/whole"]
+    assert catalog.cached_models(tmp_path / "none") == []
 
 
 def test_a_lora_is_listed_by_its_header_alone(tmp_path: Path) -> None:
@@ -636,14 +636,14 @@ def test_a_lora_is_listed_by_its_header_alone(tmp_path: Path) -> None:
     uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     metadata = {"trigger": "sks", "class_word": "cat", "modelspec.thumbnail": uri}
     save_file({"unet.mid_block.x.lora_A.weight": torch.full((2, 4), torch.nan)}, path, metadata)
-    lora = shelf.listed(path)
+    lora = catalog.listed(path)
     assert (lora.shown, lora.trigger, lora.class_word, lora.sha256) == ("mine.safetensors", "sks", "cat", "")
     assert Image.open(BytesIO(lora.thumbnail or b"")).size == (96, 64)
     Image.new("RGB", (50, 100), "blue").save(path.with_suffix(".png"))
-    assert Image.open(BytesIO(shelf.listed(path).thumbnail or b"")).size == (48, 96), "the image beside it is preferred"
+    assert Image.open(BytesIO(catalog.listed(path).thumbnail or b"")).size == (48, 96), "the image beside it"
     path.write_bytes(b"PK")
     with pytest.raises(LoraError, match="not a readable safetensors file"):
-        shelf.listed(path)
+        catalog.listed(path)
 
 
 def test_images_in_metadata_are_shown_only_if_they_are_images() -> None:
