@@ -1,4 +1,4 @@
-"""What became of each subject of an image: the confusion matrix of crops and references, and the failures in it.
+"""Outcomes of the subjects of an image, from the confusion matrix of crops and references.
 
 Row i of a matrix is the crop that belongs to subject i, column j the references of subject j; NaN is a subject that was
 not found. Subjects resemble each other to begin with, so the similarities of the references among themselves are
@@ -16,19 +16,19 @@ from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.metrics import assign, clip_i
 
 OUTCOMES = {
-    "kept": "is itself and nothing of another",
-    "drift": "lost its identity, and took none of another subject",
-    "swap": "looks like another subject, which looks like it in turn",
-    "dominance": "looks like another subject, which does not look like it",
-    "blending": "has much of another subject, but is not yet more like that than like itself",
+    "kept": "has its own identity alone",
+    "drift": "lost its identity without the identity of another",
+    "swap": "two subjects have each other's identity",
+    "dominance": "has the identity of another subject, but not the other way round",
+    "blending": "a mix of its own identity and another's",
     "missing": "was not found",
 }
-"""What may become of a subject. Exactly one of them holds."""
+"""Outcomes of a subject and what they mean; each subject has exactly one."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a subject, one of `OUTCOMES`, and the subject whose identity it took, if it took one."""
+    """The outcome of a subject, one of `OUTCOMES`, and the subject whose identity it took, if it took one."""
 
     kind: str
     other: int | None = None
@@ -70,7 +70,7 @@ def limits(truth: np.ndarray, thresholds: np.ndarray, reached: np.ndarray) -> np
 
 
 def outcomes(similarity: np.ndarray, truth: np.ndarray, limit: np.ndarray) -> list[Outcome]:
-    """What became of each subject. Shapes: three times [subjects, subjects].
+    """The outcome of each subject. Shapes: three times [subjects, subjects].
 
     A subject takes the identity of another from the limit of that cell on; of several, of the one that gained most
     over the references (`similarity - truth`). If the crop is more like that one than like itself, it is taken over: by

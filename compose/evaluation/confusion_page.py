@@ -1,4 +1,4 @@
-"""The confusion picture of the report: what became of the subjects of each row, and who was taken for whom."""
+"""The outcomes and the confusion matrices of the report, for each row."""
 
 from typing import Any
 

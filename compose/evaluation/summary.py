@@ -120,7 +120,7 @@ OUTCOME_METRICS = (
         "Similarity to the references of the other concept that gave most, less that of the two concepts' references.",
     ),
 )  # fmt: skip
-"""What became of the subjects: shares that sum to 1, and what they lost and took."""
+"""Outcomes of the subjects: shares that sum to 1, and the similarity lost and gained."""
 
 MAIN = ("success", "region_min", "leak")
 """The metrics in which methods are compared with the baseline."""

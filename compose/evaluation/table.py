@@ -179,7 +179,7 @@ def _with_styles(suite: Suite, shots: Sequence[Shot]) -> list[Shot]:
 
 
 def _with_outcomes(concepts: pd.DataFrame, shots: Sequence[Shot], confused: Sequence[Confused | None]) -> pd.DataFrame:
-    """The table with what became of each concept; nothing of styles and of images of older versions."""
+    """The table with the outcome of each concept; nothing of styles and of images of older versions."""
     found: list[Mapping[str, str | None]] = []
     for shot, one in zip(shots, confused, strict=True):
         found += [{}] * len(shot.names) if one is None else one.subjects()

@@ -1,4 +1,4 @@
-"""What became of the subjects of an image, against definitions written out pair by pair."""
+"""Outcomes of the subjects of an image, against definitions written out pair by pair."""
 
 from itertools import combinations, product
 
@@ -67,7 +67,7 @@ def test_what_cannot_be_told_apart_has_no_limit() -> None:
     assert np.isnan(limits(np.array([[1.0]]), np.array([NAN]), np.array([0.7])))
 
 
-# What became of a subject.
+# Outcomes.
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_success_of_an_image_is_that_of_the_metric(tmp_path: Path) -> None:
         assert found[seed] == success(matrix, np.array([0.5, 0.4])), (cat, dog)
 
 
-# --- what became of the subjects ---
+# --- outcomes ---
 
 
 def test_outcomes_come_from_what_lies_beyond_the_references(tmp_path: Path) -> None:
