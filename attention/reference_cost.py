@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from lora_compose.attention.backbones import Backbone
-from lora_compose.attention.device import modules_of
+from lora_compose.attention.device import is_linear, modules_of
+from lora_compose.attention.fitting import shape_of
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.attention.sites import Grid, Site, SitePart, grid_at
 
@@ -43,7 +44,7 @@ def _flops(
 
     flops = 0
     for name, site in sites.items():
-        if isinstance(layer := base_layer(modules[name]), nn.Linear):
-            flops += 2 * length(site) * layer.in_features * layer.out_features
+        if is_linear(layer := base_layer(modules[name])):
+            flops += 2 * length(site) * prod(shape_of(name, layer))
     attention: Any = [module for module in modules.values() if hasattr(module, "set_processor")]
     return flops + sum(4 * length(joint) ** 2 * module.inner_dim for module in attention)
