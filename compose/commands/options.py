@@ -33,12 +33,6 @@ CONCEPT_HELP = (
 )
 
 
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model", help="playground, a folder as diffusers saves it, a .safetensors file, or a hub repository."
-    ),
-]
 MethodOption = Annotated[
     str | None,
     typer.Option(
@@ -136,8 +130,6 @@ ModelArgument = Annotated[
 ]
 SEED_HELP = "Seed of the start noise, repeatable: 3, or 0-7. Default: 0."
 SeedsOption = Annotated[list[str] | None, typer.Option("--seed", help=SEED_HELP)]
-
-
 ImageOption = Annotated[str | None, typer.Option("--image", help="Start from this image (image-to-image).")]
 ReferenceOption = Annotated[
     list[str] | None,
@@ -170,8 +162,6 @@ PasteOption = Annotated[
     bool | None,
     typer.Option("--paste-original/--no-paste-original", help="Keep the image's own pixels outside of the mask."),
 ]
-
-
 ControlOption = Annotated[
     list[str] | None,
     typer.Option(
