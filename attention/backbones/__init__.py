@@ -108,11 +108,7 @@ BACKBONES: Mapping[str, str] = {
 
 
 def backbone_of(model: nn.Module) -> Backbone:
-    """The backbone of a model.
-
-    Raises:
-        ValueError: For models of a class that is not supported.
-    """
+    """The backbone of a model; raises ValueError for models of a class that is not supported."""
     kinds = type(uncompiled(model)).__mro__
     for kind in kinds:
         if kind.__name__ in BACKBONES and kind.__module__.startswith("diffusers."):

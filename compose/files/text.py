@@ -13,11 +13,7 @@ _TEXT_LIMIT = 2**20  # bytes of a scene or run file
 
 
 def parse_value(text: str) -> Any:
-    """A value in YAML: a number, true, a list, otherwise text.
-
-    Raises:
-        FileError: If it is not valid YAML.
-    """
+    """A value in YAML: a number, true, a list, otherwise text; raises FileError if it is not valid YAML."""
     return _yaml(text, "the value")
 
 
@@ -56,11 +52,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def is_json(path: Path) -> bool:
-    """Whether a file is JSON and not YAML, by its suffix.
-
-    Raises:
-        FileError: For other suffixes.
-    """
+    """Whether a file is JSON and not YAML, by its suffix; raises FileError for other suffixes."""
     return _kind(path) is parse_json
 
 

@@ -168,11 +168,7 @@ def of_prompt(
 
 
 def check_plain(composition: Composition) -> None:
-    """Checks a call without concepts.
-
-    Raises:
-        ValueError: If an argument is given that needs concepts.
-    """
+    """Checks a call without concepts; raises ValueError if an argument is given that needs concepts."""
     if composition.controls:
         raise ValueError(
             "control needs concepts; without them, diffusers has StableDiffusionControlNetPipeline, "
@@ -185,11 +181,7 @@ def check_plain(composition: Composition) -> None:
 
 
 def refuse_unknown(names: Iterable[str], call: Callable[..., Any]) -> None:
-    """Refuses unknown arguments, and suggests similar ones.
-
-    Raises:
-        TypeError: For the first unknown argument.
-    """
+    """Refuses unknown arguments, and suggests similar ones; raises TypeError for the first unknown argument."""
     known = [name for name, p in signature(call).parameters.items() if p.kind is not p.VAR_KEYWORD]
     for name in names:
         how = " generator=torch.Generator().manual_seed(4) is seed 4" if name == "seed" else ""

@@ -40,11 +40,7 @@ class Host(ReadsText, Protocol):
         ...
 
     def resolve_concepts(self, concepts: ConceptNames) -> tuple[LoadedConcept, ...]:
-        """Concepts with their factors.
-
-        Raises:
-            ValueError: For unknown names and names given twice.
-        """
+        """Concepts with their factors; raises ValueError for unknown names and names given twice."""
         ...
 
     def backbone_of(self, call: Call) -> Backbone:

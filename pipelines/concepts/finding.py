@@ -20,11 +20,7 @@ from lora_compose.pipelines.support.hub import asking, cached_folder, is_hub_nam
 
 
 def local_path(source: str | os.PathLike[str]) -> Path:
-    """A path as written, with the home folder for "~".
-
-    Raises:
-        LoraError: If it cannot be a path.
-    """
+    """A path as written, with the home folder for "~"; raises LoraError if it cannot be a path."""
     if not isinstance(source, str | os.PathLike) or not str(source):
         raise LoraError(
             f"{source!r} names no LoRA; expected a file, a folder or a hub repository such as 'user/my-cat'"

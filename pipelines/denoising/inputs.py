@@ -45,11 +45,7 @@ class OnGrid(ByImage):
 
 
 def check_marked(inputs: Mapping[str, Any]) -> None:
-    """Checks that it is known what the arguments lie on.
-
-    Raises:
-        TypeError: For tensors without a mark.
-    """
+    """Checks that it is known what the arguments lie on; raises TypeError for tensors without a mark."""
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             raise TypeError(f"the argument {name!r} is a tensor; expected ByImage or OnGrid, which say what it lies on")

@@ -129,11 +129,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     @classmethod
     def of_modular(cls, modular: Any) -> Self:
-        """The components of a modular pipeline, in a composing one.
-
-        Raises:
-            ValueError: If some are not loaded.
-        """
+        """The components of a modular pipeline, in a composing one; raises ValueError if some are not loaded."""
         parts = {name: getattr(modular, name, None) for name in list(signature(cls.__init__).parameters)[1:]}
         if missing := [name for name, part in parts.items() if part is None]:
             raise ValueError(f"the pipeline has no {', '.join(missing)}; call its load_components() first")

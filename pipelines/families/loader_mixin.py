@@ -161,11 +161,7 @@ class ConceptLoaderMixin:
         return self.library.add(self, source)
 
     def unload_concept(self, name: str) -> None:
-        """Removes a concept that was loaded or added.
-
-        Raises:
-            ValueError: If there is none of that name.
-        """
+        """Removes a concept that was loaded or added; raises ValueError if there is none of that name."""
         loaded = self.library.loaded.get(name)
         self.library.unload(name)
         if loaded is not None:

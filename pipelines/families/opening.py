@@ -61,11 +61,7 @@ def configuration(source: str, **options: Any) -> Mapping[str, Any]:
 
 
 def shared_dtype(pipeline: Any) -> torch.dtype:
-    """The precision of all models of a pipeline.
-
-    Raises:
-        ValueError: If they differ.
-    """
+    """The precision of all models of a pipeline; raises ValueError if they differ."""
     found = {name: part.dtype for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     if len(set(found.values())) > 1:
         raise ValueError(

@@ -48,22 +48,14 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
 
     @classmethod
     def opens(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a model's configuration is of this family.
-
-        Raises:
-            ValueError: For SDXL's refiner.
-        """
+        """Whether a model's configuration is of this family; raises ValueError for SDXL's refiner."""
         if config.get("requires_aesthetics_score"):
             raise ValueError(_REFINER)
         return {"unet", "text_encoder", "text_encoder_2"} <= config.keys()
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Whether a checkpoint is of this family.
-
-        Raises:
-            ValueError: For SDXL's refiner.
-        """
+        """Whether a checkpoint is of this family; raises ValueError for SDXL's refiner."""
         if any(key.startswith("conditioner.embedders.1.") for key in keys):
             return True
         if any(key.startswith("conditioner.embedders.0.model.") for key in keys):
