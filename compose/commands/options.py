@@ -90,8 +90,7 @@ StepsOption = Annotated[
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
-        "--guidance",
-        help="Guidance scale of CFG; 1 or less turns it off; default: 5 on a CPU, on a GPU the model's.",
+        "--guidance", help="Guidance scale of CFG; 1 or less turns it off; default: 5 on a CPU, on a GPU the model's."
     ),
 ]
 DtypeOption = Annotated[
@@ -149,8 +148,7 @@ MaskImageOption = Annotated[
     ),
 ]
 StrengthOption = Annotated[
-    float | None,
-    typer.Option("--strength", help="Fraction of the steps that are run, 0 to 1: higher changes more."),
+    float | None, typer.Option("--strength", help="Fraction of the steps that are run, 0 to 1: higher changes more.")
 ]
 PaddingOption = Annotated[
     int | None,

@@ -9,13 +9,7 @@ from typing import Any
 from huggingface_hub import constants, hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError
 
-from lora_compose.pipelines.formats.files import (
-    PEFT_CONFIG,
-    PEFT_FILE,
-    PICKLES,
-    LoraError,
-    refuse_format,
-)
+from lora_compose.pipelines.formats.files import PEFT_CONFIG, PEFT_FILE, PICKLES, LoraError, refuse_format
 from lora_compose.pipelines.support.hub import asking, cached_folder, is_hub_name, reachable
 
 
