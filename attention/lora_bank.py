@@ -299,9 +299,6 @@ class BankLayer(nn.Module):
 
         Args:
             out: The output, which may be changed in place.
-
-        Raises:
-            KeyError: As `forward`.
         """
         if self.transforms is not None:
             alone = base_layer(self.layer) is self.layer
@@ -364,9 +361,6 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     Args:
         layers: All layers of a stack, or any others.
         x: Shape: [..., inputs].
-
-    Raises:
-        KeyError: As `BankLayer.forward`.
     """
     bank = [layer for layer in map(bank_layer_of, layers) if layer is not None]
     stack = bank[0].stack if bank else None

@@ -86,11 +86,12 @@ class Backbone(Protocol):
 
         Args:
             latents: Scaled for the model. Shape: [rows, channels, height, width].
+            t: The timestep, 0 to 1000.
             text: Shape: [rows, tokens, channels], or [texts, rows, tokens, channels] with several texts.
             added: Further inputs by row.
 
         Returns:
-            Shape: as the latents.
+            The noise or velocity. Shape: as the latents.
         """
         ...
 

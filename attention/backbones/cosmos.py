@@ -63,15 +63,10 @@ class CosmosBackbone(JointBackbone):
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
     ) -> Tensor:
-        """One forward pass.
+        """As `Backbone.forward`.
 
         Args:
-            latents: Shape: [rows, channels, height, width].
-            t: The timestep, 0 to 1000.
             text: What the text conditioner makes. Shape: [(texts,) rows, tokens, channels].
-
-        Returns:
-            The velocity. Shape: as the latents.
         """
         model: Any = uncompiled(self.model)
         return self.model(

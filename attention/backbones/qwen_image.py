@@ -64,19 +64,14 @@ class QwenImageBackbone(JointBackbone):
         reference_grids: Sequence[Grid] = (),
         **inputs: Any,
     ) -> Tensor:
-        """One forward pass.
+        """As `Backbone.forward`.
 
         Args:
-            latents: Shape: [rows, channels, height, width].
-            t: The timestep, 0 to 1000.
             text: Hidden states of the text encoder. Shape: [rows, tokens, channels].
             added: "text_mask", True where tokens are not padding, if there is any. Shape: [rows, tokens].
             reference: Tokens of reference images, one after the other. Shape: [rows, tokens, channels].
             reference_grids: Height and width of each of them, in tokens.
             inputs: "attention_kwargs".
-
-        Returns:
-            The velocity. Shape: as the latents.
         """
         height, width = (side // PATCH for side in latents.shape[-2:])
         tokens = packed(latents)

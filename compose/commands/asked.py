@@ -186,11 +186,7 @@ def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tupl
 
 
 def seeds_of(texts: Sequence[str] | None) -> tuple[int, ...]:
-    """Seeds as written, each once: numbers and spans, such as 3 or 0-7; 0 if there are none.
-
-    Raises:
-        ValueError: For anything else.
-    """
+    """Seeds as written, each once: numbers and spans, such as 3 or 0-7; 0 if there are none."""
     seeds = tuple(dict.fromkeys(parse_seeds(list(texts or ["0"]))))
     if max(seeds) > LAST_SEED:
         raise ValueError(f"the seed {max(seeds)} is too large; the last one is {LAST_SEED}")

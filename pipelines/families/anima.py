@@ -141,11 +141,6 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
             raise ValueError("diffusers' modular pipelines are not saved with use_flashpack; leave it out")
         self.modular().save_pretrained(str(save_directory), *args, **{"overwrite_modular_index": True, **options})
 
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: diffusers opens no checkpoints in one file for this family."""
-        return False
-
     @property
     def guidance_scale(self) -> float:
         """The scale of the call in progress, or of the last one."""
@@ -196,18 +191,11 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
             guidance_scale: 1 is no guidance. Less than 1 is for calls without concepts.
             callback_on_step_end: For calls with concepts; modular pipelines have no callbacks.
             max_sequence_length: To how many tokens prompts are cut; with concepts at most what the conditioner pads to.
-            concepts: As for `ComposePipeline.__call__`.
             method: A name or settings.
             control: Not supported yet.
             token_positions: Refused, since there are no prompt embeddings to give.
             record_attention: Maps come from the last third of the blocks.
             image: Refused, as are the four arguments after it.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         begun = self._begin(locals())
         if begun.plain is not None:

@@ -212,8 +212,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Whether a checkpoint with tensors of these names is of this family."""
-        raise NotImplementedError
+        """Whether a checkpoint with tensors of these names is of this family; never, if diffusers opens none."""
+        return False
 
     def __call__(
         self,
@@ -237,7 +237,12 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             control: Control images for ControlNets and T2I-Adapters; only with concepts.
             token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
             record_attention: True, or the steps of which attention maps are returned.
-            options: Arguments of diffusers' pipeline for the model family.
+            options: Arguments of diffusers' pipeline for the model family, and those of calls that start from an image,
+                as in `ComposeStableDiffusionPipeline.__call__`: image, mask_image, strength, padding_mask_crop and
+                paste_original.
+
+        Returns:
+            A `ComposeOutput`, or a tuple that begins with the images if `return_dict` is False.
 
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.

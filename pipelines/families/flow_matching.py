@@ -249,6 +249,10 @@ class TemplatePipeline(FlowMatchingPipeline):
             )
         return [self._template(length or 512)]
 
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        self._check_plain_texts(arguments["prompt"], arguments.get("negative_prompt"))
+        return arguments
+
     def _template(self, length: int) -> TemplateTokenizer:
         """The tokenizer for texts of so many tokens."""
         raise NotImplementedError

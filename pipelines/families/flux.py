@@ -299,24 +299,16 @@ class ComposeFluxPipeline(FluxCalls, FluxPipeline):  # pyright: ignore[reportInc
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
         With concepts, `output_type="latent"` returns them packed, as diffusers does.
 
         Args:
-            concepts: As for `ComposePipeline.__call__`.
             method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among the T5 tokens.
             record_attention: Maps come from the last third of the double-stream blocks.
-            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         max_sequence_length = self._readable(max_sequence_length)
         if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take

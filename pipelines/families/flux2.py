@@ -54,11 +54,6 @@ class Flux2Calls(ReferencesPipeline, TemplatePipeline):
     named_channels = "num_latents_channels"
     starts_from_latents = False  # diffusers reads them with patches as channels
 
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: diffusers opens no checkpoints in one file for these pipelines."""
-        return False
-
     def _request(
         self,
         begun: Begun,
@@ -232,7 +227,7 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Latents have the shape [images, channels, height, width]; those of diffusers, with patches as channels, are
         taken too.
@@ -241,19 +236,11 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
             image: With a mask, what inpainting starts from, as in the Stable Diffusion families; the model reads it as
                 a reference image, too. Without a mask, one or several reference images, of any sizes; LoRAs act on them
                 only if a concept says so (`Concept.references`), and regions are those of the image that is made.
-            concepts: As for `ComposePipeline.__call__`.
             method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the double-stream blocks.
-            mask_image: As in `ComposeStableDiffusionPipeline.__call__`, as are the three arguments after the next.
             image_reference: A further image that inpainting reads; cannot be combined with concepts yet.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         repaints = paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop))
         reference, image = (None, image) if repaints else (image, None)

@@ -64,7 +64,7 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Args:
             image: One or several reference images, as in `ComposeFlux2KleinPipeline.__call__`.

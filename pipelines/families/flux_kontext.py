@@ -76,13 +76,12 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Args:
             image: The reference image, which is read at a size that the model knows, and is the same for all images;
                 LoRAs act on it only if a concept says so (`Concept.references`), and regions are those of the image
                 that is made.
-            concepts: As for `ComposePipeline.__call__`, as are the four arguments after it.
             mask_image: Not supported, as are the three arguments after it.
 
         Returns:

@@ -40,7 +40,7 @@ from lora_compose.pipelines.families.flow_matching import (
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
-from lora_compose.pipelines.images.from_image import FromImage, Source
+from lora_compose.pipelines.images.from_image import Source
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.support.notes import warn
@@ -53,11 +53,6 @@ class QwenImageCalls(TemplatePipeline):
 
     transformer_class = QwenImageTransformer2DModel
     starts_from_latents = False  # diffusers reads them with a frame axis
-
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: diffusers opens no checkpoints in one file for these pipelines."""
-        return False
 
     def _request(
         self,
@@ -212,7 +207,7 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
         With concepts, `output_type="latent"` returns them packed, as diffusers does.
@@ -221,18 +216,10 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
             negative_prompt: Without one, or negative embeddings, there is no guidance, as in diffusers.
             guidance_scale: Not read, as in diffusers: no model of this family has distilled guidance.
             max_sequence_length: With concepts texts are also padded to so many tokens; the padding is masked.
-            concepts: As for `ComposePipeline.__call__`.
             method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
             record_attention: Maps come from the last third of the blocks.
-            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         width, height = self._sides(width, height)
         given = dict(locals())
@@ -243,10 +230,6 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
         size = self._size(width, height) if source is None else source.size
         tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
         return self._request(begun, given, size, tokens, self._encoded, source=source)
-
-    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        self._check_plain_texts(arguments["prompt"], arguments["negative_prompt"])
-        return arguments
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; the padding is masked."""

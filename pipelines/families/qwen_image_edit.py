@@ -70,7 +70,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Args:
             image: One or several reference images, of any sizes, which are the same for all images; LoRAs act on them
@@ -81,12 +81,6 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
                 and longer ones are refused; the padding is masked.
             token_positions: Positions among the tokens that the model reads, those of reference images included.
             mask_image: Not supported, as are the three arguments after it.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         reference = image
         if reference is None or (isinstance(reference, list | tuple) and not reference):

@@ -7,10 +7,20 @@ import torch
 from diffusers import AsymmetricAutoencoderKL
 from torch import Tensor
 
-from lora_compose.pipelines.calls.call import Call, Sampling, check_latents, listed
+from lora_compose.pipelines.calls.call import (
+    Call,
+    Callback,
+    GivenPrompts,
+    ImageSize,
+    Sampling,
+    check_latents,
+    listed,
+    tensors_for,
+)
+from lora_compose.pipelines.calls.front import Begun
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.concepts.tags import check_no_tags
-from lora_compose.pipelines.control import PreparedImagePrompts, prepare_image_prompts
+from lora_compose.pipelines.control import prepare_image_prompts
 from lora_compose.pipelines.denoising.guidance import Embedded, Guider, Rescaled
 from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
 from lora_compose.pipelines.denoising.sampler import Schedule
@@ -110,18 +120,48 @@ class UNetPipeline(ImageTasksPipeline):
             inputs["timestep_cond"] = ByImage(embedding.to(self._execution_device, self.unet.dtype))
         return inputs
 
-    def _image_prompts(
+    def _call(
         self,
-        image: Any,
-        embeds: list[Tensor] | None,
-        cross_attention_kwargs: Mapping[str, Any] | None,
-        guider: Guider,
-        images: int,
-        size: tuple[int, int],
-    ) -> PreparedImagePrompts | None:
-        """The images of a call for the IP-Adapters of the UNet."""
-        masks = (cross_attention_kwargs or {}).get("ip_adapter_masks")
-        return prepare_image_prompts(self, image, embeds, masks, guided=guider.scale > 1, images=images, size=size)
+        begun: Begun,
+        given: Mapping[str, Any],
+        prompts: GivenPrompts,
+        width: int,
+        height: int,
+        source: Source | None,
+    ) -> Call:
+        """A call with concepts.
+
+        Args:
+            given: The arguments of `__call__`, by name.
+        """
+        size = ImageSize(width, height, given["num_images_per_prompt"] or 1)
+        images = len(prompts) * size.images_per_prompt
+        scale, attention, adapters = given["guidance_scale"], given["cross_attention_kwargs"], given["ip_adapter_image"]
+        embeds, denoising_end = given["ip_adapter_image_embeds"], given.get("denoising_end")
+        guider = self._guider(scale, given["guidance_rescale"])
+        sampling = Sampling(
+            given["num_inference_steps"], given["timesteps"], given["sigmas"], denoising_end, given["generator"],
+            given["latents"], given["eta"], guider,
+        )  # fmt: skip
+        callback = given["callback_on_step_end"]
+        tensors = tensors_for(callback, given["callback_on_step_end_tensor_inputs"])
+        return Call(
+            begun.composition, prompts, size, sampling, Callback(callback, tensors), begun.started,
+            self._inputs(scale, images, attention),
+            {
+                "_guidance_scale": scale, "_guidance_rescale": given["guidance_rescale"],
+                "_clip_skip": given["clip_skip"], "_cross_attention_kwargs": attention, "_denoising_end": denoising_end,
+            },
+            source,
+            {
+                "guidance_scale": scale, "negative_prompt": prompts.negative[0][0] if prompts.negative[0] else None,
+                "ip_adapter_image": adapters, "ip_adapter_image_embeds": embeds,
+            },
+            prepare_image_prompts(
+                self, adapters, embeds, (attention or {}).get("ip_adapter_masks"), guided=guider.scale > 1,
+                images=images, size=(width, height),
+            ),
+        )  # fmt: skip
 
     # Texts with weights, and texts longer than a text encoder reads at once.
 
@@ -198,19 +238,6 @@ class UNetPipeline(ImageTasksPipeline):
         return {**arguments, **dict.fromkeys(known), **dict(zip(EMBEDS, found, strict=False))}
 
     # Calls that start from an image.
-
-    def _repaint(
-        self,
-        guidance_scale: float,
-        negative: Sequence[Sequence[str]],
-        ip_adapter_image: Any,
-        ip_adapter_image_embeds: Any,
-    ) -> Mapping[str, Any]:
-        """Arguments of calls that repaint the subjects of images."""
-        return {
-            "guidance_scale": guidance_scale, "negative_prompt": negative[0][0] if negative[0] else None,
-            "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds,
-        }  # fmt: skip
 
     @property
     def inpaints_as_diffusers(self) -> bool:

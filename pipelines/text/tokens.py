@@ -147,9 +147,6 @@ def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], con
         prompt: The text, with composed letters (NFC).
         span: Of characters in it.
         concept: Whose words they are, for messages.
-
-    Raises:
-        ValueError: As for `locate`.
     """
     if isinstance(tokenizer, TemplateTokenizer):
         return tokenizer.positions(prompt, *span)
