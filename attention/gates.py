@@ -16,7 +16,7 @@ from lora_compose.attention.sites import Grid, Site, SitePart, grid_at
 
 
 class GateKey(NamedTuple):
-    """What a bank layer asks for; layers with equal keys share one expanded tensor."""
+    """The gates that a bank layer needs; layers with equal keys share one expanded tensor."""
 
     site: Site
     convolution: bool
@@ -132,9 +132,9 @@ class Gates:
 
     def _of(self, site: Site, lengths: Sequence[int]) -> Tensor:
         if site.parts == ("modulation", "reference"):
-            gate, there = self._modulation, self.reference_modulation
-            both = (gate, torch.zeros_like(gate) if there is None else there)
-            return torch.cat([one.expand(len(lengths), -1) for one in both])
+            gate, of_references = self._modulation, self.reference_modulation
+            both = (gate, torch.zeros_like(gate) if of_references is None else of_references)
+            return torch.cat([half.expand(len(lengths), -1) for half in both])
         gate = self._by_position(site, lengths)
         if site.in_line and gate.dim() == 4:
             gate = gate.expand(-1, -1, max(lengths), -1).transpose(0, 1).flatten(1, 2)

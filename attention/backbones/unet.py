@@ -306,8 +306,8 @@ class ComposeAttnProcessor:
         if self._images is not None:
             regions = self._state.inputs.regions
             read = self._images.read(self._kernel, query, images, ip_adapter_masks)
-            for one in read if regions is None else (regions.at_queries(self._layer.level, x) for x in read):
-                hidden_states = hidden_states + one
+            for of_image in read if regions is None else (regions.at_queries(self._layer.level, x) for x in read):
+                hidden_states = hidden_states + of_image
         to_out: Any = attn.to_out
         project, dropout = to_out
         hidden_states = dropout(project(hidden_states))

@@ -1,4 +1,4 @@
-"""What planning a call and the loop need of whatever paints: one of our pipelines, or another program."""
+"""The host of a call, as planning and the loop need it: one of our pipelines, or another program that paints."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol

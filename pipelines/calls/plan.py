@@ -47,7 +47,7 @@ class PromptsOfSet:
     """The prompts that have one concept set.
 
     Attributes:
-        indices: Which prompts of the call.
+        indices: Indices of the prompts in the call.
         token_masks: Positions of the words of the set's concepts in the prompts.
     """
 

@@ -81,7 +81,7 @@ class Denoiser:
         """The denoiser of one of several concept sets; its costs are counted together.
 
         Args:
-            images: Its images in the batch.
+            images: Indices of its images in the batch.
         """
         columns = concepts.columns or range(len(concepts.loaded))
         part = Denoiser(

@@ -20,7 +20,7 @@ class MicroBatch:
     """Rows that are run together.
 
     Attributes:
-        rows: Their slice of all rows.
+        rows: The slice of all rows.
     """
 
     text: Conditioning

@@ -84,7 +84,7 @@ class SetRunner(Runner, Protocol):
         """The runner of one of several concept sets.
 
         Args:
-            images: Its images in the batch.
+            images: Indices of its images in the batch.
         """
         ...
 

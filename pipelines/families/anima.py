@@ -59,12 +59,12 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
     """The components of diffusers' `AnimaModularPipeline`, in calls that may name concepts.
 
     Args:
-        tokenizer: Of the text encoder.
+        tokenizer: The tokenizer of the text encoder.
         text_encoder: Qwen3.
-        t5_tokenizer: Its tokens are the positions that the transformer reads; there is no T5.
+        t5_tokenizer: T5's, whose tokens are the positions that the transformer reads; there is no T5.
         text_conditioner: Makes the text of the transformer from both.
         transformer: The denoiser.
-        vae: That of Qwen-Image, for videos of one frame.
+        vae: Qwen-Image's VAE, for videos of one frame.
     """
 
     family = "Anima"
@@ -107,7 +107,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         """Opens a folder or hub repository with a `modular_model_index.json`.
 
         Args:
-            options: Those of `AnimaModularPipeline.from_pretrained` for the hub, and those of `load_components`, such
+            options: Options of `AnimaModularPipeline.from_pretrained` for the hub, and of `load_components`, such
                 as `dtype`.
 
         Raises:
@@ -285,11 +285,11 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         """As diffusers draws it: in fp32, with a frame axis."""
-        canvas, found = plan.canvas, call.sampling.latents
-        if found is None:
+        canvas, latents = plan.canvas, call.sampling.latents
+        if latents is None:
             shape = self._other_shapes(self._latent_shape(canvas))[0]
-            found = randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
-        return found.reshape(self._latent_shape(canvas)).to(canvas.device, torch.float32)
+            latents = randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
+        return latents.reshape(self._latent_shape(canvas)).to(canvas.device, torch.float32)
 
     def _task(self, inpaints: bool) -> ImageTask:
         task = "inpainting" if inpaints else "image-to-image"

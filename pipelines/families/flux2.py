@@ -48,7 +48,7 @@ from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
 class Flux2Calls(ReferencesPipeline, TemplatePipeline):
-    """What calls of FLUX.2-klein and FLUX.2-dev have in common."""
+    """Calls of FLUX.2-klein and FLUX.2-dev."""
 
     transformer_class = Flux2Transformer2DModel
     named_channels = "num_latents_channels"
@@ -150,14 +150,14 @@ class Flux2Calls(ReferencesPipeline, TemplatePipeline):
         Raises:
             ValueError: For tensors, and images that are too small or too long.
         """
-        found, unit, most = [], self.vae_scale_factor * PATCH, 1024 * 1024
+        references, unit, most = [], self.vae_scale_factor * PATCH, 1024 * 1024
         for image in reference_images(given):
             self.image_processor.check_image_input(image)
             if image.width * image.height > most:
                 image = self.image_processor._resize_to_target_area(image, most)
             width, height = (side // unit * unit for side in image.size)
-            found.append(self.image_processor.preprocess(image, height=height, width=width, resize_mode="crop"))
-        return found
+            references.append(self.image_processor.preprocess(image, height=height, width=width, resize_mode="crop"))
+        return references
 
     def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
         tokens, _ = self.prepare_image_latents(

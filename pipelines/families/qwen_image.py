@@ -49,7 +49,7 @@ from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
 class QwenImageCalls(TemplatePipeline):
-    """What calls of Qwen-Image and of its edit models, which have the same transformer, have in common."""
+    """Calls of Qwen-Image and of its edit models, which have the same transformer."""
 
     transformer_class = QwenImageTransformer2DModel
     starts_from_latents = False  # diffusers reads them with a frame axis
@@ -71,9 +71,9 @@ class QwenImageCalls(TemplatePipeline):
         Args:
             given: The arguments of `__call__`, by name.
             size: Width and height of the images, in pixels.
-            tokens: Of every text.
+            tokens: Tokens of every text.
             encoded: From texts and their number of tokens to the input of the model; options as for `encode_prompt`.
-            tokenizers: Those of this call; None means the pipeline's.
+            tokenizers: Tokenizers of this call; None means the pipeline's.
         """
         prompt, prompt_embeds, per_prompt = begun.prompt, given["prompt_embeds"], given["num_images_per_prompt"]
         negative_prompt, negative_prompt_embeds = given["negative_prompt"], given["negative_prompt_embeds"]

@@ -94,7 +94,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         images = reference_images(reference)
         own_width, own_height = self.size_from(images)
         size = self._rounded(width or own_width), self._rounded(height or own_height)
-        read = [self._resized(one, plain.CONDITION_IMAGE_SIZE) for one in images]
+        read = [self._resized(image, plain.CONDITION_IMAGE_SIZE) for image in images]
         tokens, tokenizers = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1], None
         if prompt_embeds is None:
             shown = self._shown(read)
@@ -102,7 +102,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
             tokenizers = [self._template(tokens, shown)]
         return self._request(
             begun, given, size, tokens, partial(self._encoded, images=read), tokenizers=tokenizers,
-            references=[self._prepared(one) for one in images],
+            references=[self._prepared(image) for image in images],
         )  # fmt: skip
 
     def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:
@@ -142,7 +142,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         to: dict[str, Any] = {"device": self._execution_device, "dtype": self.vae.dtype}
         encode: Any = self._encode_vae_image
         latents = [encode(image[:, :, None].to(**to), generator=None)[:, :, 0] for image in references]
-        return torch.cat([packed(one) for one in latents], dim=1)
+        return torch.cat([packed(image_latents) for image_latents in latents], dim=1)
 
     def _shown(self, images: Sequence[Image.Image]) -> str:
         """The text that stands for reference images before a prompt, each with as many tokens as the encoder reads."""

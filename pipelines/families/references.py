@@ -38,7 +38,7 @@ class ReferencesPipeline(FlowMatchingPipeline):
     def _grids(self, references: Sequence[Tensor]) -> list[Grid]:
         """Height and width of reference images, in tokens."""
         unit = self.vae_scale_factor * PATCH
-        return [(one.shape[-2] // unit, one.shape[-1] // unit) for one in references]
+        return [(image.shape[-2] // unit, image.shape[-1] // unit) for image in references]
 
     def _of_references(self, call: Call) -> Mapping[str, Any]:
         if not call.references:
@@ -52,7 +52,7 @@ class ReferencesPipeline(FlowMatchingPipeline):
 def opened(given: Any) -> Any:
     """The reference images of a call without concepts, whose paths diffusers cannot read."""
     if isinstance(given, list | tuple):
-        return [opened(one) for one in given]
+        return [opened(image) for image in given]
     return read_images(given)[0] if isinstance(given, str | Path) else given
 
 
@@ -62,10 +62,10 @@ def reference_images(given: Any) -> list[Image.Image]:
     Raises:
         ValueError: For tensors.
     """
-    found = []
-    for one in [] if given is None else given if isinstance(given, list | tuple) else [given]:
-        read = read_images(one)
+    images = []
+    for entry in [] if given is None else given if isinstance(given, list | tuple) else [given]:
+        read = read_images(entry)
         if isinstance(read, Tensor):
             raise ValueError("reference images are PIL images, paths or 8-bit arrays, not tensors")
-        found += read
-    return found
+        images += read
+    return images

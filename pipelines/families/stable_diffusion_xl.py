@@ -218,7 +218,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             )
 
     def _texts(self, prompt: str | list[str] | None, prompt_2: str | list[str] | None) -> list[list[str]]:
-        """What each tokenizer reads."""
+        """The texts for each tokenizer."""
         texts = [listed(prompt), listed(prompt_2 or prompt)]
         if len(texts[0]) != len(texts[1]):
             raise ValueError(f"there are {len(texts[0])} prompts, but {len(texts[1])} in prompt_2")
@@ -254,11 +254,12 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         config: Mapping[str, Any] = self.vae.config
-        found = [config.get(name) for name in ("latents_mean", "latents_std")]  # some kinds of VAE do not know them
-        if None in found:
+        # Some kinds of VAE do not know them.
+        statistics = [config.get(name) for name in ("latents_mean", "latents_std")]
+        if None in statistics:
             return latents / config["scaling_factor"]
         mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1) for values in found
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1) for values in statistics
         )
         return latents * std / config["scaling_factor"] + mean
 

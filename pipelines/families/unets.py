@@ -1,4 +1,4 @@
-"""What the pipelines with a UNet have in common: sizes, start noise or image, inputs of distilled models."""
+"""The base class of the pipelines with a UNet: sizes, start noise or image, inputs of distilled models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -180,7 +180,7 @@ class UNetPipeline(ImageTasksPipeline):
         Args:
             texts: By the names that `encode_prompt` of diffusers has for them: prompts, then negative prompts.
             images_per_prompt: Rows of each prompt.
-            scale: Of adapters in the text encoders.
+            scale: Scale of adapters in the text encoders.
 
         Returns:
             What `encode_prompt` returns.
@@ -204,15 +204,15 @@ class UNetPipeline(ImageTasksPipeline):
                     "weights in prompts do not go with clip_skip or with a scale in cross_attention_kwargs; leave out "
                     "one of them"
                 )
-            found = []
+            features = []
             for name, part in TOKENIZERS.items():
                 if self.components.get(part) is not None:
-                    text = given[min(len(found), len(given) - 1)]
-                    found.append(weighted_embeds(
+                    text = given[min(len(features), len(given) - 1)]
+                    features.append(weighted_embeds(
                         getattr(self, name), getattr(self, part), text, self._execution_device,
                         penultimate=self.reads_penultimate, expand=self.maybe_convert_prompt,
                     ))  # fmt: skip
-            return torch.cat(found, dim=-1)
+            return torch.cat(features, dim=-1)
 
         return reading.encode(columns, encode, weighted, images_per_prompt)
 
@@ -231,11 +231,11 @@ class UNetPipeline(ImageTasksPipeline):
         reading = Reading.of(self.tokenizers_for([]), prompts, negative)
         guided = arguments["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
         known = [name for name in TEXTS if name in arguments]
-        found = self.read_texts(
+        embeds = self.read_texts(
             reading, {name: arguments[name] for name in known}, 1, guided=guided, clip_skip=arguments["clip_skip"],  # pyright: ignore[reportArgumentType]
             scale=(arguments["cross_attention_kwargs"] or {}).get("scale"),
         )  # fmt: skip
-        return {**arguments, **dict.fromkeys(known), **dict(zip(EMBEDS, found, strict=False))}
+        return {**arguments, **dict.fromkeys(known), **dict(zip(EMBEDS, embeds, strict=False))}
 
     # Calls that start from an image.
 

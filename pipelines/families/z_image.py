@@ -144,10 +144,10 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
                 own = (for_each(negative_prompt, len(given)), negative_prompt_embeds)
             words, embeds = own if prompts is None else (prompts, None)
             encode_prompt: Any = self._encode_prompt
-            found = encode_prompt(
+            features = encode_prompt(
                 list(words), device=device, prompt_embeds=embeds, max_sequence_length=max_sequence_length
             )
-            rows = [row for row in found for _ in range(per_prompt)]
+            rows = [row for row in features for _ in range(per_prompt)]
             return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
 
         def decode(latents: Tensor, process: Process) -> tuple[Any]:

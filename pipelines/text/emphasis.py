@@ -63,7 +63,7 @@ class Emphasis:
         return " ".join(text if weight == 1 else f"({text}:{weight:g})" for text, weight in escaped)
 
     def _weight_at(self, i: int) -> float:
-        """Of a character; a blank has that of the word before it."""
+        """The weight of a character; a blank has that of the word before it."""
         while i > 0 and self.text[i].isspace():
             i -= 1
         return self.weights[i]
