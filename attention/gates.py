@@ -60,11 +60,7 @@ class Gates:
         return self._each(lambda gate: _rows(gate, rows, -3), lambda gate: _rows(gate, rows, -2))
 
     def scatter_concepts(self, columns: Sequence[int], concepts: int) -> "Gates":
-        """The gates as columns of a larger concept set; the other columns are 0.
-
-        Args:
-            columns: The new index of each concept.
-        """
+        """The gates as columns, the new index of each concept, of a larger concept set; the other columns are 0."""
         return self._each(lambda gate: scatter_concepts(gate, columns, concepts))
 
     def strongest(self, columns: Sequence[int]) -> "Gates":

@@ -295,11 +295,7 @@ class BankLayer(nn.Module):
         return self.add(self.base(x), x)
 
     def add(self, out: Tensor, x: Tensor) -> Tensor:
-        """Adds the gated deltas of all concepts to an output of the layer.
-
-        Args:
-            out: The output, which may be changed in place.
-        """
+        """Adds the gated deltas of all concepts to an output of the layer, which may be changed in place."""
         if self.transforms is not None:
             alone = base_layer(self.layer) is self.layer
             out = self.transforms.add(out, x, self.base if alone else base_layer(self.layer), alone, self.gates)

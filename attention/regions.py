@@ -72,11 +72,7 @@ class RegionQueries:
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """The cells of one grid, divided by their regions.
-
-    Attributes:
-        groups: Every cell is in one of them.
-    """
+    """The cells of one grid, divided by their regions: every cell is in one of the groups."""
 
     groups: Sequence[Group]
     queries: RegionQueries

@@ -27,11 +27,7 @@ PROCESSORS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXForme
 
 @dataclass(frozen=True)
 class ImageAttention:
-    """The images that one cross-attention layer reads.
-
-    Attributes:
-        processor: diffusers' processor of the layer.
-    """
+    """The images that one cross-attention layer reads, by diffusers' processor of the layer."""
 
     processor: Any
 

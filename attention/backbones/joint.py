@@ -178,11 +178,7 @@ def with_references(
 
 @dataclass(frozen=True)
 class JointKernel:
-    """diffusers' attention with recording of maps and with regions.
-
-    Attributes:
-        attend: diffusers' `dispatch_attention_fn`.
-    """
+    """diffusers' attention (`attend`, its `dispatch_attention_fn`) with recording of maps and with regions."""
 
     layer: str
     site: Site

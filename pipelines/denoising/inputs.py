@@ -14,11 +14,7 @@ from lora_compose.pipelines.control import View, repeated
 
 @dataclass(frozen=True, eq=False)
 class ByImage:
-    """An argument with a value for each image.
-
-    Attributes:
-        values: Shape: [images or 1, ...].
-    """
+    """An argument with a value for each image. Shape: [images or 1, ...]."""
 
     values: Tensor
 

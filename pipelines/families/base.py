@@ -323,11 +323,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         return None
 
     def prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
-        """The tokenizers of the prompt.
-
-        Args:
-            length: Tokens of an encoded text; None means as many as the tokenizer says.
-        """
+        """The tokenizers of the prompt, for texts of so many tokens; None means as many as the tokenizer says."""
         expand = textual_inversions.expander(self.maybe_convert_prompt)
         tokenizers = textual_inversions.tokenizers.items()
         named = [tokenizer for name, tokenizer in tokenizers if name in self.text_tokenizers]

@@ -129,11 +129,7 @@ class UNetPipeline(ImageTasksPipeline):
         height: int,
         source: Source | None,
     ) -> Call:
-        """A call with concepts.
-
-        Args:
-            given: The arguments of `__call__`, by name.
-        """
+        """A call with concepts, from the arguments of `__call__` by name."""
         size = ImageSize(width, height, given["num_images_per_prompt"] or 1)
         images = len(prompts) * size.images_per_prompt
         scale, attention, adapters = given["guidance_scale"], given["cross_attention_kwargs"], given["ip_adapter_image"]
@@ -270,11 +266,7 @@ class UNetPipeline(ImageTasksPipeline):
             )
 
     def cells_of(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Latents as callbacks have them, in their height and width.
-
-        Args:
-            size: Width and height of the image in pixels.
-        """
+        """Latents as callbacks have them, in their height and width; `size` is that of the image in pixels."""
         return latents
 
     def pixels_of(self, cells: Tensor) -> Tensor:

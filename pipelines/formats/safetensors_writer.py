@@ -60,11 +60,7 @@ class SafetensorsWriter:
         self._end += entry.bytes
 
     def write(self, file: BinaryIO, metadata: Mapping[str, str]) -> None:
-        """Writes a whole file.
-
-        Args:
-            file: The file to write to, from its current position.
-        """
+        """Writes a whole file, from the current position."""
         ordered = sorted(self._entries.items(), key=lambda item: -item[1].dtype.itemsize)
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         position = 0

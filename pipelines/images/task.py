@@ -30,11 +30,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class TextToImage:
-    """Starts from noise and restores nothing.
-
-    Attributes:
-        noise: The start noise, scaled for the scheduler.
-    """
+    """Starts from noise, scaled for the scheduler, and restores nothing."""
 
     noise: Callable[[], Tensor]
 

@@ -61,11 +61,7 @@ def keep(session: PageSession) -> None:
 
 
 def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> None:
-    """Writes a form into the fields, replacing their values.
-
-    Args:
-        loras: The concepts' LoRAs by name; None for missing ones.
-    """
+    """Writes a form into the fields, replacing their values; of missing LoRAs `loras` has None, by concept."""
     values: dict[str, Any] = {
         PROMPT: form.prompt,
         NEGATIVE: form.negative_prompt,
