@@ -15,10 +15,8 @@ from lora_compose.pipelines.calls.call import Concepts, Generators
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.qwen_image import QwenImageCalls, padded
-from lora_compose.pipelines.families.references import ReferencesPipeline, opened, reference_images
-from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
@@ -108,17 +106,6 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
     def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """As `ReferencesPipeline.size_from`: the shape of the last one, with 1024 x 1024 pixels in all."""
         return plain.calculate_dimensions(1024 * 1024, images[-1].width / images[-1].height)
-
-    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        self._check_plain_texts(arguments["prompt"], arguments["negative_prompt"])
-        image = opened(arguments.pop("reference"))
-        return {**arguments, "image": image}
-
-    def _task(self, inpaints: bool) -> ImageTask:
-        raise ValueError(
-            f"{self.family} reads image as a reference image, and inpaints nothing here; leave out mask_image, "
-            "strength, padding_mask_crop and paste_original, or use Qwen-Image"
-        )
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Never: the text of this family has reference images.
