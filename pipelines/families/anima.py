@@ -25,18 +25,7 @@ from torch import Tensor
 
 from lora_compose.attention.backbones.cosmos import with_padding_mask
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.calls.call import (
-    Call,
-    Callback,
-    Concepts,
-    Generators,
-    GivenPrompts,
-    ImageSize,
-    Sampling,
-    listed,
-    refuse_unknown,
-    tensors_for,
-)
+from lora_compose.pipelines.calls.call import Call, Concepts, Generators, GivenPrompts, listed, refuse_unknown
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.control import Control
@@ -197,11 +186,11 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
             record_attention: Maps come from the last third of the blocks.
             image: Refused, as are the four arguments after it.
         """
-        begun = self._begin(locals())
+        asked = dict(locals())
+        begun = self._begin(asked)
         if begun.plain is not None:
             return begun.plain
         prompt = begun.prompt
-        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if prompt is None:
             raise ValueError("Anima needs a prompt; it cannot be given embeddings")
         if guidance_scale < 1:
@@ -213,11 +202,8 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         given = GivenPrompts([listed(prompt)], None, max_sequence_length, [listed(negative_prompt)])
         width, height = self._size(width, height)
         guided, guider = guidance_scale > 1, ClassifierFree(guidance_scale)
-        call = Call(
-            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider),
-            Callback(callback_on_step_end, tensors), begun.started, {}, {"_guidance_scale": guidance_scale},
-        )  # fmt: skip
+        properties = {"_guidance_scale": guidance_scale}
+        call = begun.call(asked, given, (width, height), num_images_per_prompt, guider, properties=properties)
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             words = prompts or (for_each(negative_prompt, len(given)) if negative else listed(prompt))

@@ -16,12 +16,9 @@ from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.pipelines.calls.call import (
     Call,
-    Callback,
     Concepts,
     Generators,
     GivenPrompts,
-    ImageSize,
-    Sampling,
     check_arguments,
     listed,
     tensors_for,
@@ -74,22 +71,18 @@ class Flux2Calls(ReferencesPipeline, TemplatePipeline):
         negative_prompt_embeds = given.get("negative_prompt_embeds")  # FLUX.2-dev has none
         guidance_scale, attention_kwargs = given["guidance_scale"], given["attention_kwargs"]
         per_prompt, max_sequence_length = given["num_images_per_prompt"], given["max_sequence_length"]
-        text_encoder_out_layers, callback_on_step_end = given["text_encoder_out_layers"], given["callback_on_step_end"]
-        tensors = tensors_for(callback_on_step_end, given["callback_on_step_end_tensor_inputs"])
+        text_encoder_out_layers = given["text_encoder_out_layers"]
         cfg_scale = self._cfg_of(guidance_scale)
         prompts_given = GivenPrompts(None if prompt is None else [listed(prompt)], prompt_embeds, max_sequence_length)
         check_negative_embeds(prompts_given, negative_prompt_embeds if cfg_scale > 1 else None)
-        call = Call(
-            begun.composition, prompts_given, ImageSize(*size, per_prompt),
-            Sampling(
-                given["num_inference_steps"], None, given["sigmas"], None, given["generator"], given["latents"],
-                guider=ClassifierFree(cfg_scale),
-            ),
-            Callback(callback_on_step_end, tensors), begun.started,
-            {"joint_attention_kwargs": attention_kwargs, **inputs},
-            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
-            source,
-            {
+        call = begun.call(
+            given, prompts_given, size, per_prompt, ClassifierFree(cfg_scale),
+            inputs={"joint_attention_kwargs": attention_kwargs, **inputs},
+            properties={
+                "_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None,
+            },
+            source=source,
+            repaint={
                 "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length,
                 "text_encoder_out_layers": text_encoder_out_layers,
             },

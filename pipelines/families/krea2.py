@@ -9,18 +9,7 @@ from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor
 
 from lora_compose.attention.backbones.joint import packed
-from lora_compose.pipelines.calls.call import (
-    Call,
-    Callback,
-    Concepts,
-    Generators,
-    GivenPrompts,
-    ImageSize,
-    Sampling,
-    check_arguments,
-    listed,
-    tensors_for,
-)
+from lora_compose.pipelines.calls.call import Concepts, Generators, GivenPrompts, check_arguments, listed, tensors_for
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
@@ -113,11 +102,12 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         texts = None if prompt is None else [listed(prompt)]
         given = GivenPrompts(texts, embeds, max_sequence_length, [listed(negative_prompt)])
         check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
-        call = Call(
-            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=ClassifierFree(cfg_scale)),
-            Callback(callback_on_step_end, tensors), begun.started, {"attention_kwargs": attention_kwargs},
-            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
+        call = begun.call(
+            asked, given, (width, height), num_images_per_prompt, ClassifierFree(cfg_scale),
+            inputs={"attention_kwargs": attention_kwargs},
+            properties={
+                "_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None,
+            },
         )  # fmt: skip
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:

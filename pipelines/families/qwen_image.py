@@ -15,18 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_compose.attention.backbones.joint import PATCH, packed
-from lora_compose.pipelines.calls.call import (
-    Call,
-    Callback,
-    Concepts,
-    Generators,
-    GivenPrompts,
-    ImageSize,
-    Sampling,
-    check_arguments,
-    listed,
-    tensors_for,
-)
+from lora_compose.pipelines.calls.call import Concepts, Generators, GivenPrompts, check_arguments, listed, tensors_for
 from lora_compose.pipelines.calls.front import Begun, Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import TokenNorms
@@ -82,9 +71,8 @@ class QwenImageCalls(TemplatePipeline):
         max_sequence_length, output_type = given["max_sequence_length"], given["output_type"] or "np"
         check_arguments(given["kwargs"], (), attention_kwargs, "attention_kwargs")
         tensors = tensors_for(callback_on_step_end, given["callback_on_step_end_tensor_inputs"])
-        width, height = size
         self.check_inputs(
-            prompt, height=height, width=width, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            prompt, height=size[1], width=size[0], negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds, prompt_embeds_mask=given["prompt_embeds_mask"],
             negative_prompt_embeds_mask=given["negative_prompt_embeds_mask"],
             callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
@@ -94,16 +82,14 @@ class QwenImageCalls(TemplatePipeline):
         texts = None if prompt is None else [listed(prompt)]
         prompts_given = GivenPrompts(texts, prompt_embeds, tokens, [listed(negative_prompt)], tokenizers)
         check_negative_embeds(prompts_given, negative_prompt_embeds if cfg_scale > 1 else None)
-        call = Call(
-            begun.composition, prompts_given, ImageSize(width, height, per_prompt),
-            Sampling(
-                given["num_inference_steps"], None, given["sigmas"], None, given["generator"], given["latents"],
-                guider=TokenNorms(cfg_scale, PATCH),
-            ),
-            Callback(callback_on_step_end, tensors), begun.started, {"attention_kwargs": attention_kwargs},
-            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
-            source,
-            {
+        call = begun.call(
+            given, prompts_given, size, per_prompt, TokenNorms(cfg_scale, PATCH),
+            inputs={"attention_kwargs": attention_kwargs},
+            properties={
+                "_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None,
+            },
+            source=source,
+            repaint={
                 "true_cfg_scale": true_cfg_scale, "negative_prompt": (listed(negative_prompt) or [None])[0],
                 "max_sequence_length": max_sequence_length,
             },

@@ -7,16 +7,7 @@ import torch
 from diffusers import AsymmetricAutoencoderKL
 from torch import Tensor
 
-from lora_compose.pipelines.calls.call import (
-    Call,
-    Callback,
-    GivenPrompts,
-    ImageSize,
-    Sampling,
-    check_latents,
-    listed,
-    tensors_for,
-)
+from lora_compose.pipelines.calls.call import Call, GivenPrompts, Sampling, check_latents, listed
 from lora_compose.pipelines.calls.front import Begun
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.concepts.tags import check_no_tags
@@ -130,30 +121,23 @@ class UNetPipeline(ImageTasksPipeline):
         source: Source | None,
     ) -> Call:
         """A call with concepts, from the arguments of `__call__` by name."""
-        size = ImageSize(width, height, given["num_images_per_prompt"] or 1)
-        images = len(prompts) * size.images_per_prompt
+        per_prompt = given["num_images_per_prompt"] or 1
+        images = len(prompts) * per_prompt
         scale, attention, adapters = given["guidance_scale"], given["cross_attention_kwargs"], given["ip_adapter_image"]
-        embeds, denoising_end = given["ip_adapter_image_embeds"], given.get("denoising_end")
-        guider = self._guider(scale, given["guidance_rescale"])
-        sampling = Sampling(
-            given["num_inference_steps"], given["timesteps"], given["sigmas"], denoising_end, given["generator"],
-            given["latents"], given["eta"], guider,
-        )  # fmt: skip
-        callback = given["callback_on_step_end"]
-        tensors = tensors_for(callback, given["callback_on_step_end_tensor_inputs"])
-        return Call(
-            begun.composition, prompts, size, sampling, Callback(callback, tensors), begun.started,
-            self._inputs(scale, images, attention),
-            {
+        embeds, guider = given["ip_adapter_image_embeds"], self._guider(scale, given["guidance_rescale"])
+        return begun.call(
+            given, prompts, (width, height), per_prompt, guider, inputs=self._inputs(scale, images, attention),
+            properties={
                 "_guidance_scale": scale, "_guidance_rescale": given["guidance_rescale"],
-                "_clip_skip": given["clip_skip"], "_cross_attention_kwargs": attention, "_denoising_end": denoising_end,
+                "_clip_skip": given["clip_skip"], "_cross_attention_kwargs": attention,
+                "_denoising_end": given.get("denoising_end"),
             },
-            source,
-            {
+            source=source,
+            repaint={
                 "guidance_scale": scale, "negative_prompt": prompts.negative[0][0] if prompts.negative[0] else None,
                 "ip_adapter_image": adapters, "ip_adapter_image_embeds": embeds,
             },
-            prepare_image_prompts(
+            image_prompts=prepare_image_prompts(
                 self, adapters, embeds, (attention or {}).get("ip_adapter_masks"), guided=guider.scale > 1,
                 images=images, size=(width, height),
             ),

@@ -13,12 +13,9 @@ from torch.nn.functional import pad
 
 from lora_compose.pipelines.calls.call import (
     Call,
-    Callback,
     Concepts,
     Generators,
     GivenPrompts,
-    ImageSize,
-    Sampling,
     check_arguments,
     listed,
     tensors_for,
@@ -97,7 +94,8 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the layers.
         """
-        begun = self._begin(locals())
+        asked = dict(locals())
+        begun = self._begin(asked)
         if begun.plain is not None:
             return begun.plain
         prompt = begun.prompt
@@ -123,16 +121,15 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         embeds = None if prompt_embeds is None else _stacked(prompt_embeds, tokens)
         texts = None if prompt is None else [listed(prompt)]
         given = GivenPrompts(texts, embeds, max_sequence_length, [listed(negative_prompt)])
-        call = Call(
-            begun.composition, given, ImageSize(width, height, per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider),
-            Callback(callback_on_step_end, tensors), begun.started, {"joint_attention_kwargs": joint_attention_kwargs},
-            {
+        call = begun.call(
+            asked, given, (width, height), per_prompt, guider,
+            inputs={"joint_attention_kwargs": joint_attention_kwargs},
+            properties={
                 "_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs,
                 "_cfg_normalization": cfg_normalization, "_cfg_truncation": cfg_truncation,
             },
-            source,
-            {
+            source=source,
+            repaint={
                 "guidance_scale": guidance_scale, "negative_prompt": (listed(negative_prompt) or [None])[0],
                 "max_sequence_length": max_sequence_length,
             },
