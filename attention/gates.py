@@ -64,11 +64,7 @@ class Gates:
         return self._each(lambda gate: scatter_concepts(gate, columns, concepts))
 
     def strongest(self, columns: Sequence[int]) -> "Gates":
-        """The gates of LoRAs that several concepts share: where these overlap, the one furthest from 0 counts.
-
-        Args:
-            columns: The LoRA of each concept.
-        """
+        """The gates by LoRA, whose column each concept has; where concepts overlap, the one furthest from 0 counts."""
         return self._each(lambda gate: strongest(gate, columns))
 
     def times(self, factors: Tensor) -> "Gates":

@@ -48,11 +48,7 @@ class Host(ReadsText, Protocol):
         ...
 
     def prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
-        """The tokenizers whose tokens the model reads.
-
-        Args:
-            length: Tokens of an encoded text; None means as many as the tokenizer says.
-        """
+        """The tokenizers of the prompt, for texts of so many tokens; None means as many as the tokenizer says."""
         ...
 
     def check_start(self, call: Call, canvas: Canvas) -> None:

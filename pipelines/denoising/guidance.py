@@ -90,11 +90,7 @@ class Rescaled(ClassifierFree):
 
 @dataclass(frozen=True)
 class TokenNorms(ClassifierFree):
-    """Every token of the image, a patch of so many cells per side, keeps the norm that it has without guidance.
-
-    Attributes:
-        patch: Cells per side.
-    """
+    """Every token of the image, a patch of so many cells per side, keeps the norm that it has without guidance."""
 
     patch: int = 2
 

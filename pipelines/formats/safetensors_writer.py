@@ -31,11 +31,7 @@ class _Entry:
 
 
 class SafetensorsWriter:
-    """Collects tensors, and writes them as one file.
-
-    Args:
-        scratch: An empty file, opened for writing and reading, that holds the collected tensors.
-    """
+    """Collects tensors in a scratch file, which is empty and open, and writes them as one file."""
 
     def __init__(self, scratch: BinaryIO) -> None:
         self._scratch = scratch
