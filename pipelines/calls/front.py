@@ -110,8 +110,8 @@ class Begun:
             fields: Further fields of the call.
         """
         sampling = Sampling(
-            given["num_inference_steps"], given.get("timesteps"), given["sigmas"], given.get("denoising_end"),
-            given["generator"], given["latents"], given.get("eta", 0.0), guider,
+            given["num_inference_steps"], given.get("timesteps"), given.get("sigmas"), given.get("denoising_end"),
+            given["generator"], given.get("latents"), given.get("eta", 0.0), guider,
         )  # fmt: skip
         function = given["callback_on_step_end"]
         callback = Callback(function, tensors_for(function, given["callback_on_step_end_tensor_inputs"]))
