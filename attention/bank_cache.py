@@ -23,7 +23,7 @@ PASSING = "of this call alone"
 
 
 class BankKey(NamedTuple):
-    """What a bank was made of: values, so that a bank serves whoever asks for the same."""
+    """LoRAs, device and precision of a bank: values, so that a bank serves whoever asks for the same."""
 
     loras: tuple[Handle, ...]
     device: torch.device
@@ -126,13 +126,13 @@ def _lasting(key: BankKey) -> tuple[Handle, ...]:
 
 
 def _as_made(tensor: Tensor, key: BankKey) -> bool:
-    there = tensor.device.type == key.device.type and tensor.dtype == key.dtype
-    return there and not tensor.is_inference()
+    unmoved = tensor.device.type == key.device.type and tensor.dtype == key.dtype
+    return unmoved and not tensor.is_inference()
 
 
 @dataclass(frozen=True, eq=False)
 class KeptBanks:
-    """Where the bank of an installation may come from, and where it goes.
+    """The cache from which the bank of an installation may come, and into which it goes.
 
     Attributes:
         handles: One for each LoRA; equal ones stand for the same factors.
@@ -163,13 +163,15 @@ def new_bank(
     Raises:
         ValueError: If the weight of a layer with a transform is not to be had, or would be multiplied by too much.
     """
-    there = [kept.cache.factors(handle, key.device, key.dtype) for handle in key.loras] if kept else [None] * len(loras)
+    known: Sequence[ByLayer | None] = [None] * len(loras)
+    if kept:
+        known = [kept.cache.factors(handle, key.device, key.dtype) for handle in key.loras]
     state, layers = ForwardState(), {}
     with as_outside_of_inference_mode():
         for name in dict.fromkeys(name for lora in loras for name in lora):
             parts = {
-                index: _factors(name, lora[name], known, key, modules[name])
-                for index, (lora, known) in enumerate(zip(loras, there, strict=True))
+                index: _factors(name, lora[name], of_lora, key, modules[name])
+                for index, (lora, of_lora) in enumerate(zip(loras, known, strict=True))
                 if name in lora
             }
             layers[name] = BankLayer(parts, where[name], len(loras), state)
@@ -179,10 +181,10 @@ def new_bank(
     return Bank(layers, state)
 
 
-def _factors(name: str, factors: LoraFactors, there: ByLayer | None, key: BankKey, layer: nn.Module) -> LayerFactors:
-    """The factors of one LoRA in one layer: those that are there already, unless the layer has another weight now."""
-    if there is not None and ((transform := there[name].transform) is None or transform.of.is_of(base_layer(layer))):
-        return there[name]
+def _factors(name: str, factors: LoraFactors, known: ByLayer | None, key: BankKey, layer: nn.Module) -> LayerFactors:
+    """The factors of one LoRA in one layer: those that are known, unless the layer has another weight now."""
+    if known is not None and ((transform := known[name].transform) is None or transform.of.is_of(base_layer(layer))):
+        return known[name]
     try:
         return factors.in_model(key.device, key.dtype, layer)
     except ValueError as error:

@@ -131,11 +131,7 @@ class Claim:
 
 @contextmanager
 def claimed(models: Iterable[nn.Module], kind: ClaimKind) -> Iterator[None]:
-    """Inside this block models are claimed.
-
-    Raises:
-        RuntimeError: As `Claim.take`.
-    """
+    """Inside this block models are claimed."""
     claim = Claim(models, kind)
     try:
         try:

@@ -17,7 +17,7 @@ from lora_compose.attention.text_kv import TextKV
 
 @dataclass(frozen=True, eq=False)
 class LayerInputs:
-    """What layers need in a forward pass: made once per pass by `Installation.inputs`, used in every step.
+    """Inputs of the layers in a forward pass: made once per pass by `Installation.inputs`, used in every step.
 
     Attributes:
         gates: Expanded gates by kind of layer; a missing key is an error.
@@ -29,7 +29,7 @@ class LayerInputs:
         lengths: Number of text tokens in each row.
         latent_grid: Height and width of the latents.
         text_bias: Added to the scores between cells and tokens, by level. Shape: [rows, 1, cells, tokens].
-        bias_factors: Its factors, for attention to text and image in one sequence.
+        bias_factors: Factors of that bias, for attention to text and image in one sequence.
         text_end: Minus infinity at tokens that a row does not have, added as well; None if it has all. Shape: [rows, 1,
             1, tokens].
     """
@@ -53,7 +53,7 @@ class LayerInputs:
 
 @dataclass
 class ForwardState:
-    """What the bank layers and attention processors of one model read during a pass.
+    """Inputs and recorders that bank layers and attention processors of one model read during a pass.
 
     Only `Installation.use` writes it. It keeps its content until the next pass, because gradient checkpointing runs the
     forward again during backward.

@@ -16,7 +16,7 @@ from lora_compose.attention.sites import Grid, Site, SitePart, grid_at
 
 
 class GateKey(NamedTuple):
-    """What a bank layer asks for; layers with equal keys share one expanded tensor."""
+    """The gates that a bank layer needs; layers with equal keys share one expanded tensor."""
 
     site: Site
     convolution: bool
@@ -60,19 +60,11 @@ class Gates:
         return self._each(lambda gate: _rows(gate, rows, -3), lambda gate: _rows(gate, rows, -2))
 
     def scatter_concepts(self, columns: Sequence[int], concepts: int) -> "Gates":
-        """The gates as columns of a larger concept set; the other columns are 0.
-
-        Args:
-            columns: The new index of each concept.
-        """
+        """The gates as columns, the new index of each concept, of a larger concept set; the other columns are 0."""
         return self._each(lambda gate: scatter_concepts(gate, columns, concepts))
 
     def strongest(self, columns: Sequence[int]) -> "Gates":
-        """The gates of LoRAs that several concepts share: where these overlap, the one furthest from 0 counts.
-
-        Args:
-            columns: The LoRA of each concept.
-        """
+        """The gates by LoRA, whose column each concept has; where concepts overlap, the one furthest from 0 counts."""
         return self._each(lambda gate: strongest(gate, columns))
 
     def times(self, factors: Tensor) -> "Gates":
@@ -132,9 +124,9 @@ class Gates:
 
     def _of(self, site: Site, lengths: Sequence[int]) -> Tensor:
         if site.parts == ("modulation", "reference"):
-            gate, there = self._modulation, self.reference_modulation
-            both = (gate, torch.zeros_like(gate) if there is None else there)
-            return torch.cat([one.expand(len(lengths), -1) for one in both])
+            gate, of_references = self._modulation, self.reference_modulation
+            both = (gate, torch.zeros_like(gate) if of_references is None else of_references)
+            return torch.cat([half.expand(len(lengths), -1) for half in both])
         gate = self._by_position(site, lengths)
         if site.in_line and gate.dim() == 4:
             gate = gate.expand(-1, -1, max(lengths), -1).transpose(0, 1).flatten(1, 2)

@@ -9,13 +9,7 @@ from torch import Tensor, nn
 from lora_compose.attention.backbones import Backbone
 from lora_compose.attention.bank_cache import Bank, BankKey, KeptBanks, new_bank
 from lora_compose.attention.claims import Journal, claimed, undoing
-from lora_compose.attention.device import (
-    as_outside_of_inference_mode,
-    is_adaptable,
-    modules_of,
-    to_device,
-    uncompiled,
-)
+from lora_compose.attention.device import as_outside_of_inference_mode, is_adaptable, modules_of, to_device, uncompiled
 from lora_compose.attention.fitting import check_sides, shape_at, shape_of
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.gates import Gates, strongest

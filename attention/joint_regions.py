@@ -34,7 +34,7 @@ SiteParts = tuple[SitePart, ...]
 
 
 class PositionKind(NamedTuple):
-    """What a position is, and its texts.
+    """The part to which a position belongs, and its texts.
 
     Attributes:
         part: Text or image; cells of reference images are image.
@@ -50,8 +50,8 @@ class Group:
     """Positions that attend to the same positions.
 
     Attributes:
-        queries: Their indices.
-        keys: Indices of what they attend to.
+        queries: Indices of the positions.
+        keys: Indices of the positions that they attend to.
     """
 
     queries: Tensor
@@ -66,7 +66,7 @@ class JointRegions:
         groups: Groups by the parts of the attention layer's sequence. Layers with other parts attend as in the base
             model.
         unconditional: True for unconditional rows, in any order; they attend as in the base model.
-        base: What unconditional rows attend to: text 0 and the image; None if that is their whole sequence.
+        base: Positions of unconditional rows: text 0 and the image; None if that is their whole sequence.
         hidden: True at padding inside the texts. Shape: [rows, positions].
         positions: Position of each token in its own text, for models that rotate text by it. Shape: [tokens].
         rows: The unconditional rows, and the others; None where there are none.

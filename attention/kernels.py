@@ -18,7 +18,7 @@ class Kernel(Protocol):
         Args:
             query: Shape: [rows, heads, positions, channels].
             key: Shape: [rows, heads, keys, channels].
-            value: The same shape.
+            value: Shape: as `key`.
             bias: Added to the scores of all heads. Shape: [rows, 1, positions, keys]; 1 position is for all.
         """
         ...

@@ -38,7 +38,7 @@ class LoraFactors:
         scale: alpha / rank.
         left: The change is kron(left, scale * up @ down), of a linear layer; None means a left of [[1]]. Shape: [outer
             outputs, outer inputs].
-        transform: What the concept does with the layer's own weight, and with this change; None means nothing. With it,
+        transform: The concept's change of the layer's own weight, and of this change; None means none. With it,
             the rank may be 0.
     """
 
@@ -107,7 +107,7 @@ class LayerFactors(NamedTuple):
     """The factors of one concept in one layer, as they are in the model.
 
     Attributes:
-        up: The same, with the scale.
+        up: As in `LoraFactors`, with the scale.
         transform: As in `LoraFactors`, made for the layer; the factors have it, but those of a Kronecker product.
     """
 
@@ -155,7 +155,7 @@ class Stack(nn.Module):
     """The factors before the gate of several layers that read the same input (`share_input`).
 
     Args:
-        down: Those of all layers, one below the other. Shape: [sum of ranks of all layers, inputs, ...].
+        down: Factors of all layers, one below the other. Shape: [sum of ranks of all layers, inputs, ...].
     """
 
     down: Tensor
@@ -179,14 +179,14 @@ class BankLayer(nn.Module):
     Attributes:
         layer: The layer as found, while concepts are installed: linear, convolution, or a PEFT layer around one of
             them.
-        original_forward: Its `forward` as found, if this one acts on that; None if it stands in the layer's place.
-        key: What the thin products ask of gates.
+        original_forward: The layer's `forward` as found, if this one acts on that; None if it stands in its place.
+        key: The gates of the low-rank products.
         stack: Factors before the gate, beside those of layers with the same input; None if the layer has its own.
         rows: The slice of the stack that is of this layer.
         up: All concepts' factors after the gate. Shape: [outputs, sum of ranks, ...].
-        keys: All that it asks of gates, Kronecker products included.
+        keys: All gates that are needed, those of Kronecker products included.
         products: Changes that are Kronecker products, by concept.
-        transforms: What concepts do with the layer's own weight; None without any.
+        transforms: Changes of the layer's own weight; None without any.
     """
 
     layer: nn.Module
@@ -295,14 +295,7 @@ class BankLayer(nn.Module):
         return self.add(self.base(x), x)
 
     def add(self, out: Tensor, x: Tensor) -> Tensor:
-        """Adds the gated deltas of all concepts to an output of the layer.
-
-        Args:
-            out: The output, which may be changed in place.
-
-        Raises:
-            KeyError: As `forward`.
-        """
+        """Adds the gated deltas of all concepts to an output of the layer, which may be changed in place."""
         if self.transforms is not None:
             alone = base_layer(self.layer) is self.layer
             out = self.transforms.add(out, x, self.base if alone else base_layer(self.layer), alone, self.gates)
@@ -364,9 +357,6 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     Args:
         layers: All layers of a stack, or any others.
         x: Shape: [..., inputs].
-
-    Raises:
-        KeyError: As `BankLayer.forward`.
     """
     bank = [layer for layer in map(bank_layer_of, layers) if layer is not None]
     stack = bank[0].stack if bank else None

@@ -24,7 +24,7 @@ class Recorder:
     Attributes:
         maps: Mean over heads, by cross-attention layer, in fp32. Shape: [(texts,) rows, cells, maps] each.
         self_maps: Mean over heads, by self-attention layer, in fp32. Shape: [rows, cells, cells seen] each.
-        output: Of the output projection of `output_layer`, in fp32. Shape: [rows, cells, channels].
+        output: Output of the projection of `output_layer`, in fp32. Shape: [rows, cells, channels].
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What reference images add to the operations of a pass: they lie in its sequence beside text and image."""
+"""FLOPs that reference images add to a pass: they lie in its sequence beside text and image."""
 
 from collections.abc import Mapping
 from math import prod

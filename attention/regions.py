@@ -26,7 +26,7 @@ class Group:
     """The cells of one grid that lie in the same regions.
 
     Attributes:
-        cells: Their indices.
+        cells: Indices of the cells.
         visible: Indices of the cells they see in isolated self-attention; None is all.
     """
 
@@ -72,11 +72,7 @@ class RegionQueries:
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """The cells of one grid, divided by their regions.
-
-    Attributes:
-        groups: Every cell is in one of them.
-    """
+    """The cells of one grid, divided by their regions: every cell is in one of the groups."""
 
     groups: Sequence[Group]
     queries: RegionQueries
@@ -148,7 +144,7 @@ class RegionAttention:
         Args:
             query: Shape: [rows, heads, cells, channels].
             keys: Shape: [texts, rows, heads, tokens, channels]; in a list, texts may have tokens of their own number.
-            values: The same shape.
+            values: Shape: as `keys`.
             bias: Added to the scores of all queries and texts. Shape: [rows, 1, 1, tokens].
 
         Returns:
@@ -161,7 +157,7 @@ class RegionAttention:
         return torch.cat(parts, dim=2)[:, :, queries.order]
 
     def at_queries(self, level: int, by_cell: Tensor) -> Tensor:
-        """What all region queries of a cell have in common. Shape: [rows, cells, channels] -> [rows, queries, ...]."""
+        """Values of the cells at their region queries. Shape: [rows, cells, channels] -> [rows, queries, ...]."""
         queries = self.partitions[level].queries if self.inject else None
         return by_cell if queries is None or queries.of_cell is None else by_cell[:, queries.cells]
 

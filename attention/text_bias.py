@@ -30,7 +30,7 @@ class TextBias:
     tokens: Tensor
 
     def select(self, rows: slice | Sequence[int]) -> "TextBias":
-        """For some of the rows."""
+        """The bias of some of the rows."""
         chosen = rows if isinstance(rows, slice) else list(rows)
         return TextBias({level: cells[chosen] for level, cells in self.cells.items()}, self.tokens[chosen])
 
@@ -39,7 +39,7 @@ class TextBias:
         return TextBias({level: cells.to(device) for level, cells in self.cells.items()}, self.tokens.to(device))
 
     def scores(self) -> Mapping[int, Tensor]:
-        """What is added to the scores, by level. Shape: [rows, cells, tokens] each."""
+        """The bias itself, by level. Shape: [rows, cells, tokens] each."""
         return {level: cells @ self.tokens.transpose(1, 2) for level, cells in self.cells.items()}
 
     def channels(self, level: int, positions: int, text: slice, image: slice, scale: float) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,7 @@ from torch import Tensor
 
 
 class TextKV:
-    """Keys and values by layer, for one text under one set of text gates.
-
-    Attributes:
-        kept: The cached (key, value) of each layer.
-    """
+    """Keys and values by layer (`kept`), for one text under one set of text gates."""
 
     def __init__(self) -> None:
         self.kept: dict[str, tuple[Tensor, Tensor]] = {}

@@ -179,8 +179,8 @@ def dense_weight(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     if not is_linear(layer):
         raise ValueError(f"the weight of a quantised {type(layer).__name__} cannot be read")
     width, rows = int(layer.in_features), []  # pyright: ignore[reportArgumentType]
-    there = next((parameter.device for parameter in layer.parameters()), device)
-    place: dict[str, Any] = {"device": device if there.type == "meta" else there, "dtype": dtype}
+    own = next((parameter.device for parameter in layer.parameters()), device)
+    place: dict[str, Any] = {"device": device if own.type == "meta" else own, "dtype": dtype}
     with torch.no_grad():
         bias = layer(torch.zeros(1, width, **place)).float()
         for start in range(0, width, _PROBED):

@@ -16,6 +16,8 @@ from test_imports import FOLDERS, RINGS
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 TYPES = re.findall(r"^\| `(\w+)` \| `([\w/.]+)` \|", TEXT, re.MULTILINE)
+_DECIDED = TEXT.partition("## Where things are decided")[2].partition("\n## ")[0]
+DECIDED = re.findall(r"^\| [\w ,`]+ \| `([\w/]+\.py)` \| `(\w+)`", _DECIDED, re.MULTILINE)
 WALK = re.findall(r"^\| \d+ \| `([\w/.]+)` \| `(\w+)` \|", TEXT, re.MULTILINE)
 PROMPT = "a sks cat and a zwx dog on grass"
 
@@ -45,6 +47,11 @@ def test_the_central_types_are_named():
     assert {"Backbone", "Gates", "Pass", "Denoiser", "Session", "Process", "Plan", "Task"} <= {
         name for name, _ in TYPES
     }
+
+
+def test_what_is_decided_is_decided_there():
+    assert len(DECIDED) >= 12
+    assert [(path, name) for path, name in DECIDED if name not in defined_in(path)] == []
 
 
 def entered(pipe: Any) -> Iterator[tuple[str, str]]:

@@ -86,11 +86,12 @@ class Backbone(Protocol):
 
         Args:
             latents: Scaled for the model. Shape: [rows, channels, height, width].
+            t: The timestep, 0 to 1000.
             text: Shape: [rows, tokens, channels], or [texts, rows, tokens, channels] with several texts.
             added: Further inputs by row.
 
         Returns:
-            Shape: as the latents.
+            The noise or velocity. Shape: as the latents.
         """
         ...
 
@@ -108,11 +109,7 @@ BACKBONES: Mapping[str, str] = {
 
 
 def backbone_of(model: nn.Module) -> Backbone:
-    """The backbone of a model.
-
-    Raises:
-        ValueError: For models of a class that is not supported.
-    """
+    """The backbone of a model; raises ValueError for models of a class that is not supported."""
     kinds = type(uncompiled(model)).__mro__
     for kind in kinds:
         if kind.__name__ in BACKBONES and kind.__module__.startswith("diffusers."):

@@ -63,16 +63,7 @@ class CosmosBackbone(JointBackbone):
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
     ) -> Tensor:
-        """One forward pass.
-
-        Args:
-            latents: Shape: [rows, channels, height, width].
-            t: The timestep, 0 to 1000.
-            text: What the text conditioner makes. Shape: [(texts,) rows, tokens, channels].
-
-        Returns:
-            The velocity. Shape: as the latents.
-        """
+        """As `Backbone.forward`; the text is that of the conditioner, [(texts,) rows, tokens, channels]."""
         model: Any = uncompiled(self.model)
         return self.model(
             hidden_states=with_padding_mask(model, latents.to(text.dtype)[:, :, None]),

@@ -41,19 +41,14 @@ class FluxBackbone(JointBackbone):
         reference_grids: Sequence[Grid] = (),
         **inputs: Any,
     ) -> Tensor:
-        """One forward pass.
+        """As `Backbone.forward`.
 
         Args:
-            latents: Shape: [rows, channels, height, width].
-            t: The timestep, 0 to 1000.
             text: Features of the T5 encoder. Shape: [rows, tokens, channels].
             added: "pooled_projections" of the CLIP encoder. Shape: [rows, channels].
             reference: Tokens of reference images (Kontext). Shape: [rows, tokens, channels].
             reference_grids: Height and width of each, in tokens.
             inputs: "guidance" of a guidance-distilled model, shape [rows], and "joint_attention_kwargs".
-
-        Returns:
-            The velocity. Shape: as the latents.
         """
         tokens, positions = packed(latents), image_positions(latents)
         cells = len(positions)

@@ -52,11 +52,9 @@ class Flux2Backbone(JointBackbone):
         guidance: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """One forward pass.
+        """As `Backbone.forward`.
 
         Args:
-            latents: Shape: [rows, channels, height, width].
-            t: The timestep, 0 to 1000.
             text: Hidden states of several layers of the text encoder, concatenated. Shape: [rows, tokens, layers *
                 channels].
             added: "text_positions" of the tokens, with several texts in one sequence. Shape: [rows, tokens].
@@ -65,9 +63,6 @@ class Flux2Backbone(JointBackbone):
             reference_grids: Height and width of each of several, in tokens.
             guidance: The scale of distilled guidance, of FLUX.2-dev. Shape: [rows].
             inputs: "joint_attention_kwargs".
-
-        Returns:
-            The velocity. Shape: as the latents.
         """
         # Ids are (image, row, column, word), and the same in all rows.
         image = torch.nn.functional.pad(image_positions(latents, torch.int64), (0, 1))

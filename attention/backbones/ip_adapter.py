@@ -27,11 +27,7 @@ PROCESSORS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXForme
 
 @dataclass(frozen=True)
 class ImageAttention:
-    """The images that one cross-attention layer reads.
-
-    Attributes:
-        processor: diffusers' processor of the layer.
-    """
+    """The images that one cross-attention layer reads, by diffusers' processor of the layer."""
 
     processor: Any
 
@@ -60,8 +56,8 @@ class ImageAttention:
                     raise ValueError(f"the images of an IP-Adapter have scales of their own, {scales}, but no masks")
                 yield scales[0] * _attend(kernel, query, to_k(given).flatten(1, 2), to_v(given).flatten(1, 2))
                 continue
-            for index, one in enumerate(given.unbind(1)):
-                read = _attend(kernel, query, to_k(one), to_v(one))
+            for index, image in enumerate(given.unbind(1)):
+                read = _attend(kernel, query, to_k(image), to_v(image))
                 inside = IPAdapterMaskProcessor.downsample(mask[:, index], len(read), *read.shape[1:])
                 yield scales[index] * (read * inside.to(read))
 

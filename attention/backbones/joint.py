@@ -178,11 +178,7 @@ def with_references(
 
 @dataclass(frozen=True)
 class JointKernel:
-    """diffusers' attention with recording of maps and with regions.
-
-    Attributes:
-        attend: diffusers' `dispatch_attention_fn`.
-    """
+    """diffusers' attention (`attend`, its `dispatch_attention_fn`) with recording of maps and with regions."""
 
     layer: str
     site: Site
@@ -231,7 +227,7 @@ class JointKernel:
             mask = allowed if mask is None else seen_too(mask, allowed)
 
         def text_first(x: Tensor, dim: int) -> Tensor:
-            """As in `token_weights`."""
+            """In the order of `token_weights`."""
             return torch.cat([x.narrow(dim, part.start, part.stop - part.start) for part in (text, *others)], dim=dim)
 
         keys, tokens, scale = text_first(key, 1).transpose(1, 2), text.stop - text.start, query.shape[-1] ** -0.5
@@ -246,7 +242,7 @@ class JointKernel:
             recorder.take(self.layer, query[:, image].transpose(1, 2), keys, scale, allowed, tokens, bias)
 
     def _parts(self, positions: int) -> tuple[slice, slice, Sequence[slice]]:
-        """Where text, image, and all but the text are in a joint sequence, without the padding of the image.
+        """Slices of text, image, and all but the text in a joint sequence, without the padding of the image.
 
         The lengths of text and image are known; what else there is lies side by side, and has the rest.
         """

@@ -32,18 +32,13 @@ class Krea2Backbone(JointBackbone):
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
     ) -> Tensor:
-        """One forward pass.
+        """As `Backbone.forward`.
 
         Args:
-            latents: Shape: [rows, channels, height, width].
-            t: The timestep, 0 to 1000.
             text: Hidden states of several layers of the text encoder, concatenated. Shape: [rows, tokens, layers *
                 channels].
             added: "text_mask", True where tokens are not padding. Shape: [rows, tokens].
             inputs: "attention_kwargs".
-
-        Returns:
-            The velocity. Shape: as the latents.
         """
         model: Any = uncompiled(self.model)
         image = image_positions(latents, torch.float32)

@@ -43,16 +43,16 @@ class QwenImageBackbone(JointBackbone):
     @property
     def joint(self) -> Site:
         """Text before image, in attention alone: no layer sees both."""
-        found = Site("text", "image", level=1)
-        return found.with_references(self._cells) if self._reference else found
+        site = Site("text", "image", level=1)
+        return site.with_references(self._cells) if self._reference else site
 
     def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
         """As `JointBackbone.steer`; of several texts in one sequence, each begins at the first position."""
         super().steer(modules, state, undo)
         children: dict[str, Any] = uncompiled(self.model)._modules
-        found = children["pos_embed"]
-        undo.callback(children.__setitem__, "pos_embed", found)
-        children["pos_embed"] = _EachTextFromItsStart(found, state)
+        embedding = children["pos_embed"]
+        undo.callback(children.__setitem__, "pos_embed", embedding)
+        children["pos_embed"] = _EachTextFromItsStart(embedding, state)
 
     def forward(
         self,
@@ -64,19 +64,14 @@ class QwenImageBackbone(JointBackbone):
         reference_grids: Sequence[Grid] = (),
         **inputs: Any,
     ) -> Tensor:
-        """One forward pass.
+        """As `Backbone.forward`.
 
         Args:
-            latents: Shape: [rows, channels, height, width].
-            t: The timestep, 0 to 1000.
             text: Hidden states of the text encoder. Shape: [rows, tokens, channels].
             added: "text_mask", True where tokens are not padding, if there is any. Shape: [rows, tokens].
             reference: Tokens of reference images, one after the other. Shape: [rows, tokens, channels].
             reference_grids: Height and width of each of them, in tokens.
             inputs: "attention_kwargs".
-
-        Returns:
-            The velocity. Shape: as the latents.
         """
         height, width = (side // PATCH for side in latents.shape[-2:])
         tokens = packed(latents)

@@ -56,11 +56,12 @@ def check_caches(model: nn.Module, *, differentiates: bool) -> None:
 
 
 class StepCaches:
-    """What the caches of a model keep during a call, for each pass."""
+    """The memories of a model's caches during a call, one for each pass."""
 
     def __init__(self, model: nn.Module) -> None:
         hooks = _hooks(model)
-        by_id = {id(one): one for hook in hooks for one in vars(hook).values() if isinstance(one, StateManager)}
+        kept = [value for hook in hooks for value in vars(hook).values() if isinstance(value, StateManager)]
+        by_id = {id(manager): manager for manager in kept}
         self._managers: Sequence[Any] = tuple(by_id.values())
         self._counting: Sequence[Any] = tuple(hook for hook in hooks if isinstance(hook, _BY_COUNT))
         self._names: dict[Hashable, str] = {}
@@ -71,7 +72,7 @@ class StepCaches:
         """Inside this block the model runs a pass.
 
         Args:
-            key: Which pass it is; one that differs in its rows has another key.
+            key: Stands for the pass; passes with other rows have other keys.
             anew: Whether all layers are to be computed, and what was kept is to be forgotten.
         """
         if not self._managers and not self._counting:

@@ -25,17 +25,7 @@ Stage = Literal["down", "mid", "up"]
 
 
 class UNetBackbone:
-    """A `UNet2DConditionModel`.
-
-    Attributes:
-        sites: Every layer that a LoRA may adapt, by name.
-        levels: Levels on which there are layers.
-        map_level: The level whose attention maps show where concepts are.
-        map_layers: The cross-attention layers on it.
-        self_map_layers: The self-attention layers on it.
-        text_layers: How many layers read the text; each may have a text of its own.
-        native_side: Side of the latents for which the model was made.
-    """
+    """A `UNet2DConditionModel`."""
 
     reads_regions = True
     joint = None
@@ -109,19 +99,14 @@ class UNetBackbone:
         ip_adapter_masks: Sequence[Tensor] | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """One forward pass.
+        """As `Backbone.forward`.
 
         Args:
-            latents: Scaled for the model. Shape: [rows, channels, height, width].
-            text: Shape: [rows, tokens, channels].
             added: Further inputs by row (SDXL's pooled text and sizes); "lengths" of texts are for attention only.
             channels: Further channels beside the latents: mask and masked image, for UNets made for inpainting. Shape:
                 [rows, channels, height, width].
             image_embeds: The images of each IP-Adapter. Shape: [rows, images, ...] each.
             ip_adapter_masks: Where they act. Shape: [1, images, height, width] each.
-
-        Returns:
-            Shape: as the latents.
         """
         conditions = {name: one for name, one in (added or {}).items() if name != "lengths"} or None
         if image_embeds is not None:
@@ -321,8 +306,8 @@ class ComposeAttnProcessor:
         if self._images is not None:
             regions = self._state.inputs.regions
             read = self._images.read(self._kernel, query, images, ip_adapter_masks)
-            for one in read if regions is None else (regions.at_queries(self._layer.level, x) for x in read):
-                hidden_states = hidden_states + one
+            for of_image in read if regions is None else (regions.at_queries(self._layer.level, x) for x in read):
+                hidden_states = hidden_states + of_image
         to_out: Any = attn.to_out
         project, dropout = to_out
         hidden_states = dropout(project(hidden_states))

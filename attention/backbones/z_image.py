@@ -37,11 +37,9 @@ class ZImageBackbone(JointBackbone):
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
     ) -> Tensor:
-        """One forward pass.
+        """As `Backbone.forward`.
 
         Args:
-            latents: Shape: [rows, channels, height, width].
-            t: The timestep, 0 to 1000.
             text: Features of the text encoder, padded. Shape: [rows, tokens, channels].
             added: "lengths", on the CPU: number of tokens in each row that are not padding. Shape: [rows].
             inputs: "joint_attention_kwargs".

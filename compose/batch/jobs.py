@@ -30,11 +30,7 @@ class Job:
 
 
 def make_jobs(entries: Iterable[Entry], settings: BatchSettings) -> tuple[list[Job], list[InvalidEntry]]:
-    """The calls of a batch, and scenes whose files are missing.
-
-    Raises:
-        ValueError: If there is no such model.
-    """
+    """The calls of a batch, and scenes whose files are missing; raises ValueError if there is no such model."""
     model = model_facts(model_source(settings.model), settings.model)
     jobs: list[Job] = []
     bad: list[InvalidEntry] = []

@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from lora_compose.compose.files.reading import FileError, open_file
+from lora_compose.compose.files.reading import FileError, read_text
 from lora_compose.compose.files.text import parse_json
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -39,26 +39,17 @@ def read_table(path: Path) -> Table:
     Raises:
         FileError: If the file is missing, too large, no UTF-8 text, empty, or without a usable header.
     """
-    with open_file(path) as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise FileError(f"{path} is larger than {MOST_BYTES} bytes; divide it into several tables")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise FileError(f"{path}, line {line}: not UTF-8 text: {data[error.start]:#04x}; save it as UTF-8") from error
-    table = _json_lines(text) if path.suffix.lower() == ".jsonl" else _csv(text, path)
+    text = read_text(path, MOST_BYTES, "; divide it into several tables")
+    if path.suffix.lower() == ".jsonl":
+        lines = enumerate(text.split("\n"), 1)
+        table = Table(None, [_json_row(line, part) for line, part in lines if part.strip()])
+    else:
+        table = _csv(text, path)
     if not table.rows:
         raise FileError(f"{path} has no rows")
     if len(table.rows) > MOST_ROWS:
         raise FileError(f"{path} has more than {MOST_ROWS} rows; divide it into several tables")
     return table
-
-
-def _json_lines(text: str) -> Table:
-    lines = enumerate(text.split("\n"), 1)
-    return Table(None, [_json_row(line, part) for line, part in lines if part.strip()])
 
 
 def _json_row(line: int, text: str) -> Row:

@@ -17,11 +17,7 @@ def needs_running(pipe: Any) -> bool:
 
 
 def count_by_running(pipe: Any, run: Run) -> Counted:
-    """Makes one image of a run, and counts the operations in all passes of the model.
-
-    Raises:
-        ValueError: As `make`.
-    """
+    """Makes one image of a run, and counts the operations in all passes of the model."""
     operations, rows = Operations(), [0]
 
     def begin(model: Any, positional: tuple, named: dict[str, Any]) -> None:

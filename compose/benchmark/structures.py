@@ -21,9 +21,6 @@ def random_pipeline(name: str, device: torch.device | str, dtype: torch.dtype) -
 
     UNet and text encoder are of full size. The vocabulary is the playground's, and the VAE a small one, which is not
     timed.
-
-    Raises:
-        ValueError: For other names.
     """
     if name not in STRUCTURES:
         raise ValueError(f"there is no structure {name!r}; expected {', '.join(STRUCTURES)}")

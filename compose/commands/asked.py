@@ -25,6 +25,11 @@ _CONCEPT_FIELDS = {
     "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
     "merge": "merge", "any_weight": "any_weight",
 }  # fmt: skip
+_OF_SCENE = (
+    "prompt", "negative_prompt", "width", "height", "image", "strength", "padding_mask_crop", "paste_original",
+)  # fmt: skip
+_OF_RUN = ("model", "method", "scheduler", "steps", "dtype", "quantize", "device")
+"""Options of `run` and `check` that are fields of a scene and of a run, as they are."""
 
 
 def check_ray(address: str | None) -> None:
@@ -181,51 +186,34 @@ def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tupl
 
 
 def seeds_of(texts: Sequence[str] | None) -> tuple[int, ...]:
-    """Seeds as written, each once: numbers and spans, such as 3 or 0-7; 0 if there are none.
-
-    Raises:
-        ValueError: For anything else.
-    """
+    """Seeds as written, each once: numbers and spans, such as 3 or 0-7; 0 if there are none."""
     seeds = tuple(dict.fromkeys(parse_seeds(list(texts or ["0"]))))
     if max(seeds) > LAST_SEED:
         raise ValueError(f"the seed {max(seeds)} is too large; the last one is {LAST_SEED}")
     return seeds
 
 
-def asked_run(
-    model: str,
-    scene: Path | None,
-    lora: Sequence[str] | None,
-    box: Sequence[str] | None,
-    concept: Sequence[str] | None,
-    loras: Path | None,
-    control: Sequence[str] | None,
-    ip_adapter: Sequence[str] | None,
-    mask_image: str | None,
-    settings: Sequence[str] | None,
-    *,
-    of_scene: Mapping[str, Any],
-    of_run: Mapping[str, Any],
-    looked_up: bool = True,
-) -> Run:
+def asked_run(given: Mapping[str, Any], *, looked_up: bool = True) -> Run:
     """The run that the options of `run` and `check` describe.
 
     Args:
-        of_scene: Further fields of the scene; None for those that were not given.
-        of_run: Further fields of the run, the same.
+        given: The options by their names in these commands; None for those that were not given.
         looked_up: Whether method, model and LoRAs have to exist.
 
     Raises:
         ValueError: For everything that can be seen without opening anything.
     """
-    given = {
-        **of_scene, "mask_image": None if mask_image is None else mask_or_box(mask_image, "--mask-image"),
-        **guided_by(control, ip_adapter),
+    mask, settings, loras = given["mask_image"], given["settings"], given["loras"]
+    fields = {
+        **{name: given[name] for name in _OF_SCENE}, "references": given["reference"] or None,
+        "mask_image": None if mask is None else mask_or_box(mask, "--mask-image"),
+        **guided_by(given["control"], given["ip_adapter"]),
     }  # fmt: skip
-    concepts = concepts_of(concept or [], lora or [], box or [])
+    concepts = concepts_of(given["concept"] or [], given["lora"] or [], given["box"] or [])
     asked = run_of(
-        scene=scene_of(scene, {name: value for name, value in given.items() if value is not None}, concepts),
-        model=model, settings=parse_settings(settings) if settings else None, **of_run,
+        scene=scene_of(given["scene"], {name: value for name, value in fields.items() if value is not None}, concepts),
+        settings=parse_settings(settings) if settings else None, guidance_scale=given["guidance"],
+        **{name: given[name] for name in _OF_RUN},
     )  # fmt: skip
     if looked_up:
         check_lookups(asked)

@@ -41,8 +41,7 @@ def bench(
         int, typer.Option(help="With --transformers: passes that read so many reference images of 1024 x 1024.", min=0)
     ] = 0,
     hardware: Annotated[
-        bool,
-        typer.Option("--hardware", help="Compute what models of several families need: GiB and TFLOP."),
+        bool, typer.Option("--hardware", help="Compute what models of several families need: GiB and TFLOP.")
     ] = False,
     calls: Annotated[
         bool, typer.Option("--calls", help="Count Python calls and tensor operations of real calls.")

@@ -43,19 +43,7 @@ def check(
 
     Generates nothing.
     """
-    asked = asked_run(
-        model, scene, lora, box, concept, loras, control, ip_adapter, mask_image, settings,
-        of_scene={
-            "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height, "image": image,
-            "references": reference or None, "strength": strength, "padding_mask_crop": padding_mask_crop,
-            "paste_original": paste_original,
-        },
-        of_run={
-            "method": method, "scheduler": scheduler, "steps": steps, "guidance_scale": guidance, "dtype": dtype,
-            "quantize": quantize, "device": device,
-        },
-        looked_up=False,
-    )  # fmt: skip
+    asked = asked_run(locals(), looked_up=False)
     with starting():
         from lora_compose.compose.check.report import check as check_run
     report = check_run(asked, loras=loras, variant=variant)

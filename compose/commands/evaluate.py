@@ -32,11 +32,7 @@ MetricsOption = Annotated[
     ),
 ]
 
-app = typer.Typer(
-    cls=_Suites,
-    help="Score methods on many scenes: lora-compose evaluate SUITE.",
-    no_args_is_help=True,
-)
+app = typer.Typer(cls=_Suites, help="Score methods on many scenes: lora-compose evaluate SUITE.", no_args_is_help=True)
 
 
 @app.command("run")

@@ -33,12 +33,6 @@ CONCEPT_HELP = (
 )
 
 
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model", help="playground, a folder as diffusers saves it, a .safetensors file, or a hub repository."
-    ),
-]
 MethodOption = Annotated[
     str | None,
     typer.Option(
@@ -96,8 +90,7 @@ StepsOption = Annotated[
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
-        "--guidance",
-        help="Guidance scale of CFG; 1 or less turns it off; default: 5 on a CPU, on a GPU the model's.",
+        "--guidance", help="Guidance scale of CFG; 1 or less turns it off; default: 5 on a CPU, on a GPU the model's."
     ),
 ]
 DtypeOption = Annotated[
@@ -136,8 +129,6 @@ ModelArgument = Annotated[
 ]
 SEED_HELP = "Seed of the start noise, repeatable: 3, or 0-7. Default: 0."
 SeedsOption = Annotated[list[str] | None, typer.Option("--seed", help=SEED_HELP)]
-
-
 ImageOption = Annotated[str | None, typer.Option("--image", help="Start from this image (image-to-image).")]
 ReferenceOption = Annotated[
     list[str] | None,
@@ -157,8 +148,7 @@ MaskImageOption = Annotated[
     ),
 ]
 StrengthOption = Annotated[
-    float | None,
-    typer.Option("--strength", help="Fraction of the steps that are run, 0 to 1: higher changes more."),
+    float | None, typer.Option("--strength", help="Fraction of the steps that are run, 0 to 1: higher changes more.")
 ]
 PaddingOption = Annotated[
     int | None,
@@ -170,8 +160,6 @@ PasteOption = Annotated[
     bool | None,
     typer.Option("--paste-original/--no-paste-original", help="Keep the image's own pixels outside of the mask."),
 ]
-
-
 ControlOption = Annotated[
     list[str] | None,
     typer.Option(

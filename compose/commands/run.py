@@ -49,18 +49,7 @@ def run(
     ] = False,
 ) -> None:
     """Generate images: one per seed, and a contact sheet of several."""
-    asked = asked_run(
-        model, scene, lora, box, concept, loras, control, ip_adapter, mask_image, settings,
-        of_scene={
-            "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height, "image": image,
-            "references": reference or None, "strength": strength, "padding_mask_crop": padding_mask_crop,
-            "paste_original": paste_original,
-        },
-        of_run={
-            "method": method, "scheduler": scheduler, "steps": steps, "guidance_scale": guidance, "dtype": dtype,
-            "quantize": quantize, "device": device,
-        },
-    )  # fmt: skip
+    asked = asked_run(locals())
     seeds = seeds_of(seed)
     with starting():
         from lora_compose.compose.generate.images import make_images

@@ -73,11 +73,7 @@ class Download(BaseModel):
 
 
 class Published(BaseModel):
-    """A suite whose sources are names of downloads, or local.
-
-    Attributes:
-        downloads: By the names that the suite has for them.
-    """
+    """A suite whose sources are names of downloads, or local."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

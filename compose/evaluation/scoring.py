@@ -214,11 +214,7 @@ def _rounded(value: float) -> float:
 
 
 def reference_files(concept: SuiteConcept) -> list[Path]:
-    """The reference images of a concept.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """The reference images of a concept; raises ValueError if there are none."""
     references = concept.references
     if isinstance(references, str) and references.startswith(f"{PLAYGROUND}:"):
         return playground_references(references.removeprefix(f"{PLAYGROUND}:"))

@@ -72,11 +72,7 @@ class Evaluation:
         return self.plan.suite
 
     def against(self, baseline: str) -> "Evaluation":
-        """The evaluation, compared with another method.
-
-        Raises:
-            ValueError: If there is no such method.
-        """
+        """The evaluation, compared with another method; raises ValueError if there is no such method."""
         names = [arm.name for arm in self.suite.compared]
         if baseline not in names:
             raise ValueError(f"the baseline {baseline!r} is not among the methods; there are {', '.join(names)}")

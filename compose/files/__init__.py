@@ -1,4 +1,4 @@
-"""Scene files, run files, and images with records."""
+"""Scene files, and images with records."""
 
 from lora_compose.compose.files.images import save_image
 

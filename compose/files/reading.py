@@ -16,17 +16,27 @@ class FileError(ValueError):
     """A file that cannot be read or written as asked; the message says where, what was expected and what was found."""
 
 
-def read_whole(path: Path, limit: int = FILE_LIMIT) -> bytes:
+def read_whole(path: Path, limit: int = FILE_LIMIT, advice: str = "") -> bytes:
     """The content of a file; of one that is too large, no more than the limit is read.
 
     Raises:
-        FileError: If it is missing, unreadable, or has more bytes than the limit.
+        FileError: If it is missing, unreadable, or has more bytes than the limit; the last message ends in `advice`.
     """
     with open_file(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise FileError(f"{path} is larger than {limit} bytes")
+        raise FileError(f"{path} is larger than {limit} bytes{advice}")
     return data
+
+
+def read_text(path: Path, limit: int, advice: str) -> str:
+    """The text of a file in UTF-8, as `read_whole`."""
+    data = read_whole(path, limit, advice)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FileError(f"{path}, line {line}: not UTF-8 text: {data[error.start]:#04x}; save it as UTF-8") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Scene and run files, YAML or JSON.
+"""Scene files, YAML or JSON.
 
 Files are not trusted: sizes are limited, nothing is executed, and every error names the file, the position in it, what
 was expected and what was found.
@@ -16,7 +16,7 @@ from lora_compose.compose.files.paths import located, moved, to_file
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.text import is_json, parse_file, to_yaml
 from lora_compose.compose.files.validation import validated
-from lora_compose.pipelines.scene.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Scene
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -28,15 +28,6 @@ def read_scene(path: str | Path) -> Scene:
         FileError: If it is missing, unreadable or no scene.
     """
     return located(read_as(Scene, path), Path(path))
-
-
-def read_run(path: str | Path) -> Run:
-    """Reads a run file, YAML or JSON. Relative paths of LoRAs and of the model are relative to the file.
-
-    Raises:
-        FileError: If it is missing, unreadable or no run.
-    """
-    return located(read_as(Run, path), Path(path))
 
 
 def read_as(kind: type[_Model], path: str | Path) -> _Model:
@@ -55,23 +46,11 @@ def write_scene(scene: Scene, path: str | Path, *, overwrite: bool = False) -> N
     Raises:
         FileError: If the file exists and is not to be overwritten, or for other suffixes.
     """
-    _write_model(scene, Path(path), overwrite)
-
-
-def write_run(run: Run, path: str | Path, *, overwrite: bool = False) -> None:
-    """Writes a run file, YAML or JSON by its suffix. LoRAs and models below the file's folder become relative paths.
-
-    Raises:
-        FileError: If the file exists and is not to be overwritten, or for other suffixes.
-    """
-    _write_model(run, Path(path), overwrite)
-
-
-def _write_model(model: Scene | Run, path: Path, overwrite: bool) -> None:
+    path = Path(path)
     as_json = is_json(path)
     if os.path.lexists(path) and not overwrite:  # also a link that leads nowhere
         raise FileError(f"{path} exists already; choose another name")
     folder = path.parent.absolute()
-    data = moved(model, lambda source: to_file(source, folder)).model_dump(mode="json", exclude_none=True)
+    data = moved(scene, lambda source: to_file(source, folder)).model_dump(mode="json", exclude_none=True)
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n" if as_json else to_yaml(data)
     write_whole(path, text.encode())

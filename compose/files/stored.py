@@ -13,29 +13,17 @@ _Stored = TypeVar("_Stored", bound=BaseModel)
 
 
 def write(path: Path, stored: BaseModel) -> None:
-    """Writes a file in one step.
-
-    Raises:
-        OSError: If it cannot be written; nothing is left behind.
-    """
+    """Writes a file in one step; raises OSError if it cannot be written; nothing is left behind."""
     write_text(path, stored.model_dump_json(indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes text in one step.
-
-    Raises:
-        OSError: If it cannot be written; nothing is left behind.
-    """
+    """Writes text in one step; raises OSError if it cannot be written; nothing is left behind."""
     write_whole(path, text.encode())
 
 
 def read(path: Path, kind: type[_Stored]) -> _Stored | None:
-    """Reads a file; None if it is not there.
-
-    Raises:
-        FileError: If it is unreadable or damaged.
-    """
+    """Reads a file; None if it is not there. Raises FileError if it is unreadable or damaged."""
     try:
         with open_regular(path) as file:
             data = file.read(FILE_LIMIT + 1)

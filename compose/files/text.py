@@ -7,17 +7,13 @@ from typing import Any
 
 import yaml
 
-from lora_compose.compose.files.reading import FileError, open_file
+from lora_compose.compose.files.reading import FileError, read_text
 
-_TEXT_LIMIT = 2**20  # bytes of a scene or run file
+_TEXT_LIMIT = 2**20  # bytes of a scene file
 
 
 def parse_value(text: str) -> Any:
-    """A value in YAML: a number, true, a list, otherwise text.
-
-    Raises:
-        FileError: If it is not valid YAML.
-    """
+    """A value in YAML: a number, true, a list, otherwise text; raises FileError if it is not valid YAML."""
     return _yaml(text, "the value")
 
 
@@ -27,16 +23,8 @@ def parse_file(path: Path, limit: int | None = None) -> Any:
     Raises:
         FileError: If it is missing, too large, not UTF-8, or not valid.
     """
-    kind, limit = _kind(path), limit or _TEXT_LIMIT
-    with open_file(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise FileError(f"{path} is larger than {limit} bytes; that is no scene or run")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from error
-    return kind(text, str(path))
+    kind = _kind(path)
+    return kind(read_text(path, limit or _TEXT_LIMIT, "; that is no scene or run"), str(path))
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -56,11 +44,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def is_json(path: Path) -> bool:
-    """Whether a file is JSON and not YAML, by its suffix.
-
-    Raises:
-        FileError: For other suffixes.
-    """
+    """Whether a file is JSON and not YAML, by its suffix; raises FileError for other suffixes."""
     return _kind(path) is parse_json
 
 

@@ -12,11 +12,7 @@ from typing import Any
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.generate.machine import choose_device
 from lora_compose.compose.generate.model_facts import ModelFacts, facts_of
-from lora_compose.pipelines.families import (
-    ComposeFluxPipeline,
-    ComposeKrea2Pipeline,
-    ComposeStableDiffusionXLPipeline,
-)
+from lora_compose.pipelines.families import ComposeFluxPipeline, ComposeKrea2Pipeline, ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.scene.scene import Run
 
 logger = logging.getLogger(__name__)

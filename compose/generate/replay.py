@@ -111,11 +111,7 @@ def check_images(record: Record) -> None:
 
 
 def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:
-    """Reproduces an image, together with those of its batch, because the pixels depend on them.
-
-    Args:
-        run: The recorded run, as `runnable` gave it.
-    """
+    """Reproduces an image, by its runnable run, with those of its batch, because the pixels depend on them."""
     seeds = record.batch or (run.seed,)
     return make_batch(pipe, run, seeds, on_progress).images[seeds.index(run.seed)]
 

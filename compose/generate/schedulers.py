@@ -17,11 +17,7 @@ def scheduler_names() -> list[str]:
 
 
 def scheduler_class(name: str) -> Any:
-    """The scheduler of that class name.
-
-    Raises:
-        ValueError: If there is none; the message names similar ones.
-    """
+    """The scheduler of that class name; raises ValueError if there is none; the message names similar ones."""
     names = scheduler_names()
     if name not in names:
         near = get_close_matches(name, names, n=5, cutoff=0.4) or names

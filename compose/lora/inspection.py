@@ -301,11 +301,7 @@ def _order(block: str) -> tuple[int, str, int]:
 
 
 def overlaps(files: Sequence[tuple[str, Factors]]) -> list[Overlap]:
-    """How much the changes of files have in common, pair by pair.
-
-    Args:
-        files: Names with factors that were matched with the same model.
-    """
+    """How much the changes of files, matched with the same model, have in common, pair by pair."""
     return [_overlap(one, other) for one, other in combinations(files, 2)]
 
 

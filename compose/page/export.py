@@ -64,11 +64,7 @@ def command(run: Run, savers: Sequence[Saver] = (), scene: str = "scene.yaml") -
 
 
 def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None) -> str:
-    """A short program that makes the run and saves its image.
-
-    Args:
-        scheduler: The model's own, which is left out; None if it is not known.
-    """
+    """A short program that makes the run and saves its image; the model's own scheduler is left out, if it is known."""
     imports = {"lora_compose": {"ComposePipeline"}}
     lines = _opening(run, savers, imports)
     if run.scheduler is not None and run.scheduler != scheduler:

@@ -173,11 +173,7 @@ def check_canvas(size: tuple[int, int], own: tuple[int, int]) -> None:
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
-    """Seeds as they are typed: "0, 1, 2" or "5-8".
-
-    Raises:
-        ValueError: For anything else; the message shows how.
-    """
+    """Seeds as they are typed: "0, 1, 2" or "5-8"; raises ValueError for anything else; the message shows how."""
     seeds: list[int] = []
     for part in filter(None, re.split(r"[,;\s]+", re.sub(r"\s*-\s*", "-", text.strip()))):
         match = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part)

@@ -17,11 +17,7 @@ from lora_compose.pipelines.merging.changes import check_number
 
 @dataclass(frozen=True)
 class Merged:
-    """A LoRA that was merged from others.
-
-    Attributes:
-        kept: What share of each is in it, by what they are called; above 1 where others add to it.
-    """
+    """A LoRA merged from others; `kept` is the share of each that is in it, above 1 where others add to it."""
 
     lora: Lora
     kept: tuple[tuple[str, float], ...]

@@ -46,11 +46,7 @@ class Judge:
         return run.model in PLAYGROUNDS and bool(run.scene.concepts) and self._names(run.scene) is not None
 
     def score(self, image: Image.Image, scene: Scene) -> dict[str, Likeness]:
-        """Scores an image of the playground.
-
-        Raises:
-            ValueError: If there are no reference images for some concept.
-        """
+        """Scores an image of the playground; raises ValueError if there are no reference images for some concept."""
         from lora_compose.compose.evaluation.suite import SuiteScene
 
         names = self._names(scene)

@@ -226,11 +226,7 @@ def playground(model: str = PLAYGROUND) -> list[Lora]:
 
 
 def in_folder(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, by name.
-
-    Raises:
-        FileError: If there is no such folder, or it cannot be read.
-    """
+    """The safetensors files of a folder, by name; raises FileError if there is no such folder, or it cannot be read."""
     try:
         paths = sorted(path for path in folder.expanduser().iterdir() if path.suffix.lower() == SUFFIX)
     except (OSError, RuntimeError) as error:

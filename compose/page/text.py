@@ -22,11 +22,7 @@ def markup(text: str) -> str:
 
 
 def page_message(message: str, method: str | None = None, files: Mapping[str, str] | None = None) -> str:
-    """A message as the page shows it.
-
-    Args:
-        files: Names to show, by names on the disk.
-    """
+    """A message as the page shows it; `files` are names to show, by names on the disk."""
     for stored, shown in (files or {}).items():
         message = message.replace(stored, shown)
     message = re.sub(r"method='([\w-]+)'", lambda match: f"“{label_of(match[1]).name}”", message)

@@ -31,11 +31,7 @@ _PREVIEW_SHARE = 0.1  # fraction of the time that previews may take
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A finished image.
-
-    Attributes:
-        cost: What its call cost; None without concepts.
-    """
+    """A finished image; its cost is None without concepts."""
 
     made: Made
     cost: Cost | None
@@ -51,11 +47,7 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Division:
-    """How the noise of a run divides the canvas between its subjects.
-
-    Attributes:
-        image: In the colours of the concepts.
-    """
+    """How the noise of a run divides the canvas between its subjects, as an image in the colours of the concepts."""
 
     run: Run
     image: Image.Image
@@ -198,11 +190,7 @@ class Job:
 
 
 class DraftJob(Job):
-    """Drafts without their images, one for each run.
-
-    Attributes:
-        divisions: Finished ones.
-    """
+    """Drafts without their images, one for each run; `divisions` are the finished ones."""
 
     def __init__(self, model: OpenModel, runs: Sequence[Run]) -> None:
         super().__init__(model, runs, record_attention=False)

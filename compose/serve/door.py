@@ -66,11 +66,7 @@ def _is_address(host: str) -> bool:
 
 
 class Door:
-    """Middleware that answers what is refused, and hands on requests whose body it has read.
-
-    Args:
-        most: Most bytes of a body.
-    """
+    """Middleware that answers what is refused, and hands on requests whose body, of `most` bytes, it has read."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], access: Access, most: int = MOST_BYTES) -> None:
         self._app, self._access, self._most = app, access, most

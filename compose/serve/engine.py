@@ -30,11 +30,7 @@ _MOST_PACES = 256  # kinds of requests whose time is remembered
 
 
 class Busy(Exception):  # noqa: N818 (nothing has gone wrong)
-    """A request would have to wait for too long.
-
-    Attributes:
-        seconds: Estimated seconds until there is room.
-    """
+    """A request would have to wait for too long: there is room in about so many seconds."""
 
     def __init__(self, reason: str, seconds: float) -> None:
         self.seconds = max(1.0, seconds)
@@ -73,11 +69,7 @@ class _Waiting:
 
 @dataclass(frozen=True)
 class Facts:
-    """The state of a server.
-
-    Attributes:
-        seconds_per_image: A moving average; None before the first one.
-    """
+    """The state of a server; `seconds_per_image` is a moving average, None before the first image."""
 
     alive: bool
     waiting: int
@@ -135,11 +127,7 @@ class Engine:
             waiting.future.cancel()
 
     def stop(self, seconds: float | None = None) -> bool:
-        """Ends the thread.
-
-        Args:
-            seconds: How long it is waited for; None is as long as the current step takes.
-        """
+        """Ends the thread, and waits so many seconds for it; None is as long as the current step takes."""
         self.end()
         if self._thread.is_alive():
             self._thread.join(seconds)

@@ -6,16 +6,7 @@ Lists are measured before their entries are read, and no message repeats what wa
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from lora_compose.compose.batch.settings import LAST_SEED
 from lora_compose.compose.support.names import METHODS

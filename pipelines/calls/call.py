@@ -55,8 +55,8 @@ class GivenPrompts:
         embeds: Embeddings, instead of prompts. Shape: [prompts, tokens, channels].
         length: Tokens of an encoded text; None means as many as the tokenizer says.
         negative: The negative prompts for each tokenizer: one for each prompt, one for all, or none.
-        tokenizers: Those of this call, where they depend on more than the length, such as reference images in the text;
-            None means the host's.
+        tokenizers: Tokenizers of this call, where they depend on more than the length, such as reference images in the
+            text; None means the host's.
     """
 
     texts: Sequence[Sequence[str]] | None
@@ -93,7 +93,7 @@ class Sampling:
         num_inference_steps: Denoising steps; unused where `timesteps` or `sigmas` are given.
         sigmas: Noise levels of the steps.
         denoising_end: Fraction of the denoising after which the call ends.
-        eta: Of schedulers like DDIM.
+        eta: The eta of schedulers like DDIM.
     """
 
     num_inference_steps: int | None
@@ -168,11 +168,7 @@ def of_prompt(
 
 
 def check_plain(composition: Composition) -> None:
-    """Checks a call without concepts.
-
-    Raises:
-        ValueError: If an argument is given that needs concepts.
-    """
+    """Checks a call without concepts; raises ValueError if an argument is given that needs concepts."""
     if composition.controls:
         raise ValueError(
             "control needs concepts; without them, diffusers has StableDiffusionControlNetPipeline, "
@@ -185,11 +181,7 @@ def check_plain(composition: Composition) -> None:
 
 
 def refuse_unknown(names: Iterable[str], call: Callable[..., Any]) -> None:
-    """Refuses unknown arguments, and suggests similar ones.
-
-    Raises:
-        TypeError: For the first unknown argument.
-    """
+    """Refuses unknown arguments, and suggests similar ones; raises TypeError for the first unknown argument."""
     known = [name for name, p in signature(call).parameters.items() if p.kind is not p.VAR_KEYWORD]
     for name in names:
         how = " generator=torch.Generator().manual_seed(4) is seed 4" if name == "seed" else ""
@@ -234,7 +226,7 @@ def check_changed(offered: Mapping[str, Any], returned: Mapping[str, Any], *, cu
 
     Args:
         offered: The tensors that it could have, by name.
-        returned: What it has returned.
+        returned: The tensors that it has returned.
         cut: Whether it has switched guidance off.
 
     Raises:

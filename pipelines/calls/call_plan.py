@@ -23,7 +23,7 @@ class PlannedConcept:
     Attributes:
         concept: The concept; its region is in pixels of what is worked on.
         trigger: Positions of its trigger's tokens, by index of the prompt; prompts that do not have it are left out.
-        phrase: The same for trigger and class word, or the words that name it.
+        phrase: Positions of trigger and class word, or of the words that name it; by prompt, as `trigger`.
     """
 
     concept: Concept

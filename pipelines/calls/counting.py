@@ -39,7 +39,7 @@ class CountingRunner:
 
     @classmethod
     def of(cls, plan: Plan) -> "CountingRunner":
-        """For all concept sets of a call."""
+        """The runner of all concept sets of a call."""
         canvas = plan.canvas.on(CPU)
         with plan.sampler.ahead() as sampler:
             return cls(plan, canvas, sampler, AttentionLog(canvas, ()), Cost(row_factor=plan.row_factor))

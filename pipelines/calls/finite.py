@@ -30,11 +30,7 @@ def check_finite(latents: Tensor, causes: Iterable[str]) -> None:
 
 
 def check_decoded(images: Tensor) -> None:
-    """Checks images that were decoded from finite latents.
-
-    Raises:
-        NotFiniteError: If they have NaN.
-    """
+    """Checks images that were decoded from finite latents; raises NotFiniteError if they have NaN."""
     if torch.isnan(images).any():
         raise NotFiniteError(
             f"the VAE made NaN of finite latents, so there is no image. It runs in {_name(images.dtype)}: decode in "

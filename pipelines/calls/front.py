@@ -12,8 +12,18 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from lora_compose.attention import Claim
-from lora_compose.pipelines.calls.call import Call, Composition, no_concepts
+from lora_compose.pipelines.calls.call import (
+    Call,
+    Callback,
+    Composition,
+    GivenPrompts,
+    ImageSize,
+    Sampling,
+    no_concepts,
+    tensors_for,
+)
 from lora_compose.pipelines.concepts.tags import has_tags
+from lora_compose.pipelines.denoising.guidance import Guider
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.formats.models import models_of
 from lora_compose.pipelines.images.from_image import FromImage
@@ -81,6 +91,32 @@ class Begun:
     start: FromImage | None
     started: float
     plain: Plain | None
+
+    def call(
+        self,
+        given: Mapping[str, Any],
+        prompts: GivenPrompts,
+        size: tuple[int, int],
+        per_prompt: int,
+        guider: Guider,
+        **fields: Any,
+    ) -> Call:
+        """A call with concepts.
+
+        Args:
+            given: The arguments of `__call__`, by name.
+            size: Width and height in pixels.
+            per_prompt: Images of each prompt.
+            fields: Further fields of the call.
+        """
+        sampling = Sampling(
+            given["num_inference_steps"], given.get("timesteps"), given.get("sigmas"), given.get("denoising_end"),
+            given["generator"], given.get("latents"), given.get("eta", 0.0), guider,
+        )  # fmt: skip
+        function = given["callback_on_step_end"]
+        callback = Callback(function, tensors_for(function, given["callback_on_step_end_tensor_inputs"]))
+        size_of_images = ImageSize(*size, per_prompt)
+        return Call(self.composition, prompts, size_of_images, sampling, callback, self.started, **fields)
 
 
 class _Answer(BaseException):

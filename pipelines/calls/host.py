@@ -1,4 +1,4 @@
-"""What planning a call and the loop need of whatever paints: one of our pipelines, or another program."""
+"""The host of a call, as planning and the loop need it: one of our pipelines, or another program that paints."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -40,11 +40,7 @@ class Host(ReadsText, Protocol):
         ...
 
     def resolve_concepts(self, concepts: ConceptNames) -> tuple[LoadedConcept, ...]:
-        """Concepts with their factors.
-
-        Raises:
-            ValueError: For unknown names and names given twice.
-        """
+        """Concepts with their factors; raises ValueError for unknown names and names given twice."""
         ...
 
     def backbone_of(self, call: Call) -> Backbone:
@@ -52,11 +48,7 @@ class Host(ReadsText, Protocol):
         ...
 
     def prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
-        """The tokenizers whose tokens the model reads.
-
-        Args:
-            length: Tokens of an encoded text; None means as many as the tokenizer says.
-        """
+        """The tokenizers of the prompt, for texts of so many tokens; None means as many as the tokenizer says."""
         ...
 
     def check_start(self, call: Call, canvas: Canvas) -> None:

@@ -47,7 +47,7 @@ class PromptsOfSet:
     """The prompts that have one concept set.
 
     Attributes:
-        indices: Which prompts of the call.
+        indices: Indices of the prompts in the call.
         token_masks: Positions of the words of the set's concepts in the prompts.
     """
 
@@ -246,9 +246,9 @@ def _guarded(concepts: ConceptSet, sets: Sequence[ConceptSet], method: Settings,
                 scales = joint.scales(limit)
                 limits.update({name: min(scale, limits.get(name, 1.0)) for name, scale in scales.items()})
             elif joint.ratio > WARNED:
-                about = tuple(found.concept.name for found in group), joint.weights, joint.ratio
+                about = tuple(loaded.concept.name for loaded in group), joint.weights, joint.ratio
                 warn_first(about, partial(overload_warning, group, joint, model))
-    return ConceptSet(tuple(replace(found, limits=limits) for found in concepts.loaded)) if limits else concepts
+    return ConceptSet(tuple(replace(loaded, limits=limits) for loaded in concepts.loaded)) if limits else concepts
 
 
 def _without_weights(loaded: LoadedConcept) -> LoadedConcept:

@@ -130,7 +130,7 @@ def refine(
 
 @dataclass(frozen=True)
 class Origin:
-    """What is needed of a call to repaint the subjects of its images.
+    """The inputs of a call that repaints the subjects of its images.
 
     Attributes:
         prompts: The prompts, as they were written.
@@ -169,11 +169,11 @@ class Origin:
 
 
 def subject_masks(masks: Tensor, concepts: Sequence[Concept], size: tuple[int, int]) -> dict[str, Image.Image]:
-    """Where the subjects of an image are, from the masks of a run.
+    """Masks of the subjects of an image, from the masks of a run.
 
     Args:
         masks: Of one image and step (`ComposeOutput.masks[step, image]`). Shape: [concepts, height, width], bool.
-        concepts: Those of the call, in its order.
+        concepts: Concepts of the call, in its order.
         size: Width and height of the image.
 
     Returns:

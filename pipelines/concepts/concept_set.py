@@ -53,7 +53,7 @@ class LoadedConcept:
         lora = in_blocks(self.factors.model, self.concept.blocks)
         if not self.limits:
             return lora
-        return {name: replace(one, scale=one.scale * self.limits.get(name, 1.0)) for name, one in lora.items()}
+        return {name: replace(part, scale=part.scale * self.limits.get(name, 1.0)) for name, part in lora.items()}
 
     def handle(self, part: Part) -> Handle:
         """Stands for its LoRA of one model, in a call; anyone may change an adapter before the next."""

@@ -9,22 +9,12 @@ from typing import Any
 from huggingface_hub import constants, hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError
 
-from lora_compose.pipelines.formats.files import (
-    PEFT_CONFIG,
-    PEFT_FILE,
-    PICKLES,
-    LoraError,
-    refuse_format,
-)
+from lora_compose.pipelines.formats.files import PEFT_CONFIG, PEFT_FILE, PICKLES, LoraError, refuse_format
 from lora_compose.pipelines.support.hub import asking, cached_folder, is_hub_name, reachable
 
 
 def local_path(source: str | os.PathLike[str]) -> Path:
-    """A path as written, with the home folder for "~".
-
-    Raises:
-        LoraError: If it cannot be a path.
-    """
+    """A path as written, with the home folder for "~"; raises LoraError if it cannot be a path."""
     if not isinstance(source, str | os.PathLike) or not str(source):
         raise LoraError(
             f"{source!r} names no LoRA; expected a file, a folder or a hub repository such as 'user/my-cat'"

@@ -121,11 +121,7 @@ class ConceptLibrary:
             raise ValueError(f"there is a concept or adapter {name!r} already; unload it or choose another name")
 
     def unload(self, name: str) -> None:
-        """Removes a concept.
-
-        Raises:
-            ValueError: If there is none of that name.
-        """
+        """Removes a concept; raises ValueError if there is none of that name."""
         if name not in self.concepts:
             raise ValueError(f"no concept {name!r} is loaded; there are {', '.join(self.concepts) or 'none'}")
         self.loaded.pop(name, None)

@@ -343,8 +343,8 @@ def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | Non
 def _error(made: Iterable[Change]) -> float:
     """The relative Frobenius error of changes that were cut to a rank."""
     made = list(made)
-    lost = sum(one.lost for one in made)
-    return math.sqrt(lost / (lost + sum(inner(one.factors, one.factors) for one in made))) if lost else 0.0
+    lost = sum(change.lost for change in made)
+    return math.sqrt(lost / (lost + sum(inner(change.factors, change.factors) for change in made))) if lost else 0.0
 
 
 def adapter_factors(pipe: object, adapter: str) -> Factors:

@@ -17,11 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Read:
-    """A file that has been read and matched, or several that were merged.
-
-    Attributes:
-        files: As read; those that were merged without their tensors.
-    """
+    """A file that has been read and matched, or several that were merged, then without their tensors."""
 
     files: tuple[LoraFile, ...]
     factors: Factors

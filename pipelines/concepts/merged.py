@@ -50,8 +50,8 @@ def merge_matched(
         ValueError: If a file does not contain its trigger, and the merger needs it.
     """
     loras, notes = [], []
-    for file, one in zip(files, matched, strict=True):
-        lora, note = expressed(pipe, _by_name(one), file.path.name)
+    for file, factors in zip(files, matched, strict=True):
+        lora, note = expressed(pipe, _by_name(factors), file.path.name)
         loras.append(lora)
         notes += [] if note is None else [f"{file.path.name}: {note}"]
     changes = side_by_side(loras, weights, [file.path.name for file in files])
@@ -70,7 +70,7 @@ def merge_matched(
     return Factors(
         parts.get(model, {}),
         {part: parts[part] for part in TEXT_ENCODERS if part in parts},
-        tuple(key for one in matched for key in one.unmatched),
+        tuple(key for factors in matched for key in factors.unmatched),
         (*_notes(files, matched), *notes),
         part=model,
     )
@@ -81,8 +81,8 @@ def without_tensors(file: LoraFile) -> LoraFile:
     return replace(file, tensors={}, embeddings={})
 
 
-def _by_name(one: Factors) -> dict[Name, LoraFactors]:
-    return {(part, layer): f for part, lora in one.by_part.items() for layer, f in lora.items()}
+def _by_name(factors: Factors) -> dict[Name, LoraFactors]:
+    return {(part, layer): f for part, lora in factors.by_part.items() for layer, f in lora.items()}
 
 
 def _original(name: Name, loras: Sequence[Mapping[Name, LoraFactors]]) -> LoraFactors:
@@ -96,9 +96,11 @@ def _shaped(merged: LoraFactors, like: LoraFactors) -> LoraFactors:
 
 
 def _notes(files: Sequence[LoraFile], matched: Sequence[Factors]) -> list[str]:
-    notes = [f"{file.path.name}: {note}" for file, one in zip(files, matched, strict=True) for note in one.notes]
-    for file, one in zip(files, matched, strict=True):
-        if one.embeddings:
-            words = ", ".join(one.embeddings)
+    notes = [
+        f"{file.path.name}: {note}" for file, factors in zip(files, matched, strict=True) for note in factors.notes
+    ]
+    for file, factors in zip(files, matched, strict=True):
+        if factors.embeddings:
+            words = ", ".join(factors.embeddings)
             notes.append(f"{file.path.name}: its words are left out ({words}); merging is about weights alone")
     return notes

@@ -66,11 +66,11 @@ def joint_change(loaded: Sequence[LoadedConcept]) -> Joint | None:
     Of concepts with one LoRA the strongest counts, as in the bank. What was computed once is kept for the next call.
     """
     strongest: dict[Handle, tuple[LoadedConcept, float]] = {}
-    for one in loaded:
-        weight = max(_weights(one), key=abs)
-        handle = one.handle(one.factors.part)
+    for concept in loaded:
+        weight = max(_weights(concept), key=abs)
+        handle = concept.handle(concept.factors.part)
         if handle not in strongest or abs(weight) > abs(strongest[handle][1]):
-            strongest[handle] = one, weight
+            strongest[handle] = concept, weight
     # A call may be checked with LoRAs that have shapes alone. Adapters of PEFT may change between calls.
     acting = [(concept, weight) for concept, weight in strongest.values() if weight and _has_values(concept)]
     if len(acting) < 2 or not all(concept.files for concept, _ in acting):
@@ -114,7 +114,7 @@ def _norm(parts: Sequence[tuple[LoraFactors, float]]) -> float:
 
 def warning(loaded: Sequence[LoadedConcept], joint: Joint, model: nn.Module) -> str:
     """Figures and a proposal for LoRAs that change more together than each was trained to."""
-    names = ", ".join(one.concept.name for one in loaded)
+    names = ", ".join(concept.concept.name for concept in loaded)
     lower = ", ".join(f"{weight / joint.ratio:.2g}" for weight in joint.weights)
     share = joint.share_of(model)
     weights = "" if share is None else f", {share:.1%} of the weights that they change"
@@ -140,7 +140,7 @@ def _norms_of(loaded: LoadedConcept) -> Mapping[str, float]:
     if key in _norms:
         _norms.move_to_end(key)
         return _norms[key]
-    norms = {name: inner(one, one) for name, one in loaded.lora.items() if one.transform is None}
+    norms = {name: inner(part, part) for name, part in loaded.lora.items() if part.transform is None}
     _norms[key] = norms
     while len(_norms) > _MOST:
         _norms.popitem(last=False)

@@ -62,11 +62,7 @@ class Control:
 
 
 def controls_of(control: "Control | Sequence[Control] | None") -> tuple[Control, ...]:
-    """The controls of a call as a tuple.
-
-    Raises:
-        TypeError: For anything that is no `Control`.
-    """
+    """The controls of a call as a tuple; raises TypeError for anything that is no `Control`."""
     several = isinstance(control, list | tuple)
     controls: tuple[Any, ...] = () if control is None else tuple(control) if several else (control,)
     for entry in controls:

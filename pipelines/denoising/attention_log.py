@@ -27,7 +27,7 @@ class AttentionLog:
         Args:
             columns: Indices of its concepts among all.
             concepts: How many there are in all.
-            images: Its images in the batch.
+            images: Indices of its images in the batch.
         """
         return LogOfSet(self, columns, concepts, images)
 
@@ -76,7 +76,7 @@ class AttentionLog:
 
         Args:
             masks: On the map grid. Shape: [images, concepts, height, width], bool.
-            images: Which images; None is all.
+            images: Indices of the images; None is all.
         """
         if step in self.steps:
             chosen = range(self.canvas.images) if images is None else images
@@ -87,7 +87,7 @@ class AttentionLog:
 
         Args:
             maps: On the map grid; 0 for concepts that were not looked for. Shape: [images, concepts, height, width].
-            images: Which images; None is all.
+            images: Indices of the images; None is all.
         """
         if self.steps:
             chosen = range(self.canvas.images) if images is None else images

@@ -22,11 +22,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning, join_images, 
 
 
 def start(begin: Callable[[Session], Process], sessions: Sequence[Session], denoiser: Runner) -> Process:
-    """Starts a method on one or several concept sets.
-
-    Args:
-        sessions: One for each set.
-    """
+    """Starts a method on one or several concept sets, with a session for each."""
     processes = [begin(session) for session in sessions]
     if len(processes) == 1:
         return processes[0]

@@ -78,11 +78,7 @@ class Denoiser:
         self._can_fold = True
 
     def of_set(self, concepts: ConceptSet, images: Sequence[int]) -> "Denoiser":
-        """The denoiser of one of several concept sets; its costs are counted together.
-
-        Args:
-            images: Its images in the batch.
-        """
+        """The denoiser of one of several concept sets, with these images of the batch; costs are counted together."""
         columns = concepts.columns or range(len(concepts.loaded))
         part = Denoiser(
             self.backbone, self.installation, self.sampler.of_images(images),
@@ -95,11 +91,7 @@ class Denoiser:
         return part
 
     def ahead(self, sampler: Sampler) -> "Denoiser":
-        """The denoiser for steps of a draft: their rows count, but they are not recorded.
-
-        Args:
-            sampler: The copy that takes them (`Sampler.ahead`).
-        """
+        """The denoiser for a draft with a sampler of its own: its rows count, but they are not recorded."""
         ahead = copy(self)
         ahead.sampler, ahead.log = sampler, AttentionLog(self.canvas, ())
         return ahead

@@ -57,11 +57,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class ClassifierFree:
-    """Classifier-free guidance.
-
-    Attributes:
-        scale: s at the start of a call.
-    """
+    """Classifier-free guidance; `scale` is s at the start of a call."""
 
     scale: float
 
@@ -83,11 +79,7 @@ class ClassifierFree:
 
 @dataclass(frozen=True)
 class Rescaled(ClassifierFree):
-    """The standard deviation of each image is drawn to that without guidance.
-
-    Attributes:
-        share: r, diffusers' `guidance_rescale`.
-    """
+    """The standard deviation of each image is drawn to that without guidance; `share` is r, `guidance_rescale`."""
 
     share: float = 0.0
 
@@ -98,11 +90,7 @@ class Rescaled(ClassifierFree):
 
 @dataclass(frozen=True)
 class TokenNorms(ClassifierFree):
-    """Every token of the image, a patch of so many cells per side, keeps the norm that it has without guidance.
-
-    Attributes:
-        patch: Cells per side.
-    """
+    """Every token of the image, a patch of so many cells per side, keeps the norm that it has without guidance."""
 
     patch: int = 2
 

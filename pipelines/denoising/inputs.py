@@ -14,11 +14,7 @@ from lora_compose.pipelines.control import View, repeated
 
 @dataclass(frozen=True, eq=False)
 class ByImage:
-    """An argument with a value for each image.
-
-    Attributes:
-        values: Shape: [images or 1, ...].
-    """
+    """An argument with a value for each image. Shape: [images or 1, ...]."""
 
     values: Tensor
 
@@ -45,11 +41,7 @@ class OnGrid(ByImage):
 
 
 def check_marked(inputs: Mapping[str, Any]) -> None:
-    """Checks that it is known what the arguments lie on.
-
-    Raises:
-        TypeError: For tensors without a mark.
-    """
+    """Checks that it is known what the arguments lie on; raises TypeError for tensors without a mark."""
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             raise TypeError(f"the argument {name!r} is a tensor; expected ByImage or OnGrid, which say what it lies on")

@@ -91,7 +91,7 @@ class Prediction:
     """The prediction of one forward pass.
 
     Attributes:
-        model_output: What the scheduler takes (noise, velocity). Shape: [rows, channels, height, width].
+        model_output: Noise or velocity, as the scheduler takes it. Shape: [rows, channels, height, width].
         rows: The roles of its rows.
         maps: The attention maps, if asked for.
     """

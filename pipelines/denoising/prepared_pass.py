@@ -17,11 +17,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Rows that are run together.
-
-    Attributes:
-        rows: Their slice of all rows.
-    """
+    """Rows that are run together: a slice of all rows."""
 
     text: Conditioning
     inputs: LayerInputs
@@ -38,11 +34,7 @@ class KeptText:
         self._kept: dict[tuple[bool, int], tuple[tuple[float, ...], TextKV]] = {}
 
     def of(self, conditional: bool, batch: int, weights: tuple[float, ...]) -> TextKV:
-        """Keys and values of a micro-batch.
-
-        Args:
-            conditional: Whether there are conditional rows only.
-        """
+        """Keys and values of a micro-batch, or of its conditional rows only."""
         key = conditional, batch
         if key not in self._kept or self._kept[key][0] != weights:
             self._kept[key] = weights, TextKV()

@@ -224,11 +224,7 @@ def warn_unread(prompts: Sequence[Concept], negatives: Sequence[Concept], why: s
 
 
 def constant_gates(session: Session, weights: Tensor) -> Gates:
-    """Gates that are the same on all rows, tokens and cells.
-
-    Args:
-        weights: One per concept. Shape: [concepts].
-    """
+    """Gates that are the same on all rows, tokens and cells: a weight per concept. Shape: [concepts]."""
     canvas = session.canvas
     gate = weights.to(canvas.device)[None]
     return Gates(

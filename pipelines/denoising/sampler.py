@@ -34,11 +34,7 @@ class Schedule:
         return Step(index, len(self.timesteps), self.timesteps[index], cfg_scale, second_order, unguided)
 
     def leading(self, length: float, first: Step) -> list[Step]:
-        """The first steps, at least one.
-
-        Args:
-            length: Fraction of the steps; above 1 a number of steps.
-        """
+        """The first steps, at least one; `length` is a fraction of the steps, or above 1 their number."""
         steps = max(1, min(math.ceil(steps_in(length, first.count)), first.count))
         return [self.step(index, first.cfg_scale) for index in range(steps)]
 

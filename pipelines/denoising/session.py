@@ -81,11 +81,7 @@ class SetRunner(Runner, Protocol):
     """A runner of all concept sets of a call."""
 
     def of_set(self, concepts: ConceptSet, images: Sequence[int]) -> Runner:
-        """The runner of one of several concept sets.
-
-        Args:
-            images: Its images in the batch.
-        """
+        """The runner of one of several concept sets, with these images of the batch."""
         ...
 
 

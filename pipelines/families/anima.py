@@ -25,18 +25,7 @@ from torch import Tensor
 
 from lora_compose.attention.backbones.cosmos import with_padding_mask
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.calls.call import (
-    Call,
-    Callback,
-    Concepts,
-    Generators,
-    GivenPrompts,
-    ImageSize,
-    Sampling,
-    listed,
-    refuse_unknown,
-    tensors_for,
-)
+from lora_compose.pipelines.calls.call import Call, Concepts, Generators, GivenPrompts, listed, refuse_unknown
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.control import Control
@@ -59,12 +48,12 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
     """The components of diffusers' `AnimaModularPipeline`, in calls that may name concepts.
 
     Args:
-        tokenizer: Of the text encoder.
+        tokenizer: The tokenizer of the text encoder.
         text_encoder: Qwen3.
-        t5_tokenizer: Its tokens are the positions that the transformer reads; there is no T5.
+        t5_tokenizer: T5's, whose tokens are the positions that the transformer reads; there is no T5.
         text_conditioner: Makes the text of the transformer from both.
         transformer: The denoiser.
-        vae: That of Qwen-Image, for videos of one frame.
+        vae: Qwen-Image's VAE, for videos of one frame.
     """
 
     family = "Anima"
@@ -107,7 +96,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         """Opens a folder or hub repository with a `modular_model_index.json`.
 
         Args:
-            options: Those of `AnimaModularPipeline.from_pretrained` for the hub, and those of `load_components`, such
+            options: Options of `AnimaModularPipeline.from_pretrained` for the hub, and of `load_components`, such
                 as `dtype`.
 
         Raises:
@@ -129,11 +118,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     @classmethod
     def of_modular(cls, modular: Any) -> Self:
-        """The components of a modular pipeline, in a composing one.
-
-        Raises:
-            ValueError: If some are not loaded.
-        """
+        """The components of a modular pipeline, in a composing one; raises ValueError if some are not loaded."""
         parts = {name: getattr(modular, name, None) for name in list(signature(cls.__init__).parameters)[1:]}
         if missing := [name for name, part in parts.items() if part is None]:
             raise ValueError(f"the pipeline has no {', '.join(missing)}; call its load_components() first")
@@ -144,11 +129,6 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         if options.pop("use_flashpack", False):
             raise ValueError("diffusers' modular pipelines are not saved with use_flashpack; leave it out")
         self.modular().save_pretrained(str(save_directory), *args, **{"overwrite_modular_index": True, **options})
-
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: diffusers opens no checkpoints in one file for this family."""
-        return False
 
     @property
     def guidance_scale(self) -> float:
@@ -200,24 +180,17 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
             guidance_scale: 1 is no guidance. Less than 1 is for calls without concepts.
             callback_on_step_end: For calls with concepts; modular pipelines have no callbacks.
             max_sequence_length: To how many tokens prompts are cut; with concepts at most what the conditioner pads to.
-            concepts: As for `ComposePipeline.__call__`.
             method: A name or settings.
             control: Not supported yet.
             token_positions: Refused, since there are no prompt embeddings to give.
             record_attention: Maps come from the last third of the blocks.
             image: Refused, as are the four arguments after it.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
-        begun = self._begin(locals())
+        asked = dict(locals())
+        begun = self._begin(asked)
         if begun.plain is not None:
             return begun.plain
         prompt = begun.prompt
-        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if prompt is None:
             raise ValueError("Anima needs a prompt; it cannot be given embeddings")
         if guidance_scale < 1:
@@ -229,11 +202,8 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         given = GivenPrompts([listed(prompt)], None, max_sequence_length, [listed(negative_prompt)])
         width, height = self._size(width, height)
         guided, guider = guidance_scale > 1, ClassifierFree(guidance_scale)
-        call = Call(
-            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider),
-            Callback(callback_on_step_end, tensors), begun.started, {}, {"_guidance_scale": guidance_scale},
-        )  # fmt: skip
+        properties = {"_guidance_scale": guidance_scale}
+        call = begun.call(asked, given, (width, height), num_images_per_prompt, guider, properties=properties)
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             words = prompts or (for_each(negative_prompt, len(given)) if negative else listed(prompt))
@@ -301,11 +271,11 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         """As diffusers draws it: in fp32, with a frame axis."""
-        canvas, found = plan.canvas, call.sampling.latents
-        if found is None:
+        canvas, latents = plan.canvas, call.sampling.latents
+        if latents is None:
             shape = self._other_shapes(self._latent_shape(canvas))[0]
-            found = randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
-        return found.reshape(self._latent_shape(canvas)).to(canvas.device, torch.float32)
+            latents = randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
+        return latents.reshape(self._latent_shape(canvas)).to(canvas.device, torch.float32)
 
     def _task(self, inpaints: bool) -> ImageTask:
         task = "inpainting" if inpaints else "image-to-image"

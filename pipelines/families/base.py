@@ -91,8 +91,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     @classmethod
     def _plain_class(cls) -> Any:
         """Diffusers' pipeline for the family."""
-        every = cls.__mro__
-        return next(one for one in every if issubclass(one, DiffusionPipeline) and not issubclass(one, ComposePipeline))
+        pipelines = [parent for parent in cls.__mro__ if issubclass(parent, DiffusionPipeline)]
+        return next(parent for parent in pipelines if not issubclass(parent, ComposePipeline))
 
     @classmethod
     def from_pretrained(
@@ -191,11 +191,11 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         Raises:
             ValueError: For model families that are not supported.
         """
-        found = list(keys)
+        names = list(keys)
         for family in cls.families:
-            if family.opens_keys(found):
+            if family.opens_keys(names):
                 return family
-        raise ValueError(f"this checkpoint is not of a supported model: its first tensors are {', '.join(found[:3])}")
+        raise ValueError(f"this checkpoint is not of a supported model: its first tensors are {', '.join(names[:3])}")
 
     family: str = ""
     """The model family, in words."""
@@ -212,8 +212,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Whether a checkpoint with tensors of these names is of this family."""
-        raise NotImplementedError
+        """Whether a checkpoint with tensors of these names is of this family; never, if diffusers opens none."""
+        return False
 
     def __call__(
         self,
@@ -237,7 +237,12 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             control: Control images for ControlNets and T2I-Adapters; only with concepts.
             token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
             record_attention: True, or the steps of which attention maps are returned.
-            options: Arguments of diffusers' pipeline for the model family.
+            options: Arguments of diffusers' pipeline for the model family, and those of calls that start from an image,
+                as in `ComposeStableDiffusionPipeline.__call__`: image, mask_image, strength, padding_mask_crop and
+                paste_original.
+
+        Returns:
+            A `ComposeOutput`, or a tuple that begins with the images if `return_dict` is False.
 
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
@@ -290,7 +295,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             return latents, process, Outcome(opened.denoiser, plan.choice, self._origin(call, plan))
 
     def plan(self, *args: Any, **kwargs: Any) -> CallPlan:
-        """What a call with these arguments would do; changes nothing, and claims no model. LoRA files may be read.
+        """The plan of a call with these arguments; changes nothing, and claims no model. LoRA files may be read.
 
         Raises:
             ValueError: As the call, for anything that does not fit together; and for calls without concepts.
@@ -301,12 +306,12 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     @property
     def model(self) -> Any:
         """The UNet or transformer."""
-        found = getattr(self, "unet", None)
-        return self.transformer if found is None else found  # a compiled model cannot be asked whether it is true
+        unet = getattr(self, "unet", None)
+        return self.transformer if unet is None else unet  # a compiled model cannot be asked whether it is true
 
     @property
     def runs_on(self) -> torch.device:
-        """Where the model runs, also where it is offloaded between calls."""
+        """The device of the model, also where it is offloaded between calls."""
         return self._execution_device
 
     def backbone_of(self, call: Call) -> Backbone:
@@ -314,18 +319,15 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         return backbone_of(self.model)
 
     def _origin(self, call: Call, plan: Plan) -> Origin | None:
-        """What `refine` needs of the call; None where its images cannot be repainted."""
+        """The inputs of `refine`; None where the images of the call cannot be repainted."""
         return None
 
     def prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
-        """The tokenizers of the prompt.
-
-        Args:
-            length: Tokens of an encoded text; None means as many as the tokenizer says.
-        """
+        """The tokenizers of the prompt, for texts of so many tokens; None means as many as the tokenizer says."""
         expand = textual_inversions.expander(self.maybe_convert_prompt)
         tokenizers = textual_inversions.tokenizers.items()
-        return [ExpandingTokenizer(found, expand, length) for name, found in tokenizers if name in self.text_tokenizers]
+        named = [tokenizer for name, tokenizer in tokenizers if name in self.text_tokenizers]
+        return [ExpandingTokenizer(tokenizer, expand, length) for tokenizer in named]
 
     def check_start(self, call: Call, canvas: Canvas) -> None:
         """Raises ValueError if the latents that a call is to start from have a shape that `_noise` cannot use."""
@@ -363,10 +365,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
     def _timesteps(self, scheduler: Any, sampling: Sampling, canvas: Canvas) -> tuple[Tensor, int]:
         """The timesteps of all passes, and the number of steps, as diffusers' pipeline sets them."""
-        found: Any = retrieve_timesteps(
+        timesteps_and_steps: Any = retrieve_timesteps(
             scheduler, sampling.num_inference_steps, canvas.device, timesteps=sampling.timesteps, sigmas=sampling.sigmas
         )
-        return found
+        return timesteps_and_steps
 
     def _step_arguments(self, sampling: Sampling) -> Mapping[str, Any]:
         """Further arguments of the scheduler's step."""

@@ -44,7 +44,7 @@ def _joined_signature() -> inspect.Signature:
 
 
 class CustomComposePipeline(DiffusionPipeline):
-    """What diffusers constructs for a custom pipeline; the result is the pipeline of the model's family."""
+    """The class that diffusers constructs for a custom pipeline; the result is the pipeline of the model's family."""
 
     _optional_components = _components()  # which of them a model needs depends on its family
 

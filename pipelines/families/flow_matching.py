@@ -1,4 +1,4 @@
-"""What the pipelines of flow-matching transformers have in common: sizes, timesteps, start noise, templates."""
+"""Base classes of the pipelines of flow-matching transformers: sizes, timesteps, start noise, templates."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -80,9 +80,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
             sigmas = None
         height, width = canvas.latent_grid
         shift = self._shift(height * width // PATCH**2, steps)
-        found: Any = retrieve_timesteps(scheduler, steps, canvas.device, sigmas=sigmas, mu=shift)
+        timesteps_and_steps: Any = retrieve_timesteps(scheduler, steps, canvas.device, sigmas=sigmas, mu=shift)
         scheduler.set_begin_index(0)
-        return found
+        return timesteps_and_steps
 
     def _latent_shape(self, canvas: Canvas) -> Shape:
         return canvas.images, self.transformer.config.in_channels // PATCH**2, *canvas.latent_grid
@@ -104,12 +104,12 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         check_latents(call.sampling.latents, shape, *self._other_shapes(shape))
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        canvas, found = plan.canvas, call.sampling.latents
+        canvas, latents = plan.canvas, call.sampling.latents
         shape = self._latent_shape(canvas)
-        if found is None:
+        if latents is None:
             generator = call.sampling.generator
-            found = randn_tensor(self._drawn(shape), generator=generator, device=canvas.device, dtype=dtype)
-        return _unpacked(found, canvas.latent_grid).to(canvas.device, dtype)
+            latents = randn_tensor(self._drawn(shape), generator=generator, device=canvas.device, dtype=dtype)
+        return _unpacked(latents, canvas.latent_grid).to(canvas.device, dtype)
 
     def _sides(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height as given; None means the model's own, for which diffusers has 1024 with any model."""
@@ -139,14 +139,15 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         first: Any = schedule.timesteps[:1]
         height, width = canvas.image_size
         with precision_kept(self.vae):
-            found = source.pipeline.prepare_latents(
+            prepared = source.pipeline.prepare_latents(
                 pixels.float(), timestep=first.repeat(canvas.images), batch_size=canvas.images, height=height,
                 width=width, dtype=encoder.dtype, device=canvas.device, generator=generator,
                 **{self.named_channels: self._latent_shape(canvas)[1]},
             )  # fmt: skip
         if source.mask is None:
-            return ImageToImage(_unpacked(found if isinstance(found, Tensor) else found[0], canvas.latent_grid))
-        latents, noise, image = (_unpacked(one, canvas.latent_grid) for one in found[:3])
+            latents = prepared if isinstance(prepared, Tensor) else prepared[0]
+            return ImageToImage(_unpacked(latents, canvas.latent_grid))
+        latents, noise, image = (_unpacked(tensor, canvas.latent_grid) for tensor in prepared[:3])
         mask = self._latent_mask(self._by_image(call, source.mask), canvas).to(canvas.device, encoder.dtype)
         inputs = self._inputs_from_image(image)
         return Inpainting(latents, inputs, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
@@ -249,6 +250,10 @@ class TemplatePipeline(FlowMatchingPipeline):
             )
         return [self._template(length or 512)]
 
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        self._check_plain_texts(arguments["prompt"], arguments.get("negative_prompt"))
+        return arguments
+
     def _template(self, length: int) -> TemplateTokenizer:
         """The tokenizer for texts of so many tokens."""
         raise NotImplementedError
@@ -299,8 +304,8 @@ def check_negative_embeds(given: GivenPrompts, embeds: Tensor | None) -> None:
 
 def for_each(text: str | list[str] | None, count: int) -> list[str]:
     """A text for each of `count` prompts: a single text is repeated, None is the empty text."""
-    found = listed(text) or [""]
-    return found * count if len(found) == 1 else found
+    texts = listed(text) or [""]
+    return texts * count if len(texts) == 1 else texts
 
 
 def texts_to_encode(
@@ -328,5 +333,5 @@ def real_tokens(
     tokenizer: Any, texts: Sequence[str], length: int, images_per_prompt: int, device: torch.device
 ) -> Tensor:
     """True at tokens that are not padding. Shape: [images, tokens]."""
-    found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return found.attention_mask.bool().to(device).repeat_interleave(images_per_prompt, dim=0)
+    tokens = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokens.attention_mask.bool().to(device).repeat_interleave(images_per_prompt, dim=0)

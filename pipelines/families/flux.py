@@ -45,7 +45,7 @@ from lora_compose.pipelines.text.weighted import weighted_embeds
 
 
 class FluxCalls(FlowMatchingPipeline):
-    """What calls of FLUX.1 and of Kontext, which has the same components, have in common."""
+    """Calls of FLUX.1 and of Kontext, which has the same components."""
 
     architecture = "flux-1-dev"
     transformer_class = FluxTransformer2DModel
@@ -126,9 +126,9 @@ class FluxCalls(FlowMatchingPipeline):
             first, second, embeds, pooled = own if prompts is None else (prompts, None, None, None)
             read = None
             if reading is not None and embeds is None:
-                asked = enumerate(listed(second or first))
-                read = [reading.emphasis(one, i, derived=not negative) for i, one in asked]
-                first, second = list(map(plain_text, listed(first))), [one.text for one in read]
+                texts_read = enumerate(listed(second or first))
+                read = [reading.emphasis(text, i, derived=not negative) for i, text in texts_read]
+                first, second = list(map(plain_text, listed(first))), [emphasis.text for emphasis in read]
             encode_prompt: Any = self.encode_prompt  # its annotations know no plain tensors
             text, pooled, _ = encode_prompt(
                 first, prompt_2=second, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
@@ -181,7 +181,7 @@ class FluxCalls(FlowMatchingPipeline):
         if given := [name for name in embeds if arguments[name] is not None]:
             raise ValueError(f"weights in prompts do not go with {', '.join(given)}; give the prompts")
         length, count = arguments["max_sequence_length"], arguments["num_images_per_prompt"] or 1
-        found: dict[str, Any] = {}
+        encoded: dict[str, Any] = {}
         for side in ("", "negative_"):
             first, second = (listed(arguments[f"{side}prompt{number}"]) for number in ("", "_2"))
             if not first:
@@ -189,24 +189,24 @@ class FluxCalls(FlowMatchingPipeline):
             read = list(map(read_emphasis, second or first))
             encode_prompt: Any = self.encode_prompt
             text, pooled, _ = encode_prompt(
-                list(map(plain_text, first)), prompt_2=[one.text for one in read], device=self._execution_device,
-                num_images_per_prompt=count, max_sequence_length=length,
+                list(map(plain_text, first)), prompt_2=[emphasis.text for emphasis in read],
+                device=self._execution_device, num_images_per_prompt=count, max_sequence_length=length,
                 lora_scale=(arguments["joint_attention_kwargs"] or {}).get("scale"),
             )  # fmt: skip
-            found[f"{side}prompt_embeds"] = self._weighted(text, read, count)
-            found[f"{side}pooled_prompt_embeds"] = pooled
-        return {**arguments, **dict.fromkeys(names), **found, "num_images_per_prompt": 1}
+            encoded[f"{side}prompt_embeds"] = self._weighted(text, read, count)
+            encoded[f"{side}pooled_prompt_embeds"] = pooled
+        return {**arguments, **dict.fromkeys(names), **encoded, "num_images_per_prompt": 1}
 
     def _weighted(self, text: Tensor, read: Sequence[Emphasis], images_per_prompt: int) -> Tensor:
         """T5's features with those texts encoded anew that have weights; CLIP's pooled text has none."""
-        found = text.clone()
-        for i, one in enumerate(read):
-            if not one.is_even:
-                found[i * images_per_prompt : (i + 1) * images_per_prompt] = weighted_embeds(
-                    self.tokenizer_2, self.text_encoder_2, one, text.device, penultimate=False,
+        features = text.clone()
+        for i, emphasis in enumerate(read):
+            if not emphasis.is_even:
+                features[i * images_per_prompt : (i + 1) * images_per_prompt] = weighted_embeds(
+                    self.tokenizer_2, self.text_encoder_2, emphasis, text.device, penultimate=False,
                     expand=self.maybe_convert_prompt, length=text.shape[1],
                 ).to(text)  # fmt: skip
-        return found
+        return features
 
     def _readable(self, length: int) -> int:
         """Tokens to which texts are padded, at most the T5's own maximum; that of the playground is short."""
@@ -238,8 +238,8 @@ def for_all(text: str | list[str] | None, count: int) -> list[str] | None:
     """A text for each of so many prompts; one is for all."""
     if text is None:
         return None
-    found = listed(text)
-    return (found * count if len(found) == 1 else found) or None
+    texts = listed(text)
+    return (texts * count if len(texts) == 1 else texts) or None
 
 
 class ComposeFluxPipeline(FluxCalls, FluxPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -299,24 +299,16 @@ class ComposeFluxPipeline(FluxCalls, FluxPipeline):  # pyright: ignore[reportInc
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
         With concepts, `output_type="latent"` returns them packed, as diffusers does.
 
         Args:
-            concepts: As for `ComposePipeline.__call__`.
             method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among the T5 tokens.
             record_attention: Maps come from the last third of the double-stream blocks.
-            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         max_sequence_length = self._readable(max_sequence_length)
         if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take

@@ -16,12 +16,9 @@ from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.pipelines.calls.call import (
     Call,
-    Callback,
     Concepts,
     Generators,
     GivenPrompts,
-    ImageSize,
-    Sampling,
     check_arguments,
     listed,
     tensors_for,
@@ -48,16 +45,11 @@ from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
 class Flux2Calls(ReferencesPipeline, TemplatePipeline):
-    """What calls of FLUX.2-klein and FLUX.2-dev have in common."""
+    """Calls of FLUX.2-klein and FLUX.2-dev."""
 
     transformer_class = Flux2Transformer2DModel
     named_channels = "num_latents_channels"
     starts_from_latents = False  # diffusers reads them with patches as channels
-
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: diffusers opens no checkpoints in one file for these pipelines."""
-        return False
 
     def _request(
         self,
@@ -79,22 +71,18 @@ class Flux2Calls(ReferencesPipeline, TemplatePipeline):
         negative_prompt_embeds = given.get("negative_prompt_embeds")  # FLUX.2-dev has none
         guidance_scale, attention_kwargs = given["guidance_scale"], given["attention_kwargs"]
         per_prompt, max_sequence_length = given["num_images_per_prompt"], given["max_sequence_length"]
-        text_encoder_out_layers, callback_on_step_end = given["text_encoder_out_layers"], given["callback_on_step_end"]
-        tensors = tensors_for(callback_on_step_end, given["callback_on_step_end_tensor_inputs"])
+        text_encoder_out_layers = given["text_encoder_out_layers"]
         cfg_scale = self._cfg_of(guidance_scale)
         prompts_given = GivenPrompts(None if prompt is None else [listed(prompt)], prompt_embeds, max_sequence_length)
         check_negative_embeds(prompts_given, negative_prompt_embeds if cfg_scale > 1 else None)
-        call = Call(
-            begun.composition, prompts_given, ImageSize(*size, per_prompt),
-            Sampling(
-                given["num_inference_steps"], None, given["sigmas"], None, given["generator"], given["latents"],
-                guider=ClassifierFree(cfg_scale),
-            ),
-            Callback(callback_on_step_end, tensors), begun.started,
-            {"joint_attention_kwargs": attention_kwargs, **inputs},
-            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
-            source,
-            {
+        call = begun.call(
+            given, prompts_given, size, per_prompt, ClassifierFree(cfg_scale),
+            inputs={"joint_attention_kwargs": attention_kwargs, **inputs},
+            properties={
+                "_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None,
+            },
+            source=source,
+            repaint={
                 "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length,
                 "text_encoder_out_layers": text_encoder_out_layers,
             },
@@ -155,14 +143,14 @@ class Flux2Calls(ReferencesPipeline, TemplatePipeline):
         Raises:
             ValueError: For tensors, and images that are too small or too long.
         """
-        found, unit, most = [], self.vae_scale_factor * PATCH, 1024 * 1024
+        references, unit, most = [], self.vae_scale_factor * PATCH, 1024 * 1024
         for image in reference_images(given):
             self.image_processor.check_image_input(image)
             if image.width * image.height > most:
                 image = self.image_processor._resize_to_target_area(image, most)
             width, height = (side // unit * unit for side in image.size)
-            found.append(self.image_processor.preprocess(image, height=height, width=width, resize_mode="crop"))
-        return found
+            references.append(self.image_processor.preprocess(image, height=height, width=width, resize_mode="crop"))
+        return references
 
     def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
         tokens, _ = self.prepare_image_latents(
@@ -232,7 +220,7 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Latents have the shape [images, channels, height, width]; those of diffusers, with patches as channels, are
         taken too.
@@ -241,19 +229,11 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
             image: With a mask, what inpainting starts from, as in the Stable Diffusion families; the model reads it as
                 a reference image, too. Without a mask, one or several reference images, of any sizes; LoRAs act on them
                 only if a concept says so (`Concept.references`), and regions are those of the image that is made.
-            concepts: As for `ComposePipeline.__call__`.
             method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the double-stream blocks.
-            mask_image: As in `ComposeStableDiffusionPipeline.__call__`, as are the three arguments after the next.
             image_reference: A further image that inpainting reads; cannot be combined with concepts yet.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         repaints = paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop))
         reference, image = (None, image) if repaints else (image, None)

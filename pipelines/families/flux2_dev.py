@@ -15,9 +15,6 @@ from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flux2 import Flux2Calls
-from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.references import opened
-from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.text.conditioning import TokenPositions
@@ -64,7 +61,7 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Args:
             image: One or several reference images, as in `ComposeFlux2KleinPipeline.__call__`.
@@ -105,17 +102,6 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
         images = num_images_per_prompt * len(listed(begun.prompt) if prompt_embeds is None else prompt_embeds)
         guidance = torch.full([images], guidance_scale, device=self._execution_device, dtype=torch.float32)
         return self._request(begun, given, size, None, references, guidance=ByImage(guidance))
-
-    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        self._check_plain_texts(arguments["prompt"])
-        reference = arguments.pop("reference")
-        return {**arguments, "image": opened(reference)}
-
-    def _task(self, inpaints: bool) -> ImageTask:
-        raise ValueError(
-            f"diffusers has no inpainting for {self.family}, which reads image as a reference image; leave out "
-            "mask_image, strength, padding_mask_crop and paste_original"
-        )
 
     def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
         """As `FlowMatchingPipeline.unguided`: the distilled guidance is 1."""

@@ -14,8 +14,7 @@ from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flux import FluxCalls, for_all
-from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.references import ReferencesPipeline, opened, reference_images
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.text.conditioning import TokenPositions
@@ -76,13 +75,12 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Args:
             image: The reference image, which is read at a size that the model knows, and is the same for all images;
                 LoRAs act on it only if a concept says so (`Concept.references`), and regions are those of the image
                 that is made.
-            concepts: As for `ComposePipeline.__call__`, as are the four arguments after it.
             mask_image: Not supported, as are the three arguments after it.
 
         Returns:
@@ -113,20 +111,13 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         return self._request(begun, given, size, references=self._references(reference, _auto_resize))
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        image = arguments.pop("reference")
         for name in ("repaints", "named"):
             del arguments[name]
-        return {**super()._plain_arguments(arguments, start), "image": opened(image)}
+        return super()._plain_arguments(arguments, start)
 
     def sized(self, width: int, height: int) -> dict[str, Any]:
         """As `ComposePipeline.sized`; diffusers takes the size as a shape, and the area apart."""
         return {**super().sized(width, height), "max_area": width * height}
-
-    def _task(self, inpaints: bool) -> ImageTask:
-        raise ValueError(
-            f"{self.family} reads image as a reference image, and inpaints nothing here; leave out mask_image, "
-            "strength, padding_mask_crop and paste_original, or use FLUX.1"
-        )
 
     def _of_area(self, width: int, height: int, area: int) -> tuple[int, int]:
         """Width and height of an image of this shape and area, as diffusers rounds them."""

@@ -26,7 +26,7 @@ def float8_checkpoint(path: Path, dtype: torch.dtype, prefix: str = "") -> tuple
     Layers outside of the numbered blocks are few; they are dequantised, so that the model's precision is theirs.
 
     Args:
-        dtype: Of dequantised weights.
+        dtype: Precision of dequantised weights.
         prefix: What all names begin with, and is taken off.
 
     Raises:
@@ -44,13 +44,13 @@ def float8_checkpoint(path: Path, dtype: torch.dtype, prefix: str = "") -> tuple
             f"{path.name} has no weights in float8; expected a denoiser in fp8, or a GGUF file. A whole model in one "
             "file is opened as the model itself"
         )
-    found = {name: tensor for name, tensor in tensors.items() if not name.endswith((*_SCALES, *_NOT_READ))}
-    found.pop(_MARK, None)
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith((*_SCALES, *_NOT_READ))}
+    weights.pop(_MARK, None)
     scaled = False
     for ending in _SCALES:
         for name in [name for name in tensors if name.endswith(ending)]:
             stem = name.removesuffix(ending)
-            weight, scale = found.get(f"{stem}.weight", torch.empty(0)), tensors[name].float().flatten()
+            weight, scale = weights.get(f"{stem}.weight", torch.empty(0)), tensors[name].float().flatten()
             if weight.dtype != torch.float8_e4m3fn or len(scale) not in (1, len(weight)):
                 raise ValueError(
                     f"{path.name}: {stem} is {list(weight.shape)} in {str(weight.dtype).removeprefix('torch.')} with "
@@ -58,10 +58,10 @@ def float8_checkpoint(path: Path, dtype: torch.dtype, prefix: str = "") -> tuple
                 )
             scale = scale.expand(len(weight)).contiguous()
             if weight.dim() == 2 and re.search(r"\.\d+\.", stem):
-                found[f"{stem}.weight_scale"], scaled = scale, True
+                weights[f"{stem}.weight_scale"], scaled = scale, True
             else:
-                found[f"{stem}.weight"] = (weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))).to(dtype)
-    return found, scaled
+                weights[f"{stem}.weight"] = (weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))).to(dtype)
+    return weights, scaled
 
 
 def _check_formats(path: Path, tensors: dict[str, Tensor]) -> None:

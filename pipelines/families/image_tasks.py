@@ -127,9 +127,9 @@ class ImageTasksPipeline(ComposePipeline):
         return steps_left(steps, self._strength(strength, inpaints), rounds_up=self.rounds_steps_up)
 
     def _task(self, inpaints: bool) -> ImageTask:
-        found = self.inpainting if inpaints else self.image_to_image
-        if found is not None:
-            return found
+        own_task = self.inpainting if inpaints else self.image_to_image
+        if own_task is not None:
+            return own_task
         task, other = ("inpainting", "image-to-image") if inpaints else ("image-to-image", "inpainting")
         also = self.image_to_image if inpaints else self.inpainting
         advice = f"it has {other}" if also is not None else "images are made from text only"
@@ -179,18 +179,18 @@ class ImageTasksPipeline(ComposePipeline):
         """Width and height of what is worked on, in pixels; refuses an image that is too small or of another size."""
         given.check_size(self._cell)
         if self._task(given.inpaints).resizes:
-            found = self._size(width, height)
+            size = self._size(width, height)
         else:
             own = given.cells(self.vae_scale_factor if given.is_latents else self._cell)
-            found = width or own[0], height or own[1]
-            if given.padding_mask_crop is None and found != own:
+            size = width or own[0], height or own[1]
+            if given.padding_mask_crop is None and size != own:
                 raise ValueError(
                     f"width and height are those of the image, {own[0]} x {own[1]} in whole latent cells; resize the "
                     "image, or leave them out"
                 )
-        if found[0] % self._cell or found[1] % self._cell or min(found) < 1:
-            raise ValueError(f"width and height must be multiples of {self._cell}, not {found[0]} x {found[1]}")
-        return found
+        if size[0] % self._cell or size[1] % self._cell or min(size) < 1:
+            raise ValueError(f"width and height must be multiples of {self._cell}, not {size[0]} x {size[1]}")
+        return size
 
     def _from_image_as_diffusers(self, given: FromImage, arguments: Mapping[str, Any]) -> Any:
         """A call without concepts that starts from an image: exactly what diffusers' pipeline for the task does."""
@@ -285,10 +285,10 @@ class ImageTasksPipeline(ComposePipeline):
         if call.image_prompts is not None and not call.image_prompts.for_any_part:
             return None
         names = [concept.name for concept in plan.concepts.concepts]
-        sets = {index: found.concepts.concepts for found in plan.sets for index in found.indices}
+        sets = {index: of_set.concepts.concepts for of_set in plan.sets for index in of_set.indices}
         each = [sets[index] for index in range(len(prompts))]
         options = {"num_inference_steps": sampling.num_inference_steps, **call.repaint}
-        columns = [[names.index(concept.name) for concept in one] for one in each]
+        columns = [[names.index(concept.name) for concept in concepts] for concepts in each]
         return Origin(self, prompts, each, columns, call.size.images_per_prompt, options)
 
 

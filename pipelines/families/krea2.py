@@ -9,18 +9,7 @@ from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor
 
 from lora_compose.attention.backbones.joint import packed
-from lora_compose.pipelines.calls.call import (
-    Call,
-    Callback,
-    Concepts,
-    Generators,
-    GivenPrompts,
-    ImageSize,
-    Sampling,
-    check_arguments,
-    listed,
-    tensors_for,
-)
+from lora_compose.pipelines.calls.call import Concepts, Generators, GivenPrompts, check_arguments, listed, tensors_for
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
@@ -33,7 +22,6 @@ from lora_compose.pipelines.families.flow_matching import (
     texts_to_encode,
 )
 from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
-from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
@@ -46,11 +34,6 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
     architecture = "krea-2"
     transformer_class = Krea2Transformer2DModel
     most_tokens = 6400
-
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: diffusers opens no checkpoints in one file for this family."""
-        return False
 
     @front
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -88,24 +71,17 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
         With concepts, `output_type="latent"` returns them packed, as diffusers does.
 
         Args:
-            concepts: As for `ComposePipeline.__call__`.
             method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
             record_attention: Maps come from the last third of the blocks.
             image: Refused, as are the four arguments after it: diffusers has no image-to-image for this family.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         asked = dict(locals())
         begun = self._begin(asked)
@@ -126,11 +102,12 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         texts = None if prompt is None else [listed(prompt)]
         given = GivenPrompts(texts, embeds, max_sequence_length, [listed(negative_prompt)])
         check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
-        call = Call(
-            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=ClassifierFree(cfg_scale)),
-            Callback(callback_on_step_end, tensors), begun.started, {"attention_kwargs": attention_kwargs},
-            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
+        call = begun.call(
+            asked, given, (width, height), num_images_per_prompt, ClassifierFree(cfg_scale),
+            inputs={"attention_kwargs": attention_kwargs},
+            properties={
+                "_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None,
+            },
         )  # fmt: skip
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -146,10 +123,6 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
             return (self._decode(latents, output_type or "np"),)
 
         return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, return_dict)
-
-    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        self._check_plain_texts(arguments["prompt"], arguments["negative_prompt"])
-        return arguments
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; layers lie side by side."""

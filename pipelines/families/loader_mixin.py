@@ -123,8 +123,8 @@ class ConceptLoaderMixin:
             name = sorted(unknown)[0]
             raise TypeError(f"load_concept has no argument {name!r}{did_you_mean(name, sorted(own | HUB_OPTIONS))}")
         given: list[Any] = list(source) if isinstance(source, list | tuple) else [source]
-        for one in given:
-            local_path(one)  # refuses what names no file
+        for file in given:
+            local_path(file)  # refuses what names no file
         lora = tuple(map(str, given)) if isinstance(source, list | tuple) else str(source)
         concept = Concept(
             name=name or _stems(lora), lora=lora, merge=merge, trigger=trigger, class_word=class_word,
@@ -133,7 +133,7 @@ class ConceptLoaderMixin:
             negative_prompt=negative_prompt, role=role, references=references or None, alpha=alpha,
         )  # fmt: skip
         self.library.check_new(self, concept.name)
-        paths = [find_file(one, weight_name, **hub) for one in files_of(lora)]
+        paths = [find_file(source, weight_name, **hub) for source in files_of(lora)]
         loaded = self.library.load(self, concept, paths, max_rank=max_rank, allow_pickle=allow_pickle)
         if note := on_loading(self.library.loaded[loaded.name]):
             warn(note)
@@ -161,11 +161,7 @@ class ConceptLoaderMixin:
         return self.library.add(self, source)
 
     def unload_concept(self, name: str) -> None:
-        """Removes a concept that was loaded or added.
-
-        Raises:
-            ValueError: If there is none of that name.
-        """
+        """Removes a concept that was loaded or added; raises ValueError if there is none of that name."""
         loaded = self.library.loaded.get(name)
         self.library.unload(name)
         if loaded is not None:
@@ -216,8 +212,8 @@ class ConceptLoaderMixin:
         given: Any = [concepts] if isinstance(concepts, str | Concept) else concepts or []
         each = given if any(map(is_set, given)) else [given] * len(texts)
         sets = []
-        for (_, weights), one in zip(taken, each, strict=True):
-            named = concepts_of(one)
+        for (_, weights), concept_set in zip(taken, each, strict=True):
+            named = concepts_of(concept_set)
             if twice := weights.keys() & {concept.name for concept in named}:
                 raise ValueError(f"{sorted(twice)[0]!r} is in concepts and has a tag in the prompt; leave out one")
             sets.append([*named, *(Concept(name=name, weight=weight) for name, weight in weights.items())])
@@ -226,5 +222,5 @@ class ConceptLoaderMixin:
 
 
 def _stems(lora: str | tuple[str, ...]) -> str:
-    """What a concept is called by its files."""
+    """The default name of a concept: the names of its files."""
     return "+".join(local_path(source).stem for source in files_of(lora))

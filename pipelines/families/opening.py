@@ -22,7 +22,7 @@ def checkpoint_keys(link_or_path: str | Path, options: Mapping[str, Any]) -> lis
 
     Args:
         link_or_path: A file, or a link to one in a hub repository, which is downloaded.
-        options: Those of `from_single_file`.
+        options: Options of `from_single_file`.
     """
     path = Path(link_or_path)
     if path.is_file() and path.suffix.lower() == ".safetensors":
@@ -45,7 +45,7 @@ def hub_options(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def configuration(source: str, **options: Any) -> Mapping[str, Any]:
-    """What `model_index.json` says of a folder or repository, or else `modular_model_index.json`.
+    """The content of a folder's or repository's `model_index.json`, or else of its `modular_model_index.json`.
 
     Raises:
         OSError: If there is neither; the message is about the first.
@@ -61,15 +61,11 @@ def configuration(source: str, **options: Any) -> Mapping[str, Any]:
 
 
 def shared_dtype(pipeline: Any) -> torch.dtype:
-    """The precision of all models of a pipeline.
-
-    Raises:
-        ValueError: If they differ.
-    """
-    found = {name: part.dtype for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    if len(set(found.values())) > 1:
+    """The precision of all models of a pipeline; raises ValueError if they differ."""
+    dtypes = {name: part.dtype for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    if len(set(dtypes.values())) > 1:
         raise ValueError(
-            f"the components differ in precision ({found}); build the pipeline with its class and `**pipe.components` "
+            f"the components differ in precision ({dtypes}); build the pipeline with its class and `**pipe.components` "
             "to keep them so, or give from_pipe a dtype to change the shared models"
         )
     return pipeline.dtype

@@ -25,7 +25,7 @@ def quantised_components(config: Mapping[str, Any], quantize: str) -> tuple[str,
     """The components that are in fewer bits: the denoiser, and with `int8` and `nf4` text encoders other than CLIP's.
 
     Args:
-        config: What `model_index.json` says.
+        config: The content of `model_index.json`.
     """
     denoiser = _denoiser(config)
     if is_file_of_weights(quantize) or quantize == "fp8":
@@ -40,8 +40,8 @@ def quantising_options(quantize: str | None, source: str, options: Mapping[str, 
     Args:
         quantize: nf4, int8, fp8, or a file of the denoiser: GGUF, or safetensors in fp8; None asks for nothing.
         source: A folder or hub repository.
-        options: Those that were given.
-        hub: Those with which the repository is read.
+        options: Options that were given.
+        hub: Options with which the repository is read.
 
     Raises:
         ValueError: For an unknown name, a missing file or package, nf4 without a GPU, and a component or configuration

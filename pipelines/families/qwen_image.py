@@ -15,18 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_compose.attention.backbones.joint import PATCH, packed
-from lora_compose.pipelines.calls.call import (
-    Call,
-    Callback,
-    Concepts,
-    Generators,
-    GivenPrompts,
-    ImageSize,
-    Sampling,
-    check_arguments,
-    listed,
-    tensors_for,
-)
+from lora_compose.pipelines.calls.call import Concepts, Generators, GivenPrompts, check_arguments, listed, tensors_for
 from lora_compose.pipelines.calls.front import Begun, Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import TokenNorms
@@ -40,7 +29,7 @@ from lora_compose.pipelines.families.flow_matching import (
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
-from lora_compose.pipelines.images.from_image import FromImage, Source
+from lora_compose.pipelines.images.from_image import Source
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.support.notes import warn
@@ -49,15 +38,10 @@ from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
 class QwenImageCalls(TemplatePipeline):
-    """What calls of Qwen-Image and of its edit models, which have the same transformer, have in common."""
+    """Calls of Qwen-Image and of its edit models, which have the same transformer."""
 
     transformer_class = QwenImageTransformer2DModel
     starts_from_latents = False  # diffusers reads them with a frame axis
-
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: diffusers opens no checkpoints in one file for these pipelines."""
-        return False
 
     def _request(
         self,
@@ -76,9 +60,9 @@ class QwenImageCalls(TemplatePipeline):
         Args:
             given: The arguments of `__call__`, by name.
             size: Width and height of the images, in pixels.
-            tokens: Of every text.
+            tokens: Tokens of every text.
             encoded: From texts and their number of tokens to the input of the model; options as for `encode_prompt`.
-            tokenizers: Those of this call; None means the pipeline's.
+            tokenizers: Tokenizers of this call; None means the pipeline's.
         """
         prompt, prompt_embeds, per_prompt = begun.prompt, given["prompt_embeds"], given["num_images_per_prompt"]
         negative_prompt, negative_prompt_embeds = given["negative_prompt"], given["negative_prompt_embeds"]
@@ -87,9 +71,8 @@ class QwenImageCalls(TemplatePipeline):
         max_sequence_length, output_type = given["max_sequence_length"], given["output_type"] or "np"
         check_arguments(given["kwargs"], (), attention_kwargs, "attention_kwargs")
         tensors = tensors_for(callback_on_step_end, given["callback_on_step_end_tensor_inputs"])
-        width, height = size
         self.check_inputs(
-            prompt, height=height, width=width, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            prompt, height=size[1], width=size[0], negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds, prompt_embeds_mask=given["prompt_embeds_mask"],
             negative_prompt_embeds_mask=given["negative_prompt_embeds_mask"],
             callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
@@ -99,16 +82,14 @@ class QwenImageCalls(TemplatePipeline):
         texts = None if prompt is None else [listed(prompt)]
         prompts_given = GivenPrompts(texts, prompt_embeds, tokens, [listed(negative_prompt)], tokenizers)
         check_negative_embeds(prompts_given, negative_prompt_embeds if cfg_scale > 1 else None)
-        call = Call(
-            begun.composition, prompts_given, ImageSize(width, height, per_prompt),
-            Sampling(
-                given["num_inference_steps"], None, given["sigmas"], None, given["generator"], given["latents"],
-                guider=TokenNorms(cfg_scale, PATCH),
-            ),
-            Callback(callback_on_step_end, tensors), begun.started, {"attention_kwargs": attention_kwargs},
-            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
-            source,
-            {
+        call = begun.call(
+            given, prompts_given, size, per_prompt, TokenNorms(cfg_scale, PATCH),
+            inputs={"attention_kwargs": attention_kwargs},
+            properties={
+                "_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None,
+            },
+            source=source,
+            repaint={
                 "true_cfg_scale": true_cfg_scale, "negative_prompt": (listed(negative_prompt) or [None])[0],
                 "max_sequence_length": max_sequence_length,
             },
@@ -212,7 +193,7 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
         With concepts, `output_type="latent"` returns them packed, as diffusers does.
@@ -221,18 +202,10 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
             negative_prompt: Without one, or negative embeddings, there is no guidance, as in diffusers.
             guidance_scale: Not read, as in diffusers: no model of this family has distilled guidance.
             max_sequence_length: With concepts texts are also padded to so many tokens; the padding is masked.
-            concepts: As for `ComposePipeline.__call__`.
             method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
             record_attention: Maps come from the last third of the blocks.
-            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         width, height = self._sides(width, height)
         given = dict(locals())
@@ -243,10 +216,6 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
         size = self._size(width, height) if source is None else source.size
         tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
         return self._request(begun, given, size, tokens, self._encoded, source=source)
-
-    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        self._check_plain_texts(arguments["prompt"], arguments["negative_prompt"])
-        return arguments
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; the padding is masked."""

@@ -15,10 +15,8 @@ from lora_compose.pipelines.calls.call import Concepts, Generators
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.qwen_image import QwenImageCalls, padded
-from lora_compose.pipelines.families.references import ReferencesPipeline, opened, reference_images
-from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
@@ -70,7 +68,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Args:
             image: One or several reference images, of any sizes, which are the same for all images; LoRAs act on them
@@ -81,12 +79,6 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
                 and longer ones are refused; the padding is masked.
             token_positions: Positions among the tokens that the model reads, those of reference images included.
             mask_image: Not supported, as are the three arguments after it.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         reference = image
         if reference is None or (isinstance(reference, list | tuple) and not reference):
@@ -100,7 +92,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         images = reference_images(reference)
         own_width, own_height = self.size_from(images)
         size = self._rounded(width or own_width), self._rounded(height or own_height)
-        read = [self._resized(one, plain.CONDITION_IMAGE_SIZE) for one in images]
+        read = [self._resized(image, plain.CONDITION_IMAGE_SIZE) for image in images]
         tokens, tokenizers = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1], None
         if prompt_embeds is None:
             shown = self._shown(read)
@@ -108,23 +100,12 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
             tokenizers = [self._template(tokens, shown)]
         return self._request(
             begun, given, size, tokens, partial(self._encoded, images=read), tokenizers=tokenizers,
-            references=[self._prepared(one) for one in images],
+            references=[self._prepared(image) for image in images],
         )  # fmt: skip
 
     def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """As `ReferencesPipeline.size_from`: the shape of the last one, with 1024 x 1024 pixels in all."""
         return plain.calculate_dimensions(1024 * 1024, images[-1].width / images[-1].height)
-
-    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        self._check_plain_texts(arguments["prompt"], arguments["negative_prompt"])
-        image = opened(arguments.pop("reference"))
-        return {**arguments, "image": image}
-
-    def _task(self, inpaints: bool) -> ImageTask:
-        raise ValueError(
-            f"{self.family} reads image as a reference image, and inpaints nothing here; leave out mask_image, "
-            "strength, padding_mask_crop and paste_original, or use Qwen-Image"
-        )
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Never: the text of this family has reference images.
@@ -148,7 +129,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         to: dict[str, Any] = {"device": self._execution_device, "dtype": self.vae.dtype}
         encode: Any = self._encode_vae_image
         latents = [encode(image[:, :, None].to(**to), generator=None)[:, :, 0] for image in references]
-        return torch.cat([packed(one) for one in latents], dim=1)
+        return torch.cat([packed(image_latents) for image_latents in latents], dim=1)
 
     def _shown(self, images: Sequence[Image.Image]) -> str:
         """The text that stands for reference images before a prompt, each with as many tokens as the encoder reads."""

@@ -13,6 +13,8 @@ from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.calls.call import Call
 from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
+from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.images.images import read_images
 
 
@@ -29,16 +31,28 @@ class ReferencesPipeline(FlowMatchingPipeline):
 
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call."""
-        found: Any = backbone_of(self.model)
+        backbone: Any = backbone_of(self.model)
         if not call.references:
-            return found
+            return backbone
         cells = sum(height * width for height, width in self._grids(call.references))
-        return type(found)(self.model, reference=True, cells=cells)
+        return type(backbone)(self.model, reference=True, cells=cells)
 
     def _grids(self, references: Sequence[Tensor]) -> list[Grid]:
         """Height and width of reference images, in tokens."""
         unit = self.vae_scale_factor * PATCH
-        return [(one.shape[-2] // unit, one.shape[-1] // unit) for one in references]
+        return [(image.shape[-2] // unit, image.shape[-1] // unit) for image in references]
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        image = opened(arguments.pop("reference"))
+        return {**super()._plain_arguments(arguments, start), "image": image}
+
+    def _task(self, inpaints: bool) -> ImageTask:
+        if self.inpainting is not None:
+            return super()._task(inpaints)
+        raise ValueError(
+            f"{self.family} reads image as a reference image, and inpaints nothing here; leave out mask_image, "
+            "strength, padding_mask_crop and paste_original, or use a family that inpaints"
+        )
 
     def _of_references(self, call: Call) -> Mapping[str, Any]:
         if not call.references:
@@ -52,7 +66,7 @@ class ReferencesPipeline(FlowMatchingPipeline):
 def opened(given: Any) -> Any:
     """The reference images of a call without concepts, whose paths diffusers cannot read."""
     if isinstance(given, list | tuple):
-        return [opened(one) for one in given]
+        return [opened(image) for image in given]
     return read_images(given)[0] if isinstance(given, str | Path) else given
 
 
@@ -62,10 +76,10 @@ def reference_images(given: Any) -> list[Image.Image]:
     Raises:
         ValueError: For tensors.
     """
-    found = []
-    for one in [] if given is None else given if isinstance(given, list | tuple) else [given]:
-        read = read_images(one)
+    images = []
+    for entry in [] if given is None else given if isinstance(given, list | tuple) else [given]:
+        read = read_images(entry)
         if isinstance(read, Tensor):
             raise ValueError("reference images are PIL images, paths or 8-bit arrays, not tensors")
-        found += read
-    return found
+        images += read
+    return images

@@ -10,11 +10,7 @@ README = "README.md"
 
 
 def how_to_open(concepts: Iterable[Concept]) -> str:
-    """A README for the folder of a saved model.
-
-    Args:
-        concepts: Concepts of the pipeline. Their files are named without folders.
-    """
+    """A README for the folder of a saved model; files of concepts are named without folders."""
     lines = "\n".join(_load(concept) for concept in concepts)
     return f"""# Saved by lora-compose
 

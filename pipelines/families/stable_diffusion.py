@@ -13,12 +13,9 @@ from transformers import CLIPTextModel
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.calls.call import (
     Call,
-    Callback,
     Concepts,
     Generators,
     GivenPrompts,
-    ImageSize,
-    Sampling,
     check_arguments,
     listed,
     tensors_for,
@@ -137,7 +134,8 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        begun = self._begin(locals(), OLD_CALLBACK)
+        asked = dict(locals())
+        begun = self._begin(asked, OLD_CALLBACK)
         if begun.plain is not None:
             return begun.plain
         prompt = begun.prompt
@@ -152,22 +150,8 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         )  # fmt: skip
         texts = None if prompt_embeds is not None else [listed(prompt)]
         given = GivenPrompts(texts, prompt_embeds, negative=[listed(negative_prompt)])
-        size = ImageSize(width, height, num_images_per_prompt or 1)
-        guider = self._guider(guidance_scale, guidance_rescale)
-        sampling = Sampling(num_inference_steps, timesteps, sigmas, None, generator, latents, eta, guider)
-        call = Call(
-            begun.composition, given, size, sampling, Callback(callback_on_step_end, tensors), begun.started,
-            self._inputs(guidance_scale, len(given) * size.images_per_prompt, cross_attention_kwargs),
-            {
-                "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
-                "_cross_attention_kwargs": cross_attention_kwargs, "_denoising_end": None,
-            },
-            source, self._repaint(guidance_scale, given.negative, ip_adapter_image, ip_adapter_image_embeds),
-            self._image_prompts(
-                ip_adapter_image, ip_adapter_image_embeds, cross_attention_kwargs, guider,
-                len(given) * size.images_per_prompt, (width, height),
-            ),
-        )  # fmt: skip
+        call = self._call(begun, asked, given, width, height, source)
+        per_prompt = call.size.images_per_prompt
 
         def encode(
             prompts: Sequence[str] | None,
@@ -182,7 +166,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                 own, negative = list(prompts), [negative] * len(prompts) if isinstance(negative, str) else negative
             if reading is None:
                 embeds, uncond = self.encode_prompt(
-                    own, device=device, num_images_per_prompt=size.images_per_prompt,
+                    own, device=device, num_images_per_prompt=per_prompt,
                     do_classifier_free_guidance=self.do_classifier_free_guidance, negative_prompt=negative,
                     prompt_embeds=prompt_embeds if prompts is None else None,
                     negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
@@ -191,11 +175,11 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             else:
                 texts = {"prompt": own, "negative_prompt": negative}
                 embeds, uncond = self.read_texts(
-                    reading, texts, size.images_per_prompt, guided=self.do_classifier_free_guidance,
+                    reading, texts, per_prompt, guided=self.do_classifier_free_guidance,
                     scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
                 )  # fmt: skip
             uncond = uncond if self.do_classifier_free_guidance else None
-            lengths = {} if reading is None else reading.lengths(size.images_per_prompt, 1 if uncond is None else 2)
+            lengths = {} if reading is None else reading.lengths(per_prompt, 1 if uncond is None else 2)
             return EncodedText(embeds, uncond, lengths or None)
 
         def decode(latents: Tensor, process: Process) -> tuple[Any, Any]:

@@ -10,13 +10,9 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from lora_compose.pipelines.calls.call import (
-    Call,
-    Callback,
     Concepts,
     Generators,
     GivenPrompts,
-    ImageSize,
-    Sampling,
     check_arguments,
     listed,
     tensors_for,
@@ -48,22 +44,14 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
 
     @classmethod
     def opens(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a model's configuration is of this family.
-
-        Raises:
-            ValueError: For SDXL's refiner.
-        """
+        """Whether a model's configuration is of this family; raises ValueError for SDXL's refiner."""
         if config.get("requires_aesthetics_score"):
             raise ValueError(_REFINER)
         return {"unet", "text_encoder", "text_encoder_2"} <= config.keys()
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Whether a checkpoint is of this family.
-
-        Raises:
-            ValueError: For SDXL's refiner.
-        """
+        """Whether a checkpoint is of this family; raises ValueError for SDXL's refiner."""
         if any(key.startswith("conditioner.embedders.1.") for key in keys):
             return True
         if any(key.startswith("conditioner.embedders.0.model.") for key in keys):
@@ -148,7 +136,8 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        begun = self._begin(locals(), OLD_CALLBACK)
+        asked = dict(locals())
+        begun = self._begin(asked, OLD_CALLBACK)
         if begun.plain is not None:
             return begun.plain
         prompt = begun.prompt
@@ -168,22 +157,8 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             None if prompt_embeds is not None else self._texts(prompt, prompt_2), prompt_embeds,
             negative=[listed(negative_prompt), listed(negative_prompt_2)],
         )  # fmt: skip
-        size = ImageSize(width, height, num_images_per_prompt or 1)
-        guider = self._guider(guidance_scale, guidance_rescale)
-        sampling = Sampling(num_inference_steps, timesteps, sigmas, denoising_end, generator, latents, eta, guider)
-        call = Call(
-            begun.composition, given, size, sampling, Callback(callback_on_step_end, tensors), begun.started,
-            self._inputs(guidance_scale, len(given) * size.images_per_prompt, cross_attention_kwargs),
-            {
-                "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
-                "_cross_attention_kwargs": cross_attention_kwargs, "_denoising_end": denoising_end,
-            },
-            source, self._repaint(guidance_scale, given.negative, ip_adapter_image, ip_adapter_image_embeds),
-            self._image_prompts(
-                ip_adapter_image, ip_adapter_image_embeds, cross_attention_kwargs, guider,
-                len(given) * size.images_per_prompt, (width, height),
-            ),
-        )  # fmt: skip
+        call = self._call(begun, asked, given, width, height, source)
+        per_prompt = call.size.images_per_prompt
         sizes = (original_size or (height, width)) + crops_coords_top_left + (target_size or (height, width))
         negative_sizes = sizes
         if negative_original_size is not None and negative_target_size is not None:
@@ -204,7 +179,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             if reading is None:
                 encode_prompt: Any = self.encode_prompt  # its annotations know no lists
                 embeds, uncond, pooled, uncond_pooled = encode_prompt(
-                    own, prompt_2=own_2, device=device, num_images_per_prompt=size.images_per_prompt,
+                    own, prompt_2=own_2, device=device, num_images_per_prompt=per_prompt,
                     do_classifier_free_guidance=self.do_classifier_free_guidance, negative_prompt=negative,
                     negative_prompt_2=negative_2,
                     prompt_embeds=prompt_embeds if prompts is None else None,
@@ -218,12 +193,12 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
                     "prompt": own, "prompt_2": own_2, "negative_prompt": negative, "negative_prompt_2": negative_2,
                 }  # fmt: skip
                 embeds, uncond, pooled, uncond_pooled = self.read_texts(
-                    reading, texts, size.images_per_prompt, guided=self.do_classifier_free_guidance,
+                    reading, texts, per_prompt, guided=self.do_classifier_free_guidance,
                     scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
                 )  # fmt: skip
             uncond = uncond if self.do_classifier_free_guidance else None
             parts = [(pooled, sizes)] if uncond is None else [(uncond_pooled, negative_sizes), (pooled, sizes)]
-            lengths = {} if reading is None else reading.lengths(size.images_per_prompt, len(parts))
+            lengths = {} if reading is None else reading.lengths(per_prompt, len(parts))
             return EncodedText(embeds, uncond, {**self._added(parts, embeds), **lengths})
 
         def decode(latents: Tensor, process: Process) -> tuple[Any]:
@@ -243,7 +218,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             )
 
     def _texts(self, prompt: str | list[str] | None, prompt_2: str | list[str] | None) -> list[list[str]]:
-        """What each tokenizer reads."""
+        """The texts for each tokenizer."""
         texts = [listed(prompt), listed(prompt_2 or prompt)]
         if len(texts[0]) != len(texts[1]):
             raise ValueError(f"there are {len(texts[0])} prompts, but {len(texts[1])} in prompt_2")
@@ -279,11 +254,12 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         config: Mapping[str, Any] = self.vae.config
-        found = [config.get(name) for name in ("latents_mean", "latents_std")]  # some kinds of VAE do not know them
-        if None in found:
+        # Some kinds of VAE do not know them.
+        statistics = [config.get(name) for name in ("latents_mean", "latents_std")]
+        if None in statistics:
             return latents / config["scaling_factor"]
         mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1) for values in found
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1) for values in statistics
         )
         return latents * std / config["scaling_factor"] + mean
 

@@ -1,4 +1,4 @@
-"""What the pipelines with a UNet have in common: sizes, start noise or image, inputs of distilled models."""
+"""The base class of the pipelines with a UNet: sizes, start noise or image, inputs of distilled models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -7,10 +7,11 @@ import torch
 from diffusers import AsymmetricAutoencoderKL
 from torch import Tensor
 
-from lora_compose.pipelines.calls.call import Call, Sampling, check_latents, listed
+from lora_compose.pipelines.calls.call import Call, GivenPrompts, Sampling, check_latents, listed
+from lora_compose.pipelines.calls.front import Begun
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.concepts.tags import check_no_tags
-from lora_compose.pipelines.control import PreparedImagePrompts, prepare_image_prompts
+from lora_compose.pipelines.control import prepare_image_prompts
 from lora_compose.pipelines.denoising.guidance import Embedded, Guider, Rescaled
 from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
 from lora_compose.pipelines.denoising.sampler import Schedule
@@ -110,18 +111,37 @@ class UNetPipeline(ImageTasksPipeline):
             inputs["timestep_cond"] = ByImage(embedding.to(self._execution_device, self.unet.dtype))
         return inputs
 
-    def _image_prompts(
+    def _call(
         self,
-        image: Any,
-        embeds: list[Tensor] | None,
-        cross_attention_kwargs: Mapping[str, Any] | None,
-        guider: Guider,
-        images: int,
-        size: tuple[int, int],
-    ) -> PreparedImagePrompts | None:
-        """The images of a call for the IP-Adapters of the UNet."""
-        masks = (cross_attention_kwargs or {}).get("ip_adapter_masks")
-        return prepare_image_prompts(self, image, embeds, masks, guided=guider.scale > 1, images=images, size=size)
+        begun: Begun,
+        given: Mapping[str, Any],
+        prompts: GivenPrompts,
+        width: int,
+        height: int,
+        source: Source | None,
+    ) -> Call:
+        """A call with concepts, from the arguments of `__call__` by name."""
+        per_prompt = given["num_images_per_prompt"] or 1
+        images = len(prompts) * per_prompt
+        scale, attention, adapters = given["guidance_scale"], given["cross_attention_kwargs"], given["ip_adapter_image"]
+        embeds, guider = given["ip_adapter_image_embeds"], self._guider(scale, given["guidance_rescale"])
+        return begun.call(
+            given, prompts, (width, height), per_prompt, guider, inputs=self._inputs(scale, images, attention),
+            properties={
+                "_guidance_scale": scale, "_guidance_rescale": given["guidance_rescale"],
+                "_clip_skip": given["clip_skip"], "_cross_attention_kwargs": attention,
+                "_denoising_end": given.get("denoising_end"),
+            },
+            source=source,
+            repaint={
+                "guidance_scale": scale, "negative_prompt": prompts.negative[0][0] if prompts.negative[0] else None,
+                "ip_adapter_image": adapters, "ip_adapter_image_embeds": embeds,
+            },
+            image_prompts=prepare_image_prompts(
+                self, adapters, embeds, (attention or {}).get("ip_adapter_masks"), guided=guider.scale > 1,
+                images=images, size=(width, height),
+            ),
+        )  # fmt: skip
 
     # Texts with weights, and texts longer than a text encoder reads at once.
 
@@ -140,7 +160,7 @@ class UNetPipeline(ImageTasksPipeline):
         Args:
             texts: By the names that `encode_prompt` of diffusers has for them: prompts, then negative prompts.
             images_per_prompt: Rows of each prompt.
-            scale: Of adapters in the text encoders.
+            scale: Scale of adapters in the text encoders.
 
         Returns:
             What `encode_prompt` returns.
@@ -164,15 +184,15 @@ class UNetPipeline(ImageTasksPipeline):
                     "weights in prompts do not go with clip_skip or with a scale in cross_attention_kwargs; leave out "
                     "one of them"
                 )
-            found = []
+            features = []
             for name, part in TOKENIZERS.items():
                 if self.components.get(part) is not None:
-                    text = given[min(len(found), len(given) - 1)]
-                    found.append(weighted_embeds(
+                    text = given[min(len(features), len(given) - 1)]
+                    features.append(weighted_embeds(
                         getattr(self, name), getattr(self, part), text, self._execution_device,
                         penultimate=self.reads_penultimate, expand=self.maybe_convert_prompt,
                     ))  # fmt: skip
-            return torch.cat(found, dim=-1)
+            return torch.cat(features, dim=-1)
 
         return reading.encode(columns, encode, weighted, images_per_prompt)
 
@@ -191,26 +211,13 @@ class UNetPipeline(ImageTasksPipeline):
         reading = Reading.of(self.tokenizers_for([]), prompts, negative)
         guided = arguments["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
         known = [name for name in TEXTS if name in arguments]
-        found = self.read_texts(
+        embeds = self.read_texts(
             reading, {name: arguments[name] for name in known}, 1, guided=guided, clip_skip=arguments["clip_skip"],  # pyright: ignore[reportArgumentType]
             scale=(arguments["cross_attention_kwargs"] or {}).get("scale"),
         )  # fmt: skip
-        return {**arguments, **dict.fromkeys(known), **dict(zip(EMBEDS, found, strict=False))}
+        return {**arguments, **dict.fromkeys(known), **dict(zip(EMBEDS, embeds, strict=False))}
 
     # Calls that start from an image.
-
-    def _repaint(
-        self,
-        guidance_scale: float,
-        negative: Sequence[Sequence[str]],
-        ip_adapter_image: Any,
-        ip_adapter_image_embeds: Any,
-    ) -> Mapping[str, Any]:
-        """Arguments of calls that repaint the subjects of images."""
-        return {
-            "guidance_scale": guidance_scale, "negative_prompt": negative[0][0] if negative[0] else None,
-            "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds,
-        }  # fmt: skip
 
     @property
     def inpaints_as_diffusers(self) -> bool:
@@ -243,11 +250,7 @@ class UNetPipeline(ImageTasksPipeline):
             )
 
     def cells_of(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Latents as callbacks have them, in their height and width.
-
-        Args:
-            size: Width and height of the image in pixels.
-        """
+        """Latents as callbacks have them, in their height and width; `size` is that of the image in pixels."""
         return latents
 
     def pixels_of(self, cells: Tensor) -> Tensor:

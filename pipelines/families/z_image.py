@@ -13,12 +13,9 @@ from torch.nn.functional import pad
 
 from lora_compose.pipelines.calls.call import (
     Call,
-    Callback,
     Concepts,
     Generators,
     GivenPrompts,
-    ImageSize,
-    Sampling,
     check_arguments,
     listed,
     tensors_for,
@@ -89,23 +86,16 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         paste_original: bool = False,
         **kwargs: Any,
     ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Args:
-            concepts: As for `ComposePipeline.__call__`.
             method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the layers.
-            image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
-        begun = self._begin(locals())
+        asked = dict(locals())
+        begun = self._begin(asked)
         if begun.plain is not None:
             return begun.plain
         prompt = begun.prompt
@@ -131,16 +121,15 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         embeds = None if prompt_embeds is None else _stacked(prompt_embeds, tokens)
         texts = None if prompt is None else [listed(prompt)]
         given = GivenPrompts(texts, embeds, max_sequence_length, [listed(negative_prompt)])
-        call = Call(
-            begun.composition, given, ImageSize(width, height, per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider),
-            Callback(callback_on_step_end, tensors), begun.started, {"joint_attention_kwargs": joint_attention_kwargs},
-            {
+        call = begun.call(
+            asked, given, (width, height), per_prompt, guider,
+            inputs={"joint_attention_kwargs": joint_attention_kwargs},
+            properties={
                 "_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs,
                 "_cfg_normalization": cfg_normalization, "_cfg_truncation": cfg_truncation,
             },
-            source,
-            {
+            source=source,
+            repaint={
                 "guidance_scale": guidance_scale, "negative_prompt": (listed(negative_prompt) or [None])[0],
                 "max_sequence_length": max_sequence_length,
             },
@@ -152,10 +141,10 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
                 own = (for_each(negative_prompt, len(given)), negative_prompt_embeds)
             words, embeds = own if prompts is None else (prompts, None)
             encode_prompt: Any = self._encode_prompt
-            found = encode_prompt(
+            features = encode_prompt(
                 list(words), device=device, prompt_embeds=embeds, max_sequence_length=max_sequence_length
             )
-            rows = [row for row in found for _ in range(per_prompt)]
+            rows = [row for row in features for _ in range(per_prompt)]
             return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
 
         def decode(latents: Tensor, process: Process) -> tuple[Any]:

@@ -14,11 +14,7 @@ from lora_compose.pipelines.formats.names import present_name
 
 @dataclass(frozen=True, eq=False)
 class Named:
-    """A layer's change under the name that a file gives it.
-
-    Attributes:
-        stem: Common beginning of its keys, as written.
-    """
+    """A layer's change under the name that a file gives it; `stem` begins all its keys."""
 
     stem: str
     factors: LoraFactors

@@ -21,11 +21,7 @@ _TINY = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """A layer's change as factors.
-
-    Attributes:
-        lost: Squared Frobenius norm of the part that the factors leave out; 0 if they are exact.
-    """
+    """A layer's change as factors; `lost` is the squared Frobenius norm of what they leave out."""
 
     factors: LoraFactors
     lost: float = 0.0

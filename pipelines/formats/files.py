@@ -136,11 +136,7 @@ def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
 
 
 def lora_file(path: Path, sha256: str, metadata: Mapping[str, str], entries: Mapping[str, Tensor]) -> LoraFile:
-    """Checks the tensors of a file and makes a `LoraFile` of them.
-
-    Raises:
-        LoraError: As for `read_lora`.
-    """
+    """Checks the tensors of a file and makes a `LoraFile` of them."""
     _check_keys(path, entries)
     tensors = {key: tensor for key, tensor in entries.items() if bundled_embedding(key) is None}
     config = {**_header_config(path, metadata), **_neighbour_config(path)}

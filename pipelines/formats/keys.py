@@ -1,4 +1,7 @@
-"""One key of a LoRA file: which part of the pipeline it changes, which layer it names, and what its tensor is."""
+"""One key of a LoRA file: the part of the pipeline that it changes, the layer that it names, and what its tensor is.
+
+The layer is still as the file spells it; `concepts/loading.py` finds that of the model.
+"""
 
 import re
 from collections.abc import Sequence

@@ -14,12 +14,12 @@ from lora_compose.pipelines.formats.kinds import DIFFERENCE
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What a file has for one layer.
+    """The tensors of a file for one layer.
 
     Attributes:
         module: The layer as the file spells it, with underscores for dots.
-        slots: Its tensors by what they are (`Key.slot`).
-        keys: Their keys in the file.
+        slots: The tensors by what they are (`Key.slot`).
+        keys: The keys of the tensors in the file.
         outputs: Slice of the change's outputs that this layer has; None means all.
         shares: Number of layers of the model that it changes.
         swapped: Whether the halves of the change's outputs are the other way round in the model.

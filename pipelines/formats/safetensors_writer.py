@@ -31,11 +31,7 @@ class _Entry:
 
 
 class SafetensorsWriter:
-    """Collects tensors, and writes them as one file.
-
-    Args:
-        scratch: An empty file, opened for writing and reading, that holds the collected tensors.
-    """
+    """Collects tensors in a scratch file, which is empty and open, and writes them as one file."""
 
     def __init__(self, scratch: BinaryIO) -> None:
         self._scratch = scratch
@@ -60,11 +56,7 @@ class SafetensorsWriter:
         self._end += entry.bytes
 
     def write(self, file: BinaryIO, metadata: Mapping[str, str]) -> None:
-        """Writes a whole file.
-
-        Args:
-            file: The file to write to, from its current position.
-        """
+        """Writes a whole file, from the current position."""
         ordered = sorted(self._entries.items(), key=lambda item: -item[1].dtype.itemsize)
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         position = 0

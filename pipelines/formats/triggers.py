@@ -153,11 +153,7 @@ class Words:
 
 
 def words_of(metadata: Mapping[str, str], bundled: Iterable[str] = ()) -> Words:
-    """Reads the words of a file from its metadata.
-
-    Args:
-        bundled: Its words with vectors of their own.
-    """
+    """Reads the words of a file from its metadata; `bundled` are words with vectors of their own."""
     captions, own = _Captions.of(metadata), list(bundled)
     declared = list(_declared(metadata))
     folders = [Candidate(name, "name of a folder of training images") for name in captions.folders]

@@ -30,11 +30,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class TextToImage:
-    """Starts from noise and restores nothing.
-
-    Attributes:
-        noise: The start noise, scaled for the scheduler.
-    """
+    """Starts from noise, scaled for the scheduler, and restores nothing."""
 
     noise: Callable[[], Tensor]
 
@@ -56,7 +52,7 @@ class ImageToImage:
     """Starts from a noised image and restores nothing.
 
     Attributes:
-        latents: Those of the image with the noise of the first step. Shape: [images, channels, height, width].
+        latents: Latents of the image with the noise of the first step. Shape: [images, channels, height, width].
         inputs: Further arguments of every forward pass; tensors are marked (`ByImage`, `OnGrid`).
     """
 
@@ -88,7 +84,7 @@ class Inpainting(ImageToImage):
         masked: Latents of the image without what is painted, for callbacks. Shape: as the latents.
         image: Latents of the image; None for models made for inpainting. Shape: as the latents.
         noise: The noise on these latents. Shape: as the latents.
-        timesteps: Of all passes.
+        timesteps: Timesteps of all passes.
     """
 
     mask: Tensor = field(kw_only=True)

@@ -1,4 +1,4 @@
-"""The methods that fuse concepts: one paper, one file. `METHODS` is the registry."""
+"""The methods that fuse concepts: one paper, one file. `METHODS` lists them, `choose_method` chooses one."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence

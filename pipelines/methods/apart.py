@@ -19,9 +19,9 @@ class RegionCanvas:
     """A part of the canvas on which one region is denoised alone.
 
     Attributes:
-        window: Its rows and columns of the latents.
+        window: Rows and columns of the latents in the region.
         shown: True where its result is used: in the region, and outside all regions. Shape: [rows, columns].
-        prepared: Its pass.
+        prepared: The prepared pass.
     """
 
     window: Window
@@ -45,7 +45,7 @@ class RegionCanvases:
         """Guided predictions of every region and its surroundings, averaged where canvases overlap.
 
         Args:
-            latents: Of the whole canvas.
+            latents: Latents of the whole canvas.
             whole: Predicts the whole canvas, for cells that no part shows.
         """
         total, times = torch.zeros_like(latents), torch.zeros_like(latents[:1, :1])

@@ -227,7 +227,7 @@ def similarity(attention: Tensor, features: Tensor, share: float, temperature: f
     """How alike cells are to those that attend most to a subject, compared with the others.
 
     Args:
-        attention: Of the cells to the words of each subject. Shape: [images, cells, subjects].
+        attention: Attention of the cells to the words of each subject. Shape: [images, cells, subjects].
         features: Shape: [images, cells, channels].
         share: Fraction of the cells that stand for a subject, at least one cell.
         temperature: Divides similarities; None makes their standard deviation over cells 1, root mean square over the
@@ -264,7 +264,7 @@ def balanced(maps: Tensor) -> Tensor:
     cells, and the neighbours of a cell, count for little, and decide where maps do not.
 
     Args:
-        maps: Of each subject, with the mean 1. Shape: [images, subjects, height, width].
+        maps: A map of each subject, with the mean 1. Shape: [images, subjects, height, width].
 
     Returns:
         1 at the cells of a subject; each cell belongs to one. Shape: as the maps.

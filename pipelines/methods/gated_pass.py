@@ -34,7 +34,7 @@ def gated_pass(
             cells, concepts].
         everywhere: True for concepts that act on the whole canvas.
         rows: Where LoRAs act under guidance.
-        token_mask: Which of them act on their own trigger only.
+        token_mask: The concepts that act on their own trigger only.
         image: Index of the image, for a pass of one image; None means all.
     """
     concepts, canvas, text = session.concepts, session.canvas, texts.text

@@ -17,7 +17,7 @@ def region_bias(
     *,
     on_all_rows: bool = False,
 ) -> TextBias:
-    """What is added to the scores between image and text.
+    """The bias on the scores between image and text.
 
     For cell x with the share M_i(x) in the region of subject i, and token t of the words of subject j, it is the sum of
     own * M_j(x) and other * M_i(x) over all i other than j. FreeFuse, arXiv 2510.23515.

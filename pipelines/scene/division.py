@@ -1,4 +1,4 @@
-"""How the draft of an image is read: where each subject is, and how the canvas is divided between them."""
+"""Divides a canvas between subjects: by the attention maps of a draft, around the regions that are given."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -80,7 +80,7 @@ def centres_of(maps: Tensor, classes: Sequence[str], threshold: float) -> Tensor
 
     Args:
         maps: Attention to each subject. Shape: [subjects, height, width].
-        classes: Their class words.
+        classes: Class words of the subjects.
         threshold: That share.
     """
     height, width = maps.shape[1:]

@@ -171,11 +171,7 @@ def as_uri(mask: Image.Image) -> str:
 
 
 def from_uri(text: str) -> Image.Image:
-    """The image in a data URI.
-
-    Raises:
-        ValueError: If it is damaged or too large.
-    """
+    """The image in a data URI; raises ValueError if it is damaged or too large."""
     try:
         data = base64.b64decode(text.removeprefix(URI_PREFIX), validate=True)
         return upright_image(BytesIO(data), ("PNG",))
@@ -186,11 +182,7 @@ def from_uri(text: str) -> Image.Image:
 
 
 def bounded(image: Image.Image, what: str) -> Image.Image:
-    """Checks an image's size, and that its mode has a fixed range.
-
-    Raises:
-        ValueError: If not.
-    """
+    """Checks an image's size, and that its mode has a fixed range; raises ValueError if not."""
     if max(image.size) > SIDE_LIMIT:
         raise ValueError(f"{what} has {image.width} x {image.height} pixels; expected at most {SIDE_LIMIT} a side")
     if not 0 < image.width * image.height <= PIXEL_LIMIT:

@@ -106,7 +106,7 @@ class Regions:
             regions: Regions of the concepts; None without one.
             image_size: Height and width of the canvas in pixels.
             latent_grid: Height and width of the latents.
-            levels: Which grids are wanted.
+            levels: Levels of the grids.
             threshold: A cell belongs to a region that covers at least this share of it.
             painted: 1 at painted cells; regions are cut to these. Shape: [height, width]; None means everywhere.
         """
@@ -125,7 +125,7 @@ class Regions:
         Args:
             indices: Indices of the concepts that have the masks.
             masks: Values in 0..1. Shape: [height, width] each.
-            levels: Which grids are wanted.
+            levels: Levels of the grids.
             threshold: The share of a cell that a region covers, from which on the cell belongs to it.
         """
         masks = [mask.cpu() for mask in masks]

@@ -21,12 +21,7 @@ from pydantic import (
 from lora_compose.pipelines.scene.given import is_fields, listed
 from lora_compose.pipelines.scene.mask_images import URI_PREFIX, Box, is_fractions, region_of
 from lora_compose.pipelines.scene.sources import Lora, weighted
-from lora_compose.pipelines.scene.strength import (
-    Weight,
-    check_sane,
-    read_blocks,
-    read_weight,
-)
+from lora_compose.pipelines.scene.strength import Weight, check_sane, read_blocks, read_weight
 from lora_compose.pipelines.support.field_errors import FieldError
 
 

@@ -28,11 +28,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def weighted(lora: Lora) -> tuple[tuple[str, float], ...]:
-    """The files of a concept with their weights. A concept's only file has none, so that its name may end in a number.
-
-    Raises:
-        ValueError: As `parse_lora`.
-    """
+    """The files of a concept with their weights; an only file has none, so that its name may end in a number."""
     if lora is None or isinstance(lora, str):
         return ((lora, 1.0),) if lora else ()
     return tuple(map(parse_lora, lora))

@@ -25,11 +25,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a regular file, in hexadecimal digits.
-
-    Raises:
-        OSError: As for `open_regular`.
-    """
+    """The SHA-256 of a regular file, in hexadecimal digits."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -41,10 +41,10 @@ def branches_of(
     """The base branch and one for each subject.
 
     Args:
-        prompts: Of the call.
+        prompts: Prompts of the call.
         concepts: All concepts of the call.
         subjects: Indices of the concepts that have a branch; the words of the others stay in every branch.
-        base_prompt: What the base branch reads, instead of the prompt without triggers.
+        base_prompt: The text of the base branch, instead of the prompt without triggers.
         words: By name of a concept, the words that name it, instead of its trigger and class word.
 
     Raises:

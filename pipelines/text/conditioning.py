@@ -32,7 +32,7 @@ class Conditioning:
             text of its own.
         trigger_mask: 1 at the tokens of each concept's trigger; unconditional rows are 0. Shape: [(texts,) rows,
             tokens, concepts].
-        phrase_mask: The same for trigger and class word together.
+        phrase_mask: The mask of trigger and class word together.
         roles: Image and branch of each row, and whether it is conditional.
         added: Further inputs of the model by row (SDXL's pooled text and sizes).
         canvas_embeds: A text for the whole image, read by ControlNets; None means the first text. Shape: [rows, tokens,

@@ -63,7 +63,7 @@ class Emphasis:
         return " ".join(text if weight == 1 else f"({text}:{weight:g})" for text, weight in escaped)
 
     def _weight_at(self, i: int) -> float:
-        """Of a character; a blank has that of the word before it."""
+        """The weight of a character; a blank has that of the word before it."""
         while i > 0 and self.text[i].isspace():
             i -= 1
         return self.weights[i]
@@ -121,11 +121,7 @@ def plain_text(text: str) -> str:
 
 
 def refuse_weights(texts: Iterable[str], why: str | None = None) -> None:
-    """Raises ValueError if a text has weights.
-
-    Args:
-        why: The reason; None is a model of which only plain texts are read.
-    """
+    """Raises ValueError if a text has weights; without a reason (`why`), since the model reads plain texts only."""
     wrong = next(filter(has_weights, texts), None)
     if wrong is not None:
         why = why or "work with SD 1.x, 2.x, XL and FLUX.1"

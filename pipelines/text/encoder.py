@@ -28,7 +28,7 @@ class EncodedText:
     Attributes:
         prompt_embeds: Shape: [images, tokens, channels]; layers * channels if each cross-attention layer has a text of
             its own.
-        negative_prompt_embeds: The same for the negative prompts; None without guidance.
+        negative_prompt_embeds: Embeddings of the negative prompts; None without guidance.
         added: Further inputs of the model by row, ordered (unconditional, conditional).
     """
 

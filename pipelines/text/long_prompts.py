@@ -93,7 +93,7 @@ class Reading:
     """How the texts of a call are read.
 
     Attributes:
-        tokenizers: Of one chunk, one for each text encoder.
+        tokenizers: Tokenizers of one chunk, one for each text encoder.
         chunks: How many chunks the texts of each prompt have; those of shorter ones are repeated.
         origins: The prompts, from which other texts are derived.
         known: Further texts with weights, by their plain text.

@@ -67,7 +67,7 @@ def _give(name: str, field: str, candidates: Sequence[Candidate], example: str) 
 
 
 def _listed(candidates: Sequence[Candidate]) -> str:
-    listed = ", ".join(f"{one.words!r} ({one.where})" for one in candidates[:_MOST])
+    listed = ", ".join(f"{candidate.words!r} ({candidate.where})" for candidate in candidates[:_MOST])
     return f"; there is {listed}" if listed else ""
 
 

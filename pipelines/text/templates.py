@@ -36,11 +36,11 @@ class TemplateTokenizer:
 
     def real_tokens(self, prompts: Sequence[str]) -> Tensor:
         """True at the tokens of prompts in the template that are not padding. Shape: [prompts, length]."""
-        found = self.tokenizer(
+        tokens = self.tokenizer(
             list(map(self.render, prompts)), padding="max_length", max_length=self.length, truncation=True,
             return_tensors="pt", add_special_tokens=self.adds_special,
         )  # fmt: skip
-        return found.attention_mask.bool()
+        return tokens.attention_mask.bool()
 
     def __call__(self, text: str, **options: Any) -> Any:
         """Tokenises a text alone, without the template."""

@@ -112,7 +112,7 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
     """The token positions of a concept's trigger and class word in a prompt.
 
     Args:
-        concept: Its trigger must be set.
+        concept: A concept with a trigger.
         concepts: All concepts that it may name.
 
     Raises:
@@ -145,11 +145,8 @@ def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], con
 
     Args:
         prompt: The text, with composed letters (NFC).
-        span: Of characters in it.
-        concept: Whose words they are, for messages.
-
-    Raises:
-        ValueError: As for `locate`.
+        span: Span of characters in the prompt.
+        concept: The concept with these words, for messages.
     """
     if isinstance(tokenizer, TemplateTokenizer):
         return tokenizer.positions(prompt, *span)

@@ -43,11 +43,7 @@ def position_part(session: PageSession) -> None:
 
 
 def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
-    """The image with the boxes, whose coordinates are kept in the fields.
-
-    Args:
-        image: What to show under the boxes; None is an empty canvas.
-    """
+    """The image, or an empty canvas, with the boxes, whose coordinates are kept in the fields."""
     if st.session_state.pop(_DRAWN, False):
         st.rerun()  # the whole page, since this part may have been rerun alone
     width, height = fields.size()

@@ -7,6 +7,7 @@ from lora_compose.compose.page.labels import full_name, label_of, methods
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.cost import cost_words, result_cost
 from lora_compose.compose.page.screen.state import MOST_WAITING, PageSession, judge
+from lora_compose.compose.page.screen.uploads import show_problems
 from lora_compose.compose.page.text import markdown, page_message
 from lora_compose.compose.page.work import Result
 
@@ -26,8 +27,7 @@ def compare_view(session: PageSession) -> None:
     st.button("Generate all, for every seed", key="do.compare", icon=":material/view_column:", width="stretch",
               disabled=not chosen or len(session.waiting) >= MOST_WAITING, on_click=_start,
               args=(session, chosen))  # fmt: skip
-    for problem in session.problems.get(_PLACE, []):
-        st.error(markdown(problem), icon=":material/error:")
+    show_problems(session, _PLACE)
     _table(session)
 
 

@@ -13,6 +13,7 @@ from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.picker import picker_part
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, Row, checking, discard
+from lora_compose.compose.page.screen.uploads import show_problems
 from lora_compose.compose.page.store import UPLOAD_LIMIT, Lora, is_on_hub, named, tile
 from lora_compose.compose.page.text import markdown, markup
 from lora_compose.pipelines.concepts.finding import find_file
@@ -27,8 +28,7 @@ _MB = 2**20
 def concepts_part(session: PageSession) -> None:
     """A card for every concept, and ways to add more."""
     _adding(session)
-    for problem in session.problems.get(_PLACE, []):
-        st.error(markdown(problem), icon=":material/error:")
+    show_problems(session, _PLACE)
     for i, row in enumerate(list(session.rows)):
         _card(session, i, row)
     if not session.rows:

@@ -61,11 +61,7 @@ def keep(session: PageSession) -> None:
 
 
 def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> None:
-    """Writes a form into the fields, replacing their values.
-
-    Args:
-        loras: The concepts' LoRAs by name; None for missing ones.
-    """
+    """Writes a form into the fields, replacing their values; of missing LoRAs `loras` has None, by concept."""
     values: dict[str, Any] = {
         PROMPT: form.prompt,
         NEGATIVE: form.negative_prompt,
@@ -201,11 +197,7 @@ def has_box(row: Row) -> bool:
 
 
 def concept_of(row: Row) -> Concept:
-    """A concept from its fields.
-
-    Raises:
-        ValueError: If it has no name, or a weight that cannot be read.
-    """
+    """A concept from its fields; raises ValueError if it has no name, or a weight that cannot be read."""
     texts = {field: str(st.session_state[of_row(row, field)]).strip() for field in (*_TEXTS, "schedule")}
     if not texts["name"]:
         raise ValueError("A concept has no name. Give it one.")
@@ -230,11 +222,7 @@ def concept_of(row: Row) -> Concept:
 
 
 def form(session: PageSession) -> Form:
-    """The form from the fields.
-
-    Raises:
-        ValueError: If they say nothing that can be used; the message says where.
-    """
+    """The form from the fields; raises ValueError if they say nothing that can be used; the message says where."""
     missing = [row.wanted for row in session.rows if row.lora is None]
     if missing:
         raise ValueError(f"LoRAs are missing: {', '.join(missing)}. Upload or download them, or remove these concepts.")
@@ -309,11 +297,7 @@ def _short(value: Any) -> str:
 
 
 def settings(method: str) -> dict[str, Any]:
-    """A method's settings that differ from its defaults.
-
-    Raises:
-        ValueError: If the method does not take them.
-    """
+    """A method's settings that differ from its defaults; raises ValueError if the method does not take them."""
     shown = {control.name: st.session_state[of_setting(method, control.name)] for control in controls(method)}
     try:
         return changed(method, shown)

@@ -5,14 +5,11 @@ from pathlib import Path
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from lora_compose.compose.page.screen.start import TYPES
-from lora_compose.compose.page.screen.state import PageSession, discard
-from lora_compose.compose.page.store import PNG_LIMIT
+from lora_compose.compose.page.screen.state import PageSession
+from lora_compose.compose.page.screen.uploads import show_problems, upload_field
 from lora_compose.compose.page.text import markdown
 from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile
-from lora_compose.pipelines.support.field_errors import FieldError
 
-_PLACE = "guides"
 _CONTROL, _ADAPTER = "ControlNet or T2I-Adapter", "IP-Adapter"
 _KIND, _MODEL, _WEIGHTS, _SCALE = "new.guide.kind", "new.guide.model", "new.guide.weights", "new.guide.scale"
 
@@ -31,8 +28,7 @@ def guides_part(session: PageSession) -> None:
             _more(session)
         else:
             st.caption("Only who opens the page on its own machine can name models for this.")
-    for problem in session.problems.get(_PLACE, []):
-        st.error(markdown(problem), icon=":material/error:")
+    show_problems(session, "guide")
 
 
 def _more(session: PageSession) -> None:
@@ -41,31 +37,17 @@ def _more(session: PageSession) -> None:
     if kind == _ADAPTER:
         st.text_input("The file of its weights, in that folder", key=_WEIGHTS, placeholder="ip-adapter.safetensors")
     st.slider("How strongly it guides", 0.0, 2.0, 1.0, step=0.05, key=_SCALE)
-    key = f"do.guide.{session.uploads}"
-    st.file_uploader("Drop its image to add it", type=TYPES, key=key, on_change=_dropped, args=(session, key),
-                     max_upload_size=PNG_LIMIT // 2**20)  # fmt: skip
+    upload_field(session, "guide", "Drop its image to add it", _take)
 
 
-def _dropped(session: PageSession, key: str) -> None:
-    file = st.session_state[key]
-    if not isinstance(file, UploadedFile):  # taken away again
-        return
-    session.uploads += 1
-    session.problems[_PLACE] = []
+def _take(session: PageSession, file: UploadedFile) -> None:
     given = {"model": st.session_state[_MODEL].strip(), "scale": st.session_state[_SCALE]}
-    try:
-        image = session.store.add_image(file.name, file, max(session.model.size))
-        if st.session_state[_KIND] == _CONTROL:
-            session.guides.append(ControlFile(image=image.path, **given))
-        else:
-            weights = st.session_state[_WEIGHTS].strip()
-            session.guides.append(IPAdapterFile(image=image.path, weight_name=weights, **given))
-    except FieldError as error:
-        session.problems[_PLACE] = list(error.messages)
-    except ValueError as error:
-        session.problems[_PLACE] = [str(error)]
-    finally:
-        discard([file])
+    image = session.store.add_image(file.name, file, max(session.model.size))
+    if st.session_state[_KIND] == _CONTROL:
+        session.guides.append(ControlFile(image=image.path, **given))
+    else:
+        weights = st.session_state[_WEIGHTS].strip()
+        session.guides.append(IPAdapterFile(image=image.path, weight_name=weights, **given))
 
 
 def _remove(session: PageSession, guide: ControlFile | IPAdapterFile) -> None:

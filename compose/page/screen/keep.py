@@ -11,8 +11,9 @@ from lora_compose.compose.page.form import FACTORS, form_of, variations
 from lora_compose.compose.page.open_models import Busy, Choice
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.model import take_over
-from lora_compose.compose.page.screen.state import FILE_PATIENCE, MOST_WAITING, PageSession, checking, discard
-from lora_compose.compose.page.store import PNG_LIMIT, dropped, is_on_hub, located, located_references
+from lora_compose.compose.page.screen.state import FILE_PATIENCE, MOST_WAITING, PageSession, checking
+from lora_compose.compose.page.screen.uploads import upload_field
+from lora_compose.compose.page.store import dropped, is_on_hub, located, located_references
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Result
 from lora_compose.pipelines.scene.scene import Run
@@ -56,9 +57,7 @@ def _vary(session: PageSession, runs: list[Run]) -> None:
 def restoring(session: PageSession) -> None:
     """The upload field for an image whose settings are loaded."""
     with st.expander("Load settings from a PNG", icon=":material/image_search:"):
-        key = f"do.restore.{session.uploads}"
-        st.file_uploader("Drop a PNG made by lora-compose", type=["png"], key=key, on_change=_dropped,
-                         args=(session, key), max_upload_size=PNG_LIMIT // 2**20)  # fmt: skip
+        upload_field(session, _PLACE, "Drop a PNG made by lora-compose", _take, ["png"])
     for problem in session.problems.get(_PLACE, []):
         st.warning(markdown(problem), icon=":material/image_search:")
 
@@ -113,17 +112,8 @@ def _same_device(session: PageSession, device: str | None) -> str | None:
     return chosen if chosen is None and (device is None or device == devices()[0]) else device
 
 
-def _dropped(session: PageSession, key: str) -> None:
-    file = st.session_state[key]
-    if not isinstance(file, UploadedFile):  # taken away again
-        return
-    session.uploads += 1
-    try:
-        reuse(session, dropped(file.name, file))
-    except ValueError as error:
-        session.problems[_PLACE] = [str(error)]
-    finally:
-        discard([file])
+def _take(session: PageSession, file: UploadedFile) -> None:
+    reuse(session, dropped(file.name, file))
 
 
 def reuse(session: PageSession, record: Record) -> None:

@@ -11,6 +11,7 @@ from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen.concepts import add_lora, is_full
 from lora_compose.compose.page.screen.picker import of_the_playground
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, checking
+from lora_compose.compose.page.screen.uploads import show_problems
 from lora_compose.compose.page.store import Lora
 from lora_compose.compose.page.text import markdown, page_message
 
@@ -36,8 +37,7 @@ def merging_view(session: PageSession) -> None:
     st.caption(MERGER_LABELS[method][1])
     st.button("Merge", key="do.merge", icon=":material/merge:", disabled=len(names) < 2, on_click=_merge,
               args=(session, [ready[name] for name in names], names))  # fmt: skip
-    for trouble in session.problems.get(_PLACE, []):
-        st.error(markdown(trouble), icon=":material/error:")
+    show_problems(session, _PLACE)
     if session.merged is not None:
         _result(session, session.merged)
 

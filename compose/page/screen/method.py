@@ -16,11 +16,7 @@ _ADVANCED = "do.method.advanced"
 
 
 def method_part(session: PageSession, report: Report | None) -> None:
-    """The method with its settings.
-
-    Args:
-        report: The check of the form; None while it is not ready, or the model is in use.
-    """
+    """The method with its settings; there is no report while the form is not ready, or the model is in use."""
     if not session.rows:
         return
     shown = [fields.AUTOMATIC, *shown_methods(session.model.reads_regions)]

@@ -16,6 +16,7 @@ from lora_compose.compose.page.catalog import OWN, PUBLISHED, KnownModel, cached
 from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession, choose_model
+from lora_compose.compose.page.screen.uploads import show_problems
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.savers import SAVERS, Saver, in_order
@@ -122,8 +123,7 @@ def _forget(session: PageSession, folder: Path) -> None:
 
 def model_problems(session: PageSession) -> None:
     """Why a model was not opened."""
-    for problem in session.problems.get(_PLACE, []):
-        st.error(markdown(problem), icon=":material/error:")
+    show_problems(session, _PLACE)
 
 
 def show_choice(choice: Choice) -> None:

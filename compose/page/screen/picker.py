@@ -20,11 +20,7 @@ _FOLDER, _INSIDE, _SEARCH = "set.folder", "do.pick.inside", "do.pick.search"
 
 
 def picker_part(session: PageSession, take: Callable[[PageSession, list[str]], None]) -> None:
-    """LoRAs with their images, found by name, trigger or family.
-
-    Args:
-        take: Adds LoRAs by their sources.
-    """
+    """LoRAs with their images, found by name, trigger or family; `take` adds some by their sources."""
     folder = _folder(session)
     search = st.text_input("Search by name, trigger or model family", key=_SEARCH)
     of_folder, problems = _in_folder(folder) if folder is not None else ([], [])

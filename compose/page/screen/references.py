@@ -5,13 +5,11 @@ from pathlib import Path
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from lora_compose.compose.page.screen.start import TYPES
-from lora_compose.compose.page.screen.state import PageSession, discard
-from lora_compose.compose.page.store import PNG_LIMIT
+from lora_compose.compose.page.screen.state import PageSession
+from lora_compose.compose.page.screen.uploads import show_problems, upload_field
 from lora_compose.compose.page.text import markdown
 from lora_compose.pipelines.scene.scene import MOST_REFERENCES
 
-_PLACE = "references"
 _SIDE = 2048  # pixels; models read about 1024 x 1024
 
 
@@ -27,25 +25,12 @@ def references_part(session: PageSession) -> None:
             right.button("Remove", key=f"do.unreference.{number}", on_click=_remove, args=(session, path),
                          icon=":material/delete:")  # fmt: skip
         if len(session.references) < MOST_REFERENCES:
-            key = f"do.reference.{session.uploads}"
-            st.file_uploader("Drop an image that the model reads beside the prompt", type=TYPES, key=key,
-                             on_change=_dropped, args=(session, key), max_upload_size=PNG_LIMIT // 2**20)  # fmt: skip
-    for problem in session.problems.get(_PLACE, []):
-        st.error(markdown(problem), icon=":material/error:")
+            upload_field(session, "reference", "Drop an image that the model reads beside the prompt", _take)
+    show_problems(session, "reference")
 
 
-def _dropped(session: PageSession, key: str) -> None:
-    file = st.session_state[key]
-    if not isinstance(file, UploadedFile):  # taken away again
-        return
-    session.uploads += 1
-    session.problems[_PLACE] = []
-    try:
-        session.references.append(session.store.add_image(file.name, file, _SIDE, cell=1).path)
-    except ValueError as error:
-        session.problems[_PLACE] = [str(error)]
-    finally:
-        discard([file])
+def _take(session: PageSession, file: UploadedFile) -> None:
+    session.references.append(session.store.add_image(file.name, file, _SIDE, cell=1).path)
 
 
 def _remove(session: PageSession, path: str) -> None:

@@ -9,13 +9,13 @@ from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import PageSession, discard
-from lora_compose.compose.page.store import PNG_LIMIT, StartImage
+from lora_compose.compose.page.screen.state import PageSession
+from lora_compose.compose.page.screen.uploads import show_problems, upload_field
+from lora_compose.compose.page.store import StartImage
 from lora_compose.compose.page.text import markdown
 from lora_compose.pipelines.scene.mask_images import URI_PREFIX
 
 _PLACE = "start"
-TYPES = ["png", "jpg", "jpeg", "webp", "bmp"]
 _LARGER = 1.5  # times the side that a model was made for
 
 
@@ -24,11 +24,7 @@ def start_part(session: PageSession) -> None:
     start = session.start
     with st.expander("Start from an image", icon=":material/add_photo_alternate:", expanded=start is not None):
         if start is None:
-            key = f"do.start.{session.uploads}"
-            st.file_uploader(
-                "Drop an image that your subjects are put into", type=TYPES, key=key, on_change=_dropped,
-                args=(session, key), max_upload_size=PNG_LIMIT // 2**20,
-            )  # fmt: skip
+            upload_field(session, _PLACE, "Drop an image that your subjects are put into", _take)
         else:
             left, right = st.columns([1, 3], vertical_alignment="center", wrap=False)
             left.image(start.path, width="stretch", alt="The image to start from")
@@ -41,8 +37,7 @@ def start_part(session: PageSession) -> None:
             ))  # fmt: skip
             st.segmented_control("What is repainted", [fields.ALL, fields.PART], key=fields.PAINTED, required=True,
                                  help="Outside of what you paint, every pixel stays.", on_change=_choose)  # fmt: skip
-    for problem in session.problems.get(_PLACE, []):
-        st.error(markdown(problem), icon=":material/error:")
+    show_problems(session, _PLACE)
 
 
 def paints(session: PageSession) -> bool:
@@ -87,22 +82,11 @@ def start_image(start: StartImage) -> Image.Image:
         return image.convert("RGB")
 
 
-def _dropped(session: PageSession, key: str) -> None:
-    file = st.session_state[key]
-    if not isinstance(file, UploadedFile):  # taken away again
-        return
-    session.uploads += 1
-    session.problems[_PLACE] = []
-    try:
-        session.start = session.store.add_image(
-            file.name, file, round(_LARGER * max(session.model.size)), session.model.cell
-        )
-        fields.resize(session, session.start.size)
-        session.shown = ""
-    except ValueError as error:
-        session.problems[_PLACE] = [str(error)]
-    finally:
-        discard([file])
+def _take(session: PageSession, file: UploadedFile) -> None:
+    side = round(_LARGER * max(session.model.size))
+    session.start = session.store.add_image(file.name, file, side, session.model.cell)
+    fields.resize(session, session.start.size)
+    session.shown = ""
 
 
 def _choose() -> None:

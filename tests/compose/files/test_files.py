@@ -22,7 +22,7 @@ from lora_compose.compose.figures.sheets import Row, seeds_sheet, sheet
 from lora_compose.compose.files.images import Machine, Record, read_pixels, read_record, save_image
 from lora_compose.compose.files.paths import free_path
 from lora_compose.compose.files.reading import FileError
-from lora_compose.compose.files.scenes import read_run, read_scene, write_run, write_scene
+from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.support.terminal import plain
 from lora_compose.pipelines.scene.sources import files_of, with_files
@@ -88,14 +88,6 @@ def test_scenes_survive_a_file(tmp_path_factory: pytest.TempPathFactory, suffix:
     path = tmp_path_factory.getbasetemp() / f"scene.{suffix}"
     write_scene(scene, path, overwrite=True)
     assert read_scene(path) == scene
-
-
-@pytest.mark.parametrize("suffix", ["yaml", "json"])
-@given(run=runs)
-def test_runs_survive_a_file(tmp_path_factory: pytest.TempPathFactory, suffix: str, run: Run) -> None:
-    path = tmp_path_factory.getbasetemp() / f"run.{suffix}"
-    write_run(run, path, overwrite=True)
-    assert read_run(path) == run
 
 
 @given(run=runs)
@@ -243,7 +235,7 @@ def test_all_mistakes_are_listed(tmp_path: Path) -> None:
     [
         (lambda path: None, "there is no file"),
         (lambda path: path.mkdir(), "cannot be read: Is a directory"),
-        (lambda path: path.write_bytes(b"prompt: \xff"), "not UTF-8 text: byte 8 is 0xff"),
+        (lambda path: path.write_bytes(b"prompt: \xff"), "line 1: not UTF-8 text: 0xff"),
         (lambda path: path.write_bytes(b"#" * (2**20 + 1)), "larger than 1048576 bytes"),
     ],
 )

@@ -11,7 +11,6 @@ from commands import call, flat
 from lora_compose import Concept, Run, Scene
 from lora_compose.compose.batch.entries import read_entries
 from lora_compose.compose.files.images import read_pixels, read_record
-from lora_compose.compose.files.scenes import read_run, write_run
 from lora_compose.compose.generate.facts import run_facts
 from lora_compose.compose.page import export
 from lora_compose.compose.page.open_models import Choice, OpenModels
@@ -70,13 +69,6 @@ def test_a_batch_in_8_bits(tmp_path: Path) -> None:
     (tmp_path / "batch.yaml").write_text(text)
     call("batch", tmp_path / "batch.yaml", "--out", tmp_path)
     assert read_record(tmp_path / "a-0.png").run.quantize == "fp8"
-
-
-def test_a_run_file_names_its_weights_beside_itself(tmp_path: Path) -> None:
-    run = RUN.model_copy(update={"quantize": str(tmp_path / "few.gguf")})
-    write_run(run, tmp_path / "run.yaml")
-    assert "quantize: few.gguf" in (tmp_path / "run.yaml").read_text().replace("./", "")
-    assert read_run(tmp_path / "run.yaml").quantize == run.quantize
 
 
 def test_facts_are_the_numbers_in_the_file_and_those_of_other_runs_stay(tmp_path: Path) -> None:

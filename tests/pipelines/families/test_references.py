@@ -172,7 +172,7 @@ def test_dev_refuses_a_rewritten_prompt_and_masks(reading, pipe):
     call = {**reading.call, "concepts": ["cat"]}
     with pytest.raises(ValueError, match="caption_upsample_temperature has the text encoder rewrite the prompt"):
         pipe(**call, caption_upsample_temperature=0.1)
-    with pytest.raises(ValueError, match=r"no inpainting for FLUX\.2-dev, which reads image as a reference image"):
+    with pytest.raises(ValueError, match=r"FLUX\.2-dev reads image as a reference image, and inpaints nothing here"):
         pipe(**{**call, "image": NAVY}, mask_image=(0, 0, 32, 32))
 
 

@@ -1,6 +1,6 @@
 """What DoRA adds to a forward pass, beside plain LoRAs and PEFT's, counted without weights on SD 1.5's structure.
 
-Run: python -m lora_compose.compose.benchmark.dora
+Run: python docs/dora_costs.py
 """
 
 import copy
