@@ -136,6 +136,32 @@ def soups(changes: Sequence[Array], inputs: Sequence[Array], ridge: float) -> Ar
     return np.linalg.lstsq(system, np.concatenate([wanted, np.full(n, pull)]), rcond=None)[0]
 
 
+def iteris(changes: Sequence[Array], alone: Sequence[Array], merged: Sequence[Array], ridge: float) -> Array:
+    """One round by least squares, in orthonormal coordinates of what each LoRA reads.
+
+    Args:
+        changes: Of the LoRAs.
+        alone: Columns, by LoRA, while it alone acts.
+        merged: The same of the merged model, column by column.
+        ridge: The pull to the sum, as a share of the norm of the weighted moments.
+    """
+    us, ss, vs = zip(*map(svd, changes), strict=True)
+    down = np.concatenate([v.T for v in vs])
+    offsets = np.cumsum([0, *map(len, ss)])
+    read, sent, moments = [], [], np.zeros((len(down), len(down)))
+    for k, (change, x, y) in enumerate(zip(changes, alone, merged, strict=True)):
+        energy = ((change @ x) ** 2).sum() / x.shape[1]
+        weight = (change**2).sum() / energy / x.shape[1]
+        own = np.zeros((len(down), x.shape[1]))
+        own[offsets[k] : offsets[k + 1]] = (down @ x)[offsets[k] : offsets[k + 1]]
+        read.append(np.sqrt(weight) * down @ y)
+        sent.append(np.sqrt(weight) * own)
+        moments += read[-1] @ read[-1].T
+    pull = np.sqrt(ridge * np.linalg.norm(moments)) * np.eye(len(down))
+    router = np.linalg.lstsq(np.concatenate([*read, pull], 1).T, np.concatenate([*sent, pull], 1).T, rcond=None)[0].T
+    return np.concatenate([u * s for u, s in zip(us, ss, strict=True)], 1) @ router @ down
+
+
 def ssr(changes: Sequence[Array], inputs: Sequence[Array], ridge: float) -> Array:
     """The router by least squares on its inputs, in orthonormal coordinates of what each LoRA reads."""
     us, ss, vs = zip(*map(svd, changes), strict=True)

@@ -6,6 +6,7 @@
 `references` and `prior` are made by `recipe.concepts`. Existing LoRAs are left alone, an interrupted one is resumed.
 """
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,14 @@ WORDS = {name: (known.trigger, known.class_word) for name, known in CHARACTERS.i
 }
 
 
+class Preserve(StrEnum):
+    """How a training keeps the class: class images, the concept's own captions without the trigger, or not at all."""
+
+    IMAGES = "images"
+    CAPTIONS = "captions"
+    NONE = "none"
+
+
 @handle_errors()
 def main(
     references: Path,
@@ -32,6 +41,7 @@ def main(
     preset: Annotated[str, typer.Option(help="playground, or playground-flux for the transformer.")] = PLAYGROUND,
     kind: Annotated[list[str] | None, typer.Option(help="ordinary or tara; both by default; repeatable.")] = None,
     concept: Annotated[list[str] | None, typer.Option(help="All by default; repeatable.")] = None,
+    preserve: Annotated[Preserve, typer.Option(help="Prior preservation, of subjects.")] = Preserve.IMAGES,
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the preset's.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
@@ -39,10 +49,12 @@ def main(
     given: dict[str, Any] = {"threads": threads} | ({} if steps is None else {"steps": steps})
     for name in concept or WORDS:
         trigger, class_word = WORDS[name]
+        how = Preserve.NONE if name == STYLE else preserve
         for each in kind or KINDS:
             settings = Training.preset(
-                preset, images=references / name, class_images=None if name == STYLE else prior / class_word,
-                class_count=0, trigger=trigger, class_word=class_word, model=model, tara=KINDS[each],
+                preset, images=references / name, class_images=prior / class_word if how is Preserve.IMAGES else None,
+                class_count=0, preserve_class=how is Preserve.CAPTIONS, trigger=trigger, class_word=class_word,
+                model=model, tara=KINDS[each],
                 out=out / f"{name if each == 'ordinary' else f'{name}-{each}'}.safetensors", **given,
             )  # fmt: skip
             if settings.out.exists():

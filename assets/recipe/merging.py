@@ -87,7 +87,7 @@ def _merged(pipe: Any, given: Sequence[Given], method: str, folder: Path) -> Pat
     matched = match_files(given, pipe)
     moments = None
     if merger.needs_model:
-        moments = calibrate(pipe, matched.changes, [prompt_of(one.file) for one in given])
+        moments = calibrate(pipe, matched.changes, [prompt_of(one.file) for one in given], merger)
     path = folder / f"{method}.safetensors"
     merge_files(matched, merger, path, moments=moments, dtype=torch.float32)
     return path

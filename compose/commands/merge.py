@@ -29,8 +29,8 @@ def merge(
         str | None,
         typer.Option(
             "--model",
-            help="playground, a folder, a file or a hub repository. soups and ssr need it; the other methods only read "
-            "its layer names, which are known for all supported families.",
+            help="playground, a folder, a file or a hub repository. soups, ssr and iteris need it; the other methods "
+            "only read its layer names, which are known for all supported families.",
         ),
     ] = None,
     settings: Annotated[
@@ -46,11 +46,11 @@ def merge(
     alpha: Annotated[float | None, typer.Option(help="Alpha for files without one.")] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="For soups and ssr: a prompt for each file, in order; default: made from their triggers."),
+        typer.Option(help="soups, ssr, iteris: a prompt for each file, in order; default: made from their triggers."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="For soups and ssr: denoising steps of each image.", min=1)] = 10,
-    seed: Annotated[int, typer.Option(help="For soups and ssr: seed of the start noise.", min=0, max=2**63 - 1)] = 0,
-    device: Annotated[str | None, typer.Option(help="For soups and ssr: cpu, cuda, cuda:1, mps.")] = None,
+    steps: Annotated[int, typer.Option(help="soups, ssr, iteris: denoising steps of each image.", min=1)] = 10,
+    seed: Annotated[int, typer.Option(help="soups, ssr, iteris: seed of the start noise.", min=0, max=2**63 - 1)] = 0,
+    device: Annotated[str | None, typer.Option(help="soups, ssr, iteris: cpu, cuda, cuda:1, mps.")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Open .pt, .bin and .ckpt as well: tensors are read, no code is run.")
     ] = False,

@@ -47,13 +47,17 @@ def train(
         int | None, typer.Option(help="Side of the training images in pixels; default: the model's own.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    preserve_class: Annotated[
+        bool,
+        _prior("--preserve-class", help="Keep what the model makes of the captions without the trigger; no images."),
+    ] = False,
     class_images: Annotated[Path | None, _prior(help="A folder with images of the class.")] = None,
     class_prompt: Annotated[
         list[str] | None, _prior(help="Caption of class images, repeatable; default: 'a photo of {class_word}'.")
     ] = None,
     class_count: Annotated[int | None, _prior(help="Generate missing class images up to this number.")] = None,
-    prior_batch: Annotated[int | None, _prior(help="Class images per batch.")] = None,
-    prior_weight: Annotated[float | None, _prior(help="Weight of the loss on class images.")] = None,
+    prior_batch: Annotated[int | None, _prior(help="Rows of the class per batch.")] = None,
+    prior_weight: Annotated[float | None, _prior(help="Weight of the loss on the class.")] = None,
     tara: Annotated[bool, _for_tara("--tara", help="Train for the method tara.")] = False,
     align_weight: Annotated[float | None, _for_tara(help="Weight of the token alignment loss.")] = None,
     align_norm: Annotated[str | None, _for_tara(help="Distance of the alignment loss: l1 or l2.")] = None,
@@ -98,7 +102,7 @@ def train(
         images=images, out=out, trigger=trigger, class_word=class_word, model=model, prompt=prompt, scope=scope,
         rank=rank, alpha=alpha, dora=dora or None, steps=steps, batch_size=batch_size, accumulate=accumulate,
         optimizer=optimizer, learning_rate=learning_rate, schedule=schedule, warmup=warmup, min_snr=min_snr,
-        resolution=resolution, seed=seed,
+        resolution=resolution, seed=seed, preserve_class=preserve_class or None,
         class_images=class_images, class_prompts=tuple(class_prompt or ()) or None, class_count=class_count,
         prior_batch=prior_batch, prior_weight=prior_weight, mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing, save_dtype=save_dtype, cpu=cpu or None, threads=threads,

@@ -76,7 +76,9 @@ def merge_and_show(
     moments = None
     if merger.needs_model:
         with bar("looking at inputs", 1) as on_progress:
-            moments = calibrate(pipe, matched.changes, list(prompts), steps=steps, seed=seed, on_progress=on_progress)
+            moments = calibrate(
+                pipe, matched.changes, list(prompts), merger, steps=steps, seed=seed, on_progress=on_progress
+            )
     with bar("merging", 1) as on_progress, threads(1):
         report = merge_files(
             matched, merger, to, rank=rank, dtype=kind, moments=moments, method=method, overwrite=overwrite,

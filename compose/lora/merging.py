@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
 
 from lora_compose.attention import LoraFactors
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
@@ -30,7 +29,7 @@ from lora_compose.pipelines.formats.lora_writer import FileLayer, Spelling, stem
 from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
-from lora_compose.pipelines.merging import Changes, Merger, settings_of
+from lora_compose.pipelines.merging import Changes, Merger, Moments, settings_of
 from lora_compose.pipelines.merging.changes import Name, begin, side_by_side
 from lora_compose.pipelines.merging.expressed import expressed
 from lora_compose.pipelines.merging.factors import matrices, spectrum
@@ -142,7 +141,7 @@ def merge_files(
     *,
     rank: int | None = None,
     dtype: torch.dtype | None = None,
-    moments: Mapping[Name, Tensor] | None = None,
+    moments: Mapping[Name, Moments] | None = None,
     method: str = "",
     overwrite: bool = False,
     on_progress: Callable[[float], None] | None = None,
@@ -152,7 +151,7 @@ def merge_files(
     Args:
         rank: Layers of a higher rank are cut to it, by singular values.
         dtype: Of the result; by default fp16 or bf16 if all of the files have it, otherwise fp32.
-        moments: For mergers that need a model, as in `MergeLayer`, by layer.
+        moments: For mergers that need a model, by layer.
         on_progress: Called with the finished fraction of the layers.
 
     Raises:

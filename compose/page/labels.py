@@ -36,6 +36,7 @@ MERGER_LABELS: Mapping[str, tuple[str, str]] = {
     "k-lora": ("Layer by layer", "K-LoRA: first the subject, then the style; each layer takes mostly one of them."),
     "soups": ("Weigh each layer", "LoRA Soups: makes an image with each LoRA, then finds weights for each layer."),
     "ssr": ("Sort by input", "SSR-Merge: makes an image with each LoRA, then leads its inputs to it."),
+    "iteris": ("Sort by input, again", "IterIS: as before, and again with what the merged layers read."),
 }
 """Ways of merging files, in the page's words: a name, and what it does."""
 

@@ -42,7 +42,7 @@ def merge_loras(store: Store, pipe: Any, chosen: Sequence[tuple[Lora, float]], m
     matched = match_files(given, pipe)
     moments = None
     if merger.needs_model:
-        moments = calibrate(pipe, matched.changes, [prompt_of(one.file, one.source) for one in given])
+        moments = calibrate(pipe, matched.changes, [prompt_of(one.file, one.source) for one in given], merger)
     name = "+".join(Path(lora.shown).stem for lora, _ in chosen)[:80]
     path, first = store.new_path(), chosen[0][0]
     report = merge_files(matched, merger, path, moments=moments, method=method)

@@ -24,7 +24,7 @@ PRESETS = (
     "tara:official", "lora-composer:official", "lora-composer:paper", "clora:official", "freefuse:official",
     "freefuse:official-flux",
 )  # fmt: skip
-MERGERS = ("cat", "svd", "ties", "dare", "tsv", "lego", "np", "k-lora", "soups", "ssr")
+MERGERS = ("cat", "svd", "ties", "dare", "tsv", "lego", "np", "k-lora", "soups", "ssr", "iteris")
 """The registries themselves import torch; a test compares them with these."""
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -1,7 +1,7 @@
 """Images and captions as the network takes them, computed once: text encoders and VAE are frozen."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,12 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+
+def of_class(base: Base, concept: Examples, captions: Sequence[str]) -> Examples:
+    """The concept's images with captions about its class, one for each of the concept's captions, and no trigger."""
+    text, by_caption = base.texts(list(captions))
+    return replace(concept, text=text, mask=torch.zeros(*text.shape[:2], 1), by_caption=by_caption)
 
 
 def encode_images(

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lora_compose.compose.training.alignment import Alignment
 from lora_compose.compose.training.focus import Focus
+from lora_compose.compose.training.model import without_lora
 from lora_compose.compose.training.noising import Noising
 
 
@@ -45,7 +47,7 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """How losses are added up: weights of class images and of token alignment, and gamma of min-SNR (None: none)."""
+    """How losses are added up: weights of the class and of token alignment, and gamma of min-SNR (None: none)."""
 
     prior: float = 1.0
     alignment: float = 0.0
@@ -53,7 +55,10 @@ class Weights:
 
 
 class Learner(nn.Module):
-    """A network with its losses; `focus` and `alignment` are None for an adapter without these."""
+    """A network with its losses; `focus` and `alignment` are None for an adapter without these.
+
+    With `preserves` the target of rows of the class is not their noise but what the base model predicts of them.
+    """
 
     def __init__(
         self,
@@ -62,19 +67,24 @@ class Learner(nn.Module):
         weights: Weights,
         focus: Focus | None = None,
         alignment: Alignment | None = None,
+        *,
+        preserves: bool = False,
     ) -> None:
         super().__init__()
         self.network, self.noising = network, noising
         self.weights = weights
         self.focus, self.alignment = focus, alignment
+        self.preserves = preserves
 
     def forward(self, batch: Batch) -> Losses:
         """The losses of a batch; concept and class are separated before any is computed."""
         if self.focus is not None:
             self.focus.mask = batch.mask
         noisy = self.noising.noisy(batch.latents, batch.noise, batch.times)
-        predicted = self.noising.predict(noisy, batch.times, batch.text, batch.added)
         target = self.noising.target(batch.latents, batch.noise, batch.times)
+        if self.preserves:
+            target = torch.cat([target[: batch.own], self._base(noisy, batch)])
+        predicted = self.noising.predict(noisy, batch.times, batch.text, batch.added)
         weights = self.noising.weights(batch.times, self.weights.min_snr)
         errors = (predicted.float() - target).square().mean((1, 2, 3)) * weights
         concept, prior = errors[: batch.own].mean(), errors[batch.own :]
@@ -83,3 +93,11 @@ class Learner(nn.Module):
         return Losses(
             concept + self.weights.prior * prior + self.weights.alignment * alignment, concept, prior, alignment
         )
+
+    @torch.no_grad()
+    def _base(self, noisy: Tensor, batch: Batch) -> Tensor:
+        """What the base model predicts of the rows of the class."""
+        rows = slice(batch.own, None)
+        added = {name: value[rows] for name, value in batch.added.items()}
+        with without_lora(self.network):
+            return self.noising.predict(noisy[rows], batch.times[rows], batch.text[rows], added).float()

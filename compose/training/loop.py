@@ -231,7 +231,9 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
     trained = [parameter for parameter in lora_parameters(base.network).values() if parameter.requires_grad]
     logger.info("%d parameters to train", sum(parameter.numel() for parameter in trained))
     weights = Weights(settings.prior_weight, settings.tara.align_weight if settings.tara else 0.0, settings.min_snr)
-    learner = Learner(base.network, noising, weights, adapter.focus, adapter.alignment)
+    learner = Learner(
+        base.network, noising, weights, adapter.focus, adapter.alignment, preserves=settings.preserve_class
+    )
     learner, *optimizers = accelerator.prepare(learner, *optimizers_of(trained, settings))
     batches = batches_of(
         data.concept,

@@ -1,13 +1,15 @@
 """The model that is trained: opened by diffusers, given an adapter by PEFT."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 
@@ -104,6 +106,19 @@ def add_lora(network: Any, targets: list[str], settings: Training) -> LoraConfig
         network.add_adapter(config, adapter_name=ADAPTER)
     cast_training_params(network, dtype=torch.float32)
     return config
+
+
+@contextmanager
+def without_lora(network: nn.Module) -> Iterator[None]:
+    """Leaves the LoRA out for as long as the block lasts, so that the network is the base model."""
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True  # `enable_adapters` would also decide which parameters are trained
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def lora_parameters(network: nn.Module) -> Mapping[str, nn.Parameter]:

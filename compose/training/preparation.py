@@ -10,12 +10,19 @@ from peft import LoraConfig
 from lora_compose.compose.training.alignment import Alignment
 from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.data import TrainingImage, digest, read_images, warn_of_small
-from lora_compose.compose.training.examples import Examples, encode_images
+from lora_compose.compose.training.examples import Examples, encode_images, of_class
 from lora_compose.compose.training.focus import Focus, focus_on_triggers
 from lora_compose.compose.training.model import ADAPTER, add_lora
 from lora_compose.compose.training.sampling import generate_class_images
 from lora_compose.compose.training.settings import Training
-from lora_compose.compose.training.words import WordFeatures, Words, check_class_caption, find_concept, rows_of
+from lora_compose.compose.training.words import (
+    WordFeatures,
+    Words,
+    check_class_caption,
+    class_caption,
+    find_concept,
+    rows_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +85,8 @@ def encode(base: Base, texts: Texts, settings: Training, accelerator: Accelerato
     triggers = {caption: words.trigger for caption, words in texts.words.items()}
     concept = encode_images(base, texts.images, triggers, texts.side)
     prior = encode_images(base, class_images, {}, texts.side) if class_images else None
+    if settings.preserve_class:
+        prior = of_class(base, concept, [class_caption(caption, settings.concept) for caption in texts.words])
     rows = None
     if settings.tara is not None and settings.tara.needs_class_word:
         class_text, _ = base.texts([words.class_caption for words in texts.words.values()])

@@ -104,13 +104,15 @@ class Training(_Frozen):
         max_grad_norm: Gradients are clipped to this norm; None does not clip.
         resolution: Side of the training images in pixels; None is the model's own.
         seed: Seed of everything random: start weights, order, noise, timesteps.
+        preserve_class: Prior preservation without class images: for the concept's own images, captioned without the
+            trigger, the LoRA is to predict what the base model predicts (differential output preservation).
         class_images: A folder with images of the class without the concept, for prior preservation, captioned like
-            `images`. None with `class_count` 0: no prior preservation.
+            `images`. None with `class_count` 0 and without `preserve_class`: no prior preservation.
         class_prompts: The captions of class images that have none, and the prompts of those that the model makes.
         class_count: Missing class images are made by the model, up to this number, into `class_images` (or a folder
             beside `out`).
         class_steps: Denoising steps for them.
-        prior_batch: Class images added to a batch; None is as many as `batch_size`.
+        prior_batch: Rows of the class added to a batch; None is as many as `batch_size`.
         prior_weight: Weight of their loss.
         min_snr: Gamma of min-SNR weighting (Hang et al. 2023); None is none.
         gradient_checkpointing: Recompute activations to save memory.
@@ -146,6 +148,7 @@ class Training(_Frozen):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    preserve_class: bool = False
     class_images: Path | None = None
     class_prompts: Annotated[tuple[Template, ...], Field(min_length=1)] = ("a photo of {class_word}",)
     class_count: Annotated[int, Field(ge=0, le=10_000)] = 0
@@ -178,7 +181,8 @@ class Training(_Frozen):
             fields["mixed_precision"] = "bf16" if on_gpu or cpu_has_bf16() else "no"
         if fields.get("tara") is not None and "scope" not in overrides:
             fields["scope"] = "attention"  # where the paper has its LoRA
-        if overrides.get("class_images") is not None and "class_count" not in overrides:
+        own = overrides.get("class_images") is not None or overrides.get("preserve_class")
+        if own and "class_count" not in overrides:
             fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
         return cls(**fields)
 
@@ -197,6 +201,8 @@ class Training(_Frozen):
             raise ValueError(f"out must end with .safetensors, not {self.out.name!r}")
         if self.dora and self.tara is not None:
             raise ValueError("tara aligns the keys of plain LoRAs; leave dora out, or tara")
+        if self.preserve_class and self.has_prior:
+            raise ValueError("preserve_class needs no class images; leave class_images and class_count out, or it")
         if self.warmup >= self.steps:
             raise ValueError(
                 f"a warm-up of {self.warmup} steps leaves nothing of {self.steps} steps; "

@@ -96,6 +96,15 @@ def _without_trigger(caption: str, concept: Concept) -> str:
     return caption
 
 
+def class_caption(caption: str, concept: Concept) -> str:
+    """A caption about the class: without the trigger where a class word follows it, with the class word otherwise."""
+    caption = unicodedata.normalize("NFC", caption)
+    for (start, end), noun in reversed(class_words(concept, caption, [concept])):
+        rest = caption[end:]
+        caption = caption[:start] + (rest.lstrip() if noun else f"{concept.class_word}{rest}")
+    return caption
+
+
 def _check_known(tokenizer: Any, caption: str, positions: Sequence[int], concept: Concept) -> None:
     if isinstance(tokenizer, TemplateTokenizer):
         return  # those of language models know every byte

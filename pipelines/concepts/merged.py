@@ -57,7 +57,7 @@ def merge_matched(
     changes = side_by_side(loras, weights, [file.path.name for file in files])
     moments = {}
     if merger.needs_model and any(weights):
-        moments = calibrate(pipe, changes, [prompt_of(file) for file in files])
+        moments = calibrate(pipe, changes, [prompt_of(file) for file in files], merger)
     merge = begin(merger, list(changes.values()), weights)
     parts: dict[Part, dict[str, LoraFactors]] = {}
     for (part, layer), each in changes.items():

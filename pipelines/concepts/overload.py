@@ -22,7 +22,10 @@ from lora_compose.pipelines.formats.change import inner
 from lora_compose.pipelines.scene.strength import WeightSchedule
 
 WARNED = 1.5
-"""The joint change from which there is a warning; two unrelated LoRAs at their full weights have 1.41."""
+"""The joint change above which there is a warning; two unrelated LoRAs at their full weights have 1.41.
+
+Measured on the playground's transformer (`docs/methods/merge.md`): the largest at which nothing was clearly lost.
+"""
 _MOST = 256  # LoRAs whose norms are kept, and sets of them
 
 _norms: OrderedDict[Handle, Mapping[str, float]] = OrderedDict()

@@ -95,7 +95,7 @@ class ConceptLoaderMixin:
             source: A safetensors file, a folder, or a hub repository; or several that are merged, each with its weight
                 if that is not 1: ["cat.safetensors", "style.safetensors:0.7"].
             name: What the concept is called; the file's name by default.
-            merge: How several files are merged (`Concept.merge`); `ssr` and `soups` make an image with each.
+            merge: How several files are merged (`Concept.merge`); `ssr`, `iteris` and `soups` make images with each.
             trigger: The rare word or words; taken from the file if it names them. Otherwise a warning lists candidates
                 from its captions.
             class_word: The noun after the trigger; taken from the file if it names it.

@@ -9,16 +9,17 @@ from typing import Any
 
 from lora_compose.pipelines.merging.concatenation import Cat, Svd
 from lora_compose.pipelines.merging.dare import Dare
+from lora_compose.pipelines.merging.iteris import IterIs
 from lora_compose.pipelines.merging.k_lora import KLora
 from lora_compose.pipelines.merging.lego import Lego
-from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger
+from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, Moments
 from lora_compose.pipelines.merging.np_lora import NpLora
 from lora_compose.pipelines.merging.soups import Soups
 from lora_compose.pipelines.merging.ssr import Ssr
 from lora_compose.pipelines.merging.ties import Ties
 from lora_compose.pipelines.merging.tsv import Tsv
 
-__all__ = ["MERGERS", "Changes", "MergeLayer", "Merger", "make_merger", "settings_of"]
+__all__ = ["MERGERS", "Changes", "MergeLayer", "Merger", "Moments", "make_merger", "settings_of"]
 
 MERGERS: Mapping[str, type[Merger]] = {
     "cat": Cat,
@@ -31,6 +32,7 @@ MERGERS: Mapping[str, type[Merger]] = {
     "k-lora": KLora,
     "soups": Soups,
     "ssr": Ssr,
+    "iteris": IterIs,
 }
 
 

@@ -1,7 +1,9 @@
 """Measures the inputs of a model's layers while one LoRA alone acts, for mergers that need them."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from lora_compose.attention.device import uncompiled
 from lora_compose.attention.fitting import shape_of
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.formats.files import LoraFile
+from lora_compose.pipelines.formats.keys import Part
 from lora_compose.pipelines.formats.models import models_by_part
 from lora_compose.pipelines.merging.changes import Name
-from lora_compose.pipelines.merging.merger import Changes
+from lora_compose.pipelines.merging.merger import Changes, Merger, Moments
 
 
 def prompt_of(file: LoraFile, called: str = "") -> str:
@@ -39,12 +42,16 @@ def calibrate(
     pipe: Callable[..., Any],
     layers: Mapping[Name, Changes],
     prompts: Sequence[str],
+    merger: Merger,
     *,
     steps: int = 10,
     seed: int = 0,
     on_progress: Callable[[float], None] | None = None,
-) -> Mapping[Name, Tensor]:
+) -> Mapping[Name, Moments]:
     """Generates one image with each LoRA alone, without guidance, and measures the inputs of the layers.
+
+    In every round of the merger but the first, each forward pass is run a second time with what the last round has
+    merged: prompts x steps x (2 rounds - 1) rows of the model in all.
 
     Args:
         pipe: A pipeline of diffusers; it is left as it was found.
@@ -53,57 +60,120 @@ def calibrate(
         on_progress: Called with the finished fraction.
 
     Returns:
-        By layer, the moments that `MergeLayer` describes, in fp64 on the CPU.
+        By layer, the moments of the last round, in fp64 on the CPU.
     """
-    models = models_by_part(pipe)
-    sums = {
-        name: torch.zeros(len(prompts), total, total, dtype=torch.float64)
-        for name, changes in layers.items()
-        if (total := sum(change.rank for change in changes))
-    }
-    for k, prompt in enumerate(prompts):
-        with ExitStack() as stack:
-            for name, moments in sums.items():
-                layer = uncompiled(models[name[0]]).get_submodule(name[1])
-                stack.enter_context(_measured(layer, layers[name], k, moments[k]))
-            pipe(
-                prompt=prompt, num_inference_steps=steps, guidance_scale=1.0, output_type="latent",
-                generator=torch.Generator().manual_seed(seed),
-            )  # fmt: skip
-        if on_progress is not None:
-            on_progress((k + 1) / len(prompts))
-    return sums
+    merge = merger.start(list(layers.values()))
+    changed = {name: total for name, changes in layers.items() if (total := sum(change.rank for change in changes))}
+    found: dict[Name, Moments] = {}
+    for number in range(merger.rounds):
+        merged = {name: merge(layers[name], moments) for name, moments in found.items()}
+        sums = {name: Moments.zeros(len(prompts), ranks) for name, ranks in changed.items()}
+        for k, prompt in enumerate(prompts):
+            with _measuring(pipe, layers, sums, k, merged):
+                pipe(
+                    prompt=prompt, num_inference_steps=steps, guidance_scale=1.0, output_type="latent",
+                    generator=torch.Generator().manual_seed(seed),
+                )  # fmt: skip
+            if on_progress is not None:
+                on_progress((number * len(prompts) + k + 1) / (merger.rounds * len(prompts)))
+        found = sums if merged else {name: Moments.first(moments.alone) for name, moments in sums.items()}
+    return found
 
 
 @contextmanager
-def _measured(layer: nn.Module, changes: Sequence[LoraFactors], acting: int, moments: Tensor) -> Iterator[None]:
-    """Lets one LoRA act on a layer, and puts the mean outer products of (A x) in `moments`, zeros before."""
+def _measuring(
+    pipe: object,
+    layers: Mapping[Name, Changes],
+    sums: Mapping[Name, Moments],
+    acting: int,
+    merged: Mapping[Name, LoraFactors],
+) -> Iterator[None]:
+    """Lets one LoRA act on a pipeline's models, and puts moments in `sums`; with `merged`, each model runs twice."""
+    models = models_by_part(pipe)
+    again = _Again()
+    with ExitStack() as stack:
+        if merged:
+            parts: set[Part] = {part for part, _ in sums}
+            for part in parts:
+                stack.enter_context(_run_twice(uncompiled(models[part]), again))
+        for name, moments in sums.items():
+            layer = uncompiled(models[name[0]]).get_submodule(name[1])
+            stack.enter_context(_measured(layer, layers[name], acting, moments, merged.get(name), again))
+        yield
+
+
+@dataclass
+class _Again:
+    """Whether a model is running for the second time, with the merged LoRA."""
+
+    on: bool = False
+
+
+@contextmanager
+def _run_twice(model: nn.Module, again: _Again) -> Iterator[None]:
+    """Runs a model once more after each of its forward passes, with the same inputs; that output is not used."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        if not again.on:
+            again.on = True
+            try:
+                module(*inputs, **named)
+            finally:
+                again.on = False
+
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _measured(
+    layer: nn.Module, changes: Changes, acting: int, sums: Moments, merged: LoraFactors | None, again: _Again
+) -> Iterator[None]:
+    """Lets one LoRA act on a layer, or the merged one where the model runs again, and sums means of (A x)(A x)^T."""
     base = base_layer(layer)
     _, *sides = shape_of(type(base).__name__, base)
     whole = torch.cat([change.down.reshape(-1, *sides) for change in changes])
-    start = sum(change.rank for change in changes[:acting])
-    ranks = slice(start, start + changes[acting].rank)
-    back = changes[acting].up.flatten(1) * changes[acting].scale
     tokens = 0
+    alone: deque[Tensor] = deque()
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         nonlocal tokens
-        down, up = whole.to(inputs[0]), back.to(inputs[0])
-        if isinstance(base, nn.Conv2d):
-            read = F.conv2d(inputs[0], down, None, base.stride, base.padding, base.dilation)  # pyright: ignore[reportArgumentType]
-            added = F.conv2d(read[:, ranks], up[:, :, None, None]) if changes[acting].rank else 0
-            read = read.movedim(1, -1)
-        else:
-            read = F.linear(inputs[0], down)
-            added = F.linear(read[..., ranks], up)
-        rows = read.detach().reshape(-1, len(down)).double()
-        moments.add_((rows.T @ rows).to(moments.device))
+        read = _read(base, inputs[0], whole).detach()
+        rows = read.reshape(-1, len(whole)).double()
+        if again.on and merged is not None:
+            sums.cross[acting].add_((alone.popleft().T @ rows).to(sums.cross.device))
+            sums.merged[acting].add_((rows.T @ rows).to(sums.merged.device))
+            return output + _written(base, _read(base, inputs[0], merged.down.reshape(-1, *sides)), merged)
+        sums.alone[acting].add_((rows.T @ rows).to(sums.alone.device))
         tokens += len(rows)
-        return output + added
+        if merged is not None:
+            alone.append(rows)
+        start = sum(change.rank for change in changes[:acting])
+        own = changes[acting]
+        return output + _written(base, read[..., start : start + own.rank], own) if own.rank else output
 
     handle = layer.register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
-    moments.div_(max(1, tokens))
+    if alone:
+        raise RuntimeError(f"a {type(base).__name__} was run without the model around it, so not with the merged LoRA")
+    for moments in (sums.alone, sums.merged, sums.cross):
+        moments[acting].div_(max(1, tokens))
+
+
+def _read(base: nn.Module, x: Tensor, down: Tensor) -> Tensor:
+    """A x for the inputs of a layer, ranks last. Shape: [..., ranks]."""
+    if isinstance(base, nn.Conv2d):
+        return F.conv2d(x, down.to(x), None, base.stride, base.padding, base.dilation).movedim(1, -1)  # pyright: ignore[reportArgumentType]
+    return F.linear(x, down.to(x))
+
+
+def _written(base: nn.Module, read: Tensor, change: LoraFactors) -> Tensor:
+    """B (A x) as the layer's output has it."""
+    added = F.linear(read, (change.up.flatten(1) * change.scale).to(read))
+    return added.movedim(-1, 1) if isinstance(base, nn.Conv2d) else added

@@ -3,11 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.pipelines.merging.factors import concatenated, spectrum
-from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger
+from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, Moments
 
 
 @dataclass(frozen=True)
@@ -32,5 +30,5 @@ class Svd(Merger):
         return _compact
 
 
-def _compact(changes: Changes, moments: Tensor | None) -> LoraFactors:
+def _compact(changes: Changes, moments: Moments | None) -> LoraFactors:
     return spectrum(concatenated(changes)).factors()

@@ -15,6 +15,7 @@ from lora_compose.attention.lora_bank import LoraFactors
 
 TINY = 1e-6
 """Singular values below this share of the largest are rounding: files have fp32 at best."""
+_TINY_SQUARE = 1e-12  # the same of squares of singular values
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,15 @@ class Spectrum:
         return LoraFactors(root[:, None] * self.v[:, :rank].T, self.u[:, :rank] * root)
 
 
+@dataclass(frozen=True, eq=False)
+class OrthonormalRows:
+    """Factors of a change whose down has orthonormal rows, `white` times the down that was given."""
+
+    up: Tensor
+    down: Tensor
+    white: Tensor
+
+
 def matrices(change: LoraFactors) -> tuple[Tensor, Tensor]:
     """Up [outputs, rank] with the scale in it, and down [rank, inputs times kernel], in fp64."""
     return change.up.flatten(1).double() * change.scale, change.down.flatten(1).double()
@@ -65,6 +75,16 @@ def spectrum(change: LoraFactors) -> Spectrum:
     u, values, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     kept = _above_rounding(values)
     return Spectrum(left.Q @ u[:, kept], values[kept], right.Q @ vh.T[:, kept])
+
+
+def orthonormal_rows(change: LoraFactors) -> OrthonormalRows:
+    """Factors of a change whose down has orthonormal rows, without rows that add nothing."""
+    up, down = matrices(change)
+    values, vectors = torch.linalg.eigh(down @ down.T)
+    kept = values > values[-1] * _TINY_SQUARE
+    root, vectors = values[kept].sqrt(), vectors[:, kept]
+    white = vectors.T / root[:, None]
+    return OrthonormalRows(up @ vectors * root, white @ down, white)
 
 
 def concatenated(changes: Sequence[LoraFactors]) -> LoraFactors:

@@ -18,7 +18,7 @@ import torch
 
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.pipelines.merging.factors import concatenated, scaled, spectrum
-from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, check_positive
+from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, Moments, check_positive
 
 _START, _RISE = 0.5, 1.5  # the style's factor over the steps
 _OUTLIER = 10.0
@@ -50,7 +50,7 @@ class KLora(Merger):
         ratios = (absolute_ratio(*changes) for changes in layers)
         level = mean_ratio([ratio for ratio in ratios if ratio])
 
-        def merge(changes: Changes, moments: torch.Tensor | None) -> LoraFactors:
+        def merge(changes: Changes, moments: Moments | None) -> LoraFactors:
             subject, style = changes
             share = subject_share(subject, style, level / self.balance)
             return concatenated([scaled(subject, share), scaled(style, 1 - share)])

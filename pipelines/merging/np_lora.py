@@ -13,7 +13,7 @@ import torch
 
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.pipelines.merging.factors import concatenated, matrices, spectrum
-from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, check_positive, check_share
+from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, Moments, check_positive, check_share
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class NpLora(Merger):
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
         """Merges each layer independently."""
 
-        def merge(changes: Changes, moments: torch.Tensor | None) -> LoraFactors:
+        def merge(changes: Changes, moments: Moments | None) -> LoraFactors:
             subject, style = changes
             return np_lora(subject, style, self.strength, self.energy)
 

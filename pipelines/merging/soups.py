@@ -7,7 +7,7 @@ does what that LoRA alone would do:
     (H + l I) a = g + l,   H_ij = sum_k <dW_i X_k, dW_j X_k>,   g_i = sum_k <dW_i X_k, dW_k X_k>
 
 l pulls to 1, the plain sum, where the inputs carry no information. The products need small matrices only
-(`MergeLayer`): <dW_i X, dW_j X> = sum((B_i^T B_j) * (A_i X)(A_j X)^T).
+(`Moments`): <dW_i X, dW_j X> = sum((B_i^T B_j) * (A_i X)(A_j X)^T).
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.pipelines.merging.factors import concatenated, matrices, scaled
-from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, check_positive
+from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, Moments, check_positive
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Soups(Merger):
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
         """Merges each layer independently."""
 
-        def merge(changes: Changes, moments: Tensor | None) -> LoraFactors:
+        def merge(changes: Changes, moments: Moments | None) -> LoraFactors:
             if moments is None:
                 return concatenated(changes)
             numbers = best_numbers(changes, moments, self.ridge).clamp(0, self.largest).tolist()
@@ -51,7 +51,7 @@ class Soups(Merger):
         return merge
 
 
-def best_numbers(changes: Changes, moments: Tensor, ridge: float) -> Tensor:
+def best_numbers(changes: Changes, moments: Moments, ridge: float) -> Tensor:
     """The numbers a, not clamped. Only LoRAs that change the layer take part; of the others it is 1.
 
     Shape: [LoRAs].
@@ -61,7 +61,7 @@ def best_numbers(changes: Changes, moments: Tensor, ridge: float) -> Tensor:
     membership = torch.nn.functional.one_hot(file_of, len(changes)).double()
     up = torch.cat([matrices(change)[0] for change in changes], dim=1)
     # For each run, the inner products of the LoRAs' contributions to the layer's output. Shape: [runs, LoRAs, LoRAs].
-    products = membership.T @ ((up.T @ up) * moments.double()) @ membership
+    products = membership.T @ ((up.T @ up) * moments.alone.double()) @ membership
     taking_part = ranks > 0
     products = products * taking_part[:, None, None]
     h = products.sum(0)

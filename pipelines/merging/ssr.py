@@ -17,13 +17,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lora_compose.attention.lora_bank import LoraFactors
-from lora_compose.pipelines.merging.factors import concatenated, matrices
-from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, check_positive
-
-_TINY = 1e-12  # eigenvalues of A A^T below this share of the largest are rounding: squares of singular values
+from lora_compose.pipelines.merging.factors import concatenated, orthonormal_rows
+from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, Moments, check_positive
 
 
 @dataclass(frozen=True)
@@ -47,16 +44,12 @@ class Ssr(Merger):
         return lambda changes, moments: concatenated(changes) if moments is None else ssr(changes, moments, self.ridge)
 
 
-def ssr(changes: Changes, moments: Tensor, ridge: float) -> LoraFactors:
-    """The changes with R between their factors.
-
-    Args:
-        moments: As in `MergeLayer`.
-    """
+def ssr(changes: Changes, moments: Moments, ridge: float) -> LoraFactors:
+    """The changes with R between their factors."""
     present = [k for k, change in enumerate(changes) if change.rank]
-    whitened = [_orthonormal(changes[k]) for k in present]
+    whitened = [orthonormal_rows(changes[k]) for k in present]
     white = torch.block_diag(*(factors.white for factors in whitened))
-    z = white @ moments[present].double() @ white.T
+    z = white @ moments.alone[present].double() @ white.T
     q, start = torch.zeros_like(z[0]), 0
     for k, factors in enumerate(whitened):
         rows = slice(start, start := start + factors.down.shape[0])
@@ -65,21 +58,3 @@ def ssr(changes: Changes, moments: Tensor, ridge: float) -> LoraFactors:
     router = torch.linalg.solve(z.mean(0) + pull, q + pull, left=False)
     up, down = torch.cat([factors.up for factors in whitened], dim=1), torch.cat([factors.down for factors in whitened])
     return LoraFactors(down, up @ router)
-
-
-@dataclass(frozen=True, eq=False)
-class _Orthonormal:
-    """Factors of a change whose down has orthonormal rows, `white` times the down that was given."""
-
-    up: Tensor
-    down: Tensor
-    white: Tensor
-
-
-def _orthonormal(change: LoraFactors) -> _Orthonormal:
-    up, down = matrices(change)
-    values, vectors = torch.linalg.eigh(down @ down.T)
-    kept = values > values[-1] * _TINY
-    root, vectors = values[kept].sqrt(), vectors[:, kept]
-    white = vectors.T / root[:, None]
-    return _Orthonormal(up @ vectors * root, white @ down, white)

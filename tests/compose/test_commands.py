@@ -51,7 +51,7 @@ MISTAKES = {
     "replay assets/scenes/cat-dog.pgn": "there is no file 'assets/scenes/cat-dog.pgn'",
     "inspect playground:kittn": "did you mean 'kitten'",
     "merge playground:cat playground:dgo --out a.safetensors": "did you mean 'dog'",
-    "merge playground:cat playground:dog --method tise --out a.safetensors": "did you mean 'ties'?",
+    "merge playground:cat playground:dog --method tiess --out a.safetensors": "did you mean 'ties'?",
     "batch assets/scenes --model playground --ray 10.0.0.1": "--ray 10.0.0.1: expected local, auto",
     "evaluate published assets/suites/templat.yaml": "did you mean 'template.yaml'?",
     "evaluate playground-quik": "did you mean 'playground-quick'",

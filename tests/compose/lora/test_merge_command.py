@@ -113,7 +113,7 @@ def test_the_file_holds_what_the_merger_makes_of_every_layer(
     files = [write_lora(str(i), **loras) for i, loras in enumerate(two_loras(pipe))]
     matched = match_files(given((files[0], 1.0), (files[1], 0.5)), pipe)
     merger = make_merger(name)
-    moments = calibrate(pipe, matched.changes, ["a cat", "a dog"], steps=2) if merger.needs_model else {}
+    moments = calibrate(pipe, matched.changes, ["a cat", "a dog"], merger, steps=2) if merger.needs_model else {}
     merge = merger.start([*matched.changes.values()])
     made = {layer: merge(changes, moments.get(layer)) for layer, changes in matched.changes.items()}
     out = tmp_path / "out.safetensors"
@@ -138,9 +138,10 @@ def test_one_file_stays_what_it_is_and_weight_0_is_as_if_a_file_were_not_there(
     pipe = FAMILIES["sd"]()
     one, other = (write_lora(str(i), **loras) for i, loras in enumerate(two_loras(pipe)))
     matched = match_files(given((one, 1.0), (other, 0.0)), pipe)
-    moments = calibrate(pipe, matched.changes, ["a cat", "a dog"], steps=1) if MERGERS[name].needs_model else None
+    merger = make_merger(name)
+    moments = calibrate(pipe, matched.changes, ["a cat", "a dog"], merger, steps=1) if merger.needs_model else None
     out = tmp_path / "out.safetensors"
-    report = merge_files(matched, make_merger(name), out, moments=moments)
+    report = merge_files(matched, merger, out, moments=moments)
     assert_same(deltas(out, pipe), deltas(one, pipe))
     assert report.blocks[-1].kept[0] == pytest.approx(1.0)
 
@@ -283,7 +284,7 @@ def test_moments_are_those_of_the_inputs_that_a_lora_alone_makes(write_lora: Cal
     files = [write_lora(str(i), **loras) for i, loras in enumerate(two_loras(pipe))]
     matched = match_files(given((files[0], 1.0), (files[1], 0.5)), pipe)
     state = State(pipe)
-    found = calibrate(pipe, matched.changes, ["a cat", "a dog"], steps=2, seed=3)
+    found = calibrate(pipe, matched.changes, ["a cat", "a dog"], make_merger("ssr"), steps=2, seed=3)
     state.assert_unchanged()
     plain.load_lora_weights(files[1], adapter_name="dog")
     plain.set_adapters("dog", 0.5)
@@ -303,7 +304,7 @@ def test_moments_are_those_of_the_inputs_that_a_lora_alone_makes(write_lora: Cal
             inputs = [F.unfold(x, 3, padding=1).movedim(1, -1) if x.ndim == 4 else x for x in seen[name]]
             rows = torch.cat([x.flatten(0, -2) for x in inputs])
             read = (rows @ torch.cat([change.down.flatten(1) for change in changes]).T).double()
-            torch.testing.assert_close(found[part, name][1], read.T @ read / len(read), atol=1e-5, rtol=1e-4)  # pyright: ignore[reportArgumentType]
+            torch.testing.assert_close(found[part, name].alone[1], read.T @ read / len(read), atol=1e-5, rtol=1e-4)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_model_is_left_alone_also_where_the_call_fails(write_lora: Callable[..., Path]) -> None:
@@ -311,7 +312,7 @@ def test_a_model_is_left_alone_also_where_the_call_fails(write_lora: Callable[..
     matched = match_files(given((write_lora("one", unet=random_lora(pipe.unet, 1)), 1.0)), pipe)
     state = State(pipe)
     with pytest.raises(ValueError, match="prompt"):
-        calibrate(pipe, matched.changes, [3])  # pyright: ignore[reportArgumentType]
+        calibrate(pipe, matched.changes, [3], make_merger("ssr"))  # pyright: ignore[reportArgumentType]
     state.assert_unchanged()
 
 

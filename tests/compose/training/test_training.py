@@ -659,6 +659,7 @@ def test_samples_are_painted_and_change_nothing(begin: Callable[..., Training], 
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"steps": 0}, "steps"),
+        ({"preserve_class": True, "class_count": 3}, "preserve_class needs no class images"),
         ({"speed": 1}, "speed"),
     ],
 )
@@ -680,6 +681,7 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     assert Training.preset("playground", **words, tara=TARA, scope="cross_kv").scope == "cross_kv"
     assert len(small.class_prompts) == small.class_count
     assert Training.preset("playground", **words, class_images=tmp_path).class_count == 0
+    assert Training.preset("playground", **words, preserve_class=True).class_count == 0
     with pytest.raises(ValueError, match="unknown preset 'flux'; there are sd, sdxl, transformer, playground"):
         Training.preset("flux", model="m", **words)
 

@@ -20,7 +20,7 @@ from lora_compose.compose.training import TaraTraining, train
 from lora_compose.compose.training.bases import base_of
 from lora_compose.compose.training.batches import batches_of
 from lora_compose.compose.training.learner import Learner, Weights
-from lora_compose.compose.training.model import preset_of
+from lora_compose.compose.training.model import lora_parameters, preset_of
 from lora_compose.compose.training.preparation import adapt, encode, read_texts
 from qwen import qwen3
 from trainings import TRAINED, paint_folder, training
@@ -83,6 +83,30 @@ def test_the_loss_is_that_of_flow_matching(family: str, folder: Path) -> None:
         velocity = base.noising().predict(noisy, batch.times, batch.text, batch.added)
     torch.testing.assert_close(losses.total, F.mse_loss(velocity, batch.noise - batch.latents))
     assert losses.prior == 0
+
+
+@pytest.mark.parametrize("family", ["FLUX.1", "Qwen-Image"], indirect=True)
+def test_the_class_is_kept_as_the_base_model_predicts_it(family: str, folder: Path) -> None:
+    """Exactly at the start, where the LoRA changes nothing; afterwards by the distance to the base model."""
+    base = base_of(opened(family))
+    settings = training(folder, "unused", resolution=SIDE, preserve_class=True)
+    material = encode(base, read_texts(base, settings), settings, Accelerator(cpu=True))
+    batches = batches_of(material.concept, material.prior, None, seed=0, sizes=(1, 2), noising=base.noising())
+    batch = batches.of(0, 0)
+    rows = slice(1, None)
+    noisy = base.noising().noisy(batch.latents, batch.noise, batch.times)[rows]
+    added = {name: value[rows] for name, value in batch.added.items()}
+    with torch.no_grad():
+        expected = base.noising().predict(noisy, batch.times[rows], batch.text[rows], added)
+        adapt(base, settings, None)
+        learner = Learner(base.network, base.noising(), Weights(), preserves=True)
+        assert learner(batch).prior == 0
+        for parameter in lora_parameters(base.network).values():
+            parameter.add_(0.2)
+        found = base.noising().predict(noisy, batch.times[rows], batch.text[rows], added)
+        distance = F.mse_loss(found, expected)
+        assert distance > 1e-4
+        torch.testing.assert_close(learner(batch).prior, distance, atol=1e-5, rtol=1e-3)
 
 
 def test_a_file_opens_in_diffusers_and_composes(family: str, folder: Path) -> None:

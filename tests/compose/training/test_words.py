@@ -8,7 +8,14 @@ from transformers import CLIPTokenizer
 
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.compose.training.data import DataError
-from lora_compose.compose.training.words import Occurrence, Words, check_class_caption, find_concept, rows_of
+from lora_compose.compose.training.words import (
+    Occurrence,
+    Words,
+    check_class_caption,
+    class_caption,
+    find_concept,
+    rows_of,
+)
 from lora_compose.pipelines.scene.scene import Concept
 from trainings import xl_pipeline
 
@@ -97,6 +104,22 @@ def test_tokenizers_that_disagree_are_refused(tokenizer: CLIPTokenizer) -> None:
     other.add_tokens(["sks cat"])  # one token instead of two
     with pytest.raises(DataError, match=r"two tokenizers read|does not keep its own tokens"):
         find_concept([tokenizer, other], "a sks cat", SKS, noun=True, clean=False)
+
+
+@pytest.mark.parametrize(
+    ("caption", "about_the_class"),
+    [
+        ("a sks cat on grass", "a cat on grass"),
+        ("SKS cat", "cat"),
+        ("a sks sitting cat and a Sks cat", "a sitting cat and a cat"),
+        ("a cat, then sks.", "a cat, then cat."),
+        ("sks", "cat"),
+    ],
+)
+def test_a_caption_about_the_class_has_the_class_word_in_place_of_the_concept(
+    caption: str, about_the_class: str
+) -> None:
+    assert class_caption(caption, SKS) == about_the_class
 
 
 def test_class_captions_must_not_name_the_concept() -> None:

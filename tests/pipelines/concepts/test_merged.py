@@ -62,7 +62,7 @@ def test_the_image_is_that_of_the_merged_file(method: str, pipe: Any, files: lis
     matched = match_files(given, pipe)
     merger = make_merger(method)
     texts = [prompt_of(one.file) for one in given]
-    moments = calibrate(pipe, matched.changes, texts) if merger.needs_model else None
+    moments = calibrate(pipe, matched.changes, texts, merger) if merger.needs_model else None
     merge_files(matched, merger, tmp_path / "out.safetensors", moments=moments)
     merged = latents_of(pipe, Concept(name="one", lora=str(tmp_path / "out.safetensors")))
     torch.testing.assert_close(together, merged, atol=1e-3, rtol=1e-3)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import merging_reference as reference
 from lora_compose.attention import LoraFactors
-from lora_compose.pipelines.merging import MERGERS, make_merger
+from lora_compose.pipelines.merging import MERGERS, Moments, make_merger
 from lora_compose.pipelines.merging.factors import absent, gram, scaled, spectrum
 from lora_compose.pipelines.merging.lego import k_means
 from lora_compose.pipelines.merging.soups import best_numbers
@@ -42,9 +42,16 @@ def inputs_of(changes: Sequence[LoraFactors], seed: int = 7, number: int = 40) -
     return list(bias * torch.randn(len(changes), width, number, generator=generator, dtype=torch.float64))
 
 
-def moments_of(changes: Sequence[LoraFactors], inputs: Sequence[Tensor]) -> Tensor:
+def moments_of(
+    changes: Sequence[LoraFactors], inputs: Sequence[Tensor], merged: Sequence[Tensor] | None = None
+) -> Moments:
     down = torch.cat([one.down.flatten(1) for one in changes])
-    return torch.stack([(down @ x) @ (down @ x).T / x.shape[1] for x in inputs])
+
+    def mean(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(down @ x) @ (down @ y).T / x.shape[1] for x, y in zip(lefts, rights, strict=True)])
+
+    merged = inputs if merged is None else merged
+    return Moments(mean(inputs, inputs), mean(merged, merged), mean(inputs, merged))
 
 
 def merged(name: str, changes: Sequence[LoraFactors], inputs: Sequence[Tensor] | None = None) -> np.ndarray:
@@ -111,10 +118,12 @@ def test_a_layer_that_one_lora_changes_keeps_its_change(name: str) -> None:
     kept = {"ties": {"density": 1.0}, "dare": {"density": 1.0}}.get(name, {})
     merge = make_merger(name, kept).start([[one, absent(one)]])
     inputs = inputs_of([one, one])
-    moments = torch.stack([(one.down @ x) @ (one.down @ x).T for x in inputs])
+    moments = moments_of([one, absent(one)], inputs)
     assert close(dense(merge([one, absent(one)], moments)), dense(one), 1e-9)
     if name not in PAIRS:
-        assert close(dense(make_merger(name, kept).start([[one]])([one], moments[:1])), dense(one), 1e-9)
+        assert close(
+            dense(make_merger(name, kept).start([[one]])([one], moments_of([one], inputs[:1]))), dense(one), 1e-9
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in MERGERS if not MERGERS[name].needs_model and name != "k-lora"])
@@ -164,6 +173,7 @@ def test_of_any_shape_mergers_that_compare_loras_are_their_dense_references(
     numbers = reference.soups(whole, columns, 1e-3).clip(0, 1.5)
     assert close(merged("soups", changes, seen), np.einsum("i,ioj->oj", numbers, np.stack(whole)), 1e-6)
     assert close(merged("ssr", changes, seen), reference.ssr(whole, columns, 1e-2), 1e-5)
+    assert close(merged("iteris", changes, seen), reference.iteris(whole, columns, columns, 1e-2), 1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -253,7 +263,19 @@ def test_soups_and_ssr_solve_their_least_squares(seed: int) -> None:
         assert close(dense(found), reference.ssr(whole, columns, ridge), 1e-6)
 
 
-def test_soups_and_ssr_come_nearer_to_each_lora_on_its_own_inputs_than_the_sum() -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_a_round_of_iteris_solves_its_least_squares_on_the_inputs_of_the_merged_model(seed: int) -> None:
+    changes = [change(seed), change(seed + 10, rank=2, scale=3.0), change(seed + 20)]
+    alone, again = inputs_of(changes, seed), inputs_of(changes, seed + 50)
+    again = [0.7 * x + 0.5 * y for x, y in zip(alone, again, strict=True)]
+    whole = [dense(one) for one in changes]
+    for ridge in (1e-4, 0.3):
+        found = make_merger("iteris", {"ridge": ridge}).start([])(changes, moments_of(changes, alone, again))
+        expected = reference.iteris(whole, [x.numpy() for x in alone], [y.numpy() for y in again], ridge)
+        assert close(dense(found), expected, 1e-6)
+
+
+def test_soups_ssr_and_iteris_come_nearer_to_each_lora_on_its_own_inputs_than_the_sum() -> None:
     changes = [change(1), change(2), change(3)]
     inputs = inputs_of(changes)
 
@@ -264,12 +286,13 @@ def test_soups_and_ssr_come_nearer_to_each_lora_on_its_own_inputs_than_the_sum()
         )
 
     assert error("ssr") < error("soups") < 0.9 * error("cat")
+    assert error("iteris") < error("soups")
 
 
-def test_without_any_inputs_soups_and_ssr_are_the_sum() -> None:
+def test_without_any_inputs_soups_ssr_and_iteris_are_the_sum() -> None:
     changes = [change(1), change(2)]
-    nothing = torch.zeros(2, 6, 6)
-    for name in ("soups", "ssr"):
+    nothing = Moments.zeros(2, 6)
+    for name in ("soups", "ssr", "iteris"):
         for moments in (None, nothing):
             found = make_merger(name).start([])(changes, moments)
             assert close(dense(found), dense(changes[0]) + dense(changes[1]))
@@ -341,6 +364,7 @@ def test_k_means_finds_groups_that_are_plain_to_see() -> None:
         ("k-lora", {"balance": float("inf")}, "balance must be a positive number"),
         ("soups", {"ridge": 0}, "ridge must be a positive number"),
         ("ssr", {"ridge": None}, "ridge must be a positive number"),
+        ("iteris", {"rounds": 0}, "rounds must be a positive whole number"),
     ],
 )  # fmt: skip
 def test_unusable_settings_are_errors_that_say_what_is_expected(name: str, given: dict, message: str) -> None:
