@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from anima import ANIMA
+from chroma import CHROMA
 from flux import FLUX
 from flux2 import FLUX2
 from flux2_dev import FLUX2_DEV
@@ -14,7 +15,8 @@ from transformer_families import Family
 from z_image import Z_IMAGE
 
 TRANSFORMERS: Mapping[str, Family] = {
-    "anima": ANIMA, "flux": FLUX, "flux2": FLUX2, "krea2": KREA2, "z-image": Z_IMAGE, "qwen-image": QWEN_IMAGE
+    "anima": ANIMA, "chroma": CHROMA, "flux": FLUX, "flux2": FLUX2, "krea2": KREA2, "z-image": Z_IMAGE,
+    "qwen-image": QWEN_IMAGE,
 }  # fmt: skip
 JOINT = [name for name in TRANSFORMERS if name != "anima"]
 """Families in which text and image attend to each other in one sequence; Anima has cross-attention, as a UNet has."""

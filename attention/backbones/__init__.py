@@ -96,6 +96,7 @@ class Backbone(Protocol):
 
 
 BACKBONES: Mapping[str, str] = {
+    "ChromaTransformer2DModel": "chroma.ChromaBackbone",
     "CosmosTransformer3DModel": "cosmos.CosmosBackbone",
     "UNet2DConditionModel": "unet.UNetBackbone",
     "FluxTransformer2DModel": "flux.FluxBackbone",

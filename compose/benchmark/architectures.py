@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -86,9 +87,10 @@ QWEN3: Mapping[str, Any] = {
 T5_XXL: Mapping[str, Any] = {
     "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-"""T5 v1.1 XXL, the second text encoder of FLUX.1."""
+"""T5 v1.1 XXL, the second text encoder of FLUX.1, and Chroma's."""
 TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
     "Anima": (CosmosTransformer3DModel, {"num_attention_heads": 16, "extra_pos_embed_type": None}),
+    "Chroma": (ChromaTransformer2DModel, {}),
     "FLUX.1": (FluxTransformer2DModel, {"guidance_embeds": True}),
     "FLUX.2-dev": (Flux2Transformer2DModel, {}),
     "FLUX.2-klein 4B": (
@@ -107,10 +109,10 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
 }  # fmt: skip
 """Configurations of transformers: the defaults of their classes, with changes.
 
-The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo, Qwen-Image and Z-Image-Turbo (whose
-`axes_lens` of 1536 is the length of a table). FLUX.2: `Flux2Params`, `Klein4BParams` and `Klein9BParams` in
-`src/flux2/model.py` of github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers'
-converter `scripts/convert_cosmos_to_diffusers.py` has it.
+The defaults are those of `transformer/config.json` of Chroma1-HD, FLUX.1-dev, Krea-2-Turbo, Qwen-Image and
+Z-Image-Turbo (whose `axes_lens` of 1536 is the length of a table). FLUX.2: `Flux2Params`, `Klein4BParams` and
+`Klein9BParams` in `src/flux2/model.py` of github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2,
+as diffusers' converter `scripts/convert_cosmos_to_diffusers.py` has it.
 """
 FAMILIES = (*_FAMILIES, *TRANSFORMERS)
 
@@ -127,7 +129,9 @@ def without_weights(family: str) -> SimpleNamespace:
         build, config = TRANSFORMERS[family]
         with torch.device("meta"):
             parts = SimpleNamespace(transformer=build(**config))
-            if family == "FLUX.1":  # files of this family and of Anima may change text encoders
+            if family == "Chroma":  # files of these families may change text encoders
+                parts.text_encoder = T5EncoderModel(T5Config(**T5_XXL))
+            if family == "FLUX.1":
                 parts.text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L))
                 parts.text_encoder_2 = T5EncoderModel(T5Config(**T5_XXL))
             if family == "Anima":

@@ -123,6 +123,8 @@ def _inputs(model: Any, tokens: int) -> dict[str, Any]:
         return {"text": empty(1, tokens, config["text_embed_dim"]), "added": None}
     text = empty(1, tokens, config["joint_attention_dim"])
     guidance = {"guidance": empty(1)} if config.get("guidance_embeds") else {}
+    if "approximator_layers" in config:
+        return {"text": text, "added": {"text_mask": empty(1, tokens)}}
     if "pooled_projection_dim" not in config:
         return {"text": text, "added": None, **guidance}
     return {"text": text, "added": {"pooled_projections": empty(1, config["pooled_projection_dim"])}, **guidance}

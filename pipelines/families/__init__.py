@@ -2,6 +2,7 @@
 
 from lora_compose.pipelines.families.anima import ComposeAnimaPipeline
 from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.families.chroma import ComposeChromaPipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.flux2_dev import ComposeFlux2Pipeline
@@ -15,6 +16,7 @@ from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
 
 __all__ = [
     "ComposeAnimaPipeline",
+    "ComposeChromaPipeline",
     "ComposeFlux2KleinPipeline",
     "ComposeFlux2Pipeline",
     "ComposeFluxKontextPipeline",

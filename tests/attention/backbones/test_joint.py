@@ -11,6 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from anima import cosmos_transformer
+from chroma import chroma_transformer
 from flux import flux_transformer
 from flux2 import flux2_transformer
 from golden import TRANSFORMERS
@@ -26,6 +27,7 @@ from z_image import z_image_transformer
 
 MODELS = {
     "anima": cosmos_transformer,
+    "chroma": chroma_transformer,
     "flux": flux_transformer,
     "flux2": flux2_transformer,
     "krea2": krea2_transformer,

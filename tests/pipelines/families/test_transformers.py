@@ -10,6 +10,7 @@ from torch import Tensor
 
 from all_transformers import TRANSFORMERS
 from anima import ANIMA
+from chroma import CHROMA
 from components import seeded
 from flux import FLUX
 from krea2 import KREA2
@@ -63,6 +64,8 @@ def test_negative_embeddings_of_another_shape_are_refused(family, pipe):
     tokens, rest = pipe.encode_prompt("a cat", device="cpu", **layers)[0][:, :-1], {}
     if family is FLUX:
         rest = {"negative_pooled_prompt_embeds": torch.zeros(1, 24), "negative_prompt": None}
+    if family is CHROMA:
+        rest = {"negative_prompt_attention_mask": torch.ones(1, tokens.shape[1]), "negative_prompt": None}
     if family in (KREA2, QWEN_IMAGE):
         rest = {
             "negative_prompt_embeds_mask": torch.ones(1, tokens.shape[1], dtype=torch.bool),

@@ -173,3 +173,19 @@ def test_transformers_that_share_names_and_shapes_of_layers_are_told_apart(writt
         LoraError, match=rf"fits this model in \d+ of its \d+ layers only.*looks like a file for {written}"
     ):
         match(file, without_weights(opened))
+
+
+KOHYA_METADATA = [{"modelspec.architecture": "chroma/lora"}, {"ss_base_model_version": "chroma"}]
+
+
+@pytest.mark.parametrize("metadata", KOHYA_METADATA)
+def test_layers_that_flux_1_and_chroma_share_are_those_of_the_model_that_the_metadata_name(metadata: Any) -> None:
+    shapes = shapes_of(layout("kohya-flux"))
+    assert guess_family(shapes, metadata).family == "Chroma"
+    alone = guess_family(shapes, {})
+    assert alone.family == "FLUX.1"
+    assert "layers of Chroma have the same names and sizes" in alone.why
+    with_modulation = {**shapes, "lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": [16, 3072]}
+    found = guess_family(with_modulation, metadata)
+    assert found.family == "FLUX.1", "Chroma has no layers that make the modulation"
+    assert not any("Chroma have" in reason for reason in found.why)

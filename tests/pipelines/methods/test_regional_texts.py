@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from all_transformers import JOINT, TRANSFORMERS
+from chroma import CHROMA
 from components import lora_tensors, random_lora, seeded, tiny_pipeline
 from flux import FLUX
 from flux2 import FLUX2
 from krea2 import KREA2
 from lora_compose import Concept, Regional
+from lora_compose.attention.joint_regions import seen_too
 from qwen_image import QWEN_IMAGE
 from transformer_families import (
     CELLS,
@@ -79,6 +81,8 @@ def texts_of(family: Family, pipe: Any) -> list[int]:
     """Tokens of each text, counted with the pipeline's own tokenizer; that of the image with its padding."""
     if family is FLUX:
         return [TOKENS, *(len(pipe.tokenizer_2(text).input_ids) for text in TEXTS[1:])]
+    if family is CHROMA:  # which reads the first token of the padding
+        return [TOKENS, *(len(pipe.tokenizer(text).input_ids) + 1 for text in TEXTS[1:])]
     template = pipe._template(TOKENS)
     real = [len(pipe.tokenizer(template.render(text)).input_ids) - template.dropped for text in TEXTS]
     if family is KREA2:
@@ -119,7 +123,7 @@ def densely(masks: dict[int, Tensor]) -> Iterator[None]:
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **how: Any) -> Tensor:
         dense = masks.get(query.shape[-2])
         if dense is not None:
-            attn_mask = dense if attn_mask is None else attn_mask & dense
+            attn_mask = dense if attn_mask is None else seen_too(attn_mask, dense)
         return found(query, key, value, attn_mask=attn_mask, **how)
 
     with pytest.MonkeyPatch.context() as patch:
