@@ -2,7 +2,7 @@
 
 import string
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +12,14 @@ from diffusers import (
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Ideogram4Transformer2DModel,
     Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
 from diffusers.models import AnimaTextConditioner
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -103,16 +104,18 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
         {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
          "guidance_embeds": False},
     ),
+    "Ideogram 4": (Ideogram4Transformer2DModel, {}),
     "Krea 2": (Krea2Transformer2DModel, {}),
     "Qwen-Image": (QwenImageTransformer2DModel, {}),
     "Z-Image": (ZImageTransformer2DModel, {}),
 }  # fmt: skip
 """Configurations of transformers: the defaults of their classes, with changes.
 
-The defaults are those of `transformer/config.json` of Chroma1-HD, FLUX.1-dev, Krea-2-Turbo, Qwen-Image and
-Z-Image-Turbo (whose `axes_lens` of 1536 is the length of a table). FLUX.2: `Flux2Params`, `Klein4BParams` and
-`Klein9BParams` in `src/flux2/model.py` of github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2,
-as diffusers' converter `scripts/convert_cosmos_to_diffusers.py` has it.
+The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo, Qwen-Image and Z-Image-Turbo (whose
+`axes_lens` of 1536 is the length of a table); those of Chroma and Ideogram 4 are what diffusers has for these models.
+FLUX.2: `Flux2Params`, `Klein4BParams` and `Klein9BParams` in `src/flux2/model.py` of
+github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers' converter
+`scripts/convert_cosmos_to_diffusers.py` has it.
 """
 FAMILIES = (*_FAMILIES, *TRANSFORMERS)
 
@@ -134,6 +137,8 @@ def without_weights(family: str) -> SimpleNamespace:
             if family == "FLUX.1":
                 parts.text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L))
                 parts.text_encoder_2 = T5EncoderModel(T5Config(**T5_XXL))
+            if family == "Ideogram 4":
+                parts.transformer.rotary_emb.forward = partial(_rotations, parts.transformer.rotary_emb.head_dim)
             if family == "Anima":
                 parts.text_encoder = Qwen3Model(Qwen3Config(**QWEN3))
                 parts.text_conditioner = AnimaTextConditioner()
@@ -144,6 +149,12 @@ def without_weights(family: str) -> SimpleNamespace:
         if second is not None:
             parts.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**second))
     return parts
+
+
+def _rotations(channels: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The shapes of Ideogram 4's rotary embedding, which switches autocast off: torch has none on the meta device."""
+    rotated = torch.empty(*positions.shape[:2], channels, device=positions.device)
+    return rotated, rotated
 
 
 def attention_lora(unet: UNet2DConditionModel, rank: int = RANK, seed: int = 0) -> Lora:

@@ -7,6 +7,7 @@ from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.flux2_dev import ComposeFlux2Pipeline
 from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
+from lora_compose.pipelines.families.ideogram4 import ComposeIdeogram4Pipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
 from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
 from lora_compose.pipelines.families.qwen_image_edit import ComposeQwenImageEditPlusPipeline
@@ -21,6 +22,7 @@ __all__ = [
     "ComposeFlux2Pipeline",
     "ComposeFluxKontextPipeline",
     "ComposeFluxPipeline",
+    "ComposeIdeogram4Pipeline",
     "ComposeKrea2Pipeline",
     "ComposePipeline",
     "ComposeQwenImageEditPlusPipeline",

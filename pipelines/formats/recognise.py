@@ -25,6 +25,7 @@ _TRANSFORMERS: Sequence[tuple[str, str]] = (
     (r"to_qkv_mlp_proj|(?:single|double)_stream_modulation|ff(?:_context)?[._]linear_in", "FLUX.2-klein"),
     (r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate",
      "Krea 2"),
+    (r"layers[._]\d+[._](?:attention[._]o[._]|adaln_modulation)|llm_cond_proj|^conditional_transformer", "Ideogram 4"),
     (r"layers[._]\d+[._](?:attention[._](?:to_[qkv]|to_out|qkv|out)|feed_forward[._]w[123])", "Z-Image"),
     # Attention alone is named as FLUX.1's and SD3's, which have no block 40.
     (r"transformer_blocks[._]\d+[._](?:img|txt)_m(?:lp|od)[._]"
@@ -36,7 +37,7 @@ _TRANSFORMERS: Sequence[tuple[str, str]] = (
 )  # fmt: skip
 _SIZES: Mapping[str, Mapping[int, str]] = {
     "FLUX.2-klein": {3072: "FLUX.2-klein 4B", 4096: "FLUX.2-klein 9B", 6144: "FLUX.2-dev"},
-    "Z-Image": {3840: "Z-Image", 2304: "Lumina 2"},
+    "Z-Image": {3840: "Z-Image", 2304: "Lumina 2", 4608: "Ideogram 4"},
     "Anima": {2048: "Anima"},
     "Qwen-Image": {3072: "Qwen-Image"},
 }
@@ -49,11 +50,13 @@ _KLEIN_BLOCKS = (
 _UNLIKE_CHROMA = r"_mod[._]lin|norm1|modulation|(?:time|vector|guidance)_in[._]|time_text_embed"
 """Layers of FLUX.1 that Chroma, whose blocks are FLUX.1's, does not have."""
 _COMPOSED = (
-    "Anima", "Chroma", "FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Qwen-Image", "Z-Image"
+    "Anima", "Chroma", "FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Ideogram 4", "Krea 2",
+    "Qwen-Image", "Z-Image",
 )  # fmt: skip
 OF_CLASS: Mapping[str, str] = {
     "ChromaTransformer2DModel": "Chroma", "CosmosTransformer3DModel": "Anima", "FluxTransformer2DModel": "FLUX.1",
-    "Flux2Transformer2DModel": "FLUX.2", "Krea2Transformer2DModel": "Krea 2",
+    "Flux2Transformer2DModel": "FLUX.2", "Ideogram4Transformer2DModel": "Ideogram 4",
+    "Krea2Transformer2DModel": "Krea 2",
     "QwenImageTransformer2DModel": "Qwen-Image", "ZImageTransformer2DModel": "Z-Image",
 }  # fmt: skip
 """How the names of a transformer's families begin, by diffusers' class."""

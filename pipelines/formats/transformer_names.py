@@ -76,6 +76,10 @@ _FLUX2: _Table = [
     (r"proj_out", "final_layer.linear"),
     _SCALE_AND_SHIFT,
 ]
+_IDEOGRAM4: _Table = [
+    (r"layers\.(\d+)\.attention\.to_[qkv]", r"layers.\1.attention.qkv"),
+    (r"layers\.(\d+)\.attention\.to_out\.0", r"layers.\1.attention.o"),
+]
 _KREA2: _Table = [
     *(
         (rf"{ours}\.(\d+)\.{layer}", rf"{theirs}.\1.{original}")
@@ -130,6 +134,7 @@ _TABLES: Mapping[str, _Table] = {
     "CosmosTransformer3DModel": _COSMOS,
     "FluxTransformer2DModel": _FLUX,
     "Flux2Transformer2DModel": _FLUX2,
+    "Ideogram4Transformer2DModel": _IDEOGRAM4,
     "Krea2Transformer2DModel": _KREA2,
     "ZImageTransformer2DModel": _Z_IMAGE,
 }

@@ -15,6 +15,7 @@ from chroma import chroma_transformer
 from flux import flux_transformer
 from flux2 import flux2_transformer
 from golden import TRANSFORMERS
+from ideogram4 import ideogram4_transformer
 from krea2 import krea2_transformer
 from lora_compose.attention import Gates, Recorder, Site, install
 from lora_compose.attention.backbones import backbone_of
@@ -30,6 +31,7 @@ MODELS = {
     "chroma": chroma_transformer,
     "flux": flux_transformer,
     "flux2": flux2_transformer,
+    "ideogram4": ideogram4_transformer,
     "krea2": krea2_transformer,
     "qwen-image": qwen_image_transformer,
     "z-image": z_image_transformer,

@@ -62,13 +62,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
 
 
 @contextmanager
-def dense_bias(pipe: Any, asked: Asked, own: float, other: float, rows: list[bool]) -> Iterator[None]:
+def dense_bias(family: Family, pipe: Any, asked: Asked, own: float, other: float, rows: list[bool]) -> Iterator[None]:
     """Adds the bias, a matrix of all positions, to the scores of joint attention, while diffusers' pipeline runs."""
     parts = backbone_of(pipe.transformer).joint.parts  # pyright: ignore[reportOptionalMemberAccess]
 
     def matrix(positions: int) -> Tensor:
         tokens, every = positions - CELLS**2, torch.zeros(positions, positions)
-        text, image = (0, tokens) if parts[0] == "text" else (CELLS**2, 0)
+        text, image = (family.padding_first, tokens) if parts[0] == "text" else (CELLS**2, 0)
         for here, named in product(range(2), range(2)):
             size = own if here == named else other
             for token, cell in product(range(min(tokens, asked.phrases.shape[1])), range(CELLS**2)):
@@ -114,7 +114,7 @@ def expected(family: Family, pipe: Any, asked: Asked, own: float, other: float, 
     loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
     with (
         dense_loras(family, pipe.transformer, loras, places, guided=True),
-        dense_bias(pipe, asked, own, other, rows),
+        dense_bias(family, pipe, asked, own, other, rows),
     ):
         return plain_latents(family, pipe, **CALL, **family.guided)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from chroma import chroma_transformer
 from flux import flux_transformer
 from flux2 import flux2_transformer
+from ideogram4 import ideogram4_transformer
 from krea2 import krea2_transformer
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
@@ -47,6 +48,8 @@ FUSED: Mapping[str, tuple[Any, str, Sequence[str]]] = {
     "flux2, single block": (
         flux2_transformer, "single_blocks.1.linear1", ["single_transformer_blocks.1.attn.to_qkv_mlp_proj"],
     ),
+    "ideogram4": (ideogram4_transformer, "layers.1.attention.qkv", [f"layers.1.attention.to_{x}" for x in "qkv"]),
+    "ideogram4, output": (ideogram4_transformer, "layers.1.attention.o", ["layers.1.attention.to_out.0"]),
     "krea2": (krea2_transformer, "blocks.2.attn.wq", ["transformer_blocks.2.attn.to_q"]),
     "krea2, text": (krea2_transformer, "txtfusion.refiner_blocks.0.mlp.up", ["text_fusion.refiner_blocks.0.ff.up"]),
     "z-image": (z_image_transformer, "layers.1.attention.qkv", [f"layers.1.attention.to_{x}" for x in "qkv"]),
@@ -81,7 +84,8 @@ def test_a_layer_of_the_original_checkpoint_is_shared_out_in_order(tmp_path: Pat
 
 
 BUILDS = {
-    "chroma": chroma_transformer, "flux": flux_transformer, "flux2": flux2_transformer, "krea2": krea2_transformer,
+    "chroma": chroma_transformer, "flux": flux_transformer, "flux2": flux2_transformer,
+    "ideogram4": ideogram4_transformer, "krea2": krea2_transformer,
     "z-image": z_image_transformer, "qwen-image": qwen_image_transformer,
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from chroma import CHROMA
 from components import lora_tensors, random_lora, seeded, tiny_pipeline
 from flux import FLUX
 from flux2 import FLUX2
+from ideogram4 import IDEOGRAM4
 from krea2 import KREA2
 from lora_compose import Concept, Regional
 from lora_compose.attention.joint_regions import seen_too
@@ -26,6 +27,7 @@ from transformer_families import (
     Places,
     as_file,
     dense_loras,
+    last_layer,
     pipeline_with_concepts,
     random_lora_of_all,
 )
@@ -218,6 +220,9 @@ def test_each_text_is_encoded_apart_and_begins_at_its_own_first_position(family,
             pipe(**{**CALL, **family.unguided, "prompt": prompt})
         given, named, _ = alone[0]
         whole = given[2][0] if family is Z_IMAGE else named["encoder_hidden_states"][0]
+        if family is IDEOGRAM4:  # whose text is padded before it in diffusers, and as long as the whole sequence
+            real = len(pipe.tokenizer(pipe._template(TOKENS).render(prompt)).input_ids)
+            text, whole = text[: sum(lengths)], torch.cat([whole[TOKENS - real : TOKENS], whole[: TOKENS - real]])
         if family is KREA2 and length < TOKENS:
             whole = whole[named["encoder_attention_mask"][0]]
         found = text[start : start + min(length, len(whole))]  # diffusers does not pad all of them
@@ -226,9 +231,9 @@ def test_each_text_is_encoded_apart_and_begins_at_its_own_first_position(family,
 
 
 def test_unconditional_rows_are_those_of_the_base_model(family, pipe):
-    last = [name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)][-1]
+    network = pipe.unconditional_transformer if family.two_networks else pipe.transformer
     seen: list[Tensor] = []
-    hook = pipe.transformer.get_submodule(last).register_forward_hook(lambda _, __, output: seen.append(output[:1]))
+    hook = last_layer(network).register_forward_hook(lambda _, __, output: seen.append(output[:1]))
     guided = {**family.guided, "generator": seeded(3)}
     try:
         pipe(**CALL, **guided, concepts=concepts("apart"), method="regional")
