@@ -22,6 +22,10 @@ _TRANSFORMERS: Sequence[tuple[str, str]] = (
     (r"(?<![a-z])blocks[._]\d+[._](?:cross_attn[._]output_proj|adaln_modulation_(?:self_attn|cross_attn|mlp))"
      r"|(?<![a-z])blocks[._]\d+[._](?:self|cross)_attn[._][qkv]_proj|llm_adapter|text_conditioner[._]"
      r"|transformer_blocks[._]\d+[._]norm[123][._]linear_[12]", "Anima"),
+    # Not supported: its single blocks have the layers of FLUX.2's double ones, and no others have blocks for each mode.
+    (r"(?:content|txt)_mode_blocks|(?<![a-z_])mode_blocks|(?:early|single)_stream_modulations"
+     r"|single_transformer_blocks[._]\d+[._](?:attn[._]to_out[._]0|ff)[._]"
+     r"|single_blocks[._]\d+[._](?:[qkv]_proj|attn_out|mlp_(?:in|out))", "FLUX.3"),
     (r"to_qkv_mlp_proj|(?:single|double)_stream_modulation|ff(?:_context)?[._]linear_in", "FLUX.2-klein"),
     (r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate",
      "Krea 2"),

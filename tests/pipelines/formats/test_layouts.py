@@ -189,3 +189,16 @@ def test_layers_that_flux_1_and_chroma_share_are_those_of_the_model_that_the_met
     found = guess_family(with_modulation, metadata)
     assert found.family == "FLUX.1", "Chroma has no layers that make the modulation"
     assert not any("Chroma have" in reason for reason in found.why)
+
+
+FLUX3 = (
+    "diffusion_model.content_mode_blocks.image.0.q_proj", "diffusion_model.txt_mode_blocks.3.mlp_in",
+    "diffusion_model.single_blocks.7.attn_out", "transformer.mode_blocks.image.0.attn.to_q",
+    "transformer.single_transformer_blocks.7.ff.linear_in", "transformer.single_transformer_blocks.7.attn.to_out.0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", FLUX3)
+def test_files_of_flux_3_are_named_although_it_is_not_supported(layer: str) -> None:
+    guess = guess_family({f"{layer}.lora_A.weight": [16, 4608], f"{layer}.lora_B.weight": [4608, 16]}, {})
+    assert (guess.family, guess.supported) == ("FLUX.3", False)
