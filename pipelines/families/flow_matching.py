@@ -43,6 +43,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     most_tokens: ClassVar[int] = 4096
     """Image tokens at which timesteps are shifted most, where the scheduler does not say."""
 
+    native_side: ClassVar[int | None] = None
+    """Side of the model's images in pixels, where the VAE's configuration names another one."""
+
     @classmethod
     def opens(cls, config: Mapping[str, Any]) -> bool:
         """Whether a model's configuration is of this family."""
@@ -162,7 +165,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     @property
     def own_size(self) -> tuple[int, int]:
         """Width and height in pixels: what the VAE's configuration says, or 1024."""
-        side = self.vae.config.get("sample_size")
+        side = self.native_side or self.vae.config.get("sample_size")
         side = 1024 if side in (None, UNSTATED) else int(side)
         return side, side
 

@@ -46,6 +46,7 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
     family = "Ideogram 4"
     architecture = "ideogram-4"
     transformer_class = Ideogram4Transformer2DModel
+    native_side = 2048
     _guidance_schedule: tuple[float, ...] = ()
 
     @classmethod
@@ -168,11 +169,6 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         self._check_plain_texts(arguments["prompt"])
         return arguments
-
-    @property
-    def own_size(self) -> tuple[int, int]:
-        """Width and height in pixels, as diffusers has them: the VAE's configuration does not tell."""
-        return 2048, 2048
 
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call, with the network for its unconditional rows."""

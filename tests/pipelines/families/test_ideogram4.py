@@ -109,5 +109,13 @@ def test_files_may_name_the_network_that_they_are_for(pipe: Any, tmp_path: Path)
     pipe.unload_concept("bird")
 
 
+def test_words_are_found_whatever_side_the_tokenizer_pads(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = CALL["prompt"]
+    start = prompt.index("sks")
+    for side in ("right", "left"):
+        monkeypatch.setattr(pipe.tokenizer, "padding_side", side)
+        assert pipe._template(48).positions(prompt, start, start + 3) == IDEOGRAM4.words[0]
+
+
 def test_a_plain_pipeline_becomes_one_of_ours() -> None:
     assert type(ComposePipeline.from_pipe(IDEOGRAM4.pipeline(IDEOGRAM4.plain))) is ComposeIdeogram4Pipeline
