@@ -93,13 +93,17 @@ class Recorder:
         token_weights = self.token_weights if self.token_weights.shape[-3] == 1 else self.token_weights[..., rows, :, :]
         return Recorder(self.layers, token_weights, self.self_layers, self.output_layer)
 
-    def join(self, parts: Sequence["Recorder"]) -> None:
-        """Joins the maps of recorders of consecutive rows into this one."""
-        first = parts[0]
-        self.maps = {layer: torch.cat([part.maps[layer] for part in parts], dim=-3) for layer in first.maps}
-        self.self_maps = {layer: torch.cat([part.self_maps[layer] for part in parts]) for layer in first.self_maps}
-        outputs = [part.output for part in parts if part.output is not None]
-        self.output = torch.cat(outputs) if outputs else None
+    def join(self, parts: Sequence["Recorder"], rows: Sequence[int]) -> None:
+        """Joins the maps of recorders of consecutive rows into this one.
+
+        Args:
+            rows: How many rows each part has. Those of a part without maps, which went through a network without text,
+                attend to no token.
+        """
+        self.maps = _joined([part.maps for part in parts], rows)
+        self.self_maps = _joined([part.self_maps for part in parts], rows)
+        outputs = [{} if part.output is None else {"": part.output} for part in parts]
+        self.output = _joined(outputs, rows).get("")
 
     def mean(self) -> Tensor:
         """Mean over the recorded layers, which must share one grid. Shape: [(texts,) rows, cells, maps]."""
@@ -108,6 +112,18 @@ class Recorder:
     def self_mean(self) -> Tensor:
         """Mean over the recorded self-attention layers. Shape: [rows, cells, cells seen]."""
         return _mean(self.self_maps)
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[int]) -> dict[str, Tensor]:
+    """Maps by layer of consecutive rows. Shape: [..., rows, cells, maps]."""
+    found = next(filter(None, parts), {})
+
+    def of(part: Mapping[str, Tensor], layer: str, count: int) -> Tensor:
+        like = found[layer]
+        return part[layer] if part else like.new_zeros(*like.shape[:-3], count, *like.shape[-2:])
+
+    each = list(zip(parts, rows, strict=True))
+    return {layer: torch.cat([of(part, layer, count) for part, count in each], dim=-3) for layer in found}
 
 
 def _attention(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 
 from anima import ANIMA
+from chroma import CHROMA
 from flux import FLUX
 from flux2 import FLUX2
 from flux2_dev import FLUX2_DEV
 from flux_kontext import KONTEXT
+from ideogram4 import IDEOGRAM4
 from krea2 import KREA2
 from qwen_image import QWEN_IMAGE
 from qwen_image_edit import QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_2511
@@ -14,7 +16,8 @@ from transformer_families import Family
 from z_image import Z_IMAGE
 
 TRANSFORMERS: Mapping[str, Family] = {
-    "anima": ANIMA, "flux": FLUX, "flux2": FLUX2, "krea2": KREA2, "z-image": Z_IMAGE, "qwen-image": QWEN_IMAGE
+    "anima": ANIMA, "chroma": CHROMA, "flux": FLUX, "flux2": FLUX2, "ideogram4": IDEOGRAM4, "krea2": KREA2,
+    "z-image": Z_IMAGE, "qwen-image": QWEN_IMAGE,
 }  # fmt: skip
 JOINT = [name for name in TRANSFORMERS if name != "anima"]
 """Families in which text and image attend to each other in one sequence; Anima has cross-attention, as a UNet has."""

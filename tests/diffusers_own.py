@@ -22,6 +22,7 @@ from torch import nn
 from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from components import ATTENTION
+from lora_compose.pipelines.families.chroma import ComposeChromaPipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
@@ -39,6 +40,8 @@ FILES = {
     "SDXL": "stable_diffusion_xl/test_stable_diffusion_xl.py",
     "SDXL, image to image": "stable_diffusion_xl/test_stable_diffusion_xl_img2img.py",
     "SDXL, inpainting": "stable_diffusion_xl/test_stable_diffusion_xl_inpaint.py",
+    "Chroma": "chroma/test_pipeline_chroma.py",
+    "Chroma, image to image": "chroma/test_pipeline_chroma_img2img.py",
     "FLUX.1": "flux/test_pipeline_flux.py",
     "FLUX.1, image to image": "flux/test_pipeline_flux_img2img.py",
     "FLUX.1, inpainting": "flux/test_pipeline_flux_inpaint.py",
@@ -63,6 +66,7 @@ _OURS: dict[str, Any] = {
     for name, ours in {
         "StableDiffusion": ComposeStableDiffusionPipeline,
         "StableDiffusionXL": ComposeStableDiffusionXLPipeline,
+        "Chroma": ComposeChromaPipeline,
         "Flux": ComposeFluxPipeline,
         "FluxKontext": ComposeFluxKontextPipeline,
         "Flux2Klein": ComposeFlux2KleinPipeline,

@@ -8,16 +8,21 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from PIL import Image
 
 import components
+from chroma import CHROMA
 from components import TINY, TINY_XL, sd_unet, sdxl_unet, small_pipeline
 from flux import FLUX
 from flux2 import FLUX2
+from ideogram4 import IDEOGRAM4
 from krea2 import KREA2
 from lora_compose.compose.training import TaraTraining, Training
 from qwen_image import QWEN_IMAGE
 from z_image import Z_IMAGE
 
 SIDE = 32  # pixels of the training images
-TRAINED = {"FLUX.1": FLUX, "FLUX.2": FLUX2, "Krea 2": KREA2, "Z-Image": Z_IMAGE, "Qwen-Image": QWEN_IMAGE}
+TRAINED = {
+    "Chroma": CHROMA, "FLUX.1": FLUX, "FLUX.2": FLUX2, "Ideogram 4": IDEOGRAM4, "Krea 2": KREA2, "Z-Image": Z_IMAGE,
+    "Qwen-Image": QWEN_IMAGE,
+}  # fmt: skip
 """Families of transformers that are trained by tests."""
 
 

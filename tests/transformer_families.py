@@ -54,6 +54,8 @@ class Family:
         guided: Arguments with which there are unconditional rows.
         unguided: Arguments without.
         in_one_batch: Whether diffusers runs both halves of guidance in one batch, the conditional one first.
+        two_networks: Whether unconditional rows have a network of their own, which no LoRA changes.
+        padding_first: Tokens of padding that diffusers has before the prompt; ours are behind it.
         image_tasks: diffusers' pipelines for image-to-image (False) and inpainting (True), where it has them.
     """
 
@@ -64,7 +66,15 @@ class Family:
     guided: Mapping[str, Any]
     unguided: Mapping[str, Any] = field(default_factory=dict)
     in_one_batch: bool = False
+    two_networks: bool = False
+    padding_first: int = 0
     image_tasks: Mapping[bool, Any] = field(default_factory=dict)
+
+
+def last_layer(network: nn.Module) -> nn.Module:
+    """The layer whose output is the prediction."""
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    return [layer for name, layer in layers.items() if "modulation" not in name.lower()][-1]
 
 
 def random_lora_of_all(transformer: nn.Module, seed: int, size: float = 0.2) -> Lora:
@@ -128,7 +138,8 @@ def dense_loras(
 ) -> Iterator[None]:
     """Adds dense deltas concept by concept in forward hooks, while diffusers' own pipeline runs.
 
-    It runs the conditional half of guidance first: in a call of its own, or as the first half of the batch.
+    It runs the conditional half of guidance first: in a call of its own, as the first half of the batch, or in the only
+    one of two networks that has the deltas.
     """
     calls, forward = [0], transformer.forward
     rows: list[bool] = []
@@ -137,7 +148,9 @@ def dense_loras(
         given = args[0] if args else kwargs["hidden_states"]
         count = len(given)
         unconditional = [False] * count
-        if guided and family.in_one_batch:
+        if family.two_networks:
+            pass
+        elif guided and family.in_one_batch:
             unconditional = [False] * (count // 2) + [True] * (count // 2)
         elif guided:
             unconditional = [calls[0] % 2 == 1] * count

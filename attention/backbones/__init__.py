@@ -71,6 +71,11 @@ class Backbone(Protocol):
         """How text and image lie in one sequence, where the model attends to both together (`JointRegions`)."""
         ...
 
+    @property
+    def unconditional_apart(self) -> bool:
+        """Whether unconditional rows go through a network of their own, so that no batch has them beside others."""
+        ...
+
     def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
         """Replaces the attention among the model's modules by ours, which reads the state in every pass."""
         ...
@@ -97,10 +102,12 @@ class Backbone(Protocol):
 
 
 BACKBONES: Mapping[str, str] = {
+    "ChromaTransformer2DModel": "chroma.ChromaBackbone",
     "CosmosTransformer3DModel": "cosmos.CosmosBackbone",
     "UNet2DConditionModel": "unet.UNetBackbone",
     "FluxTransformer2DModel": "flux.FluxBackbone",
     "Flux2Transformer2DModel": "flux2.Flux2Backbone",
+    "Ideogram4Transformer2DModel": "ideogram4.Ideogram4Backbone",
     "Krea2Transformer2DModel": "krea2.Krea2Backbone",
     "QwenImageTransformer2DModel": "qwen_image.QwenImageBackbone",
     "ZImageTransformer2DModel": "z_image.ZImageBackbone",

@@ -51,6 +51,7 @@ class JointBackbone:
     map_level = 1
     text_layers = 1
     reads_regions = False
+    unconditional_apart = False
 
     def __init__(self, model: nn.Module, reference: bool = False, cells: int | None = None) -> None:
         self.model, self._reference, self._cells = model, reference, cells

@@ -29,6 +29,7 @@ class UNetBackbone:
 
     reads_regions = True
     joint = None
+    unconditional_apart = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -2,22 +2,24 @@
 
 import string
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Ideogram4Transformer2DModel,
     Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
 from diffusers.models import AnimaTextConditioner
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -86,9 +88,10 @@ QWEN3: Mapping[str, Any] = {
 T5_XXL: Mapping[str, Any] = {
     "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-"""T5 v1.1 XXL, the second text encoder of FLUX.1."""
+"""T5 v1.1 XXL, the second text encoder of FLUX.1, and Chroma's."""
 TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
     "Anima": (CosmosTransformer3DModel, {"num_attention_heads": 16, "extra_pos_embed_type": None}),
+    "Chroma": (ChromaTransformer2DModel, {}),
     "FLUX.1": (FluxTransformer2DModel, {"guidance_embeds": True}),
     "FLUX.2-dev": (Flux2Transformer2DModel, {}),
     "FLUX.2-klein 4B": (
@@ -101,6 +104,7 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
         {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
          "guidance_embeds": False},
     ),
+    "Ideogram 4": (Ideogram4Transformer2DModel, {}),
     "Krea 2": (Krea2Transformer2DModel, {}),
     "Qwen-Image": (QwenImageTransformer2DModel, {}),
     "Z-Image": (ZImageTransformer2DModel, {}),
@@ -108,9 +112,10 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
 """Configurations of transformers: the defaults of their classes, with changes.
 
 The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo, Qwen-Image and Z-Image-Turbo (whose
-`axes_lens` of 1536 is the length of a table). FLUX.2: `Flux2Params`, `Klein4BParams` and `Klein9BParams` in
-`src/flux2/model.py` of github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers'
-converter `scripts/convert_cosmos_to_diffusers.py` has it.
+`axes_lens` of 1536 is the length of a table); those of Chroma and Ideogram 4 are what diffusers has for these models.
+FLUX.2: `Flux2Params`, `Klein4BParams` and `Klein9BParams` in `src/flux2/model.py` of
+github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers' converter
+`scripts/convert_cosmos_to_diffusers.py` has it.
 """
 FAMILIES = (*_FAMILIES, *TRANSFORMERS)
 
@@ -127,9 +132,13 @@ def without_weights(family: str) -> SimpleNamespace:
         build, config = TRANSFORMERS[family]
         with torch.device("meta"):
             parts = SimpleNamespace(transformer=build(**config))
-            if family == "FLUX.1":  # files of this family and of Anima may change text encoders
+            if family == "Chroma":  # files of these families may change text encoders
+                parts.text_encoder = T5EncoderModel(T5Config(**T5_XXL))
+            if family == "FLUX.1":
                 parts.text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L))
                 parts.text_encoder_2 = T5EncoderModel(T5Config(**T5_XXL))
+            if family == "Ideogram 4":
+                parts.transformer.rotary_emb.forward = partial(_rotations, parts.transformer.rotary_emb.head_dim)
             if family == "Anima":
                 parts.text_encoder = Qwen3Model(Qwen3Config(**QWEN3))
                 parts.text_conditioner = AnimaTextConditioner()
@@ -140,6 +149,12 @@ def without_weights(family: str) -> SimpleNamespace:
         if second is not None:
             parts.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**second))
     return parts
+
+
+def _rotations(channels: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The shapes of Ideogram 4's rotary embedding, which switches autocast off: torch has none on the meta device."""
+    rotated = torch.empty(*positions.shape[:2], channels, device=positions.device)
+    return rotated, rotated
 
 
 def attention_lora(unet: UNet2DConditionModel, rank: int = RANK, seed: int = 0) -> Lora:

@@ -71,7 +71,11 @@ def pass_cost(
         tokens = site.padded(sum(texts))
     inputs = _inputs(model, tokens)
     text = inputs.pop("text")
-    if {"joint_attention_dim", "text_hidden_dim"} & model.config.keys():  # whose channels are those of a patch
+    if {
+        "joint_attention_dim",
+        "text_hidden_dim",
+        "llm_features_dim",
+    } & model.config.keys():  # whose channels are those of a patch
         channels //= 4
     latents = torch.empty(1, channels, *latent_grid, device=META, dtype=text.dtype)
     if references:
@@ -119,10 +123,16 @@ def _inputs(model: Any, tokens: int) -> dict[str, Any]:
         mask = torch.ones(1, tokens, dtype=torch.bool)
         text = empty(1, tokens, config["num_text_layers"] * config["text_hidden_dim"])
         return {"text": text, "added": {"text_mask": mask.to(META)}}
+    if "llm_features_dim" in config:
+        mask = torch.ones(1, tokens, dtype=torch.bool, device=META)
+        added = {"text_mask": mask, "unconditional": torch.tensor([False])}
+        return {"text": empty(1, tokens, config["llm_features_dim"]), "added": added}
     if "text_embed_dim" in config:
         return {"text": empty(1, tokens, config["text_embed_dim"]), "added": None}
     text = empty(1, tokens, config["joint_attention_dim"])
     guidance = {"guidance": empty(1)} if config.get("guidance_embeds") else {}
+    if "approximator_layers" in config:
+        return {"text": text, "added": {"text_mask": empty(1, tokens)}}
     if "pooled_projection_dim" not in config:
         return {"text": text, "added": None, **guidance}
     return {"text": text, "added": {"pooled_projections": empty(1, config["pooled_projection_dim"])}, **guidance}

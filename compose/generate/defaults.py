@@ -81,8 +81,12 @@ def defaults_for(device: str, facts: ModelFacts | None) -> Defaults:
 def call_defaults(family: Any) -> tuple[int, float]:
     """Steps and guidance of a family in Python, which are diffusers'; guidance as `guided` of the family takes it."""
     given = inspect.signature(family.__call__).parameters
-    scale = given["guidance_scale"].default  # None where no model has distilled guidance
-    return given["num_inference_steps"].default, given["true_cfg_scale"].default if scale is None else scale
+    scale = given["guidance_scale"].default
+    if scale is None and "guidance_schedule" in given:  # a scale for each step
+        scale = given["guidance_schedule"].default[0]
+    elif scale is None:  # no model of the family has distilled guidance
+        scale = given["true_cfg_scale"].default
+    return given["num_inference_steps"].default, scale
 
 
 def few_steps(facts: ModelFacts) -> tuple[int, float, str] | None:

@@ -46,7 +46,7 @@ class ModelFacts:
         """Width and height of its own images; None if its configurations do not say it."""
         vae = self.parts.get("vae", {})
         if not self.has_unet:
-            side = vae.get("sample_size")
+            side = getattr(self.family, "native_side", None) or vae.get("sample_size")
             return (side, side) if isinstance(side, int) and side != UNSTATED else None
         sample, blocks = self.parts.get("unet", {}).get("sample_size"), vae.get("block_out_channels")
         if sample is None or not blocks:

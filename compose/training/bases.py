@@ -15,6 +15,7 @@ from lora_compose.compose.training.settings import SCOPES, Training
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
 from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
 
+_TOKENS = 512  # of a text of transformers, as `read_texts` has it
 _SD2_TEXT = 1024  # channels of the text that Stable Diffusion 2.x reads
 _IN_BLOCK = r".*(blocks|layers|refiner)\.\d+\."
 _ATTENTION = rf"{_IN_BLOCK}(attn|attention)\..+"
@@ -252,6 +253,7 @@ class _Transformer:
                 num_inference_steps=steps,
                 width=side,
                 height=side,
+                max_sequence_length=_TOKENS,
                 **pipe.guided(guidance, None),
             ).images
 

@@ -21,7 +21,7 @@ from lora_compose.pipelines.control import PreparedControl, PreparedControlNet, 
 from lora_compose.pipelines.denoising.attention_log import AttentionLog
 from lora_compose.pipelines.denoising.inputs import check_marked, for_rows, of_images
 from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
-from lora_compose.pipelines.denoising.prepared_pass import MicroBatch, PreparedPass
+from lora_compose.pipelines.denoising.prepared_pass import KeptText, MicroBatch, PreparedPass
 from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.images.output import Cost
 from lora_compose.pipelines.scene.canvas import Canvas, Step
@@ -128,7 +128,8 @@ class Denoiser:
             ValueError: If the denoiser does not support region attention, or for a bias beside it.
         """
         check_pass(spec, self.backbone)
-        return PreparedPass(spec) if same_text_as is None else PreparedPass(spec, same_text_as.kept_text)
+        kept = KeptText() if same_text_as is None else same_text_as.kept_text
+        return PreparedPass(spec, kept, apart=self.backbone.unconditional_apart)
 
     def predict(
         self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest | None = None
@@ -323,7 +324,7 @@ class Denoiser:
                     self.cost.rows_stopped += text.rows * fraction
         if len(batches) > 1:
             for recorder, taken in zip(recorders, zip(*parts, strict=True), strict=True):
-                recorder.join(taken)
+                recorder.join(taken, [batch.text.rows for batch in batches])
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _control_inputs(

@@ -5,6 +5,7 @@ With the predictions u of unconditional rows and c of conditional ones, and the 
     classifier-free     g = u + s (c - u)
     rescaled            g std(c) / std(g) in the share r, g in the rest (Lin et al., arXiv 2305.08891, section 3.4)
     norm of tokens      g |c| / |g|, the norm of each patch of 2 x 2 cells (Qwen-Image)
+    by step             s is another one in each step (Ideogram 4)
     norm limited        g min(1, n |c| / |g|), the norm of the whole image, and g = c near the end (Z-Image)
 
 A family makes its guider from the arguments of its own calls; methods only call `Session.guider`.
@@ -75,6 +76,34 @@ class ClassifierFree:
     def corrected(self, guided: Tensor, cond: Tensor) -> Tensor:
         """The guided prediction after what a guider does beyond this formula. Shapes: as the latents."""
         return guided
+
+
+@dataclass(frozen=True)
+class ScaleByStep:
+    """Classifier-free guidance with a scale for every step.
+
+    Attributes:
+        scales: s, by step.
+    """
+
+    scales: tuple[float, ...]
+
+    @property
+    def scale(self) -> float:
+        """The largest one."""
+        return max(self.scales)
+
+    def unguided(self, timesteps: Sequence[Tensor] | Tensor) -> Collection[int]:
+        """The passes whose scale is 1."""
+        return frozenset(index for index, scale in enumerate(self.scales) if scale == 1)
+
+    def combine(self, prediction: Prediction, step: Step) -> Tensor:
+        """The guided prediction."""
+        uncond, cond = (part.flatten(0, 1) for part in prediction.branches)
+        if not len(uncond):
+            return cond
+        scale = self.scales[step.index]
+        return scale * cond + (1 - scale) * uncond
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, groupby, pairwise
 
 import torch
 
@@ -47,10 +48,12 @@ class PreparedPass:
 
     Attributes:
         kept_text: Keys and values of its text.
+        apart: Whether no micro-batch has unconditional rows beside others.
     """
 
     spec: Pass
     kept_text: KeptText = field(default_factory=KeptText)
+    apart: bool = False
     _made: dict[bool, tuple[tuple[float, ...], Sequence[MicroBatch]]] = field(default_factory=dict)
 
     def micro_batches(
@@ -86,7 +89,7 @@ class PreparedPass:
         if concepts.schedules:
             gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
         gates = concepts.scatter(gates)
-        for part, part_gates, rows in _cut(text, gates, self.spec.branch_batch_size):
+        for part, part_gates, rows in _cut(text, gates, self.spec.branch_batch_size, apart=self.apart):
             inputs = installation.inputs(
                 part_gates, part.prompt_embeds, self.spec.regions, lengths=part.lengths,
                 joint_regions=None if regions is None else regions.select(rows),
@@ -95,11 +98,16 @@ class PreparedPass:
             yield MicroBatch(part, inputs, rows)
 
 
-def _cut(text: Conditioning, gates: Gates, size: int | None) -> Iterator[tuple[Conditioning, Gates, slice]]:
-    if size is None:
+def _cut(
+    text: Conditioning, gates: Gates, size: int | None, *, apart: bool
+) -> Iterator[tuple[Conditioning, Gates, slice]]:
+    alike = [[*branches] for _, branches in groupby(text.roles.branches, lambda branch: apart and branch[1])]
+    if size is None and len(alike) == 1:
         yield text, gates, slice(None)
         return
-    for start in range(0, text.rows // text.images, size):
-        part = text.of_branches(slice(start, start + size))
-        rows = slice(start * text.images, (start + size) * text.images)
-        yield part, gates.select(rows), rows
+    ends = accumulate(
+        min(size or len(group), len(group) - i) for group in alike for i in range(0, len(group), size or len(group))
+    )
+    for start, end in pairwise([0, *ends]):
+        rows = slice(start * text.images, end * text.images)
+        yield text.of_branches(slice(start, end)), gates.select(rows), rows

@@ -2,10 +2,12 @@
 
 from lora_compose.pipelines.families.anima import ComposeAnimaPipeline
 from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.families.chroma import ComposeChromaPipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.flux2_dev import ComposeFlux2Pipeline
 from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
+from lora_compose.pipelines.families.ideogram4 import ComposeIdeogram4Pipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
 from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
 from lora_compose.pipelines.families.qwen_image_edit import ComposeQwenImageEditPlusPipeline
@@ -15,10 +17,12 @@ from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
 
 __all__ = [
     "ComposeAnimaPipeline",
+    "ComposeChromaPipeline",
     "ComposeFlux2KleinPipeline",
     "ComposeFlux2Pipeline",
     "ComposeFluxKontextPipeline",
     "ComposeFluxPipeline",
+    "ComposeIdeogram4Pipeline",
     "ComposeKrea2Pipeline",
     "ComposePipeline",
     "ComposeQwenImageEditPlusPipeline",

@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle
 
-from lora_compose.attention.backbones.joint import PATCH, unpacked
+from lora_compose.attention.backbones.joint import PATCH, packed, unpacked
 from lora_compose.pipelines.calls.call import Call, GivenPrompts, Sampling, check_latents, listed
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.concepts.tags import check_no_tags
@@ -42,6 +42,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     """The architecture in the metadata of trained LoRAs, named as in the ModelSpec standard."""
     most_tokens: ClassVar[int] = 4096
     """Image tokens at which timesteps are shifted most, where the scheduler does not say."""
+
+    native_side: ClassVar[int | None] = None
+    """Side of the model's images in pixels, where the VAE's configuration names another one."""
 
     @classmethod
     def opens(cls, config: Mapping[str, Any]) -> bool:
@@ -163,7 +166,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     @property
     def own_size(self) -> tuple[int, int]:
         """Width and height in pixels: what the VAE's configuration says, or 1024."""
-        side = self.vae.config.get("sample_size")
+        side = self.native_side or self.vae.config.get("sample_size")
         side = 1024 if side in (None, UNSTATED) else int(side)
         return side, side
 
@@ -217,8 +220,12 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         return self._decode(cells, "pt") * 2 - 1
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        """The images of final latents, as diffusers returns them."""
-        raise NotImplementedError
+        """The images of final latents, as diffusers returns them; "latent" are packed tokens."""
+        if output_type == "latent":
+            return packed(latents)
+        scaled = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
+        return self._postprocess(image, output_type)
 
     def _cfg_of(self, guidance_scale: float) -> float:
         """The scale s of uncond + s (cond - uncond) that diffusers' guidance scale means; 1 is no guidance."""

@@ -8,7 +8,6 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from lora_compose.attention.backbones.joint import packed
 from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
@@ -226,13 +225,6 @@ class FluxCalls(FlowMatchingPipeline):
         """`_guidance_scale` is that of the distilled guidance; a callback ends guidance as elsewhere, by 1 or less."""
         return 1.0 if self.guidance_scale <= 1 else step.cfg_scale
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return packed(latents)
-        scaled = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
-        return self._postprocess(image, output_type)
-
 
 def for_all(text: str | list[str] | None, count: int) -> list[str] | None:
     """A text for each of so many prompts; one is for all."""
@@ -253,8 +245,9 @@ class ComposeFluxPipeline(FluxCalls, FluxPipeline):  # pyright: ignore[reportInc
     def opens_keys(cls, keys: Sequence[str]) -> bool:
         """Whether a checkpoint is of this family."""
         bare = [key.removeprefix("model.diffusion_model.") for key in keys]
-        later = any(key.startswith("single_stream_modulation.") for key in bare)  # FLUX.2 has double blocks too
-        return not later and any(key.startswith("double_blocks.") for key in bare)
+        others = ("single_stream_modulation.", "distilled_guidance_layer.")  # FLUX.2 and Chroma have double blocks too
+        other = any(key.startswith(others) for key in bare)
+        return not other and any(key.startswith("double_blocks.") for key in bare)
 
     @front
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -25,7 +25,7 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     (r"(?:base_model\.model\.)?text_encoder_2\.", "text_encoder_2"),
     (r"(?:base_model\.model\.)?text_encoder\.", "text_encoder"),
     (r"(?:base_model\.model\.)?unet\.", "unet"),
-    (r"(?:base_model\.model\.)?transformer\.", "transformer"),
+    (r"(?:base_model\.model\.)?(?:conditional_)?transformer\.", "transformer"),
     (r"(?:base_model\.model\.)?text_conditioner\.", "text_conditioner"),
     (r"(?:base_model\.model\.)?(?:model\.)?diffusion_model\.llm_adapter\.", "text_conditioner"),
     (r"(?:base_model\.model\.)?(?:model\.)?diffusion_model\.", "unet"),

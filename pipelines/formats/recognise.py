@@ -22,20 +22,26 @@ _TRANSFORMERS: Sequence[tuple[str, str]] = (
     (r"(?<![a-z])blocks[._]\d+[._](?:cross_attn[._]output_proj|adaln_modulation_(?:self_attn|cross_attn|mlp))"
      r"|(?<![a-z])blocks[._]\d+[._](?:self|cross)_attn[._][qkv]_proj|llm_adapter|text_conditioner[._]"
      r"|transformer_blocks[._]\d+[._]norm[123][._]linear_[12]", "Anima"),
+    # Not supported: its single blocks have the layers of FLUX.2's double ones, and no others have blocks for each mode.
+    (r"(?:content|txt)_mode_blocks|(?<![a-z_])mode_blocks|(?:early|single)_stream_modulations"
+     r"|single_transformer_blocks[._]\d+[._](?:attn[._]to_out[._]0|ff)[._]"
+     r"|single_blocks[._]\d+[._](?:[qkv]_proj|attn_out|mlp_(?:in|out))", "FLUX.3"),
     (r"to_qkv_mlp_proj|(?:single|double)_stream_modulation|ff(?:_context)?[._]linear_in", "FLUX.2-klein"),
     (r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate",
      "Krea 2"),
+    (r"layers[._]\d+[._](?:attention[._]o[._]|adaln_modulation)|llm_cond_proj|^conditional_transformer", "Ideogram 4"),
     (r"layers[._]\d+[._](?:attention[._](?:to_[qkv]|to_out|qkv|out)|feed_forward[._]w[123])", "Z-Image"),
     # Attention alone is named as FLUX.1's and SD3's, which have no block 40.
     (r"transformer_blocks[._]\d+[._](?:img|txt)_m(?:lp|od)[._]"
      r"|(?<!single_)transformer_blocks[._][45]\d[._]attn[._](?:add_[qkv]_proj|to_add_out)", "Qwen-Image"),
+    (r"distilled_guidance_layer", "Chroma"),
     (r"(?:double|single)_blocks[._]\d+[._]processor"
      r"|img_mod[._]lin|norm1_context|single_transformer_blocks[._]\d+[._]proj_(?:mlp|out)|modulation[._]lin", "FLUX.1"),
     (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
 )  # fmt: skip
 _SIZES: Mapping[str, Mapping[int, str]] = {
     "FLUX.2-klein": {3072: "FLUX.2-klein 4B", 4096: "FLUX.2-klein 9B", 6144: "FLUX.2-dev"},
-    "Z-Image": {3840: "Z-Image", 2304: "Lumina 2"},
+    "Z-Image": {3840: "Z-Image", 2304: "Lumina 2", 4608: "Ideogram 4"},
     "Anima": {2048: "Anima"},
     "Qwen-Image": {3072: "Qwen-Image"},
 }
@@ -45,13 +51,17 @@ _KLEIN_BLOCKS = (
     (r"double_blocks|(?<!single_)transformer_blocks", 5),
     (r"single_(?:transformer_)?blocks", 20),
 )
+_UNLIKE_CHROMA = r"_mod[._]lin|norm1|modulation|(?:time|vector|guidance)_in[._]|time_text_embed"
+"""Layers of FLUX.1 that Chroma, whose blocks are FLUX.1's, does not have."""
 _COMPOSED = (
-    "Anima", "FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Qwen-Image", "Z-Image"
+    "Anima", "Chroma", "FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Ideogram 4", "Krea 2",
+    "Qwen-Image", "Z-Image",
 )  # fmt: skip
 OF_CLASS: Mapping[str, str] = {
-    "CosmosTransformer3DModel": "Anima", "FluxTransformer2DModel": "FLUX.1", "Flux2Transformer2DModel": "FLUX.2",
-    "Krea2Transformer2DModel": "Krea 2", "QwenImageTransformer2DModel": "Qwen-Image",
-    "ZImageTransformer2DModel": "Z-Image",
+    "ChromaTransformer2DModel": "Chroma", "CosmosTransformer3DModel": "Anima", "FluxTransformer2DModel": "FLUX.1",
+    "Flux2Transformer2DModel": "FLUX.2", "Ideogram4Transformer2DModel": "Ideogram 4",
+    "Krea2Transformer2DModel": "Krea 2",
+    "QwenImageTransformer2DModel": "Qwen-Image", "ZImageTransformer2DModel": "Z-Image",
 }  # fmt: skip
 """How the names of a transformer's families begin, by diffusers' class."""
 
@@ -66,6 +76,7 @@ _NOT_THESE = r"joint_blocks|motion_modules|adaln_single"
 """Other transformers whose layers have some of the same names (SD3, PixArt)."""
 
 _ARCHITECTURES = (
+    (r"^chroma", "Chroma"),
     (r"stable-diffusion-xl|^sdxl|^xl$", "SDXL"),
     (r"stable-diffusion-v2|^sd_?v?2|^sd2", "SD 2.x"),
     (r"stable-diffusion-v1|^sd_?v?1|^sd1", "SD 1.x"),
@@ -133,7 +144,7 @@ def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[s
     """The family of models that a file is for."""
     text = "\n".join(shapes)
     reasons = _reasons(metadata)
-    if not re.search(f"{_UNET_BLOCKS}|{_NOT_THESE}", text) and (guess := _transformer(text, shapes, reasons)):
+    if not re.search(f"{_UNET_BLOCKS}|{_NOT_THESE}", text) and (guess := _transformer(text, shapes, metadata)):
         return guess
     foreign = _FOREIGN if re.search(_UNET_BLOCKS, text) else (*_FOREIGN, *_FOREIGN_WITHOUT_UNET)
     for pattern, name in foreign:
@@ -153,23 +164,30 @@ def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[s
     return Guess(None, False, ("neither its keys nor its metadata tell",))
 
 
-def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], reasons: tuple[str, ...]) -> Guess | None:
+def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[str, str]) -> Guess | None:
     """The family if it is a supported transformer."""
+    reasons = _reasons(metadata)
     seen = next(((match[0], name) for pattern, name in _TRANSFORMERS if (match := re.search(pattern, text))), None)
     if seen is None:
         return None
     layer, name = seen
     why = [f"layers called {layer!r}"]
+    as_chroma = name in ("FLUX", "FLUX.1") and not re.search(_UNLIKE_CHROMA, text)
+    if as_chroma and any(family == "Chroma" for family, _ in _named(metadata)):
+        return Guess("Chroma", True, (*reasons, *why))
     width, ratios = _main_width(shapes)
     if name == "FLUX":
         # The first layer of a single block has 7 outputs for each input in FLUX.1 and 9 in FLUX.2, of an MLP 4 and 6.
         name = "FLUX.1" if ratios & {4, 7} else "FLUX.2-klein" if ratios & {6, 9} else name
         if name == "FLUX" and width == _FLUX1_WIDTH and any(_blocks(text, *of) for of in _KLEIN_BLOCKS):
             why.append("it has more blocks than FLUX.2-klein 4B")
-            return Guess("FLUX.1", True, (*why, *reasons))
-        if name == "FLUX":
+            name = "FLUX.1"
+        elif name == "FLUX":
             return Guess("FLUX.1 or FLUX.2", False, (*why, *reasons))
-        why.append("by the ratio of outputs to inputs in its MLPs")
+        else:
+            why.append("by the ratio of outputs to inputs in its MLPs")
+    if name == "FLUX.1" and as_chroma:
+        why.append("layers of Chroma have the same names and sizes")
     if name in _SIZES and width:
         why.append(f"its layers have width {width}")
         name = _SIZES[name].get(width, f"{name} of another size")

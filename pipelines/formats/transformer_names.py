@@ -57,6 +57,11 @@ _FLUX: _Table = [
     (r"proj_out", "final_layer.linear"),
     _SCALE_AND_SHIFT,
 ]
+_CHROMA: _Table = [
+    *(row for row in _FLUX if "norm" not in row[0] and "time_text_embed" not in row[0]),
+    (r"distilled_guidance_layer\.layers\.(\d+)\.linear_1", r"distilled_guidance_layer.layers.\1.in_layer"),
+    (r"distilled_guidance_layer\.layers\.(\d+)\.linear_2", r"distilled_guidance_layer.layers.\1.out_layer"),
+]
 _FLUX2: _Table = [
     *_double("linear_in", "linear_out"),
     (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
@@ -70,6 +75,10 @@ _FLUX2: _Table = [
     (r"time_guidance_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
     (r"proj_out", "final_layer.linear"),
     _SCALE_AND_SHIFT,
+]
+_IDEOGRAM4: _Table = [
+    (r"layers\.(\d+)\.attention\.to_[qkv]", r"layers.\1.attention.qkv"),
+    (r"layers\.(\d+)\.attention\.to_out\.0", r"layers.\1.attention.o"),
 ]
 _KREA2: _Table = [
     *(
@@ -121,9 +130,11 @@ _COSMOS: _Table = [
     (r"patch_embed\.proj", "x_embedder.proj.1"),
 ]  # fmt: skip
 _TABLES: Mapping[str, _Table] = {
+    "ChromaTransformer2DModel": _CHROMA,
     "CosmosTransformer3DModel": _COSMOS,
     "FluxTransformer2DModel": _FLUX,
     "Flux2Transformer2DModel": _FLUX2,
+    "Ideogram4Transformer2DModel": _IDEOGRAM4,
     "Krea2Transformer2DModel": _KREA2,
     "ZImageTransformer2DModel": _Z_IMAGE,
 }

@@ -64,7 +64,7 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning], multiple:
     mask = joined(masks)
     added = dict(base.added or {})
     if "text_mask" in added:
-        added["text_mask"] = mask
+        added["text_mask"] = mask.to(added["text_mask"].dtype)  # a model may add numbers
     added["text_positions"] = joined(positions)  # each text begins at 0
     if ragged:
         added["lengths"] = added["lengths"].clone()

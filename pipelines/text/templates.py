@@ -25,6 +25,7 @@ class TemplateTokenizer:
         model_max_length: Number of tokens that the model reads.
         dropped: Number of tokens at the start that it does not read.
         adds_special: Whether the tokenizer adds its own special tokens to those of the template.
+        pads: Whether the tokenizer pads the text, on its own side; otherwise it begins at the first token.
     """
 
     tokenizer: Any
@@ -33,6 +34,7 @@ class TemplateTokenizer:
     model_max_length: int
     dropped: int = 0
     adds_special: bool = True
+    pads: bool = True
 
     def real_tokens(self, prompts: Sequence[str]) -> Tensor:
         """True at the tokens of prompts in the template that are not padding. Shape: [prompts, length]."""
@@ -74,7 +76,8 @@ class TemplateTokenizer:
             first, last = start + len(before), end + len(before)
             return tuple(i for i, (a, b) in enumerate(spans) if a < last and b > first)
 
-        read, whole = of(padding="max_length", truncation=True, max_length=self.length), of(truncation=False)
+        padding = "max_length" if self.pads else False
+        read, whole = of(padding=padding, truncation=True, max_length=self.length), of(truncation=False)
         if len(read) < len(whole) or read[0] < self.dropped:
             limit = self.length - self.dropped
             raise ValueError(

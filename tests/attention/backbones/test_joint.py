@@ -11,9 +11,11 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from anima import cosmos_transformer
+from chroma import chroma_transformer
 from flux import flux_transformer
 from flux2 import flux2_transformer
 from golden import TRANSFORMERS
+from ideogram4 import ideogram4_transformer
 from krea2 import krea2_transformer
 from lora_compose.attention import Gates, Recorder, Site, install
 from lora_compose.attention.backbones import backbone_of
@@ -26,8 +28,10 @@ from z_image import z_image_transformer
 
 MODELS = {
     "anima": cosmos_transformer,
+    "chroma": chroma_transformer,
     "flux": flux_transformer,
     "flux2": flux2_transformer,
+    "ideogram4": ideogram4_transformer,
     "krea2": krea2_transformer,
     "qwen-image": qwen_image_transformer,
     "z-image": z_image_transformer,

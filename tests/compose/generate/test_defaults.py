@@ -74,6 +74,12 @@ def test_weights_in_half_precision_are_opened_where_every_component_has_them() -
     assert variant_in(ModelFacts(XL, index, {}, ()), "float16") is None
 
 
+def test_the_size_of_a_family_counts_more_than_that_of_its_vae() -> None:
+    vae = {"sample_size": 1024}
+    assert facts(families.ComposeIdeogram4Pipeline, vae=vae).own_size == (2048, 2048)
+    assert facts(FLUX, vae=vae).own_size == (1024, 1024)
+
+
 def test_the_facts_of_a_folder_are_read_without_opening_it() -> None:
     unet, transformer = facts_of("playground"), facts_of("playground-flux")
     assert (unet.family, unet.own_size, unet.has_unet) == (SD, (128, 128), True)

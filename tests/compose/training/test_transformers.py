@@ -30,7 +30,11 @@ FRAMES = "Krea 2", "Qwen-Image"
 """Families with a VAE for videos."""
 
 
-@pytest.fixture(params=list(TRAINED))
+SLOW = "Chroma", "Ideogram 4"
+"""Families of which the default suite trains none: nothing in training is theirs alone."""
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TRAINED])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -61,7 +61,7 @@ def test_words_that_a_template_loses_are_refused(pipe: Any) -> None:
 
 
 OTHERS = {
-    "Chroma": "Chroma", "StableDiffusion3": "StableDiffusion3", "QwenImageEdit": "QwenImage",
+    "StableDiffusion3": "StableDiffusion3", "QwenImageEdit": "QwenImage",
     "QwenImageEditInpaint": "QwenImage", "FluxFill": "Flux", "Flux2KleinKV": "Flux2",
 }  # fmt: skip
 """Families that are not supported, and how the class of their transformer begins."""
@@ -73,7 +73,9 @@ def test_models_of_other_families_are_refused_with_those_that_are_supported(tmp_
         "_class_name": f"{family}Pipeline", "transformer": ["diffusers", f"{OTHERS[family]}Transformer2DModel"]
     }  # fmt: skip
     (tmp_path / "model_index.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"a model for {family}Pipeline; supported are Anima, FLUX\.1, .*Z-Image"):
+    with pytest.raises(
+        ValueError, match=rf"a model for {family}Pipeline; supported are Anima, Chroma, FLUX\.1, .*Z-Image"
+    ):
         ComposePipeline.from_pretrained(tmp_path)
 
 

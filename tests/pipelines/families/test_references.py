@@ -1,5 +1,6 @@
 """Reference images, several and of different sizes: LoRAs act in the cells of the image, elsewhere on request."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,7 @@ from components import seeded
 from flux2 import FLUX2
 from flux2_dev import FLUX2_DEV
 from flux_kontext import KONTEXT
-from lora_compose import ComposePipeline, Concept, Merge, Regional
+from lora_compose import Clora, ComposePipeline, Composite, Concept, Draft, FreeFuse, Merge, Regional, Switch
 from lora_compose.attention import backbone_of
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.pipelines.calls.memory import least_bytes
@@ -31,11 +32,13 @@ from transformer_families import (
     TOKENS,
     Family,
     Places,
+    as_file,
     dense_loras,
     latents_of,
     merged,
     pipeline_with_concepts,
     plain_latents,
+    random_lora_of_all,
 )
 
 
@@ -126,6 +129,56 @@ def test_maps_are_those_of_the_cells_of_the_image(reading, pipe):
     output = pipe(**reading.call, concepts=["cat", "dog"], method="draft", record_attention=[0], output_type="latent")
     assert output.attention_maps.shape == (1, 1, 2, CELLS, CELLS)
     assert 0 < output.attention_maps.sum(dim=2).max() < 1, "cells attend to references as well"
+
+
+def test_nothing_of_a_call_stays_in_the_transformer(reading, pipe):
+    before = {name: (module, getattr(module, "processor", None)) for name, module in pipe.transformer.named_modules()}
+    latents_of(pipe, **reading.call, concepts=["cat", "dog"], method="tara", record_attention=True)
+    after = {name: (module, getattr(module, "processor", None)) for name, module in pipe.transformer.named_modules()}
+    assert after == before
+
+
+@pytest.mark.slow
+def test_images_are_decoded_as_in_diffusers(reading, pipe):
+    given = {**reading.call, "num_inference_steps": 1, "output_type": "np"}
+    nothing = [Concept(name="cat", weight=0.0)]
+    ours, plain = (pipe(**given, **one, generator=seeded(3)).images for one in ({"concepts": nothing}, {}))
+    assert ours.shape == plain.shape == (1, 128, 128, 3)
+    assert abs(ours - plain).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_one_merged_lora_that_acts_on_references_too_is_that_of_diffusers(reading, pipe):
+    everywhere = [Concept(name="cat", references=True)]
+    found = latents_of(pipe, concepts=everywhere, method="merge", **reading.call)
+    other = copy.deepcopy(pipe)
+    other.load_lora_weights(as_file(random_lora_of_all(pipe.transformer, 0)))
+    torch.testing.assert_close(found, plain_latents(reading.family, other, **reading.call), atol=3e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [Switch(), Composite()])
+def test_methods_that_take_one_lora_at_a_time_merge_a_single_one(reading, pipe, method):
+    alone = latents_of(pipe, concepts=["cat"], method="merge", **reading.call)
+    found = latents_of(pipe, concepts=["cat"], method=method, **reading.call)
+    torch.testing.assert_close(found, alone, atol=3e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [Draft(length=1), FreeFuse(length=1), Clora(fuse="branches")])
+def test_methods_that_find_regions_run_with_references_and_change_the_image(reading, pipe, method):
+    found = latents_of(pipe, concepts=["cat", "dog"], method=method, **reading.call)
+    assert found.isfinite().all()
+    assert not torch.allclose(found, plain_latents(reading.family, pipe, **reading.call), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_transformer_gives_the_same(reading, pipe):
+    eager = latents_of(pipe, concepts=BOXES, method="regional", **reading.call)
+    compiled = copy.copy(pipe)
+    compiled.register_modules(transformer=torch.compile(pipe.transformer, backend="eager"))
+    found = latents_of(compiled, concepts=BOXES, method="regional", **reading.call)
+    torch.testing.assert_close(found, eager, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("reading", ["klein"], indirect=True)

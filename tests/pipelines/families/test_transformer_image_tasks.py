@@ -36,7 +36,8 @@ CALL: dict[str, Any] = {
     "prompt": PROMPT, "num_inference_steps": 4, "strength": 0.5, "max_sequence_length": TOKENS, "image": IMAGE,
 }  # fmt: skip
 DEFAULTS: dict[str, dict[str, float]] = {
-    "flux": {"width": 128, "height": 128, "guidance_scale": 3.5}, "qwen-image": {"width": 128, "height": 128},
+    "chroma": {"width": 128, "height": 128}, "flux": {"width": 128, "height": 128, "guidance_scale": 3.5},
+    "qwen-image": {"width": 128, "height": 128},
 }  # fmt: skip
 """For families whose images get the size of the call, and which have another default for each task."""
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from all_transformers import TRANSFORMERS
 from anima import ANIMA
+from chroma import CHROMA
 from components import seeded
 from flux import FLUX
+from ideogram4 import IDEOGRAM4
 from krea2 import KREA2
 from lora_compose import Composite, Concept, Switch
 from qwen_image import QWEN_IMAGE
@@ -24,6 +26,7 @@ from transformer_families import (
     Family,
     as_file,
     assert_equals_dense_deltas,
+    last_layer,
     latents_of,
     lokr_of_all,
     pipeline_with_concepts,
@@ -57,12 +60,14 @@ def test_without_concepts_it_does_exactly_what_diffusers_does(family, pipe, guid
 
 
 def test_negative_embeddings_of_another_shape_are_refused(family, pipe):
-    if family in (Z_IMAGE, ANIMA):  # whose rows have lengths of their own, and which takes no embeddings
+    if family in (Z_IMAGE, ANIMA, IDEOGRAM4):  # whose rows have lengths of their own, and which take no embeddings
         return
     layers = {name: one for name, one in family.guided.items() if name == "text_encoder_out_layers"}
     tokens, rest = pipe.encode_prompt("a cat", device="cpu", **layers)[0][:, :-1], {}
     if family is FLUX:
         rest = {"negative_pooled_prompt_embeds": torch.zeros(1, 24), "negative_prompt": None}
+    if family is CHROMA:
+        rest = {"negative_prompt_attention_mask": torch.ones(1, tokens.shape[1]), "negative_prompt": None}
     if family in (KREA2, QWEN_IMAGE):
         rest = {
             "negative_prompt_embeds_mask": torch.ones(1, tokens.shape[1], dtype=torch.bool),
@@ -76,8 +81,8 @@ def test_negative_embeddings_of_another_shape_are_refused(family, pipe):
 @pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])
 def test_without_a_size_images_have_that_of_the_model(family, pipe, concepts):
     given = {**CALL, **family.unguided, "num_inference_steps": 1, "concepts": concepts}
-    if family in (KREA2, ANIMA):  # whose VAE names no size
-        assert pipe.own_size == (1024, 1024)
+    if family in (KREA2, ANIMA, IDEOGRAM4):  # whose VAE names no size
+        assert pipe.own_size == ((2048, 2048) if family is IDEOGRAM4 else (1024, 1024))
         return
     expected = latents_of(pipe, **given | dict(zip(("width", "height"), pipe.own_size, strict=True)))
     assert pipe.own_size == (128, 128)
@@ -127,8 +132,8 @@ def test_nothing_of_a_call_stays_in_the_transformer(family, pipe):
 
 def test_unconditional_rows_are_those_of_the_base_model(family, pipe):
     seen: list[Tensor] = []
-    last = [name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)][-1]
-    hook = pipe.transformer.get_submodule(last).register_forward_hook(lambda _, __, output: seen.append(output[:1]))
+    network = pipe.unconditional_transformer if family.two_networks else pipe.transformer
+    hook = last_layer(network).register_forward_hook(lambda _, __, output: seen.append(output[:1]))
     try:
         for concepts in (BOXES, [concept.model_copy(update={"weight": 0.0}) for concept in BOXES]):
             latents_of(pipe, concepts=concepts, method="regional", num_inference_steps=1, **family.guided)

@@ -1,11 +1,12 @@
 """A model family is a backbone, a pipeline and a line in each registry, as CONTRIBUTING.md says.
 
-Chroma stands for the new family: text and image in one sequence, T5 as the only text encoder.
+Chroma, stripped and under other names, stands for the new family, in place of its own lines in the registries.
 """
 
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -13,13 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import ChromaPipeline, ChromaTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel
 
-from components import small_vae
-from flux import FLUX, gate, t5_tokenizer
+from chroma import CHROMA, chroma_pipeline
 from lora_compose import ComposePipeline
 from lora_compose.attention.backbones import BACKBONES, backbone_of
 from lora_compose.attention.backbones.joint import JointBackbone, image_positions, packed, unpacked
@@ -27,12 +26,12 @@ from lora_compose.attention.sites import Site
 from lora_compose.pipelines.calls.call import Call, Callback, GivenPrompts, ImageSize, Sampling, listed, tensors_for
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
+from lora_compose.pipelines.families.chroma import ComposeChromaPipeline
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, for_each
 from lora_compose.pipelines.formats import recognise, transformer_names
 from transformer_families import (
     CALL,
     METHODS,
-    Family,
     as_file,
     assert_equals_dense_deltas,
     latents_of,
@@ -41,9 +40,6 @@ from transformer_families import (
 )
 
 ROOT = Path(__file__).resolve().parents[3]
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`FluxPosEmbed` is deprecated:FutureWarning"
-)  # which diffusers itself uses
 
 
 class YourBackbone(JointBackbone):
@@ -144,56 +140,30 @@ class YourPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: ignore[rep
         )
 
 
-def your_pipeline(cls: Any = YourPipeline) -> Any:
-    """A small pipeline of real components, as `tests/your_family.py` would have."""
-    torch.manual_seed(0)
-    words = t5_tokenizer()
-    t5 = T5Config(vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, dropout_rate=0.0)
-    transformer = ChromaTransformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=24, axes_dims_rope=(4, 6, 6), approximator_num_channels=16, approximator_hidden_dim=32,
-        approximator_layers=1,
-    )  # fmt: skip
-    pipe = cls(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=small_vae(shift_factor=0.1),
-        text_encoder=T5EncoderModel(t5).eval(),
-        tokenizer=words,
-        transformer=transformer.eval().requires_grad_(False),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-YOURS = Family(
-    pipeline=your_pipeline,
-    plain=ChromaPipeline,
-    gate=gate,  # its layers have the names of FLUX.1's
-    words=FLUX.words,
-    guided={"negative_prompt": "the photo", "guidance_scale": 3.0},
-    unguided={"guidance_scale": 1.0},
-)
+YOURS = replace(CHROMA, pipeline=partial(chroma_pipeline, YourPipeline), image_tasks={})
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> Iterator[None]:
-    """A line in each registry: backbones, pipelines, and names in LoRA files."""
+    """A line in each registry, in place of Chroma's: backbones, pipelines, and names in LoRA files."""
     file: Any = ModuleType("your_model")
     file.YourBackbone = YourBackbone
     kind = ChromaTransformer2DModel.__name__
+    families = [family for family in ComposePipeline.families if family is not ComposeChromaPipeline]
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(sys.modules, "lora_compose.attention.backbones.your_model", file)
         patched.setitem(BACKBONES, kind, "your_model.YourBackbone")  # pyright: ignore[reportArgumentType]
-        patched.setattr(ComposePipeline, "families", [*ComposePipeline.families, YourPipeline])
-        patched.setitem(recognise.OF_CLASS, kind, "FLUX.1")  # pyright: ignore[reportArgumentType]
-        patched.setitem(transformer_names._TABLES, kind, transformer_names._FLUX)  # pyright: ignore[reportArgumentType]
+        patched.setattr(ComposePipeline, "families", [*families, YourPipeline])
+        patched.setitem(recognise.OF_CLASS, kind, "Yours")  # pyright: ignore[reportArgumentType]
+        table = [(r"transformer_blocks\.(\d+)\.ff\.net\.2", r"yours.\1.out")]
+        patched.setitem(transformer_names._TABLES, kind, table)  # pyright: ignore[reportArgumentType]
         yield
 
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A pipeline with a cat and a dog, whose LoRAs are on every layer of the table."""
-    pipe, folder = your_pipeline(), tmp_path_factory.mktemp("loras")
+    pipe, folder = YOURS.pipeline(), tmp_path_factory.mktemp("loras")
     sites = backbone_of(pipe.transformer).sites
     for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
         lora = {
@@ -205,7 +175,7 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_a_new_family_is_opened_by_its_model() -> None:
-    assert type(ComposePipeline.from_pipe(your_pipeline(ChromaPipeline))) is YourPipeline
+    assert type(ComposePipeline.from_pipe(chroma_pipeline(ChromaPipeline))) is YourPipeline
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -218,7 +188,7 @@ def test_without_concepts_it_does_exactly_what_diffusers_does(pipe: Any) -> None
 
 
 def test_the_names_of_its_original_checkpoint_are_known(pipe: Any, tmp_path: Path) -> None:
-    ours, original = "transformer_blocks.0.attn.to_out.0", "diffusion_model.double_blocks.0.img_attn.proj"
+    ours, original = "transformer_blocks.0.ff.net.2", "diffusion_model.yours.0.out"
     factors = random_lora_of_all(pipe.transformer, 0)[ours]
     tensors = {f"{original}.lora_A.weight": factors.down, f"{original}.lora_B.weight": factors.up}
     save_file(tensors, tmp_path / "bird.safetensors")

@@ -173,3 +173,32 @@ def test_transformers_that_share_names_and_shapes_of_layers_are_told_apart(writt
         LoraError, match=rf"fits this model in \d+ of its \d+ layers only.*looks like a file for {written}"
     ):
         match(file, without_weights(opened))
+
+
+KOHYA_METADATA = [{"modelspec.architecture": "chroma/lora"}, {"ss_base_model_version": "chroma"}]
+
+
+@pytest.mark.parametrize("metadata", KOHYA_METADATA)
+def test_layers_that_flux_1_and_chroma_share_are_those_of_the_model_that_the_metadata_name(metadata: Any) -> None:
+    shapes = shapes_of(layout("kohya-flux"))
+    assert guess_family(shapes, metadata).family == "Chroma"
+    alone = guess_family(shapes, {})
+    assert alone.family == "FLUX.1"
+    assert "layers of Chroma have the same names and sizes" in alone.why
+    with_modulation = {**shapes, "lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": [16, 3072]}
+    found = guess_family(with_modulation, metadata)
+    assert found.family == "FLUX.1", "Chroma has no layers that make the modulation"
+    assert not any("Chroma have" in reason for reason in found.why)
+
+
+FLUX3 = (
+    "diffusion_model.content_mode_blocks.image.0.q_proj", "diffusion_model.txt_mode_blocks.3.mlp_in",
+    "diffusion_model.single_blocks.7.attn_out", "transformer.mode_blocks.image.0.attn.to_q",
+    "transformer.single_transformer_blocks.7.ff.linear_in", "transformer.single_transformer_blocks.7.attn.to_out.0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", FLUX3)
+def test_files_of_flux_3_are_named_although_it_is_not_supported(layer: str) -> None:
+    guess = guess_family({f"{layer}.lora_A.weight": [16, 4608], f"{layer}.lora_B.weight": [4608, 16]}, {})
+    assert (guess.family, guess.supported) == ("FLUX.3", False)

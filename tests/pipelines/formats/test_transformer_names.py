@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from chroma import chroma_transformer
 from flux import flux_transformer
 from flux2 import flux2_transformer
+from ideogram4 import ideogram4_transformer
 from krea2 import krea2_transformer
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
@@ -26,6 +28,14 @@ class Parts:
 
 
 FUSED: Mapping[str, tuple[Any, str, Sequence[str]]] = {
+    "chroma, modulation": (
+        chroma_transformer, "distilled_guidance_layer.layers.0.in_layer",
+        ["distilled_guidance_layer.layers.0.linear_1"],
+    ),
+    "chroma, single block": (
+        chroma_transformer, "single_blocks.0.linear1",
+        [*(f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"), "single_transformer_blocks.0.proj_mlp"],
+    ),
     "flux": (flux_transformer, "double_blocks.1.img_attn.qkv", [f"transformer_blocks.1.attn.to_{x}" for x in "qkv"]),
     "flux, text": (
         flux_transformer, "double_blocks.1.txt_attn.qkv", [f"transformer_blocks.1.attn.add_{x}_proj" for x in "qkv"],
@@ -38,6 +48,8 @@ FUSED: Mapping[str, tuple[Any, str, Sequence[str]]] = {
     "flux2, single block": (
         flux2_transformer, "single_blocks.1.linear1", ["single_transformer_blocks.1.attn.to_qkv_mlp_proj"],
     ),
+    "ideogram4": (ideogram4_transformer, "layers.1.attention.qkv", [f"layers.1.attention.to_{x}" for x in "qkv"]),
+    "ideogram4, output": (ideogram4_transformer, "layers.1.attention.o", ["layers.1.attention.to_out.0"]),
     "krea2": (krea2_transformer, "blocks.2.attn.wq", ["transformer_blocks.2.attn.to_q"]),
     "krea2, text": (krea2_transformer, "txtfusion.refiner_blocks.0.mlp.up", ["text_fusion.refiner_blocks.0.ff.up"]),
     "z-image": (z_image_transformer, "layers.1.attention.qkv", [f"layers.1.attention.to_{x}" for x in "qkv"]),
@@ -72,8 +84,9 @@ def test_a_layer_of_the_original_checkpoint_is_shared_out_in_order(tmp_path: Pat
 
 
 BUILDS = {
-    "flux": flux_transformer, "flux2": flux2_transformer, "krea2": krea2_transformer, "z-image": z_image_transformer,
-    "qwen-image": qwen_image_transformer,
+    "chroma": chroma_transformer, "flux": flux_transformer, "flux2": flux2_transformer,
+    "ideogram4": ideogram4_transformer, "krea2": krea2_transformer,
+    "z-image": z_image_transformer, "qwen-image": qwen_image_transformer,
 }  # fmt: skip
 
 

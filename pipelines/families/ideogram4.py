@@ -1,0 +1,252 @@
+"""Ideogram 4 with concepts: a second network for guidance, a scale for every step, 13 layers of Qwen3-VL as text."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
+from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
+from diffusers.pipelines.ideogram4.prompt_enhancer import PROMPT_UPSAMPLE_TEMPERATURE
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from lora_compose.attention import Backbone
+from lora_compose.attention.backbones.ideogram4 import Ideogram4Backbone, latents_of, tokens_of
+from lora_compose.attention.device import dtype_of, uncompiled
+from lora_compose.pipelines.calls.call import (
+    Call,
+    Callback,
+    Concepts,
+    Generators,
+    GivenPrompts,
+    ImageSize,
+    Sampling,
+    check_arguments,
+    listed,
+    tensors_for,
+)
+from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.calls.plan import Plan
+from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.guidance import ScaleByStep
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides
+from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.scene.canvas import Canvas, Step
+from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.templates import TemplateTokenizer
+
+
+class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `Ideogram4Pipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+
+    family = "Ideogram 4"
+    architecture = "ideogram-4"
+    transformer_class = Ideogram4Transformer2DModel
+    native_side = 2048
+    _guidance_schedule: tuple[float, ...] = ()
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        """Never: diffusers opens no checkpoints in one file for this family."""
+        return False
+
+    @front
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str] | None = None,
+        height: int = 2048,
+        width: int = 2048,
+        num_inference_steps: int = 48,
+        guidance_scale: float | None = None,
+        guidance_schedule: Sequence[float] | Tensor | None = (7.0,) * 45 + (3.0,) * 3,
+        mu: float = 0.0,
+        std: float = 1.5,
+        prompt_upsampling: bool = False,
+        prompt_upsampling_temperature: float = PROMPT_UPSAMPLE_TEMPERATURE,
+        max_sequence_length: int = 2048,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
+        **kwargs: Any,
+    ) -> Request | Plain:
+        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+
+        Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
+        With concepts, `output_type="latent"` returns them packed, as diffusers does.
+
+        Args:
+            guidance_schedule: With concepts, scales that are all below 1 are refused; 1 is without guidance.
+            prompt_upsampling: Cannot be combined with concepts: call `upsample_prompt` first, and give its result.
+            concepts: As for `ComposePipeline.__call__`.
+            method: The name of a method without gradients (`lora-compose methods`), or settings.
+            control: Not supported yet.
+            token_positions: Positions among all tokens, those of the chat template included.
+            record_attention: Maps come from the last third of the layers.
+            image: Refused, as are the four arguments after it: diffusers has no image-to-image for this family.
+
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed.
+        """
+        begun = self._begin(locals())
+        if begun.plain is not None:
+            return begun.plain
+        prompt = begun.prompt
+        check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
+        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            prompt, height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule, callback_on_step_end_tensor_inputs=tensors,
+        )  # fmt: skip
+        if prompt_upsampling:
+            raise ValueError(
+                "prompt_upsampling cannot be combined with concepts, whose words have to be in the prompt: call "
+                "pipe.upsample_prompt(...) first, and give its result as the prompt"
+            )
+        constant = guidance_schedule is None
+        guider = ScaleByStep(
+            (float(guidance_scale or 0.0),) * num_inference_steps if constant else tuple(map(float, guidance_schedule))
+        )
+        if guider.scale <= 1 and min(guider.scales) < 1:
+            raise ValueError(
+                f"guidance below 1 in every step cannot be combined with concepts, but the scales are {guider.scales}; "
+                "1 is without guidance"
+            )
+        texts, tokens = listed(prompt), max_sequence_length
+        images = len(texts) * num_images_per_prompt
+        given = GivenPrompts([texts], None, tokens)
+        sigmas = _logit_normal_sigmas(num_inference_steps, _resolution_aware_mu(height, width, mu), std).tolist()
+        call = Call(
+            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
+            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider),
+            Callback(callback_on_step_end, tensors), begun.started, {"attention_kwargs": attention_kwargs},
+            {
+                "_guidance_scale": guidance_scale, "_guidance_schedule": guider.scales,
+                "_attention_kwargs": attention_kwargs,
+            },
+        )  # fmt: skip
+
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+            if not negative:
+                text, added = self._encoded(texts if prompts is None else prompts, tokens, device)
+                added = {name: rows.repeat_interleave(num_images_per_prompt, dim=0) for name, rows in added.items()}
+                return text.repeat_interleave(num_images_per_prompt, dim=0), added
+            if any(prompts or ()):
+                raise ValueError(f"{self.family} reads no negative prompts; leave them out")
+            text = torch.zeros((), device=device, dtype=dtype_of(uncompiled(self.transformer)))
+            return text.expand(images, tokens, self.transformer.config.llm_features_dim), {
+                "text_mask": torch.zeros(images, tokens, dtype=torch.bool, device=device),
+                "unconditional": torch.ones(images, dtype=torch.bool),
+            }
+
+        def decode(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._decode(latents, output_type or "np"),)
+
+        return Request(call, partial(both_sides, encode, guided=guider.scale > 1), decode, return_dict)
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        self._check_plain_texts(arguments["prompt"])
+        return arguments
+
+    def backbone_of(self, call: Call) -> Backbone:
+        """The backbone of a call, with the network for its unconditional rows."""
+        return Ideogram4Backbone(self.transformer, self.unconditional_transformer)
+
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """As `FlowMatchingPipeline.guided`; the scale is the same for all steps."""
+        if negative_prompt is not None:
+            raise ValueError(f"{self.family} reads no negative prompt; leave it out")
+        return {"guidance_scale": max(1.0, scale), "guidance_schedule": None}
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `FlowMatchingPipeline.read_texts`."""
+        return self._encoded(prompts, length or 512, self._execution_device)
+
+    def _encoded(self, words: Sequence[str], tokens: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Texts with their padding behind them; diffusers has it before them, where it is masked as well."""
+        text, _, segments, _ = self.encode_prompt(
+            list(words), grid_h=0, grid_w=0, max_sequence_length=tokens, device=device
+        )
+        lengths = (segments == 1).sum(dim=1)
+        rows = [row.roll(length, 0) for row, length in zip(text, lengths.tolist(), strict=True)]
+        return torch.stack(rows).to(dtype_of(uncompiled(self.transformer))), {
+            "text_mask": torch.arange(tokens, device=device) < lengths[:, None],
+            "unconditional": torch.zeros(len(text), dtype=torch.bool),
+        }
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """As `FlowMatchingPipeline.latents_of`; the channels of patches are normalised as the VAE's last layer says."""
+        means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
+        mean, deviation = self._norm(means)
+        return latents_of((tokens_of(means) - mean) / deviation, means.shape[-2:])
+
+    def cells_of(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """As `UNetPipeline.cells_of`, unpacked."""
+        width, height = (self._rounded(side) // self.vae_scale_factor for side in size)
+        return latents if latents.dim() == 4 else latents_of(latents, (height, width))
+
+    def _template(self, length: int) -> TemplateTokenizer:
+        def render(prompt: str) -> str:
+            message = {"role": "user", "content": [{"type": "text", "text": prompt}]}
+            return self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+
+        return TemplateTokenizer(self.tokenizer, render, length, length, adds_special=False, pads=False)
+
+    def _timesteps(self, scheduler: Any, sampling: Sampling, canvas: Canvas) -> tuple[Tensor, int]:
+        scheduler.set_timesteps(sigmas=sampling.sigmas, device=canvas.device)
+        return scheduler.timesteps, len(scheduler.timesteps)
+
+    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
+        canvas, found = plan.canvas, call.sampling.latents
+        if found is None:
+            (packed,) = self._other_shapes(self._latent_shape(canvas))
+            found = randn_tensor(packed, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
+        cells = found if found.dim() == 4 else latents_of(found, canvas.latent_grid)
+        return cells.to(canvas.device, torch.float32)  # in any precision of the model
+
+    def _before_step(self, step: Step) -> None:
+        """Sets the scale that callbacks may read."""
+        self._guidance_scale = self._guidance_schedule[step.index]
+
+    def _cfg_scale(self, step: Step) -> float:
+        return step.cfg_scale  # diffusers' callbacks cannot change it
+
+    def _norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the channels of patches."""
+        norm: Any = self.vae.bn
+        mean, variance = (numbers.view(1, 1, -1).to(like) for numbers in (norm.running_mean, norm.running_var))
+        return mean, torch.sqrt(variance + self.vae.config.batch_norm_eps)
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        tokens = tokens_of(latents)
+        if output_type == "latent":
+            return tokens
+        mean, deviation = self._norm(tokens)
+        cells = latents_of(tokens * deviation + mean, latents.shape[-2:])
+        image = self.vae.decode(cells.to(self.vae.dtype), return_dict=False)[0]
+        return self._postprocess(image.float(), output_type)
+
+
+ComposePipeline.families.append(ComposeIdeogram4Pipeline)
