@@ -107,7 +107,9 @@ def few_steps(facts: ModelFacts) -> tuple[int, float, str] | None:
         return 4, 8.5, "it is a latent consistency model (time_cond_proj_dim of its UNet)"
     if kind in _FEW_STEP_SCHEDULERS:
         return 4, 1.0, f"its scheduler is for few steps ({kind})"
-    if kind in _EULER and scheduler.get("timestep_spacing") == "trailing":
+    # Schedules down to noise alone begin at the last timestep as well (Lin et al. 2024), whatever the steps.
+    from_noise = scheduler.get("rescale_betas_zero_snr", False)
+    if kind in _EULER and scheduler.get("timestep_spacing") == "trailing" and not from_noise:
         return 4, 0.0, "it is distilled to few steps (its scheduler begins at the last timestep)"
     return None
 

@@ -80,6 +80,7 @@ class CountingRunner:
         """Counts a forward pass."""
         text = prepared.spec.text if step.guided else prepared.spec.text.conditional()
         self.cost.rows_forward += self._rows(latents, step, text)
+        latents = self.sampler.scaled(latents, step.t)  # schedulers such as Euler's warn if a step comes without it
         maps = None if request is None else self._maps(request)
         return Prediction(self._nothing(latents, text), text.roles, maps)
 

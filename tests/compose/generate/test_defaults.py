@@ -88,6 +88,11 @@ def test_the_facts_of_a_folder_are_read_without_opening_it() -> None:
     assert unet.parts["scheduler"]["_class_name"] == "DDIMScheduler"
 
 
+def test_a_schedule_down_to_noise_alone_is_not_taken_for_few_steps() -> None:
+    found = defaults_for("cuda", facts(XL, scheduler={**TRAILING, "rescale_betas_zero_snr": True}))
+    assert found.steps == defaults_for("cuda", facts(XL)).steps
+
+
 def table() -> list[str]:
     """The table of defaults in the docs, from the code."""
     rows = ["| where | steps | guidance | precision |", "|---|---|---|---|"]

@@ -1,9 +1,11 @@
 """A call can be planned without being run: what it would do is a value, and nothing is changed."""
 
+import logging
 import time
 from typing import Any
 
 import pytest
+from diffusers import EulerAncestralDiscreteScheduler
 
 from golden import BOXES, PIPELINES, PROMPT, TRANSFORMERS
 from lora_compose import Concept
@@ -66,6 +68,14 @@ def test_the_predicted_rows_are_those_that_are_run(family, method):
     assert (predicted.rows_forward, predicted.rows_stopped, predicted.rows_backward) == (
         run.rows_forward, run.rows_stopped, run.rows_backward,
     )  # fmt: skip
+
+
+def test_counting_the_steps_of_a_draft_warns_of_nothing(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    pipe = PIPELINES["sd"]()
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert pipe.plan(**arguments("sd", "draft", num_inference_steps=25)).cost.rows_forward > 50
+    assert not [record for record in caplog.records if record.name.startswith("diffusers.schedulers")]
 
 
 @pytest.mark.parametrize("method", ["clora", "lora-composer"])
