@@ -118,6 +118,19 @@ def qwen_image(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = No
     return patcher_of(comfy.supported_models.QwenImage(config), dtype, cast)
 
 
+def krea2(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> Any:
+    """Krea 2, whose text is that of two layers of a text encoder."""
+    config = dict(
+        image_model="krea2", features=32, tdim=16, txtdim=WIDTH // 2, heads=2, kvheads=1, multiplier=1, layers=3,
+        txtlayers=2, txtheads=2, txtkvheads=1,
+    )  # fmt: skip
+    patcher = patcher_of(comfy.supported_models.Krea2(config), dtype, cast)
+    for name, weight in patcher.model.named_parameters():
+        if weight.dim() == 1 and not name.endswith("bias"):  # norms and modulation are stored as what is added to 1
+            weight.data = (weight.float() - 1).to(dtype)
+    return patcher
+
+
 def anima(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> Any:
     """Anima, with a small adapter of its text."""
     import comfy.ldm.anima.model as anima  # pyright: ignore[reportMissingImports]
@@ -134,7 +147,13 @@ def anima(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -
 
 
 FAMILIES = {"sd": unet, "sdxl": sdxl, "flux": flux, "chroma": chroma}
-for name, made in (("Flux2", flux2), ("ZImage", z_image), ("QwenImage", qwen_image), ("Anima", anima)):
+for name, made in (
+    ("Flux2", flux2),
+    ("ZImage", z_image),
+    ("QwenImage", qwen_image),
+    ("Krea2", krea2),
+    ("Anima", anima),
+):
     if hasattr(comfy.supported_models, name):
         FAMILIES[made.__name__] = made
 
@@ -144,7 +163,7 @@ def patcher_of(family: Any, dtype: torch.dtype, cast: torch.dtype | None) -> Any
     torch.manual_seed(0)
     model = family.get_model({}, "")
     for name, weight in model.named_parameters():
-        last = name.endswith(("out.2.weight", "final_layer.linear.weight", "proj_out.weight"))
+        last = name.endswith(("out.2.weight", "final_layer.linear.weight", "proj_out.weight", "last.linear.weight"))
         if weight.dim() > 1:
             random = torch.randn(weight.shape) * weight[0].numel() ** -0.5 * (0.1 if last else 1)
         else:
@@ -337,6 +356,8 @@ class Reference:
         assert mask is None
         at = 2 if options.get("skip_reshape") else 1
         if self.joint and self.plan.lengths is not None:
+            if k.shape[at] == getattr(self.model, "txtlayers", None):  # Krea 2, for each token apart
+                return core(q, k, v, heads, **options)
             seen = self.allowed(k.shape[at])
             mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
         elif self.plan.phrases is not None and not self.joint and k.shape[at] == self.tokens:
@@ -368,20 +389,25 @@ class Reference:
         if re.search(r"time_embed|label_emb|emb_layers", name):
             return float(on_image)
         if re.search(
-            r"(time|vector|guidance)_in|_mod\.|modulation|ada(LN|ln_mod)|distilled|t_embedder|time_text|norm_out", name
+            r"(time|vector|guidance)_in|_mod\.|modulation|ada(LN|ln_mod)|distilled|t_embedder|time_text|norm_out|^tmlp|tproj",
+            name,
         ):
             return float(on_image and everywhere)
         # On other conditionings only methods without token gates act, and on all tokens.
         words = self.words[:, n, None].expand(-1 if len(self.words) > 1 else self.tokens, 1)
         words = words if self.ours else torch.full((self.tokens, 1), float(words.mean()))
         tokens = self.filled(self.tokens)
-        if re.search(r"attn2\.to_[kv]|cross_attn\.[kv]_|txt_|add_|cap_|context_refiner", name):
+        if re.search(r"txtfusion\.(layerwise|projector)", name):  # all tokens, or rows, before layers of the encoder
+            words = words_to(words, self.tokens, bool(self.lengths)) * float(on_text)
+            return words[None, ..., None] if "projector" in name else words.repeat(len(out) // len(words), 1)[..., None]
+        if re.search(r"attn2\.to_[kv]|cross_attn\.[kv]_|txt|add_|cap_|context_refiner", name):
             return words_to(words, out.shape[1], bool(self.lengths)) * float(on_text)
         if out.dim() == 4:
             return self.share(n, out.shape[2:])[:, None] * float(on_image)
         if out.dim() == 5:
             return self.share(n, out.shape[2:4])[:, None, ..., None] * float(on_image)
         single = name.startswith(("single", "layers", "final_layer.linear")[: 3 if self.pad > 1 else 1])
+        single |= hasattr(self.model, "txtfusion") and name.startswith(("blocks", "last"))
         cells = out.shape[1] - (tokens if single else 0)
         here = self.share(n, self.grid_of(cells)).flatten(1)[..., None] * float(on_image)
         rest = torch.full((len(here), cells - here.shape[1], 1), float(on_image and everywhere))  # it is filled up
@@ -421,7 +447,8 @@ class Reference:
 
     def allowed(self, positions: int) -> Tensor:
         """Who attends to whom in a joint sequence, or in one of its parts; what is filled up is of text 0."""
-        grid, lengths = tuple(-(-side // self.model.patch_size) for side in self.grid), self.lengths
+        halved, lengths = getattr(self.model, "patch_size", 2), self.lengths
+        grid = tuple(-(-side // halved) for side in self.grid)
         of_token = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         of_token = F.pad(of_token, (0, self.filled(len(of_token)) - len(of_token)))
         reads = self.shares(grid) > 0
@@ -430,7 +457,7 @@ class Reference:
         reads, both = F.pad(reads, (0, 0, 0, rest)), F.pad(both, (0, rest, 0, rest), value=True)
         reads[:, 0] = True
         cells, texts = reads[:, of_token], of_token[:, None] == of_token
-        if positions in (len(texts), len(cells)) and self.pad > 1:
+        if positions in (len(texts), len(cells)):
             return texts if positions == len(texts) else both
         return torch.cat([torch.cat([texts, cells.t()], 1), torch.cat([cells, both], 1)])
 

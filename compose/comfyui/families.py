@@ -31,6 +31,16 @@ _ANIMA = (
     (r"blocks\.\d+\.cross_attn\.[kv]_proj", Site("text")),
     (r"blocks\.\d+\.cross_attn\.output_proj", Site("image", level=1, reads_text=True)),
 )
+_IN_KREA2 = r"\d+\.(attn\.(w[qkvo]|gate)|mlp\.(gate|up|down))"
+_KREA2 = (
+    (r"tmlp\.[02]|tproj\.1", Site("modulation", extra_axis=True)),
+    # Attention among the layers of the text encoder, for each token apart.
+    (rf"txtfusion\.layerwise_blocks\.{_IN_KREA2}", Site("text", flat=True, extra_axis=True)),
+    (r"txtfusion\.projector", Site("text", extra_axis=True)),
+    (rf"txtfusion\.refiner_blocks\.{_IN_KREA2}|txtmlp\.[13]", Site("text")),
+    (rf"blocks\.{_IN_KREA2}|last\.linear", Site("text", "image", level=1)),
+    (r"first", Site("image", level=1)),
+)
 _IN_BLOCK = r"\d+\.(attention\.(qkv|out)|feed_forward\.w[123])"
 _Z_IMAGE = (
     (r"t_embedder\.mlp\.\d|.+\.adaLN_modulation\.\d", Site("modulation")),
@@ -46,9 +56,12 @@ _IS_ANIMA = frozenset({"x_embedder.proj.1", "llm_adapter.blocks.0.cross_attn.q_p
 _IS_CHROMA = frozenset({"txt_in", "distilled_guidance_layer.in_proj", "double_blocks.0.img_mlp.0", "img_in"})
 _IS_QWEN_IMAGE = frozenset({"txt_in", "transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.img_mod.1"})
 _IS_Z_IMAGE = frozenset({"cap_embedder.1", "noise_refiner.0.attention.qkv", "layers.0.adaLN_modulation.0"})
+_IS_KREA2 = frozenset({"first", "txtfusion.projector", "txtmlp.1", "tproj.1", "blocks.0.attn.wq", "last.linear"})
 _IS_UNET = frozenset({"time_embed.0", "input_blocks.0.0", "middle_block.0.in_layers.2", "out.2"})
 _SIDES = ("input_blocks", "output_blocks")
-_SUPPORTED = "the UNets of Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image and Anima"
+_SUPPORTED = (
+    "the UNets of Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2, Chroma, Krea 2, Qwen-Image, Z-Image and Anima"
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,8 @@ def family_of(model: nn.Module) -> Family:
         return _anima(layers)
     if _IS_CHROMA.issubset(layers):
         return _joint(layers, level=1)
+    if _IS_KREA2.issubset(layers) and _has(model, patch=2):
+        return _krea2(layers)
     if _IS_QWEN_IMAGE.issubset(layers) and _has(model, patch_size=2):
         return _qwen_image(layers)
     if _IS_Z_IMAGE.issubset(layers) and _has(model, patch_size=2, pad_tokens_multiple=32):
@@ -132,6 +147,14 @@ def _anima(layers: Sequence[str]) -> Family:
     found = {name.removesuffix(".output_proj"): sites[name] for name in sites if name.endswith("attn.output_proj")}
     cross = [name for name, site in found.items() if site.reads_text]
     return Family(sites, found, _last_third(cross), least_tokens=512, zeros_behind=True)
+
+
+def _krea2(layers: Sequence[str]) -> Family:
+    """The model refines the text itself; all tokens are at position 0."""
+    sites = _by_table(_KREA2, layers)
+    found = {name.removesuffix(".wq"): site for name, site in sites.items() if name.endswith(".attn.wq")}
+    attention = {name: site for name, site in found.items() if not site.flat}
+    return Family(sites, attention, _last_third([name for name, site in attention.items() if site.joint]))
 
 
 def _qwen_image(layers: Sequence[str]) -> Family:

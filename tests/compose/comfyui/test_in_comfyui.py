@@ -14,7 +14,7 @@ from lora_compose.pipelines.scene.division import divided, nearest, strips
 from lora_compose.pipelines.scene.scene import Concept
 
 pytestmark = pytest.mark.comfyui
-FAMILIES = ("sd", "sdxl", "flux", "flux2", "z_image", "qwen_image", "chroma", "anima")
+FAMILIES = ("sd", "sdxl", "flux", "flux2", "z_image", "qwen_image", "chroma", "krea2", "anima")
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def test_weights_that_are_stored_in_less(core: ModuleType, tmp_path: Path, dtype
         assert compared(core, patcher, plan, core.text(2)) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["flux", "z_image"])
+@pytest.mark.parametrize("family", ["flux", "z_image", "krea2"])
 def test_layers_that_are_quantised_by_comfyui(core: ModuleType, tmp_path: Path, family: str) -> None:
     """They are no `Linear` of PyTorch; on the CPU they are dequantised for each product."""
     import comfy.ops  # pyright: ignore[reportMissingImports]
@@ -536,6 +536,22 @@ def test_words_are_found_in_a_chat_template(core: ModuleType) -> None:
         positions, tokens = find_tokens(clip, text, words)
         assert tokens == len(numbers) == 512, "with padding"
         assert clip.tokenizer.qwen3_4b.tokenizer.decode([numbers[i] for i in positions]) == f" {words}"
+
+
+def test_words_are_found_behind_a_template_that_is_cut_off_and_has_them_too(core: ModuleType) -> None:
+    """In front of the text of Krea 2 there are "color" and "objects"."""
+    krea2 = pytest.importorskip("comfy.text_encoders.krea2")
+    from lora_compose.compose.comfyui.tokens import find_tokens
+
+    clip = Text(core.WIDTH)
+    clip.tokenizer = krea2.Krea2Tokenizer()
+    every = clip.tokenize("the color of two objects")["qwen3vl_4b"][0]
+    start = max(i for i, (token, *_) in enumerate(every) if token == 872) + 2  # "user" and a line break
+    decode = clip.tokenizer.qwen3vl_4b.tokenizer.decode
+    for words in ("color", "two objects"):
+        positions, tokens = find_tokens(clip, "the color of two objects", words, len(every) - start)
+        assert tokens == len(every) - start
+        assert decode([every[start + i][0] for i in positions]) == f" {words}"
 
 
 def test_the_nodes_run_from_files_to_an_image(
