@@ -118,10 +118,11 @@ def test_what_does_not_fit_is_refused(model: nn.Module, tmp_path: Path, tensors:
         read_concept(written(tmp_path, tensors), model, NAMES, SITES)
 
 
-def test_reading_files_loads_nothing_of_diffusers() -> None:
-    """ComfyUI does not need it, and it takes seconds."""
-    modules = "concepts, families, files, tokens, words"
+def test_the_nodes_need_no_package_that_comfyui_does_not_need() -> None:
+    """They are installed without a change of its environment; and diffusers takes seconds to load."""
+    modules = "composition, concepts, families, files, memory, steering, tokens, words"
     program = f"import sys; from lora_compose.compose.comfyui import {modules}; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in ran.stdout.split()}
-    assert {"torch", "diffusers", "peft", "transformers"} & loaded == {"torch"}
+    others = {"accelerate", "compel", "cv2", "diffusers", "huggingface_hub", "jinja2", "peft", "rich", "typer"}
+    assert {"torch", "transformers", *others} & loaded == {"torch"}
