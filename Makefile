@@ -2,10 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui evaluate docs test comfyui matrix lint format wheel clean
+.PHONY: help demo ui evaluate docs test comfyui comfyui-speed matrix lint format wheel clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
 demo: .venv/.installed-core  ## generate images with several concepts of the playground, offline; the first within a minute
 	$(BIN)/lora-compose demo
@@ -26,6 +26,9 @@ test: .venv/.installed-dev  ## run the tests
 comfyui: .venv/.installed-dev  ## run the tests of the nodes: make comfyui COMFYUI_PATH=... (its requirements installed)
 	@cat "$(COMFYUI_PATH)/comfyui_version.py"
 	COMFYUI_PATH="$(COMFYUI_PATH)" $(BIN)/python -m pytest -m comfyui -rP tests/compose/comfyui
+
+comfyui-speed: .venv/.installed-dev  ## print seconds per step beside ComfyUI's own LoRAs: make comfyui-speed COMFYUI_PATH=...
+	@COMFYUI_PATH="$(COMFYUI_PATH)" PYTHONPATH=tests $(BIN)/python -m comfy_speed $(SPEED)
 
 # The recorded latents are left out of the lowest: transformers fills new text encoders otherwise in each version.
 matrix: build/matrix/newest/.installed build/matrix/lowest/.installed  ## run the tests on the newest and the lowest versions that pyproject.toml allows

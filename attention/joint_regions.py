@@ -84,7 +84,7 @@ class JointRegions:
         unconditional = [i for i, row in enumerate(self.unconditional) if row]
         others = [i for i, row in enumerate(self.unconditional) if not row]
         # Not a cached property: its lock would break the graphs of `torch.compile`.
-        object.__setattr__(self, "rows", (_rows(unconditional, device), _rows(others, device)))
+        object.__setattr__(self, "rows", (row_index(unconditional, device), row_index(others, device)))
 
     @classmethod
     def of(
@@ -187,7 +187,8 @@ def seen_too(mask: Tensor, seen: Tensor) -> Tensor:
     return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -torch.inf)
 
 
-def _rows(indices: Sequence[int], device: torch.device) -> RowIndex | None:
+def row_index(indices: Sequence[int], device: torch.device) -> RowIndex | None:
+    """Rows of a batch on a device, in ascending order; None if there are none."""
     if not indices:
         return None
     if indices[-1] - indices[0] == len(indices) - 1:

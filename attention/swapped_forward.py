@@ -1,4 +1,4 @@
-"""The `forward` of a module on which a bank layer acts: the way into a model that leaves its modules where they are."""
+"""A `forward` that stands on a module, e.g. a bank layer's: the way into a model that leaves its modules in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,18 +13,18 @@ class SwappedForward:
     another has put there since; if that still calls this one, it passes calls on.
 
     Attributes:
-        layer: The bank layer; None once it has been taken off.
+        layer: What is called instead, e.g. a bank layer; None once it has been taken off.
         original: The `forward` that was there: the class's own, a PEFT layer's, or that of an offloading hook.
     """
 
-    def __init__(self, module: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, module: nn.Module, layer: Callable[..., Any]) -> None:
         self.layer: Any = layer
         self.original: Callable[..., Any] = module.forward
         self._attributes = vars(module)
         self._own = "forward" in self._attributes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output, with the deltas of the bank layer."""
+        """The module's output, e.g. with the deltas of a bank layer."""
         return (self.original if self.layer is None else self.layer)(*args, **kwargs)
 
     def put_on(self) -> None:

@@ -35,6 +35,7 @@ import comfy.sample  # pyright: ignore[reportMissingImports]
 import comfy.supported_models  # pyright: ignore[reportMissingImports]
 
 from lora_compose.compose.comfyui.composition import Composition
+from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.files import read_concept
 
 logging.getLogger().setLevel(logging.ERROR)  # ComfyUI's log
@@ -118,6 +119,19 @@ def qwen_image(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = No
     return patcher_of(comfy.supported_models.QwenImage(config), dtype, cast)
 
 
+def krea2(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> Any:
+    """Krea 2, whose text is that of two layers of a text encoder."""
+    config = dict(
+        image_model="krea2", features=32, tdim=16, txtdim=WIDTH // 2, heads=2, kvheads=1, multiplier=1, layers=3,
+        txtlayers=2, txtheads=2, txtkvheads=1,
+    )  # fmt: skip
+    patcher = patcher_of(comfy.supported_models.Krea2(config), dtype, cast)
+    for name, weight in patcher.model.named_parameters():
+        if weight.dim() == 1 and not name.endswith("bias"):  # norms and modulation are stored as what is added to 1
+            weight.data = (weight.float() - 1).to(dtype)
+    return patcher
+
+
 def anima(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -> Any:
     """Anima, with a small adapter of its text."""
     import comfy.ldm.anima.model as anima  # pyright: ignore[reportMissingImports]
@@ -134,7 +148,13 @@ def anima(dtype: torch.dtype = torch.float32, cast: torch.dtype | None = None) -
 
 
 FAMILIES = {"sd": unet, "sdxl": sdxl, "flux": flux, "chroma": chroma}
-for name, made in (("Flux2", flux2), ("ZImage", z_image), ("QwenImage", qwen_image), ("Anima", anima)):
+for name, made in (
+    ("Flux2", flux2),
+    ("ZImage", z_image),
+    ("QwenImage", qwen_image),
+    ("Krea2", krea2),
+    ("Anima", anima),
+):
     if hasattr(comfy.supported_models, name):
         FAMILIES[made.__name__] = made
 
@@ -144,7 +164,7 @@ def patcher_of(family: Any, dtype: torch.dtype, cast: torch.dtype | None) -> Any
     torch.manual_seed(0)
     model = family.get_model({}, "")
     for name, weight in model.named_parameters():
-        last = name.endswith(("out.2.weight", "final_layer.linear.weight", "proj_out.weight"))
+        last = name.endswith(("out.2.weight", "final_layer.linear.weight", "proj_out.weight", "last.linear.weight"))
         if weight.dim() > 1:
             random = torch.randn(weight.shape) * weight[0].numel() ** -0.5 * (0.1 if last else 1)
         else:
@@ -194,7 +214,8 @@ def read(patcher: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
     """The factors of a file with these tensors, as the nodes read it."""
     path = folder / f"{len([*folder.iterdir()])}.safetensors"
     save_file(dict(tensors), path)
-    return read_concept(path, patcher.model.diffusion_model, comfy.lora.model_lora_keys_unet(patcher.model, {}))[0]
+    model, names = patcher.model.diffusion_model, comfy.lora.model_lora_keys_unet(patcher.model, {})
+    return read_concept(path, model, names, family_of(model).sites)[0]
 
 
 def text(seed: int, tokens: int = TOKENS) -> list[list[Any]]:
@@ -219,7 +240,7 @@ def is_joint(patcher: Any) -> bool:
     return not any(hasattr(patcher.model.diffusion_model, name) for name in ("input_blocks", "llm_adapter"))
 
 
-def seen_text(patcher: Any, conditioning: list) -> Tensor:
+def seen_text(patcher: Any, conditioning: Sequence[Sequence[Any]]) -> Tensor:
     """What a model reads of a conditioning: itself, but Anima makes another text of it."""
     ((text, options),) = conditioning
     adapter = getattr(patcher.model.diffusion_model, "preprocess_text_embeds", None)
@@ -276,16 +297,14 @@ class Reference:
         self.ours, self.tokens, self.grid = False, 0, GRID
         self.reading: int | None = None
         self.front = front_of(patcher, self.mine)
-        self.words, self.lengths = plan.words, [*(plan.lengths or ())]
-        if self.front and len(self.words) > 1:  # zeros belong to the text of the image, and have no words
-            front = (
-                torch.zeros(self.front, len(plan.loras))
-                if plan.lengths is None
-                else self.words[:1].repeat(self.front, 1)
-            )
-            self.words = torch.cat([front, self.words])
-        if self.lengths:
-            self.lengths[0] += self.front
+        texts = [seen_text(patcher, text) for text in plan.texts]
+        texts = [F.pad(text, (0, 0, front_of(patcher, text), 0)) for text in texts]
+        self.read = torch.cat(texts, dim=1) if texts else self.mine
+        self.lengths = [text.shape[1] for text in texts]
+        if texts:
+            self.words = plan.words.repeat_interleave(torch.tensor(self.lengths), dim=0)
+        else:  # zeros have no words
+            self.words = plan.words if len(plan.words) == 1 else F.pad(plan.words, (0, 0, self.front, 0))
 
     @contextmanager
     def hooked(self) -> Iterator[Any]:
@@ -298,7 +317,7 @@ class Reference:
 
             handles.append(self.model.get_submodule(name).register_forward_hook(hook))
         swapped = []
-        if self.plan.lengths is not None:
+        if self.lengths:
             swapped = self.count_by_text() if self.joint else self.read_by_region()
         try:
             yield self.patcher
@@ -323,7 +342,9 @@ class Reference:
             start = self.front if read.shape[1] > length else 0
             self.ours = read.shape[1] >= length and torch.equal(read[:1, start : start + length], self.mine)
             if self.ours:
-                c["c_crossattn"] = read[:, : start + length]  # ComfyUI repeats shorter texts
+                # ComfyUI repeats shorter texts.
+                alone = read[:, : start + length]
+                c["c_crossattn"] = self.read.expand(len(read), -1, -1) if self.lengths else alone
                 options = {**c["transformer_options"], "optimized_attention_override": self.attend}
                 c["transformer_options"] = options
             self.tokens = c["c_crossattn"].shape[1]
@@ -336,9 +357,14 @@ class Reference:
         """Scores of our conditioning with what is forbidden, or more or less likely."""
         assert mask is None
         at = 2 if options.get("skip_reshape") else 1
-        if self.joint and self.plan.lengths is not None:
+        if self.joint and self.lengths:
+            if k.shape[at] == getattr(self.model, "txtlayers", None):  # Krea 2, for each token apart
+                return core(q, k, v, heads, **options)
             seen = self.allowed(k.shape[at])
             mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+        elif self.lengths and self.plan.isolate and k.shape[at] == q.shape[at]:
+            mask = torch.zeros(k.shape[at], k.shape[at])
+            mask = mask.masked_fill(~self.seen(self.grid_of(k.shape[at])), -torch.inf)
         elif self.plan.phrases is not None and not self.joint and k.shape[at] == self.tokens:
             mask = torch.zeros(len(q), q.shape[at], k.shape[at])
             grid = self.grid_of(q.shape[at])
@@ -363,25 +389,30 @@ class Reference:
         on_image = self.ours or self.plan.image_of_others
         on_text = self.ours or self.plan.text_of_others
         everywhere = self.images[0][n] is None
-        if self.reading is not None and re.search(r"attn2\.to_([kv]|out)", name):
+        if self.reading is not None and re.search(r"attn2\.to_([kv]|out)|cross_attn\.([kv]|output)_", name):
             return float(self.ours and (everywhere or self.reading == n))
         if re.search(r"time_embed|label_emb|emb_layers", name):
             return float(on_image)
         if re.search(
-            r"(time|vector|guidance)_in|_mod\.|modulation|ada(LN|ln_mod)|distilled|t_embedder|time_text|norm_out", name
+            r"(time|vector|guidance)_in|_mod\.|modulation|ada(LN|ln_mod)|distilled|t_embedder|time_text|norm_out|^tmlp|tproj",
+            name,
         ):
             return float(on_image and everywhere)
         # On other conditionings only methods without token gates act, and on all tokens.
         words = self.words[:, n, None].expand(-1 if len(self.words) > 1 else self.tokens, 1)
         words = words if self.ours else torch.full((self.tokens, 1), float(words.mean()))
         tokens = self.filled(self.tokens)
-        if re.search(r"attn2\.to_[kv]|cross_attn\.[kv]_|txt_|add_|cap_|context_refiner", name):
+        if re.search(r"txtfusion\.(layerwise|projector)", name):  # all tokens, or rows, before layers of the encoder
+            words = words_to(words, self.tokens, bool(self.lengths)) * float(on_text)
+            return words[None, ..., None] if "projector" in name else words.repeat(len(out) // len(words), 1)[..., None]
+        if re.search(r"attn2\.to_[kv]|cross_attn\.[kv]_|txt|add_|cap_|context_refiner", name):
             return words_to(words, out.shape[1], bool(self.lengths)) * float(on_text)
         if out.dim() == 4:
             return self.share(n, out.shape[2:])[:, None] * float(on_image)
         if out.dim() == 5:
             return self.share(n, out.shape[2:4])[:, None, ..., None] * float(on_image)
         single = name.startswith(("single", "layers", "final_layer.linear")[: 3 if self.pad > 1 else 1])
+        single |= hasattr(self.model, "txtfusion") and name.startswith(("blocks", "last"))
         cells = out.shape[1] - (tokens if single else 0)
         here = self.share(n, self.grid_of(cells)).flatten(1)[..., None] * float(on_image)
         rest = torch.full((len(here), cells - here.shape[1], 1), float(on_image and everywhere))  # it is filled up
@@ -421,7 +452,8 @@ class Reference:
 
     def allowed(self, positions: int) -> Tensor:
         """Who attends to whom in a joint sequence, or in one of its parts; what is filled up is of text 0."""
-        grid, lengths = tuple(-(-side // self.model.patch_size) for side in self.grid), self.lengths
+        halved, lengths = getattr(self.model, "patch_size", 2), self.lengths
+        grid = tuple(-(-side // halved) for side in self.grid)
         of_token = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         of_token = F.pad(of_token, (0, self.filled(len(of_token)) - len(of_token)))
         reads = self.shares(grid) > 0
@@ -430,7 +462,7 @@ class Reference:
         reads, both = F.pad(reads, (0, 0, 0, rest)), F.pad(both, (0, rest, 0, rest), value=True)
         reads[:, 0] = True
         cells, texts = reads[:, of_token], of_token[:, None] == of_token
-        if positions in (len(texts), len(cells)) and self.pad > 1:
+        if positions in (len(texts), len(cells)):
             return texts if positions == len(texts) else both
         return torch.cat([torch.cat([texts, cells.t()], 1), torch.cat([cells, both], 1)])
 
@@ -453,36 +485,26 @@ class Reference:
     def read_by_region(self) -> list[Any]:
         """Cross-attention text by text, each with the LoRA of its concept alone, and the mean over the texts."""
         modules: list[Any] = [
-            module for name, module in self.model.named_modules() if name.endswith((".attn1", ".attn2"))
+            module
+            for name, module in self.model.named_modules()
+            if name.endswith((".attn2", ".cross_attn")) and not name.startswith("llm_adapter")
         ]
         for module in modules:
 
-            def forward(x: Tensor, context: Any = None, module: Any = module, **_: Any) -> Tensor:
-                return self.attended(module, x, context)
+            def forward(
+                x: Tensor, context: Tensor, *further: Any, read: Any = module.forward, **options: Any
+            ) -> Tensor:
+                if not self.ours:
+                    return read(x, context, *further, **options)
+                total, shares = torch.zeros(()), self.shares(self.grid_of(x.shape[1]))
+                for n, part in enumerate(context.split(self.lengths, dim=1)):
+                    self.reading = -1 if n == 0 else self.plan.owners[n - 1]
+                    total = total + shares[:, n, None] * read(x, part, *further, **options)
+                self.reading = None
+                return total
 
             module.forward = forward
         return modules
-
-    def attended(self, module: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        grid, query = self.grid_of(x.shape[1]), module.to_q(x)
-
-        def read(given: Tensor, seen: Tensor | None = None) -> Tensor:
-            q, k, v = (
-                y.unflatten(-1, (module.heads, -1)).transpose(1, 2)
-                for y in (query, module.to_k(given), module.to_v(given))
-            )
-            return module.to_out(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
-
-        if context is None:
-            return read(x, self.seen(grid) if self.plan.isolate and self.ours else None)
-        if not self.ours:
-            return read(context)
-        total, shares = torch.zeros(()), self.shares(grid)
-        for n, part in enumerate(context.split(list(self.lengths), dim=1)):
-            self.reading = -1 if n == 0 else self.plan.owners[n - 1]
-            total = total + shares[:, n, None] * read(part)
-            self.reading = None
-        return total
 
 
 def words_to(words: Tensor, tokens: int, several: bool) -> Tensor:

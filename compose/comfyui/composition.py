@@ -21,6 +21,8 @@ HALF = 0.5
 """A cell reads the text of a region that covers at least this share of it."""
 THRESHOLD = 0.3
 """The share of a map's maximum from which a cell counts for the centre of a subject, as in our pipelines."""
+Conditioning = Sequence[Sequence[Any]]
+"""ComfyUI's: texts, each with options."""
 Region = Box | Tensor
 """A box, or a mask with values in 0..1. Shape: [height, width]."""
 
@@ -36,7 +38,7 @@ class Draft:
         strips: Whether the image is divided into columns or rows; otherwise every cell is of the nearest subject.
     """
 
-    conditioning: Sequence[Sequence[Any]]
+    conditioning: Conditioning
     words: Tensor
     subjects: Mapping[int, Concept]
     strips: bool
@@ -65,10 +67,12 @@ class Composition:
         loras: Factors of each concept by ComfyUI's names of layers.
         weights: One for each concept.
         regions: Where each acts on the image; None is everywhere, or is found by the draft.
-        words: On which tokens of the text each acts. Shape: [tokens, concepts]; 1 token stands for all.
+        words: On which tokens of the text each acts, or on which of several texts. Shape: [tokens or texts, concepts];
+            1 token stands for all.
         text_of_others: Whether concepts also act on the text of other conditionings, e.g. the negative one.
         image_of_others: Whether they also act on the image where other conditionings are predicted.
-        lengths: Tokens of the text of the image, and of those of regions, which follow it; None if all read one text.
+        tokens: Tokens of the conditioning, which must not be joined to another one; None if it may be.
+        texts: ComfyUI's conditionings of the text of the image and of those of regions; empty if all read one text.
         owners: Index of the concept that each regional prompt describes.
         isolate: Whether cells of a region see no other region; with texts of regions.
         phrases: 1 at the words of each concept in the text, to which a bias draws the cells of its region. Shape:
@@ -83,115 +87,127 @@ class Composition:
     words: Tensor
     text_of_others: bool = False
     image_of_others: bool = False
-    lengths: Sequence[int] | None = None
+    tokens: int | None = None
+    texts: Sequence[Conditioning] = ()
     owners: Sequence[int] = ()
     isolate: bool = False
     phrases: Tensor | None = None
     draft: Draft | None = None
     mark: str = field(init=False, default_factory=lambda: uuid4().hex)
 
-    def filled(self, tokens: int, *, behind: bool) -> "Composition":
-        """As it is where ComfyUI fills the text with zeros, up to so many tokens.
+    def drafted(self, draft: Draft) -> "Composition":
+        """As it is while a draft is made: concepts that are no subjects act everywhere, and all read one text."""
+        styles = torch.tensor([float(i not in draft.subjects) for i in range(len(self.loras))])
+        words = torch.ones(1, len(self.loras))
+        return replace(self, weights=self.weights * styles, words=words, texts=(), phrases=None)
 
-        Args:
-            behind: Whether they follow the text; otherwise they are in front of it, and belong to that of the image.
-        """
-        plan = replace(self, phrases=None if self.phrases is None else filled(self.phrases, tokens, behind=behind))
-        missing = tokens - len(self.words)
-        if missing <= 0 or len(self.words) == 1:
-            return plan
-        if self.lengths is None or behind:
-            return replace(plan, words=filled(self.words, tokens, behind=behind))
-        words = torch.cat([self.words[:1].repeat(missing, 1), self.words])
-        return replace(plan, words=words, lengths=[self.lengths[0] + missing, *self.lengths[1:]])
 
-    def gates(self, family: Family, ours: Sequence[bool], grid: Grid, tokens: int, found: Sequence[Any] = ()) -> Gates:
-        """The gates of one pass.
+@dataclass(frozen=True, eq=False)
+class Acting:
+    """What acts where in one pass.
 
-        Args:
-            family: What is known of the model.
-            ours: By row, whether it is predicted for our conditioning.
-            grid: Height and width of the latents.
-            tokens: Tokens of the text in each row; ComfyUI repeats shorter texts to the length of others.
-            found: The regions of all concepts by image, where a draft has found some.
-        """
-        images = found or [self.regions]
-        words = self.words if any(ours) else self.words[:1]  # a pass of others has a text of any length
-        mine = torch.tensor(ours, dtype=torch.float32)[:, None]
-        image = torch.ones_like(mine) if self.image_of_others else mine
-        text = torch.ones_like(mine) if self.text_of_others else mine
-        everywhere = torch.tensor([float(region is None) for region in images[0]])
+    Attributes:
+        images: The regions of all concepts, of each image if a draft has found some.
+        lengths: Tokens of each text, where there are several.
+        ours: True for rows that are predicted for our conditioning. Shape: [rows].
+        grid: Height and width of the latents.
+        tokens: Tokens of the text in each row.
+    """
+
+    plan: Composition
+    family: Family
+    images: Sequence[Sequence[Region | None]]
+    lengths: Sequence[int]
+    ours: Tensor
+    grid: Grid
+    tokens: int
+
+    @property
+    def gates(self) -> Gates:
+        """The gates of all layers."""
+        plan, family, mine = self.plan, self.family, self.ours.float()[:, None]
+        image = torch.ones_like(mine) if plan.image_of_others else mine
+        text = torch.ones_like(mine) if plan.text_of_others else mine
         levels = {site.level for site in family.sites.values() if "image" in site.parts}
         read = None
-        if self.lengths is not None and family.joint is None:
-            of_text = gates_by_prompt(everywhere, self.owners)
-            inside = {level: self.inside(images[0], grid_at(grid, level)) for level in levels}
-            read = {level: image[:, None] * of_text[queries_of(one)[0]] for level, one in inside.items()}
+        if self._several and family.joint is None:
+            queries = {level: queries_of(self._inside(level))[0] for level in levels}
+            read = {level: image[:, None] * plan.words[texts] for level, texts in queries.items()}
         return Gates(
-            text=text[:, None] * words.repeat(tokens // len(words), 1),
-            image={level: image[:, None] * by_row(images, grid_at(grid, level), len(ours)) for level in levels},
-            row=image * torch.ones(len(self.loras)),
-            latent_grid=grid,
+            text=text[:, None] * self._words,
+            image={level: image[:, None] * self._shares(level) for level in levels},
+            row=image * torch.ones(len(plan.loras)),
+            latent_grid=self.grid,
             read=read,
             # A transformer's modulation scales all cells alike, so a region would leak into the others.
-            modulation=image * everywhere,
-        ).times(self.weights)
+            modulation=image * torch.tensor([float(region is None) for region in self.images[0]]),
+        ).times(plan.weights)
 
-    def inside(self, regions: Sequence[Region | None], grid: Grid) -> Tensor:
+    def regions(self, device: torch.device) -> tuple[RegionAttention | None, JointRegions | None]:
+        """Region attention, where text is apart or in one sequence with the image; None if all cells read one text."""
+        if not self._several:
+            return None, None
+        isolate = self.plan.isolate
+        if (joint := self.family.joint) is not None:
+            inside, others = self._inside(joint.level), (~self.ours).tolist()
+            found = JointRegions.of(joint, inside, self.lengths, others, isolate=isolate, device=device)
+            return None, replace(found, base=None)  # the text of others is their own
+        levels = {site.level for site in self.family.attention.values()}
+        partitions = {level: Partition.of(self._inside(level), device) for level in levels}
+        return RegionAttention(partitions, inject=True, isolate=isolate), None
+
+    @property
+    def bias(self) -> TextBias | None:
+        """What is added to the scores of cross-attention: 1 between a region and its words, -1 for those of others."""
+        phrases = self.plan.phrases
+        if phrases is None or not self.ours.any():
+            return None
+        own = over(phrases, self.tokens, self.family)
+        drawn = own - (own.sum(dim=1, keepdim=True) - own)
+        levels = {site.level for site in self.family.attention.values() if site.reads_text}
+        cells = {level: self._shares(level) * phrases.any(dim=0) for level in levels}
+        rows = len(self.ours)
+        return TextBias(
+            {level: share.expand(rows, -1, -1) for level, share in cells.items()},
+            self.ours.float()[:, None, None] * drawn,
+        )
+
+    @property
+    def _several(self) -> bool:
+        """Whether rows of the pass read several texts."""
+        return bool(self.lengths) and bool(self.ours.any())
+
+    @property
+    def _words(self) -> Tensor:
+        """Where concepts act in the text. Shape: [tokens or 1, concepts]."""
+        words = self.plan.words
+        if len(words) == 1 or not self.ours.any():  # a text of others has any length
+            return words[:1]
+        if self.lengths:
+            words = words.repeat_interleave(torch.tensor(self.lengths), dim=0)
+        return over(words, self.tokens, self.family)
+
+    def _inside(self, level: int) -> Tensor:
         """True where a cell reads the text of a region. Shape: [cells, texts of regions]."""
-        masks = [on_grid(region, grid) for i in self.owners if (region := regions[i]) is not None]
+        given, grid = self.images[0], grid_at(self.grid, level)
+        masks = [on_grid(region, grid) for i in self.plan.owners if (region := given[i]) is not None]
         return torch.stack([cells_of(mask, HALF).flatten() for mask in masks], dim=1)
 
-    def regions_of_pass(
-        self, family: Family, ours: int, grid: Grid, regions: Sequence[Region | None], device: torch.device
-    ) -> RegionAttention | JointRegions | None:
-        """Region attention of the rows with concepts; None if all cells attend to one prompt."""
-        if self.lengths is None:
-            return None
-        if (joint := family.joint) is not None:
-            inside = self.inside(regions, grid_at(grid, joint.level))
-            return JointRegions.of(joint, inside, self.lengths, [False] * ours, isolate=self.isolate, device=device)
-        inside = {
-            level: self.inside(regions, grid_at(grid, level)) for level in {s.level for s in family.attention.values()}
-        }
-        partitions = {level: Partition.of(one, device) for level, one in inside.items()}
-        return RegionAttention(partitions, inject=True, isolate=self.isolate)
-
-    def bias(
-        self, family: Family, ours: Sequence[bool], grid: Grid, tokens: int, found: Sequence[Any] = ()
-    ) -> TextBias | None:
-        """What is added to the scores of cross-attention: 1 between a region and its words, -1 for those of others.
-
-        Args: as for `gates`.
-        """
-        if self.phrases is None or not any(ours):
-            return None
-        own, acting = self.phrases.repeat(tokens // len(self.phrases), 1), torch.tensor(ours, dtype=torch.float32)
-        drawn = own - (own.sum(dim=1, keepdim=True) - own)
-        subjects = self.phrases.any(dim=0)
-        levels = {site.level for site in family.attention.values() if site.reads_text}
-        shares = {level: by_row(found or [self.regions], grid_at(grid, level), len(ours)) for level in levels}
-        cells = {level: (share * subjects).expand(len(ours), -1, -1) for level, share in shares.items()}
-        return TextBias(cells, acting[:, None, None] * drawn)
+    def _shares(self, level: int) -> Tensor:
+        """Where each concept acts. Shape: [rows or 1, cells or 1, concepts]; images are repeated by conditioning."""
+        if all(region is None for regions in self.images for region in regions):
+            return torch.ones(1, 1, len(self.plan.loras))
+        grid, times = grid_at(self.grid, level), len(self.ours) // len(self.images) if len(self.images) > 1 else 1
+        each = [torch.stack([on_grid(one, grid).flatten() for one in regions], dim=-1) for regions in self.images]
+        return torch.stack(each * times)
 
 
-def filled(words: Tensor, tokens: int, *, behind: bool) -> Tensor:
-    """Zeros behind the tokens of a text, or in front of them. Shape: [tokens, concepts]."""
+def over(words: Tensor, tokens: int, family: Family) -> Tensor:
+    """Words of a text where ComfyUI fills it up with zeros, or repeats it, to a length. Shape: [tokens, concepts]."""
     missing = max(0, tokens - len(words))
-    return torch.nn.functional.pad(words, (0, 0, 0, missing) if behind else (0, 0, missing, 0))
-
-
-def gates_by_prompt(everywhere: Tensor, owners: Sequence[int]) -> Tensor:
-    """Gates by prompt: 1 on a concept's own regional prompt, without a region on all. Shape: [texts, concepts]."""
-    return torch.stack([everywhere, *(everywhere + torch.eye(len(everywhere))[list(owners)])])
-
-
-def by_row(images: Sequence[Sequence[Region | None]], grid: Grid, rows: int) -> Tensor:
-    """Where each concept acts. Shape: [rows or 1, cells or 1, concepts]; images are repeated for each conditioning."""
-    if all(region is None for regions in images for region in regions):
-        return torch.ones(1, 1, len(images[0]))
-    each = [torch.stack([on_grid(region, grid).flatten() for region in regions], dim=-1) for regions in images]
-    return torch.stack(each * (rows // len(each) if len(each) > 1 else 1))
+    if family.zeros is None:
+        return words.repeat(tokens // len(words), 1)
+    return torch.nn.functional.pad(words, (0, 0, missing, 0) if family.zeros == "before" else (0, 0, 0, missing))
 
 
 def on_grid(region: Region | None, grid: Grid) -> Tensor:

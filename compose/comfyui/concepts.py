@@ -12,15 +12,13 @@ from torch import Tensor
 
 from lora_compose.attention import Lora
 from lora_compose.attention.masks import Box, box_mask
-from lora_compose.compose.comfyui.composition import UNIT, Composition, Draft, Region, gates_by_prompt
+from lora_compose.compose.comfyui.composition import UNIT, Composition, Conditioning, Draft, Region
 from lora_compose.compose.comfyui.tokens import find_tokens, tokens_of
 from lora_compose.pipelines.scene.scene import Concept as SceneConcept
 from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
 from lora_compose.pipelines.text.tokens import class_words, find_words
 
 logger = logging.getLogger("lora_compose")
-Conditioning = list[list[Any]]
-"""ComfyUI's: texts, each with options."""
 Encode = Callable[[str, Sequence[int]], Conditioning]
 """Encodes a text with the text-encoder LoRAs of some concepts."""
 
@@ -176,7 +174,7 @@ def composition_of(
         if words[list(positions)].any():
             raise ValueError(f"the trigger {concepts[n].trigger!r} shares words with another one; each needs its own")
         words[list(positions), n] = 1
-    return replace(plan, words=words, image_of_others=True), conditioning
+    return replace(plan, words=words, image_of_others=True, tokens=len(words)), conditioning
 
 
 def _regional(
@@ -223,6 +221,7 @@ def _draft(
         conditioning = encode(text, styles)
         if not joint:
             plan = replace(plan, phrases=_phrases(clip, text, concepts, subjects, tokens_of(*conditioning[0])))
+    plan = replace(plan, tokens=tokens_of(*conditioning[0]))
     if not searched:
         return plan, conditioning
     plain = without_triggers(text, mine)
@@ -244,7 +243,7 @@ def _with_texts(
     text: str,
     joint: bool,
 ) -> tuple[Composition, Conditioning]:
-    """A text for the image, and one for each region, one after the other in the conditioning."""
+    """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
     mine = [concepts[i].in_scene for i in owners]
     if unnamed := _unnamed([concepts[i] for i in owners], text):
         raise ValueError(
@@ -256,14 +255,11 @@ def _with_texts(
     first = bare if kept and not joint else plain
     every = [_once(encode, first, styles)]
     every += [_once(encode, about(one, text, mine), [*styles, i]) for i, one in zip(owners, mine, strict=True)]
-    if "t5xxl_ids" in every[0][0][1]:
-        raise ValueError("regions cannot have prompts of their own in Anima; clear them, and set texts to shared")
-    lengths = [one[0][0].shape[1] for one in every]
     everywhere = torch.tensor([float(i in styles) for i in range(len(concepts))])
-    words = gates_by_prompt(everywhere, owners).repeat_interleave(torch.tensor(lengths), dim=0)
+    words = torch.stack([everywhere, *(everywhere + torch.eye(len(everywhere))[list(owners)])])
     whole = every[0] if first == plain else _once(encode, plain, styles)  # also what describes the image as a whole
-    conditioning = [[torch.cat([one[0][0] for one in every], dim=1), whole[0][1]]]
-    return replace(plan, words=words, lengths=lengths, owners=owners), conditioning
+    tokens = tokens_of(*whole[0])
+    return replace(plan, words=words, texts=every, owners=owners, tokens=tokens), whole
 
 
 def _once(encode: Encode, text: str, which: Sequence[int]) -> Conditioning:

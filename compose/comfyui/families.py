@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 
@@ -31,6 +32,16 @@ _ANIMA = (
     (r"blocks\.\d+\.cross_attn\.[kv]_proj", Site("text")),
     (r"blocks\.\d+\.cross_attn\.output_proj", Site("image", level=1, reads_text=True)),
 )
+_IN_KREA2 = r"\d+\.(attn\.(w[qkvo]|gate)|mlp\.(gate|up|down))"
+_KREA2 = (
+    (r"tmlp\.[02]|tproj\.1", Site("modulation", extra_axis=True)),
+    # Attention among the layers of the text encoder, for each token apart.
+    (rf"txtfusion\.layerwise_blocks\.{_IN_KREA2}", Site("text", flat=True, extra_axis=True)),
+    (r"txtfusion\.projector", Site("text", extra_axis=True)),
+    (rf"txtfusion\.refiner_blocks\.{_IN_KREA2}|txtmlp\.[13]", Site("text")),
+    (rf"blocks\.{_IN_KREA2}|last\.linear", Site("text", "image", level=1)),
+    (r"first", Site("image", level=1)),
+)
 _IN_BLOCK = r"\d+\.(attention\.(qkv|out)|feed_forward\.w[123])"
 _Z_IMAGE = (
     (r"t_embedder\.mlp\.\d|.+\.adaLN_modulation\.\d", Site("modulation")),
@@ -46,9 +57,12 @@ _IS_ANIMA = frozenset({"x_embedder.proj.1", "llm_adapter.blocks.0.cross_attn.q_p
 _IS_CHROMA = frozenset({"txt_in", "distilled_guidance_layer.in_proj", "double_blocks.0.img_mlp.0", "img_in"})
 _IS_QWEN_IMAGE = frozenset({"txt_in", "transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.img_mod.1"})
 _IS_Z_IMAGE = frozenset({"cap_embedder.1", "noise_refiner.0.attention.qkv", "layers.0.adaLN_modulation.0"})
+_IS_KREA2 = frozenset({"first", "txtfusion.projector", "txtmlp.1", "tproj.1", "blocks.0.attn.wq", "last.linear"})
 _IS_UNET = frozenset({"time_embed.0", "input_blocks.0.0", "middle_block.0.in_layers.2", "out.2"})
 _SIDES = ("input_blocks", "output_blocks")
-_SUPPORTED = "the UNets of Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image and Anima"
+_SUPPORTED = (
+    "the UNets of Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2, Chroma, Krea 2, Qwen-Image, Z-Image and Anima"
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +73,7 @@ class Family:
         sites: The layers that a LoRA may change, by name.
         attention: The modules whose `forward` runs one attention: what is in its sequence, and whether it reads text.
         maps: Those whose attention shows where subjects are; all of one grid.
-        least_tokens: To so many tokens ComfyUI fills texts with zeros.
-        zeros_behind: Whether these follow the text; otherwise they are in front of it.
+        zeros: Where ComfyUI fills short texts with zeros; None where it repeats them to the length of longer ones.
         positions: The module that turns positions into rotary embeddings, where regional prompts each begin at the
             first position; None where they follow one another.
     """
@@ -68,8 +81,7 @@ class Family:
     sites: Mapping[str, Site]
     attention: Mapping[str, Site]
     maps: Sequence[str]
-    least_tokens: int = 0
-    zeros_behind: bool = False
+    zeros: Literal["before", "behind"] | None = None
     positions: str | None = None
 
     @property
@@ -91,18 +103,19 @@ def family_of(model: nn.Module) -> Family:
     """
     modules = model.named_modules()
     layers = [name for name, layer in modules if is_linear(layer) or isinstance(layer, nn.Conv2d)]
-    if _IS_FLUX.issubset(layers):
-        return _joint(layers, level=1)
+    if _IS_FLUX.issubset(layers) or _IS_CHROMA.issubset(layers):
+        return _flux(layers, level=1)
     if _IS_FLUX2.issubset(layers) and not any("gate_proj" in name for name in layers):
-        return _joint(layers, level=0, least_tokens=512)  # a cell of its latents is a patch
-    if _IS_ANIMA.issubset(layers):
-        return _anima(layers)
-    if _IS_CHROMA.issubset(layers):
-        return _joint(layers, level=1)
-    if _IS_QWEN_IMAGE.issubset(layers) and _has(model, patch_size=2):
-        return _qwen_image(layers)
+        return replace(_flux(layers, level=0), zeros="before")  # a cell of its latents is a patch
+    if _IS_ANIMA.issubset(layers):  # an adapter makes the text before sampling
+        return replace(_of(_by(_ANIMA, layers), ".output_proj"), zeros="behind")
+    if _IS_KREA2.issubset(layers) and _has(model, patch=2):
+        return _of(_by(_KREA2, layers), ".wq")
+    if _IS_QWEN_IMAGE.issubset(layers) and _has(model, patch_size=2):  # text has positions of its own
+        sites, both = _by(_QWEN_IMAGE, layers), Site("text", "image", level=1)
+        return replace(_of(sites, ".to_q", both), positions="pe_embedder")
     if _IS_Z_IMAGE.issubset(layers) and _has(model, patch_size=2, pad_tokens_multiple=32):
-        return _z_image(layers)
+        return _of(_by(_Z_IMAGE, layers), ".qkv")
     reads_text = any(name.endswith(".attn2.to_k") for name in layers)
     if _IS_UNET.issubset(layers) and reads_text and not any("time_stack" in name for name in layers):
         return _unet(model, layers)
@@ -117,49 +130,31 @@ def _has(model: nn.Module, **settings: int) -> bool:
     return all(getattr(model, name, None) == value for name, value in settings.items())
 
 
-def _joint(layers: Sequence[str], level: int, least_tokens: int = 0) -> Family:
-    """FLUX.1, FLUX.2 or Chroma; maps are those of double-stream blocks."""
-    sites = {name: _on(site, level) for name, site in _by_table(_FLUX, layers).items()}
+def _by(table: Sequence[tuple[str, Site]], layers: Sequence[str]) -> Mapping[str, Site]:
+    return {name: site for name in layers for pattern, site in table if re.fullmatch(pattern, name)}
+
+
+def _of(sites: Mapping[str, Site], layer: str, attends: Site | None = None) -> Family:
+    """A family whose attention modules are those with a layer of this name, and attend on its site or another one."""
+    found = {
+        name.removesuffix(layer): attends or site
+        for name, site in sites.items()
+        if name.endswith(layer) and not site.flat
+    }
+    return Family(sites, found, _last_third([name for name, site in found.items() if site.joint or site.reads_text]))
+
+
+def _flux(layers: Sequence[str], level: int) -> Family:
+    """A block runs one attention; those of double-stream blocks have maps."""
+    sites = {name: Site(*site.parts, level=level) if site.level else site for name, site in _by(_FLUX, layers).items()}
     found = (re.match(r"(double|single)_blocks\.\d+", name) for name in layers)
     blocks = dict.fromkeys((match[0] for match in found if match), Site("text", "image", level=level))
-    double = [name for name in blocks if name.startswith("double")]
-    return Family(sites, blocks, _last_third(double), least_tokens)
-
-
-def _anima(layers: Sequence[str]) -> Family:
-    """The image attends to itself and to the text in turn, as in a UNet; an adapter makes the text before sampling."""
-    sites = _by_table(_ANIMA, layers)
-    found = {name.removesuffix(".output_proj"): sites[name] for name in sites if name.endswith("attn.output_proj")}
-    cross = [name for name, site in found.items() if site.reads_text]
-    return Family(sites, found, _last_third(cross), least_tokens=512, zeros_behind=True)
-
-
-def _qwen_image(layers: Sequence[str]) -> Family:
-    """Text and image are in one sequence in attention alone, in which text has positions of its own."""
-    attention = [name.removesuffix(".to_q") for name in layers if name.endswith(".attn.to_q")]
-    joint = dict.fromkeys(attention, Site("text", "image", level=1))
-    return Family(_by_table(_QWEN_IMAGE, layers), joint, _last_third(attention), positions="pe_embedder")
-
-
-def _z_image(layers: Sequence[str]) -> Family:
-    """Text and image are refined alone before they are joined, each filled up to a multiple of 32 positions."""
-    sites = _by_table(_Z_IMAGE, layers)
-    attention = {name.removesuffix(".qkv"): site for name, site in sites.items() if name.endswith(".attention.qkv")}
-    joined = [name for name, site in attention.items() if site.joint]
-    return Family(sites, attention, _last_third(joined))
-
-
-def _by_table(table: Sequence[tuple[str, Site]], layers: Sequence[str]) -> Mapping[str, Site]:
-    return {name: site for name in layers for pattern, site in table if re.fullmatch(pattern, name)}
+    return Family(sites, blocks, _last_third([name for name in blocks if name.startswith("double")]))
 
 
 def _last_third(names: Sequence[str]) -> Sequence[str]:
     """The attention whose maps show subjects, as in our pipelines."""
     return names[-max(1, len(names) // 3) :]
-
-
-def _on(site: Site, level: int) -> Site:
-    return Site(*site.parts, level=level) if site.level else site
 
 
 def _unet(model: nn.Module, layers: Sequence[str]) -> Family:
@@ -174,12 +169,11 @@ def _unet(model: nn.Module, layers: Sequence[str]) -> Family:
         for name in inside:
             sites[name] = _in_block(name, level - (name in upsampled))
         level -= bool(upsampled)
-    found = re.compile(r"(.+\.attn[12])\.to_out\.0")
-    attention = {match[1]: site for name, site in sites.items() if (match := found.fullmatch(name))}
-    cross = {name: site.level for name, site in attention.items() if site.reads_text}
+    family = _of(sites, ".to_out.0")
+    cross = {name: site.level for name, site in family.attention.items() if site.reads_text}
     down, up = ({level for name, level in cross.items() if name.startswith(side)} for side in _SIDES)
     # The coarsest grid with cross-attention on the way down and up, as in our pipelines.
-    return Family(sites, attention, [name for name, level in cross.items() if level == max(down & up, default=0)])
+    return replace(family, maps=[name for name, level in cross.items() if level == max(down & up, default=0)])
 
 
 def _blocks(model: nn.Module) -> Sequence[str]:

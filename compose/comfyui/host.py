@@ -6,9 +6,8 @@ the state dict stay, and are taken out at the end of the sampling, also after an
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,19 +17,11 @@ import comfy.samplers  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor
 
-from lora_compose.attention import (
-    Grid,
-    Installation,
-    JointRegions,
-    KeptBanks,
-    Recorder,
-    RegionAttention,
-    grid_at,
-    installed_layers,
-)
+from lora_compose.attention import Grid, Installation, KeptBanks, Recorder, grid_at, installed_layers
 from lora_compose.attention.forward_state import LayerInputs
+from lora_compose.attention.joint_regions import row_index
 from lora_compose.attention.swapped_forward import SwappedForward
-from lora_compose.compose.comfyui.composition import Composition, Draft, filled
+from lora_compose.compose.comfyui.composition import Acting, Composition, Conditioning, Draft, over
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.memory import Brought, CountedBank, Factors, bytes_of
 from lora_compose.compose.comfyui.steering import EachTextFromItsStart, SteeredAttention, Steering
@@ -40,8 +31,6 @@ KEY = "lora_compose"
 """Our name among callbacks and wrappers, and of the mark in conditionings."""
 LENGTH = 0.12
 """The part of the steps that is drafted, at least one step, as in our pipelines."""
-
-
 OF_TEXT = ("pooled_output", "attention_mask", "t5xxl_ids", "t5xxl_weights")
 """What encoders give beside a text."""
 
@@ -71,7 +60,7 @@ def _dtype(model: Any) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
-def marked(conditioning: Sequence[Sequence[Any]], composition: Composition) -> list[list[Any]]:
+def marked(conditioning: Conditioning, composition: Composition) -> list[list[Any]]:
     """A conditioning of ComfyUI as one of a composition, whose concepts act on its rows."""
     return [[text, {**options, KEY: composition.mark}] for text, options in conditioning]
 
@@ -88,34 +77,46 @@ class Host:
         self.composition, self._factors = composition, factors
         self._sampling: Sampling | None = None
 
-    def sample(self, executor: Any, guider: Any, *arguments: Any, **options: Any) -> Tensor:
-        """Around a whole sampling (SAMPLER_SAMPLE): LoRAs are in the model inside."""
-        conditionings = [one for several in guider.conds.values() for one in several or ()]
-        marks = {one["uuid"]: one.get(KEY) for one in conditionings}
+    def sample(
+        self, executor: Any, guider: Any, sigmas: Tensor, extra: dict[str, Any], callback: Any, noise: Tensor,
+        latents: Tensor | None = None, mask: Tensor | None = None, *further: Any, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        """Around a whole sampling (SAMPLER_SAMPLE): LoRAs are in the model inside. Its arguments are the sampler's."""
+        plan, conditionings = self.composition, guider.conds
+        ours = self._marked(conditionings)
+        device = guider.model_patcher.load_device
+        sampling = self._sampling = Sampling(guider.inner_model, plan, self._factors, ours, noise, device)
+        given = {"latent_image": latents, "denoise_mask": mask, "seed": extra.get("seed")}
+        steps = len(sigmas) - 1  # sigmas are noise levels
+        try:
+            sampling.put()
+            if plan.draft is not None and steps:
+                guider.conds = sampling.reading(conditionings, [plan.draft.conditioning], given)
+                first = sigmas[: 1 + max(1, math.ceil(round(LENGTH * steps, 6)))]
+                start = {**extra}, None, noise.clone(), latents, mask
+                sampling.draft(plan.draft, partial(executor, guider, first, *start, *further, **options))
+            guider.conds = sampling.reading(conditionings, plan.texts, given)
+            return executor(guider, sigmas, extra, callback, noise, latents, mask, *further, **options)
+        finally:
+            guider.conds, self._sampling = conditionings, None
+            sampling.take()
+
+    def _marked(self, conditionings: Mapping[str, Any]) -> frozenset[Any]:
+        """The conditionings that concepts act on."""
+        every = [one for several in conditionings.values() for one in several or ()]
+        marks = {one["uuid"]: one.get(KEY) for one in every}
         ours = frozenset(uuid for uuid, mark in marks.items() if mark == self.composition.mark)
         if not ours:
             raise ValueError("connect the CONDITIONING of the same Compose to the sampler, as the positive one")
-        words = len(self.composition.words)
-        for one in conditionings:
-            if one["uuid"] in ours and words not in (1, tokens := tokens_of(one["cross_attn"], one)):
+        for one in every:
+            if one["uuid"] in ours and self.composition.tokens not in (None, tokens_of(one["cross_attn"], one)):
                 raise ValueError(
-                    f"the conditioning has {tokens} tokens, the text of the concepts has {words}: connect the "
-                    "CONDITIONING of Compose without joining it to other texts"
+                    f"the conditioning has {tokens_of(one['cross_attn'], one)} tokens, the text of the concepts has "
+                    f"{self.composition.tokens}: connect the CONDITIONING of Compose without joining it to other texts"
                 )
         if {*marks.values()} - {None, self.composition.mark}:
             raise ValueError("conditionings of several Compose nodes cannot be sampled together; chain the concepts")
-        noise = arguments[3]  # after the noise levels, more arguments and a callback
-        device = guider.model_patcher.load_device
-        grid = tuple(noise.shape[-2:])
-        self._sampling = Sampling(guider.inner_model, self.composition, self._factors, ours, grid, device)
-        try:
-            self._sampling.put()
-            if self.composition.draft is not None and len(arguments[0]) > 1:  # noise levels; one is no step
-                self._sampling.draft(self.composition.draft, executor, guider, *arguments, **options)
-            return executor(guider, *arguments, **options)
-        finally:
-            self._sampling.take()
-            self._sampling = None
+        return ours
 
     def eject(self, patcher: Any) -> None:
         """Removes the LoRAs after ComfyUI has ejected its own (ON_EJECT_MODEL)."""
@@ -139,11 +140,9 @@ class Host:
             raise ValueError("reference images cannot be combined with concepts yet; leave ReferenceLatent out")
         if sampling.steered and {"attn1", "attn2"} & options.get("patches_replace", {}).keys():
             raise ValueError("another node replaces attention; it cannot be combined with a draft or texts of regions")
-        uuids = options["uuids"]
-        sampling.use([uuid in sampling.ours for uuid in uuids for _ in range(len(x) // len(uuids))], x, text)
-        out = executor(x, t, concat, text, control, options, **inputs)
-        sampling.record()
-        return out
+        return sampling.run(
+            options["uuids"], x, text, partial(executor, x, t, concat, text, control, options, **inputs)
+        )
 
 
 class Sampling:
@@ -151,63 +150,53 @@ class Sampling:
 
     Args:
         model: ComfyUI's `BaseModel`.
-        composition: What acts where.
+        plan: What acts where.
         factors: Its factors.
         ours: The conditionings that concepts act on.
-        grid: Height and width of the latents.
+        noise: Shape: [images, channels, (frames,) height, width].
         device: Where the model runs.
 
     Attributes:
         steered: Whether attention is steered.
-        regions: Those of all concepts by image, once a draft has found them.
     """
 
     def __init__(
-        self, model: Any, composition: Composition, factors: Factors, ours: frozenset[Any], grid: Grid,
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        self.model, self.ours, self._factors = model, ours, factors
-        self.steered = composition.draft is not None or composition.lengths is not None
-        self.regions: Sequence[Any] = ()
+        self, model: Any, plan: Composition, factors: Factors, ours: frozenset[Any], noise: Tensor, device: torch.device
+    ) -> None:
+        self.model, self.steered = model, plan.draft is not None or bool(plan.texts)
+        self._plan, self._factors, self._ours, self._noise, self._device = plan, factors, ours, noise, device
         self._family = family_of(model.diffusion_model)
-        fill = {"tokens": self._family.least_tokens, "behind": self._family.zeros_behind}
-        self._plan, self._device, self._fill = composition.filled(**fill), device, fill
-        self._kept = KeptBanks(CountedBank(factors), tuple((i,) for i in range(len(composition.loras))))
+        self._grid: Grid = (noise.shape[-2], noise.shape[-1])
+        self._kept = KeptBanks(CountedBank(factors), tuple((i,) for i in range(len(plan.loras))))
         self._stack = ExitStack()
         self._installation: Installation | None = None
         self._steering: Steering | None = None
-        self._grid, self._images = grid, 1
-        self._recorder: Recorder | None = None
+        self._images, self._lengths = [plan.regions], []
+        self._draft: Draft | None = None
         self._maps: list[Tensor] = []
         self._inputs: dict[tuple[Any, ...], LayerInputs] = {}
 
     def put(self) -> None:
         """Puts the LoRAs in."""
-        model, dtype = self.model.diffusion_model, _dtype(self.model)
-        self._factors.make(self._plan.loras, self._family.sites, model, dtype)
+        model, dtype, family, loras = self.model.diffusion_model, _dtype(self.model), self._family, self._plan.loras
+        self._factors.make(loras, family.sites, model, dtype)
         layers = installed_layers(
-            model,
-            self._plan.loras,
-            self._family.sites,
-            device=self._device,
-            dtype=dtype,
-            kept=self._kept,
-            how="forward",
+            model, loras, family.sites, device=self._device, dtype=dtype, kept=self._kept, how="forward"
         )
         self._installation = self._stack.enter_context(layers)
         for name, layer in self._installation.bank.items():
             model.get_submodule(name).forward.layer = Brought(layer)
         if self.steered:
-            self._steering = Steering(self._installation.state, self._plan, self._family.joint is not None)
-            for name, site in self._family.attention.items():
+            self._steering = Steering(self._installation.state)
+            for name, site in family.attention.items():
                 self._swap(name, partial(SteeredAttention, name, site, self._steering))
-            if self._family.positions is not None:
-                self._swap(self._family.positions, partial(EachTextFromItsStart, self._steering))
+            if family.positions is not None:
+                self._swap(family.positions, partial(EachTextFromItsStart, self._installation.state))
 
-    def _swap(self, name: str, made: Callable[..., Any]) -> None:
-        """Puts what is made of the `forward` of a module on it."""
-        swap = SwappedForward(self.model.diffusion_model.get_submodule(name), self.model.diffusion_model)
-        swap.layer = made(swap.original)
+    def _swap(self, name: str, around: Callable[..., Any]) -> None:
+        """Puts on a module what is made of its `forward`."""
+        module = self.model.diffusion_model.get_submodule(name)
+        swap = SwappedForward(module, around(module.forward))
         self._stack.callback(swap.take_off)
         swap.put_on()
 
@@ -216,62 +205,63 @@ class Sampling:
         self._installation = self._steering = None
         self._stack.close()
 
-    def draft(
-        self, draft: Draft, executor: Any, guider: Any, sigmas: Tensor, extra: dict[str, Any], _: Any, noise: Tensor,
-        latents: Tensor | None = None, mask: Tensor | None = None, *further: Any, **options: Any,
-    ) -> None:  # fmt: skip
+    def reading(
+        self, conditionings: Mapping[str, Any], texts: Sequence[Conditioning], given: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Conditionings of which ours read other texts, one after the other; each as the model reads one alone.
+
+        Args:
+            given: What a model may make a part of its conditioning of.
+        """
+        self._lengths = []
+        if not texts:
+            return conditionings
+
+        def encoded(kind: str, one: dict[str, Any], text: Conditioning) -> Any:
+            ((tensor, others),) = text
+            other = {**one, "cross_attn": tensor, **{name: others.get(name) for name in OF_TEXT}}
+            function = self.model.extra_conds
+            return comfy.samplers.encode_model_conds(function, [other], self._noise, self._device, kind, **given)[0]
+
+        def told(kind: str, one: dict[str, Any]) -> dict[str, Any]:
+            if one["uuid"] not in self._ours:
+                return one
+            first, *more = [encoded(kind, one, text) for text in texts]
+            if not more:
+                return first
+            every = [other["model_conds"]["c_crossattn"] for other in (first, *more)]
+            self._lengths = [other.cond.shape[1] for other in every]
+            joined = type(every[0])(torch.cat([other.cond for other in every], dim=1))
+            return {**one, "model_conds": {**one["model_conds"], "c_crossattn": joined}}
+
+        return {kind: [told(kind, one) for one in several or ()] for kind, several in conditionings.items()}
+
+    def draft(self, draft: Draft, sample: Callable[[], Any]) -> None:
         """Finds the regions in a few steps without subjects; the sampler starts again from the same noise afterwards.
 
         Args:
-            executor: Runs the sampler; the rest are its arguments.
+            sample: Runs these steps.
         """
-        whole, conditionings, steps = self._plan, guider.conds, len(sigmas) - 1
-        self._images = len(noise)
-        if whole.lengths is not None and self._images > 1:
+        whole = self._plan
+        if whole.texts and len(self._noise) > 1:
             raise ValueError(
                 "where regions read texts of their own, images are drafted one by one; set batch_size to 1"
             )
-        ((text, others),) = draft.conditioning
-
-        def plain(kind: str, one: dict[str, Any]) -> dict[str, Any]:
-            if one["uuid"] not in self.ours:
-                return one
-            other = {**one, "cross_attn": text, **{name: others.get(name) for name in OF_TEXT}}
-            given = {"latent_image": latents, "denoise_mask": mask, "seed": extra.get("seed")}
-            return comfy.samplers.encode_model_conds(
-                self.model.extra_conds, [other], noise, self._device, kind, **given
-            )[0]
-
-        styles = torch.tensor([float(i not in draft.subjects) for i in range(len(whole.loras))])
-        self._use_plan(
-            replace(whole, weights=whole.weights * styles, lengths=None, words=torch.ones_like(styles)[None])
-        )
-        self._recorder = Recorder(self._family.maps, filled(draft.words, **self._fill).to(self._device)[None])
-        devices = [self._device] if self._device.type == "cuda" else []
-        try:
-            guider.conds = {kind: [plain(kind, one) for one in every or ()] for kind, every in conditionings.items()}
-            with torch.random.fork_rng(devices):
-                first = sigmas[: 1 + max(1, math.ceil(round(LENGTH * steps, 6)))]
-                executor(guider, first, {**extra}, None, noise.clone(), latents, mask, *further, **options)
-        finally:
-            guider.conds, self._recorder = conditionings, None
+        self._plan, self._draft = whole.drafted(draft), draft
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            sample()
         if not self._maps:
             raise ValueError("the conditioning of Compose is not used in the first steps, where draft needs it")
-        self._use_plan(whole)
-        self.regions = [draft.divide(maps, whole.regions, self._grid) for maps in torch.stack(self._maps).sum(dim=0)]
-
-    def _use_plan(self, plan: Composition) -> None:
-        self._plan = plan
+        self._plan, self._draft = whole, None
+        self._images = [draft.divide(maps, whole.regions, self._grid) for maps in torch.stack(self._maps).sum(dim=0)]
         self._inputs.clear()
-        if self._steering is not None:
-            self._steering.plan = plan
 
-    def use(self, ours: Sequence[bool], x: Tensor, text: Tensor) -> None:
-        """Sets what layers read in the next pass.
+    def run(self, uuids: Sequence[Any], x: Tensor, text: Tensor, execute: Callable[[], Tensor]) -> Tensor:
+        """Runs a pass.
 
         Args:
-            ours: By row, whether it is predicted for our conditioning.
-            x: The latents of the pass. Shape: [rows, channels, height, width].
+            uuids: The conditionings that it predicts for, in the order of its rows.
+            x: The latents of the pass. Shape: [rows, channels, (frames,) height, width].
             text: Its text. Shape: [rows, tokens, channels].
         """
         if self._installation is None:
@@ -279,35 +269,24 @@ class Sampling:
         plan, grid, tokens = self._plan, (x.shape[-2], x.shape[-1]), text.shape[1]
         if grid != self._grid and (self.steered or any(region is not None for region in plan.regions)):
             raise ValueError("a conditioning with an area of its own cannot be combined with regions of concepts")
-        key = (*ours, grid, tokens)
+        ours = torch.tensor([uuid in self._ours for uuid in uuids]).repeat_interleave(len(x) // len(uuids))
+        mine, others = (row_index(rows.nonzero()[:, 0].tolist(), self._device) for rows in (ours, ~ours))
+        key = (*ours.tolist(), grid, tokens)
         if key not in self._inputs:
-            gates = plan.gates(self._family, ours, grid, tokens, self.regions)
-            regions = joint = None
-            if any(ours):
-                found = plan.regions_of_pass(
-                    self._family, sum(ours), grid, (self.regions or [plan.regions])[0], self._device
-                )
-                regions = found if isinstance(found, RegionAttention) else None
-                joint = found if isinstance(found, JointRegions) else None
-            bias = None if self._recorder is not None else plan.bias(self._family, ours, grid, tokens, self.regions)
+            acting = Acting(plan, self._family, self._images, self._lengths, ours, grid, tokens)
+            regions, joint = acting.regions(self._device)
             self._inputs[key] = self._installation.inputs(
-                gates, regions=regions, joint_regions=joint, lengths=[tokens] * len(ours), text_bias=bias
+                acting.gates, regions=regions, joint_regions=joint, lengths=[tokens] * len(x), text_bias=acting.bias
             )
-        recorders = [] if self._recorder is None or not any(ours) else [self._repeated(self._recorder, tokens)]
+        recorders = []
+        if self._draft is not None and mine is not None:
+            words = over(self._draft.words, tokens, self._family).to(self._device)
+            recorders.append(Recorder(self._family.maps, words[None]))
         self._installation.use(self._inputs[key], *recorders)
         if self._steering is not None:
-            self._steering.ours = torch.tensor(ours)
-
-    def _repeated(self, recorder: Recorder, tokens: int) -> Recorder:
-        words = recorder.token_weights
-        return Recorder(recorder.layers, words.repeat(1, tokens // words.shape[1], 1))
-
-    def record(self) -> None:
-        """Keeps the maps of our rows in the pass that has just been run, while a draft is made."""
-        steering = self._steering
-        if self._recorder is None or steering is None or not steering.state.recorders:
-            return
-        grid = grid_at(self._grid, self._family.map_level)
-        mine = steering.state.recorders[0].mean()[steering.ours.to(self._device)]
-        by_image = mine.unflatten(0, (-1, self._images)).mean(dim=0).float().cpu()
-        self._maps.append(by_image.transpose(1, 2).unflatten(2, grid))
+            self._steering.rows, self._steering.lengths = (mine, others), self._lengths
+        out = execute()
+        for recorder in recorders:  # the images of each conditioning follow one another
+            maps = recorder.mean()[mine].unflatten(0, (-1, len(self._noise))).mean(dim=0).float().cpu()
+            self._maps.append(maps.transpose(1, 2).unflatten(2, grid_at(grid, self._family.map_level)))
+        return out

@@ -12,7 +12,7 @@ from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissing
 
 from lora_compose.compose.comfyui.concepts import Concept, boxes_of, composition_of, drawn, with_boxes
 from lora_compose.compose.comfyui.families import family_of
-from lora_compose.compose.comfyui.files import read_concept, read_text_encoders, with_sites
+from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
 from lora_compose.compose.comfyui.host import compose, marked
 from lora_compose.compose.comfyui.words import (
     BOX,
@@ -130,9 +130,9 @@ class ComposeNode(io.ComfyNode):
         """Reads the files, finds the words, and encodes the texts."""
         network = model.model.diffusion_model
         family, loras = family_of(network), []
-        names = with_sites(comfy.lora.model_lora_keys_unet(model.model, {}), family.sites)
+        names = comfy.lora.model_lora_keys_unet(model.model, {})
         for concept in concepts:
-            lora, notes = read_concept(concept.path, network, names)
+            lora, notes = read_concept(concept.path, network, names, family.sites)
             for note in notes:
                 logger.warning("%s: %s", concept.path.name, note)
             loras.append(lora)

@@ -4,19 +4,18 @@ It acts on the `forward` of the modules that run attention, and there as an over
 on top of one that another node has set.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lora_compose.attention import RegionAttention, Site, grid_at
+from lora_compose.attention import JointRegions, RegionAttention, Site, grid_at
 from lora_compose.attention.forward_state import ForwardState
+from lora_compose.attention.joint_regions import RowIndex
 from lora_compose.attention.kernels import Kernel
-from lora_compose.compose.comfyui.composition import Composition
 
 OVERRIDE = "optimized_attention_override"
 
@@ -27,15 +26,13 @@ class Steering:
 
     Attributes:
         state: That of the layers.
-        plan: What acts where.
-        joint: Whether text and image are in one sequence.
-        ours: True for rows of our conditioning. Shape: [rows].
+        lengths: Tokens of each text that our conditioning has, if there are several.
+        rows: Those of our conditioning, and those of others, in any order; None where there are none.
     """
 
     state: ForwardState
-    plan: Composition
-    joint: bool
-    ours: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.bool))
+    lengths: Sequence[int] = ()
+    rows: tuple[RowIndex | None, RowIndex | None] = (None, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,49 +84,42 @@ class SteeredAttention:
     def _steered(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of heads. Shapes: [rows, heads, positions, channels]."""
         state, site = self.steering.state, self.site
-        cells = prod(grid_at(state.inputs.latent_grid, site.level))
-        tokens = site.padded(max(state.inputs.lengths))
+        inputs, scale = state.inputs, q.shape[-1] ** -0.5
+        cells = prod(grid_at(inputs.latent_grid, site.level))
+        tokens = site.padded(max(inputs.lengths))
         lengths = {"text": tokens, "image": site.padded(cells)}
         if q.shape[2] != sum(lengths[part] for part in site.parts):
             raise ValueError("another node changes the cells that attention sees; take it out, or use no draft here")
-        scale, joint = q.shape[-1] ** -0.5, self.steering.joint
-        if joint:
-            for recorder in state.recorders if site.joint else ():
-                recorder.take(self.name, q[:, :, tokens : tokens + cells], k, scale, tokens=tokens)
-            if state.inputs.joint_regions is None:
-                return kernel(q, k, v)
-        elif state.inputs.regions is None:
+        if inputs.regions is not None:
+            return self._apart(inputs.regions, kernel, q, k, v)
+        if not site.joint and inputs.joint_regions is None:
             return state.attend(kernel, self.name, site.level, q, k, v, scale, site.reads_text)
-        run, ours = self._joint if joint else self._cells, self.steering.ours.to(q.device)
-        parts = [(mine, rows) for mine, rows in ((True, ours), (False, ~ours)) if rows.any()]
-        if len(parts) == 1:
-            return run(kernel, parts[0][0], q, k, v)
-        out = None
-        for mine, rows in parts:  # ComfyUI may have them in any order
-            part = run(kernel, mine, q[rows], k[rows], v[rows])
-            out = part.new_empty(len(ours), *part.shape[1:]) if out is None else out
-            out[rows] = part
-        assert out is not None
+        for recorder in state.recorders:
+            recorder.take(self.name, q[:, :, tokens : tokens + cells], k, scale, tokens=tokens)
+        return kernel(q, k, v) if inputs.joint_regions is None else self._joint(inputs.joint_regions, kernel, q, k, v)
+
+    def _apart(self, regions: RegionAttention, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Cross- or self-attention. Rows of others read their own text, and see all cells."""
+        level, lengths, (mine, others) = self.site.level, list(self.steering.lengths), self.steering.rows
+
+        def steered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if not self.site.reads_text:
+                return regions.self_attention(kernel, level, q, k, v)
+            # ComfyUI repeats texts to the length of others.
+            keys, values = (x[:, :, : sum(lengths)].split(lengths, dim=2) for x in (k, v))
+            return regions.cross(kernel, level, q, keys, values)
+
+        if others is None:
+            return steered(q, k, v)
+        ours, theirs = steered(q[mine], k[mine], v[mine]), kernel(q[others], k[others], v[others])
+        if self.site.reads_text:
+            theirs = regions.at_queries(level, theirs.transpose(1, 2)).transpose(1, 2)
+        out = ours.new_empty(len(q), *ours.shape[1:])
+        out[mine], out[others] = ours, theirs
         return out
 
-    def _cells(self, kernel: Kernel, mine: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of a UNet. Rows of others read their own text in every region, and see everything."""
-        regions, lengths = self.steering.state.inputs.regions, self.steering.plan.lengths
-        assert isinstance(regions, RegionAttention)
-        assert lengths is not None
-        if not self.site.reads_text:
-            return regions.self_attention(kernel, self.site.level, q, k, v) if mine else kernel(q, k, v)
-        if not mine:
-            return regions.cross(kernel, self.site.level, q, [k] * len(lengths), [v] * len(lengths))
-        # ComfyUI repeats texts to the length of others.
-        keys, values = (x[:, :, : sum(lengths)].split(list(lengths), dim=2) for x in (k, v))
-        return regions.cross(kernel, self.site.level, q, keys, values)
-
-    def _joint(self, kernel: Kernel, mine: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of a transformer; `JointRegions` has positions before heads."""
-        regions = self.steering.state.inputs.joint_regions
-        if not mine or regions is None:
-            return kernel(q, k, v)
+    def _joint(self, regions: JointRegions, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention to text and image in one sequence; `JointRegions` has positions before heads."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
@@ -145,13 +135,13 @@ class EachTextFromItsStart:
     ComfyUI counts through the whole sequence: the text of a region would stand behind that of the image.
     """
 
-    steering: Steering
+    state: ForwardState
     found: Callable[[Tensor], Tensor]
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Rotary embeddings. Shape of the positions: [rows, tokens and cells, dimensions]."""
-        regions = self.steering.state.inputs.joint_regions
-        if regions is None or regions.positions is None:
-            return self.found(ids)
-        moved = torch.cat([ids[:, regions.positions], ids[:, len(regions.positions) :]], dim=1)
-        return self.found(torch.where(self.steering.ours.to(ids.device)[:, None, None], moved, ids))
+        regions = self.state.inputs.joint_regions
+        if regions is not None and regions.positions is not None:
+            (_, ours), ids = regions.rows, ids.clone()
+            ids[ours, : len(regions.positions)] = ids[ours][:, regions.positions]
+        return self.found(ids)

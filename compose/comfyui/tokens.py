@@ -33,7 +33,8 @@ def find_tokens(clip: Any, text: str, words: str, kept: int | None = None) -> tu
     outer = clip.tokenizer
     inner = next(getattr(outer, name) for name in (encoder, f"clip_{encoder}") if hasattr(outer, name))
     every = [token for part in by_encoder[encoder] for token in part]
-    read = [(position, token) for position, (token, _, word) in enumerate(every) if word]
+    cut = 0 if kept is None else len(every) - kept
+    read = [(position, token) for position, (token, _, word) in enumerate(every) if word and position >= cut]
     times = len(find_words(words, text))
     for given in (words, f" {words}"):  # to some tokenizers the space before a word is a part of it
         wanted = _plain(inner, given)
@@ -41,7 +42,6 @@ def find_tokens(clip: Any, text: str, words: str, kept: int | None = None) -> tu
             i for i in range(len(read) - len(wanted) + 1) if [token for _, token in read[i : i + len(wanted)]] == wanted
         ]
         if times and len(starts) == times:
-            cut = 0 if kept is None else len(every) - kept
             return [read[i + k][0] - cut for i in starts for k in range(len(wanted))], len(every) - cut
     if not times:
         raise ValueError(f"the words {words!r} are not in the text; write them where the concept is meant")

@@ -1,5 +1,7 @@
 """What people give in the nodes becomes gates, or an error that says what to do."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from lora_compose.attention import JointRegions, RegionAttention, Site
-from lora_compose.compose.comfyui.composition import Composition
+from lora_compose.compose.comfyui.composition import Acting, Composition, Region
 from lora_compose.compose.comfyui.concepts import Concept, boxes_of, composition_of, drawn, with_boxes
 from lora_compose.compose.comfyui.families import Family
 from lora_compose.compose.comfyui.words import METHODS
@@ -53,14 +55,22 @@ def two(first: str = "", second: str = "") -> list[Concept]:
     return [Concept.of(CAT, "sks", "cat", 1.0, first), Concept.of(DOG, "zwx", "dog", 0.5, second)]
 
 
+def acting(
+    plan: Composition, ours: list[bool], grid: tuple[int, int], tokens: int, *images: Sequence[Region | None],
+    family: Family = UNET,
+) -> Acting:  # fmt: skip
+    lengths = [text[0][0].shape[1] for text in plan.texts]
+    return Acting(plan, family, images or [plan.regions], lengths, torch.tensor(ours), grid, tokens)
+
+
 def test_the_methods_are_described_as_on_the_page() -> None:
     assert {name: METHOD_LABELS[name].sentence for name in METHODS} == METHODS
 
 
 def test_regional_acts_in_boxes_on_our_rows_alone() -> None:
     plan = composed(two("0,0,0.5,1"), "a sks cat", "regional")[0]
-    gates = plan.gates(UNET, [True, False], (2, 4), 7)
-    assert gates.text.tolist() == [[[1.0, 0.5]] * 7, [[0.0, 0.0]] * 7]
+    gates = acting(plan, [True, False], (2, 4), 7).gates
+    assert gates.text.tolist() == [[[1.0, 0.5]], [[0.0, 0.0]]], "for all tokens"
     assert gates.image[0][0].tolist() == [[1, 0.5], [1, 0.5], [0, 0.5], [0, 0.5]] * 2
     assert gates.image[1].tolist() == [[[1, 0.5], [0, 0.5]], [[0, 0], [0, 0]]]
     assert gates.row.tolist() == [[1, 0.5], [0, 0]]
@@ -70,14 +80,14 @@ def test_regional_acts_in_boxes_on_our_rows_alone() -> None:
 
 def test_merge_acts_on_every_row() -> None:
     plan = composed(two(), "", "merge")[0]
-    gates = plan.gates(UNET, [False, True], (2, 4), 7)
-    assert torch.equal(gates.text, torch.tensor([1, 0.5]).expand(2, 7, 2))
+    gates = acting(plan, [False, True], (2, 4), 7).gates
+    assert torch.equal(gates.text, torch.tensor([1, 0.5]).expand(2, 1, 2))
     assert all(torch.equal(gate, torch.tensor([1, 0.5]).expand(2, 1, 2)) for gate in gates.image.values())
 
 
 def test_a_small_box_does_not_vanish_on_a_coarse_grid() -> None:
     plan = composed(two("0.1,0.1,0.11,0.11"), "", "regional")[0]
-    assert plan.gates(UNET, [True], (4, 4), 1).image[1][0, :, 0].tolist() == [1, 0, 0, 0]
+    assert acting(plan, [True], (4, 4), 1).gates.image[1][0, :, 0].tolist() == [1, 0, 0, 0]
 
 
 def test_boxes_are_given_to_concepts_in_their_order() -> None:
@@ -133,7 +143,8 @@ def test_a_draft_looks_for_class_words_in_the_text_without_triggers() -> None:
     assert not plan.draft.strips
     assert plan.phrases is not None
     assert plan.phrases.nonzero().tolist() == [[2, 0], [3, 0], [6, 1], [7, 1]], "from the trigger to the class word"
-    assert plan.lengths is None
+    assert not plan.texts
+    assert plan.tokens == len(TEXT.split()) + 2
 
 
 def test_a_draft_keeps_given_regions_and_divides_the_rest() -> None:
@@ -151,12 +162,12 @@ def test_a_draft_keeps_given_regions_and_divides_the_rest() -> None:
 def test_the_bias_draws_cells_to_the_words_of_their_own_region() -> None:
     plan, *_ = composed(two(), TEXT, "draft")
     left = torch.tensor([[1.0, 0.0]])
-    drawn = plan.bias(UNET, [False, True], (1, 2), 11, [[left, 1 - left]])
+    drawn = acting(plan, [False, True], (1, 2), 11, [left, 1 - left]).bias
     assert drawn is not None
     bias = drawn.scores()[0]
     cat, dog = [0, 0, 1, 1, 0, 0, -1, -1, 0, 0, 0], [0, 0, -1, -1, 0, 0, 1, 1, 0, 0, 0]
     assert bias.tolist() == [[[0] * 11] * 2, [cat, dog]]
-    repeated = plan.bias(UNET, [True], (1, 2), 22, [[left, 1 - left]])
+    repeated = acting(plan, [True], (1, 2), 22, [left, 1 - left]).bias
     assert repeated is not None
     assert repeated.scores()[0].tolist() == [[cat * 2, dog * 2]]
 
@@ -167,13 +178,17 @@ def test_two_of_one_class_read_texts_of_their_own() -> None:
     said = [text for text, _ in clip.encoded]
     assert said[:3] == ["on grass", "a sks cat on grass", "a zwx cat on grass"]
     assert [which for _, which in clip.encoded[:3]] == [(), (0,), (1,)]
-    assert plan.lengths == [4, 7, 7]
+    assert [text[0][0].shape[1] for text in plan.texts] == [4, 7, 7]
     assert plan.isolate
     assert plan.draft is not None
     assert plan.draft.strips
-    assert conditioning[0][0].shape == (1, 18, 4)
     assert conditioning[0][1]["pooled_output"] == "a cat and a cat on grass", "that of the whole image"
-    assert plan.words.nonzero().tolist() == [[n, 0] for n in range(4, 11)] + [[n, 1] for n in range(11, 18)]
+    assert plan.words.tolist() == [[0, 0], [1, 0], [0, 1]]
+    masks = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    text = acting(plan, [True, False], (1, 2), 36, masks).gates.text
+    assert text[1].sum() == 0
+    assert text[0, :18].nonzero().tolist() == [[n, 0] for n in range(4, 11)] + [[n, 1] for n in range(11, 18)]
+    assert torch.equal(text[0, :18], text[0, 18:]), "repeated as ComfyUI does it"
 
 
 @pytest.mark.parametrize(
@@ -189,14 +204,43 @@ def test_two_of_one_class_read_texts_of_their_own() -> None:
 def test_regions_read_texts_of_their_own_where_that_is_wanted(texts: str, joint: bool, prompt: str, own: bool) -> None:
     cat = Concept.of(CAT, "sks", "cat", 1.0, "0,0,0.5,1", prompt=prompt)
     plan, _, clip = composed([cat, two("", "0.4,0,1,1")[1]], TEXT, "regional", texts=texts, joint=joint)
-    assert (plan.lengths is not None) == own
+    assert bool(plan.texts) == own
     if not own:
         assert clip.encoded == [(TEXT, ())]
         return
     assert clip.encoded[0][0] == ("a cat and a dog on grass" if joint else "on grass")
     assert clip.encoded[1][0] == (prompt or "a sks cat on grass")
-    found = plan.regions_of_pass(JOINT if joint else UNET, 1, (2, 4), plan.regions, torch.device("cpu"))
-    assert isinstance(found, JointRegions if joint else RegionAttention)
+    family, cpu = JOINT if joint else UNET, torch.device("cpu")
+    found = acting(plan, [True], (2, 4), 27, family=family).regions(cpu)
+    assert isinstance(found[joint], JointRegions if joint else RegionAttention)
+    others = acting(plan, [False], (2, 4), 5, family=family)
+    assert others.regions(cpu) == (None, None)
+    assert others.gates.read is None, "they are not asked for each region"
+
+
+def test_where_an_adapter_makes_the_text_its_tokens_count() -> None:
+    """Anima's, of the words of another tokenizer."""
+    clip = Words()
+
+    def encode(text: str, which: Any) -> list[list[Any]]:
+        ((tensor, options),) = clip.encode(text, which)
+        return [[tensor, {**options, "t5xxl_ids": torch.zeros(3)}]]
+
+    placed = with_boxes(two(), boxes_of("0,0,0.5,1\n0.5,0,1,1"))
+    plan, conditioning = composition_of(placed, [{}, {}], clip, encode, TEXT, "regional", "regions")
+    assert [len(text[0][1]["t5xxl_ids"]) for text in plan.texts] == [3, 3, 3]
+    assert plan.tokens == 3
+    assert conditioning[0][0].shape[1] == 7 + 2, "of the whole text"
+
+
+@pytest.mark.parametrize(
+    ("zeros", "where"), [("before", [[4, 0], [5, 0]]), ("behind", [[1, 0], [2, 0]]), (None, [[1, 0], [2, 0]])]
+)
+def test_words_stay_where_they_are_in_a_text_that_is_filled_up(zeros: Any, where: list[list[int]]) -> None:
+    family = replace(UNET, zeros=zeros)
+    plan = composed([Concept.of(CAT, "sks cat", "", 1.0)], "sks cat asleep", "tara")[0]
+    text = acting(plan, [True], (2, 4), 5 if zeros is None else 8, family=family).gates.text
+    assert text[0].nonzero().tolist() == where
 
 
 def test_texts_that_cannot_be_made_or_read_are_refused() -> None:

@@ -82,6 +82,9 @@ layers.0.attention.qkv layers.0.attention.out layers.0.adaLN_modulation.0 final_
 QWEN_IMAGE = """img_in txt_in time_text_embed.timestep_embedder.linear_1 transformer_blocks.0.img_mod.1
 transformer_blocks.0.attn.to_q transformer_blocks.0.attn.add_q_proj transformer_blocks.0.attn.to_out.0
 transformer_blocks.0.attn.to_add_out transformer_blocks.0.txt_mlp.net.0.proj norm_out.linear proj_out"""
+KREA2 = """first tmlp.0 tproj.1 txtmlp.1 txtfusion.projector txtfusion.layerwise_blocks.0.attn.wq
+txtfusion.refiner_blocks.0.attn.wq txtfusion.refiner_blocks.0.mlp.up blocks.0.attn.wq blocks.0.attn.gate
+blocks.0.mlp.down last.linear"""
 ANIMA = """x_embedder.proj.1 t_embedder.1.linear_1 blocks.0.self_attn.output_proj blocks.0.cross_attn.q_proj
 blocks.0.cross_attn.k_proj blocks.0.cross_attn.output_proj blocks.0.adaln_modulation_self_attn.1 blocks.0.mlp.layer1
 final_layer.linear final_layer.adaln_modulation.2"""
@@ -110,6 +113,21 @@ def test_text_and_image_of_qwen_image_meet_in_attention_alone() -> None:
     assert sites["transformer_blocks.0.attn.to_q"] == sites["proj_out"] == Site("image", level=1)
 
 
+def test_krea_2_refines_its_text_before_it_is_joined_to_the_image() -> None:
+    family = family_of(Tree(KREA2, patch=2))
+    sites = family.sites
+    assert len(sites) == len(KREA2.split())
+    both = Site("text", "image", level=1)
+    assert family.attention == {"txtfusion.refiner_blocks.0.attn": Site("text"), "blocks.0.attn": both}
+    assert list(family.maps) == ["blocks.0.attn"]
+    assert family.joint == sites["blocks.0.attn.gate"] == sites["last.linear"] == both
+    assert sites["txtfusion.layerwise_blocks.0.attn.wq"] == Site("text", flat=True, extra_axis=True)
+    assert sites["txtfusion.projector"] == Site("text", extra_axis=True)
+    assert sites["txtmlp.1"] == sites["txtfusion.refiner_blocks.0.mlp.up"] == Site("text")
+    assert sites["first"] == Site("image", level=1)
+    assert sites["tproj.1"] == Site("modulation", extra_axis=True)
+
+
 def test_the_image_of_anima_reads_text_by_cross_attention() -> None:
     family = family_of(Tree(f"{ANIMA} llm_adapter.blocks.0.cross_attn.q_proj"))
     sites = family.sites
@@ -136,6 +154,7 @@ def test_one_network_makes_the_modulation_of_all_blocks_of_chroma() -> None:
         Tree(Z_IMAGE, patch_size=2, pad_tokens_multiple=None),  # Lumina 2
         Tree(Z_IMAGE, patch_size=16, pad_tokens_multiple=32),  # Z-Image on pixels
         Tree(QWEN_IMAGE, patch_size=1),  # Mage-Flow
+        Tree(KREA2, patch=1),
         Tree(FLUX.replace("img_in", "img_in_patch").replace("vector_in.in_layer", "nerf_blocks.0.norm")),
         Tree(UNET + " input_blocks.1.1.time_stack.0.attn1.to_q"),  # video
     ],

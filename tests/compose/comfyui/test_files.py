@@ -27,6 +27,8 @@ NAMES = {
     "unet.down.processor.to_out": "diffusion_model.conv.weight",
 }
 
+SITES = ["block.qkv", "block.mod", "conv"]
+
 
 @pytest.fixture
 def model() -> nn.Module:
@@ -55,7 +57,7 @@ def written(folder: Path, tensors: dict[str, Tensor]) -> Path:
 def test_parts_of_a_fused_layer_are_put_into_their_rows(model: nn.Module, tmp_path: Path) -> None:
     q, v = "transformer.blocks.0.attn.to_q", "transformer.blocks.0.attn.to_v"
     tensors = lora(q, 4, 6) | lora(v, 4, 6, rank=3)
-    found, notes = read_concept(written(tmp_path, tensors), model, NAMES)
+    found, notes = read_concept(written(tmp_path, tensors), model, NAMES, SITES)
     wanted = torch.cat([product(tensors, q), torch.zeros(4, 6), product(tensors, v)])
     assert torch.allclose(found["block.qkv"].delta(), wanted, atol=1e-5)
     assert not notes
@@ -63,7 +65,7 @@ def test_parts_of_a_fused_layer_are_put_into_their_rows(model: nn.Module, tmp_pa
 
 def test_the_order_of_rows_is_that_of_the_model(model: nn.Module, tmp_path: Path) -> None:
     tensors = lora("transformer.norm_out.linear", 8, 6)
-    found, _ = read_concept(written(tmp_path, tensors), model, NAMES)
+    found, _ = read_concept(written(tmp_path, tensors), model, NAMES, SITES)
     wanted = product(tensors, "transformer.norm_out.linear")
     assert torch.allclose(found["block.mod"].delta(), torch.cat([wanted[4:], wanted[:4]]), atol=1e-5)
 
@@ -71,19 +73,19 @@ def test_the_order_of_rows_is_that_of_the_model(model: nn.Module, tmp_path: Path
 @pytest.mark.parametrize("stem", ["unet.down.to_out.0", "unet.down.processor.to_out", "unet.down.to_out"])
 def test_older_names_of_a_layer_mean_the_same(model: nn.Module, tmp_path: Path, stem: str) -> None:
     tensors = lora(stem, 5, 6, 3, 3)
-    found, _ = read_concept(written(tmp_path, tensors), model, NAMES)
+    found, _ = read_concept(written(tmp_path, tensors), model, NAMES, SITES)
     assert torch.allclose(found["conv"].delta().flatten(1), product(tensors, stem), atol=1e-5)
 
 
 def test_a_dora_keeps_its_norms(model: nn.Module, tmp_path: Path) -> None:
     stem = "diffusion_model.block.qkv"
     tensors = lora(stem, 12, 6) | {f"{stem}.lora_magnitude_vector": torch.rand(12) + 0.5}
-    found, _ = read_concept(written(tmp_path, tensors), model, NAMES)
+    found, _ = read_concept(written(tmp_path, tensors), model, NAMES, SITES)
     assert isinstance(found["block.qkv"].transform, Rescaling)
     part = "transformer.blocks.0.attn.to_q"
     tensors = lora(part, 4, 6) | {f"{part}.lora_magnitude_vector": torch.rand(4) + 0.5}
     with pytest.raises(LoraError, match=r"of a part of block\.qkv"):
-        read_concept(written(tmp_path, tensors), model, NAMES)
+        read_concept(written(tmp_path, tensors), model, NAMES, SITES)
 
 
 def test_what_is_for_text_encoders_is_read_apart(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_what_is_for_text_encoders_is_read_apart(tmp_path: Path) -> None:
 def test_what_is_left_out_is_said(model: nn.Module, tmp_path: Path) -> None:
     tensors = lora("lora_unet_block_qkv", 12, 6) | lora("lora_te_text_model_encoder_layers_0_mlp_fc1", 8, 4)
     tensors |= lora("lora_unet_elsewhere", 8, 4)
-    found, notes = read_concept(written(tmp_path, tensors), model, NAMES)
+    found, notes = read_concept(written(tmp_path, tensors), model, NAMES, SITES)
     assert [*found] == ["block.qkv"]
     assert notes[0].startswith("2 keys fit no layer and are left out: lora_unet_elsewhere")
 
@@ -106,20 +108,21 @@ def test_what_is_left_out_is_said(model: nn.Module, tmp_path: Path) -> None:
     ("tensors", "said"),
     [
         (lora("lora_unet_elsewhere", 8, 4), "fits this model in 0 of its 1 layers"),
-        (lora("lora_unet_block_qkv", 12, 7), "block.qkv has 6"),
+        (lora("lora_unet_block_qkv", 12, 7), "a side of 7, the model's layer has 6"),
         (lora("transformer.blocks.0.attn.to_q", 5, 6), "a side of 5"),
         (lora("lora_unet_block_qkv", 12, 6) | lora("transformer.blocks.0.attn.to_q", 4, 6), "more than one LoRA"),
     ],
 )
 def test_what_does_not_fit_is_refused(model: nn.Module, tmp_path: Path, tensors: dict, said: str) -> None:
     with pytest.raises(LoraError, match=re.escape(said)):
-        read_concept(written(tmp_path, tensors), model, NAMES)
+        read_concept(written(tmp_path, tensors), model, NAMES, SITES)
 
 
-def test_reading_files_loads_nothing_of_diffusers() -> None:
-    """ComfyUI does not need it, and it takes seconds."""
-    modules = "concepts, families, files, tokens, words"
+def test_the_nodes_need_no_package_that_comfyui_does_not_need() -> None:
+    """They are installed without a change of its environment; and diffusers takes seconds to load."""
+    modules = "composition, concepts, families, files, memory, steering, tokens, words"
     program = f"import sys; from lora_compose.compose.comfyui import {modules}; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in ran.stdout.split()}
-    assert {"torch", "diffusers", "peft", "transformers"} & loaded == {"torch"}
+    others = {"accelerate", "compel", "cv2", "diffusers", "huggingface_hub", "jinja2", "peft", "rich", "typer"}
+    assert {"torch", "transformers", *others} & loaded == {"torch"}

@@ -14,7 +14,7 @@ from lora_compose.pipelines.scene.division import divided, nearest, strips
 from lora_compose.pipelines.scene.scene import Concept
 
 pytestmark = pytest.mark.comfyui
-FAMILIES = ("sd", "sdxl", "flux", "flux2", "z_image", "qwen_image", "chroma", "anima")
+FAMILIES = ("sd", "sdxl", "flux", "flux2", "z_image", "qwen_image", "chroma", "krea2", "anima")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def composition(core: ModuleType, patcher: Any, folder: Path, method: str) -> Co
     if method == "words in regions":
         return Composition(loras, weights, [masks(core)[0], None], words(core), False, False)
     if method == "tara":
-        return Composition(loras, weights, [None, None], words(core), False, True)
+        return Composition(loras, weights, [None, None], words(core), False, True, tokens=core.TOKENS)
     return Composition(loras, weights, [None, None], torch.ones(1, 2), True, True)
 
 
@@ -76,7 +76,6 @@ def compared(
     plan: Composition,
     negative: list,
     before: Any = None,
-    positive: Any = None,
     images: Any = None,
     **options: Any,
 ) -> float:
@@ -88,7 +87,7 @@ def compared(
     from lora_compose.compose.comfyui.host import compose, marked
 
     patcher = patcher if before is None else before(patcher)
-    positive = positive or core.text(1)
+    positive = core.text(1)
     base = core.drawn(patcher, positive, negative, **options)
     found = core.drawn(compose(patcher, plan), marked(positive, plan), negative, **options)
     assert left(patcher) == 0 or before is not None
@@ -108,47 +107,34 @@ def test_every_method_equals_dense_deltas(core: ModuleType, patcher: Any, tmp_pa
     assert compared(core, patcher, plan, core.text(2)) < 1e-5
 
 
-def skip_one_text(patcher: Any) -> None:
-    """Of Anima, where the composition is refused before."""
-    if hasattr(patcher.model.diffusion_model, "llm_adapter"):
-        pytest.skip("an adapter makes one text of all")
-
-
-def texts_of_regions(core: ModuleType, patcher: Any, folder: Path, *, isolate: bool) -> tuple[Composition, list]:
-    """Two regions that overlap, with texts of 6 and 10 tokens, a style that acts everywhere, and the conditioning."""
-    skip_one_text(patcher)
-    lengths, own = (8, 6, 10), torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+def texts_of_regions(core: ModuleType, patcher: Any, folder: Path, *, isolate: bool) -> Composition:
+    """Two regions that overlap, with texts of 6 and 10 tokens, and a style that acts everywhere."""
+    own = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     loras = [core.read(patcher, core.tensors_of(patcher, seed), folder) for seed in (1, 2, 3)]
-    words = own.repeat_interleave(torch.tensor(lengths), dim=0)
-    plan = Composition(
-        loras,
-        torch.tensor([1.0, 0.8, 0.4]),
-        [*masks(core), None],
-        words,
-        lengths=lengths,
-        owners=(0, 1),
-        isolate=isolate,
-    )
-    return plan, core.text(1, sum(lengths))
+    weights, texts = torch.tensor([1.0, 0.8, 0.4]), [core.text(10 + n, tokens) for n, tokens in enumerate((8, 6, 10))]
+    regions = [*masks(core), None]
+    return Composition(loras, weights, regions, own, texts=texts, owners=(0, 1), isolate=isolate)
 
 
 @pytest.mark.parametrize("isolate", [False, True])
 def test_regions_read_texts_of_their_own(core: ModuleType, patcher: Any, tmp_path: Path, isolate: bool) -> None:
     """On UNets the negative text is repeated; here to the length of ours."""
-    plan, positive = texts_of_regions(core, patcher, tmp_path, isolate=isolate)
-    assert compared(core, patcher, plan, core.text(2), positive=positive) < 1e-5
+    plan = texts_of_regions(core, patcher, tmp_path, isolate=isolate)
+    assert compared(core, patcher, plan, core.text(2)) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{"cfg": 1.0, "grid": (13, 17)}, {"batch": 2, "tokens": 36}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"cfg": 1.0, "grid": (13, 17)}, {"batch": 2, "tokens": 36}, {"tokens": 23}], ids=str
+)
 def test_texts_of_regions_in_other_batches(core: ModuleType, patcher: Any, tmp_path: Path, options: dict) -> None:
-    plan, positive = texts_of_regions(core, patcher, tmp_path, isolate=False)
-    negative = core.text(2, options.pop("tokens", 24))
-    assert compared(core, patcher, plan, negative, positive=positive, **options) < 1e-5
+    """A negative text of 36 tokens is in one pass with ours on UNets, one of 23 nowhere."""
+    plan = texts_of_regions(core, patcher, tmp_path, isolate=False)
+    negative = core.text(2, options.get("tokens", 24))
+    options = {name: value for name, value in options.items() if name != "tokens"}
+    assert compared(core, patcher, plan, negative, **options) < 1e-5
 
 
-def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = False) -> tuple[Composition, list]:
-    if own_texts:
-        skip_one_text(patcher)
+def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = False) -> Composition:
     plan = composition(core, patcher, folder, "merge")
     plain = torch.zeros(core.TOKENS, 2)
     plain[1, 0] = plain[4, 1] = plain[5, 1] = 1
@@ -156,10 +142,9 @@ def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = 
     draft = Draft(core.text(6), plain / plain.sum(dim=0), subjects, own_texts)
     options: dict[str, Any] = {"text_of_others": False, "image_of_others": False, "draft": draft}
     if own_texts:
-        own = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat_interleave(core.TOKENS, dim=0)
-        options |= {"words": own, "lengths": [core.TOKENS] * 3, "owners": (0, 1)}
-        return replace(plan, **options), core.text(1, 3 * core.TOKENS)
-    return replace(plan, phrases=None if core.is_joint(patcher) else words(core), **options), core.text(1)
+        own, texts = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), [core.text(10 + n) for n in range(3)]
+        return replace(plan, words=own, texts=texts, owners=(0, 1), **options)
+    return replace(plan, phrases=None if core.is_joint(patcher) else words(core), **options)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +157,7 @@ def test_a_draft_finds_the_regions_and_the_sampler_starts_again(
 ) -> None:
     """Of 9 steps, 2 are drafted."""
     options, own = {**options, "steps": 9}, options.get("own_texts", False)
-    plan, positive = drafting(core, patcher, tmp_path, own_texts=own)
+    plan = drafting(core, patcher, tmp_path, own_texts=own)
     options.pop("own_texts", None)
     negative = core.text(2, options.pop("negative", core.TOKENS))
     assert plan.draft is not None
@@ -180,7 +165,7 @@ def test_a_draft_finds_the_regions_and_the_sampler_starts_again(
     free, divide = [torch.zeros(options.get("grid", core.GRID))] * 2, strips if own else nearest
     images = [divided(one, [*plan.draft.subjects.values()], free, divide, 0.3) for one in maps]
     assert all(mask.any() for image in images for mask in image)
-    assert compared(core, patcher, plan, negative, positive=positive, images=images, **options) < 1e-5
+    assert compared(core, patcher, plan, negative, images=images, **options) < 1e-5
 
 
 @pytest.mark.parametrize("options", [{"cfg": 1.0}, {"batch": 2, "sampler": "dpmpp_2m"}, {"grid": (13, 17)}], ids=str)
@@ -308,7 +293,7 @@ def test_weights_that_are_stored_in_less(core: ModuleType, tmp_path: Path, dtype
         assert compared(core, patcher, plan, core.text(2)) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["flux", "z_image"])
+@pytest.mark.parametrize("family", ["flux", "z_image", "krea2"])
 def test_layers_that_are_quantised_by_comfyui(core: ModuleType, tmp_path: Path, family: str) -> None:
     """They are no `Linear` of PyTorch; on the CPU they are dequantised for each product."""
     import comfy.ops  # pyright: ignore[reportMissingImports]
@@ -538,6 +523,22 @@ def test_words_are_found_in_a_chat_template(core: ModuleType) -> None:
         assert clip.tokenizer.qwen3_4b.tokenizer.decode([numbers[i] for i in positions]) == f" {words}"
 
 
+def test_words_are_found_behind_a_template_that_is_cut_off_and_has_them_too(core: ModuleType) -> None:
+    """In front of the text of Krea 2 there are "color" and "objects"."""
+    krea2 = pytest.importorskip("comfy.text_encoders.krea2")
+    from lora_compose.compose.comfyui.tokens import find_tokens
+
+    clip = Text(core.WIDTH)
+    clip.tokenizer = krea2.Krea2Tokenizer()
+    every = clip.tokenize("the color of two objects")["qwen3vl_4b"][0]
+    start = max(i for i, (token, *_) in enumerate(every) if token == 872) + 2  # "user" and a line break
+    decode = clip.tokenizer.qwen3vl_4b.tokenizer.decode
+    for words in ("color", "two objects"):
+        positions, tokens = find_tokens(clip, "the color of two objects", words, len(every) - start)
+        assert tokens == len(every) - start
+        assert decode([every[start + i][0] for i in positions]) == f" {words}"
+
+
 def test_the_nodes_run_from_files_to_an_image(
     core: ModuleType, models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -596,12 +597,12 @@ def test_nodes_that_replace_attention_are_refused_beside_a_draft(
     from lora_compose.compose.comfyui.host import compose, marked
 
     patcher = models["sd"]
-    plan, positive = drafting(core, patcher, tmp_path)
+    plan, positive = drafting(core, patcher, tmp_path), core.text(1)
     host = compose(patcher, plan)
     host.set_model_attn2_replace(lambda n, k, v, options: n, "middle", 0)
     with pytest.raises(ValueError, match="another node replaces attention"):
         core.drawn(host, marked(positive, plan), core.text(2))
-    plan, positive = drafting(core, patcher, tmp_path, own_texts=True)
+    plan = drafting(core, patcher, tmp_path, own_texts=True)
     with pytest.raises(ValueError, match="set batch_size to 1"):
         core.drawn(compose(patcher, plan), marked(positive, plan), core.text(2), batch=2)
     assert left(patcher) == 0
