@@ -1,5 +1,6 @@
 """Training from a folder to a file: what is written, interrupted, resumed and refused."""
 
+import io
 import json
 import logging
 import multiprocessing
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -475,9 +477,11 @@ def test_what_changes_no_result_may_change(begin: Callable[..., Training], tmp_p
 
 
 def _flipped(data: bytes) -> bytes:
-    """Another number in the tensor that is in the middle of the file."""
+    """Another number in the largest tensor of the file."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        tensor = archive.read(max(archive.infolist(), key=lambda entry: entry.file_size))
     flipped = bytearray(data)
-    flipped[len(data) // 2] ^= 1
+    flipped[data.index(tensor) + len(tensor) // 2] ^= 1
     return bytes(flipped)
 
 
