@@ -44,7 +44,7 @@ def ideogram4_pipeline(cls: Any = ComposeIdeogram4Pipeline, **changes: Any) -> A
 
 
 PADDING = TOKENS - 23
-"""Of the prompt of tests; diffusers has it before the prompt."""
+"""Padding tokens of the tests' prompt; diffusers puts them before the text."""
 
 
 def gate(name: str, x: Tensor, places: Places) -> Tensor:

@@ -23,7 +23,7 @@ from transformer_families import Places
 diffusers_own.VAE_IMAGE_SIZE, diffusers_own.CONDITION_IMAGE_SIZE = 80 * 80, 56 * 56
 NAVY, ORANGE = Image.new("RGB", (64, 100), "navy"), Image.new("RGB", (80, 64), "orange")
 REFERENCE_TOKENS = 4 * 6 + 6 * 4
-"""Of the two images above, at that size."""
+"""Tokens of the two reference images above, at that size."""
 WORDS = (
     "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
     "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "

@@ -39,7 +39,7 @@ class Moments:
 
     @classmethod
     def first(cls, alone: Tensor) -> "Moments":
-        """Those of the first round."""
+        """Moments of the first round, in which there is no merged model yet: all are of each LoRA alone."""
         return cls(alone, alone, alone)
 
 

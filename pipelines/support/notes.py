@@ -50,7 +50,7 @@ def warn_first(about: Hashable, message: Callable[[], str]) -> None:
 
 @lru_cache(maxsize=1024)
 def news_of(_about: Hashable) -> list[bool]:
-    """Something in it as long as nobody was warned about this."""
+    """A list with one entry until the warning about a subject was logged, empty afterwards."""
     return [True]
 
 
