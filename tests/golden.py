@@ -1,6 +1,7 @@
 """What a golden run is: a family of small pipelines, a method, and the arguments of a call."""
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -58,12 +59,9 @@ class Golden:
         made = {name: value(pipe) if callable(value) else value for name, value in self.arguments.items()}
         concepts = [Concept(name=name, **fields) for name, fields in self.fields.items()]
         method = make_method(self.method, self.settings) if self.method else None
-        before = pipe.scheduler
-        pipe.scheduler = self.scheduler.from_config(before.config) if self.scheduler else before
-        try:
-            return pipe(**{**given, "concepts": concepts, "method": method, **made}).images
-        finally:
-            pipe.scheduler = before
+        if self.scheduler:
+            pipe.scheduler = self.scheduler.from_config(pipe.scheduler.config)
+        return pipe(**{**given, "concepts": concepts, "method": method, **made}).images
 
 
 def boxed(**more: Any) -> dict[str, dict[str, Any]]:
@@ -106,11 +104,17 @@ def transformer(family: str) -> Any:
     return pipe
 
 
+def copies(make: Callable[[], Any]) -> Callable[[], Any]:
+    """A pipeline made once, of which every caller has a shallow copy: a scheduler set by one test stays in that test."""
+    made = cache(make)
+    return lambda: copy(made())
+
+
 PIPELINES: Mapping[str, Callable[[], Any]] = {
-    "sd": cache(lambda: small("sd")),
-    "sdxl": cache(lambda: small("sdxl")),
-    "playground": cache(playground),
-    **{name: cache(partial(transformer, name)) for name in TRANSFORMERS},
+    "sd": copies(lambda: small("sd")),
+    "sdxl": copies(lambda: small("sdxl")),
+    "playground": copies(playground),
+    **{name: copies(partial(transformer, name)) for name in TRANSFORMERS},
 }
 
 
