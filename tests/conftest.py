@@ -23,7 +23,7 @@ from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
-from lora_compose.pipelines.support.notes import log_once, news_of
+from lora_compose.pipelines.support.notes import logged
 from recipe.first import world
 
 # HYPOTHESIS_PROFILE=thorough tries thousands of examples.
@@ -99,8 +99,7 @@ def plain_pipe(family: str) -> Any:
 @pytest.fixture(autouse=True)
 def _messages_are_new() -> None:
     """A warning that is logged once per process may have been logged by another test."""
-    log_once.cache_clear()
-    news_of.cache_clear()
+    logged.clear()
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,11 @@ import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 
 logger = logging.getLogger(__name__)
+
+MOST_LOGGED = 1024
+logged: set[Hashable] = set()  # what warnings of this process were about
 
 _kept: ContextVar[list[str] | None] = ContextVar("warnings of a plan", default=None)
 
@@ -33,28 +35,15 @@ def warn(message: str) -> None:
 
 def warn_once(message: str) -> None:
     """Warns in the first call of a process."""
-    if _kept.get() is None:
-        log_once(message)
-    else:
-        warn(message)
+    warn_first(message, lambda: message)
 
 
 def warn_first(about: Hashable, message: Callable[[], str]) -> None:
     """Warns in the first call of a process that is about this; later calls do not even make the message."""
     if _kept.get() is not None:
         warn(message())
-    elif news := news_of(about):
-        news.clear()
+    elif about not in logged:
+        if len(logged) == MOST_LOGGED:
+            logged.clear()  # bounded in a server that runs for months; some warnings come again
+        logged.add(about)
         logger.warning("%s", message())
-
-
-@lru_cache(maxsize=1024)
-def news_of(_about: Hashable) -> list[bool]:
-    """A list with one entry until the warning about a subject was logged, empty afterwards."""
-    return [True]
-
-
-@lru_cache(maxsize=1024)
-def log_once(message: str) -> None:
-    """Logs a warning once per process."""
-    logger.warning("%s", message)

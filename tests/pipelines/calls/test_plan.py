@@ -11,7 +11,7 @@ from golden import BOXES, PIPELINES, PROMPT, TRANSFORMERS
 from lora_compose import Concept
 from lora_compose.attention import Claim
 from lora_compose.pipelines.formats.models import models_of
-from lora_compose.pipelines.support.notes import log_once
+from lora_compose.pipelines.support.notes import logged
 from transformer_families import TOKENS
 
 UNETS = ("sd", "sdxl")
@@ -34,7 +34,7 @@ def state(pipe: Any) -> tuple:
     versions = [(id(one), one._version) for model in models_of(pipe) for one in model.parameters()]
     attributes = {name: id(value) for name, value in vars(pipe).items()}
     scheduler = {name: id(value) for name, value in vars(pipe.scheduler).items()}
-    return attributes, scheduler, modules, versions, log_once.cache_info().currsize, dict(pipe.concepts)
+    return attributes, scheduler, modules, versions, len(logged), dict(pipe.concepts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +42,7 @@ def test_a_plan_says_what_the_call_will_do_and_changes_nothing(family, caplog):
     pipe = PIPELINES[family]()
     given = arguments(family, "tara")
     pipe(**given, output_type="latent")  # what calls keep is there
-    log_once.cache_clear()
+    logged.clear()
     caplog.clear()
     before = state(pipe)
     plan = pipe.plan(**given)
