@@ -42,7 +42,9 @@ def compose(patcher: Any, composition: Composition) -> Any:
         ValueError: If the model has one already, or is of a family that is not supported.
     """
     if patcher.get_attachment(KEY) is not None:
-        raise ValueError("this model has concepts already; chain all concepts, and connect them to one Compose")
+        raise ValueError(
+            "this model has concepts already; connect that of your checkpoint, and all concepts as one chain"
+        )
     family_of(patcher.model.diffusion_model)
     factors = Factors(patcher.offload_device)
     size = bytes_of(composition.loras, _dtype(patcher.model))
