@@ -85,7 +85,7 @@ def shoot(page: Page, ask: Ask, example: str, out: Path) -> None:
     assert last["status"]["status_str"] == "success", last["status"]
     page.set_viewport_size({"width": WIDTH, "height": max(700, 220 + page.evaluate(SHOW, WIDTH))})
     page.evaluate(SHOW, WIDTH)
-    page.wait_for_timeout(5_000)
+    page.wait_for_timeout(10_000)  # until it no longer tells that the job is done
     page.screenshot(path=out)
 
 

@@ -84,3 +84,17 @@ def test_comfyui_loads_the_nodes_of_a_clone() -> None:
     nodes = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
     assert len(nodes) == 7
     assert {node.GET_SCHEMA().category for node in nodes} == {"lora-compose"}
+
+
+@pytest.mark.comfyui
+def test_comfyui_reads_the_same_fields(settings: dict[str, Any]) -> None:
+    from comfy_config.config_parser import extract_node_configuration  # pyright: ignore[reportMissingImports]
+
+    import comfy_models  # noqa: F401  # puts ComfyUI on the path
+
+    found, project = extract_node_configuration(str(ROOT)), settings["project"]
+    assert (found.project.name, found.project.version) == (project["name"], project["version"])
+    assert found.project.license.text == project["license"]
+    assert found.project.supported_os == ["OS Independent"]
+    assert found.project.supported_comfyui_version == settings["tool"]["comfy"]["requires-comfyui"]
+    assert found.tool_comfy.display_name == settings["tool"]["comfy"]["DisplayName"]
