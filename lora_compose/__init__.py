@@ -1,8 +1,8 @@
 """lora-compose: several concept LoRAs in one image, every one with its own identity.
 
 Everything is imported under this one name, so that it gets along with projects that have a `pipelines` or `attention`
-of their own. In a clone the three folders stand at its top, and this package links to them. Where git makes text files
-of links, as on Windows, it looks for the folders at the top itself.
+of their own. In a clone the three folders stand at its top, and this package links to them. Where git has made text
+files of the links, as on Windows, or ComfyUI's registry empty folders, it looks for the folders at the top itself.
 
 Names are imported when they are first used: torch, diffusers and transformers take seconds, and `lora-compose --help`
 needs none of them.
@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if not (Path(__file__).parent / "compose").is_dir():
+if not (Path(__file__).parent / "compose/__init__.py").is_file():
     __path__.append(str(Path(__file__).resolve().parents[1]))
 
 from lora_compose.compose.support.version import __version__

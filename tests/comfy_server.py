@@ -55,7 +55,7 @@ def serving(root: Path) -> Iterator[tuple[str, Ask]]:
     with (root / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=root, stdout=log, stderr=subprocess.STDOUT)
         try:
-            end = time.monotonic() + 300
+            end = time.monotonic() + 900
             while True:
                 assert server.poll() is None, (root / "log").read_text()[-3000:]
                 try:

@@ -82,7 +82,7 @@ class Clip:
 
 
 class Vae:
-    """The decoder of latents."""
+    """Images and latents."""
 
     def __init__(self) -> None:
         self.vae: Any = AutoencoderKL.from_pretrained(WORLD / "vae", torch_dtype=torch.float32)
@@ -90,6 +90,10 @@ class Vae:
     def decode(self, latents: Tensor) -> Tensor:
         """Images with values in 0..1. Shape: [images, height, width, 3]."""
         return (self.vae.decode(latents.float()).sample / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents. Shape of the images: [images, height, width, 3], in 0..1."""
+        return self.vae.encode(images.movedim(-1, 1) * 2 - 1).latent_dist.mode()
 
 
 class SmallWorldNode(io.ComfyNode):

@@ -23,7 +23,8 @@ from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import save_image
 from lora_compose.compose.generate.demo import GUIDANCE, THREADS
 from lora_compose.compose.generate.machine import threads
-from lora_compose.compose.lora.merging import Given, match_files, merge_files
+from lora_compose.compose.lora.matching import match_files
+from lora_compose.compose.lora.merging import Given, merge_files
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.concepts.loading import read_lora

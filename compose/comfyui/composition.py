@@ -60,6 +60,26 @@ class Draft:
 
 
 @dataclass(frozen=True, eq=False)
+class Found:
+    """What a draft has found. Shape of both: [images, concepts, height, width].
+
+    Attributes:
+        maps: Attention to each concept; 0 for those that it has not looked for.
+        cells: How much of each cell is in the region of each concept.
+    """
+
+    maps: Tensor
+    cells: Tensor
+
+    @classmethod
+    def of(cls, draft: Draft, maps: Tensor, images: Sequence[Sequence[Region | None]], grid: Grid) -> "Found":
+        """What `Draft.divide` has made of maps [images, subjects, height, width]: the regions of each image."""
+        every = maps.new_zeros(len(maps), len(images[0]), *maps.shape[2:])
+        every[:, [*draft.subjects]] = maps
+        return cls(every, torch.stack([torch.stack([on_grid(one, grid) for one in regions]) for regions in images]))
+
+
+@dataclass(frozen=True, eq=False)
 class Composition:
     """Concepts that act together.
 

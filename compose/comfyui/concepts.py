@@ -120,6 +120,24 @@ def with_boxes(concepts: Sequence[Concept], boxes: Sequence[Box | None]) -> Sequ
     return tuple(replace(concept, region=box) for concept, box in zip(concepts, boxes, strict=True))
 
 
+def with_masks(concepts: Sequence[Concept], masks: Tensor) -> Sequence[Concept]:
+    """Concepts in which subjects have masks as their regions, in the order of all concepts.
+
+    Args:
+        masks: Shape: [concepts, height, width].
+
+    Raises:
+        ValueError: If there are not as many.
+    """
+    if len(masks) != len(concepts):
+        raise ValueError(f"there are {len(masks)} masks for {len(concepts)} concepts; connect one for each")
+    subjects = subjects_of(concepts)
+    return [
+        replace(one, region=mask) if i in subjects else one
+        for i, (one, mask) in enumerate(zip(concepts, masks.detach().float().cpu(), strict=True))
+    ]
+
+
 def drawn(concepts: Sequence[Concept]) -> Tensor:
     """Boxes as masks; those of concepts without one are white. Shape: [concepts, height, width]."""
     size = (_SIDE, _SIDE)
@@ -202,7 +220,7 @@ def _regional(
 def _draft(
     plan: Composition, concepts: Sequence[Concept], clip: Any, encode: Encode, text: str, texts: str, joint: bool
 ) -> tuple[Composition, Conditioning]:
-    subjects = {i: one.in_scene for i, one in enumerate(concepts) if one.phrase or one.prompt or one.region is not None}
+    subjects = subjects_of(concepts)
     styles = [i for i in range(len(concepts)) if i not in subjects]
     if len(subjects) < 2:
         raise ValueError("draft divides the image between subjects: give two or more a trigger and a class word")
@@ -234,6 +252,21 @@ def _draft(
     return replace(plan, draft=Draft(of_draft, words, subjects, by_regions)), conditioning
 
 
+def subjects_of(concepts: Sequence[Concept]) -> Mapping[int, SceneConcept]:
+    """The concepts that are no styles, as our pipelines know them, with the index of each."""
+    return {i: one.in_scene for i, one in enumerate(concepts) if one.phrase or one.prompt or one.region is not None}
+
+
+def texts_about(concepts: Sequence[Concept], text: str) -> Sequence[str]:
+    """A text about each of some subjects. Raises ValueError if none can be made."""
+    if unnamed := _unnamed(concepts, text):
+        raise ValueError(
+            f"no text can be made about {', '.join(unnamed)}: write its trigger in the text, or give it a prompt"
+        )
+    mine = [one.in_scene for one in concepts]
+    return [about(one, text, mine) for one in mine]
+
+
 def _with_texts(
     plan: Composition,
     concepts: Sequence[Concept],
@@ -244,17 +277,13 @@ def _with_texts(
     joint: bool,
 ) -> tuple[Composition, Conditioning]:
     """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
-    mine = [concepts[i].in_scene for i in owners]
-    if unnamed := _unnamed([concepts[i] for i in owners], text):
-        raise ValueError(
-            f"no text can be made about {', '.join(unnamed)}: write its trigger in the text, or give it a prompt"
-        )
+    mine, texts = [concepts[i].in_scene for i in owners], texts_about([concepts[i] for i in owners], text)
     plain, bare = without_triggers(text, mine), surroundings(text, mine)
     # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
     kept = all(find_words(concepts[i].trigger, bare) for i in styles if concepts[i].trigger)
     first = bare if kept and not joint else plain
     every = [_once(encode, first, styles)]
-    every += [_once(encode, about(one, text, mine), [*styles, i]) for i, one in zip(owners, mine, strict=True)]
+    every += [_once(encode, own, [*styles, i]) for i, own in zip(owners, texts, strict=True)]
     everywhere = torch.tensor([float(i in styles) for i in range(len(concepts))])
     words = torch.stack([everywhere, *(everywhere + torch.eye(len(everywhere))[list(owners)])])
     whole = every[0] if first == plain else _once(encode, plain, styles)  # also what describes the image as a whole

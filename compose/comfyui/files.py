@@ -46,7 +46,7 @@ class _Place:
 
 
 def read_concept(
-    path: Path, model: nn.Module, names: Mapping[str, Target], sites: Collection[str]
+    path: Path, model: nn.Module, names: Mapping[str, Target], sites: Collection[str], *, products: bool = True
 ) -> tuple[Lora, Sequence[str]]:
     """The factors of a file for a model, and notes about what is left out.
 
@@ -55,6 +55,7 @@ def read_concept(
         model: ComfyUI's `diffusion_model`.
         names: What ComfyUI calls each layer in files (`comfy.lora.model_lora_keys_unet`).
         sites: Layers that concepts can act in; not e.g. those that read reference images.
+        products: Whether a LoKr of a whole layer may stay a Kronecker product, which is exact.
 
     Raises:
         LoraError: If the file cannot be read, is for another model, or has a change that cannot act in this one.
@@ -78,7 +79,7 @@ def read_concept(
         )
     for name, parts in mine.items():
         try:
-            lora[name], lost = _together(name, parts, model, alphas)
+            lora[name], lost = _together(name, parts, model, alphas, products)
         except LoraError:
             raise
         except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
@@ -110,11 +111,11 @@ def _places(names: Mapping[str, Target], sites: Collection[str]) -> Mapping[str,
 
 
 def _together(
-    name: str, parts: Sequence[tuple[Layer, _Place]], model: nn.Module, alphas: Alphas
+    name: str, parts: Sequence[tuple[Layer, _Place]], model: nn.Module, alphas: Alphas, products: bool
 ) -> tuple[LoraFactors, int]:
     """The changes of a layer's parts side by side, and how many have lost rank."""
     starts = {place.rows.start if place.rows else 0 for _, place in parts}
-    made = [_factors(layer, place, model, alphas) for layer, place in parts]
+    made = [_factors(layer, place, model, alphas, products) for layer, place in parts]
     factors, lost = made[0].factors, sum(one.lost > 0 for one in made)
     if len(made) > 1:
         if len(starts) < len(made) or any(one.factors.left is not None or one.factors.transform for one in made):
@@ -125,7 +126,7 @@ def _together(
     return factors, lost
 
 
-def _factors(layer: Layer, place: _Place, model: nn.Module, alphas: Alphas) -> Change:
+def _factors(layer: Layer, place: _Place, model: nn.Module, alphas: Alphas, products: bool) -> Change:
     """The change of a layer, or of some of its outputs, as one of the whole layer."""
     if layer.refused:
         raise ValueError(f"{layer.module} is {layer.refused}")
@@ -136,7 +137,7 @@ def _factors(layer: Layer, place: _Place, model: nn.Module, alphas: Alphas) -> C
         if found not in (None, side):
             raise ValueError(f"the change of {layer.module} has a side of {found}, the model's layer has {side}")
     module, settings = model.get_submodule(name), alphas.settings(layer)
-    products, scale = whole and is_linear(module), alphas.scale(layer.module, layer)
+    products, scale = products and whole and is_linear(module), alphas.scale(layer.module, layer)
     made = layer.kind.load(layer.parts, scale, MAX_RANK, products=products, settings=settings)
     transform = made.factors.transform
     if transform is not None and not whole:

@@ -21,7 +21,7 @@ from lora_compose.attention import Grid, Installation, KeptBanks, Recorder, grid
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.joint_regions import row_index
 from lora_compose.attention.swapped_forward import SwappedForward
-from lora_compose.compose.comfyui.composition import Acting, Composition, Conditioning, Draft, over
+from lora_compose.compose.comfyui.composition import Acting, Composition, Conditioning, Draft, Found, over
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.memory import Brought, CountedBank, Factors, bytes_of
 from lora_compose.compose.comfyui.steering import EachTextFromItsStart, SteeredAttention, Steering
@@ -41,18 +41,54 @@ def compose(patcher: Any, composition: Composition) -> Any:
     Raises:
         ValueError: If the model has one already, or is of a family that is not supported.
     """
-    if patcher.wrappers.get(core.WrappersMP.APPLY_MODEL, {}).get(KEY):
-        raise ValueError("this model has concepts already; chain all concepts, and connect them to one Compose")
+    if patcher.get_attachment(KEY) is not None:
+        raise ValueError(
+            "this model has concepts already; connect that of your checkpoint, and all concepts as one chain"
+        )
     family_of(patcher.model.diffusion_model)
     factors = Factors(patcher.offload_device)
     size = bytes_of(composition.loras, _dtype(patcher.model))
     counted = comfy.model_patcher.ModelPatcher(factors, patcher.load_device, patcher.offload_device, size)
-    clone, host = patcher.clone(), Host(composition, factors)
+    clone = _calling(patcher, Host(composition, factors))
     clone.set_additional_models(KEY, [counted])
-    clone.add_callback_with_key(core.CallbacksMP.ON_EJECT_MODEL, KEY, host.eject)
-    clone.add_callback_with_key(core.CallbacksMP.ON_INJECT_MODEL, KEY, host.inject)
-    clone.add_wrapper_with_key(core.WrappersMP.SAMPLER_SAMPLE, KEY, host.sample)
-    clone.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, KEY, host.apply_model)
+    return clone
+
+
+def draft_alone(patcher: Any, sample: Callable[[Any], Any]) -> Found:
+    """What `draft` finds in a sampling, which ends after the drafted steps.
+
+    Args:
+        patcher: A model of Compose.
+        sample: Samples with a model.
+
+    Raises:
+        ValueError: If nothing is drafted with the model.
+    """
+    host = patcher.get_attachment(KEY)
+    if host is None or host.composition.draft is None:
+        raise ValueError(
+            "nothing is drafted with this model; connect that of Compose, with method draft and a subject without box "
+            "and mask"
+        )
+    alone = Host(host.composition, host.factors, only_draft=True)
+    sample(_calling(patcher, alone))
+    if alone.found is None:
+        raise ValueError("there are no steps to draft; set steps to 1 or more")
+    return alone.found
+
+
+def _calling(patcher: Any, host: "Host") -> Any:
+    """A clone of a model with which ComfyUI calls a host, and no other one of ours."""
+    clone = patcher.clone()
+    clone.set_attachments(KEY, host)
+    callbacks = {core.CallbacksMP.ON_EJECT_MODEL: host.eject, core.CallbacksMP.ON_INJECT_MODEL: host.inject}
+    wrappers = {core.WrappersMP.SAMPLER_SAMPLE: host.sample, core.WrappersMP.APPLY_MODEL: host.apply_model}
+    for event, called in callbacks.items():
+        clone.remove_callbacks_with_key(event, KEY)
+        clone.add_callback_with_key(event, KEY, called)
+    for event, called in wrappers.items():
+        clone.remove_wrappers_with_key(event, KEY)
+        clone.add_wrapper_with_key(event, KEY, called)
     return clone
 
 
@@ -71,10 +107,15 @@ class Host:
     Args:
         composition: What acts where.
         factors: Its factors, which ComfyUI moves.
+        only_draft: Whether a sampling ends after its draft.
+
+    Attributes:
+        found: What the last draft has found.
     """
 
-    def __init__(self, composition: Composition, factors: Factors) -> None:
-        self.composition, self._factors = composition, factors
+    def __init__(self, composition: Composition, factors: Factors, *, only_draft: bool = False) -> None:
+        self.composition, self.factors, self._only_draft = composition, factors, only_draft
+        self.found: Found | None = None
         self._sampling: Sampling | None = None
 
     def sample(
@@ -85,7 +126,7 @@ class Host:
         plan, conditionings = self.composition, guider.conds
         ours = self._marked(conditionings)
         device = guider.model_patcher.load_device
-        sampling = self._sampling = Sampling(guider.inner_model, plan, self._factors, ours, noise, device)
+        sampling = self._sampling = Sampling(guider.inner_model, plan, self.factors, ours, noise, device)
         given = {"latent_image": latents, "denoise_mask": mask, "seed": extra.get("seed")}
         steps = len(sigmas) - 1  # sigmas are noise levels
         try:
@@ -94,7 +135,9 @@ class Host:
                 guider.conds = sampling.reading(conditionings, [plan.draft.conditioning], given)
                 first = sigmas[: 1 + max(1, math.ceil(round(LENGTH * steps, 6)))]
                 start = {**extra}, None, noise.clone(), latents, mask
-                sampling.draft(plan.draft, partial(executor, guider, first, *start, *further, **options))
+                self.found = sampling.draft(plan.draft, partial(executor, guider, first, *start, *further, **options))
+            if self._only_draft:
+                return noise
             guider.conds = sampling.reading(conditionings, plan.texts, given)
             return executor(guider, sigmas, extra, callback, noise, latents, mask, *further, **options)
         finally:
@@ -236,7 +279,7 @@ class Sampling:
 
         return {kind: [told(kind, one) for one in several or ()] for kind, several in conditionings.items()}
 
-    def draft(self, draft: Draft, sample: Callable[[], Any]) -> None:
+    def draft(self, draft: Draft, sample: Callable[[], Any]) -> Found:
         """Finds the regions in a few steps without subjects; the sampler starts again from the same noise afterwards.
 
         Args:
@@ -253,8 +296,10 @@ class Sampling:
         if not self._maps:
             raise ValueError("the conditioning of Compose is not used in the first steps, where draft needs it")
         self._plan, self._draft = whole, None
-        self._images = [draft.divide(maps, whole.regions, self._grid) for maps in torch.stack(self._maps).sum(dim=0)]
+        maps = torch.stack(self._maps).sum(dim=0)
+        self._images = [draft.divide(one, whole.regions, self._grid) for one in maps]
         self._inputs.clear()
+        return Found.of(draft, maps, self._images, self._grid)
 
     def run(self, uuids: Sequence[Any], x: Tensor, text: Tensor, execute: Callable[[], Tensor]) -> Tensor:
         """Runs a pass.

@@ -1,36 +1,40 @@
-"""The ComfyUI nodes (V3 schema): Concept, Boxes and Compose. Labels and tooltips are those of the Streamlit page."""
+"""The ComfyUI nodes (V3 schema) that make images. Labels and tooltips are those of the Streamlit page."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import comfy.lora  # pyright: ignore[reportMissingImports]
-import comfy.sd  # pyright: ignore[reportMissingImports]
+import comfy.samplers  # pyright: ignore[reportMissingImports]
 import folder_paths  # pyright: ignore[reportMissingImports]
-from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
+import nodes as core  # ComfyUI's, which it has loaded under this name
+from comfy_api.latest import ComfyExtension, io, ui  # pyright: ignore[reportMissingImports]
+from torch import Tensor
 
-from lora_compose.compose.comfyui.concepts import Concept, boxes_of, composition_of, drawn, with_boxes
-from lora_compose.compose.comfyui.families import family_of
-from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
-from lora_compose.compose.comfyui.host import compose, marked
+from lora_compose.compose.comfyui.composing import composed
+from lora_compose.compose.comfyui.concepts import Concept, boxes_of, drawn, with_boxes, with_masks
+from lora_compose.compose.comfyui.file_nodes import CATEGORY, Concepts, InspectNode, MergeNode
+from lora_compose.compose.comfyui.host import draft_alone
+from lora_compose.compose.comfyui.refining import refined
+from lora_compose.compose.comfyui.showing import previewed
 from lora_compose.compose.comfyui.words import (
     BOX,
     BOXES,
     CLASS_WORD,
     CONCEPT,
+    DENOISE,
+    DRAFT_PREVIEW,
     MASK,
     METHODS,
     PROMPT,
+    REFINE,
+    REFINED_MASKS,
+    REFINED_SIZE,
+    REFINED_TEXT,
     TEXT,
     TEXTS,
     TRIGGER,
     WEIGHT,
 )
-
-logger = logging.getLogger("lora_compose")
-Concepts = io.Custom("LORA_COMPOSE_CONCEPTS")
-CATEGORY = "lora-compose"
 
 
 class ConceptNode(io.ComfyNode):
@@ -128,35 +132,98 @@ class ComposeNode(io.ComfyNode):
         cls, model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
     ) -> Any:
         """Reads the files, finds the words, and encodes the texts."""
-        network = model.model.diffusion_model
-        family, loras = family_of(network), []
-        names = comfy.lora.model_lora_keys_unet(model.model, {})
-        for concept in concepts:
-            lora, notes = read_concept(concept.path, network, names, family.sites)
-            for note in notes:
-                logger.warning("%s: %s", concept.path.name, note)
-            loras.append(lora)
+        return io.NodeOutput(*composed(model, clip, concepts, text, method, texts))
 
-        parts, used = [read_text_encoders(concept.path) for concept in concepts], set()
 
-        def encode(text: str, which: Sequence[int]) -> Any:
-            encoder = clip
-            for i in which:
-                if parts[i] and concepts[i].weight:
-                    weight = concepts[i].weight
-                    encoder = comfy.sd.load_lora_for_models(None, encoder, {**parts[i]}, 0, weight)[1]
-                    used.add(i)
-            return encoder.encode_from_tokens_scheduled(encoder.tokenize(text))
+def sampled() -> list[Any]:
+    """The inputs of a KSampler that say how it samples."""
+    return [
+        io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True),
+        io.Int.Input("steps", default=20, min=1, max=10_000),
+        io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01),
+        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS),
+        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
+    ]
 
-        composition, conditioning = composition_of(
-            concepts, loras, clip, encode, text, method, texts, joint=family.joint is not None
+
+class DraftPreviewNode(io.ComfyNode):
+    """Where `draft` would let each concept act, for the price of the drafted steps."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        """What the node has."""
+        return io.Schema(
+            node_id="LoraComposeDraftPreview",
+            display_name="Draft preview",
+            category=CATEGORY,
+            description=DRAFT_PREVIEW,
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="That of Compose, with method draft."),
+                io.Conditioning.Input("positive", tooltip="That of the same Compose."),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent_image"),
+                *sampled(),
+            ],
+            outputs=[io.Image.Output(display_name="images"), io.Mask.Output(display_name="masks")],
         )
-        for i, part in enumerate(parts):
-            if part and i not in used:
-                logger.warning(
-                    "%s: its LoRA of text encoders is left out, since all read one text", concepts[i].path.name
-                )
-        return io.NodeOutput(compose(model, composition), marked(conditioning, composition))
+
+    @classmethod
+    def execute(cls, model: Any, positive: Any, negative: Any, latent_image: Any, **how: Any) -> Any:
+        """The division of the first image, and the map of each subject; and the regions of all concepts as masks."""
+        found = draft_alone(model, lambda clone: _sample(clone, positive, negative, latent_image, **how))
+        shown, masks = previewed(found)
+        return io.NodeOutput(shown, masks, ui=ui.PreviewImage(shown, cls=cls))
+
+
+class RefineNode(io.ComfyNode):
+    """Repaints the subjects of images."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        """What the node has."""
+        return io.Schema(
+            node_id="LoraComposeRefine",
+            display_name="Refine subject",
+            category=CATEGORY,
+            description=REFINE,
+            inputs=[
+                io.Image.Input("image"),
+                io.Model.Input("model", tooltip="That of your checkpoint, not that of Compose."),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                io.Conditioning.Input("negative"),
+                Concepts.Input("concepts"),
+                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip=REFINED_TEXT),
+                io.Int.Input("size", default=1024, min=64, max=4096, step=16, tooltip=REFINED_SIZE),
+                *sampled(),
+                io.Float.Input("denoise", default=0.5, min=0.01, max=1.0, step=0.01, tooltip=DENOISE),
+                io.Mask.Input("masks", optional=True, tooltip=REFINED_MASKS),
+            ],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, image: Tensor, model: Any, clip: Any, vae: Any, negative: Any, concepts: Sequence[Concept], text: str,
+        size: int, masks: Tensor | None = None, **how: Any,
+    ) -> Any:  # fmt: skip
+        """The images, with each subject repainted."""
+
+        def repaint(acting: Sequence[Concept], own: str, part: Tensor, mask: Tensor) -> Tensor:
+            clone, positive = composed(model, clip, acting, own, "merge")
+            latent = {"samples": vae.encode(part), "noise_mask": mask[None]}
+            made = vae.decode(_sample(clone, positive, negative, latent, **how))
+            return made.flatten(0, -4)  # VAEs of videos add a dimension of frames
+
+        placed = concepts if masks is None else with_masks(concepts, masks)
+        return io.NodeOutput(refined(image[..., :3], placed, text, size, repaint))
+
+
+def _sample(model: Any, positive: Any, negative: Any, latent: Any, **how: Any) -> Tensor:
+    """Latents, as KSampler makes them."""
+    run: Any = core.common_ksampler  # pyright: ignore[reportAttributeAccessIssue]  # to pyright it is this module
+    return run(model, positive=positive, negative=negative, latent=latent, **how)[0]["samples"]
 
 
 class Extension(ComfyExtension):
@@ -164,7 +231,7 @@ class Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type]:
         """All of them."""
-        return [ConceptNode, BoxesNode, ComposeNode]
+        return [ConceptNode, BoxesNode, ComposeNode, DraftPreviewNode, RefineNode, MergeNode, InspectNode]
 
 
 async def comfy_entrypoint() -> Extension:

@@ -8,6 +8,33 @@ METHODS = {
 }
 """The methods, with what they do."""
 
+MERGERS = {
+    "cat": "The exact sum: as with all of them loaded, in one file.",
+    "svd": "The same sum without ranks that add nothing.",
+    "dare": "DARE: half of the entries go, the rest is doubled.",
+    "tsv": "TSV: what LoRAs share acts once. For versions of one subject.",
+    "lego": "LoRA-LEGO: ranks that are alike become one.",
+    "np": "NP-LoRA: first the subject, then the style, which stays as it is.",
+    "k-lora": "K-LoRA: first the subject, then the style; each layer takes mostly one of them.",
+}
+"""Ways of merging files that need neither images nor PEFT, with what they do."""
+
+DRAFT_PREVIEW = (
+    "Shows where draft would let each LoRA act, for the price of the drafted steps: the division of the image, then "
+    "where the model looks for each subject. With the settings of the KSampler, it is divided in the same way there."
+)
+REFINE = "Repaints each subject alone, enlarged, with its LoRA. Nothing outside of its box or mask changes."
+REFINED_TEXT = "The text of the image, with the triggers. Each subject's text is made of it, or is its prompt."
+REFINED_SIZE = (
+    "The longer side at which a subject is repainted: that of images of the model, 512 for Stable Diffusion 1.x, 1024 "
+    "for SDXL and FLUX."
+)
+REFINED_MASKS = "One for each concept, in their order, from Draft preview. Empty: the boxes and masks of the concepts."
+DENOISE = "How much of the noise is added again: higher values change more."
+MERGE = "Merges the LoRAs of all concepts, with their weights, into one file. Triggers and places are not in it."
+MERGED_NAME = "Name in ComfyUI's output folder; a number is added. Files in loras/ there are in the list of LoRAs."
+INSPECT = "Shows what a LoRA file is: its format, the model it is for, its words and ranks."
+
 CONCEPT = "A LoRA with the words and the place of its subject. Chain concepts, then connect the last one to Compose."
 TRIGGER = "The word that the LoRA was trained with. Write it in the text where its subject is meant."
 CLASS_WORD = "What the subject is, for example cat; it follows the trigger in the text."

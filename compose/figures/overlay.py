@@ -8,8 +8,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lora_compose.pipelines.methods.draft import Drafted
-
 PALETTE = ("#1f9e89", "#e07a1f", "#7a5cd6", "#c9427d", "#3b82c4", "#8a9a1b", "#b5553c", "#5c6b8a")
 """Colours of concepts, in order; readable on light and dark backgrounds."""
 
@@ -76,19 +74,24 @@ def masks(image: Image.Image, attention: Attention, step: int | None, index: int
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def division(size: tuple[int, int], drafted: Drafted, subjects: Sequence[int]) -> Image.Image:
+def division(
+    size: tuple[int, int], maps: Tensor, owned: Tensor, subjects: Sequence[int], index: int = 0
+) -> Image.Image:
     """The division of a draft, in the colours of its subjects: brighter where the model puts one of them.
 
     Args:
         size: Width and height of the image that it would become.
+        maps: Attention to each concept; 0 for those that were not looked for. fp32.
+        owned: The cells of each concept. Shape of both: [images, concepts, height, width], bool.
         subjects: Indices of the subjects among the concepts.
+        index: The image.
     """
-    only = torch.zeros_like(drafted.masks)
-    only[:, list(subjects)] = drafted.masks[:, list(subjects)]
-    relative = drafted.maps[0] / drafted.maps[0].amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    only = torch.zeros_like(owned)
+    only[:, list(subjects)] = owned[:, list(subjects)]
+    relative = maps[index] / maps[index].amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     strength = _spread(relative.amax(dim=0).numpy(), size)
     ground = Image.fromarray((255 * strength).astype(np.uint8)).convert("RGB")
-    return masks(ground, Attention((0,), drafted.maps[None], only[None]), None)
+    return masks(ground, Attention((0,), maps[None], only[None]), None, index)
 
 
 def outlined(image: Image.Image, boxes: Sequence[tuple[int, int, int, int] | None]) -> Image.Image:

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.lora.inspection import Inspection, Overlap, inspect, overlaps
+from lora_compose.compose.lora.file_inspection import Inspection
+from lora_compose.compose.lora.inspection import Overlap, inspect, overlaps
 from lora_compose.compose.playground.assets import lora_source, playground_of
 from lora_compose.compose.support.terminal import echo, out, plain
 from lora_compose.pipelines.concepts.finding import find_file
@@ -60,14 +61,7 @@ def show_files(
 
 def _show(found: Inspection, every_key: bool) -> None:
     echo(found.file, style="bold")
-    family = found.family or "unknown"
-    lines = [
-        ("format", found.form),
-        ("made for", f"{family}: {'; '.join(found.why)}" if found.why else family),
-        ("content", f"{found.size / 2**20:.1f} MiB, SHA-256 {found.sha256}"),
-        *(("word", f"{word}: {where}") for word, where in found.triggers),
-        *found.facts,
-    ]
+    lines = found.rows
     if found.matched_with is not None and found.problem is None:
         lines.append(("fits", f"{found.matched} keys fit {found.matched_with}, {len(found.unmatched)} do not"))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -94,9 +88,8 @@ def _blocks_table(found: Inspection) -> Table:
     matched = any(block.norm is not None for block in found.blocks)
     table = Table("block", "layers", "rank", "alpha", *(["norm"] if matched else []))
     for block in found.blocks:
-        ranks, alphas = _span(block.ranks) or "whole", _span(block.alphas) or "none"
         norm = ["" if block.norm is None else f"{block.norm:.3g}"] if matched else []
-        table.add_row(*_cells(f"{block.part} {block.name}", block.layers, ranks, alphas, *norm))
+        table.add_row(*_cells(f"{block.part} {block.name}", block.layers, block.rank, block.alpha, *norm))
     return table
 
 
@@ -116,8 +109,3 @@ def _show_overlaps(shared: Sequence[Overlap]) -> None:
 def _cells(*values: Any) -> list[Text]:
     """Untrusted strings, without markup and control characters."""
     return [Text(plain(value)) for value in values]
-
-
-def _span(values: Sequence[float]) -> str:
-    few = "/".join(f"{value:g}" for value in values)
-    return few if len(values) <= 3 else f"{min(values):g} to {max(values):g}"

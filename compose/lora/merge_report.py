@@ -12,8 +12,9 @@ from rich.text import Text
 
 from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.lora.matching import match_files
 from lora_compose.compose.lora.merge_tally import MergedBlock
-from lora_compose.compose.lora.merging import Given, Report, check_free, match_files, merge_files
+from lora_compose.compose.lora.merging import Given, Report, check_free, merge_files
 from lora_compose.compose.playground.assets import lora_source, playground_of
 from lora_compose.compose.support.terminal import bar, echo, out, plain
 from lora_compose.pipelines.concepts.finding import find_file

@@ -1,4 +1,4 @@
-"""Merges LoRA files: layers are matched by name, merged one after the other, and written at once."""
+"""Merges LoRA files whose layers are matched: one layer after the other, and written at once."""
 
 import json
 import os
@@ -9,29 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from pydantic import BaseModel
 
 from lora_compose.attention import LoraFactors
-from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
 from lora_compose.compose.files.atomic import write_new, write_whole
-from lora_compose.compose.lora.inspection import RECORD, block_of
+from lora_compose.compose.lora.file_inspection import RECORD, block_of
 from lora_compose.compose.lora.merge_tally import MergedBlock, Tally
 from lora_compose.compose.support.version import __version__
-from lora_compose.pipelines.concepts.loading import match
-from lora_compose.pipelines.formats.alphas import needed_alpha
-from lora_compose.pipelines.formats.by_name import by_name
-from lora_compose.pipelines.formats.files import LoraError, LoraFile
-from lora_compose.pipelines.formats.keys import PARTS, parse
-from lora_compose.pipelines.formats.lora_writer import FileLayer, Spelling, stems, tensors
-from lora_compose.pipelines.formats.models import model_part
-from lora_compose.pipelines.formats.recognise import guess_family
+from lora_compose.pipelines.formats.files import LoraFile
+from lora_compose.pipelines.formats.lora_writer import FileLayer, Spelling, tensors
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
 from lora_compose.pipelines.merging import Changes, Merger, Moments, settings_of
-from lora_compose.pipelines.merging.changes import Name, begin, side_by_side
-from lora_compose.pipelines.merging.expressed import expressed
+from lora_compose.pipelines.merging.changes import Name, begin
 from lora_compose.pipelines.merging.factors import matrices, spectrum
 
 try:
@@ -89,49 +81,6 @@ class Report(BaseModel, frozen=True):
     notes: tuple[str, ...]
     seconds: float
     peak_bytes: int | None
-
-
-def match_files(
-    given: Sequence[Given], pipe: Any = None, *, spelling: Spelling | None = None, alpha: float | None = None
-) -> Matched:
-    """Matches the layers of files with each other.
-
-    Args:
-        pipe: The model that they are for. Without one, the full architecture of their family gives the layer names;
-            files of an unknown family are matched by their own names.
-        spelling: Spelling of the result's keys; by default that of the first file, and diffusers' for a transformer.
-
-    Raises:
-        LoraError: If files are damaged, not supported, for different models, or do not fit the model.
-        ValueError: If the layer names have no such spelling.
-    """
-    pipe = pipe or _family(given)
-    if pipe is None:
-        return _match_by_name(given, spelling, alpha)
-    if spelling is None:
-        spelling = _spelling(given[0].file) if model_part(pipe) == "unet" else "diffusers"
-    loras: list[Mapping[Name, LoraFactors]] = []
-    notes: list[str] = []
-    for one in given:
-        found = match(one.file, pipe, alpha=needed_alpha(alpha, one.file))
-        parts = found.by_part
-        named: dict[Name, LoraFactors] = {(part, name): f for part in PARTS for name, f in parts.get(part, {}).items()}
-        lora, note = expressed(pipe, named, one.source)
-        loras.append(lora)
-        notes += [] if note is None else [f"{one.source}: {note}"]
-        if found.unmatched:
-            keys = ", ".join(found.unmatched[:3])
-            notes.append(f"{one.source}: {len(found.unmatched)} keys fit no layer and are left out: {keys}")
-        notes += [f"{one.source}: {note}" for note in found.notes]
-        if found.embeddings:
-            words = ", ".join(found.embeddings)
-            notes.append(f"{one.source}: its words are left out ({words}); the result changes weights alone")
-    names = dict.fromkeys(name for lora in loras for name in lora)
-    called = stems(spelling, pipe, {part: [name for p, name in names if p == part] for part in PARTS})
-    kernels = {name: tuple(factors.down.shape[2:]) for lora in reversed(loras) for name, factors in lora.items()}
-    sites = {name: FileLayer(called[name], kernels[name]) for name in names}
-    changes = side_by_side(loras, [one.weight for one in given], [one.source for one in given])
-    return Matched(given, changes, sites, spelling, tuple(notes))
 
 
 def merge_files(
@@ -211,50 +160,6 @@ def check_free(path: Path, overwrite: bool) -> Path:
     return path
 
 
-def _family(given: Sequence[Given]) -> Any:
-    """Names and shapes of the model family of the files; None if it is unknown."""
-    families = {}
-    for one in given:
-        shapes = {key: tensor.shape for key, tensor in one.file.tensors.items()}
-        families[one.source] = guess_family(shapes, one.file.metadata).family
-    if len(set(families.values())) > 1:
-        listed = "; ".join(f"{source} is for {family or 'an unknown family'}" for source, family in families.items())
-        raise LoraError(f"only LoRAs for the same model are merged: {listed}; give --model if you know better")
-    (family,) = set(families.values())
-    return without_weights(family) if family in FAMILIES else None
-
-
-def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: float | None) -> Matched:
-    own = _spelling(given[0].file)
-    if spelling not in (None, own):
-        raise ValueError(
-            f"{given[0].source} is for an unknown model, so its layers keep their names; "
-            "leave --keys out, or give --model"
-        )
-    found = [by_name(one.file, alpha=needed_alpha(alpha, one.file)) for one in given]
-    named = [dict(layers) for layers, _ in found]
-    for one, layers in zip(given[1:], named[1:], strict=True):
-        if not layers.keys() & named[0].keys():
-            raise LoraError(
-                f"{one.source} and {given[0].source} have no layer in common, as they name them: "
-                f"{next(iter(layers.values())).stem} and {next(iter(named[0].values())).stem}; expected files for the "
-                "same model from the same kind of trainer"
-            )
-    sites: dict[Name, FileLayer] = {}
-    for layers in named:
-        for name, layer in layers.items():
-            sites.setdefault(name, FileLayer(layer.stem, tuple(layer.factors.down.shape[2:])))
-    loras = [{name: layer.factors for name, layer in layers.items()} for layers in named]
-    notes = [
-        f"{one.source}: {len(left)} keys are left out: {', '.join(left[:3])}"
-        for one, (_, left) in zip(given, found, strict=True)
-        if left
-    ]
-    notes.append("the model is unknown: layers were matched by their names in the files")
-    changes = side_by_side(loras, [one.weight for one in given], [one.source for one in given])
-    return Matched(given, changes, sites, own, tuple(notes))
-
-
 def _cut(change: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
     """The best approximation of a rank, and its share of the energy."""
     if change.rank <= rank:
@@ -262,15 +167,6 @@ def _cut(change: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
     found = spectrum(change)
     energy = found.values**2
     return found.factors(rank), float(energy[:rank].sum() / energy.sum()) if found.rank else 1.0
-
-
-def _spelling(file: LoraFile) -> Spelling:
-    """The spelling of a file's keys, of the two that are written."""
-    for key in map(parse, file.tensors):
-        if key is not None and key.kind is not None:
-            sides = (".lora_down", ".lora_up")
-            return "kohya" if key.prefix.endswith("_") or key.suffix.startswith(sides) else "diffusers"
-    return "diffusers"
 
 
 def _dtype(given: Sequence[Given]) -> torch.dtype:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_compose.compose.lora.merging import Given, match_files, merge_files
+from lora_compose.compose.lora.matching import match_files
+from lora_compose.compose.lora.merging import Given, merge_files
 from lora_compose.compose.page.store import Lora, Store
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.finding import find_file

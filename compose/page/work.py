@@ -206,7 +206,9 @@ class DraftJob(Job):
             raise Stopped
         self._first_step = self._first_step or time.monotonic()
         subjects = [i for i, concept in enumerate(run.scene.concepts) if not concept.is_style]
-        self.divisions.append(Division(run, division(size_of(pipe, run.scene), draft(pipe, run), subjects)))
+        found = draft(pipe, run)
+        shown = division(size_of(pipe, run.scene), found.maps, found.masks, subjects)
+        self.divisions.append(Division(run, shown))
 
 
 def look(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Image.Image:

@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image
 from torch import Tensor
 
 from lora_compose.attention.masks import bounds
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.images.output import ComposeOutput, Cost
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.scene.mask_images import greys, in_pixels, mask_of_box, read_mask_image
+from lora_compose.pipelines.scene.mask_images import greys, in_pixels, mask_of_box, read_mask_image, side_of, softened
 from lora_compose.pipelines.scene.regions import read_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.emphasis import read_emphasis
@@ -118,8 +117,8 @@ def refine(
         acting = [c.model_copy(update={"region": None, "prompt": None}) for c in (subject, *styles)]
         output = pipe(
             prompt=text, concepts=acting, method=how.method or _method_for(pipe, acting), image=image,
-            mask_image=_softened(mask, how.blur), strength=how.strength,
-            padding_mask_crop=round(how.padding * _side(mask)), output_type="pil",
+            mask_image=softened(mask, how.blur), strength=how.strength,
+            padding_mask_crop=round(how.padding * side_of(mask)), output_type="pil",
             **{"width": width, "height": height, **options},
         )  # fmt: skip
         image = output.images[0]
@@ -199,18 +198,6 @@ def _mask(concept: Concept, masks: Mapping[str, Any], size: tuple[int, int]) -> 
     if isinstance(concept.region, str):
         return greys(Image.fromarray((read_mask(concept.region) * 255).byte().numpy())).resize(size)
     return mask_of_box(in_pixels(concept.region, *size), *size)
-
-
-def _side(mask: Image.Image) -> int:
-    left, top, right, bottom = mask.getbbox() or (0, 0, 1, 1)
-    return max(right - left, bottom - top)
-
-
-def _softened(mask: Image.Image, blur: float) -> Image.Image:
-    """A mask whose border fades inwards, so that nothing outside of it changes."""
-    radius = blur * _side(mask)
-    inner = mask.filter(ImageFilter.MinFilter(2 * round(radius) + 1)).filter(ImageFilter.GaussianBlur(radius))
-    return ImageChops.darker(mask, inner) if np.asarray(inner).max() >= 128 else mask
 
 
 def _method_for(pipe: Repaints, concepts: Sequence[Concept]) -> str:

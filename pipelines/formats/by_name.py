@@ -54,7 +54,7 @@ def by_name(file: LoraFile, *, alpha: float | None = None) -> tuple[Mapping[tupl
 def _factors(layer: Layer, scale: float) -> LoraFactors:
     if layer.kind is not LOW_RANK:
         raise ValueError(
-            f"it has {', '.join(sorted(layer.parts))}; for a model that lora-compose does not know, only plain LoRAs "
+            f"it has {', '.join(sorted(layer.parts))}; where the sizes of its layers are not known, only plain LoRAs "
             "(lora_A and lora_B, or lora_down and lora_up) can be read"
         )
     return LOW_RANK.load(layer.parts, scale).factors

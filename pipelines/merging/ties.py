@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, magnitude_based_pruning
 
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.pipelines.merging.factors import TINY, coefficients, left_space, spectrum
@@ -41,6 +40,9 @@ def ties(changes: Changes, density: float) -> LoraFactors:
 
     A LoRA that does not change the layer has zeros, which have no sign and do not count in the mean.
     """
+    # Imported here, so that other mergers are there without PEFT, e.g. in ComfyUI.
+    from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, magnitude_based_pruning
+
     spectra = [spectrum(change) for change in changes]
     space = left_space(spectra)
     entries = torch.stack([coefficients(space, change) for change in spectra])

@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from lora_compose.pipelines.support.regular import open_regular
 
@@ -54,6 +54,23 @@ def read_mask_image(source: Any, size: tuple[int, int]) -> Image.Image:
     if mask.getextrema()[1] == 0:  # pyright: ignore[reportIndexIssue, reportArgumentType]
         raise ValueError("mask_image is all black; it must be white where the image is painted")
     return mask
+
+
+def side_of(mask: Image.Image) -> int:
+    """The longer side of what is inside of a mask, in pixels."""
+    left, top, right, bottom = mask.getbbox() or (0, 0, 1, 1)
+    return max(right - left, bottom - top)
+
+
+def softened(mask: Image.Image, blur: float) -> Image.Image:
+    """A mask whose border fades inwards, so that nothing outside of it changes.
+
+    Args:
+        blur: Radius of the blend at the border, as a share of the mask's longer side.
+    """
+    radius = blur * side_of(mask)
+    inner = mask.filter(ImageFilter.MinFilter(2 * round(radius) + 1)).filter(ImageFilter.GaussianBlur(radius))
+    return ImageChops.darker(mask, inner) if inner.getextrema()[1] >= 128 else mask  # pyright: ignore[reportOperatorIssue]
 
 
 def each_mask(masks: Any) -> list[Any]:

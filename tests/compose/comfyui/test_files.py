@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused(model: nn.Module, tmp_path: Path, tensors:
 
 def test_the_nodes_need_no_package_that_comfyui_does_not_need() -> None:
     """The installation leaves ComfyUI's environment as it is, and diffusers takes seconds to import."""
-    modules = "composition, concepts, families, files, memory, steering, tokens, words"
+    modules = "composition, concepts, families, files, memory, merging, refining, showing, steering, tokens, words"
     program = f"import sys; from lora_compose.compose.comfyui import {modules}; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in ran.stdout.split()}

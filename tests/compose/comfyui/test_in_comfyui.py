@@ -168,6 +168,42 @@ def test_a_draft_finds_the_regions_and_the_sampler_starts_again(
     assert compared(core, patcher, plan, negative, images=images, **options) < 1e-5
 
 
+def test_a_draft_alone_finds_what_the_sampling_would(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    """Of 9 steps, 2 are run; what the sampler then does is not changed by it."""
+    from lora_compose.compose.comfyui.host import KEY, compose, draft_alone, marked
+
+    plan, negative = drafting(core, patcher, tmp_path), core.text(2)
+    positive, passes = marked(core.text(1), plan), 0
+
+    def counted(apply: Any, given: Any) -> Tensor:
+        nonlocal passes
+        passes += given["cond_or_uncond"].count(0)
+        return apply(given["input"], given["timestep"], **given["c"])
+
+    watched = patcher.clone()
+    watched.set_model_unet_function_wrapper(counted)
+    model = compose(watched, plan)
+    wanted = core.drawn(model, positive, negative, steps=9, batch=2)
+    assert passes == 11
+    whole = model.get_attachment(KEY).found
+    found = draft_alone(model, lambda clone: core.drawn(clone, positive, negative, steps=9, batch=2))
+    assert passes == 13
+    assert torch.equal(found.cells, whole.cells)
+    assert torch.equal(found.maps, whole.maps)
+    assert found.cells[0].any()
+    assert torch.equal(core.drawn(model, positive, negative, steps=9, batch=2), wanted)
+    assert left(patcher) == 0
+
+
+def test_a_model_without_a_draft_has_none_to_show(core: ModuleType, models: dict[str, Any], tmp_path: Path) -> None:
+    from lora_compose.compose.comfyui.host import compose, draft_alone
+
+    patcher = models["sd"]
+    for model in (patcher, compose(patcher, composition(core, patcher, tmp_path, "regional"))):
+        with pytest.raises(ValueError, match="nothing is drafted with this model; connect that of Compose"):
+            draft_alone(model, lambda clone: None)
+
+
 @pytest.mark.parametrize("options", [{"cfg": 1.0}, {"batch": 2, "sampler": "dpmpp_2m"}, {"grid": (13, 17)}], ids=str)
 def test_samplers_batches_and_odd_sizes(core: ModuleType, patcher: Any, tmp_path: Path, options: dict) -> None:
     plan = composition(core, patcher, tmp_path, "words in regions")

@@ -14,7 +14,8 @@ from commands import call
 from components import random_lora, sd_unet
 from layouts import file_of, layout
 from lora_compose.attention import Lora, LoraFactors
-from lora_compose.compose.lora.inspection import block_of, inspect, merge_facts, overlaps
+from lora_compose.compose.lora.file_inspection import block_of, merge_facts
+from lora_compose.compose.lora.inspection import inspect, overlaps
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.concepts.loading import Factors, read_lora
 from reference import dense

@@ -21,7 +21,8 @@ from disks import files_of_at_most
 from layouts import layout, shapes_of
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.compose.cli import app
-from lora_compose.compose.lora.merging import Given, match_files, merge_files
+from lora_compose.compose.lora.matching import match_files
+from lora_compose.compose.lora.merging import Given, merge_files
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
 from lora_compose.pipelines.formats.lora_writer import Spelling

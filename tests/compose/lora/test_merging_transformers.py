@@ -17,7 +17,8 @@ from lora_compose import Concept
 from lora_compose.attention import Lora
 from lora_compose.compose.benchmark.architectures import without_weights
 from lora_compose.compose.cli import app
-from lora_compose.compose.lora.merging import Given, match_files, merge_files
+from lora_compose.compose.lora.matching import match_files
+from lora_compose.compose.lora.merging import Given, merge_files
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.formats.lora_writer import stems
 from lora_compose.pipelines.merging import make_merger

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from components import EVERYTHING, State, random_lora, seeded, text_loras, tiny_pipeline
-from lora_compose.compose.lora.merging import Given, match_files, merge_files
+from lora_compose.compose.lora.matching import match_files
+from lora_compose.compose.lora.merging import Given, merge_files
 from lora_compose.pipelines.concepts import library
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.merging import make_merger

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import merging_reference as reference
 from components import State, seeded, tiny_pipeline
 from lora_compose.attention import LoraFactors
-from lora_compose.compose.lora.merging import Given, match_files
+from lora_compose.compose.lora.matching import match_files
+from lora_compose.compose.lora.merging import Given
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.merging import Changes, MergeLayer, Merger, Moments, make_merger

@@ -27,7 +27,7 @@ from ip_adapters import playground_guides
 from layouts import layout, shapes_of
 from lora_compose.compose.figures.overlay import division
 from lora_compose.compose.files.images import Machine, Record, read_record, save_image
-from lora_compose.compose.lora.inspection import RECORD
+from lora_compose.compose.lora.file_inspection import RECORD
 from lora_compose.compose.page.controls import sentence
 from lora_compose.compose.page.form import example
 from lora_compose.compose.page.labels import full_name, methods
@@ -41,7 +41,6 @@ from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import finding
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.methods import METHODS
-from lora_compose.pipelines.methods.draft import Drafted
 from lora_compose.pipelines.scene.mask_images import as_uri
 from lora_compose.pipelines.scene.scene import Concept
 
@@ -719,8 +718,7 @@ def test_the_drafts_of_four_noises_are_shown_and_one_is_made(at: AppTest) -> Non
     assert result.attention.draft is not None
     shown = session(at).divisions[2].image
     assert (
-        shown.tobytes()
-        == division((128, 128), Drafted(result.attention.draft, result.attention.masks[0]), [0, 1]).tobytes()
+        shown.tobytes() == division((128, 128), result.attention.draft, result.attention.masks[0], [0, 1]).tobytes()
     ), "the image is divided as its draft was"
 
 

@@ -1,0 +1,49 @@
+"""Concepts in a model of ComfyUI: their files are read, their words found, and the texts encoded."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.lora  # pyright: ignore[reportMissingImports]
+import comfy.sd  # pyright: ignore[reportMissingImports]
+
+from lora_compose.attention import Lora
+from lora_compose.compose.comfyui.concepts import Concept, composition_of
+from lora_compose.compose.comfyui.families import family_of
+from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
+from lora_compose.compose.comfyui.host import compose, marked
+
+logger = logging.getLogger("lora_compose")
+
+
+def factors_in(model: Any, concept: Concept, *, products: bool = True) -> Lora:
+    """The factors of a concept's file for a model; what is left out is said in the log. Arguments: `read_concept`."""
+    network = model.model.diffusion_model
+    names, sites = comfy.lora.model_lora_keys_unet(model.model, {}), family_of(network).sites
+    lora, notes = read_concept(concept.path, network, names, sites, products=products)
+    for note in notes:
+        logger.warning("%s: %s", concept.path.name, note)
+    return lora
+
+
+def composed(
+    model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
+) -> tuple[Any, Any]:
+    """A model in which concepts act, and the conditioning for it. Arguments and errors: `composition_of`."""
+    loras = [factors_in(model, concept) for concept in concepts]
+    parts, used = [read_text_encoders(concept.path) for concept in concepts], set()
+
+    def encode(text: str, which: Sequence[int]) -> Any:
+        encoder = clip
+        for i in which:
+            if parts[i] and concepts[i].weight:
+                encoder = comfy.sd.load_lora_for_models(None, encoder, {**parts[i]}, 0, concepts[i].weight)[1]
+                used.add(i)
+        return encoder.encode_from_tokens_scheduled(encoder.tokenize(text))
+
+    joint = family_of(model.model.diffusion_model).joint is not None
+    composition, conditioning = composition_of(concepts, loras, clip, encode, text, method, texts, joint=joint)
+    for i, part in enumerate(parts):
+        if part and i not in used:
+            logger.warning("%s: its LoRA of text encoders is left out, since all read one text", concepts[i].path.name)
+    return compose(model, composition), marked(conditioning, composition)

@@ -1,0 +1,84 @@
+"""The ComfyUI nodes that read and write LoRA files: Merge to file and Inspect file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import folder_paths  # pyright: ignore[reportMissingImports]
+from comfy_api.latest import io, ui  # pyright: ignore[reportMissingImports]
+
+from lora_compose.compose.comfyui.composing import factors_in
+from lora_compose.compose.comfyui.concepts import Concept
+from lora_compose.compose.comfyui.merging import merge_concepts
+from lora_compose.compose.comfyui.showing import merged_text, text_about
+from lora_compose.compose.comfyui.words import INSPECT, MERGE, MERGED_NAME, MERGERS
+from lora_compose.pipelines.formats.files import LoraError, read_lora
+
+Concepts = io.Custom("LORA_COMPOSE_CONCEPTS")
+CATEGORY = "lora-compose"
+
+
+class MergeNode(io.ComfyNode):
+    """Concepts merged into one file."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        """What the node has."""
+        return io.Schema(
+            node_id="LoraComposeMerge",
+            display_name="Merge to file",
+            category=CATEGORY,
+            description=MERGE,
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the LoRAs are for."),
+                Concepts.Input("concepts"),
+                io.Combo.Input(
+                    "method", options=[*MERGERS], tooltip=" ".join(f"{name}: {said}" for name, said in MERGERS.items())
+                ),
+                io.String.Input("filename_prefix", default="loras/merged", tooltip=MERGED_NAME),
+            ],
+            outputs=[io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, concepts: Sequence[Concept], method: str, filename_prefix: str) -> Any:
+        """Writes the file, and says how much of each concept is in it."""
+        loras = [factors_in(model, concept, products=False) for concept in concepts]
+        given = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+        out = Path(given[0]) / f"{given[1]}_{given[2]:05}_.safetensors"
+        said = merged_text(merge_concepts(concepts, loras, model.model.diffusion_model, method, out))
+        return io.NodeOutput(said, ui=ui.PreviewText(said))
+
+
+class InspectNode(io.ComfyNode):
+    """What a LoRA file is."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        """What the node has."""
+        return io.Schema(
+            node_id="LoraComposeInspect",
+            display_name="Inspect file",
+            category=CATEGORY,
+            description=INSPECT,
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input("lora", options=folder_paths.get_filename_list("loras")),
+                io.Model.Input("model", optional=True, tooltip="To see whether the LoRA fits this model."),
+            ],
+            outputs=[io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    def execute(cls, lora: str, model: Any = None) -> Any:
+        """The content of the file, in words."""
+        path = Path(folder_paths.get_full_path_or_raise("loras", lora))
+        said = text_about(read_lora(path))
+        if model is not None:
+            try:
+                fitting = factors_in(model, Concept.of(path, "", "", 1.0))
+                said += f"\nfits: {len(fitting)} layers of this model are changed"
+            except LoraError as error:
+                said += f"\nproblem: {error}"
+        return io.NodeOutput(said, ui=ui.PreviewText(said))

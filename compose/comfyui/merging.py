@@ -1,0 +1,60 @@
+"""Concepts merged into one LoRA file, by ComfyUI's names of layers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+from torch import nn
+
+from lora_compose.attention import Lora, LoraFactors
+from lora_compose.compose.comfyui.concepts import Concept
+from lora_compose.compose.comfyui.files import read_text_encoders
+from lora_compose.compose.lora.merging import Given, Matched, Report, merge_files
+from lora_compose.pipelines.formats.by_name import by_name
+from lora_compose.pipelines.formats.files import read_lora
+from lora_compose.pipelines.formats.lora_writer import FileLayer
+from lora_compose.pipelines.merging import make_merger
+from lora_compose.pipelines.merging.changes import Name, check_number, side_by_side
+from lora_compose.pipelines.merging.expressed import expressed
+
+
+def merge_concepts(
+    concepts: Sequence[Concept], loras: Sequence[Lora], network: nn.Module, method: str, out: Path
+) -> Report:
+    """Merges the files of concepts, with their weights, into a new one.
+
+    Args:
+        concepts: Two or more.
+        loras: Their factors in the model, without products.
+        network: ComfyUI's `diffusion_model`, whose weights DoRA and OFT need.
+        method: A name of `MERGERS` that needs no images.
+        out: The file.
+
+    Raises:
+        ValueError: If they cannot be merged; nothing is written then.
+    """
+    merger = make_merger(method)
+    if len(concepts) < 2:
+        raise ValueError("there is nothing to merge: chain two concepts or more")
+    check_number(merger, method, len(concepts))
+    if not any(concept.weight for concept in concepts):
+        raise ValueError("every weight is 0; there is nothing to merge")
+    given, every, notes = [], [], []
+    layers: dict[Name, FileLayer] = {}
+    for concept, lora in zip(concepts, loras, strict=True):
+        called, file = concept.path.name, read_lora(concept.path)
+        named: Mapping[Name, LoraFactors] = {("transformer", name): factors for name, factors in lora.items()}
+        named, note = expressed(SimpleNamespace(transformer=network), named, called)
+        texts, _ = by_name(replace(file, tensors=read_text_encoders(concept.path)))
+        stems = {name: f"diffusion_model.{name[1]}" for name in named}
+        stems |= {name: layer.stem for name, layer in texts.items()}
+        named = {**named, **{name: layer.factors for name, layer in texts.items()}}
+        for name, factors in named.items():
+            layers.setdefault(name, FileLayer(stems[name], tuple(factors.down.shape[2:])))
+        given.append(Given(called, file, concept.weight))
+        every.append(named)
+        notes += [] if note is None else [f"{called}: {note}"]
+    changes = side_by_side(every, [one.weight for one in given], [one.source for one in given])
+    matched = Matched(given, changes, layers, "diffusers", tuple(notes))
+    return merge_files(matched, merger, out, method=method)

@@ -1,0 +1,89 @@
+"""Repaints each subject of an image alone, enlarged, with its LoRA (a detailer), as `pipelines.calls.refine` does."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from lora_compose.attention.masks import bounds
+from lora_compose.compose.comfyui.composition import on_grid
+from lora_compose.compose.comfyui.concepts import Concept, subjects_of, texts_about
+from lora_compose.pipelines.scene.mask_images import side_of, softened
+
+Repaint = Callable[[Sequence[Concept], str, Tensor, Tensor], Tensor]
+"""Repaints parts of images with concepts and a text, inside of a mask. Shapes: [images, height, width, 3] and [height,
+width]."""
+
+_PADDING, _BLUR = 0.25, 0.05
+"""Context around a subject, and the blend at its border, as shares of its longer side, as in our pipelines."""
+_MULTIPLE = 16
+"""Sides of what is repainted are multiples of this; models halve them, VAEs three or four times."""
+
+
+def refined(images: Tensor, concepts: Sequence[Concept], text: str, size: int, repaint: Repaint) -> Tensor:
+    """Images whose subjects have been repainted, one after the other; nothing outside of their regions changes.
+
+    Args:
+        images: Shape: [images, height, width, 3], in 0..1.
+        concepts: Subjects without a region are left as they are; styles act on every subject.
+        text: That of the images; each subject's text is made of it.
+        size: The longer side at which a subject is repainted.
+
+    Raises:
+        ValueError: If no subject has a region, or no text can be made about one.
+    """
+    subjects, images = subjects_of(concepts), images.clone()
+    styles = [one for i, one in enumerate(concepts) if i not in subjects]
+    chosen = [concepts[i] for i in subjects]
+    if all(one.region is None for one in chosen):
+        raise ValueError(
+            "it is not known where the subjects are: connect the masks of Draft preview, or give the concepts boxes or "
+            "masks"
+        )
+    for subject, own in zip(chosen, texts_about(chosen, text), strict=True):
+        if subject.region is None:
+            continue
+        mask = _greys(on_grid(subject.region, (images.shape[1], images.shape[2])))
+        share = _soft(mask)
+        if not share.any():
+            raise ValueError(f"the mask of {subject.path.name} is too thin to be seen in the image; make it wider")
+        rows, columns = _around(share, round(_PADDING * side_of(mask)))
+        part, share = images[:, rows, columns], share[rows, columns, None]
+        acting = [replace(one, region=None, prompt="") for one in (subject, *styles)]
+        large = _enlarged(part.shape[1], part.shape[2], size)
+        painted = repaint(acting, own, _resized(part, large), _resized(share[None], large)[0, ..., 0])
+        painted = _resized(painted, (part.shape[1], part.shape[2])).to(part)
+        images[:, rows, columns] = part + share.to(part) * (painted - part)
+    return images
+
+
+def _greys(mask: Tensor) -> Image.Image:
+    return Image.fromarray((mask * 255).round().byte().numpy())
+
+
+def _soft(mask: Image.Image) -> Tensor:
+    """A mask with a soft border. Shape: [height, width]."""
+    soft = softened(mask, _BLUR)
+    return torch.frombuffer(bytearray(soft.tobytes()), dtype=torch.uint8).reshape(soft.height, soft.width) / 255
+
+
+def _around(mask: Tensor, padding: int) -> tuple[slice, slice]:
+    """Rows and columns of what is inside of a mask, with some around it."""
+    rows, columns = bounds(mask > 0)
+    return slice(max(0, rows.start - padding), rows.stop + padding), slice(
+        max(0, columns.start - padding), columns.stop + padding
+    )
+
+
+def _enlarged(height: int, width: int, size: int) -> tuple[int, int]:
+    scale = size / max(height, width) / _MULTIPLE
+    return max(1, round(height * scale)) * _MULTIPLE, max(1, round(width * scale)) * _MULTIPLE
+
+
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Shape: [images, height, width, channels]."""
+    found = F.interpolate(images.movedim(-1, 1).float(), size, mode="bicubic", antialias=True)
+    return found.movedim(1, -1).clamp(0, 1)

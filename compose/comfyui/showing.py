@@ -1,0 +1,53 @@
+"""What nodes show: a draft as images, files and merges in words."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lora_compose.attention.masks import cells_of
+from lora_compose.compose.comfyui.composition import HALF, Found
+from lora_compose.compose.figures.overlay import division, draft_heat
+from lora_compose.compose.lora.file_inspection import about, by_itself
+from lora_compose.compose.lora.merging import Report
+from lora_compose.pipelines.formats.files import LoraFile
+
+_CELL = 8
+"""Pixels of a cell of the latents, as most VAEs have it."""
+
+
+def previewed(found: Found) -> tuple[Tensor, Tensor]:
+    """A draft as images: the division of the first image, and the map of each subject; and the regions as masks.
+
+    Returns:
+        Images, shape [images, height, width, 3]; masks of all concepts, shape [concepts, height, width].
+    """
+    height, width = (side * _CELL for side in found.cells.shape[2:])
+    subjects = [i for i, cells in enumerate(found.cells[0]) if not cells.all()]
+    looked_for = [i for i in subjects if found.maps[0, i].any()]
+    divided = division((width, height), found.maps, cells_of(found.cells, HALF), subjects)
+    ground = Image.new("RGB", divided.size)
+    shown = [divided, *(draft_heat(ground, found.maps, i) for i in looked_for)]
+    masks = torch.nn.functional.interpolate(found.cells[:1].float(), scale_factor=_CELL, mode="nearest")[0]
+    return torch.stack([torch.from_numpy(np.array(one)) for one in shown]) / 255, masks
+
+
+def text_about(file: LoraFile) -> str:
+    """What a LoRA file is and changes, line by line."""
+    found = by_itself(about(file), file)
+    lines = [*found.rows]
+    lines += [
+        (f"{one.part} {one.name}", f"{one.layers} layers, rank {one.rank}, alpha {one.alpha}") for one in found.blocks
+    ]
+    lines += [("no key of an adapter", key) for key in found.unmatched[:5]]
+    lines += [] if found.problem is None else [("problem", found.problem)]
+    return "\n".join(f"{label}: {said}" for label, said in lines)
+
+
+def merged_text(report: Report) -> str:
+    """A merge, line by line: how much of each file is in the result."""
+    whole = report.blocks[-1]
+    lines = [f"{report.out}: {whole.layers} layers, {report.size / 2**20:.1f} MiB"]
+    for (source, weight), kept in zip(report.files, whole.kept, strict=True):
+        lines.append(f"{source}, weight {weight:g}: " + ("changes nothing" if kept is None else f"kept {kept:.1%}"))
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
