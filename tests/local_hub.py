@@ -24,10 +24,11 @@ TOKEN = "hf_of_somebody_with_access"
 
 @dataclass
 class Repository:
-    """The files of a repository by path."""
+    """The files of a repository by path; `tag` is a further name of its only commit."""
 
     files: dict[str, bytes]
     gated: bool = False
+    tag: str | None = None
 
     @classmethod
     def of(cls, folder: Path, *, gated: bool = False) -> "Repository":
@@ -54,7 +55,7 @@ class Served:
 
 @dataclass
 class LocalHub:
-    """The repositories by name, the faults of their files, and what was asked.
+    """The repositories by name ("datasets/owner/name" for data), the faults of their files, and what was asked.
 
     Attributes:
         breaks: By file, after how many bytes the next answers end, one after the other.
@@ -116,13 +117,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._content(f"{owner}/{name}", file, {})
         if not path:
             return self._send(200, b"a hub")
-        parts = path.removeprefix("api/models/").split("/")
-        api, repository = path.startswith("api/models/"), "/".join(parts[:2])
-        found, rest = self.hub.repositories.get(repository), parts[2:]
+        api, named = path.startswith("api/"), path.removeprefix("api/").removeprefix("models/")
+        parts, of_name = named.split("/"), 3 if named.startswith("datasets/") else 2
+        repository, rest = "/".join(parts[:of_name]), parts[of_name:]
+        found = self.hub.repositories.get(repository)
         if found is None:
             return self._refuse(401, "RepoNotFound", "Invalid username or password.")
         revision = rest[1] if len(rest) > 1 else "main"
-        if revision not in ("main", found.commit):
+        if revision not in ("main", found.commit, found.tag):
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if api:
             return self._facts(repository, found, rest)

@@ -11,8 +11,9 @@ from lora_compose.compose.batch.results import NO_CHOICE, ChosenMethod, Folder, 
 from lora_compose.compose.batch.runner import PATIENCE, OnProgress, check_names, results_of
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.batch.worker import Worker, encoded
+from lora_compose.compose.cluster.connecting import connected
 from lora_compose.compose.cluster.packing import Node, Parcel, named_as
-from lora_compose.compose.cluster.pool import Ended, Pool, connected, object_packer
+from lora_compose.compose.cluster.pool import Ended, Pool, object_packer
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.files.paths import moved
 from lora_compose.compose.generate.making import Made

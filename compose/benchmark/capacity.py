@@ -10,7 +10,8 @@ from lora_compose.compose.benchmark.tables import new_table
 REQUESTS = 1000
 """Images a minute."""
 BANDWIDTH = {"RTX 3090": 936, "RTX 4090": 1008, "A100": 2039, "H100": 3350}
-"""GB/s of memory by card, as NVIDIA's data sheets have them; A100 with 80 GB, H100 SXM."""
+"""GB/s of memory by card, as NVIDIA's data sheets have them (RTX: 384 bits at 19.5 and 21 Gbit/s; A100 with 80 GB; H100
+SXM)."""
 
 
 def seconds(need: Need, card: str) -> float:

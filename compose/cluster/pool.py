@@ -4,44 +4,31 @@ One worker (a Ray actor) per GPU, or per share of CPUs, opens a model once and i
 travel once to each node, through Ray's object store. If a worker dies, another one repeats its call.
 """
 
-import logging
-import os
-import shutil
-import socket
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import ray  # pyright: ignore[reportMissingImports]
 import torch
-from ray._private import ray_constants  # pyright: ignore[reportMissingImports]
 from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
 
+from lora_compose.compose.cluster.folders import hold, remove
 from lora_compose.compose.cluster.packing import Node, Packer
 from lora_compose.compose.files.claims import LOOK_AGAIN, Claim, Claims
 from lora_compose.compose.generate.machine import versions
 from lora_compose.compose.support.errors import error_text
 from lora_compose.compose.support.terminal import echo, err
 
-LOCAL, LOOPBACK = "local", "127.0.0.1"
 TRIES = 3
 """Number of workers that die of a call, or one after the other before they are open, before it is given up."""
 
 PATIENCE = 300.0
 """Seconds without room for any worker after which the driver gives up."""
-
-SECONDS_TO_ANSWER = 10.0
-
-# How HTTP/2, and so gRPC, begins on both sides (RFC 9113, 3.4): its preface, then a frame of settings.
-_SETTINGS = b"\x04"
-_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
 
 Opening = Callable[[Node], Any]
 """Opens what a worker works with. Pickled: a function of a module, or a `partial` of one."""
@@ -58,62 +45,6 @@ class Ended(NamedTuple):
     error: str | None
 
 
-@contextmanager
-def connected(address: str) -> Iterator[None]:
-    """A cluster by its address ("local" starts one); an existing connection is used, and stays open.
-
-    Raises:
-        OSError: If there is no such cluster.
-    """
-    ours = not ray.is_initialized()
-    if ours:
-        _check_reachable(address)
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address == LOCAL:
-            with _on_loopback():
-                ray.init(address, _node_ip_address=LOOPBACK, include_dashboard=False, **quiet)
-        else:
-            ray.init(address, **quiet)
-    try:
-        yield
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Inside this block a cluster that is started listens on this machine alone.
-
-    Ray takes the address of a network for 127.0.0.1, so that other nodes can join, unless it is told that there are
-    none; it has an environment variable for that, which is read when ray is imported.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def _check_reachable(address: str) -> None:
-    """Raises OSError if no gRPC server answers at HOST:PORT, which Ray itself would try for many minutes."""
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        return
-    try:
-        with socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):  # otherwise it waits for a handshake with keys
-                connection.sendall(_HELLO)
-                if connection.recv(4)[3:] != _SETTINGS:
-                    raise OSError("what answers there is no Ray cluster")
-    except OSError as error:
-        raise ConnectionError(
-            f"there is no Ray cluster at {address}: {error.strerror or error}; `ray start --head` starts one and "
-            "prints its address"
-        ) from error
-
-
 def object_packer() -> Packer:
     """Packs files into the object store, where nodes read them without a copy."""
     return Packer(lambda path: ray.put(np.fromfile(path, dtype=np.uint8)))
@@ -125,7 +56,8 @@ class RemoteWorker:
     def __init__(self) -> None:
         context = ray.get_runtime_context()
         self._at = context.get_node_id()
-        self._node = Node(_node_folder(f"{context.get_job_id()}-{self._at}"), ray.get)
+        self._held = hold(f"{context.get_job_id()}-{self._at}")
+        self._node = Node(self._held.path, ray.get)
         self._opened: Any = None
 
     def place(self) -> tuple[str, str, dict[str, str]]:
@@ -147,15 +79,6 @@ class RemoteWorker:
             return function(self._opened, self._node, *arguments), None
         except Exception as error:  # models and libraries may raise anything
             return None, self._node.as_given(error_text(error))
-
-
-def _node_folder(name: str) -> Path:
-    """A folder of this node and job, checked to be owned by this user."""
-    folder = Path(tempfile.gettempdir()) / f"lora-compose-{name}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or (hasattr(os, "getuid") and folder.stat().st_uid != os.getuid()):
-        raise PermissionError(f"{folder} belongs to another user")
-    return folder
 
 
 @dataclass(frozen=True)
@@ -248,13 +171,10 @@ class Pool:
                         end(ended, claim)
 
     def close(self) -> None:
-        """Ends the workers and removes their files."""
+        """Ends the workers and removes their files; those of dead nodes when a worker is next on their machine."""
         workers = [*self._placing.values(), *self._opening.values(), *self._idle]
         for worker in [*workers, *(worker for worker, _ in self._busy.values())]:
             ray.kill(worker)
-
-        def remove(folder: str) -> None:  # inside: pickled whole, so that a node need not import torch for it
-            shutil.rmtree(folder, ignore_errors=True)
 
         remote: Any = ray.remote(num_cpus=0, max_retries=0)(remove)
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -19,7 +19,7 @@ from lora_compose.pipelines.support.quantising import check_quantize
 
 _EDGE = r"\s*(\d{1,9}|\d?\.\d{1,9}|\d\.)\s*"
 _BOX = re.compile(rf"\(?{_EDGE}([,:]){_EDGE}\2{_EDGE}\2{_EDGE}\)?")
-_RAY = re.compile(r"local|auto|[^\s:/]+:\d{1,5}")
+_RAY = re.compile(r"local|auto|(ray://)?[^\s:/]+:\d{1,5}")
 _CONCEPT_FIELDS = {
     "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
     "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
@@ -36,17 +36,14 @@ def check_ray(address: str | None) -> None:
     """Raises ValueError if a Ray cluster is to be used and its address is none, or Ray is not installed."""
     if address is None:
         return
-    if address.startswith("ray://"):
-        raise ValueError(
-            f"--ray {address}: Ray Client is not supported; start the command on a node of the cluster, with "
-            "--ray HOST:PORT as `ray start` prints it, or --ray auto"
-        )
     if not _RAY.fullmatch(address):
         raise ValueError(
-            f"--ray {address}: expected local, auto (that of this machine) or HOST:PORT, e.g. 10.0.0.1:6379"
+            f"--ray {address}: expected local, auto (that of this machine), HOST:PORT, e.g. 10.0.0.1:6379, or "
+            "ray://HOST:PORT, e.g. ray://10.0.0.1:10001"
         )
-    if importlib.util.find_spec("ray") is None:
-        raise ValueError("--ray needs the package ray: pip install 'lora-compose[ray]'")
+    packages = ("ray", "grpc") if address.startswith("ray://") else ("ray",)
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"--ray {address} needs the package {missing[0]}: pip install 'lora-compose[ray]'")
 
 
 def parse_concept(text: str) -> Concept:

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from lora_compose.compose.commands.asked import check_ray
 from lora_compose.compose.commands.options import RayOption
-from lora_compose.compose.evaluation.shipped import find_suite
+from lora_compose.compose.evaluation.shipped import find_suite, published_dir
 from lora_compose.compose.support.packages import EVALUATION, check_packages
 from lora_compose.compose.support.terminal import handle_errors, starting
 
@@ -64,7 +64,9 @@ def run(
 @app.command()
 @handle_errors(logging.ERROR)
 def published(
-    suite: Annotated[str, typer.Argument(help="A file with downloads and a suite, YAML or JSON.")],
+    suite: Annotated[
+        str, typer.Argument(help="A file with downloads and a suite, YAML or JSON, or the name of a shipped one.")
+    ],
     folder: Annotated[
         Path | None, typer.Option("--out", help="Output folder; default: outputs/evaluation/NAME. A rerun resumes.")
     ] = None,
@@ -75,7 +77,7 @@ def published(
 
     They are downloaded, and the cost is shown before it starts.
     """
-    path = find_suite(suite)
+    path = find_suite(suite, published_dir())
     check_packages("the evaluation", EVALUATION, "evaluation")
     with starting():
         from lora_compose.compose.evaluation.command import run_published

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import constants
-
+from lora_compose.compose.evaluation.alone import with_references
 from lora_compose.compose.evaluation.batches import batches
 from lora_compose.compose.evaluation.chosen import chosen
 from lora_compose.compose.evaluation.comparison import compare_runs
@@ -86,14 +85,16 @@ def run_published(suite: Path, folder: Path | None = None, *, plan: bool = False
     published = read_published(suite)
     to = folder or Path("outputs/evaluation") / published.suite.name
     images = sum(len(batch.seeds) for batch in batches(published.suite))
-    echo(f"{published.suite.name}: {images} images, in {to}")
+    further = sum(len(one.seeds) for one in published.references.values())
+    references = f", and {further} to compare with" if further else ""
+    echo(f"{published.suite.name}: {images} images{references}, in {to}")
     for one in wanted(published):
-        licence = one.download.licence or f"see {constants.ENDPOINT}/{one.download.repository}"
+        licence = one.download.licence or f"see {one.download.page}"
         size = "from the cache" if one.size is None else f"{_gib(one.size)}, {_gib(one.missing or 0)} to download"
         echo(f"  {one.name}: {one.download.repository}, {size}; licence: {licence}")
     if plan:
         return 0
-    ready = fetch(published)
+    ready = with_references(fetch(published), published.references, to)
     if smoke or not (to / PLAN).exists():
         found = estimate(ready, to)
         for one in found.tried:

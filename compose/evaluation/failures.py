@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
-from lora_compose.compose.evaluation.suite import Suite, SuiteScene
+from lora_compose.compose.evaluation.scene_kinds import kind_of_scene
 from lora_compose.compose.evaluation.table import Evaluation, load
 from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import read_pixels, save_image
@@ -62,13 +62,6 @@ def kinds_of_failure(evaluation: Evaluation, method: str) -> pd.DataFrame:
         failure = failure.mask(images[kind].astype(bool), kind)
     kinds = {str(scene.name): kind_of_scene(evaluation.suite, scene) for scene in evaluation.suite.scenes}
     return images.assign(kind=[kinds[str(scene)] for scene in images["scene"]], failure=failure)
-
-
-def kind_of_scene(suite: Suite, scene: SuiteScene) -> str:
-    """How many subjects a scene has, and whether two of them have one class word."""
-    words = [(suite.concept(name).class_word or name).lower() for name in scene.concepts]
-    alike = " of one class" if len(set(words)) < len(words) else ""
-    return f"{len(words)} subject{'s' if len(words) > 1 else ''}{alike}"
 
 
 def _table(images: pd.DataFrame, method: str) -> Table:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from lora_compose.compose.cluster.connecting import connected
 from lora_compose.compose.cluster.packing import Node, Parcel, named_as
-from lora_compose.compose.cluster.pool import Ended, Pool, connected, object_packer
+from lora_compose.compose.cluster.pool import Ended, Pool, object_packer
 from lora_compose.compose.evaluation.batches import Batch, run_of
 from lora_compose.compose.evaluation.packing import pack
 from lora_compose.compose.evaluation.planning import Todo, open_plan

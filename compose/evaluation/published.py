@@ -20,6 +20,7 @@ from huggingface_hub import (
 from huggingface_hub.hf_api import RepoFile
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lora_compose.compose.evaluation.alone import Alone
 from lora_compose.compose.evaluation.batches import Batch, batches
 from lora_compose.compose.evaluation.suite import Name, Suite, moved_suite
 from lora_compose.compose.evaluation.worker import Images, Worker
@@ -28,8 +29,9 @@ from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.files.paths import local_source
 from lora_compose.compose.files.scenes import read_as
 from lora_compose.compose.generate.processes import own_device
-from lora_compose.pipelines.support.hub import HubError, asking, reachable
+from lora_compose.pipelines.support.hub import HubError, asking, page, reachable
 from lora_compose.pipelines.support.regular import sha256_of
+from lora_compose.pipelines.text.tokens import find_words
 
 _MODEL = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -41,6 +43,7 @@ class Download(BaseModel):
         repository: "owner/name".
         file: One file, such as a LoRA; None is a whole model as diffusers opens it, or `files`.
         files: A pattern for several files, such as "references/*.jpg"; the source is their folder.
+        dataset: Whether it is a repository of data, such as photographs, instead of models.
         revision: Branch, tag or commit; None is the main branch, which may change.
         licence: Under which it is published, as its page says; None if that is not known.
         sha256: Of the one file; None is not compared with anything but the hub's own.
@@ -51,6 +54,7 @@ class Download(BaseModel):
     repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
     file: str | None = None
     files: str | None = None
+    dataset: bool = False
     revision: str | None = None
     licence: str | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
@@ -61,7 +65,20 @@ class Download(BaseModel):
             raise ValueError("give file or files, not both")
         if self.sha256 is not None and self.file is None:
             raise ValueError("sha256 is of one file: give file as well")
+        if self.dataset and self.file is None and self.files is None:
+            raise ValueError("a data set is no model: give file or files")
         return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of `huggingface_hub` that say which repository it is."""
+        found = {"revision": self.revision, "repo_type": "dataset" if self.dataset else None}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def page(self) -> str:
+        """The address of the repository's page."""
+        return page(self.repository, "dataset" if self.dataset else "model")
 
     def takes(self, path: str) -> bool:
         """Whether a file of the repository is downloaded; of models, about: diffusers chooses."""
@@ -73,11 +90,18 @@ class Download(BaseModel):
 
 
 class Published(BaseModel):
-    """A suite whose sources are names of downloads, or local."""
+    """A suite whose sources are names of downloads, or local.
+
+    Attributes:
+        downloads: What is downloaded, by the names that the suite uses as sources.
+        references: References that the LoRA of a concept makes alone, by the name that the concept uses as its own.
+        suite: The suite.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     downloads: Annotated[Mapping[Name, Download], Field(min_length=1)]
+    references: Mapping[Name, Alone] = {}
     suite: Suite
 
     @model_validator(mode="after")
@@ -86,7 +110,21 @@ class Published(BaseModel):
         moved_suite(self.suite, lambda source: (used.add(source), source)[1])
         if unread := sorted(self.downloads.keys() - used):
             raise ValueError(f"nothing in the suite names the download {unread[0]!r}")
+        if twice := sorted(self.downloads.keys() & self.references.keys()):
+            raise ValueError(f"{twice[0]!r} is the name of a download and of references")
+        for name, one in self.references.items():
+            _check_alone(name, one, self.suite)
         return self
+
+
+def _check_alone(name: str, one: Alone, suite: Suite) -> None:
+    concepts = [concept for concept in suite.concepts if concept.references == name]
+    if len(concepts) != 1:
+        raise ValueError(f"the references {name!r} are those of {len(concepts)} concepts; one has to name them")
+    if not find_words(concepts[0].trigger, one.prompt):
+        raise ValueError(f"references {name!r}: the prompt does not have the trigger {concepts[0].trigger!r}")
+    if both := sorted({*one.seeds} & {*suite.seeds}):
+        raise ValueError(f"references {name!r}: the seed {both[0]} is one of the suite's; choose others")
 
 
 @dataclass(frozen=True)
@@ -106,7 +144,8 @@ def read_published(path: Path) -> Published:
         FileError: If it is missing, unreadable or wrong; the message names the field.
     """
     found, base = read_as(Published, path), path.parent.absolute()
-    suite = moved_suite(found.suite, lambda source: source if source in found.downloads else local_source(source, base))
+    named = found.downloads.keys() | found.references.keys()
+    suite = moved_suite(found.suite, lambda source: source if source in named else local_source(source, base))
     return found.model_copy(update={"suite": suite})
 
 
@@ -118,20 +157,17 @@ def wanted(published: Published) -> Iterator[Wanted]:
         ConnectionError: If the hub is out of reach, and the cache has no copy.
     """
     for name, one in published.downloads.items():
-        options = reachable(one.repository)
-        if options or constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE or reachable(one.repository, **one.options) != one.options:
             yield Wanted(name, one, None, None)
             continue
-        with asking(one.repository, revision=one.revision):
-            tree = list(list_repo_tree(one.repository, recursive=True, revision=one.revision))
+        with asking(one.repository, **one.options):
+            tree = list(list_repo_tree(one.repository, recursive=True, **one.options))
             files = [file for file in tree if isinstance(file, RepoFile) and one.takes(file.path)]
             for file in files[:1]:  # anybody may list the files of a gated repository
-                get_hf_file_metadata(hf_hub_url(one.repository, file.path, revision=one.revision))
+                get_hf_file_metadata(hf_hub_url(one.repository, file.path, **one.options))
         if not files:
             there = one.file or one.files or "a model of diffusers"
-            raise HubError(
-                f"the repository {one.repository!r} has no {there}: see {constants.ENDPOINT}/{one.repository}"
-            )
+            raise HubError(f"the repository {one.repository!r} has no {there}: see {one.page}")
         if one.sha256 is not None and files[0].lfs is not None and files[0].lfs.sha256 != one.sha256:
             raise HubError(
                 f"{one.repository}/{one.file} is another file than the suite names: its SHA-256 is "
@@ -142,7 +178,7 @@ def wanted(published: Published) -> Iterator[Wanted]:
 
 
 def _cached(one: Download, path: str) -> bool:
-    return isinstance(try_to_load_from_cache(one.repository, path, revision=one.revision), str)
+    return isinstance(try_to_load_from_cache(one.repository, path, **one.options), str)
 
 
 def fetch(published: Published) -> Suite:
@@ -156,7 +192,7 @@ def fetch(published: Published) -> Suite:
 
 
 def _fetched(one: Download) -> Path:
-    options = reachable(one.repository, **({} if one.revision is None else {"revision": one.revision}))
+    options = reachable(one.repository, **one.options)
     with asking(one.repository, **options):
         if one.file is not None:
             path = Path(hf_hub_download(one.repository, one.file, **options))

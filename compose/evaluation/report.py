@@ -17,6 +17,7 @@ from lora_compose.compose.evaluation.confusion_page import bars, matrices
 from lora_compose.compose.evaluation.gallery import SMALL_SIDE, Gallery, shrunk
 from lora_compose.compose.evaluation.plots import against_cost
 from lora_compose.compose.evaluation.results import Failed
+from lora_compose.compose.evaluation.scene_kinds import success_by_kind
 from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES
 from lora_compose.compose.evaluation.suite import SuiteScene, ZeroShotConfig
@@ -93,6 +94,7 @@ def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> 
         plots=[plot for plot in plots if plot],
         concepts=concepts,
         bounds=_bounds_rows(evaluation),
+        scene_kinds=_scene_kinds(evaluation),
         scenes=[_scene(evaluation, gallery, scene) for scene in evaluation.suite.scenes],
         open_scenes=_OPEN_SCENES,
         cases=_cases(evaluation, gallery),
@@ -210,7 +212,7 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     suite = evaluation.suite
     shown = _measured(arms_table)
     header = ["", *(f"{metric.title} {'↑' if metric.higher_is_better else '↓'}" for metric in shown)]
-    header += ["latent rows", "FLOPs", "seconds"]
+    header += ["latent rows", "FLOPs", "seconds", "largest memory"]
     lines = [f"# Evaluation: {marked(suite.name)}", ""]
     lines += [f"- {name}: {marked(value)}" for name, value in facts(evaluation).items()]
     lines += ["", *(f"> **Note.** {marked(text)}\n" for text in warnings(evaluation))]
@@ -222,6 +224,9 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
         lines += [
             line([marked(row["arm"]), *(number(row[one.key], one) for one in OUTCOME_METRICS)]) for row in outcomes
         ]
+    if kinds := _scene_kinds(evaluation):
+        lines += ["", line(["Success", *kinds["columns"]]), line(["---", *["---:"] * len(kinds["columns"])])]
+        lines += [line([marked(row["arm"]), *map(number, row["values"])]) for row in kinds["rows"]]
     lines += ["", *_GUIDE]
     if evaluation.failed:
         failures = (f"- {marked(_whose(failure))}: {marked(failure.error)}" for failure in evaluation.failed)
@@ -249,7 +254,8 @@ def _cells(row: Mapping[str, Any], shown: Iterable[Metric], baseline: str) -> li
         cells.append(number(row[metric.key], metric) + interval + (f"<br>{marked(words)}" if words else ""))
     costs = [f"{number(row['rows'], digits=0)} (x{number(row['rows_ratio'])})"]
     costs += [f"{_amount(row['flops'])} (x{number(row['flops_ratio'])})"]
-    return [*cells, *costs, f"{number(row['seconds'])} (x{number(row['seconds_ratio'])})"]
+    costs += [f"{number(row['seconds'])} (x{number(row['seconds_ratio'])})", _bytes(row["peak_bytes"])]
+    return [*cells, *costs]
 
 
 def marked(text: str) -> str:
@@ -265,6 +271,16 @@ def line(cells: Iterable[str]) -> str:
 def _whose(failed: Failed) -> str:
     alone = f", {failed.alone}" if failed.alone else ""
     return f"{failed.scene}, {failed.arm}{alone}, seeds {', '.join(map(str, failed.seeds))}"
+
+
+def _scene_kinds(evaluation: Evaluation) -> dict[str, Any]:
+    """Mean success by kind of scene, for the tables; empty if all scenes are of one kind."""
+    table = success_by_kind(evaluation)
+    rows = [
+        {"arm": str(arm), "role": role(evaluation.suite, str(arm)), "values": values.tolist()}
+        for arm, values in table.iterrows()
+    ]
+    return {"columns": list(table.columns), "rows": rows} if rows else {}
 
 
 # --- images with captions ---

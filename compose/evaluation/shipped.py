@@ -12,8 +12,13 @@ def suites_dir() -> Path:
     return assets_dir() / "suites"
 
 
-def find_suite(name: str) -> Path:
-    """The file of a suite, given by path or by the name of a shipped suite.
+def published_dir() -> Path:
+    """The folder of shipped suites whose models are downloaded."""
+    return suites_dir() / "published"
+
+
+def find_suite(name: str, folder: Path | None = None) -> Path:
+    """The file of a suite, given by path or by the name of a suite that is shipped in a folder, or in `suites_dir`.
 
     Raises:
         FileError: If there is neither; the message lists the names.
@@ -23,7 +28,7 @@ def find_suite(name: str) -> Path:
         if not path.exists():
             raise FileError(f"there is no file {name!r}{file_near(path)}")
         return path
-    shipped = {file.stem: file for file in sorted(suites_dir().glob("*.yaml"))}
+    shipped = {file.stem: file for file in sorted((folder or suites_dir()).glob("*.yaml"))}
     if name not in shipped:
         there = f"give a file (YAML or JSON), or one of {', '.join(shipped)}{did_you_mean(name, shipped)}"
         raise FileError(f"there is no suite {name!r}; {there}")

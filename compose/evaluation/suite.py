@@ -84,6 +84,8 @@ class SuiteScene(Start):
         negative_prompt: What to avoid.
         width: In pixels; None is the model's own.
         height: In pixels; None is the model's own.
+        interaction: How closely the subjects interact: "apart", "touching", or "entangled" (hugging, riding, carrying).
+            Tables by kind of scene tell them apart.
     """
 
     name: Name
@@ -94,6 +96,7 @@ class SuiteScene(Start):
     negative_prompt: str = ""
     width: Annotated[int, Field(gt=0)] | None = None
     height: Annotated[int, Field(gt=0)] | None = None
+    interaction: Literal["apart", "touching", "entangled"] | None = None
 
 
 class SuiteMethod(_Frozen):
@@ -135,6 +138,9 @@ def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(values)) < len(values):
         raise ValueError(f"the seeds must differ, not {list(values)}")
     return values
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class WindowsConfig(_Frozen):
@@ -197,7 +203,7 @@ class Suite(_Frozen):
     scenes: Annotated[tuple[SuiteScene, ...], Field(min_length=1)]
     methods: Annotated[tuple[SuiteMethod, ...], Field(min_length=1)]
     baseline: str = "merge"
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1), AfterValidator(_distinct)]
+    seeds: Seeds
     batch_size: Annotated[int, Field(gt=0, le=64)] = 1
     threads: Annotated[int, Field(gt=0)] | None = None
     processes: Annotated[int, Field(gt=0)] = 1

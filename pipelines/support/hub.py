@@ -28,6 +28,7 @@ PATIENCE = 5.0
 
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_WHERE = ("cache_dir", "revision", "repo_type")
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
 
 
@@ -44,7 +45,7 @@ def asking(repository: str, **options: Any) -> Iterator[None]:
 
     Args:
         repository: "owner/name", or a folder.
-        options: Those of `huggingface_hub` that were given; `cache_dir` and `revision` are read.
+        options: Those of `huggingface_hub` that were given; `cache_dir`, `revision` and `repo_type` are read.
 
     Raises:
         HubError: If the repository is gated, private or missing, or the revision or a file is; if the connection broke;
@@ -54,13 +55,14 @@ def asking(repository: str, **options: Any) -> Iterator[None]:
         yield
         return
     blobs = Path(options.get("cache_dir") or constants.HF_HUB_CACHE)
-    blobs = blobs / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
+    kind = options.get("repo_type") or "model"
+    blobs = blobs / repo_folder_name(repo_id=repository, repo_type=kind) / "blobs"
     before = _weights_in(blobs)
     try:
         yield
     except Exception as error:  # the types depend on the libraries that download for us
         _compare(repository, _weights_in(blobs) - before)
-        meaning = _meaning(repository, options.get("revision"), error)
+        meaning = _meaning(repository, page(repository, kind), options.get("revision"), error)
         if meaning is None:
             raise
         raise HubError(meaning) from error
@@ -89,12 +91,16 @@ def _compare(repository: str, downloaded: set[Path]) -> None:
         )
 
 
-def _meaning(repository: str, revision: str | None, error: BaseException) -> str | None:
+def page(repository: str, repo_type: str = "model") -> str:
+    """The address of a repository's page. `repo_type` is "model" or "dataset"."""
+    return f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repository}"
+
+
+def _meaning(repository: str, page: str, revision: str | None, error: BaseException) -> str | None:
     """What an error of the hub means, also one that diffusers hides behind its own; None for other errors."""
     chain: list[BaseException] = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
         chain.append(inner)
-    page = f"{constants.ENDPOINT}/{repository}"
     for one in chain:
         if isinstance(one, GatedRepoError):
             return f"the repository {repository!r} is gated: accept its conditions on {page}, and {_LOG_IN}"
@@ -151,7 +157,7 @@ def reachable(repository: str, *files: str, **options: Any) -> dict[str, Any]:
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
     except Exception as error:  # the type depends on huggingface_hub's HTTP library
-        where = {name: options[name] for name in ("cache_dir", "revision") if options.get(name) is not None}
+        where = {name: options[name] for name in _WHERE if options.get(name) is not None}
         if _has_copy(repository, files, where):
             logger.warning("the model hub is out of reach (%s): %s is read from the cache", error, repository)
             return {**options, "local_files_only": True}
@@ -167,12 +173,12 @@ def cached_folder(repository: str, **options: Any) -> Path:
     """The folder in the cache with the files of a repository that were downloaded; nothing is asked.
 
     Args:
-        options: Those of `huggingface_hub`; `cache_dir` and `revision` are read.
+        options: Those of `huggingface_hub`; `cache_dir`, `revision` and `repo_type` are read.
 
     Raises:
         LocalEntryNotFoundError: If there is none.
     """
-    where = {name: options[name] for name in ("cache_dir", "revision") if options.get(name) is not None}
+    where = {name: options[name] for name in _WHERE if options.get(name) is not None}
     return Path(snapshot_download(repository, local_files_only=True, **where))
 
 

@@ -53,6 +53,7 @@ MISTAKES = {
     "merge playground:cat playground:dgo --out a.safetensors": "did you mean 'dog'",
     "merge playground:cat playground:dog --method tiess --out a.safetensors": "did you mean 'ties'?",
     "batch assets/scenes --model playground --ray 10.0.0.1": "--ray 10.0.0.1: expected local, auto",
+    "batch assets/scenes --model playground --ray ray://10.0.0.1": "HOST:PORT, e.g. 10.0.0.1:6379, or ray://HOST:PORT",
     "evaluate published assets/suites/templat.yaml": "did you mean 'template.yaml'?",
     "evaluate playground-quik": "did you mean 'playground-quick'",
     "comfyui install assets": "assets is not a ComfyUI that can run these nodes",

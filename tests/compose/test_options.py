@@ -191,8 +191,13 @@ def test_what_cannot_be_chosen_is_reported(folder: Path, tmp_path: Path, more: l
 @pytest.mark.parametrize(
     "command", ["batch assets/scenes/cat-dog.yaml --model playground", "evaluate playground-quick"]
 )
-def test_a_cluster_without_ray(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    told = call(*command.split(), "--ray", "local", "--out", tmp_path / "out", code=2).output
+@pytest.mark.parametrize(("address", "package"), [("local", "ray"), ("ray://10.0.0.1:10001", "grpc")])
+def test_a_cluster_without_ray(
+    command: str, address: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", sys)  # any module that is there
+    monkeypatch.setitem(sys.modules, package, None)
+    told = flat(call(*command.split(), "--ray", address, "--out", tmp_path / "out", code=2).output)
+    assert f"--ray {address} needs the package {package}: pip install 'lora-compose[ray]'" in told
     assert "pip install 'lora-compose[ray]'" in told
     assert not (tmp_path / "out").exists()

@@ -87,7 +87,7 @@ def test_a_node_that_is_killed_in_the_middle_loses_nothing(given: Any, finished:
     from lora_compose.compose.batch.on_ray import run_on_ray
 
     (entries, settings), killed = given, []
-    with two_nodes() as (cluster, node):
+    with two_nodes() as (cluster, node, files):
 
         def kill(done: float, text: str = "") -> None:
             if len(contents(tmp_path)) >= 3 and not killed:
@@ -95,5 +95,6 @@ def test_a_node_that_is_killed_in_the_middle_loses_nothing(given: Any, finished:
                 cluster.remove_node(node, allow_graceful=False)
 
         results = run_on_ray(entries, settings, tmp_path, cluster.address, kill, workers=2)
+        assert not list(files.glob("lora-compose-*")), "also of the node that was killed"
     assert killed
     check(results, tmp_path, finished)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_compose.compose.benchmark.hardware import MODELS, SHARE, Need, need, needs_table, seconds_table
+from lora_compose.compose.benchmark.capacity import BANDWIDTH, capacity_table
+from lora_compose.compose.benchmark.hardware import CARDS, MODELS, SHARE, Need, need, needs_table, seconds_table
 from lora_compose.compose.benchmark.tables import GIB
 
 DOCS = Path(__file__).parents[3]
@@ -73,3 +74,18 @@ def test_seconds_in_the_docs_are_counted_flops_by_a_share_of_the_peak():
     (flux,) = (row for name, row in cells(seconds_table(needs())).items() if name == "FLUX.1")
     assert float(flux[-1]) == pytest.approx(needs()["FLUX.1"].flops / (989e12 * SHARE), rel=0.05)
     assert needs()["SDXL"].denoiser / GIB < 6
+
+
+def test_cards_for_many_images_in_the_docs_are_what_the_command_prints():
+    assert rows_of("docs/costs.md", "## A thousand images a minute") == cells(capacity_table(needs()))
+
+
+def test_reading_the_weights_takes_a_third_of_the_arithmetic_at_most():
+    for it in needs().values():
+        for card, tera in CARDS.items():
+            assert it.steps * it.weights / (BANDWIDTH[card] * 1e9) < it.flops / (tera * 1e12) / 3
+
+
+def test_bandwidths_of_cards_with_known_memory_are_bits_by_their_rate():
+    assert BANDWIDTH["RTX 3090"] == 384 * 19.5 / 8
+    assert BANDWIDTH["RTX 4090"] == 384 * 21 / 8

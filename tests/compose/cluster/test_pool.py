@@ -1,8 +1,7 @@
 """Workers on a Ray cluster that fail and die."""
 
 import os
-import socket
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from clusters import MARKS, one_node
-from commands import free_port
 
 pytest.importorskip("ray", reason="needs ray: the extra ray")
 pytestmark = MARKS
@@ -40,7 +38,7 @@ def test_calls_that_fail_and_calls_that_kill_their_workers_do_not_stop_the_other
         assert ended["2"][1:] == (None, "KeyError: 'two'")
         assert "3 workers have died of it" in (ended["1"].error or "")
         assert capsys.readouterr().err.count("a worker has died; another does its work") == 2
-        assert not Path(folder).exists()
+        assert not list(Path(folder).parent.glob("lora-compose-*"))
 
 
 def test_workers_that_cannot_open_anything_end_the_run() -> None:
@@ -62,48 +60,24 @@ def test_workers_that_cannot_open_anything_end_the_run() -> None:
             list(pool.map(print, {"a": ()}))
 
 
-def test_an_address_where_nothing_answers() -> None:
-    from lora_compose.compose.cluster.pool import connected
+def test_each_gpu_has_a_worker_that_sees_it_alone() -> None:
+    """The GPUs are numbers of the cluster's resources only."""
+    from lora_compose.compose.cluster.pool import Pool
 
-    with pytest.raises(OSError, match=r"there is no Ray cluster at 127\.0"), connected(f"127.0.0.1:{free_port()}"):
-        pass
+    def opening(node: Any) -> str:
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
+    def call(opened: str, node: Any, workers: int) -> str:
+        """Waits for as many workers, which have one folder because they are on one node."""
+        (node.folder / f"gpu-{opened}").touch()
+        while len(list(node.folder.glob("gpu-*"))) < workers:
+            time.sleep(0.1)
+        return opened
 
-@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
-def test_an_address_that_accepts_and_is_no_cluster(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_compose.compose.cluster import pool
-
-    monkeypatch.setattr(pool, "SECONDS_TO_ANSWER", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port, kept = server.getsockname()[1], []
-
-        def answer() -> None:
-            kept.append(server.accept()[0])
-            kept[0].sendall(said)
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        with pytest.raises(OSError, match="there is no Ray cluster at"), pool.connected(f"127.0.0.1:{port}"):
-            pass
-        thread.join(10)
-        kept[0].close()
-
-
-@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="lists the open ports of Linux")
-def test_a_local_cluster_listens_on_this_machine_alone() -> None:
-    from lora_compose.compose.cluster.pool import connected
-
-    before = open_to_others()
-    with connected("local"):
-        assert open_to_others() <= before
-
-
-def open_to_others() -> set[str]:
-    """Ports of this machine that others can reach."""
-    found = set()
-    for name in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
-            address, state = line.split()[1], line.split()[3]
-            if state == "0A" and not address.startswith(("0100007F", "0000000000000000FFFF00000100007F")):
-                found.add(address)
-    return found
+    with one_node(cpus=1, gpus=2):
+        with Pool(opening, None, 1, None) as pool:
+            seen = [one.result for one in pool.map(call, {"a": (2,), "b": (2,)})]
+        with Pool(opening, "cpu", 1, None) as pool:
+            (on_cpu,) = pool.map(call, {"a": (1,)})
+    assert sorted(seen) == ["0", "1"]
+    assert on_cpu.result == ""

@@ -80,7 +80,7 @@ def test_the_results_are_those_without_ray_though_something_dies(
         return found
 
     monkeypatch.setattr(on_ray, "pack", pack_and_hide)
-    with two_nodes() as (cluster, node):
+    with two_nodes() as (cluster, node, files):
 
         def kill(done: float, text: str = "") -> None:
             if done >= 2 and not killed:
@@ -91,6 +91,7 @@ def test_the_results_are_those_without_ray_though_something_dies(
             on_ray.evaluate_on_ray(suite, tmp_path, cluster.address, kill, workers=2)
         finally:
             hidden.rename(folder)
+        assert not list(files.glob("lora-compose-*")), "also of what was killed"
     assert killed
     assert len(contents(finished)) == 10 * 2 + 15, "cost and scores of each batch, and the images"
     assert contents(tmp_path) == contents(finished)

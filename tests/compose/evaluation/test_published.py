@@ -10,9 +10,12 @@ import yaml
 
 from commands import call, flat
 from local_hub import LocalHub, Repository, connect, serving
-from lora_compose.compose.evaluation.published import read_published, wanted
+from lora_compose.compose.evaluation.published import fetch, read_published, wanted
+from lora_compose.compose.evaluation.scene_kinds import kind_of_scene
+from lora_compose.compose.evaluation.scoring import reference_crops
+from lora_compose.compose.evaluation.shipped import published_dir
 from lora_compose.compose.files.reading import FileError
-from lora_compose.compose.playground.assets import playground_lora, playground_model
+from lora_compose.compose.playground.assets import playground_lora, playground_model, playground_references
 from lora_compose.pipelines.support.hub import HubError
 
 MODEL, CAT, DOG = "stabilityai/stable-diffusion-xl-base-1.0", "somebody/cat-lora", "somebody/pets"
@@ -137,3 +140,88 @@ def test_downloads_that_cannot_be_are_refused(
     suite["downloads"]["extra"] = download
     with pytest.raises(FileError, match=message):
         read_published(written(suite, tmp_path))
+
+
+ALONE = {"prompt": "a sks cat on grass", "seeds": [7, 8]}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("cat alone", {"prompt": "a cat on grass"}, "the prompt does not have the trigger 'sks'"),
+        ("cat alone", {"seeds": [1, 7]}, "the seed 1 is one of the suite's; choose others"),
+        ("of nobody", {}, "the references 'of nobody' are those of 0 concepts; one has to name them"),
+        ("cat", {}, "'cat' is the name of a download and of references"),
+    ],
+)
+def test_references_that_no_lora_can_make_are_refused(
+    suite: dict[str, Any], tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    suite["suite"]["concepts"][0]["references"] = name
+    suite["references"] = {name: ALONE | changes}
+    if name == "of nobody":
+        suite["suite"]["concepts"][0]["references"] = "playground:cat"
+    with pytest.raises(FileError, match=message):
+        read_published(written(suite, tmp_path))
+
+
+def test_photographs_of_a_data_set_are_downloaded_as_references(
+    hub: LocalHub, suite: dict[str, Any], tmp_path: Path
+) -> None:
+    photographs = [path.read_bytes() for path in playground_references("cat")[:2]]
+    found = {f"dataset/cat/{number}.png": data for number, data in enumerate(photographs)}
+    hub.repositories["datasets/somebody/photographs"] = Repository(found | {"dataset/dog/0.png": b"not asked for"})
+    suite["downloads"]["photographs"] = {
+        "repository": "somebody/photographs", "dataset": True, "files": "dataset/cat/*.png", "licence": "cc-by-4.0",
+    }  # fmt: skip
+    suite["suite"]["concepts"][0]["references"] = "photographs"
+    published = read_published(written(suite, tmp_path))
+    (one,) = (one for one in wanted(published) if one.name == "photographs")
+    assert one.size == one.missing == sum(map(len, photographs))
+    assert one.download.page == f"{hub.endpoint}/datasets/somebody/photographs"
+    ready = fetch(published)
+    assert len(reference_crops(ready.concept("cat"))) == 2
+    assert hub.bytes_of("dog/0.png") == 0
+    assert {one.missing for one in wanted(published) if one.name == "photographs"} == {0}
+    hub.repositories["datasets/somebody/photographs"].gated = True
+    with pytest.raises(HubError, match=r"accept its conditions on http://.*/datasets/somebody/photographs, and log in"):
+        list(wanted(published))
+
+
+def served(downloads: Any) -> dict[str, Repository]:
+    """Small repositories with the files that are wanted, under their names."""
+    found: dict[str, Repository] = {}
+    for one in downloads.values():
+        name = f"datasets/{one.repository}" if one.dataset else one.repository
+        repository = found.setdefault(name, Repository({}, tag=one.revision))
+        path = one.file or (one.files or "model_index.json").replace("*", "0")
+        repository.files[path] = path.encode()
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(published_dir().glob("*.yaml")), ids=lambda path: path.stem)
+def test_suites_that_come_along_name_files_of_the_hub_and_compare_what_papers_do(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = read_published(path)
+    methods = {method.merge or method.method for method in published.suite.compared}
+    assert {"merge", "ssr", "iteris", "freefuse", "regional", "draft"} <= methods
+    assert ("lora-composer" in methods) == ("sdxl" in published.downloads)
+    assert {scene.interaction for scene in published.suite.scenes} == {"apart", "touching", "entangled"}
+    assert len(published.suite.scenes) >= 10, "fewer have no verdict"
+    with serving(LocalHub(served(published.downloads))) as hub:
+        connect(hub, tmp_path / "cache", monkeypatch)
+        if any(one.sha256 for one in published.downloads.values()):
+            with pytest.raises(HubError, match=r"is another file than the suite names: its SHA-256 is .*, expected"):
+                list(wanted(published))
+        anything = {name: one.model_copy(update={"sha256": None}) for name, one in published.downloads.items()}
+        found = list(wanted(published.model_copy(update={"downloads": anything})))
+    assert [one.name for one in found] == list(published.downloads)
+    assert all(one.size for one in found)
+    assert not hub.served
+
+
+def test_suites_that_come_along_have_two_to_five_subjects_and_pairs_of_one_class() -> None:
+    suites = [read_published(path).suite for path in published_dir().glob("*.yaml")]
+    kinds = {kind_of_scene(suite, scene).partition(",")[0] for suite in suites for scene in suite.scenes}
+    assert {"2 subjects", "2 subjects of one class", "3 subjects", "4 subjects", "5 subjects of one class"} <= kinds

@@ -1,0 +1,109 @@
+"""Folders of this machine for the files of workers, removed when the workers are dead, however they died.
+
+A lock file lies beside each folder, and every worker that uses the folder has it locked. The system releases the lock
+when a process dies, so whoever comes next recognises what a killed node has left.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where what dead workers leave stays
+    fcntl = None
+
+_PREFIX, _LOCK = "lora-compose-", ".lock"
+SECONDS_TO_DIE = 5.0
+
+
+@dataclass(frozen=True)
+class HeldFolder:
+    """A folder that is not removed while this process lives and keeps this object."""
+
+    path: Path
+    _lock: BinaryIO
+
+
+def hold(name: str) -> HeldFolder:
+    """A folder of this name, new or held by other workers as well; removes folders that dead workers have left.
+
+    Raises:
+        PermissionError: If it belongs to another user.
+    """
+    remove_abandoned()
+    folder = Path(tempfile.gettempdir()) / f"{_PREFIX}{name}"
+    while True:
+        lock = _opened(_lock_of(folder))
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks, on which what dead workers leave stays
+                fcntl.flock(lock, fcntl.LOCK_SH)
+        if _is_there(lock, _lock_of(folder)):
+            break
+        lock.close()  # it was removed before it was locked
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or not _is_own(folder.stat()):
+        raise PermissionError(f"{folder} belongs to another user")
+    return HeldFolder(folder, lock)
+
+
+def remove(folder: str) -> None:
+    """Removes a folder whose workers have been killed, and those that other dead workers have left on this machine."""
+    patience = time.monotonic() + SECONDS_TO_DIE
+    while not _removed(_lock_of(Path(folder))) and time.monotonic() < patience:
+        time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)  # also where there are no locks
+    remove_abandoned()
+
+
+def remove_abandoned() -> None:
+    """Removes the folders of this user that no living worker holds."""
+    if fcntl is not None:
+        for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*{_LOCK}"):
+            _removed(lock)
+
+
+def _removed(lock: Path) -> bool:
+    """Whether the folder of a lock file is gone; removes it unless somebody holds it or it is another user's."""
+    try:
+        with _opened(lock, new=False) as file:
+            if not _is_own(os.fstat(file.fileno())):
+                return False
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            if fcntl is not None:
+                lock.unlink()
+    except FileNotFoundError:
+        return True
+    except OSError:  # it is held
+        return False
+    if fcntl is None:
+        lock.unlink(missing_ok=True)
+    return True
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + _LOCK)
+
+
+def _opened(lock: Path, *, new: bool = True) -> BinaryIO:
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | (os.O_CREAT if new else 0)
+    return os.fdopen(os.open(lock, flags, 0o600), "r+b")
+
+
+def _is_there(lock: BinaryIO, path: Path) -> bool:
+    """Whether a lock file that is open still has its name."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _is_own(found: os.stat_result) -> bool:
+    return not hasattr(os, "getuid") or found.st_uid == os.getuid()

@@ -1,0 +1,58 @@
+"""References that a LoRA makes alone: made once, cut to the subject."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lora_compose.compose.evaluation.alone import Alone, with_references
+from lora_compose.compose.evaluation.scoring import reference_files
+from lora_compose.compose.evaluation.suite import Suite
+
+VOCABULARY = ("bear", "car", "dog", "house", "tree")
+ALONE = Alone(prompt="a sks cat on grass", seeds=(7, 8))
+
+
+def suite(**changes: Any) -> Suite:
+    fields: dict[str, Any] = {
+        "name": "small", "model": "playground", "encoder": "playground:judge", "methods": ["merge"], "seeds": [1],
+        "steps": 8, "guidance_scale": 4, "threads": 1, "device": "cpu",
+        "detector": {"kind": "windows", "vocabulary": VOCABULARY},
+        "concepts": [
+            {"name": "cat", "lora": "playground:cat", "trigger": "sks", "class_word": "cat", "references": "cat alone"},
+            {"name": "dog", "lora": "playground:dog", "trigger": "zwx", "class_word": "dog",
+             "references": "playground:dog"},
+        ],
+        "scenes": [{"name": "both", "prompt": "a sks cat and a zwx dog", "concepts": ["cat", "dog"]}],
+    }  # fmt: skip
+    return Suite.model_validate(fields | changes)
+
+
+def test_a_lora_makes_its_references_once_and_they_are_cut_to_the_subject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = with_references(suite(), {"cat alone": ALONE}, tmp_path)
+    files = reference_files(ready.concept("cat"))
+    assert [file.name for file in files] == ["7.png", "8.png"]
+    assert ready.concept("dog") == suite().concept("dog")
+    for file in files:
+        with Image.open(file) as image:
+            assert max(image.size) < 128
+    assert list((tmp_path / "references").iterdir()) == [files[0].parent]
+
+    def opened(*given: Any) -> None:
+        raise AssertionError("the model is opened again")
+
+    monkeypatch.setattr("lora_compose.compose.evaluation.alone.open_model", opened)
+    other_methods = with_references(suite(methods=["tara"]), {"cat alone": ALONE}, tmp_path)
+    assert other_methods.concepts == ready.concepts
+    with pytest.raises(AssertionError, match="opened again"):
+        with_references(suite(steps=9), {"cat alone": ALONE}, tmp_path)
+
+
+def test_a_subject_that_the_detector_does_not_find_has_no_references(tmp_path: Path) -> None:
+    blind = suite(detector={"kind": "windows", "vocabulary": VOCABULARY, "threshold": 1.0}, steps=1)
+    with pytest.raises(ValueError, match="cat: the detector found its class word in 0 of the images that its LoRA"):
+        with_references(blind, {"cat alone": ALONE}, tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
