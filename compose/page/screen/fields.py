@@ -218,7 +218,7 @@ def concept_of(row: Row) -> Concept:
             alpha=row.alpha,
         )
     except FieldError as error:
-        raise ValueError(f"{texts['name']}: {'; '.join(error.messages)}") from error
+        raise ValueError(f"{texts['name']}: {page_message('; '.join(error.messages))}") from error
 
 
 def form(session: PageSession) -> Form:

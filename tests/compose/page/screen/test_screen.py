@@ -353,10 +353,11 @@ def test_settings_of_an_image_come_back(at: AppTest) -> None:
 def test_a_weight_that_cannot_be_read_is_explained(at: AppTest) -> None:
     at.text_input(key=row_key(at, 0, "schedule")).set_value("1...4..").run()
     assert not at.exception
-    assert "bear: weight: expected a valid number" in said(at)
+    assert "bear: Weight: expected a valid number" in said(at)
     assert at.button(key="do.make").disabled
     at.text_input(key=row_key(at, 0, "schedule")).set_value("12").run()
-    assert "the weight reaches 12" in said(at)
+    assert "The weight reaches 12" in said(at)
+    assert "“Any weight” under “More” allows it" in said(at)
     at.checkbox(key=row_key(at, 0, "any_weight")).check().run()
     assert not at.button(key="do.make").disabled
     at.text_input(key=row_key(at, 0, "schedule")).set_value("1..0.4").run()
