@@ -177,6 +177,13 @@ def _chosen() -> Choice:
     )
 
 
+def open_first(session: PageSession) -> None:
+    """Opens the model that the page was started with; why it cannot be opened is shown."""
+    show_choice(session.model.choice)
+    st.session_state[_KIND], st.session_state[_DTYPE] = session.options.model, fields.AUTOMATIC
+    _open(session, replace(session.model.choice, model=session.options.model))
+
+
 def _open(session: PageSession, choice: Choice) -> None:
     session.problems[_PLACE] = []
     before = session.model.size
@@ -203,7 +210,8 @@ def _open(session: PageSession, choice: Choice) -> None:
 
 
 def _check_allowed(session: PageSession, model: str) -> None:
-    if session.options.local or model in PLAYGROUNDS or (is_hub_name(model) and not Path(model).expanduser().exists()):
+    given = model in (*PLAYGROUNDS, session.options.model)
+    if session.options.local or given or (is_hub_name(model) and not Path(model).expanduser().exists()):
         return
     raise ValueError("This page is open to other machines, so files on this one cannot be opened from here; use a hub "
                      "repository.")  # fmt: skip

@@ -432,6 +432,9 @@ def test_all_users_can_use_it(chromium: Browser, address: str, scheme: Any, size
         page.wait_for_timeout(500)
         check_with_axe(page, name)
         page.keyboard.press("Escape")
+    page.get_by_text("Advanced: other methods").click()
+    page.wait_for_timeout(500)
+    check_with_axe(page, "Advanced")
     page.context.close()
 
 

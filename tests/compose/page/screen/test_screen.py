@@ -601,6 +601,15 @@ def test_another_model_is_opened_from_a_folder(at: AppTest, tmp_path: Path, monk
     assert session(at).results[0].run.model == str(playground_model())
 
 
+def test_the_page_begins_with_the_model_that_it_was_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_COMPOSE_MODEL", "playground-flux")
+    at = AppTest.from_file(str(SCREEN), default_timeout=60).run()
+    assert not at.exception
+    assert session(at).model.choice.model == "playground-flux"
+    assert at.selectbox(key="set.model.kind").value == "playground-flux"
+    assert (session(at).rows, at.text_area(key=fields.PROMPT).value) == ([], "")
+
+
 def test_the_playgrounds_transformer_composes_with_loras_of_its_own(at: AppTest) -> None:
     at.selectbox(key="set.model.kind").set_value("playground-flux").run()
     next(button for button in at.button if button.label == "Open this model").click().run()
