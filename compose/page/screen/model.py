@@ -197,12 +197,12 @@ def _open(session: PageSession, choice: Choice) -> None:
         asked: dict[str, Any] = {} if st.session_state[_DTYPE] == fields.AUTOMATIC else {"dtype": choice.dtype}
         run, defaults = complete(Run(scene=Scene(prompt="-"), model=choice.model, device=choice.device, **asked))
         choose_model(session, replace(choice, dtype=run.dtype))
-        fields.clear_example(session)
+        cleared = fields.clear_example(session)
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
         session.problems[_PLACE] = [str(error)]
         return
     st.session_state[_DTYPE] = run.dtype
-    if defaults != ON_CPU:
+    if defaults != ON_CPU or cleared:  # else the user may have chosen them
         st.session_state[fields.STEPS] = defaults.steps
         st.session_state[fields.GUIDANCE] = float(defaults.guidance_scale)
     if fields.size() == before:  # the user has not chosen another one

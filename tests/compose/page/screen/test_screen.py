@@ -43,7 +43,7 @@ from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.methods.draft import Drafted
 from lora_compose.pipelines.scene.mask_images import as_uri
-from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept, Run
 
 STEPS = 2
 
@@ -283,6 +283,7 @@ def test_concepts_are_chosen_from_a_folder_and_problems_are_shown_at_the_file(at
     assert "fog.safetensors**  \nwfy style" in said(at)
     assert [row.lora.shown for row in session(at).rows if row.lora] == ["bear", "robot", "mine.safetensors"]
     assert at.text_input(key=row_key(at, 2, "trigger")).value == "sks"
+    assert at.text_input(key=row_key(at, 2, "name")).value == "mine", "as on the command line"
     at.button(key=f"do.remove.{session(at).rows[2].number}").click().run()
     assert len(session(at).rows) == 2
 
@@ -608,6 +609,7 @@ def test_the_page_begins_with_the_model_that_it_was_started_with(monkeypatch: py
     assert session(at).model.choice.model == "playground-flux"
     assert at.selectbox(key="set.model.kind").value == "playground-flux"
     assert (session(at).rows, at.text_area(key=fields.PROMPT).value) == ([], "")
+    assert at.number_input(key=fields.GUIDANCE).value == Run.model_fields["guidance_scale"].default
 
 
 def test_the_playgrounds_transformer_composes_with_loras_of_its_own(at: AppTest) -> None:
