@@ -282,9 +282,9 @@ def _cost_words(pipe: Any, run: Run, planned: CallPlan | None, cost: RunCost | N
     steps = _steps(pipe, run, planned)
     passes = "" if planned is None or planned.passes == steps else f", {planned.passes} passes"
     how = "with guidance" if run.guidance_scale > 1 else "without guidance"
-    ratio = "" if cost is None else f", {cost.flops / cost.plain_flops:.2f} times the FLOPs of a plain image"
+    ratio = "" if cost is None else f"{cost.flops / cost.plain_flops:.2f} times the FLOPs of a plain image; "
     each = "" if planned is None else planned.cost.each
-    return f"{rows} latent rows ({steps} steps{passes} {how}){each}{ratio}"
+    return f"{ratio}{rows} rows, each a latent through the model once ({steps} steps{passes} {how}){each}"
 
 
 def _method_words(run: Run, choice: Choice | None) -> str:

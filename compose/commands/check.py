@@ -6,6 +6,7 @@ import typer
 
 from lora_compose.compose.commands import options
 from lora_compose.compose.commands.asked import asked_run
+from lora_compose.compose.support.spelling import as_options
 from lora_compose.compose.support.terminal import BAD_INPUT, echo, handle_errors, starting
 
 
@@ -49,11 +50,11 @@ def check(
     report = check_run(asked, loras=loras, variant=variant)
     wide = max(len(label) for label, _ in report.facts)
     for label, text in report.facts:
-        echo(f"{label:{wide}}  {text}")
+        echo(f"{label:{wide}}  {as_options(text) if label == 'method' else text}")
     for note in report.notes:
-        echo(f"note: {note}", style="yellow")
+        echo(f"note: {as_options(note)}", style="yellow")
     for problem in report.problems:
-        echo(f"problem: {problem}", style="red")
+        echo(f"problem: {as_options(problem)}", style="red")
     if report.problems:
         raise typer.Exit(BAD_INPUT)
     echo("no problems", style="green")

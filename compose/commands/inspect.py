@@ -34,7 +34,7 @@ def inspect(
 ) -> None:
     """Show LoRA files: format, base model, ranks, triggers, what fits.
 
-    For several files also how much they overlap.
+    For several files also how much they overlap; of a folder, each file.
     """
     for file in files:
         check_lora(file)

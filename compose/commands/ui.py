@@ -7,11 +7,20 @@ from typing import Annotated
 import typer
 
 from lora_compose.compose.page.launch import start
+from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.terminal import handle_errors
 
 
 @handle_errors(logging.WARNING)
 def ui(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="playground, a folder as diffusers saves it, a .safetensors file, or a hub repository. Others can be "
+            "opened on the page.",
+        ),
+    ] = PLAYGROUND,
     port: Annotated[int, typer.Option(help="Port of the page.", min=1, max=65535)] = 8501,
     host: Annotated[
         str,
@@ -22,4 +31,4 @@ def ui(
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
     """Open the page in a browser: several LoRAs and a prompt."""
-    start(port, host, out, loras, browser)
+    start(model, port, host, out, loras, browser)

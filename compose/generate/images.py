@@ -13,6 +13,7 @@ from lora_compose.compose.generate.early import check_early
 from lora_compose.compose.generate.making import make_batch
 from lora_compose.compose.generate.models import open_model, opening
 from lora_compose.compose.support.savers import Saver
+from lora_compose.compose.support.spelling import as_options
 from lora_compose.compose.support.terminal import bar, echo, err
 from lora_compose.pipelines.scene.scene import Run, Scene
 from lora_compose.pipelines.text.selection import choose_concepts
@@ -85,7 +86,7 @@ def _how(record: Record) -> str:
     made, reason = record.run, record.method_reason
     settings = ", ".join(f"{name}={value}" for name, value in made.settings.items())
     method = made.method or "plain, without concepts"
-    why = f", because {reason}" if reason else ""
+    why = f", because {as_options(reason)}" if reason else ""
     return f"made by {method}{f' ({settings})' if settings else ''}{why}, {made.steps} steps, {made.scheduler}"
 
 

@@ -62,7 +62,9 @@ def refine_and_save(
         generator=torch.Generator().manual_seed(run.seed), **ip_adapter_arguments(everywhere, image.size),
     )  # fmt: skip
     echo(save_image(found.image, out))
-    echo(f"repainted {', '.join(found.subjects)}: {found.cost.rows_forward:g} latent rows")
+    echo(
+        f"repainted {', '.join(found.subjects)}: {found.cost.rows_forward:g} rows, each a latent through the model once"
+    )
 
 
 def _masks(pipe: Any, record: Record, run: Run, image: Image.Image) -> dict[str, Any]:

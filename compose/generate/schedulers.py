@@ -20,7 +20,8 @@ def scheduler_class(name: str) -> Any:
     """The scheduler of that class name; raises ValueError if there is none; the message names similar ones."""
     names = scheduler_names()
     if name not in names:
-        near = get_close_matches(name, names, n=5, cutoff=0.4) or names
+        alike = [known for known in names if name.lower().removesuffix("scheduler") in known.lower()]
+        near = alike or get_close_matches(name, names, n=5, cutoff=0.4) or names
         raise ValueError(f"unknown scheduler {name!r}; did you mean one of {', '.join(near)}?")
     return getattr(diffusers.schedulers, name)
 

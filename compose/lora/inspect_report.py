@@ -1,7 +1,8 @@
 """`lora-compose inspect`: shows what LoRA files contain, as tables or JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,9 +13,9 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.lora.file_inspection import Inspection
 from lora_compose.compose.lora.inspection import Overlap, inspect, overlaps
 from lora_compose.compose.playground.assets import lora_source, playground_of
-from lora_compose.compose.support.terminal import echo, out, plain
+from lora_compose.compose.support.terminal import echo, err, out, plain
 from lora_compose.pipelines.concepts.finding import find_file
-from lora_compose.pipelines.concepts.loading import Factors, read_lora
+from lora_compose.pipelines.concepts.loading import Factors, LoraError, read_lora
 from lora_compose.pipelines.scene.scene import Run, Scene
 
 
@@ -31,7 +32,7 @@ def show_files(
     """Shows the content of files and the overlap of several; returns whether none has a problem.
 
     Args:
-        files: LoRA files, folders, hub repositories, or `playground:NAME`.
+        files: LoRA files, hub repositories, `playground:NAME`, or folders, of which every file is shown by itself.
         model: The model to match them with; None chooses one for each file.
         max_rank: Rank to which LoHa, LoKr and full differences are cut.
         every_key: Whether all keys are listed that match no layer.
@@ -39,24 +40,45 @@ def show_files(
     pipes: dict[str | None, Any] = {}
     seen: list[Inspection] = []
     usable: dict[str | None, list[tuple[str, Factors]]] = {}
-    for source in files:
-        file = read_lora(find_file(lora_source(source)), allow_pickle=allow_pickle)
+    unreadable: list[str] = []
+    for source, path in _paths(files):
+        try:
+            file = read_lora(path or find_file(lora_source(source)), allow_pickle=allow_pickle)
+        except LoraError as error:
+            if path is None:
+                raise
+            unreadable.append(str(error))
+            continue
         name = model or playground_of(file.metadata.get("base_model"))
         if name is not None and name not in pipes:
             pipes[name] = open_model(Run(scene=Scene(prompt="-"), model=name))
         found, factors = inspect(file, pipes.get(name), name or "", alpha=alpha, max_rank=max_rank)
         seen.append(found)
-        if factors is not None:
+        if factors is not None and path is None:
             usable.setdefault(found.matched_with, []).append((source, factors))
         if not as_json:
             _show(found, every_key)
     shared = [overlap for same in usable.values() for overlap in overlaps(same)]
     if as_json:
-        everything = {"files": [found.model_dump() for found in seen], "overlaps": [o.model_dump() for o in shared]}
+        everything: dict[str, Any] = {"files": [found.model_dump() for found in seen]}
+        everything |= {"overlaps": [overlap.model_dump() for overlap in shared], "unreadable": unreadable}
         typer.echo(json.dumps(everything, indent=2))
     elif shared:
         _show_overlaps(shared)
-    return not any(found.problem for found in seen)
+    for problem in unreadable:
+        echo(f"problem: {problem}", style="red", to=err)
+    return not unreadable and not any(found.problem for found in seen)
+
+
+def _paths(sources: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
+    """What is named, and each file of a folder that has several, with its path."""
+    for source in sources:
+        folder = Path(source).expanduser()
+        inside = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        if len(inside) > 1:
+            yield from ((str(path), path) for path in inside)
+        else:
+            yield source, None
 
 
 def _show(found: Inspection, every_key: bool) -> None:

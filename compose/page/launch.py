@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_compose.compose.files.paths import model_source
+from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.network import is_local, url_of
 from lora_compose.compose.support.terminal import echo
 
@@ -15,6 +17,7 @@ SCREEN = Path(__file__).resolve().parent / "screen" / "page.py"
 
 _PACKAGE = SCREEN.parents[2]
 _OUT, _LORAS, _LOCAL = "LORA_COMPOSE_OUT", "LORA_COMPOSE_LORAS", "LORA_COMPOSE_LOCAL"
+_MODEL = "LORA_COMPOSE_MODEL"
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,13 @@ class Options:
 
     Attributes:
         local: Whether only this machine can open the page; files may then be named by path.
+        model: The model that each session begins with.
     """
 
     out: Path = Path("outputs")
     loras: Path | None = None
     local: bool = False
+    model: str = PLAYGROUND
 
     @property
     def images(self) -> Path:
@@ -39,21 +44,25 @@ def options() -> Options:
     """How this page was started."""
     loras = os.environ.get(_LORAS)
     return Options(
-        Path(os.environ.get(_OUT, "outputs")), Path(loras) if loras else None, os.environ.get(_LOCAL) == "yes"
+        Path(os.environ.get(_OUT, "outputs")),
+        Path(loras) if loras else None,
+        os.environ.get(_LOCAL) == "yes",
+        os.environ.get(_MODEL, PLAYGROUND),
     )
 
 
-def start(port: int, host: str, out: Path, loras: Path | None, browser: bool) -> None:
+def start(model: str, port: int, host: str, out: Path, loras: Path | None, browser: bool) -> None:
     """Starts the page in this process, until a signal ends it.
 
     Raises:
-        ValueError: If Streamlit or the folder is missing.
+        ValueError: If Streamlit, the folder or the model is missing.
     """
     if importlib.util.find_spec("streamlit") is None:
         raise ValueError("the page needs one more package: pip install 'lora-compose[ui]'")
     if loras is not None and not loras.is_dir():
         raise ValueError(f"there is no folder {str(loras)!r}; --loras names a folder with safetensors files")
-    environment = {_OUT: str(out.absolute()), _LOCAL: "yes" if is_local(host) else "no"}
+    model_source(model)
+    environment = {_OUT: str(out.absolute()), _LOCAL: "yes" if is_local(host) else "no", _MODEL: model}
     environment |= {_LORAS: str(loras.absolute())} if loras is not None else {}
     os.environ.update(environment)
     from streamlit.web.cli import main

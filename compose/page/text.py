@@ -25,6 +25,7 @@ def page_message(message: str, method: str | None = None, files: Mapping[str, st
     """A message as the page shows it; `files` are names to show, by names on the disk."""
     for stored, shown in (files or {}).items():
         message = message.replace(stored, shown)
+    message = message.replace("any_weight=True", "“Any weight” under “More”")
     message = re.sub(r"method='([\w-]+)'", lambda match: f"“{label_of(match[1]).name}”", message)
     for name, label in (SETTING_LABELS.get(method or "", {})).items():
         message = re.sub(rf"^{name}\b", f"“{label}”", message)

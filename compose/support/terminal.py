@@ -12,6 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
+from lora_compose.compose.support.spelling import as_options
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -37,7 +39,7 @@ def echo(*words: object, style: str | None = None, to: Console = out) -> None:
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         label = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        echo(f"{label}{record.getMessage()}", style="yellow" if label else "dim", to=err)
+        echo(f"{label}{as_options(record.getMessage())}", style="yellow" if label else "dim", to=err)
 
 
 @contextmanager
@@ -165,5 +167,5 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _ended(label: str, message: Any, code: int) -> typer.Exit:
-    echo(f"{label}: {message}", style="red", to=err)
+    echo(f"{label}: {as_options(str(message))}", style="red", to=err)
     return typer.Exit(code)

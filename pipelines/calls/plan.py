@@ -177,8 +177,8 @@ def make_plan(host: Host, call: Call) -> Plan:
     needs = choice.method.needs
     if needs.region_attention and not backbone.reads_regions:
         raise ValueError(
-            "this method needs region attention or gradients, which work with SD 1.x, SD 2.x and SDXL only; use "
-            "draft, which needs no layout, regional with a region for each subject, or tara"
+            f"{name_of(choice.method)[0]} needs region attention or gradients, which work with SD 1.x, SD 2.x and SDXL "
+            "only; use draft, which needs no regions, regional with a region for each subject, or tara"
         )
     if needs.gradients and torch.is_inference_mode_enabled():
         raise ValueError(

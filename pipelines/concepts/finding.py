@@ -79,5 +79,8 @@ def _only(names: list[str], wanted: str | None, place: object) -> str:
     if not names:
         raise LoraError(f"{place} has no safetensors files")
     if len(names) != 1:
-        raise LoraError(f"{place} has {len(names)} safetensors files; choose one with weight_name: {', '.join(names)}")
+        listed = ", ".join(names)
+        raise LoraError(
+            f"{place} has {len(names)} safetensors files; name one of them, as a file or by weight_name: {listed}"
+        )
     return names[0]

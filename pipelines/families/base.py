@@ -189,9 +189,11 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """The class for a checkpoint in one file, by the names of its tensors.
 
         Raises:
-            ValueError: For model families that are not supported.
+            ValueError: For model families that are not supported, and for LoRAs.
         """
         names = list(keys)
+        if any("lora_" in name for name in names):
+            raise ValueError("it is a LoRA; name the model that it was made for, and give this file as a LoRA")
         for family in cls.families:
             if family.opens_keys(names):
                 return family

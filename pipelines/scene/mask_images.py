@@ -133,11 +133,18 @@ def mask_name(path: str) -> str:
 
 
 def region_of(region: Any) -> Any:
-    """Converts a region for a `Concept`: paths and images become text, everything else is unchanged."""
+    """Converts a region for a `Concept`: paths and images become text, everything else is unchanged.
+
+    Raises:
+        ValueError: For numbers that are neither whole pixels nor fractions of the image.
+    """
     if isinstance(region, Path):
         return str(region)
     if isinstance(region, Image.Image) or hasattr(region, "__array__"):
         return as_uri(read_mask_image(region, (1, 1)))
+    numbers = isinstance(region, list | tuple) and all(isinstance(side, float | int) for side in region)
+    if numbers and not is_fractions(region):
+        _check_whole(region)
     return region
 
 
@@ -156,8 +163,7 @@ def in_pixels(box: Sequence[float], width: int, height: int) -> Box:
         left, top, right, bottom = left * width, top * height, right * width, bottom * height
         left, top = min(round(left), width - 1), min(round(top), height - 1)
         box = (left, top, max(left + 1, round(right)), max(top + 1, round(bottom)))
-    if any(side != side or side != int(side) for side in box):
-        raise ValueError(f"a box is in whole pixels, or in fractions of 0 to 1 such as (0.0, 0.2, 0.5, 1.0), not {box}")
+    _check_whole(box)
     left, top, right, bottom = (int(side) for side in box)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(
@@ -165,6 +171,11 @@ def in_pixels(box: Sequence[float], width: int, height: int) -> Box:
             "left, top, right, bottom with left < right and top < bottom"
         )
     return left, top, right, bottom
+
+
+def _check_whole(box: Sequence[float]) -> None:
+    if any(side % 1 != 0 for side in box):  # also infinite ones, and those that are no number
+        raise ValueError(f"a box is in whole pixels, or in fractions of 0 to 1 such as (0.0, 0.2, 0.5, 1.0), not {box}")
 
 
 def is_fractions(box: Sequence[float]) -> bool:

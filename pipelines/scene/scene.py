@@ -3,7 +3,7 @@
 No torch is needed: the command line validates everything before slow imports.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -41,6 +41,12 @@ class _Frozen(BaseModel):
 
         # pydantic goes on to read files and nested fields without it, so that errors name the place in the whole.
         __init__.__pydantic_base_init__ = True
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """The fields that are not at their defaults; the others would hide them."""
+        for name, field in type(self).model_fields.items():
+            if (value := getattr(self, name)) != field.get_default(call_default_factory=True):
+                yield name, value
 
 
 def _proper(box: Any) -> Any:
@@ -324,7 +330,9 @@ def concepts_of(given: Any) -> tuple[Concept, ...]:
         ValueError: For what is no concept set, unusable fields, and names given twice.
     """
     if isinstance(given, str | Concept) or is_fields(given):
-        raise ValueError(f"concepts must be a list of names, Concepts or their fields, not {given!r}")
+        raise ValueError(
+            f"concepts must be a list of names, Concepts or their fields, such as ['cat', 'dog'], not {given!r}"
+        )
     concepts = tuple(Concept(**concept) if isinstance(concept, Mapping) else concept for concept in listed(given))
     if wrong := [concept for concept in concepts if not isinstance(concept, Concept)]:
         raise ValueError(f"concepts must be a list of names, Concepts or their fields, and one is {wrong[0]!r}")

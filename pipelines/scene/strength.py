@@ -189,8 +189,8 @@ def check_sane(weight: Weight | None, blocks: Mapping[str, float] | None, files:
         return
     box = "; a box is a region, not a weight" if is_box(weight) else ""
     raise ValueError(
-        f"the weight reaches {largest:g}, and images are noise beyond {SANE_WEIGHT:g} and -{SANE_WEIGHT:g}{box}. If it "
-        "is meant, set any_weight as well"
+        f"the weight reaches {largest:g}; beyond {SANE_WEIGHT:g} and -{SANE_WEIGHT:g} images are noise{box}; "
+        "any_weight=True allows it"
     )
 
 

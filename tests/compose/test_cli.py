@@ -195,6 +195,8 @@ MISTAKES = {
         ["playground", "--prompt", "a", "--scheduler", "EulerScheduler"],
         "unknown scheduler 'EulerScheduler'; did you mean one of",
     ),
+    "scheduler in short": (["playground", "--prompt", "a", "--scheduler", "Euler"], "EulerDiscreteScheduler"),
+    "a LoRA as the model": ([str(playground_lora("cat")), "--prompt", "a"], "it is a LoRA; name the model that it was"),
     "dtype": (["playground", "--prompt", "a", "--dtype", "fp16"], "dtype: expected text that should match pattern"),
     "device": (["playground", "--prompt", "a", "--device", "toaster"], "unknown device 'toaster'; expected cpu, cuda"),
     "no device": (
@@ -498,19 +500,25 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     assert "unet layers, rank 8" in text
     assert len(re.findall("SHA-256 [0-9a-f]{64}, trained with tara", text)) == 2
     assert "method draft, because the prompt names every concept by trigger and class word size" in text
-    assert "44 + 1 stopped latent rows (20 steps with guidance), 1.13 times the FLOPs of a plain image" in text
+    assert (
+        "1.13 times the FLOPs of a plain image; 44 + 1 stopped rows, each a latent through the model once (20 steps"
+        in text
+    )
     assert text.endswith("no problems")
     text = flat(
         call("check", "playground", "--scene", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout
     )
-    assert "25 latent rows (25 steps without guidance)" in text
+    assert "25 rows, each a latent through the model once (25 steps without guidance)" in text
     assert "method merge" in text
     text = flat(
         call(
             "check", "playground", "--scene", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite"
         ).stdout
     )
-    assert "80 latent rows (20 steps with guidance), 2.02 times the FLOPs of a plain image" in text
+    assert (
+        "2.02 times the FLOPs of a plain image; 80 rows, each a latent through the model once (20 steps with guidance)"
+        in text
+    )
 
 
 def test_check_knows_the_rows_of_a_transformer(tmp_path: Path) -> None:
@@ -519,7 +527,7 @@ def test_check_knows_the_rows_of_a_transformer(tmp_path: Path) -> None:
         (SCENES / "bear-robot.yaml").read_text().replace("-tara", "").replace("playground:", "playground-flux:")
     )
     text = flat(call("check", "playground-flux", "--scene", scene, "--steps", 5, "--method", "merge").stdout)
-    assert "10 latent rows (5 steps with guidance)" in text
+    assert "10 rows, each a latent through the model once (5 steps with guidance)" in text
     assert text.endswith("no problems")
 
 

@@ -26,6 +26,7 @@ COMMANDS = (
 CONCEPT = "path=playground:bear,trigger=xlo,class=bear"
 MISTAKES = {
     "rnu playground": "Did you mean 'run'?",
+    "ui playgruond": "there is no model 'playgruond'; did you mean 'playground'",
     "run playground --prmpt a": "--prompt",
     "run plyground --prompt a": "there is no model 'plyground'; did you mean 'playground' or 'playground-flux'?",
     "run playground --prompt a --method CLORRA": "unknown method 'CLORRA'; there are merge, tara",

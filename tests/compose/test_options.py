@@ -111,7 +111,7 @@ def test_several_paths_are_a_concept_whose_files_are_merged() -> None:
         "path=a.safetensors,path=": "path is missing",
         "path=a.safetensors,path=b.safetensors:inf": "the weight is inf; expected a number",
         "path=a.safetensors,merge=np": "merges one file; give lora a list of several",
-        "path=a.safetensors,weight=30": "the weight reaches 30, .* set any_weight",
+        "path=a.safetensors,weight=30": "the weight reaches 30; .* any_weight=True",
     }.items():
         with pytest.raises(ValueError, match=message):
             parse_concept(text)

@@ -58,7 +58,7 @@ def test_a_run_is_checked_made_and_made_again(folder, run_of, method):
     facts = dict(report.facts)
     assert facts["cat: words"] == "trigger 'sks' at token 2; class word 'cat' at token 3"
     assert facts["cat: layers"] == "64 unet layers, 9 text_encoder layers, 9 text_encoder_2 layers, rank 3"
-    assert "latent rows" in facts["cost"]
+    assert "rows, each a latent" in facts["cost"]
     made = make(pipe, run)
     assert made.image.size == (128, 128)
     assert make(open_model(run), made.record.run).image.tobytes() == made.image.tobytes()

@@ -42,12 +42,13 @@ function describe(element, name, box) {
   element.setAttribute("aria-label", `Box of ${name}: left ${box[0]}, top ${box[1]}, right ${box[2]}, bottom ${box[3]}`);
 }
 
-function show(stage, { width, height, image, alt }) {
+function show(stage, { width, height, image, alt, next }) {
   const img = stage.querySelector("img");
   stage.style.aspectRatio = `${width} / ${height}`;
   stage.style.setProperty("--ratio", width / height);
   stage.classList.toggle("painted", image !== null);
   stage.querySelector(".hint").hidden = image !== null;
+  stage.querySelector(".next").textContent = next;
   img.hidden = image === null;
   if (image !== null && img.src !== image) img.src = image;
   img.alt = alt;

@@ -11,7 +11,7 @@ from streamlit.components.v2 import component
 
 from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.boxes import TEMPLATES, fitted, template
-from lora_compose.compose.page.form import SIDES
+from lora_compose.compose.page.form import SIDES, example
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.start import keep_mask, painted, painting, paints, unpaint
 from lora_compose.compose.page.screen.state import PageSession, Row
@@ -53,6 +53,7 @@ def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
         "height": height,
         "image": None if image is None else as_uri(image),
         "alt": alt,
+        "next": what_next(st.session_state[fields.PROMPT]),
         "paint": painted(session),
         "boxes": [
             {
@@ -67,6 +68,13 @@ def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
     page_component("canvas", _HTML.read_text(encoding="utf-8"))(
         key=_CANVAS, data=data, on_drawn_change=lambda: _drawn(session), on_mask_change=lambda: _masked(session)
     )  # fmt: skip
+
+
+def what_next(prompt: str) -> str:
+    """What to do for an image."""
+    if prompt == example().prompt:
+        return "An example is filled in: press Generate, and change what you like."
+    return "Press Generate." if prompt.strip() else "Write a prompt and add LoRAs, then press Generate."
 
 
 def _arranging(session: PageSession) -> None:

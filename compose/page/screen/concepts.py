@@ -199,7 +199,7 @@ def add_lora(session: PageSession, lora: Lora) -> str:
     row = next((row for row in waiting if row.wanted == lora.source), alike[0] if alike else None)
     if row is None:
         names = [st.session_state[fields.of_row(row, "name")] for row in session.rows]
-        concept = lora.concept(free_name(lora.class_word or _stem(lora.shown), names))
+        concept = lora.concept(free_name(_stem(lora.shown), names))
         fields.place_anew(session, fields.add(session, concept, lora, fields.size()))
         return ""
     row.lora = lora

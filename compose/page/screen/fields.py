@@ -118,15 +118,21 @@ def add(
     return row
 
 
-def clear_example(session: PageSession) -> None:
-    """Removes LoRAs of the playgrounds that do not fit; if no concept is left, the example's prompt and method too."""
+def clear_example(session: PageSession) -> bool:
+    """Removes LoRAs of the playgrounds that do not fit; if no concept is left, the example's prompt and method too.
+
+    Returns:
+        Whether no concept is left.
+    """
     ours = [row for row in session.rows if row.lora is not None and row.lora.source.partition(":")[0] in PLAYGROUNDS]
     gone = [row for row in ours if (fit := session.fit(row)) is not None and fit[2]]
     session.rows = [row for row in session.rows if row not in gone]
-    if gone and not session.rows:
+    cleared = bool(gone) and not session.rows
+    if cleared:
         st.session_state[METHOD] = AUTOMATIC
         if st.session_state[PROMPT] == example().prompt:
             st.session_state[PROMPT] = ""
+    return cleared
 
 
 def place_anew(session: PageSession, row: Row) -> None:
@@ -218,7 +224,7 @@ def concept_of(row: Row) -> Concept:
             alpha=row.alpha,
         )
     except FieldError as error:
-        raise ValueError(f"{texts['name']}: {'; '.join(error.messages)}") from error
+        raise ValueError(f"{texts['name']}: {page_message('; '.join(error.messages))}") from error
 
 
 def form(session: PageSession) -> Form:

@@ -28,7 +28,7 @@ def generate_part(session: PageSession) -> None:
     report = session.outlook(form) if form is not None else None
     if form is not None and report is not None:
         problems += _problems(session, form, report)
-    with st.container(key="sampling"):
+    with st.container(key="sampling", gap="xsmall"):
         method_part(session, report)
         left, right = st.columns([3, 2], vertical_alignment="bottom")
         with left:

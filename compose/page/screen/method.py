@@ -21,16 +21,10 @@ def method_part(session: PageSession, report: Report | None) -> None:
         return
     shown = [fields.AUTOMATIC, *shown_methods(session.model.reads_regions)]
     chosen = st.session_state[fields.METHOD]
-    others = [name for name in methods() if name not in shown]
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.segmented_control("Method", [*shown, *([chosen] if chosen in others else [])], key=fields.METHOD,
-                             required=True, label_visibility="collapsed", on_change=fields.with_boxes,
-                             format_func=lambda name: "Automatic" if name == fields.AUTOMATIC else label_of(name).name,
-                             )  # fmt: skip
-        with st.popover("Advanced"):
-            st.session_state[_ADVANCED] = chosen if chosen in others else None
-            st.radio("Other methods", others, key=_ADVANCED, format_func=full_name, on_change=_take,
-                     captions=[sentence(name) for name in others])  # fmt: skip
+    st.segmented_control("Method", [*shown, *([chosen] if chosen not in shown else [])], key=fields.METHOD,
+                         required=True, label_visibility="collapsed", on_change=fields.with_boxes,
+                         format_func=lambda name: "Automatic" if name == fields.AUTOMATIC else label_of(name).name,
+                         )  # fmt: skip
     st.caption(_automatic_words(report) if chosen == fields.AUTOMATIC else markdown(sentence(chosen)))
 
 
@@ -46,14 +40,25 @@ def sampling_part() -> None:
 
 
 def settings_part(session: PageSession) -> None:
-    """The settings of the method, and what is rarely changed."""
+    """The other methods, the settings of the chosen one, and what is rarely changed."""
     method = st.session_state[fields.METHOD] if session.rows else fields.AUTOMATIC
+    if session.rows:
+        _other_methods(session, method)
     if method != fields.AUTOMATIC and controls(method):
         _settings(method)
     with st.expander("Negative prompt, scheduler", icon=":material/settings:"):
         st.text_input("Negative prompt: what to avoid", key=fields.NEGATIVE, max_chars=MOST_TEXT)
         st.selectbox("Scheduler", [fields.AUTOMATIC, *scheduler_names()], key=fields.SCHEDULER)
         st.toggle("Keep attention maps, for “Understand”", key=fields.ATTENTION)
+
+
+def _other_methods(session: PageSession, chosen: str) -> None:
+    shown = shown_methods(session.model.reads_regions)
+    others = [name for name in methods() if name not in shown]
+    with st.expander("Advanced: other methods", icon=":material/experiment:"):
+        st.session_state[_ADVANCED] = chosen if chosen in others else None
+        st.radio("Other methods", others, key=_ADVANCED, format_func=full_name, on_change=_take,
+                 captions=[sentence(name) for name in others], label_visibility="collapsed")  # fmt: skip
 
 
 def _automatic_words(report: Report | None) -> str:

@@ -177,6 +177,13 @@ def _chosen() -> Choice:
     )
 
 
+def open_first(session: PageSession) -> None:
+    """Opens the model that the page was started with; why it cannot be opened is shown."""
+    show_choice(session.model.choice)
+    st.session_state[_KIND], st.session_state[_DTYPE] = session.options.model, fields.AUTOMATIC
+    _open(session, replace(session.model.choice, model=session.options.model))
+
+
 def _open(session: PageSession, choice: Choice) -> None:
     session.problems[_PLACE] = []
     before = session.model.size
@@ -190,12 +197,12 @@ def _open(session: PageSession, choice: Choice) -> None:
         asked: dict[str, Any] = {} if st.session_state[_DTYPE] == fields.AUTOMATIC else {"dtype": choice.dtype}
         run, defaults = complete(Run(scene=Scene(prompt="-"), model=choice.model, device=choice.device, **asked))
         choose_model(session, replace(choice, dtype=run.dtype))
-        fields.clear_example(session)
+        cleared = fields.clear_example(session)
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
         session.problems[_PLACE] = [str(error)]
         return
     st.session_state[_DTYPE] = run.dtype
-    if defaults != ON_CPU:
+    if defaults != ON_CPU or cleared:  # else the user may have chosen them
         st.session_state[fields.STEPS] = defaults.steps
         st.session_state[fields.GUIDANCE] = float(defaults.guidance_scale)
     if fields.size() == before:  # the user has not chosen another one
@@ -203,7 +210,8 @@ def _open(session: PageSession, choice: Choice) -> None:
 
 
 def _check_allowed(session: PageSession, model: str) -> None:
-    if session.options.local or model in PLAYGROUNDS or (is_hub_name(model) and not Path(model).expanduser().exists()):
+    given = model in (*PLAYGROUNDS, session.options.model)
+    if session.options.local or given or (is_hub_name(model) and not Path(model).expanduser().exists()):
         return
     raise ValueError("This page is open to other machines, so files on this one cannot be opened from here; use a hub "
                      "repository.")  # fmt: skip

@@ -21,7 +21,7 @@ fields.keep(session)
 top_part(session)
 
 bench, stage = st.columns([1, 1], gap="medium")
-with bench, st.container(key="bench"):
+with bench, st.container(key="bench", gap="xsmall"):
     prompt_part(session)
     concepts_part(session)
     generate_part(session)

@@ -11,9 +11,11 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from lora_compose.compose.page.form import example
 from lora_compose.compose.page.launch import options
 from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.model import open_first
 from lora_compose.compose.page.screen.state import PageSession, open_models
 from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.store import Store, named
+from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.pipelines.scene.sources import files_of
 
 
@@ -28,6 +30,8 @@ def page_session() -> PageSession:
         _BY_KEY[key] = st.session_state["session"] = new
         st.query_params[_KEY] = key
         fields.fill(new, form, {concept.name: named(files_of(concept.lora)[0]) for concept in form.concepts})
+        if new.options.model != PLAYGROUND:
+            open_first(new)
     if before is not None and before.closed:
         st.toast("Your session ended, so your files and images were deleted. This is a new session.")
     return st.session_state["session"]

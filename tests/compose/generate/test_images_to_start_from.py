@@ -33,7 +33,7 @@ def test_an_image_is_painted_from_a_scene_file_reproduced_and_refined(tmp_path, 
     assert "image: start.png" in (tmp_path / "scene.yaml").read_text()
     assert read_scene(tmp_path / "scene.yaml") == scene
     checked = call("check", "playground", "--scene", tmp_path / "scene.yaml", "--steps", "3")
-    assert "latent rows (1 steps with guidance)" in flat(checked.output)
+    assert "(1 steps with guidance)" in flat(checked.output)
     call(
         "run", "playground", "--scene", tmp_path / "scene.yaml", "--steps", "3", "--method", "merge", "--out", tmp_path
     )

@@ -72,7 +72,7 @@ def test_check_tells_what_references_cost(folder, asked):
     found = flat(asked("check", "--reference", folder / "room.png").output)
     assert f"reference {folder / 'room.png'}" in found
     assert "size 64 x 96 pixels" in found
-    assert "2 latent rows (1 steps with guidance), each 1." in found
+    assert "2 rows, each a latent through the model once (1 steps with guidance), each 1." in found
     assert "times one without reference images" in found
     assert "without reference images" not in flat(asked("check").output)
 

@@ -1,6 +1,7 @@
 """`lora-compose inspect` shows what files contain, what fits a model, and what several files share."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,17 @@ def test_several_files_and_what_they_share() -> None:
     assert whole["playground:cat", "playground:cat"] == pytest.approx(1.0)
     assert 0 < whole["playground:cat", "playground:dog"] < 0.5
     assert all(one["meaning"] for one in found["overlaps"])
+
+
+def test_a_folder_shows_each_file_and_names_those_that_cannot_be_read(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        shutil.copy(playground_lora(name), tmp_path)
+    (tmp_path / "broken.safetensors").write_bytes(b"hello")
+    result = call("inspect", tmp_path, "--json", code=2)
+    found = json.loads(result.stdout)
+    assert [Path(one["file"]).name for one in found["files"]] == ["cat.safetensors", "dog.safetensors"]
+    assert [text.partition(" ")[0] for text in found["unreadable"]] == ["broken.safetensors"]
+    assert found["overlaps"] == []
 
 
 def test_without_a_model_family_and_content_are_reported_for_any_family(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ from lora_compose.compose.page import (
 )
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels, Stopped
 from lora_compose.compose.page.scores import Judge
+from lora_compose.compose.page.screen.canvas import what_next
 from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_model
@@ -1007,3 +1008,15 @@ def test_settings_of_constructors_can_be_shown() -> None:
     for method, settings in (("tara", Tara.official()), ("lora-composer", LoraComposer.official())):
         shown = {control.name: control.shown(getattr(settings, control.name)) for control in controls.controls(method)}
         assert METHODS[method](**controls.changed(method, shown)) == settings
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (form.example().prompt, "An example is filled in"),
+        ("", "Write a prompt and add LoRAs"),
+        ("a cat", "Press Generate."),
+    ],
+)
+def test_the_empty_canvas_tells_what_to_do_next(prompt: str, words: str) -> None:
+    assert what_next(prompt).startswith(words)

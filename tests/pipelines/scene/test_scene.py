@@ -132,8 +132,8 @@ def test_names_of_concepts_differ():
     (Scene, {"prompt": "sks", "height": 64.5}, "valid integer"),
     (Scene, {"prompt": "sks", "concepts": "cat"}, "tuple"),
     (Scene, {"prompt": "sks", "concepts": [{"name": "cat", "wieght": 1}]}, "concepts.0..wieght"),
-    (Concept, {"name": "cat", "weight": -11}, "the weight reaches 11, .* set any_weight"),
-    (Concept, {"name": "cat", "weight": (0, 0, 64, 128)}, "reaches 128, .*; a box is a region, not a weight"),
+    (Concept, {"name": "cat", "weight": -11}, "the weight reaches 11; .* any_weight=True"),
+    (Concept, {"name": "cat", "weight": (0, 0, 64, 128)}, "reaches 128; .*; a box is a region, not a weight"),
     (Concept, {"name": "cat", "weight": 5, "blocks": {"down": -3}}, "reaches 15"),
     (Concept, {"name": "cat", "lora": ["a.safetensors:40", "b.safetensors"]}, "reaches 40"),
     (Scene, {"prompt": "sks", "concepts": [{"name": "cat", "weight": 30}]}, "concepts.0.: the weight reaches 30"),
@@ -186,3 +186,14 @@ def test_a_class_word_at_the_end_of_a_trigger_is_no_part_of_it(trigger: str, nou
     halves: list[dict[str, Any]] = [{"trigger": trigger}, {"class_word": noun}]
     for one, other in (halves, halves[::-1]):
         assert Concept(name="a", **one).completed(Concept(name="a", **other)) == whole
+
+
+def test_a_concept_is_shown_without_the_fields_that_were_not_given() -> None:
+    assert repr(Concept(name="cat", region=(0, 0, 64, 64))) == "Concept(name='cat', region=(0, 0, 64, 64))"
+    assert repr(SCENE) == "Scene(prompt='a sks cat')"
+
+
+@pytest.mark.parametrize("region", [(0, 0, 1.5, 1), (0.5, 0, 64, 64), (0, 0, math.nan, 1), [0, 0, 64.5, 64]])
+def test_a_region_is_in_whole_pixels_or_in_fractions(region: Any) -> None:
+    with pytest.raises(FieldError, match="a box is in whole pixels, or in fractions of 0 to 1 such as"):
+        Concept(name="cat", region=region)

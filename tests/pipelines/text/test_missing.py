@@ -55,7 +55,7 @@ def test_the_folder_of_the_training_images_gives_trigger_and_class_word(pipe: An
     caplog.set_level("INFO")
     loaded = pipe.load_concept(pipe.folder / "man.safetensors")
     assert (loaded.trigger, loaded.class_word) == ("ohwx", "man")
-    assert "trigger 'ohwx', of the folder of its training images, '10_ohwx man'" in caplog.text
+    assert "trigger 'ohwx', from its file (the folder of its training images, '10_ohwx man')" in caplog.text
     pipe.unload_concept("man")
     (added,) = pipe.add_concepts([pipe.folder / "man.safetensors"])
     assert (added.trigger, added.class_word) == ("ohwx", "man")

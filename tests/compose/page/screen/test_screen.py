@@ -42,7 +42,7 @@ from lora_compose.pipelines.concepts import finding
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene.mask_images import as_uri
-from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept, Run
 
 STEPS = 2
 
@@ -282,6 +282,7 @@ def test_concepts_are_chosen_from_a_folder_and_problems_are_shown_at_the_file(at
     assert "fog.safetensors**  \nwfy style" in said(at)
     assert [row.lora.shown for row in session(at).rows if row.lora] == ["bear", "robot", "mine.safetensors"]
     assert at.text_input(key=row_key(at, 2, "trigger")).value == "sks"
+    assert at.text_input(key=row_key(at, 2, "name")).value == "mine", "as on the command line"
     at.button(key=f"do.remove.{session(at).rows[2].number}").click().run()
     assert len(session(at).rows) == 2
 
@@ -352,10 +353,11 @@ def test_settings_of_an_image_come_back(at: AppTest) -> None:
 def test_a_weight_that_cannot_be_read_is_explained(at: AppTest) -> None:
     at.text_input(key=row_key(at, 0, "schedule")).set_value("1...4..").run()
     assert not at.exception
-    assert "bear: weight: expected a valid number" in said(at)
+    assert "bear: Weight: expected a valid number" in said(at)
     assert at.button(key="do.make").disabled
     at.text_input(key=row_key(at, 0, "schedule")).set_value("12").run()
-    assert "the weight reaches 12" in said(at)
+    assert "The weight reaches 12" in said(at)
+    assert "“Any weight” under “More” allows it" in said(at)
     at.checkbox(key=row_key(at, 0, "any_weight")).check().run()
     assert not at.button(key="do.make").disabled
     at.text_input(key=row_key(at, 0, "schedule")).set_value("1..0.4").run()
@@ -597,6 +599,16 @@ def test_another_model_is_opened_from_a_folder(at: AppTest, tmp_path: Path, monk
     assert len(session(at).rows) == 2, "they fit this one as well"
     made(at)
     assert session(at).results[0].run.model == str(playground_model())
+
+
+def test_the_page_begins_with_the_model_that_it_was_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_COMPOSE_MODEL", "playground-flux")
+    at = AppTest.from_file(str(SCREEN), default_timeout=60).run()
+    assert not at.exception
+    assert session(at).model.choice.model == "playground-flux"
+    assert at.selectbox(key="set.model.kind").value == "playground-flux"
+    assert (session(at).rows, at.text_area(key=fields.PROMPT).value) == ([], "")
+    assert at.number_input(key=fields.GUIDANCE).value == Run.model_fields["guidance_scale"].default
 
 
 def test_the_playgrounds_transformer_composes_with_loras_of_its_own(at: AppTest) -> None:
