@@ -275,6 +275,11 @@ class TemplatePipeline(FlowMatchingPipeline):
         return render
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor; None if there is no processor, as where only embeddings are read."""
+    return None if processor is None else processor.tokenizer
+
+
 Encode = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
 """Encodes prompts on a device: the given ones, or the call's own if they are None; as negative prompts if the second
 argument is True. Returns the text, and further inputs of the model by row."""

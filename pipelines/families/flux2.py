@@ -152,7 +152,8 @@ class Flux2Calls(ReferencesPipeline, TemplatePipeline):
             references.append(self.image_processor.preprocess(image, height=height, width=width, resize_mode="crop"))
         return references
 
-    def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+    def reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+        """As `ReferencesPipeline.reference_tokens`."""
         tokens, _ = self.prepare_image_latents(
             list(references), batch_size=1, generator=None,  # pyright: ignore[reportArgumentType]
             device=self._execution_device, dtype=self.vae.dtype,

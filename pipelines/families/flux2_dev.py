@@ -14,6 +14,7 @@ from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.families.flow_matching import tokenizer_of
 from lora_compose.pipelines.families.flux2 import Flux2Calls
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Step
@@ -109,14 +110,15 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
 
     def _template(self, length: int) -> TemplateTokenizer:
         processor: Any = self.tokenizer
+        words = tokenizer_of(processor)
 
         def render(prompt: str) -> str:
             (messages,) = format_input([prompt], self.system_message)
             return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
 
-        first = processor.tokenizer.bos_token  # which the tokenizer does not add if the template has it
+        first = None if words is None else words.bos_token  # which it does not add if the template has it
         special = first is None or not render("").startswith(first)
-        return TemplateTokenizer(processor.tokenizer, render, length, length, adds_special=special)
+        return TemplateTokenizer(words, render, length, length, adds_special=special)
 
     def _cfg_of(self, guidance_scale: float) -> float:
         return 1.0

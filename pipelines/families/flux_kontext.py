@@ -24,6 +24,7 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
     """diffusers' `FluxKontextPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "FLUX.1 Kontext"
+    most_references = 1
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
@@ -147,7 +148,8 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         resized = self.image_processor.resize(image, height, width)
         return self.image_processor.preprocess(resized, height, width)
 
-    def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+    def reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+        """As `ReferencesPipeline.reference_tokens`, of one image."""
         (image,) = references
         return packed(self.latents_of(image.to(self._execution_device)))
 

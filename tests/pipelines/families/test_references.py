@@ -229,6 +229,18 @@ def test_dev_refuses_a_rewritten_prompt_and_masks(reading, pipe):
         pipe(**{**call, "image": NAVY}, mask_image=(0, 0, 32, 32))
 
 
+@pytest.mark.parametrize("reading", ["dev", "qwen-2511"], indirect=True)
+def test_embeddings_alone_need_no_processor(reading, pipe, monkeypatch):
+    given = {name: value for name, value in reading.call.items() if name not in ("prompt", "negative_prompt")}
+    how = {name: given[name] for name in ("max_sequence_length", "text_encoder_out_layers") if name in given}
+    text = pipe.encode_prompt(PROMPT, **(how if reading.family is FLUX2_DEV else {"image": reading.image}))[0]
+    call = {**given, "concepts": ["cat"], "method": Merge(), "prompt_embeds": text}
+    expected = latents_of(pipe, **call, prompt=None)
+    for name in {"tokenizer", "processor", "text_encoder"} & pipe.components.keys():
+        monkeypatch.setattr(pipe, name, None)
+    torch.testing.assert_close(latents_of(pipe, **call, prompt=None), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("adds_special", [True, False], ids=["added-by-the-tokenizer", "in-the-template"])
 @pytest.mark.parametrize("reading", ["dev"], indirect=True)
 def test_dev_finds_words_as_its_processor_reads_them(reading, pipe, monkeypatch, adds_special):
