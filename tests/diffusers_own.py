@@ -35,6 +35,7 @@ from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffus
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
 from qwen import qwen_tokenizer
+from qwen_image_edit import WORDS as TEMPLATE_WORDS
 from qwen_image_edit import ImageProcessor, image_processor  # has diffusers read references small, or tests take hours
 
 FILES = {
@@ -108,7 +109,7 @@ def _t5_encoder() -> T5EncoderModel:
 
 
 def _qwen_tokenizer() -> Any:
-    return qwen_tokenizer(ids=_OF_IMAGES)
+    return qwen_tokenizer(f"{TEMPLATE_WORDS} dance monkey bad quality", _OF_IMAGES)  # texts as short as those of Qwen's
 
 
 _OF_IMAGES = {"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|image_pad|>": 151655, "<|video_pad|>": 151656}

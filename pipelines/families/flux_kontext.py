@@ -134,8 +134,8 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         images = reference_images(given)
         if len(images) > 1:
             raise ValueError(
-                f"{self.family} reads one reference image with concepts, not {len(images)}; put them side by side into "
-                "one image"
+                f"{self.family} reads one reference image with concepts, the same for all prompts, not {len(images)}; "
+                "call it for each, or put them side by side into one image"
             )
         return [self._prepared(image, resizes) for image in images]
 

@@ -36,7 +36,9 @@ from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas, Step
+from lora_compose.pipelines.scene.scene import Concept, ConceptNames
 from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.layout_captions import text_of, with_boxes
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
@@ -165,6 +167,34 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
             return (self._decode(latents, output_type or "np"),)
 
         return Request(call, partial(both_sides, encode, guided=guider.scale > 1), decode, return_dict)
+
+    def boxes_in_prompt(
+        self, prompt: str, concepts: ConceptNames, width: int = 2048, height: int = 2048
+    ) -> tuple[str, list[Concept]]:
+        """A prompt in JSON that has the boxes of concepts, and the concepts with such prompts of their own.
+
+        The model then draws by the boxes that also gate the LoRAs: `pipe(prompt, concepts=concepts)`.
+
+        Args:
+            prompt: Plain text, or a caption in the model's JSON, e.g. of `upsample_prompt`.
+            concepts: A concept set, as for `__call__`; those without a box are left as they are.
+            width: Of the image, in pixels.
+            height: As `width`.
+
+        Raises:
+            ValueError: If no concept has a box, one has a mask image, or the prompt says nothing about one.
+        """
+        found = [loaded.concept for loaded in self.resolve_concepts(concepts)]
+        placed = [concept for concept in found if concept.region is not None]
+        if not placed:
+            raise ValueError(
+                'there is no box to write into the prompt; give concepts a region, {"cat": (0, 0, 900, 900)}'
+            )
+        if masks := [concept.name for concept in placed if isinstance(concept.region, str)]:
+            raise ValueError(f"{masks[0]!r} has a mask image, and the model's prompts have boxes; give it a box")
+        texts = {it.name: with_boxes(text_of(it, prompt, placed), [it], width, height) for it in placed}
+        named = [concept.model_copy(update={"prompt": texts.get(concept.name, concept.prompt)}) for concept in found]
+        return with_boxes(prompt, placed, width, height), named
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         self._check_plain_texts(arguments["prompt"])

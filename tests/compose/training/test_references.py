@@ -12,8 +12,6 @@ from PIL import Image
 
 from chroma import CHROMA
 from components import seeded
-from flux2 import FLUX2
-from flux2_dev import FLUX2_DEV, mistral3
 from flux_kontext import KONTEXT
 from lora_compose import ComposePipeline
 from lora_compose.attention.backbones.joint import unpacked
@@ -23,22 +21,18 @@ from lora_compose.compose.training.batches import batches_of
 from lora_compose.compose.training.data import DataError, digest, load_image, read_images, with_references
 from lora_compose.compose.training.learner import Learner, Weights
 from lora_compose.compose.training.preparation import adapt, encode, read_texts
-from qwen import qwen3
-from qwen_image_edit import QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_2511
-from trainings import paint_folder, sd_pipeline, training
+from qwen_image_edit import QWEN_IMAGE_EDIT
+from trainings import PAIRED, paint_folder, sd_pipeline, trained_pipeline, training
 
 SIDE = 64  # pixels: the smallest side that FLUX.2 reads, and that of Qwen's references here
 CAPTIONS = ("a sks cat on grass", "a sks cat and a dog")
-FAMILIES = {
-    "kontext": (KONTEXT, 1), "klein": (FLUX2, 2), "dev": (FLUX2_DEV, 2), "qwen": (QWEN_IMAGE_EDIT, 2),
-    "qwen-2511": (QWEN_IMAGE_EDIT_2511, 2),
-}  # fmt: skip
-"""With how many references they are trained here."""
 UNGUIDED = {
-    "kontext": {"guidance_scale": 1.0, "_auto_resize": False, "max_area": SIDE**2, "max_sequence_length": 48},
-    "klein": {"guidance_scale": 1.0}, "dev": {"guidance_scale": 1.0},
+    "FLUX.1 Kontext": {
+        "guidance_scale": 1.0, "_auto_resize": False, "max_area": SIDE**2, "max_sequence_length": 48
+    },
+    "FLUX.2-klein": {"guidance_scale": 1.0}, "FLUX.2-dev": {"guidance_scale": 1.0},
 }  # fmt: skip
-SLOW = "dev", "qwen"
+SLOW = "FLUX.2-dev", "Qwen-Image-Edit-Plus"
 """Of which the default suite has a sister."""
 
 
@@ -60,20 +54,11 @@ def pairs(folder: Path, count: int = 2) -> tuple[Path, ...]:
     return tuple(folder / name for name in ("first", "second")[:count])
 
 
-def opened(name: str) -> Any:
-    pipe = FAMILIES[name][0].pipeline()
-    torch.manual_seed(0)  # diffusers' pipelines of FLUX.2 read the layers 27 and 30 unless they are told otherwise
-    if name == "klein":
-        pipe.text_encoder = qwen3(len(pipe.tokenizer), layers=28)
-    if name == "dev":
-        pipe.text_encoder = mistral3(len(pipe.tokenizer.tokenizer), layers=31)
-    return pipe
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PAIRED])
 def test_the_network_sees_what_the_pipeline_of_diffusers_shows_it(name: str, folder: Path) -> None:
     """The prediction for a noisy example is that of diffusers' own call with its caption and references."""
-    (family, count), pipe = FAMILIES[name], opened(name)
+    family, count = PAIRED[name]
+    pipe = trained_pipeline(family)
     base = base_of(pipe)
     settings = training(folder, "unused", resolution=SIDE, references=pairs(folder, count))
     base.check(settings)
@@ -104,7 +89,7 @@ def test_the_network_sees_what_the_pipeline_of_diffusers_shows_it(name: str, fol
 
 
 def test_the_class_is_kept_beside_the_same_references(folder: Path) -> None:
-    base = base_of(opened("qwen-2511"))
+    base = base_of(QWEN_IMAGE_EDIT.pipeline())
     settings = training(folder, "unused", resolution=SIDE, references=pairs(folder), preserve_class=True)
     material = encode(base, read_texts(base, settings), settings, Accelerator(cpu=True))
     concept, prior = material.concept, material.prior

@@ -1,10 +1,12 @@
 """What Ideogram 4 alone has: a scale for every step, a second network for guidance, latents by row and column."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -115,6 +117,44 @@ def test_words_are_found_whatever_side_the_tokenizer_pads(pipe: Any, monkeypatch
     for side in ("right", "left"):
         monkeypatch.setattr(pipe.tokenizer, "padding_side", side)
         assert pipe._template(48).positions(prompt, start, start + 3) == IDEOGRAM4.words[0]
+
+
+def test_boxes_of_a_scene_are_written_into_the_texts_that_its_regions_read(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of the image has both boxes and no trigger, that of each region its own."""
+    read: list[str] = []
+    encoded = pipe._encoded
+    monkeypatch.setattr(pipe, "_encoded", lambda words, *rest: (read.extend(words), encoded(words, *rest))[1])
+    prompt, concepts = pipe.boxes_in_prompt(CALL["prompt"], BOXES, 128, 128)
+    given = {**CALL, "max_sequence_length": 400, "prompt": prompt}
+    latents = latents_of_call(pipe, **given, concepts=concepts, method="regional", **IDEOGRAM4.guided)
+    whole, cat, dog = (json.loads(text) for text in read)
+    assert whole["high_level_description"] == "a cat and a dog on grass"
+    parts = [text["compositional_deconstruction"]["elements"] for text in (whole, cat, dog)]
+    left, right = [0, 0, 1000, 500], [0, 500, 1000, 1000]
+    assert [[(element["bbox"], element["desc"].strip()) for element in each] for each in parts] == [
+        [(left, "cat"), (right, "dog")], [(left, "sks cat")], [(right, "zwx dog")],
+    ]  # fmt: skip
+    assert [cat["high_level_description"], dog["high_level_description"]] == [
+        "a sks cat on grass",
+        "a zwx dog on grass",
+    ]
+    plain = latents_of_call(
+        pipe, **{**given, "prompt": CALL["prompt"]}, concepts=BOXES, method="regional", **IDEOGRAM4.guided
+    )
+    assert (latents - plain).abs().max() > 0.01
+
+
+def test_what_has_no_box_is_not_written_into_a_prompt(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no box to write into the prompt"):
+        pipe.boxes_in_prompt(CALL["prompt"], ["cat"])
+    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="'dog' has a mask image, and the model's prompts have boxes"):
+        pipe.boxes_in_prompt(CALL["prompt"], [BOXES[0], Concept(name="dog", region=str(tmp_path / "mask.png"))])
+    _, (cat, dog) = pipe.boxes_in_prompt(CALL["prompt"], [BOXES[0], "dog"])
+    assert cat.prompt.startswith("{")
+    assert dog.prompt is None
 
 
 def test_a_plain_pipeline_becomes_one_of_ours() -> None:

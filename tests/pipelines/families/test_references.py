@@ -198,7 +198,7 @@ def test_kontext_refuses_another_area_several_images_and_masks(reading, pipe):
     call = {**reading.call, "concepts": BOXES}
     with pytest.raises(ValueError, match=r"max_area=16384 pixels, here 128 x 128 for 256 x 256, in which regions .*"):
         pipe(**{**call, "width": 256, "height": 256})
-    with pytest.raises(ValueError, match=r"reads one reference image with concepts, not 2; put them side by side"):
+    with pytest.raises(ValueError, match="reads one reference image with concepts, the same for all prompts, not 2"):
         pipe(**{**call, "image": [NAVY, ORANGE]})
     with pytest.raises(ValueError, match=r"reads image as a reference image, and inpaints nothing here; leave out"):
         pipe(**{**call, "image": NAVY}, mask_image=(0, 0, 32, 32))
