@@ -1,7 +1,7 @@
 """Writes what came of diffusers' own tests into `docs/models.md`: `python docs/diffusers_table.py FOLDER`.
 
-FOLDER has the reports of `tests/diffusers_own.py`, named `SUITE.control.json` and `SUITE.concepts.json`, SUITE as in its
-`FILES`. Counts are kept in `diffusers_run.json`, and stay for suites of which there is no report.
+FOLDER has the reports of `tests/diffusers_own.py`, named `SUITE.control.json` and `SUITE.concepts.json`, where SUITE is
+one of its `FILES`. Counts are kept in `diffusers_run.json`, and stay for suites of which there is no report.
 """
 
 import json
@@ -25,7 +25,9 @@ def counts(folder: Path) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for path in sorted(folder.glob("*.concepts.json")):
         suite = path.name.removesuffix(".concepts.json")
-        outcomes, control = (json.loads((folder / f"{suite}.{mode}.json").read_text()) for mode in ("concepts", "control"))
+        outcomes, control = (
+            json.loads((folder / f"{suite}.{mode}.json").read_text()) for mode in ("concepts", "control")
+        )
         kinds = Counter(_kind(outcome, text, control[test][0]) for test, (outcome, text) in outcomes.items())
         found[suite] = {kind: kinds[kind] for kind in KINDS}
     return found

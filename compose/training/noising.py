@@ -103,7 +103,7 @@ class Flow:
 
         "reference" of `added` are tokens of reference images, each as large as the training image.
         """
-        inputs: dict[str, Any] = dict(self._pipe.unguided(len(noisy), noisy.device))
+        inputs: dict[str, Any] = dict(self._pipe.inputs_without_guidance(len(noisy), noisy.device))
         if "reference" in added:
             height, width = (side // PATCH for side in noisy.shape[-2:])
             tokens = added["reference"]

@@ -182,7 +182,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         """
         return {"guidance_scale": scale, "negative_prompt": negative_prompt}
 
-    def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+    def inputs_without_guidance(self, rows: int, device: torch.device) -> dict[str, Tensor]:
         """Further inputs of a forward pass without guidance, for models that take its scale as an input."""
         return {}
 

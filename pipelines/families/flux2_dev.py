@@ -16,6 +16,7 @@ from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import tokenizer_of
 from lora_compose.pipelines.families.flux2 import Flux2Calls
+from lora_compose.pipelines.families.references import reference_or_start
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.text.conditioning import TokenPositions
@@ -77,9 +78,7 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        reference = image
-        if not (paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop))):
-            image = None
+        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
         if reference is None:  # otherwise the size is that of the image
             width, height = self._sides(width, height)
         given = dict(locals())
@@ -104,8 +103,8 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
         guidance = torch.full([images], guidance_scale, device=self._execution_device, dtype=torch.float32)
         return self._request(begun, given, size, None, references, guidance=ByImage(guidance))
 
-    def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
-        """As `FlowMatchingPipeline.unguided`: the distilled guidance is 1."""
+    def inputs_without_guidance(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """As `FlowMatchingPipeline.inputs_without_guidance`: the distilled guidance is 1."""
         return {"guidance": torch.ones(rows, device=device)}
 
     def _template(self, length: int) -> TemplateTokenizer:

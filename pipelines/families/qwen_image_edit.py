@@ -17,7 +17,7 @@ from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import tokenizer_of
 from lora_compose.pipelines.families.qwen_image import QwenImageCalls, padded
-from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images, reference_or_start
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
@@ -82,11 +82,9 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
             token_positions: Positions among the tokens that the model reads, those of reference images included.
             mask_image: Not supported, as are the three arguments after it.
         """
-        reference = image
-        if reference is None or (isinstance(reference, list | tuple) and not reference):
+        if image is None or (isinstance(image, list | tuple) and not image):
             raise ValueError(f"{self.family} needs a reference image: give image; for text alone take Qwen-Image")
-        if not (paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop))):
-            image = None
+        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
         given = dict(locals())
         begun = self._begin(given)
         if begun.plain is not None:

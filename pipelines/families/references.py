@@ -72,6 +72,18 @@ class ReferencesPipeline(FlowMatchingPipeline):
         }
 
 
+def reference_or_start(image: Any, mask_image: Any, *of_start: Any) -> tuple[Any, Any]:
+    """What `image` of a call is: the reference images, or the image to start from; the other one is None.
+
+    Args:
+        image: As given.
+        mask_image: With one, the call inpaints `image`.
+        of_start: The other arguments that go with a start image: None or False if they were not given.
+    """
+    starts = mask_image is not None or any(one is not None and one is not False for one in of_start)
+    return (None, image) if starts else (image, None)
+
+
 def opened(given: Any) -> Any:
     """The reference images of a call without concepts, whose paths diffusers cannot read."""
     if isinstance(given, list | tuple):
