@@ -3,7 +3,8 @@
 The rows are made of what the classes declare, which the tests check, of the layouts of LoRA files that the tests read,
 and, for what depends on how a model is stored, of tests that have passed: REPORT is what pytest writes with
 `--junitxml` of tests/pipelines/families/test_transformer_memory.py, tests/pipelines/calls/test_devices.py and
-tests/pipelines/families/test_stable_diffusion_xl.py, `-m "slow or not slow"`. What passed is kept in `models_run.json`.
+tests/pipelines/families/test_stable_diffusion_xl.py, `-m "slow or not slow"`. What passed is kept in `models_run.json`,
+and stays for families of which REPORT has no test.
 """
 
 import json
@@ -26,7 +27,7 @@ from lora_compose.pipelines.families import ComposePipeline  # noqa: E402
 from lora_compose.pipelines.families.references import ReferencesPipeline  # noqa: E402
 from lora_compose.pipelines.families.unets import UNetPipeline  # noqa: E402
 from lora_compose.pipelines.methods import METHODS  # noqa: E402
-from trainings import TRAINED  # noqa: E402
+from trainings import PAIRED, TRAINED  # noqa: E402
 
 PAGE, RAN = ROOT / "docs" / "models.md", ROOT / "docs" / "models_run.json"
 HEADER = ("family", "methods", "from an image", "references", "control", "names in LoRA files", "train", "merge",
@@ -65,10 +66,16 @@ def row(family: Any, ran: Mapping[str, Mapping[str, list[str]]]) -> tuple[str, .
         "yes" if issubclass(family, ReferencesPipeline) else "no",
         "ControlNet, T2I-Adapter, IP-Adapter" if unet else "no",
         ", ".join(_spellings(family)),
-        "yes" if unet or family.__name__ in {known.plain.__name__ for known in TRAINED.values()} else "not run",
+        _trained(family),
         "yes" if unet or family.transformer_class in {build for build, _ in TRANSFORMERS.values()} else "no",
         *(", ".join(ran[what].get(family.family, [])) or "not run" for what in ("offloaded", "fewer bits")),
     )
+
+
+def _trained(family: Any) -> str:
+    paired = family.__name__ in {known.plain.__name__ for known, _ in PAIRED.values()}
+    alone = issubclass(family, UNetPipeline) or family.__name__ in {known.plain.__name__ for known in TRAINED.values()}
+    return ", ".join([*(["images"] if alone else []), *(["pairs"] if paired else [])]) or "no"
 
 
 def refused(family: Any) -> list[str]:
@@ -83,8 +90,6 @@ def outcomes(reports: Iterable[Path]) -> dict[str, dict[str, list[str]]]:
     found: dict[str, dict[str, list[str]]] = {"offloaded": {}, "fewer bits": {}}
     for case in (case for path in reports for case in ElementTree.parse(path).iter("testcase")):
         name, _, parameters = case.attrib["name"].removesuffix("]").partition("[")
-        if len(case):  # skipped or failed
-            continue
         if "test_transformer_memory" in case.attrib["classname"]:
             how, _, known = parameters.partition("-")
             kind = EVERY[known].plain.__name__
@@ -95,7 +100,7 @@ def outcomes(reports: Iterable[Path]) -> dict[str, dict[str, list[str]]]:
         else:
             continue
         hows = found["fewer bits" if "bits" in name else "offloaded"].setdefault(families[kind], [])
-        hows += [] if _HOW[how] in hows else [_HOW[how]]
+        hows += [] if len(case) or _HOW[how] in hows else [_HOW[how]]  # what was skipped or failed has something in it
     return {what: {family: sorted(hows) for family, hows in sorted(by.items())} for what, by in found.items()}
 
 
@@ -126,5 +131,7 @@ def _spellings(family: Any) -> list[str]:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        RAN.write_text(json.dumps(outcomes(map(Path, sys.argv[1:])), indent=1) + "\n", encoding="utf-8")
+        found, known = outcomes(map(Path, sys.argv[1:])), json.loads(RAN.read_text(encoding="utf-8"))
+        kept = {what: dict(sorted({**known[what], **by_family}.items())) for what, by_family in found.items()}
+        RAN.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

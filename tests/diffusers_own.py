@@ -22,16 +22,21 @@ from torch import nn
 from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from components import ATTENTION
+from flux2_dev import TextProcessor, processor
 from lora_compose.pipelines.families.chroma import ComposeChromaPipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
+from lora_compose.pipelines.families.flux2_dev import ComposeFlux2Pipeline
 from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
 from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
+from lora_compose.pipelines.families.qwen_image_edit import ComposeQwenImageEditPlusPipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
 from qwen import qwen_tokenizer
+from qwen_image_edit import WORDS as TEMPLATE_WORDS
+from qwen_image_edit import ImageProcessor, image_processor  # has diffusers read references small, or tests take hours
 
 FILES = {
     "SD": "stable_diffusion/test_stable_diffusion.py",
@@ -46,12 +51,14 @@ FILES = {
     "FLUX.1, image to image": "flux/test_pipeline_flux_img2img.py",
     "FLUX.1, inpainting": "flux/test_pipeline_flux_inpaint.py",
     "FLUX.1 Kontext": "flux/test_pipeline_flux_kontext.py",
+    "FLUX.2-dev": "flux2/test_pipeline_flux2.py",
     "FLUX.2-klein": "flux2/test_pipeline_flux2_klein.py",
     "FLUX.2-klein, inpainting": "flux2/test_pipeline_flux2_klein_inpaint.py",
     "Krea 2": "krea2/test_krea2.py",
     "Qwen-Image": "qwenimage/test_qwenimage.py",
     "Qwen-Image, image to image": "qwenimage/test_qwenimage_img2img.py",
     "Qwen-Image, inpainting": "qwenimage/test_qwenimage_inpaint.py",
+    "Qwen-Image-Edit-Plus": "qwenimage/test_qwenimage_edit_plus.py",
     "Z-Image": "z_image/test_z_image.py",
     "Z-Image, image to image": "z_image/test_z_image_img2img.py",
     "Z-Image, inpainting": "z_image/test_z_image_inpaint.py",
@@ -69,9 +76,11 @@ _OURS: dict[str, Any] = {
         "Chroma": ComposeChromaPipeline,
         "Flux": ComposeFluxPipeline,
         "FluxKontext": ComposeFluxKontextPipeline,
+        "Flux2": ComposeFlux2Pipeline,
         "Flux2Klein": ComposeFlux2KleinPipeline,
         "Krea2": ComposeKrea2Pipeline,
         "QwenImage": ComposeQwenImagePipeline,
+        "QwenImageEditPlus": ComposeQwenImageEditPlusPipeline,
         "ZImage": ComposeZImagePipeline,
     }.items()
     for task in ("", "Img2Img", "Inpaint")
@@ -99,7 +108,19 @@ def _t5_encoder() -> T5EncoderModel:
     return T5EncoderModel(_t5_config())
 
 
-_FETCHED = {"clip": _clip_tokenizer, "t5": _t5_tokenizer, "Qwen2VLForConditionalGeneration": qwen_tokenizer}
+def _qwen_tokenizer() -> Any:
+    return qwen_tokenizer(f"{TEMPLATE_WORDS} dance monkey bad quality", _OF_IMAGES)  # texts as short as those of Qwen's
+
+
+_OF_IMAGES = {"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|image_pad|>": 151655, "<|video_pad|>": 151656}
+"""Tokens whose numbers are in the configurations that the tests have."""
+_FETCHED = {
+    "tiny-random-clip": _clip_tokenizer, "tiny-random-t5": _t5_tokenizer,
+    "tiny-random-Qwen2VLForConditionalGeneration": _qwen_tokenizer,
+    "Mistral-Small-3.1-24B-Instruct-2503-only-processor": processor,
+}  # fmt: skip
+_PROCESSORS = {"Qwen2VLProcessor": ImageProcessor, "PixtralProcessor": TextProcessor}
+"""Processors, by the names under which pipelines are saved, without the parts that need torchvision."""
 
 
 def _made_here(kind: Any, make: Any = None) -> None:
@@ -108,7 +129,7 @@ def _made_here(kind: Any, make: Any = None) -> None:
 
     def from_pretrained(cls: Any, name: Any, *args: Any, **options: Any) -> Any:
         for ending, known in _FETCHED.items():
-            if str(name) == f"hf-internal-testing/tiny-random-{ending}":
+            if str(name) == f"hf-internal-testing/{ending}":
                 return (make or known)()
         return given(cls, name, *args, **options)
 
@@ -193,8 +214,12 @@ class Plugin:
 
 def main(folder: str, mode: str, report: str, *options: str) -> int:
     """Runs them; the outcomes are written as JSON, by the name of the test."""
-    for name in ("CLIPTokenizer", "AutoTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast"):
+    for name, ours in _PROCESSORS.items():
+        ours.__name__, ours.__module__ = name, "transformers"
+        setattr(sys.modules["transformers"], name, ours)  # not the module that was imported above
+    for name in ("CLIPTokenizer", "AutoTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast", "AutoProcessor"):
         _made_here(getattr(transformers, name))
+    _made_here(ImageProcessor, lambda: image_processor(_qwen_tokenizer()))
     _made_here(transformers.AutoConfig, _t5_config)
     _made_here(T5EncoderModel, _t5_encoder)
     transformers.integrations.peft.check_peft_version = lambda **_: None  # earlier ones add adapters, too

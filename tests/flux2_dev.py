@@ -39,11 +39,11 @@ def processor() -> Any:
     return TextProcessor(words, chat_template=TEMPLATE)
 
 
-def mistral3(words: int) -> Any:
-    """Three layers of width 24; the part for images is never run."""
+def mistral3(words: int, layers: int = 3) -> Any:
+    """Layers of width 24; the part for images is never run."""
     text = {
         "model_type": "mistral", "vocab_size": words, "hidden_size": 24, "intermediate_size": 32,
-        "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12,
+        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12,
         "max_position_embeddings": 512,
     }  # fmt: skip
     vision = {

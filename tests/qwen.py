@@ -1,6 +1,7 @@
 """Small Qwen tokenizers and text encoders: byte-level words with the space before them, chat templates."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ WORDS = (
 )
 
 
-def qwen_tokenizer(further: str = "") -> Any:
+def qwen_tokenizer(further: str = "", ids: Mapping[str, int] | None = None) -> Any:
     """Every word above is a token, with the space before it, as most English words are to Qwen; others are letters.
 
     Args:
         further: More words that are tokens.
+        ids: Special tokens that have numbers of their own.
     """
     split = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
     trained = Tokenizer(models.BPE())
@@ -44,8 +46,8 @@ def qwen_tokenizer(further: str = "") -> Any:
     bpe = json.loads(trained.to_str())["model"]
     merges: Any = [tuple(pair) for pair in bpe["merges"]]
     vocab = {"<|endoftext|>": 0} | {word: i for i, word in enumerate(bpe["vocab"], start=1)}
-    found = Qwen2Tokenizer(vocab=vocab, merges=merges, chat_template=TEMPLATE)
-    found.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    found = Qwen2Tokenizer(vocab=vocab | dict(ids or {}), merges=merges, chat_template=TEMPLATE)
+    found.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *(ids or ())]})
     return found
 
 

@@ -40,6 +40,11 @@ class ImageProcessor(Qwen2VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
+def image_processor(words: Any) -> ImageProcessor:
+    """Qwen's processor with a tokenizer that has its tokens for images."""
+    return ImageProcessor(Qwen2VLImageProcessorPil(), words)
+
+
 def qwen_image_edit_pipeline(cls: Any = ComposeQwenImageEditPlusPipeline, **changes: Any) -> Any:
     """A Qwen-Image-Edit-Plus pipeline of small real components."""
     torch.manual_seed(0)
@@ -53,7 +58,7 @@ def qwen_image_edit_pipeline(cls: Any = ComposeQwenImageEditPlusPipeline, **chan
         vae=qwen_image_vae(),
         text_encoder=qwen2_5_vl(len(words), video_token_id=video, **ids),
         tokenizer=words,
-        processor=ImageProcessor(Qwen2VLImageProcessorPil(), words),
+        processor=image_processor(words),
         transformer=qwen_image_transformer(**changes),
     )
     pipe.set_progress_bar_config(disable=True)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
@@ -12,18 +13,39 @@ from chroma import CHROMA
 from components import TINY, TINY_XL, sd_unet, sdxl_unet, small_pipeline
 from flux import FLUX
 from flux2 import FLUX2
+from flux2_dev import FLUX2_DEV, mistral3
+from flux_kontext import KONTEXT
 from ideogram4 import IDEOGRAM4
 from krea2 import KREA2
 from lora_compose.compose.training import TaraTraining, Training
+from qwen import qwen3
 from qwen_image import QWEN_IMAGE
+from qwen_image_edit import QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_2511
+from transformer_families import Family
 from z_image import Z_IMAGE
 
 SIDE = 32  # pixels of the training images
 TRAINED = {
     "Chroma": CHROMA, "FLUX.1": FLUX, "FLUX.2": FLUX2, "Ideogram 4": IDEOGRAM4, "Krea 2": KREA2, "Z-Image": Z_IMAGE,
-    "Qwen-Image": QWEN_IMAGE,
+    "Qwen-Image": QWEN_IMAGE, "FLUX.1 Kontext": KONTEXT,
 }  # fmt: skip
 """Families of transformers that are trained by tests."""
+PAIRED = {
+    "FLUX.1 Kontext": (KONTEXT, 1), "FLUX.2-klein": (FLUX2, 2), "FLUX.2-dev": (FLUX2_DEV, 2),
+    "Qwen-Image-Edit-Plus": (QWEN_IMAGE_EDIT, 2), "Qwen-Image-Edit-2511": (QWEN_IMAGE_EDIT_2511, 2),
+}  # fmt: skip
+"""Families that are trained with reference images, and how many each training image has there."""
+
+
+def trained_pipeline(family: Family) -> Any:
+    """A small pipeline whose text encoder has the layers that training reads, which it cannot be told."""
+    pipe = family.pipeline()
+    torch.manual_seed(0)
+    if family is FLUX2:
+        pipe.text_encoder = qwen3(len(pipe.tokenizer), layers=28)
+    if family is FLUX2_DEV:
+        pipe.text_encoder = mistral3(len(pipe.tokenizer.tokenizer), layers=31)
+    return pipe
 
 
 def xl_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionXLPipeline:

@@ -90,7 +90,7 @@ class Ideogram4Backbone(JointBackbone):
             return_dict=False,
             **inputs,
         )[0]
-        return -latents_of(velocity[:, length:].float(), latents.shape[-2:])
+        return -from_tokens(velocity[:, length:].float(), latents.shape[-2:])
 
 
 def tokens_of(latents: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def tokens_of(latents: Tensor) -> Tensor:
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def latents_of(tokens: Tensor, grid: Grid | torch.Size) -> Tensor:
+def from_tokens(tokens: Tensor, grid: Grid | torch.Size) -> Tensor:
     """Tokens back to latents of a height and width."""
     height, width = (side // PATCH for side in grid)
     patches = tokens.unflatten(2, (PATCH, PATCH, -1)).unflatten(1, (height, width))

@@ -31,6 +31,10 @@ def train(
     prompt: Annotated[
         str | None, typer.Option(help="Caption for images without one; default: 'a photo of {trigger} {class_word}'.")
     ] = None,
+    references: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder with a reference image for each image, of the same name; repeatable."),
+    ] = None,
     scope: Annotated[str | None, typer.Option(help="Layers to train: cross_kv, attention or transformer.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
     alpha: Annotated[float | None, typer.Option(help="The LoRA is scaled by alpha / rank; default: the rank.")] = None,
@@ -99,8 +103,9 @@ def train(
         start_aligned=start_aligned,
     )  # fmt: skip
     fields = _given(
-        images=images, out=out, trigger=trigger, class_word=class_word, model=model, prompt=prompt, scope=scope,
-        rank=rank, alpha=alpha, dora=dora or None, steps=steps, batch_size=batch_size, accumulate=accumulate,
+        images=images, out=out, trigger=trigger, class_word=class_word, model=model, prompt=prompt,
+        references=tuple(references or ()) or None, scope=scope, rank=rank,
+        alpha=alpha, dora=dora or None, steps=steps, batch_size=batch_size, accumulate=accumulate,
         optimizer=optimizer, learning_rate=learning_rate, schedule=schedule, warmup=warmup, min_snr=min_snr,
         resolution=resolution, seed=seed, preserve_class=preserve_class or None,
         class_images=class_images, class_prompts=tuple(class_prompt or ()) or None, class_count=class_count,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_compose.compose.training.noising import Diffusion, Flow, Noising
 from lora_compose.compose.training.settings import SCOPES, Training
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
+from lora_compose.pipelines.families.references import ReferencesPipeline
 from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
 
 _TOKENS = 512  # of a text of transformers, as `read_texts` has it
@@ -69,19 +70,31 @@ class Base(Protocol):
         """The layers of a scope, as PEFT takes them."""
         ...
 
-    def texts(self, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features of captions, shape [captions, tokens, channels], and further inputs by caption; on the CPU."""
+    def texts(
+        self, captions: Sequence[str], references: Sequence[Sequence[Image.Image]] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features of captions, shape [captions, tokens, channels], and further inputs by caption; on the CPU.
+
+        `references` are the reference images of each caption.
+        """
         ...
 
     def latents(self, pixels: Tensor) -> Tensor:
         """The means of the VAE, as the network has them, from pixels between -1 and 1; on the CPU."""
         ...
 
+    def reference(self, images: Sequence[Tensor]) -> Tensor:
+        """Tokens of an example's reference images, from pixels between -1 and 1; on the CPU.
+
+        Shape: [1, 3, height, width] each -> [1, tokens, channels].
+        """
+        ...
+
     def generate(
         self, accelerator: Accelerator, prompts: Sequence[str], noise: Sequence[torch.Generator], steps: int,
-        guidance: float, side: int,
+        guidance: float, side: int, references: Sequence[Image.Image] = (),
     ) -> list[Image.Image]:  # fmt: skip
-        """An image for every prompt, with the network as it is."""
+        """An image for every prompt, with the network as it is; all with the same reference images."""
         ...
 
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
@@ -128,7 +141,9 @@ class _UNet:
         return [tokenizer for tokenizer in tokenizers if tokenizer is not None]
 
     def check(self, settings: Training) -> None:
-        """Accepts all settings."""
+        """Raises ValueError for references."""
+        if settings.references:
+            raise ValueError(_no_references("Stable Diffusion"))
 
     def noising(self) -> Noising:
         schedule: Any = DDPMScheduler.from_config(self.pipe.scheduler.config)
@@ -137,7 +152,9 @@ class _UNet:
     def targets(self, scope: str) -> list[str]:
         return list(SCOPES[scope])
 
-    def texts(self, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def texts(
+        self, captions: Sequence[str], references: Sequence[Sequence[Image.Image]] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         features, pooled = [], []
         with torch.no_grad():
             for caption in captions:
@@ -154,9 +171,12 @@ class _UNet:
         with torch.no_grad():
             return vae.encode(pixels.to(vae.device)).latent_dist.mode().cpu() * vae.config.scaling_factor
 
+    def reference(self, images: Sequence[Tensor]) -> Tensor:
+        raise NotImplementedError("`check` has refused references")
+
     def generate(
         self, accelerator: Accelerator, prompts: Sequence[str], noise: Sequence[torch.Generator], steps: int,
-        guidance: float, side: int,
+        guidance: float, side: int, references: Sequence[Image.Image] = (),
     ) -> list[Image.Image]:  # fmt: skip
         with torch.no_grad(), accelerator.autocast():
             latents = self.pipe(
@@ -203,6 +223,7 @@ class _Transformer:
         family = self.pipe.family
         if family == "Anima":
             raise ValueError("Anima is not trained here yet; its LoRAs come from other trainers")
+        self._check_references(len(settings.references))
         if settings.tara is not None:
             raise ValueError(
                 f"--tara aligns keys of cross-attention, which {family} does not have; leave it out: the method tara "
@@ -216,6 +237,21 @@ class _Transformer:
         if settings.resolution is not None and settings.resolution % unit:
             raise ValueError(f"the resolution must be a multiple of {unit} for {family}, not {settings.resolution}")
 
+    def _check_references(self, count: int) -> None:
+        family = self.pipe.family
+        if not isinstance(self.pipe, ReferencesPipeline):
+            if count:
+                raise ValueError(_no_references(family))
+            return
+        most = self.pipe.most_references
+        if most is not None and count > most:
+            raise ValueError(f"{family} reads {most} reference image, not {count}; give --references once")
+        if self.pipe.needs_references and not count:
+            raise ValueError(
+                f"{family} reads every text with a reference image; give --references FOLDER, with one of the same "
+                "name for each training image"
+            )
+
     def noising(self) -> Noising:
         return self._flow
 
@@ -228,11 +264,14 @@ class _Transformer:
             and isinstance(self.network.get_submodule(name), nn.Linear)
         ]  # fmt: skip
 
-    def texts(self, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def texts(
+        self, captions: Sequence[str], references: Sequence[Sequence[Image.Image]] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         encoded = []
         with torch.no_grad():
-            for caption in captions:
-                text, added = self.pipe.read_texts([caption])
+            for caption, images in zip(captions, references or [()] * len(captions), strict=True):
+                beside = isinstance(self.pipe, ReferencesPipeline) and images
+                text, added = self.pipe.read_beside([caption], images) if beside else self.pipe.read_texts([caption])
                 encoded.append((text.cpu(), {name: value.cpu() for name, value in added.items()}))
         texts, by_caption = zip(*encoded, strict=True)
         return torch.cat(texts), {name: torch.cat([values[name] for values in by_caption]) for name in by_caption[0]}
@@ -241,21 +280,34 @@ class _Transformer:
         with torch.no_grad():
             return self.pipe.latents_of(pixels.to(self.pipe.vae.device)).cpu()
 
+    def reference(self, images: Sequence[Tensor]) -> Tensor:
+        assert isinstance(self.pipe, ReferencesPipeline), "`check` has refused references"
+        with torch.no_grad():
+            return self.pipe.reference_tokens(images).cpu()
+
     def generate(
         self, accelerator: Accelerator, prompts: Sequence[str], noise: Sequence[torch.Generator], steps: int,
-        guidance: float, side: int,
+        guidance: float, side: int, references: Sequence[Image.Image] = (),
     ) -> list[Image.Image]:  # fmt: skip
         pipe: Any = self.pipe
+        shown = {"image": list(references)} if references else {}
         with torch.no_grad(), accelerator.autocast():
             return pipe(
                 prompt=list(prompts),
                 generator=list(noise),
                 num_inference_steps=steps,
-                width=side,
-                height=side,
                 max_sequence_length=_TOKENS,
+                **pipe.sized(side, side),
                 **pipe.guided(guidance, None),
+                **shown,
             ).images
 
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
         return {}
+
+
+def _no_references(family: str) -> str:
+    return (
+        f"{family} reads no reference images; leave --references out, or train on FLUX.1 Kontext, FLUX.2 or "
+        "Qwen-Image-Edit-Plus"
+    )

@@ -16,7 +16,7 @@ from lora_compose.compose.training.settings import Training
 _VERSION = 2
 # Settings that may differ when a training is resumed; images are compared by their content.
 _FREE = {
-    "images", "out", "class_images", "class_count", "class_steps", "gradient_checkpointing", "save_dtype",
+    "images", "references", "out", "class_images", "class_count", "class_steps", "gradient_checkpointing", "save_dtype",
     "checkpoint_every", "sample_every", "sample_prompts", "sample_guidance", "cpu", "threads",
 }  # fmt: skip
 

@@ -3,8 +3,9 @@
 import hashlib
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,25 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
+class ReferenceImage:
+    """An image that the model reads beside a caption, and the hash of its file."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
 class TrainingImage:
-    """A training image with its caption, its upright width and height in pixels, and the hash of its file."""
+    """A training image with its caption, its upright width and height in pixels, and the hash of its file.
+
+    `references` are those that the model reads, in their order.
+    """
 
     path: Path
     caption: str
     size: tuple[int, int]
     sha256: str
+    references: tuple[ReferenceImage, ...] = ()
 
 
 def read_images(folder: Path, prompts: Sequence[str]) -> tuple[TrainingImage, ...]:
@@ -44,11 +57,7 @@ def read_images(folder: Path, prompts: Sequence[str]) -> tuple[TrainingImage, ..
     Raises:
         DataError: If there is no such folder, it holds no image, one of them is broken, or captions are unreadable.
     """
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {str(folder)!r} with images")
-    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=_natural)
-    if not paths:
-        raise DataError(f"{folder} holds no images; expected files that end with {', '.join(SUFFIXES)}")
+    paths = _images_in(folder)
     from_table = _table(folder / CAPTIONS)
     if missing := sorted(from_table.keys() - {path.name for path in paths}):
         logger.warning("%s has captions of images that are not there: %s", CAPTIONS, ", ".join(missing[:5]))
@@ -58,9 +67,53 @@ def read_images(folder: Path, prompts: Sequence[str]) -> tuple[TrainingImage, ..
     images = []
     for i, (path, caption) in enumerate(zip(paths, captions, strict=True)):
         size = load_image(path).size
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        images.append(TrainingImage(path, caption or prompts[i % len(prompts)], size, sha256))
+        images.append(TrainingImage(path, caption or prompts[i % len(prompts)], size, _sha256(path)))
     return tuple(images)
+
+
+def with_references(images: Sequence[TrainingImage], folders: Sequence[Path]) -> tuple[TrainingImage, ...]:
+    """Training images with their reference images: from each folder the one of the same name, whatever its ending.
+
+    Raises:
+        DataError: If a folder lacks the reference of an image, has two of one name, or one of them is broken.
+    """
+    for folder in folders:
+        found: defaultdict[str, list[Path]] = defaultdict(list)
+        for path in _images_in(folder):
+            found[path.stem].append(path)
+        stems = [image.path.stem for image in images]
+        if missing := [stem for stem in stems if stem not in found]:
+            raise DataError(
+                f"{folder} has no reference image of {', '.join(missing[:5])}; expected one of the same name for each "
+                "training image"
+            )
+        if unused := sorted(found.keys() - set(stems)):
+            logger.warning("%s has references of images that are not there: %s", folder, ", ".join(unused[:5]))
+        paths = []
+        for stem in stems:
+            path, *others = found[stem]
+            if others:
+                raise DataError(f"{folder} has {path.name} and {others[0].name} as references of one image; keep one")
+            load_image(path)
+            paths.append(path)
+        images = [
+            replace(image, references=(*image.references, ReferenceImage(path, _sha256(path))))
+            for image, path in zip(images, paths, strict=True)
+        ]
+    return tuple(images)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {str(folder)!r} with images")
+    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=_natural)
+    if not paths:
+        raise DataError(f"{folder} holds no images; expected files that end with {', '.join(SUFFIXES)}")
+    return paths
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_image(path: Path) -> Image.Image:
@@ -80,18 +133,19 @@ def load_image(path: Path) -> Image.Image:
         raise DataError(f"{path} is not a readable image (truncated or damaged?): {error}") from error
 
 
-def square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """The centre square of an RGB image, resized: pixels from -1 to 1, shape [3, side, side].
-
-    With it, how many pixels were cut off at top and left after resizing.
-    """
+def square(image: Image.Image, side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The centre square of an RGB image, resized; and how many pixels were cut off at top and left after resizing."""
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     top, left = (height - side) // 2, (width - side) // 2
-    image = image.crop((left, top, left + side, top + side))
+    return image.crop((left, top, left + side, top + side)), (top, left)
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """The pixels of an RGB image, from -1 to 1. Shape: [1, 3, height, width]."""
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1)
-    return pixels.permute(2, 0, 1).contiguous(), (top, left)
+    return pixels.permute(2, 0, 1).contiguous()[None]
 
 
 def warn_of_small(images: Sequence[TrainingImage], side: int) -> None:
@@ -105,8 +159,11 @@ def warn_of_small(images: Sequence[TrainingImage], side: int) -> None:
 
 
 def digest(images: Sequence[TrainingImage]) -> str:
-    """SHA-256 of all images and captions."""
-    lines = [f"{image.path.name}\t{image.sha256}\t{image.caption}" for image in images]
+    """SHA-256 of all images, captions and references."""
+    lines = [
+        "\t".join((image.path.name, image.sha256, image.caption, *(reference.sha256 for reference in image.references)))
+        for image in images
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

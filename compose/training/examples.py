@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lora_compose.compose.training.bases import Base
-from lora_compose.compose.training.data import TrainingImage, load_image, square
+from lora_compose.compose.training.data import ReferenceImage, TrainingImage, load_image, pixels_of, square
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,10 +18,12 @@ class Examples:
     Attributes:
         latents: The means of the VAE; sampling would only add noise. Shape: [images, channels, height, width].
         caption: Index of each image's caption. Shape: [images], integers.
-        text: Features of the captions. Shape: [captions, tokens, channels].
+        text: Features of the captions; of two images with one caption, but other references, there are two. Shape:
+            [captions, tokens, channels].
         mask: 1 at the trigger. Shape: [captions, tokens, 1].
         by_caption: Further inputs of the network, one row per caption: pooled features of SDXL.
-        by_image: The same, one row per image: sizes of SDXL, original, cut off, target; each height and width.
+        by_image: The same, one row per image: sizes of SDXL, original, cut off, target, each height and width; tokens
+            of "reference" images.
     """
 
     latents: Tensor
@@ -34,31 +37,42 @@ class Examples:
         return len(self.latents)
 
 
-def of_class(base: Base, concept: Examples, captions: Sequence[str]) -> Examples:
-    """The concept's images with captions about its class, one for each of the concept's captions, and no trigger."""
-    text, by_caption = base.texts(list(captions))
-    return replace(concept, text=text, mask=torch.zeros(*text.shape[:2], 1), by_caption=by_caption)
+def of_class(base: Base, concept: Examples, images: Sequence[TrainingImage], side: int) -> Examples:
+    """The concept's images with captions about its class, which `images` have in place of their own; no trigger."""
+    texts = _encode_texts(base, images, {}, side)
+    return replace(texts, latents=concept.latents, by_image=concept.by_image)
 
 
 def encode_images(
     base: Base, images: Sequence[TrainingImage], triggers: dict[str, tuple[int, ...]], side: int
 ) -> Examples:
     """Encodes images and their captions by a base model in float32; `triggers` are token positions by caption."""
-    captions = list(dict.fromkeys(image.caption for image in images))
-    text, by_caption = base.texts(captions)
-    mask = torch.zeros(*text.shape[:2], 1)
-    for row, caption in enumerate(captions):
-        mask[row, list(triggers.get(caption, ()))] = 1
-    latents, sizes = [], []
+    texts = _encode_texts(base, images, triggers, side)
+    latents, added = [], []
     for image in images:
-        pixels, cut = square(load_image(image.path), side)
-        latents.append(base.latents(pixels[None]))
-        sizes.append(base.sizes(image.size, cut, side))
-    return Examples(
-        latents=torch.cat(latents),
-        caption=torch.tensor([captions.index(image.caption) for image in images]),
-        text=text,
-        mask=mask,
-        by_caption=by_caption,
-        by_image={name: torch.tensor([size[name] for size in sizes], dtype=torch.float32) for name in sizes[0]},
-    )
+        centre, cut = square(load_image(image.path), side)
+        latents.append(base.latents(pixels_of(centre)))
+        row = {name: torch.tensor([numbers]) for name, numbers in base.sizes(image.size, cut, side).items()}
+        if image.references:
+            row["reference"] = base.reference([pixels_of(each) for each in squares(image.references, side)])
+        added.append(row)
+    by_image = {name: torch.cat([row[name] for row in added]).float() for name in added[0]}
+    return replace(texts, latents=torch.cat(latents), by_image=by_image)
+
+
+def squares(references: Sequence[ReferenceImage], side: int) -> list[Image.Image]:
+    """Reference images as they are trained on: cut and resized as the training image."""
+    return [square(load_image(reference.path), side)[0] for reference in references]
+
+
+def _encode_texts(
+    base: Base, images: Sequence[TrainingImage], triggers: dict[str, tuple[int, ...]], side: int
+) -> Examples:
+    """The captions of images; no latents yet."""
+    shown = list(dict.fromkeys((image.caption, image.references) for image in images))
+    text, by_caption = base.texts([caption for caption, _ in shown], [squares(each, side) for _, each in shown])
+    mask = torch.zeros(*text.shape[:2], 1)
+    for row, (caption, _) in enumerate(shown):
+        mask[row, list(triggers.get(caption, ()))] = 1
+    caption = torch.tensor([shown.index((image.caption, image.references)) for image in images])
+    return Examples(torch.empty(0), caption, text, mask, by_caption)

@@ -21,6 +21,7 @@ from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.compose.training.bases import Base, base_of
 from lora_compose.compose.training.batches import Batches, batches_of
 from lora_compose.compose.training.checkpoint import finite, load_checkpoint, save_checkpoint
+from lora_compose.compose.training.examples import squares
 from lora_compose.compose.training.learner import Batch, Learner, Losses, Weights
 from lora_compose.compose.training.model import lora_parameters, open_base
 from lora_compose.compose.training.optimizers import learning_rate, optimizers_of
@@ -207,7 +208,8 @@ class _Trainer:
     def _save_samples(self, done: int) -> None:
         if self.accelerator.is_main_process:
             samples, side = self.texts.samples, self.texts.side
-            save_samples(self.base, self.accelerator, self.settings, samples, self.adapter.focus, done, side)
+            first = squares(self.texts.images[0].references, side)
+            save_samples(self.base, self.accelerator, self.settings, samples, self.adapter.focus, done, side, first)
         self.accelerator.wait_for_everyone()
 
     def _diverged(self, step: int, what: str) -> str:

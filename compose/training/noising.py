@@ -8,6 +8,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from lora_compose.attention import backbone_of
+from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
 
 
@@ -98,8 +99,17 @@ class Flow:
         return noise - latents
 
     def predict(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:
-        """A forward pass by the family's backbone, without guidance where that is an input."""
-        return self.backbone.forward(noisy, times, text, added, **self._pipe.unguided(len(noisy), noisy.device))
+        """A forward pass by the family's backbone, without guidance where that is an input.
+
+        "reference" of `added` are tokens of reference images, each as large as the training image.
+        """
+        inputs: dict[str, Any] = dict(self._pipe.inputs_without_guidance(len(noisy), noisy.device))
+        if "reference" in added:
+            height, width = (side // PATCH for side in noisy.shape[-2:])
+            tokens = added["reference"]
+            grids = [(height, width)] * (tokens.shape[1] // (height * width))
+            inputs |= {"reference": tokens, "reference_grids": grids}
+        return self.backbone.forward(noisy, times, text, added, **inputs)
 
     def weights(self, times: Tensor, min_snr: float | None) -> Tensor:
         """1 for all rows: the distribution of the times weights them already."""

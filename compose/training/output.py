@@ -17,7 +17,7 @@ from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.model import ADAPTER
 from lora_compose.compose.training.settings import Training
 
-_PATHS = {"images", "out", "class_images"}  # paths contain the user's name, and mean nothing elsewhere
+_PATHS = {"images", "references", "out", "class_images"}  # paths contain the user's name, and mean nothing elsewhere
 
 
 def lora_bytes(base: Base, config: LoraConfig, settings: Training) -> bytes:
@@ -58,6 +58,8 @@ def metadata_of(base: Base, settings: Training) -> dict[str, str]:
         "modelspec.trigger_phrase": settings.concept.phrase,
         "software": f"lora-compose {__version__}",
     }
+    if settings.references:
+        words["references"] = str(len(settings.references))
     if prediction := base.prediction:
         words["modelspec.prediction_type"] = prediction
     return words if tara is None else {**words, "keys": tara.keys, "token_mask": tara.token_mask}

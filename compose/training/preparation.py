@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from peft import LoraConfig
 
 from lora_compose.compose.training.alignment import Alignment
 from lora_compose.compose.training.bases import Base
-from lora_compose.compose.training.data import TrainingImage, digest, read_images, warn_of_small
+from lora_compose.compose.training.data import TrainingImage, digest, read_images, warn_of_small, with_references
 from lora_compose.compose.training.examples import Examples, encode_images, of_class
 from lora_compose.compose.training.focus import Focus, focus_on_triggers
 from lora_compose.compose.training.model import ADAPTER, add_lora
@@ -63,6 +63,7 @@ def read_texts(base: Base, settings: Training) -> Texts:
         DataError: If anything cannot be used.
     """
     images = read_images(settings.images, [settings.filled(settings.prompt)])
+    images = with_references(images, settings.references)
     if len(images) == 1:
         logger.warning("there is one image: its background and pose will be learnt with the concept; five are better")
     side = settings.resolution or base.side
@@ -82,11 +83,13 @@ def read_texts(base: Base, settings: Training) -> Texts:
 def encode(base: Base, texts: Texts, settings: Training, accelerator: Accelerator) -> TrainingData:
     """Encodes all images and captions; generates missing class images first."""
     class_images = _class_images(base, settings, accelerator, texts.side)
-    triggers = {caption: words.trigger for caption, words in texts.words.items()}
+    tara = settings.tara is not None  # otherwise nothing asks where triggers are
+    triggers = {caption: words.trigger for caption, words in texts.words.items()} if tara else {}
     concept = encode_images(base, texts.images, triggers, texts.side)
     prior = encode_images(base, class_images, {}, texts.side) if class_images else None
     if settings.preserve_class:
-        prior = of_class(base, concept, [class_caption(caption, settings.concept) for caption in texts.words])
+        about_class = [replace(it, caption=class_caption(it.caption, settings.concept)) for it in texts.images]
+        prior = of_class(base, concept, about_class, texts.side)
     rows = None
     if settings.tara is not None and settings.tara.needs_class_word:
         class_text, _ = base.texts([words.class_caption for words in texts.words.values()])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from lora_compose.compose.files.images import save_image
 from lora_compose.compose.training.bases import Base
@@ -28,8 +29,9 @@ def save_samples(
     focus: Focus | None,
     step: int,
     side: int,
+    references: Sequence[Image.Image],
 ) -> list[Path]:
-    """Generates the samples of a step, always from the same noise, into a folder next to the output.
+    """Generates the samples of a step, always from the same noise and references, into a folder next to the output.
 
     Prompts come with the token positions of the trigger; the mask is set on the prompt's row, not on the negative
     prompt's.
@@ -43,7 +45,7 @@ def save_samples(
             focus.mask = torch.zeros(2 if guided else 1, tokens, 1, device=accelerator.device)
             focus.mask[-1, list(positions)] = 1
         noise = generator(settings.seed, _SAMPLE, number)
-        (image,) = base.generate(accelerator, [prompt], [noise], 25, settings.sample_guidance, side)
+        (image,) = base.generate(accelerator, [prompt], [noise], 25, settings.sample_guidance, side, references)
         written.append(save_image(image, folder / f"{step:06}-{number}.png"))
     base.network.train()
     return written

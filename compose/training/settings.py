@@ -87,6 +87,8 @@ class Training(_Frozen):
         class_word: The noun after it: "cat".
         model: The base model: `playground`, a folder as diffusers saves it, a .safetensors file, or a hub repository.
         prompt: The caption of images that have none.
+        references: Folders with reference images, for models that read some: each has an image of the same name for
+            each of `images`. The first folder has the first reference of each, and so on.
         tara: Train for composing by `tara`; None is an ordinary LoRA.
         scope: Which layers get a LoRA. "cross_kv": keys and values of cross-attention. "attention": all projections of
             attention. "transformer": also the feed-forward layers and the projections around the transformer.
@@ -132,6 +134,7 @@ class Training(_Frozen):
     class_word: Word
     model: str
     prompt: Template = "a photo of {trigger} {class_word}"
+    references: tuple[Path, ...] = ()
     tara: TaraTraining | None = None
     scope: Scope = "attention"
     rank: Annotated[int, Field(gt=0, le=1024)] = 8
@@ -181,7 +184,8 @@ class Training(_Frozen):
             fields["mixed_precision"] = "bf16" if on_gpu or cpu_has_bf16() else "no"
         if fields.get("tara") is not None and "scope" not in overrides:
             fields["scope"] = "attention"  # where the paper has its LoRA
-        own = overrides.get("class_images") is not None or overrides.get("preserve_class")
+        others = overrides.get("preserve_class") or overrides.get("references")
+        own = overrides.get("class_images") is not None or others
         if own and "class_count" not in overrides:
             fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
         return cls(**fields)
@@ -203,6 +207,11 @@ class Training(_Frozen):
             raise ValueError("tara aligns the keys of plain LoRAs; leave dora out, or tara")
         if self.preserve_class and self.has_prior:
             raise ValueError("preserve_class needs no class images; leave class_images and class_count out, or it")
+        if self.references and self.has_prior:
+            raise ValueError(
+                "images of the class have no reference images; keep the class with preserve_class, which needs none, "
+                "and leave class_images and class_count out"
+            )
         if self.warmup >= self.steps:
             raise ValueError(
                 f"a warm-up of {self.warmup} steps leaves nothing of {self.steps} steps; "

@@ -283,7 +283,10 @@ def _by_header(given: Concept) -> Concept:
 def _loaded_concept(concept: Concept, read: Read) -> LoadedConcept:
     """A concept with the factors of its file, which also completes missing fields; of several files the first does."""
     first = read.files[0]
-    known = Concept(name=concept.name, trigger=first.trigger, class_word=first.class_word, weight=1.0)
+    known = Concept(
+        name=concept.name, trigger=first.trigger, class_word=first.class_word, references=first.reads_references,
+        weight=1.0,
+    )  # fmt: skip
     return LoadedConcept(concept.completed(known), read.factors, read.files)
 
 

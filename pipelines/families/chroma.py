@@ -9,13 +9,9 @@ from diffusers import ChromaImg2ImgPipeline, ChromaInpaintPipeline, ChromaPipeli
 from torch import Tensor
 
 from lora_compose.pipelines.calls.call import (
-    Call,
-    Callback,
     Concepts,
     Generators,
     GivenPrompts,
-    ImageSize,
-    Sampling,
     check_arguments,
     listed,
     tensors_for,
@@ -145,16 +141,12 @@ class ComposeChromaPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: i
         texts = None if prompt is None else [listed(prompt)]
         prompts_given = GivenPrompts(texts, embeds, length, [listed(negative_prompt)])
         check_negative_embeds(prompts_given, negative_embeds if scale > 1 else None)
-        call = Call(
-            begun.composition, prompts_given, ImageSize(width, height, per_prompt),
-            Sampling(
-                given["num_inference_steps"], None, given["sigmas"], None, given["generator"], given["latents"],
-                guider=ClassifierFree(scale),
-            ),
-            Callback(given["callback_on_step_end"], tensors), begun.started, {"joint_attention_kwargs": kwargs},
-            {"_guidance_scale": scale, "_joint_attention_kwargs": kwargs, "_current_timestep": None},
-            source,
-            {
+        call = begun.call(
+            given, prompts_given, (width, height), per_prompt, ClassifierFree(scale),
+            inputs={"joint_attention_kwargs": kwargs},
+            properties={"_guidance_scale": scale, "_joint_attention_kwargs": kwargs, "_current_timestep": None},
+            source=source,
+            repaint={
                 "guidance_scale": scale, "negative_prompt": (listed(negative_prompt) or [None])[0],
                 "max_sequence_length": length,
             },

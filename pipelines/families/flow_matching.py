@@ -182,7 +182,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         """
         return {"guidance_scale": scale, "negative_prompt": negative_prompt}
 
-    def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+    def inputs_without_guidance(self, rows: int, device: torch.device) -> dict[str, Tensor]:
         """Further inputs of a forward pass without guidance, for models that take its scale as an input."""
         return {}
 
@@ -273,6 +273,11 @@ class TemplatePipeline(FlowMatchingPipeline):
             return self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, **options)
 
         return render
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor; None if there is no processor, as where only embeddings are read."""
+    return None if processor is None else processor.tokenizer
 
 
 Encode = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]

@@ -9,13 +9,9 @@ from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline, Fl
 from torch import Tensor
 
 from lora_compose.pipelines.calls.call import (
-    Call,
-    Callback,
     Concepts,
     Generators,
     GivenPrompts,
-    ImageSize,
-    Sampling,
     check_arguments,
     listed,
     tensors_for,
@@ -89,25 +85,19 @@ class FluxCalls(FlowMatchingPipeline):
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
         cfg_scale = true_cfg_scale if has_negative else 1.0
         per_prompt = given["num_images_per_prompt"] or 1
-        guider = ClassifierFree(cfg_scale)
-        sampling = Sampling(
-            given["num_inference_steps"], None, given["sigmas"], None, given["generator"], given["latents"],
-            guider=guider,
-        )  # fmt: skip
         negatives = [listed(negative_prompt), listed(negative_prompt_2)]
         prompts_given = GivenPrompts(texts, prompt_embeds, max_sequence_length, negatives)
         check_negative_embeds(prompts_given, negative_prompt_embeds if cfg_scale > 1 else None)
         images = len(prompts_given) * per_prompt
-        call = Call(
-            begun.composition, prompts_given,
-            ImageSize(width, height, per_prompt), sampling, Callback(callback_on_step_end, tensors), begun.started,
-            self._inputs(guidance_scale, images, joint_attention_kwargs),
-            {
+        call = begun.call(
+            given, prompts_given, size, per_prompt, ClassifierFree(cfg_scale),
+            inputs=self._inputs(guidance_scale, images, joint_attention_kwargs),
+            properties={
                 "_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs,
                 "_current_timestep": None,
             },
-            source,
-            {
+            source=source,
+            repaint={
                 "guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale,
                 "negative_prompt": None if negative_prompt is None else listed(negative_prompt)[0],
                 "max_sequence_length": max_sequence_length,
@@ -157,8 +147,8 @@ class FluxCalls(FlowMatchingPipeline):
             )
         return {"guidance_scale": scale}
 
-    def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
-        """As `FlowMatchingPipeline.unguided`: the distilled guidance is 1."""
+    def inputs_without_guidance(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """As `FlowMatchingPipeline.inputs_without_guidance`: the distilled guidance is 1."""
         return {"guidance": torch.ones(rows, device=device)} if self.transformer.config.guidance_embeds else {}
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:

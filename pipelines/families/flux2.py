@@ -36,7 +36,7 @@ from lora_compose.pipelines.families.flow_matching import (
     check_negative_embeds,
 )
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.references import ReferencesPipeline, opened, reference_images
+from lora_compose.pipelines.families.references import ReferencesPipeline, opened, reference_images, reference_or_start
 from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas
@@ -152,7 +152,8 @@ class Flux2Calls(ReferencesPipeline, TemplatePipeline):
             references.append(self.image_processor.preprocess(image, height=height, width=width, resize_mode="crop"))
         return references
 
-    def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+    def reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+        """As `ReferencesPipeline.reference_tokens`."""
         tokens, _ = self.prepare_image_latents(
             list(references), batch_size=1, generator=None,  # pyright: ignore[reportArgumentType]
             device=self._execution_device, dtype=self.vae.dtype,
@@ -235,13 +236,12 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
             record_attention: Maps come from the last third of the double-stream blocks.
             image_reference: A further image that inpainting reads; cannot be combined with concepts yet.
         """
-        repaints = paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop))
-        reference, image = (None, image) if repaints else (image, None)
-        if image_reference is not None and not repaints:
+        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
+        if image_reference is not None and image is None and mask_image is None:
             raise ValueError(
                 "image_reference goes with inpainting: give mask_image as well, or the reference images as image"
             )
-        if not repaints and reference is None:  # otherwise the size is that of the image
+        if image is None and reference is None:  # otherwise the size is that of the image
             width, height = self._sides(width, height)
         given = dict(locals())
         begun = self._begin(given)
@@ -263,7 +263,6 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         self._check_plain_texts(arguments["prompt"])
-        del arguments["repaints"]
         reference = arguments.pop("reference")
         if start is None:
             del arguments["image_reference"]

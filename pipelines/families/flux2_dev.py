@@ -14,7 +14,9 @@ from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.families.flow_matching import tokenizer_of
 from lora_compose.pipelines.families.flux2 import Flux2Calls
+from lora_compose.pipelines.families.references import reference_or_start
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.text.conditioning import TokenPositions
@@ -76,9 +78,7 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        reference = image
-        if not (paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop))):
-            image = None
+        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
         if reference is None:  # otherwise the size is that of the image
             width, height = self._sides(width, height)
         given = dict(locals())
@@ -103,20 +103,21 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
         guidance = torch.full([images], guidance_scale, device=self._execution_device, dtype=torch.float32)
         return self._request(begun, given, size, None, references, guidance=ByImage(guidance))
 
-    def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
-        """As `FlowMatchingPipeline.unguided`: the distilled guidance is 1."""
+    def inputs_without_guidance(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """As `FlowMatchingPipeline.inputs_without_guidance`: the distilled guidance is 1."""
         return {"guidance": torch.ones(rows, device=device)}
 
     def _template(self, length: int) -> TemplateTokenizer:
         processor: Any = self.tokenizer
+        words = tokenizer_of(processor)
 
         def render(prompt: str) -> str:
             (messages,) = format_input([prompt], self.system_message)
             return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
 
-        first = processor.tokenizer.bos_token  # which the tokenizer does not add if the template has it
+        first = None if words is None else words.bos_token  # which it does not add if the template has it
         special = first is None or not render("").startswith(first)
-        return TemplateTokenizer(processor.tokenizer, render, length, length, adds_special=special)
+        return TemplateTokenizer(words, render, length, length, adds_special=special)
 
     def _cfg_of(self, guidance_scale: float) -> float:
         return 1.0

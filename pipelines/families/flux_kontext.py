@@ -14,7 +14,7 @@ from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flux import FluxCalls, for_all
-from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images, reference_or_start
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.text.conditioning import TokenPositions
@@ -24,6 +24,7 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
     """diffusers' `FluxKontextPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "FLUX.1 Kontext"
+    most_references = 1
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
@@ -95,9 +96,7 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
             negative_prompt = for_all(negative_prompt, len(prompt))
         named = width is not None or height is not None
         width, height = self._sides(width, height)
-        reference = image
-        repaints = paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop))
-        image = image if repaints else None
+        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
         given = dict(locals())
         begun = self._begin(given)
         if begun.plain is not None:
@@ -111,8 +110,7 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         return self._request(begun, given, size, references=self._references(reference, _auto_resize))
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        for name in ("repaints", "named"):
-            del arguments[name]
+        del arguments["named"]
         return super()._plain_arguments(arguments, start)
 
     def sized(self, width: int, height: int) -> dict[str, Any]:
@@ -133,8 +131,8 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         images = reference_images(given)
         if len(images) > 1:
             raise ValueError(
-                f"{self.family} reads one reference image with concepts, not {len(images)}; put them side by side into "
-                "one image"
+                f"{self.family} reads one reference image with concepts, the same for all prompts, not {len(images)}; "
+                "call it for each, or put them side by side into one image"
             )
         return [self._prepared(image, resizes) for image in images]
 
@@ -147,7 +145,8 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         resized = self.image_processor.resize(image, height, width)
         return self.image_processor.preprocess(resized, height, width)
 
-    def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+    def reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+        """As `ReferencesPipeline.reference_tokens`, of one image."""
         (image,) = references
         return packed(self.latents_of(image.to(self._execution_device)))
 

@@ -12,15 +12,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from lora_compose.attention import Backbone
-from lora_compose.attention.backbones.ideogram4 import Ideogram4Backbone, latents_of, tokens_of
+from lora_compose.attention.backbones.ideogram4 import Ideogram4Backbone, from_tokens, tokens_of
 from lora_compose.attention.device import dtype_of, uncompiled
 from lora_compose.pipelines.calls.call import (
     Call,
-    Callback,
     Concepts,
     Generators,
     GivenPrompts,
-    ImageSize,
     Sampling,
     check_arguments,
     listed,
@@ -36,7 +34,9 @@ from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas, Step
+from lora_compose.pipelines.scene.scene import Concept, ConceptNames
 from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.layout_captions import text_of, with_boxes
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
@@ -48,6 +48,7 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
     transformer_class = Ideogram4Transformer2DModel
     native_side = 2048
     _guidance_schedule: tuple[float, ...] = ()
+    """Scales of the call in progress, by step."""
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
@@ -110,7 +111,8 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
         """
-        begun = self._begin(locals())
+        given = dict(locals())
+        begun = self._begin(given)
         if begun.plain is not None:
             return begun.plain
         prompt = begun.prompt
@@ -125,10 +127,8 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
                 "prompt_upsampling cannot be combined with concepts, whose words have to be in the prompt: call "
                 "pipe.upsample_prompt(...) first, and give its result as the prompt"
             )
-        constant = guidance_schedule is None
-        guider = ScaleByStep(
-            (float(guidance_scale or 0.0),) * num_inference_steps if constant else tuple(map(float, guidance_schedule))
-        )
+        constant = [guidance_scale or 0.0] * num_inference_steps
+        guider = ScaleByStep(tuple(map(float, constant if guidance_schedule is None else guidance_schedule)))
         if guider.scale <= 1 and min(guider.scales) < 1:
             raise ValueError(
                 f"guidance below 1 in every step cannot be combined with concepts, but the scales are {guider.scales}; "
@@ -136,13 +136,12 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
             )
         texts, tokens = listed(prompt), max_sequence_length
         images = len(texts) * num_images_per_prompt
-        given = GivenPrompts([texts], None, tokens)
+        prompts_given = GivenPrompts([texts], None, tokens)
         sigmas = _logit_normal_sigmas(num_inference_steps, _resolution_aware_mu(height, width, mu), std).tolist()
-        call = Call(
-            begun.composition, given, ImageSize(width, height, num_images_per_prompt),
-            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guider=guider),
-            Callback(callback_on_step_end, tensors), begun.started, {"attention_kwargs": attention_kwargs},
-            {
+        call = begun.call(
+            {**given, "sigmas": sigmas}, prompts_given, (width, height), num_images_per_prompt, guider,
+            inputs={"attention_kwargs": attention_kwargs},
+            properties={
                 "_guidance_scale": guidance_scale, "_guidance_schedule": guider.scales,
                 "_attention_kwargs": attention_kwargs,
             },
@@ -165,6 +164,34 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
             return (self._decode(latents, output_type or "np"),)
 
         return Request(call, partial(both_sides, encode, guided=guider.scale > 1), decode, return_dict)
+
+    def boxes_in_prompt(
+        self, prompt: str, concepts: ConceptNames, width: int = 2048, height: int = 2048
+    ) -> tuple[str, list[Concept]]:
+        """A prompt in JSON that has the boxes of concepts, and the concepts with such prompts of their own.
+
+        The model then draws by the boxes that also gate the LoRAs: `pipe(prompt, concepts=concepts)`.
+
+        Args:
+            prompt: Plain text, or a caption in the model's JSON, e.g. of `upsample_prompt`.
+            concepts: A concept set, as for `__call__`; those without a box are left as they are.
+            width: Of the image, in pixels.
+            height: As `width`.
+
+        Raises:
+            ValueError: If no concept has a box, one has a mask image, or the prompt says nothing about one.
+        """
+        found = [loaded.concept for loaded in self.resolve_concepts(concepts)]
+        placed = [concept for concept in found if concept.region is not None]
+        if not placed:
+            raise ValueError(
+                'there is no box to write into the prompt; give concepts a region, {"cat": (0, 0, 900, 900)}'
+            )
+        if masks := [concept.name for concept in placed if isinstance(concept.region, str)]:
+            raise ValueError(f"{masks[0]!r} has a mask image, and the model's prompts have boxes; give it a box")
+        texts = {it.name: with_boxes(text_of(it, prompt, placed), [it], width, height) for it in placed}
+        named = [concept.model_copy(update={"prompt": texts.get(concept.name, concept.prompt)}) for concept in found]
+        return with_boxes(prompt, placed, width, height), named
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         self._check_plain_texts(arguments["prompt"])
@@ -200,12 +227,12 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         """As `FlowMatchingPipeline.latents_of`; the channels of patches are normalised as the VAE's last layer says."""
         means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
         mean, deviation = self._norm(means)
-        return latents_of((tokens_of(means) - mean) / deviation, means.shape[-2:])
+        return from_tokens((tokens_of(means) - mean) / deviation, means.shape[-2:])
 
     def cells_of(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """As `UNetPipeline.cells_of`, unpacked."""
         width, height = (self._rounded(side) // self.vae_scale_factor for side in size)
-        return latents if latents.dim() == 4 else latents_of(latents, (height, width))
+        return latents if latents.dim() == 4 else from_tokens(latents, (height, width))
 
     def _template(self, length: int) -> TemplateTokenizer:
         def render(prompt: str) -> str:
@@ -223,7 +250,7 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         if found is None:
             (packed,) = self._other_shapes(self._latent_shape(canvas))
             found = randn_tensor(packed, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
-        cells = found if found.dim() == 4 else latents_of(found, canvas.latent_grid)
+        cells = found if found.dim() == 4 else from_tokens(found, canvas.latent_grid)
         return cells.to(canvas.device, torch.float32)  # in any precision of the model
 
     def _before_step(self, step: Step) -> None:
@@ -244,7 +271,7 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         if output_type == "latent":
             return tokens
         mean, deviation = self._norm(tokens)
-        cells = latents_of(tokens * deviation + mean, latents.shape[-2:])
+        cells = from_tokens(tokens * deviation + mean, latents.shape[-2:])
         image = self.vae.decode(cells.to(self.vae.dtype), return_dict=False)[0]
         return self._postprocess(image.float(), output_type)
 

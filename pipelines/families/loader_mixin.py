@@ -82,7 +82,7 @@ class ConceptLoaderMixin:
         prompt: str | None = None,
         negative_prompt: str | None = None,
         role: Literal["subject", "style"] | None = None,
-        references: bool = False,
+        references: bool | None = None,
         alpha: float | None = None,
         weight_name: str | None = None,
         max_rank: int = MAX_RANK,
@@ -106,7 +106,8 @@ class ConceptLoaderMixin:
             prompt: The text of its region (`Concept.prompt`).
             negative_prompt: What to avoid there (`Concept.negative_prompt`).
             role: "subject", or "style" for a concept that acts everywhere.
-            references: Whether it acts on reference images, too (`Concept.references`).
+            references: Whether it acts on reference images, too (`Concept.references`); taken from the file if it says
+                that it was trained with some.
             alpha: Alpha for a file without one; the LoRA is scaled by alpha / rank.
             weight_name: The file inside a folder or repository that has several.
             max_rank: LoHa, LoKr and full weight differences are exact up to this rank, and cut to it beyond.
@@ -130,7 +131,7 @@ class ConceptLoaderMixin:
             name=name or _stems(lora), lora=lora, merge=merge, trigger=trigger, class_word=class_word,
             weight=weight, blocks=blocks if blocks is None else dict(blocks), any_weight=any_weight or None,
             region=region, prompt=prompt,
-            negative_prompt=negative_prompt, role=role, references=references or None, alpha=alpha,
+            negative_prompt=negative_prompt, role=role, references=references, alpha=alpha,
         )  # fmt: skip
         self.library.check_new(self, concept.name)
         paths = [find_file(source, weight_name, **hub) for source in files_of(lora)]

@@ -15,8 +15,9 @@ from lora_compose.pipelines.calls.call import Concepts, Generators
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.families.flow_matching import tokenizer_of
 from lora_compose.pipelines.families.qwen_image import QwenImageCalls, padded
-from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images, reference_or_start
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
@@ -30,6 +31,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
 
     family = "Qwen-Image-Edit-Plus"
     architecture = "qwen-image-edit"
+    needs_references = True
 
     @front
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -80,11 +82,9 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
             token_positions: Positions among the tokens that the model reads, those of reference images included.
             mask_image: Not supported, as are the three arguments after it.
         """
-        reference = image
-        if reference is None or (isinstance(reference, list | tuple) and not reference):
+        if image is None or (isinstance(image, list | tuple) and not image):
             raise ValueError(f"{self.family} needs a reference image: give image; for text alone take Qwen-Image")
-        if not (paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop))):
-            image = None
+        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
         given = dict(locals())
         begun = self._begin(given)
         if begun.plain is not None:
@@ -95,8 +95,8 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         read = [self._resized(image, plain.CONDITION_IMAGE_SIZE) for image in images]
         tokens, tokenizers = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1], None
         if prompt_embeds is None:
-            shown = self._shown(read)
-            tokens += len(self.processor.tokenizer(shown, add_special_tokens=False).input_ids)
+            shown, of_images = self._shown(read)
+            tokens += of_images
             tokenizers = [self._template(tokens, shown)]
         return self._request(
             begun, given, size, tokens, partial(self._encoded, images=read), tokenizers=tokenizers,
@@ -108,12 +108,20 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         return plain.calculate_dimensions(1024 * 1024, images[-1].width / images[-1].height)
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Never: the text of this family has reference images.
+        """Never: the text of this family has reference images (`read_beside`).
 
         Raises:
             ValueError: Always.
         """
-        raise ValueError(f"{self.family} reads texts with reference images only; train with Qwen-Image")
+        raise ValueError(f"{self.family} reads no text without a reference image")
+
+    def read_beside(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `ReferencesPipeline.read_beside`; the text begins with the images, and its padding is masked."""
+        read = [self._resized(image, plain.CONDITION_IMAGE_SIZE) for image in images]
+        tokens = 512 + self._shown(read)[1]
+        return self._encoded(
+            list(prompts), tokens, read, device=self._execution_device, prompt_embeds=None, prompt_embeds_mask=None
+        )
 
     def _resized(self, image: Image.Image, area: int) -> Image.Image:
         """An image in about so many pixels, in its shape."""
@@ -125,18 +133,20 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         width, height = plain.calculate_dimensions(plain.VAE_IMAGE_SIZE, image.width / image.height)
         return self.image_processor.preprocess(image, height, width)
 
-    def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+    def reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+        """As `ReferencesPipeline.reference_tokens`."""
         to: dict[str, Any] = {"device": self._execution_device, "dtype": self.vae.dtype}
         encode: Any = self._encode_vae_image
         latents = [encode(image[:, :, None].to(**to), generator=None)[:, :, 0] for image in references]
         return torch.cat([packed(image_latents) for image_latents in latents], dim=1)
 
-    def _shown(self, images: Sequence[Image.Image]) -> str:
-        """The text that stands for reference images before a prompt, each with as many tokens as the encoder reads."""
+    def _shown(self, images: Sequence[Image.Image]) -> tuple[str, int]:
+        """The text that stands for reference images before a prompt, and its tokens: of each as many as are read."""
         grids = self.processor.image_processor(images=list(images), return_tensors="pt")["image_grid_thw"]
         counts = grids.prod(dim=-1) // self.processor.image_processor.merge_size**2
         token = self.processor.image_token
-        return "".join(_IMAGE.format(number, token * count) for number, count in enumerate(counts.tolist(), 1))
+        shown = "".join(_IMAGE.format(number, token * count) for number, count in enumerate(counts.tolist(), 1))
+        return shown, len(self.processor.tokenizer(shown, add_special_tokens=False).input_ids)
 
     def _encoded(
         self, words: str | list[str] | None, tokens: int, images: Sequence[Image.Image], **options: Any
@@ -163,7 +173,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         def render(prompt: str) -> str:
             return self.prompt_template_encode.format(shown + prompt)
 
-        return TemplateTokenizer(self.processor.tokenizer, render, length + dropped, length, dropped)
+        return TemplateTokenizer(tokenizer_of(self.processor), render, length + dropped, length, dropped)
 
 
 ComposePipeline.families.append(ComposeQwenImageEditPlusPipeline)

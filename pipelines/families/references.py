@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
@@ -21,9 +21,18 @@ from lora_compose.pipelines.images.images import read_images
 class ReferencesPipeline(FlowMatchingPipeline):
     """A composing pipeline whose calls may have reference images."""
 
-    def _reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+    most_references: ClassVar[int | None] = None
+    """How many it reads; None means any number."""
+    needs_references: ClassVar[bool] = False
+    """Whether it reads no text without one."""
+
+    def reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
         """The latents of prepared reference images, one after the other. Shape: [1, tokens, channels]."""
         raise NotImplementedError
+
+    def read_beside(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `read_texts`, of prompts that have reference images; in most families these do not change the text."""
+        return self.read_texts(prompts)
 
     def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """Width and height in pixels of images for which none is named, by the reference images."""
@@ -58,9 +67,21 @@ class ReferencesPipeline(FlowMatchingPipeline):
         if not call.references:
             return {}
         return {
-            "reference": ByImage(self._reference_tokens(call.references)),
+            "reference": ByImage(self.reference_tokens(call.references)),
             "reference_grids": self._grids(call.references),
         }
+
+
+def reference_or_start(image: Any, mask_image: Any, *of_start: Any) -> tuple[Any, Any]:
+    """What `image` of a call is: the reference images, or the image to start from; the other one is None.
+
+    Args:
+        image: As given.
+        mask_image: With one, the call inpaints `image`.
+        of_start: The other arguments that go with a start image: None or False if they were not given.
+    """
+    starts = mask_image is not None or any(one is not None and one is not False for one in of_start)
+    return (None, image) if starts else (image, None)
 
 
 def opened(given: Any) -> Any:

@@ -84,6 +84,11 @@ class LoraFile:
         """The noun after the trigger, if the file names it."""
         return self.words.class_word
 
+    @property
+    def reads_references(self) -> bool | None:
+        """True if the file says that it was trained with reference images (`lora-compose train`); otherwise None."""
+        return True if self.metadata.get("references") else None
+
 
 def read_words(path: Path) -> Words:
     """Reads from the header of a safetensors file what it tells about its words; no tensor is read.

@@ -245,7 +245,8 @@ class Concept(_Frozen):
         negative_prompt: What to avoid in the region; None means the scene's.
         role: "subject", or "style" for a concept that acts everywhere and has no region; None means a subject.
         references: Whether the LoRA acts on the cells of reference images, too, as strongly as anywhere in the image:
-            for LoRAs that were trained to read them. None means no.
+            for LoRAs that were trained to read them. None means that the file says so, as those of
+            `lora-compose train --references` do; otherwise no.
         alpha: The alpha that the LoRA was trained with, for files that do not contain it; the change is scaled by
             alpha / rank.
     """

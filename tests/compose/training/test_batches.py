@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_compose.compose.training.batches import Batches, Stream, batches_of, generator
-from lora_compose.compose.training.data import square
+from lora_compose.compose.training.data import pixels_of, square
 from lora_compose.compose.training.examples import Examples
 from lora_compose.compose.training.learner import Batch
 from lora_compose.compose.training.noising import Diffusion
@@ -107,7 +107,8 @@ def test_generators_belong_to_all_their_numbers() -> None:
 
 @given(width=st.integers(1, 200), height=st.integers(1, 200), side=st.integers(1, 12).map(lambda n: 8 * n))
 def test_any_image_becomes_a_square(width: int, height: int, side: int) -> None:
-    pixels, cut = square(Image.new("RGB", (width, height), (255, 0, 127)), side)
+    image, cut = square(Image.new("RGB", (width, height), (255, 0, 127)), side)
+    (pixels,) = pixels_of(image)
     assert pixels.shape == (3, side, side)
     assert torch.allclose(pixels[:, side // 2, side // 2], torch.tensor([1.0, -1.0, 127 / 127.5 - 1]))
     assert min(cut) == 0

@@ -9,7 +9,15 @@ import torch
 from PIL import Image
 
 from lora_compose.compose.playground.assets import playground_references
-from lora_compose.compose.training.data import DataError, digest, load_image, read_images, square, warn_of_small
+from lora_compose.compose.training.data import (
+    DataError,
+    digest,
+    load_image,
+    pixels_of,
+    read_images,
+    square,
+    warn_of_small,
+)
 from trainings import paint_folder
 
 
@@ -95,13 +103,13 @@ def test_images_are_turned_upright_and_put_on_white(tmp_path: Path) -> None:
 def test_the_middle_of_an_image_is_taken() -> None:
     columns = np.zeros((20, 60, 3), "u1")
     columns[:, 20:40] = 255
-    pixels, cut = square(Image.fromarray(columns), 20)
-    assert pixels.shape == (3, 20, 20)
+    image, cut = square(Image.fromarray(columns), 20)
+    assert image.size == (20, 20)
     assert cut == (0, 20)
-    assert torch.equal(pixels, torch.ones(3, 20, 20))
+    assert torch.equal(pixels_of(image), torch.ones(1, 3, 20, 20))
     tall, cut = square(Image.fromarray(columns).rotate(90, expand=True), 40)
-    assert (tall.shape, cut) == ((3, 40, 40), (40, 0))
-    assert tall.min() >= -1
+    assert (tall.size, cut) == ((40, 40), (40, 0))
+    assert pixels_of(tall).min() >= -1
 
 
 def test_small_images_are_enlarged_and_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -111,7 +119,7 @@ def test_small_images_are_enlarged_and_mentioned(tmp_path: Path, caplog: pytest.
     warn_of_small(found, 32)
     assert "2 of 3 images are smaller than 32 x 32" in caplog.text
     assert "0.png, 1.png" in caplog.text
-    assert square(load_image(found[0].path), 32)[0].shape == (3, 32, 32)
+    assert square(load_image(found[0].path), 32)[0].size == (32, 32)
     caplog.clear()
     with caplog.at_level(logging.INFO):
         warn_of_small(found, 24)

@@ -22,15 +22,14 @@ from lora_compose.compose.training.batches import batches_of
 from lora_compose.compose.training.learner import Learner, Weights
 from lora_compose.compose.training.model import lora_parameters, preset_of
 from lora_compose.compose.training.preparation import adapt, encode, read_texts
-from qwen import qwen3
-from trainings import TRAINED, paint_folder, training
+from trainings import TRAINED, paint_folder, trained_pipeline, training
 
 SIDE = 32  # pixels: two by two tokens
 FRAMES = "Krea 2", "Qwen-Image"
 """Families with a VAE for videos."""
 
 
-SLOW = "Chroma", "Ideogram 4"
+SLOW = "Chroma", "Ideogram 4", "FLUX.1 Kontext"
 """Families of which the default suite trains none: nothing in training is theirs alone."""
 
 
@@ -48,11 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(family: str) -> Any:
-    pipe = TRAINED[family].pipeline()
-    if family == "FLUX.2":  # diffusers' pipeline reads the layer 27 unless it is told otherwise
-        torch.manual_seed(0)
-        pipe.text_encoder = qwen3(len(pipe.tokenizer), layers=28)
-    return pipe
+    return trained_pipeline(TRAINED[family])
 
 
 def decoded(pipe: Any, latents: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def test_kontext_refuses_another_area_several_images_and_masks(reading, pipe):
     call = {**reading.call, "concepts": BOXES}
     with pytest.raises(ValueError, match=r"max_area=16384 pixels, here 128 x 128 for 256 x 256, in which regions .*"):
         pipe(**{**call, "width": 256, "height": 256})
-    with pytest.raises(ValueError, match=r"reads one reference image with concepts, not 2; put them side by side"):
+    with pytest.raises(ValueError, match="reads one reference image with concepts, the same for all prompts, not 2"):
         pipe(**{**call, "image": [NAVY, ORANGE]})
     with pytest.raises(ValueError, match=r"reads image as a reference image, and inpaints nothing here; leave out"):
         pipe(**{**call, "image": NAVY}, mask_image=(0, 0, 32, 32))
@@ -227,6 +227,18 @@ def test_dev_refuses_a_rewritten_prompt_and_masks(reading, pipe):
         pipe(**call, caption_upsample_temperature=0.1)
     with pytest.raises(ValueError, match=r"FLUX\.2-dev reads image as a reference image, and inpaints nothing here"):
         pipe(**{**call, "image": NAVY}, mask_image=(0, 0, 32, 32))
+
+
+@pytest.mark.parametrize("reading", ["dev", "qwen-2511"], indirect=True)
+def test_embeddings_alone_need_no_processor(reading, pipe, monkeypatch):
+    given = {name: value for name, value in reading.call.items() if name not in ("prompt", "negative_prompt")}
+    how = {name: given[name] for name in ("max_sequence_length", "text_encoder_out_layers") if name in given}
+    text = pipe.encode_prompt(PROMPT, **(how if reading.family is FLUX2_DEV else {"image": reading.image}))[0]
+    call = {**given, "concepts": ["cat"], "method": Merge(), "prompt_embeds": text}
+    expected = latents_of(pipe, **call, prompt=None)
+    for name in {"tokenizer", "processor", "text_encoder"} & pipe.components.keys():
+        monkeypatch.setattr(pipe, name, None)
+    torch.testing.assert_close(latents_of(pipe, **call, prompt=None), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("adds_special", [True, False], ids=["added-by-the-tokenizer", "in-the-template"])
@@ -302,7 +314,7 @@ def test_an_edit_has_the_shape_of_its_last_image_and_needs_one(reading, pipe):
             pipe(**{**reading.call, "image": None}, concepts=concepts)
     with pytest.raises(ValueError, match=r"reads image as a reference image, and inpaints nothing here; leave out mas"):
         pipe(**{**reading.call, "image": NAVY}, mask_image=(0, 0, 32, 32), concepts=["cat"])
-    with pytest.raises(ValueError, match="reads texts with reference images only; train with Qwen-Image"):
+    with pytest.raises(ValueError, match="reads no text without a reference image"):
         pipe.read_texts(["a cat"])
     assert type(ComposePipeline.from_pipe(QwenImageEditPlusPipeline(**pipe.components))) is type(pipe)
 

@@ -18,9 +18,7 @@ from transformer_families import BOXES, CALL, METHODS, assert_equals_dense_delta
 
 def each(*by_default: str, without: Sequence[str] = ()) -> Any:
     """Every family but some; all others but those by default are slow."""
-    without = ("flux2-dev", *without)  # which has no unconditional rows
-    guided = [name for name in EVERY if name not in without]
-    marks = {name: () if name in by_default else pytest.mark.slow for name in guided}
+    marks = {name: () if name in by_default else pytest.mark.slow for name in EVERY if name not in without}
     return pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in marks.items()])
 
 
@@ -105,7 +103,7 @@ def test_loras_act_on_weights_in_few_bits_as_dense_deltas_beside_them(name, stor
     assert (latents_of(pipe, **family.unguided) - whole).abs().max() > 1e-4
     before = dict(pipe.transformer.named_parameters())
     for method in METHODS:
-        assert_equals_dense_deltas(family, pipe, method)
+        assert_equals_dense_deltas(family, pipe, method, guided=bool(family.guided))
     assert all(weight is before[key] for key, weight in pipe.transformer.named_parameters())
 
 
@@ -130,7 +128,7 @@ def by_blocks(pipe: Any) -> None:
 def test_an_offloaded_transformer_gives_the_same_images(name, offload, tmp_path):
     family = EVERY[name]
     pipe = pipeline_with_concepts(family, tmp_path)
-    call = {**CALL, "num_inference_steps": 1, "output_type": "np", **family.guided}
+    call = {**CALL, "num_inference_steps": 1, "output_type": "np", **(family.guided or family.unguided)}
 
     def image(method: str) -> Any:
         concepts = BOXES if method == "regional" else ["cat", "dog"]
