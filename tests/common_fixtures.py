@@ -23,7 +23,7 @@ from lora_compose.pipelines.support.notes import log_once, news_of
 from recipe.first import world
 
 # HYPOTHESIS_PROFILE=thorough tries thousands of examples.
-for name, examples in (("suite", 40), ("thorough", 2_000)):
+for name, examples in (("suite", 25), ("thorough", 2_000)):
     slow = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
     hypothesis.settings.register_profile(name, max_examples=examples, deadline=None, suppress_health_check=slow)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))

@@ -105,7 +105,7 @@ def transformer(family: str) -> Any:
 
 
 def copies(make: Callable[[], Any]) -> Callable[[], Any]:
-    """A pipeline made once, of which every caller has a shallow copy: a scheduler set by one test stays in that test."""
+    """A pipeline made once, of which each caller has a shallow copy: a scheduler set by one test stays in that test."""
     made = cache(make)
     return lambda: copy(made())
 

@@ -26,20 +26,18 @@ def plain_pipe(family: str) -> Any:
 @pytest.fixture
 def composer(family: str) -> Any:
     """A tiny pipeline with the concepts "cat" and "dog", for one test."""
-    return _copied(composer_of(family))
+    return _with_the_concepts_of(composer_of(family), FAMILIES[family]())
 
 
 @pytest.fixture
 def whole_composer(family: str) -> Any:
     """The same with LoRAs that change layers of every kind, text encoders too."""
-    return _copied(composer_of(family, whole=True))
+    return _with_the_concepts_of(composer_of(family, whole=True), FAMILIES[family]())
 
 
-def _copied(pipe: Any) -> Any:
-    """A copy that has kept nothing of calls of the one that is shared by the tests."""
-    copied = copy.deepcopy(pipe)
-    copied.banks.clear()
-    return copied
+def _with_the_concepts_of(shared: Any, pipe: Any) -> Any:
+    pipe.__dict__["_concept_library"] = copy.deepcopy(shared.library)
+    return pipe
 
 
 @pytest.fixture

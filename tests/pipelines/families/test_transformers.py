@@ -47,8 +47,14 @@ def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pipeline_with_concepts(family, tmp_path_factory.mktemp("loras"))
 
 
-@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "guided"),
+    [
+        *(pytest.param(method, True, id=f"{method}-guided") for method in METHODS),
+        pytest.param("regional", False, id="regional-unguided"),
+        *(pytest.param(method, False, id=f"{method}-unguided", marks=pytest.mark.slow) for method in ("merge", "tara")),
+    ],
+)
 def test_a_method_equals_dense_deltas_one_concept_after_the_other(family, pipe, method, guided):
     assert_equals_dense_deltas(family, pipe, method, guided=guided)
 
