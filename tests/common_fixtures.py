@@ -12,9 +12,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
-from safetensors.torch import save_file
 
-from components import lora_tensors, small_pipeline, xl_pipeline
+from components import save_lora, small_pipeline, xl_pipeline
 from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.playground.words import BASE_CLASSES
@@ -56,9 +55,7 @@ def write_lora(tmp_path: Path) -> Callable[..., Path]:
     """Writes factors as a diffusers LoRA file: `write_lora(name, unet=..., text_encoder=..., metadata=...)`."""
 
     def write(name: str, metadata: dict[str, str] | None = None, **parts: Lora) -> Path:
-        path = tmp_path / f"{name}.safetensors"
-        save_file(lora_tensors(**parts), path, metadata={"format": "pt", **(metadata or {})})
-        return path
+        return save_lora(tmp_path / f"{name}.safetensors", metadata, **parts)
 
     return write
 

@@ -1,8 +1,10 @@
 """Small real components for the tests: `from components import sd_unet`. Everything runs offline on the CPU."""
 
+import copy
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,14 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_compose.attention import Gates, How, Installation, Lora, LoraFactors, backbone_of, install
 from lora_compose.attention.backbones.unet import AttentionLayer, UNetBackbone
 from lora_compose.compose.playground.assets import playground_model
+from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from made_once import made_once
@@ -114,6 +118,18 @@ def lora_tensors(**parts: Lora) -> dict[str, Tensor]:
         for layer, factors in lora.items()
         for side, tensor in (("A", factors.down * factors.scale), ("B", factors.up))
     }
+
+
+def save_lora(path: Path, metadata: dict[str, str] | None = None, **parts: Lora) -> Path:
+    """Writes factors as a LoRA file of diffusers, by component."""
+    save_file(lora_tensors(**parts), path, metadata={"format": "pt", **(metadata or {})})
+    return path
+
+
+def with_library(pipe: Any, library: ConceptLibrary) -> Any:
+    """The pipeline with concepts that were loaded into another one of the same weights, which takes far less time."""
+    pipe.__dict__["_concept_library"] = copy.deepcopy(library)
+    return pipe
 
 
 def activated(model: nn.Module, *, size: float, seed: int = 0) -> Any:

@@ -32,6 +32,7 @@ from transformer_families import (
     pipeline_with_concepts,
     plain_latents,
     random_lora_of_all,
+    shared_pipeline,
 )
 from z_image import Z_IMAGE
 
@@ -42,9 +43,9 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 @pytest.fixture(scope="module")
-def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def pipe(family: Family) -> Any:
     """Two concepts with LoRAs on every linear layer."""
-    return pipeline_with_concepts(family, tmp_path_factory.mktemp("loras"))
+    return shared_pipeline(family)
 
 
 @pytest.mark.parametrize(
