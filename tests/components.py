@@ -120,7 +120,7 @@ def lora_tensors(**parts: Lora) -> dict[str, Tensor]:
     }
 
 
-def save_lora(path: Path, metadata: dict[str, str] | None = None, **parts: Lora) -> Path:
+def save_lora(path: Path, metadata: dict[str, str] | None = None, /, **parts: Lora) -> Path:
     """Writes factors as a LoRA file of diffusers, by component."""
     save_file(lora_tensors(**parts), path, metadata={"format": "pt", **(metadata or {})})
     return path
