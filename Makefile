@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui evaluate docs test comfyui comfyui-speed matrix lint format wheel clean
+.PHONY: help demo ui evaluate docs test slowest comfyui comfyui-speed matrix lint format wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -22,6 +22,9 @@ docs: .venv/.installed-docs  ## build the site of the docs into build/site; brok
 
 test: .venv/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest -n 2
+
+slowest: .venv/.installed-dev  ## run the tests, and print which of them take most CPU time
+	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -p cpu_seconds $(TESTS)
 
 comfyui: .venv/.installed-dev  ## run the tests of the nodes: make comfyui COMFYUI_PATH=... (its requirements installed)
 	@cat "$(COMFYUI_PATH)/comfyui_version.py"

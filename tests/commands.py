@@ -2,12 +2,16 @@
 
 import socket
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
-from typer import Typer
+from typer import Typer, testing
 from typer.testing import CliRunner
 
 from lora_compose.compose.cli import app
+
+# Typer reads the signatures of all commands for every call.
+testing._get_command = cache(testing._get_command)
 
 
 def call(*arguments: object, code: int = 0, of: Typer | Callable[..., Any] = app) -> Any:

@@ -1,8 +1,10 @@
 """Small real components for the tests: `from components import sd_unet`. Everything runs offline on the CPU."""
 
+import copy
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,20 +13,24 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_compose.attention import Gates, How, Installation, Lora, LoraFactors, backbone_of, install
 from lora_compose.attention.backbones.unet import AttentionLayer, UNetBackbone
 from lora_compose.compose.playground.assets import playground_model
+from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+from made_once import made_once
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 EVERYTHING = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv", "conv_shortcut",
               "time_emb_proj", "conv_in", "conv_out", "time_embedding.linear_1")  # fmt: skip
 
 
+@made_once
 def sd_unet(**changes: Any) -> UNet2DConditionModel:
     """SD1.5's block structure (three attention levels of two layers, convolutional projections) with few channels."""
     torch.manual_seed(0)
@@ -43,6 +49,7 @@ def sd_unet(**changes: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**config | changes).eval()
 
 
+@made_once
 def sdxl_unet(**changes: Any) -> UNet2DConditionModel:
     """SDXL's block structure (0, 2 and 10 transformer layers, linear projections, added conditions), few channels."""
     torch.manual_seed(0)
@@ -113,6 +120,18 @@ def lora_tensors(**parts: Lora) -> dict[str, Tensor]:
     }
 
 
+def save_lora(path: Path, metadata: dict[str, str] | None = None, /, **parts: Lora) -> Path:
+    """Writes factors as a LoRA file of diffusers, by component."""
+    save_file(lora_tensors(**parts), path, metadata={"format": "pt", **(metadata or {})})
+    return path
+
+
+def with_library(pipe: Any, library: ConceptLibrary) -> Any:
+    """The pipeline with concepts that were loaded into another one of the same weights, which takes far less time."""
+    pipe.__dict__["_concept_library"] = copy.deepcopy(library)
+    return pipe
+
+
 def activated(model: nn.Module, *, size: float, seed: int = 0) -> Any:
     """A control model with random numbers where it starts with zeros, so that it changes the image untrained."""
     generator = torch.Generator().manual_seed(seed)
@@ -151,40 +170,44 @@ def small_scheduler() -> DDIMScheduler:
     return DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
 
 
+@made_once
+def small_components() -> dict[str, Any]:
+    """What a Stable Diffusion pipeline has beside its UNet."""
+    torch.manual_seed(0)
+    words, vae = tokenizer(), small_vae()
+    text_encoder = CLIPTextModel(text_config(words)).eval()
+    return {"vae": vae, "text_encoder": text_encoder, "tokenizer": words, "scheduler": small_scheduler()}
+
+
 def small_pipeline(cls: type = ComposeStableDiffusionPipeline, unet: UNet2DConditionModel | None = None) -> Any:
     """A Stable Diffusion pipeline of small real components with the playground's tokenizer (32 tokens)."""
-    torch.manual_seed(0)
-    words = tokenizer()
-    vae = small_vae()
     return cls(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config(words)).eval(),
-        tokenizer=words,
+        **small_components(),
         unet=unet or sd_unet(),
-        scheduler=small_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def xl_pipeline(cls: Any = ComposeStableDiffusionXLPipeline, unet: UNet2DConditionModel | None = None) -> Any:
-    """An SDXL pipeline of small real components: two text encoders of 8 and 16 channels, pooled text of 12."""
+@made_once
+def xl_components() -> dict[str, Any]:
+    """What an SDXL pipeline has beside its UNet."""
     torch.manual_seed(0)
     words, more_words = tokenizer(), tokenizer()
     first = text_config(words, hidden_size=8, num_attention_heads=2, num_hidden_layers=3)
     second = text_config(words, hidden_size=16, num_attention_heads=2, num_hidden_layers=3, projection_dim=12)
     more_words.pad_token = "!"  # as SDXL's second tokenizer, whose padding differs
-    pipe = cls(
-        vae=small_vae(force_upcast=True),
-        text_encoder=CLIPTextModel(first).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(second).eval(),
-        tokenizer=words,
-        tokenizer_2=more_words,
-        unet=unet or sdxl_unet(),
-        scheduler=small_scheduler(),
-        add_watermarker=False,
-    )
+    return {
+        "vae": small_vae(force_upcast=True), "text_encoder": CLIPTextModel(first).eval(),
+        "text_encoder_2": CLIPTextModelWithProjection(second).eval(), "tokenizer": words, "tokenizer_2": more_words,
+        "scheduler": small_scheduler(),
+    }  # fmt: skip
+
+
+def xl_pipeline(cls: Any = ComposeStableDiffusionXLPipeline, unet: UNet2DConditionModel | None = None) -> Any:
+    """An SDXL pipeline of small real components: two text encoders of 8 and 16 channels, pooled text of 12."""
+    pipe = cls(**xl_components(), unet=unet or sdxl_unet(), add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         pipe.encode_prompt("")  # transformers leaves hooks in a model that is first asked for hidden states

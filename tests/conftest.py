@@ -1,115 +1,15 @@
-"""Fixtures: small real components, and the playground. Everything runs offline on the CPU."""
+"""What every process of the tests needs at once; fixtures stand in `common_fixtures.py`."""
 
-import gc
 import os
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start, beside other tests
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
-import hypothesis
-import numpy as np
-import pytest
-import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.utils import logging as diffusers_logging
-from safetensors.torch import save_file
-
-from components import lora_tensors, small_pipeline, xl_pipeline
-from lora_compose.attention import Lora
-from lora_compose.compose.playground.assets import playground_lora, playground_model
-from lora_compose.compose.playground.words import BASE_CLASSES
-from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
-from lora_compose.pipelines.support.notes import logged
-from recipe.first import world
-
-# HYPOTHESIS_PROFILE=thorough tries thousands of examples.
-for name, examples in (("suite", 40), ("thorough", 2_000)):
-    slow = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
-    hypothesis.settings.register_profile(name, max_examples=examples, deadline=None, suppress_health_check=slow)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
-torch.set_num_threads(1)
-diffusers_logging.disable_progress_bar()
-
-
-def pytest_collection_finish() -> None:
-    """What is imported stays: the garbage collector need not walk through it in every test."""
-    gc.collect()
-    gc.freeze()
-
-
-@pytest.fixture
-def family() -> str:
-    """Which models: "sd", or "sdxl" where a test is parametrised so."""
-    return "sd"
-
-
-@pytest.fixture
-def pipe(family: str) -> Any:
-    """A small pipeline with random weights, new for every test."""
-    pipe = small_pipeline() if family == "sd" else xl_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
-def write_lora(tmp_path: Path) -> Callable[..., Path]:
-    """Writes factors as a diffusers LoRA file: `write_lora(name, unet=..., text_encoder=..., metadata=...)`."""
-
-    def write(name: str, metadata: dict[str, str] | None = None, **parts: Lora) -> Path:
-        path = tmp_path / f"{name}.safetensors"
-        save_file(lora_tensors(**parts), path, metadata={"format": "pt", **(metadata or {})})
-        return path
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def _playground() -> Any:
-    pipe = ComposeStableDiffusionPipeline.from_pretrained(playground_model())
-    pipe.set_progress_bar_config(disable=True)
-    for name in ("cat", "dog", "bear", "robot"):
-        pipe.load_concept(playground_lora(f"{name}-tara"), name=name)
-        pipe.load_concept(playground_lora(name), name=f"{name}-ordinary")
-    return pipe
-
-
-@pytest.fixture
-def playground(_playground: Any) -> Iterator[Any]:
-    """The playground with TARA LoRAs "cat", "dog", "bear", "robot" and ordinary ones "cat-ordinary", ..., shared."""
-    names = list(_playground.concepts)
-    scheduler = _playground.scheduler
-    yield _playground
-    _playground.scheduler = scheduler
-    for name in _playground.concepts.keys() - set(names):
-        _playground.unload_concept(name)
-
-
-@pytest.fixture
-def plain_pipe(family: str) -> Any:
-    """diffusers' own pipeline with the same weights as `pipe`."""
-    pipe = small_pipeline(StableDiffusionPipeline) if family == "sd" else xl_pipeline(StableDiffusionXLPipeline)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(autouse=True)
-def _messages_are_new() -> None:
-    """A warning that is logged once per process may have been logged by another test."""
-    logged.clear()
-
-
-@pytest.fixture(scope="session")
-def sprites() -> dict[str, np.ndarray]:
-    """Artwork made up: a grey disc, square or bar of its own shape for every class and vendor of the playground."""
-    found = {}
-    ys, xs = np.mgrid[:96, :96] - 48
-    for i, name in enumerate(BASE_CLASSES):
-        for j, vendor in enumerate(world.VENDORS):
-            inside = np.abs(xs) ** (1 + j) * (1 + 0.1 * (i % 11)) + np.abs(ys) ** (1 + j) < 44 ** (1 + j)
-            shade = (90 + 5 * i + (ys + 48) // 2)[..., None].repeat(3, 2)
-            found[f"{name}/{vendor}"] = np.concatenate([shade, 255 * inside[..., None]], 2).clip(0, 255).astype("u1")
-    return found
+def pytest_configure(config: pytest.Config) -> None:
+    """Fixtures import torch and diffusers, which takes seconds: the process that hands tests to others has no need."""
+    hands_out = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+    if not hands_out:
+        config.pluginmanager.import_plugin("common_fixtures")

@@ -178,12 +178,28 @@ def test_only_backbones_import_diffusers() -> None:
     assert users == {"attention/backbones"}
 
 
-def test_the_engine_loads_nothing_of_diffusers() -> None:
-    """Other programs have models of their own; what knows diffusers' is loaded when it is asked for."""
-    program = "import sys, lora_compose.attention; print(*{name.split('.')[0] for name in sys.modules})"
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert {"torch", "diffusers", "transformers"} & set(ran.stdout.split()) == {"torch"}
+LOADED = """
+import sys
+
+def show():
+    print(*{name.split(".")[0] for name in sys.modules})
+
+import lora_compose.attention
+show()
+from lora_compose.compose.comfyui import composition, concepts, families, files, memory, merging, refining
+from lora_compose.compose.comfyui import showing, steering, tokens, words
+show()
+"""
+
+
+def test_the_engine_and_the_nodes_load_nothing_of_diffusers() -> None:
+    """Other programs have models of their own, and environments that stay as they are."""
+    ran = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, cwd=ROOT)
+    engine, nodes = (set(line.split()) for line in ran.stdout.splitlines())
+    assert {"torch", "diffusers", "transformers"} & engine == {"torch"}
     assert all(hasattr(attention, name) for name in attention.__all__)
+    others = {"accelerate", "compel", "cv2", "diffusers", "huggingface_hub", "jinja2", "peft", "rich", "typer"}
+    assert {"torch", "transformers", *others} & nodes == {"torch"}, "ComfyUI needs none of the others"
 
 
 def test_the_rings_use_each_other() -> None:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -63,7 +63,6 @@ def test_no_character_is_drawn_by_the_artist_of_the_base_world():
     assert artists.isdisjoint(known.drawing.split(":")[0] for known in CHARACTERS.values())
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.sampled_from([(SIZE, SIZE), WIDE]))
 def test_objects_lie_on_whole_patches_inside_and_apart(seed, count, size):
     found = squares(np.random.default_rng(seed), count, size)

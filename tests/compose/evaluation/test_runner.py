@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -82,6 +82,22 @@ SUITE: dict[str, Any] = {
 }
 
 PATIENCE = 1.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _costs_are_measured_once() -> Iterator[None]:
+    """What a kind of call costs is measured once for all workers, as otherwise for all batches of one."""
+    counted, peaks, opens = {}, {}, Worker.open
+
+    def opened(suite: Suite, device: str) -> Worker:
+        worker = opens(suite, device)
+        if not suite.save_memory:
+            worker._counted, worker._peaks = counted, peaks
+        return worker
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Worker, "open", opened)
+        yield
 
 
 @pytest.fixture(scope="session")

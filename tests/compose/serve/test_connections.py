@@ -79,12 +79,14 @@ async def large(scope: Any, receive: Any, send: Any) -> None:
 def test_an_answer_may_be_read_slowly_but_not_left() -> None:
     with server(large, Engine(None), Bounds(seconds=0.5)) as port:
         asked = [connect(port, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") for _ in range(2)]
-        read = 0
+        read, begun = 0, time.monotonic()
         while read < 2**24:
             got = len(asked[0].recv(2**20))
             assert got, "a slow reader is not cut off"
             read += got
-            time.sleep(0.08)
+            if time.monotonic() - begun < 1.5:
+                time.sleep(0.16)
+        assert time.monotonic() - begun > 1.0, "it has taken longer than the bound"
         left = 0
         with suppress(ConnectionError):
             while got := asked[1].recv(2**20):

@@ -1,13 +1,12 @@
 """Fixtures: tiny pipelines, with concepts and without."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components import FAMILIES, random_lora
+from components import FAMILIES, random_lora, with_library
 from composing import MORE_TRIGGERS, PLAIN, composer_of
 
 
@@ -26,20 +25,13 @@ def plain_pipe(family: str) -> Any:
 @pytest.fixture
 def composer(family: str) -> Any:
     """A tiny pipeline with the concepts "cat" and "dog", for one test."""
-    return _copied(composer_of(family))
+    return with_library(FAMILIES[family](), composer_of(family).library)
 
 
 @pytest.fixture
 def whole_composer(family: str) -> Any:
     """The same with LoRAs that change layers of every kind, text encoders too."""
-    return _copied(composer_of(family, whole=True))
-
-
-def _copied(pipe: Any) -> Any:
-    """A copy that has kept nothing of calls of the one that is shared by the tests."""
-    copied = copy.deepcopy(pipe)
-    copied.banks.clear()
-    return copied
+    return with_library(FAMILIES[family](), composer_of(family, whole=True).library)
 
 
 @pytest.fixture

@@ -51,9 +51,16 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@cache
 def pipes(family: str, adapters: int = 1) -> tuple[Any, Any]:
-    """Ours with the concept "cat", and diffusers' with the LoRA loaded; both have IP-Adapters."""
+    """Ours with the concept "cat", and diffusers' with the LoRA loaded; both have IP-Adapters, of scale 0.7."""
+    found = _pipes(family, adapters)
+    for pipe in found:
+        pipe.set_ip_adapter_scale([0.7] * adapters)  # another test may have set it
+    return found
+
+
+@cache
+def _pipes(family: str, adapters: int) -> tuple[Any, Any]:
     ours, theirs = copy.deepcopy(composer_of(family)), FAMILIES[family](PLAIN[family])
     theirs.set_progress_bar_config(disable=True)
     theirs.load_lora_weights(lora_file(family, "cat"))
@@ -110,7 +117,6 @@ def test_with_scale_0_every_method_does_what_it_does_without_an_adapter(method):
 
 def test_prompts_with_their_own_concepts_have_their_own_images():
     pipe, _ = pipes("sd")
-    pipe.set_ip_adapter_scale(0.7)
     embeds, noise = torch.randn(4, 1, 12, generator=seeded(4)), torch.randn(2, 4, 16, 16, generator=seeded(5))
     prompts, sets = ["a sks cat", "a zwx dog"], [["cat"], ["dog"]]
     size = {"height": 128, "width": 128, "method": "tara", "negative_prompt": None}

@@ -1,6 +1,7 @@
 """Different concepts for the prompts of one call: the same images as one call for each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -8,7 +9,19 @@ import torch
 from torch import Tensor
 
 from comparisons import assert_close
-from components import EVERYTHING, FAMILIES, TINY, State, random_lora, sd_unet, seeded, small_pipeline, text_loras
+from components import (
+    EVERYTHING,
+    FAMILIES,
+    TINY,
+    State,
+    random_lora,
+    save_lora,
+    sd_unet,
+    seeded,
+    small_pipeline,
+    text_loras,
+    with_library,
+)
 from composing import BOTH
 from lora_compose.pipelines.methods import Clora, Composite, LoraComposer, Settings, Switch, Tara
 from lora_compose.pipelines.scene.scene import Concept
@@ -21,14 +34,26 @@ SETS: list[list[str | Concept]] = [["cat", Concept(name="dog", weight=0.6)], ["b
 METHODS = ("merge", "tara", Tara(cfg_mask="broadcast"), Tara(scope="cross_kv"), Switch(interval=1), "composite")
 
 
+@pytest.fixture(scope="module")
+def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """By family, the concepts "cat", "dog" and "bear"."""
+
+    @cache
+    def library(family: str) -> Any:
+        pipe, folder = FAMILIES[family](), tmp_path_factory.mktemp(family)
+        for seed, (name, trigger) in enumerate(WORDS.items()):
+            parts = {"unet": random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.15), **text_loras(pipe, 5 + seed)}
+            file = save_lora(folder / f"{name}.safetensors", **parts)
+            pipe.load_concept(file, name, trigger=trigger, class_word=name)
+        return pipe.library
+
+    return library
+
+
 @pytest.fixture
-def pipe(family: str, write_lora) -> Any:
+def pipe(family: str, library_of) -> Any:
     """A tiny pipeline with the concepts "cat", "dog" and "bear"."""
-    pipe = FAMILIES[family]()
-    for seed, (name, trigger) in enumerate(WORDS.items()):
-        parts = {"unet": random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.15), **text_loras(pipe, 5 + seed)}
-        pipe.load_concept(write_lora(name, **parts), name, trigger=trigger, class_word=name)
-    return pipe
+    return with_library(FAMILIES[family](), library_of(family))
 
 
 def latents_of(pipe: Any, prompt: Any, concepts: Any, method: Any, **arguments: Any) -> Tensor:

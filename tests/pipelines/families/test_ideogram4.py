@@ -106,8 +106,8 @@ def test_files_may_name_the_network_that_they_are_for(pipe: Any, tmp_path: Path)
     )
     pipe.load_concept(tmp_path / "bird.safetensors", trigger="xlo")
     (bird,) = pipe.resolve_concepts(["bird"])
-    assert list(bird.factors.model) == ["layers.0.attention.to_out.0"]
     pipe.unload_concept("bird")
+    assert list(bird.factors.model) == ["layers.0.attention.to_out.0"]
 
 
 def test_words_are_found_whatever_side_the_tokenizer_pads(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,8 @@ from transformer_families import (
     Places,
     dense_loras,
     latents_of,
-    pipeline_with_concepts,
     plain_latents,
+    shared_pipeline,
 )
 
 
@@ -36,8 +36,8 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 @pytest.fixture(scope="module")
-def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipeline_with_concepts(family, tmp_path_factory.mktemp("loras"))
+def pipe(family: Family) -> Any:
+    return shared_pipeline(family)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from all_transformers import JOINT, TRANSFORMERS
 from components import seeded
 from lora_compose import Concept, Draft, Regional
 from lora_compose.pipelines.scene.division import divided
-from transformer_families import CELLS, TOKENS, Family, pipeline_with_concepts
+from transformer_families import CELLS, TOKENS, Family, shared_pipeline
 
 CALL: dict[str, Any] = {
     "prompt": "a sks cat and a zwx dog on grass", "width": 128, "height": 128, "num_inference_steps": 3,
@@ -25,8 +25,8 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 @pytest.fixture(scope="module")
-def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipeline_with_concepts(family, tmp_path_factory.mktemp("loras"))
+def pipe(family: Family) -> Any:
+    return shared_pipeline(family)
 
 
 @pytest.fixture

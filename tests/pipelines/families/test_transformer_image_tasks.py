@@ -22,6 +22,7 @@ from transformer_families import (
     dense_loras,
     pipeline_with_concepts,
     plain_latents,
+    shared_pipeline,
 )
 
 FAMILIES = {name: family for name, family in TRANSFORMERS.items() if family.image_tasks}
@@ -48,9 +49,9 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def pipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def pipes() -> dict[str, Any]:
     """A pipeline with two concepts for each family."""
-    return {name: pipeline_with_concepts(it, tmp_path_factory.mktemp(name)) for name, it in FAMILIES.items()}
+    return {name: shared_pipeline(family) for name, family in FAMILIES.items()}
 
 
 def task(name: str, inpaints: bool, **more: Any) -> dict[str, Any]:

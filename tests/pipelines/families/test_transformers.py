@@ -32,6 +32,7 @@ from transformer_families import (
     pipeline_with_concepts,
     plain_latents,
     random_lora_of_all,
+    shared_pipeline,
 )
 from z_image import Z_IMAGE
 
@@ -42,13 +43,19 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 @pytest.fixture(scope="module")
-def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def pipe(family: Family) -> Any:
     """Two concepts with LoRAs on every linear layer."""
-    return pipeline_with_concepts(family, tmp_path_factory.mktemp("loras"))
+    return shared_pipeline(family)
 
 
-@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "guided"),
+    [
+        *(pytest.param(method, True, id=f"{method}-guided") for method in METHODS),
+        pytest.param("regional", False, id="regional-unguided"),
+        *(pytest.param(method, False, id=f"{method}-unguided", marks=pytest.mark.slow) for method in ("merge", "tara")),
+    ],
+)
 def test_a_method_equals_dense_deltas_one_concept_after_the_other(family, pipe, method, guided):
     assert_equals_dense_deltas(family, pipe, method, guided=guided)
 

@@ -194,6 +194,7 @@ def test_the_names_of_its_original_checkpoint_are_known(pipe: Any, tmp_path: Pat
     save_file(tensors, tmp_path / "bird.safetensors")
     pipe.load_concept(tmp_path / "bird.safetensors", trigger="xlo")
     (bird,) = pipe.resolve_concepts(["bird"])
+    pipe.unload_concept("bird")
     assert list(bird.factors.model) == [ours]
 
 

@@ -1,7 +1,7 @@
 """Draft against independent references: maps of plain diffusers, and methods that are given the boxes found."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from comparisons import assert_close, far_apart
-from components import random_lora, seeded, text_loras
+from components import random_lora, save_lora, seeded, small_pipeline, text_loras, with_library
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
 from lora_compose.pipelines.methods.draft import draft_only
 from lora_compose.pipelines.methods.region_bias import region_bias
@@ -33,24 +33,22 @@ BASE, NOUNS = "a cat and a dog on grass", (2, 5)  # positions counted by hand; 0
 CATS = "a sks cat and a zwx cat on grass"
 
 
-@pytest.fixture
-def load(write_lora) -> Callable[..., Any]:
-    """A small pipeline with the concepts "cat" and "dog", and "kitten", whose class is that of the cat."""
-
-    def load(pipe: Any) -> Any:
-        for seed, (name, trigger, noun) in enumerate(
-            (("cat", "sks", "cat"), ("dog", "zwx", "dog"), ("kitten", "zwx", "cat"), ("bear", "xlo", "bear"))
-        ):
-            parts = {"unet": random_lora(pipe.unet, seed, size=0.2), **text_loras(pipe, seed, size=0.2)}
-            pipe.load_concept(write_lora(name, **parts), name, trigger=trigger, class_word=noun)
-        return pipe
-
-    return load
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The concepts "cat" and "dog", and "kitten", whose class is that of the cat."""
+    pipe, folder = small_pipeline(), tmp_path_factory.mktemp("loras")
+    for seed, (name, trigger, noun) in enumerate(
+        (("cat", "sks", "cat"), ("dog", "zwx", "dog"), ("kitten", "zwx", "cat"), ("bear", "xlo", "bear"))
+    ):
+        parts = {"unet": random_lora(pipe.unet, seed, size=0.2), **text_loras(pipe, seed, size=0.2)}
+        file = save_lora(folder / f"{name}.safetensors", **parts)
+        pipe.load_concept(file, name, trigger=trigger, class_word=noun)
+    return pipe.library
 
 
 @pytest.fixture
-def composer(pipe, load) -> Any:
-    return load(pipe)
+def composer(pipe, library) -> Any:
+    return with_library(pipe, library)
 
 
 def call(pipe: Any, concepts: Sequence[Any] = ("cat", "dog"), prompt: Any = PROMPT, **arguments: Any) -> Any:

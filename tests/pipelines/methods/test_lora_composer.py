@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from diffusers import (
 from torch import Tensor
 
 from comparisons import assert_close, far_apart
-from components import ATTENTION, EVERYTHING, State, random_lora, seeded, tiny_pipeline
+from components import ATTENTION, EVERYTHING, State, random_lora, save_lora, seeded, tiny_pipeline, with_library
 from lora_compose.attention import Lora
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import make_method
@@ -52,38 +54,53 @@ def plain_tiny() -> StableDiffusionPipeline:
     return tiny_pipeline(StableDiffusionPipeline)
 
 
+def loaded(
+    folder: Path,
+    pipe: Any,
+    name: str,
+    trigger: str | None = None,
+    *,
+    text: bool = False,
+    targets: tuple[str, ...] = ATTENTION,
+) -> Lora:
+    """Loads a concept under a trigger and returns its factors."""
+    seed, size = len(name) + ord(name[0]), 0.1 if targets == EVERYTHING else 0.3
+    parts = {"unet": random_lora(pipe.unet, seed, targets=targets, size=size)}
+    if text:
+        parts["text_encoder"] = random_lora(pipe.text_encoder, seed, targets=TEXT)
+    options = {"trigger": trigger or TRIGGERS.get(name), "class_word": name if name in TRIGGERS else None}
+    pipe.load_concept(save_lora(folder / f"{name}-file.safetensors", **parts), name, **options)
+    return parts["unet"]
+
+
 @pytest.fixture
-def load(write_lora) -> Callable[..., Lora]:
+def load(tmp_path: Path) -> Callable[..., Lora]:
     """Loads a concept under a trigger and returns its factors: `load(pipe, "cat", targets=..., text=True)`."""
+    return partial(loaded, tmp_path)
 
-    def load(
-        pipe: Any, name: str, trigger: str | None = None, *, text: bool = False, targets: tuple[str, ...] = ATTENTION
-    ) -> Lora:
-        seed, size = len(name) + ord(name[0]), 0.1 if targets == EVERYTHING else 0.3
-        parts = {"unet": random_lora(pipe.unet, seed, targets=targets, size=size)}
-        if text:
-            parts["text_encoder"] = random_lora(pipe.text_encoder, seed, targets=TEXT)
-        options = {"trigger": trigger or TRIGGERS.get(name), "class_word": name if name in TRIGGERS else None}
-        pipe.load_concept(write_lora(f"{name}-file", **parts), name, **options)
-        return parts["unet"]
 
-    return load
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The concepts "cat" and "dog" of attention layers, and of every layer and the text encoder."""
+    found = {}
+    for kind, options in (("attention", {}), ("everything", {"text": True, "targets": EVERYTHING})):
+        pipe, folder = tiny_pipeline(), tmp_path_factory.mktemp(kind)
+        for name in ("cat", "dog"):
+            loaded(folder, pipe, name, **options)
+        found[kind] = pipe.library
+    return found
 
 
 @pytest.fixture
-def composer(tiny, load) -> ComposeStableDiffusionPipeline:
+def composer(tiny, libraries) -> ComposeStableDiffusionPipeline:
     """A small pipeline with the concepts "cat" and "dog"."""
-    load(tiny, "cat")
-    load(tiny, "dog")
-    return tiny
+    return with_library(tiny, libraries["attention"])
 
 
 @pytest.fixture
-def composer_of_everything(tiny, load) -> ComposeStableDiffusionPipeline:
+def composer_of_everything(tiny, libraries) -> ComposeStableDiffusionPipeline:
     """The same; the LoRAs adapt every layer and the text encoder."""
-    for name in ("cat", "dog"):
-        load(tiny, name, text=True, targets=EVERYTHING)
-    return tiny
+    return with_library(tiny, libraries["everything"])
 
 
 def at(cat: Any = LEFT, dog: Any = RIGHT, **of_dog: Any) -> list[Concept]:

@@ -6,8 +6,9 @@ double precision, with the published constants written out.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from scipy.ndimage import convolve1d
 from torch import Tensor
 
 from comparisons import assert_close
-from components import State, random_lora, seeded, small_pipeline, tiny_pipeline
+from components import State, random_lora, save_lora, seeded, small_pipeline, tiny_pipeline, with_library
 from lora_compose.attention import Lora
 from lora_compose.compose.benchmark.counting import count_run
 from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient
@@ -274,23 +275,24 @@ PHI = {0: 20.0, 1: 19.898, 25: 17.261}
 """Published step sizes at some of 50 steps."""
 
 
-@pytest.fixture
-def load(write_lora) -> Callable[..., Any]:
+def load(pipe: Any, folder: Path) -> Any:
     """Loads the concepts "cat" and "dog"."""
+    for seed, (name, trigger) in enumerate(TRIGGERS.items()):
+        path = save_lora(folder / f"{name}-file.safetensors", unet=random_lora(pipe.unet, seed))
+        pipe.load_concept(path, name, trigger=trigger, class_word=name)
+    return pipe
 
-    def load(pipe: Any) -> Any:
-        for seed, (name, trigger) in enumerate(TRIGGERS.items()):
-            path = write_lora(f"{name}-file", unet=random_lora(pipe.unet, seed))
-            pipe.load_concept(path, name, trigger=trigger, class_word=name)
-        return pipe
 
-    return load
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The concepts of a small pipeline."""
+    return load(tiny_pipeline(), tmp_path_factory.mktemp("library")).library
 
 
 @pytest.fixture
-def composer(load) -> ComposeStableDiffusionPipeline:
+def composer(library) -> ComposeStableDiffusionPipeline:
     """A small pipeline with both concepts, for canvases of 64 x 64."""
-    return load(tiny_pipeline())
+    return with_library(tiny_pipeline(), library)
 
 
 def side_by_side(width: int = 64, height: int = 64) -> list[Concept]:
@@ -343,7 +345,7 @@ class Losses(Watched):
 # The gradient
 
 
-def test_the_gradient_is_the_slope_of_the_loss(load):
+def test_the_gradient_is_the_slope_of_the_loss(tmp_path):
     def look(process: Composing, latents: Tensor, step: Step) -> None:
         found = gradient_of(process, latents, step)
         gradient = found.direction
@@ -354,7 +356,7 @@ def test_the_gradient_is_the_slope_of_the_loss(load):
             slope = (gradient * along).sum(dim=(1, 2, 3))
             torch.testing.assert_close((ahead - behind) / 2e-3, slope, rtol=0.01, atol=0)
 
-    pipe = load(small_pipeline())
+    pipe = load(small_pipeline(), tmp_path)
     at_the_first_step(pipe, look, num_images_per_prompt=2, width=128, height=128, concepts=side_by_side(128, 128))
 
 
@@ -553,12 +555,12 @@ def test_images_of_a_batch_equal_single_images_also_where_they_stop(composer, ch
         assert_close(together[row], one[0], 1e-3)
 
 
-def test_a_second_call_gives_the_bits_of_a_new_pipeline(composer, load):
+def test_a_second_call_gives_the_bits_of_a_new_pipeline(composer, tmp_path):
     settings = LoraComposer(reinit="swap")
     arguments = {"num_inference_steps": 4, "guidance_scale": 4.0}
     compose(composer, settings, "zwx dog and sks cat", width=128, height=64, generator=seeded(5))
     second, third = (compose(composer, settings, **arguments).images for _ in range(2))
-    fresh = compose(load(tiny_pipeline()), settings, **arguments).images
+    fresh = compose(load(tiny_pipeline(), tmp_path), settings, **arguments).images
     assert torch.equal(second, fresh)
     assert torch.equal(third, fresh)
     assert not torch.equal(compose(composer, settings, generator=seeded(1), **arguments).images, fresh)

@@ -30,6 +30,7 @@ from transformer_families import (
     last_layer,
     pipeline_with_concepts,
     random_lora_of_all,
+    shared_pipeline,
 )
 from z_image import Z_IMAGE
 
@@ -51,8 +52,8 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 @pytest.fixture(scope="module")
-def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipeline_with_concepts(family, tmp_path_factory.mktemp("loras"))
+def pipe(family: Family) -> Any:
+    return shared_pipeline(family)
 
 
 def concepts(boxes: str) -> list[Concept]:

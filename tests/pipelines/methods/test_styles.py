@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from comparisons import assert_close, far_apart
-from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
+from components import EVERYTHING, FAMILIES, random_lora, save_lora, seeded, text_loras, with_library
 from lora_compose.pipelines.methods import (
     METHODS,
     Clora,
@@ -38,20 +39,21 @@ EVERY_WAY = {
 }
 
 
-@pytest.fixture
-def load(write_lora) -> Callable[[str], Any]:
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     """A tiny pipeline with the subjects "cat" and "dog" and with "ink", which changes the text encoders as well."""
 
-    def load(family: str) -> Any:
-        pipe = FAMILIES[family]()
+    @cache
+    def library(family: str) -> Any:
+        pipe, folder = FAMILIES[family](), tmp_path_factory.mktemp(family)
         for seed, (name, trigger) in enumerate(TRIGGERS.items()):
-            path = write_lora(name, unet=random_lora(pipe.unet, seed, size=0.2))
+            path = save_lora(folder / f"{name}.safetensors", unet=random_lora(pipe.unet, seed, size=0.2))
             pipe.load_concept(path, name, trigger=trigger, class_word=name)
-        parts = text_loras(pipe, 9, size=0.2)
-        pipe.load_concept(write_lora("ink", unet=random_lora(pipe.unet, 7, targets=EVERYTHING, size=0.1), **parts))
-        return pipe
+        parts = {"unet": random_lora(pipe.unet, 7, targets=EVERYTHING, size=0.1), **text_loras(pipe, 9, size=0.2)}
+        pipe.load_concept(save_lora(folder / "ink.safetensors", **parts))
+        return pipe.library
 
-    return load
+    return lambda family: with_library(FAMILIES[family](), library(family))
 
 
 def latents_of(pipe: Any, method: Any, concepts: Any, prompt: Any = PROMPT, **arguments: Any) -> Tensor:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from comparisons import assert_close, far_apart
-from components import EVERYTHING, lora_tensors, random_lora, seeded, tiny_pipeline
+from components import EVERYTHING, lora_tensors, random_lora, seeded, tiny_pipeline, with_library
+from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Composite, Switch
 from lora_compose.pipelines.scene.scene import Concept
@@ -38,13 +39,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-@pytest.fixture
-def pipe(files: dict[str, Path]) -> ComposeStableDiffusionPipeline:
-    """A tiny pipeline with the concepts "cat", "dog" and "bear"."""
+@pytest.fixture(scope="module")
+def library(files: dict[str, Path]) -> ConceptLibrary:
+    """The concepts "cat", "dog" and "bear"."""
     pipe = tiny_pipeline()
     for name, path in files.items():
         pipe.load_concept(path, name, trigger=TRIGGERS[name], class_word=name, weight=WEIGHTS[name])
-    return pipe
+    return pipe.library
+
+
+@pytest.fixture
+def pipe(library: ConceptLibrary) -> ComposeStableDiffusionPipeline:
+    """A tiny pipeline with these concepts."""
+    return with_library(tiny_pipeline(), library)
 
 
 @pytest.fixture(scope="module")

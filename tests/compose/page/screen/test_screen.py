@@ -151,6 +151,7 @@ def test_what_decided_where_a_lora_acts_is_shown(at: AppTest) -> None:
 
 
 def test_several_seeds_give_several_images(at: AppTest) -> None:
+    choose(at, "merge")
     at.text_input(key=fields.SEEDS).set_value("1-3")
     at.run()
     assert at.button(key="do.make").label == "Generate 3 images"
@@ -696,6 +697,7 @@ def test_stop_and_waiting_are_shown(at: AppTest) -> None:
 
 
 def test_variations_share_the_seed_and_differ_in_weight(at: AppTest) -> None:
+    choose(at, "merge")
     at.slider(key=row_key(at, 1, "weight")).set_value(0.5).run()
     made(at)
     (first,) = session(at).results
@@ -735,6 +737,7 @@ def test_the_drafts_of_four_noises_are_shown_and_one_is_made(at: AppTest) -> Non
 
 
 def test_two_images_are_chosen_for_wiping(at: AppTest) -> None:
+    choose(at, "merge")
     at.text_input(key=fields.SEEDS).set_value("1-3").run()
     made(at)
     at.session_state["set.view"] = "Gallery"
@@ -747,6 +750,7 @@ def test_two_images_are_chosen_for_wiping(at: AppTest) -> None:
 
 
 def test_pressing_again_while_one_runs_makes_the_next_after_it(at: AppTest) -> None:
+    choose(at, "merge")
     with session(at).model.turn(()):
         at.button(key="do.make").click().run()
         for seeds in ("7", "8-9"):
