@@ -30,6 +30,7 @@ def test_parts_of_a_call_add_up_to_it_and_each_has_what_is_done_there(write_lora
     assert all(work.python_calls for work in found.again.values())
     assert found.new["bank"].python_calls > found.again["bank"].python_calls
     assert found.new["bank"].operations > found.again["bank"].operations == 0
-    assert found.new["passes"] == found.again["passes"]
+    assert found.new["passes"].operations == found.again["passes"].operations
+    assert abs(found.new["passes"].python_calls - found.again["passes"].python_calls) < 20  # garbage is collected there
     assert found.again["prompts"].operations > 0
     assert found.again["decoding"].operations > 0

@@ -183,7 +183,8 @@ def test_the_words_are_where_they_are_looked_for(trained):
     tokenizer = trained[0].tokenizer
     for name, text in TEXTS.items():
         ids = tokenizer(text).input_ids
-        assert tokenizer.decode([ids[position] for position in WORDS]).split() == [TRIGGERS[name], name]
+        found = tokenizer.convert_ids_to_tokens([ids[position] for position in WORDS])
+        assert found == [f"{TRIGGERS[name]}</w>", f"{name}</w>"]
 
 
 @pytest.mark.parametrize(("settings", "constants", "gaussian"), [
