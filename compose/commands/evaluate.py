@@ -65,7 +65,10 @@ def run(
 @handle_errors(logging.ERROR)
 def published(
     suite: Annotated[
-        str, typer.Argument(help="A file with downloads and a suite, YAML or JSON, or the name of a shipped one.")
+        str,
+        typer.Argument(
+            help="A file with downloads and a suite, or the name of a shipped one, such as characters-sdxl."
+        ),
     ],
     folder: Annotated[
         Path | None, typer.Option("--out", help="Output folder; default: outputs/evaluation/NAME. A rerun resumes.")
