@@ -66,9 +66,7 @@ def run(
 def published(
     suite: Annotated[
         str,
-        typer.Argument(
-            help="A file with downloads and a suite, or the name of a shipped one, such as characters-sdxl."
-        ),
+        typer.Argument(help="A file with downloads and a suite, or a shipped one, such as characters-sdxl."),
     ],
     folder: Annotated[
         Path | None, typer.Option("--out", help="Output folder; default: outputs/evaluation/NAME. A rerun resumes.")
