@@ -1,7 +1,9 @@
 """Ray clusters on this machine, for tests: `from clusters import one_node, two_nodes`."""
 
 import os
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,9 +61,23 @@ def a_head(client_port: int) -> Iterator[tuple[str, Path]]:
         head = {"num_cpus": 2, "include_dashboard": False, "ray_client_server_port": client_port}
         found = Cluster(initialize_head=True, head_node_args=head)
         try:
+            host = found.address.rpartition(":")[0]
+            _wait_until_it_listens(host, client_port)  # a process of its own, which the cluster does not wait for
             yield found.address, folder
         finally:
             found.shutdown()
+
+
+def _wait_until_it_listens(host: str, port: int, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 @contextmanager
