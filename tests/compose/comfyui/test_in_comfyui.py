@@ -589,10 +589,10 @@ def test_the_nodes_run_from_files_to_an_image(
     for seed, name in ((1, "one"), (2, "two")):
         save_file(core.tensors_of(patcher, seed), tmp_path / f"{name}.safetensors")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
-    folder_paths.filename_list_cache.clear()
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})  # what is read here is gone afterwards
     nodes = asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list())
     ids = [node.GET_SCHEMA().node_id for node in nodes]
-    assert ids == ["LoraComposeConcept", "LoraComposeBoxes", "LoraComposeCompose"]
+    assert ids[:3] == ["LoraComposeConcept", "LoraComposeBoxes", "LoraComposeCompose"]
     assert ConceptNode.define_schema().inputs[0].options == ["one.safetensors", "two.safetensors"]
     one = ConceptNode.execute("one.safetensors", "sks", "cat", 1.0, "").args[0]
     both = ConceptNode.execute("two.safetensors", "zwx", "dog", 0.8, "", "", None, one).args[0]
