@@ -74,7 +74,7 @@ def small_world(example: str) -> dict[str, Any]:
 
 
 def shoot(page: Page, ask: Ask, example: str, out: Path) -> None:
-    """Opens a workflow, runs it, and writes what is to be seen."""
+    """Opens a workflow, runs it, and saves a screenshot of it."""
     before = len(ask("history"))
     page.set_viewport_size({"width": WIDTH, "height": 700})
     page.evaluate("graph => window.app.loadGraphData(graph)", small_world(example))

@@ -38,7 +38,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def family() -> str:
-    """Which models: "sd", or "sdxl" where a test is parametrised so."""
+    """The model family: "sd", or "sdxl" where a test is parametrised so."""
     return "sd"
 
 

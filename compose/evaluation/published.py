@@ -71,7 +71,7 @@ class Download(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of `huggingface_hub` that say which repository it is."""
+        """Keyword arguments of `huggingface_hub` that identify the repository."""
         found = {"revision": self.revision, "repo_type": "dataset" if self.dataset else None}
         return {name: value for name, value in found.items() if value is not None}
 

@@ -1,7 +1,8 @@
 """Ideogram 4's prompts in JSON, into which the boxes of concepts are written: one scene gives layout and gates.
 
 The model was trained on captions of this form; `bbox` of an element is [top, left, bottom, right] in thousandths of the
-image (docs/prompting.md of github.com/ideogram-oss/ideogram4). To diffusers they are texts like any other.
+image, as four tools have it that cite docs/prompting.md of github.com/ideogram-oss/ideogram4. To diffusers they are
+texts like any other.
 """
 
 import json
@@ -28,7 +29,7 @@ def with_boxes(prompt: str, concepts: Sequence[Concept], width: int, height: int
         height: As `width`.
 
     Raises:
-        ValueError: If the prompt begins like JSON, and is no caption.
+        ValueError: If the prompt begins like JSON, and is no caption, or a concept has no words.
     """
     caption = _caption(prompt)
     elements: list[dict[str, Any]] = caption[_PARTS][_ELEMENTS]
@@ -36,7 +37,12 @@ def with_boxes(prompt: str, concepts: Sequence[Concept], width: int, height: int
         box = {"bbox": _thousandths(concept.region, width, height)}
         found = _element_of(concept, elements)
         if found is None:
-            elements.append({"type": "obj", **box, "desc": concept.prompt or concept.phrase})
+            description = concept.prompt or concept.phrase
+            if not description:
+                raise ValueError(
+                    f"there is nothing to write about {concept.name!r}; give it a trigger, a class_word or a prompt"
+                )
+            elements.append({"type": "obj", **box, "desc": description})
         else:
             rest = {name: value for name, value in elements[found].items() if name not in ("type", "bbox")}
             elements[found] = {"type": elements[found].get("type", "obj"), **box, **rest}

@@ -18,7 +18,7 @@ pytestmark = MARKS
 
 
 def test_a_cluster_with_a_token_is_used_by_ray_client_and_refuses_others(tmp_path: Path) -> None:
-    """By this process, which is no node; a file travels, a worker dies, and nothing is left. Others have no token."""
+    """Ray Client from here: a file is sent, a worker dies, no temporary file is left; other tokens are refused."""
     pytest.importorskip("grpc", reason="needs grpcio, for Ray Client")
     from lora_compose.compose.cluster.connecting import connected
     from lora_compose.compose.cluster.pool import Pool, object_packer

@@ -169,7 +169,7 @@ def test_a_draft_finds_the_regions_and_the_sampler_starts_again(
 
 
 def test_a_draft_alone_finds_what_the_sampling_would(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
-    """Of 9 steps, 2 are run; what the sampler then does is not changed by it."""
+    """The preview runs 2 of 9 steps, and leaves the sampling after it as it was."""
     from lora_compose.compose.comfyui.host import KEY, compose, draft_alone, marked
 
     plan, negative = drafting(core, patcher, tmp_path), core.text(2)

@@ -50,7 +50,7 @@ def of_trainer(start: str, *inputs: int, outputs: int, rank: int = 2) -> dict[st
 
 @pytest.fixture
 def two(tmp_path: Path) -> list[Concept]:
-    """Of trainers that name layers otherwise; the second has no LoRA of a text encoder."""
+    """Two files whose layers have the names of different trainers; the second has no LoRA of a text encoder."""
     first = of_trainer("lora_unet_blocks_0_qkv", 6, outputs=12) | of_trainer(TEXT, 4, outputs=8)
     second = of_trainer("diffusion_model.blocks.0.qkv", 6, outputs=12, rank=3)
     second |= of_trainer("diffusion_model.blocks.0.conv", 6, 3, 3, outputs=5)

@@ -45,7 +45,7 @@ def test_the_oldest_comfyui_is_the_one_that_the_guide_and_the_installer_name(set
 
 
 def test_comfyui_manager_installs_no_package() -> None:
-    """It runs these if they are there; the nodes need nothing that ComfyUI does not need."""
+    """ComfyUI Manager runs such files where they exist; the nodes need no package that ComfyUI does not need."""
     assert not [name for name in ("requirements.txt", "install.py") if (ROOT / name).exists()]
 
 

@@ -9,7 +9,7 @@ from lora_compose.pipelines.scene.scene import Concept
 
 
 def test_the_division_and_the_map_of_each_subject_are_shown() -> None:
-    """Of two images, the first; a style and a subject with a box have no map."""
+    """The first of two images is shown; a style and a subject with a box have no map."""
     style, boxed = 1, 3
     cat, dog = Concept(name="cat", class_word="cat"), Concept(name="dog", class_word="dog")
     draft = Draft([], torch.zeros(0, 0), {0: cat, 2: dog, boxed: Concept(name="boxed", class_word="fish")}, False)

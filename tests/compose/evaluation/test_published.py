@@ -150,7 +150,7 @@ ALONE = {"prompt": "a sks cat on grass", "seeds": [7, 8]}
     [
         ("cat alone", {"prompt": "a cat on grass"}, "the prompt does not have the trigger 'sks'"),
         ("cat alone", {"seeds": [1, 7]}, "the seed 1 is one of the suite's; choose others"),
-        ("of nobody", {}, "the references 'of nobody' are those of 0 concepts; one has to name them"),
+        ("unused", {}, "the references 'unused' are those of 0 concepts; one has to name them"),
         ("cat", {}, "'cat' is the name of a download and of references"),
     ],
 )
@@ -159,7 +159,7 @@ def test_references_that_no_lora_can_make_are_refused(
 ) -> None:
     suite["suite"]["concepts"][0]["references"] = name
     suite["references"] = {name: ALONE | changes}
-    if name == "of nobody":
+    if name == "unused":
         suite["suite"]["concepts"][0]["references"] = "playground:cat"
     with pytest.raises(FileError, match=message):
         read_published(written(suite, tmp_path))

@@ -52,3 +52,8 @@ def test_elements_that_name_a_concept_get_its_box_and_others_stay() -> None:
 def test_what_only_looks_like_a_caption_is_refused(prompt: str) -> None:
     with pytest.raises(ValueError, match="is no caption in JSON; expected"):
         with_boxes(prompt, [CAT], 600, 400)
+
+
+def test_a_concept_without_words_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to write about 'style'; give it a trigger"):
+        with_boxes("grass", [Concept(name="style", region=(0, 0, 300, 400))], 600, 400)
