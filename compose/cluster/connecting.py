@@ -38,7 +38,7 @@ def connected(address: str) -> Iterator[None]:
             _connect(address)
         except (RayError, ConnectionError) as error:
             ray.shutdown()
-            raise ConnectionError(f"the Ray cluster at {address} does not let us in ({error}). {_TOKEN}") from error
+            raise ConnectionError(f"the Ray cluster at {address} refused the connection ({error}). {_TOKEN}") from error
     try:
         yield
     finally:

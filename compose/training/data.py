@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lora_compose.pipelines.scene.mask_images import upright_image
-from lora_compose.pipelines.support.regular import open_regular
+from lora_compose.pipelines.support.regular import open_regular, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def read_images(folder: Path, prompts: Sequence[str]) -> tuple[TrainingImage, ..
     images = []
     for i, (path, caption) in enumerate(zip(paths, captions, strict=True)):
         size = load_image(path).size
-        images.append(TrainingImage(path, caption or prompts[i % len(prompts)], size, _sha256(path)))
+        images.append(TrainingImage(path, caption or prompts[i % len(prompts)], size, sha256_of(path)))
     return tuple(images)
 
 
@@ -97,7 +97,7 @@ def with_references(images: Sequence[TrainingImage], folders: Sequence[Path]) ->
             load_image(path)
             paths.append(path)
         images = [
-            replace(image, references=(*image.references, ReferenceImage(path, _sha256(path))))
+            replace(image, references=(*image.references, ReferenceImage(path, sha256_of(path))))
             for image, path in zip(images, paths, strict=True)
         ]
     return tuple(images)
@@ -110,10 +110,6 @@ def _images_in(folder: Path) -> list[Path]:
     if not paths:
         raise DataError(f"{folder} holds no images; expected files that end with {', '.join(SUFFIXES)}")
     return paths
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_image(path: Path) -> Image.Image:
