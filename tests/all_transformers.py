@@ -22,6 +22,8 @@ TRANSFORMERS: Mapping[str, Family] = {
 }  # fmt: skip
 JOINT = [name for name in TRANSFORMERS if name != "anima"]
 """Families in which text and image attend to each other in one sequence; Anima has cross-attention, as a UNet has."""
+MODULAR = ("anima", "flux3", "flux3-distilled")
+"""Families that diffusers has as modular pipelines only, which have no callbacks, and no methods but their call."""
 OF_THE_SAME_MODEL: Mapping[str, Family] = {
     "kontext": KONTEXT, "flux2-dev": FLUX2_DEV, "qwen-image-edit": QWEN_IMAGE_EDIT,
     "qwen-image-edit-2511": QWEN_IMAGE_EDIT_2511, "flux3-distilled": FLUX3_DISTILLED,

@@ -14,6 +14,7 @@ from anima import cosmos_transformer
 from chroma import chroma_transformer
 from flux import flux_transformer
 from flux2 import flux2_transformer
+from flux3 import flux3_transformer
 from golden import TRANSFORMERS
 from ideogram4 import ideogram4_transformer
 from krea2 import krea2_transformer
@@ -31,6 +32,7 @@ MODELS = {
     "chroma": chroma_transformer,
     "flux": flux_transformer,
     "flux2": flux2_transformer,
+    "flux3": flux3_transformer,
     "ideogram4": ideogram4_transformer,
     "krea2": krea2_transformer,
     "qwen-image": qwen_image_transformer,
