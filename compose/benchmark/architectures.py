@@ -114,7 +114,7 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
 """Configurations of transformers: the defaults of their classes, with changes.
 
 The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo, Qwen-Image and Z-Image-Turbo (whose
-`axes_lens` of 1536 is the length of a table); those of Chroma, FLUX.3 and Ideogram 4 are what diffusers has for these models.
+`axes_lens` of 1536 is the length of a table); those of Chroma, FLUX.3 and Ideogram 4 are what diffusers has for them.
 FLUX.2: `Flux2Params`, `Klein4BParams` and `Klein9BParams` in `src/flux2/model.py` of
 github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers' converter
 `scripts/convert_cosmos_to_diffusers.py` has it.

@@ -115,6 +115,9 @@ def test_every_layer_attends_through_our_kernel_once_in_a_pass_with_the_same_bit
         layer.set_processor(made)
     assert torch.equal(plain_latents(described, pipe, **given), expected)
     for name, kernel in kernels.items():
+        if "image_cond" in name:  # which runs only if there are reference images
+            assert not kernel.calls
+            continue
         assert len(kernel.calls) == 1, name
         ((dimensions, options),) = kernel.calls
         assert dimensions == 4, "rows, positions, heads, channels"
