@@ -322,7 +322,8 @@ def passes_table(rows: Sequence[PassRow]) -> Table:
     references = f", {rows[0].references} reference images of that size" if rows and rows[0].references else ""
     table = new_table(
         f"Counted: one pass at 1024 x 1024 in bfloat16 with regional, LoRAs of rank {LORA_RANK} on all linear layers "
-        f"that see text or image, {TOKENS} tokens and {REGION_TOKENS} for each region (FLUX.3: {PAD_MULTIPLE}){references}",
+        f"that see text or image, {TOKENS} tokens and {REGION_TOKENS} for each region (FLUX.3: {PAD_MULTIPLE})"
+        f"{references}",
         ["model", "N", "TFLOP", "ratio", "GiB", "ratio", "GiB by blocks", "plain"],
     )
     for row in rows:
