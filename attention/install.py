@@ -62,6 +62,7 @@ class Installation:
         lengths: Sequence[int] | None = None,
         joint_regions: JointRegions | None = None,
         text_bias: TextBias | None = None,
+        read: Sequence[int] | None = None,
     ) -> LayerInputs:
         """Makes the inputs of the layers for one pass. They serve every step, until `fold` is called.
 
@@ -71,6 +72,7 @@ class Installation:
             text_kv: Keys and values to share with another pass that has the same text and the same text gates.
             lengths: Number of tokens in each row, if rows have fewer than `text`.
             text_bias: Added to the scores between image and text; not with regions.
+            read: Number of tokens that attention sees in each row, if these are fewer than `lengths`.
         """
         gates = gates.strongest(self.columns) if self.columns else gates
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
@@ -82,7 +84,7 @@ class Installation:
         bias = {level: score.to(self._dtype)[:, None] for level, score in scores.items()}
         return LayerInputs(
             expanded, kept, regions, text if regions is not None else None, joint_regions, tuple(lengths),
-            gates.latent_grid, bias or None, factors, self._text_end(lengths, text),
+            gates.latent_grid, bias or None, factors, self._text_end(read or lengths, text),
         )  # fmt: skip
 
     def _text_end(self, lengths: Sequence[int], text: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """FLOPs that reference images add to a pass: they lie in its sequence beside text and image."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -28,14 +28,23 @@ def reference_factor(backbone: Backbone, latent_grid: Grid, tokens: int) -> floa
     modules, cells = modules_of(backbone.model), prod(grid_at(latent_grid, joint.level))
     positions: dict[SitePart, int] = {"text": joint.padded(tokens), "image": joint.padded(cells)}
     references = cells if joint.reference_cells is None else joint.reference_cells
-    without = _flops(backbone.sites, modules, joint, {**positions, "reference": 0})
-    return _flops(backbone.sites, modules, joint, {**positions, "reference": references}) / without
+    attends = getattr(backbone, "attends", ())
+    without = _flops(backbone.sites, modules, joint, attends, {**positions, "reference": 0})
+    return _flops(backbone.sites, modules, joint, attends, {**positions, "reference": references}) / without
 
 
 def _flops(
-    sites: Mapping[str, Site], modules: Mapping[str, nn.Module], joint: Site, positions: Mapping[SitePart, int]
+    sites: Mapping[str, Site],
+    modules: Mapping[str, nn.Module],
+    joint: Site,
+    attends: Sequence[tuple[str, tuple[SitePart, ...]]],
+    positions: Mapping[SitePart, int],
 ) -> int:
-    """FLOPs of one row whose parts have so many positions; a part without any number is one vector."""
+    """FLOPs of one row whose parts have so many positions; a part without any number is one vector.
+
+    Args:
+        attends: Parts of an attention layer's sequence, by the beginning of its name; all others are joint.
+    """
 
     def length(site: Site) -> int:
         if "modulation" in site.parts:
@@ -46,5 +55,8 @@ def _flops(
     for name, site in sites.items():
         if is_linear(layer := base_layer(modules[name])):
             flops += 2 * length(site) * prod(shape_of(name, layer))
-    attention: Any = [module for module in modules.values() if hasattr(module, "set_processor")]
-    return flops + sum(4 * length(joint) ** 2 * module.inner_dim for module in attention)
+    attention: Any = {name: module for name, module in modules.items() if hasattr(module, "set_processor")}
+    for name, module in attention.items():
+        parts = next((parts for start, parts in attends if name.startswith(start)), joint.parts)
+        flops += 4 * length(joint.with_parts(*parts)) ** 2 * module.inner_dim
+    return flops

@@ -86,7 +86,8 @@ def refused(family: Any) -> list[str]:
 def outcomes(reports: Iterable[Path]) -> dict[str, dict[str, list[str]]]:
     """What passed in tests of how a model is stored, by family."""
     families = {family.__name__: family.family for family in ComposePipeline.families}
-    families["PlainAnima"] = "Anima"  # the tests' own pipeline of diffusers' modular one
+    # The tests' own pipelines of diffusers' modular ones.
+    families |= {"PlainAnima": "Anima", "PlainFlux3": "FLUX.3", "PlainFlux3Distilled": "FLUX.3 distilled"}
     found: dict[str, dict[str, list[str]]] = {"offloaded": {}, "fewer bits": {}}
     for case in (case for path in reports for case in ElementTree.parse(path).iter("testcase")):
         name, _, parameters = case.attrib["name"].removesuffix("]").partition("[")

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -163,6 +164,7 @@ def dense_loras(
     calls, forward = [0], transformer.forward
     rows: list[bool] = []
 
+    @wraps(forward)  # modular pipelines look at its signature
     def counted(*args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
         count = len(given)

@@ -107,6 +107,7 @@ BACKBONES: Mapping[str, str] = {
     "UNet2DConditionModel": "unet.UNetBackbone",
     "FluxTransformer2DModel": "flux.FluxBackbone",
     "Flux2Transformer2DModel": "flux2.Flux2Backbone",
+    "Flux3Transformer2DModel": "flux3.Flux3Backbone",
     "Ideogram4Transformer2DModel": "ideogram4.Ideogram4Backbone",
     "Krea2Transformer2DModel": "krea2.Krea2Backbone",
     "QwenImageTransformer2DModel": "qwen_image.QwenImageBackbone",

@@ -115,11 +115,16 @@ class JointBackbone:
         joint = next((site for _, site in self.table if site.joint), None)
         return joint.with_references(self._cells) if self._reference and joint is not None else joint
 
+    @property
+    def _kernel(self) -> "type[JointKernel]":
+        """Our attention."""
+        return JointKernel
+
     def _processor(self, layer: str, processor: Any, state: ForwardState) -> Any:
         """A processor for an attention layer, in place of the one found."""
         assert self.joint is not None, "families without joint sequences have processors of their own"
         parts = next((parts for start, parts in self.attends if layer.startswith(start)), self.joint.parts)
-        return with_kernel(processor, JointKernel, layer, self.joint.with_parts(*parts), state)
+        return with_kernel(processor, self._kernel, layer, self.joint.with_parts(*parts), state)
 
 
 def _attention(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     Ideogram4Transformer2DModel,
     Krea2Transformer2DModel,
@@ -104,6 +105,7 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
         {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
          "guidance_embeds": False},
     ),
+    "FLUX.3": (Flux3Transformer2DModel, {}),
     "Ideogram 4": (Ideogram4Transformer2DModel, {}),
     "Krea 2": (Krea2Transformer2DModel, {}),
     "Qwen-Image": (QwenImageTransformer2DModel, {}),
@@ -112,7 +114,7 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
 """Configurations of transformers: the defaults of their classes, with changes.
 
 The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo, Qwen-Image and Z-Image-Turbo (whose
-`axes_lens` of 1536 is the length of a table); those of Chroma and Ideogram 4 are what diffusers has for these models.
+`axes_lens` of 1536 is the length of a table); those of Chroma, FLUX.3 and Ideogram 4 are what diffusers has for them.
 FLUX.2: `Flux2Params`, `Klein4BParams` and `Klein9BParams` in `src/flux2/model.py` of
 github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as diffusers' converter
 `scripts/convert_cosmos_to_diffusers.py` has it.

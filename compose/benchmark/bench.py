@@ -41,6 +41,7 @@ from lora_compose.compose.support.names import STRUCTURES
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
 from lora_compose.compose.support.terminal import bar, echo, out
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.families.flux3 import PAD_MULTIPLE
 from lora_compose.pipelines.methods import Settings, make_method
 from lora_compose.pipelines.scene.scene import Run, Scene
 
@@ -321,7 +322,8 @@ def passes_table(rows: Sequence[PassRow]) -> Table:
     references = f", {rows[0].references} reference images of that size" if rows and rows[0].references else ""
     table = new_table(
         f"Counted: one pass at 1024 x 1024 in bfloat16 with regional, LoRAs of rank {LORA_RANK} on all linear layers "
-        f"that see text or image, {TOKENS} tokens and {REGION_TOKENS} for each region{references}",
+        f"that see text or image, {TOKENS} tokens and {REGION_TOKENS} for each region (FLUX.3: {PAD_MULTIPLE})"
+        f"{references}",
         ["model", "N", "TFLOP", "ratio", "GiB", "ratio", "GiB by blocks", "plain"],
     )
     for row in rows:

@@ -14,12 +14,13 @@ from lora_compose.compose.benchmark.architectures import TRANSFORMERS
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.compose.benchmark.memory import added_memory
 from lora_compose.compose.benchmark.peaks import FusedAttention
+from lora_compose.pipelines.families.flux3 import PAD_MULTIPLE
 
 META = torch.device("meta")
 TOKENS, REGION_TOKENS = 512, 12
 """Tokens of the text, as most of these models read it, and of the text of each region ("a photo of a sks cat")."""
 SHOWN = tuple(TRANSFORMERS)
-READING = ("FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Qwen-Image")
+READING = ("FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "FLUX.3", "Qwen-Image")
 """Transformers that read reference images; FLUX.1 Kontext and Qwen-Image-Edit have the layers of their base models."""
 
 
@@ -66,7 +67,8 @@ def pass_cost(
     backbone = type(found)(model, reference=True, cells=references * prod(each)) if references else found
     loras = [block_lora(model, rank)] * concepts
     channels, site = model.config["in_channels"], backbone.joint
-    texts = (tokens, *[REGION_TOKENS] * concepts)
+    # FLUX.3 reads the padding of each text.
+    texts = (tokens, *[PAD_MULTIPLE if "flow_map" in model.config else REGION_TOKENS] * concepts)
     if site is not None:  # where the image reads the text by cross-attention, all regions read one
         tokens = site.padded(sum(texts))
     inputs = _inputs(model, tokens)

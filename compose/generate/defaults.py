@@ -81,6 +81,8 @@ def defaults_for(device: str, facts: ModelFacts | None) -> Defaults:
 def call_defaults(family: Any) -> tuple[int, float]:
     """Steps and guidance of a family in Python, which are diffusers'; guidance as `guided` of the family takes it."""
     given = inspect.signature(family.__call__).parameters
+    if "guidance_scale" not in given:  # no model of the family has guidance
+        return given["num_inference_steps"].default, 1.0
     scale = given["guidance_scale"].default
     if scale is None and "guidance_schedule" in given:  # a scale for each step
         scale = given["guidance_schedule"].default[0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_compose.compose.training.noising import Diffusion, Flow, Noising
 from lora_compose.compose.training.settings import SCOPES, Training
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
+from lora_compose.pipelines.families.modular import ModularFamilyPipeline
 from lora_compose.pipelines.families.references import ReferencesPipeline
 from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
 
@@ -221,8 +222,8 @@ class _Transformer:
 
     def check(self, settings: Training) -> None:
         family = self.pipe.family
-        if family == "Anima":
-            raise ValueError("Anima is not trained here yet; its LoRAs come from other trainers")
+        if isinstance(self.pipe, ModularFamilyPipeline):
+            raise ValueError(f"{family} is not trained here yet; its LoRAs come from other trainers")
         self._check_references(len(settings.references))
         if settings.tara is not None:
             raise ValueError(

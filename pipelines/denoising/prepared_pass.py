@@ -91,7 +91,7 @@ class PreparedPass:
         gates = concepts.scatter(gates)
         for part, part_gates, rows in _cut(text, gates, self.spec.branch_batch_size, apart=self.apart):
             inputs = installation.inputs(
-                part_gates, part.prompt_embeds, self.spec.regions, lengths=part.lengths,
+                part_gates, part.prompt_embeds, self.spec.regions, lengths=part.lengths, read=part.read,
                 joint_regions=None if regions is None else regions.select(rows),
                 text_bias=None if bias is None else bias.select(rows),
             )  # fmt: skip

@@ -6,6 +6,7 @@ from lora_compose.pipelines.families.chroma import ComposeChromaPipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.flux2_dev import ComposeFlux2Pipeline
+from lora_compose.pipelines.families.flux3 import ComposeFlux3DistilledPipeline, ComposeFlux3Pipeline
 from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
 from lora_compose.pipelines.families.ideogram4 import ComposeIdeogram4Pipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
@@ -20,6 +21,8 @@ __all__ = [
     "ComposeChromaPipeline",
     "ComposeFlux2KleinPipeline",
     "ComposeFlux2Pipeline",
+    "ComposeFlux3DistilledPipeline",
+    "ComposeFlux3Pipeline",
     "ComposeFluxKontextPipeline",
     "ComposeFluxPipeline",
     "ComposeIdeogram4Pipeline",

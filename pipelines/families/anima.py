@@ -5,12 +5,10 @@ pipeline's own.
 """
 
 import copy
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from inspect import signature
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers import CosmosTransformer3DModel
@@ -18,24 +16,22 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import AnimaLoraLoaderMixin
 from diffusers.modular_pipelines.anima import AnimaAutoBlocks, AnimaModularPipeline
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import is_torchvision_available
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from lora_compose.attention.backbones.cosmos import with_padding_mask
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.calls.call import Call, Concepts, Generators, GivenPrompts, listed, refuse_unknown
+from lora_compose.pipelines.calls.call import Call, Concepts, Generators, GivenPrompts, listed
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
+from lora_compose.pipelines.families.flow_matching import Shape, both_sides, for_each
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.opening import HUB_OPTIONS
-from lora_compose.pipelines.families.quantised import cast
+from lora_compose.pipelines.families.modular import ModularFamilyPipeline
 from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
@@ -44,7 +40,7 @@ from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
-class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
+class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
     """The components of diffusers' `AnimaModularPipeline`, in calls that may name concepts.
 
     Args:
@@ -58,6 +54,7 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
     family = "Anima"
     architecture = "anima"
+    modular_class = AnimaModularPipeline
     transformer_class = CosmosTransformer3DModel
     text_tokenizers = ("t5_tokenizer",)
     model_cpu_offload_seq = "text_encoder->text_conditioner->transformer->vae"
@@ -81,64 +78,8 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
         self.image_processor = VaeImageProcessor(vae_scale_factor=8)
 
     @classmethod
-    def _plain_class(cls) -> Any:
-        return AnimaModularPipeline
-
-    @classmethod
-    def opens(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a model's configuration is of this family."""
-        return config.get("_class_name") == AnimaModularPipeline.__name__
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, quantize: str | None = None, **options: Any
-    ) -> "ComposePipeline":
-        """Opens a folder or hub repository with a `modular_model_index.json`.
-
-        Args:
-            options: Options of `AnimaModularPipeline.from_pretrained` for the hub, and of `load_components`, such
-                as `dtype`.
-
-        Raises:
-            ValueError: If `quantize` is another than fp8.
-        """
-        if quantize not in (None, "fp8"):
-            raise ValueError(f"models of Anima are opened with quantize='fp8' or without, not {quantize!r}")
-        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        modular: Any = AnimaModularPipeline.from_pretrained(pretrained_model_name_or_path, **hub)
-        modular.load_components(**options)
-        return cast(cls.of_modular(modular), quantize)
-
-    @classmethod
-    def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
-        """The components in another pipeline of this class."""
-        made, dtype = cls.of_modular(pipeline), options.pop("dtype", None)
-        refuse_unknown([*options], cls.from_pipe)
-        return made if dtype in (None, made.dtype) else made.to(dtype)
-
-    @classmethod
-    def of_modular(cls, modular: Any) -> Self:
-        """The components of a modular pipeline, in a composing one; raises ValueError if some are not loaded."""
-        parts = {name: getattr(modular, name, None) for name in list(signature(cls.__init__).parameters)[1:]}
-        if missing := [name for name, part in parts.items() if part is None]:
-            raise ValueError(f"the pipeline has no {', '.join(missing)}; call its load_components() first")
-        return cls(**parts)
-
-    def _save(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
-        """As diffusers' modular pipeline does, which opens the folder as well."""
-        if options.pop("use_flashpack", False):
-            raise ValueError("diffusers' modular pipelines are not saved with use_flashpack; leave it out")
-        self.modular().save_pretrained(str(save_directory), *args, **{"overwrite_modular_index": True, **options})
-
-    @property
-    def guidance_scale(self) -> float:
-        """The scale of the call in progress, or of the last one."""
-        return self._guidance_scale
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the call in progress is to stop."""
-        return self._interrupt
+    def _blocks(cls) -> Any:
+        return AnimaAutoBlocks()
 
     @front
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -215,30 +156,15 @@ class ComposeAnimaPipeline(TemplatePipeline, AnimaLoraLoaderMixin):
 
         return Request(call, partial(both_sides, encode, guided=guided), decode, return_dict)
 
-    def _as_diffusers(self, arguments: dict[str, Any], start: FromImage | None, unknown: Mapping[str, Any]) -> Any:
-        """A call without concepts: exactly what the modular pipeline does."""
-        self._check_plain_texts(arguments["prompt"], arguments["negative_prompt"])
-        if arguments.pop("callback_on_step_end") is not None:
-            raise ValueError("diffusers' modular pipelines have no callbacks; leave out callback_on_step_end")
-        del arguments["callback_on_step_end_tensor_inputs"]
-        scale, named = arguments.pop("guidance_scale"), arguments.pop("return_dict")
-        output_type, latents = arguments["output_type"] or "np", arguments["latents"]
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        latents = arguments["latents"]
         if latents is not None and latents.dim() == 4:
             arguments["latents"] = latents[:, :, None]
-        if output_type == "latent":
-            del arguments["output_type"]
-        pipe = self.modular()
+        return super()._plain_arguments(arguments, start)
+
+    def _prepare_plain(self, pipe: Any) -> None:
         if not is_torchvision_available():
             pipe.update_components(transformer=_without_torchvision(uncompiled(self.transformer)))
-        pipe.update_components(guider=pipe.guider.new(guidance_scale=scale))
-        images = pipe(**arguments, output="latents" if output_type == "latent" else "images")
-        return ImagePipelineOutput(images=images) if named else (images,)
-
-    def modular(self) -> Any:
-        """Diffusers' modular pipeline with the same components."""
-        pipe = AnimaAutoBlocks().init_pipeline()
-        pipe.update_components(**self.components)
-        return pipe
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; the conditioner pads short texts with zeros, which are read."""

@@ -282,7 +282,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             schedule = self.schedule(self.scheduler, call.sampling, plan.canvas, call.source)
             task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
             sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling), task)
-            opened = sessions(encode, sampler, self._of_references(call) if task is None else task.inputs)
+            opened = sessions(encode, sampler, self._further_inputs(call, schedule) if task is None else task.inputs)
             process = concept_sets.start(plan.choice.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
@@ -342,8 +342,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """The task of a call that starts from an image."""
         raise NotImplementedError
 
-    def _of_references(self, call: Call) -> Mapping[str, Any]:
-        """Further arguments of every forward pass, from the reference images of a call."""
+    def _further_inputs(self, call: Call, schedule: Schedule) -> Mapping[str, Any]:
+        """Further arguments of every forward pass, from the reference images of a call and its timesteps."""
         return {}
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:

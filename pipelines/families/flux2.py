@@ -30,11 +30,11 @@ from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import (
-    Shape,
     TemplatePipeline,
     both_sides,
     check_negative_embeds,
 )
+from lora_compose.pipelines.families.flux2_vae import Flux2VaePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.references import ReferencesPipeline, opened, reference_images, reference_or_start
 from lora_compose.pipelines.images.from_image import FromImage, Source
@@ -44,7 +44,7 @@ from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
-class Flux2Calls(ReferencesPipeline, TemplatePipeline):
+class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
     """Calls of FLUX.2-klein and FLUX.2-dev."""
 
     transformer_class = Flux2Transformer2DModel
@@ -120,18 +120,6 @@ class Flux2Calls(ReferencesPipeline, TemplatePipeline):
         text, _ = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return text, {}
 
-    def latents_of(self, pixels: Tensor) -> Tensor:
-        """As `FlowMatchingPipeline.latents_of`; patches are normalised as the VAE's last layer says."""
-        mean, std = self._norm(pixels.to(self.vae.dtype))
-        means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
-        return pixel_shuffle((pixel_unshuffle(means, PATCH) - mean) / std, PATCH)
-
-    def _norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents' patches."""
-        norm: Any = self.vae.bn
-        mean, variance = (numbers.view(1, -1, 1, 1).to(like) for numbers in (norm.running_mean, norm.running_var))
-        return mean, torch.sqrt(variance + self.vae.config.batch_norm_eps)
-
     def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """As `ReferencesPipeline.size_from`: that of the first one, as it is read."""
         height, width = self._references(images[:1])[0].shape[-2:]
@@ -162,13 +150,6 @@ class Flux2Calls(ReferencesPipeline, TemplatePipeline):
 
     def _shift(self, tokens: int, steps: int) -> float:
         return compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
-
-    def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
-        return [self._drawn(shape)]
-
-    def _drawn(self, shape: Shape) -> Shape:
-        rows, channels, height, width = shape
-        return rows, channels * PATCH**2, height // PATCH, width // PATCH
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         mean, std = self._norm(latents)

@@ -12,6 +12,7 @@ from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.calls.call import Call
 from lora_compose.pipelines.denoising.inputs import ByImage
+from lora_compose.pipelines.denoising.sampler import Schedule
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.images.from_image import FromImage
@@ -63,7 +64,7 @@ class ReferencesPipeline(FlowMatchingPipeline):
             "strength, padding_mask_crop and paste_original, or use a family that inpaints"
         )
 
-    def _of_references(self, call: Call) -> Mapping[str, Any]:
+    def _further_inputs(self, call: Call, schedule: Schedule) -> Mapping[str, Any]:
         if not call.references:
             return {}
         return {

@@ -22,7 +22,7 @@ _TRANSFORMERS: Sequence[tuple[str, str]] = (
     (r"(?<![a-z])blocks[._]\d+[._](?:cross_attn[._]output_proj|adaln_modulation_(?:self_attn|cross_attn|mlp))"
      r"|(?<![a-z])blocks[._]\d+[._](?:self|cross)_attn[._][qkv]_proj|llm_adapter|text_conditioner[._]"
      r"|transformer_blocks[._]\d+[._]norm[123][._]linear_[12]", "Anima"),
-    # Not supported: its single blocks have the layers of FLUX.2's double ones, and no others have blocks for each mode.
+    # Its single blocks have the layers of FLUX.2's double ones, and no others have blocks for each mode.
     (r"(?:content|txt)_mode_blocks|(?<![a-z_])mode_blocks|(?:early|single)_stream_modulations"
      r"|single_transformer_blocks[._]\d+[._](?:attn[._]to_out[._]0|ff)[._]"
      r"|single_blocks[._]\d+[._](?:[qkv]_proj|attn_out|mlp_(?:in|out))", "FLUX.3"),
@@ -54,13 +54,13 @@ _KLEIN_BLOCKS = (
 _UNLIKE_CHROMA = r"_mod[._]lin|norm1|modulation|(?:time|vector|guidance)_in[._]|time_text_embed"
 """Layers of FLUX.1 that Chroma, whose blocks are FLUX.1's, does not have."""
 _COMPOSED = (
-    "Anima", "Chroma", "FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Ideogram 4", "Krea 2",
-    "Qwen-Image", "Z-Image",
+    "Anima", "Chroma", "FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "FLUX.3", "Ideogram 4",
+    "Krea 2", "Qwen-Image", "Z-Image",
 )  # fmt: skip
 OF_CLASS: Mapping[str, str] = {
     "ChromaTransformer2DModel": "Chroma", "CosmosTransformer3DModel": "Anima", "FluxTransformer2DModel": "FLUX.1",
-    "Flux2Transformer2DModel": "FLUX.2", "Ideogram4Transformer2DModel": "Ideogram 4",
-    "Krea2Transformer2DModel": "Krea 2",
+    "Flux2Transformer2DModel": "FLUX.2", "Flux3Transformer2DModel": "FLUX.3",
+    "Ideogram4Transformer2DModel": "Ideogram 4", "Krea2Transformer2DModel": "Krea 2",
     "QwenImageTransformer2DModel": "Qwen-Image", "ZImageTransformer2DModel": "Z-Image",
 }  # fmt: skip
 """How the names of a transformer's families begin, by diffusers' class."""

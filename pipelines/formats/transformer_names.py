@@ -14,6 +14,8 @@ _Table = Sequence[tuple[str, str]]
 
 _SCALE_AND_SHIFT = (r"norm_out\.linear", "final_layer.adaLN_modulation.1")
 """The modulation of the last layer: the original gives shift and scale, diffusers' layer scale and shift."""
+_SCALE_AND_SHIFT_OF_IMAGE = (r"norm_out\.linear", "final_layer.image.adaLN_modulation.1")
+"""The same in FLUX.3."""
 
 
 def _double(image: str, text: str) -> _Table:
@@ -76,6 +78,29 @@ _FLUX2: _Table = [
     (r"proj_out", "final_layer.linear"),
     _SCALE_AND_SHIFT,
 ]
+_FLUX3: _Table = [
+    *(
+        (rf"{ours}\.{layer}", rf"{theirs}.{original}")
+        for ours, theirs in (
+            (r"mode_blocks\.(\w+)\.(\d+)", r"content_mode_blocks.\1.\2"),
+            (r"txt_mode_blocks\.(\d+)", r"txt_mode_blocks.\1"),
+            (r"single_transformer_blocks\.(\d+)", r"single_blocks.\1"),
+        )
+        for layer, original in (
+            (r"attn\.to_q", "q_proj"), (r"attn\.to_k", "k_proj"), (r"attn\.to_v", "v_proj"),
+            (r"attn\.to_out\.0", "attn_out"), (r"ff\.linear_in", "mlp_in"), (r"ff\.linear_out", "mlp_out"),
+        )
+    ),
+    (r"(\w+_stream_modulations\.\w+)\.linear", r"\1.lin"),
+    (r"x_embedders\.(\w+)", r"emb_in.\1"),
+    (r"context_embedder", "txt_in"),
+    (r"timestep_embedder\.linear_1", "time_in.in_layer"),
+    (r"timestep_embedder\.linear_2", "time_in.out_layer"),
+    (r"target_timestep_embedder\.linear_1", "ref_time_in.in_layer"),
+    (r"target_timestep_embedder\.linear_2", "ref_time_in.out_layer"),
+    (r"proj_out", "final_layer.image.linear"),
+    _SCALE_AND_SHIFT_OF_IMAGE,
+]  # fmt: skip
 _IDEOGRAM4: _Table = [
     (r"layers\.(\d+)\.attention\.to_[qkv]", r"layers.\1.attention.qkv"),
     (r"layers\.(\d+)\.attention\.to_out\.0", r"layers.\1.attention.o"),
@@ -134,6 +159,7 @@ _TABLES: Mapping[str, _Table] = {
     "CosmosTransformer3DModel": _COSMOS,
     "FluxTransformer2DModel": _FLUX,
     "Flux2Transformer2DModel": _FLUX2,
+    "Flux3Transformer2DModel": _FLUX3,
     "Ideogram4Transformer2DModel": _IDEOGRAM4,
     "Krea2Transformer2DModel": _KREA2,
     "ZImageTransformer2DModel": _Z_IMAGE,
@@ -156,7 +182,8 @@ def swaps_halves(name: str, spelled: str) -> bool:
     Args:
         spelled: The layer in a file, with underscores for dots.
     """
-    return name == "norm_out.linear" and spelled == _SCALE_AND_SHIFT[1].replace(".", "_")
+    swapped = [original.replace(".", "_") for _, original in (_SCALE_AND_SHIFT, _SCALE_AND_SHIFT_OF_IMAGE)]
+    return name == "norm_out.linear" and spelled in swapped
 
 
 def _order(layer: tuple[int, str]) -> tuple[int, int]:

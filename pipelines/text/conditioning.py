@@ -34,7 +34,8 @@ class Conditioning:
             tokens, concepts].
         phrase_mask: The mask of trigger and class word together.
         roles: Image and branch of each row, and whether it is conditional.
-        added: Further inputs of the model by row (SDXL's pooled text and sizes).
+        added: Further inputs of the model by row (SDXL's pooled text and sizes). On the CPU "lengths", tokens of rows
+            that have fewer than others, and "read", tokens that attention sees where a row is padded further.
         canvas_embeds: A text for the whole image, read by ControlNets; None means the first text. Shape: [rows, tokens,
             channels].
     """
@@ -69,13 +70,21 @@ class Conditioning:
         return (self.prompt_embeds.shape[-2],) * self.rows
 
     @property
+    def read(self) -> tuple[int, ...] | None:
+        """Number of tokens of each row that attention sees; None means all of them."""
+        return None if self.added is None or "read" not in self.added else tuple(self.added["read"].tolist())
+
+    @property
     def text_mask(self) -> Tensor:
-        """True at tokens that are not padding; everywhere if the pipeline gives no mask. Shape: [rows, tokens]."""
+        """True at tokens that are not padding, or whose padding is read; everywhere if the pipeline gives no mask.
+
+        Shape: [rows, tokens].
+        """
         embeds, added = self.first_embeds, self.added or {}
         if "text_mask" in added:
             return added["text_mask"].bool()
-        if "lengths" in added:
-            lengths = added["lengths"].to(embeds.device)
+        if "lengths" in added or "read" in added:
+            lengths = added["read" if "read" in added else "lengths"].to(embeds.device)
             return torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]
         return embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
 

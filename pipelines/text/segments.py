@@ -69,10 +69,13 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning], multiple:
     if ragged:
         added["lengths"] = added["lengths"].clone()
         added["lengths"][conditional] = sum(lengths)
+    if "read" in added:  # by region attention, but for what an unconditional row has less than text 0
+        added["read"] = torch.where(added["read"] < lengths[0], added["read"], width)
+        added["read"][conditional] = width
     hidden = ~mask
     hidden[unconditional] = False
     hidden[:, sum(lengths) :] = False
-    if not ragged:
+    if not ragged and "read" not in added:
         hidden[:, : lengths[0]] = False  # its padding is for the model to mask or to read
     text = replace(
         base,

@@ -14,6 +14,7 @@ from anima import cosmos_transformer
 from chroma import chroma_transformer
 from flux import flux_transformer
 from flux2 import flux2_transformer
+from flux3 import flux3_transformer
 from golden import TRANSFORMERS
 from ideogram4 import ideogram4_transformer
 from krea2 import krea2_transformer
@@ -31,6 +32,7 @@ MODELS = {
     "chroma": chroma_transformer,
     "flux": flux_transformer,
     "flux2": flux2_transformer,
+    "flux3": flux3_transformer,
     "ideogram4": ideogram4_transformer,
     "krea2": krea2_transformer,
     "qwen-image": qwen_image_transformer,
@@ -113,6 +115,9 @@ def test_every_layer_attends_through_our_kernel_once_in_a_pass_with_the_same_bit
         layer.set_processor(made)
     assert torch.equal(plain_latents(described, pipe, **given), expected)
     for name, kernel in kernels.items():
+        if "image_cond" in name:  # which runs only if there are reference images
+            assert not kernel.calls
+            continue
         assert len(kernel.calls) == 1, name
         ((dimensions, options),) = kernel.calls
         assert dimensions == 4, "rows, positions, heads, channels"

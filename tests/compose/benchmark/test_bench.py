@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import Flux3Transformer2DModel
 
 from commands import call
 from components import tiny_pipeline
 from lora_compose.attention import backbone_of, reference_factor
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
+from lora_compose.attention.backbones.flux3 import Flux3Backbone
 from lora_compose.compose.benchmark import many_loaded, timing
 from lora_compose.compose.benchmark.architectures import (
     PROMPT,
@@ -263,3 +266,13 @@ def test_a_pass_with_reference_images_costs_what_its_tokens_cost():
     assert found.peak_bytes > plain.peak_bytes
     both = pass_cost(model, 2, 8, (32, 32), 64, references=2)
     assert 1 < both.flops / found.flops < 1.2
+
+
+def test_a_pass_with_reference_images_costs_less_where_they_have_blocks_of_their_own():
+    """Only the blocks of FLUX.3 that text and images share attend to all of them."""
+    with torch.device("meta"):
+        model = Flux3Transformer2DModel(num_layers=2, num_single_layers=2, num_attention_heads=4)
+    plain, found = (pass_cost(model, 0, 8, (32, 32), 64, references=number) for number in (0, 2))
+    factor = reference_factor(Flux3Backbone(model, reference=True, cells=2 * 16 * 16), (32, 32), 64)
+    assert found.flops / plain.flops == pytest.approx(factor, rel=1e-3)
+    assert pass_cost(model, 2, 8, (32, 32), 64, references=2).flops > found.flops

@@ -10,15 +10,15 @@ import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from safetensors.torch import save_file
 
-from all_transformers import JOINT, TRANSFORMERS
+from all_transformers import MODULAR, TRANSFORMERS
 from components import lora_tensors, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.pipelines.families.base import ComposePipeline
 from transformer_families import as_file, random_lora_of_all
 
 FOLDER = assets_dir() / "custom_pipeline"
-JOINT_MAKERS = {name: TRANSFORMERS[name].pipeline for name in JOINT}  # Anima is modular, for which this is not
-MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline, **JOINT_MAKERS}
+OF_TRANSFORMERS = {name: family.pipeline for name, family in TRANSFORMERS.items() if name not in MODULAR}
+MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline, **OF_TRANSFORMERS}
 OPTIONS = {name: family.unguided for name, family in TRANSFORMERS.items()}
 PROMPT = "a sks cat on grass"
 

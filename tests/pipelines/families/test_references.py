@@ -15,6 +15,7 @@ from torch import Tensor
 from components import seeded
 from flux2 import FLUX2
 from flux2_dev import FLUX2_DEV
+from flux3 import FLUX3
 from flux_kontext import KONTEXT
 from lora_compose import Clora, ComposePipeline, Composite, Concept, Draft, FreeFuse, Merge, Regional, Switch
 from lora_compose.attention import backbone_of
@@ -71,6 +72,7 @@ READING = {
     "klein": Reading(FLUX2, [NAVY, ORANGE], 4 * 6 + 5 * 4),
     "dev": Reading(FLUX2_DEV, [NAVY, ORANGE], 4 * 6 + 5 * 4, guided=False),
     "kontext": Reading(KONTEXT, NAVY, 4 * 6, {"_auto_resize": False}),
+    "flux3": Reading(FLUX3, [NAVY, ORANGE], 4 * 6 + 5 * 4),
     "qwen": Reading(QWEN_IMAGE_EDIT, [NAVY, ORANGE], REFERENCE_TOKENS, without=[ORANGE, NAVY]),
     "qwen-2511": Reading(QWEN_IMAGE_EDIT_2511, [NAVY, ORANGE], REFERENCE_TOKENS, without=[ORANGE, NAVY]),
 }

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from all_transformers import MODULAR
 from components import seeded
 from golden import PIPELINES, PROMPT, TRANSFORMERS, squares
 from lora_compose import ComposePipeline
 from transformer_families import TOKENS
 
-FAMILIES = ("sd", "sdxl", *(name for name in TRANSFORMERS if name != "anima"))
-"""Anima is a modular pipeline, which has no methods to hand arguments to."""
+FAMILIES = ("sd", "sdxl", *(name for name in TRANSFORMERS if name not in MODULAR))
+"""Modular pipelines have no methods to hand arguments to."""
 OF_OUR_OWN = {"concepts", "method", "control", "token_positions", "record_attention"}
 OPENED = {"quantize"}
 FROM_IMAGE = {"image", "mask_image", "strength", "padding_mask_crop", "paste_original"}

@@ -199,6 +199,6 @@ FLUX3 = (
 
 
 @pytest.mark.parametrize("layer", FLUX3)
-def test_files_of_flux_3_are_named_although_it_is_not_supported(layer: str) -> None:
+def test_files_of_flux_3_are_named(layer: str) -> None:
     guess = guess_family({f"{layer}.lora_A.weight": [16, 4608], f"{layer}.lora_B.weight": [4608, 16]}, {})
-    assert (guess.family, guess.supported) == ("FLUX.3", False)
+    assert (guess.family, guess.supported) == ("FLUX.3", True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from chroma import chroma_transformer
 from flux import flux_transformer
 from flux2 import flux2_transformer
+from flux3 import flux3_transformer
 from ideogram4 import ideogram4_transformer
 from krea2 import krea2_transformer
 from lora_compose.attention import Lora, LoraFactors
@@ -85,7 +86,7 @@ def test_a_layer_of_the_original_checkpoint_is_shared_out_in_order(tmp_path: Pat
 
 BUILDS = {
     "chroma": chroma_transformer, "flux": flux_transformer, "flux2": flux2_transformer,
-    "ideogram4": ideogram4_transformer, "krea2": krea2_transformer,
+    "flux3": flux3_transformer, "ideogram4": ideogram4_transformer, "krea2": krea2_transformer,
     "z-image": z_image_transformer, "qwen-image": qwen_image_transformer,
 }  # fmt: skip
 

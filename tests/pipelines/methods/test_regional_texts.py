@@ -15,6 +15,7 @@ from chroma import CHROMA
 from components import lora_tensors, random_lora, seeded, tiny_pipeline
 from flux import FLUX
 from flux2 import FLUX2
+from flux3 import FLUX3
 from ideogram4 import IDEOGRAM4
 from krea2 import KREA2
 from lora_compose import Concept, Regional
@@ -86,6 +87,8 @@ def texts_of(family: Family, pipe: Any) -> list[int]:
         return [TOKENS, *(len(pipe.tokenizer_2(text).input_ids) for text in TEXTS[1:])]
     if family is CHROMA:  # which reads the first token of the padding
         return [TOKENS, *(len(pipe.tokenizer(text).input_ids) + 1 for text in TEXTS[1:])]
+    if family is FLUX3:  # which reads padding
+        return [TOKENS] * len(TEXTS)
     template = pipe._template(TOKENS)
     real = [len(pipe.tokenizer(template.render(text)).input_ids) - template.dropped for text in TEXTS]
     if family is KREA2:
@@ -199,6 +202,8 @@ def check_pass(family: Family, pipe: Any, call: tuple, mine: Sequence[Tensor], *
     masks[tokens] = whole[-tokens:, -tokens:] if family is Z_IMAGE else whole[:tokens, :tokens]
     if family is Z_IMAGE and isolate:
         masks[len(whole) - tokens] = whole[:-tokens, :-tokens]
+    if family is FLUX3 and isolate:
+        masks[len(whole) - tokens] = whole[tokens:, tokens:]
     loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
     places = placed(family, mine, lengths)
     with (

@@ -1,0 +1,357 @@
+"""FLUX.3 with concepts: texts padded to multiples of 80 tokens, which the transformer reads; guided and distilled.
+
+diffusers has FLUX.3 as two modular pipelines. Ours have the same components but the prompt upsampler, which rewrites
+prompts with a language model of its own; a call without concepts is the modular pipeline's own.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from diffusers import Flux3Transformer2DModel
+from diffusers.loaders import Flux3LoraLoaderMixin
+from diffusers.modular_pipelines.flux3 import (
+    Flux3AutoBlocks,
+    Flux3DistilledAutoBlocks,
+    Flux3DistilledModularPipeline,
+    Flux3ModularPipeline,
+)
+from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
+from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
+
+from lora_compose.attention.backbones.joint import PATCH, packed
+from lora_compose.attention.device import dtype_of, uncompiled
+from lora_compose.pipelines.calls.call import Call, Concepts, Generators, GivenPrompts, check_arguments, listed
+from lora_compose.pipelines.calls.front import Begun, Plain, Request, front
+from lora_compose.pipelines.calls.plan import Plan, resolve_sets
+from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.guidance import ClassifierFree
+from lora_compose.pipelines.denoising.inputs import ByImage
+from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.denoising.sampler import Schedule
+from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.families.flow_matching import both_sides, for_each, tokenizer_of
+from lora_compose.pipelines.families.flux2_vae import Flux2VaePipeline
+from lora_compose.pipelines.families.modular import ModularFamilyPipeline
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images, reference_or_start
+from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.templates import TemplateTokenizer
+
+LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)
+"""Layers of the text encoder that are read side by side."""
+PAD_MULTIPLE: int = Flux3TextEncoderStep().pad_multiple
+"""Texts are padded to a multiple of so many tokens."""
+MOST_TOKENS = 8192
+
+
+class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
+    """Calls of both pipelines.
+
+    Args:
+        tokenizer: The processor of the text encoder.
+        text_encoder: Qwen3-VL.
+        transformer: The denoiser.
+        vae: FLUX.2's.
+    """
+
+    architecture = "flux-3"
+    transformer_class = Flux3Transformer2DModel
+    blocks_class: ClassVar[Any]
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, transformer: Any, vae: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = Flux3ImageProcessor()
+
+    @classmethod
+    def _blocks(cls) -> Any:
+        blocks = cls.blocks_class()
+        del blocks.sub_blocks["prompt_upsampler"]
+        return blocks
+
+    def _request(
+        self, begun: Begun, given: Mapping[str, Any], reference: Any, guidance_scale: float, **inputs: Any
+    ) -> Request:
+        """The request of a call with concepts.
+
+        Args:
+            given: The arguments of `__call__`, by name.
+            reference: The reference images.
+            guidance_scale: 1 is no guidance.
+            inputs: Further arguments of every forward pass.
+        """
+        if begun.prompt is None:
+            raise ValueError(f"{self.family} needs a prompt; it cannot be given embeddings")
+        if guidance_scale < 1:
+            raise ValueError(f"guidance_scale must be at least 1 with concepts, and it is {guidance_scale}")
+        if given["max_sequence_length"] < 1:
+            raise ValueError(f"max_sequence_length must be at least 1, not {given['max_sequence_length']}")
+        prompt, negative_prompt = listed(begun.prompt), given.get("negative_prompt")
+        per_prompt, layers = given["num_images_per_prompt"], given["text_encoder_out_layers"]
+        guided, guider = guidance_scale > 1, ClassifierFree(guidance_scale)
+        prompts_given = GivenPrompts([prompt], None, None, [listed(negative_prompt)])
+        references, crop = self._references(reference)
+        size = self._size(given["width"], given["height"])
+        if references and given["width"] is None and given["height"] is None:
+            size = references[0].shape[-1], references[0].shape[-2]
+        else:
+            crop = None
+        call = begun.call(
+            given, prompts_given, size, per_prompt, guider, inputs=inputs,
+            properties={"_guidance_scale": guidance_scale}, references=references,
+        )  # fmt: skip
+        own = [one.concept for one in resolve_sets(self, call)[0]]
+        texts = [*prompt, *listed(negative_prompt), *(text for it in own for text in (it.prompt, it.negative_prompt))]
+        length = min(given["max_sequence_length"], max(self._tokens(text or "") for text in texts))
+        call = replace(call, prompts=replace(prompts_given, length=length))
+
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+            words = prompts or (for_each(negative_prompt, len(prompts_given)) if negative else prompt)
+            text, added = self._encoded(words, length, layers)
+            rows = {name: values.repeat_interleave(per_prompt, dim=0) for name, values in added.items()}
+            return text.repeat_interleave(per_prompt, dim=0), rows
+
+        def decode(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._decode(latents, given["output_type"] or "np", crop),)
+
+        return Request(call, partial(both_sides, encode, guided=guided), decode, given["return_dict"])
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        latents = arguments["latents"]
+        if latents is not None and latents.shape[1] != self.transformer.config.in_channels:
+            arguments["latents"] = pixel_unshuffle(latents, PATCH)
+        arguments = super()._plain_arguments(arguments, start)
+        if isinstance(arguments["prompt"], list) and len(arguments["prompt"]) == 1:  # diffusers takes no lists
+            arguments["prompt"] = arguments["prompt"][0]
+        return arguments
+
+    def _further_inputs(self, call: Call, schedule: Schedule) -> Mapping[str, Any]:
+        inputs = super()._further_inputs(call, schedule)
+        if not self.transformer.config.flow_map:
+            return inputs
+        return {**inputs, "timesteps": ByImage(torch.stack(list(schedule.timesteps))[None])}
+
+    def _tokens(self, text: str) -> int:
+        """Tokens of a text in the template, with their padding."""
+        words = self._template(MOST_TOKENS)
+        return math.ceil(len(words.tokenizer(words.render(text)).input_ids) / PAD_MULTIPLE) * PAD_MULTIPLE
+
+    def _encoded(
+        self, texts: Sequence[str], length: int, layers: tuple[int, ...] = LAYERS
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Texts padded to a length, and how many of their tokens are read: a multiple of 80, or all."""
+        each = [
+            Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds(
+                self.text_encoder, self.tokenizer, text, device=self._execution_device, max_sequence_length=length,
+                pad_multiple=PAD_MULTIPLE, hidden_states_layers=layers,
+            )
+            for text in texts
+        ]  # fmt: skip
+        read = [text.shape[1] for text in each]
+        rows = [pad(text, (0, 0, 0, length - tokens)) for text, tokens in zip(each, read, strict=True)]
+        return torch.cat(rows).to(dtype_of(uncompiled(self.transformer))), {"read": torch.tensor(read)}
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `FlowMatchingPipeline.read_texts`; by itself it pads all of them as the longest needs."""
+        return self._encoded(prompts, length or max(map(self._tokens, prompts)))
+
+    def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:
+        """As `ReferencesPipeline.size_from`: that of the first one, as it is read."""
+        (first, *_), _ = self._references(images)
+        return first.shape[-1], first.shape[-2]
+
+    def _references(self, given: Any) -> tuple[list[Tensor], tuple[int, int, int, int] | None]:
+        """Reference images, prepared as diffusers does: one is kept whole, several are cut to whole tokens.
+
+        Returns:
+            The images, and the part that is not padding if there is one alone: left, top, right and bottom.
+
+        Raises:
+            ValueError: For tensors.
+        """
+        images = reference_images(given)
+        mode = "fill" if len(images) == 1 else "crop"
+        prepared = [self.image_processor.preprocess(image, resize_mode=mode) for image in images]
+        return [image for image, _ in prepared], prepared[0][1]["reference_crop"] if prepared else None
+
+    def reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
+        """As `ReferencesPipeline.reference_tokens`."""
+        return torch.cat([packed(self.latents_of(image.to(self._execution_device))) for image in references], dim=1)
+
+    def _norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        norm, eps = self.vae.bn, self.vae.config.batch_norm_eps
+        mean, std = (numbers.view(1, -1, 1, 1) for numbers in (norm.running_mean, norm.running_var))
+        return mean.to(like), torch.sqrt(std + eps).to(like)  # rounded after the root, as in diffusers
+
+    def _template(self, length: int) -> TemplateTokenizer:
+        words = tokenizer_of(self.tokenizer)
+        return TemplateTokenizer(words, self._chat_template(), length, length, pads=False)
+
+    def _shift(self, tokens: int, steps: int) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None  # the scheduler's own, whatever the size
+
+    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
+        """As diffusers draws it: in fp32, with patches as channels."""
+        canvas, latents = plan.canvas, call.sampling.latents
+        if latents is None:
+            shape = self._drawn(self._latent_shape(canvas))
+            latents = randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
+        cells = latents if latents.shape[-2:] == canvas.latent_grid else pixel_shuffle(latents, PATCH)
+        return cells.to(canvas.device, dtype)
+
+    def _decode(self, latents: Tensor, output_type: str, crop: tuple[int, int, int, int] | None = None) -> Any:
+        patches = pixel_unshuffle(latents, PATCH)
+        if output_type == "latent":
+            return patches
+        mean, std = self._norm(patches)
+        cells = pixel_shuffle(patches * std + mean, PATCH)
+        image = self.vae.decode(cells.to(self.vae.dtype), return_dict=False)[0]
+        return self._postprocess(image, output_type, reference_crop=crop)
+
+
+class ComposeFlux3Pipeline(Flux3Calls, Flux3LoraLoaderMixin):
+    """The components of diffusers' `Flux3ModularPipeline`, in calls that may name concepts."""
+
+    family = "FLUX.3"
+    modular_class = Flux3ModularPipeline
+    blocks_class = Flux3AutoBlocks
+
+    @front
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str] | None = None,
+        image: Any = None,
+        negative_prompt: str | list[str] | None = None,
+        max_sequence_length: int = MOST_TOKENS,
+        text_encoder_out_layers: tuple[int, ...] = LAYERS,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        generator: Generators = None,
+        num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        output_type: str | None = "pil",
+        guidance_scale: float = 3.5,
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
+        **kwargs: Any,
+    ) -> Request | Plain:
+        """Generates images; arguments are the inputs of diffusers' modular pipeline, and `guidance_scale` its guider's.
+
+        Latents have the shape [images, channels, height, width]; those of diffusers, with patches as channels, are
+        taken too, and are what `output_type="latent"` returns.
+
+        Args:
+            prompt: Read as it is, without the prompt upsampler. Several prompts need concepts.
+            image: One or several reference images, of any sizes; LoRAs act on them only if a concept says so
+                (`Concept.references`), and regions are those of the image that is made. Without width and height, that
+                has the size of the first one.
+            sigmas: Noise levels of the steps; `timesteps`, which diffusers takes too, are not taken.
+            guidance_scale: 1 is no guidance. Less than 1 is for calls without concepts.
+            callback_on_step_end: For calls with concepts; modular pipelines have no callbacks.
+            method: The name of a method without gradients (`lora-compose methods`), or settings.
+            control: Not supported yet.
+            token_positions: Refused, since there are no prompt embeddings to give.
+            record_attention: Maps come from the last third of the blocks that text and image share.
+            mask_image: Not supported, as are the three arguments after it.
+        """
+        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
+        if reference is None:  # otherwise the size is that of the image
+            width, height = self._sides(width, height)
+        given = dict(locals())
+        begun = self._begin(given)
+        if begun.plain is not None:
+            return begun.plain
+        check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
+        return self._request(begun, given, reference, guidance_scale, attention_kwargs=attention_kwargs)
+
+
+class ComposeFlux3DistilledPipeline(Flux3Calls, Flux3LoraLoaderMixin):
+    """The components of diffusers' `Flux3DistilledModularPipeline`, in calls that may name concepts."""
+
+    family = "FLUX.3 distilled"
+    modular_class = Flux3DistilledModularPipeline
+    blocks_class = Flux3DistilledAutoBlocks
+
+    @front
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str] | None = None,
+        image: Any = None,
+        max_sequence_length: int = MOST_TOKENS,
+        text_encoder_out_layers: tuple[int, ...] = LAYERS,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        generator: Generators = None,
+        num_inference_steps: int = 16,
+        sigmas: list[float] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
+        **kwargs: Any,
+    ) -> Request | Plain:
+        """Generates images, as `ComposeFlux3Pipeline.__call__`; there is neither guidance nor a negative prompt.
+
+        Args:
+            image: One or several reference images.
+            concepts: As for `ComposePipeline.__call__`.
+            method: The name of a method without gradients (`lora-compose methods`), or settings.
+            control: Not supported yet.
+            mask_image: Not supported, as are the three arguments after it.
+        """
+        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
+        if reference is None:  # otherwise the size is that of the image
+            width, height = self._sides(width, height)
+        given = dict(locals())
+        begun = self._begin(given)
+        if begun.plain is not None:
+            return begun.plain
+        return self._request(begun, given, reference, 1.0)
+
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """As `FlowMatchingPipeline.guided`: nothing, since guidance is distilled into the model."""
+        if negative_prompt is not None:
+            raise ValueError(f"{self.family} reads no negative prompt; leave it out")
+        return {}
+
+
+ComposePipeline.families.extend([ComposeFlux3Pipeline, ComposeFlux3DistilledPipeline])
