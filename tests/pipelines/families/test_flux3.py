@@ -209,10 +209,12 @@ def test_the_names_of_the_original_checkpoint_are_those_of_diffusers_converter()
     transformer = flux3_transformer(flow_map=True)
     names = original(transformer)
     assert names.keys() == {name for name, one in transformer.named_modules() if isinstance(one, torch.nn.Linear)}
-    weights = {f"{theirs}.weight": transformer.get_submodule(ours).weight for ours, theirs in names.items()}
+    weights: dict[str, Any] = {
+        f"{theirs}.weight": transformer.get_submodule(ours).weight for ours, theirs in names.items()
+    }
     converted = convert_flux3_transformer_checkpoint_to_diffusers(dict(weights))
     for ours in names:
-        weight = transformer.get_submodule(ours).weight
+        weight = weights[f"{names[ours]}.weight"]
         swapped = swaps_halves(ours, names[ours].replace(".", "_"))
         assert torch.equal(converted[f"{ours}.weight"], weight.roll(weight.shape[0] // 2, 0) if swapped else weight)
         assert swapped is (ours == "norm_out.linear")
