@@ -125,7 +125,7 @@ def pipeline_with_concepts(family: Family, folder: Path) -> Any:
 
 
 def shared_pipeline(family: Family) -> Any:
-    """The same with the models of all others of its family, for tests that leave models as they are."""
+    """A pipeline as `pipeline_with_concepts` makes it, whose models and LoRAs all tests of the family share."""
     if id(family) not in _SHARED:
         (folder := Path(_FILES.name) / f"{len(_SHARED)}").mkdir()
         _SHARED[id(family)] = pipeline_with_concepts(family, folder)

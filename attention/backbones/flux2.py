@@ -13,6 +13,7 @@ from lora_compose.attention.backbones.joint import (
     packed,
     unpacked,
     with_references,
+    word_positions,
 )
 from lora_compose.attention.sites import Grid, Site
 
@@ -71,15 +72,12 @@ class Flux2Backbone(JointBackbone):
             several = reference if reference.dim() == 3 else packed(reference)
             grids = reference_grids or [(latents.shape[-2] // PATCH, latents.shape[-1] // PATCH)]
             tokens, image = with_references(tokens, image, several, grids, REFERENCE)
-        words = torch.arange(text.shape[1], device=text.device)
-        if added is not None and "text_positions" in added:
-            words = added["text_positions"][-1]  # with several texts, each starts at 0
         velocity = self.model(
             hidden_states=tokens.to(text.dtype),
             encoder_hidden_states=text,
             timestep=t.expand(len(latents)).to(latents.dtype) / 1000,
             img_ids=image,
-            txt_ids=torch.nn.functional.pad(words[:, None], (3, 0)),
+            txt_ids=torch.nn.functional.pad(word_positions(text, added)[:, None], (3, 0)),
             guidance=guidance,
             return_dict=False,
             **inputs,

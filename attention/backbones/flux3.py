@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention.backbones.joint import PATCH, JointBackbone, JointKernel, packed, unpacked
+from lora_compose.attention.backbones.joint import PATCH, JointBackbone, JointKernel, packed, unpacked, word_positions
 from lora_compose.attention.sites import Grid, Site
 
 ROTARY_SCALE = 0.5
@@ -104,16 +104,13 @@ class Flux3Backbone(JointBackbone):
         if timesteps is not None:
             following = torch.where(timesteps < t.reshape(-1, 1), timesteps, 0).amax(dim=1)
             inputs["target_timestep"] = (following / 1000).to(dtype)
-        words = torch.arange(text.shape[1], device=device)
-        if added is not None and "text_positions" in added:
-            words = added["text_positions"][-1]  # with several texts, each starts at 0
         height, width = (side // PATCH for side in latents.shape[-2:])
         velocity = self.model(
             hidden_states=packed(latents).to(dtype),
             encoder_hidden_states=text,
             timestep=(t / 1000).expand(len(latents)).to(dtype),
             img_ids=_positions((height, width), device),
-            txt_ids=nn.functional.pad(words[:, None].float(), (3, 0)),
+            txt_ids=nn.functional.pad(word_positions(text, added)[:, None].float(), (3, 0)),
             return_dict=False,
             **inputs,
         )[0]

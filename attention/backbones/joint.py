@@ -160,6 +160,13 @@ def image_positions(latents: Tensor, dtype: torch.dtype | None = None) -> Tensor
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
 
 
+def word_positions(text: Tensor, added: Mapping[str, Tensor] | None) -> Tensor:
+    """Positions of a sequence's tokens; of several texts in one, each begins at 0. Shape: [tokens]."""
+    if added is not None and "text_positions" in added:
+        return added["text_positions"][-1]
+    return torch.arange(text.shape[1], device=text.device)
+
+
 def with_references(
     tokens: Tensor, positions: Tensor, references: Tensor, grids: Sequence[Grid], step: int
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ _Table = Sequence[tuple[str, str]]
 _SCALE_AND_SHIFT = (r"norm_out\.linear", "final_layer.adaLN_modulation.1")
 """The modulation of the last layer: the original gives shift and scale, diffusers' layer scale and shift."""
 _SCALE_AND_SHIFT_OF_IMAGE = (r"norm_out\.linear", "final_layer.image.adaLN_modulation.1")
-"""The same in FLUX.3."""
+"""FLUX.3's modulation of the last layer, whose halves are in the same order."""
 
 
 def _double(image: str, text: str) -> _Table:
