@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recipe.loop import Optimizers
+from recipe.ranks import rank
 
 NO_CAPTION = 0.1  # share of images without words, for classifier-free guidance
 EMA = 0.998
@@ -36,7 +37,7 @@ class AveragedTrainer(ABC, Generic[Batch]):
         inner = [name for name, p in named.items() if is_inner(name, p)]
         rest = [p for name, p in named.items() if name not in inner]
         self.optimizers = Optimizers([named[name] for name in inner], rest, lr, weight_decay=0.02)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed + 1000 * rank())
         self.step = 0
 
     @abstractmethod
@@ -68,7 +69,8 @@ class AveragedTrainer(ABC, Generic[Batch]):
         self.step, self.average = state["step"], state["average"]
         self.models.load_state_dict(state["models"])
         self.optimizers.load_state_dict(state["optimizers"])
-        self.generator.set_state(state["generator"])
+        if not rank():  # the others go on with noise of their own
+            self.generator.set_state(state["generator"])
 
     def write(self, pipe: Any, parts: Iterable[nn.Module], out: Path) -> None:
         """Writes a pipeline with averaged weights in fp16; training may continue afterwards.
@@ -78,6 +80,8 @@ class AveragedTrainer(ABC, Generic[Batch]):
             parts: All of its models.
             out: The folder.
         """
+        if rank():
+            return
         parts, live = tuple(parts), [p.detach().clone() for p in self.parameters]
         self._set(self.average)
         for model in parts:

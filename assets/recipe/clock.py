@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
 from lora_compose.compose.support.terminal import echo
 from recipe.loop import keep, resume, share
 from recipe.pool import Batch, Pool
+from recipe.ranks import of_first, rank, ranks
 from recipe.world import SIZE
 
 EVERY = 50  # steps between two lines of progress
@@ -46,18 +44,18 @@ class Clocked:
 
     Attributes:
         step: Steps so far.
-        seconds: What they took on the processor, in all sittings.
+        seconds: What they took on the processors, in all sittings.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser, self.step, self.seconds, self._first = denoiser, denoiser.step, 0.0, True
+    def __init__(self, denoiser: Denoiser, seconds: float = 0.0) -> None:
+        self.denoiser, self.step, self.seconds, self._first = denoiser, denoiser.step, seconds, True
 
     def learn(self, batch: Batch, share: float) -> float:
         """One step; the first of a process does not count, since it may compile."""
         start = time.process_time()
         loss = self.denoiser.learn(batch, share)
         self.step, self._first, first = self.denoiser.step, False, self._first
-        self.seconds += 0.0 if first else time.process_time() - start
+        self.seconds += 0.0 if first else ranks() * (time.process_time() - start)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,16 +75,9 @@ def shares(done: float) -> Mapping[str, float]:
     return {"close": close, "scenes": 0.8 * (1 - close), "wide": 0.2 * (1 - close)}
 
 
-def layout_times(count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels, 0 to 1, mostly those at which it is decided what is where: images of few cells need much noise.
-
-    Logit-normal (Esser et al. 2024). With a mean of 0, only 4 in 100 would be above 0.85, and a model trained so paints
-    well but forgets or doubles objects.
-    """
-    return (torch.randn(count, generator=generator) + 0.8).sigmoid()
-
-
-def train_for(minutes: float, denoiser: Denoiser, pool: Path, out: Path, images: int, seed: int) -> None:
+def train_for(
+    minutes: float, denoiser: Denoiser, pool: Path, out: Path, images: int, seed: int, spent: float = 0
+) -> None:
     """Trains for so many minutes of computing in all, and saves the model.
 
     Args:
@@ -94,21 +85,22 @@ def train_for(minutes: float, denoiser: Denoiser, pool: Path, out: Path, images:
         denoiser: Trained in place.
         pool: Images.
         out: The model; its checkpoint lies beside it, and is resumed.
-        images: Images of the usual size in a batch.
+        images: Images of the usual size in a batch, of all processes together.
         seed: Seed of the order of the images.
+        spent: Minutes that the denoiser has been trained for, where there is no checkpoint.
     """
-    trainer, checkpoint = Clocked(denoiser), out.with_suffix(".state.pt")
+    trainer, checkpoint = Clocked(denoiser, 60 * spent), out.with_suffix(".state.pt")
     resume(trainer, checkpoint)
-    pictures = Pool(pool, shares(0), seed + trainer.step)
+    pictures = Pool(pool, shares(0), seed + trainer.step + 10**6 * rank())
     losses: list[float] = []
     kept = saved = time.monotonic()
-    for batch in pictures.batches(images * CELLS):
-        done = trainer.seconds / (60 * minutes)
+    for batch in pictures.batches(images * CELLS // ranks()):
+        done = of_first(trainer.seconds) / (60 * minutes)
         if done >= 1:
             break
         pictures.mix(shares(done))
         losses.append(trainer.learn(batch, share(trainer.step, done)))
-        if trainer.step % EVERY == 0:
+        if trainer.step % EVERY == 0 and not rank():
             mean = sum(losses) / len(losses)
             echo(f"{trainer.step} loss {mean:.4f} {trainer.seconds / 60:.1f} minutes, {len(pictures)} images")
             losses = []

@@ -53,9 +53,9 @@ def reference(rng: Generator, known: Character, drawings: Drawings, beside: bool
         kin = PEOPLE if known.class_word in PEOPLE else (known.class_word,)
         other = str(rng.choice([name for name in CLASSES if name not in kin]))
         words[1 - mine] = article(other)
-        place(image, look(rng, drawings, other, plain=True).sprite, free[1 - mine], rng.random() < 0.5)
+        place(image, look(rng, drawings, other, plain=True).sprite, free[1 - mine])
         objects.append((other, free[1 - mine]))
-    place(image, known.drawn(drawings), free[mine], rng.random() < 0.5)
+    place(image, known.drawn(drawings), free[mine])
     return Picture(image.clip(0, 255).astype("u1"), f"{enumerate_words(words)} {words_of_ground}", objects)
 
 

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.support.terminal import echo
 from recipe.muon import Muon
+from recipe.ranks import average_gradients, rank
 
 EVERY = 100  # steps between checkpoints
 
@@ -42,6 +43,7 @@ class Optimizers:
 
     def step(self, share: float) -> None:
         """One step with a share of the learning rates; the gradients are gone afterwards."""
+        average_gradients(p for optimizer, _ in self._pairs for p in optimizer.param_groups[0]["params"])
         for optimizer, lr in self._pairs:
             optimizer.param_groups[0]["lr"] = lr * share
             optimizer.step()
@@ -82,7 +84,9 @@ def resume(trainer: Trainer, checkpoint: Path) -> None:
 
 
 def keep(checkpoint: Path, state: Any) -> None:
-    """Writes a checkpoint in place of the one before."""
+    """Writes a checkpoint in place of the one before; of several processes, the first one does."""
+    if rank():
+        return
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_whole(checkpoint, buffer.getvalue())

@@ -22,16 +22,16 @@ from recipe.world import CLASSES
 PROMPTS = {  # and the classes that they name
     "a cat on grass": ("cat",),
     "a penguin in snow": ("penguin",),
-    "a woman dressed as a cook in a room": ("woman",),
+    "a woman dressed as a farmer in a room": ("woman",),
     "a dog and a red car on a white background": ("dog", "car"),
     "a bear and a robot on a blue background": ("bear", "robot"),
     "a woman with red hair and a man on sand": ("woman", "man"),
-    "a white rabbit and a fox at sunset": ("rabbit", "fox"),
+    "a black rabbit and a fox at sunset": ("rabbit", "fox"),
     "a girl and a boy underwater": ("girl", "boy"),
-    "a lion and an elephant in a forest": ("lion", "elephant"),
+    "a dog and a penguin in a forest": ("dog", "penguin"),
     "an owl and a tree at night": ("owl", "tree"),
 }
-STEPS, GUIDANCE = 25, 4.0
+STEPS, GUIDANCE = 25, 3.0
 SHOWN = 6  # images of a prompt on the sheet
 
 

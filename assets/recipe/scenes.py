@@ -1,6 +1,7 @@
 """Captioned images of the small world: one to three objects on a named background.
 
 Objects stand from left to right in the order in which the caption names them: so a small model can tell them apart.
+None is mirrored: animals seen from the side had a head at both ends for longest.
 """
 
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def scene(
         chosen[1] = chosen[0]
     looks = [look(rng, drawings, name, plain=plain) for name in chosen]
     for each, square in zip(looks, found, strict=True):
-        place(image, each.sprite, square, rng.random() < 0.5)
+        place(image, each.sprite, square)
     caption = enumerate_words([article(each.words) for each in looks])
     if rng.random() < 0.92:
         caption = f"{caption} {ground}"

@@ -3,8 +3,8 @@
     PYTHONPATH=assets python -m recipe.transformer POOL MODEL --base UNET_MODEL --minutes 480
 
 VAE, CLIP and its words are those of the UNet's model and stay as they are; transformer and T5 learn together. T5's
-vectors of words begin as CLIP's, which have learnt from images what a cat and a fox have in common. Flow matching with
-logit-normal times (Esser et al. 2024) for a half, Muon for the matrices of the blocks, an average of the last weights;
+vectors of words begin as CLIP's, which have learnt from images what a cat and a fox have in common. Flow matching, with
+half of the times where it is decided what is where; Muon for the matrices of blocks, an average of the last weights;
 classifier-free guidance by dropped captions.
 """
 
@@ -24,13 +24,16 @@ from lora_compose.attention.backbones.joint import image_positions, packed
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
 from recipe.averaged import NO_CAPTION, AveragedTrainer
-from recipe.clock import layout_times, train_for
+from recipe.clock import train_for
 from recipe.pool import Batch
+from recipe.ranks import start_ranks
 from recipe.tokenizer import known_words
 
 WIDTH = 192
 MAX_TOKENS = 32
 SHIFT = 1.0  # of the timesteps, when images are made
+LAYOUT_FROM = 0.7
+"""Times from which on it is decided what is where; half of a batch has such a time."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'-"
 ENDING = "</w>"  # of words in CLIP's vocabulary
 
@@ -144,7 +147,7 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         texts = [self._texts["" if out else text] for text, out in zip(batch.captions, left_out, strict=True)]
         ids, pooled = (torch.stack(part) for part in zip(*texts, strict=True))
         times = torch.rand(len(clean), generator=rng)
-        times[::2] = layout_times(len(times[::2]), rng)
+        times[::2] = times[::2].lerp(torch.ones(1), LAYOUT_FROM)
         noise = torch.randn(clean.shape, generator=rng)
         with cpu_autocast(), quick_attention():
             predicted = self.compiled(
@@ -180,6 +183,7 @@ def train(
     threads: int = 1,
 ) -> None:
     """Trains the transformer."""
+    start_ranks()
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     train_for(minutes, TransformerTrainer(new_pipeline(base), lr, seed), pool, out, images, seed)

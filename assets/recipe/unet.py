@@ -3,8 +3,9 @@
     PYTHONPATH=assets python -m recipe.unet POOL MODEL --vae VAE --tokenizer TOKENIZER --minutes 480
 
 A checkpoint next to OUT is resumed; minutes are of computing, in all. Close-ups are most of the batches at first and
-fewer and fewer of them later. The UNet predicts v (Salimans & Ho 2022); the loss is weighted by the signal-to-noise
-ratio (Hang et al. 2023); the average of the last weights is saved.
+fewer and fewer of them later. The UNet predicts v (Salimans & Ho 2022); the last noise level has no signal (Lin et al.
+2023), or large objects would be decided by accidents of the noise; the loss is weighted by the signal-to-noise ratio
+(Hang et al. 2023); the average of the last weights is saved.
 """
 
 from pathlib import Path
@@ -20,8 +21,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
 from recipe.averaged import NO_CAPTION, AveragedTrainer
-from recipe.clock import layout_times, train_for
+from recipe.clock import train_for
 from recipe.pool import Batch
+from recipe.ranks import start_ranks
 from recipe.world import SIZE
 
 WIDTH = 192
@@ -30,7 +32,10 @@ NOISE: dict[str, Any] = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
 }
+LAYOUT_FROM = 650
+"""Times from which on it is decided what is where; half of a batch has such a time."""
 SNR_LIMIT = 5.0
 
 
@@ -79,13 +84,15 @@ class UNetTrainer(AveragedTrainer[Batch]):
         pipe: The pipeline, trained in place.
         lr: Learning rate of Muon, for matrices and convolutions; AdamW has a tenth of it for the rest.
         seed: Seed of noise, times and dropped captions.
+        fast: Compiles the forward pass, once for each size of images.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, lr: float, seed: int) -> None:
+    def __init__(self, pipe: StableDiffusionPipeline, lr: float, seed: int, fast: bool = True) -> None:
         super().__init__([pipe.unet, pipe.text_encoder], _is_inner, lr, seed)
         self.pipe = pipe
         self.unet: Any = pipe.unet
         self.unet.set_attn_processor(AttnProcessor())  # on a CPU faster than fused kernels for heads this narrow
+        self.compiled: Any = torch.compile(self.unet, dynamic=False) if fast else self.unet
         self.text_encoder: Any = pipe.text_encoder
         self.schedule = DDPMScheduler(**NOISE)
         self._no_words = self._ids([""])[0]
@@ -95,15 +102,15 @@ class UNetTrainer(AveragedTrainer[Batch]):
         return tokens.input_ids
 
     def loss(self, batch: Batch) -> Tensor:
-        """The weighted error of v; half of the times are where it is decided what is where."""
+        """The weighted error of v."""
         x, ids, rng = batch.latents, self._ids(batch.captions), self.generator
         ids[torch.rand(len(ids), generator=rng) < NO_CAPTION] = self._no_words
         noise = torch.randn(x.shape, generator=rng)
         t = torch.randint(0, 1000, (len(x),), generator=rng)
-        t[::2] = (layout_times(len(t[::2]), rng) * 1000).long()
+        t[::2] = torch.randint(LAYOUT_FROM, 1000, t[::2].shape, generator=rng)
         noisy: Any = self.schedule.add_noise(x, noise, t)  # type: ignore[arg-type]
         with cpu_autocast():
-            predicted = self.unet(noisy, t, self.text_encoder(ids)[0]).sample
+            predicted = self.compiled(noisy, t, self.text_encoder(ids)[0]).sample
         velocity = self.schedule.get_velocity(x, noise, t)  # type: ignore[arg-type]
         snr = self.schedule.alphas_cumprod[t] / (1 - self.schedule.alphas_cumprod[t])
         weight = snr.clamp(max=SNR_LIMIT) / (snr + 1) + 0.5
@@ -123,8 +130,10 @@ def _is_inner(name: str, weight: Tensor) -> bool:
 def train(
     pool: Path,
     out: Path,
-    vae: Annotated[Path, typer.Option(help="For a new model.")],
-    tokenizer: Annotated[Path, typer.Option(help="For a new model.")],
+    vae: Annotated[Path | None, typer.Option(help="For a new model.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="For a new model.")] = None,
+    base: Annotated[Path | None, typer.Option(help="A saved model to go on with, in place of both.")] = None,
+    spent: Annotated[float, typer.Option(min=0, help="Minutes for which that one was trained.")] = 0,
     minutes: Annotated[float, typer.Option(min=0.1, help="Of computing, in all; the rate falls to their end.")] = 480,
     images: Annotated[int, typer.Option(min=1, help="Of the usual size in a batch.")] = 32,
     lr: float = 0.01,
@@ -132,9 +141,16 @@ def train(
     threads: int = 1,
 ) -> None:
     """Trains the UNet."""
+    start_ranks()
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    train_for(minutes, UNetTrainer(new_pipeline(vae, tokenizer), lr, seed), pool, out, images, seed)
+    if base is not None:
+        pipe: Any = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    elif vae is not None and tokenizer is not None:
+        pipe = new_pipeline(vae, tokenizer)
+    else:
+        raise ValueError("give --vae and --tokenizer for a new model, or --base for a saved one")
+    train_for(minutes, UNetTrainer(pipe, lr, seed), pool, out, images, seed, spent)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 A checkpoint next to OUT is resumed. Training the decoder alone leaves the latents as they are, so that a denoiser that
 was trained on them stays valid. The posterior is tight by construction: the rows of `quant_conv` that give the
-log-variance are zero, with a bias of -30, and get no gradient.
+log-variance are zero, with a bias of -30, and get no gradient. Latents made smaller decode to the image made smaller
+(Kouzelis et al. 2025): so an object has nearly the same latents at all sizes, and a denoiser has less to learn.
 """
 
 import time
@@ -26,12 +27,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import echo, handle_errors
 from recipe.loop import Optimizers, keep, resume, share
+from recipe.ranks import of_first, rank, ranks, start_ranks
 from recipe.world import CHARACTERS, CLASSES, SIZE, Drawings, Pixels, background, look, place, squares
 
 CELL = 8
 CHANNELS = 16
 CROP = 96
 JITTER = 0.05  # noise on latents in training: the decoder will see those of a denoiser, which are not exact
+SCALES = (1.0, 0.5, 1.0, 0.75)  # of latents and image, step by step
 EDGES = 0.5  # weight of errors in the gradients of the image
 COLOURS_FIRST = 300  # steps of a new VAE before edges count
 EMA = 0.998
@@ -134,6 +137,7 @@ class VaeTrainer:
 
     def __init__(self, vae: AutoencoderKL, lr: float, *, decoder_only: bool, colours_first: int) -> None:
         self.vae: Any = vae
+        self.frozen_latents = decoder_only
         if decoder_only:
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
@@ -145,10 +149,11 @@ class VaeTrainer:
 
     def learn(self, batch: Tensor, share: float) -> float:
         """One step; returns the mean square error on a scale of -1 to 1."""
+        scale = 1.0 if self.frozen_latents else SCALES[self.step % len(SCALES)]
         with cpu_autocast():
-            latents = self.vae.encode(batch).latent_dist.mean
+            latents = _resized(self.vae.encode(batch).latent_dist.mean, scale)
             decoded = self.vae.decode(latents + JITTER * torch.randn_like(latents)).sample.float()
-        error = decoded - batch
+        error = decoded - _resized(batch, scale)
         loss = error.abs().mean() + 2 * error.pow(2).mean() + 1e-3 * F.relu(latents.float().pow(2).mean() - 1)
         if self.step >= self.colours_first:
             loss = loss + EDGES * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
@@ -178,6 +183,13 @@ class VaeTrainer:
         self.step, self.seconds, self.average = state["step"], state["seconds"], state["average"]
         self.vae.load_state_dict(state["vae"])
         self.optimizers.load_state_dict(state["optimizers"])
+
+
+def _resized(images: Tensor, scale: float) -> Tensor:
+    """Images or latents made smaller, without aliasing."""
+    if scale == 1:
+        return images
+    return F.interpolate(images.float(), scale_factor=scale, mode="bilinear", antialias=True)
 
 
 @torch.no_grad()
@@ -227,6 +239,7 @@ def train(
     threads: int = 1,
 ) -> None:
     """Trains the VAE."""
+    start_ranks()
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     vae = AutoencoderKL.from_pretrained(init, dtype=torch.float32) if init else new_vae()
@@ -234,21 +247,24 @@ def train(
     checkpoint = out.with_suffix(".state.pt")
     resume(trainer, checkpoint)
     drawings = dict(np.load(artwork))
-    crops = Crops(drawings, seed + trainer.step, batch)
+    torch.manual_seed(seed + rank() + trainer.step)
+    crops = Crops(drawings, 1000 * (seed + rank()) + trainer.step, batch // ranks())
     errors: list[float] = []
     for each in DataLoader(crops, batch_size=None, num_workers=1, prefetch_factor=6):
-        start, done = time.process_time(), trainer.seconds / max(60 * minutes, 1e-9)
+        start, done = time.process_time(), of_first(trainer.seconds) / max(60 * minutes, 1e-9)
         if done >= 1:
             break
         errors.append(trainer.learn(each, share(trainer.step, done)))
-        trainer.seconds += time.process_time() - start
-        if trainer.step % EVERY == 0:
+        trainer.seconds += ranks() * (time.process_time() - start)
+        if trainer.step % EVERY == 0 and not rank():
             decibel = 10 * np.log10(4 / np.mean(errors))
             echo(f"{trainer.step} {decibel:.2f} dB in training, {trainer.seconds:.0f} s")
             errors = []
             keep(checkpoint, trainer.state_dict())
-        if trainer.step % CHECKED_EVERY == 0:
+        if trainer.step % CHECKED_EVERY == 0 and not rank():
             _report(trainer, drawings)
+    if rank():
+        return
     _report(trainer, drawings)
     trainer.swap()
     scale_of(vae, drawings)
