@@ -1,0 +1,514 @@
+"""Writes the suites and the scenes of the small world: which concepts stand together where, and by which methods.
+
+    PYTHONPATH=assets python -m recipe.suites assets
+
+Every suite lists all concepts that its scenes name. Boxes are pixels: left, top, right, bottom.
+"""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+from lora_compose.compose.files.atomic import write_whole
+from lora_compose.compose.support.terminal import echo, handle_errors
+from recipe.concepts import STYLE
+from recipe.scenes import enumerate_words
+from recipe.world import CHARACTERS, CLASSES, SIZE, STYLE_TRIGGER, WIDE, article
+
+Box = tuple[int, int, int, int]
+GUIDANCE = 3
+
+HALVES: tuple[Box, ...] = ((0, 0, 96, 192), (96, 0, 192, 192))
+THIRDS: tuple[Box, ...] = ((0, 0, 64, 192), (64, 0, 128, 192), (128, 0, 192, 192))
+BOXES: tuple[Box, ...] = ((0, 24, 90, 168), (102, 24, 192, 168))
+OVERLAPPING: tuple[Box, ...] = ((0, 24, 114, 168), (78, 24, 192, 168))
+SMALL: tuple[Box, ...] = ((12, 60, 84, 132), (108, 60, 180, 132))
+APART: tuple[Box, ...] = ((6, 18, 90, 174), (102, 18, 186, 174), (198, 18, 282, 174), (294, 18, 378, 174))
+"""Boxes side by side on a wide canvas, three or four."""
+
+
+class Place(NamedTuple):
+    """A scene of a suite.
+
+    Attributes:
+        names: Concepts from left to right; "+tree" is a plain object, a style acts on all.
+        ground: End of the prompt.
+        boxes: One for each concept; none where words alone tell.
+        size: Width and height, if it is not the model's.
+        bundle: Concepts that are in the file as well.
+        title: Instead of its concepts' names.
+    """
+
+    names: tuple[str, ...]
+    ground: str
+    boxes: tuple[Box, ...] = ()
+    size: tuple[int, int] | None = None
+    bundle: tuple[str, ...] = ()
+    title: str = ""
+
+    @property
+    def concepts(self) -> list[str]:
+        """Names of its concepts."""
+        return [name for name in self.names if not name.startswith("+")]
+
+    @property
+    def prompt(self) -> str:
+        """What is to be seen."""
+        words = [CHARACTERS[name].phrase if name in CHARACTERS else name[1:] for name in self.names if name != STYLE]
+        styled = f" in {STYLE_TRIGGER} style" if STYLE in self.names else ""
+        return f"{enumerate_words([article(each) for each in words])} {self.ground}{styled}"
+
+    def lines(self) -> Iterator[str]:
+        """Lines of a suite."""
+        shown = [name.removeprefix("+") for name in self.names if name != STYLE]
+        yield f'  - name: "{self.title or enumerate_words(shown)} {self.ground}"'
+        yield f"    prompt: {self.prompt}"
+        yield f"    concepts: [{', '.join(self.concepts)}]"
+        if self.size:
+            yield f"    width: {self.size[0]}"
+            yield f"    height: {self.size[1]}"
+        if self.boxes:
+            each = (f"{name}: {list(box)}" for name, box in zip(self.concepts, self.boxes, strict=True))
+            yield f"    regions: {{{', '.join(each)}}}"
+        if self.bundle:
+            yield f"    bundle: [{', '.join(self.bundle)}]"
+
+
+class Suite(NamedTuple):
+    """A suite.
+
+    Attributes:
+        name: Name of its file.
+        about: A comment at its top.
+        scenes: Its scenes.
+        methods: Lines of YAML.
+        seeds: Seeds of each scene.
+        baseline: The method that others are compared with.
+        steps: Steps of an image.
+        model: playground or playground-flux.
+    """
+
+    name: str
+    about: str
+    scenes: Sequence[Place]
+    methods: str
+    seeds: Sequence[int] = (0, 1)
+    baseline: str = "merge"
+    steps: int = 25
+    model: str = "playground"
+
+    def text(self) -> str:
+        """The file."""
+        used = {name for scene in self.scenes for name in (*scene.concepts, *scene.bundle)}
+        return "\n".join(
+            [
+                *(f"# {line}" for line in textwrap.wrap(self.about, 118)),
+                f"name: {self.name}",
+                f"model: {self.model}",
+                "encoder: playground:judge",
+                "detector:",
+                "  kind: windows",
+                f"  vocabulary: [{', '.join(CLASSES)}]",
+                f"steps: {self.steps}",
+                f"guidance_scale: {GUIDANCE}",
+                f"seeds: {list(self.seeds)}",
+                f"batch_size: {min(4, len(self.seeds))}",
+                "threads: 1",
+                "processes: 2",
+                f"baseline: {self.baseline}",
+                "concepts:",
+                *(line for name in (*CHARACTERS, STYLE) if name in used for line in self._concept(name)),
+                "scenes:",
+                *(line for scene in self.scenes for line in scene.lines()),
+                "methods:",
+                *(f"  - {line}" for line in self.methods.strip().splitlines()),
+                "",
+            ]
+        )
+
+    def _concept(self, name: str) -> Iterator[str]:
+        trigger, class_word = _words(name)
+        ordinary, tara = f"{self.model}:{name}", f"playground:{name}-tara"
+        yield f"  - name: {name}"
+        yield f'    lora: {{ordinary: "{ordinary}"' + (f', tara: "{tara}"}}' if self.model == "playground" else "}")
+        yield f"    trigger: {trigger}"
+        yield f"    class_word: {class_word}"
+        yield f"    references: playground:{name}"
+        if name == STYLE:
+            yield "    role: style"
+
+
+def _words(name: str) -> tuple[str, str]:
+    return (STYLE_TRIGGER, "style") if name == STYLE else CHARACTERS[name][:2]
+
+
+def _pairs(text: str, boxes: tuple[Box, ...] = ()) -> list[Place]:
+    """Scenes from lines such as "cat dog on grass"."""
+    return [Place((one, two), ground, boxes) for one, two, ground in (line.split(" ", 2) for line in _lines(text))]
+
+
+def _threes(text: str, boxes: tuple[Box, ...] = (), size: tuple[int, int] | None = None) -> list[Place]:
+    split = (line.split(" ", 3) for line in _lines(text))
+    return [Place((one, two, three), ground, boxes, size) for one, two, three, ground in split]
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.strip().splitlines()]
+
+
+QUICK = """
+    cat dog on a white background
+    mira omar in a room
+    bear robot on grass
+    rabbit owl in snow
+    kitten lena on a green background
+    dog mira on grass
+    omar bear on a blue background
+    owl cat on sand
+"""
+FULL = """
+    cat dog on a white background
+    rabbit cat on grass
+    cat bear on a gray background
+    owl cat on sand
+    cat mira in a room
+    dog rabbit in snow
+    bear dog on a yellow background
+    dog owl on a green background
+    mira dog on grass
+    rabbit bear in a forest
+    owl rabbit on a pink background
+    robot bear on a blue background
+    bear lena in snow
+    robot kitten on sand
+    kitten omar on a white background
+    omar robot on grass
+    lena owl at sunset
+    mira omar in a room
+    omar lena on sand
+    robot mira on a gray background
+"""
+ONE_CLASS = """
+    cat kitten on grass
+    kitten cat on a pink background
+    mira lena on a white background
+"""
+THREES = """
+    cat dog rabbit on a white background
+    mira omar bear on grass
+    robot owl cat on a gray background
+    lena dog kitten in a room
+    rabbit robot omar on a yellow background
+"""
+TEN = """
+    cat dog on a white background
+    rabbit bear on grass
+    robot owl on a gray background
+    mira omar in a room
+    dog mira in snow
+    omar robot on sand
+    bear kitten on a yellow background
+    lena cat on a blue background
+    owl lena on grass
+    kitten rabbit on a white background
+"""
+HELD_BACK = """
+    bear dog at night
+    cat rabbit in a forest
+    robot cat in a room
+    owl mira at sunset
+    robot bear on a pink background
+    kitten dog on a green background
+    kitten omar underwater
+    dog cat on a gray background
+    omar mira in a forest
+    lena rabbit on sand
+"""
+HELD_BACK_ONE_CLASS = """
+    cat kitten in a forest
+    kitten cat on a blue background
+    lena mira on grass
+"""
+HELD_BACK_THREES = """
+    robot bear dog on a yellow background
+    mira cat rabbit on grass
+    omar lena owl in snow
+"""
+MERGES = """
+{name: cat, method: merge, merge: cat}
+{name: ties, method: merge, merge: ties}
+{name: dare, method: merge, merge: dare}
+{name: tsv, method: merge, merge: tsv}
+{name: lego, method: merge, merge: lego}
+"""
+CALIBRATED = """{name: soups, method: merge, merge: soups}
+{name: ssr, method: merge, merge: ssr}
+{name: iteris, method: merge, merge: iteris}"""
+FREE_DRAFT = "{method: draft, settings: {keep_regions: false}}  # finds the regions itself"
+
+
+def _alone() -> list[Place]:
+    grounds = ("on grass", "on sand", "on a white background", "in snow", "in a room")
+    besides = ("tree", "car", "fox", "penguin", "boy")
+    scenes = []
+    for number, name in enumerate(CHARACTERS):
+        scenes.append(Place((name,), grounds[number % len(grounds)]))
+        scenes.append(Place((name, f"+{besides[number % len(besides)]}"), grounds[(number + 2) % len(grounds)]))
+    return scenes
+
+
+def _one_each(grounds: Sequence[str]) -> Iterator[tuple[str, str]]:
+    names = [name for name in CHARACTERS if name not in ("kitten", "lena")]
+    for number, ground in enumerate(grounds):
+        yield names[number % len(names)], ground
+
+
+_GROUNDS = ("on a white background", "on grass", "in snow", "on sand", "on a blue background", "in a room",
+            "on a yellow background", "in a forest", "on a pink background", "at night")  # fmt: skip
+
+
+def _bundles() -> list[Place]:
+    names = list(CHARACTERS)
+    return [
+        Place((name,), ground, bundle=tuple(names[(names.index(name) + step) % len(names)] for step in (2, 5)))
+        for name, ground in _one_each(_GROUNDS)
+    ]
+
+
+SUITES = (
+    Suite(
+        "playground-quick",
+        "Eight pairs; a few minutes on two cores.",
+        _pairs(QUICK, HALVES),
+        f"merge\n{FREE_DRAFT}\n{{method: tara, lora: tara}}\nregional\nlora-composer",
+    ),
+    Suite(
+        "playground-full",
+        "Twenty pairs, three scenes of one class and five threesomes, two seeds each; an hour on two cores.",
+        [*_pairs(FULL, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
+        f"""merge
+{{name: "merge, tara LoRAs", method: merge, lora: tara}}
+switch
+composite
+{{method: tara, lora: tara}}
+regional
+{{name: "regional, token masks", method: regional, settings: {{token_mask: all}}}}
+{{name: "regional, tara LoRAs", method: regional, lora: tara}}
+clora
+lora-composer
+{FREE_DRAFT}""",
+    ),
+    Suite(
+        "playground-alone",
+        "Every LoRA by itself, and beside something plain: what composing can at best keep. A quarter of an hour "
+        "on two cores.",
+        _alone(),
+        'merge\n{name: "merge, tara LoRAs", method: merge, lora: tara}',
+        seeds=range(5),
+    ),
+    Suite(
+        "playground-boxes",
+        "Boxes, as somebody would draw them: pairs, one class, overlapping and small boxes, three and four concepts on "
+        "wider canvases; the mechanisms of LoRA-Composer switched on and off.",
+        [
+            *_pairs(TEN, BOXES),
+            *_pairs("cat kitten on grass\nmira lena in snow", BOXES),
+            *(
+                one._replace(title=f"overlapping {one.names[0]} and {one.names[1]}")
+                for one in _pairs("cat dog on grass\nbear robot on a gray background", OVERLAPPING)
+            ),
+            *(
+                one._replace(title=f"small {one.names[0]} and {one.names[1]}")
+                for one in _pairs("rabbit mira on grass\ndog bear on sand", SMALL)
+            ),
+            *_threes(
+                "cat dog rabbit on grass\nbear omar robot on a gray background\nrobot kitten dog on sand",
+                APART[:3],
+                WIDE,
+            ),
+            Place(("cat", "dog", "bear", "mira"), "on grass", APART, (2 * SIZE, SIZE)),
+        ],
+        """merge
+regional
+lora-composer
+{name: official, method: "lora-composer:official"}
+{name: "official, full LoRAs", method: "lora-composer:official", settings: {inject: full}}
+{name: attn2 only, method: lora-composer, settings: {inject: attn2}}
+{name: no injection, method: lora-composer, settings: {inject: "off"}}
+{name: both rows, method: lora-composer, settings: {rows: all}}
+{name: no isolation, method: lora-composer, settings: {isolate: false}}
+{name: not apart, method: lora-composer, settings: {apart: 0}}
+{name: background reads scene, method: lora-composer, settings: {background: scene}}
+{name: no updates, method: lora-composer, settings: {step_size: 0}}
+{name: larger updates, method: lora-composer, settings: {step_size: 0.1}}
+{name: fewer updates, method: lora-composer, settings: {most_updates: 0.25}}
+{name: no L_ce, method: lora-composer, settings: {ce_weight: 0}}
+{name: no Gaussian, method: lora-composer, settings: {gaussian: false}}
+{name: no L_fill, method: lora-composer, settings: {fill_weight: 0}}
+{name: no L_region, method: lora-composer, settings: {region_weight: 0}}
+{name: noise swapped, method: lora-composer, settings: {reinit: swap}}""",
+        seeds=(0,),
+    ),
+    Suite(
+        "playground-words",
+        "Pairs, one class and a threesome by words alone, without boxes: CLoRA, the authors' settings, and every "
+        "part of it changed.",
+        [*_pairs(TEN), *_pairs(ONE_CLASS), *_threes("cat dog rabbit on grass", size=WIDE)],
+        """merge
+clora
+{name: official, method: "clora:official"}
+{name: no updates, method: clora, settings: {step_size: 0}}
+{name: smaller updates, method: clora, settings: {step_size: 0.02}}
+{name: larger updates, method: clora, settings: {step_size: 0.1}}
+{name: refined, method: clora, settings: {refine_at: [0], refinements: 8}}
+{name: cells shared, method: clora, settings: {exclusive: false}}
+{name: maps smoothed, method: clora, settings: {smoothed: true}}
+{name: masks to the end, method: clora, settings: {mask_until: 1.0}}
+{name: isolated, method: clora, settings: {isolate: true}}
+{name: branches, method: clora, settings: {fuse: branches, exclusive: false, mask_until: 1.0}}
+"""
+        "{name: branches without updates, method: clora, settings: {fuse: branches, exclusive: false, mask_until: 1, "
+        "step_size: 0}}",
+        seeds=(0,),
+    ),
+    Suite(
+        "playground-draft",
+        "Scenes, places and seeds that no setting of the draft was chosen by: pairs, one class and three concepts, "
+        "without boxes.",
+        [*_pairs(HELD_BACK), *_pairs(HELD_BACK_ONE_CLASS), *_threes(HELD_BACK_THREES, size=WIDE)],
+        """merge
+clora
+draft
+freefuse
+{name: "freefuse, conditional rows", method: freefuse, settings: {rows: cond_only}}""",
+        seeds=(40, 41, 42, 43),
+    ),
+    Suite(
+        "playground-flux",
+        "The transformer of the playground: pairs, one class and threesomes, with LoRAs of its own, ordinary ones.",
+        [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
+        f"merge\ntara\nregional\nswitch\ncomposite\n{FREE_DRAFT}",
+        model="playground-flux",
+    ),
+    Suite(
+        "playground-merged-styles",
+        "A subject in a style, both LoRAs in one file, merged in every way.",
+        [Place((name, STYLE), ground) for name, ground in _one_each(_GROUNDS)],
+        f"{MERGES}{{name: np, method: merge, merge: np}}\n{{name: k-lora, method: merge, merge: k-lora}}\n{CALIBRATED}",
+        baseline="cat",
+        steps=16,
+    ),
+    Suite(
+        "playground-merged-bundles",
+        "Three subjects in one file, merged in every way, of which the prompt names one.",
+        _bundles(),
+        f"{MERGES}{CALIBRATED}",
+        baseline="cat",
+        steps=16,
+    ),
+    Suite(
+        "playground-merged-pairs",
+        "Two subjects in one image, their LoRAs in one file, merged in every way; and that file inside regions.",
+        _pairs(TEN, HALVES),
+        f"""{MERGES}{CALIBRATED}
+{{name: regional, method: regional}}
+{{name: "regional, cat", method: regional, merge: cat}}
+{{name: "regional, tsv", method: regional, merge: tsv}}
+{{name: "regional, ssr", method: regional, merge: ssr}}
+{{name: "regional, iteris", method: regional, merge: iteris}}""",
+        baseline="cat",
+        steps=16,
+    ),
+)
+
+
+class SceneFile(NamedTuple):
+    """A scene that `lora-compose run --scene` reads.
+
+    Attributes:
+        name: Name of the file.
+        about: A comment at its top.
+        place: Concepts, background and boxes.
+        kind: Suffix of the LoRAs: "-tara", or nothing.
+    """
+
+    name: str
+    about: str
+    place: Place
+    kind: str = ""
+
+    def text(self) -> str:
+        """The file."""
+        place = self.place
+        size = (SIZE, SIZE) if place.boxes and not place.size else place.size
+        lines = [*(f"# {line}" for line in textwrap.wrap(self.about, 118)), f"prompt: {place.prompt}"]
+        if size:
+            lines += [f"width: {size[0]}", f"height: {size[1]}"]
+        lines.append("concepts:")
+        for number, name in enumerate(place.concepts):
+            trigger, class_word = _words(name)
+            lines += [f"  - name: {name}", f"    lora: playground:{name}{self.kind}", f"    trigger: {trigger}"]
+            lines.append(f"    class_word: {class_word}")
+            if place.boxes:
+                lines.append(f"    region: {list(place.boxes[number])}")
+        return "\n".join([*lines, ""])
+
+
+FOR_TARA = "The LoRAs are those for tara; for merge, playground:{} and playground:{} are the ordinary ones."
+SCENES = (
+    SceneFile(
+        "cat-dog",
+        "My cat, and my dog with its top hat. " + FOR_TARA.format("cat", "dog"),
+        Place(("cat", "dog"), "on a white background"),
+        "-tara",
+    ),
+    SceneFile(
+        "mira-omar",
+        "A woman and a man, each from a LoRA of their own. " + FOR_TARA.format("mira", "omar"),
+        Place(("mira", "omar"), "in a room"),
+        "-tara",
+    ),
+    SceneFile(
+        "bear-robot",
+        "A bear with sunglasses, and a robot. " + FOR_TARA.format("bear", "robot"),
+        Place(("bear", "robot"), "on grass"),
+        "-tara",
+    ),
+    SceneFile(
+        "bear-robot-words",
+        "A bear and a robot in their ordinary LoRAs, without boxes. For clora.",
+        Place(("bear", "robot"), "on grass"),
+    ),
+    SceneFile(
+        "cat-dog-boxes",
+        "The cat and the dog in their ordinary LoRAs, a box each: left, top, right, bottom in pixels.",
+        Place(("cat", "dog"), "on a white background", BOXES),
+    ),
+    SceneFile(
+        "two-cats",
+        "Two cats, told apart by words alone: one with a red band, and a gray kitten with a bow. For clora.",
+        Place(("cat", "kitten"), "on grass"),
+    ),
+    SceneFile(
+        "three",
+        "Three concepts on a wide canvas, each in a box of its own: left, top, right, bottom in pixels.",
+        Place(("dog", "mira", "bear"), "on a yellow background", APART[:3], WIDE),
+    ),
+)
+
+
+@handle_errors()
+def main(out: Annotated[Path, typer.Argument(help="A folder, such as assets.")]) -> None:
+    """Writes suites/NAME.yaml and scenes/NAME.yaml."""
+    for suite in SUITES:
+        write_whole(out / "suites" / f"{suite.name}.yaml", suite.text().encode())
+    for scene in SCENES:
+        write_whole(out / "scenes" / f"{scene.name}.yaml", scene.text().encode())
+    echo(f"{len(SUITES)} suites and {len(SCENES)} scenes in {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
