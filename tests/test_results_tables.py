@@ -1,0 +1,67 @@
+"""The tables of evaluations in the docs are those of the results that are kept beside them."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from evaluations import known, store, suite
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def tables() -> ModuleType:
+    """The program that writes them."""
+    spec = importlib.util.spec_from_file_location("results_tables", ROOT / "docs" / "results_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_page_has_the_tables_of_the_kept_results(tables: ModuleType) -> None:
+    for page in tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text == tables.written(text), f"{page}: run python docs/results_tables.py"
+
+
+def test_a_finished_evaluation_becomes_a_table(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = {"small both": ("cat", "dog"), "cat alone": ("cat",)}
+    folder = store(tmp_path / "small", suite(scenes), known)
+    name, found = tables.kept(folder)
+    assert name == "small"
+    assert {"success, small", "success, one"} <= set(found.columns)
+    found.to_csv(tmp_path / "small.csv", index=False)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    before = "A\n\n<!-- results: small | success | against merge | success, one | FLOPs -->\nold\n<!-- end -->\n\nB\n"
+    page = tables.written(before)
+    assert tables.written(page) == page
+    lines = page.splitlines()
+    assert lines[3] == "|  | success | against merge | success, one | FLOPs |"
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[5:-3]}
+    assert list(rows) == [
+        f"*{arm}*" if role == "sanity" else arm for arm, role in zip(found.arm, found.role, strict=True)
+    ]
+    tara = found[found.arm == "tara"].iloc[0]
+    assert rows["tara"][0].startswith(f"{tara.success:.2f} (")
+    assert rows["tara"][1].startswith(tara.success_verdict)
+    assert rows["tara"][3] == "2.00"
+    assert rows["merge"][1] == ""
+
+
+def test_an_unfinished_evaluation_is_refused(tables: ModuleType, tmp_path: Path) -> None:
+    folder = store(tmp_path, suite(), lambda batch, seed: None if batch.arm.name == "tara" else known(batch, seed))
+    with pytest.raises(ValueError, match="is not finished"):
+        tables.kept(folder)
+
+
+def test_numbers_have_a_minus_and_gaps_are_empty(tables: ModuleType) -> None:
+    row = {"leak": -0.047, "clip_t": float("nan"), "success": 0.5, "success_low": float("nan"), "success_high": 1.0}
+    assert tables.COLUMNS["leak"](row) == "\N{MINUS SIGN}0.05"
+    assert tables.COLUMNS["CLIP-T"](row) == ""
+    assert tables.COLUMNS["success"](row) == "0.50"
