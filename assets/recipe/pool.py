@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import echo, handle_errors
+from recipe.ranks import rank, ranks, start_ranks
 from recipe.scenes import Picture, scene
 from recipe.vae import as_tensor
 from recipe.world import CLOSE_UP, SIZE, WIDE
@@ -114,10 +115,11 @@ def main(
     threads: int = 1,
 ) -> None:
     """Draws and encodes images."""
+    start_ranks()
     torch.set_num_threads(threads)
     drawings = dict(np.load(artwork))
     coder: Any = AutoencoderKL.from_pretrained(vae, dtype=torch.float32)
-    for number in range(shards):
+    for number in range(rank(), shards, ranks()):
         name = TURN[number % len(TURN)]
         path = out / name / f"{number:04}.pt"
         if path.exists():
