@@ -105,7 +105,7 @@ def references(artwork: Path, out: Path) -> None:
         write(out / name, [reference(rng, known, drawings, each) for each in beside], True)
     rng = np.random.default_rng(SEED)
     shown = [str(name) for name in rng.permutation(CLASSES)]
-    groups = [[shown.pop() for _ in range(1 + i % 2)] for i in range(REFERENCES)]
+    groups = [[shown.pop() for _ in range(1 + (i % 3 == 2))] for i in range(REFERENCES)]
     write(out / STYLE, [styled(rng, drawings, classes) for classes in groups], False)
     echo(f"{REFERENCES} images of each of {len(CHARACTERS) + 1} concepts in {out}")
 
