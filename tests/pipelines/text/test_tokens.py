@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from components import tokenizer
+from components import tokenizer as new_tokenizer
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import TokenMasks, join_rows
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate, own_nouns, token_mask
@@ -30,7 +30,7 @@ def small_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=77)
 
 
-TOKENIZERS = {"words": tokenizer(), "small": small_tokenizer()}
+TOKENIZERS = {"words": new_tokenizer(), "small": small_tokenizer()}
 
 
 @pytest.fixture(params=TOKENIZERS)
