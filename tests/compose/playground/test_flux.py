@@ -37,7 +37,7 @@ def pipe() -> Any:
 def test_it_is_small_and_plain_diffusers_makes_the_same_image(pipe: Any) -> None:
     folder = playground_model(PLAYGROUND_FLUX)
     assert model_source(PLAYGROUND_FLUX) == folder
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 35 * 10**6
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 64 * 10**6
     plain: Any = FluxPipeline.from_pretrained(folder)
     plain.set_progress_bar_config(disable=True)
     image = plain(
