@@ -11,10 +11,12 @@ from diffusers import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
+from transformers import CLIPTokenizer
 
 from lora_compose import ComposePipeline, Concept
 from lora_compose.compose.playground import assets
-from small_world import HALF, LEFT, SIZE, concepts, metadata, words
+from lora_compose.compose.playground.words import BASE_CLASSES, PLACES
+from small_world import HALF, LEFT, SIZE, STYLE, concepts, metadata, words
 
 SHARED = {  # and what names them: trigger and class word
     "bear": ("xlo", "bear"),
@@ -70,6 +72,13 @@ def test_the_concepts_that_docs_name_are_there() -> None:
 
 def test_every_concept_has_words_of_its_own() -> None:
     assert len({words(name)[0] for name in concepts()}) == len(concepts())
+
+
+def test_prompts_of_class_images_have_only_words_of_the_model() -> None:
+    tokenizer: Any = CLIPTokenizer.from_pretrained(assets.playground_model() / "tokenizer")
+    for text in (*BASE_CLASSES, *PLACES):
+        assert len(tokenizer.tokenize(text)) == len(text.split()), text
+    assert {words(name)[1] for name in concepts() if name != STYLE} <= {*BASE_CLASSES}
 
 
 @pytest.mark.parametrize("concept", concepts())
