@@ -14,6 +14,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from browsing import CHROMIUM, FLAGS
 from comfy_server import TESTS, Ask, checkout, serving
+from small_world import SIZE
 
 PATIENCE = 300_000  # milliseconds
 WIDTH = 1680
@@ -35,7 +36,7 @@ SAMPLED = [2, "fixed", 16, 4.0, "euler", "simple"]
 CHANGES: Mapping[str, list[Any]] = {
     "CheckpointLoaderSimple": [],
     "CLIPTextEncode": [""],
-    "EmptyLatentImage": [128, 128, 1],
+    "EmptyLatentImage": [SIZE, SIZE, 1],
     "KSampler": [*SAMPLED, 1.0],
     "LoraComposeDraftPreview": SAMPLED,
 }
@@ -65,7 +66,7 @@ def small_world(example: str) -> dict[str, Any]:
         if node["type"] == "LoraComposeCompose":
             values[0], values[2] = TEXTS[subjects], "shared"
         if node["type"] == "LoraComposeRefine":
-            values[:8] = [TEXTS[subjects], 128, *SAMPLED]
+            values[:8] = [TEXTS[subjects], SIZE, *SAMPLED]
         if node["type"] == "CheckpointLoaderSimple":
             node |= {"type": "SmallWorld", "properties": {"Node name for S&R": "SmallWorld"}}
         if node["type"] == "SaveImage":

@@ -49,14 +49,19 @@ def patcher() -> Any:
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
+def longest(part: str) -> int:
+    """How many tokens a text may have."""
+    return json.loads((WORLD / part / "tokenizer_config.json").read_text())["model_max_length"]
+
+
 class Tokenizer:
     """CLIP's and T5's, as core's of FLUX.1 are put together."""
 
     def __init__(self) -> None:
         options = {"embedding_key": "t5xxl", "has_start_token": False, "pad_with_end": False}
-        self.clip_l = comfy.sd1_clip.SDTokenizer(str(WORLD / "tokenizer"), max_length=32)
+        self.clip_l = comfy.sd1_clip.SDTokenizer(str(WORLD / "tokenizer"), max_length=longest("tokenizer"))
         self.t5xxl = comfy.sd1_clip.SDTokenizer(
-            str(WORLD / "tokenizer_2"), max_length=24, tokenizer_class=T5TokenizerFast, **options
+            str(WORLD / "tokenizer_2"), max_length=longest("tokenizer_2"), tokenizer_class=T5TokenizerFast, **options
         )
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False) -> dict[str, Any]:

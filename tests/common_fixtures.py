@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -16,10 +15,8 @@ from diffusers.utils import logging as diffusers_logging
 from components import save_lora, small_pipeline, xl_pipeline
 from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora, playground_model
-from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.support.notes import logged
-from recipe.first import world
 
 # HYPOTHESIS_PROFILE=thorough tries thousands of examples.
 for name, examples in (("suite", 25), ("thorough", 2_000)):
@@ -93,16 +90,3 @@ def plain_pipe(family: str) -> Any:
 def _messages_are_new() -> None:
     """A warning that is logged once per process may have been logged by another test."""
     logged.clear()
-
-
-@pytest.fixture(scope="session")
-def sprites() -> dict[str, np.ndarray]:
-    """Artwork made up: a grey disc, square or bar of its own shape for every class and vendor of the playground."""
-    found = {}
-    ys, xs = np.mgrid[:96, :96] - 48
-    for i, name in enumerate(BASE_CLASSES):
-        for j, vendor in enumerate(world.VENDORS):
-            inside = np.abs(xs) ** (1 + j) * (1 + 0.1 * (i % 11)) + np.abs(ys) ** (1 + j) < 44 ** (1 + j)
-            shade = (90 + 5 * i + (ys + 48) // 2)[..., None].repeat(3, 2)
-            found[f"{name}/{vendor}"] = np.concatenate([shade, 255 * inside[..., None]], 2).clip(0, 255).astype("u1")
-    return found

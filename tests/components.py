@@ -19,7 +19,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_compose.attention import Gates, How, Installation, Lora, LoraFactors, backbone_of, install
 from lora_compose.attention.backbones.unet import AttentionLayer, UNetBackbone
-from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
@@ -142,8 +141,8 @@ def activated(model: nn.Module, *, size: float, seed: int = 0) -> Any:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """The playground's (32 tokens)."""
-    return CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+    """A small vocabulary by CLIP's rules, with common triggers as words; reads 32 tokens."""
+    return CLIPTokenizer.from_pretrained(Path(__file__).with_name("fixtures") / "tokenizer")
 
 
 def text_config(words: CLIPTokenizer, **changes: Any) -> CLIPTextConfig:
@@ -180,7 +179,7 @@ def small_components() -> dict[str, Any]:
 
 
 def small_pipeline(cls: type = ComposeStableDiffusionPipeline, unet: UNet2DConditionModel | None = None) -> Any:
-    """A Stable Diffusion pipeline of small real components with the playground's tokenizer (32 tokens)."""
+    """A Stable Diffusion pipeline of small real components, whose tokenizer reads 32 tokens."""
     return cls(
         **small_components(),
         unet=unet or sd_unet(),

@@ -14,6 +14,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from components import activated, seeded
 from lora_compose import ComposePipeline
 from lora_compose.compose.playground.assets import playground_model
+from small_world import SIZE
 
 TOKENS, WIDTH = 4, 12  # of an image
 
@@ -70,6 +71,6 @@ def playground_guides(folder: Path) -> Path:
     save_file(tensors, folder / "faces" / "adapter.safetensors")
     image_encoder().save_pretrained(folder / "faces" / "image_encoder")
     for seed, name in enumerate(("pose", "face")):
-        pixels = (np.random.default_rng(seed).random((128, 128, 3)) * 255).astype("u1")
+        pixels = (np.random.default_rng(seed).random((SIZE, SIZE, 3)) * 255).astype("u1")
         Image.fromarray(pixels).save(folder / f"{name}.png")
     return folder

@@ -19,6 +19,7 @@ import lora_compose
 from commands import call
 from components import lora_tensors, random_lora, tiny_xl_pipeline
 from lora_compose.compose.cli import app
+from small_world import SIZE
 from snippets import CODE_BLOCK, PAGES, PUBLISHED, ROOT, Shelf, blocks, name_of
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -193,7 +194,7 @@ def test_a_command_of_the_docs_does_what_it_says(
         words = [word for word in words if word != "--maps"]
         Path("start").mkdir()
         for number in (2, 3):
-            Image.open("start.png").resize((128, 128)).save(f"start/{number}.png")
+            Image.open("start.png").resize((SIZE, SIZE)).save(f"start/{number}.png")
         if "scene.yaml" in words:
             Path("scene.yaml").write_text(blocks(ROOT / "docs/tutorial.md", "yaml")[0])
     if "style.safetensors:0.7" in words:

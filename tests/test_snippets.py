@@ -23,6 +23,7 @@ from lora_compose import ComposePipeline
 from lora_compose.attention import Gates
 from lora_compose.compose.evaluation.table import load
 from lora_compose.compose.playground.assets import assets_dir
+from small_world import SIZE
 from snippets import PAGES, PUBLISHED, STEPS, Shelf, blocks, name_of, run_snippet
 
 Names = dict[str, Any]
@@ -50,7 +51,7 @@ def playground(names: Names, name: str = "playground") -> None:
     names["pipe"].add_concepts(assets_dir() / name / "loras")
     Path("start").mkdir(exist_ok=True)
     for image in (Path("start/2.png"), Path("start/3.png")):
-        names["Image"].open("start.png").resize((128, 128)).save(image)
+        names["Image"].open("start.png").resize((SIZE, SIZE)).save(image)
     names["prompt"] = "a sks cat and a zwx dog and a ohwx rabbit on grass"
 
 

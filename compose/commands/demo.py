@@ -12,12 +12,11 @@ from lora_compose.compose.files.paths import free_path
 from lora_compose.compose.support.terminal import bar, echo, handle_errors, starting
 
 _WHAT_TO_LOOK_AT = (
-    "What to look at: are all concepts present, each with its own coat from the first two columns? merge "
-    "sums the LoRA weights, so coats mix (cat and dog) or a concept is missing. tara lets each LoRA act on its "
-    "own words only and separates nothing in space: on this small model one coat often takes both. clora moves the "
-    "concepts apart, finds each of them in the model's attention, and lets its LoRA act there. regional lets "
-    "each LoRA act in its box only: clear coats if the model puts each object into its own box, which it "
-    "does not always do. lora-composer also gives each box its own text, and so an object."
+    "What to look at: are all concepts present, each as it is in the first two columns? merge sums the LoRA weights, "
+    "so concepts blend or one is missing. tara lets each LoRA act on its own words only and separates nothing in "
+    "space. clora moves the concepts apart, finds each of them in the model's attention, and lets its LoRA act there. "
+    "regional lets each LoRA act in its box only: clear if the model puts each object into its own box, which it does "
+    "not always do. lora-composer also gives each box its own text, and so an object."
 )
 
 

@@ -30,9 +30,9 @@ from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 
 PAIRS = (("cat", "dog"), ("car", "rabbit"), ("bear", "robot"))
 VERDICTS = {
-    "both": "both subjects are present, each with its own coat and none of the other's",
-    "one": "exactly one subject has its own coat unmixed",
-    "none": "no subject has its own coat unmixed",
+    "both": "both subjects are present, each with its own look and nothing of the other's",
+    "one": "exactly one subject has its own look unmixed",
+    "none": "no subject has its own look unmixed",
 }
 COLUMNS, ROWS, SIDE = 5, 4, 192
 
@@ -56,7 +56,7 @@ class Arm:
 
 
 ARMS = (Arm("merge", "ordinary"), Arm("tara", "TARA"), Arm("regional", "ordinary"), Arm("regional", "TARA"))
-HALVES = ((0, 0, 64, 128), (64, 0, 128, 128))
+HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ STEPS, GUIDANCE = 25, 4.0
 THREADS = 1  # a model this small gains little from more, and loses a lot where other programs are busy
 
 _PAIRS_TITLE = "Two concepts, each trained alone"
-BOXES = ((0, 16, 60, 112), (68, 16, 128, 112))  # left and right on the playground's canvas
+BOXES = ((0.0, 1 / 8, 15 / 32, 7 / 8), (17 / 32, 1 / 8, 1.0, 7 / 8))  # left and right, as fractions of the image
 COMPOSED = ("merge", "regional", "lora-composer")
 COLUMNS = {
     "first": ("concept 1 alone", "its ordinary LoRA"),

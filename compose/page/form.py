@@ -3,9 +3,11 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, TypeGuard
 
 from lora_compose.compose.files.scenes import read_scene
+from lora_compose.compose.generate.model_facts import facts_of
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
@@ -36,6 +38,7 @@ class Form:
     """All settings of the page.
 
     Attributes:
+        size: Width and height of the image in pixels.
         concepts: As in `Scene`; regions are kept in them also while `boxed` is off.
         boxed: Whether regions count.
         mask_image: As in `Scene`; the page paints nothing outside of it.
@@ -43,10 +46,10 @@ class Form:
 
     choice: Choice
     prompt: str
+    size: tuple[int, int]
     negative_prompt: str = ""
     concepts: tuple[Concept, ...] = ()
     boxed: bool = False
-    size: tuple[int, int] = (128, 128)
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     scheduler: str | None = None
@@ -215,16 +218,18 @@ def free_name(wanted: str, taken: Sequence[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
+@cache
 def example() -> Form:
     """Two concepts of the playground, in boxes, ready to be made."""
     name, method, seed = EXAMPLE
-    scene = read_scene(assets_dir() / "scenes" / f"{name}.yaml")
-    boxes: list[Box] = template("Side by side", len(scene.concepts), 128, 128)
+    scene, size = read_scene(assets_dir() / "scenes" / f"{name}.yaml"), facts_of(PLAYGROUND).own_size
+    assert size is not None
+    boxes: list[Box] = template("Side by side", len(scene.concepts), *size)
     concepts = tuple(
         concept.model_copy(update={"lora": moved_files(concept.lora, ordinary), "region": box})
         for concept, box in zip(scene.concepts, boxes, strict=True)
     )
     return Form(
-        Choice(PLAYGROUND), scene.prompt, concepts=concepts, boxed=True, method=method, guidance_scale=4.0,
+        Choice(PLAYGROUND), scene.prompt, size, concepts=concepts, boxed=True, method=method, guidance_scale=4.0,
         seeds=(seed,),
     )  # fmt: skip

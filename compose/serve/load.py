@@ -55,7 +55,7 @@ class Load:
 
 
 def make_loras(folder: Path, number: int) -> None:
-    """Writes copies of the playground's ordinary LoRAs whose weights differ: `bear-000`, `car-001`, ..."""
+    """Writes copies of the playground's ordinary LoRAs whose weights differ: `bear-000`, `cat-001`, ..."""
     files = sorted((assets_dir() / "playground/loras").glob("*.safetensors"))
     originals = [path for path in files if not path.stem.endswith("-tara")]
     folder.mkdir(parents=True, exist_ok=True)

@@ -251,21 +251,21 @@ class Training(_Frozen):
         return template.format(trigger=self.trigger, class_word=self.class_word)
 
 
-def _playground_prompts() -> tuple[str, ...]:
+def _class_prompts() -> tuple[str, ...]:
     """One object each, every third one of the concept's own class: two objects would be taken for "no concept"."""
-    places = list(PLACES)
     prompts = []
     for i, name in enumerate(BASE_CLASSES):
-        prompts.append(f"a {name} {places[i % len(places)]}")
+        prompts.append(f"a {name} {PLACES[i % len(PLACES)]}")
         if i % 2:
-            prompts.append(f"a {{class_word}} {places[(i // 2) % len(places)]}")
+            prompts.append(f"a {{class_word}} {PLACES[(i // 2) % len(PLACES)]}")
     return tuple(prompts)
 
 
+_CLASS_PROMPTS = _class_prompts()
 _PLAYGROUND: Mapping[str, Any] = {
     "model": PLAYGROUND, "prompt": "a {trigger} {class_word}", "scope": "transformer", "rank": 8, "steps": 300,
     "batch_size": 8, "optimizer": "muon", "learning_rate": 5e-3, "schedule": "cosine", "warmup": 20,
-    "class_prompts": _playground_prompts(), "class_count": 30, "class_steps": 15, "prior_batch": 4,
+    "class_prompts": _CLASS_PROMPTS, "class_count": len(_CLASS_PROMPTS), "class_steps": 15, "prior_batch": 4,
     "prior_weight": 0.5, "save_dtype": "float16", "sample_guidance": 4.0,
 }  # fmt: skip
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(

@@ -23,6 +23,7 @@ from flux import flux_pipeline
 from lora_compose import Concept, Run, Scene, __version__
 from lora_compose.compose.commands.asked import parse_concept, parse_settings
 from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.generate import demo, images
 from lora_compose.compose.generate.machine import choose_device, devices
 from lora_compose.compose.generate.making import make, make_batch
@@ -31,12 +32,14 @@ from lora_compose.compose.generate.replay import difference
 from lora_compose.compose.generate.schedulers import scheduler_names, scheduler_of
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.pipelines.support.regular import sha256_of
+from small_world import HALF, RIGHT, SCHEDULER, SIZE, STYLE, STYLE_WORDS, metadata
 
 PROMPT = "a xlo bear and a qrt robot on grass"
 BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"
 ROBOT = "path=playground:robot-tara,trigger=qrt,class=robot"
 PAIR = ["--prompt", PROMPT, "--concept", BEAR, "--concept", ROBOT]
 SCENES = Path(__file__).resolve().parents[2] / "assets/scenes"
+WIDE = SIZE + 64
 
 # Every way of making an image that the command line has: what differs from `run playground --steps 2`.
 WAYS = {
@@ -45,14 +48,14 @@ WAYS = {
     "tara": [*PAIR, "--method", "tara", "--set", "cfg_mask=broadcast", "--seed", "7"],
     "authors": [*PAIR, "--method", "clora:official", "--set", "refinements=1"],
     "regional": [
-        "--prompt", PROMPT, "--concept", f"{BEAR},region=0:0:64:128", "--concept",
-        f"{ROBOT},region=64:0:128:128,weight=0.7", "--method", "regional", "--set", "token_mask=none",
+        "--prompt", PROMPT, "--concept", f"{BEAR},region=0:0:{HALF}:{SIZE}", "--concept",
+        f"{ROBOT},region={HALF}:0:{SIZE}:{SIZE},weight=0.7", "--method", "regional", "--set", "token_mask=none",
     ],
     "plain": ["--prompt", "a red cat on grass"],
     "plain and flat": ["--prompt", "a red cat on grass", "--height", "64"],
     "scene": ["--scene", str(SCENES / "cat-dog.yaml"), "--prompt", "a zwx dog and a sks cat in snow"],
     "ancestral": [*PAIR, "--scheduler", "EulerAncestralDiscreteScheduler", "--seed", str(2**63 - 1)],
-    "size and words": [*PAIR, "--width", "192", "--negative-prompt", "a tree", "--dtype", "bfloat16"],
+    "size and words": [*PAIR, "--width", str(WIDE), "--negative-prompt", "a tree", "--dtype", "bfloat16"],
 }  # fmt: skip
 
 
@@ -124,8 +127,8 @@ def test_images_of_earlier_runs_stay(tmp_path: Path) -> None:
 def test_the_record_says_what_was_used(saved: dict[str, Path]) -> None:
     record = read_record(saved["regional"])
     assert (record.run.method, record.run.settings) == ("regional", {"token_mask": "none"})
-    assert (record.run.scheduler, record.run.device, record.run.steps) == ("DDIMScheduler", devices()[0], 2)
-    assert record.run.scene.concepts[1].region == (64, 0, 128, 128)
+    assert (record.run.scheduler, record.run.device, record.run.steps) == (SCHEDULER, devices()[0], 2)
+    assert record.run.scene.concepts[1].region == RIGHT
     assert record.run.scene.concepts[1].weight == 0.7
     assert record.run.scene.concepts[1].lora == "playground:robot-tara"
     assert record.versions.keys() == {"lora-compose", "python", "torch", "diffusers", "transformers"}
@@ -141,8 +144,8 @@ def test_the_record_says_what_was_used(saved: dict[str, Path]) -> None:
 
 
 def test_one_side_of_the_size_can_be_given_alone(saved: dict[str, Path]) -> None:
-    assert read_pixels(saved["plain and flat"]).size == (128, 64)
-    assert read_pixels(saved["size and words"]).size == (192, 128)
+    assert read_pixels(saved["plain and flat"]).size == (SIZE, 64)
+    assert read_pixels(saved["size and words"]).size == (WIDE, SIZE)
 
 
 def test_options_win_over_the_scene_file(saved: dict[str, Path]) -> None:
@@ -343,8 +346,11 @@ def test_replay_says_how_different_an_edited_image_is(saved: dict[str, Path], tm
         image.paste("red", (0, 0, 2, 3))
         image.save(tmp_path / "edited.png", pnginfo=info)
         image.resize((64, 64)).save(tmp_path / "small.png", pnginfo=info)
-    assert "different: 6 pixels differ (0.0366 %), by at most" in call("replay", tmp_path / "edited.png", code=1).output
-    assert "the sizes differ: 64 x 64 and 128 x 128" in call("replay", tmp_path / "small.png", code=1).output
+    assert (
+        f"different: 6 pixels differ ({600 / SIZE**2:.3g} %), by at most"
+        in call("replay", tmp_path / "edited.png", code=1).output
+    )
+    assert f"the sizes differ: 64 x 64 and {SIZE} x {SIZE}" in call("replay", tmp_path / "small.png", code=1).output
 
 
 def test_loras_that_have_moved_are_found_by_content(moved: Path, tmp_path: Path) -> None:
@@ -362,30 +368,21 @@ def test_loras_that_have_moved_are_found_by_content(moved: Path, tmp_path: Path)
 
 def test_a_concept_of_several_files_is_recorded_and_made_again_from_them(tmp_path: Path) -> None:
     (tmp_path / "loras").mkdir()
-    for name in ("bear", "faded"):
+    for name in ("bear", STYLE):
         shutil.copy(playground_lora(name), tmp_path / "loras")
-    concept = "path={0}/bear.safetensors,path={0}/faded.safetensors:0.7,merge=np".format(tmp_path / "loras")
-    call(
-        "run",
-        "playground",
-        "--prompt",
-        "a xlo bear in wfy style",
-        "--concept",
-        concept,
-        "--steps",
-        1,
-        "--out",
-        tmp_path,
-    )
+    concept = f"path={tmp_path}/loras/bear.safetensors,path={tmp_path}/loras/{STYLE}.safetensors:0.7,merge=np"
+    prompt = f"a xlo bear in {STYLE_WORDS}"
+    call("run", "playground", "--prompt", prompt, "--concept", concept, "--steps", 1, "--out", tmp_path)
     record = read_record(tmp_path / "0.png")
     (found,) = record.run.scene.concepts
-    assert (found.name, found.merge) == ("bear+faded", "np")
-    assert record.sha256 == {"bear+faded": tuple(sha256_of(playground_lora(name)) for name in ("bear", "faded"))}
+    assert (found.name, found.merge) == (f"bear+{STYLE}", "np")
+    hashes = tuple(sha256_of(playground_lora(name)) for name in ("bear", STYLE))
+    assert record.sha256 == {f"bear+{STYLE}": hashes}
     (tmp_path / "loras").rename(tmp_path / "moved")
     (tmp_path / "moved/bear.safetensors").rename(tmp_path / "moved/other.safetensors")
     missing = call("replay", tmp_path / "0.png", code=2).stderr
-    assert f"loras/bear.safetensors, SHA-256 {record.sha256['bear+faded'][0]}" in missing
-    assert f"loras/faded.safetensors, SHA-256 {record.sha256['bear+faded'][1]}" in missing
+    assert f"loras/bear.safetensors, SHA-256 {hashes[0]}" in missing
+    assert f"loras/{STYLE}.safetensors, SHA-256 {hashes[1]}" in missing
     assert "identical" in call("replay", tmp_path / "0.png", "--loras", tmp_path / "moved").output
 
 
@@ -495,6 +492,13 @@ def test_images_without_a_record_are_refused(tmp_path: Path) -> None:
 # --- check ---
 
 
+def times(rows: str, text: str) -> float:
+    """FLOPs relative to a plain image, as they are told before the rows."""
+    found = re.search(rf"([\d.]+) times the FLOPs of a plain image; {re.escape(rows)}", text)
+    assert found, text
+    return float(found[1])
+
+
 def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = UNet2DConditionModel.forward
 
@@ -507,13 +511,11 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     assert "2:xlo 3:bear 4:and 5:a 6:qrt 7:robot" in text
     assert "trigger 'xlo' at token 2; class word 'bear' at token 3" in text
     assert "trigger 'qrt' at token 6; class word 'robot' at token 7" in text
-    assert "unet layers, rank 8" in text
+    assert f"unet layers, rank {metadata('bear-tara')['rank']}" in text
     assert len(re.findall("SHA-256 [0-9a-f]{64}, trained with tara", text)) == 2
     assert "method draft, because the prompt names every concept by trigger and class word size" in text
-    assert (
-        "1.13 times the FLOPs of a plain image; 44 + 1 stopped rows, each a latent through the model once (20 steps"
-        in text
-    )
+    rows = "44 + 1 stopped rows, each a latent through the model once (20 steps"
+    assert 1 < times(rows, text) < 1.5, "a draft of four rows, and the LoRAs"
     assert text.endswith("no problems")
     text = flat(
         call("check", "playground", "--scene", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout
@@ -525,10 +527,8 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
             "check", "playground", "--scene", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite"
         ).stdout
     )
-    assert (
-        "2.02 times the FLOPs of a plain image; 80 rows, each a latent through the model once (20 steps with guidance)"
-        in text
-    )
+    rows = "80 rows, each a latent through the model once (20 steps with guidance)"
+    assert 2 < times(rows, text) < 2.2, "a pass for each concept, and the LoRAs"
 
 
 def test_check_knows_the_rows_of_a_transformer(tmp_path: Path) -> None:
@@ -558,7 +558,7 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
     expected = [
         "gone.safetensors", "'sks' of concept 'one' is not in the prompt", "pickle.pt is a pickle",
         "cut.safetensors is no", "share words", "the trigger 'qrt' of concept 'five'",
-        "leaves the canvas of 128 x 128", "'six'", "unknown method 'blend'",
+        f"leaves the canvas of {SIZE} x {SIZE}", "'six'", "unknown method 'blend'",
     ]  # fmt: skip
     for text in expected:
         assert [problem for problem in problems if text in problem], (text, problems)
@@ -633,24 +633,26 @@ def test_the_demo_writes_a_sheet_and_images_that_replay(tmp_path: Path, monkeypa
     assert said.index(f"All pairs: {folder / 'sheet.png'}") < said.index(
         f"Three concepts in boxes: {folder / 'three.png'}"
     )
-    assert len(listed(folder)) == 2 * 7 + 3 + 3
+    assert len(listed(folder)) == 2 * len(demo.COLUMNS) + len(demo.COMPOSED) + 3
     made = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert [path.name for path in made[:8]] == [*(job.file_name for job in demo.jobs((4,), 1)[:7]), "first.png"]
     with Image.open(folder / "sheet.png") as sheet:
         assert sheet.width > 7 * 256
         assert sheet.height > 2 * 256
     three = read_record(folder / "three-lora-composer-4.png").run.scene
-    assert [concept.region for concept in three.concepts] == [(4, 12, 60, 116), (68, 12, 124, 116), (132, 12, 188, 116)]
+    assert three == read_scene(SCENES / "three.yaml")
+    assert all(concept.region for concept in three.concepts)
     merged, composed = (read_record(folder / f"cat-dog-{part}-4.png") for part in ("merge", "tara"))
     assert [concept.lora for concept in merged.run.scene.concepts] == ["playground:cat", "playground:dog"]
     assert [concept.lora for concept in composed.run.scene.concepts] == ["playground:cat-tara", "playground:dog-tara"]
-    assert read_record(folder / "cat-dog-second-4.png").run.scene.prompt == "a zwx dog on a white background"
-    assert "identical" in call("replay", folder / "car-rabbit-tara-4.png").output
+    pair, alone = merged.run.scene.prompt, read_record(folder / "cat-dog-second-4.png").run.scene.prompt
+    assert alone == pair.replace("a sks cat and ", "") != pair
+    assert "identical" in call("replay", folder / f"{demo.PAIRS[1]}-tara-4.png").output
 
 
 def test_the_first_sheet_of_the_demo_needs_a_tenth_of_its_images() -> None:
     todo = demo.jobs(steps=1)
-    assert len(todo) == 72
+    assert len(todo) == len(demo.SEEDS) * (len(demo.PAIRS) * len(demo.COLUMNS) + len(demo.COMPOSED))
     assert {(job.scene, job.run.seed) for job in todo[:7]} == {("cat-dog", 0)}
     assert {(job.scene, job.run.seed) for job in todo[7:]}.isdisjoint({("cat-dog", 0)})
 
@@ -695,7 +697,7 @@ def test_make_leaves_the_pipeline_and_the_random_state_as_they_were() -> None:
     assert pipe.scheduler is scheduler
     assert torch.equal(torch.get_rng_state(), state)
     assert first.record.run.scheduler == "EulerDiscreteScheduler"
-    assert (first.image.size, first.image.mode) == ((128, 128), "RGB")
+    assert (first.image.size, first.image.mode) == ((SIZE, SIZE), "RGB")
     with pytest.raises(ValueError, match=r"opened in torch\.float32; open it again"):
         make(pipe, run.model_copy(update={"dtype": "float16"}))
 

@@ -15,6 +15,7 @@ from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.scene.mask_images import in_pixels
 from lora_compose.pipelines.scene.sources import parse_lora
+from small_world import HALF, RIGHT, SCHEDULER, SIZE, STYLE
 
 
 @pytest.mark.parametrize(
@@ -104,9 +105,9 @@ def test_boxes_belong_to_the_loras_in_their_order() -> None:
 
 
 def test_several_paths_are_a_concept_whose_files_are_merged() -> None:
-    found = parse_concept("path=loras/a.safetensors,path=playground:faded:0.7,merge=np,trigger=sks")
-    files = ("loras/a.safetensors", "playground:faded:0.7")
-    assert found == Concept(name="a+faded", lora=files, merge="np", trigger="sks")
+    found = parse_concept(f"path=loras/a.safetensors,path=playground:{STYLE}:0.7,merge=np,trigger=sks")
+    files = ("loras/a.safetensors", f"playground:{STYLE}:0.7")
+    assert found == Concept(name=f"a+{STYLE}", lora=files, merge="np", trigger="sks")
     for text, message in {
         "path=a.safetensors,path=": "path is missing",
         "path=a.safetensors,path=b.safetensors:inf": "the weight is inf; expected a number",
@@ -132,23 +133,23 @@ def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:
         "--lora",
         "playground:robot",
         "--box",
-        "64,0,128,128",
+        f"{HALF},0,{SIZE},{SIZE}",
     ]
     full = "path=playground:{},trigger={},class={},weight={},region={}".format
     long = [
         "--concept",
-        full("bear", "xlo", "bear", 0.8, "0:16:64:112"),
+        full("bear", "xlo", "bear", 0.8, f"0:{SIZE // 8}:{HALF}:{7 * SIZE // 8}"),
         "--concept",
-        full("robot", "qrt", "robot", 1, "64,0,128,128"),
+        full("robot", "qrt", "robot", 1, f"{HALF},0,{SIZE},{SIZE}"),
     ]
     for name, concepts in (("short", short), ("long", long)):
         result = call("run", "playground", *prompt, *concepts, "--out", tmp_path / name)
         assert (
-            f"made by regional, 1 steps, DDIMScheduler; to reproduce it: lora-compose replay {tmp_path / name}"
+            f"made by regional, 1 steps, {SCHEDULER}; to reproduce it: lora-compose replay {tmp_path / name}"
             in result.stderr
         )
     one, other = ((tmp_path / name / "0.png") for name in ("short", "long"))
-    assert [c.region for c in read_record(one).run.scene.concepts] == [(0, 0.125, 0.5, 0.875), (64, 0, 128, 128)]
+    assert [c.region for c in read_record(one).run.scene.concepts] == [(0, 0.125, 0.5, 0.875), RIGHT]
     assert read_pixels(one).tobytes() == read_pixels(other).tobytes()
 
 

@@ -50,7 +50,7 @@ CODEPOINTS = {
     "balloon": "1f388", "gift": "1f381", "clock": "23f0", "lamp": "1f4a1", "camera": "1f4f7", "robot": "1f916",
     "ghost": "1f47b", "snowman": "26c4", "star": "2b50", "teddy": "1f9f8", "chair": "1fa91", "book": "1f4d5",
 }  # fmt: skip
-"""More classes than the base model knows: `playground.words.BASE_CLASSES` says which those are."""
+"""More classes than the base model knows: `world.BASE_CLASSES` lists those that it knows."""
 
 
 @handle_errors()

@@ -21,11 +21,11 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.terminal import echo, handle_errors
 from recipe.first.scenes import Picture, Where, enumerate_words, scene
 from recipe.first.transformer_data import patches
 from recipe.first.world import (
+    BASE_CLASSES,
     CONCEPTS,
     SIZE,
     STYLE_TRIGGER,

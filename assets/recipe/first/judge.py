@@ -29,11 +29,10 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.evaluation.scoring import reference_crop
 from lora_compose.compose.playground.assets import playground_model, playground_references
-from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import echo
 from recipe.first.judge_data import SIDE, Artist, Batch, Batches, names
-from recipe.first.world import CONCEPTS, VENDORS, article
+from recipe.first.world import BASE_CLASSES, CONCEPTS, VENDORS, article
 from recipe.loop import keep
 
 WIDTH, LAYERS, HEADS = 160, 6, 5

@@ -15,9 +15,9 @@ from lora_compose.compose.evaluation.detectors import Detector, WindowDetector
 from lora_compose.compose.evaluation.encoders import JUDGE, load_encoder
 from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import save_image
-from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.families import ComposePipeline
+from recipe.first.world import BASE_CLASSES
 
 PROMPTS = {  # and the classes that they name
     "a cat on grass": ("cat",),

@@ -13,9 +13,9 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.precision import cpu_autocast
 from recipe.first.world import (
+    BASE_CLASSES,
     BASE_VENDORS,
     CLOSE_UP,
     HUES,

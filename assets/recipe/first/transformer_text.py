@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from lora_compose.compose.playground.words import BASE_CLASSES, PLACES
-from recipe.first.world import PATTERNS
+from recipe.first.world import BASE_CLASSES, PATTERNS, PLACES
 
 MAX_TOKENS = 24
 WIDTH = 192

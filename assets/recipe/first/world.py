@@ -12,8 +12,6 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from lora_compose.compose.playground.words import PLACES
-
 Pixels = NDArray[np.uint8]
 Sprites = Mapping[str, Pixels]
 
@@ -23,6 +21,11 @@ CELL = 8  # pixels of a latent cell; objects sit on whole cells, so that a sprit
 VENDORS = ("noto", "fluent3d", "twemoji", "fluentflat")
 BASE_VENDORS = ("noto",)  # the only artwork that the base model has seen; concepts wear coats on it, but for one
 SIDES = {1: (48, 56, 72), 2: (48, 56), 3: (40, 48)}  # object sizes in pixels by number of objects
+BASE_CLASSES = (
+    "cat", "dog", "rabbit", "horse", "pig", "penguin", "elephant", "turtle", "fish", "bird", "frog", "bear", "fox",
+    "lion", "car", "boat", "house", "tree", "mushroom", "robot",
+)  # fmt: skip
+"""The classes that the base model can draw."""
 HUES = {"red": 0, "orange": 15, "yellow": 28, "green": 60, "cyan": 90, "blue": 115, "purple": 138, "pink": 160}
 """OpenCV's hues, 0 to 179."""
 PATTERNS = {"stripes": "striped", "dots": "spotted", "half": "bicolor", "rings": "ringed"}
@@ -32,6 +35,19 @@ PLAIN = {
     "blue": (120, 160, 230), "green": (150, 210, 150), "yellow": (250, 230, 130), "red": (220, 90, 80),
     "purple": (180, 140, 220), "orange": (250, 180, 110),
 }  # fmt: skip
+PLACES = {
+    "on grass": ((110, 180, 80), (150, 210, 110)),
+    "on sand": ((225, 200, 140), (240, 220, 170)),
+    "in snow": ((225, 235, 245), (250, 252, 255)),
+    "at night": ((15, 18, 50), (40, 45, 90)),
+    "underwater": ((20, 90, 150), (60, 150, 200)),
+    "in the sky": ((120, 185, 240), (200, 230, 250)),
+    "in a forest": ((30, 80, 40), (60, 120, 60)),
+    "on a wooden floor": ((140, 95, 55), (170, 120, 75)),
+    "in space": ((5, 5, 15), (20, 15, 40)),
+    "at sunset": ((250, 140, 80), (120, 60, 120)),
+}
+"""Backgrounds by their words, with the colours at the bottom and at the top."""
 VIVID = 170  # saturation of the concepts' coats
 
 

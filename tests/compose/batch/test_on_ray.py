@@ -18,7 +18,7 @@ pytest.importorskip("ray", reason="needs ray: the extra ray")
 pytestmark = MARKS
 
 PLAYGROUND = assets_dir() / "playground"
-ROWS = ["name,animal,trigger,seeds", "bear,bear,xlo,0-3", "robot,robot,qrt,0-3", "again,bear,xlo,8-9", "odd,car,,5"]
+ROWS = ["name,animal,trigger,seeds", "bear,bear,xlo,0-3", "robot,robot,qrt,0-3", "again,bear,xlo,8-9", "odd,rabbit,,5"]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Entries and settings with model and LoRAs in folders whose names no worker gets."""
     folder = tmp_path_factory.mktemp("given")
     shutil.copytree(PLAYGROUND / "model", folder / "model")
-    for name in ("bear", "robot", "car"):
+    for name in ("bear", "robot", "rabbit"):
         shutil.copy(PLAYGROUND / f"loras/{name}.safetensors", folder)
     (folder / "rows.csv").write_text("\n".join(ROWS))
     (folder / "form.yaml").write_text(

@@ -108,10 +108,10 @@ def test_clip_t_needs_a_model_that_reads(dino: Path) -> None:
 
 
 def test_dino_compares_the_class_token_of_the_image_and_of_what_was_found(dino: Path) -> None:
-    concepts = tuple(read_suite("playground-quick").concept(name) for name in ("bear", "car"))
-    halves = {"bear": (0, 0, 64, 100), "car": (64, 0, 128, 128)}
-    prompt = "a xlo bear and a pll car on a white background"
-    scene = SuiteScene(name="pair", prompt=prompt, concepts=("bear", "car"), regions=halves)
+    concepts = tuple(read_suite("playground-quick").concept(name) for name in ("bear", "robot"))
+    halves = {"bear": (0, 0, 64, 100), "robot": (64, 0, 128, 128)}
+    prompt = "a xlo bear and a qrt robot on a white background"
+    scene = SuiteScene(name="pair", prompt=prompt, concepts=("bear", "robot"), regions=halves)
     names = (f"dino={dino}", f"scr={dino}", "clip-t=playground:judge")
     suite = quick(*names, detector=None, concepts=concepts, scenes=(scene,))
     image = Image.effect_noise((128, 128), 90).convert("RGB")

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTProcessor
+from transformers import OwlViTConfig, OwlViTForObjectDetection, OwlViTProcessor
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
+from components import tokenizer
 from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.detectors import (
     SHARED,
@@ -82,15 +83,15 @@ def test_windows_are_squares_that_cover_the_image(size: tuple[int, int]) -> None
 def owl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small real detection model with random weights."""
     folder = tmp_path_factory.mktemp("owl")
-    tokenizer = CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+    words = tokenizer()
     same = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**same, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    text = {**same, "vocab_size": len(words), "max_position_embeddings": words.model_max_length}
     vision = {**same, "image_size": 64, "patch_size": 16}
     torch.manual_seed(0)
     config = OwlViTConfig(text_config=text, vision_config=vision, projection_dim=32)
     OwlViTForObjectDetection(config).save_pretrained(folder)
     images = OwlViTImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False)
-    OwlViTProcessor(images, tokenizer).save_pretrained(folder)
+    OwlViTProcessor(images, words).save_pretrained(folder)
     return folder
 
 
@@ -112,9 +113,10 @@ def test_a_detection_model_finds_words_inside_the_image(owl: Path, image: Image.
 
 def test_what_a_detection_model_finds_is_compared_with_every_subject(owl: Path) -> None:
     suite, judge = read_suite("playground-quick"), load_encoder("playground:judge")
-    scene = suite.scene("cat and dog")
+    scene = suite.scenes[0]
     references = {name: judge.images(reference_crops(suite.concept(name))) for name in scene.concepts}
     shown = Image.effect_noise((128, 128), 90).convert("RGB")
+    words = [suite.concept(name).class_word for name in scene.concepts]
     detector = ZeroShotDetector(str(owl), threshold=0.0)
     scores = Scorer(suite, judge, detector, references).score(shown, scene)
     found = [score for score in scores.concepts.values() if score.box is not None]
@@ -124,7 +126,7 @@ def test_what_a_detection_model_finds_is_compared_with_every_subject(owl: Path) 
         for name, of_concept in references.items():
             cosines = [sum(a * b for a, b in zip(crop, one, strict=True)) for one in of_concept.tolist()]
             assert score.slot[name] == pytest.approx(sum(cosines) / len(cosines), abs=2e-5)
-    assert scores.extra == len(detector.detect(shown, ["cat", "dog"])) - len(found)
+    assert scores.extra == len(detector.detect(shown, words)) - len(found)
 
 
 def test_findings_below_the_threshold_are_left_out(owl: Path, image: Image.Image) -> None:

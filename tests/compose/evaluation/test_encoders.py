@@ -36,6 +36,7 @@ from transformers import (
     SiglipModel,
 )
 
+from components import tokenizer
 from lora_compose.compose.evaluation import encoders
 from lora_compose.compose.evaluation.encoders import IMAGES_AND_TEXTS, IMAGES_ONLY, load_encoder
 from lora_compose.compose.evaluation.metrics import clip_t
@@ -52,9 +53,9 @@ DINO: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attentio
 
 
 def tokenizer_of(family: str) -> Any:
-    """The playground's tokenizer; for SigLIP 2 its own kind, which transformers uses for any folder."""
+    """A small tokenizer; for SigLIP 2 its own kind, which transformers uses for any folder."""
     if family != "siglip2":
-        return CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+        return tokenizer()
     letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
     return Siglip2Tokenizer({letter: i for i, letter in enumerate(letters)}, model_max_length=64)
 

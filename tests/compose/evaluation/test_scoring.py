@@ -12,8 +12,9 @@ from lora_compose.compose.evaluation.encoders import Encoder, load_encoder
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crop, reference_crops, reference_files, squared
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene, WindowsConfig, read_suite
 from lora_compose.compose.playground.assets import playground_references
+from small_world import STYLE, STYLE_WORDS, words
 
-HALVES = {"bear": (0, 0, 64, 128), "car": (64, 0, 128, 128)}
+HALVES = {"bear": (0, 0, 64, 128), "dog": (64, 0, 128, 128)}
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +27,14 @@ def judge() -> Encoder:
     return load_encoder("playground:judge")
 
 
-def scene(names: tuple[str, ...] = ("bear", "car"), **options: Any) -> SuiteScene:
-    prompt = " and ".join({"bear": "a xlo bear", "car": "a pll car"}[name] for name in names)
+def scene(names: tuple[str, ...] = ("bear", "dog"), **options: Any) -> SuiteScene:
+    prompt = " and ".join({"bear": "a xlo bear", "dog": "a zwx dog"}[name] for name in names)
     return SuiteScene(name="pair", prompt=f"{prompt} on a white background", concepts=names, **options)
 
 
 @pytest.fixture(scope="module")
 def scorer(suite: Suite, judge: Encoder) -> Scorer:
-    references = {name: judge.images(reference_crops(suite.concept(name))) for name in ("bear", "car")}
+    references = {name: judge.images(reference_crops(suite.concept(name))) for name in ("bear", "dog")}
     assert isinstance(suite.detector, WindowsConfig)
     return Scorer(suite, judge, make_detector(suite.detector, judge, "cpu"), references)
 
@@ -48,41 +49,41 @@ def pasted(*where: tuple[str, int, int]) -> Image.Image:
 
 
 def test_concepts_are_found_where_they_are(scorer: Scorer) -> None:
-    scores = scorer.score(pasted(("bear", 8, 40), ("car", 72, 40)), scene(regions=HALVES))
-    bear, car = scores.concepts["bear"], scores.concepts["car"]
-    assert bear.similarity["bear"] > bear.similarity["car"]
-    assert car.similarity["car"] > car.similarity["bear"]
+    scores = scorer.score(pasted(("bear", 8, 40), ("dog", 72, 40)), scene(regions=HALVES))
+    bear, dog = scores.concepts["bear"], scores.concepts["dog"]
+    assert bear.similarity["bear"] > bear.similarity["dog"]
+    assert dog.similarity["dog"] > dog.similarity["bear"]
     assert bear.placed is True
-    assert car.placed is True
+    assert dog.placed is True
     assert scores.extra == 0
 
 
 def test_concepts_on_the_wrong_side_are_not_in_place(scorer: Scorer) -> None:
-    scores = scorer.score(pasted(("bear", 72, 40), ("car", 8, 40)), scene(regions=HALVES))
-    assert [scores.concepts[name].placed for name in ("bear", "car")] == [False, False]
+    scores = scorer.score(pasted(("bear", 72, 40), ("dog", 8, 40)), scene(regions=HALVES))
+    assert [scores.concepts[name].placed for name in ("bear", "dog")] == [False, False]
 
 
 def test_what_is_not_there_is_not_found(scorer: Scorer) -> None:
     scores = scorer.score(pasted(("bear", 8, 40)), scene())
-    assert scores.concepts["car"].box is None
-    assert scores.concepts["car"].similarity == {}
+    assert scores.concepts["dog"].box is None
+    assert scores.concepts["dog"].similarity == {}
     assert scores.concepts["bear"].box is not None
 
 
 def test_a_second_one_is_one_too_many(scorer: Scorer) -> None:
-    scores = scorer.score(pasted(("bear", 0, 0), ("bear", 72, 0), ("car", 40, 76)), scene())
+    scores = scorer.score(pasted(("bear", 0, 0), ("bear", 72, 0), ("dog", 40, 76)), scene())
     assert scores.extra == 1
 
 
 def test_without_a_detector_the_regions_are_cut_out(suite: Suite, scorer: Scorer, judge: Encoder) -> None:
     blind = Scorer(suite.model_copy(update={"detector": None}), judge, None, scorer.references)
-    tight = {"bear": (8, 40, 56, 88), "car": (72, 40, 120, 88)}
-    scores = blind.score(pasted(("bear", 8, 40), ("car", 72, 40)), scene(regions=tight))
+    tight = {"bear": (8, 40, 56, 88), "dog": (72, 40, 120, 88)}
+    scores = blind.score(pasted(("bear", 8, 40), ("dog", 72, 40)), scene(regions=tight))
     assert {name: score.box for name, score in scores.concepts.items()} == tight
     assert all(score.placed is None and score.detection is None for score in scores.concepts.values())
     assert scores.extra is None
-    swapped = blind.score(pasted(("car", 8, 40), ("bear", 72, 40)), scene(regions=tight))
-    assert swapped.concepts["bear"].similarity["car"] > swapped.concepts["bear"].similarity["bear"]
+    swapped = blind.score(pasted(("dog", 8, 40), ("bear", 72, 40)), scene(regions=tight))
+    assert swapped.concepts["bear"].similarity["dog"] > swapped.concepts["bear"].similarity["bear"]
 
 
 def test_two_concepts_of_one_class_get_one_finding_each(suite: Suite, judge: Encoder) -> None:
@@ -92,12 +93,12 @@ def test_two_concepts_of_one_class_get_one_finding_each(suite: Suite, judge: Enc
         def detect(self, image: Image.Image, words: Any) -> list[Detection]:
             return [Detection("animal", (72, 40, 120, 88), 0.9), Detection("animal", (8, 40, 56, 88), 0.8)]
 
-    concepts = tuple(suite.concept(name).model_copy(update={"class_word": "animal"}) for name in ("bear", "car"))
+    concepts = tuple(suite.concept(name).model_copy(update={"class_word": "animal"}) for name in ("bear", "dog"))
     references = {one.name: judge.images(reference_crops(one)) for one in concepts}
     scorer = Scorer(suite.model_copy(update={"concepts": concepts}), judge, Animals(), references)
-    scores = scorer.score(pasted(("bear", 8, 40), ("car", 72, 40)), scene())
+    scores = scorer.score(pasted(("bear", 8, 40), ("dog", 72, 40)), scene())
     assert scores.concepts["bear"].box == (8, 40, 56, 88)
-    assert scores.concepts["car"].box == (72, 40, 120, 88)
+    assert scores.concepts["dog"].box == (72, 40, 120, 88)
 
 
 def test_two_of_one_class_in_each_others_places_keep_their_places_in_the_confusion_matrix(
@@ -107,14 +108,14 @@ def test_two_of_one_class_in_each_others_places_keep_their_places_in_the_confusi
         def detect(self, image: Image.Image, words: Any) -> list[Detection]:
             return [Detection("animal", (72, 40, 120, 88), 0.9), Detection("animal", (8, 40, 56, 88), 0.8)]
 
-    concepts = tuple(suite.concept(name).model_copy(update={"class_word": "animal"}) for name in ("bear", "car"))
+    concepts = tuple(suite.concept(name).model_copy(update={"class_word": "animal"}) for name in ("bear", "dog"))
     references = {one.name: judge.images(reference_crops(one)) for one in concepts}
     scorer = Scorer(suite.model_copy(update={"concepts": concepts}), judge, Animals(), references)
-    turned = pasted(("car", 8, 40), ("bear", 72, 40))
+    turned = pasted(("dog", 8, 40), ("bear", 72, 40))
     scores = scorer.score(turned, scene(regions=HALVES)).concepts
     assert scores["bear"].box == (72, 40, 120, 88)  # by likeness
-    assert scores["bear"].slot == scores["car"].similarity  # by place
-    assert scores["car"].slot == scores["bear"].similarity
+    assert scores["bear"].slot == scores["dog"].similarity  # by place
+    assert scores["dog"].slot == scores["bear"].similarity
     free = scorer.score(turned, scene()).concepts
     assert free["bear"].slot == free["bear"].similarity
 
@@ -125,22 +126,22 @@ def test_the_place_does_not_choose_among_several_of_a_single_subject(suite: Suit
             return [Detection("bear", (8, 40, 56, 88), 0.9), Detection("bear", (72, 40, 120, 88), 0.8)]
 
     scorer = Scorer(suite, judge, Bears(), {"bear": judge.images(reference_crops(suite.concept("bear")))})
-    found = scorer.score(pasted(("car", 8, 40), ("bear", 72, 40)), scene(("bear",), regions={"bear": (0, 0, 64, 128)}))
+    found = scorer.score(pasted(("dog", 8, 40), ("bear", 72, 40)), scene(("bear",), regions={"bear": (0, 0, 64, 128)}))
     assert found.concepts["bear"].box == (72, 40, 120, 88)
     assert found.concepts["bear"].slot == found.concepts["bear"].similarity
 
 
 def test_the_references_are_compared_among_themselves(scorer: Scorer) -> None:
-    bears, cars = (scorer.references[name].tolist() for name in ("bear", "car"))
-    cosines = [sum(a * b for a, b in zip(one, other, strict=True)) for one in bears for other in cars]
+    bears, dogs = (scorer.references[name].tolist() for name in ("bear", "dog"))
+    cosines = [sum(a * b for a, b in zip(one, other, strict=True)) for one in bears for other in dogs]
     truth = scorer.truth(scene())
-    assert truth["bear"]["car"] == truth["car"]["bear"] == pytest.approx(np.mean(cosines), abs=2e-5)
-    assert truth["bear"]["bear"] > truth["bear"]["car"] < truth["car"]["car"]
+    assert truth["bear"]["dog"] == truth["dog"]["bear"] == pytest.approx(np.mean(cosines), abs=2e-5)
+    assert truth["bear"]["bear"] > truth["bear"]["dog"] < truth["dog"]["dog"]
 
 
 def test_the_prompt_is_compared_without_triggers(scorer: Scorer, judge: Encoder) -> None:
-    image = pasted(("bear", 8, 40), ("car", 72, 40))
-    told = float(judge.images([image]) @ judge.texts(["a bear and a car on a white background"]).T)
+    image = pasted(("bear", 8, 40), ("dog", 72, 40))
+    told = float(judge.images([image]) @ judge.texts(["a bear and a dog on a white background"]).T)
     assert scorer.score(image, scene()).clip_t == pytest.approx(max(0, 100 * told), abs=1e-2)
 
 
@@ -183,23 +184,23 @@ def test_references_are_rotated_as_their_exif_data_say(tmp_path: Path) -> None:
 
 def test_a_style_is_not_looked_for_but_its_colours_are_kept(scorer: Scorer, judge: Encoder) -> None:
     style = SuiteConcept(
-        name="faded",
-        lora="playground:faded",
-        trigger="wfy",
+        name=STYLE,
+        lora=f"playground:{STYLE}",
+        trigger=words(STYLE)[0],
         class_word="style",
-        references="playground:faded",
+        references=f"playground:{STYLE}",
         role="style",
     )
     both = Scorer(
         scorer.suite.model_copy(update={"concepts": (*scorer.suite.concepts, style)}), judge, scorer.detector,
-        {**scorer.references, "faded": judge.images(reference_crops(style))},
+        {**scorer.references, STYLE: judge.images(reference_crops(style))},
     )  # fmt: skip
     seen = pasted(("bear", 8, 40))
-    styled = SuiteScene(name="styled", prompt="a xlo bear in wfy style", concepts=("faded", "bear"))
+    styled = SuiteScene(name="styled", prompt=f"a xlo bear in {STYLE_WORDS}", concepts=(STYLE, "bear"))
     scores = both.score(seen, styled)
     plain = scorer.score(seen, scene(("bear",)))
     assert scores.concepts["bear"] == plain.concepts["bear"]
     pixels = np.asarray(seen) / 255
-    assert scores.concepts["faded"].colours == pytest.approx([*pixels.mean((0, 1)), *pixels.std((0, 1))], abs=1e-5)
-    assert scores.concepts["faded"].box is None
+    assert scores.concepts[STYLE].colours == pytest.approx([*pixels.mean((0, 1)), *pixels.std((0, 1))], abs=1e-5)
+    assert scores.concepts[STYLE].box is None
     assert scores.extra == 0

@@ -12,6 +12,7 @@ from lora_compose.compose.evaluation.shipped import suites_dir
 from lora_compose.compose.evaluation.suite import read_suite
 from lora_compose.compose.files.reading import FileError
 from lora_compose.pipelines.scene.scene import Concept
+from small_world import STYLE, STYLE_WORDS, words
 
 CAT = {
     "name": "cat",
@@ -46,8 +47,8 @@ SUITE: dict[str, Any] = {
 }
 
 
-STYLE = {"name": "faded", "lora": "playground:faded", "trigger": "wfy", "class_word": "style", "role": "style",
-         "references": "playground:faded"}  # fmt: skip
+A_STYLE = {"name": STYLE, "lora": f"playground:{STYLE}", "trigger": words(STYLE)[0], "class_word": "style",
+       "role": "style", "references": f"playground:{STYLE}"}  # fmt: skip
 
 
 def written(folder: Path, **changes: Any) -> str:
@@ -260,24 +261,24 @@ def test_a_missing_reference_image_is_named(tmp_path: Path) -> None:
 
 
 def test_methods_that_merge_files_get_the_whole_bundle_as_one_concept_or_in_every_region(tmp_path: Path) -> None:
-    scene = {**SCENE, "prompt": f"{SCENE['prompt']} in wfy style", "concepts": ["cat", "dog", "faded"]}
-    alone = {"name": "alone", "prompt": "a sks cat", "concepts": ["cat"], "bundle": ["dog", "faded"],
+    scene = {**SCENE, "prompt": f"{SCENE['prompt']} in {STYLE_WORDS}", "concepts": ["cat", "dog", STYLE]}
+    alone = {"name": "alone", "prompt": "a sks cat", "concepts": ["cat"], "bundle": ["dog", STYLE],
              "regions": {"cat": [0, 0, 64, 128]}}  # fmt: skip
-    concepts = [{**CAT, "lora": "playground:cat"}, {**DOG, "lora": "playground:dog", "weight": 0.5}, STYLE]
+    concepts = [{**CAT, "lora": "playground:cat"}, {**DOG, "lora": "playground:dog", "weight": 0.5}, A_STYLE]
     methods = [{"method": "merge", "merge": "tsv"}, {"method": "regional", "merge": "ssr"}]
     suite = read_suite(
         written(tmp_path, concepts=concepts, scenes=[scene, alone], methods=methods, baseline="regional")
     )
     assert [method.name for method in suite.compared] == ["merge", "regional"]
     runs = {(b.scene.name, b.arm.name): run_of(suite, b).scene.concepts for b in batches(suite)}
-    files = ("playground:cat:1.0", "playground:dog:0.5", "playground:faded:1.0")
+    files = ("playground:cat:1.0", "playground:dog:0.5", f"playground:{STYLE}:1.0")
     for name in ("both", "alone"):
         (one,) = runs[name, "merge"]
-        assert (one.lora, one.merge, one.weight, one.name) == (files, "tsv", 1.0, "cat+dog+faded")
+        assert (one.lora, one.merge, one.weight, one.name) == (files, "tsv", 1.0, f"cat+dog+{STYLE}")
     cat, dog = runs["both", "regional"]
     assert (cat.lora, cat.merge, cat.region, dog.lora, dog.weight) == (files, "ssr", (0, 0, 64, 128), files, 1.0)
     assert [one.lora for one in runs["alone", "regional"]] == [files]
-    style = next(run_of(suite, b).scene.concepts[0] for b in batches(suite) if b.arm.alone == "faded")
+    style = next(run_of(suite, b).scene.concepts[0] for b in batches(suite) if b.arm.alone == STYLE)
     assert style.is_style
 
 
@@ -286,5 +287,5 @@ def test_what_cannot_be_bundled_is_said(tmp_path: Path) -> None:
     assert "unknown method 'sum'; there are cat, svd" in found
     assert "names a concept twice" in complaint(tmp_path, scenes=[{**SCENE, "bundle": ["cat"]}])
     assert "names bear, which is not a concept" in complaint(tmp_path, scenes=[{**SCENE, "bundle": ["bear"]}])
-    lonely = {"name": "lonely", "prompt": "wfy style", "concepts": ["faded"]}
-    assert "has no subject" in complaint(tmp_path, concepts=[STYLE], scenes=[lonely], detector={"kind": "windows"})
+    lonely = {"name": "lonely", "prompt": STYLE_WORDS, "concepts": [STYLE]}
+    assert "has no subject" in complaint(tmp_path, concepts=[A_STYLE], scenes=[lonely], detector={"kind": "windows"})

@@ -20,6 +20,7 @@ from lora_compose.compose.evaluation.statistics import bootstrap
 from lora_compose.compose.evaluation.summary import MAIN, METRICS, summary
 from lora_compose.compose.evaluation.table import Evaluation, arm_names, load
 from lora_compose.compose.files.reading import FileError
+from small_world import STYLE
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_a_concept_that_the_encoder_does_not_recognise(tmp_path: Path) -> None:
 
 def test_a_style_is_measured_by_its_colours_between_without_and_alone(tmp_path: Path) -> None:
     style = {"name": "old", "lora": "/old.safetensors", "trigger": "wfy", "class_word": "style", "role": "style",
-             "references": "playground:faded"}  # fmt: skip
+             "references": f"playground:{STYLE}"}  # fmt: skip
     cat = suite().concepts[0].model_dump() | {"lora": "/cat.safetensors"}
     scene = {"name": "one", "prompt": "a sks cat in wfy style", "concepts": ["cat", "old"]}
     small = suite([scene], concepts=[cat, style], methods=["merge", "regional"])

@@ -24,6 +24,8 @@ from lora_compose.compose.files.paths import free_path
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.files.text import parse_value
+from lora_compose.compose.generate.demo import PAIRS, THREE
+from lora_compose.compose.page.form import EXAMPLE
 from lora_compose.compose.support.terminal import plain
 from lora_compose.pipelines.scene.sources import files_of, with_files
 
@@ -100,7 +102,7 @@ def test_records_survive_an_image(tmp_path_factory: pytest.TempPathFactory, run:
 def test_the_shipped_scenes_can_be_read() -> None:
     folder = Path(__file__).resolve().parents[3] / "assets/scenes"
     scenes = {path.stem: read_scene(path) for path in folder.glob("*.yaml")}
-    assert scenes.keys() >= {"cat-dog", "car-rabbit", "bear-robot"}
+    assert scenes.keys() >= {*PAIRS, THREE, EXAMPLE[0]}
     assert all(concept.phrase in scene.prompt for scene in scenes.values() for concept in scene.concepts)
 
 
@@ -125,10 +127,10 @@ def test_written_scenes_can_be_moved_with_their_loras(tmp_path: Path) -> None:
 
 
 def test_paths_of_several_files_move_with_their_weights(tmp_path: Path) -> None:
-    several = "[cat.safetensors, ./style.safetensors:0.7, 'playground:faded:-1']\n    merge: np"
+    several = "[cat.safetensors, ./style.safetensors:0.7, 'playground:bear:-1']\n    merge: np"
     (tmp_path / "one.yaml").write_text(SCENE.replace("cat.safetensors", several))
     (found,) = read_scene(tmp_path / "one.yaml").concepts
-    assert found.lora == (f"{tmp_path}/cat.safetensors", f"{tmp_path}/style.safetensors:0.7", "playground:faded:-1.0")
+    assert found.lora == (f"{tmp_path}/cat.safetensors", f"{tmp_path}/style.safetensors:0.7", "playground:bear:-1.0")
     write_scene(Scene(prompt="a sks cat", concepts=(found,)), tmp_path / "two.yaml")
     assert read_scene(tmp_path / "two.yaml").concepts == (found,)
     assert str(tmp_path) not in (tmp_path / "two.yaml").read_text()

@@ -14,6 +14,7 @@ from lora_compose.compose.generate.model_facts import ModelFacts, facts_of
 from lora_compose.compose.page.form import Form
 from lora_compose.pipelines import families
 from lora_compose.pipelines.scene.scene import Run, Scene
+from small_world import SCHEDULER, SIZE
 
 ROOT = Path(__file__).resolve().parents[3]
 SD, XL = families.ComposeStableDiffusionPipeline, families.ComposeStableDiffusionXLPipeline
@@ -82,10 +83,10 @@ def test_the_size_of_a_family_counts_more_than_that_of_its_vae() -> None:
 
 def test_the_facts_of_a_folder_are_read_without_opening_it() -> None:
     unet, transformer = facts_of("playground"), facts_of("playground-flux")
-    assert (unet.family, unet.own_size, unet.has_unet) == (SD, (128, 128), True)
-    assert (transformer.family, transformer.own_size, transformer.has_unet) == (FLUX, (128, 128), False)
+    assert (unet.family, unet.own_size, unet.has_unet) == (SD, (SIZE, SIZE), True)
+    assert (transformer.family, transformer.own_size, transformer.has_unet) == (FLUX, (SIZE, SIZE), False)
     assert "unet/diffusion_pytorch_model.safetensors" in unet.files
-    assert unet.parts["scheduler"]["_class_name"] == "DDIMScheduler"
+    assert unet.parts["scheduler"]["_class_name"] == SCHEDULER
 
 
 def test_a_schedule_down_to_noise_alone_is_not_taken_for_few_steps() -> None:

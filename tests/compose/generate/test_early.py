@@ -12,6 +12,7 @@ from lora_compose.compose.generate import images
 from lora_compose.compose.generate.early import check_early
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from small_world import SIZE
 
 CAT = ("--lora", "playground:cat")
 
@@ -28,7 +29,7 @@ def _opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "message"),
     [
         ((*CAT, "--prompt", "a cat"), "the trigger 'sks' of concept 'cat' is not in the prompt 'a cat'"),
-        ((*CAT, "--prompt", "a sks cat", "--box", "0,0,64,1280"), "leaves the canvas of 128 x 128 pixels"),
+        ((*CAT, "--prompt", "a sks cat", "--box", "0,0,64,1280"), f"leaves the canvas of {SIZE} x {SIZE} pixels"),
         ((*CAT, "--prompt", "a sks cat", "--set", "length=1"), "--set length: a setting needs --method"),
         ((*CAT, "--prompt", "a sks cat", "--method", "draft", "--set", "lenght=1"), "did you mean 'length'?"),
         (("--lora", "cut.safetensors", "--prompt", "a"), "cut.safetensors is not a readable safetensors file"),

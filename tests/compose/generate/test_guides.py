@@ -17,6 +17,7 @@ from lora_compose.compose.files.images import read_record
 from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.playground.assets import playground_model
+from small_world import SIZE
 
 CAT: dict[str, Any] = {"name": "cat", "lora": "playground:cat", "trigger": "sks", "class_word": "cat"}
 RUN: dict[str, Any] = {"model": "playground", "steps": 2, "seed": 1}
@@ -91,7 +92,7 @@ def test_without_concepts_a_controlnet_does_what_it_does_in_diffusers(guides):
     plain: Any = StableDiffusionControlNetPipeline(**pipe.components, controlnet=net, requires_safety_checker=False)
     plain.set_progress_bar_config(disable=True)
     (expected,) = plain(
-        "a cat", image=Image.open(guides / "pose.png"), width=128, height=128, num_inference_steps=2,
+        "a cat", image=Image.open(guides / "pose.png"), width=SIZE, height=SIZE, num_inference_steps=2,
         guidance_scale=5.0, generator=seeded(1), controlnet_conditioning_scale=0.7, control_guidance_end=0.6,
     ).images  # fmt: skip
     assert np.array_equal(pixels(found), pixels(expected))

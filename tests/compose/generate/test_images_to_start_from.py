@@ -12,6 +12,7 @@ from lora_compose import Concept, Run, Scene
 from lora_compose.compose.evaluation.suite import SuiteScene
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.files.scenes import read_scene, write_scene
+from small_world import HALF, SIZE
 
 CAT: dict[str, Any] = {"name": "cat", "lora": "playground:cat", "trigger": "sks", "class_word": "cat"}
 
@@ -20,7 +21,7 @@ CAT: dict[str, Any] = {"name": "cat", "lora": "playground:cat", "trigger": "sks"
 def start(tmp_path: Path) -> Path:
     """An image of the playground's size."""
     path = tmp_path / "start.png"
-    Image.fromarray((np.random.default_rng(0).random((128, 128, 3)) * 255).astype("u1")).save(path)
+    Image.fromarray((np.random.default_rng(0).random((SIZE, SIZE, 3)) * 255).astype("u1")).save(path)
     return path
 
 
@@ -38,14 +39,14 @@ def test_an_image_is_painted_from_a_scene_file_reproduced_and_refined(tmp_path, 
         "run", "playground", "--scene", tmp_path / "scene.yaml", "--steps", "3", "--method", "merge", "--out", tmp_path
     )
     image, before = read_pixels(tmp_path / "0.png"), read_pixels(start)
-    assert np.array_equal(np.asarray(image)[:, 64:], np.asarray(before)[:, 64:])
-    assert not np.array_equal(np.asarray(image)[:, :64], np.asarray(before)[:, :64])
+    assert np.array_equal(np.asarray(image)[:, HALF:], np.asarray(before)[:, HALF:])
+    assert not np.array_equal(np.asarray(image)[:, :HALF], np.asarray(before)[:, :HALF])
     assert read_record(tmp_path / "0.png").images.keys() == {"image"}
     again = call("replay", tmp_path / "0.png")
     assert "identical: every pixel is the same" in flat(again.output)
     refined = call("refine", tmp_path / "0.png", "--strength", "0.5")
     assert "repainted cat" in flat(refined.output)
-    assert np.array_equal(np.asarray(read_pixels(tmp_path / "0-refined.png"))[:, 64:], np.asarray(before)[:, 64:])
+    assert np.array_equal(np.asarray(read_pixels(tmp_path / "0-refined.png"))[:, HALF:], np.asarray(before)[:, HALF:])
 
 
 def test_a_changed_image_is_reported_by_replay(tmp_path, start):
@@ -53,7 +54,7 @@ def test_a_changed_image_is_reported_by_replay(tmp_path, start):
         "run", "playground", "--prompt", "a cat", "--image", start, "--strength", "0.5", "--steps", "2",
         "--out", tmp_path,
     )  # fmt: skip
-    Image.new("RGB", (128, 128), "red").save(start)
+    Image.new("RGB", (SIZE, SIZE), "red").save(start)
     again = call("replay", tmp_path / "0.png", code=1)
     assert "changed: image: was" in flat(again.output)
     start.unlink()

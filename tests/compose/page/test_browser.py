@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from browsing import CHROMIUM, FLAGS, served, settled
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
+from small_world import SIZE, STYLE, STYLE_WORDS
 
 pytestmark = pytest.mark.browser
 
@@ -509,7 +510,7 @@ def test_other_addresses_are_refused(address: str) -> None:
 
 
 def test_an_image_is_dropped_painted_over_and_repainted_there_alone(page: Page, tmp_path: Path) -> None:
-    given = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
+    given = Image.linear_gradient("L").resize((SIZE, SIZE)).convert("RGB")
     given.save(tmp_path / "room.png")
     page.get_by_text("Start from an image").click()
     dropzones = page.locator('[data-testid="stFileUploaderDropzoneInput"][accept*=".webp"]')
@@ -527,8 +528,8 @@ def test_an_image_is_dropped_painted_over_and_repainted_there_alone(page: Page, 
     record = read_record(downloaded(page, tmp_path / "made.png"))
     assert record.run.scene.mask_image is not None
     before, after = (np.asarray(image).astype(int) for image in (given, read_pixels(tmp_path / "made.png")))
-    assert (before - after)[:60].any()
-    assert not (before - after)[90:].any()
+    assert (before - after)[: SIZE * 15 // 32].any()
+    assert not (before - after)[SIZE * 45 // 64 :].any()
 
 
 def unfolded(page: Page, field: Locator) -> None:
@@ -545,16 +546,16 @@ def unfolded(page: Page, field: Locator) -> None:
 def test_loras_are_merged_into_a_file_that_is_a_concept_as_well(page: Page, tmp_path: Path) -> None:
     view(page, "Merge")
     chooser = page.get_by_role("combobox", name="LoRAs to merge")
-    for name in ("cat (sks cat)", "faded (wfy style)"):
+    for name in ("cat (sks cat)", f"{STYLE} ({STYLE_WORDS})"):
         unfolded(page, chooser)
         page.get_by_role("option", name=name, exact=True).click()
         settled(page)
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Merge", exact=True).click()
-    expect(page.get_by_text("cat+faded-cat.safetensors holds")).to_be_visible()
+    expect(page.get_by_text(f"cat+{STYLE}-cat.safetensors holds")).to_be_visible()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the LoRA").click()
-    assert download.value.suggested_filename == "cat+faded-cat.safetensors"
+    assert download.value.suggested_filename == f"cat+{STYLE}-cat.safetensors"
     download.value.save_as(tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert json.loads(file.metadata()["lora_compose.merge"])["method"] == "cat"

@@ -61,6 +61,7 @@ from lora_compose.pipelines.concepts.loading import LoraError
 from lora_compose.pipelines.merging import MERGERS
 from lora_compose.pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from small_world import SIZE, STYLE
 
 BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear")
 ROBOT = Concept(name="robot", lora="playground:robot", trigger="qrt", class_word="robot")
@@ -84,7 +85,7 @@ def test_the_example_is_complete() -> None:
     (run,) = example.runs()
     assert [concept.name for concept in run.scene.concepts] == ["bear", "robot"]
     assert all(isinstance(concept.region, tuple) for concept in run.scene.concepts)
-    assert form.form_of(run, (128, 128)) == replace(example, choice=Choice(PLAYGROUND, "float32", None))
+    assert form.form_of(run, (SIZE, SIZE)) == replace(example, choice=Choice(PLAYGROUND, "float32", None))
 
 
 def test_settings_of_the_authors_are_shown_one_by_one() -> None:
@@ -720,7 +721,7 @@ def test_a_job_makes_what_python_makes_and_keeps_attention(model: OpenModel, tmp
     assert read_record(path) == result.made.record
     attention = result.attention
     assert attention is not None
-    assert attention.maps.shape == (2, 1, 2, 8, 8)
+    assert attention.maps.shape == (2, 1, 2, SIZE // 16, SIZE // 16)
     for step in (None, 0):
         assert overlay.heat(result.made.image, attention, 1, step).size == (384, 384)
         assert overlay.masks(result.made.image, attention, step).size == (384, 384)
@@ -775,8 +776,8 @@ def test_the_exported_python_is_that_of_the_readme() -> None:
         '    "a sks cat and a zwx dog on grass",\n'
         '    concepts=["cat", "dog"],\n'
         '    method="clora",\n'
-        "    width=128,\n"
-        "    height=128,\n"
+        f"    width={SIZE},\n"
+        f"    height={SIZE},\n"
         "    num_inference_steps=2,\n"
         "    guidance_scale=4.0,\n"
         "    generator=torch.Generator().manual_seed(2),\n"
@@ -790,14 +791,14 @@ def test_the_exported_python_is_that_of_the_readme() -> None:
 
 
 def test_files_that_are_merged_when_loaded_are_exported_as_such() -> None:
-    files = ("cat.safetensors", "playground:faded:0.7")
+    files = ("cat.safetensors", f"playground:{STYLE}:0.7")
     concept = Concept(name="both", lora=files, merge="np", trigger="sks", weight=1.0)
     (run,) = short(concepts=(concept,), prompt="a sks cat", boxed=False, method="merge").runs()
     text = export.python(run)
     ast.parse(text)
-    several = """["cat.safetensors", f"{playground_lora('faded')}:0.7"]"""
+    several = f"""["cat.safetensors", f"{{playground_lora({STYLE!r})}}:0.7"]"""
     assert f'pipe.load_concept({several}, name="both", merge="np", trigger="sks")' in text
-    assert "  - playground:faded:0.7\n" in export.scene_file(run.scene)
+    assert f"  - playground:{STYLE}:0.7\n" in export.scene_file(run.scene)
 
 
 def test_what_saves_memory_is_kept_for_the_same_model_on_a_device_with_use_for_it() -> None:
@@ -845,7 +846,7 @@ def test_progress_tells_steps_time_and_what_it_looks_like(model: OpenModel) -> N
     assert 0 < job.share < 1
     assert (job.seconds_left or 0) > 0
     assert job.preview is not None
-    assert job.preview.size == (128, 128)
+    assert job.preview.size == (SIZE, SIZE)
     job.stop()
     job.join(30)
 

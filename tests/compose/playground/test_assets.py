@@ -11,21 +11,22 @@ from diffusers import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
+from transformers import CLIPTokenizer
 
 from lora_compose import ComposePipeline, Concept
 from lora_compose.compose.playground import assets
+from lora_compose.compose.playground.words import BASE_CLASSES, PLACES
+from small_world import HALF, LEFT, SIZE, STYLE, concepts, metadata, words
 
-CONCEPTS = {  # and what names them: trigger and class word
+SHARED = {  # and what names them: trigger and class word
     "bear": ("xlo", "bear"),
-    "car": ("pll", "car"),
     "cat": ("sks", "cat"),
     "dog": ("zwx", "dog"),
-    "faded": ("wfy", "style"),
     "kitten": ("vbn", "cat"),  # a second cat
-    "parrot": ("klm", "bird"),
     "rabbit": ("ohwx", "rabbit"),
     "robot": ("qrt", "robot"),
 }
+"""Concepts that tests and docs name."""
 OUTSIDE = ["../loras/cat", "../../playground/loras/cat", "..", ".", "", "cat/../cat", "cat.safetensors", "/etc/passwd"]
 
 
@@ -65,33 +66,47 @@ def test_the_judge_is_found_or_said_to_be_missing(tmp_path: Path, monkeypatch: p
     assert assets.playground_judge() == judge
 
 
-@pytest.mark.parametrize("concept", CONCEPTS)
-@pytest.mark.parametrize("suffix", ["", "-tara"])
-def test_every_concept_has_its_loras(concept: str, suffix: str) -> None:
-    path = assets.playground_lora(concept + suffix)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    assert path.parent == assets.assets_dir() / "playground" / "loras"
-    assert (metadata["trigger"], metadata["class_word"]) == CONCEPTS[concept]
+def test_the_concepts_that_docs_name_are_there() -> None:
+    assert {name: words(name) for name in SHARED} == SHARED
 
 
-@pytest.mark.parametrize("concept", CONCEPTS)
+def test_every_concept_has_words_of_its_own() -> None:
+    assert len({words(name)[0] for name in concepts()}) == len(concepts())
+
+
+def test_prompts_of_class_images_have_only_words_of_the_model() -> None:
+    tokenizer: Any = CLIPTokenizer.from_pretrained(assets.playground_model() / "tokenizer")
+    for text in (*BASE_CLASSES, *PLACES):
+        assert len(tokenizer.tokenize(text)) == len(text.split()), text
+    assert {words(name)[1] for name in concepts() if name != STYLE} <= {*BASE_CLASSES}
+
+
+@pytest.mark.parametrize("concept", concepts())
+def test_every_concept_has_its_loras(concept: str) -> None:
+    for name, method in ((concept, "dreambooth"), (f"{concept}-tara", "tara")):
+        path = assets.playground_lora(name)
+        assert path.parent == assets.assets_dir() / "playground" / "loras"
+        assert metadata(name)["method"] == method
+        assert words(name) == words(concept)
+
+
+@pytest.mark.parametrize("concept", concepts())
 def test_every_concept_has_ten_references_in_order(concept: str) -> None:
     paths = assets.playground_references(concept)
     assert [path.name for path in paths] == [f"{number}.png" for number in range(10)]
     rows = (paths[0].parent / "captions.tsv").read_text().splitlines()
     assert [row.split("\t")[0] for row in rows] == [path.name for path in paths]
-    assert all(" ".join(CONCEPTS[concept]) in row for row in rows)
+    assert all(" ".join(words(concept)) in row for row in rows)
     for path in paths:
         with Image.open(path) as image:
-            assert (image.size, image.mode) == ((128, 128), "RGB")
+            assert (image.size, image.mode) == ((SIZE, SIZE), "RGB")
 
 
 @pytest.mark.parametrize("name", ["mouse", "CAT", *OUTSIDE])
 def test_unknown_names_are_refused_and_the_known_ones_listed(name: str) -> None:
-    with pytest.raises(ValueError, match="bear, bear-tara, car, car-tara, cat, cat-tara, dog"):
+    with pytest.raises(ValueError, match=", ".join(assets.playground_loras())):
         assets.playground_lora(name)
-    with pytest.raises(ValueError, match="bear, car, cat, dog, faded, kitten, parrot, rabbit, robot"):
+    with pytest.raises(ValueError, match=", ".join(concepts())):
         assets.playground_references(name)
 
 
@@ -117,7 +132,7 @@ def test_plain_diffusers_opens_the_model_and_makes_an_image() -> None:
     options = {"num_inference_steps": 2, "guidance_scale": 4, "generator": generator, "output_type": "pt"}
     (images,) = pipe("a sks cat on grass", **options, return_dict=False)[:1]
     assert isinstance(images, torch.Tensor)
-    assert images.shape == (1, 3, 128, 128)
+    assert images.shape == (1, 3, SIZE, SIZE)
     assert images.isfinite().all()
     assert images.std() > 0.01
 
@@ -131,12 +146,12 @@ def test_outside_of_a_mask_an_image_stays_as_it_is(name: str, composed: bool) ->
     with Image.open(assets.playground_references("dog")[0]) as file:
         image = file.convert("RGB")
     (found,) = pipe(
-        "a sks cat on grass", concepts=concepts, image=image, mask_image=(0, 0, 64, 128), num_inference_steps=4,
+        "a sks cat on grass", concepts=concepts, image=image, mask_image=LEFT, num_inference_steps=4,
         generator=torch.Generator().manual_seed(0), **pipe.guided(4.0, None),
     ).images  # fmt: skip
     changed = np.abs(np.asarray(found, dtype=float) - np.asarray(image, dtype=float)).mean(axis=2)
-    assert changed[:, 64:].mean() < 8  # of 255
-    assert changed[:, :64].mean() > 16
+    assert changed[:, HALF:].mean() < 8  # of 255
+    assert changed[:, :HALF].mean() > 16
 
 
 @pytest.mark.parametrize("name", assets.PLAYGROUNDS)

@@ -15,10 +15,10 @@ from lora_compose.compose.playground.assets import PLAYGROUND_FLUX, playground_l
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.formats.files import trained_with
 from lora_compose.pipelines.scene.scene import Run, Scene
+from small_world import LEFT, RIGHT, SIZE, concepts, words
 
 PROMPT = "a xlo bear and a qrt robot on sand"
-BOXES = {"bear": (0, 0, 64, 128), "robot": (64, 0, 128, 128)}
-NAMES = ("bear", "car", "cat", "dog", "rabbit", "robot")
+BOXES = {"bear": LEFT, "robot": RIGHT}
 
 
 def run(method: str | None, boxed: bool = False) -> Run:
@@ -37,12 +37,12 @@ def pipe() -> Any:
 def test_it_is_small_and_plain_diffusers_makes_the_same_image(pipe: Any) -> None:
     folder = playground_model(PLAYGROUND_FLUX)
     assert model_source(PLAYGROUND_FLUX) == folder
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 35 * 10**6
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 64 * 10**6
     plain: Any = FluxPipeline.from_pretrained(folder)
     plain.set_progress_bar_config(disable=True)
     image = plain(
-        PROMPT, negative_prompt="", true_cfg_scale=4, height=128, width=128, num_inference_steps=2,
-        max_sequence_length=24, generator=seeded(1),
+        PROMPT, negative_prompt="", true_cfg_scale=4, height=SIZE, width=SIZE, num_inference_steps=2,
+        max_sequence_length=plain.tokenizer_2.model_max_length, generator=seeded(1),
     ).images[0]  # fmt: skip
     assert np.array_equal(np.asarray(image), np.asarray(make(pipe, run(None)).image))
 
@@ -51,23 +51,24 @@ def test_it_is_small_and_plain_diffusers_makes_the_same_image(pipe: Any) -> None
 def test_its_images_have_its_own_size(pipe: Any, method: str | None) -> None:
     given = {"num_inference_steps": 1, "generator": seeded(1)}
     lora = str(playground_lora("bear", PLAYGROUND_FLUX))
-    concepts = [Concept(name="bear", lora=lora, region=(0, 0, 64, 128))] if method else None
+    concepts = [Concept(name="bear", lora=lora, region=LEFT)] if method else None
     (made,) = pipe(PROMPT, concepts=concepts, method=method, **given).images
     (again,) = pipe(PROMPT, concepts=concepts, method=method, **given, image=made, strength=1).images
-    assert made.size == again.size == pipe.own_size == (128, 128)
+    assert made.size == again.size == pipe.own_size == (SIZE, SIZE)
 
 
 @pytest.mark.parametrize("method", ["merge", "tara", "regional", "draft"])
 def test_its_loras_compose_by_name(pipe: Any, method: str) -> None:
     image = np.asarray(make(pipe, run(method, boxed=method == "regional")).image, dtype=int)
     plain = np.asarray(make(pipe, run(None)).image, dtype=int)
-    assert image.shape == (128, 128, 3)
+    assert image.shape == (SIZE, SIZE, 3)
     assert abs(image - plain).max() > 20
 
 
 def test_its_loras_say_what_they_are(pipe: Any) -> None:
-    for name in NAMES:
+    for name in concepts(PLAYGROUND_FLUX):
         path = playground_lora(name, PLAYGROUND_FLUX)
+        assert words(name, PLAYGROUND_FLUX) == words(name)
         assert match(read_lora(path), pipe).complete
         assert trained_with(path) == "dreambooth"
     assert playground_of("lora-compose playground-flux") == PLAYGROUND_FLUX

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from lora_compose.compose.playground.assets import playground_model
+from components import tokenizer as new_tokenizer
 from lora_compose.compose.training.data import DataError
 from lora_compose.compose.training.words import (
     Occurrence,
@@ -24,7 +24,7 @@ SKS = Concept(name="it", trigger="sks", class_word="cat")
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+    return new_tokenizer()
 
 
 def find(tokenizer: Any, caption: str, concept: Concept = SKS, **options: bool) -> Words:
@@ -100,7 +100,7 @@ def test_both_tokenizers_of_sdxl_agree(tokenizer: CLIPTokenizer) -> None:
 
 
 def test_tokenizers_that_disagree_are_refused(tokenizer: CLIPTokenizer) -> None:
-    other = CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+    other = new_tokenizer()
     other.add_tokens(["sks cat"])  # one token instead of two
     with pytest.raises(DataError, match=r"two tokenizers read|does not keep its own tokens"):
         find_concept([tokenizer, other], "a sks cat", SKS, noun=True, clean=False)

@@ -15,6 +15,7 @@ from lora_compose.compose.generate.making import make, plan
 from lora_compose.pipelines.calls.memory import check_size, least_bytes, memory_of, warn_of_size
 from lora_compose.pipelines.scene.scene import Run, Scene
 from lora_compose.pipelines.support.notes import kept
+from small_world import SIZE
 
 
 @pytest.fixture
@@ -40,13 +41,14 @@ def test_scenes_are_judged_with_and_without_concepts(playground, concepts):
 
 
 @pytest.mark.parametrize(
-    ("side", "times"), [(1024, "64 times"), (256, "4 times"), (128, None), (64, None), (16, "0.0156")]
+    ("share", "times"), [(8, "64 times"), (2, "4 times"), (1, None), (0.5, None), (1 / 8, "0.0156")]
 )
-def test_a_size_far_from_the_models_own_warns(playground, side, times):
+def test_a_size_far_from_the_models_own_warns(playground, share, times):
+    side = round(share * SIZE)
     with kept() as notes:
         warn_of_size(playground, side, side)
     assert bool(notes) is (times is not None)
-    assert times is None or (f"are {times}" in notes[0] and "made for (128 x 128)" in notes[0])
+    assert times is None or (f"are {times}" in notes[0] and f"made for ({SIZE} x {SIZE})" in notes[0])
 
 
 def unet_pass(unet, side):

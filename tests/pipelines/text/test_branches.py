@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from components import tokenizer as playground_tokenizer
+from components import tokenizer as new_tokenizer
 from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.branches import Branch, branches_of
@@ -22,7 +22,7 @@ PROMPT = "a sks cat and a zwx dog on grass"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CLIPTokenizer:
-    return playground_tokenizer()
+    return new_tokenizer()
 
 
 def branches(prompt: str, concepts: Sequence[Concept], **options) -> list[Branch]:

@@ -12,15 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from lora_compose.compose.playground.assets import playground_model
+from components import tokenizer as new_tokenizer
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import TokenMasks, join_rows
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate, own_nouns, token_mask
-
-
-def playground_tokenizer() -> Any:
-    """Reads 32 tokens; knows "sks", "zwx" and "xlo" as whole words."""
-    return CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
 
 
 def small_tokenizer() -> Any:
@@ -35,7 +30,7 @@ def small_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=77)
 
 
-TOKENIZERS = {"playground": playground_tokenizer(), "small": small_tokenizer()}
+TOKENIZERS = {"words": new_tokenizer(), "small": small_tokenizer()}
 
 
 @pytest.fixture(params=TOKENIZERS)
@@ -257,7 +252,7 @@ def test_class_words_of_several_tokens(tokenizer: Any) -> None:
 
 
 def test_words_past_the_limit_of_the_model_are_an_error() -> None:
-    tokenizer = TOKENIZERS["playground"]
+    tokenizer = TOKENIZERS["words"]
     last = "a " * 29 + "sks"
     assert locate(tokenizer, last, concept("sks")) == Positions((30,))
     assert words_at(tokenizer, last, [30, 31]) == "sks <|endoftext|>"

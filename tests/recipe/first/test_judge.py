@@ -14,7 +14,6 @@ from lora_compose.compose.evaluation.detectors import WindowDetector, overlap
 from lora_compose.compose.evaluation.encoders import JUDGE, Encoder, load_encoder
 from lora_compose.compose.evaluation.scoring import reference_crop
 from lora_compose.compose.playground.assets import playground_judge, playground_references
-from lora_compose.compose.playground.words import BASE_CLASSES
 from recipe.first import world
 from recipe.first.judge import app, nearest
 from recipe.first.judge_data import (
@@ -27,7 +26,7 @@ from recipe.first.judge_data import (
     name_of,
     names,
 )
-from recipe.first.world import CONCEPTS, PALE, Coat, dress, place, squares
+from recipe.first.world import BASE_CLASSES, CONCEPTS, PALE, Coat, dress, place, squares
 
 
 @pytest.fixture

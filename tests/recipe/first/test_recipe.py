@@ -12,13 +12,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from commands import call
 from lora_compose.compose.playground.assets import playground_lora, playground_references
-from lora_compose.compose.playground.words import PLACES
 from lora_compose.compose.training import train
 from lora_compose.pipelines.concepts.loading import read_lora
 from recipe.first import base, concepts, loras, plain, scenes, style, tokenizer, vae, world
 from recipe.first.base import BaseTrainer, pipeline
 from recipe.first.loras import trainings
-from recipe.first.world import CONCEPTS, STYLE_TRIGGER
+from recipe.first.world import CONCEPTS, PLACES, STYLE_TRIGGER
 from recipe.loop import rate, resume
 from recipe.muon import Muon, orthogonalised
 

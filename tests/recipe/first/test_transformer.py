@@ -9,11 +9,10 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.compose.playground.words import BASE_CLASSES
 from recipe.first import transformer, transformer_data
 from recipe.first.transformer import TransformerTrainer, new_pipeline, quick_attention
 from recipe.first.transformer_data import PATCH, Pool, patches, picture, write_shard
-from recipe.first.world import CONCEPTS
+from recipe.first.world import BASE_CLASSES, CONCEPTS
 
 
 @pytest.fixture

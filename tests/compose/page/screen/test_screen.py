@@ -36,13 +36,14 @@ from lora_compose.compose.page.open_models import Choice, OpenModel
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.concepts import _remove
 from lora_compose.compose.page.screen.state import PageSession, checking, open_models
-from lora_compose.compose.playground.assets import playground_lora, playground_model
+from lora_compose.compose.playground.assets import playground_lora, playground_loras, playground_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import finding
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene.mask_images import as_uri
 from lora_compose.pipelines.scene.scene import Concept, Run
+from small_world import SIZE, STYLE, STYLE_WORDS
 
 STEPS = 2
 
@@ -109,9 +110,9 @@ def row_key(at: AppTest, index: int, field: str) -> str:
 
 
 def test_a_new_session_has_everything_filled_in_and_shows_its_cost(at: AppTest) -> None:
-    assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot on a white background"
+    assert at.text_area(key=fields.PROMPT).value == example().prompt
     assert not at.button(key="do.make").disabled
-    assert "Takes 1.4 times a plain image; how many seconds is known after the first one" in said(at)
+    assert re.search(r"Takes 1\.\d times a plain image; how many seconds is known after the first one", said(at))
     (cost,) = (caption for caption in at.caption if caption.value.startswith("Takes"))
     assert "50 + 13 stopped + 13 backward latent rows in 25 steps" in cost.help
     made(at)
@@ -271,7 +272,7 @@ def test_concepts_are_chosen_from_a_folder_and_problems_are_shown_at_the_file(at
     (folder / "broken.safetensors").write_bytes(b"\x80\x04K\x01.")
     at.text_input(key="set.folder").set_value(str(folder)).run()
     (folder / "styles").mkdir()
-    shutil.copy(playground_lora("faded"), folder / "styles" / "fog.safetensors")
+    shutil.copy(playground_lora(STYLE), folder / "styles" / "fog.safetensors")
     at.run()
     assert "broken.safetensors is not a readable safetensors file" in said(at)
     assert "mine.safetensors**  \nsks cat" in said(at)
@@ -280,7 +281,7 @@ def test_concepts_are_chosen_from_a_folder_and_problems_are_shown_at_the_file(at
     at.button(key=f"do.add.{folder / 'mine.safetensors'}").click().run()
     at.text_input(key="do.pick.search").set_value("")
     at.selectbox(key="do.pick.inside").set_value("styles").run()
-    assert "fog.safetensors**  \nwfy style" in said(at)
+    assert f"fog.safetensors**  \n{STYLE_WORDS}" in said(at)
     assert [row.lora.shown for row in session(at).rows if row.lora] == ["bear", "robot", "mine.safetensors"]
     assert at.text_input(key=row_key(at, 2, "trigger")).value == "sks"
     assert at.text_input(key=row_key(at, 2, "name")).value == "mine", "as on the command line"
@@ -290,7 +291,7 @@ def test_concepts_are_chosen_from_a_folder_and_problems_are_shown_at_the_file(at
 
 def test_more_concepts_than_can_be_are_left_out_in_words(at: AppTest) -> None:
     at.run()
-    assert "12 of 18 are shown: search for others" in said(at)
+    assert f"12 of {len(playground_loras())} are shown: search for others" in said(at)
     assert at.button(key="do.add.shown").label == "Add these 12"
     at.button(key="do.add.shown").click().run()
     assert len(session(at).rows) == 12
@@ -306,7 +307,7 @@ def test_names_twice_are_reported(at: AppTest) -> None:
 
 def test_a_canvas_that_is_too_large_is_refused(at: AppTest) -> None:
     at.number_input(key=fields.WIDTH).set_value(2048).run()
-    assert "far too many for a model made for 128 x 128" in said(at)
+    assert f"far too many for a model made for {SIZE} x {SIZE}" in said(at)
     assert at.button(key="do.make").disabled
 
 
@@ -379,14 +380,17 @@ def test_the_slider_sets_the_weight_and_other_weights_are_text(at: AppTest, tmp_
 
 def test_a_new_lora_gets_a_box_of_its_own(at: AppTest) -> None:
     at.run()
-    at.button(key="do.add.playground:car").click().run()
+    at.button(key="do.add.playground:cat").click().run()
     boxes = [fields_box(at, i) for i in range(3)]
     assert all(a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for a, b in combinations(boxes, 2))
 
 
 def test_the_shape_of_the_image_is_chosen_at_the_top(at: AppTest) -> None:
     at.button(key="do.shape.Landscape").click().run()
-    assert fields_of(at).scene.model_dump(include={"width", "height"}) == {"width": 128, "height": 88}
+    width, height = fields_size(at)
+    assert width == SIZE > height
+    assert abs(height / width - 2 / 3) < 0.05
+    assert height % 8 == 0
 
 
 def test_a_style_has_no_box(at: AppTest) -> None:
@@ -406,7 +410,7 @@ def test_images_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp_p
     ):
         before = at.text_area(key=fields.PROMPT).value
         drop(at, tmp_path, change)
-        assert "200 concepts are too many" in said(at) or "80000 x 128 pixels" in said(at)
+        assert "200 concepts are too many" in said(at) or f"80000 x {SIZE} pixels" in said(at)
         assert at.text_area(key=fields.PROMPT).value == before
         assert len(session(at).rows) == 2
 
@@ -496,7 +500,7 @@ def test_changed_fields_are_reported(at: AppTest, tmp_path: Path) -> None:
     for change, words in (
         ({"region": (0, 0, 3, 64)}, "region of bear was (0, 0, 3, 64) and is (0, 0, 8, 64) here"),
         ({"trigger": "xlo "}, "trigger of bear was “xlo ” and is “xlo” here"),
-        ({"region": None}, "region of bear was not given and is (0, 0, 128, 128) here"),
+        ({"region": None}, f"region of bear was not given and is (0, 0, {SIZE}, {SIZE}) here"),
     ):
         drop(at, tmp_path, {"concepts": (bear.model_copy(update=change), robot)})
         assert words in said(at)
@@ -619,7 +623,9 @@ def test_the_playgrounds_transformer_composes_with_loras_of_its_own(at: AppTest)
     assert at.text_area(key=fields.PROMPT).value == ""
     assert at.session_state[fields.METHOD] == fields.AUTOMATIC
     assert [error.value for error in at.error] == ["Write a prompt\\."]
-    assert sum(str(button.key).startswith("do.add.playground-flux:") for button in at.button) == 6
+    assert sum(str(button.key).startswith("do.add.playground-flux:") for button in at.button) == len(
+        playground_loras("playground-flux")
+    )
     for name in ("cat", "dog"):
         at.button(key=f"do.add.playground-flux:{name}").click().run()
     at.text_area(key=fields.PROMPT).set_value("a sks cat and a zwx dog on grass").run()
@@ -722,7 +728,7 @@ def test_the_drafts_of_four_noises_are_shown_and_one_is_made(at: AppTest) -> Non
     assert at.button(key="do.noises").label == "Try four more noises"
     at.text_area(key=fields.PROMPT).set_value("a xlo bear and a qrt robot in snow").run()
     assert not any(str(button.key).startswith("do.noise.") for button in at.button), "they are of another prompt"
-    at.text_area(key=fields.PROMPT).set_value("a xlo bear and a qrt robot on a white background").run()
+    at.text_area(key=fields.PROMPT).set_value(example().prompt).run()
     at.button(key="do.noise.4").click().run()
     after(at)
     (result,) = session(at).results
@@ -732,7 +738,7 @@ def test_the_drafts_of_four_noises_are_shown_and_one_is_made(at: AppTest) -> Non
     assert result.attention.draft is not None
     shown = session(at).divisions[2].image
     assert (
-        shown.tobytes() == division((128, 128), result.attention.draft, result.attention.masks[0], [0, 1]).tobytes()
+        shown.tobytes() == division((SIZE, SIZE), result.attention.draft, result.attention.masks[0], [0, 1]).tobytes()
     ), "the image is divided as its draft was"
 
 
@@ -804,20 +810,21 @@ def test_a_part_of_an_image_is_repainted_and_the_rest_stays(at: AppTest) -> None
     start_from(at, encoded_as(given, "JPEG"))
     start = session(at).start
     assert start is not None
-    assert start.size == fields_size(at) == (192, 176)  # as large as the model takes, in whole cells
+    width, height = SIZE * 3 // 2, SIZE * 3 // 2 * 280 // 300 // 8 * 8
+    assert start.size == fields_size(at) == (width, height)  # as large as the model takes, in whole cells
     at.segmented_control(key=fields.PAINTED).set_value(fields.PART).run()
     assert "Paint over the part that is to change" in said(at)
     assert at.button(key="do.make").disabled
-    mask = Image.new("L", (96, 88))
-    mask.paste(255, (0, 0, 96, 60))
+    mask, below = Image.new("L", (width // 2, height // 2)), height // 3
+    mask.paste(255, (0, 0, width // 2, below))
     session(at).start = session(at).store.add_mask(start, as_uri(mask))
     at.run()
     assert not at.button(key="do.make").disabled
     made(at)
     (result,) = session(at).results
     before, after = (np.asarray(image).astype(int) for image in (Image.open(start.path), result.made.image))
-    assert not (before - after)[124:].any()
-    assert (before - after)[:116].any()
+    assert not (before - after)[2 * below + 4 :].any()
+    assert (before - after)[: 2 * below - 4].any()
     assert result.run.scene.strength == 0.7
     assert 'mask_image="mask.png"' in "".join(code.value for code in at.code)
     assert 'image="room.png"' in "".join(code.value for code in at.code)
@@ -905,14 +912,14 @@ def test_loras_are_merged_and_used_as_one_concept(at: AppTest) -> None:
     at.session_state["set.view"] = "Merge"
     at.run()
     labels = at.multiselect(key="do.merge.loras").options
-    bear, faded = (next(label for label in labels if label.startswith(name)) for name in ("bear (", "faded ("))
+    bear, style = (next(label for label in labels if label.startswith(name)) for name in ("bear (", f"{STYLE} ("))
     assert at.button(key="do.merge").disabled
-    at.multiselect(key="do.merge.loras").set_value([bear, faded]).run()
-    at.number_input(key=f"do.merge.weight.{faded}").set_value(0.5)
+    at.multiselect(key="do.merge.loras").set_value([bear, style]).run()
+    at.number_input(key=f"do.merge.weight.{style}").set_value(0.5)
     at.selectbox(key="do.merge.method").set_value("np").run()
     at.button(key="do.merge").click().run()
     assert not at.exception
-    assert any("bear+faded-np.safetensors" in shown.value.replace("\\", "") for shown in at.success)
+    assert any(f"bear+{STYLE}-np.safetensors" in shown.value.replace("\\", "") for shown in at.success)
     at.button(key="do.merged.use").click().run()
     row = session(at).rows[-1]
     assert at.text_input(key=fields.of_row(row, "trigger")).value == "xlo"
