@@ -88,6 +88,9 @@ class AveragedTrainer(ABC, Generic[Batch]):
             model.half()
         pipe.save_pretrained(out)
         _forget_origin(out)
+        # Otherwise text encoders alone are opened in the precision of the file.
+        for path in out.glob("text_encoder*/config.json"):
+            path.write_text(path.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
         for model in parts:
             model.float()
         self._set(live)

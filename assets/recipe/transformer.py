@@ -161,9 +161,6 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
         parts = (self.pipe.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae)
         self.write(self.pipe, parts, out)
-        # Otherwise text encoders alone are opened in the precision of the file.
-        for path in out.glob("text_encoder*/config.json"):
-            path.write_text(path.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
 
 
 def _is_inner(name: str, weight: Tensor) -> bool:
