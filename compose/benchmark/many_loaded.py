@@ -21,7 +21,14 @@ from safetensors.torch import save_file
 from lora_compose.compose.benchmark.architectures import columns, without_boxes
 from lora_compose.compose.benchmark.outside import Spent, spent
 from lora_compose.compose.benchmark.tables import new_table
-from lora_compose.compose.benchmark.timing import GUIDANCE, Job, call, image_size, lora_tensors, open_with_concepts
+from lora_compose.compose.benchmark.timing import (
+    Job,
+    call,
+    image_size,
+    lora_tensors,
+    open_with_concepts,
+    size_and_guidance,
+)
 from lora_compose.compose.support.terminal import bar
 from lora_compose.pipelines.scene.scene import Concept
 
@@ -113,12 +120,12 @@ def _name(number: int) -> str:
 
 def _request(ours: Any, theirs: Any, job: Job, way: str | None, chosen: Sequence[int]) -> tuple[Spent, ...]:
     """One request: `Spent` by both clocks in the call, and in `set_adapters` before it."""
-    guided = ours.guided(GUIDANCE, None)
+    given = size_and_guidance(ours, job)
     if way == PEFT:
         change = partial(theirs.set_adapters, [_name(number) for number in chosen])
-        return *spent(theirs.unet, change, _CLOCKS), *spent(theirs.unet, lambda: call(theirs, job, guided), _CLOCKS)
+        return *spent(theirs.unet, change, _CLOCKS), *spent(theirs.unet, lambda: call(theirs, job, given), _CLOCKS)
     arguments = {} if way is None else {"concepts": _concepts(ours, job, way, chosen), "method": way}
-    return Spent(0, 0), Spent(0, 0), *spent(ours.unet, lambda: call(ours, job, guided | arguments), _CLOCKS)
+    return Spent(0, 0), Spent(0, 0), *spent(ours.unet, lambda: call(ours, job, given | arguments), _CLOCKS)
 
 
 def _concepts(pipe: Any, job: Job, way: str, chosen: Sequence[int]) -> list[Concept]:

@@ -109,14 +109,14 @@ def way_of(pipe: Any, job: Job, output_type: str = "latent") -> Way:
 
     `output_type` is diffusers', for the plain pipeline and for methods.
     """
-    guided = pipe.guided(GUIDANCE, None)
+    given = size_and_guidance(pipe, job)
     if job.method is None:
-        return lambda: call(pipe, job, guided, output_type)
+        return lambda: call(pipe, job, given, output_type)
     if job.method in PEFT_WAYS:
         return lambda: _call_with_peft(pipe, job)
     method = make_method(job.method, job.settings)
     concepts = as_called(pipe, method, job.concepts, *image_size(pipe, job.size))
-    return lambda: call(pipe, job, {**guided, "concepts": concepts, "method": method}, output_type)
+    return lambda: call(pipe, job, {**given, "concepts": concepts, "method": method}, output_type)
 
 
 def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int, on_call: Callable[[], None] = lambda: None) -> list[Timed]:
@@ -157,7 +157,7 @@ def _call_with_peft(pipe: Any, job: Job) -> "Call":
         if job.method == "fuse_lora":
             pipe.fuse_lora(adapter_names=names)
         loaded = time.perf_counter()
-        result = call(pipe, job, pipe.guided(GUIDANCE, None))
+        result = call(pipe, job, size_and_guidance(pipe, job))
         begun = time.perf_counter()
         if job.method == "fuse_lora":
             pipe.unfuse_lora()
@@ -273,12 +273,16 @@ def image_size(pipe: Any, side: int | None) -> tuple[int, int]:
     return size_of(pipe, _SCENE) if side is None else (side, side)
 
 
+def size_and_guidance(pipe: Any, job: Job) -> dict[str, Any]:
+    """Arguments of a job's calls that families name differently."""
+    return {**pipe.sized(*image_size(pipe, job.size)), **pipe.guided(GUIDANCE, None)}
+
+
 def call(pipe: Any, job: Job, arguments: Mapping[str, Any], output_type: str = "latent") -> Call:
     """One call with these arguments beside the job's, without decoding if its output are latents, and its time."""
-    width, height = image_size(pipe, job.size)
     start = time.perf_counter()
     output = pipe(
-        PROMPT, height=height, width=width, num_inference_steps=job.steps, output_type=output_type,
+        prompt=PROMPT, num_inference_steps=job.steps, output_type=output_type,
         generator=torch.Generator().manual_seed(0), **arguments,
     )  # fmt: skip
     output.images.sum().item()  # waits for the device

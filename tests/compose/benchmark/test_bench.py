@@ -174,7 +174,7 @@ def test_transformers_are_timed_with_the_guidance_that_they_have(pipeline, argum
     job = Job(str(tmp_path), "cpu", 1, method="regional", concepts=2, size=128)
     pipe = open_with_concepts(job)
     (ours, *theirs) = time_ways(pipe, [job, *(replace(job, method=way) for way in PEFT_WAYS)], rounds=1)
-    assert seen[0] == arguments
+    assert seen[0] == {"width": 128, "height": 128, **arguments}
     assert 0 < ours.preparation_seconds < ours.seconds
     assert all(one.change_seconds > 0 for one in theirs)
 

@@ -775,13 +775,12 @@ def test_the_exported_python_is_that_of_the_readme() -> None:
         'pipe.load_concept("dog.safetensors", name="dog", trigger="zwx", class_word="dog")\n'
         "\n"
         "image = pipe(\n"
-        '    "a sks cat and a zwx dog on grass",\n'
+        '    prompt="a sks cat and a zwx dog on grass",\n'
         '    concepts=["cat", "dog"],\n'
         '    method="clora",\n'
-        "    width=128,\n"
-        "    height=128,\n"
+        "    **pipe.sized(128, 128),\n"
         "    num_inference_steps=2,\n"
-        "    guidance_scale=4.0,\n"
+        "    **pipe.guided(4.0, None),\n"
         "    generator=torch.Generator().manual_seed(2),\n"
         ").images[0]\n"
         'image.save("result.png")\n'
