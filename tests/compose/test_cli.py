@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from commands import call, flat
 from components import tiny_pipeline
 from flux import flux_pipeline
+from flux3 import default_flux3
 from lora_compose import Concept, Run, Scene, __version__
 from lora_compose.compose.commands.asked import parse_concept, parse_settings
 from lora_compose.compose.files.images import read_pixels, read_record
@@ -30,7 +33,9 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.replay import difference
 from lora_compose.compose.generate.schedulers import scheduler_names, scheduler_of
 from lora_compose.compose.playground.assets import playground_lora, playground_model
+from lora_compose.pipelines.families import ComposeFlux3DistilledPipeline
 from lora_compose.pipelines.support.regular import sha256_of
+from transformer_families import as_file, random_lora_of_all
 
 PROMPT = "a xlo bear and a qrt robot on grass"
 BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"
@@ -518,7 +523,7 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     text = flat(
         call("check", "playground", "--scene", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout
     )
-    assert "25 rows, each a latent through the model once (25 steps without guidance)" in text
+    assert "25 rows, each a latent through the model once (25 steps, no rows for guidance)" in text
     assert "method merge" in text
     text = flat(
         call(
@@ -538,6 +543,24 @@ def test_check_knows_the_rows_of_a_transformer(tmp_path: Path) -> None:
     )
     text = flat(call("check", "playground-flux", "--scene", scene, "--steps", 5, "--method", "merge").stdout)
     assert "10 rows, each a latent through the model once (5 steps with guidance)" in text
+    assert text.endswith("no problems")
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [flux_pipeline, partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True)],
+    ids=["guidance is an input", "guidance is distilled"],
+)
+def test_check_counts_no_rows_for_guidance_where_the_model_runs_none(
+    pipeline: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe = pipeline()
+    pipe.save_pretrained("model")
+    save_file(dict(as_file(random_lora_of_all(pipe.transformer, 0))), "cat.safetensors")
+    what = ("--prompt", "a sks cat", "--concept", "path=cat.safetensors,trigger=sks,class=cat", "--device", "cpu")
+    text = flat(call("check", "model", *what, "--steps", 5, "--method", "merge", "--guidance", 5).stdout)
+    assert "5 rows, each a latent through the model once (5 steps, no rows for guidance)" in text
     assert text.endswith("no problems")
 
 
