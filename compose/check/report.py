@@ -125,6 +125,7 @@ def _facts(
     facts = [("tokens", _tokens(tokenizer, prompt))]
     of_model = run.scene.model_copy(update={"image": None, "references": ()})
     width, height = _attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
+    _attempt(problems, pipe.check_sides, width, height)
     _attempt(problems, check_size, pipe, pipe.runs_on, width, height)
     places: list[tuple[Concept, Positions]] = []
     for concept, loaded in zip(run.scene.concepts, all_loaded, strict=True):

@@ -189,7 +189,7 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     """
     references = references_of(pipe, scene)
     if scene.image is not None and scene.padding_mask_crop is None:
-        given, cell = open_image(scene.image, "image"), pipe.image_processor.config.vae_scale_factor
+        given, cell = open_image(scene.image, "image"), pipe.cell
         return scene.width or given.width // cell * cell, scene.height or given.height // cell * cell
     # Both are always passed: if one is missing, diffusers takes the model's own size for both.
     width, height = pipe.size_from(references) if references else pipe.own_size
@@ -218,6 +218,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
     if (dtype := dtype_of(pipe.model)) != getattr(torch, run.dtype):
         raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {dtype}; open it again")
     size = size_of(pipe, run.scene)
+    pipe.check_sides(*size)
     check_size(pipe, pipe.runs_on, *size)
     if not run.scene.concepts:  # otherwise its plan warns
         warn_of_size(pipe, *size)

@@ -54,6 +54,11 @@ class UNetPipeline(ImageTasksPipeline):
     image_encoder: Any
     prepare_ip_adapter_image_embeds: Any
 
+    @property
+    def cell(self) -> int:
+        """As `ImageTasksPipeline.cell`: the side of a latent cell."""
+        return self.vae_scale_factor
+
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height in pixels; None means the model's own."""
         sample: Any = self.unet.config["sample_size"]

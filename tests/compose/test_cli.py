@@ -497,6 +497,23 @@ def test_images_without_a_record_are_refused(tmp_path: Path) -> None:
     assert "there is no file" in call("replay", tmp_path / "2.png", code=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("model", "cell", "family"), [("playground", 8, "Stable Diffusion 1.x and 2.x"), ("playground-flux", 16, "FLUX.1")]
+)
+def test_sizes_that_are_no_multiples_are_refused_before_loras_are_read(
+    model: str, cell: int, family: str, tmp_path: Path
+) -> None:
+    other = "playground" if model == "playground-flux" else "playground-flux"  # which does not fit, if it is read
+    what = ["--prompt", "a xlo bear", "--concept", f"path={other}:bear,trigger=xlo,class=bear", "--width", "130"]
+    words = f"must be multiples of {cell} with {family}, not 130 x 128; the nearest are"
+    assert f"{words} 128 x 128 and {128 + cell} x 128" in flat(call("run", model, *what, code=2).output)
+    assert words in flat(call("check", model, *what, code=2).output)
+    (tmp_path / "batch.yaml").write_text(
+        f"model: {model}\nsteps: 1\nscenes:\n  - {{name: a, prompt: a bear, width: 130, height: 128}}\n"
+    )
+    assert words in flat(call("batch", tmp_path / "batch.yaml", "--out", tmp_path, code=1).output)
+
+
 # --- check ---
 
 
