@@ -37,6 +37,8 @@ from lora_compose.pipelines.scene.mask_images import open_image
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from lora_compose.pipelines.scene.sources import moved_files
 from lora_compose.pipelines.support.regular import sha256_of
+from lora_compose.pipelines.text.emphasis import plain_text
+from lora_compose.pipelines.text.tokens import check_all_named
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +225,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
     if not run.scene.concepts:  # otherwise its plan warns
         warn_of_size(pipe, *size)
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
+    check_all_named((concept.concept for concept in loaded), plain_text(run.scene.prompt))  # before the choice warns
     choice = resolve_choice(pipe, run, loaded)
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
     fit_ip_adapters(pipe, run.scene.ip_adapters)

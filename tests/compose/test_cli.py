@@ -514,6 +514,19 @@ def test_sizes_that_are_no_multiples_are_refused_before_loras_are_read(
     assert words in flat(call("batch", tmp_path / "batch.yaml", "--out", tmp_path, code=1).output)
 
 
+def test_a_run_that_is_refused_for_a_missing_trigger_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    concepts = tuple(Concept(name=name, lora=f"playground:{name}", weight=4.0) for name in ("cat", "dog"))
+    run = Run(scene=Scene(prompt="a zwx dog and a cat", concepts=concepts), model="playground", steps=1, device="cpu")
+    pipe = open_model(run)
+    for method in (None, "merge"):
+        with pytest.raises(ValueError, match="the trigger 'sks' of concept 'cat' is not in the prompt"):
+            make(pipe, run.model_copy(update={"method": method}))
+    assert caplog.messages == []
+    with caplog.at_level("WARNING"):
+        make(pipe, run.model_copy(update={"scene": run.scene.model_copy(update={"prompt": "a zwx and a sks cat"})}))
+    assert len(caplog.messages) == 2  # merge was chosen, and the weights are large
+
+
 # --- check ---
 
 
