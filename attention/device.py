@@ -1,6 +1,6 @@
 """Small helpers around models and devices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,10 +40,15 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
+def hooked(modules: Iterable[nn.Module]) -> list[Any]:
+    """The modules with hooks of diffusers; an empty registry, which its pipelines leave in a model, is none."""
+    return [module for module in modules if getattr(module.__dict__.get("_diffusers_hook"), "hooks", None)]
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The precision in which a model of diffusers runs: its `dtype`, which first asks every module for hooks."""
     original: Any = uncompiled(model)
-    if any("_diffusers_hook" in module.__dict__ for module in modules_of(original).values()):
+    if hooked(modules_of(original).values()):
         return original.dtype
     apart = getattr(original, "_keep_in_fp32_modules", None) or ()
     named = original.named_parameters() if apart else (("", parameter) for parameter in original.parameters())

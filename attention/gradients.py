@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from lora_compose.attention.claims import undoing
-from lora_compose.attention.device import modules_of
+from lora_compose.attention.device import hooked, modules_of
 
 
 @contextmanager
@@ -35,10 +35,10 @@ def weights_kept(model: nn.Module) -> Iterator[None]:
     diffusers' layerwise casting and group offloading replace a parameter's data once its layer has run: by the storage
     precision, or by the copy on the CPU. Backward would then use the replaced data.
     """
-    hooked: list[Any] = [module for module in modules_of(model).values() if "_diffusers_hook" in module.__dict__]
+    found = hooked(modules_of(model).values())
     # Early stop ends a recomputed block with an exception, and the hook after its last layer would not run.
-    with set_checkpoint_early_stop(False) if hooked else nullcontext(), undoing(model) as undo:
-        for module in hooked:  # the hooks have made `forward` an attribute of each
+    with set_checkpoint_early_stop(False) if found else nullcontext(), undoing(model) as undo:
+        for module in found:  # the hooks have made `forward` an attribute of each
             undo.callback(setattr, module, "forward", module.forward)
             module.forward = _with_aliases(module.forward)
         yield

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from lora_compose.attention.backbones import Backbone
 from lora_compose.attention.bank_cache import Bank, BankKey, KeptBanks, new_bank
 from lora_compose.attention.claims import Journal, claimed, undoing
-from lora_compose.attention.device import as_outside_of_inference_mode, is_adaptable, modules_of, to_device, uncompiled
+from lora_compose.attention.device import (
+    as_outside_of_inference_mode,
+    hooked,
+    is_adaptable,
+    modules_of,
+    to_device,
+    uncompiled,
+)
 from lora_compose.attention.fitting import check_sides, shape_at, shape_of
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.gates import Gates, strongest
@@ -125,7 +132,7 @@ class Installation:
         """
         if self._how != "module":
             raise ValueError("LoRAs on `forward` are not folded into weights; install them with how='module' for that")
-        if any("_diffusers_hook" in module.__dict__ for module in self._modules.values()):
+        if hooked(self._modules.values()):
             return 0  # group offloading and layerwise casting hold on to the weights they found
         if self.columns:
             weights = strongest(torch.tensor(weights), self.columns).tolist()

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from torch import Size, nn  # noqa: E402
+
 from all_transformers import EVERY  # noqa: E402
 from layouts import NAMES, layout  # noqa: E402
 from lora_compose.attention.backbones import BACKBONES  # noqa: E402
-from lora_compose.compose.benchmark.architectures import TRANSFORMERS  # noqa: E402
+from lora_compose.compose.benchmark.architectures import FAMILIES, TRANSFORMERS, without_weights  # noqa: E402
 from lora_compose.pipelines.families import ComposePipeline  # noqa: E402
 from lora_compose.pipelines.families.references import ReferencesPipeline  # noqa: E402
 from lora_compose.pipelines.families.unets import UNetPipeline  # noqa: E402
+from lora_compose.pipelines.formats.models import model_part  # noqa: E402
+from lora_compose.pipelines.formats.recognise import guess_family  # noqa: E402
 from lora_compose.pipelines.methods import METHODS  # noqa: E402
 from trainings import PAIRED, TRAINED  # noqa: E402
 
@@ -67,7 +72,7 @@ def row(family: Any, ran: Mapping[str, Mapping[str, list[str]]]) -> tuple[str, .
         "ControlNet, T2I-Adapter, IP-Adapter" if unet else "no",
         ", ".join(_spellings(family)),
         _trained(family),
-        "yes" if unet or family.transformer_class in {build for build, _ in TRANSFORMERS.values()} else "no",
+        "yes" if merges(family) else "no",
         *(", ".join(ran[what].get(family.family, [])) or "not run" for what in ("offloaded", "fewer bits")),
     )
 
@@ -81,6 +86,24 @@ def _trained(family: Any) -> str:
 def refused(family: Any) -> list[str]:
     """Methods in their default form that need what the model does not have (`make_plan`)."""
     return [name for name, kind in METHODS.items() if kind().needs.region_attention and not _reads_regions(family)]
+
+
+def merges(family: Any) -> bool:
+    """Whether `lora-compose merge` recognises a LoRA of all layers as the family's, so that it has their shapes."""
+    for name in filter(partial(_is_of, family), FAMILIES):
+        pipe = without_weights(name)
+        part = model_part(pipe)
+        layers = getattr(pipe, part).named_modules()
+        shapes = {
+            f"{part}.{layer}.lora_{side}.weight": Size(shape)
+            for layer, module in layers
+            if isinstance(module, nn.Linear)
+            for side, shape in (("A", (1, module.in_features)), ("B", (module.out_features, 1)))
+        }
+        found = guess_family(shapes, {}).family
+        if found in FAMILIES and _is_of(family, found):
+            return True
+    return False
 
 
 def outcomes(reports: Iterable[Path]) -> dict[str, dict[str, list[str]]]:
@@ -122,12 +145,16 @@ def _spellings(family: Any) -> list[str]:
     for known in map(layout, NAMES):
         if "refused" in known or known["family"] is None:
             continue
-        if known["family"] in _UNETS:
-            fits = family.__name__ == _UNETS[known["family"]]
-        else:
-            fits = TRANSFORMERS[known["family"]][0] is getattr(family, "transformer_class", None)
+        fits = _is_of(family, known["family"])
         found |= {_KEYS.search(known["form"])[1]} if fits else set()  # pyright: ignore[reportOptionalSubscript]
     return sorted(found, key=str.lower)
+
+
+def _is_of(family: Any, architecture: str) -> bool:
+    """Whether a class opens models of an architecture."""
+    if architecture in _UNETS:
+        return family.__name__ == _UNETS[architecture]
+    return TRANSFORMERS[architecture][0] is getattr(family, "transformer_class", None)
 
 
 if __name__ == "__main__":

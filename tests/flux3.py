@@ -12,6 +12,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from flux2 import LAYERS, flux2_vae
 from flux2_dev import TextProcessor
+from lora_compose.pipelines.families.flux3 import LAYERS as DEFAULT_LAYERS
 from lora_compose.pipelines.families.flux3 import ComposeFlux3DistilledPipeline, ComposeFlux3Pipeline
 from qwen import TEMPLATE, qwen3_vl, qwen_tokenizer, without_zeros
 from transformer_families import Family, Places
@@ -26,11 +27,11 @@ def flux3_transformer(**changes: Any) -> Flux3Transformer2DModel:
     return without_zeros(Flux3Transformer2DModel(**config | changes))
 
 
-def flux3_pipeline(cls: Any = ComposeFlux3Pipeline, **changes: Any) -> Any:
-    """A FLUX.3 pipeline of small real components."""
+def flux3_pipeline(cls: Any = ComposeFlux3Pipeline, layers: int = 3, **changes: Any) -> Any:
+    """A FLUX.3 pipeline of small real components, whose text encoder has so many layers."""
     torch.manual_seed(0)
     words = qwen_tokenizer()
-    config: Any = qwen3_vl(len(words)).config
+    config: Any = qwen3_vl(len(words), layers).config
     pipe = cls(
         tokenizer=TextProcessor(words, chat_template=TEMPLATE),
         text_encoder=Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config.to_dict())).eval(),
@@ -40,6 +41,11 @@ def flux3_pipeline(cls: Any = ComposeFlux3Pipeline, **changes: Any) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def default_flux3(cls: Any = ComposeFlux3Pipeline, **changes: Any) -> Any:
+    """A FLUX.3 pipeline whose text encoder has the layers that calls read by default."""
+    return flux3_pipeline(cls, max(DEFAULT_LAYERS), joint_attention_dim=24 * len(DEFAULT_LAYERS), **changes)
 
 
 class PlainFlux3:

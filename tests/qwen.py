@@ -68,13 +68,14 @@ def qwen3_base(words: int) -> Any:
     return Qwen3Model(Qwen3Config(**_sizes(words))).eval()
 
 
-def qwen3_vl(words: int) -> Any:
+def qwen3_vl(words: int, layers: int = 3) -> Any:
     """Krea 2's text encoder, small; its part for images is never run."""
     vision = {
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24,
         "num_position_embeddings": 16, "deepstack_visual_indexes": [],
     }  # fmt: skip
-    text = _sizes(words, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]})
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+    text = _sizes(words, num_hidden_layers=layers, rope_parameters=rope)
     return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
 
 

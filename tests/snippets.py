@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from components import (
     xl_pipeline,
 )
 from flux import flux_pipeline
+from flux3 import default_flux3
 from ip_adapters import image_encoder, ip_adapter
 from simulated_device import DEVICE, parameters_that_move
 from z_image import z_image_pipeline
@@ -48,7 +50,7 @@ def name_of(page: Path) -> str:
 
 def blocks(page: Path, *kinds: str) -> list[str]:
     """The code of these kinds on a page, in order."""
-    return [code for kind, code in CODE_BLOCK.findall(page.read_text(encoding="utf-8")) if kind in kinds]
+    return [dedent(code) for kind, code in CODE_BLOCK.findall(page.read_text(encoding="utf-8")) if kind in kinds]
 
 
 def _deep_vae(size: int, **changes: Any) -> Any:
@@ -102,6 +104,7 @@ PUBLISHED: Mapping[str, Published] = {
     "stabilityai/stable-diffusion-xl-base-1.0": Published("sdxl", _sdxl),
     "black-forest-labs/FLUX.1-dev": Published("flux", _flux),
     "Tongyi-MAI/Z-Image": Published("z-image", _z_image),
+    "path/to/flux3": Published("flux3", default_flux3),
     "path/to/anima": Published("anima", lambda: anima_pipeline(max_size=(4, 128, 128))),
 }
 

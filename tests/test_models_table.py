@@ -9,6 +9,7 @@ import pytest
 
 from all_transformers import TRANSFORMERS
 from lora_compose.pipelines.families import ComposePipeline
+from lora_compose.pipelines.formats.recognise import Guess
 from lora_compose.pipelines.methods import METHODS
 from transformer_families import CALL, Family, pipeline_with_concepts
 
@@ -70,6 +71,15 @@ def test_methods_of_a_row_are_those_that_a_call_takes(made: ModuleType, name: st
             refused[method] = str(error)
     assert list(refused) == made.refused(type(pipe))
     assert all("needs region attention or gradients" in message for message in refused.values())
+
+
+def test_merging_is_what_the_keys_of_a_whole_file_are_recognised_for(
+    made: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    families = {family.family: family for family in ComposePipeline.families}
+    assert made.merges(families["FLUX.3 distilled"])
+    monkeypatch.setattr(made, "guess_family", lambda *_: Guess(None, False, ()))
+    assert not made.merges(families["FLUX.3 distilled"])
 
 
 def test_only_what_passed_counts(made: ModuleType, tmp_path: Path) -> None:

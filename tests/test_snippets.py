@@ -1,8 +1,8 @@
 """The Python of README and docs runs as it is shown, on small models under the names of the large ones.
 
 Two things differ from what a reader gets: calls take two steps (those that say so below take theirs), and where no GPU
-is there, "cuda" and offloading mean the simulated device. Quantised weights are not opened without their packages and a
-GPU; the test that does not run says so.
+is there, "cuda" and offloading mean the simulated device. Code that downloads a model, opens one that the
+shelf does not have, or quantises weights without the packages and the GPU for it, is compiled and not run.
 """
 
 import importlib.util
@@ -134,13 +134,18 @@ BEFORE: dict[tuple[str, int], Callable[[Names], None]] = {
     ("docs/methods/lora-composer.md", 1): evaluated,
     ("docs/methods/tara.md", 1): evaluated,
     ("docs/models.md", 0): other_models,
-    ("docs/models.md", 3): sdxl,
-    ("docs/models.md", 4): sdxl,
+    ("docs/models.md", 11): sdxl,
+    ("docs/models.md", 12): sdxl,
     ("docs/training.md", 0): pictures,
 }
 """What the text before a snippet says is there."""
 
-FAMILY = {("docs/models.md", 3): "sdxl"}  # of the LoRAs beside code that names no model
+FAMILY = {("docs/models.md", number): "sdxl" for number in (11, 12)}  # of the LoRAs beside code that names no model
+ELSEWHERE = {
+    "black-forest-labs/FLUX.2-klein-base-4B", "black-forest-labs/FLUX.1-Kontext-dev", "lodestones/Chroma1-HD",
+    "ideogram-ai/ideogram-v4", "Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit-2511",
+}  # fmt: skip
+"""Models of which the shelf has no small one; what pages do with them is compiled only."""
 ALL_STEPS = {("docs/image-to-image.md", 3)}  # it reads the maps of the thirteenth
 DEAR = {
     "docs/batch.md", "docs/control.md", "docs/image-to-image.md", "docs/memory.md", "docs/models.md",
@@ -162,7 +167,7 @@ def marked(page: Path) -> Any:
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page, "python")])
 def test_python_of_a_page_runs(page: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     names: Names = {}
-    family, name = "sd", name_of(page)
+    family, name, there = "sd", name_of(page), True
     exec(START, names)
     monkeypatch.chdir(shelf.folder(family))
     for number, code in enumerate(blocks(page, "python")):
@@ -172,10 +177,16 @@ def test_python_of_a_page_runs(page: Path, shelf: Shelf, monkeypatch: pytest.Mon
         if "snapshot_download" in code:  # from the hub, which tests do not reach
             compile(code, name, "exec")
             continue
+        before = BEFORE.get((name, number))
+        if before or "from_pretrained" in code:
+            there = not any(f'"{model}"' in code for model in ELSEWHERE)
+        if not there:  # nor is the pipeline of the code after it
+            compile(code, name, "exec")
+            continue
         family = next((published.family for model, published in PUBLISHED.items() if model in code), family)
         family = FAMILY.get((name, number), family)
         monkeypatch.chdir(shelf.folder(family))
-        if before := BEFORE.get((name, number)):
+        if before:
             before(names)
         elif number == 0 and "from_pretrained" not in code:
             composing(names)

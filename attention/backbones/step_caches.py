@@ -16,7 +16,7 @@ from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcas
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheHook
 from torch import nn
 
-from lora_compose.attention.device import modules_of
+from lora_compose.attention.device import hooked, modules_of
 
 _BY_CONTEXT = (FBCHeadBlockHook, MagCacheHeadHook, TaylorSeerCacheHook)
 _BY_COUNT = (FasterCacheBlockHook, FasterCacheDenoiserHook, PyramidAttentionBroadcastHook)
@@ -24,8 +24,8 @@ _BY_COUNT = (FasterCacheBlockHook, FasterCacheDenoiserHook, PyramidAttentionBroa
 
 def _hooks(model: nn.Module) -> list[Any]:
     """The hooks of a model that keep something between steps."""
-    hooked: list[Any] = [module for module in modules_of(model).values() if "_diffusers_hook" in module.__dict__]
-    hooks: list[ModelHook] = [hook for module in hooked for hook in module._diffusers_hook.hooks.values()]
+    found = hooked(modules_of(model).values())
+    hooks: list[ModelHook] = [hook for module in found for hook in module._diffusers_hook.hooks.values()]
     return [hook for hook in hooks if hook._is_stateful]
 
 

@@ -194,7 +194,7 @@ def as_called(pipe: Any, settings: Settings, number: int, width: int, height: in
     boxed = columns(number, width, height)
     free = without_boxes(boxed)
     try:
-        pipe.plan(PROMPT, concepts=free, method=settings, width=width, height=height)
+        pipe.plan(prompt=PROMPT, concepts=free, method=settings, width=width, height=height)
     except ValueError:
         return boxed
     return free

@@ -33,7 +33,7 @@ from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.tables import GIB, MIB, new_table
-from lora_compose.compose.benchmark.timing import Job, open_with_concepts, time_rows, times_table
+from lora_compose.compose.benchmark.timing import GUIDANCE, Job, open_with_concepts, time_rows, times_table
 from lora_compose.compose.benchmark.transformers import READING, REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
 from lora_compose.compose.generate.defaults import ON_CPU, complete
 from lora_compose.compose.generate.machine import choose_device
@@ -44,8 +44,6 @@ from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.families.flux3 import PAD_MULTIPLE
 from lora_compose.pipelines.methods import Settings, make_method
 from lora_compose.pipelines.scene.scene import Run, Scene
-
-GUIDANCE = 5.0
 
 
 @dataclass(frozen=True)

@@ -307,7 +307,7 @@ def _plain(
 ) -> Counted:
     """Counts diffusers' own pipeline: the same pass again and again."""
     unet, grid = host.unet, [side // host.vae_scale_factor for side in image_size]
-    branches = 2 if guidance_scale > 1 and unet.config["time_cond_proj_dim"] is None else 1
+    branches = 2 if host.guider(guidance_scale).scale > 1 else 1
     host.scheduler.set_timesteps(steps)
     passes, rows = len(host.scheduler.timesteps), branches * images
     text = _text(unet, rows, host.tokenizer.model_max_length, guided=False)

@@ -8,7 +8,7 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,18 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 from rich.table import Table
 from safetensors.torch import save_file
-from torch import Tensor
 
-from lora_compose.compose.benchmark.architectures import attention_lora, columns, without_boxes
+from lora_compose.compose.benchmark.architectures import columns, without_boxes
 from lora_compose.compose.benchmark.outside import Spent, spent
 from lora_compose.compose.benchmark.tables import new_table
-from lora_compose.compose.benchmark.timing import Job, call, image_size, open_with_concepts
+from lora_compose.compose.benchmark.timing import (
+    Job,
+    call,
+    image_size,
+    lora_tensors,
+    open_with_concepts,
+    size_and_guidance,
+)
 from lora_compose.compose.support.terminal import bar
 from lora_compose.pipelines.scene.scene import Concept
 
@@ -100,21 +106,12 @@ def _load(ours: Any, theirs: Any, loaded: int) -> None:
         path = Path(folder) / "lora.safetensors"
         with bar("loading", loaded) as on_progress:
             for number in range(loaded):
-                tensors = _tensors(ours.unet, number)
+                tensors = {name: it.to(ours.unet.dtype) for name, it in lora_tensors(ours, RANK, number).items()}
                 save_file(tensors, path)
                 ours.load_concept(path, name=_name(number))
                 theirs.unet.load_lora_adapter(tensors, adapter_name=_name(number), prefix="unet")
                 path.unlink()
                 on_progress(number + 1)
-
-
-def _tensors(unet: Any, number: int) -> dict[str, Tensor]:
-    def named() -> Iterator[tuple[str, Tensor]]:
-        for name, factors in attention_lora(unet, rank=RANK, seed=number).items():
-            yield f"unet.{name}.lora_A.weight", factors.down.to(unet.dtype)
-            yield f"unet.{name}.lora_B.weight", factors.up.to(unet.dtype)
-
-    return dict(named())
 
 
 def _name(number: int) -> str:
@@ -123,11 +120,12 @@ def _name(number: int) -> str:
 
 def _request(ours: Any, theirs: Any, job: Job, way: str | None, chosen: Sequence[int]) -> tuple[Spent, ...]:
     """One request: `Spent` by both clocks in the call, and in `set_adapters` before it."""
+    given = size_and_guidance(ours, job)
     if way == PEFT:
         change = partial(theirs.set_adapters, [_name(number) for number in chosen])
-        return *spent(theirs.unet, change, _CLOCKS), *spent(theirs.unet, lambda: call(theirs, job, {}), _CLOCKS)
+        return *spent(theirs.unet, change, _CLOCKS), *spent(theirs.unet, lambda: call(theirs, job, given), _CLOCKS)
     arguments = {} if way is None else {"concepts": _concepts(ours, job, way, chosen), "method": way}
-    return Spent(0, 0), Spent(0, 0), *spent(ours.unet, lambda: call(ours, job, arguments), _CLOCKS)
+    return Spent(0, 0), Spent(0, 0), *spent(ours.unet, lambda: call(ours, job, given | arguments), _CLOCKS)
 
 
 def _concepts(pipe: Any, job: Job, way: str, chosen: Sequence[int]) -> list[Concept]:

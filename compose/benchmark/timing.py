@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from rich.table import Table
 from safetensors.torch import save_file
+from torch import Tensor
 
-from lora_compose.compose.benchmark.architectures import PROMPT, as_called, attention_lora, columns
+from lora_compose.compose.benchmark.architectures import PROMPT, RANK, as_called, attention_lora, columns
 from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.compose.benchmark.structures import random_pipeline
 from lora_compose.compose.benchmark.tables import MIB, new_table
@@ -28,9 +29,11 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.support.names import STRUCTURES
 from lora_compose.compose.support.savers import Saver, place
 from lora_compose.compose.support.terminal import bar
+from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene.scene import Run, Scene
 
+GUIDANCE = 5.0
 _SCENE = Scene(prompt=PROMPT)
 
 
@@ -79,14 +82,19 @@ def open_with_concepts(job: Job) -> Any:
         run = Run(scene=_SCENE, model=job.model, device=job.device, dtype=job.dtype)
         pipe = open_model(run, [Saver(name) for name in job.savers])
     with tempfile.TemporaryDirectory() as folder:
-        sides = {"lora_A": "down", "lora_B": "up"}
-        lora = attention_lora(pipe.unet).items()
-        tensors = {f"unet.{n}.{key}.weight": getattr(f, side) for n, f in lora for key, side in sides.items()}
+        tensors = lora_tensors(pipe)
         for number, concept in enumerate(columns(job.concepts, *size_of(pipe, _SCENE))):
             path = Path(folder) / f"{number}.safetensors"  # concepts of one file would share its factors
             save_file(tensors, path)
             pipe.load_concept(path, name=concept.name, trigger=concept.trigger, class_word=concept.class_word)
     return pipe
+
+
+def lora_tensors(pipe: Any, rank: int = RANK, seed: int = 0) -> dict[str, Tensor]:
+    """A random LoRA for the attention layers of a pipeline's model, as a file has it and as PEFT takes it."""
+    part, sides = model_part(pipe), {"lora_A": "down", "lora_B": "up"}
+    lora = attention_lora(pipe.model, rank, seed).items()
+    return {f"{part}.{name}.{key}.weight": getattr(one, side) for name, one in lora for key, side in sides.items()}
 
 
 Way = Callable[[], "Call"]
@@ -101,13 +109,14 @@ def way_of(pipe: Any, job: Job, output_type: str = "latent") -> Way:
 
     `output_type` is diffusers', for the plain pipeline and for methods.
     """
+    given = size_and_guidance(pipe, job)
     if job.method is None:
-        return lambda: call(pipe, job, {}, output_type)
+        return lambda: call(pipe, job, given, output_type)
     if job.method in PEFT_WAYS:
         return lambda: _call_with_peft(pipe, job)
     method = make_method(job.method, job.settings)
-    ours = {"concepts": as_called(pipe, method, job.concepts, *image_size(pipe, job.size)), "method": method}
-    return lambda: call(pipe, job, ours, output_type)
+    concepts = as_called(pipe, method, job.concepts, *image_size(pipe, job.size))
+    return lambda: call(pipe, job, {**given, "concepts": concepts, "method": method}, output_type)
 
 
 def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int, on_call: Callable[[], None] = lambda: None) -> list[Timed]:
@@ -139,17 +148,16 @@ def _medians(plain: Sequence["Call"], calls: Sequence["Call"]) -> Timed:
 
 def _call_with_peft(pipe: Any, job: Job) -> "Call":
     """A plain call with adapters of PEFT, which are loaded before it and removed after it."""
-    names, lora = [f"adapter{i}" for i in range(job.concepts)], attention_lora(pipe.unet).items()
-    tensors = {f"unet.{n}.lora_{side}.weight": t for n, f in lora for side, t in (("A", f.down), ("B", f.up))}
+    names, tensors = [f"adapter{i}" for i in range(job.concepts)], lora_tensors(pipe)
     start = time.perf_counter()
     for name in names:
-        pipe.unet.load_lora_adapter(dict(tensors), adapter_name=name, prefix="unet")
+        pipe.model.load_lora_adapter(dict(tensors), adapter_name=name, prefix=model_part(pipe))
     try:
         pipe.set_adapters(names)
         if job.method == "fuse_lora":
             pipe.fuse_lora(adapter_names=names)
         loaded = time.perf_counter()
-        result = call(pipe, job, {})
+        result = call(pipe, job, size_and_guidance(pipe, job))
         begun = time.perf_counter()
         if job.method == "fuse_lora":
             pipe.unfuse_lora()
@@ -265,17 +273,21 @@ def image_size(pipe: Any, side: int | None) -> tuple[int, int]:
     return size_of(pipe, _SCENE) if side is None else (side, side)
 
 
+def size_and_guidance(pipe: Any, job: Job) -> dict[str, Any]:
+    """Arguments of a job's calls that families name differently."""
+    return {**pipe.sized(*image_size(pipe, job.size)), **pipe.guided(GUIDANCE, None)}
+
+
 def call(pipe: Any, job: Job, arguments: Mapping[str, Any], output_type: str = "latent") -> Call:
-    """One call, without decoding if its output are latents, and its time."""
-    width, height = image_size(pipe, job.size)
+    """One call with these arguments beside the job's, without decoding if its output are latents, and its time."""
     start = time.perf_counter()
     output = pipe(
-        PROMPT, height=height, width=width, num_inference_steps=job.steps, guidance_scale=5.0, output_type=output_type,
+        prompt=PROMPT, num_inference_steps=job.steps, output_type=output_type,
         generator=torch.Generator().manual_seed(0), **arguments,
     )  # fmt: skip
     output.images.sum().item()  # waits for the device
     seconds = time.perf_counter() - start
-    return Call(seconds, output.cost.preparation_seconds if arguments else 0.0)
+    return Call(seconds, output.cost.preparation_seconds if "concepts" in arguments else 0.0)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def _facts(
     facts = [("tokens", _tokens(tokenizer, prompt))]
     of_model = run.scene.model_copy(update={"image": None, "references": ()})
     width, height = _attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
+    _attempt(problems, pipe.check_sides, width, height)
     _attempt(problems, check_size, pipe, pipe.runs_on, width, height)
     places: list[tuple[Concept, Positions]] = []
     for concept, loaded in zip(run.scene.concepts, all_loaded, strict=True):
@@ -281,10 +282,11 @@ def _cost_words(pipe: Any, run: Run, planned: CallPlan | None, cost: RunCost | N
         return "not known"
     steps = _steps(pipe, run, planned)
     passes = "" if planned is None or planned.passes == steps else f", {planned.passes} passes"
-    how = "with guidance" if run.guidance_scale > 1 else "without guidance"
+    guided = pipe.guider(run.guidance_scale).scale > 1 if planned is None else planned.guided
+    how = " with guidance" if guided else ", no rows for guidance"
     ratio = "" if cost is None else f"{cost.flops / cost.plain_flops:.2f} times the FLOPs of a plain image; "
     each = "" if planned is None else planned.cost.each
-    return f"{ratio}{rows} rows, each a latent through the model once ({steps} steps{passes} {how}){each}"
+    return f"{ratio}{rows} rows, each a latent through the model once ({steps} steps{passes}{how}){each}"
 
 
 def _method_words(run: Run, choice: Choice | None) -> str:

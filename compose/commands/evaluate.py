@@ -79,10 +79,15 @@ def published(
     They are downloaded, and the cost is shown before it starts.
     """
     path = find_suite(suite, published_dir())
+    if plan:
+        with starting():
+            from lora_compose.compose.evaluation.published import show_published
+        show_published(path, folder)
+        return
     check_packages("the evaluation", EVALUATION, "evaluation")
     with starting():
         from lora_compose.compose.evaluation.command import run_published
-    if code := run_published(path, folder, plan=plan, smoke=smoke):
+    if code := run_published(path, folder, smoke=smoke):
         raise typer.Exit(code)
 
 

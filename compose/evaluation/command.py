@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_compose.compose.evaluation.alone import with_references
-from lora_compose.compose.evaluation.batches import batches
 from lora_compose.compose.evaluation.chosen import chosen
 from lora_compose.compose.evaluation.comparison import compare_runs
 from lora_compose.compose.evaluation.planning import make_plan
-from lora_compose.compose.evaluation.published import estimate, fetch, read_published, wanted, write_suite
+from lora_compose.compose.evaluation.published import fetch, gib, show_published, write_suite
 from lora_compose.compose.evaluation.report import write_report
 from lora_compose.compose.evaluation.results import CLAIMS, PLAN, is_done
 from lora_compose.compose.evaluation.runner import evaluate
 from lora_compose.compose.evaluation.scoring import check_chosen
+from lora_compose.compose.evaluation.smoke import estimate
 from lora_compose.compose.evaluation.suite import Suite, read_suite
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.generate.processes import default_number, launch, local_rank
@@ -70,45 +70,29 @@ def run_suite(
     return FAILED if left else 0
 
 
-def run_published(suite: Path, folder: Path | None = None, *, plan: bool = False, smoke: bool = False) -> int:
-    """Shows what a published suite downloads and costs, downloads it, makes two images, and then runs it.
+def run_published(suite: Path, folder: Path | None = None, *, smoke: bool = False) -> int:
+    """Shows what a published suite downloads, downloads it, makes two images, shows the cost, and then runs it.
 
     Args:
         folder: For the results.
-        plan: Whether to stop before anything is downloaded.
         smoke: Whether to stop after the two images.
 
     Raises:
         ValueError: For suites that cannot be read, or whose images cannot be made.
         OSError: If the hub does not give what is needed.
     """
-    published = read_published(suite)
-    to = folder or Path("outputs/evaluation") / published.suite.name
-    images = sum(len(batch.seeds) for batch in batches(published.suite))
-    further = sum(len(one.seeds) for one in published.references.values())
-    references = f", and {further} to compare with" if further else ""
-    echo(f"{published.suite.name}: {images} images{references}, in {to}")
-    for one in wanted(published):
-        licence = one.download.licence or f"see {one.download.page}"
-        size = "from the cache" if one.size is None else f"{_gib(one.size)}, {_gib(one.missing or 0)} to download"
-        echo(f"  {one.name}: {one.download.repository}, {size}; licence: {licence}")
-    if plan:
-        return 0
+    published, to = show_published(suite, folder)
     ready = with_references(fetch(published), published.references, to)
     if smoke or not (to / PLAN).exists():
         found = estimate(ready, to)
         for one in found.tried:
-            memory = "" if one.peak_bytes is None else f", {_gib(one.peak_bytes)}"
+            memory = "" if one.peak_bytes is None else f", {gib(one.peak_bytes)}"
             echo(f"  {one.arm}: {one.seconds:.1f} s{memory}: {one.path}")
         echo(f"{found.images} images, {found.flops:.3g} FLOPs: about {found.seconds / 3600:.2g} h at this pace")
     if smoke:
         return 0
     write_suite(ready, to / "suite.yaml")
     return run_suite(str(to / "suite.yaml"), to)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def work_on(suite: str, folder: Path, metrics: Sequence[str] = ()) -> None:

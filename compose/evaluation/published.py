@@ -1,6 +1,6 @@
-"""Suites of public models and LoRAs: what they download, under which licences, and what they cost before they start."""
+"""Suites of public models and LoRAs: what they download, and under which licences."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,14 +21,12 @@ from huggingface_hub.hf_api import RepoFile
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_compose.compose.evaluation.alone import Alone
-from lora_compose.compose.evaluation.batches import Batch, batches
+from lora_compose.compose.evaluation.batches import batches
 from lora_compose.compose.evaluation.suite import Name, Suite, moved_suite
-from lora_compose.compose.evaluation.worker import Images, Worker
 from lora_compose.compose.files.atomic import write_whole
-from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.files.paths import local_source
 from lora_compose.compose.files.scenes import read_as
-from lora_compose.compose.generate.processes import own_device
+from lora_compose.compose.support.terminal import echo
 from lora_compose.pipelines.support.hub import HubError, asking, page, reachable
 from lora_compose.pipelines.support.regular import sha256_of
 from lora_compose.pipelines.text.tokens import find_words
@@ -149,6 +147,34 @@ def read_published(path: Path) -> Published:
     return found.model_copy(update={"suite": suite})
 
 
+def show_published(path: Path, folder: Path | None = None) -> tuple[Published, Path]:
+    """Reads a published suite, shows its images, downloads and licences, and returns it with the folder of its results.
+
+    Args:
+        folder: For the results; None is one of the suite's name.
+
+    Raises:
+        FileError: As `read_published`.
+        OSError: As `wanted`.
+    """
+    published = read_published(path)
+    to = folder or Path("outputs/evaluation") / published.suite.name
+    images = sum(len(batch.seeds) for batch in batches(published.suite))
+    further = sum(len(one.seeds) for one in published.references.values())
+    references = f", and {further} to compare with" if further else ""
+    echo(f"{published.suite.name}: {images} images{references}, in {to}")
+    for one in wanted(published):
+        licence = one.download.licence or f"see {one.download.page}"
+        size = "from the cache" if one.size is None else f"{gib(one.size)}, {gib(one.missing or 0)} to download"
+        echo(f"  {one.name}: {one.download.repository}, {size}; licence: {licence}")
+    return published, to
+
+
+def gib(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.2f} GiB"
+
+
 def wanted(published: Published) -> Iterator[Wanted]:
     """What is to be downloaded. Only lists of files are asked for, and whether they may be read.
 
@@ -204,55 +230,6 @@ def _fetched(one: Download) -> Path:
     if one.sha256 is not None and (found := sha256_of(path)) != one.sha256:
         raise HubError(f"{path} is another file than the suite names: its SHA-256 is {found}, expected {one.sha256}")
     return path
-
-
-@dataclass(frozen=True)
-class Tried:
-    """An image that was made to see what the whole costs."""
-
-    arm: str
-    path: Path
-    seconds: float
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a suite costs: images, FLOPs as counted, and seconds at the pace of the images that were tried."""
-
-    images: int
-    flops: int
-    seconds: float
-    tried: tuple[Tried, ...]
-
-
-def estimate(suite: Suite, out: Path) -> Estimate:
-    """Makes and scores two images, of the baseline and of the first other method, and counts the rest.
-
-    Raises:
-        ValueError: If something cannot be opened, or one of the two cannot be made.
-    """
-    worker = Worker.open(suite, own_device(suite.device))
-    tried, flops, seconds = [], 0, 0.0
-    for batch in _two(suite):
-        for result in worker.do(batch):
-            if isinstance(result, Images):
-                path = out / "smoke" / f"{batch.arm.name}.png"
-                write_whole(path, png_bytes(result.made[0].image, result.made[0].record))
-                tried.append(Tried(batch.arm.name, path, result.cost.seconds, result.cost.peak_bytes))
-                flops, seconds = flops + result.cost.flops, seconds + result.cost.seconds
-            elif (error := getattr(result, "error", None)) is not None:
-                raise ValueError(f"{batch.arm.name}, scene {batch.scene.name!r}: {error}")
-    every = list(batches(suite))
-    whole = sum(worker.count(batch).flops * len(batch.seeds) for batch in every)
-    return Estimate(sum(len(batch.seeds) for batch in every), whole, seconds * whole / flops, tuple(tried))
-
-
-def _two(suite: Suite) -> Sequence[Batch]:
-    small = suite.model_copy(update={"scenes": suite.scenes[:1], "seeds": suite.seeds[:1]})
-    methods = [batch for batch in batches(small) if batch.arm.method is not None]
-    baseline = [batch for batch in methods if batch.arm.name == suite.baseline]
-    return [*baseline, *(batch for batch in methods if batch.arm.name != suite.baseline)][:2]
 
 
 def write_suite(suite: Suite, path: Path) -> None:

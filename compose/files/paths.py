@@ -17,6 +17,8 @@ from lora_compose.pipelines.scene.sources import moved_files
 from lora_compose.pipelines.support.quantising import QUANTISED
 
 _PICKLES = (".ckpt", ".bin", ".pt")
+INDEXES = ("model_index.json", "modular_model_index.json")
+"""Names of the file that says what a model's folder is, as diffusers' pipelines and its modular pipelines save it."""
 _FILES = (".safetensors", ".gguf", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -64,8 +66,8 @@ def model_source(model: str) -> Path:
         )
     if path.is_file() and path.suffix.lower() != ".safetensors":
         raise ModelError(f"{model!r}: a model in one file must be .safetensors; a pickle could run code when opened")
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise ModelError(f"the folder {model!r} has no model_index.json; expected a model as diffusers saves it")
+    if path.is_dir() and not any((path / name).is_file() for name in INDEXES):
+        raise ModelError(f"the folder {model!r} has no {INDEXES[0]}; expected a model as diffusers saves it")
     if not path.exists() and not is_hub_name(model):
         raise ModelError(
             f"there is no model {model!r}{_model_near(path)}; expected {', '.join(PLAYGROUNDS)}, a folder as diffusers "

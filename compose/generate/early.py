@@ -10,7 +10,7 @@ from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene.scene import Concept, Run, check_box
 from lora_compose.pipelines.scene.sources import files_of
 from lora_compose.pipelines.text.emphasis import plain_text
-from lora_compose.pipelines.text.tokens import check_named
+from lora_compose.pipelines.text.tokens import check_all_named
 
 
 def check_early(run: Run) -> None:
@@ -21,11 +21,7 @@ def check_early(run: Run) -> None:
     """
     if run.method is not None:
         make_method(run.method, run.settings)
-    prompt = plain_text(run.scene.prompt)
-    for concept in run.scene.concepts:
-        known = _with_words(concept)
-        if known.trigger and known.prompt is None:
-            check_named(known, prompt)
+    check_all_named(map(_with_words, run.scene.concepts), plain_text(run.scene.prompt))
     scene, source = run.scene, model_source(run.model)
     if scene.image is None and not scene.references and source.is_dir():  # otherwise the size may be theirs
         own = facts_of(run.model).own_size or (None, None)

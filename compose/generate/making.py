@@ -37,6 +37,8 @@ from lora_compose.pipelines.scene.mask_images import open_image
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from lora_compose.pipelines.scene.sources import moved_files
 from lora_compose.pipelines.support.regular import sha256_of
+from lora_compose.pipelines.text.emphasis import plain_text
+from lora_compose.pipelines.text.tokens import check_all_named
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +191,7 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     """
     references = references_of(pipe, scene)
     if scene.image is not None and scene.padding_mask_crop is None:
-        given, cell = open_image(scene.image, "image"), pipe.image_processor.config.vae_scale_factor
+        given, cell = open_image(scene.image, "image"), pipe.cell
         return scene.width or given.width // cell * cell, scene.height or given.height // cell * cell
     # Both are always passed: if one is missing, diffusers takes the model's own size for both.
     width, height = pipe.size_from(references) if references else pipe.own_size
@@ -218,10 +220,12 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
     if (dtype := dtype_of(pipe.model)) != getattr(torch, run.dtype):
         raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {dtype}; open it again")
     size = size_of(pipe, run.scene)
+    pipe.check_sides(*size)
     check_size(pipe, pipe.runs_on, *size)
     if not run.scene.concepts:  # otherwise its plan warns
         warn_of_size(pipe, *size)
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
+    check_all_named((concept.concept for concept in loaded), plain_text(run.scene.prompt))  # before the choice warns
     choice = resolve_choice(pipe, run, loaded)
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
     fit_ip_adapters(pipe, run.scene.ip_adapters)

@@ -8,15 +8,14 @@ from typing import Any
 
 from huggingface_hub import list_repo_files, snapshot_download
 
-from lora_compose.compose.files.paths import model_source
+from lora_compose.compose.files.paths import INDEXES, model_source
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import UNSTATED
 from lora_compose.pipelines.families.opening import checkpoint_keys
 from lora_compose.pipelines.families.unets import UNetPipeline
 from lora_compose.pipelines.support.hub import asking, reachable
 
-_INDEX = ("model_index.json", "modular_model_index.json")
-_CONFIGS = (*_INDEX, "*/config.json", "*/scheduler_config.json")
+_CONFIGS = (*INDEXES, "*/config.json", "*/scheduler_config.json")
 _GUIDANCE_EMBEDDING = "guidance_in."  # keys of FLUX.1 checkpoints whose guidance is distilled
 
 
@@ -71,7 +70,7 @@ def facts_of(model: str) -> ModelFacts:
     if source.is_dir():
         files = tuple(sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()))
         return _of_folder(source, files)
-    options = reachable(model, *_INDEX)
+    options = reachable(model, *INDEXES)
     with asking(model, **options):
         folder = Path(snapshot_download(model, allow_patterns=list(_CONFIGS), **options))
         here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
@@ -80,13 +79,21 @@ def facts_of(model: str) -> ModelFacts:
 
 
 def _of_folder(folder: Path, files: tuple[str, ...]) -> ModelFacts:
-    index = next((_read(folder / name) for name in _INDEX if (folder / name).is_file()), {})
-    parts = {}
+    index, parts = index_of(folder), {}
     for name in index:
         for config in ("config.json", "scheduler_config.json"):
             if (path := folder / name / config).is_file():
                 parts[name] = _read(path)
     return ModelFacts(ComposePipeline.family_of(index), index, parts, files)
+
+
+def index_of(folder: Path) -> Mapping[str, Any]:
+    """What a model's folder says that it is; empty if it says nothing.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    return next((_read(folder / name) for name in INDEXES if (folder / name).is_file()), {})
 
 
 def _read(path: Path) -> Mapping[str, Any]:

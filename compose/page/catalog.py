@@ -1,9 +1,9 @@
 """What is on this machine: models in folders and in the hub's cache, and LoRAs as their headers describe them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_compose.compose.generate.model_facts import index_of
 from lora_compose.compose.page.store import SUFFIX, Lora, family_of, image_of, in_folder
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.pipelines.families import ComposePipeline
@@ -12,7 +12,6 @@ from lora_compose.pipelines.formats.files import LoraError, read_words
 from lora_compose.pipelines.formats.safetensors_reader import read_header
 from lora_compose.pipelines.support.regular import open_regular
 
-_INDEX = "model_index.json"
 _CHECKPOINT = ("model.diffusion_model.", "double_blocks.")  # keys of models in one file, which LoRAs do not have
 
 
@@ -60,7 +59,7 @@ def models_in(folder: Path) -> list[KnownModel]:
     """
     files = in_folder(folder)
     where = f"in {folder.name or folder}"
-    saved = [(inside, _family(inside / _INDEX)) for inside in (folder, *sorted(filter(Path.is_dir, folder.iterdir())))]
+    saved = [(inside, _family(inside)) for inside in (folder, *sorted(filter(Path.is_dir, folder.iterdir())))]
     every = [*saved, *((path, _family_of_file(path)) for path in files)]
     return [KnownModel(str(path), family, where) for path, family in every if family is not None]
 
@@ -68,9 +67,9 @@ def models_in(folder: Path) -> list[KnownModel]:
 def cached_models(cache: Path) -> list[KnownModel]:
     """The repositories in the hub's cache whose weights are there, not their configurations alone."""
     families = {}
-    for index in sorted(cache.glob(f"models--*--*/snapshots/*/{_INDEX}")):
-        _, owner, name = index.parents[2].name.split("--", 2)
-        if (family := _family(index)) is not None and any(index.parent.glob(f"*/*{SUFFIX}")):
+    for folder in sorted(cache.glob("models--*--*/snapshots/*")):
+        _, owner, name = folder.parents[1].name.split("--", 2)
+        if (family := _family(folder)) is not None and any(folder.glob(f"*/*{SUFFIX}")):
             families[f"{owner}/{name}"] = family
     return [KnownModel(source, family, "in the hub's cache") for source, family in families.items()]
 
@@ -112,9 +111,9 @@ def _is_of_checkpoint(key: str) -> bool:
     return key.startswith(_CHECKPOINT)
 
 
-def _family(index: Path) -> str | None:
-    """The family of a model by its `model_index.json`; None if it is none that is supported."""
+def _family(folder: Path) -> str | None:
+    """The family of a model by what its folder says; None if it is none that is supported."""
     try:
-        return ComposePipeline.family_of(json.loads(index.read_text(encoding="utf-8"))).family
-    except (OSError, ValueError, AttributeError):
+        return ComposePipeline.family_of(index_of(folder)).family
+    except (OSError, ValueError):
         return None

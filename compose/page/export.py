@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_compose.compose.files.paths import moved_start
 from lora_compose.compose.files.scenes import write_scene
 from lora_compose.compose.files.text import parse_value
-from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, PLAYGROUNDS
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
 from lora_compose.compose.support.savers import OFFLOADS, Saver
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile, Run, Scene
@@ -132,10 +132,7 @@ def _further(playground: str) -> list[str]:
 def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     """The arguments of the call."""
     scene = run.scene
-    lines = [_value(scene.prompt)]
-    guidance = "guidance_scale" if run.model != PLAYGROUND_FLUX else "true_cfg_scale"  # which needs a negative prompt
-    given = scene.negative_prompt or ("" if guidance == "true_cfg_scale" else None)
-    lines += [] if given is None else [f"negative_prompt={_value(given)}"]
+    lines = [f"prompt={_value(scene.prompt)}"]
     if scene.concepts:
         listed = [
             concept.model_dump(exclude={"lora", "merge", "trigger", "class_word", "alpha"}, exclude_none=True)
@@ -156,12 +153,10 @@ def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
             lines.append(f"method={_call(kind, run.settings)}")
         elif run.method is not None:
             lines.append(f"method={_value(run.method)}")
-    # Image-to-image has the size of its image.
-    sides = () if scene.image is not None and scene.mask_image is None else ("width", "height")
-    lines += [f"{side}={value}" for side in sides if (value := getattr(scene, side))]
+    size = f"({scene.width}, {scene.height})"
+    lines += [f"**pipe.sized{size}"] if scene.width is not None and scene.height is not None else []
     lines += [f"{name}={_value(value)}" for name, value in scene.start.items()]
     lines += [f"image=[{', '.join(map(_value, scene.references))}]"] if scene.references else []
-    size = f"({scene.width}, {scene.height})"
     for kind, given in (("ControlFile", scene.controls), ("IPAdapterFile", scene.ip_adapters)):
         if given:
             imports.setdefault("lora_compose.pipelines.scene.scene", set()).add(kind)
@@ -171,7 +166,9 @@ def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     if scene.ip_adapters:
         imports.setdefault(_GUIDES, set()).add("ip_adapter_arguments")
         lines.append(f"**ip_adapter_arguments([{_files(scene.ip_adapters)}], {size})")
-    lines += [f"num_inference_steps={run.steps}", f"{guidance}={run.guidance_scale!r}"]
+    # Families differ in the names of what guides them, and whether there is any.
+    guided = f"**pipe.guided({run.guidance_scale!r}, {_value(scene.negative_prompt or None)})"
+    lines += [f"num_inference_steps={run.steps}", guided]
     return [*lines, f"generator=torch.Generator().manual_seed({run.seed})"]
 
 

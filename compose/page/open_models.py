@@ -104,7 +104,7 @@ class OpenModel:
     @property
     def cell(self) -> int:
         """Sides of images are multiples of so many pixels."""
-        return self._pipe.image_processor.config.vae_scale_factor
+        return self._pipe.cell
 
     @property
     def family(self) -> str | None:

@@ -153,9 +153,11 @@ class Engine:
             call that makes no other image ends after its step.
 
         Raises:
-            ValueError: If it names a LoRA that is not there.
+            ValueError: If it names a LoRA that is not there, or a size that the model does not make.
             Busy: If the queue is full, or so long that the request would not be answered in time, or at the end.
         """
+        width, height = self._pipe.own_size
+        self._pipe.check_sides(request.width or width, request.height or height)
         waiting = _Waiting(*chosen(self._pipe, request))
         with self._changed:
             if self._ends:
@@ -286,10 +288,9 @@ def call_pipe(
     guided = (first.guidance_scale or 0) > 1
     negative = [request.negative_prompt for request in requests] if guided and first.negative_prompt else None
     return pipe(
-        [request.prompt for request in requests],
+        prompt=[request.prompt for request in requests],
         **pipe.guided(first.guidance_scale, negative),
-        width=first.width,
-        height=first.height,
+        **pipe.sized(first.width, first.height),
         num_inference_steps=first.steps,
         generator=[torch.Generator().manual_seed(request.seed) for request in requests],
         callback_on_step_end=after_step,

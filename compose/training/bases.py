@@ -234,7 +234,7 @@ class _Transformer:
             raise ValueError(f"{family} has no cross-attention for scope cross_kv; use attention or transformer")
         if settings.min_snr is not None:
             raise ValueError(f"--min-snr is for models with a noise schedule; {family} learns by flow matching")
-        unit = self.pipe.vae_scale_factor * 2
+        unit = self.pipe.cell
         if settings.resolution is not None and settings.resolution % unit:
             raise ValueError(f"the resolution must be a multiple of {unit} for {family}, not {settings.resolution}")
 

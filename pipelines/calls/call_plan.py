@@ -80,6 +80,11 @@ class CallPlan:
         return name_of(self.choice.method)[0]
 
     @property
+    def guided(self) -> bool:
+        """Whether rows are for guidance: it is on, and neither an input of the model nor distilled into it."""
+        return self._plan.cfg_scale > 1
+
+    @property
     def regions(self) -> Mapping[str, tuple[float, float, float, float] | str]:
         """The regions by concept: boxes in pixels, or mask images."""
         regions = {planned.concept.name: planned.concept.region for planned in self.concepts}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.attention import StepCaches, backbone_of, check_caches, install, reference_factor
+from lora_compose.attention import Backbone, StepCaches, backbone_of, check_caches, install, reference_factor
 from lora_compose.attention.device import dtype_of
 from lora_compose.pipelines.calls.call import Call, check_call, of_prompt, steps_to_record
 from lora_compose.pipelines.calls.host import Host
@@ -31,7 +31,7 @@ from lora_compose.pipelines.scene.canvas import Canvas, images_of
 from lora_compose.pipelines.scene.given import is_set
 from lora_compose.pipelines.scene.regions import region_mask
 from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.support.notes import warn_first
+from lora_compose.pipelines.support.notes import held, warn_first
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.emphasis import plain_text, refuse_weights
 from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts, TextEncoder
@@ -158,8 +158,21 @@ def make_plan(host: Host, call: Call) -> Plan:
     backbone, device = host.backbone_of(call), host.runs_on  # diffusers looks through all models for the device
     images = len(call.prompts) * call.size.images_per_prompt
     check_size(host, device, call.size.width, call.size.height, images, backbone)
-    warn_of_size(host, call.size.width, call.size.height)
     loaded, concepts_of = resolve_sets(host, call)
+    return _plan(host, call, backbone, device, loaded, concepts_of)
+
+
+@held()  # a call that is refused has no warnings
+def _plan(
+    host: Host,
+    call: Call,
+    backbone: Backbone,
+    device: torch.device,
+    loaded: tuple[LoadedConcept, ...],
+    concepts_of: list[list[int]],
+) -> Plan:
+    """The plan of a call with these concepts, by prompt the indices of its own."""
+    warn_of_size(host, call.size.width, call.size.height)
     loaded = tuple(_region_in_pixels(call, entry) for entry in loaded)
     raw = [text for entry in loaded for text in (entry.concept.prompt, entry.concept.negative_prompt) if text]
     loaded = tuple(map(_without_weights, loaded))

@@ -54,10 +54,14 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         known = (None, cls.__name__, *names)
         return kind[1:] == (cls.transformer_class.__name__,) and config.get("_class_name") in known
 
+    @property
+    def cell(self) -> int:
+        """As `ImageTasksPipeline.cell`: the side of a patch."""
+        return self.vae_scale_factor * PATCH
+
     def _rounded(self, side: int) -> int:
         """A side in pixels that makes whole patches, rounded down."""
-        unit = self.vae_scale_factor * PATCH
-        return unit * (side // unit)
+        return self.cell * (side // self.cell)
 
     def _shift(self, tokens: int, steps: int) -> float:
         """The shift of the timesteps for an image of so many tokens."""

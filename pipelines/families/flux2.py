@@ -131,7 +131,7 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
         Raises:
             ValueError: For tensors, and images that are too small or too long.
         """
-        references, unit, most = [], self.vae_scale_factor * PATCH, 1024 * 1024
+        references, unit, most = [], self.cell, 1024 * 1024
         for image in reference_images(given):
             self.image_processor.check_image_input(image)
             if image.width * image.height > most:

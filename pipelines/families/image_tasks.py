@@ -1,6 +1,7 @@
 """Image-to-image and inpainting, the same for all model families; diffusers' pipelines prepare the image."""
 
 import inspect
+import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -141,9 +142,19 @@ class ImageTasksPipeline(ComposePipeline):
         return inspect.signature(call).parameters["strength"].default if given is None else given
 
     @property
-    def _cell(self) -> int:
+    def cell(self) -> int:
         """Sides of images are multiples of so many pixels."""
-        return self.image_processor.config.vae_scale_factor
+        raise NotImplementedError
+
+    def check_sides(self, width: int, height: int) -> None:
+        """Raises ValueError for sides in pixels that are no multiples of `cell`; the message names the nearest."""
+        cells = [(side // self.cell, math.ceil(side / self.cell)) for side in (width, height)]
+        smaller, larger = ([max(1, count) * self.cell for count in counts] for counts in zip(*cells, strict=True))
+        if smaller != [width, height]:
+            raise ValueError(
+                f"width and height must be multiples of {self.cell} with {self.family}, not {width} x {height}; the "
+                f"nearest are {smaller[0]} x {smaller[1]} and {larger[0]} x {larger[1]}"
+            )
 
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height of a call in pixels; None means the model's own."""
@@ -177,19 +188,18 @@ class ImageTasksPipeline(ComposePipeline):
 
     def _image_size(self, given: FromImage, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height of what is worked on, in pixels; refuses an image that is too small or of another size."""
-        given.check_size(self._cell)
+        given.check_size(self.cell)
         if self._task(given.inpaints).resizes:
             size = self._size(width, height)
         else:
-            own = given.cells(self.vae_scale_factor if given.is_latents else self._cell)
+            own = given.cells(self.vae_scale_factor if given.is_latents else self.cell)
             size = width or own[0], height or own[1]
             if given.padding_mask_crop is None and size != own:
                 raise ValueError(
                     f"width and height are those of the image, {own[0]} x {own[1]} in whole latent cells; resize the "
                     "image, or leave them out"
                 )
-        if size[0] % self._cell or size[1] % self._cell or min(size) < 1:
-            raise ValueError(f"width and height must be multiples of {self._cell}, not {size[0]} x {size[1]}")
+        self.check_sides(*size)
         return size
 
     def _from_image_as_diffusers(self, given: FromImage, arguments: Mapping[str, Any]) -> Any:

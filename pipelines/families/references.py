@@ -8,7 +8,6 @@ from PIL import Image
 from torch import Tensor
 
 from lora_compose.attention import Backbone, backbone_of
-from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.calls.call import Call
 from lora_compose.pipelines.denoising.inputs import ByImage
@@ -49,8 +48,7 @@ class ReferencesPipeline(FlowMatchingPipeline):
 
     def _grids(self, references: Sequence[Tensor]) -> list[Grid]:
         """Height and width of reference images, in tokens."""
-        unit = self.vae_scale_factor * PATCH
-        return [(image.shape[-2] // unit, image.shape[-1] // unit) for image in references]
+        return [(image.shape[-2] // self.cell, image.shape[-1] // self.cell) for image in references]
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         image = opened(arguments.pop("reference"))

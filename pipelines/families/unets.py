@@ -54,6 +54,11 @@ class UNetPipeline(ImageTasksPipeline):
     image_encoder: Any
     prepare_ip_adapter_image_embeds: Any
 
+    @property
+    def cell(self) -> int:
+        """As `ImageTasksPipeline.cell`: the side of a latent cell."""
+        return self.vae_scale_factor
+
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height in pixels; None means the model's own."""
         sample: Any = self.unet.config["sample_size"]
@@ -93,7 +98,7 @@ class UNetPipeline(ImageTasksPipeline):
     def _step_arguments(self, sampling: Sampling) -> Mapping[str, Any]:
         return self.prepare_extra_step_kwargs(sampling.generator, eta=sampling.eta)
 
-    def _guider(self, scale: float, rescale: float) -> Guider:
+    def guider(self, scale: float, rescale: float = 0.0) -> Guider:
         """The guider of a call; distilled models take the scale as an input."""
         return Rescaled(scale, rescale) if self.unet.config.time_cond_proj_dim is None else Embedded()
 
@@ -124,7 +129,7 @@ class UNetPipeline(ImageTasksPipeline):
         per_prompt = given["num_images_per_prompt"] or 1
         images = len(prompts) * per_prompt
         scale, attention, adapters = given["guidance_scale"], given["cross_attention_kwargs"], given["ip_adapter_image"]
-        embeds, guider = given["ip_adapter_image_embeds"], self._guider(scale, given["guidance_rescale"])
+        embeds, guider = given["ip_adapter_image_embeds"], self.guider(scale, given["guidance_rescale"])
         return begun.call(
             given, prompts, (width, height), per_prompt, guider, inputs=self._inputs(scale, images, attention),
             properties={

@@ -108,9 +108,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             raise ValueError("with prompt_embeds, guidance needs negative_prompt_embeds as well")
         source = self._source(begun.start, width, height, output_type or "np")
         width, height = self._sides(width, height) if source is None else source.size
-        for name, side in (("height", height), ("width", width)):
-            if side != self._rounded(side):
-                raise ValueError(f"{name} must be a multiple of {self.vae_scale_factor * 2}, not {side}")
+        self.check_sides(width, height)
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if unknown := {*self._of_every_task(tensors, begun.start)} - {*self._callback_tensor_inputs}:
             raise ValueError(

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 logger = logging.getLogger(__name__)
 
@@ -11,6 +12,7 @@ MOST_LOGGED = 1024
 logged: set[Hashable] = set()  # what warnings of this process were about
 
 _kept: ContextVar[list[str] | None] = ContextVar("warnings of a plan", default=None)
+_held: ContextVar[list[Callable[[], None]] | None] = ContextVar("warnings of a call that may be refused", default=None)
 
 
 @contextmanager
@@ -24,8 +26,24 @@ def kept() -> Iterator[list[str]]:
         _kept.reset(token)
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Inside this block warnings wait for its end; if it raises, there are none."""
+    waiting: list[Callable[[], None]] = []
+    token = _held.set(waiting)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+    for one in waiting:
+        one()
+
+
 def warn(message: str) -> None:
     """Warns in every call."""
+    if (waiting := _held.get()) is not None:
+        waiting.append(partial(warn, message))
+        return
     found = _kept.get()
     if found is None:
         logger.warning("%s", message)
@@ -40,7 +58,9 @@ def warn_once(message: str) -> None:
 
 def warn_first(about: Hashable, message: Callable[[], str]) -> None:
     """Warns in the first call of a process that is about this; later calls do not even make the message."""
-    if _kept.get() is not None:
+    if (waiting := _held.get()) is not None:
+        waiting.append(partial(warn_first, about, message))
+    elif _kept.get() is not None:
         warn(message())
     elif about not in logged:
         if len(logged) == MOST_LOGGED:

@@ -6,7 +6,7 @@ the image. Words are found as whole words in the text, and every position is che
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -95,6 +95,13 @@ def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> l
         taken = noun is not None and any(span[1] <= start < noun[1] for start in starts)
         pairs.append((span, None if taken else noun))
     return pairs
+
+
+def check_all_named(concepts: Iterable[Concept], prompt: str) -> None:
+    """Raises ValueError if the trigger of a concept without a prompt of its own is not in a prompt."""
+    for concept in concepts:
+        if concept.trigger and concept.prompt is None:
+            check_named(concept, prompt)
 
 
 def check_named(concept: Concept, prompt: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -457,6 +458,17 @@ def test_folded_layers_need_no_gates_and_the_others_do() -> None:
         installation.fold(["image"], WEIGHTS)
         installation.use(installation.inputs(bare, inputs["encoder_hidden_states"]))
         unet(**inputs)
+
+
+@torch.no_grad()
+def test_layers_are_folded_beside_an_empty_registry_of_hooks_and_not_beside_hooks() -> None:
+    unet = tiny_unet()
+    registry = HookRegistry.check_if_exists_or_initialize(unet)  # as diffusers' pipelines leave it in transformers
+    with installed(unet, two_loras(unet)) as installation:
+        assert installation.fold(PARTS, WEIGHTS) > 0
+    registry.register_hook(ModelHook(), "none")
+    with installed(unet, two_loras(unet)) as installation:
+        assert installation.fold(PARTS, WEIGHTS) == 0
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from commands import call, flat
 from components import tiny_pipeline
 from flux import flux_pipeline
+from flux3 import default_flux3
 from lora_compose import Concept, Run, Scene, __version__
 from lora_compose.compose.commands.asked import parse_concept, parse_settings
 from lora_compose.compose.files.images import read_pixels, read_record
@@ -31,8 +34,10 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.replay import difference
 from lora_compose.compose.generate.schedulers import scheduler_names, scheduler_of
 from lora_compose.compose.playground.assets import playground_lora, playground_model
+from lora_compose.pipelines.families import ComposeFlux3DistilledPipeline
 from lora_compose.pipelines.support.regular import sha256_of
 from small_world import HALF, RIGHT, SCHEDULER, SIZE, STYLE, STYLE_WORDS, metadata
+from transformer_families import as_file, random_lora_of_all
 
 PROMPT = "a xlo bear and a qrt robot on grass"
 BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"
@@ -489,6 +494,36 @@ def test_images_without_a_record_are_refused(tmp_path: Path) -> None:
     assert "there is no file" in call("replay", tmp_path / "2.png", code=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("model", "cell", "family"), [("playground", 8, "Stable Diffusion 1.x and 2.x"), ("playground-flux", 16, "FLUX.1")]
+)
+def test_sizes_that_are_no_multiples_are_refused_before_loras_are_read(
+    model: str, cell: int, family: str, tmp_path: Path
+) -> None:
+    other = "playground" if model == "playground-flux" else "playground-flux"  # which does not fit, if it is read
+    what = ["--prompt", "a xlo bear", "--concept", f"path={other}:bear,trigger=xlo,class=bear", "--width", "130"]
+    words = f"must be multiples of {cell} with {family}, not 130 x 128; the nearest are"
+    assert f"{words} 128 x 128 and {128 + cell} x 128" in flat(call("run", model, *what, code=2).output)
+    assert words in flat(call("check", model, *what, code=2).output)
+    (tmp_path / "batch.yaml").write_text(
+        f"model: {model}\nsteps: 1\nscenes:\n  - {{name: a, prompt: a bear, width: 130, height: 128}}\n"
+    )
+    assert words in flat(call("batch", tmp_path / "batch.yaml", "--out", tmp_path, code=1).output)
+
+
+def test_a_run_that_is_refused_for_a_missing_trigger_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    concepts = tuple(Concept(name=name, lora=f"playground:{name}", weight=4.0) for name in ("cat", "dog"))
+    run = Run(scene=Scene(prompt="a zwx dog and a cat", concepts=concepts), model="playground", steps=1, device="cpu")
+    pipe = open_model(run)
+    for method in (None, "merge"):
+        with pytest.raises(ValueError, match="the trigger 'sks' of concept 'cat' is not in the prompt"):
+            make(pipe, run.model_copy(update={"method": method}))
+    assert caplog.messages == []
+    with caplog.at_level("WARNING"):
+        make(pipe, run.model_copy(update={"scene": run.scene.model_copy(update={"prompt": "a zwx and a sks cat"})}))
+    assert len(caplog.messages) == 2  # merge was chosen, and the weights are large
+
+
 # --- check ---
 
 
@@ -520,7 +555,7 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     text = flat(
         call("check", "playground", "--scene", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout
     )
-    assert "25 rows, each a latent through the model once (25 steps without guidance)" in text
+    assert "25 rows, each a latent through the model once (25 steps, no rows for guidance)" in text
     assert "method merge" in text
     text = flat(
         call(
@@ -538,6 +573,24 @@ def test_check_knows_the_rows_of_a_transformer(tmp_path: Path) -> None:
     )
     text = flat(call("check", "playground-flux", "--scene", scene, "--steps", 5, "--method", "merge").stdout)
     assert "10 rows, each a latent through the model once (5 steps with guidance)" in text
+    assert text.endswith("no problems")
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [flux_pipeline, partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True)],
+    ids=["guidance is an input", "guidance is distilled"],
+)
+def test_check_counts_no_rows_for_guidance_where_the_model_runs_none(
+    pipeline: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe = pipeline()
+    pipe.save_pretrained("model")
+    save_file(dict(as_file(random_lora_of_all(pipe.transformer, 0))), "cat.safetensors")
+    what = ("--prompt", "a sks cat", "--concept", "path=cat.safetensors,trigger=sks,class=cat", "--device", "cpu")
+    text = flat(call("check", "model", *what, "--steps", 5, "--method", "merge", "--guidance", 5).stdout)
+    assert "5 rows, each a latent through the model once (5 steps, no rows for guidance)" in text
     assert text.endswith("no problems")
 
 

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
+from dataclasses import replace
+from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from diffusers import Flux3Transformer2DModel
 
 from commands import call
 from components import tiny_pipeline
+from flux import flux_pipeline
+from flux3 import default_flux3
 from lora_compose.attention import backbone_of, reference_factor
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.flux3 import Flux3Backbone
@@ -33,6 +36,7 @@ from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.compose.benchmark.timing import PEFT_WAYS, Job, open_with_concepts, peak_bytes, time_rows, time_ways
 from lora_compose.compose.benchmark.transformers import REGION_TOKENS, block_lora, pass_cost
 from lora_compose.pipelines.calls.plan import find_in
+from lora_compose.pipelines.families import ComposeFlux3DistilledPipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import METHODS, Regional, make_method
 
@@ -146,6 +150,33 @@ def test_runs_are_interleaved(model):
     assert all(one.ratio_min <= one.ratio <= one.ratio_max for one in timed)
     assert [one.change_seconds > 0 for one in timed] == [False, True, True]
     assert not watched.get_list_adapters()
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "arguments"),
+    [
+        (flux_pipeline, {"guidance_scale": 5.0}),
+        (partial(flux_pipeline, guidance_embeds=False), {"true_cfg_scale": 5.0, "negative_prompt": ""}),
+        (partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True), {}),
+    ],
+    ids=["distilled guidance", "classifier-free guidance", "no guidance"],
+)
+def test_transformers_are_timed_with_the_guidance_that_they_have(pipeline, arguments, tmp_path, monkeypatch):
+    pipeline().save_pretrained(tmp_path)
+    seen: list[dict[str, Any]] = []
+
+    def watched(pipe: Any, job: Job, given: dict[str, Any], *options: str) -> Any:
+        seen.append(given)
+        return real(pipe, job, given, *options)
+
+    real = timing.call
+    monkeypatch.setattr(timing, "call", watched)
+    job = Job(str(tmp_path), "cpu", 1, method="regional", concepts=2, size=128)
+    pipe = open_with_concepts(job)
+    (ours, *theirs) = time_ways(pipe, [job, *(replace(job, method=way) for way in PEFT_WAYS)], rounds=1)
+    assert seen[0] == {"width": 128, "height": 128, **arguments}
+    assert 0 < ours.preparation_seconds < ours.seconds
+    assert all(one.change_seconds > 0 for one in theirs)
 
 
 def test_every_concept_has_a_word_and_a_column(model):

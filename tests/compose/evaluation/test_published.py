@@ -1,6 +1,9 @@
 """A suite of public models and LoRAs: what it says before it starts, and what it downloads, on a local hub."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +79,19 @@ def test_a_plan_names_sizes_and_licences_and_downloads_nothing(
     assert not hub.served
     one = next(one for one in wanted(read_published(tmp_path / "suite.yaml")) if one.name == "dog")
     assert one.size == one.missing == len(hub.repositories[DOG].files["dog.safetensors"])
+
+
+def test_a_plan_needs_no_package_of_the_evaluation(suite: dict[str, Any], tmp_path: Path) -> None:
+    code = "import sys; sys.modules.update(dict.fromkeys(('scipy', 'pandas', 'matplotlib')))\n"
+    code += "from lora_compose.compose.cli import main; main()"
+    command = [sys.executable, "-c", code, "evaluate", "published", written(suite, tmp_path)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    told = subprocess.run([*command, "--plan"], capture_output=True, text=True, env=environment)
+    assert told.returncode == 0, told.stderr
+    assert "small: 5 images" in told.stdout
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert refused.returncode == 2
+    assert "the evaluation needs scipy and pandas and matplotlib" in flat(refused.stderr)
 
 
 @pytest.mark.slow

@@ -609,12 +609,15 @@ def test_models_on_this_machine_are_listed_with_their_family(tmp_path: Path) -> 
     for name, content in (("mine", index), ("other", '{"_class_name": "UnheardPipeline"}'), ("broken", "{")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text(content)
+    (tmp_path / "modular").mkdir()
+    (tmp_path / "modular" / "modular_model_index.json").write_text('{"_class_name": "AnimaModularPipeline"}')
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "one.safetensors")
     shutil.copy(playground_lora("cat"), tmp_path / "cat.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"PK")
     found = catalog.models_in(tmp_path)
     assert [(Path(model.source).name, model.family) for model in found] == [
         ("mine", "Stable Diffusion 1.x and 2.x"),
+        ("modular", "Anima"),
         ("one.safetensors", "Stable Diffusion 1.x and 2.x"),
     ]
     with pytest.raises(FileError, match="cannot be read"):
@@ -773,13 +776,13 @@ def test_the_exported_python_is_that_of_the_readme() -> None:
         'pipe.load_concept("dog.safetensors", name="dog", trigger="zwx", class_word="dog")\n'
         "\n"
         "image = pipe(\n"
-        '    "a sks cat and a zwx dog on grass",\n'
+        '    prompt="a sks cat and a zwx dog on grass",\n'
         '    concepts=["cat", "dog"],\n'
         '    method="clora",\n'
-        f"    width={SIZE},\n"
-        f"    height={SIZE},\n"
+        f"    **pipe.sized({SIZE}, {SIZE}),
+"
         "    num_inference_steps=2,\n"
-        "    guidance_scale=4.0,\n"
+        "    **pipe.guided(4.0, None),\n"
         "    generator=torch.Generator().manual_seed(2),\n"
         ").images[0]\n"
         'image.save("result.png")\n'

@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 
 from commands import call
+from flux import flux_pipeline
 from lora_compose.compose.files.images import read_record
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.compose.serve.engine import Busy, Engine, call_pipe
 from lora_compose.compose.serve.requests import ImageRequest, Limits
+from lora_compose.pipelines.families import ComposeFluxKontextPipeline
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from served import answer, server
 
@@ -207,6 +209,13 @@ def test_a_served_image_stores_how_it_was_made_without_paths_and_can_be_replayed
     assert "identical: every pixel is the same" in told
 
 
+def test_pipelines_that_take_their_size_and_prompt_otherwise_are_served() -> None:
+    kontext: Any = flux_pipeline(ComposeFluxKontextPipeline)
+    request = ImageRequest(prompt="a cat", steps=1).resolved(128, 64)
+    (image,) = call_pipe(kontext, [request])
+    assert image.size == (128, 64)
+
+
 def test_loras_and_health(port: int) -> None:
     loras = json.loads(answer(port, "/loras")[1])
     assert set(loras) == {path.stem for path in LORAS.glob("*.safetensors")}
@@ -223,7 +232,7 @@ def test_loras_and_health(port: int) -> None:
         ({"concepts": ["fox"]}, "there is no LoRA"),
         ({"steps": 5}, "at most 4"),
         ({"width": 512}, "too large"),
-        ({"width": 65}, "65"),
+        ({"width": 65}, "must be multiples of 8"),
         ({"prmpt": "a"}, "did you mean 'prompt'"),
         ({"prompt": "a xlo bear <lora:fox:1>", "concepts": []}, "there is no LoRA"),
     ],

@@ -37,6 +37,13 @@ def test_a_blend_is_a_warning_that_says_what_is_missing(composer, caplog):
     assert said.getMessage().startswith("method: merge, because cat has no trigger: give it one")
 
 
+def test_a_missing_trigger_is_refused_without_warnings_before(composer, caplog):
+    heavy = [Concept(name=name, weight=4.0) for name in ("cat", "dog")]  # which warns as well
+    with pytest.raises(ValueError, match="the trigger 'sks' of concept 'cat' is not in the prompt"):
+        compose(composer, method=Merge(), concepts=heavy, prompt="a zwx dog and a cat")
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
 MISSING = {
     "the class word": ("a sks kitty and a zwx dog", {}, "the prompt has 'sks' without 'cat' after it: write 'sks cat'"),
     "the trigger": ("a cat and a zwx dog", {}, "the prompt lacks 'sks', the trigger of cat: write 'sks cat'"),

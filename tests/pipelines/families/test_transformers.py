@@ -49,6 +49,12 @@ def pipe(family: Family) -> Any:
     return shared_pipeline(family)
 
 
+def test_the_same_call_is_bit_identical_again_in_a_model_that_no_call_has_touched(family, tmp_path):
+    fresh = pipeline_with_concepts(family, tmp_path)
+    first, again = (latents_of(fresh, concepts=["cat"], method="merge", **family.unguided) for _ in range(2))
+    assert torch.equal(first, again)
+
+
 @pytest.mark.parametrize(
     ("method", "guided"),
     [

@@ -39,3 +39,25 @@ def test_memory_of_warnings_is_bounded(caplog: pytest.LogCaptureFixture) -> None
     for number in range(3 * notes.MOST_LOGGED):
         notes.warn_once(str(number))
         assert len(notes.logged) <= notes.MOST_LOGGED
+
+
+def test_warnings_that_are_held_come_at_the_end_and_not_at_all_after_a_refusal(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with notes.held():
+        notes.warn("again")
+        notes.warn_once("ignored")
+        assert not caplog.messages
+    assert caplog.messages == ["again", "ignored"]
+
+    @notes.held()
+    def refuse() -> None:
+        notes.warn_once("too much")
+        raise ValueError("refused")
+
+    with pytest.raises(ValueError, match="refused"):
+        refuse()
+    assert caplog.messages[2:] == []
+    with notes.kept() as found, notes.held():
+        notes.warn_once("too much")  # was not logged
+    assert found == ["too much"]
