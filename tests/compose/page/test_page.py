@@ -779,8 +779,7 @@ def test_the_exported_python_is_that_of_the_readme() -> None:
         '    prompt="a sks cat and a zwx dog on grass",\n'
         '    concepts=["cat", "dog"],\n'
         '    method="clora",\n'
-        f"    **pipe.sized({SIZE}, {SIZE}),
-"
+        f"    **pipe.sized({SIZE}, {SIZE}),\n"
         "    num_inference_steps=2,\n"
         "    **pipe.guided(4.0, None),\n"
         "    generator=torch.Generator().manual_seed(2),\n"
