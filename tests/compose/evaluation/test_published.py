@@ -81,6 +81,7 @@ def test_a_plan_names_sizes_and_licences_and_downloads_nothing(
     assert one.size == one.missing == len(hub.repositories[DOG].files["dog.safetensors"])
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_package_of_the_evaluation(suite: dict[str, Any], tmp_path: Path) -> None:
     code = "import sys; sys.modules.update(dict.fromkeys(('scipy', 'pandas', 'matplotlib')))\n"
     code += "from lora_compose.compose.cli import main; main()"

@@ -2,11 +2,11 @@
 
 import logging
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from components import tiny_pipeline
 from lora_compose.compose.serve.engine import Engine
 from lora_compose.compose.serve.log import BoundedLog, bounded_log
 from lora_compose.compose.serve.requests import ImageRequest
@@ -20,7 +20,7 @@ class Broken(Engine):
 
 
 def test_the_log_says_why_an_image_failed(capsys: pytest.CaptureFixture[str]) -> None:
-    engine = Broken(SimpleNamespace(concepts={}), wait=0.0)
+    engine = Broken(tiny_pipeline(), wait=0.0)
     with bounded_log():
         engine.start()
         future = engine.submit(ImageRequest(prompt="a").resolved(64, 64))
