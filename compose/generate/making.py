@@ -119,7 +119,8 @@ def make_batch(
         if loaded:
             output = pipe(**arguments, record_attention=record_attention)
         else:
-            arguments["callback_on_step_end"] = _callback(on_progress, _finite(pipe, on_step))
+            told = _callback(on_progress, _finite(pipe, on_step)) if pipe.tells_steps else None
+            arguments["callback_on_step_end"] = told
             output = _plain(pipe, run.scene, arguments)
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(seeds)
     for seed, flagged in zip(seeds, flags, strict=True):

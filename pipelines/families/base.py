@@ -68,6 +68,9 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     reads_in_chunks: ClassVar[bool] = False
     """Whether prompts may be longer than a text encoder reads at once."""
 
+    tells_steps: ClassVar[bool] = True
+    """Whether calls without concepts, which are diffusers' own, take a callback."""
+
     # Components, and what the pipelines of all families have.
     unet: Any
     transformer: Any

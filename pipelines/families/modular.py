@@ -22,6 +22,8 @@ class ModularFamilyPipeline(TemplatePipeline):
     modular_class: ClassVar[Any] = ModularPipeline
     """diffusers' modular pipeline."""
 
+    tells_steps = False
+
     @classmethod
     def _plain_class(cls) -> Any:
         return cls.modular_class

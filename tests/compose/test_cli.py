@@ -34,7 +34,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.replay import difference
 from lora_compose.compose.generate.schedulers import scheduler_names, scheduler_of
 from lora_compose.compose.playground.assets import playground_lora, playground_model
-from lora_compose.pipelines.families import ComposeFlux3DistilledPipeline
+from lora_compose.pipelines.families import ComposeFlux3DistilledPipeline, ComposeFlux3Pipeline
 from lora_compose.pipelines.support.regular import sha256_of
 from small_world import HALF, RIGHT, SCHEDULER, SIZE, STYLE, STYLE_WORDS, metadata
 from transformer_families import as_file, random_lora_of_all
@@ -592,6 +592,14 @@ def test_check_counts_no_rows_for_guidance_where_the_model_runs_none(
     text = flat(call("check", "model", *what, "--steps", 5, "--method", "merge", "--guidance", 5).stdout)
     assert "5 rows, each a latent through the model once (5 steps, no rows for guidance)" in text
     assert text.endswith("no problems")
+
+
+@pytest.mark.parametrize(("cls", "flow_map"), [(ComposeFlux3Pipeline, False), (ComposeFlux3DistilledPipeline, True)])
+def test_an_image_without_concepts_is_made_by_a_modular_pipeline(cls: Any, flow_map: bool, tmp_path: Path) -> None:
+    default_flux3(cls, flow_map=flow_map).save_pretrained(tmp_path / "model")
+    sides = ("--width", 64, "--height", 64)
+    call("run", tmp_path / "model", "--prompt", "a cat", *sides, "--steps", 1, "--device", "cpu", "--out", tmp_path)
+    assert read_pixels(tmp_path / "0.png").size == (64, 64)
 
 
 def test_check_lists_every_problem(tmp_path: Path) -> None:
