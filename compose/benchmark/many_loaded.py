@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
+import diffusers
 from rich.table import Table
 from safetensors.torch import save_file
 
@@ -30,6 +30,7 @@ from lora_compose.compose.benchmark.timing import (
     size_and_guidance,
 )
 from lora_compose.compose.support.terminal import bar
+from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.scene.scene import Concept
 
 LOADED, ACTIVE, RANK = 57, 5, 16
@@ -93,23 +94,26 @@ def measure_requests(job: Job, loaded: int, requests: int) -> ManyLoaded:
 
 def _sharing_weights(pipe: Any) -> Any:
     """Plain diffusers' pipeline, whose denoiser has modules of its own around the same weights."""
-    weights = [*pipe.unet.parameters(), *pipe.unet.buffers()]
-    unet = copy.deepcopy(pipe.unet, {id(weight): weight for weight in weights})
-    other: Any = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
+    plain: Any = getattr(diffusers, type(pipe).__name__)  # a family's class has the name of diffusers' own
+    weights = [*pipe.model.parameters(), *pipe.model.buffers()]
+    denoiser = copy.deepcopy(pipe.model, {id(weight): weight for weight in weights})
+    other = plain(**{**pipe.components, model_part(pipe): denoiser})
     other.set_progress_bar_config(disable=True)
     return other
 
 
 def _load(ours: Any, theirs: Any, loaded: int) -> None:
     """Loads random LoRAs into both pipelines, each under the name of its number."""
+    part = model_part(ours)
+    denoiser = getattr(theirs, part)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lora.safetensors"
         with bar("loading", loaded) as on_progress:
             for number in range(loaded):
-                tensors = {name: it.to(ours.unet.dtype) for name, it in lora_tensors(ours, RANK, number).items()}
+                tensors = {name: it.to(ours.model.dtype) for name, it in lora_tensors(ours, RANK, number).items()}
                 save_file(tensors, path)
                 ours.load_concept(path, name=_name(number))
-                theirs.unet.load_lora_adapter(tensors, adapter_name=_name(number), prefix="unet")
+                denoiser.load_lora_adapter(tensors, adapter_name=_name(number), prefix=part)
                 path.unlink()
                 on_progress(number + 1)
 
@@ -120,12 +124,12 @@ def _name(number: int) -> str:
 
 def _request(ours: Any, theirs: Any, job: Job, way: str | None, chosen: Sequence[int]) -> tuple[Spent, ...]:
     """One request: `Spent` by both clocks in the call, and in `set_adapters` before it."""
-    given = size_and_guidance(ours, job)
+    given, denoiser = size_and_guidance(ours, job), getattr(theirs, model_part(ours))
     if way == PEFT:
         change = partial(theirs.set_adapters, [_name(number) for number in chosen])
-        return *spent(theirs.unet, change, _CLOCKS), *spent(theirs.unet, lambda: call(theirs, job, given), _CLOCKS)
+        return *spent(denoiser, change, _CLOCKS), *spent(denoiser, lambda: call(theirs, job, given), _CLOCKS)
     arguments = {} if way is None else {"concepts": _concepts(ours, job, way, chosen), "method": way}
-    return Spent(0, 0), Spent(0, 0), *spent(ours.unet, lambda: call(ours, job, given | arguments), _CLOCKS)
+    return Spent(0, 0), Spent(0, 0), *spent(ours.model, lambda: call(ours, job, given | arguments), _CLOCKS)
 
 
 def _concepts(pipe: Any, job: Job, way: str, chosen: Sequence[int]) -> list[Concept]:

@@ -191,6 +191,26 @@ def test_every_concept_has_a_word_and_a_column(model):
     assert pipe.resolve_concepts(concepts)[12].factors.model.keys() == attention_lora(pipe.unet).keys()
 
 
+@pytest.mark.slow
+def test_requests_of_a_transformer_swap_concepts_too(tmp_path):
+    bench(
+        "--swap",
+        "--model",
+        "playground-flux",
+        "--size",
+        64,
+        "--loaded",
+        5,
+        "--pairs",
+        1,
+        "--json",
+        tmp_path / "it.json",
+    )
+    found = json.loads((tmp_path / "it.json").read_text())["requests"]
+    assert [one["way"] for one in found["ways"]] == ["set_adapters", "regional", "merge"]
+    assert all(one["passes"] > 0 for one in found["ways"])
+
+
 def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(model, tmp_path):
     given = ("--swap", "--model", model, "--loaded", 6, "--pairs", 1)
     output = bench(*given, "--json", tmp_path / "it.json")
