@@ -1,8 +1,8 @@
 """The Python of README and docs runs as it is shown, on small models under the names of the large ones.
 
 Two things differ from what a reader gets: calls take two steps (those that say so below take theirs), and where no GPU
-is there, "cuda" and offloading mean the simulated device. Code that downloads a model, opens one that the
-shelf does not have, or quantises weights without the packages and the GPU for it, is compiled and not run.
+is there, "cuda" and offloading mean the simulated device. Code that downloads a model, opens one of which
+there is no small copy here, or quantises weights without the packages and the GPU for it, is compiled and not run.
 """
 
 import importlib.util
@@ -145,7 +145,7 @@ ELSEWHERE = {
     "black-forest-labs/FLUX.2-klein-base-4B", "black-forest-labs/FLUX.1-Kontext-dev", "lodestones/Chroma1-HD",
     "ideogram-ai/ideogram-v4", "Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit-2511",
 }  # fmt: skip
-"""Models of which the shelf has no small one; what pages do with them is compiled only."""
+"""Models without a small copy here; code that opens them is compiled only."""
 ALL_STEPS = {("docs/image-to-image.md", 3)}  # it reads the maps of the thirteenth
 DEAR = {
     "docs/batch.md", "docs/control.md", "docs/image-to-image.md", "docs/memory.md", "docs/models.md",

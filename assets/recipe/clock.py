@@ -47,8 +47,8 @@ class Clocked:
         seconds: What they took on the processors, in all sittings.
     """
 
-    def __init__(self, denoiser: Denoiser, seconds: float = 0.0) -> None:
-        self.denoiser, self.step, self.seconds, self._first = denoiser, denoiser.step, seconds, True
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser, self.step, self.seconds, self._first = denoiser, denoiser.step, 0.0, True
 
     def learn(self, batch: Batch, share: float) -> float:
         """One step; the first of a process does not count, since it may compile."""
@@ -75,9 +75,7 @@ def shares(done: float) -> Mapping[str, float]:
     return {"close": close, "scenes": 0.8 * (1 - close), "wide": 0.2 * (1 - close)}
 
 
-def train_for(
-    minutes: float, denoiser: Denoiser, pool: Path, out: Path, images: int, seed: int, spent: float = 0
-) -> None:
+def train_for(minutes: float, denoiser: Denoiser, pool: Path, out: Path, images: int, seed: int) -> None:
     """Trains for so many minutes of computing in all, and saves the model.
 
     Args:
@@ -87,11 +85,10 @@ def train_for(
         out: The model; its checkpoint lies beside it, and is resumed.
         images: Images of the usual size in a batch, of all processes together.
         seed: Seed of the order of the images.
-        spent: Minutes that the denoiser has been trained for, where there is no checkpoint.
     """
-    trainer, checkpoint = Clocked(denoiser, 60 * spent), out.with_suffix(".state.pt")
+    trainer, checkpoint = Clocked(denoiser), out.with_suffix(".state.pt")
     resume(trainer, checkpoint)
-    pictures = Pool(pool, shares(0), seed + trainer.step + 10**6 * rank())
+    pictures = Pool(pool, shares(0), (seed, rank(), trainer.step))
     losses: list[float] = []
     kept = saved = time.monotonic()
     for batch in pictures.batches(images * CELLS // ranks()):

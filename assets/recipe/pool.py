@@ -7,7 +7,7 @@ images: close-ups, whole scenes, wide scenes.
 """
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Pool:
 
     LOOK = 50  # batches between two checks for new shards
 
-    def __init__(self, folder: Path, shares: Mapping[str, float], seed: int) -> None:
+    def __init__(self, folder: Path, shares: Mapping[str, float], seed: Sequence[int]) -> None:
         self.folder, self.rng = folder, np.random.default_rng(seed)
         self.names = list(shares)
         self.mix(shares)

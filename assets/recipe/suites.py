@@ -56,7 +56,7 @@ class Place(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """What is to be seen."""
+        """The prompt."""
         words = [CHARACTERS[name].phrase if name in CHARACTERS else name[1:] for name in self.names if name != STYLE]
         styled = f" in {STYLE_TRIGGER} style" if STYLE in self.names else ""
         return f"{enumerate_words([article(each) for each in words])} {self.ground}{styled}"
@@ -457,26 +457,17 @@ class SceneFile(NamedTuple):
         return "\n".join([*lines, ""])
 
 
-FOR_TARA = "The LoRAs are those for tara; for merge, playground:{} and playground:{} are the ordinary ones."
+def _for_tara(about: str, one: str, other: str, ground: str) -> SceneFile:
+    ordinary = (
+        f"The LoRAs are those for tara; for merge, playground:{one} and playground:{other} are the ordinary ones."
+    )
+    return SceneFile(f"{one}-{other}", f"{about} {ordinary}", Place((one, other), ground), "-tara")
+
+
 SCENES = (
-    SceneFile(
-        "cat-dog",
-        "My cat, and my dog with its top hat. " + FOR_TARA.format("cat", "dog"),
-        Place(("cat", "dog"), "on a white background"),
-        "-tara",
-    ),
-    SceneFile(
-        "mira-omar",
-        "A woman and a man, each from a LoRA of their own. " + FOR_TARA.format("mira", "omar"),
-        Place(("mira", "omar"), "in a room"),
-        "-tara",
-    ),
-    SceneFile(
-        "bear-robot",
-        "A bear with sunglasses, and a robot. " + FOR_TARA.format("bear", "robot"),
-        Place(("bear", "robot"), "on grass"),
-        "-tara",
-    ),
+    _for_tara("My cat, and my dog with its top hat.", "cat", "dog", "on a white background"),
+    _for_tara("A woman and a man, each from a LoRA of their own.", "mira", "omar", "in a room"),
+    _for_tara("A bear with sunglasses, and a robot.", "bear", "robot", "on grass"),
     SceneFile(
         "bear-robot-words",
         "A bear and a robot in their ordinary LoRAs, without boxes. For clora.",

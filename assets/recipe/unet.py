@@ -130,10 +130,8 @@ def _is_inner(name: str, weight: Tensor) -> bool:
 def train(
     pool: Path,
     out: Path,
-    vae: Annotated[Path | None, typer.Option(help="For a new model.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="For a new model.")] = None,
-    base: Annotated[Path | None, typer.Option(help="A saved model to go on with, in place of both.")] = None,
-    spent: Annotated[float, typer.Option(min=0, help="Minutes for which that one was trained.")] = 0,
+    vae: Annotated[Path, typer.Option(help="For a new model.")],
+    tokenizer: Annotated[Path, typer.Option(help="For a new model.")],
     minutes: Annotated[float, typer.Option(min=0.1, help="Of computing, in all; the rate falls to their end.")] = 480,
     images: Annotated[int, typer.Option(min=1, help="Of the usual size in a batch.")] = 32,
     lr: float = 0.01,
@@ -144,13 +142,7 @@ def train(
     start_ranks()
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    if base is not None:
-        pipe: Any = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
-    elif vae is not None and tokenizer is not None:
-        pipe = new_pipeline(vae, tokenizer)
-    else:
-        raise ValueError("give --vae and --tokenizer for a new model, or --base for a saved one")
-    train_for(minutes, UNetTrainer(pipe, lr, seed), pool, out, images, seed, spent)
+    train_for(minutes, UNetTrainer(new_pipeline(vae, tokenizer), lr, seed), pool, out, images, seed)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     PYTHONPATH=assets python -m recipe.vae drawings.npz VAE --minutes 100
     PYTHONPATH=assets python -m recipe.vae drawings.npz BETTER --init VAE --decoder-only --minutes 30
-    PYTHONPATH=assets python -m recipe.vae drawings.npz VAE --minutes 0     (only measures)
+    PYTHONPATH=assets python -m recipe.vae drawings.npz VAE --minutes 0     (only measures the checkpoint, or --init)
 
 A checkpoint next to OUT is resumed. Training the decoder alone leaves the latents as they are, so that a denoiser that
 was trained on them stays valid. The posterior is tight by construction: the rows of `quant_conv` that give the
@@ -11,7 +11,7 @@ log-variance are zero, with a bias of -30, and get no gradient. Latents made sma
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +95,7 @@ class Crops(IterableDataset):
         batch_size: Crops of a batch, an even number. Shape of a batch: [crops, 3, CROP, CROP], -1 to 1.
     """
 
-    def __init__(self, drawings: Drawings, seed: int, batch_size: int) -> None:
+    def __init__(self, drawings: Drawings, seed: Sequence[int], batch_size: int) -> None:
         self.drawings, self.seed, self.batch_size = drawings, seed, batch_size
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -248,7 +248,7 @@ def train(
     resume(trainer, checkpoint)
     drawings = dict(np.load(artwork))
     torch.manual_seed(seed + rank() + trainer.step)
-    crops = Crops(drawings, 1000 * (seed + rank()) + trainer.step, batch // ranks())
+    crops = Crops(drawings, (seed, rank(), trainer.step), batch // ranks())
     errors: list[float] = []
     for each in DataLoader(crops, batch_size=None, num_workers=1, prefetch_factor=6):
         start, done = time.process_time(), of_first(trainer.seconds) / max(60 * minutes, 1e-9)
@@ -266,6 +266,8 @@ def train(
     if rank():
         return
     _report(trainer, drawings)
+    if not minutes:
+        return
     trainer.swap()
     scale_of(vae, drawings)
     vae.half().save_pretrained(out)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from diffusers import ModularPipeline
 from rich.table import Table
 from safetensors.torch import save_file
 
@@ -29,6 +30,7 @@ from lora_compose.compose.benchmark.timing import (
     open_with_concepts,
     size_and_guidance,
 )
+from lora_compose.compose.generate.guides import plain_pipeline
 from lora_compose.compose.support.terminal import bar
 from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.scene.scene import Concept
@@ -94,10 +96,12 @@ def measure_requests(job: Job, loaded: int, requests: int) -> ManyLoaded:
 
 def _sharing_weights(pipe: Any) -> Any:
     """Plain diffusers' pipeline, whose denoiser has modules of its own around the same weights."""
-    plain: Any = getattr(diffusers, type(pipe).__name__)  # a family's class has the name of diffusers' own
+    kind: Any = getattr(diffusers, type(pipe).__name__)  # a family's class has the name of diffusers' own
+    if issubclass(kind, ModularPipeline):
+        raise ValueError(f"PEFT in diffusers' modular pipelines is not measured; {pipe.family} has no other")
     weights = [*pipe.model.parameters(), *pipe.model.buffers()]
     denoiser = copy.deepcopy(pipe.model, {id(weight): weight for weight in weights})
-    other = plain(**{**pipe.components, model_part(pipe): denoiser})
+    other = plain_pipeline(pipe, kind, **{model_part(pipe): denoiser})
     other.set_progress_bar_config(disable=True)
     return other
 

@@ -165,7 +165,9 @@ def show_published(path: Path, folder: Path | None = None) -> tuple[Published, P
     echo(f"{published.suite.name}: {images} images{references}, in {to}")
     for one in wanted(published):
         licence = one.download.licence or f"see {one.download.page}"
-        size = "from the cache" if one.size is None else f"{gib(one.size)}, {gib(one.missing or 0)} to download"
+        size = "size not known without the hub"
+        if one.size is not None:
+            size = f"{gib(one.size)}, {gib(one.missing or 0)} to download"
         echo(f"  {one.name}: {one.download.repository}, {size}; licence: {licence}")
     return published, to
 

@@ -18,7 +18,7 @@ from lora_compose.pipelines.support.quantising import QUANTISED
 
 _PICKLES = (".ckpt", ".bin", ".pt")
 INDEXES = ("model_index.json", "modular_model_index.json")
-"""Names of the file that says what a model's folder is, as diffusers' pipelines and its modular pipelines save it."""
+"""The index in a model's folder: of diffusers' pipelines, and of its modular pipelines."""
 _FILES = (".safetensors", ".gguf", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

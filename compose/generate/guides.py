@@ -155,6 +155,16 @@ def _mask(region: Any, size: tuple[int, int]) -> Image.Image:
     return greys(from_uri(region) if region.startswith("data:") else open_image(region, "mask"))
 
 
+def plain_pipeline(pipe: Any, kind: Any, **components: Any) -> Any:
+    """A pipeline of diffusers' own with the components of a pipeline, and others in their place or beside them."""
+    options: dict[str, Any] = {"add_watermarker": False} if "XL" in type(pipe).__name__ else {}
+    if "requires_safety_checker" in pipe.config:
+        options["requires_safety_checker"] = pipe.config["requires_safety_checker"]
+    plain = kind(**{**pipe.components, **components}, **options)
+    plain.__dict__["_progress_bar_config"] = pipe.__dict__.get("_progress_bar_config", {})
+    return plain
+
+
 def pipeline_without_concepts(pipe: Any, scene: Scene, controls: Sequence[Control]) -> tuple[Any, dict[str, Any]]:
     """Diffusers' pipeline for a scene with ControlNets and without concepts, and its further arguments.
 
@@ -175,11 +185,7 @@ def pipeline_without_concepts(pipe: Any, scene: Scene, controls: Sequence[Contro
     kind = kinds.get(type(pipe).__name__)
     if kind is None:
         raise ValueError(f"controls work with Stable Diffusion 1.x, 2.x and XL, not with {pipe.family}")
-    options: dict[str, Any] = {"add_watermarker": False} if "XL" in type(pipe).__name__ else {}
-    if "requires_safety_checker" in pipe.config:
-        options["requires_safety_checker"] = pipe.config["requires_safety_checker"]
-    plain = kind(**pipe.components, controlnet=[one.model for one in controls], **options)
-    plain.__dict__["_progress_bar_config"] = pipe.__dict__.get("_progress_bar_config", {})
+    plain = plain_pipeline(pipe, kind, controlnet=[one.model for one in controls])
     return plain, {
         "image": [one.image for one in controls],
         "controlnet_conditioning_scale": [one.scale for one in controls],

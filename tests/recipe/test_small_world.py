@@ -154,7 +154,7 @@ def test_a_pool_mixes_sizes_and_sees_new_shards(drawings, tmp_path):
         torch.save({"latents": latents.half().repeat(SHARD, 1, 1, 1), "captions": [name] * SHARD}, buffer)
         (tmp_path / name).mkdir()
         (tmp_path / name / "0000.pt").write_bytes(buffer.getvalue())
-    pool = Pool(tmp_path, {"close": 1, "scenes": 1}, 0)
+    pool = Pool(tmp_path, {"close": 1, "scenes": 1}, [0])
     batches = pool.batches(192)
     found = [next(batches) for _ in range(12)]
     assert {batch.captions[0]: batch.latents.shape for batch in found} == {
@@ -167,7 +167,7 @@ def test_a_pool_mixes_sizes_and_sees_new_shards(drawings, tmp_path):
 
 def test_a_pool_without_images_says_what_makes_them(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"make some with recipe\.pool"):
-        next(Pool(tmp_path, {"close": 1}, 0).batches(64))
+        next(Pool(tmp_path, {"close": 1}, [0]).batches(64))
 
 
 class Counting:
