@@ -30,11 +30,13 @@ def flux2_transformer(**changes: Any) -> Flux2Transformer2DModel:
     return without_zeros(Flux2Transformer2DModel(**config | changes))
 
 
-def flux2_vae() -> Any:
-    """A VAE of four channels."""
+def flux2_vae(levels: int = 4, size: int = 128) -> Any:
+    """A VAE of four channels, with 8 pixels per latent cell and side unless it has other `levels`."""
     vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=128
-    )
+        block_out_channels=(8,) * levels, down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        sample_size=size,
+    )  # fmt: skip
     norm: Any = vae.bn
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2.0)

@@ -27,13 +27,13 @@ def qwen_image_transformer(**changes: Any) -> QwenImageTransformer2DModel:
     return without_zeros(QwenImageTransformer2DModel(**config | changes))
 
 
-def qwen_image_vae() -> Any:
-    """A VAE of four channels."""
+def qwen_image_vae(levels: int = 4, size: int = 128) -> Any:
+    """A VAE of four channels, with 8 pixels per latent cell and side unless it has other `levels`."""
     vae = AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 2.0, 1.0, 0.5],
+        base_dim=8, z_dim=4, dim_mult=[1] * levels, num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 2.0, 1.0, 0.5], temperal_downsample=[False] * (levels - 3) + [True, True],
     )  # fmt: skip
-    vae.register_to_config(sample_size=128)
+    vae.register_to_config(sample_size=size)
     return vae.eval()
 
 

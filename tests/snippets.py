@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from anima import anima_pipeline
 from checkpoints import write_checkpoint
+from chroma import chroma_pipeline
 from components import (
     TINY,
     TINY_XL,
@@ -29,8 +30,14 @@ from components import (
     xl_pipeline,
 )
 from flux import flux_pipeline
+from flux2 import flux2_pipeline, flux2_vae
 from flux3 import default_flux3
+from ideogram4 import ideogram4_pipeline
 from ip_adapters import image_encoder, ip_adapter
+from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
+from qwen import qwen3
+from qwen_image import qwen_image_pipeline, qwen_image_vae
+from qwen_image_edit import qwen_image_edit_pipeline
 from simulated_device import DEVICE, parameters_that_move
 from z_image import z_image_pipeline
 
@@ -74,15 +81,27 @@ def _sdxl() -> Any:
     return pipe
 
 
-def _flux() -> Any:
-    pipe = flux_pipeline()
+def _with_deep_vae(pipe: Any) -> Any:
     pipe.register_modules(vae=_deep_vae(1024, shift_factor=0.1))
     return pipe
 
 
-def _z_image() -> Any:
-    pipe = z_image_pipeline()
-    pipe.register_modules(vae=_deep_vae(1024, shift_factor=0.1))
+def _flux2() -> Any:
+    pipe = flux2_pipeline()
+    layers = qwen3(len(pipe.tokenizer), layers=28)  # calls read the 9th, 18th and 27th
+    pipe.register_modules(vae=flux2_vae(6, 1024), text_encoder=layers)
+    return pipe
+
+
+def _ideogram4() -> Any:
+    pipe = ideogram4_pipeline()
+    pipe.register_modules(vae=flux2_vae(7, 2048))
+    return pipe
+
+
+def _qwen_image(make: Callable[[], Any]) -> Any:
+    pipe = make()
+    pipe.register_modules(vae=qwen_image_vae(6, 1024))
     return pipe
 
 
@@ -102,8 +121,16 @@ class Published:
 PUBLISHED: Mapping[str, Published] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": Published("sd", _stable_diffusion),
     "stabilityai/stable-diffusion-xl-base-1.0": Published("sdxl", _sdxl),
-    "black-forest-labs/FLUX.1-dev": Published("flux", _flux),
-    "Tongyi-MAI/Z-Image": Published("z-image", _z_image),
+    "black-forest-labs/FLUX.1-dev": Published("flux", lambda: _with_deep_vae(flux_pipeline())),
+    "black-forest-labs/FLUX.1-Kontext-dev": Published(
+        "kontext", lambda: _with_deep_vae(flux_pipeline(ComposeFluxKontextPipeline))
+    ),
+    "black-forest-labs/FLUX.2-klein-base-4B": Published("flux2", _flux2),
+    "lodestones/Chroma1-HD": Published("chroma", lambda: _with_deep_vae(chroma_pipeline())),
+    "ideogram-ai/ideogram-v4": Published("ideogram4", _ideogram4),
+    "Qwen/Qwen-Image": Published("qwen-image", lambda: _qwen_image(qwen_image_pipeline)),
+    "Qwen/Qwen-Image-Edit-2511": Published("qwen-image-edit", lambda: _qwen_image(qwen_image_edit_pipeline)),
+    "Tongyi-MAI/Z-Image": Published("z-image", lambda: _with_deep_vae(z_image_pipeline())),
     "path/to/flux3": Published("flux3", default_flux3),
     "path/to/anima": Published("anima", lambda: anima_pipeline(max_size=(4, 128, 128))),
 }
@@ -140,7 +167,7 @@ class Shelf:
         for seed, concept in enumerate(("alice", "berta", "duo"), 4):  # files that say nothing of their words
             lora = random_lora(pipe.components[part], seed, size=0.05)
             save_file(lora_tensors(**{part: lora}), folder / f"{concept}.safetensors")
-        for seed, image in enumerate(("pose", "look", "start")):
+        for seed, image in enumerate(("pose", "look", "start", "room", "chair")):
             pixels = np.random.default_rng(seed).random((512, 512, 3)) * 255
             Image.fromarray(pixels.astype("u1")).save(folder / f"{image}.png")
         for number, mask in enumerate(("cat", "dog")):
