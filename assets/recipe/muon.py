@@ -1,6 +1,7 @@
 """Muon for weights of any shape: momentum, then the nearest semi-orthogonal matrix (Jordan et al. 2024).
 
-`torch.optim.Muon` takes matrices alone; here a convolution counts as the matrix [out, in * k * k].
+`torch.optim.Muon` takes matrices alone; here a convolution counts as the matrix [out, in * k * k]. Four iterations,
+each with its own polynomial (Amsel et al. 2025), take two thirds of the time of Jordan's five and are as exact.
 """
 
 from collections.abc import Iterable
@@ -11,17 +12,24 @@ from torch.nn import Parameter
 
 from lora_compose.compose.support.precision import cpu_has_bf16
 
+POLYNOMIALS = (
+    (8.3837, -24.7659, 18.3571),
+    (4.0434, -3.0114, 0.5695),
+    (3.5056, -2.6267, 0.5257),
+    (2.4901, -1.8343, 0.4368),
+)
+"""a, b, c of a x + b x^3 + c x^5, one after the other: singular values of 0.003 to 1 become 0.80 to 1.20."""
 
-def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
+
+def orthogonalised(matrix: Tensor) -> Tensor:
     """Nearly the closest matrix whose singular values are one, by Newton-Schulz iterations; bf16 is enough."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's coefficients
     x = matrix.bfloat16() if cpu_has_bf16() else matrix
     x = x / (x.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    for _ in range(steps):
+    for a, b, c in POLYNOMIALS:
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.T if tall else x).to(matrix.dtype)
 
 

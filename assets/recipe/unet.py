@@ -84,15 +84,15 @@ class UNetTrainer(AveragedTrainer[Batch]):
         pipe: The pipeline, trained in place.
         lr: Learning rate of Muon, for matrices and convolutions; AdamW has a tenth of it for the rest.
         seed: Seed of noise, times and dropped captions.
-        fast: Compiles the forward pass, once for each size of images.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, lr: float, seed: int, fast: bool = True) -> None:
+    # Not compiled: with PyTorch 2.13 on a CPU, in bf16, upsampling in a compiled UNet hands back no gradient, so that
+    # everything below its highest resolution stays as it was.
+    def __init__(self, pipe: StableDiffusionPipeline, lr: float, seed: int) -> None:
         super().__init__([pipe.unet, pipe.text_encoder], _is_inner, lr, seed)
         self.pipe = pipe
         self.unet: Any = pipe.unet
         self.unet.set_attn_processor(AttnProcessor())  # on a CPU faster than fused kernels for heads this narrow
-        self.compiled: Any = torch.compile(self.unet, dynamic=False) if fast else self.unet
         self.text_encoder: Any = pipe.text_encoder
         self.schedule = DDPMScheduler(**NOISE)
         self._no_words = self._ids([""])[0]
@@ -110,7 +110,7 @@ class UNetTrainer(AveragedTrainer[Batch]):
         t[::2] = torch.randint(LAYOUT_FROM, 1000, t[::2].shape, generator=rng)
         noisy: Any = self.schedule.add_noise(x, noise, t)  # type: ignore[arg-type]
         with cpu_autocast():
-            predicted = self.compiled(noisy, t, self.text_encoder(ids)[0]).sample
+            predicted = self.unet(noisy, t, self.text_encoder(ids)[0]).sample
         velocity = self.schedule.get_velocity(x, noise, t)  # type: ignore[arg-type]
         snr = self.schedule.alphas_cumprod[t] / (1 - self.schedule.alphas_cumprod[t])
         weight = snr.clamp(max=SNR_LIMIT) / (snr + 1) + 0.5
