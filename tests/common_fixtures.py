@@ -14,9 +14,12 @@ from diffusers.utils import logging as diffusers_logging
 
 from components import save_lora, small_pipeline, xl_pipeline
 from lora_compose.attention import Lora
-from lora_compose.compose.playground.assets import playground_lora, playground_model
+from lora_compose.compose.generate import models
+from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_lora, playground_model
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.support.notes import logged
+from made_once import made_once
 
 # HYPOTHESIS_PROFILE=thorough tries thousands of examples.
 for name, examples in (("suite", 25), ("thorough", 2_000)):
@@ -27,10 +30,24 @@ torch.set_num_threads(1)
 diffusers_logging.disable_progress_bar()
 
 
+class Copying:
+    """Opens models as `ComposePipeline` does, but copies a playground that was opened before."""
+
+    from_single_file = ComposePipeline.from_single_file
+    opened_before = staticmethod(made_once(ComposePipeline.from_pretrained))
+
+    @classmethod
+    def from_pretrained(cls, source: str, **options: Any) -> Any:
+        known = source in {str(playground_model(name)) for name in PLAYGROUNDS}
+        return (cls.opened_before if known else ComposePipeline.from_pretrained)(source, **options)
+
+
 def pytest_collection_finish() -> None:
-    """What is imported stays: the garbage collector need not walk through it in every test."""
+    """What is imported stays: the garbage collector need not walk through it, and seldom through what tests keep."""
     gc.collect()
     gc.freeze()
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, 100)  # what lives long is walked through ten times less often
 
 
 @pytest.fixture
@@ -76,6 +93,14 @@ def playground(_playground: Any) -> Iterator[Any]:
     _playground.scheduler = scheduler
     for name in _playground.concepts.keys() - set(names):
         _playground.unload_concept(name)
+
+
+@pytest.fixture(scope="module")
+def playgrounds_opened_once() -> Iterator[None]:
+    """Commands open a playground by copying it, except the first: a process reads and builds it once."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(models, "ComposePipeline", Copying)
+        yield
 
 
 @pytest.fixture

@@ -10,6 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start,
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fixtures import torch and diffusers, which takes seconds: the process that hands tests to others has no need."""
-    hands_out = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+    hands_out = bool(config.getoption("tx", None)) and not hasattr(config, "workerinput")
     if not hands_out:
         config.pluginmanager.import_plugin("common_fixtures")

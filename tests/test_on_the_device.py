@@ -32,7 +32,6 @@ from lora_compose.pipelines.methods import (
     Settings,
     Switch,
     Tara,
-    make_method,
 )
 from lora_compose.pipelines.scene.scene import Concept
 from simulated_device import DEVICE, SimTensor, Wait, beyond, listed, noted_waits, numbers
@@ -405,22 +404,30 @@ def waits_of_a_plain_step(pipe: Any) -> Sequence[Wait]:
     return beyond(more, fewer)
 
 
+@cache
+def waits_with_updates(pipe: Any, name: str, updates: int, steps: int) -> Sequence[Wait]:
+    """How often a method with so many updates waits."""
+    return waits_of(pipe, method=with_updates(METHODS[name], updates, steps), num_inference_steps=steps)
+
+
 def assert_as_many(found: Sequence[Wait], expected: int) -> None:
     assert len(found) == expected, listed(found)
 
 
 @SD_AND_SLOWLY_XL
-@pytest.mark.parametrize("name", [*DISTINCT, *OTHER_CALLS])
-def test_in_another_step_the_host_waits_no_more_than_in_diffusers(family: str, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", DISTINCT)
+def test_in_another_step_the_host_waits_no_more_than_in_diffusers(family: str, name: str) -> None:
     pipe = composer(family, DEVICE, torch.float32)
-    arguments = dict(OTHER_CALLS[name](pipe, tmp_path)) if name in OTHER_CALLS else {"method": METHODS[name]}
-    more, fewer = (
-        waits_of(
-            pipe, **arguments | {"method": with_updates(make_method(arguments["method"]), 2, steps)},
-            num_inference_steps=steps,
-        )
-        for steps in (3, 2)
-    )  # fmt: skip
+    more, fewer = (waits_with_updates(pipe, name, 2, steps) for steps in (3, 2))
+    assert_as_many(beyond(beyond(more, fewer), waits_of_a_plain_step(pipe)), 0)
+
+
+@SD_AND_SLOWLY_XL
+@pytest.mark.parametrize("name", OTHER_CALLS)
+def test_nor_does_it_with_whatever_else_a_call_may_have(family: str, name: str, tmp_path: Path) -> None:
+    pipe = composer(family, DEVICE, torch.float32)
+    arguments = OTHER_CALLS[name](pipe, tmp_path)
+    more, fewer = (waits_of(pipe, **arguments, num_inference_steps=steps) for steps in (3, 2))
     assert_as_many(beyond(beyond(more, fewer), waits_of_a_plain_step(pipe)), 0)
 
 
@@ -428,9 +435,7 @@ def test_in_another_step_the_host_waits_no_more_than_in_diffusers(family: str, n
 @pytest.mark.parametrize("name", [name for name in WAITS if name in DISTINCT])
 def test_for_another_update_the_host_waits_as_often_as_documented(family: str, name: str) -> None:
     pipe = composer(family, DEVICE, torch.float32)
-    more, fewer = (
-        waits_of(pipe, method=with_updates(METHODS[name], updates, 3), num_inference_steps=3) for updates in (3, 2)
-    )
+    more, fewer = (waits_with_updates(pipe, name, updates, 3) for updates in (3, 2))
     assert_as_many(beyond(more, fewer), WAITS[name])
 
 

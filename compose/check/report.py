@@ -25,7 +25,7 @@ from lora_compose.pipelines.scene.mask_images import mask_name
 from lora_compose.pipelines.scene.regions import check_region
 from lora_compose.pipelines.scene.scene import Concept, Run
 from lora_compose.pipelines.scene.sources import files_of
-from lora_compose.pipelines.scene.strength import blocks_text, weight_text
+from lora_compose.pipelines.scene.strength import WeightSchedule, blocks_text, weight_text
 from lora_compose.pipelines.support.notes import kept, warn
 from lora_compose.pipelines.text.emphasis import plain_text
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
@@ -251,8 +251,8 @@ def _cost(
     }  # fmt: skip
 
     def count(method: Settings | None, concepts: Sequence[LoadedConcept]) -> Counted:
-        """Counts, which takes a second, unless it is known. Prompts and seed do not matter."""
-        files = [(concept.concept, [file.sha256 for file in concept.files]) for concept in concepts]
+        """Counts, which takes a second, unless it is known. Prompts, seed and how large weights are do not matter."""
+        files = [(_priced(concept.concept), [file.sha256 for file in concept.files]) for concept in concepts]
         key = sha256(repr((given, run.scheduler, method, files)).encode()).hexdigest()
         if key not in known_costs or not all(concept.files for concept in concepts):  # adapters may be other ones now
             known_costs[key] = count_run(pipe, method, concepts, **given, scheduler=scheduler_of(pipe, run))
@@ -265,6 +265,12 @@ def _cost(
         return RunCost(plain.rows, plain.flops, plain.flops)
     flops = count(planned.choice.method, [concept for concept in loaded if concept]).flops
     return RunCost(planned.cost.words, flops, plain.flops)
+
+
+def _priced(concept: Concept) -> Concept:
+    """A concept as far as its cost depends on it: constant weights cost the same, except 0."""
+    constant = None if concept.weight is None else WeightSchedule.of(concept.weight).constant
+    return concept.model_copy(update={"weight": 1.0, "any_weight": None}) if constant else concept
 
 
 def _steps(pipe: Any, run: Run, planned: CallPlan | None) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention.lora_bank import LoraFactors
+from lora_compose.pipelines.support.finite import all_finite
 
 MAX_RANK = 128
 """Changes of adapters other than LoRA are kept exactly up to this rank."""
@@ -55,7 +56,7 @@ def matrix(tensor: Tensor) -> Tensor:
 
 def check_finite(*tensors: Tensor, lost: float = 0.0) -> None:
     """Raises ValueError if products have overflowed."""
-    if not (all(torch.isfinite(tensor).all() for tensor in tensors) and math.isfinite(lost)):
+    if not (all(map(all_finite, tensors)) and math.isfinite(lost)):
         raise ValueError("its numbers are too large to be multiplied")
 
 

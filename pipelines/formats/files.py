@@ -27,6 +27,7 @@ from lora_compose.pipelines.formats.safetensors_reader import (
     read_tensors,
 )
 from lora_compose.pipelines.formats.triggers import Words, words_of
+from lora_compose.pipelines.support.finite import all_finite
 from lora_compose.pipelines.support.regular import open_regular
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -299,7 +300,7 @@ def _check_keys(path: Path, entries: Mapping[str, Tensor]) -> None:
             raise LoraError(f"{path.name}: {key} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
         if number and tensor.numel() != 1:
             raise LoraError(f"{path.name}: {key} has shape {list(tensor.shape)}; expected one number")
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise LoraError(f"{path.name}: {key} has values that are NaN or infinite; the file is damaged")
 
 

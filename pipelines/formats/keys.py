@@ -6,7 +6,7 @@ The layer is still as the file spells it; `concepts/loading.py` finds that of th
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 from lora_compose.pipelines.formats import kinds
@@ -39,6 +39,7 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
 
 _NUMBERS = {"alpha": r"\.alpha", "scalar": r"\.scalar"}  # beside the tensors of any kind
 _PREFIX = re.compile("|".join(f"(?P<p{i}>^(?:{pattern}))" for i, (pattern, _) in enumerate(_PREFIXES)))
+_KEPT = 2**14  # keys of the last files, which are taken apart at each stage of reading them
 _EMBEDDING = re.compile(r"new_concept_embedding\.(.+)|bundle_emb\.(.+?)(?:\.(string_to_param\.\*|clip_[lg]))?")
 
 
@@ -65,7 +66,12 @@ class Key:
 
 def parse(key: str) -> Key | None:
     """Takes a key apart; None if it is not a key of an adapter."""
-    pattern, slots = _endings(kinds.KINDS)
+    return _parse(key, kinds.KINDS)
+
+
+@lru_cache(_KEPT)
+def _parse(key: str, known: tuple[kinds.Kind, ...]) -> Key | None:
+    pattern, slots = _endings(known)
     end = pattern.search(key)
     if end is None or end.lastgroup is None:
         return None

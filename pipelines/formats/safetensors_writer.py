@@ -14,6 +14,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from lora_compose.pipelines.support.finite import all_finite
+
 _CHUNK = 1 << 20
 _ALIGNMENT = 8  # of the header
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -46,7 +48,7 @@ class SafetensorsWriter:
         """
         if key in self._entries or tensor.dtype not in _NAMES:
             raise ValueError(f"{key} is there already, or of type {tensor.dtype}; expected floating point")
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ValueError(
                 f"{key} has values that {tensor.dtype} cannot hold; write float32, or give smaller weights"
             )

@@ -45,6 +45,7 @@ ROBOT = "path=playground:robot-tara,trigger=qrt,class=robot"
 PAIR = ["--prompt", PROMPT, "--concept", BEAR, "--concept", ROBOT]
 SCENES = Path(__file__).resolve().parents[2] / "assets/scenes"
 WIDE = SIZE + 64
+pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 
 # Every way of making an image that the command line has: what differs from `run playground --steps 2`.
 WAYS = {

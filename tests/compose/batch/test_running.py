@@ -45,6 +45,7 @@ SCENES: list[dict[str, Any]] = [
     {"name": "plain", "prompt": "a bear"},
 ]  # fmt: skip
 SEEDS, BATCH_SIZE, PATIENCE = (5, 6), 2, 1.0
+pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 IMAGES = [f"{name}.png" for name in ("bear-0", "bear-1", "bear-2", "both-5", "both-6", "plain-5", "plain-6")]
 
 

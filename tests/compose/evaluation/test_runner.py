@@ -82,6 +82,7 @@ SUITE: dict[str, Any] = {
 }
 
 PATIENCE = 1.0
+pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 
 
 @pytest.fixture(autouse=True, scope="module")

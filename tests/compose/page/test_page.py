@@ -284,7 +284,23 @@ def test_errors_are_reported_without_python(model: OpenModel, method: str) -> No
         assert words[0].isupper() or words.startswith(("“", "bear.safetensors"))
 
 
-def test_a_cost_is_counted_once_for_all_prompts(model: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def weighing(run: Run, weight: Any) -> Run:
+    """The run with another weight of the first concept."""
+    first, *others = run.scene.concepts
+    concepts = (first.model_copy(update={"weight": weight}), *others)
+    return run.model_copy(update={"scene": run.scene.model_copy(update={"concepts": concepts})})
+
+
+@pytest.mark.parametrize("method", ["merge", "regional", "lora-composer"])
+def test_constant_weights_cost_the_same(model: OpenModel, method: str) -> None:
+    (run,) = short(method=method).runs()
+    with model.turn(()) as pipe:
+        expected = check(run, pipe).cost
+        assert expected is not None
+        assert [check(weighing(run, weight), pipe).cost for weight in (0.4, -1.5)] == [expected] * 2
+
+
+def test_a_cost_is_counted_once_for_all_prompts_and_weights(model: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     costs: dict[str, Counted] = {}
     (run,) = short(method="regional").runs()
     other = run.model_copy(update={"scene": run.scene.model_copy(update={"prompt": "a qrt robot, a xlo bear"})})
@@ -293,9 +309,13 @@ def test_a_cost_is_counted_once_for_all_prompts(model: OpenModel, monkeypatch: p
         monkeypatch.setattr(report, "count_run", None)
         assert counted is not None
         assert check(other, pipe, known_costs=costs).cost == counted
-        for change in ({"steps": 3}, {"guidance_scale": 1.0}, {"method": "merge"}):
+        assert check(weighing(run, 0.7), pipe, known_costs=costs).cost == counted
+        changed = [
+            run.model_copy(update=change) for change in ({"steps": 3}, {"guidance_scale": 1.0}, {"method": "merge"})
+        ]
+        for costly in (*changed, weighing(run, "1..0.4"), weighing(run, 0.0)):
             with pytest.raises(TypeError, match="not callable"):
-                check(run.model_copy(update=change), pipe, known_costs=costs)
+                check(costly, pipe, known_costs=costs)
 
 
 def test_messages_keep_what_they_are_about() -> None:

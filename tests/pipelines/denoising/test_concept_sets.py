@@ -57,7 +57,7 @@ def pipe(family: str, library_of) -> Any:
 
 
 def latents_of(pipe: Any, prompt: Any, concepts: Any, method: Any, **arguments: Any) -> Tensor:
-    given = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 4.0}
+    given = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 4.0}
     return pipe(prompt, concepts=concepts, method=method, **given | arguments).images
 
 
@@ -168,7 +168,7 @@ def test_a_callback_may_switch_guidance_off(pipe):
         return {}
 
     for method in ("composite", "merge"):
-        assert_as_one_by_one(pipe, SETS[:2], method, PROMPTS[:2], callback_on_step_end=cut)
+        assert_as_one_by_one(pipe, SETS[:2], method, PROMPTS[:2], callback_on_step_end=cut, num_inference_steps=3)
 
 
 def test_a_method_is_chosen_for_all_prompts(pipe, caplog):
@@ -210,6 +210,8 @@ DIVIDED: dict[str, tuple[str | Settings, Sequence[int]]] = {
     "lora-composer, official": (LoraComposer.official(), (3, 0)),
 }
 FIVE = [*PROMPTS, "a xlo bear, and a sks cat", "a sks cat near a zwx dog"]
+STEPS = 3
+"""So many that updates end before the last one."""
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,8 @@ def test_methods_that_divide_the_canvas_make_the_images_of_one_call_for_each(pip
     method, chosen = DIVIDED[case]
     prompts, sets = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
     before = State(pipe)
-    assert_as_one_by_one(pipe, sets, method, prompts, images=2 if case == "clora, branches" else 1)
+    images = 2 if case == "clora, branches" else 1
+    assert_as_one_by_one(pipe, sets, method, prompts, images=images, num_inference_steps=STEPS)
     before.assert_unchanged()
 
 
@@ -231,10 +234,11 @@ def test_words_that_name_a_concept_are_for_the_prompts_that_have_it(pipe):
     chosen = (0, 3)
     prompts, sets = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
     words = [{"cat": ["sks", "cat"]}, {"cat": ["sks", "cat"], "bear": ["bear"]}]
-    together = latents_of(pipe, prompts, sets, Clora(mask_words=words[1]), generator=[seeded(0), seeded(1)])
+    given: dict[str, Any] = {"num_inference_steps": STEPS}
+    together = latents_of(pipe, prompts, sets, Clora(mask_words=words[1]), generator=[seeded(0), seeded(1)], **given)
     for row in range(2):
         method = Clora(mask_words=words[row])
-        alone = latents_of(pipe, prompts[row], sets[row], method, generator=seeded(row))
+        alone = latents_of(pipe, prompts[row], sets[row], method, generator=seeded(row), **given)
         assert_close(together[row], alone[0])
 
 
@@ -243,7 +247,8 @@ def test_a_model_that_takes_the_guidance_scale_as_an_input_gets_it_for_every_con
     for seed, (name, trigger) in enumerate(WORDS.items()):
         lora = write_lora(name, unet=random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.15))
         pipe.load_concept(lora, name, trigger=trigger, class_word=name)
-    assert_as_one_by_one(pipe, [BOXED[i] for i in (0, 1, 0)], "lora-composer", [FIVE[i] for i in (0, 1, 0)])
+    prompts, sets = [FIVE[i] for i in (0, 1, 0)], [BOXED[i] for i in (0, 1, 0)]
+    assert_as_one_by_one(pipe, sets, "lora-composer", prompts, num_inference_steps=STEPS)
 
 
 @pytest.mark.parametrize("method", ["clora", "lora-composer"])
@@ -293,6 +298,7 @@ def test_callbacks_see_all_prompts_of_divided_canvases(pipe, method):
         return {}
 
     given: Any = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    given["num_inference_steps"] = STEPS
     assert_as_one_by_one(pipe, BOXED[:2], method, PROMPTS[:2], **given)
     assert shapes[:3] == [{"latents": (2,), "prompt_embeds": (4,)}] * 3
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,10 +12,17 @@ from layouts import NAMES, file_of, layout, shapes_of, written_out
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
 from lora_compose.compose.lora.inspection import inspect
 from lora_compose.pipelines.concepts.loading import LoraError, match
+from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.recognise import form, guess_family
 
 USABLE = [name for name in NAMES if "refused" not in layout(name)]
 REFUSED = [name for name in NAMES if "refused" in layout(name)]
+
+
+@cache
+def file(name: str) -> LoraFile:
+    """The file of a layout, for tests that leave it as it is."""
+    return file_of(layout(name))
 
 
 def test_patterns_of_the_fixtures_are_written_out() -> None:
@@ -49,8 +57,7 @@ def test_the_family_is_known_from_keys_and_shapes_alone(name: str) -> None:
 @pytest.mark.parametrize("name", USABLE)
 def test_every_key_finds_its_layer(name: str) -> None:
     known = layout(name)
-    file = file_of(known)
-    factors = match(file, without_weights(known["family"]), alpha=known.get("alpha"))
+    factors = match(file(name), without_weights(known["family"]), alpha=known.get("alpha"))
     found = {factors.part: len(factors.model)} | {part: len(lora) for part, lora in factors.text_encoders.items()}
     assert found == known["layers"]
     assert factors.unmatched == ()
@@ -61,14 +68,14 @@ def test_every_key_finds_its_layer(name: str) -> None:
         assert factors.complete or known.get("cut")
     if "scale" in known:
         assert {lora.scale for lora in factors.model.values()} == {known["scale"]}
-    assert not set(known.get("dropped", ())) & file.tensors.keys()
+    assert not set(known.get("dropped", ())) & file(name).tensors.keys()
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_composed_is_refused_with_the_reason(name: str) -> None:
     known = layout(name)
     with pytest.raises(LoraError, match=known["refused"]):
-        match(file_of(known), without_weights("SDXL" if known["family"] == "SDXL" else "SD 1.x"))
+        match(file(name), without_weights("SDXL" if known["family"] == "SDXL" else "SD 1.x"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,34 +84,32 @@ def test_files_of_one_family_do_not_fit_another(name: str, family: str) -> None:
     known = layout(name)
     if family != known["family"]:
         with pytest.raises(LoraError, match=r"does not fit this model|fits this model in|matches no layer"):
-            match(file_of(known), without_weights(family))
+            match(file(name), without_weights(family))
 
 
 def test_a_whole_unet_asks_for_its_alpha_and_says_which_to_give() -> None:
-    known = layout("tara-sd15-whole-unet")
+    whole = file("tara-sd15-whole-unet")
     with pytest.raises(LoraError, match=r"does not contain its alpha.*a quarter.*alpha=32 .*alpha=8"):
-        match(file_of(known), without_weights("SD 1.x"))
-    factors = match(file_of(known), without_weights("SD 1.x"), alpha=8)
+        match(whole, without_weights("SD 1.x"))
+    factors = match(whole, without_weights("SD 1.x"), alpha=8)
     assert {lora.scale for lora in factors.model.values()} == {1.0}
 
 
 @pytest.mark.parametrize("name", ["kohya-sd15", "diffusers-0.35-sdxl"])
 def test_an_alpha_beside_the_files_own_is_refused(name: str) -> None:
-    known = layout(name)
     with pytest.raises(LoraError, match="has its own alpha"):
-        match(file_of(known), without_weights(known["family"]), alpha=16)
+        match(file(name), without_weights(layout(name)["family"]), alpha=16)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -4.0, float("nan"), float("inf")])
 def test_alphas_that_are_no_positive_number_are_refused(alpha: float) -> None:
-    known = layout("kohya-sd15")
-    file = file_of(known)
-    key = next(key for key in file.tensors if key.endswith(".alpha"))
-    file.tensors[key].fill_(alpha)  # pyright: ignore[reportAttributeAccessIssue]
+    changed = file_of(layout("kohya-sd15"))
+    key = next(key for key in changed.tensors if key.endswith(".alpha"))
+    changed.tensors[key].fill_(alpha)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(LoraError, match=r"gives .* no usable alpha: alpha is"):
-        match(file, without_weights("SD 1.x"))
+        match(changed, without_weights("SD 1.x"))
     with pytest.raises(LoraError, match="alpha must be a positive number"):
-        match(file_of(layout("diffusers-0.14")), without_weights("SD 1.x"), alpha=alpha)
+        match(file("diffusers-0.14"), without_weights("SD 1.x"), alpha=alpha)
 
 
 def test_a_part_that_fits_no_layer_is_reported_in_one_line() -> None:
@@ -129,8 +134,9 @@ def test_text_encoder_layers_without_their_output_projection_are_all_kept() -> N
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "lora-diffusion-numbered"])
 def test_inspect_tells_the_same(name: str) -> None:
     known = layout(name)
-    found, factors = inspect(file_of(known), alpha=known.get("alpha"))
-    assert (found.form, found.family) == (form([*file_of(known).tensors]), known["family"])
+    tensors = file(name).tensors
+    found, factors = inspect(file(name), alpha=known.get("alpha"))
+    assert (found.form, found.family) == (form([*tensors]), known["family"])
     json.dumps(found.model_dump())
     if "refused" in known:
         assert factors is None
@@ -139,7 +145,7 @@ def test_inspect_tells_the_same(name: str) -> None:
         assert all(block.norm is None for block in found.blocks)
         return
     assert found.problem is None
-    assert found.matched == len(file_of(known).tensors) - known.get("left_out", 0)
+    assert found.matched == len(tensors) - known.get("left_out", 0)
     counted = {part: sum(b.layers for b in found.blocks if b.part == part) for part in known["layers"]}
     assert counted == known["layers"]
     if known["form"].startswith(("DoRA", "OFT")):  # their changes depend on weights, which are not there
@@ -150,7 +156,7 @@ def test_inspect_tells_the_same(name: str) -> None:
 
 
 def test_what_kohya_writes_about_training_is_shown() -> None:
-    found, _ = inspect(file_of(layout("kohya-sd15")))
+    found, _ = inspect(file("kohya-sd15"))
     assert ("sks cat", "name of a folder of training images") in found.triggers
     assert ("grass", "in 3 captions") in found.triggers
     assert dict(found.facts)["images"] == "120"
@@ -168,11 +174,10 @@ def test_transformers_that_share_names_and_shapes_of_layers_are_told_apart(writt
         }
         for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and "blocks." in name
     }  # fmt: skip
-    file = file_of({"tensors": pattern, "metadata": {}})
     with pytest.raises(
         LoraError, match=rf"fits this model in \d+ of its \d+ layers only.*looks like a file for {written}"
     ):
-        match(file, without_weights(opened))
+        match(file_of({"tensors": pattern, "metadata": {}}), without_weights(opened))
 
 
 KOHYA_METADATA = [{"modelspec.architecture": "chroma/lora"}, {"ss_base_model_version": "chroma"}]

@@ -246,8 +246,16 @@ def test_settings_are_used_kept_when_another_method_is_looked_at_and_wrong_ones_
     assert fields_of(at).settings == {"interval": 1}
 
 
-def fields_of(at: AppTest) -> Any:
-    (run,) = made(at).session_state["session"].job.runs
+def fields_of(at: AppTest) -> Run:
+    """The run that the button starts with what is set; it is stopped before an image is made."""
+    with session(at).model.turn(()):
+        at.button(key="do.make").click().run()
+        job = session(at).job
+        assert job is not None
+        job.stop()
+    after(at)
+    assert job.state == "stopped"
+    (run,) = job.runs
     return run
 
 
