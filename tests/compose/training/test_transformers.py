@@ -25,7 +25,7 @@ from lora_compose.compose.training.preparation import adapt, encode, read_texts
 from trainings import TRAINED, paint_folder, trained_pipeline, training
 
 SIDE = 32  # pixels: two by two tokens
-FRAMES = "Krea 2", "Qwen-Image"
+FRAMES = "Anima", "Krea 2", "Qwen-Image"
 """Families with a VAE for videos."""
 
 
