@@ -280,7 +280,9 @@ class _Transformer:
                 encoded.append((text.cpu(), {name: value.cpu() for name, value in added.items()}))
         texts, by_caption = zip(*encoded, strict=True)
         longest = max(text.shape[1] for text in texts)
-        return torch.cat([pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]), {name: torch.cat([values[name] for values in by_caption]) for name in by_caption[0]}
+        return torch.cat([pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]), {
+            name: torch.cat([values[name] for values in by_caption]) for name in by_caption[0]
+        }
 
     def latents(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():

@@ -254,7 +254,10 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
 def _place(base: Base, settings: Training, accelerator: Accelerator) -> None:
     """The network in the precision it is trained in; text encoders and VAE, which are used once, in float32."""
     base.pipe.to(accelerator.device)
-    nn.Module.to(base.network, _PRECISIONS[settings.mixed_precision])  # diffusers' own `to` warns about nothing
+    apart = set(getattr(base.network, "_keep_in_fp32_modules", None) or ())  # which diffusers' `to` does not look at
+    for name, tensor in (*base.network.named_parameters(), *base.network.named_buffers()):
+        if tensor.is_floating_point() and apart.isdisjoint(name.split(".")):
+            tensor.data = tensor.to(_PRECISIONS[settings.mixed_precision])
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

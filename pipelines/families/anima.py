@@ -19,7 +19,7 @@ from diffusers.modular_pipelines.anima import AnimaAutoBlocks, AnimaModularPipel
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 from diffusers.utils import is_torchvision_available
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_compose.attention.backbones.cosmos import with_padding_mask
 from lora_compose.attention.device import uncompiled
@@ -83,10 +83,10 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
         return AnimaAutoBlocks()
 
     @classmethod
-    def save_lora_weights(
+    def save_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls,
         save_directory: str | os.PathLike[str],
-        transformer_lora_layers: dict[str, Tensor],
+        transformer_lora_layers: dict[str, nn.Module | Tensor],
         transformer_lora_adapter_metadata: dict[str, Any],
     ) -> None:
         """Writes a LoRA of the transformer as diffusers' other pipelines do; for Anima it reads files only."""
