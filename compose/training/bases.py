@@ -231,8 +231,8 @@ class _Transformer:
         self._check_references(len(settings.references))
         if settings.tara is not None:
             raise ValueError(
-                "--tara aligns keys of the cross-attention of UNets; leave it out: the method tara takes ordinary LoRAs "
-                f"of {family}"
+                "--tara aligns keys of the cross-attention of UNets; leave it out: the method tara takes ordinary "
+                f"LoRAs of {family}"
             )
         if settings.scope == "cross_kv" and not self._flow.backbone.reads_regions:
             raise ValueError(f"{family} has no cross-attention for scope cross_kv; use attention or transformer")
@@ -280,9 +280,8 @@ class _Transformer:
                 encoded.append((text.cpu(), {name: value.cpu() for name, value in added.items()}))
         texts, by_caption = zip(*encoded, strict=True)
         longest = max(text.shape[1] for text in texts)
-        return torch.cat([pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]), {
-            name: torch.cat([values[name] for values in by_caption]) for name in by_caption[0]
-        }
+        texts = [pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
+        return torch.cat(texts), {name: torch.cat([values[name] for values in by_caption]) for name in by_caption[0]}
 
     def latents(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():
