@@ -320,6 +320,6 @@ class _Transformer:
 
 def _no_references(family: str) -> str:
     return (
-        f"{family} reads no reference images; leave --references out, or train on FLUX.1 Kontext, FLUX.2 or "
+        f"{family} reads no reference images; leave --references out, or train on FLUX.1 Kontext, FLUX.2, FLUX.3 or "
         "Qwen-Image-Edit-Plus"
     )

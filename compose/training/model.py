@@ -90,6 +90,14 @@ def open_base(model: str) -> Any:
     return pipe
 
 
+def cast(network: Any, dtype: torch.dtype) -> None:
+    """Casts a network but for layers that diffusers keeps in float32, as norms of some; its own `to` casts all."""
+    apart = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point() and apart.isdisjoint(name.split(".")):
+            tensor.data = tensor.to(dtype)
+
+
 def add_lora(network: Any, targets: list[str], settings: Training) -> LoraConfig:
     """Gives a network a LoRA that changes nothing yet, in float32 whatever the network's precision is.
 

@@ -28,7 +28,7 @@ from lora_compose.compose.training.bases import base_of
 from lora_compose.compose.training.batches import batches_of
 from lora_compose.compose.training.learner import Learner, Weights
 from lora_compose.compose.training.loop import Stopped
-from lora_compose.compose.training.model import lora_parameters, preset_of
+from lora_compose.compose.training.model import cast, lora_parameters, preset_of
 from lora_compose.compose.training.preparation import adapt, encode, read_texts
 from lora_compose.pipelines.families.flux3 import ComposeFlux3DistilledPipeline
 from trainings import TRAINED, paint_folder, trained_pipeline, training
@@ -235,6 +235,17 @@ def test_a_training_on_a_modular_pipeline_resumes_with_the_same_bits(folder: Pat
     resumed = load_file(train(settings))
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
+
+
+def test_layers_that_diffusers_keeps_in_float32_stay_so(tmp_path: Path) -> None:
+    """A network that was cast has the precisions of one that was opened so."""
+    network = flux3_pipeline().transformer
+    network.save_pretrained(tmp_path)
+    cast(network, torch.bfloat16)
+    opened_so = type(network).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    found, expected = ({name: p.dtype for name, p in one.named_parameters()} for one in (network, opened_so))
+    assert found == expected
+    assert set(found.values()) == {torch.bfloat16, torch.float32}
 
 
 def test_what_means_nothing_to_transformers_is_refused(folder: Path) -> None:
