@@ -91,7 +91,7 @@ def open_base(model: str) -> Any:
 
 
 def cast(network: Any, dtype: torch.dtype) -> None:
-    """Casts a network but for layers that diffusers keeps in float32, as norms of some; its own `to` casts all."""
+    """Casts a network but for layers that diffusers keeps in float32, such as some norms; its own `to` casts all."""
     apart = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_floating_point() and apart.isdisjoint(name.split(".")):
