@@ -78,8 +78,10 @@ def row(family: Any, ran: Mapping[str, Mapping[str, list[str]]]) -> tuple[str, .
 
 
 def _trained(family: Any) -> str:
-    paired = family.__name__ in {known.plain.__name__ for known, _ in PAIRED.values()}
-    alone = issubclass(family, UNetPipeline) or family.__name__ in {known.plain.__name__ for known in TRAINED.values()}
+    named = _by_class()
+    paired = family.family in {named[known.plain.__name__] for known, _ in PAIRED.values()}
+    alone = family.family in {named[known.plain.__name__] for known in TRAINED.values()}
+    alone = alone or issubclass(family, UNetPipeline)
     return ", ".join([*(["images"] if alone else []), *(["pairs"] if paired else [])]) or "no"
 
 
@@ -108,9 +110,7 @@ def merges(family: Any) -> bool:
 
 def outcomes(reports: Iterable[Path]) -> dict[str, dict[str, list[str]]]:
     """What passed in tests of how a model is stored, by family."""
-    families = {family.__name__: family.family for family in ComposePipeline.families}
-    # The tests' own pipelines of diffusers' modular ones.
-    families |= {"PlainAnima": "Anima", "PlainFlux3": "FLUX.3", "PlainFlux3Distilled": "FLUX.3 distilled"}
+    families = _by_class()
     found: dict[str, dict[str, list[str]]] = {"offloaded": {}, "fewer bits": {}}
     for case in (case for path in reports for case in ElementTree.parse(path).iter("testcase")):
         name, _, parameters = case.attrib["name"].removesuffix("]").partition("[")
@@ -126,6 +126,12 @@ def outcomes(reports: Iterable[Path]) -> dict[str, dict[str, list[str]]]:
         hows = found["fewer bits" if "bits" in name else "offloaded"].setdefault(families[kind], [])
         hows += [] if len(case) or _HOW[how] in hows else [_HOW[how]]  # what was skipped or failed has something in it
     return {what: {family: sorted(hows) for family, hows in sorted(by.items())} for what, by in found.items()}
+
+
+def _by_class() -> dict[str, str]:
+    """The names of families, by those of their classes and of the tests' own pipelines of diffusers' modular ones."""
+    modular = {"PlainAnima": "Anima", "PlainFlux3": "FLUX.3", "PlainFlux3Distilled": "FLUX.3 distilled"}
+    return {family.__name__: family.family for family in ComposePipeline.families} | modular
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -9,11 +9,13 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from PIL import Image
 
 import components
+from anima import ANIMA
 from chroma import CHROMA
 from components import TINY, TINY_XL, sd_unet, sdxl_unet, small_pipeline
 from flux import FLUX
 from flux2 import FLUX2
 from flux2_dev import FLUX2_DEV, mistral3
+from flux3 import FLUX3, default_flux3
 from flux_kontext import KONTEXT
 from ideogram4 import IDEOGRAM4
 from krea2 import KREA2
@@ -27,19 +29,20 @@ from z_image import Z_IMAGE
 SIDE = 32  # pixels of the training images
 TRAINED = {
     "Chroma": CHROMA, "FLUX.1": FLUX, "FLUX.2": FLUX2, "Ideogram 4": IDEOGRAM4, "Krea 2": KREA2, "Z-Image": Z_IMAGE,
-    "Qwen-Image": QWEN_IMAGE, "FLUX.1 Kontext": KONTEXT,
+    "Qwen-Image": QWEN_IMAGE, "FLUX.1 Kontext": KONTEXT, "Anima": ANIMA, "FLUX.3": FLUX3,
 }  # fmt: skip
 """Families of transformers that are trained by tests."""
 PAIRED = {
     "FLUX.1 Kontext": (KONTEXT, 1), "FLUX.2-klein": (FLUX2, 2), "FLUX.2-dev": (FLUX2_DEV, 2),
     "Qwen-Image-Edit-Plus": (QWEN_IMAGE_EDIT, 2), "Qwen-Image-Edit-2511": (QWEN_IMAGE_EDIT_2511, 2),
+    "FLUX.3": (FLUX3, 2),
 }  # fmt: skip
 """Families that are trained with reference images, and how many each training image has there."""
 
 
 def trained_pipeline(family: Family) -> Any:
     """A small pipeline whose text encoder has the layers that training reads, which it cannot be told."""
-    pipe = family.pipeline()
+    pipe = default_flux3() if family is FLUX3 else family.pipeline()
     torch.manual_seed(0)
     if family is FLUX2:
         pipe.text_encoder = qwen3(len(pipe.tokenizer), layers=28)

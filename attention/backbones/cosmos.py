@@ -1,6 +1,7 @@
 """Cosmos Predict2, Anima's transformer: the image attends to itself, then to the text, as in a UNet, without a grid."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from math import prod
@@ -9,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones.joint import JointBackbone, JointKernel, with_kernel
-from lora_compose.attention.claims import Journal
 from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.kernels import Kernel
@@ -46,16 +46,6 @@ class CosmosBackbone(JointBackbone):
         """Self-attention of the same blocks."""
         return tuple(name.removesuffix("2") + "1" for name in self.map_layers)
 
-    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
-        """As `JointBackbone.steer`; meanwhile the padding mask, which is always 0, is left to `forward`.
-
-        diffusers resizes it with torchvision, which need not be there.
-        """
-        super().steer(modules, state, undo)
-        model: Any = uncompiled(self.model)
-        undo.callback(setattr, model, "_internal_dict", model._internal_dict)
-        model.register_to_config(concat_padding_mask=False)
-
     def _processor(self, layer: str, processor: Any, state: ForwardState) -> Any:
         site = Site("image", level=1, reads_text=layer.endswith(".attn2"))
         return _finished(with_kernel(processor, CrossKernel, layer, site, state), layer, site, state)
@@ -65,13 +55,25 @@ class CosmosBackbone(JointBackbone):
     ) -> Tensor:
         """As `Backbone.forward`; the text is that of the conditioner, [(texts,) rows, tokens, channels]."""
         model: Any = uncompiled(self.model)
-        return self.model(
-            hidden_states=with_padding_mask(model, latents.to(text.dtype)[:, :, None]),
-            timestep=t.expand(len(latents)).to(text.dtype) / 1000,
-            encoder_hidden_states=text if text.dim() == 3 else text.transpose(0, 1).flatten(1, 2),
-            return_dict=False,
-            **inputs,
-        )[0][:, :, 0]
+        with _mask_given(model):
+            return self.model(
+                hidden_states=with_padding_mask(model, latents.to(text.dtype)[:, :, None]),
+                timestep=t.expand(len(latents)).to(text.dtype) / 1000,
+                encoder_hidden_states=text if text.dim() == 3 else text.transpose(0, 1).flatten(1, 2),
+                return_dict=False,
+                **inputs,
+            )[0][:, :, 0]
+
+
+@contextmanager
+def _mask_given(model: Any) -> Iterator[None]:
+    """Inside this block diffusers adds no padding mask, which it would resize with torchvision, if that is there."""
+    before = model._internal_dict
+    model.register_to_config(concat_padding_mask=False)
+    try:
+        yield
+    finally:
+        model._internal_dict = before
 
 
 def with_padding_mask(model: Any, latents: Tensor) -> Tensor:

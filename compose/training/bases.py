@@ -9,18 +9,19 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lora_compose.compose.training.noising import Diffusion, Flow, Noising
 from lora_compose.compose.training.settings import SCOPES, Training
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
-from lora_compose.pipelines.families.modular import ModularFamilyPipeline
 from lora_compose.pipelines.families.references import ReferencesPipeline
 from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
 
 _TOKENS = 512  # of a text of transformers, as `read_texts` has it
 _SD2_TEXT = 1024  # channels of the text that Stable Diffusion 2.x reads
-_IN_BLOCK = r".*(blocks|layers|refiner)\.\d+\."
-_ATTENTION = rf"{_IN_BLOCK}(attn|attention)\..+"
+_IN_BLOCK = r".*(blocks|layers|refiner)(\.[a-z_]+)?\.\d+\."
+_ATTENTION = rf"{_IN_BLOCK}(attn\d?|attention)\..+"
+_CROSS_KV = rf"{_IN_BLOCK}attn2\.to_[kv]"
 
 
 class Base(Protocol):
@@ -67,8 +68,8 @@ class Base(Protocol):
         """How images are noised, and what the network predicts."""
         ...
 
-    def targets(self, scope: str) -> list[str]:
-        """The layers of a scope, as PEFT takes them."""
+    def targets(self, settings: Training) -> list[str]:
+        """The layers to train, as PEFT takes them."""
         ...
 
     def texts(
@@ -150,8 +151,8 @@ class _UNet:
         schedule: Any = DDPMScheduler.from_config(self.pipe.scheduler.config)
         return Diffusion(self.network, schedule)
 
-    def targets(self, scope: str) -> list[str]:
-        return list(SCOPES[scope])
+    def targets(self, settings: Training) -> list[str]:
+        return list(SCOPES[settings.scope])
 
     def texts(
         self, captions: Sequence[str], references: Sequence[Sequence[Image.Image]] = ()
@@ -222,15 +223,18 @@ class _Transformer:
 
     def check(self, settings: Training) -> None:
         family = self.pipe.family
-        if isinstance(self.pipe, ModularFamilyPipeline):
-            raise ValueError(f"{family} is not trained here yet; its LoRAs come from other trainers")
+        if self.network.config.get("flow_map"):
+            raise ValueError(
+                f"{family} reads to which time a step leads, which flow matching does not know; train on FLUX.3, whose "
+                "LoRAs have the same layers"
+            )
         self._check_references(len(settings.references))
         if settings.tara is not None:
             raise ValueError(
-                f"--tara aligns keys of cross-attention, which {family} does not have; leave it out: the method tara "
-                "takes ordinary LoRAs of this family"
+                "--tara aligns keys of the cross-attention of UNets; leave it out: the method tara takes ordinary "
+                f"LoRAs of {family}"
             )
-        if settings.scope == "cross_kv":
+        if settings.scope == "cross_kv" and not self._flow.backbone.reads_regions:
             raise ValueError(f"{family} has no cross-attention for scope cross_kv; use attention or transformer")
         if settings.min_snr is not None:
             raise ValueError(f"--min-snr is for models with a noise schedule; {family} learns by flow matching")
@@ -256,12 +260,12 @@ class _Transformer:
     def noising(self) -> Noising:
         return self._flow
 
-    def targets(self, scope: str) -> list[str]:
-        pattern = _ATTENTION if scope == "attention" else f"{_IN_BLOCK}.+"
-        sites = self._flow.backbone.sites
+    def targets(self, settings: Training) -> list[str]:
+        pattern = {"attention": _ATTENTION, "cross_kv": _CROSS_KV}.get(settings.scope, f"{_IN_BLOCK}.+")
+        left_out = {"modulation"} if settings.references else {"modulation", "reference"}
         return [
-            name for name, site in sites.items()
-            if "modulation" not in site.parts and re.fullmatch(pattern, name)
+            name for name, site in self._flow.backbone.sites.items()
+            if left_out.isdisjoint(site.parts) and re.fullmatch(pattern, name)
             and isinstance(self.network.get_submodule(name), nn.Linear)
         ]  # fmt: skip
 
@@ -275,6 +279,8 @@ class _Transformer:
                 text, added = self.pipe.read_beside([caption], images) if beside else self.pipe.read_texts([caption])
                 encoded.append((text.cpu(), {name: value.cpu() for name, value in added.items()}))
         texts, by_caption = zip(*encoded, strict=True)
+        longest = max(text.shape[1] for text in texts)
+        texts = [pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
         return torch.cat(texts), {name: torch.cat([values[name] for values in by_caption]) for name in by_caption[0]}
 
     def latents(self, pixels: Tensor) -> Tensor:
@@ -292,16 +298,21 @@ class _Transformer:
     ) -> list[Image.Image]:  # fmt: skip
         pipe: Any = self.pipe
         shown = {"image": list(references)} if references else {}
-        with torch.no_grad(), accelerator.autocast():
-            return pipe(
-                prompt=list(prompts),
-                generator=list(noise),
-                num_inference_steps=steps,
-                max_sequence_length=_TOKENS,
-                **pipe.sized(side, side),
-                **pipe.guided(guidance, None),
-                **shown,
-            ).images
+        together = 1 if pipe.one_prompt else len(prompts)
+        images: list[Image.Image] = []
+        for first in range(0, len(prompts), together):
+            rows = slice(first, first + together)
+            with torch.no_grad(), accelerator.autocast():
+                images += pipe(
+                    prompt=list(prompts[rows]),
+                    generator=list(noise[rows]),
+                    num_inference_steps=steps,
+                    max_sequence_length=_TOKENS,
+                    **pipe.sized(side, side),
+                    **pipe.guided(guidance, None),
+                    **shown,
+                ).images
+        return images
 
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
         return {}
@@ -309,6 +320,6 @@ class _Transformer:
 
 def _no_references(family: str) -> str:
     return (
-        f"{family} reads no reference images; leave --references out, or train on FLUX.1 Kontext, FLUX.2 or "
+        f"{family} reads no reference images; leave --references out, or train on FLUX.1 Kontext, FLUX.2, FLUX.3 or "
         "Qwen-Image-Edit-Plus"
     )

@@ -1,11 +1,12 @@
 """Images and captions as the network takes them, computed once: text encoders and VAE are frozen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.data import ReferenceImage, TrainingImage, load_image, pixels_of, square
@@ -41,6 +42,14 @@ def of_class(base: Base, concept: Examples, images: Sequence[TrainingImage], sid
     """The concept's images with captions about its class, which `images` have in place of their own; no trigger."""
     texts = _encode_texts(base, images, {}, side)
     return replace(texts, latents=concept.latents, by_image=concept.by_image)
+
+
+def of_one_length(*parts: Examples) -> Iterator[Examples]:
+    """Examples whose texts are padded to one length, as one batch needs it; most families pad all texts alike."""
+    longest = max(part.text.shape[1] for part in parts)
+    for part in parts:
+        behind = (0, 0, 0, longest - part.text.shape[1])
+        yield replace(part, text=pad(part.text, behind), mask=pad(part.mask, behind))
 
 
 def encode_images(

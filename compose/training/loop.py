@@ -23,7 +23,7 @@ from lora_compose.compose.training.batches import Batches, batches_of
 from lora_compose.compose.training.checkpoint import finite, load_checkpoint, save_checkpoint
 from lora_compose.compose.training.examples import squares
 from lora_compose.compose.training.learner import Batch, Learner, Losses, Weights
-from lora_compose.compose.training.model import lora_parameters, open_base
+from lora_compose.compose.training.model import cast, lora_parameters, open_base
 from lora_compose.compose.training.optimizers import learning_rate, optimizers_of
 from lora_compose.compose.training.output import lora_bytes
 from lora_compose.compose.training.preparation import Adapter, Texts, adapt, encode, read_texts
@@ -254,7 +254,7 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
 def _place(base: Base, settings: Training, accelerator: Accelerator) -> None:
     """The network in the precision it is trained in; text encoders and VAE, which are used once, in float32."""
     base.pipe.to(accelerator.device)
-    nn.Module.to(base.network, _PRECISIONS[settings.mixed_precision])  # diffusers' own `to` warns about nothing
+    cast(base.network, _PRECISIONS[settings.mixed_precision])
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +18,7 @@ from lora_compose.compose.support.quiet import without_bars
 from lora_compose.compose.training.settings import PRESETS, Training
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
+from lora_compose.pipelines.families.opening import configuration
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def _kind(model: str) -> tuple[str, Any]:
             family = ComposePipeline.family_of_keys(keys)
             xl = any(key.startswith(_XL_KEY) for key in keys)
         else:
-            config: Any = DiffusionPipeline.load_config(str(source) if source.is_dir() else model)
+            config = configuration(str(source) if source.is_dir() else model)
             family = ComposePipeline.family_of(config)
             xl = "text_encoder_2" in config
     except Exception as error:  # model files are not trusted, and libraries raise many kinds of errors
@@ -87,6 +88,14 @@ def open_base(model: str) -> Any:
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+def cast(network: Any, dtype: torch.dtype) -> None:
+    """Casts a network but for layers that diffusers keeps in float32, such as some norms; its own `to` casts all."""
+    apart = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point() and apart.isdisjoint(name.split(".")):
+            tensor.data = tensor.to(dtype)
 
 
 def add_lora(network: Any, targets: list[str], settings: Training) -> LoraConfig:

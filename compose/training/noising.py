@@ -101,8 +101,20 @@ class Flow:
     def predict(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:
         """A forward pass by the family's backbone, without guidance where that is an input.
 
-        "reference" of `added` are tokens of reference images, each as large as the training image.
+        "reference" of `added` are tokens of reference images, each as large as the training image. "read" is how many
+        tokens of each text the model sees; it has no masks, so texts of one length go through it together.
         """
+        if "read" not in added:
+            return self._pass(noisy, times, text, added)
+        order, passes = [], []
+        for length in added["read"].unique().tolist():
+            rows = (added["read"] == length).nonzero()[:, 0]
+            given = {name: value[rows] for name, value in added.items()}
+            passes.append(self._pass(noisy[rows], times[rows], text[rows, :length], given))
+            order.append(rows)
+        return torch.cat(passes)[torch.cat(order).argsort()]
+
+    def _pass(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:
         inputs: dict[str, Any] = dict(self._pipe.inputs_without_guidance(len(noisy), noisy.device))
         if "reference" in added:
             height, width = (side // PATCH for side in noisy.shape[-2:])

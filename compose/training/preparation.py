@@ -10,7 +10,7 @@ from peft import LoraConfig
 from lora_compose.compose.training.alignment import Alignment
 from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.data import TrainingImage, digest, read_images, warn_of_small, with_references
-from lora_compose.compose.training.examples import Examples, encode_images, of_class
+from lora_compose.compose.training.examples import Examples, encode_images, of_class, of_one_length
 from lora_compose.compose.training.focus import Focus, focus_on_triggers
 from lora_compose.compose.training.model import ADAPTER, add_lora
 from lora_compose.compose.training.sampling import generate_class_images
@@ -90,6 +90,8 @@ def encode(base: Base, texts: Texts, settings: Training, accelerator: Accelerato
     if settings.preserve_class:
         about_class = [replace(it, caption=class_caption(it.caption, settings.concept)) for it in texts.images]
         prior = of_class(base, concept, about_class, texts.side)
+    if prior is not None:
+        concept, prior = of_one_length(concept, prior)
     rows = None
     if settings.tara is not None and settings.tara.needs_class_word:
         class_text, _ = base.texts([words.class_caption for words in texts.words.values()])
@@ -114,7 +116,7 @@ def _class_images(base: Base, settings: Training, accelerator: Accelerator, side
 def adapt(base: Base, settings: Training, rows: WordFeatures | None) -> Adapter:
     """Gives the network its LoRA, with the mask and the keys that TARA asks for."""
     network = base.network
-    config, tara = add_lora(network, base.targets(settings.scope), settings), settings.tara
+    config, tara = add_lora(network, base.targets(settings), settings), settings.tara
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if tara is None:

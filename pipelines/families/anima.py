@@ -5,6 +5,7 @@ pipeline's own.
 """
 
 import copy
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from diffusers.modular_pipelines.anima import AnimaAutoBlocks, AnimaModularPipel
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 from diffusers.utils import is_torchvision_available
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_compose.attention.backbones.cosmos import with_padding_mask
 from lora_compose.attention.device import uncompiled
@@ -80,6 +81,24 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
     @classmethod
     def _blocks(cls) -> Any:
         return AnimaAutoBlocks()
+
+    @classmethod
+    def save_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        save_directory: str | os.PathLike[str],
+        transformer_lora_layers: dict[str, nn.Module | Tensor],
+        transformer_lora_adapter_metadata: dict[str, Any],
+    ) -> None:
+        """Writes a LoRA of the transformer as diffusers' other pipelines do; for Anima it reads files only."""
+        cls._save_lora_weights(
+            save_directory=save_directory,
+            lora_layers={cls.transformer_name: transformer_lora_layers},
+            lora_metadata={cls.transformer_name: transformer_lora_adapter_metadata},
+            is_main_process=True,
+            weight_name=None,  # pyright: ignore[reportArgumentType]
+            save_function=None,  # pyright: ignore[reportArgumentType]
+            safe_serialization=True,
+        )
 
     @front
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -42,7 +42,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     """The architecture in the metadata of trained LoRAs, named as in the ModelSpec standard."""
     most_tokens: ClassVar[int] = 4096
     """Image tokens at which timesteps are shifted most, where the scheduler does not say."""
-
+    one_prompt: ClassVar[bool] = False
+    """Whether a call without concepts takes one prompt only."""
     native_side: ClassVar[int | None] = None
     """Side of the model's images in pixels, where the VAE's configuration names another one."""
 

@@ -66,6 +66,7 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
     architecture = "flux-3"
     transformer_class = Flux3Transformer2DModel
     blocks_class: ClassVar[Any]
+    one_prompt = True
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     def __init__(self, tokenizer: Any, text_encoder: Any, transformer: Any, vae: Any, scheduler: Any) -> None:
@@ -165,8 +166,8 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
         return torch.cat(rows).to(dtype_of(uncompiled(self.transformer))), {"read": torch.tensor(read)}
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `FlowMatchingPipeline.read_texts`; by itself it pads all of them as the longest needs."""
-        return self._encoded(prompts, length or max(map(self._tokens, prompts)))
+        """As `FlowMatchingPipeline.read_texts`; by itself it pads all of them as the longest needs, and cuts at 512."""
+        return self._encoded(prompts, length or min(512, max(map(self._tokens, prompts))))
 
     def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """As `ReferencesPipeline.size_from`: that of the first one, as it is read."""

@@ -111,6 +111,7 @@ class ModularFamilyPipeline(TemplatePipeline):
         if as_latents:
             del arguments["output_type"]
         pipe = self.modular()
+        _set_progress_bars(pipe._blocks, getattr(self, "_progress_bar_config", {}))
         self._prepare_plain(pipe)
         if scale is not None:
             pipe.update_components(guider=pipe.guider.new(guidance_scale=scale))
@@ -119,3 +120,11 @@ class ModularFamilyPipeline(TemplatePipeline):
 
     def _prepare_plain(self, pipe: Any) -> None:
         """Changes a modular pipeline for a call without concepts."""
+
+
+def _set_progress_bars(block: Any, options: Mapping[str, Any]) -> None:
+    """Sets the progress bars of a block and of all blocks in it; diffusers' pipelines reach the outermost ones only."""
+    if hasattr(block, "set_progress_bar_config"):  # it has a loop
+        block.set_progress_bar_config(**options)
+    for inner in block.sub_blocks.values():
+        _set_progress_bars(inner, options)

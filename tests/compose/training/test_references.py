@@ -31,6 +31,7 @@ UNGUIDED = {
         "guidance_scale": 1.0, "_auto_resize": False, "max_area": SIDE**2, "max_sequence_length": 48
     },
     "FLUX.2-klein": {"guidance_scale": 1.0}, "FLUX.2-dev": {"guidance_scale": 1.0},
+    "FLUX.3": {"guidance_scale": 1.0},
 }  # fmt: skip
 SLOW = "FLUX.2-dev", "Qwen-Image-Edit-Plus"
 """Of which the default suite has a sister."""

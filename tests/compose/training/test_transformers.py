@@ -1,6 +1,9 @@
 """Training LoRAs of transformers: flow matching by hand, files that diffusers opens, and what is refused."""
 
 import json
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +16,30 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from anima import anima_pipeline
+from commands import call
 from components import seeded
 from flux import flux_pipeline
+from flux3 import default_flux3, flux3_pipeline
 from lora_compose import ComposePipeline
+from lora_compose.attention.backbones.joint import unpacked
 from lora_compose.compose.training import TaraTraining, train
 from lora_compose.compose.training.bases import base_of
 from lora_compose.compose.training.batches import batches_of
 from lora_compose.compose.training.learner import Learner, Weights
-from lora_compose.compose.training.model import lora_parameters, preset_of
+from lora_compose.compose.training.loop import Stopped
+from lora_compose.compose.training.model import cast, lora_parameters, preset_of
 from lora_compose.compose.training.preparation import adapt, encode, read_texts
+from lora_compose.pipelines.families.flux3 import ComposeFlux3DistilledPipeline
 from trainings import TRAINED, paint_folder, trained_pipeline, training
 
 SIDE = 32  # pixels: two by two tokens
-FRAMES = "Krea 2", "Qwen-Image"
+FRAMES = "Anima", "Krea 2", "Qwen-Image"
 """Families with a VAE for videos."""
 
 
-SLOW = "Chroma", "Ideogram 4", "FLUX.1 Kontext"
-"""Families of which the default suite trains none: nothing in training is theirs alone."""
+SLOW = "Anima", "Chroma", "FLUX.1 Kontext", "FLUX.3", "Ideogram 4"
+"""Families that the default suite does not train: nothing in training is theirs alone, or there are tests about it."""
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TRAINED])
@@ -84,6 +93,58 @@ def test_the_loss_is_that_of_flow_matching(family: str, folder: Path) -> None:
     assert losses.prior == 0
 
 
+@pytest.mark.parametrize("family", ["Anima", "FLUX.3"], indirect=True)
+def test_the_loss_is_that_of_what_the_modular_pipeline_gets_of_its_transformer(family: str, folder: Path) -> None:
+    """In the second of three steps of diffusers' own call, with a LoRA that changes something."""
+    base = base_of(opened(family))
+    settings = training(folder, "unused", prior_weight=0.0)
+    texts = read_texts(base, settings)
+    material = encode(base, texts, settings, Accelerator(cpu=True))
+    batches = batches_of(material.concept, None, None, seed=0, sizes=(1, 0), noising=base.noising())
+    batch, caption = batches.of(0, 0), texts.images[batches.concept.image(0)].caption
+    adapt(base, settings, None)
+    plain, calls = TRAINED[family].plain(**base.pipe.components), []
+    base.network.register_forward_hook(
+        lambda module, given, named, output: calls.append((named, output[0])), with_kwargs=True
+    )
+    with torch.no_grad():
+        for parameter in lora_parameters(base.network).values():
+            parameter.add_(0.1)
+        plain(
+            prompt=caption, height=SIDE, width=SIDE, num_inference_steps=3, guidance_scale=1.0, output_type="latent",
+            generator=seeded(1),
+        )  # fmt: skip
+    given, velocity = calls[1]
+    noisy = given["hidden_states"]
+    if family == "Anima":  # videos of one frame
+        noisy, velocity = noisy[:, :, 0], velocity[:, :, 0]
+    else:  # patches as tokens
+        noisy, velocity = (unpacked(tokens, (SIDE // 8, SIDE // 8)) for tokens in (noisy, velocity))
+    share = given["timestep"]
+    noise = (noisy - (1 - share) * batch.latents) / share
+    with torch.no_grad():
+        losses = Learner(base.network, base.noising(), Weights())(batch._replace(noise=noise, times=share * 1000))
+    torch.testing.assert_close(losses.total, F.mse_loss(velocity, noise - batch.latents))
+
+
+def test_texts_of_flux3_are_read_as_long_as_they_are(folder: Path) -> None:
+    """In one batch, beside a longer caption and one of the class, each row is predicted as it is alone."""
+    long = " and ".join(["a sks cat on grass"] * 20)
+    (folder / "images" / "0.txt").write_text(long)
+    base = base_of(default_flux3())
+    settings = training(folder, "unused", preserve_class=True)
+    material = encode(base, read_texts(base, settings), settings, Accelerator(cpu=True))
+    batches = batches_of(material.concept, material.prior, None, seed=0, sizes=(2, 1), noising=base.noising())
+    batch = batches.of(0, 0)
+    assert sorted(batch.added["read"][:2].tolist()) == [80, 240]
+    with torch.no_grad():
+        found = base.noising().predict(batch.latents, batch.times, batch.text, batch.added)
+        for row, image in enumerate(map(batches.concept.image, (0, 1))):
+            text, _ = base.texts([long if image == 0 else "a sks cat and a dog"])
+            alone = base.noising().predict(batch.latents[row, None], batch.times[row, None], text, {})
+            torch.testing.assert_close(found[row, None], alone, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("family", ["FLUX.1", "Qwen-Image"], indirect=True)
 def test_the_class_is_kept_as_the_base_model_predicts_it(family: str, folder: Path) -> None:
     """Exactly at the start, where the LoRA changes nothing; afterwards by the distance to the base model."""
@@ -135,6 +196,58 @@ def test_a_file_opens_in_diffusers_and_composes(family: str, folder: Path) -> No
     assert composer.resolve_concepts(["cat"])[0].concept.phrase == "sks cat"
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "scope", "ends"),
+    [
+        (partial(anima_pipeline, concat_padding_mask=True), "cross_kv", ("attn2.to_k", "attn2.to_v")),
+        (default_flux3, "attention", ("to_q", "to_k", "to_v", "to_out.0")),
+    ],
+    ids=["Anima", "FLUX.3"],
+)
+def test_the_command_trains_on_a_modular_pipeline(
+    pipeline: Callable[[], Any], scope: str, ends: tuple[str, ...], folder: Path
+) -> None:
+    """In bf16 with gradient checkpointing, as the preset has it; the file changes the image as diffusers loads it."""
+    pipeline().save_pretrained(folder / "model")
+    path = folder / "cat.safetensors"
+    call(
+        "train", folder / "images", "--out", path, "--trigger", "sks", "--class", "cat", "--model", folder / "model",
+        "--scope", scope, "--steps", 2, "--lr", 0.05, "--resolution", SIDE, "--cpu",
+    )  # fmt: skip
+    assert {name.split(".lora_")[0].endswith(ends) for name in load_file(path)} == {True}
+    made = {"prompt": "a sks cat", "width": SIDE, "height": SIDE, "num_inference_steps": 2, "output_type": "latent"}
+    pipe: Any = ComposePipeline.from_pretrained(folder / "model")
+    before = pipe(**made, generator=seeded(0)).images
+    pipe.load_concept(path)
+    ours = pipe(**made, generator=seeded(0), concepts=["cat"], method="merge").images
+    pipe.load_lora_weights(path)
+    theirs = pipe(**made, generator=seeded(0)).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert (ours - before).abs().max() > 1e-2
+
+
+def test_a_training_on_a_modular_pipeline_resumes_with_the_same_bits(folder: Path) -> None:
+    anima_pipeline().save_pretrained(folder / "model")
+    settings = training(folder, folder / "model", steps=2)
+    whole = load_file(train(training(folder, folder / "model", steps=2, out=folder / "whole.safetensors")))
+    with pytest.raises(Stopped, match="stopped after step 1 of 2"):
+        train(settings, on_step=lambda step, loss: signal.raise_signal(signal.SIGINT))
+    resumed = load_file(train(settings))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
+
+
+def test_layers_that_diffusers_keeps_in_float32_stay_so(tmp_path: Path) -> None:
+    """A network that was cast has the precisions of one that was opened so."""
+    network = flux3_pipeline().transformer
+    network.save_pretrained(tmp_path)
+    cast(network, torch.bfloat16)
+    opened_so = type(network).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    found, expected = ({name: p.dtype for name, p in one.named_parameters()} for one in (network, opened_so))
+    assert found == expected
+    assert set(found.values()) == {torch.bfloat16, torch.float32}
+
+
 def test_what_means_nothing_to_transformers_is_refused(folder: Path) -> None:
     flux_pipeline().save_pretrained(folder / "model")
     cases: dict[str, dict[str, Any]] = {
@@ -145,3 +258,7 @@ def test_what_means_nothing_to_transformers_is_refused(folder: Path) -> None:
         with pytest.raises(ValueError, match=complaint):
             train(training(folder, folder / "model", **{"resolution": SIDE, **fields}))
     assert not (folder / "cat.checkpoint").exists()
+    with pytest.raises(ValueError, match="the method tara takes ordinary LoRAs of Anima"):
+        base_of(anima_pipeline()).check(training(folder, "unused", tara=TaraTraining()))
+    with pytest.raises(ValueError, match=r"FLUX\.3 distilled reads to which time a step leads, .* train on FLUX\.3,"):
+        base_of(flux3_pipeline(ComposeFlux3DistilledPipeline, flow_map=True)).check(training(folder, "unused"))

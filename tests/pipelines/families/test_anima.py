@@ -74,6 +74,13 @@ def test_it_opens_as_diffusers_saves_it_and_the_other_way_round(pipe, tmp_path):
         ComposePipeline.from_pipe(empty_of_vae(plain))
 
 
+def test_a_call_without_concepts_has_the_progress_bar_that_was_set(pipe, capsys):
+    for options, shown in (({}, True), ({"disable": True}, False)):
+        pipe.set_progress_bar_config(**options)
+        latents_of(pipe, **ANIMA.unguided)
+        assert ("2/2" in capsys.readouterr().err) == shown
+
+
 def empty_of_vae(plain: Any) -> Any:
     """A modular pipeline whose VAE has not been loaded."""
     made: Any = type(plain)(blocks=plain.blocks)
