@@ -14,6 +14,7 @@ from recipe.ranks import rank
 
 NO_CAPTION = 0.1  # share of images without words, for classifier-free guidance
 EMA = 0.998
+CHECKED_AT = 10  # steps; outputs that begin as zero let gradients through by then
 Batch = TypeVar("Batch")
 
 
@@ -48,11 +49,23 @@ class AveragedTrainer(ABC, Generic[Batch]):
         """One step, with a share of the learning rate; returns the loss."""
         loss = self.loss(batch)
         loss.backward()
+        if self.step == CHECKED_AT:
+            self._check_gradients()
         self.optimizers.step(share)
         self.step += 1
         kept = min(EMA, self.step / (self.step + 20))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - kept)
         return loss.item()
+
+    def _check_gradients(self) -> None:
+        """Raises ValueError if a weight gets no gradient, or one that is not finite, as compilers may have it."""
+        lost = [
+            name
+            for name, weight in self.models.named_parameters()
+            if weight.grad is None or not 0 < weight.grad.abs().sum() < float("inf")
+        ]
+        if lost:
+            raise ValueError(f"{len(lost)} weights get no gradient, e.g. {lost[0]}")
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a checkpoint."""

@@ -126,30 +126,30 @@ class Routed(nn.Module):
         self.transformer: Any = transformer
 
     def forward(
-        self, latents: Tensor, times: Tensor, text: Tensor, pooled: Tensor, positions: Tensor, kept: Tensor
+        self, latents: Tensor, times: Tensor, text: Tensor, pooled: Tensor, positions: Tensor, kept: int
     ) -> Tensor:
         """The velocity.
 
         Args:
-            latents: Shape: [images, tokens, channels].
+            latents: Tokens of each image, in any order. Shape: [images, tokens, channels].
             times: From 0 to 1. Shape: [images].
             text: Shape: [images, words, channels].
             pooled: Shape: [images, channels].
             positions: Of the image's tokens. Shape: [tokens, 3].
-            kept: Numbers of the tokens that go through all blocks, in order.
+            kept: So many of the first tokens go through all blocks.
         """
         model, words = self.transformer, text.shape[1]
         embedding = model.time_text_embed(1000 * times, pooled)
         hidden, text = model.x_embedder(latents), model.context_embedder(text)
         rotary = model.pos_embed(torch.cat((torch.zeros(words, 3), positions)))
-        of_kept = tuple(torch.cat((part[:words], part[words:][kept])) for part in rotary)
+        of_kept = tuple(part[: words + kept] for part in rotary)
         blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
         for block in blocks[:FIRST]:
             text, hidden = block(hidden, text, embedding, rotary)
-        some = hidden[:, kept]
+        some, others = hidden[:, :kept], hidden[:, kept:]
         for block in blocks[FIRST:-LAST]:
             text, some = block(some, text, embedding, of_kept)
-        hidden = hidden.index_copy(1, kept, some)
+        hidden = torch.cat((some, others), 1)
         for block in blocks[-LAST:]:
             text, hidden = block(hidden, text, embedding, rotary)
         return model.proj_out(model.norm_out(hidden, embedding))
@@ -181,6 +181,8 @@ class TransformerTrainer(AveragedTrainer[Batch]):
     def loss(self, batch: Batch) -> Tensor:
         """The error of the velocity."""
         clean, rng = packed(batch.latents), self.generator
+        order = torch.randperm(clean.shape[1], generator=rng)
+        clean, positions = clean[:, order], image_positions(batch.latents)[order]
         left_out = (torch.rand(len(clean), generator=rng) < NO_CAPTION).tolist()
         captions = ["" if out else text for text, out in zip(batch.captions, left_out, strict=True)]
         words = self._ids(self.pipe.tokenizer_2, captions, MAX_TOKENS)
@@ -188,12 +190,10 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         times = torch.rand(len(clean), generator=rng)
         times[::2] = times[::2].lerp(torch.ones(1), LAYOUT_FROM)
         noise = torch.randn(clean.shape, generator=rng)
-        tokens = clean.shape[1]
-        kept = torch.randperm(tokens, generator=rng)[: round(KEPT * tokens)].sort().values
         with cpu_autocast(), quick_attention():
             predicted = self.routed(
                 clean.lerp(noise, times.view(-1, 1, 1)), times, self.t5(words)[0], self.clip(clip_words).pooler_output,
-                image_positions(batch.latents), kept,
+                positions, round(KEPT * len(order)),
             )  # fmt: skip
         return (predicted.float() - (noise - clean)).pow(2).mean()
 

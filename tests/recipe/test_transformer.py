@@ -1,9 +1,12 @@
 """Training of the small transformer."""
 
+import pytest
 import torch
+from torch import Tensor, nn
 
 from flux import flux_pipeline
 from lora_compose.attention.backbones.joint import image_positions, packed
+from recipe.averaged import CHECKED_AT, AveragedTrainer
 from recipe.transformer import Routed
 
 
@@ -18,8 +21,25 @@ def test_with_all_tokens_in_all_blocks_the_velocity_is_that_of_diffusers() -> No
         tokens, text, pooled, times, img_ids=positions, txt_ids=torch.zeros(5, 3), return_dict=False
     )[0]
     routed = Routed(transformer)
-    velocity = routed(tokens, times, text, pooled, positions, torch.arange(tokens.shape[1]))
+    velocity = routed(tokens, times, text, pooled, positions, kept=16)
     torch.testing.assert_close(velocity, expected, rtol=0, atol=1e-6)
-    some = routed(tokens, times, text, pooled, positions, torch.arange(0, tokens.shape[1], 2))
+    order = torch.randperm(16)
+    mixed = routed(tokens[:, order], times, text, pooled, positions[order], kept=16)
+    torch.testing.assert_close(mixed, expected[:, order], rtol=0, atol=1e-6)
+    some = routed(tokens, times, text, pooled, positions, kept=8)
     assert some.shape == expected.shape
     assert not torch.allclose(some, expected, atol=1e-3)
+
+
+def test_a_weight_that_gets_no_gradient_is_named() -> None:
+    used, unused = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    class Trainer(AveragedTrainer[Tensor]):
+        def loss(self, batch: Tensor) -> Tensor:
+            return used(batch).pow(2).mean()
+
+    trainer = Trainer([used, unused], lambda name, weight: weight.ndim == 2, 0.01, 0)
+    for _ in range(CHECKED_AT):
+        trainer.learn(torch.randn(3, 2), 1.0)
+    with pytest.raises(ValueError, match=r"2 weights get no gradient, e\.g\. 1\.weight"):
+        trainer.learn(torch.randn(3, 2), 1.0)
