@@ -34,7 +34,7 @@ MAX_TOKENS = 32
 SHIFT = 1.0  # of the timesteps, when images are made
 LAYOUT_FROM = 0.7
 """Times from which on it is decided what is where; half of a batch has such a time."""
-KEPT = 0.5  # share of an image's tokens that go through all blocks in training
+KEPT = 0.5  # share of an image's tokens that go through all blocks in training, in whole sixteens
 FIRST, LAST = 1, 2  # blocks at both ends that all tokens go through
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'-"
 ENDING = "</w>"  # of words in CLIP's vocabulary
@@ -193,7 +193,7 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         with cpu_autocast(), quick_attention():
             predicted = self.routed(
                 clean.lerp(noise, times.view(-1, 1, 1)), times, self.t5(words)[0], self.clip(clip_words).pooler_output,
-                positions, round(KEPT * len(order)),
+                positions, 16 * round(KEPT * len(order) / 16),
             )  # fmt: skip
         return (predicted.float() - (noise - clean)).pow(2).mean()
 
