@@ -15,7 +15,6 @@ from components import seeded
 from flux3 import FLUX3, FLUX3_DISTILLED, flux3_transformer
 from lora_compose import ComposePipeline, Concept, Merge, Tara
 from lora_compose.attention import backbone_of
-from lora_compose.compose.training.bases import base_of
 from lora_compose.pipelines.families import ComposeFlux3DistilledPipeline, ComposeFlux3Pipeline
 from lora_compose.pipelines.formats.transformer_names import original_layers, swaps_halves
 from transformer_families import (
@@ -269,9 +268,3 @@ def test_without_concepts_a_list_of_one_prompt_is_that_prompt_and_there_are_no_c
         latents_of(pipe, callback_on_step_end=lambda *_: {}, **given)
     with pytest.raises(ValueError, match=r"models of FLUX\.3 are opened with quantize='fp8' or without"):
         type(pipe).from_pretrained("nowhere", quantize="nf4")
-
-
-def test_it_is_not_trained_here(pipe):
-    settings: Any = None  # none of which is looked at
-    with pytest.raises(ValueError, match=r"FLUX\.3 is not trained here yet; its LoRAs come from other trainers"):
-        base_of(pipe).check(settings)
