@@ -48,14 +48,14 @@ class Clocked:
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser, self.step, self.seconds, self._first = denoiser, denoiser.step, 0.0, True
+        self.denoiser, self.step, self.seconds = denoiser, denoiser.step, 0.0
 
     def learn(self, batch: Batch, share: float) -> float:
-        """One step; the first of a process does not count, since it may compile."""
+        """One step, with a share of the learning rate; returns the loss."""
         start = time.process_time()
         loss = self.denoiser.learn(batch, share)
-        self.step, self._first, first = self.denoiser.step, False, self._first
-        self.seconds += 0.0 if first else ranks() * (time.process_time() - start)
+        self.step = self.denoiser.step
+        self.seconds += ranks() * (time.process_time() - start)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
