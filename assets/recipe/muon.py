@@ -1,7 +1,7 @@
 """Muon for weights of any shape: momentum, then the nearest semi-orthogonal matrix (Jordan et al. 2024).
 
 `torch.optim.Muon` takes matrices alone; here a convolution counts as the matrix [out, in * k * k]. Four iterations,
-each with its own polynomial (Amsel et al. 2025), take two thirds of the time of Jordan's five and are as exact.
+each with its own polynomial (Amsel et al. 2025), replace Jordan's five.
 """
 
 from collections.abc import Iterable

@@ -115,8 +115,6 @@ def quick_attention() -> Iterator[None]:
 class Routed(nn.Module):
     """A FLUX transformer in which some of an image's tokens skip the blocks in the middle (Krause et al. 2025).
 
-    It learns as much from a step, and a step takes three quarters of the time.
-
     Args:
         transformer: Its weights.
     """
@@ -172,11 +170,6 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         self.t5: Any = pipe.text_encoder_2
         self.routed = Routed(pipe.transformer)
 
-    def _ids(self, tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
-        return tokenizer(
-            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-
     def loss(self, batch: Batch) -> Tensor:
         """The error of the velocity."""
         clean, rng = packed(batch.latents), self.generator
@@ -184,8 +177,8 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         clean, positions = clean[:, order], image_positions(batch.latents)[order]
         left_out = (torch.rand(len(clean), generator=rng) < NO_CAPTION).tolist()
         captions = ["" if out else text for text, out in zip(batch.captions, left_out, strict=True)]
-        words = self._ids(self.pipe.tokenizer_2, captions, MAX_TOKENS)
-        clip_words = self._ids(self.pipe.tokenizer, captions, self.pipe.tokenizer.model_max_length)
+        words = _ids(self.pipe.tokenizer_2, captions, MAX_TOKENS)
+        clip_words = _ids(self.pipe.tokenizer, captions, self.pipe.tokenizer.model_max_length)
         times = torch.rand(len(clean), generator=rng)
         times[::2] = times[::2].lerp(torch.ones(1), LAYOUT_FROM)
         noise = torch.randn(clean.shape, generator=rng)
@@ -200,6 +193,10 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
         parts = (self.pipe.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae)
         self.write(self.pipe, parts, out)
+
+
+def _ids(tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def _is_inner(name: str, weight: Tensor) -> bool:
