@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from lora_compose.compose.support.terminal import echo, err
 
-_LIBRARIES = ("lora_compose", "uvicorn", "asyncio", "diffusers", "transformers")
+# uvicorn's own two by name: where Streamlit was imported, each has a handler and does not propagate.
+_LIBRARIES = ("lora_compose", "uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "diffusers", "transformers")
 _MOST_OF_ONE = 8000  # letters of a record; of a longer traceback the end is kept
 
 

@@ -35,10 +35,11 @@ def test_the_log_says_why_an_image_failed(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_log_is_bounded_however_much_goes_wrong(
-    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = logging.getLogger("uvicorn.error")
     caplog.set_level(logging.WARNING, bad.name)  # the server's; other tests may have set another
+    monkeypatch.setattr(bad, "propagate", False)  # as where Streamlit was imported
     begun = time.monotonic()
     with bounded_log(BoundedLog(burst=400, rate=200.0)):
         for _ in range(1000):
