@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 
-from components import save_lora, small_pipeline, xl_pipeline
+from components import FAMILIES, WHOLE, save_lora
 from lora_compose.attention import Lora
 from lora_compose.compose.generate import models
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_lora, playground_model
@@ -57,9 +57,15 @@ def family() -> str:
 
 
 @pytest.fixture
-def pipe(family: str) -> Any:
+def whole() -> bool:
+    """Whether the UNet has all levels of its family, or only two: True where a test is parametrised so."""
+    return False
+
+
+@pytest.fixture
+def pipe(family: str, whole: bool) -> Any:
     """A small pipeline with random weights, new for every test."""
-    pipe = small_pipeline() if family == "sd" else xl_pipeline()
+    pipe = (WHOLE if whole else FAMILIES)[family]()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -104,9 +110,10 @@ def playgrounds_opened_once() -> Iterator[None]:
 
 
 @pytest.fixture
-def plain_pipe(family: str) -> Any:
+def plain_pipe(family: str, whole: bool) -> Any:
     """diffusers' own pipeline with the same weights as `pipe`."""
-    pipe = small_pipeline(StableDiffusionPipeline) if family == "sd" else xl_pipeline(StableDiffusionXLPipeline)
+    made = (WHOLE if whole else FAMILIES)[family]
+    pipe = made(StableDiffusionPipeline if family == "sd" else StableDiffusionXLPipeline)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -36,6 +36,8 @@ FIXED = (*ONE_PASS, "switch", "composite")
 UPDATES = LoraComposer(least_updates=1.0)
 
 BOTH = pytest.mark.parametrize("family", FAMILIES)
+ALL_LEVELS = pytest.mark.parametrize("whole", [True], ids=["whole"])
+"""With a UNet of all levels (`components.WHOLE`), for what depends on maps of the grid that Stable Diffusion has."""
 EVERY = pytest.mark.parametrize(
     ("family", "method"),
     [

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from comparisons import assert_close
 from components import seeded
+from composing import ALL_LEVELS
 from lora_compose.pipelines.denoising.attention_log import masks_of
 from reference import add_reference
 from three_concepts import PHRASES, PROMPT, WEIGHTS, denoise, full_gates, load, loras_of, token_rows
@@ -26,6 +27,7 @@ class Capture(AttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
+@ALL_LEVELS
 @pytest.mark.parametrize(("guidance_scale", "width", "height"), [(5.0, 128, 128), (5.0, 96, 64), (1.0, 64, 96)])
 def test_recorded_attention_is_that_of_diffusers(pipe, plain_pipe, write_lora, guidance_scale, width, height):
     names = ["cat", "dog", "bear"]

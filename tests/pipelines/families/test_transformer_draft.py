@@ -49,8 +49,10 @@ def regions(masks: Tensor) -> list[Concept]:
     return [Concept(name=name, region=mask) for name, mask in zip(("cat", "dog"), images, strict=True)]
 
 
-@pytest.mark.parametrize("reading", ["scene", "regions"])
-@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+@pytest.mark.parametrize(("reading", "guided"), [
+    ("scene", True), ("regions", False),
+    pytest.param("scene", False, marks=pytest.mark.slow), pytest.param("regions", True, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, division, reading, guided):
     guidance = family.guided if guided else family.unguided
     noise = torch.randn(2, 4, 16, 16, generator=seeded(1))

@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from comparisons import far_apart
-from components import State, random_lora, save_lora, seeded, small_pipeline, with_library
+from components import State, random_lora, save_lora, seeded, small_pipeline, tiny_pipeline, with_library
+from composing import ALL_LEVELS
 from lora_compose.attention import Lora
 from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
@@ -65,18 +66,24 @@ def load(tmp_path: Path) -> Callable[..., dict[str, Lora]]:
 
 
 @pytest.fixture(scope="module")
-def with_both(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A pipeline with the concepts "cat" and "dog", from which the others take them."""
-    pipe, folder = small_pipeline(), tmp_path_factory.mktemp("loras")
-    pipe.loras = [loaded(folder, pipe, name, trigger, text=True) for name, trigger in (("cat", "sks"), ("dog", "zwx"))]
-    return pipe
+def with_both(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Any]:
+    """Pipelines with the concepts "cat" and "dog", from which the others take them."""
+
+    @cache
+    def made(whole: bool) -> Any:
+        pipe, folder = (small_pipeline if whole else tiny_pipeline)(), tmp_path_factory.mktemp("loras")
+        words = (("cat", "sks"), ("dog", "zwx"))
+        pipe.loras = [loaded(folder, pipe, name, trigger, text=True) for name, trigger in words]
+        return pipe
+
+    return made
 
 
 @pytest.fixture
-def composer(pipe, with_both) -> ComposeStableDiffusionPipeline:
+def composer(pipe, whole, with_both) -> ComposeStableDiffusionPipeline:
     """A small pipeline with the concepts "cat" and "dog", whose LoRAs change the text encoder as well."""
-    pipe.loras = with_both.loras
-    return with_library(pipe, with_both.library)
+    pipe.loras = with_both(whole).loras
+    return with_library(pipe, with_both(whole).library)
 
 
 def call(pipe: Any, prompt: str | list[str] = PROMPT, **arguments: Any) -> Any:
@@ -202,6 +209,7 @@ class WrittenOut:
         return latents
 
 
+@ALL_LEVELS
 def test_official_is_what_the_authors_do(composer, plain_pipe):
     guidance = 3.0
     written = WrittenOut(plain_pipe, composer.loras, guidance=guidance)
@@ -220,6 +228,7 @@ def test_official_is_what_the_authors_do(composer, plain_pipe):
 # Against other methods, and against itself
 
 
+@ALL_LEVELS
 def test_regions_are_those_of_lora_composer_with_the_same_masks_and_texts(composer, tmp_path):
     settings = Clora(step_size=0, threshold=THETA, exclusive=False, mask_until=0)
     found = call(composer, method=settings, record_attention=True)
@@ -338,6 +347,7 @@ def test_guidance_may_be_switched_off_on_the_way(composer, settings):
     assert far_apart(found, latents_of(composer, method=settings))
 
 
+@ALL_LEVELS
 @pytest.mark.parametrize("settings", [REGIONS, BRANCHES], ids=["regions", "branches"])
 def test_maps_and_masks_of_every_step_come_back_on_the_grid_of_the_canvas(composer, load, settings):
     load(composer, "style", None)
@@ -359,6 +369,7 @@ def started(composer: Any, settings: Clora, **arguments: Any) -> Any:
     return method.process
 
 
+@ALL_LEVELS
 def test_the_map_of_a_cell_stays_where_the_cell_is(composer):
     """Rows are rows and columns are columns, on a canvas that is not square."""
     process = started(composer, replace(MASKS_ONLY, threshold=0.0), width=192, height=128)
@@ -367,6 +378,7 @@ def test_the_map_of_a_cell_stays_where_the_cell_is(composer):
     assert torch.equal(found[0, 0, 0], torch.arange(24.0).view(4, 6))
 
 
+@ALL_LEVELS
 def test_maps_of_both_halves_are_averaged_as_the_authors_do(composer):
     process = started(composer, OFFICIAL)
     tokens = process._all_rows(STEP).tokens
@@ -431,6 +443,7 @@ def test_words_that_make_the_mask_can_be_named(composer):
 # Gradients
 
 
+@ALL_LEVELS
 def test_the_gradient_is_the_slope_of_the_loss(composer):
     def look(process: Any, latents: Tensor, step: Step) -> None:
         denoiser, request = process.session.denoiser, MapRequest(process.words.token_weights)

@@ -1,8 +1,9 @@
 """Draft against independent references: maps of plain diffusers, and methods that are given the boxes found."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -19,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from comparisons import assert_close, far_apart
-from components import random_lora, save_lora, seeded, small_pipeline, text_loras, with_library
+from components import random_lora, save_lora, seeded, small_pipeline, text_loras, tiny_pipeline, with_library
+from composing import ALL_LEVELS
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
 from lora_compose.pipelines.methods.draft import draft_only
 from lora_compose.pipelines.methods.region_bias import region_bias
@@ -34,21 +36,26 @@ CATS = "a sks cat and a zwx cat on grass"
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Any]:
     """The concepts "cat" and "dog", and "kitten", whose class is that of the cat."""
-    pipe, folder = small_pipeline(), tmp_path_factory.mktemp("loras")
-    for seed, (name, trigger, noun) in enumerate(
-        (("cat", "sks", "cat"), ("dog", "zwx", "dog"), ("kitten", "zwx", "cat"), ("bear", "xlo", "bear"))
-    ):
-        parts = {"unet": random_lora(pipe.unet, seed, size=0.2), **text_loras(pipe, seed, size=0.2)}
-        file = save_lora(folder / f"{name}.safetensors", **parts)
-        pipe.load_concept(file, name, trigger=trigger, class_word=noun)
-    return pipe.library
+
+    @cache
+    def made(whole: bool) -> Any:
+        pipe, folder = (small_pipeline if whole else tiny_pipeline)(), tmp_path_factory.mktemp("loras")
+        for seed, (name, trigger, noun) in enumerate(
+            (("cat", "sks", "cat"), ("dog", "zwx", "dog"), ("kitten", "zwx", "cat"), ("bear", "xlo", "bear"))
+        ):
+            parts = {"unet": random_lora(pipe.unet, seed, size=0.2), **text_loras(pipe, seed, size=0.2)}
+            file = save_lora(folder / f"{name}.safetensors", **parts)
+            pipe.load_concept(file, name, trigger=trigger, class_word=noun)
+        return pipe.library
+
+    return made
 
 
 @pytest.fixture
-def composer(pipe, library) -> Any:
-    return with_library(pipe, library)
+def composer(pipe, whole, library) -> Any:
+    return with_library(pipe, library(whole))
 
 
 def call(pipe: Any, concepts: Sequence[Any] = ("cat", "dog"), prompt: Any = PROMPT, **arguments: Any) -> Any:
@@ -121,6 +128,7 @@ def plain_maps(pipe: Any, steps: int, of: int, guidance: float) -> Tensor:
     return torch.stack(found).mean(dim=0)
 
 
+@ALL_LEVELS
 @pytest.mark.parametrize(("length", "drafted"), [(0.3, 3), (0.5, 4), (2, 2), (0.01, 1)])
 def test_the_maps_are_those_of_plain_diffusers_in_the_first_steps(composer, plain_pipe, dividing, length, drafted):
     call(composer, method=Draft(length=length), num_inference_steps=8, guidance_scale=4.0)
@@ -201,6 +209,7 @@ def test_a_prompt_of_its_own_is_read(composer):
     assert far_apart(call(composer, (negative, "dog")).images, call(composer, method=Draft(reading="regions")).images)
 
 
+@ALL_LEVELS
 def test_a_given_region_is_kept_and_the_rest_is_found_around_it(composer, dividing):
     box = Concept(name="cat", region=(0, 0, 48, 128))
     output = call(composer, (box, "dog", "bear"), f"{PROMPT} beside a xlo bear", record_attention=True)
@@ -237,6 +246,7 @@ def test_with_a_region_for_each_subject_nothing_is_drafted(composer):
     assert torch.equal(found.images, call(composer).images)
 
 
+@ALL_LEVELS
 def test_the_bias_draws_cells_to_the_words_of_their_subject(composer):
     concepts = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
     maps = {
@@ -376,6 +386,7 @@ def test_the_nearest_centre_owns_a_cell():
     assert owner[7, 4] == 2
 
 
+@ALL_LEVELS
 @pytest.mark.parametrize("division", ["strips", "nearest"])
 def test_with_a_mask_image_what_is_painted_is_divided(composer, dividing, division):
     given = {"image": Image.new("RGB", (128, 128), "gray"), "mask_image": (64, 0, 128, 128), "strength": 1.0}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from comparisons import assert_close, far_apart
 from components import EVERYTHING, random_lora, sdxl_unet, seeded, text_loras
+from composing import ALL_LEVELS
 from lora_compose.attention import RegionAttention, TextBias, backbone_of
 from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.process import constant_gates, one_text
@@ -110,6 +111,7 @@ def test_similarities_are_those_of_the_formulas(share, temperature):
         assert_close(found[image], 15 * (expected / scale).softmax(dim=1))
 
 
+@ALL_LEVELS
 def test_the_block_of_sdxl_is_the_published_one(pipe):
     block = "up_blocks.0.attentions.0.transformer_blocks.3"
     assert block_read(backbone_of(sdxl_unet())) == (f"{block}.attn2", f"{block}.attn1")
@@ -167,6 +169,7 @@ def masks_of_plain_diffusers(pipe: Any, steps: int, of: int, words: Any, tempera
     return balanced(16 * alike.softmax(dim=1).unflatten(1, (4, 4))[None])[0]
 
 
+@ALL_LEVELS
 @pytest.mark.parametrize(
     ("settings", "words", "scheduler"),
     [

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from comparisons import assert_close, far_apart
 from components import ATTENTION, EVERYTHING, State, random_lora, save_lora, seeded, tiny_pipeline, with_library
+from composing import ALL_LEVELS
 from lora_compose.attention import Lora
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import make_method
@@ -317,6 +318,7 @@ SCENES = {
 }
 
 
+@ALL_LEVELS
 @pytest.mark.parametrize(
     ("scene", "method"),
     [*((scene, LoraComposer()) for scene in SCENES), ("one cell", LoraComposer.official())],
