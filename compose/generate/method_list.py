@@ -42,7 +42,7 @@ def show_methods(method: str | None) -> None:
 
 def needs_of(name: str) -> str:
     """What a method needs of model and concepts, in words."""
-    unet = ["a UNet (Stable Diffusion)"] if METHODS[name]().needs.region_attention else []
+    unet = ["a UNet (Stable Diffusion) or Anima"] if METHODS[name]().needs.region_attention else []
     return " and ".join([*unet, *([NEEDS[name]] if name in NEEDS else [])]) or "nothing"
 
 

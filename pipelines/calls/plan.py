@@ -190,8 +190,8 @@ def _plan(
     needs = choice.method.needs
     if needs.region_attention and not backbone.reads_regions:
         raise ValueError(
-            f"{name_of(choice.method)[0]} needs region attention or gradients, which work with SD 1.x, SD 2.x and SDXL "
-            "only; use draft, which needs no regions, regional with a region for each subject, or tara"
+            f"{name_of(choice.method)[0]} needs cross-attention that reads a text for each region, which UNets and "
+            "Anima have; use draft, which needs no regions, regional with a region for each subject, or tara"
         )
     if needs.gradients and torch.is_inference_mode_enabled():
         raise ValueError(

@@ -178,6 +178,8 @@ class ImageTasksPipeline(ComposePipeline):
         pipe = _with_properties_of(self, kind)(**parts, **options)
         kept = ("watermark", "_progress_bar_config")
         pipe.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
+        prepares: Any = self.image_processor.config  # which a program may have replaced by another
+        pipe.image_processor.register_to_config(**{name: prepares[name] for name in _PREPARES if name in prepares})
         return pipe
 
     def _check_start(self, given: FromImage | None) -> None:
@@ -319,6 +321,7 @@ def _with_properties_of(host: Any, kind: Any) -> Any:
     return type(kind.__name__, (kind,), {name: shared(name) for name in _OF_A_CALL})
 
 
+_PREPARES = ("do_resize", "resample", "do_normalize", "do_convert_rgb")  # settings of an image processor
 _PIL_ONLY = "padding_mask_crop and paste_original give PIL images; leave output_type='pil'"
 
 

@@ -152,7 +152,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
         )  # fmt: skip
-        self._check_model()
+        self._check_model(pooled_prompt_embeds)
         given = GivenPrompts(
             None if prompt_embeds is not None else self._texts(prompt, prompt_2), prompt_embeds,
             negative=[listed(negative_prompt), listed(negative_prompt_2)],
@@ -206,12 +206,14 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
 
         return Request(call, encode, decode, return_dict)
 
-    def _check_model(self) -> None:
+    def _check_model(self, pooled: Tensor | None) -> None:
         """Raises ValueError for UNets that take something else than pooled text and six numbers, as the refiner's."""
         config, encoder = self.unet.config, self.text_encoder_2
-        taken, numbers = config.projection_class_embeddings_input_dim, 6 * (config.addition_time_embed_dim or 0)
-        pooled = taken if encoder is None else numbers + encoder.config.projection_dim
-        if config.addition_embed_type != "text_time" or taken != pooled:
+        encoded = None if encoder is None else encoder.config.projection_dim
+        width = encoded if pooled is None else pooled.shape[-1]
+        taken = config.projection_class_embeddings_input_dim
+        numbers = None if width is None or taken is None else taken - width
+        if config.addition_embed_type != "text_time" or numbers not in (None, 6 * config.addition_time_embed_dim):
             raise ValueError(
                 "this UNet does not take the pooled text and the six sizes of SDXL's base model; concepts need the "
                 "base model, and the refiner can refine the images afterwards"

@@ -199,7 +199,7 @@ def _for_regions(
         return _chosen(LoraComposer(), f"{reason}, and {others} stays outside of it" if others else reason)
     why = "prompt_embeds are given instead of a prompt" if prompts is None else "not every one has a trigger"
     why = why if gradients else "lora-composer takes gradients, which torch.inference_mode has not"
-    why = why if region_attention else "lora-composer needs a UNet"
+    why = why if region_attention else "lora-composer needs a UNet or Anima"
     if others:
         warn(f"without a region, {others} acts on the whole image, also inside the regions of others")
     return _chosen(Regional(), f"{reason}, and {why}")

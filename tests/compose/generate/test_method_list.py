@@ -16,7 +16,7 @@ def test_every_method_is_listed_with_what_it_needs() -> None:
         assert f"{name}: " in told
         assert f"needs {needs_of(name)}; settings: " in told
     assert set(NEEDS) <= set(METHODS)
-    assert needs_of("clora").startswith("a UNet (Stable Diffusion) and a trigger")
+    assert needs_of("clora").startswith("a UNet (Stable Diffusion) or Anima and a trigger")
     assert needs_of("merge") == "nothing"
 
 

@@ -83,7 +83,7 @@ def test_what_a_model_cannot_do_is_said_at_once_and_in_words(method):
     pipe, given = PIPELINES["flux"](), arguments("flux", method)
     pipe.plan(**arguments("flux"))
     before, start = state(pipe), time.process_time()
-    with pytest.raises(ValueError, match="SDXL only; use draft") as planned:
+    with pytest.raises(ValueError, match="UNets and Anima have; use draft") as planned:
         pipe.plan(**given)
     assert time.process_time() - start < 0.1
     assert state(pipe) == before

@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
 )
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -103,6 +104,19 @@ def test_without_concepts_a_part_of_the_image_is_enlarged_as_in_diffusers(family
     given = task(True) | {"padding_mask_crop": 4, "output_type": "pil"}
     ours, theirs = (run(pipe, **given).images for pipe in (composer_of(family), diffusers_pipe(family, True)))
     assert same_bits(ours, theirs)
+
+
+@SDXL_SLOW
+@pytest.mark.parametrize("concepts", [None, BOXED])
+def test_an_image_processor_that_replaced_the_models_prepares_the_image(family: str, concepts: Any) -> None:
+    pipe = copy.copy(composer_of(family))
+    pipe.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+    pixels = torch.rand(1, 3, 128, 128, generator=seeded(5))
+    found = run(pipe, image=pixels, strength=0.5, generator=seeded(1), concepts=concepts).images
+    generator = seeded(1)
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.sample(generator) * pipe.vae.config.scaling_factor
+    assert_close(found, run(pipe, image=latents, strength=0.5, generator=generator, concepts=concepts).images)
 
 
 @TASKS
