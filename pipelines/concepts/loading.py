@@ -180,8 +180,10 @@ def _matched(
     file: LoraFile, part: Part, model: nn.Module | None, layers: Sequence[Layer]
 ) -> tuple[dict[str, Layer], list[str]]:
     """Layers of the file by the name of the model's layer that they mean, and the keys that mean none."""
-    known = {} if model is None else spellings(model, part)
-    sites = backbone_of(model).sites if part in MODEL_PARTS and model is not None else None
+    if model is None:
+        return {}, [key for layer in layers for key in layer.keys]
+    known = spellings(model, part)
+    sites = backbone_of(model).sites if part in MODEL_PARTS else None
     matched: dict[str, Layer] = {}
     left_over: list[str] = []
     for layer in layers:
@@ -199,11 +201,9 @@ def _matched(
     return matched, left_over
 
 
-def _shared_out(
-    file: LoraFile, model: nn.Module | None, layer: Layer, names: Sequence[str]
-) -> Iterable[tuple[str, Layer]]:
+def _shared_out(file: LoraFile, model: nn.Module, layer: Layer, names: Sequence[str]) -> Iterable[tuple[str, Layer]]:
     """The part of a file's layer that belongs to each of the model's, whose outputs follow one another in it."""
-    if len(names) == 1 or model is None:
+    if len(names) == 1:
         return [(name, replace(layer, swapped=swaps_halves(name, layer.module))) for name in names]
     sizes = [weight_shape(uncompiled(model), name)[0] for name in names]
     try:

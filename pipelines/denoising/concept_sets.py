@@ -62,7 +62,7 @@ class Joined:
     """Processes with fixed passes, run together.
 
     Attributes:
-        processes: The process of each.
+        processes: One for each concept set.
         text: The text that callbacks see.
     """
 
@@ -136,7 +136,7 @@ class SetBySet:
     """Processes of several concept sets, run one after the other.
 
     Attributes:
-        processes: The process of each.
+        processes: One for each concept set.
         text: The text that callbacks see.
     """
 

@@ -192,12 +192,12 @@ class Denoiser:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
         gradient = self.differentiate(latents, step, prepared, request, loss, whole=whole)
-        wanted = gradient.losses.new_empty(0) if readout is None else readout(gradient.maps)
-        known = [gradient.losses, gradient.direction.isfinite().all()[None], wanted.flatten()]
+        further = gradient.losses.new_empty(0) if readout is None else readout(gradient.maps)
+        known = [gradient.losses, gradient.direction.isfinite().all()[None], further.flatten()]
         losses, finite, read = torch.cat(known).cpu().split([len(values) for values in known])
         if not finite:
             raise ValueError(f"the gradient at step {step.index} is not finite; try float32 or a smaller step size")
-        return replace(gradient, losses=losses, readout=None if readout is None else read.view(wanted.shape))
+        return replace(gradient, losses=losses, readout=None if readout is None else read.view(further.shape))
 
     def differentiate(
         self,
@@ -217,9 +217,9 @@ class Denoiser:
         # In half precision small gradients would become 0 on their way back.
         lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
         wanted = _Differentiated(scaled, step, batches, self._recorder(request), lambda maps: loss(maps) * lift, whole)
-        differentiate = self._together if prepared.spec.branch_batch_size is None else self._in_turn
+        run = self._together if prepared.spec.branch_batch_size is None else self._in_turn
         with self._frozen(), self._advice():
-            losses, gradient, output, maps = differentiate(prepared.spec, wanted)
+            losses, gradient, output, maps = run(prepared.spec, wanted)
         self.cost.rows_backward += text.rows
         gradient = gradient.float() / lift / per_latent
         maps = maps.detached()

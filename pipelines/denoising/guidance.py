@@ -48,7 +48,7 @@ class Embedded:
     scale = 1.0
 
     def unguided(self, timesteps: Sequence[Tensor] | Tensor) -> Collection[int]:
-        """No passes but those that the scale leaves unguided."""
+        """None: the scale is the same in all steps."""
         return ()
 
     def combine(self, prediction: Prediction, step: Step) -> Tensor:
@@ -63,7 +63,7 @@ class ClassifierFree:
     scale: float
 
     def unguided(self, timesteps: Sequence[Tensor] | Tensor) -> Collection[int]:
-        """No passes but those that the scale leaves unguided."""
+        """None: the scale is the same in all steps."""
         return ()
 
     def combine(self, prediction: Prediction, step: Step) -> Tensor:
@@ -90,11 +90,11 @@ class ScaleByStep:
 
     @property
     def scale(self) -> float:
-        """The largest one."""
+        """The largest scale of a step."""
         return max(self.scales)
 
     def unguided(self, timesteps: Sequence[Tensor] | Tensor) -> Collection[int]:
-        """The passes whose scale is 1."""
+        """The timesteps whose scale is 1."""
         return frozenset(index for index, scale in enumerate(self.scales) if scale == 1)
 
     def combine(self, prediction: Prediction, step: Step) -> Tensor:

@@ -120,12 +120,12 @@ class Draft(Settings):
         return self.bias if self.bias is not None else 1.0 if canvas.backbone.joint is None else 0.0
 
     def _restart(self, session: Session) -> "Restart":
-        if not self._reads_regions(session):
+        if not self._texts_by_region(session):
             return _by_scene(self, session)
         joint = session.canvas.backbone.joint
         return _by_regions(self, session) if joint is None else _by_segments(self, session, joint)
 
-    def _reads_regions(self, session: Session) -> bool:
+    def _texts_by_region(self, session: Session) -> bool:
         if self.reading != "auto":
             return self.reading == "regions"
         subjects = [session.concepts.concepts[i] for i in session.concepts.subjects]

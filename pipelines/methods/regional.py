@@ -86,7 +86,7 @@ class Regional(Settings):
             )
             return FixedPasses(session, [[(spec, 1.0)]], text_for_callbacks=texts.base)
 
-        joint = self._reads_regions(session)
+        joint = self._own_site(session)
         if joint is None:
             return passes(shared_text(session))
         owners = [i for i, whole in enumerate(everywhere) if not whole]
@@ -98,7 +98,7 @@ class Regional(Settings):
         by_image = [passes(read(texts.of_image(image)), image) for image in range(canvas.images)]
         return ImageByImage(by_image, texts.base)
 
-    def _reads_regions(self, session: Session) -> Site | None:
+    def _own_site(self, session: Session) -> Site | None:
         """How text and image lie in one sequence, if each region reads its own text; None if all read one."""
         joint = session.canvas.backbone.joint
         unnamed = _unnamed(session)

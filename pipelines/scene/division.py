@@ -57,10 +57,9 @@ def divided(
 def _seated(masks: Tensor, centres: Tensor, free: Tensor) -> Tensor:
     """A division in which every subject has a cell: one without takes the nearest of those that have several.
 
-    There are such where many subjects share a small canvas, or two have the same centre. Args and shape: as `strips`.
+    A subject has none where many share a small canvas, or two have the same centre. Args and shape: as `strips`.
     """
-    sides = torch.tensor(free.shape)
-    cells = torch.stack(torch.meshgrid(*(torch.arange(int(side)) + 0.5 for side in sides), indexing="ij"), dim=-1)
+    sides, cells = torch.tensor(free.shape), _cell_centres(free.shape)
     for n in (~masks.flatten(1).any(dim=1)).nonzero()[:, 0].tolist():
         several = masks.sum(dim=(1, 2), keepdim=True) > 1
         away = (cells - centres[n] * sides).square().sum(dim=-1)
@@ -69,6 +68,11 @@ def _seated(masks: Tensor, centres: Tensor, free: Tensor) -> Tensor:
         masks[:, row, column] = 0
         masks[n, row, column] = 1
     return masks
+
+
+def _cell_centres(grid: Sequence[int]) -> Tensor:
+    """The centre of each cell, in cells. Shape: [height, width, 2]."""
+    return torch.stack(torch.meshgrid(*(torch.arange(side) + 0.5 for side in grid), indexing="ij"), dim=-1)
 
 
 def centres_of(maps: Tensor, classes: Sequence[str], threshold: float) -> Tensor:
@@ -81,7 +85,7 @@ def centres_of(maps: Tensor, classes: Sequence[str], threshold: float) -> Tensor
     Args:
         maps: Attention to each subject. Shape: [subjects, height, width].
         classes: Class words of the subjects.
-        threshold: That share.
+        threshold: The share of the maximum.
     """
     height, width = maps.shape[1:]
     heights = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-20)
@@ -170,7 +174,6 @@ def _strips(centres: Tensor, free: Tensor, block: int, side: int) -> Tensor:
 
 def nearest(centres: Tensor, free: Tensor) -> Tensor:
     """Every free cell for the subject whose centre is nearest. Args and shape: as for `strips`."""
-    sides = torch.tensor(free.shape)
-    cells = torch.stack(torch.meshgrid(*(torch.arange(int(side)) + 0.5 for side in sides), indexing="ij"), dim=-1)
-    owner = torch.cdist(cells.flatten(0, 1), centres * sides).argmin(dim=1).unflatten(0, free.shape)
+    cells, sides = _cell_centres(free.shape).flatten(0, 1), torch.tensor(free.shape)
+    owner = torch.cdist(cells, centres * sides).argmin(dim=1).unflatten(0, free.shape)
     return F.one_hot(owner, len(centres)).movedim(-1, 0) * free
