@@ -70,7 +70,7 @@ def test_methods_of_a_row_are_those_that_a_call_takes(made: ModuleType, name: st
         except ValueError as error:
             refused[method] = str(error)
     assert list(refused) == made.refused(type(pipe))
-    assert all("needs region attention or gradients" in message for message in refused.values())
+    assert all("needs cross-attention that reads a text for each region" in message for message in refused.values())
 
 
 def test_merging_is_what_the_keys_of_a_whole_file_are_recognised_for(

@@ -118,7 +118,7 @@ def test_generators_are_counted(pipe):
 
 @pytest.mark.parametrize("settings", [LoraComposer(), Clora()])
 def test_methods_of_unets_name_those_that_work_here(pipe, settings):
-    with pytest.raises(ValueError, match=r"needs region attention.*use draft.*regional"):
+    with pytest.raises(ValueError, match=r"needs cross-attention.*use draft.*regional"):
         latents_of(pipe, concepts=BOXES, method=settings)
 
 
