@@ -10,7 +10,9 @@ from composing import OURS, run, same_bits
 from lora_compose.pipelines.families import ComposePipeline
 
 
-@pytest.mark.parametrize(("family", "opener"), [("sd", None), ("sdxl", ComposePipeline)])
+@pytest.mark.parametrize(
+    ("family", "opener"), [("sd", None), pytest.param("sdxl", ComposePipeline, marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_in_one_file_opens_like_a_folder(load_concepts, tmp_path, family, opener):
     composer = small_pipeline() if family == "sd" else xl_pipeline()
     composer.set_progress_bar_config(disable=True)
