@@ -20,7 +20,8 @@ _UNET_BLOCKS = r"(?:down|up|input|output)_blocks|mid_block|middle_block"
 # Supported transformers, by names that only they have; the width of the first layers gives their size.
 _TRANSFORMERS: Sequence[tuple[str, str]] = (
     (r"(?<![a-z])blocks[._]\d+[._](?:cross_attn[._]output_proj|adaln_modulation_(?:self_attn|cross_attn|mlp))"
-     r"|(?<![a-z])blocks[._]\d+[._](?:self|cross)_attn[._][qkv]_proj|llm_adapter|text_conditioner[._]"
+     r"|(?<![a-z])blocks[._]\d+[._](?:(?:self|cross)_attn[._][qkv]_proj|mlp[._]layer[12])|llm_adapter"
+     r"|text_conditioner[._]"
      r"|transformer_blocks[._]\d+[._]norm[123][._]linear_[12]", "Anima"),
     # Its single blocks have the layers of FLUX.2's double ones, and no others have blocks for each mode.
     (r"(?:content|txt)_mode_blocks|(?<![a-z_])mode_blocks|(?:early|single)_stream_modulations"
@@ -33,7 +34,7 @@ _TRANSFORMERS: Sequence[tuple[str, str]] = (
     (r"layers[._]\d+[._](?:attention[._](?:to_[qkv]|to_out|qkv|out)|feed_forward[._]w[123])", "Z-Image"),
     # Attention alone is named as FLUX.1's and SD3's, which have no block 40.
     (r"transformer_blocks[._]\d+[._](?:img|txt)_m(?:lp|od)[._]"
-     r"|(?<!single_)transformer_blocks[._][45]\d[._]attn[._](?:add_[qkv]_proj|to_add_out)", "Qwen-Image"),
+     r"|(?<!single_)transformer_blocks[._][45]\d[._]attn[._](?:add_[qkv]_proj|to_(?:[qkv]|out|add_out))", "Qwen-Image"),
     (r"distilled_guidance_layer", "Chroma"),
     (r"(?:double|single)_blocks[._]\d+[._]processor"
      r"|img_mod[._]lin|norm1_context|single_transformer_blocks[._]\d+[._]proj_(?:mlp|out)|modulation[._]lin", "FLUX.1"),
@@ -46,7 +47,12 @@ _SIZES: Mapping[str, Mapping[int, str]] = {
     "Qwen-Image": {3072: "Qwen-Image"},
 }
 """Families of one structure by their width."""
-_FLUX1_WIDTH = 3072  # FLUX.2-klein 4B has the same, and fewer blocks
+_FLUX1_WIDTH = 3072  # FLUX.2-klein 4B and FLUX.3 have the same, and fewer blocks
+_FLUX2_WIDTHS = (4096, 6144)  # which no other model with these names has
+_FLUX3_SINGLE_BLOCKS = 28
+_ONLY_QKV = r"(?<!single_)transformer_blocks|double_blocks|single_blocks"
+"""What a file of FLUX.1 has beside the queries, keys and values of single blocks, which FLUX.3 names alike."""
+_ANIMA_SIDES = (2048, 1024)  # of keys and values that read the text
 _KLEIN_BLOCKS = (
     (r"double_blocks|(?<!single_)transformer_blocks", 5),
     (r"single_(?:transformer_)?blocks", 20),
@@ -169,7 +175,7 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], metadata
     reasons = _reasons(metadata)
     seen = next(((match[0], name) for pattern, name in _TRANSFORMERS if (match := re.search(pattern, text))), None)
     if seen is None:
-        return None
+        return _by_width(shapes, reasons)
     layer, name = seen
     why = [f"layers called {layer!r}"]
     as_chroma = name in ("FLUX", "FLUX.1") and not re.search(_UNLIKE_CHROMA, text)
@@ -179,7 +185,12 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], metadata
     if name == "FLUX":
         # The first layer of a single block has 7 outputs for each input in FLUX.1 and 9 in FLUX.2, of an MLP 4 and 6.
         name = "FLUX.1" if ratios & {4, 7} else "FLUX.2-klein" if ratios & {6, 9} else name
-        if name == "FLUX" and width == _FLUX1_WIDTH and any(_blocks(text, *of) for of in _KLEIN_BLOCKS):
+        alike = not re.search(_ONLY_QKV, text) and not _blocks(text, "single_transformer_blocks", _FLUX3_SINGLE_BLOCKS)
+        if name == "FLUX" and alike:
+            return Guess("FLUX.1 or FLUX.3", False, (*why, *reasons))
+        if name == "FLUX" and width in _FLUX2_WIDTHS:
+            name = "FLUX.2-klein"
+        elif name == "FLUX" and width == _FLUX1_WIDTH and any(_blocks(text, *of) for of in _KLEIN_BLOCKS):
             why.append("it has more blocks than FLUX.2-klein 4B")
             name = "FLUX.1"
         elif name == "FLUX":
@@ -192,6 +203,19 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], metadata
         why.append(f"its layers have width {width}")
         name = _SIZES[name].get(width, f"{name} of another size")
     return Guess(name, name in _COMPOSED, (*why, *reasons))
+
+
+def _by_width(shapes: Mapping[str, Size | Sequence[int]], reasons: tuple[str, ...]) -> Guess | None:
+    """Anima and FLUX.2, if attention that is named as in other models has their widths."""
+    for (_, module), tensors in _layers(shapes).items():
+        outputs, inputs = sides = _sides(tensors)
+        if re.search(r"transformer_blocks[._]\d+[._]attn2[._]to_[kv]$", module) and sides == _ANIMA_SIDES:
+            return Guess("Anima", True, ("cross-attention of width 2048 reads text of width 1024", *reasons))
+        joint = re.search(r"transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj$", module)
+        if joint and inputs == outputs and inputs in _FLUX2_WIDTHS:
+            name = _SIZES["FLUX.2-klein"][inputs]
+            return Guess(name, True, (f"attention to text and image of width {inputs}", *reasons))
+    return None
 
 
 def _blocks(text: str, name: str, most: int) -> bool:
@@ -233,7 +257,7 @@ def _named(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     named = []
     for key in ("modelspec.architecture", "ss_base_model_version", "base_model"):
         value = metadata.get(key) or ""
-        architecture = value.partition("/")[0]
+        architecture = value.rpartition("/")[2] if key == "base_model" else value.partition("/")[0]
         if value:
             known = next((name for pattern, name in _ARCHITECTURES if re.search(pattern, architecture.lower())), None)
             named.append((known or architecture, f"{key} says {value!r}"))

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from layouts import NAMES, file_of, layout, shapes_of, written_out
-from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
+from lora_compose.compose.benchmark.architectures import FAMILIES, TRANSFORMERS, without_weights
 from lora_compose.compose.lora.inspection import inspect
 from lora_compose.pipelines.concepts.loading import LoraError, match
 from lora_compose.pipelines.formats.files import LoraFile
@@ -207,3 +207,62 @@ FLUX3 = (
 def test_files_of_flux_3_are_named(layer: str) -> None:
     guess = guess_family({f"{layer}.lora_A.weight": [16, 4608], f"{layer}.lora_B.weight": [4608, 16]}, {})
     assert (guess.family, guess.supported) == ("FLUX.3", True)
+
+
+PARTS: dict[str, str] = {
+    "all": "", "attention": r"attn|attention", "queries, keys and values": r"[._](?:to_)?(?:qkv|[qkv])(?:_proj)?$",
+    "feed-forward": r"[._](?:ff|mlp|img_mlp|txt_mlp|feed_forward)[._]",
+}  # fmt: skip
+"""Layers that people train, of all those in the blocks."""
+SPELLED: dict[str, tuple[str, str]] = {"diffusers": ("transformer.", "."), "kohya": ("lora_unet_", "_")}
+
+
+@pytest.mark.parametrize("spelling", SPELLED)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_a_part_of_a_files_layers_is_not_taken_for_another_familys(family: str, part: str, spelling: str) -> None:
+    prefix, dot = SPELLED[spelling]
+    shapes: dict[str, list[int]] = {}
+    for name, layer in without_weights(family).transformer.named_modules():
+        if isinstance(layer, nn.Linear) and re.search(r"blocks\.|layers\.\d", name) and re.search(PARTS[part], name):
+            key = prefix + name.replace(".", dot)
+            shapes |= {
+                f"{key}.lora_down.weight": [16, layer.in_features], f"{key}.lora_up.weight": [layer.out_features, 16],
+            }  # fmt: skip
+    guess = guess_family(shapes, {})
+    # Chroma's blocks are FLUX.1's, and feed-forward layers of FLUX.1 and Anima are named as in many models.
+    same = {"Chroma": "FLUX.1"}.get(family, family)
+    assert not guess.supported or guess.family in (family, same), guess
+
+
+def test_queries_of_single_blocks_may_be_those_of_two_families() -> None:
+    names = [f"transformer.single_transformer_blocks.{block}.attn.to_q" for block in range(28)]
+    shapes = {f"{name}.{side}.weight": [3072, 3072] for name in names for side in ("lora_A", "lora_B")}
+    guess = guess_family(shapes, {})
+    assert (guess.family, guess.supported) == ("FLUX.1 or FLUX.3", False)
+
+
+def test_metadata_name_chroma_by_its_repository() -> None:
+    guess = guess_family(shapes_of(layout("kohya-flux")), {"base_model": "lodestones/Chroma1-HD"})
+    assert (guess.family, guess.supported) == ("Chroma", True)
+
+
+@pytest.mark.parametrize(
+    ("names", "sides", "family"),
+    [
+        ("transformer_blocks.{}.attn.to_q", (3072, 3072), "Qwen-Image"),
+        ("transformer_blocks.{}.attn2.to_k", (2048, 1024), "Anima"),
+        ("blocks.{}.mlp.layer1", (8192, 2048), "Anima"),
+        ("double_blocks.{}.img_attn.qkv", (18432, 6144), "FLUX.2-dev"),
+        ("transformer_blocks.{}.attn.add_q_proj", (4096, 4096), "FLUX.2-klein 9B"),
+        ("single_transformer_blocks.{}.attn.to_k", (3072, 3072), "FLUX.1"),
+    ],
+)
+def test_few_layers_are_enough_where_no_other_family_has_them(names: str, sides: tuple[int, int], family: str) -> None:
+    outputs, inputs = sides
+    shapes = {}
+    for block in range(60 if family == "Qwen-Image" else 38 if family == "FLUX.1" else 8):
+        layer = f"diffusion_model.{names.format(block)}"
+        shapes |= {f"{layer}.lora_A.weight": [8, inputs], f"{layer}.lora_B.weight": [outputs, 8]}
+    guess = guess_family(shapes, {})
+    assert (guess.family, guess.supported) == (family, True)
