@@ -43,6 +43,9 @@ from lora_compose.pipelines.text.encoder import FamilyEncoder
 from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer, TextualInversions
 from lora_compose.pipelines.text.tokens import Tokenizer
 
+_CACHING = ("KV", "QwenImage21")
+"""In the names of diffusers' pipelines that keep keys and values of text or references from pass to pass."""
+
 
 class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """Opens a model and composes concept LoRAs with it.
@@ -182,9 +185,13 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         for family in cls.families:
             if family.opens(config):
                 return family
+        name = str(config.get("_class_name", "an unknown pipeline"))
+        caches = any(part in name for part in _CACHING)
+        why = (
+            ", which keeps keys and values from pass to pass, so that no LoRA acts on them by region" if caches else ""
+        )
         raise ValueError(
-            f"this is a model for {config.get('_class_name', 'an unknown pipeline')}; supported are "
-            f"{', '.join(family.family for family in cls.families)}"
+            f"this is a model for {name}{why}; supported are {', '.join(family.family for family in cls.families)}"
         )
 
     @classmethod
