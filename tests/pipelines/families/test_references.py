@@ -1,7 +1,7 @@
 """Reference images, several and of different sizes: LoRAs act in the cells of the image, elsewhere on request."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +36,6 @@ from transformer_families import (
     as_file,
     dense_loras,
     latents_of,
-    merged,
     pipeline_with_concepts,
     plain_latents,
     random_lora_of_all,
@@ -91,13 +90,13 @@ def pipe(reading: Reading, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pipeline_with_concepts(reading.family, tmp_path_factory.mktemp("loras"))
 
 
-def expected_of(reading: Reading, pipe: Any, places_of: Any, on_references: float = 0.0) -> Tensor:
-    """diffusers' pipeline with dense deltas; on references they have one factor."""
+def expected_of(reading: Reading, pipe: Any, places_of: Any, acts: Sequence[bool] = (False, False)) -> Tensor:
+    """diffusers' pipeline with dense deltas; on references those that act there are as strong as in any cell."""
 
     def placed(unconditional: Any) -> Places:
         found = places_of(reading.family, unconditional)
-        there = found.image.new_full((len(found.image), reading.tokens, 2), on_references)
-        return replace(found, image=torch.cat([found.image, there], dim=1))
+        most = found.image.amax(dim=1, keepdim=True) * torch.tensor(acts)
+        return replace(found, image=torch.cat([found.image, most.expand(-1, reading.tokens, -1)], dim=1))
 
     loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
     with dense_loras(reading.family, pipe.transformer, loras, placed, guided=reading.guided):
@@ -117,14 +116,16 @@ def test_loras_act_in_the_cells_of_the_image_alone(reading, pipe, method):
     assert (found - alone).abs().max() > 0.01
 
 
-def test_a_concept_may_act_on_references_too(reading, pipe):
-    both = [Concept(name=name, references=True) for name in ("cat", "dog")]
-    found = latents_of(pipe, **reading.call, concepts=both, method=Merge())
-    everywhere = expected_of(reading, pipe, merged, on_references=1.0)
-    torch.testing.assert_close(found, everywhere, atol=3e-5, rtol=0)
-    assert (found - expected_of(reading, pipe, merged)).abs().max() > 0.01
-    one = latents_of(pipe, **reading.call, concepts=[both[0], "dog"], method=Merge())
-    assert (one - found).abs().max() > 0.01, "which is not added to the weights, since the other stays out"
+@pytest.mark.parametrize(
+    ("method", "acts"), [("merge", (True, True)), ("merge", (True, False)), ("regional", (False, True))]
+)
+def test_a_concept_may_act_on_references_too(reading, pipe, method, acts):
+    settings, concepts, places = METHODS[method]
+    named = [concept if isinstance(concept, Concept) else Concept(name=concept) for concept in concepts]
+    given = [concept.model_copy(update={"references": on}) for concept, on in zip(named, acts, strict=True)]
+    found = latents_of(pipe, **reading.call, concepts=given, method=settings)
+    torch.testing.assert_close(found, expected_of(reading, pipe, places, acts), atol=3e-5, rtol=0)
+    assert (found - expected_of(reading, pipe, places)).abs().max() > 3e-3
 
 
 def test_maps_are_those_of_the_cells_of_the_image(reading, pipe):
