@@ -304,7 +304,7 @@ def tiny_pipeline(cls: Any = ComposeStableDiffusionPipeline) -> Any:
 FAMILIES = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline}
 """Makes a tiny pipeline of a family, of the composing class or of the one that is given."""
 WHOLE = {"sd": small_pipeline, "sdxl": xl_pipeline}
-"""The same, with all levels of the UNet: the maps of Stable Diffusion have a quarter of the cells of its latents."""
+"""Makes a small pipeline of a family with all levels of its UNet, whose maps have a quarter of the rows and columns."""
 
 
 def seeded(seed: int = 0) -> torch.Generator:

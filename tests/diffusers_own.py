@@ -173,7 +173,6 @@ def _of_the_base(get_components: Any) -> Any:
             components |= {"unet": type(unet).from_config(config), "requires_aesthetics_score": False}
         return components
 
-    made.__name__ = "get_dummy_components_of_the_base"
     return made
 
 
@@ -215,7 +214,7 @@ class Plugin:
         for item in items:
             for each in item.cls.__mro__:
                 components = each.__dict__.get("get_dummy_components")
-                if "xl" in item.module.__name__ and components and "of_the_base" not in components.__name__:
+                if "xl" in item.module.__name__ and components and not hasattr(components, "__wrapped__"):
                     each.get_dummy_components = _of_the_base(components)
                 found = each.__dict__.get("pipeline_class")
                 name = getattr(found, "__name__", None)

@@ -24,7 +24,7 @@ _TRANSFORMERS: Sequence[tuple[str, str]] = (
      r"|text_conditioner[._]"
      r"|transformer_blocks[._]\d+[._]norm[123][._]linear_[12]", "Anima"),
     # Its single blocks have the layers of FLUX.2's double ones, and no others have blocks for each mode.
-    (r"(?:content|txt)_mode_blocks|(?<![a-z_])mode_blocks|(?:early|single)_stream_modulations"
+    (r"mode_blocks|(?:early|single)_stream_modulations"
      r"|single_transformer_blocks[._]\d+[._](?:attn[._]to_out[._]0|ff)[._]"
      r"|single_blocks[._]\d+[._](?:[qkv]_proj|attn_out|mlp_(?:in|out))", "FLUX.3"),
     (r"to_qkv_mlp_proj|(?:single|double)_stream_modulation|ff(?:_context)?[._]linear_in", "FLUX.2-klein"),
@@ -48,9 +48,9 @@ _SIZES: Mapping[str, Mapping[int, str]] = {
 }
 """Families of one structure by their width."""
 _FLUX1_WIDTH = 3072  # FLUX.2-klein 4B and FLUX.3 have the same, and fewer blocks
-_FLUX2_WIDTHS = (4096, 6144)  # which no other model with these names has
+_FLUX2_WIDTHS = _SIZES["FLUX.2-klein"].keys() - {_FLUX1_WIDTH}  # which no other model with these names has
 _FLUX3_SINGLE_BLOCKS = 28
-_ONLY_QKV = r"(?<!single_)transformer_blocks|double_blocks|single_blocks"
+_BESIDE_QKV = r"(?<!single_)transformer_blocks|double_blocks|single_blocks"
 """What a file of FLUX.1 has beside the queries, keys and values of single blocks, which FLUX.3 names alike."""
 _ANIMA_SIDES = (2048, 1024)  # of keys and values that read the text
 _KLEIN_BLOCKS = (
@@ -185,7 +185,9 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], metadata
     if name == "FLUX":
         # The first layer of a single block has 7 outputs for each input in FLUX.1 and 9 in FLUX.2, of an MLP 4 and 6.
         name = "FLUX.1" if ratios & {4, 7} else "FLUX.2-klein" if ratios & {6, 9} else name
-        alike = not re.search(_ONLY_QKV, text) and not _blocks(text, "single_transformer_blocks", _FLUX3_SINGLE_BLOCKS)
+        alike = not re.search(_BESIDE_QKV, text) and not _blocks(
+            text, "single_transformer_blocks", _FLUX3_SINGLE_BLOCKS
+        )
         if name == "FLUX" and alike:
             return Guess("FLUX.1 or FLUX.3", False, (*why, *reasons))
         if name == "FLUX" and width in _FLUX2_WIDTHS:

@@ -362,3 +362,15 @@ def test_a_vae_that_overflows_is_decoded_in_single_precision_also_when_it_is_off
     for _ in range(2):
         assert_close(compose(composer, "tara", output_type="pt").images, expected)
     assert composer.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("encoder", [True, False], ids=["with its encoders", "embeddings alone"])
+def test_pooled_text_that_does_not_fit_the_unet_is_refused_in_words(pipe: Any, load: Any, encoder: bool) -> None:
+    composer = load(pipe, text=False)
+    embeds, _, pooled, _ = pipe.encode_prompt(PROMPT, device="cpu", do_classifier_free_guidance=False)
+    composer.text_encoder_2 = pipe.text_encoder_2 if encoder else None
+    with pytest.raises(ValueError, match="the pooled text and the six sizes of SDXL's base model"):
+        composer(
+            prompt_embeds=embeds, pooled_prompt_embeds=pooled[:, :-8], guidance_scale=1.0, num_inference_steps=1,
+            concepts=["cat"], method="merge", output_type="latent",
+        )  # fmt: skip

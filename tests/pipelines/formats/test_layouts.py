@@ -209,30 +209,34 @@ def test_files_of_flux_3_are_named(layer: str) -> None:
     assert (guess.family, guess.supported) == ("FLUX.3", True)
 
 
-PARTS: dict[str, str] = {
-    "all": "", "attention": r"attn|attention", "queries, keys and values": r"[._](?:to_)?(?:qkv|[qkv])(?:_proj)?$",
-    "feed-forward": r"[._](?:ff|mlp|img_mlp|txt_mlp|feed_forward)[._]",
-}  # fmt: skip
-"""Layers that people train, of all those in the blocks."""
+PARTS = (
+    "", r"attn|attention", r"[._](?:to_)?(?:qkv|[qkv])(?:_proj)?$", r"[._](?:ff|mlp|img_mlp|txt_mlp|feed_forward)[._]",
+)  # fmt: skip
+"""Layers that people train, of all those in the blocks: all, attention, queries to values, feed-forward."""
 SPELLED: dict[str, tuple[str, str]] = {"diffusers": ("transformer.", "."), "kohya": ("lora_unet_", "_")}
 
 
 @pytest.mark.parametrize("spelling", SPELLED)
-@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("family", TRANSFORMERS)
-def test_a_part_of_a_files_layers_is_not_taken_for_another_familys(family: str, part: str, spelling: str) -> None:
-    prefix, dot = SPELLED[spelling]
-    shapes: dict[str, list[int]] = {}
+def test_a_part_of_a_files_layers_is_not_taken_for_another_familys(family: str, spelling: str) -> None:
+    """Also those of one name alone, as `single_transformer_blocks.*.attn.to_q`."""
+    (prefix, dot), layers = SPELLED[spelling], {}
     for name, layer in without_weights(family).transformer.named_modules():
-        if isinstance(layer, nn.Linear) and re.search(r"blocks\.|layers\.\d", name) and re.search(PARTS[part], name):
-            key = prefix + name.replace(".", dot)
-            shapes |= {
-                f"{key}.lora_down.weight": [16, layer.in_features], f"{key}.lora_up.weight": [layer.out_features, 16],
-            }  # fmt: skip
-    guess = guess_family(shapes, {})
-    # Chroma's blocks are FLUX.1's, and feed-forward layers of FLUX.1 and Anima are named as in many models.
-    same = {"Chroma": "FLUX.1"}.get(family, family)
-    assert not guess.supported or guess.family in (family, same), guess
+        if isinstance(layer, nn.Linear) and re.search(r"blocks\.|layers\.\d", name):
+            layers[name] = layer
+    alone = {re.sub(r"\.\d+\.", "..", name) for name in layers}
+    for part in (*PARTS, *alone):
+        shapes: dict[str, list[int]] = {}
+        for name, layer in layers.items():
+            if re.search(part, name) if part in PARTS else re.sub(r"\.\d+\.", "..", name) == part:
+                key = prefix + name.replace(".", dot)
+                shapes[f"{key}.lora_down.weight"] = [16, layer.in_features]
+                shapes[f"{key}.lora_up.weight"] = [layer.out_features, 16]
+        assert shapes
+        guess = guess_family(shapes, {})
+        # Chroma's blocks are FLUX.1's; some layers are named as in many models.
+        named = ("FLUX.1", "Chroma") if family == "Chroma" else (family,)
+        assert not guess.supported or guess.family in named, part
 
 
 def test_queries_of_single_blocks_may_be_those_of_two_families() -> None:
