@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from streamlit.components.v2 import manifest_scanner
 from streamlit.testing.v1 import AppTest
 
-from flux2 import saved_klein
+from flux2 import flux2_transformer, saved_klein
 from ip_adapters import playground_guides
 from layouts import layout, shapes_of
 from lora_compose.compose.figures.overlay import division
@@ -44,6 +44,7 @@ from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene.mask_images import as_uri
 from lora_compose.pipelines.scene.scene import Concept, Run
 from small_world import SIZE, STYLE, STYLE_WORDS
+from transformer_families import as_file, random_lora_of_all
 
 STEPS = 2
 
@@ -863,19 +864,27 @@ def test_reference_images_are_offered_where_the_model_reads_them(at: AppTest, tm
         at.file_uploader(key=key).set_value([(name, content, "image/jpeg")]).run()
         assert not at.exception
     assert "no.jpg cannot be read as an image" in said(at)
+    save_file(dict(as_file(random_lora_of_all(flux2_transformer(), 0))), tmp_path / "bear.safetensors")
+    upload(at, "bear.safetensors", (tmp_path / "bear.safetensors").read_bytes())
+    at.text_input(key=row_key(at, 0, "trigger")).set_value("xlo")
+    at.selectbox(key=row_key(at, 0, "references")).set_value("Yes").run()
+    choose(at, "merge")
     both = list(session(at).references)
     assert [session(at).store.images[path] for path in both] == ["room.png", "chair.png"]
     assert Image.open(both[0]).size == (70, 96), "as large as it was given"
     made(at)  # with a preview, of latents that diffusers packs
     (result,) = session(at).results
     assert list(result.run.scene.references) == both
+    assert result.run.scene.concepts[0].references
     assert result.made.record.images.keys() == {"references.0", "references.1"}
     assert 'image=["room.png", "chair.png"]' in "".join(code.value for code in at.code)
+    at.selectbox(key=row_key(at, 0, "references")).set_value("No")
     at.button(key="do.unreference.0").click().run()
     assert session(at).references == both[1:]
     Image.new("RGB", (70, 96), "red").save(both[1])
     at.button(key=f"do.reuse.{result.key}").click().run()
     assert session(at).references == both[:1], "the other one has changed"
+    assert at.selectbox(key=row_key(at, 0, "references")).value == "Yes"
     assert "Reference images are not here, or are others now" in said(at)
 
 
