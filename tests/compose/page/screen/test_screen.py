@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from streamlit.components.v2 import manifest_scanner
 from streamlit.testing.v1 import AppTest
 
+from all_transformers import EVERY
 from flux2 import flux2_transformer, saved_klein
 from ip_adapters import playground_guides
 from layouts import layout, shapes_of
@@ -44,7 +45,7 @@ from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene.mask_images import as_uri
 from lora_compose.pipelines.scene.scene import Concept, Run
 from small_world import SIZE, STYLE, STYLE_WORDS
-from transformer_families import as_file, random_lora_of_all
+from transformer_families import PROMPT, as_file, random_lora_of_all, saved_with_loras
 
 STEPS = 2
 
@@ -646,6 +647,31 @@ def test_the_playgrounds_transformer_composes_with_loras_of_its_own(at: AppTest)
     for view in ("Understand", "Compare", "Export"):
         at.session_state["set.view"] = view
         assert not at.run().exception
+
+
+@pytest.mark.parametrize(("name", "in_boxes"), [
+    ("anima", "In boxes"), pytest.param("z-image", "In boxes, light", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_transformer_in_a_folder_is_opened_and_makes_an_image_with_two_concepts(
+    at: AppTest, tmp_path: Path, name: str, in_boxes: str
+) -> None:
+    folder = saved_with_loras(EVERY[name], tmp_path)
+    at.session_state["set.model.kind"] = "A folder or a hub repository"
+    at.run()
+    at.text_input(key="set.model.name").set_value(str(folder / "model")).run()
+    next(button for button in at.button if button.label == "Open this model").click().run()
+    assert not at.exception
+    for concept in ("cat", "dog"):
+        upload(at, f"{concept}.safetensors", (folder / "loras" / f"{concept}.safetensors").read_bytes())
+    at.number_input(key=fields.WIDTH).set_value(64)
+    at.number_input(key=fields.HEIGHT).set_value(64)
+    at.segmented_control(key=fields.BOXED).set_value(fields.ANYWHERE)
+    at.text_area(key=fields.PROMPT).set_value(PROMPT).run()
+    assert at.segmented_control(key=fields.METHOD).options == ["Automatic", in_boxes, "Added up"]
+    assert "Takes By subjects · draft, because the prompt names every concept by trigger and class word" in said(at)
+    made(at)
+    (result,) = session(at).results
+    assert (result.run.method, result.made.image.size) == ("draft", (64, 64))
 
 
 def test_trouble_with_a_model_keeps_the_old_one(at: AppTest) -> None:
