@@ -90,7 +90,9 @@ StepsOption = Annotated[
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
-        "--guidance", help="Guidance scale of CFG; 1 or less turns it off; default: 5 on a CPU, on a GPU the model's."
+        "--guidance",
+        help="Guidance scale of CFG; 1 or less turns it off, on Z-Image and Krea 2 0; default: 5 on a CPU, on a GPU "
+        "the model's.",
     ),
 ]
 DtypeOption = Annotated[

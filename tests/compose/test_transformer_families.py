@@ -62,7 +62,7 @@ def test_the_page_makes_an_image_with_two_concepts(folder, references):
     model = OpenModels().open(Choice(str(folder / "model"), device="cpu"))
     concepts = [named(str(path)).concept(path.stem) for path in in_folder(folder / "loras")]
     assert [model.read(concept).unmatched for concept in concepts] == [(), ()]
-    form = Form(model.choice, PROMPT, (SIDE, SIDE), concepts=tuple(concepts), steps=1, references=references)
+    form = Form(model.choice, PROMPT, (SIDE, SIDE), concepts=tuple(concepts), steps=2, references=references)
     with model.turn(form.concepts, wait=False) as pipe:
         report = check(form.runs()[0], pipe, known_costs=model.costs)
     assert report.problems == ()

@@ -370,5 +370,6 @@ def test_callbacks_are_for_calls_with_concepts(pipe):
 
     latents_of(pipe, concepts=["cat"], method="merge", callback_on_step_end=note)
     assert steps == [0, 1]
+    assert pipe.num_timesteps == 2
     with pytest.raises(ValueError, match="modular pipelines have no callbacks"):
         latents_of(pipe, callback_on_step_end=note)
