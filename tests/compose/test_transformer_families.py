@@ -28,7 +28,13 @@ WITHOUT_UNCONDITIONAL_ROWS = ("flux", "kontext", "flux2-dev", "flux3-distilled")
 READ_REFERENCES_ONLY = ("qwen-image-edit", "qwen-image-edit-2511")
 
 
-@pytest.fixture(scope="module", params=EVERY)
+SLOW = ("kontext", "qwen-image-edit-2511")
+"""Families that differ from another one in the transformer's inputs only."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(one, marks=[pytest.mark.slow] if one in SLOW else []) for one in EVERY]
+)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
