@@ -188,6 +188,8 @@ def _concept_facts(loaded: LoadedConcept) -> list[tuple[str, str]]:
         facts.append((f"{concept.name}: region", _region(concept.region)))
     if concept.is_style:
         facts.append((f"{concept.name}: role", "style, everywhere"))
+    if concept.references:
+        facts.append((f"{concept.name}: references", "acts on reference images, too"))
     facts.append((f"{concept.name}: weight", weight_text(concept.weight)))
     return [*facts, (f"{concept.name}: blocks", blocks_text(concept.blocks))] if concept.blocks else facts
 

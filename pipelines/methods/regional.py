@@ -104,8 +104,9 @@ class Regional(Settings):
         unnamed = _unnamed(session)
         if self.texts == "regions" and joint is None:
             raise ValueError(
-                "texts='regions' needs a transformer, which attends to text and image in one sequence; use "
-                "method='lora-composer', or texts='shared'"
+                "texts='regions' needs a transformer that attends to text and image in one sequence; in this model the "
+                "image reads the text by cross-attention: use method='lora-composer', which gives each region a text "
+                "there, or texts='shared'"
             )
         if self.texts == "regions" and unnamed:
             raise ValueError(
@@ -115,7 +116,10 @@ class Regional(Settings):
         if joint is not None and self.texts != "shared" and not unnamed:
             return joint
         if self.isolate:
-            raise ValueError("isolate needs texts of regions (texts='regions'), which only transformers have")
+            raise ValueError(
+                "isolate needs texts of regions (texts='regions'), which only transformers have that attend to text "
+                "and image in one sequence"
+            )
         if joint is not None and unnamed:
             warn_once(f"regional reads one text in all regions: no other can be made about {', '.join(unnamed)}")
         return None
