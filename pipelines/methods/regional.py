@@ -91,7 +91,10 @@ class Regional(Settings):
             return passes(shared_text(session))
         owners = [i for i, whole in enumerate(everywhere) if not whole]
         texts, cells = segment_texts(session, owners), given_cells(session, joint)
-        read = partial(SegmentedTexts.read_in, cells=cells, joint=joint, isolate=self.isolate, device=canvas.device)
+        read = partial(
+            SegmentedTexts.read_in, cells=cells, joint=joint, hides_padding=canvas.backbone.hides_padding,
+            isolate=self.isolate, device=canvas.device,
+        )  # fmt: skip
         if joint.multiple == 1 or texts.alike:
             return passes(read(texts))
         # Where a text is not padded, the positions of all that follows depend on its length.
