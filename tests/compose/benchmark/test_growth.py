@@ -9,13 +9,13 @@ from components import seeded
 from lora_compose.attention import LoraFactors
 from lora_compose.compose.benchmark import architectures, transformers
 from lora_compose.compose.benchmark.architectures import SD15, TRANSFORMERS, without_weights
-from lora_compose.compose.benchmark.bench import pass_cells
+from lora_compose.compose.benchmark.bench import PassRow, pass_cells, passes_table
 from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.compose.benchmark.curves import Curve, Point
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.compose.benchmark.growth import of_call, of_stored
 from lora_compose.compose.benchmark.growth_plots import draw
-from lora_compose.compose.benchmark.transformers import READING, SHOWN, pass_cost
+from lora_compose.compose.benchmark.transformers import READING, SHOWN, PassCost, pass_cost
 from lora_compose.pipelines.concepts import overload
 
 MOST = 1.05
@@ -60,6 +60,14 @@ def test_a_pass_of_a_real_transformer_with_regional_costs_little_more_and_grows_
         assert memory <= MOST
         points.append(Point(number, {"FLOPs": flops, "memory": memory}))
     assert max(Curve("concepts", points).exponents().values()) < 1.05
+
+
+def test_a_table_of_passes_has_ratios_to_a_plain_pass_and_to_one_without_references():
+    cost, plain, bare = (PassCost(n * 10**12, n * 2**30, n * 2**29) for n in (11, 10, 5))
+    with_one, with_none = (passes_table([PassRow("model", 2, number, cost, plain, bare)]) for number in (1, 0))
+    cells = ["model", "2", "11.0", "1.100", "11.0", "1.100", "5.50", "5.00", "2.200", "2.200"]
+    assert [next(iter(column.cells)) for column in with_one.columns] == cells
+    assert [next(iter(column.cells)) for column in with_none.columns] == cells[:-2]
 
 
 @pytest.mark.parametrize(
