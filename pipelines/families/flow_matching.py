@@ -38,6 +38,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     rounds_steps_up: ClassVar[bool] = True
     named_channels: ClassVar[str] = "num_channels_latents"
     """What diffusers' pipelines that start from an image call the channels of the latents."""
+    prepared: ClassVar[Sequence[int]] = (0, 1, 2)
+    """Where the start latents, their noise and the image's latents are in what diffusers prepares for inpainting."""
     architecture: ClassVar[str]
     """The architecture in the metadata of trained LoRAs, named as in the ModelSpec standard."""
     most_tokens: ClassVar[int] = 4096
@@ -155,12 +157,12 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         if source.mask is None:
             latents = prepared if isinstance(prepared, Tensor) else prepared[0]
             return ImageToImage(_unpacked(latents, canvas.latent_grid))
-        latents, noise, image = (_unpacked(tensor, canvas.latent_grid) for tensor in prepared[:3])
+        latents, noise, image = (_unpacked(prepared[place], canvas.latent_grid) for place in self.prepared)
         mask = self._latent_mask(self._by_image(call, source.mask), canvas).to(canvas.device, encoder.dtype)
-        inputs = self._inputs_from_image(image)
+        inputs = self._inputs_from_image(call, image)
         return Inpainting(latents, inputs, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
 
-    def _inputs_from_image(self, image: Tensor) -> Mapping[str, Any]:
+    def _inputs_from_image(self, call: Call, image: Tensor) -> Mapping[str, Any]:
         """Further arguments of every forward pass of inpainting, from the latents of the image."""
         return {}
 
