@@ -54,7 +54,7 @@ class AnimaImageToImage:
 
     def get_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> tuple[Tensor, int]:
         """The timesteps that a strength leaves, and the number of steps."""
-        timesteps, steps = get_timesteps(self.scheduler, num_inference_steps, strength)
+        timesteps, steps = get_timesteps(self.scheduler, num_inference_steps=num_inference_steps, strength=strength)
         return timesteps.to(device), steps
 
 
@@ -215,8 +215,9 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
         """As `FlowMatchingPipeline.read_texts`; the conditioner pads short texts with zeros, which are read."""
         device, block, cut = self._execution_device, AnimaTextEncoderStep, length or 512
         components: Any = self
-        states, seen = block._get_qwen_prompt_embeds(components, list(prompts), cut, device, self.text_encoder.dtype)
-        ids, mask = block._get_t5_prompt_ids(components, list(prompts), cut, device)
+        reading = {"prompt": list(prompts), "max_sequence_length": cut, "device": device}
+        states, seen = block._get_qwen_prompt_embeds(components, **reading, dtype=self.text_encoder.dtype)
+        ids, mask = block._get_t5_prompt_ids(components, **reading)
         text = self.text_conditioner(
             source_hidden_states=states.to(self.text_conditioner.dtype), target_input_ids=ids,
             target_attention_mask=mask, source_attention_mask=seen,

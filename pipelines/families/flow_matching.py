@@ -70,8 +70,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         """The shift of the timesteps for an image of so many tokens."""
         config = self.scheduler.config
         return calculate_shift(
-            tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", self.most_tokens),
-            config.get("base_shift", 0.5), config.get("max_shift", 1.15),
+            tokens, base_seq_len=config.get("base_image_seq_len", 256),
+            max_seq_len=config.get("max_image_seq_len", self.most_tokens), base_shift=config.get("base_shift", 0.5),
+            max_shift=config.get("max_shift", 1.15),
         )  # fmt: skip
 
     def _sigmas(self, steps: int) -> Any:
@@ -90,7 +91,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
             sigmas = None
         height, width = canvas.latent_grid
         shift = self._shift(height * width // PATCH**2, steps)
-        timesteps_and_steps: Any = retrieve_timesteps(scheduler, steps, canvas.device, sigmas=sigmas, mu=shift)
+        timesteps_and_steps: Any = retrieve_timesteps(
+            scheduler, num_inference_steps=steps, device=canvas.device, sigmas=sigmas, mu=shift
+        )
         scheduler.set_begin_index(0)
         return timesteps_and_steps
 

@@ -135,7 +135,7 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
         for image in reference_images(given):
             self.image_processor.check_image_input(image)
             if image.width * image.height > most:
-                image = self.image_processor._resize_to_target_area(image, most)
+                image = self.image_processor._resize_to_target_area(image, target_area=most)
             width, height = (side // unit * unit for side in image.size)
             references.append(self.image_processor.preprocess(image, height=height, width=width, resize_mode="crop"))
         return references
