@@ -85,4 +85,5 @@ ANIMA = Family(
     words=((1, 2, 3, 4), (8, 9, 10, 11)),
     guided={"negative_prompt": "the photo", "guidance_scale": 2.0},
     unguided={"guidance_scale": 1.0},
+    image_tasks={False: PlainAnima},
 )

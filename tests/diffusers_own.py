@@ -52,6 +52,7 @@ FILES = {
     "FLUX.1, image to image": "flux/test_pipeline_flux_img2img.py",
     "FLUX.1, inpainting": "flux/test_pipeline_flux_inpaint.py",
     "FLUX.1 Kontext": "flux/test_pipeline_flux_kontext.py",
+    "FLUX.1 Kontext, inpainting": "flux/test_pipeline_flux_kontext_inpaint.py",
     "FLUX.2-dev": "flux2/test_pipeline_flux2.py",
     "FLUX.2-klein": "flux2/test_pipeline_flux2_klein.py",
     "FLUX.2-klein, inpainting": "flux2/test_pipeline_flux2_klein_inpaint.py",

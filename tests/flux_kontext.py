@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from diffusers import FluxKontextPipeline
+from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline
 
 from flux import FLUX, flux_pipeline
 from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
@@ -14,5 +14,5 @@ KONTEXT = replace(
     plain=FluxKontextPipeline,
     guided={**FLUX.guided, "max_area": 128 * 128},
     unguided={**FLUX.unguided, "max_area": 128 * 128},
-    image_tasks={},
+    image_tasks={True: FluxKontextInpaintPipeline},
 )

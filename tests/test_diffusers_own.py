@@ -17,10 +17,9 @@ import pytest
 FILES = (
     "SD", "SD, image to image", "SD, inpainting", "SDXL", "SDXL, image to image", "SDXL, inpainting", "Chroma",
     "Chroma, image to image", "FLUX.1",
-    "FLUX.1, image to image", "FLUX.1, inpainting", "FLUX.1 Kontext", "FLUX.2-dev", "FLUX.2-klein",
-    "FLUX.2-klein, inpainting", "Ideogram 4", "Krea 2", "Qwen-Image", "Qwen-Image, image to image",
-    "Qwen-Image, inpainting", "Qwen-Image-Edit-Plus", "Z-Image", "Z-Image, image to image",
-    "Z-Image, inpainting",
+    "FLUX.1, image to image", "FLUX.1, inpainting", "FLUX.1 Kontext", "FLUX.1 Kontext, inpainting", "FLUX.2-dev",
+    "FLUX.2-klein", "FLUX.2-klein, inpainting", "Ideogram 4", "Krea 2", "Qwen-Image", "Qwen-Image, image to image",
+    "Qwen-Image, inpainting", "Qwen-Image-Edit-Plus", "Z-Image", "Z-Image, image to image", "Z-Image, inpainting",
 )  # fmt: skip
 """As `diffusers_own.FILES` has them, which takes seconds to import."""
 

@@ -35,9 +35,10 @@ def references_of(pipe: Any, scene: Scene) -> list[Image.Image]:
     """
     reads = isinstance(pipe, ReferencesPipeline)
     if reads and scene.image is not None and scene.mask_image is None:
+        starts = "starts from an image only with a mask: give one (mask_image, --mask-image)"
         raise ValueError(
-            f"{pipe.family} does not start from an image; if it is to be read as a reference image, give it as one "
-            "(references, --reference)"
+            f"{pipe.family} {'does not start from an image' if pipe.inpainting is None else starts}; if it is to be "
+            "read as a reference image, give it as one (references, --reference)"
         )
     if scene.references and not reads:
         reading = ", ".join(one.family for one in ComposePipeline.families if issubclass(one, ReferencesPipeline))

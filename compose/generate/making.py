@@ -192,8 +192,8 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     """
     references = references_of(pipe, scene)
     if scene.image is not None and scene.padding_mask_crop is None:
-        given, cell = open_image(scene.image, "image"), pipe.cell
-        return scene.width or given.width // cell * cell, scene.height or given.height // cell * cell
+        width, height = pipe.size_from_start(*open_image(scene.image, "image").size)
+        return scene.width or width, scene.height or height
     # Both are always passed: if one is missing, diffusers takes the model's own size for both.
     width, height = pipe.size_from(references) if references else pipe.own_size
     return scene.width or width, scene.height or height

@@ -107,6 +107,10 @@ class OpenModel:
         """Sides of images are multiples of so many pixels."""
         return self._pipe.cell
 
+    def size_from_start(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height at which it works on an image of this size."""
+        return self._pipe.size_from_start(width, height)
+
     @property
     def family(self) -> str | None:
         """The model family, named as by `guess_family`; None if it is unknown."""

@@ -5,7 +5,7 @@ import binascii
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -166,13 +166,21 @@ class Store:
         self.uploads.append(lora)
         return lora
 
-    def add_image(self, name: str, data: BinaryIO, side: int, cell: int = 8) -> StartImage:
+    def add_image(
+        self,
+        name: str,
+        data: BinaryIO,
+        side: int,
+        cell: int = 8,
+        fitting: Callable[[int, int], tuple[int, int]] | None = None,
+    ) -> StartImage:
         """Keeps a copy of an image to start from.
 
         Args:
             name: The user's name for it; never a part of a path.
             side: Most pixels of the longer side.
             cell: Both sides become multiples of so many pixels.
+            fitting: From that width and height to those of the copy.
 
         Raises:
             FileError: If it is too large or no image.
@@ -187,6 +195,8 @@ class Store:
             raise FileError(f"{shown} cannot be read as an image; expected {', '.join(FORMATS)}") from error
         share = min(1.0, side / max(image.size))
         width, height = (max(cell, int(length * share) // cell * cell) for length in image.size)
+        if fitting is not None:
+            width, height = fitting(width, height)
         path = self.folder / f"{secrets.token_hex(12)}.png"
         image.resize((width, height), Image.Resampling.LANCZOS).save(path)
         self.images[str(path)] = f"{Path(shown).stem}.png"

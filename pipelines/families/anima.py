@@ -16,6 +16,7 @@ from diffusers import CosmosTransformer3DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import AnimaLoraLoaderMixin
 from diffusers.modular_pipelines.anima import AnimaAutoBlocks, AnimaModularPipeline
+from diffusers.modular_pipelines.anima.before_denoise import get_timesteps
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 from diffusers.utils import is_torchvision_available
 from diffusers.utils.torch_utils import randn_tensor
@@ -29,16 +30,32 @@ from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.process import Process
+from lora_compose.pipelines.denoising.sampler import Schedule
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import Shape, both_sides, for_each
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.modular import ModularFamilyPipeline
 from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
-from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.images.from_image import FromImage, Source
+from lora_compose.pipelines.images.task import ImageToImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
+
+
+class AnimaImageToImage:
+    """diffusers' image-to-image, which it has as blocks only, with what is used of its pipelines for other families."""
+
+    def __init__(self, vae: Any, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.vae_scale_factor = 2 ** len(vae.temperal_downsample)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=8)
+
+    def get_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> tuple[Tensor, int]:
+        """The timesteps that a strength leaves, and the number of steps."""
+        timesteps, steps = get_timesteps(self.scheduler, num_inference_steps=num_inference_steps, strength=strength)
+        return timesteps.to(device), steps
 
 
 class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
@@ -57,6 +74,7 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
     architecture = "anima"
     modular_class = AnimaModularPipeline
     transformer_class = CosmosTransformer3DModel
+    image_to_image = ImageTask(AnimaImageToImage, resizes=True)
     text_tokenizers = ("t5_tokenizer",)
     model_cpu_offload_seq = "text_encoder->text_conditioner->transformer->vae"
 
@@ -144,7 +162,10 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
             control: Not supported yet.
             token_positions: Refused, since there are no prompt embeddings to give.
             record_attention: Maps come from the last third of the blocks.
-            image: Refused, as are the four arguments after it.
+            image: What image-to-image starts from, as in `ComposeStableDiffusionPipeline.__call__`; it is resized to
+                width and height.
+            mask_image: Refused, as are `padding_mask_crop` and `paste_original`: diffusers has no inpainting for this
+                family.
         """
         asked = dict(locals())
         begun = self._begin(asked)
@@ -160,10 +181,13 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
         # Longer texts are not padded: then an image's texts would have as many tokens as their words.
         max_sequence_length = min(max_sequence_length, self.text_conditioner.config.min_sequence_length)
         given = GivenPrompts([listed(prompt)], None, max_sequence_length, [listed(negative_prompt)])
-        width, height = self._size(width, height)
+        source = self._source(begun.start, asked)
+        width, height = self._size(width, height) if source is None else source.size
         guided, guider = guidance_scale > 1, ClassifierFree(guidance_scale)
         properties = {"_guidance_scale": guidance_scale}
-        call = begun.call(asked, given, (width, height), num_images_per_prompt, guider, properties=properties)
+        call = begun.call(
+            asked, given, (width, height), num_images_per_prompt, guider, properties=properties, source=source
+        )
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             words = prompts or (for_each(negative_prompt, len(given)) if negative else listed(prompt))
@@ -179,6 +203,8 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
         latents = arguments["latents"]
         if latents is not None and latents.dim() == 4:
             arguments["latents"] = latents[:, :, None]
+        if start is not None:  # diffusers looks at the size of images from text alone
+            self.check_sides(*self._sides(arguments["width"], arguments["height"]))
         return super()._plain_arguments(arguments, start)
 
     def _prepare_plain(self, pipe: Any) -> None:
@@ -189,8 +215,9 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
         """As `FlowMatchingPipeline.read_texts`; the conditioner pads short texts with zeros, which are read."""
         device, block, cut = self._execution_device, AnimaTextEncoderStep, length or 512
         components: Any = self
-        states, seen = block._get_qwen_prompt_embeds(components, list(prompts), cut, device, self.text_encoder.dtype)
-        ids, mask = block._get_t5_prompt_ids(components, list(prompts), cut, device)
+        reading = {"prompt": list(prompts), "max_sequence_length": cut, "device": device}
+        states, seen = block._get_qwen_prompt_embeds(components, **reading, dtype=self.text_encoder.dtype)
+        ids, mask = block._get_t5_prompt_ids(components, **reading)
         text = self.text_conditioner(
             source_hidden_states=states.to(self.text_conditioner.dtype), target_input_ids=ids,
             target_attention_mask=mask, source_attention_mask=seen,
@@ -222,9 +249,12 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
             latents = randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
         return latents.reshape(self._latent_shape(canvas)).to(canvas.device, torch.float32)
 
-    def _task(self, inpaints: bool) -> ImageTask:
-        task = "inpainting" if inpaints else "image-to-image"
-        raise ValueError(f"{task} is not supported for Anima; images are made from text only")
+    def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
+        """As diffusers' blocks do it: in fp32."""
+        latents = self.latents_of(source.pixels.to(plan.canvas.device)).float()
+        noise = self._noise(call, plan, torch.float32)
+        image, first = self._by_image(call, latents).expand_as(noise), schedule.timesteps[0]
+        return ImageToImage(self.scheduler.scale_noise(image, first.repeat(len(noise)), noise))
 
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         width, height = super()._size(width, height)

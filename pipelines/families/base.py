@@ -378,8 +378,9 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def _timesteps(self, scheduler: Any, sampling: Sampling, canvas: Canvas) -> tuple[Tensor, int]:
         """The timesteps of all passes, and the number of steps, as diffusers' pipeline sets them."""
         timesteps_and_steps: Any = retrieve_timesteps(
-            scheduler, sampling.num_inference_steps, canvas.device, timesteps=sampling.timesteps, sigmas=sampling.sigmas
-        )
+            scheduler, num_inference_steps=sampling.num_inference_steps, device=canvas.device,
+            timesteps=sampling.timesteps, sigmas=sampling.sigmas,
+        )  # fmt: skip
         return timesteps_and_steps
 
     def _step_arguments(self, sampling: Sampling) -> Mapping[str, Any]:

@@ -129,7 +129,7 @@ class ComposeChromaPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: i
         length, output_type = given["max_sequence_length"], given["output_type"] or "np"
         ip_adapters = [given[f"{side}ip_adapter_image{kind}"] for side in ("", "negative_") for kind in ("", "_embeds")]
         check_arguments(given["kwargs"], ip_adapters, kwargs, "joint_attention_kwargs")
-        source = self._source(begun.start, given["width"], given["height"], output_type)
+        source = self._source(begun.start, given)
         width, height = self._size(given["width"], given["height"]) if source is None else source.size
         tensors = tensors_for(given["callback_on_step_end"], given["callback_on_step_end_tensor_inputs"])
         self.check_inputs(

@@ -38,6 +38,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     rounds_steps_up: ClassVar[bool] = True
     named_channels: ClassVar[str] = "num_channels_latents"
     """What diffusers' pipelines that start from an image call the channels of the latents."""
+    prepared: ClassVar[Sequence[int]] = (0, 1, 2)
+    """Where the start latents, their noise and the image's latents are in what diffusers prepares for inpainting."""
     architecture: ClassVar[str]
     """The architecture in the metadata of trained LoRAs, named as in the ModelSpec standard."""
     most_tokens: ClassVar[int] = 4096
@@ -68,8 +70,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         """The shift of the timesteps for an image of so many tokens."""
         config = self.scheduler.config
         return calculate_shift(
-            tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", self.most_tokens),
-            config.get("base_shift", 0.5), config.get("max_shift", 1.15),
+            tokens, base_seq_len=config.get("base_image_seq_len", 256),
+            max_seq_len=config.get("max_image_seq_len", self.most_tokens), base_shift=config.get("base_shift", 0.5),
+            max_shift=config.get("max_shift", 1.15),
         )  # fmt: skip
 
     def _sigmas(self, steps: int) -> Any:
@@ -88,7 +91,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
             sigmas = None
         height, width = canvas.latent_grid
         shift = self._shift(height * width // PATCH**2, steps)
-        timesteps_and_steps: Any = retrieve_timesteps(scheduler, steps, canvas.device, sigmas=sigmas, mu=shift)
+        timesteps_and_steps: Any = retrieve_timesteps(
+            scheduler, num_inference_steps=steps, device=canvas.device, sigmas=sigmas, mu=shift
+        )
         scheduler.set_begin_index(0)
         return timesteps_and_steps
 
@@ -155,12 +160,12 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         if source.mask is None:
             latents = prepared if isinstance(prepared, Tensor) else prepared[0]
             return ImageToImage(_unpacked(latents, canvas.latent_grid))
-        latents, noise, image = (_unpacked(tensor, canvas.latent_grid) for tensor in prepared[:3])
+        latents, noise, image = (_unpacked(prepared[place], canvas.latent_grid) for place in self.prepared)
         mask = self._latent_mask(self._by_image(call, source.mask), canvas).to(canvas.device, encoder.dtype)
-        inputs = self._inputs_from_image(image)
+        inputs = self._inputs_from_image(call, image)
         return Inpainting(latents, inputs, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
 
-    def _inputs_from_image(self, image: Tensor) -> Mapping[str, Any]:
+    def _inputs_from_image(self, call: Call, image: Tensor) -> Mapping[str, Any]:
         """Further arguments of every forward pass of inpainting, from the latents of the image."""
         return {}
 

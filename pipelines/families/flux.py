@@ -155,7 +155,7 @@ class FluxCalls(FlowMatchingPipeline):
         """As `FlowMatchingPipeline.read_texts`; "pooled_projections" come from CLIP."""
         encode_prompt: Any = self.encode_prompt
         text, pooled, _ = encode_prompt(
-            list(prompts), None, self._execution_device, max_sequence_length=self._readable(length or 512)
+            list(prompts), device=self._execution_device, max_sequence_length=self._readable(length or 512)
         )
         return text, {"pooled_projections": pooled}
 
@@ -301,7 +301,7 @@ class ComposeFluxPipeline(FluxCalls, FluxPipeline):  # pyright: ignore[reportInc
         begun = self._begin(given)
         if begun.plain is not None:
             return begun.plain
-        source = self._source(begun.start, width, height, output_type or "np")
+        source = self._source(begun.start, given)
         size = self._size(width, height) if source is None else source.size
         return self._request(begun, given, size, source)
 

@@ -36,7 +36,7 @@ from lora_compose.pipelines.families.flow_matching import (
 )
 from lora_compose.pipelines.families.flux2_vae import Flux2VaePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.references import ReferencesPipeline, opened, reference_images, reference_or_start
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images, reference_or_start
 from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas
@@ -135,7 +135,7 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
         for image in reference_images(given):
             self.image_processor.check_image_input(image)
             if image.width * image.height > most:
-                image = self.image_processor._resize_to_target_area(image, most)
+                image = self.image_processor._resize_to_target_area(image, target_area=most)
             width, height = (side // unit * unit for side in image.size)
             references.append(self.image_processor.preprocess(image, height=height, width=width, resize_mode="crop"))
         return references
@@ -217,11 +217,9 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
             record_attention: Maps come from the last third of the double-stream blocks.
             image_reference: A further image that inpainting reads; cannot be combined with concepts yet.
         """
-        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
-        if image_reference is not None and image is None and mask_image is None:
-            raise ValueError(
-                "image_reference goes with inpainting: give mask_image as well, or the reference images as image"
-            )
+        reference, image = reference_or_start(
+            image, mask_image, strength, padding_mask_crop, paste_original, image_reference=image_reference
+        )
         if image is None and reference is None:  # otherwise the size is that of the image
             width, height = self._sides(width, height)
         given = dict(locals())
@@ -234,21 +232,13 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
         references = self._references(reference)
         if references:
             height, width = height or references[0].shape[-2], width or references[0].shape[-1]
-        source = self._source(begun.start, width, height, output_type)
+        source = self._source(begun.start, given)
         size = self._size(width, height) if source is None else source.size
         self.check_inputs(
             begun.prompt, height=size[1], width=size[0], prompt_embeds=prompt_embeds, guidance_scale=guidance_scale,
             callback_on_step_end_tensor_inputs=tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs),
         )  # fmt: skip
         return self._request(begun, given, size, source, references)
-
-    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        self._check_plain_texts(arguments["prompt"])
-        reference = arguments.pop("reference")
-        if start is None:
-            del arguments["image_reference"]
-            return {**arguments, "image": opened(reference)}
-        return arguments
 
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call; with a start image it reads that as a reference image, too."""
@@ -261,7 +251,7 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
                 "all: resize image and mask"
             )
 
-    def _inputs_from_image(self, image: Tensor) -> Mapping[str, Any]:
+    def _inputs_from_image(self, call: Call, image: Tensor) -> Mapping[str, Any]:
         return {"reference": OnGrid(image)}
 
     def _latent_mask(self, mask: Tensor, canvas: Canvas) -> Tensor:

@@ -156,8 +156,8 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
         """Texts padded to a length, and how many of their tokens are read: a multiple of 80, or all."""
         each = [
             Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds(
-                self.text_encoder, self.tokenizer, text, device=self._execution_device, max_sequence_length=length,
-                pad_multiple=PAD_MULTIPLE, hidden_states_layers=layers,
+                self.text_encoder, tokenizer=self.tokenizer, prompt=text, device=self._execution_device,
+                max_sequence_length=length, pad_multiple=PAD_MULTIPLE, hidden_states_layers=layers,
             )
             for text in texts
         ]  # fmt: skip

@@ -1,19 +1,21 @@
 """FLUX.1 Kontext with concepts: FLUX.1 that reads a reference image behind the image that it makes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from diffusers import FluxKontextPipeline
+from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import Image
 from torch import Tensor
 
 from lora_compose.attention.backbones.joint import packed
-from lora_compose.pipelines.calls.call import Concepts, Generators
+from lora_compose.pipelines.calls.call import Call, Concepts, Generators
 from lora_compose.pipelines.calls.front import Plain, Request, front
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flux import FluxCalls, for_all
+from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images, reference_or_start
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
@@ -24,6 +26,9 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
     """diffusers' `FluxKontextPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "FLUX.1 Kontext"
+    inpainting = ImageTask(FluxKontextInpaintPipeline, resizes=False)
+    starts_from_latents = False  # diffusers refuses them
+    prepared = 0, 6, 1
     most_references = 1
 
     @classmethod
@@ -71,6 +76,7 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
         mask_image: Any = None,
+        image_reference: Any = None,
         strength: float | None = None,
         padding_mask_crop: int | None = None,
         paste_original: bool = False,
@@ -81,8 +87,10 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         Args:
             image: The reference image, which is read at a size that the model knows, and is the same for all images;
                 LoRAs act on it only if a concept says so (`Concept.references`), and regions are those of the image
-                that is made.
-            mask_image: Not supported, as are the three arguments after it.
+                that is made. With a mask, what inpainting starts from, at such a size; the model reads it as the
+                reference image, too.
+            image_reference: What inpainting reads as the reference image in place of `image`.
+            padding_mask_crop: Only with concepts: without them diffusers gives back the part that it has painted.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.
@@ -94,23 +102,36 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         max_sequence_length = self._readable(max_sequence_length)
         if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take
             negative_prompt = for_all(negative_prompt, len(prompt))
+        reference, image = reference_or_start(
+            image, mask_image, strength, padding_mask_crop, paste_original, image_reference=image_reference
+        )
         named = width is not None or height is not None
-        width, height = self._sides(width, height)
-        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
+        if image is None:  # otherwise the size is that of the image
+            width, height = self._sides(width, height)
         given = dict(locals())
         begun = self._begin(given)
         if begun.plain is not None:
             return begun.plain
-        size = self._of_area(width, height, max_area)
-        if named and size != (self._rounded(width), self._rounded(height)):
+        source = self._source(begun.start, given)
+        if source is not None:
+            references = self._references(image_reference, _auto_resize) or [source.pixels]
+            return self._request(begun, given, source.size, source, references)
+        asked = self._sides(width, height)
+        size = self._of_area(*asked, max_area)
+        if named and size != tuple(map(self._rounded, asked)):
             raise ValueError(
-                f"{self.family} makes images of max_area={max_area} pixels, here {size[0]} x {size[1]} for {width} x "
-                f"{height}, in which regions would lie elsewhere; give that size, or max_area={width * height}"
+                f"{self.family} makes images of max_area={max_area} pixels, here {size[0]} x {size[1]} for {asked[0]} "
+                f"x {asked[1]}, in which regions would lie elsewhere; give that size, or max_area={asked[0] * asked[1]}"
             )
         return self._request(begun, given, size, references=self._references(reference, _auto_resize))
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         del arguments["named"]
+        if start is not None and start.padding_mask_crop is not None:
+            raise ValueError(
+                "without concepts, diffusers gives back the part around the mask, and not the image with it; leave out "
+                "padding_mask_crop, or name concepts"
+            )
         return super()._plain_arguments(arguments, start)
 
     def sized(self, width: int, height: int) -> dict[str, Any]:
@@ -121,6 +142,33 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         """Width and height of an image of this shape and area, as diffusers rounds them."""
         ratio = width / height
         return self._rounded(round((area * ratio) ** 0.5)), self._rounded(round((area / ratio) ** 0.5))
+
+    def size_from_start(self, width: int, height: int) -> tuple[int, int]:
+        """As `ImageTasksPipeline.size_from_start`: a size that the model knows."""
+        return self._read_size(width, height, resizes=True)
+
+    def _kept_size(self, given: FromImage, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        return self._read_size(*given.size, resizes=arguments["_auto_resize"])
+
+    def _image_size(self, given: FromImage, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        width, height = super()._image_size(given, arguments)
+        if arguments["max_area"] not in (1024**2, width * height):
+            raise ValueError(f"max_area is not read in inpainting, which is at {width} x {height} here; leave it out")
+        return width, height
+
+    def _read_size(self, width: int, height: int, *, resizes: bool) -> tuple[int, int]:
+        """Width and height at which the model reads an image of a size: those it knows, or whole tokens."""
+        width, height = (max(self.cell, self._rounded(side)) for side in (width, height))
+        if resizes:
+            ratio = width / height
+            _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        return self._rounded(width), self._rounded(height)
+
+    def _inputs_from_image(self, call: Call, image: Tensor) -> Mapping[str, Any]:
+        (reference,) = call.references
+        is_start = call.source is not None and reference is call.source.pixels
+        tokens = packed(image) if is_start else self.reference_tokens(call.references)
+        return {"reference": ByImage(tokens), "reference_grids": self._grids(call.references)}
 
     def _references(self, given: Any, resizes: bool) -> list[Tensor]:
         """The reference image, prepared as diffusers does; none if there is none.
@@ -137,13 +185,8 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         return [self._prepared(image, resizes) for image in images]
 
     def _prepared(self, image: Image.Image, resizes: bool) -> Tensor:
-        height, width = self.image_processor.get_default_height_width(image)
-        if resizes:
-            ratio = width / height
-            _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
-        width, height = self._rounded(width), self._rounded(height)
-        resized = self.image_processor.resize(image, height, width)
-        return self.image_processor.preprocess(resized, height, width)
+        width, height = self._read_size(*image.size, resizes=resizes)
+        return self.image_processor.preprocess(image, height=height, width=width)
 
     def reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
         """As `ReferencesPipeline.reference_tokens`, of one image."""

@@ -127,6 +127,10 @@ class ImageTasksPipeline(ComposePipeline):
         """
         return steps_left(steps, self._strength(strength, inpaints), rounds_up=self.rounds_steps_up)
 
+    def size_from_start(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height at which an image of this size is worked on by default, in pixels: in whole cells."""
+        return width // self.cell * self.cell, height // self.cell * self.cell
+
     def _task(self, inpaints: bool) -> ImageTask:
         own_task = self.inpainting if inpaints else self.image_to_image
         if own_task is not None:
@@ -188,32 +192,45 @@ class ImageTasksPipeline(ComposePipeline):
     def _check_composed(self, given: FromImage) -> None:
         """Raises ValueError for images that the model cannot start from with concepts."""
 
-    def _image_size(self, given: FromImage, width: int | None, height: int | None) -> tuple[int, int]:
-        """Width and height of what is worked on, in pixels; refuses an image that is too small or of another size."""
+    def _image_size(self, given: FromImage, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        """Width and height of what is worked on, in pixels; refuses an image that is too small or of another size.
+
+        Args:
+            arguments: Those of `__call__`, by name.
+        """
+        width, height = arguments["width"], arguments["height"]
         given.check_size(self.cell)
         if self._task(given.inpaints).resizes:
             size = self._size(width, height)
         else:
-            own = given.cells(self.vae_scale_factor if given.is_latents else self.cell)
+            own = self._kept_size(given, arguments)
             size = width or own[0], height or own[1]
             if given.padding_mask_crop is None and size != own:
                 raise ValueError(
-                    f"width and height are those of the image, {own[0]} x {own[1]} in whole latent cells; resize the "
+                    f"width and height are those of the image, {own[0]} x {own[1]} as this model reads it; resize the "
                     "image, or leave them out"
                 )
         self.check_sides(*size)
         return size
 
+    def _kept_size(self, given: FromImage, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        """Width and height of what is worked on where the image is not resized to those of the call, in pixels."""
+        return given.cells(self.vae_scale_factor if given.is_latents else self.cell)
+
+    def _check_plain_start(self, given: FromImage, arguments: Mapping[str, Any]) -> None:
+        """Raises ValueError for a start image that cannot be used in a call without concepts."""
+        self._check_start(given)
+        self._image_size(given, arguments)
+        check_steps(_steps(arguments), self._strength(given.strength, given.inpaints), rounds_up=self.rounds_steps_up)
+        prompt, embeds = arguments["prompt"], arguments.get("prompt_embeds")
+        given.check_masks(len(listed(prompt) if embeds is None else embeds))
+
     def _from_image_as_diffusers(self, given: FromImage, arguments: Mapping[str, Any]) -> Any:
         """A call without concepts that starts from an image: exactly what diffusers' pipeline for the task does."""
-        self._check_start(given)
-        pipe, task = self._task_pipeline(inpaints=given.inpaints), self._task(given.inpaints)
-        self._image_size(given, arguments["width"], arguments["height"])
-        if not task.resizes:
+        self._check_plain_start(given, arguments)
+        pipe = self._task_pipeline(inpaints=given.inpaints)
+        if not self._task(given.inpaints).resizes:
             arguments = {**arguments, "width": None, "height": None}
-        check_steps(_steps(arguments), self._strength(given.strength, given.inpaints), rounds_up=self.rounds_steps_up)
-        prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
-        given.check_masks(len(embeds) if prompt is None else len(listed(prompt)))
         taken = inspect.signature(type(pipe).__call__).parameters
         own = inspect.signature(type(self).__call__).parameters
         left_out = [name for name in arguments if name not in taken and name in own]
@@ -237,19 +254,21 @@ class ImageTasksPipeline(ComposePipeline):
         images[:] = given.pasted(images, pipe.image_processor)
         return output
 
-    def _source(
-        self, given: FromImage | None, width: int | None, height: int | None, output_type: str
-    ) -> Source | None:
-        """The image that a call with concepts starts from, made ready; refuses models and outputs that do not fit."""
+    def _source(self, given: FromImage | None, arguments: Mapping[str, Any]) -> Source | None:
+        """The image that a call with concepts starts from, made ready; refuses models and outputs that do not fit.
+
+        Args:
+            arguments: Those of `__call__`, by name.
+        """
         self._check_start(given)
         if given is None:
             return None
         self._check_composed(given)
-        if (given.paste_original or given.padding_mask_crop is not None) and output_type != "pil":
+        if (given.paste_original or given.padding_mask_crop is not None) and arguments["output_type"] != "pil":
             raise ValueError(_PIL_ONLY)
         strength = self._strength(given.strength, given.inpaints)
         return Source.of(
-            given, self._task_pipeline(inpaints=given.inpaints), strength, self._image_size(given, width, height),
+            given, self._task_pipeline(inpaints=given.inpaints), strength, self._image_size(given, arguments),
             rounds_up=self.rounds_steps_up,
         )  # fmt: skip
 

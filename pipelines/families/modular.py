@@ -108,6 +108,9 @@ class ModularFamilyPipeline(TemplatePipeline):
     def _as_diffusers(self, arguments: dict[str, Any], start: FromImage | None, unknown: Mapping[str, Any]) -> Any:
         """A call without concepts: exactly what the modular pipeline does."""
         arguments = self._plain_arguments(arguments, start)
+        if start is not None:
+            self._check_plain_start(start, arguments)
+            arguments |= start.arguments
         if arguments.pop("callback_on_step_end") is not None:
             raise ValueError("diffusers' modular pipelines have no callbacks; leave out callback_on_step_end")
         del arguments["callback_on_step_end_tensor_inputs"]
@@ -122,6 +125,11 @@ class ModularFamilyPipeline(TemplatePipeline):
             pipe.update_components(guider=pipe.guider.new(guidance_scale=scale))
         images = pipe(**arguments, output="latents" if as_latents else "images")
         return ImagePipelineOutput(images=images) if named else (images,)
+
+    def _strength(self, given: float | None, inpaints: bool) -> float:
+        self._task(inpaints)
+        (default,) = (one.default for one in self._blocks().inputs if one.name == "strength")
+        return default if given is None else given
 
     def _prepare_plain(self, pipe: Any) -> None:
         """Changes a modular pipeline for a call without concepts."""

@@ -212,7 +212,7 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
         begun = self._begin(given)
         if begun.plain is not None:
             return begun.plain
-        source = self._source(begun.start, width, height, output_type or "np")
+        source = self._source(begun.start, given)
         size = self._size(width, height) if source is None else source.size
         tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
         return self._request(begun, given, size, tokens, self._encoded, source=source)

@@ -105,7 +105,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
 
     def size_from(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """As `ReferencesPipeline.size_from`: the shape of the last one, with 1024 x 1024 pixels in all."""
-        return plain.calculate_dimensions(1024 * 1024, images[-1].width / images[-1].height)
+        return plain.calculate_dimensions(1024 * 1024, ratio=images[-1].width / images[-1].height)
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Never: the text of this family has reference images (`read_beside`).
@@ -125,13 +125,13 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
 
     def _resized(self, image: Image.Image, area: int) -> Image.Image:
         """An image in about so many pixels, in its shape."""
-        width, height = plain.calculate_dimensions(area, image.width / image.height)
-        return self.image_processor.resize(image, height, width)  # pyright: ignore[reportReturnType]
+        width, height = plain.calculate_dimensions(area, ratio=image.width / image.height)
+        return self.image_processor.resize(image, height=height, width=width)  # pyright: ignore[reportReturnType]
 
     def _prepared(self, image: Image.Image) -> Tensor:
         """A reference image as the VAE reads it. Shape: [1, 3, height, width]."""
-        width, height = plain.calculate_dimensions(plain.VAE_IMAGE_SIZE, image.width / image.height)
-        return self.image_processor.preprocess(image, height, width)
+        width, height = plain.calculate_dimensions(plain.VAE_IMAGE_SIZE, ratio=image.width / image.height)
+        return self.image_processor.preprocess(image, height=height, width=width)
 
     def reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
         """As `ReferencesPipeline.reference_tokens`."""

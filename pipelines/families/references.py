@@ -51,8 +51,9 @@ class ReferencesPipeline(FlowMatchingPipeline):
         return [(image.shape[-2] // self.cell, image.shape[-1] // self.cell) for image in references]
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        image = opened(arguments.pop("reference"))
-        return {**super()._plain_arguments(arguments, start), "image": image}
+        reference, further = arguments.pop("reference"), arguments.pop("image_reference", None)
+        image = {"image": opened(reference)} if start is None else {"image_reference": opened(further)}
+        return {**super()._plain_arguments(arguments, start), **image}
 
     def _task(self, inpaints: bool) -> ImageTask:
         if self.inpainting is not None:
@@ -71,15 +72,23 @@ class ReferencesPipeline(FlowMatchingPipeline):
         }
 
 
-def reference_or_start(image: Any, mask_image: Any, *of_start: Any) -> tuple[Any, Any]:
+def reference_or_start(image: Any, mask_image: Any, *of_start: Any, image_reference: Any = None) -> tuple[Any, Any]:
     """What `image` of a call is: the reference images, or the image to start from; the other one is None.
 
     Args:
         image: As given.
         mask_image: With one, the call inpaints `image`.
         of_start: The other arguments that go with a start image: None or False if they were not given.
+        image_reference: A reference image of inpainting.
+
+    Raises:
+        ValueError: For such a reference image in another call.
     """
     starts = mask_image is not None or any(one is not None and one is not False for one in of_start)
+    if image_reference is not None and not starts:
+        raise ValueError(
+            "image_reference goes with inpainting: give mask_image as well, or the reference images as image"
+        )
     return (None, image) if starts else (image, None)
 
 

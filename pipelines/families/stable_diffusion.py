@@ -141,7 +141,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         prompt = begun.prompt
         check_arguments(kwargs, (), cross_attention_kwargs, allowed=("scale", "ip_adapter_masks"))
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        source = self._source(begun.start, width, height, output_type or "np")
+        source = self._source(begun.start, asked)
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
             prompt, height=height, width=width, callback_steps=None, negative_prompt=negative_prompt,

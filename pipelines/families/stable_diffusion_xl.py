@@ -143,7 +143,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         prompt = begun.prompt
         check_arguments(kwargs, (), cross_attention_kwargs, allowed=("scale", "ip_adapter_masks"))
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        source = self._source(begun.start, width, height, output_type or "np")
+        source = self._source(begun.start, asked)
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
             prompt, prompt_2=prompt_2, height=height, width=width, callback_steps=None, negative_prompt=negative_prompt,

@@ -106,7 +106,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             raise ValueError("give a prompt or prompt_embeds, one of the two")
         if prompt_embeds is not None and cfg_scale > 1 and negative_prompt_embeds is None:
             raise ValueError("with prompt_embeds, guidance needs negative_prompt_embeds as well")
-        source = self._source(begun.start, width, height, output_type or "np")
+        source = self._source(begun.start, asked)
         width, height = self._sides(width, height) if source is None else source.size
         self.check_sides(width, height)
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)

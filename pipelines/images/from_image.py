@@ -156,9 +156,10 @@ class FromImage:
         """
         originals, masks = (_for_each(values, len(images)) for values in (self.images, self.masks))
         width, height = self.size
-        parts = images if crop is not None else [processor.resize(image, height, width) for image in images]
+        size = {"height": height, "width": width}
+        parts = images if crop is not None else [processor.resize(image, **size) for image in images]
         return [
-            processor.apply_overlay(mask, original, part, crop)
+            processor.apply_overlay(mask, init_image=original, image=part, crop_coords=crop)
             for mask, original, part in zip(masks, originals, parts, strict=True)
         ]
 
@@ -203,7 +204,9 @@ class Source:
         scale, (width, height) = pipeline.vae_scale_factor, size
         crop, mode = None, "default"
         if given.padding_mask_crop is not None:
-            crop = pipeline.mask_processor.get_crop_region(given.masks[0], width, height, pad=given.padding_mask_crop)
+            crop = pipeline.mask_processor.get_crop_region(
+                given.masks[0], width=width, height=height, pad=given.padding_mask_crop
+            )
             mode = "fill"
         how = {"height": height, "width": width, "crops_coords": crop, "resize_mode": mode}
         pixels = pipeline.image_processor.preprocess(given.images, **how)
@@ -250,7 +253,9 @@ class Source:
         processor = VaeImageProcessor(
             vae_scale_factor=self.pipeline.vae_scale_factor, resample="nearest"
         )  # borders stay sharp
-        shown: Any = processor.resize(cut, *self.size[::-1], resize_mode="default" if self.crop is None else "fill")
+        width, height = self.size
+        mode = "default" if self.crop is None else "fill"
+        shown: Any = processor.resize(cut, height=height, width=width, resize_mode=mode)
         shown = shown.convert("L")
         if shown.getextrema()[1] < 128:
             raise ValueError(

@@ -83,8 +83,8 @@ def start_image(start: StartImage) -> Image.Image:
 
 
 def _take(session: PageSession, file: UploadedFile) -> None:
-    side = round(_LARGER * max(session.model.size))
-    session.start = session.store.add_image(file.name, file, side, session.model.cell)
+    model, side = session.model, round(_LARGER * max(session.model.size))
+    session.start = session.store.add_image(file.name, file, side, model.cell, model.size_from_start)
     fields.resize(session, session.start.size)
     session.shown = ""
 

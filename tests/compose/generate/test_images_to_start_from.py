@@ -6,13 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
+from anima import anima_pipeline, cosmos_transformer
 from commands import call, flat
+from flux import flux_pipeline, flux_transformer
 from lora_compose import Concept, Run, Scene
 from lora_compose.compose.evaluation.suite import SuiteScene
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.files.scenes import read_scene, write_scene
+from lora_compose.pipelines.families import ComposeFluxKontextPipeline
 from small_world import HALF, SIZE
+from transformer_families import as_file, random_lora_of_all
 
 CAT: dict[str, Any] = {"name": "cat", "lora": "playground:cat", "trigger": "sks", "class_word": "cat"}
 
@@ -47,6 +52,39 @@ def test_an_image_is_painted_from_a_scene_file_reproduced_and_refined(tmp_path, 
     refined = call("refine", tmp_path / "0.png", "--strength", "0.5")
     assert "repainted cat" in flat(refined.output)
     assert np.array_equal(np.asarray(read_pixels(tmp_path / "0-refined.png"))[:, HALF:], np.asarray(before)[:, HALF:])
+
+
+def test_anima_starts_from_an_image(tmp_path, start):
+    anima_pipeline().save_pretrained(tmp_path / "anima")
+    save_file(dict(as_file(random_lora_of_all(cosmos_transformer(), 0))), tmp_path / "cat.safetensors")
+    Image.new("RGB", (144, 130), "red").save(start)
+    given = [
+        tmp_path / "anima", "--prompt", "a sks cat", "--concept", f"path={tmp_path / 'cat.safetensors'},trigger=sks",
+        "--image", start, "--strength", "0.5", "--steps", "2", "--device", "cpu",
+    ]  # fmt: skip
+    assert "size 144 x 128 pixels" in flat(call("check", *given).output)
+    call("run", *given, "--out", tmp_path)
+    assert read_pixels(tmp_path / "0.png").size == (144, 128)
+    assert "identical: every pixel is the same" in flat(call("replay", tmp_path / "0.png").output)
+    refused = call("check", *given, "--mask-image", "0,0,64,64", code=2)
+    assert "diffusers has no inpainting for Anima; it has image-to-image" in flat(refused.output)
+
+
+def test_kontext_inpaints_at_a_size_that_it_knows(tmp_path, start):
+    flux_pipeline(ComposeFluxKontextPipeline).save_pretrained(tmp_path / "kontext")
+    save_file(dict(as_file(random_lora_of_all(flux_transformer(), 0))), tmp_path / "cat.safetensors")
+    Image.new("RGB", (160, 112)).save(start)
+    given = [
+        tmp_path / "kontext", "--prompt", "a sks cat", "--concept", f"path={tmp_path / 'cat.safetensors'},trigger=sks",
+        "--steps", "2", "--device", "cpu", "--image", start,
+    ]  # fmt: skip
+    checked = flat(call("check", *given, "--mask-image", "0,0,80,112").output)
+    assert "size 1248 x 832 pixels" in checked
+    assert "times one without reference images" in checked
+    refused = call("check", *given, "--mask-image", "0,0,80,112", "--width", "160", code=2)
+    assert "width and height are those of the image, 1248 x 832 as this model reads it" in flat(refused.output)
+    whole = flat(call("check", *given, "--strength", "0.5", code=2).output)
+    assert "starts from an image only with a mask: give one (mask_image, --mask-image)" in whole
 
 
 def test_a_changed_image_is_reported_by_replay(tmp_path, start):

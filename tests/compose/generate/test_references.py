@@ -100,7 +100,10 @@ def test_check_tells_what_references_cost(folder, asked):
 
 @pytest.mark.parametrize(("more", "message"), [
     (("--reference", "gone.png"), "there is no reference image 'gone.png'"),
-    (("--image", "room.png"), "FLUX.2-klein does not start from an image; if it is to be read as a reference image"),
+    (
+        ("--image", "room.png"),
+        "starts from an image only with a mask: give one (mask_image, --mask-image); if it is to be read as",
+    ),
     (("--image", "room.png", "--reference", "room.png"), "an image to start from and reference images cannot be comb"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_refused(folder, asked, more, message, monkeypatch):

@@ -7,6 +7,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -14,6 +15,7 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima
 from diffusers.models.transformers import transformer_cosmos
 from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
 from diffusers.utils import import_utils
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -43,6 +45,7 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pipeline_with_concepts(ANIMA, tmp_path_factory.mktemp("loras"))
 
 
+IMAGE = Image.fromarray((np.random.default_rng(0).random((128, 128, 3)) * 255).astype("u1"))
 METHODS = {
     "draft": (Draft(), ["cat", "dog"]),
     "clora": (Clora(), ["cat", "dog"]),
@@ -65,6 +68,15 @@ def test_methods_that_read_maps_or_give_each_region_a_text_run_and_leave_nothing
     assert (found - latents_of(pipe, concepts=concepts, method="merge", **ANIMA.guided)).abs().max() > 1e-3
     assert torch.equal(latents_of(pipe, **ANIMA.guided), plain)
     assert dict(pipe.transformer.config) == config
+
+
+@pytest.mark.parametrize("name", ["clora", "lora-composer"])
+def test_methods_that_move_latents_start_from_the_image_where_its_noise_is_all(pipe, name):
+    method, concepts = METHODS[name]
+    given = {**ANIMA.guided, "concepts": concepts, "method": method}
+    found = latents_of(pipe, image=IMAGE, strength=1.0, **given)
+    torch.testing.assert_close(found, latents_of(pipe, **given), atol=1e-6, rtol=0)
+    assert (latents_of(pipe, image=IMAGE, strength=0.5, **given) - found).abs().max() > 0.1
 
 
 def test_lora_composer_without_updates_equals_a_pass_for_each_region(pipe):
@@ -336,19 +348,28 @@ def test_a_lora_of_the_text_conditioner_acts_as_in_the_weights(pipe, tmp_path):
     torch.testing.assert_close(found, latents_of(own, **ANIMA.guided), atol=3e-5, rtol=0)
 
 
-def test_the_call_has_the_inputs_of_the_modular_pipeline_for_images_from_text(pipe):
+def test_the_call_has_the_inputs_of_the_modular_pipeline(pipe):
     theirs = {one.name: one.default for one in pipe.modular().blocks.inputs if one.name is not None}
     ours = signature(type(pipe).__call__).parameters
-    unsupported = {"image", "strength", "image_latents"}  # image-to-image
-    assert theirs.keys() - ours.keys() <= unsupported
-    shared = [name for name in theirs if name in ours and name not in unsupported]
+    assert theirs.keys() - ours.keys() == {"image_latents"}
+    shared = [name for name in theirs if name in ours and name != "strength"]
     assert {name: ours[name].default for name in shared} == {name: theirs[name] for name in shared}
+    assert ours["strength"].default is None
+    assert theirs["strength"] == 0.9
+    assert pipe.steps_from_image(10, None, inpaints=False) == 9
 
 
 REFUSED = {
     "no text": ({"max_sequence_length": 0}, "max_sequence_length must be at least 1"),
     "less guidance than none": ({"guidance_scale": 0.5}, "guidance_scale must be at least 1 with concepts"),
-    "a start image": ({"image": torch.zeros(1, 3, 128, 128)}, "image-to-image is not supported for Anima"),
+    "a mask": (
+        {"image": torch.zeros(1, 3, 128, 128), "mask_image": (0, 0, 64, 64)},
+        "diffusers has no inpainting for Anima; it has image-to-image",
+    ),
+    "latents as the start": ({"image": torch.zeros(1, 4, 16, 16)}, r"a tensor of torch.float32 with the shape \[1, 4"),
+    "latents and an image": ({"image": IMAGE, "latents": torch.zeros(1, 4, 16, 16)}, "latents cannot be given with an"),
+    "a strength alone": ({"strength": 0.5}, "strength needs an image"),
+    "no step": ({"image": IMAGE, "strength": 0.0}, "strength=0 leaves none of the 2 steps"),
     "too large": ({"width": 512}, "at most 256 pixels a side, not 512 x 128"),
     "no prompt": ({"prompt": None}, "prompt"),
 }
@@ -359,6 +380,12 @@ def test_what_it_cannot_do_is_refused_in_words(pipe, case):
     given, why = REFUSED[case]
     with pytest.raises(ValueError, match=why):
         pipe(**{**CALL, **given}, concepts=["cat"], method="merge")
+
+
+def test_without_concepts_a_size_that_makes_no_patches_is_refused_with_an_image_too(pipe):
+    for image in (None, IMAGE):
+        with pytest.raises(ValueError, match=r"(divisible by|multiples of) 16"):
+            pipe(**{**CALL, "width": 120, "image": image})
 
 
 def test_callbacks_are_for_calls_with_concepts(pipe):

@@ -197,14 +197,14 @@ def test_what_is_no_image_is_refused(reading, pipe):
 
 
 @pytest.mark.parametrize("reading", ["kontext"], indirect=True)
-def test_kontext_refuses_another_area_several_images_and_masks(reading, pipe):
+def test_kontext_refuses_another_area_several_images_and_a_strength(reading, pipe):
     call = {**reading.call, "concepts": BOXES}
     with pytest.raises(ValueError, match=r"max_area=16384 pixels, here 128 x 128 for 256 x 256, in which regions .*"):
         pipe(**{**call, "width": 256, "height": 256})
     with pytest.raises(ValueError, match="reads one reference image with concepts, the same for all prompts, not 2"):
         pipe(**{**call, "image": [NAVY, ORANGE]})
-    with pytest.raises(ValueError, match=r"reads image as a reference image, and inpaints nothing here; leave out"):
-        pipe(**{**call, "image": NAVY}, mask_image=(0, 0, 32, 32))
+    with pytest.raises(ValueError, match=r"no image-to-image for FLUX.1 Kontext; it has inpainting: give mask_image"):
+        pipe(**{**call, "image": NAVY}, strength=0.5)
 
 
 @pytest.mark.parametrize("reading", ["kontext"], indirect=True)

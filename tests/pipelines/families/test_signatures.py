@@ -8,15 +8,28 @@ from types import FunctionType
 from typing import Any
 
 import pytest
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
+from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
-from all_transformers import MODULAR
+from all_transformers import EVERY, MODULAR
 from components import seeded
-from golden import PIPELINES, PROMPT, TRANSFORMERS, squares
+from golden import PIPELINES, PROMPT, squares
 from lora_compose import ComposePipeline
-from transformer_families import TOKENS
+from transformer_families import TOKENS, shared_pipeline
 
-FAMILIES = ("sd", "sdxl", *(name for name in TRANSFORMERS if name not in MODULAR))
-"""Modular pipelines have no methods to hand arguments to."""
+FAMILIES = ("sd", "sdxl", *(name for name in EVERY if name not in (*MODULAR, "qwen-image-edit")))
+"""Modular pipelines have no methods to hand arguments to; of Qwen-Image-Edit-Plus one model is enough."""
+FURTHER: Mapping[str, Mapping[str, Any]] = {
+    "flux2-dev": {"image": squares()}, "kontext": {"image": squares(), "_auto_resize": False},
+    "qwen-image-edit-2511": {"image": squares()},
+}  # fmt: skip
+"""Arguments of every call of a family: the reference images that it is made for."""
+TRAINED = [name for name in FAMILIES[2:] if "text_encoder_out_layers" not in EVERY[name].unguided]
+"""Families whose small pipelines have the layers of the text encoder that training reads."""
+BLOCKS = {"anima": AnimaTextEncoderStep, "flux3": Flux3TextEncoderStep}
+"""Blocks of modular pipelines whose methods are used."""
 OF_OUR_OWN = {"concepts", "method", "control", "token_positions", "record_attention"}
 OPENED = {"quantize"}
 FROM_IMAGE = {"image", "mask_image", "strength", "padding_mask_crop", "paste_original"}
@@ -62,7 +75,8 @@ def test_the_signature_is_that_of_diffusers_and_more(cls, name):
             default = list(default)
         assert default == theirs[parameter].default, parameter
     added = {one.name for one in ours.values() if one.kind is one.KEYWORD_ONLY} - theirs.keys()
-    inpainting = {"image_reference"} if cls.family == "FLUX.2-klein" else set()  # of its diffusers' inpainting pipeline
+    inpaints = cls.family in ("FLUX.2-klein", "FLUX.1 Kontext")
+    inpainting = {"image_reference"} if inpaints else set()  # of diffusers' pipeline for that
     of_our_own = {
         "__call__": OF_OUR_OWN | FROM_IMAGE | inpainting,
         "from_pretrained": OPENED,
@@ -87,42 +101,50 @@ class Watch:
     """Wraps the methods of some of diffusers' classes, and sees which of them our code gives arguments by position.
 
     The first argument may be: what comes before it is a new method. Any other is shifted by a parameter that is new.
+    Processors of images are watched as well.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, classes: Iterable[type]) -> None:
         self.called: set[str] = set()
         self.shifted: set[str] = set()
-        for cls in classes:
-            for name, method in vars(cls).items():
+        for cls in (*classes, VaeImageProcessor, Flux2ImageProcessor):
+            for name, method in [*vars(cls).items()]:
+                called = f"{cls.__name__}.{name}"
                 if isinstance(method, FunctionType) and name != "__init__":
-                    monkeypatch.setattr(cls, name, self._watched(method, f"{cls.__name__}.{name}"))
+                    monkeypatch.setattr(cls, name, self._watched(method, called, most=2))  # itself and the first
+                elif isinstance(method, staticmethod):
+                    monkeypatch.setattr(cls, name, staticmethod(self._watched(method.__func__, called, most=1)))
 
-    def _watched(self, method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def _watched(self, method: Callable[..., Any], name: str, most: int) -> Callable[..., Any]:
         @wraps(method)
         def called(*args: Any, **kwargs: Any) -> Any:
             caller = sys._getframe(1)
             if caller.f_globals["__name__"].startswith("lora_compose"):
                 self.called.add(name)
                 as_given = caller.f_code.co_flags & inspect.CO_VARARGS  # an override that passes on what it is given
-                if len(args) > 2 and not as_given:  # itself and the first
+                if len(args) > most and not as_given:
                     self.shifted.add(name)
             return method(*args, **kwargs)
 
         return called
 
 
+def pipeline(family: str) -> Any:
+    """A small pipeline with a cat and a dog."""
+    return PIPELINES[family]() if family in PIPELINES else shared_pipeline(EVERY[family])
+
+
 def run(family: str, **arguments: Any) -> None:
-    pipe = PIPELINES[family]()
     given: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "height": 128, "width": 128}
-    given |= {"output_type": "np", "generator": seeded(0)}
-    if family in TRANSFORMERS:
-        given |= {"max_sequence_length": TOKENS, **TRANSFORMERS[family].guided}
-    pipe(**given | arguments)
+    given |= {"output_type": "np", "generator": seeded(0), **FURTHER.get(family, {})}
+    if family in EVERY:
+        given |= {"max_sequence_length": TOKENS, **(EVERY[family].guided or EVERY[family].unguided)}
+    pipeline(family)(**given | arguments)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_without_concepts_hands_its_arguments_on_by_name(family, monkeypatch):
-    plain = plain_class(type(PIPELINES[family]()))
+    plain = plain_class(type(pipeline(family)))
     watch = Watch(monkeypatch, [plain])
     run(family)
     assert f"{plain.__name__}.__call__" in watch.called
@@ -131,7 +153,7 @@ def test_a_call_without_concepts_hands_its_arguments_on_by_name(family, monkeypa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_with_concepts_uses_methods_of_diffusers_by_name(family, monkeypatch):
-    cls: Any = type(PIPELINES[family]())
+    cls: Any = type(pipeline(family))
     tasks = {False: cls.image_to_image, True: cls.inpainting}
     classes = [plain_class(cls), *(task.pipeline for task in tasks.values() if task is not None)]
     watch = Watch(monkeypatch, classes)
@@ -141,4 +163,21 @@ def test_a_call_with_concepts_uses_methods_of_diffusers_by_name(family, monkeypa
             mask = {"mask_image": (32, 32, 128, 112)} if inpaints else {}
             run(family, concepts=["cat"], method="merge", image=squares(), strength=0.6, **mask)
             assert any(name.startswith(f"{task.pipeline.__name__}.") for name in watch.called)
+    assert watch.shifted == set()
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_a_call_with_concepts_uses_blocks_of_modular_pipelines_by_name(family, monkeypatch):
+    watch = Watch(monkeypatch, [BLOCKS[family]])
+    run(family, concepts=["cat", "dog"], method="merge")
+    assert any(name.startswith(f"{BLOCKS[family].__name__}.") for name in watch.called)
+    assert watch.shifted == set()
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_texts_for_training_are_read_by_name(family, monkeypatch):
+    pipe = pipeline(family)
+    watch = Watch(monkeypatch, [plain_class(type(pipe))])
+    pipe.read_beside([PROMPT], [squares()]) if family in FURTHER else pipe.read_texts([PROMPT])
+    assert watch.called
     assert watch.shifted == set()

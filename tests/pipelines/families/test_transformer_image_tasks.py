@@ -1,6 +1,8 @@
 """Image-to-image and inpainting of transformers: diffusers' own without concepts; with them, equal to dense deltas."""
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,23 +12,28 @@ from diffusers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
-from all_transformers import TRANSFORMERS
+from all_transformers import MODULAR, TRANSFORMERS
 from components import seeded
+from flux_kontext import KONTEXT
 from krea2 import KREA2
-from lora_compose import ComposePipeline, Composite, Concept, Detailer, Draft, Switch, refine
+from lora_compose import ComposePipeline, Composite, Concept, Detailer, Draft, Regional, Switch, refine
+from lora_compose.pipelines.scene.division import divided
 from transformer_families import (
     BOXES,
     METHODS,
     TOKENS,
     Family,
+    Places,
     dense_loras,
+    merged,
     pipeline_with_concepts,
     plain_latents,
     shared_pipeline,
 )
 
-FAMILIES = {name: family for name, family in TRANSFORMERS.items() if family.image_tasks}
+FAMILIES = {name: family for name, family in {**TRANSFORMERS, "kontext": KONTEXT}.items() if family.image_tasks}
 TASKS = [(name, inpaints) for name, family in FAMILIES.items() for inpaints in family.image_tasks]
+INPAINTS = [name for name, inpaints in TASKS if inpaints]
 PROMPT = "a sks cat and a zwx dog on grass"
 IMAGE = Image.fromarray((np.random.default_rng(0).random((128, 128, 3)) * 255).astype("u1"))
 PAINTED = (32, 32, 128, 112)
@@ -37,13 +44,14 @@ CALL: dict[str, Any] = {
     "prompt": PROMPT, "num_inference_steps": 4, "strength": 0.5, "max_sequence_length": TOKENS, "image": IMAGE,
 }  # fmt: skip
 DEFAULTS: dict[str, dict[str, float]] = {
-    "chroma": {"width": 128, "height": 128}, "flux": {"width": 128, "height": 128, "guidance_scale": 3.5},
+    "anima": {"width": 128, "height": 128}, "chroma": {"width": 128, "height": 128},
+    "flux": {"width": 128, "height": 128, "guidance_scale": 3.5}, "kontext": {"_auto_resize": False},
     "qwen-image": {"width": 128, "height": 128},
 }  # fmt: skip
 """For families whose images get the size of the call, and which have another default for each task."""
 
 
-@pytest.fixture(params=FAMILIES, scope="module")
+@pytest.fixture(params=INPAINTS, scope="module")
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -88,7 +96,13 @@ def test_a_method_equals_dense_deltas_one_concept_after_the_other(pipes, name, i
     family, pipe, given = FAMILIES[name], pipes[name], task(name, inpaints)
     found = latents_of(pipe, concepts=concepts, method=settings, **given)
     loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
-    with dense_loras(family, pipe.transformer, loras, lambda rows: places(family, rows), guided=True):
+
+    def placed(rows: Sequence[bool]) -> Places:
+        found = places(family, rows)
+        nowhere = [torch.zeros_like(found.image)] if name == "kontext" else []  # on the image that it reads beside
+        return replace(found, image=torch.cat([found.image, *nowhere], dim=1))
+
+    with dense_loras(family, pipe.transformer, loras, placed, guided=True):
         expected = plain(name, pipe, inpaints, **given)
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
     assert (found - plain(name, pipe, inpaints, **given)).abs().max() > 0.01
@@ -101,7 +115,7 @@ def outside(latents: Tensor) -> Tensor:
     return cells[..., torch.from_numpy(OUTSIDE[::side, ::side].copy())]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", INPAINTS)
 @pytest.mark.parametrize("method", [Switch(), Composite(), Draft()], ids=["switch", "composite", "draft"])
 def test_methods_with_their_own_passes_keep_what_is_outside_of_the_mask(pipes, name, method):
     given = task(name, True)
@@ -111,7 +125,7 @@ def test_methods_with_their_own_passes_keep_what_is_outside_of_the_mask(pipes, n
     assert (found - untouched).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", INPAINTS)
 def test_pixels_outside_of_the_mask_can_stay_those_of_the_image(pipes, name):
     given = task(name, True, concepts=["cat"], method="merge", output_type="pil")
     for how in ({"paste_original": True}, {"padding_mask_crop": 8}):
@@ -120,7 +134,7 @@ def test_pixels_outside_of_the_mask_can_stay_those_of_the_image(pipes, name):
         assert (np.asarray(found)[~OUTSIDE] != np.asarray(IMAGE)[~OUTSIDE]).mean() > 0.5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", INPAINTS)
 def test_each_subject_is_repainted_alone(pipes, name):
     pipe, how = pipes[name], Detailer(strength=0.5, blur=0, padding=0.25)
     options = {"num_inference_steps": 2, "max_sequence_length": TOKENS, **FAMILIES[name].unguided}
@@ -140,12 +154,13 @@ def test_each_subject_is_repainted_alone(pipes, name):
     assert np.array_equal(right, np.asarray(output.images[0])[:, 64:])
 
 
-@pytest.mark.parametrize(("name", "inpaints"), TASKS)
+@pytest.mark.parametrize(("name", "inpaints"), [task for task in TASKS if task[0] not in MODULAR])
 def test_a_pipeline_for_the_task_becomes_one_that_composes(pipes, name, inpaints):
     theirs = FAMILIES[name].image_tasks[inpaints](**pipes[name].components)
     ours = ComposePipeline.from_pipe(theirs)
     assert type(ours) is type(pipes[name])
-    assert ComposePipeline.family_of({**theirs.config}) is type(ours)
+    if name != "kontext":  # without a name its configuration is that of FLUX.1
+        assert ComposePipeline.family_of({**theirs.config}) is type(ours)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -217,6 +232,85 @@ def test_a_further_reference_image_is_for_inpainting_without_concepts(pipes):
         pipe(**given, image_reference=IMAGE, concepts=["cat"])
     with pytest.raises(ValueError, match="image_reference goes with inpainting"):
         pipe(PROMPT, image_reference=IMAGE)
+
+
+def placed_beside(image: float, reference: Tensor) -> Any:
+    """Where the cat's LoRA acts: as strong as given in cells of the image and of the reference image."""
+
+    def places(rows: Sequence[bool]) -> Places:
+        found = merged(KONTEXT, rows)
+        cat = torch.tensor([1.0, 0.0])
+        beside = reference[:, None].expand(len(rows), -1, 2)
+        return Places(found.text * cat, torch.cat([found.image * image, beside], dim=1) * cat, found.modulation * cat)
+
+    return places
+
+
+@pytest.mark.parametrize("acts", [False, True])
+@pytest.mark.parametrize("other", [None, IMAGE.resize((64, 96))], ids=["the image", "another"])
+def test_kontext_inpaints_beside_the_image_or_another_reference(pipes, other, acts):
+    """A LoRA acts on the reference image only if the concept says so."""
+    pipe, given = pipes["kontext"], task("kontext", True, image_reference=other)
+    assert torch.equal(latents_of(pipe, **given), plain("kontext", pipe, True, **given))
+    cat = [Concept(name="cat", references=acts)]
+    found = latents_of(pipe, concepts=cat, method="merge", **given)
+    (lora,) = (loaded.factors.model for loaded in pipe.resolve_concepts(["cat"]))
+    beside = torch.full([64 if other is None else 4 * 6], float(acts))
+    with dense_loras(KONTEXT, pipe.transformer, [lora], placed_beside(1.0, beside), guided=True):
+        expected = plain("kontext", pipe, True, **given)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_kontext_inpaints_at_a_size_that_it_knows(pipes):
+    call = {
+        "prompt": PROMPT, "image": IMAGE.resize((160, 120)), "mask_image": (40, 30, 160, 120), "num_inference_steps": 1,
+        "max_sequence_length": TOKENS,
+    }  # fmt: skip
+    found = latents_of(pipes["kontext"], concepts=[Concept(name="cat", weight=0.0)], method="merge", **call)
+    assert found.shape[1] == 1248 * 832 // 256
+    mask = Image.new("L", (160, 120))
+    mask.paste(255, (40, 30, 160, 120))
+    expected = plain("kontext", pipes["kontext"], True, **{**call, "mask_image": mask})
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])
+def test_kontext_refuses_sizes_that_inpainting_does_not_have(pipes, concepts):
+    pipe, given = pipes["kontext"], task("kontext", True, concepts=concepts)
+    assert pipe.size_from_start(640, 480) == (1184, 880)
+    known = {**given, "_auto_resize": True, "image": IMAGE.resize((160, 120)), "mask_image": (40, 30, 160, 120)}
+    with pytest.raises(ValueError, match="those of the image, 1248 x 832 as this model reads it; resize the image"):
+        pipe(**known, width=160, height=112)
+    with pytest.raises(ValueError, match="max_area is not read in inpainting, which is at 128 x 128 here; leave it"):
+        pipe(**{**given, "max_area": 64 * 64})
+    with pytest.raises(ValueError, match="image_reference goes with inpainting: give mask_image as well"):
+        pipe(PROMPT, image_reference=IMAGE, concepts=concepts)
+
+
+def test_kontext_crops_with_concepts_only(pipes):
+    with pytest.raises(ValueError, match="gives back the part around the mask, and not the image with it; leave out"):
+        pipes["kontext"](**task("kontext", True, padding_mask_crop=8))
+
+
+@pytest.mark.parametrize(("name", "inpaints"), [("anima", False), ("kontext", True)])
+def test_draft_from_an_image_is_regional_with_the_regions_found(pipes, name, inpaints, monkeypatch):
+    found: list[Tensor] = []
+
+    def kept(*arguments: Any) -> Tensor:
+        found.append(divided(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr("lora_compose.pipelines.methods.draft.divided", kept)
+    given = task(name, inpaints)
+    drafted = latents_of(
+        pipes[name], concepts=["cat", "dog"], method=Draft(length=1, reading="scene", bias=0.0), **given
+    )
+    (masks,) = found
+    images: Any = [np.kron(mask.numpy(), np.ones((8, 8))).astype(np.float32) for mask in masks]
+    regions = [Concept(name=one, region=mask) for one, mask in zip(("cat", "dog"), images, strict=True)]
+    expected = latents_of(pipes[name], concepts=regions, method=Regional(texts="shared"), **given)
+    torch.testing.assert_close(drafted, expected, atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])

@@ -23,6 +23,7 @@ from streamlit.components.v2 import manifest_scanner
 from streamlit.testing.v1 import AppTest
 
 from all_transformers import EVERY
+from flux import flux_pipeline
 from flux2 import flux2_transformer, saved_klein
 from ip_adapters import playground_guides
 from layouts import layout, shapes_of
@@ -41,6 +42,7 @@ from lora_compose.compose.playground.assets import playground_lora, playground_l
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import finding
 from lora_compose.pipelines.concepts.loading import read_lora
+from lora_compose.pipelines.families import ComposeFluxKontextPipeline
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene.mask_images import as_uri
 from lora_compose.pipelines.scene.scene import Concept, Run
@@ -867,6 +869,16 @@ def test_a_part_of_an_image_is_repainted_and_the_rest_stays(at: AppTest) -> None
     assert session(at).start is not None
     at.button(key="do.unstart").click().run()
     assert session(at).start is None
+
+
+def test_an_image_gets_a_size_at_which_the_model_works_on_it(at: AppTest, tmp_path: Path) -> None:
+    flux_pipeline(ComposeFluxKontextPipeline).save_pretrained(tmp_path / "kontext")
+    session(at).model = open_models().open(Choice(str(tmp_path / "kontext")))
+    session(at).rows.clear()
+    start_from(at, encoded_as(Image.new("RGB", (160, 112)), "JPEG"))
+    start = session(at).start
+    assert start is not None
+    assert start.size == fields_size(at) == Image.open(start.path).size == (1248, 832)
 
 
 def test_what_is_no_image_to_start_from_is_refused(at: AppTest) -> None:
