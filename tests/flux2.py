@@ -58,10 +58,11 @@ def flux2_pipeline(cls: Any = ComposeFlux2KleinPipeline, **changes: Any) -> Any:
     return pipe
 
 
-def saved_klein(folder: Path) -> Path:
+def saved_klein(folder: Path, *, distilled: bool = False) -> Path:
     """A small FLUX.2-klein in a folder, whose text encoder has the 9th, 18th and 27th layer that commands read."""
     pipe = flux2_pipeline()
     pipe.register_modules(text_encoder=qwen3(len(pipe.tokenizer), layers=28))
+    pipe.register_to_config(is_distilled=distilled)
     pipe.save_pretrained(folder)
     return folder
 

@@ -35,7 +35,7 @@ from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.tables import GIB, MIB, new_table
 from lora_compose.compose.benchmark.timing import GUIDANCE, Job, open_with_concepts, time_rows, times_table
 from lora_compose.compose.benchmark.transformers import READING, REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
-from lora_compose.compose.generate.defaults import ON_CPU, complete
+from lora_compose.compose.generate.defaults import complete, precision
 from lora_compose.compose.generate.machine import choose_device
 from lora_compose.compose.support.names import STRUCTURES
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
@@ -364,7 +364,7 @@ def host_table(rows: Sequence[HostRow], what: str) -> Table:
 def _precision(model: str, device: str) -> str:
     """The precision of a run that names none; models with random weights are UNets."""
     if model in STRUCTURES:
-        return ON_CPU.dtype if device == "cpu" else "float16"
+        return precision(device, unet=True)
     return complete(Run(scene=Scene(prompt="-"), model=model, device=device))[0].dtype
 
 

@@ -85,13 +85,12 @@ RayOption = Annotated[
     ),
 ]
 StepsOption = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps; default: 25 on a CPU, on a GPU the model's.", min=1)
+    int | None,
+    typer.Option("--steps", help="Denoising steps; default: the model's own, on every device; see `check`.", min=1),
 ]
 GuidanceOption = Annotated[
     float | None,
-    typer.Option(
-        "--guidance", help="Guidance scale of CFG; 1 or less turns it off; default: 5 on a CPU, on a GPU the model's."
-    ),
+    typer.Option("--guidance", help="Guidance scale of CFG; 1 or less turns it off; default: the model's own."),
 ]
 DtypeOption = Annotated[
     str | None,

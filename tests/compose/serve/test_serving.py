@@ -41,7 +41,7 @@ def pipe() -> Any:
 
 
 def asked(given: dict[str, Any]) -> ImageRequest:
-    return ImageRequest.model_validate(given).resolved(128, 128)
+    return ImageRequest.model_validate(given).resolved(128, 128, 25, 5.0)
 
 
 @contextmanager
@@ -161,7 +161,8 @@ def port(pipe: Any) -> Iterator[int]:
     from lora_compose.compose.serve.app import make_app
 
     engine = Engine(pipe, most=2, wait=0.0, queue=8, run=Run(scene=Scene(prompt="-"), model="playground", device="cpu"))
-    with server(make_app(engine, (128, 128), Limits(pixels=128 * 128, steps=4)), engine) as port:
+    limits = Limits(pixels=128 * 128, steps=4)
+    with server(make_app(engine, (128, 128), limits, steps=25, guidance_scale=5.0), engine) as port:
         yield port
 
 
@@ -211,7 +212,7 @@ def test_a_served_image_stores_how_it_was_made_without_paths_and_can_be_replayed
 
 def test_pipelines_that_take_their_size_and_prompt_otherwise_are_served() -> None:
     kontext: Any = flux_pipeline(ComposeFluxKontextPipeline)
-    request = ImageRequest(prompt="a cat", steps=1).resolved(128, 64)
+    request = ImageRequest(prompt="a cat", steps=1).resolved(128, 64, 25, 5.0)
     (image,) = call_pipe(kontext, [request])
     assert image.size == (128, 64)
 
