@@ -74,7 +74,7 @@ def source() -> str:
     *few, most = sorted(families.items(), key=lambda item: len(item[1]))
     others = "".join(f"; {', '.join(names)} on {when}" for when, names in few)
     return (
-        f"The last two columns are of tests that ran on {most[0]}{others}. This program reads the report of\n\n"
+        f"The last two columns are of tests that ran on {most[0]}{others}. The table is made of the report of\n\n"
         f"```bash\n{ran['command']}\n```"
     )
 

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from commands import call, flat
 from flux2 import flux2_transformer, saved_klein
-from lora_compose.compose.batch.command import with_defaults
+from lora_compose.compose.batch.entries import read_entries
+from lora_compose.compose.batch.runner import run_batch, with_defaults
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.benchmark.architectures import SD2, SD15, SDXL, VAE
 from lora_compose.compose.files.images import read_record, record_in
@@ -318,9 +319,14 @@ def test_the_command_line_makes_images_of_a_distilled_model_in_its_steps(distill
     assert "float32, 4 steps, guidance 1: transformers run in float32 on cpu; it is distilled to few steps" in said
 
 
-def test_a_batch_of_a_distilled_model_has_its_steps(distilled: str) -> None:
-    settings = with_defaults(BatchSettings(model=distilled, device="cpu"))
-    assert (settings.steps, settings.guidance_scale) == FEW
+def test_a_batch_of_a_distilled_model_has_its_steps(distilled: str, tmp_path: Path) -> None:
+    (tmp_path / "scene.yaml").write_text("prompt: a cat\n", encoding="utf-8")
+    (result,) = run_batch(
+        read_entries([tmp_path / "scene.yaml"]).entries, BatchSettings(model=distilled, device="cpu"), tmp_path / "out"
+    )
+    assert result.path is not None
+    made = read_record(result.path).run
+    assert (made.steps, made.guidance_scale) == FEW
     assert with_defaults(BatchSettings(model=distilled, device="cpu", steps=9)).steps == 9
 
 
