@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.generate.machine import choose_device
-from lora_compose.compose.generate.model_facts import ModelFacts, facts_of
+from lora_compose.compose.generate.model_facts import ModelFacts, facts_of, model_errors
 from lora_compose.pipelines.families import (
     ComposeFluxPipeline,
     ComposeKrea2Pipeline,
@@ -77,10 +77,13 @@ def defaults_of(run: Run) -> Defaults:
     """The defaults of a run's model on its device.
 
     Raises:
-        ValueError: If the device is not there, or there is no such model.
-        OSError: If the model's files cannot be read.
+        ModelError: If there is no such model, or none that is supported, or its files cannot be read.
+        ValueError: If the device is not there.
     """
-    return defaults_for(choose_device(run.device), facts_of(run.model))
+    device = choose_device(run.device)
+    with model_errors(run.model):
+        facts = facts_of(run.model)
+    return defaults_for(device, facts)
 
 
 def precision(device: str, *, unet: bool) -> str:
@@ -125,7 +128,7 @@ def few_steps(facts: ModelFacts) -> tuple[int, float, str] | None:
         return steps, guidance, "it is distilled to few steps (is_distilled in model_index.json)"
     if facts.family is ComposeFluxPipeline and not facts.parts.get("transformer", {}).get("guidance_embeds", True):
         return 4, 0.0, "it is distilled to few steps, without guidance (guidance_embeds is false)"
-    names = (facts.name, facts.index.get("_name_or_path") or "")
+    names = (facts.name, str(facts.index.get("_name_or_path")))
     if facts.family is ComposeZImagePipeline and any(map(_TURBO.search, names)):
         return 8, 0.0, "it is distilled to few steps (Turbo in its name)"
     if not facts.has_unet:
@@ -154,7 +157,7 @@ def complete(run: Run) -> tuple[Run, Defaults]:
     """Fills in the defaults of a run, and returns them too. Given fields stay; choices and reasons are logged.
 
     Raises:
-        ValueError: As `defaults_of`, and OSError.
+        ValueError: As `defaults_of`.
     """
     chosen = defaults_of(run)
     missing = [name for name in ("dtype", "steps", "guidance_scale") if name not in run.model_fields_set]

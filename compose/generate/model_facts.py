@@ -1,15 +1,17 @@
 """What the files of a model say before it is opened: its family, its parts' configurations, its own size."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import list_repo_files, snapshot_download
 
-from lora_compose.compose.files.paths import INDEXES, model_source
-from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_model
+from lora_compose.compose.files.paths import INDEXES, ModelError, model_source
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS, playground_model
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.opening import checkpoint_keys
 from lora_compose.pipelines.families.unets import UNetPipeline
@@ -57,6 +59,20 @@ class ModelFacts:
         scale = 2 ** (len(blocks) - 1)
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return width * scale, height * scale
+
+
+@contextmanager
+def model_errors(model: str) -> Iterator[None]:
+    """Inside this block files of a model are read; what goes wrong is a `ModelError`, but for too little memory."""
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except ConnectionError as error:
+        raise ModelError(f"{error}; {PLAYGROUND} is a small model that comes with lora-compose") from error
+    except Exception as error:  # model files are not trusted, and libraries raise many kinds of errors
+        reason = str(error).strip() or type(error).__name__
+        raise ModelError(f"the model {model!r} cannot be opened: {reason[:600]}") from error
 
 
 def facts_of(model: str) -> ModelFacts:
