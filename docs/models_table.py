@@ -1,10 +1,9 @@
 """Writes the table of model families into `docs/models.md`: `python docs/models_table.py [REPORT ...]`.
 
 The rows are made of what the classes declare, which the tests check, of the layouts of LoRA files that the tests read,
-and, for what depends on how a model is stored, of tests that have passed: REPORT is what pytest writes with
-`--junitxml` of tests/pipelines/families/test_transformer_memory.py, tests/pipelines/calls/test_devices.py and
-tests/pipelines/families/test_stable_diffusion_xl.py, `-m "slow or not slow"`. What passed is kept in `models_run.json`,
-and stays for families of which REPORT has no test.
+and, for what depends on how a model is stored, of tests that have passed: REPORT is what `COMMAND` writes, in this
+environment. What passed is kept in `models_run.json` with its date and the version of diffusers, and stays for families
+of which REPORT has no test.
 """
 
 import json
@@ -13,6 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -37,6 +37,12 @@ from trainings import PAIRED, TRAINED  # noqa: E402
 PAGE, RAN = ROOT / "docs" / "models.md", ROOT / "docs" / "models_run.json"
 HEADER = ("family", "methods", "from an image", "references", "control", "names in LoRA files", "train", "merge",
           "offloaded", "weights in fewer bits")  # fmt: skip
+COMMAND = (
+    'pytest -m "slow or not slow" -k "offload or bits" --junitxml report.xml '
+    "tests/pipelines/families/test_transformer_memory.py tests/pipelines/calls/test_devices.py "
+    "tests/pipelines/families/test_stable_diffusion_xl.py"
+)
+"""Runs the tests of the last two columns."""
 _BLOCK = re.compile(r"(<!-- families -->\n).*?(<!-- end -->)", re.DOTALL)
 _KEYS = re.compile(r"keys of (?:early |a )?(?:the )?(.+?)(?:'s scripts| before|,| \(| with|$)")
 _UNETS = {"SD 1.x": "StableDiffusionPipeline", "SD 2.x": "StableDiffusionPipeline", "SDXL": "StableDiffusionXLPipeline"}
@@ -48,8 +54,8 @@ _HOW = {
 
 
 def written(text: str) -> str:
-    """The page with the table anew."""
-    return _BLOCK.sub(lambda found: f"{found[1]}{table()}\n{found[2]}", text)
+    """The page with the table anew, and what it was made of."""
+    return _BLOCK.sub(lambda found: f"{found[1]}{table()}\n\n{source()}\n{found[2]}", text)
 
 
 def table() -> str:
@@ -57,6 +63,20 @@ def table() -> str:
     ran = json.loads(RAN.read_text(encoding="utf-8"))
     lines = [HEADER, ("---",) * len(HEADER), *(row(family, ran) for family in ComposePipeline.families)]
     return "\n".join(f"| {' | '.join(line)} |" for line in sorted(lines, key=lambda line: _rank(line[0])))
+
+
+def source() -> str:
+    """What the last two columns were made of: dates, versions and the command, as Markdown."""
+    ran = json.loads(RAN.read_text(encoding="utf-8"))
+    families: dict[str, list[str]] = {}
+    for family, made in sorted(ran["made"].items()):
+        families.setdefault(f"{made['date']} with diffusers {made['diffusers']}", []).append(family)
+    *few, most = sorted(families.items(), key=lambda item: len(item[1]))
+    others = "".join(f"; {', '.join(names)} on {when}" for when, names in few)
+    return (
+        f"The last two columns are of tests that ran on {most[0]}{others}. The table is made of the report of\n\n"
+        f"```bash\n{ran['command']}\n```"
+    )
 
 
 def row(family: Any, ran: Mapping[str, Mapping[str, list[str]]]) -> tuple[str, ...]:
@@ -108,11 +128,12 @@ def merges(family: Any) -> bool:
     return False
 
 
-def outcomes(reports: Iterable[Path]) -> dict[str, dict[str, list[str]]]:
-    """What passed in tests of how a model is stored, by family."""
+def outcomes(reports: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """What passed in tests of how a model is stored, by family; under "made" when they ran, passed or not."""
     families = _by_class()
-    found: dict[str, dict[str, list[str]]] = {"offloaded": {}, "fewer bits": {}}
-    for case in (case for path in reports for case in ElementTree.parse(path).iter("testcase")):
+    found: dict[str, dict[str, Any]] = {"offloaded": {}, "fewer bits": {}, "made": {}}
+    suites = (suite for path in reports for suite in ElementTree.parse(path).iter("testsuite"))
+    for date, case in ((suite.attrib["timestamp"][:10], case) for suite in suites for case in suite.iter("testcase")):
         name, _, parameters = case.attrib["name"].removesuffix("]").partition("[")
         if "test_transformer_memory" in case.attrib["classname"]:
             how, _, known = parameters.partition("-")
@@ -123,9 +144,12 @@ def outcomes(reports: Iterable[Path]) -> dict[str, dict[str, list[str]]]:
             kind = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
         else:
             continue
+        found["made"][families[kind]] = {"date": date, "diffusers": version("diffusers")}
         hows = found["fewer bits" if "bits" in name else "offloaded"].setdefault(families[kind], [])
         hows += [] if len(case) or _HOW[how] in hows else [_HOW[how]]  # what was skipped or failed has something in it
-    return {what: {family: sorted(hows) for family, hows in sorted(by.items())} for what, by in found.items()}
+    made = found.pop("made")
+    passed = {what: {family: sorted(hows) for family, hows in sorted(by.items())} for what, by in found.items()}
+    return {"made": dict(sorted(made.items())), **passed}
 
 
 def _by_class() -> dict[str, str]:
@@ -167,5 +191,5 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         found, known = outcomes(map(Path, sys.argv[1:])), json.loads(RAN.read_text(encoding="utf-8"))
         kept = {what: dict(sorted({**known[what], **by_family}.items())) for what, by_family in found.items()}
-        RAN.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        RAN.write_text(json.dumps({"command": COMMAND, **kept}, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

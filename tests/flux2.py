@@ -58,16 +58,17 @@ def flux2_pipeline(cls: Any = ComposeFlux2KleinPipeline, **changes: Any) -> Any:
     return pipe
 
 
-def default_klein() -> Any:
+def default_klein(*, distilled: bool = False) -> Any:
     """A small FLUX.2-klein whose text encoder has the 9th, 18th and 27th layer that calls read by default."""
     pipe = flux2_pipeline()
     pipe.register_modules(text_encoder=qwen3(len(pipe.tokenizer), layers=28))
+    pipe.register_to_config(is_distilled=distilled)
     return pipe
 
 
-def saved_klein(folder: Path) -> Path:
-    """The same in a folder."""
-    default_klein().save_pretrained(folder)
+def saved_klein(folder: Path, *, distilled: bool = False) -> Path:
+    """A small FLUX.2-klein in a folder."""
+    default_klein(distilled=distilled).save_pretrained(folder)
     return folder
 
 

@@ -309,6 +309,26 @@ def parameters_that_move() -> Iterator[None]:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
+@contextmanager
+def autocast_switched_off() -> Iterator[None]:
+    """Inside this block `torch.autocast` may be switched off for the device, on which it is never on.
+
+    PyTorch refuses the name of a device type that has no autocast.
+    """
+    before = torch.autocast
+    torch.autocast = _Autocast
+    try:
+        yield
+    finally:
+        torch.autocast = before
+
+
+class _Autocast(torch.autocast):
+    def __init__(self, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
+        computing = "cpu" if device_type == DEVICE.type and not enabled else device_type
+        super().__init__(computing, dtype, enabled, cache_enabled)
+
+
 class _ReplacedData(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == torch.Tensor.data.__set__ and args[0].device != args[1].device:  # pyright: ignore[reportAttributeAccessIssue]

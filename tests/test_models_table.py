@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -92,8 +93,11 @@ def test_only_what_passed_counts(made: ModuleType, tmp_path: Path) -> None:
         ("test_devices", "test_double_precision", ""),
     )
     lines = [f'<testcase classname="tests.{where}" name="{name}">{inside}</testcase>' for where, name, inside in cases]
-    (tmp_path / "report.xml").write_text(f"<testsuite>{''.join(lines)}</testsuite>")
+    suite = f'<testsuite timestamp="2026-11-28T06:14:37+00:00">{"".join(lines)}</testsuite>'
+    (tmp_path / "report.xml").write_text(suite)
+    ran = {"date": "2026-11-28", "diffusers": version("diffusers")}
     assert made.outcomes([tmp_path / "report.xml"]) == {
+        "made": {"FLUX.1 Kontext": ran, "Stable Diffusion 1.x and 2.x": ran, "Z-Image": ran},
         "offloaded": {"FLUX.1 Kontext": ["blocks"], "Stable Diffusion 1.x and 2.x": ["layers"]},
         "fewer bits": {"Z-Image": ["float8"]},
     }

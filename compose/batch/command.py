@@ -8,15 +8,13 @@ from pathlib import Path
 from lora_compose.compose.batch.entries import Entry, Found
 from lora_compose.compose.batch.jobs import Job, make_jobs
 from lora_compose.compose.batch.results import Folder, Result, changed
-from lora_compose.compose.batch.runner import check_names, results_of, run_batch
+from lora_compose.compose.batch.runner import check_names, results_of, run_batch, with_defaults
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.files.paths import moved_weights, to_record
 from lora_compose.compose.files.stored import write_text
-from lora_compose.compose.generate.defaults import complete
 from lora_compose.compose.generate.processes import default_number, launch, local_rank
 from lora_compose.compose.support.terminal import BAD_INPUT, FAILED, bar, echo, err
-from lora_compose.pipelines.scene.scene import Run, Scene
 
 SHOWN = 20
 """Most errors that are shown; all of them are in images.jsonl."""
@@ -76,17 +74,9 @@ def make_all(
     return _show_results(folder, results_of(folder, jobs, bad))
 
 
-def with_defaults(settings: BatchSettings) -> BatchSettings:
-    """The settings with precision, steps and guidance of the model and device, where they name none."""
-    named = {name: getattr(settings, name) for name in ("dtype", "steps", "guidance_scale")}
-    explicit = {name: value for name, value in named.items() if name in settings.model_fields_set}
-    run, _ = complete(Run(scene=Scene(prompt="-"), model=settings.model, device=settings.device, **explicit))
-    return settings.model_copy(update={name: getattr(run, name) for name in named})
-
-
 def join(batch: Found, settings: BatchSettings, out: Path, *, replace: bool) -> None:
     """Takes part in a batch without printing: what `--processes 2` starts twice."""
-    run_batch(batch.entries, with_defaults(settings), out, replace=replace)
+    run_batch(batch.entries, settings, out, replace=replace)
 
 
 def _summary(jobs: Sequence[Job], left: Sequence[Job], out: Path) -> str:

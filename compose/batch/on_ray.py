@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_compose.compose.batch.entries import Entry
 from lora_compose.compose.batch.jobs import Job, make_jobs
 from lora_compose.compose.batch.results import NO_CHOICE, ChosenMethod, Folder, Result, changed
-from lora_compose.compose.batch.runner import PATIENCE, OnProgress, check_names, results_of
+from lora_compose.compose.batch.runner import PATIENCE, OnProgress, check_names, results_of, with_defaults
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.batch.worker import Worker, encoded
 from lora_compose.compose.cluster.connecting import connected
@@ -42,6 +42,7 @@ def run_on_ray(
         ValueError: As `run_batch`.
         OSError: If there is no such cluster, or no worker is left.
     """
+    settings = with_defaults(settings)
     folder, report = Folder(Path(out)), on_progress or (lambda *args: None)
     jobs, bad = make_jobs(entries, settings)
     check_names(folder, jobs, replace)

@@ -14,8 +14,10 @@ from lora_compose.compose.batch.results import NO_CHOICE, Folder, Result, change
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.batch.worker import Worker, encoded
 from lora_compose.compose.files.claims import Claim, Claims
+from lora_compose.compose.generate.defaults import complete
 from lora_compose.compose.generate.processes import own_device
 from lora_compose.compose.support.errors import error_text
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ def run_batch(
             made in another way; nothing has been made then.
         OSError: If images cannot be written; those so far are kept.
     """
+    settings = with_defaults(settings)
     folder, report = Folder(Path(out)), on_progress or (lambda *args: None)
     jobs, bad = make_jobs(entries, settings)
     check_names(folder, jobs, replace)
@@ -54,6 +57,20 @@ def run_batch(
         _Making(folder, settings, patience, report).make(left, done=len(jobs) - len(left))
     report(len(jobs))
     return results_of(folder, jobs, bad)
+
+
+def with_defaults(settings: BatchSettings) -> BatchSettings:
+    """The settings with precision, steps and guidance of the model and device, where they name none.
+
+    Raises:
+        ValueError: If the device is not there, or there is no such model.
+    """
+    named = {name: getattr(settings, name) for name in ("dtype", "steps", "guidance_scale")}
+    explicit = {name: value for name, value in named.items() if name in settings.model_fields_set}
+    if explicit == named:
+        return settings
+    run, _ = complete(Run(scene=Scene(prompt="-"), model=settings.model, device=settings.device, **explicit))
+    return settings.model_copy(update={name: getattr(run, name) for name in named})
 
 
 def check_names(folder: Folder, jobs: Iterable[Job], replace: bool) -> None:

@@ -85,14 +85,14 @@ RayOption = Annotated[
     ),
 ]
 StepsOption = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps; default: 25 on a CPU, on a GPU the model's.", min=1)
+    int | None,
+    typer.Option("--steps", help="Denoising steps; default: the model's own, on every device; see `check`.", min=1),
 ]
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
         "--guidance",
-        help="Guidance scale of CFG; 1 or less turns it off, on Z-Image and Krea 2 0; default: 5 on a CPU, on a GPU "
-        "the model's.",
+        help="Guidance scale of CFG; 1 or less turns it off, on Z-Image and Krea 2 0; default: the model's own.",
     ),
 ]
 DtypeOption = Annotated[

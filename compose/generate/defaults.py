@@ -1,18 +1,24 @@
-"""Precision, steps and guidance of a run that does not name them, by device, family and the model's own configuration.
+"""Precision, steps and guidance of a run that does not name them: for command line, page, server and batches.
 
-On a CPU, where a step takes seconds, they are the same for all models. On an accelerator they are diffusers' for the
-family, or those of few-step models where a configuration says that the model is one.
+Steps and guidance are the model's on every device: diffusers' for the family, or those of few-step models where the
+model says that it is one. Precision depends on the device.
 """
 
 import inspect
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.generate.machine import choose_device
-from lora_compose.compose.generate.model_facts import ModelFacts, facts_of
-from lora_compose.pipelines.families import ComposeFluxPipeline, ComposeKrea2Pipeline, ComposeStableDiffusionXLPipeline
+from lora_compose.compose.generate.model_facts import ModelFacts, facts_of, model_errors
+from lora_compose.pipelines.families import (
+    ComposeFluxPipeline,
+    ComposeKrea2Pipeline,
+    ComposeStableDiffusionXLPipeline,
+    ComposeZImagePipeline,
+)
 from lora_compose.pipelines.scene.scene import Run
 
 logger = logging.getLogger(__name__)
@@ -23,6 +29,7 @@ HALF = "fp16"
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 _ACCELERATORS = ("cuda", "xpu")
+_TURBO = re.compile(r"(?<!de)(?<!de[-_ ])turbo", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -44,38 +51,55 @@ class Defaults:
     reasons: tuple[str, ...]
 
 
-ON_CPU = Defaults(
-    Run.model_fields["dtype"].default, Run.model_fields["steps"].default, Run.model_fields["guidance_scale"].default,
-    None, ("the same for every model on this device",),
-)  # fmt: skip
+OF_SHIPPED = Run.model_fields["steps"].default, Run.model_fields["guidance_scale"].default
+"""Steps and guidance of the small models that come with lora-compose, with which their images were looked at."""
 
 
-def defaults_for(device: str, facts: ModelFacts | None) -> Defaults:
+def defaults_for(device: str, facts: ModelFacts) -> Defaults:
     """The defaults of a model on a device.
 
     Args:
-        device: As torch names it.
-        facts: Of the model; not read on a CPU and on mps.
+        device: As torch names it; it need not be there.
     """
-    if device.partition(":")[0] not in _ACCELERATORS:
-        return ON_CPU
-    if facts is None:
-        raise ValueError(f"the defaults on {device} depend on the model")
-    dtype, precision = ("float16", "UNets run") if facts.has_unet else ("bfloat16", "transformers run")
-    reasons = [f"{precision} in {dtype} on {device}"]
-    if facts.family is ComposeStableDiffusionXLPipeline and facts.parts.get("vae", {}).get("force_upcast"):
+    dtype = precision(device, unet=facts.has_unet)
+    reasons = [f"{'UNets' if facts.has_unet else 'transformers'} run in {dtype} on {device}"]
+    upcast = facts.family is ComposeStableDiffusionXLPipeline and facts.parts.get("vae", {}).get("force_upcast")
+    if upcast and dtype != "float32":
         reasons.append("its VAE decodes in float32, as its configuration asks")
     variant = variant_in(facts, dtype)
     if variant:
         reasons.append(f"the model has weights in half precision (variant {HALF})")
+    steps, guidance, why = _of_model(facts)
+    return Defaults(dtype, steps, guidance, variant, (*reasons, why))
+
+
+def defaults_of(run: Run) -> Defaults:
+    """The defaults of a run's model on its device.
+
+    Raises:
+        ModelError: If there is no such model, or none that is supported, or its files cannot be read.
+        ValueError: If the device is not there.
+    """
+    device = choose_device(run.device)
+    with model_errors(run.model):
+        facts = facts_of(run.model)
+    return defaults_for(device, facts)
+
+
+def precision(device: str, *, unet: bool) -> str:
+    """The precision on a device: on CUDA and XPU float16 for UNets, bfloat16 for transformers; elsewhere float32."""
+    if device.partition(":")[0] not in _ACCELERATORS:
+        return Run.model_fields["dtype"].default
+    return "float16" if unet else "bfloat16"
+
+
+def _of_model(facts: ModelFacts) -> tuple[int, float, str]:
+    if facts.shipped:
+        return *OF_SHIPPED, "steps and guidance are those of the small models that come with lora-compose"
     few = few_steps(facts)
     if few is not None:
-        steps, guidance, why = few
-        return Defaults(dtype, steps, guidance, variant, (*reasons, why))
-    steps, guidance = call_defaults(facts.family)
-    return Defaults(
-        dtype, steps, guidance, variant, (*reasons, f"steps and guidance are those of {facts.family.family}")
-    )
+        return few
+    return *call_defaults(facts.family), f"steps and guidance are those of {facts.family.family}"
 
 
 def call_defaults(family: Any) -> tuple[int, float]:
@@ -94,7 +118,8 @@ def call_defaults(family: Any) -> tuple[int, float]:
 def few_steps(facts: ModelFacts) -> tuple[int, float, str] | None:
     """Steps and guidance of a distilled model, and where it says that it is one; None for others.
 
-    The numbers are those of diffusers' examples and of the model cards.
+    The numbers are those of diffusers' examples and of the model cards. Z-Image-Turbo has the configuration of Z-Image
+    but for the scheduler's shift, which anyone may change, so its name is read.
     """
     scheduler = facts.parts.get("scheduler", {})
     kind = scheduler.get("_class_name")
@@ -103,6 +128,9 @@ def few_steps(facts: ModelFacts) -> tuple[int, float, str] | None:
         return steps, guidance, "it is distilled to few steps (is_distilled in model_index.json)"
     if facts.family is ComposeFluxPipeline and not facts.parts.get("transformer", {}).get("guidance_embeds", True):
         return 4, 0.0, "it is distilled to few steps, without guidance (guidance_embeds is false)"
+    names = (facts.name, str(facts.index.get("_name_or_path")))
+    if facts.family is ComposeZImagePipeline and any(map(_TURBO.search, names)):
+        return 8, 0.0, "it is distilled to few steps (Turbo in its name)"
     if not facts.has_unet:
         return None
     if facts.parts.get("unet", {}).get("time_cond_proj_dim"):
@@ -129,13 +157,11 @@ def complete(run: Run) -> tuple[Run, Defaults]:
     """Fills in the defaults of a run, and returns them too. Given fields stay; choices and reasons are logged.
 
     Raises:
-        ValueError: If the device is not there, or there is no such model.
+        ValueError: As `defaults_of`.
     """
-    device = choose_device(run.device)
-    accelerated = device.partition(":")[0] in _ACCELERATORS
-    chosen = defaults_for(device, facts_of(run.model) if accelerated else None)
+    chosen = defaults_of(run)
     missing = [name for name in ("dtype", "steps", "guidance_scale") if name not in run.model_fields_set]
-    if accelerated and missing:
+    if missing:
         logger.info("by default %s", words(chosen))
     return run.model_copy(update={name: getattr(chosen, name) for name in missing}), chosen
 

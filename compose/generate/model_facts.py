@@ -1,16 +1,18 @@
 """What the files of a model say before it is opened: its family, its parts' configurations, its own size."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import list_repo_files, snapshot_download
 
-from lora_compose.compose.files.paths import INDEXES, model_source
+from lora_compose.compose.files.paths import INDEXES, ModelError, model_source
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS, playground_model
 from lora_compose.pipelines.families import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import UNSTATED
 from lora_compose.pipelines.families.opening import checkpoint_keys
 from lora_compose.pipelines.families.unets import UNetPipeline
 from lora_compose.pipelines.support.hub import asking, reachable
@@ -28,12 +30,16 @@ class ModelFacts:
         index: Its `model_index.json`; empty for a checkpoint in one file.
         parts: The configuration of each component by its name, as far as there is one.
         files: Paths of its files, relative to its folder; empty for a checkpoint in one file.
+        name: Of its folder, file or hub repository, without the folders or the user before it.
+        shipped: Whether it is one of the small models that come with lora-compose.
     """
 
     family: Any
     index: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    name: str = ""
+    shipped: bool = False
 
     @property
     def has_unet(self) -> bool:
@@ -42,17 +48,31 @@ class ModelFacts:
 
     @property
     def own_size(self) -> tuple[int, int] | None:
-        """Width and height of its own images; None if its configurations do not say it."""
+        """Width and height of its own images, as of the pipeline; None without the configurations that say it."""
         vae = self.parts.get("vae", {})
         if not self.has_unet:
-            side = getattr(self.family, "native_side", None) or vae.get("sample_size")
-            return (side, side) if isinstance(side, int) and side != UNSTATED else None
+            side = self.family.own_side(vae)
+            return (side, side) if vae or self.family.native_side else None
         sample, blocks = self.parts.get("unet", {}).get("sample_size"), vae.get("block_out_channels")
         if sample is None or not blocks:
             return None
         scale = 2 ** (len(blocks) - 1)
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return width * scale, height * scale
+
+
+@contextmanager
+def model_errors(model: str) -> Iterator[None]:
+    """Inside this block files of a model are read; what goes wrong is a `ModelError`, but for too little memory."""
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except ConnectionError as error:
+        raise ModelError(f"{error}; {PLAYGROUND} is a small model that comes with lora-compose") from error
+    except Exception as error:  # model files are not trusted, and libraries raise many kinds of errors
+        reason = str(error).strip() or type(error).__name__
+        raise ModelError(f"the model {model!r} cannot be opened: {reason[:600]}") from error
 
 
 def facts_of(model: str) -> ModelFacts:
@@ -66,16 +86,17 @@ def facts_of(model: str) -> ModelFacts:
     if source.is_file():
         keys = checkpoint_keys(source, {})
         guided = {"guidance_embeds": any(_GUIDANCE_EMBEDDING in key for key in keys)}
-        return ModelFacts(ComposePipeline.family_of_keys(keys), parts={"transformer": guided})
+        return ModelFacts(ComposePipeline.family_of_keys(keys), parts={"transformer": guided}, name=source.stem)
     if source.is_dir():
         files = tuple(sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()))
-        return _of_folder(source, files)
+        own = source.resolve() in {playground_model(name).resolve() for name in PLAYGROUNDS}
+        return replace(_of_folder(source, files), name=source.absolute().name, shipped=own)
     options = reachable(model, *INDEXES)
     with asking(model, **options):
         folder = Path(snapshot_download(model, allow_patterns=list(_CONFIGS), **options))
         here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         files = here if options else list_repo_files(model)
-    return _of_folder(folder, tuple(sorted(files)))
+    return replace(_of_folder(folder, tuple(sorted(files))), name=model.rpartition("/")[2])
 
 
 def _of_folder(folder: Path, files: tuple[str, ...]) -> ModelFacts:

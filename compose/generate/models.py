@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from lora_compose.compose.files.paths import ModelError, model_source
+from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.generate.defaults import variant_of
 from lora_compose.compose.generate.machine import choose_device
+from lora_compose.compose.generate.model_facts import model_errors
 from lora_compose.compose.generate.schedulers import scheduler_class
-from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.quiet import without_bars
 from lora_compose.compose.support.savers import Saver, check_savers, place
 from lora_compose.compose.support.terminal import bar, echo, err
@@ -50,23 +50,15 @@ def open_model(run: Run, savers: Collection[Saver] = (), variant: str | None = N
     check_savers(savers, device)
     check_quantize(run.quantize)
     source = model_source(run.model)
-    try:
-        with without_bars():
-            if source.is_file():
-                pipe = ComposePipeline.from_single_file(source, dtype=dtype, quantize=run.quantize)
-            else:
-                # On Windows a path would change the slash of a hub name.
-                name = str(source) if source.is_dir() else run.model
-                pipe = ComposePipeline.from_pretrained(
-                    name, dtype=dtype, quantize=run.quantize, use_safetensors=True, variant=variant or variant_of(run)
-                )
-    except torch.OutOfMemoryError:
-        raise
-    except ConnectionError as error:
-        raise ModelError(f"{error}; {PLAYGROUND} is a small model that comes with lora-compose") from error
-    except Exception as error:  # model files are not trusted, and libraries raise many kinds of errors
-        reason = str(error).strip() or type(error).__name__
-        raise ModelError(f"the model {run.model!r} cannot be opened: {reason[:600]}") from error
+    with model_errors(run.model), without_bars():
+        if source.is_file():
+            pipe = ComposePipeline.from_single_file(source, dtype=dtype, quantize=run.quantize)
+        else:
+            # On Windows a path would change the slash of a hub name.
+            name = str(source) if source.is_dir() else run.model
+            pipe = ComposePipeline.from_pretrained(
+                name, dtype=dtype, quantize=run.quantize, use_safetensors=True, variant=variant or variant_of(run)
+            )
     pipe.set_progress_bar_config(disable=True)
     place(pipe, device, savers)
     return pipe

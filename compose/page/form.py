@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, TypeGuard
 
 from lora_compose.compose.files.scenes import read_scene
+from lora_compose.compose.generate.defaults import OF_SHIPPED
 from lora_compose.compose.generate.model_facts import facts_of
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.page.boxes import Box, template
@@ -53,8 +54,8 @@ class Form:
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     scheduler: str | None = None
-    steps: int = 25
-    guidance_scale: float = 5.0
+    steps: int = OF_SHIPPED[0]
+    guidance_scale: float = OF_SHIPPED[1]
     seeds: tuple[int, ...] = (0,)
     image: str | None = None
     mask_image: str | None = None

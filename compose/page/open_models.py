@@ -13,6 +13,7 @@ import torch
 from lora_compose.attention import backbone_of
 from lora_compose.attention.device import uncompiled
 from lora_compose.compose.benchmark.counting import Counted
+from lora_compose.compose.generate.defaults import defaults_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source
 from lora_compose.compose.support.savers import OFFLOADS, Saver
@@ -62,13 +63,14 @@ class OpenModel:
     """An open model with its queue.
 
     Attributes:
+        defaults: Steps and guidance of the model.
         scheduler: The class of the model's own scheduler.
         seconds_per_flop: Of the last image; None before the first one.
         costs: What checks have counted, for all sessions.
     """
 
-    def __init__(self, choice: Choice, pipe: Any) -> None:
-        self.choice = choice
+    def __init__(self, choice: Choice, pipe: Any, defaults: tuple[int, float]) -> None:
+        self.choice, self.defaults = choice, defaults
         self.scheduler = type(pipe.scheduler).__name__
         self.seconds_per_flop: float | None = None
         self.costs: dict[str, Counted] = {}
@@ -196,7 +198,9 @@ class OpenModels:
             run = Run(
                 scene=scene, model=choice.model, dtype=choice.dtype, quantize=choice.quantize, device=choice.device
             )
-            self._models[choice] = OpenModel(choice, open_model(run, choice.memory))
+            chosen = defaults_of(run)
+            defaults = chosen.steps, float(chosen.guidance_scale)
+            self._models[choice] = OpenModel(choice, open_model(run, choice.memory), defaults)
             return self._models[choice]
 
 

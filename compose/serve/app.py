@@ -31,14 +31,14 @@ def make_app(
     limits: Limits | None = None,
     access: Access | None = None,
     *,
-    steps: int = 25,
-    guidance_scale: float = 5.0,
+    steps: int,
+    guidance_scale: float,
 ) -> FastAPI:
     """The application of a server.
 
     Args:
         engine: Makes the images; it is started and stopped with the application.
-        size: Of images of requests that name none, and so for steps and guidance.
+        size: Of images of requests that name none; `steps` and `guidance_scale` are for those requests, too.
         access: Who may use it; None is this machine.
     """
     limits = limits or Limits()

@@ -156,7 +156,7 @@ class ImageRequest(_Asked):
                 raise ValueError(f"concepts[{i}].region leaves the canvas of the image") from None
         return self
 
-    def resolved(self, width: int, height: int, steps: int = 25, guidance_scale: float = 5.0) -> "ImageRequest":
+    def resolved(self, width: int, height: int, steps: int, guidance_scale: float) -> "ImageRequest":
         """The request with the server's defaults filled in, and tags as concepts; the method may still be open."""
         update: dict[str, Any] = {
             "width": self.width or width, "height": self.height or height, "steps": self.steps or steps,

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 
-from lora_compose.compose.generate.models import ModelError, model_source
+from lora_compose.compose.files.paths import ModelError, model_source
 from lora_compose.compose.support.quiet import without_bars
 from lora_compose.compose.training.settings import PRESETS, Training
 from lora_compose.pipelines.families import ComposePipeline

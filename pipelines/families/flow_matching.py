@@ -176,9 +176,18 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     @property
     def own_size(self) -> tuple[int, int]:
         """Width and height in pixels: what the VAE's configuration says, or 1024."""
-        side = self.native_side or self.vae.config.get("sample_size")
-        side = 1024 if side in (None, UNSTATED) else int(side)
+        side = self.own_side(self.vae.config)
         return side, side
+
+    @classmethod
+    def own_side(cls, vae: Mapping[str, Any]) -> int:
+        """Side in pixels of the images that a model was made for.
+
+        Args:
+            vae: The configuration of its VAE.
+        """
+        side = cls.native_side or vae.get("sample_size")
+        return 1024 if side in (None, UNSTATED) else int(side)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
         """Arguments of a call with classifier-free guidance.

@@ -1,7 +1,9 @@
 """Ideogram 4 with concepts: a second network for guidance, a scale for every step, 13 layers of Qwen3-VL as text."""
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -210,6 +212,22 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`."""
         return self._encoded(prompts, length or 512, self._execution_device)
+
+    def encode_prompt(
+        self, prompt: str | list[str], grid_h: int, grid_w: int, max_sequence_length: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Encodes prompts as diffusers does, also with a text encoder that is offloaded layer by layer.
+
+        diffusers moves tokens to where the text encoder's weights are, and then calls its layers one by one. Weights
+        that are offloaded by layer are nowhere between calls.
+        """
+        given: Any = self
+        if self.text_encoder.device.type == "meta":
+            given = copy.copy(self)
+            vars(given)["text_encoder"] = SimpleNamespace(
+                language_model=self.text_encoder.language_model, device=device
+            )
+        return Ideogram4Pipeline.encode_prompt(given, prompt, grid_h, grid_w, max_sequence_length, device)
 
     def _encoded(self, words: Sequence[str], tokens: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Texts with their padding behind them; diffusers has it before them, where it is masked as well."""

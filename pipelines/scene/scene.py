@@ -377,8 +377,8 @@ class Run(_Frozen):
         method: Name of the method; None chooses.
         settings: The method's settings that differ from its defaults.
         scheduler: Class name of a diffusers scheduler; None keeps the model's.
-        steps: Number of denoising steps.
-        guidance_scale: Classifier-free guidance; 1 or less is none.
+        steps: Number of denoising steps; the default is that of the small models that come with lora-compose.
+        guidance_scale: Classifier-free guidance; 1 or less is none; the default as for `steps`.
         seed: Seed of the start noise.
         dtype: Precision of the model.
         quantize: nf4, int8, fp8, or a file of the denoiser in fewer bits; None is the model as it is.

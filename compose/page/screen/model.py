@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.files.reading import FileError
-from lora_compose.compose.generate.defaults import ON_CPU, complete
+from lora_compose.compose.generate.defaults import complete
 from lora_compose.compose.generate.machine import devices
 from lora_compose.compose.page.catalog import OWN, PUBLISHED, KnownModel, cached_models, models_in
 from lora_compose.compose.page.open_models import Choice
@@ -57,7 +57,7 @@ def model_part(session: PageSession) -> None:
             _folders(session)
         left, right = st.columns(2)
         left.selectbox("Precision", [fields.AUTOMATIC, "float32", "float16", "bfloat16"], key=_DTYPE, help=(
-            "Automatic: float32 on a CPU; on a GPU float16 for Stable Diffusion, bfloat16 for the others."
+            "Automatic: on a CPU and on mps float32; on a GPU float16 for Stable Diffusion, bfloat16 for the others."
         ))  # fmt: skip
         right.selectbox("Device", [fields.AUTOMATIC, *devices()], key=_DEVICE)
         bits = st.selectbox("Fewer bits", [_WHOLE, *QUANTISED, *([_FILE] if session.options.local else [])], key=_BITS,
@@ -170,7 +170,7 @@ def _chosen() -> Choice:
     kind, device, bits = (st.session_state[name] for name in (_KIND, _DEVICE, _BITS))
     return Choice(
         st.session_state[_NAME].strip() if kind == _OWN else kind,
-        ON_CPU.dtype if st.session_state[_DTYPE] == fields.AUTOMATIC else st.session_state[_DTYPE],
+        Choice.dtype if st.session_state[_DTYPE] == fields.AUTOMATIC else st.session_state[_DTYPE],
         None if device == fields.AUTOMATIC else device,
         in_order(st.session_state[_MEMORY]),
         {_WHOLE: None, _FILE: st.session_state[_WEIGHTS].strip()}.get(bits, bits),
@@ -186,7 +186,7 @@ def open_first(session: PageSession) -> None:
 
 def _open(session: PageSession, choice: Choice) -> None:
     session.problems[_PLACE] = []
-    before = session.model.size
+    before = session.model
     try:
         if not choice.model:
             raise ValueError("Name a model: a folder, a .safetensors file, or a hub repository.")
@@ -195,17 +195,16 @@ def _open(session: PageSession, choice: Choice) -> None:
             _check_allowed(session, choice.quantize)
         check_quantize(choice.quantize)
         asked: dict[str, Any] = {} if st.session_state[_DTYPE] == fields.AUTOMATIC else {"dtype": choice.dtype}
-        run, defaults = complete(Run(scene=Scene(prompt="-"), model=choice.model, device=choice.device, **asked))
+        run, _ = complete(Run(scene=Scene(prompt="-"), model=choice.model, device=choice.device, **asked))
         choose_model(session, replace(choice, dtype=run.dtype))
         cleared = fields.clear_example(session)
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
         session.problems[_PLACE] = [str(error)]
         return
     st.session_state[_DTYPE] = run.dtype
-    if defaults != ON_CPU or cleared:  # else the user may have chosen them
-        st.session_state[fields.STEPS] = defaults.steps
-        st.session_state[fields.GUIDANCE] = float(defaults.guidance_scale)
-    if fields.size() == before:  # the user has not chosen another one
+    if session.model.defaults != before.defaults or cleared:  # else the user may have chosen them
+        st.session_state[fields.STEPS], st.session_state[fields.GUIDANCE] = session.model.defaults
+    if fields.size() == before.size:  # the user has not chosen another one
         fields.resize(session, session.model.size)
 
 

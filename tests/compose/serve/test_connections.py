@@ -24,7 +24,7 @@ HALF = {
 
 def bare(bounds: Bounds) -> Any:
     engine = Engine(None)  # nothing here reaches the model
-    return server(make_app(engine, (64, 64)), engine, bounds)
+    return server(make_app(engine, (64, 64), steps=25, guidance_scale=5.0), engine, bounds)
 
 
 def test_what_is_half_sent_is_closed_in_time() -> None:

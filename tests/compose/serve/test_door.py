@@ -21,7 +21,7 @@ HEAD = b"POST /images HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/j
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     engine = Engine(None)  # nothing here reaches the model
-    with server(make_app(engine, (64, 64)), engine) as port:
+    with server(make_app(engine, (64, 64), steps=25, guidance_scale=5.0), engine) as port:
         yield port
 
 
@@ -55,7 +55,7 @@ def test_nothing_is_loaded_from_another_server(port: int) -> None:
 
 def test_every_request_needs_the_token_if_there_is_one() -> None:
     engine = Engine(None)
-    with server(make_app(engine, (64, 64), access=Access(token=TOKEN)), engine) as port:
+    with server(make_app(engine, (64, 64), access=Access(token=TOKEN), steps=25, guidance_scale=5.0), engine) as port:
         assert answer(port, "/health", headers={"Authorization": f"Bearer {TOKEN}"})[0] == 200
         for given in (
             {},

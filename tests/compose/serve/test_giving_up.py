@@ -52,7 +52,7 @@ def engine(pipe: Any) -> Iterator[Stepping]:
 
 
 def asked(given: dict[str, Any]) -> ImageRequest:
-    return ImageRequest.model_validate(given).resolved(128, 128)
+    return ImageRequest.model_validate(given).resolved(128, 128, 25, 5.0)
 
 
 def until(condition: Any) -> None:
@@ -140,7 +140,7 @@ def app_of(engine: Engine) -> Any:
     pytest.importorskip("fastapi", reason="the server needs fastapi: the extra serve")
     from lora_compose.compose.serve.app import make_app
 
-    return make_app(engine, (64, 64))
+    return make_app(engine, (64, 64), steps=25, guidance_scale=5.0)
 
 
 def test_clients_that_leave_keep_nobody_waiting(engine: Stepping) -> None:

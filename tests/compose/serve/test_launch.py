@@ -71,7 +71,8 @@ class Stuck(Engine):
         time.sleep(600)
 
 engine = Stuck(SimpleNamespace(concepts={}), wait=0.0)
-run_server(Server(make_app(engine, (64, 64)), engine, "127.0.0.1", int(sys.argv[1])), engine)
+app = make_app(engine, (64, 64), steps=25, guidance_scale=5.0)
+run_server(Server(app, engine, "127.0.0.1", int(sys.argv[1])), engine)
 """
 
 

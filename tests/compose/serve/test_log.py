@@ -23,7 +23,7 @@ def test_the_log_says_why_an_image_failed(capsys: pytest.CaptureFixture[str]) ->
     engine = Broken(tiny_pipeline(), wait=0.0)
     with bounded_log():
         engine.start()
-        future = engine.submit(ImageRequest(prompt="a").resolved(64, 64))
+        future = engine.submit(ImageRequest(prompt="a").resolved(64, 64, 25, 5.0))
         with pytest.raises(RuntimeError, match="the reason of it"):
             future.result(60)
         assert engine.stop(30)

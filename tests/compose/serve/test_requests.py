@@ -14,7 +14,7 @@ BOXED = {**SIZE, "prompt": "a xlo bear", "concepts": [{"name": "bear", "region":
 
 
 def asked(given: dict[str, Any]) -> ImageRequest:
-    return ImageRequest.model_validate(given).resolved(128, 128)
+    return ImageRequest.model_validate(given).resolved(128, 128, 25, 5.0)
 
 
 def test_what_is_left_open_is_resolved_from_the_request_alone() -> None:

@@ -42,7 +42,7 @@ def pipe() -> Any:
 
 
 def asked(given: dict[str, Any]) -> ImageRequest:
-    return ImageRequest.model_validate(given).resolved(128, 128)
+    return ImageRequest.model_validate(given).resolved(128, 128, 25, 5.0)
 
 
 @contextmanager
@@ -162,7 +162,8 @@ def port(pipe: Any) -> Iterator[int]:
     from lora_compose.compose.serve.app import make_app
 
     engine = Engine(pipe, most=2, wait=0.0, queue=8, run=Run(scene=Scene(prompt="-"), model="playground", device="cpu"))
-    with server(make_app(engine, (128, 128), Limits(pixels=128 * 128, steps=4)), engine) as port:
+    limits = Limits(pixels=128 * 128, steps=4)
+    with server(make_app(engine, (128, 128), limits, steps=25, guidance_scale=5.0), engine) as port:
         yield port
 
 
@@ -220,7 +221,7 @@ def test_a_negative_prompt_is_read_where_a_guidance_scale_of_1_is_guidance() -> 
 
 def test_pipelines_that_take_their_size_and_prompt_otherwise_are_served() -> None:
     kontext: Any = flux_pipeline(ComposeFluxKontextPipeline)
-    request = ImageRequest(prompt="a cat", steps=1).resolved(128, 64)
+    request = ImageRequest(prompt="a cat", steps=1).resolved(128, 64, 25, 5.0)
     (image,) = call_pipe(kontext, [request])
     assert image.size == (128, 64)
 

@@ -28,7 +28,7 @@ from commands import call, flat, free_port
 from components import TINY, sd_unet, unet_inputs, with_bank
 from disks import files_of_at_most
 from lora_compose.compose.files import atomic
-from lora_compose.compose.generate.models import ModelError
+from lora_compose.compose.files.paths import ModelError
 from lora_compose.compose.playground.assets import playground_references
 from lora_compose.compose.support.terminal import BAD_INPUT, FAILED
 from lora_compose.compose.training import PRESETS, DivergedError, Stopped, TaraTraining, Training, train

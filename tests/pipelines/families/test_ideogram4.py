@@ -15,7 +15,17 @@ from ideogram4 import IDEOGRAM4
 from lora_compose import Clora, ComposePipeline, Concept
 from lora_compose.attention.backbones.ideogram4 import Ideogram4Backbone, from_tokens, tokens_of
 from lora_compose.pipelines.families import ComposeIdeogram4Pipeline
-from transformer_families import BOXES, CALL, latents_of, pipeline_with_concepts, plain_latents, random_lora_of_all
+from simulated_device import DEVICE, numbers, parameters_that_move
+from transformer_families import (
+    BOXES,
+    CALL,
+    PROMPT,
+    TOKENS,
+    latents_of,
+    pipeline_with_concepts,
+    plain_latents,
+    random_lora_of_all,
+)
 
 NOTHING = [Concept(name="cat", weight=0.0)]
 
@@ -39,6 +49,16 @@ def test_every_step_has_its_own_scale_and_no_second_pass_where_it_is_1(pipe: Any
     torch.testing.assert_close(output.images, plain_latents(IDEOGRAM4, pipe, **given), atol=1e-5, rtol=0)
     assert seen == scales
     assert output.cost.rows_forward == 7
+
+
+def test_a_text_encoder_that_is_offloaded_by_layers_reads_the_same() -> None:
+    pipe, given = IDEOGRAM4.pipeline(), {"grid_h": 4, "grid_w": 4, "max_sequence_length": TOKENS}
+    expected = pipe.encode_prompt([PROMPT], **given, device=torch.device("cpu"))
+    with parameters_that_move():
+        pipe.enable_sequential_cpu_offload(device=DEVICE)
+        found = pipe.encode_prompt([PROMPT], **given, device=DEVICE)
+    assert pipe.text_encoder.device.type == "meta"
+    torch.testing.assert_close(numbers(found), expected)
 
 
 def test_no_lora_acts_in_the_second_network_which_runs_no_other_rows(pipe: Any) -> None:

@@ -116,6 +116,19 @@ def test_loras_act_in_the_cells_of_the_image_alone(reading, pipe, method):
     assert (found - alone).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("reading", ["qwen"], indirect=True)
+def test_an_edit_of_2509_has_references_at_the_timestep_of_the_image(reading, pipe):
+    plain = plain_latents(reading.family, pipe, **reading.call)
+    assert torch.equal(latents_of(pipe, **reading.call), plain)
+    settings, concepts, places = METHODS["regional"]
+    found = latents_of(pipe, **reading.call, concepts=concepts, method=settings)
+    torch.testing.assert_close(found, expected_of(reading, pipe, places), atol=3e-5, rtol=0)
+    assert (found - plain).abs().max() > 0.01
+    of_2511 = QWEN_IMAGE_EDIT_2511.pipeline()  # which has them at timestep 0
+    of_2511.transformer.load_state_dict(pipe.transformer.state_dict())
+    assert (plain_latents(QWEN_IMAGE_EDIT_2511, of_2511, **reading.call) - plain).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("method", "acts"), [("merge", (True, True)), ("merge", (True, False)), ("regional", (False, True))]
 )

@@ -1,6 +1,6 @@
 """Transformers that are offloaded, or whose weights are stored in fewer bits: LoRAs act as on any other model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch import nn
 
 from all_transformers import EVERY
 from components import seeded
-from simulated_device import DEVICE, parameters_that_move
+from simulated_device import DEVICE, autocast_switched_off, parameters_that_move
 from transformer_families import BOXES, CALL, METHODS, assert_equals_dense_deltas, latents_of, pipeline_with_concepts
 
 
-def each(*by_default: str, without: Sequence[str] = ()) -> Any:
-    """Every family but some; all others but those by default are slow."""
-    marks = {name: () if name in by_default else pytest.mark.slow for name in EVERY if name not in without}
+def each(*by_default: str) -> Any:
+    """Every family; all but those by default are slow."""
+    marks = {name: () if name in by_default else pytest.mark.slow for name in EVERY}
     return pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in marks.items()])
 
 
@@ -117,13 +117,13 @@ def by_layers(pipe: Any) -> None:
 
 def by_blocks(pipe: Any) -> None:
     pipe.transformer.enable_group_offload(DEVICE, offload_type="block_level", num_blocks_per_group=1)
-    texts = ("text_encoder", "text_encoder_2", "text_conditioner")
-    for part in (pipe.vae, *map(pipe.components.get, texts)):
+    further = ("vae", "text_encoder", "text_encoder_2", "text_conditioner", "unconditional_transformer")
+    for part in map(pipe.components.get, further):
         if part is not None:
             part.to(DEVICE)
 
 
-@each("z-image", without=["ideogram4"])  # which switches autocast off: the simulated device has none
+@each("z-image")
 @pytest.mark.parametrize("offload", [pytest.param(by_models, marks=pytest.mark.slow), by_layers, by_blocks])
 def test_an_offloaded_transformer_gives_the_same_images(name, offload, tmp_path):
     family = EVERY[name]
@@ -136,7 +136,7 @@ def test_an_offloaded_transformer_gives_the_same_images(name, offload, tmp_path)
 
     methods = ("merge", "regional")
     expected = [image(method) for method in methods]
-    with parameters_that_move():
+    with parameters_that_move(), autocast_switched_off():
         offload(pipe)
         for method, images in zip(methods, expected, strict=True):
             np.testing.assert_allclose(image(method), images, atol=1e-5)

@@ -490,7 +490,7 @@ def test_the_open_model_is_not_opened_again_in_another_precision_by_an_image(
 ) -> None:
     """The open one may be a repository, for which the hub would be asked."""
     open_session = session(at)
-    open_session.model = OpenModel(Choice("stranger/model"), open_session.model._pipe)
+    open_session.model = OpenModel(Choice("stranger/model"), open_session.model._pipe, open_session.model.defaults)
     at.run()
     monkeypatch.setattr("lora_compose.compose.page.open_models.open_model", lambda *args: pytest.fail("it is opened"))
     drop(at, tmp_path, {}, model="stranger/model", dtype="bfloat16")
@@ -626,6 +626,21 @@ def test_the_page_begins_with_the_model_that_it_was_started_with(monkeypatch: py
     assert at.selectbox(key="set.model.kind").value == "playground-flux"
     assert (session(at).rows, at.text_area(key=fields.PROMPT).value) == ([], "")
     assert at.number_input(key=fields.GUIDANCE).value == Run.model_fields["guidance_scale"].default
+
+
+def test_another_model_brings_its_steps_and_guidance_which_stay_as_they_are_changed(
+    at: AppTest, tmp_path: Path
+) -> None:
+    at.session_state["set.model.kind"] = "A folder or a hub repository"
+    at.run()
+    at.text_input(key="set.model.name").set_value(str(saved_klein(tmp_path / "klein", distilled=True))).run()
+    next(button for button in at.button if button.label == "Open this model").click().run()
+    assert (at.number_input(key=fields.STEPS).value, at.number_input(key=fields.GUIDANCE).value) == (4, 1.0)
+    at.number_input(key=fields.STEPS).set_value(STEPS).run()
+    at.multiselect(key="set.memory").set_value([Saver.TILING]).run()
+    next(button for button in at.button if button.label == "Open this model").click().run()
+    assert session(at).model.choice.memory == (Saver.TILING,)
+    assert (at.number_input(key=fields.STEPS).value, at.number_input(key=fields.GUIDANCE).value) == (STEPS, 1.0)
 
 
 def test_the_playgrounds_transformer_composes_with_loras_of_its_own(at: AppTest) -> None:
