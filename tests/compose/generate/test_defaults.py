@@ -120,7 +120,8 @@ ROWS = {
         50, 5.0, 1024, CALL, of_call("StableDiffusionXLPipeline"),
     ),
     "SDXL-Turbo, SD-Turbo": row(
-        facts(XL, scheduler=TRAILING, **OF_XL), 4, 0.0, 1024, "documentation of diffusers, SDXL Turbo",
+        facts(XL, scheduler=TRAILING, unet={**SDXL, "sample_size": 64}, vae=OF_XL["vae"]),
+        4, 0.0, 512, "documentation of diffusers, SDXL Turbo",
         told="an Euler scheduler with `trailing` steps",
     ),
     "latent consistency models": row(
