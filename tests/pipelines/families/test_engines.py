@@ -27,6 +27,8 @@ PROMPT = "a sks cat and a zwx dog"
 WORDS = {"cat": "sks", "dog": "zwx"}
 BOXES = {"cat": [0, 0, 64, 128], "dog": [64, 0, 128, 128]}
 FITTING = ["draft", "regional", "tara", "merge", "switch", "composite", "freefuse"]
+USUAL = ("draft", "regional", "composite")
+"""One that finds regions, one that is given them, and one with a pass for each LoRA; they are named in the same way."""
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,9 @@ def as_objects(found: list[dict[str, Any]]) -> list[Concept]:
     return [Concept(**one) for one in found]
 
 
-@pytest.mark.parametrize("method", FITTING)
+@pytest.mark.parametrize(
+    "method", [method if method in USUAL else pytest.param(method, marks=pytest.mark.slow) for method in FITTING]
+)
 def test_vllm_omni_composes_with_concepts_in_json_bit_for_bit(method: str, model: Path, own_modules: None) -> None:
     given = fields(model, boxed=method == "regional")
     request = by_vllm_omni(model, {}, {"method": method})

@@ -69,12 +69,13 @@ def dense_bias(family: Family, pipe: Any, asked: Asked, own: float, other: float
     def matrix(positions: int) -> Tensor:
         tokens, every = positions - CELLS**2, torch.zeros(positions, positions)
         text, image = (family.padding_first, tokens) if parts[0] == "text" else (CELLS**2, 0)
+        read = min(tokens, asked.phrases.shape[1])
+        cells, words = slice(image, image + CELLS**2), slice(text, text + read)
         for here, named in product(range(2), range(2)):
             size = own if here == named else other
-            for token, cell in product(range(min(tokens, asked.phrases.shape[1])), range(CELLS**2)):
-                added = size * asked.shares[0, cell, here] * asked.phrases[0, token, named]
-                every[image + cell, text + token] += added
-                every[text + token, image + cell] += added
+            added = size * torch.outer(asked.shares[0, :, here], asked.phrases[0, :read, named])
+            every[cells, words] += added
+            every[words, cells] += added.T
         return every
 
     processors = [layer.processor for layer in pipe.transformer.modules() if hasattr(layer, "processor")]

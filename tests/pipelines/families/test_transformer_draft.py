@@ -11,6 +11,7 @@ from all_transformers import JOINT, TRANSFORMERS
 from components import seeded
 from lora_compose import Concept, Draft, Regional
 from lora_compose.pipelines.scene.division import divided
+from pairs import in_pairs
 from transformer_families import CELLS, TOKENS, Family, shared_pipeline
 
 CALL: dict[str, Any] = {
@@ -49,10 +50,10 @@ def regions(masks: Tensor) -> list[Concept]:
     return [Concept(name=name, region=mask) for name, mask in zip(("cat", "dog"), images, strict=True)]
 
 
-@pytest.mark.parametrize(("reading", "guided"), [
-    ("scene", True), ("regions", False),
-    pytest.param("scene", False, marks=pytest.mark.slow), pytest.param("regions", True, marks=pytest.mark.slow),
-])  # fmt: skip
+READINGS = [("scene", True), ("regions", False), ("scene", False), ("regions", True)]
+
+
+@pytest.mark.parametrize(("family", "reading", "guided"), in_pairs(JOINT, READINGS), indirect=["family"])
 def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, division, reading, guided):
     guidance = family.guided if guided else family.unguided
     noise = torch.randn(2, 4, 16, 16, generator=seeded(1))

@@ -13,7 +13,8 @@ from torch import Tensor
 from all_transformers import TRANSFORMERS
 from components import seeded
 from krea2 import KREA2
-from lora_compose import ComposePipeline, Composite, Concept, Detailer, Draft, Switch, refine
+from lora_compose import ComposePipeline, Concept, Detailer, refine
+from pairs import in_pairs
 from transformer_families import (
     BOXES,
     METHODS,
@@ -43,11 +44,6 @@ DEFAULTS: dict[str, dict[str, float]] = {
 """For families whose images get the size of the call, and which have another default for each task."""
 
 
-@pytest.fixture(params=FAMILIES, scope="module")
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def pipes() -> dict[str, Any]:
     """A pipeline with two concepts for each family."""
@@ -70,8 +66,7 @@ def plain(name: str, pipe: Any, inpaints: bool, **arguments: Any) -> Tensor:
     return plain_latents(family, pipe, family.image_tasks[inpaints], **arguments)
 
 
-@pytest.mark.parametrize(("name", "inpaints"), TASKS)
-@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize(("name", "inpaints", "several"), in_pairs(TASKS, [False, True]))
 def test_without_concepts_it_is_diffusers_own(pipes, name, inpaints, several):
     given = task(name, inpaints)
     if several:
@@ -81,8 +76,7 @@ def test_without_concepts_it_is_diffusers_own(pipes, name, inpaints, several):
     assert torch.equal(ours, plain(name, pipes[name], inpaints, **copy.deepcopy(given)))
 
 
-@pytest.mark.parametrize("method", ["merge", "regional", pytest.param("tara", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "inpaints"), TASKS)
+@pytest.mark.parametrize(("name", "inpaints", "method"), in_pairs(TASKS, METHODS))
 def test_a_method_equals_dense_deltas_one_concept_after_the_other(pipes, name, inpaints, method):
     settings, concepts, places = METHODS[method]
     family, pipe, given = FAMILIES[name], pipes[name], task(name, inpaints)
@@ -101,8 +95,7 @@ def outside(latents: Tensor) -> Tensor:
     return cells[..., torch.from_numpy(OUTSIDE[::side, ::side].copy())]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("method", [Switch(), Composite(), Draft()], ids=["switch", "composite", "draft"])
+@pytest.mark.parametrize(("name", "method"), in_pairs(FAMILIES, ["switch", "composite", "draft"]))
 def test_methods_with_their_own_passes_keep_what_is_outside_of_the_mask(pipes, name, method):
     given = task(name, True)
     found = latents_of(pipes[name], **given, concepts=["cat", "dog"], method=method)
@@ -195,7 +188,7 @@ def test_a_part_of_a_step_is_a_step_as_in_diffusers(pipes, concepts):
     assert pipes["z-image"].steps_from_image(4, 0.1, inpaints=True) == 1
 
 
-@pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])
+@pytest.mark.parametrize(("name", "concepts"), in_pairs(FAMILIES, [None, ["cat"]]))
 def test_each_prompt_may_have_a_mask(pipes, name, concepts):
     masks = [MASK, MASK.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
     several = {"prompt": [PROMPT, "a zwx dog and a sks cat"], "image": [IMAGE] * 2, "mask_image": masks}
