@@ -46,6 +46,7 @@ from lora_compose.pipelines.scene.scene import Concept, Run
 from small_world import SIZE, STYLE, STYLE_WORDS
 
 STEPS = 2
+pytestmark = pytest.mark.usefixtures("costs_counted_once")
 
 
 @pytest.fixture(autouse=True)
