@@ -23,7 +23,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from components import random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
+from components import FAMILIES, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from composing import (
     BOTH,
     EVERY,
@@ -40,6 +40,7 @@ from composing import (
     with_concepts,
 )
 from lora_compose.pipelines.families import ComposePipeline
+from pairs import in_pairs
 from simulated_device import DEVICE, numbers, parameters_that_move
 
 
@@ -208,8 +209,7 @@ AUTO = {
 }
 
 
-@BOTH
-@pytest.mark.parametrize("task", AUTO, ids=lambda task: task.__name__)
+@pytest.mark.parametrize(("task", "family"), in_pairs(AUTO, FAMILIES))
 def test_diffusers_finds_the_pipelines_for_other_tasks_from_ours_and_the_way_back(composer, plain_pipe, family, task):
     made = task.from_pipe(composer)
     assert type(made) is AUTO[task][family]

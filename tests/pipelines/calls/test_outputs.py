@@ -65,7 +65,13 @@ def test_the_vae_may_work_in_slices_and_tiles(composer):
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "method"), [(8, 8, "tara"), (136, 40, "composite"), (104, 72, "tara"), (8, 8, "composite")]
+    ("width", "height", "method"),
+    [
+        (8, 8, "tara"),
+        (136, 40, "composite"),
+        pytest.param(104, 72, "tara", marks=pytest.mark.slow),
+        (8, 8, "composite"),
+    ],
 )
 def test_any_size_works_with_and_without_regions(load_concepts, method, width, height):
     pipe = small_pipeline()
