@@ -1,6 +1,6 @@
 """Parameters in pairs: by default every value of two lists at least once, and their whole product with `-m slow`."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -26,3 +26,8 @@ def _parameters(value: Any) -> Any:
     if isinstance(value, type(pytest.param())):
         return value
     return pytest.param(*value) if isinstance(value, tuple) else pytest.param(value)
+
+
+def slow_but(usual: Container[Any], values: Iterable[Any]) -> list[Any]:
+    """Parameters of each value, slow unless it is among the usual ones."""
+    return [pytest.param(value, marks=() if value in usual else pytest.mark.slow) for value in values]
