@@ -21,6 +21,7 @@ from components import lora_tensors, random_lora, tiny_pipeline
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import slow_but
 
 FOLDER = assets_dir() / "custom_pipeline"
 PROMPT = "a sks cat and a zwx dog"
@@ -110,9 +111,7 @@ def as_objects(found: list[dict[str, Any]]) -> list[Concept]:
     return [Concept(**one) for one in found]
 
 
-@pytest.mark.parametrize(
-    "method", [method if method in USUAL else pytest.param(method, marks=pytest.mark.slow) for method in FITTING]
-)
+@pytest.mark.parametrize("method", slow_but(USUAL, FITTING))
 def test_vllm_omni_composes_with_concepts_in_json_bit_for_bit(method: str, model: Path, own_modules: None) -> None:
     given = fields(model, boxed=method == "regional")
     request = by_vllm_omni(model, {}, {"method": method})

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from all_transformers import JOINT, TRANSFORMERS
+from all_transformers import FEW, JOINT, TRANSFORMERS
 from components import seeded
 from lora_compose import Concept, Draft, Regional
 from lora_compose.pipelines.scene.division import divided
-from pairs import in_pairs
+from pairs import in_pairs, slow_but
 from transformer_families import CELLS, TOKENS, Family, shared_pipeline
 
 CALL: dict[str, Any] = {
@@ -72,6 +72,7 @@ def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, divisi
         torch.testing.assert_close(found[image : image + 1], expected, atol=3e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
 def test_two_of_one_class_read_texts_of_their_own(family, pipe, division):
     both = [Concept(name="cat", class_word="cat"), Concept(name="dog", class_word="cat")]
     call = CALL | {"prompt": "a sks cat and a zwx cat on grass", "generator": seeded(3)}

@@ -10,11 +10,11 @@ from diffusers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
-from all_transformers import TRANSFORMERS
+from all_transformers import FEW, TRANSFORMERS
 from components import seeded
 from krea2 import KREA2
 from lora_compose import ComposePipeline, Concept, Detailer, refine
-from pairs import in_pairs
+from pairs import in_pairs, slow_but
 from transformer_families import (
     BOXES,
     METHODS,
@@ -113,7 +113,7 @@ def test_pixels_outside_of_the_mask_can_stay_those_of_the_image(pipes, name):
         assert (np.asarray(found)[~OUTSIDE] != np.asarray(IMAGE)[~OUTSIDE]).mean() > 0.5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FEW, FAMILIES))
 def test_each_subject_is_repainted_alone(pipes, name):
     pipe, how = pipes[name], Detailer(strength=0.5, blur=0, padding=0.25)
     options = {"num_inference_steps": 2, "max_sequence_length": TOKENS, **FAMILIES[name].unguided}
