@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components import EVERYTHING, FAMILIES, activated, lora_tensors, random_lora, seeded, text_loras, with_library
+from composing import BOTH, SD_AND_SLOWLY_XL
 from lora_compose.attention import Lora, backbone_of
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.methods import (
@@ -41,8 +42,6 @@ WORDS = {"cat": "sks", "dog": "zwx"}
 PROMPT = "a sks cat and a zwx dog"
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
 CAT, DOG = Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)
-SD_AND_SLOWLY_XL = pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
-BOTH = pytest.mark.parametrize("family", FAMILIES)
 
 # Settings of the authors stand beside our defaults where they take other ways through the code.
 METHODS: dict[str, Settings] = {
