@@ -59,6 +59,10 @@ class Gates:
         """The gates of some of the rows."""
         return self._each(lambda gate: _rows(gate, rows, -3), lambda gate: _rows(gate, rows, -2))
 
+    def up_to(self, end: int) -> "Gates":
+        """The gates for the first tokens of the text; one for all tokens stays."""
+        return replace(self, text=self.text[..., :end, :])
+
     def scatter_concepts(self, columns: Sequence[int], concepts: int) -> "Gates":
         """The gates as columns, the new index of each concept, of a larger concept set; the other columns are 0."""
         return self._each(lambda gate: scatter_concepts(gate, columns, concepts))

@@ -97,6 +97,7 @@ class JointRegions:
         isolate: bool,
         hidden: Tensor | None = None,
         references: Tensor | None = None,
+        positions: Tensor | None = None,
         device: torch.device | None = None,
     ) -> "JointRegions":
         """Groups the positions of a model's sequences.
@@ -109,6 +110,7 @@ class JointRegions:
             hidden: True at padding inside the texts. Shape: [rows, tokens].
             references: True where a region covers a cell of a reference image, of all that the site has, in order; None
                 means none, or the image's own, as the site says. Shape: [cells of references, regions].
+            positions: Position of each token in its own text; None means that no text has lost any. Shape: [tokens].
         """
         text = [PositionKind("text", frozenset({n})) for n, length in enumerate(lengths) for _ in range(length)]
         text += [PositionKind("text", frozenset({0}))] * (site.padded(len(text)) - len(text))
@@ -132,7 +134,8 @@ class JointRegions:
             none = {part: hidden.new_zeros(len(hidden), len(kinds)) for part, kinds in of.items()}
             none["text"] = torch.nn.functional.pad(hidden, (0, len(text) - hidden.shape[1]))
             masks = {parts: torch.cat([none[part] for part in parts], dim=1) for parts in sequences}
-        positions = to_device(torch.cat([torch.arange(length) for length in lengths]), device)
+        if positions is None:
+            positions = to_device(torch.cat([torch.arange(length) for length in lengths]), device)
         return cls(groups, tuple(unconditional), base, masks, positions)
 
     def select(self, rows: slice | Sequence[int]) -> "JointRegions":
@@ -221,7 +224,8 @@ def _into(
 
 
 def _cells(membership: Tensor) -> list[PositionKind]:
-    return [PositionKind("image", frozenset((row.nonzero()[:, 0] + 1).tolist())) for row in membership]
+    rows = membership.tolist()  # at once: a tensor for each cell would take a tenth of a second
+    return [PositionKind("image", frozenset(n for n, inside in enumerate(row, 1) if inside)) for row in rows]
 
 
 def _groups(kinds: Sequence[PositionKind], isolate: bool, device: torch.device | None) -> Sequence[Group]:

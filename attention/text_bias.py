@@ -34,6 +34,10 @@ class TextBias:
         chosen = rows if isinstance(rows, slice) else list(rows)
         return TextBias({level: cells[chosen] for level, cells in self.cells.items()}, self.tokens[chosen])
 
+    def up_to(self, end: int) -> "TextBias":
+        """The bias on the first tokens."""
+        return TextBias(self.cells, self.tokens[:, :end])
+
     def to(self, device: torch.device) -> "TextBias":
         """Factors on a device."""
         return TextBias({level: cells.to(device) for level, cells in self.cells.items()}, self.tokens.to(device))

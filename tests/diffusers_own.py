@@ -28,6 +28,7 @@ from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.flux2_dev import ComposeFlux2Pipeline
 from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
+from lora_compose.pipelines.families.ideogram4 import ComposeIdeogram4Pipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
 from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
 from lora_compose.pipelines.families.qwen_image_edit import ComposeQwenImageEditPlusPipeline
@@ -54,6 +55,7 @@ FILES = {
     "FLUX.2-dev": "flux2/test_pipeline_flux2.py",
     "FLUX.2-klein": "flux2/test_pipeline_flux2_klein.py",
     "FLUX.2-klein, inpainting": "flux2/test_pipeline_flux2_klein_inpaint.py",
+    "Ideogram 4": "ideogram4/test_pipeline_ideogram4.py",
     "Krea 2": "krea2/test_krea2.py",
     "Qwen-Image": "qwenimage/test_qwenimage.py",
     "Qwen-Image, image to image": "qwenimage/test_qwenimage_img2img.py",
@@ -78,6 +80,7 @@ _OURS: dict[str, Any] = {
         "FluxKontext": ComposeFluxKontextPipeline,
         "Flux2": ComposeFlux2Pipeline,
         "Flux2Klein": ComposeFlux2KleinPipeline,
+        "Ideogram4": ComposeIdeogram4Pipeline,
         "Krea2": ComposeKrea2Pipeline,
         "QwenImage": ComposeQwenImagePipeline,
         "QwenImageEditPlus": ComposeQwenImageEditPlusPipeline,
@@ -109,7 +112,8 @@ def _t5_encoder() -> T5EncoderModel:
 
 
 def _qwen_tokenizer() -> Any:
-    return qwen_tokenizer(f"{TEMPLATE_WORDS} dance monkey bad quality", _OF_IMAGES)  # texts as short as those of Qwen's
+    """Words of the tests' prompts are tokens, so that texts are as short as with Qwen's."""
+    return qwen_tokenizer(f"{TEMPLATE_WORDS} dance monkey bad quality very longvery long", _OF_IMAGES)
 
 
 _OF_IMAGES = {"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|image_pad|>": 151655, "<|video_pad|>": 151656}

@@ -60,11 +60,16 @@ def flux2_pipeline(cls: Any = ComposeFlux2KleinPipeline, **changes: Any) -> Any:
     return pipe
 
 
-def saved_klein(folder: Path) -> Path:
-    """A small FLUX.2-klein in a folder, whose text encoder has the 9th, 18th and 27th layer that commands read."""
+def default_klein() -> Any:
+    """A small FLUX.2-klein whose text encoder has the 9th, 18th and 27th layer that calls read by default."""
     pipe = flux2_pipeline()
     pipe.register_modules(text_encoder=qwen3(len(pipe.tokenizer), layers=28))
-    pipe.save_pretrained(folder)
+    return pipe
+
+
+def saved_klein(folder: Path) -> Path:
+    """The same in a folder."""
+    default_klein().save_pretrained(folder)
     return folder
 
 
@@ -89,4 +94,5 @@ FLUX2 = Family(
     guided={"guidance_scale": 2.0, "text_encoder_out_layers": LAYERS},
     unguided={"guidance_scale": 1.0, "text_encoder_out_layers": LAYERS},
     image_tasks={True: Flux2KleinInpaintPipeline},
+    by_default=default_klein,
 )

@@ -1,6 +1,7 @@
 """A small FLUX.2-dev pipeline of real components: those of FLUX.2-klein, with a Mistral and its processor."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,14 +54,14 @@ def mistral3(words: int, layers: int = 3) -> Any:
     return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)).eval()
 
 
-def flux2_dev_pipeline(cls: Any = ComposeFlux2Pipeline, **changes: Any) -> Any:
-    """A FLUX.2-dev pipeline of small real components."""
+def flux2_dev_pipeline(cls: Any = ComposeFlux2Pipeline, layers: int = 3, **changes: Any) -> Any:
+    """A FLUX.2-dev pipeline of small real components, whose text encoder has so many layers."""
     torch.manual_seed(0)
     words = processor()
     pipe = cls(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=flux2_vae(),
-        text_encoder=mistral3(len(words.tokenizer)),
+        text_encoder=mistral3(len(words.tokenizer), layers),
         tokenizer=words,
         transformer=flux2_transformer(**{"guidance_embeds": True, **changes}),
     )
@@ -77,4 +78,5 @@ FLUX2_DEV = replace(
     guided={},
     unguided={"guidance_scale": 3.0, "text_encoder_out_layers": LAYERS},
     image_tasks={},
+    by_default=partial(flux2_dev_pipeline, layers=30),
 )

@@ -101,6 +101,7 @@ FLUX3 = Family(
     words=((5, 6, 7), (12, 13, 14)),
     guided={"negative_prompt": "the photo", "guidance_scale": 2.0, "text_encoder_out_layers": LAYERS},
     unguided={"guidance_scale": 1.0, "text_encoder_out_layers": LAYERS},
+    by_default=default_flux3,
 )
 FLUX3_DISTILLED = replace(
     FLUX3,
@@ -108,4 +109,5 @@ FLUX3_DISTILLED = replace(
     plain=PlainFlux3Distilled,
     guided={},
     unguided={"text_encoder_out_layers": LAYERS},
+    by_default=partial(default_flux3, ComposeFlux3DistilledPipeline, flow_map=True),
 )

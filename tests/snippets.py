@@ -30,12 +30,11 @@ from components import (
     xl_pipeline,
 )
 from flux import flux_pipeline
-from flux2 import flux2_pipeline, flux2_vae
+from flux2 import default_klein, flux2_vae
 from flux3 import default_flux3
 from ideogram4 import ideogram4_pipeline
 from ip_adapters import image_encoder, ip_adapter
 from lora_compose.pipelines.families.flux_kontext import ComposeFluxKontextPipeline
-from qwen import qwen3
 from qwen_image import qwen_image_pipeline, qwen_image_vae
 from qwen_image_edit import qwen_image_edit_pipeline
 from simulated_device import DEVICE, parameters_that_move
@@ -87,9 +86,8 @@ def _with_deep_vae(pipe: Any) -> Any:
 
 
 def _flux2() -> Any:
-    pipe = flux2_pipeline()
-    layers = qwen3(len(pipe.tokenizer), layers=28)  # calls read the 9th, 18th and 27th
-    pipe.register_modules(vae=flux2_vae(6, 1024), text_encoder=layers)
+    pipe = default_klein()
+    pipe.register_modules(vae=flux2_vae(6, 1024))
     return pipe
 
 

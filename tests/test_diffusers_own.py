@@ -18,16 +18,17 @@ FILES = (
     "SD", "SD, image to image", "SD, inpainting", "SDXL", "SDXL, image to image", "SDXL, inpainting", "Chroma",
     "Chroma, image to image", "FLUX.1",
     "FLUX.1, image to image", "FLUX.1, inpainting", "FLUX.1 Kontext", "FLUX.2-dev", "FLUX.2-klein",
-    "FLUX.2-klein, inpainting", "Krea 2", "Qwen-Image", "Qwen-Image, image to image", "Qwen-Image, inpainting",
-    "Qwen-Image-Edit-Plus", "Z-Image",
-    "Z-Image, image to image", "Z-Image, inpainting",
+    "FLUX.2-klein, inpainting", "Ideogram 4", "Krea 2", "Qwen-Image", "Qwen-Image, image to image",
+    "Qwen-Image, inpainting", "Qwen-Image-Edit-Plus", "Z-Image", "Z-Image, image to image",
+    "Z-Image, inpainting",
 )  # fmt: skip
 """As `diffusers_own.FILES` has them, which takes seconds to import."""
 
 REFUSED = (
     "IP-Adapter images can be combined with concepts on", "further reference images cannot be combined with",
     "unknown argument 'masked_image_latents'", "mask_image is all black", "unknown argument 'denoising_start'",
-    "reads one reference image with concepts", "inpainting with concepts does not support AsymmetricAutoencoderKL",
+    "prompt_upsampling cannot be combined with concepts", "reads one reference image with concepts",
+    "inpainting with concepts does not support AsymmetricAutoencoderKL",
 )  # fmt: skip
 """What docs/limits.md lists, as the errors say it."""
 

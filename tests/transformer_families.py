@@ -61,6 +61,7 @@ class Family:
         two_networks: Whether unconditional rows have a network of their own, which no LoRA changes.
         padding_first: Tokens of padding that diffusers has before the prompt; ours are behind it.
         image_tasks: diffusers' pipelines for image-to-image (False) and inpainting (True), where it has them.
+        by_default: Makes one whose text encoder has the layers that calls read by default, where `pipeline` has fewer.
     """
 
     pipeline: Callable[..., Any]
@@ -73,6 +74,7 @@ class Family:
     two_networks: bool = False
     padding_first: int = 0
     image_tasks: Mapping[bool, Any] = field(default_factory=dict)
+    by_default: Callable[[], Any] | None = None
 
 
 def last_layer(network: nn.Module) -> nn.Module:
@@ -122,6 +124,17 @@ def pipeline_with_concepts(family: Family, folder: Path) -> Any:
         save_file(dict(as_file(random_lora_of_all(pipe.transformer, seed))), folder / f"{name}.safetensors")
         pipe.load_concept(folder / f"{name}.safetensors", trigger=trigger, class_word=name)
     return pipe
+
+
+def saved_with_loras(family: Family, folder: Path) -> Path:
+    """A folder with what a person has: "model", and in "loras" a cat's and a dog's, which name their words."""
+    pipe = (family.by_default or family.pipeline)()
+    pipe.save_pretrained(folder / "model")
+    (folder / "loras").mkdir()
+    for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
+        lora, words = random_lora_of_all(pipe.transformer, seed), {"trigger": trigger, "class_word": name}
+        save_file(dict(as_file(lora)), folder / "loras" / f"{name}.safetensors", metadata=words)
+    return folder
 
 
 def shared_pipeline(family: Family) -> Any:

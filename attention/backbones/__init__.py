@@ -76,6 +76,11 @@ class Backbone(Protocol):
         """Whether unconditional rows go through a network of their own, so that no batch has them beside others."""
         ...
 
+    @property
+    def hides_padding(self) -> bool:
+        """Whether attention sees no token that the mask of the text leaves out, so that such tokens need not be run."""
+        ...
+
     def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
         """Replaces the attention among the model's modules by ours, which reads the state in every pass."""
         ...

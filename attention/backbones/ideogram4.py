@@ -39,6 +39,7 @@ class Ideogram4Backbone(JointBackbone):
     )
     blocks = ("layers",)
     unconditional_apart = True
+    hides_padding = True
 
     def __init__(self, model: nn.Module, unconditional: nn.Module | None = None) -> None:
         super().__init__(model)

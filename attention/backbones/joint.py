@@ -52,6 +52,7 @@ class JointBackbone:
     text_layers = 1
     reads_regions = False
     unconditional_apart = False
+    hides_padding = False
 
     def __init__(self, model: nn.Module, reference: bool = False, cells: int | None = None) -> None:
         self.model, self._reference, self._cells = model, reference, cells

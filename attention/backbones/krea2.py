@@ -27,6 +27,7 @@ class Krea2Backbone(JointBackbone):
         (rf"transformer_blocks\.\d+\.{_LAYER}", Site("text", "image", level=1)),
         (r"img_in|final_layer\.linear", Site("image", level=1)),
     )
+    hides_padding = True
     attends = (("text_fusion.layerwise_blocks.", ("row",)), ("text_fusion.refiner_blocks.", ("text",)))
 
     def forward(

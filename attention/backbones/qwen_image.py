@@ -33,6 +33,8 @@ class QwenImageBackbone(JointBackbone):
         ),
     )
 
+    hides_padding = True
+
     def __init__(self, model: nn.Module, reference: bool = False, cells: int | None = None) -> None:
         super().__init__(model, reference, cells)
         config: Any = uncompiled(model).config

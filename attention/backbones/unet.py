@@ -30,6 +30,7 @@ class UNetBackbone:
     reads_regions = True
     joint = None
     unconditional_apart = False
+    hides_padding = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

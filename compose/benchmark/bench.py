@@ -34,7 +34,16 @@ from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.tables import GIB, MIB, new_table
 from lora_compose.compose.benchmark.timing import GUIDANCE, Job, open_with_concepts, time_rows, times_table
-from lora_compose.compose.benchmark.transformers import READING, REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
+from lora_compose.compose.benchmark.transformers import (
+    IMAGE_TOKENS,
+    READING,
+    REGION_TOKENS,
+    SHOWN,
+    TOKENS,
+    PassCost,
+    pass_cost,
+    texts_of,
+)
 from lora_compose.compose.generate.defaults import ON_CPU, complete
 from lora_compose.compose.generate.machine import choose_device
 from lora_compose.compose.support.names import STRUCTURES
@@ -82,13 +91,14 @@ class HostRow:
 
 @dataclass(frozen=True)
 class PassRow:
-    """The costs of a pass of a transformer, with `regional` and plain, without LoRAs and reference images."""
+    """The costs of a pass of a transformer: with `regional`, plain, and plain without reference images."""
 
-    family: str
+    model: str
     concepts: int
     references: int
     cost: PassCost
     plain: PassCost
+    without_references: PassCost
 
 
 def bench(
@@ -294,43 +304,55 @@ def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
     return table
 
 
-def pass_cells(concepts: Sequence[int], families: Sequence[str] | None = None, *, references: int = 0) -> list[PassRow]:
+def pass_cells(concepts: Sequence[int], models: Sequence[str] | None = None, *, references: int = 0) -> list[PassRow]:
     """Computes one pass of transformers at 1024 x 1024 in bfloat16, by number of regions.
 
     Args:
-        families: By default all, or those that read reference images, if there are any.
+        models: By default all, or those that read reference images, if there are any.
         references: Reference images of that size. Then there is a row without concepts, too.
     """
-    families = families or (READING if references else SHOWN)
+    families = READING if references else SHOWN
+    models = models or tuple(families)
     concepts = [0, *concepts] if references else concepts
-    rows, grid = [], (128, 128)
-    with bar("counting", len(families) * len(concepts)) as on_progress:
-        for family in families:
-            model = without_weights(family).transformer.bfloat16()
-            plain = pass_cost(model, 0, LORA_RANK, grid)
+    rows = []
+    with bar("counting", len(models) * len(concepts)) as on_progress:
+        for name in models:
+            model = without_weights(families[name]).transformer.bfloat16()
+
+            def cost(number: int, references: int, model: Any = model, name: str = name) -> PassCost:
+                return pass_cost(model, number, LORA_RANK, (128, 128), *texts_of(name, references), references)
+
+            plain = cost(0, references)
+            bare = cost(0, 0) if references else plain
             for number in concepts:
-                cost = pass_cost(model, number, LORA_RANK, grid, references=references)
-                rows.append(PassRow(family, number, references, cost, plain))
+                rows.append(PassRow(name, number, references, cost(number, references), plain, bare))
                 on_progress(len(rows))
     return rows
 
 
 def passes_table(rows: Sequence[PassRow]) -> Table:
-    """FLOPs and memory of a pass, as ratios to the plain model."""
-    references = f", {rows[0].references} reference images of that size" if rows and rows[0].references else ""
+    """FLOPs and memory of a pass, as ratios to the plain model, and to that without reference images."""
+    references, header = "", ["model", "N", "TFLOP", "ratio", "GiB", "ratio", "GiB by blocks", "plain"]
+    if rows and rows[0].references:
+        references = f"; {rows[0].references} reference images of that size, which Qwen-Image-Edit-Plus also reads as "
+        references += f"{IMAGE_TOKENS} tokens in every text"
+        header += ["TFLOP to none", "GiB to none"]
     table = new_table(
         f"Counted: one pass at 1024 x 1024 in bfloat16 with regional, LoRAs of rank {LORA_RANK} on all linear layers "
         f"that see text or image, {TOKENS} tokens and {REGION_TOKENS} for each region (FLUX.3: {PAD_MULTIPLE})"
         f"{references}",
-        ["model", "N", "TFLOP", "ratio", "GiB", "ratio", "GiB by blocks", "plain"],
+        header,
     )
     for row in rows:
-        cost, plain = row.cost, row.plain
-        table.add_row(
-            row.family, str(row.concepts), f"{cost.flops / 1e12:.1f}", f"{cost.flops / plain.flops:.3f}",
+        cost, plain, bare = row.cost, row.plain, row.without_references
+        cells = [
+            row.model, str(row.concepts), f"{cost.flops / 1e12:.1f}", f"{cost.flops / plain.flops:.3f}",
             f"{cost.peak_bytes / GIB:.1f}", f"{cost.peak_bytes / plain.peak_bytes:.3f}",
             f"{cost.offloaded_bytes / GIB:.2f}", f"{plain.offloaded_bytes / GIB:.2f}",
-        )  # fmt: skip
+        ]  # fmt: skip
+        if row.references:
+            cells += [f"{cost.flops / bare.flops:.3f}", f"{cost.peak_bytes / bare.peak_bytes:.3f}"]
+        table.add_row(*cells)
     return table
 
 

@@ -1,6 +1,7 @@
 """Costs of LoRAs in a forward pass of a transformer of full size, run without values on the meta device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_compose.attention import Gates, JointRegions, Lora, LoraFactors, backbone_of, grid_at, install
+from lora_compose.attention.backbones.truncation import replace_children
+from lora_compose.attention.claims import undoing
+from lora_compose.attention.device import modules_of
 from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.architectures import TRANSFORMERS
 from lora_compose.compose.benchmark.flops import Operations
@@ -19,9 +23,15 @@ from lora_compose.pipelines.families.flux3 import PAD_MULTIPLE
 META = torch.device("meta")
 TOKENS, REGION_TOKENS = 512, 12
 """Tokens of the text, as most of these models read it, and of the text of each region ("a photo of a sks cat")."""
-SHOWN = tuple(TRANSFORMERS)
-READING = ("FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "FLUX.3", "Qwen-Image")
-"""Transformers that read reference images; FLUX.1 Kontext and Qwen-Image-Edit have the layers of their base models."""
+SHOWN: Mapping[str, str] = {name: name for name in TRANSFORMERS}
+READING: Mapping[str, str] = {
+    "FLUX.1 Kontext": "FLUX.1",
+    **{name: name for name in ("FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "FLUX.3")},
+    "Qwen-Image-Edit-Plus": "Qwen-Image",
+}
+"""Models that read reference images, and the one of `TRANSFORMERS` that has their layers."""
+IMAGE_TOKENS = 203
+"""Tokens of a reference image in each text of Qwen-Image-Edit-Plus: 7 around 14 x 14, of 28 x 28 pixels each."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +60,61 @@ def block_lora(model: nn.Module, rank: int) -> Lora:
     return lora
 
 
+def texts_of(model: str, references: int) -> tuple[int, int]:
+    """Tokens of the text of the whole image and of that of each region, in one of `SHOWN` or `READING`."""
+    if model == "FLUX.3":  # which reads the padding of each text
+        return TOKENS, PAD_MULTIPLE
+    images = IMAGE_TOKENS * references if model == "Qwen-Image-Edit-Plus" else 0
+    return TOKENS + images, REGION_TOKENS + images
+
+
 def pass_cost(
-    model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: int = TOKENS, references: int = 0
+    model: Any,
+    concepts: int,
+    rank: int,
+    latent_grid: Grid,
+    tokens: int = TOKENS,
+    region_tokens: int = REGION_TOKENS,
+    references: int = 0,
 ) -> PassCost:
     """Runs one pass of `regional` on the meta device: a text for each region, and gates by concept, token and cell.
 
-    Each LoRA has a column of the image; 0 concepts are the plain model.
+    Each LoRA has a column of the image; 0 concepts are the plain model. Of blocks that are alike, two are run.
 
     Args:
         latent_grid: Height and width.
         tokens: Of the text of the whole image.
+        region_tokens: Of the text of each region.
         references: Reference images, as large as the image.
     """
+    weights, lora = [*model.parameters(), *model.buffers()], block_lora(model, rank) if concepts else {}
+    blocks = [sum(weight.nbytes for weight in block.parameters()) for block in _blocks(model)]
+    memory, operations = added_memory("meta", weights), Operations()
+    with _two_for_all(model, operations):
+        there = modules_of(model)
+        run = {name: factors for name, factors in lora.items() if name in there}
+        _run_pass(model, [run] * concepts, latent_grid, tokens, region_tokens, references, memory, operations)
+    others = concepts * sum(one.down.nbytes + one.up.nbytes for name, one in lora.items() if name not in run)
+    peak_bytes = memory.peak_bytes + others
+    return PassCost(operations.flops, peak_bytes, peak_bytes - sum(blocks) + max(blocks))
+
+
+def _run_pass(
+    model: Any,
+    loras: Sequence[Lora],
+    latent_grid: Grid,
+    tokens: int,
+    region_tokens: int,
+    references: int,
+    memory: Any,
+    operations: Operations,
+) -> None:
+    """Runs the pass of `pass_cost`, watched by `memory`, and its forward pass by `operations` too."""
     found: Any = backbone_of(model)
-    each = grid_at(latent_grid, 1)
+    each, concepts = grid_at(latent_grid, 1), len(loras)
     backbone = type(found)(model, reference=True, cells=references * prod(each)) if references else found
-    loras = [block_lora(model, rank)] * concepts
     channels, site = model.config["in_channels"], backbone.joint
-    # FLUX.3 reads the padding of each text.
-    texts = (tokens, *[PAD_MULTIPLE if "flow_map" in model.config else REGION_TOKENS] * concepts)
+    texts = (tokens, *[region_tokens] * concepts)
     if site is not None:  # where the image reads the text by cross-attention, all regions read one
         tokens = site.padded(sum(texts))
     inputs = _inputs(model, tokens)
@@ -95,13 +141,47 @@ def pass_cost(
         columns = torch.arange(width) * concepts // width
         cells = (columns[:, None] == torch.arange(concepts)).expand(height, -1, -1).flatten(0, 1)
         regions = JointRegions.of(site, cells, texts, [False], isolate=False, device=META)
-    memory, operations = added_memory("meta", [*model.parameters(), *model.buffers()]), Operations()
     with torch.no_grad(), FusedAttention(), memory, install(backbone, loras, device=META, dtype=text.dtype) as there:
         there.use(there.inputs(gates, text, lengths=(tokens,), joint_regions=regions))
         with operations:
             backbone.forward(latents, torch.ones((), device=META), text, inputs.pop("added"), **inputs)
-    blocks = [sum(weight.nbytes for weight in block.parameters()) for block in _blocks(model)]
-    return PassCost(operations.flops, memory.peak_bytes, memory.peak_bytes - sum(blocks) + max(blocks))
+
+
+@contextmanager
+def _two_for_all(model: nn.Module, operations: Operations) -> Iterator[None]:
+    """Inside this block a model has two of blocks that are alike; the second counts for all but the first.
+
+    It finds in memory almost all that a later one would find.
+    """
+    with undoing(model) as undo:
+        for parent, name, blocks in list(_alike(model)):
+            second, started = blocks[1], []
+            undo.callback(second.register_forward_pre_hook(_noting(started, operations)).remove)
+            undo.callback(second.register_forward_hook(_repeating(len(blocks) - 2, started, operations)).remove)
+            replace_children(parent, undo, **{name: blocks[:2]})
+        yield
+
+
+def _noting(started: list[int], operations: Operations) -> Any:
+    return lambda *_: started.append(operations.flops)
+
+
+def _repeating(others: int, started: list[int], operations: Operations) -> Any:
+    def repeat(*_: Any) -> None:
+        operations.flops += others * (operations.flops - started.pop())
+
+    return repeat
+
+
+def _alike(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.ModuleList]]:
+    """Lists of more than two blocks of the same class and shapes, that are in no other, by their parents."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList):
+            kinds = {(type(block), *((key, one.shape) for key, one in block.named_parameters())) for block in child}
+            if len(kinds) == 1 and len(child) > 2:
+                yield model, name, child
+                continue
+        yield from _alike(child)
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -10,7 +10,7 @@ from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.running import needs_running
 from lora_compose.compose.generate.defaults import complete, words
 from lora_compose.compose.generate.images import named_in
-from lora_compose.compose.generate.making import load, plan, resolve_choice, size_of
+from lora_compose.compose.generate.making import choice_of, load, plan, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
@@ -141,7 +141,7 @@ def _facts(
     _attempt(problems, check_disjoint, [c for c, _ in places], [place for _, place in places], prompt)
     choice = None
     if all(all_loaded):
-        choice = _attempt(problems, resolve_choice, pipe, run, all_loaded)
+        choice = _attempt(problems, choice_of, pipe, run, all_loaded)
     elif run.method is not None:
         _attempt(problems, make_method, run.method, run.settings)
     planned = None if problems else _attempt(problems, plan, pipe, run)
@@ -188,6 +188,8 @@ def _concept_facts(loaded: LoadedConcept) -> list[tuple[str, str]]:
         facts.append((f"{concept.name}: region", _region(concept.region)))
     if concept.is_style:
         facts.append((f"{concept.name}: role", "style, everywhere"))
+    if concept.references:
+        facts.append((f"{concept.name}: references", "acts on reference images, too"))
     facts.append((f"{concept.name}: weight", weight_text(concept.weight)))
     return [*facts, (f"{concept.name}: blocks", blocks_text(concept.blocks))] if concept.blocks else facts
 

@@ -23,7 +23,7 @@ _RAY = re.compile(r"local|auto|(ray://)?[^\s:/]+:\d{1,5}")
 _CONCEPT_FIELDS = {
     "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
     "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
-    "merge": "merge", "any_weight": "any_weight",
+    "merge": "merge", "any_weight": "any_weight", "references": "references",
 }  # fmt: skip
 _OF_SCENE = (
     "prompt", "negative_prompt", "width", "height", "image", "strength", "padding_mask_crop", "paste_original",

@@ -29,7 +29,7 @@ CONCEPT_HELP = (
     "path=cat.safetensors,path=style.safetensors:0.7, are merged; merge names the method. weight may change over "
     "the steps: 0:1,0.5:0 (off in the second half), 1..0.4 (linear ramp), 1,0.5,0 (equal parts); "
     "blocks=down:0.5,up.1:0 are factors by block; any_weight=true allows weights beyond 10; prompt and negative are "
-    "its own; alpha is for files without one."
+    "its own; references=true makes it act on reference images, too; alpha is for files without one."
 )
 
 
@@ -90,7 +90,9 @@ StepsOption = Annotated[
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
-        "--guidance", help="Guidance scale of CFG; 1 or less turns it off; default: 5 on a CPU, on a GPU the model's."
+        "--guidance",
+        help="Guidance scale of CFG; 1 or less turns it off, on Z-Image and Krea 2 0; default: 5 on a CPU, on a GPU "
+        "the model's.",
     ),
 ]
 DtypeOption = Annotated[

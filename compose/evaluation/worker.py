@@ -18,7 +18,7 @@ from lora_compose.compose.evaluation.scoring import Scorer, open_scorer
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine
 from lora_compose.compose.generate.machine import machine, versions
-from lora_compose.compose.generate.making import Made, load, make_batch, plan, resolve_choice, size_of
+from lora_compose.compose.generate.making import Made, choice_of, load, make_batch, plan, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.support.errors import error_text
@@ -140,7 +140,7 @@ class Worker:
             self._counted[kind] = count_by_running(self.pipe, run)
         elif kind not in self._counted:
             loaded = [load(self.pipe, concept) for concept in run.scene.concepts]
-            choice = resolve_choice(self.pipe, run, loaded)
+            choice = choice_of(self.pipe, run, loaded)
             method = choice and choice.method
             scheduler = self.pipe.scheduler
             if run.scheduler is not None:

@@ -199,7 +199,7 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     return scene.width or width, scene.height or height
 
 
-def resolve_choice(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choice | None:
+def choice_of(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choice | None:
     """A run's method; without one it is chosen, and the log says why. None without concepts.
 
     Raises:
@@ -227,7 +227,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
         warn_of_size(pipe, *size)
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
     check_all_named((concept.concept for concept in loaded), plain_text(run.scene.prompt))  # before the choice warns
-    choice = resolve_choice(pipe, run, loaded)
+    choice = choice_of(pipe, run, loaded)
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
     fit_ip_adapters(pipe, run.scene.ip_adapters)
     arguments = {

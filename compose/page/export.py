@@ -21,7 +21,7 @@ _SAVING = {
     Saver.TILING: "enable_tiling(pipe.vae)",
     Saver.MODEL_OFFLOAD: "pipe.enable_model_cpu_offload()",
     Saver.SEQUENTIAL_OFFLOAD: "pipe.enable_sequential_cpu_offload()",
-    Saver.GRADIENT_CHECKPOINTING: "pipe.unet.enable_gradient_checkpointing()",
+    Saver.GRADIENT_CHECKPOINTING: "pipe.model.enable_gradient_checkpointing()",
 }
 
 

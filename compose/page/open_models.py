@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lora_compose.attention import backbone_of
 from lora_compose.attention.device import uncompiled
 from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.generate.models import open_model
@@ -83,8 +84,8 @@ class OpenModel:
 
     @property
     def reads_regions(self) -> bool:
-        """Whether it supports region attention: a UNet."""
-        return "unet" in self._pipe.components
+        """Whether it supports region attention, as UNets do."""
+        return backbone_of(self._pipe.model).reads_regions
 
     @property
     def reads_references(self) -> bool:

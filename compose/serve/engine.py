@@ -285,8 +285,7 @@ def call_pipe(
             "concepts": [[concept.concept for concept in listed(request)] for request in requests],
             "method": first.method,
         }
-    guided = (first.guidance_scale or 0) > 1
-    negative = [request.negative_prompt for request in requests] if guided and first.negative_prompt else None
+    negative = [request.negative_prompt for request in requests] if first.negative_prompt else None
     return pipe(
         prompt=[request.prompt for request in requests],
         **pipe.guided(first.guidance_scale, negative),

@@ -11,6 +11,7 @@ import uvicorn  # pyright: ignore[reportMissingImports]
 
 from lora_compose.compose.generate.defaults import complete
 from lora_compose.compose.generate.making import size_of
+from lora_compose.compose.generate.model_facts import facts_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.serve.app import make_app
 from lora_compose.compose.serve.connections import Bounds, bounded
@@ -21,6 +22,7 @@ from lora_compose.compose.serve.requests import Limits
 from lora_compose.compose.support.network import url_of
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import echo, err
+from lora_compose.pipelines.families.references import ReferencesPipeline
 from lora_compose.pipelines.scene.scene import Run, Scene
 
 _HEADERS = 16 * 1024  # bytes
@@ -80,8 +82,14 @@ def serve(
         queue: Settings of the `Engine`.
 
     Raises:
-        ValueError: If the model or the folder cannot be opened.
+        ValueError: If the model or the folder cannot be opened, or the model needs reference images.
     """
+    family = facts_of(run.model).family
+    if issubclass(family, ReferencesPipeline) and family.needs_references:
+        raise ValueError(
+            f"{family.family} needs a reference image, and a request to the server carries none: make its images with "
+            "lora-compose run --reference"
+        )
     run, chosen = complete(run)
     pipe = open_model(run, savers, variant)
     pipe.concept_memory = lora_memory

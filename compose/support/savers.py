@@ -80,6 +80,8 @@ def place(pipe: Any, device: str, savers: Collection[Saver]) -> None:
 def enable_tiling(vae: Any) -> None:
     """Has a VAE decode in tiles of at most `TILE` pixels."""
     vae.enable_tiling()
+    if not hasattr(vae, "tile_latent_min_size"):  # a VAE for videos, whose own tiles are smaller
+        return
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     vae.tile_latent_min_size = min(TILE // scale, vae.tile_latent_min_size)
     vae.tile_sample_min_size = vae.tile_latent_min_size * scale

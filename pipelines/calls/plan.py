@@ -168,14 +168,41 @@ def _plan(
     call: Call,
     backbone: Backbone,
     device: torch.device,
-    loaded: tuple[LoadedConcept, ...],
+    asked: tuple[LoadedConcept, ...],
     concepts_of: list[list[int]],
 ) -> Plan:
     """The plan of a call with these concepts, by prompt the indices of its own."""
     warn_of_size(host, call.size.width, call.size.height)
-    loaded = tuple(_region_in_pixels(call, entry) for entry in loaded)
-    raw = [text for entry in loaded for text in (entry.concept.prompt, entry.concept.negative_prompt) if text]
-    loaded = tuple(map(_without_weights, loaded))
+    placed = _placed(host, call, asked)
+    sets = [placed.subset(columns) for columns in concepts_of]
+    choice = resolve_choice(host, call.composition.method, placed.loaded, call.prompts.first, sets)
+    concepts = _guarded(placed, sets, choice.method, host.model)
+    sets = [concepts.subset(columns) for columns in concepts_of]
+    _check_needs(call, choice.method, backbone)
+
+    textual_inversions = TextualInversions.of(concepts.loaded, host.components)
+    tokenizers, reading = _readers(host, call, textual_inversions, asked)
+    plain = _of_plain_texts(call)
+    of_sets = _by_set(plain, tokenizers, sets, concepts_of)
+
+    canvas = _canvas(host, call, backbone, device)
+    if canvas.painted is not None:
+        _check_painted(concepts.loaded, canvas, canvas.painted)
+    host.check_start(plain, canvas)
+    controls = _controls(host, call, canvas, sets)
+    scheduler = deepcopy(host.scheduler)
+    sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
+    steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))
+    return Plan(
+        plain, choice, concepts, of_sets, canvas, textual_inversions, partial(_find, tokenizers), controls, sampler,
+        reading, reference_factor(backbone, canvas.latent_grid, of_sets[0].token_masks.trigger.shape[1]),
+    )  # fmt: skip
+
+
+def _placed(host: Host, call: Call, asked: Sequence[LoadedConcept]) -> ConceptSet:
+    """The concepts with plain texts, and with their regions where the image has them, after the checks of a call."""
+    in_pixels = [_region_in_pixels(call, entry) for entry in asked]
+    loaded = tuple(map(_without_weights, in_pixels))
     check_call(call, loaded)
     if call.source is not None:
         loaded = tuple(map(call.source.placed, loaded))
@@ -183,19 +210,20 @@ def _plan(
         check_blocks(entry, host.model)
     concepts = ConceptSet(loaded)
     _check_positions(call, concepts)
-    sets = [concepts.subset(columns) for columns in concepts_of]
-    choice = resolve_choice(host, call.composition.method, loaded, call.prompts.first, sets)
-    concepts = _guarded(concepts, sets, choice.method, host.model)
-    loaded, sets = concepts.loaded, [concepts.subset(columns) for columns in concepts_of]
-    needs = choice.method.needs
+    return concepts
+
+
+def _check_needs(call: Call, method: Settings, backbone: Backbone) -> None:
+    """Raises ValueError for a method that needs what the model, the call or PyTorch's mode does not have."""
+    needs = method.needs
     if needs.region_attention and not backbone.reads_regions:
         raise ValueError(
-            f"{name_of(choice.method)[0]} needs cross-attention that reads a text for each region, which UNets and "
+            f"{name_of(method)[0]} needs cross-attention that reads a text for each region, which UNets and "
             "Anima have; use draft, which needs no regions, regional with a region for each subject, or tara"
         )
     if needs.gradients and torch.is_inference_mode_enabled():
         raise ValueError(
-            f"{name_of(choice.method)[0]} takes gradients, which torch.inference_mode() has not: use draft, regional, "
+            f"{name_of(method)[0]} takes gradients, which torch.inference_mode() has not: use draft, regional, "
             "tara, merge or switch, which take none, or call it outside torch.inference_mode()"
         )
     check_caches(backbone.model, differentiates=needs.gradients or needs.region_attention)
@@ -204,44 +232,56 @@ def _plan(
             "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
             "it reinit='off', or strength=1"
         )
-    textual_inversions = TextualInversions.of(loaded, host.components)
+
+
+def _readers(
+    host: Host, call: Call, textual_inversions: TextualInversions, asked: Sequence[LoadedConcept]
+) -> tuple[Sequence[Tokenizer], Reading | None]:
+    """Tokenizers of the texts of a call, and how texts with weights and long ones are read."""
     of_host = host.prompt_tokenizers(textual_inversions, call.prompts.length)
     tokenizers = of_host if call.prompts.tokenizers is None else call.prompts.tokenizers
-    reading = _reading(host, call, tokenizers, raw)
+    own = [text for entry in asked for text in (entry.concept.prompt, entry.concept.negative_prompt) if text]
+    reading = _reading(host, call, tokenizers, own)
     if reading is not None and reading.longest > 1:
-        tokenizers = [LongTokenizer(tokenizer, reading.longest) for tokenizer in tokenizers]
+        return [LongTokenizer(tokenizer, reading.longest) for tokenizer in tokenizers], reading
+    return tokenizers, reading
+
+
+def _of_plain_texts(call: Call) -> Call:
+    """The call with prompts that have no marks of weights."""
     texts = call.prompts.texts
     plain = None if texts is None else [[plain_text(text) for text in column] for column in texts]
-    call = replace(call, prompts=replace(call.prompts, texts=plain))
+    return replace(call, prompts=replace(call.prompts, texts=plain))
+
+
+def _by_set(
+    call: Call, tokenizers: Sequence[Tokenizer], sets: Sequence[ConceptSet], concepts_of: Sequence[Sequence[int]]
+) -> list[PromptsOfSet]:
+    """Each concept set once, with the prompts that have it; `sets` has one for each prompt."""
     prompts_of: dict[tuple[int, ...], list[int]] = {}
     for prompt, columns in enumerate(concepts_of):
         prompts_of.setdefault(tuple(columns), []).append(prompt)
-    of_sets = [
+    return [
         PromptsOfSet(entry, tuple(prompts), _token_masks(call, tokenizers, entry.concepts, prompts))
         for entry, prompts in ((sets[prompts[0]], prompts) for prompts in prompts_of.values())
     ]
+
+
+def _canvas(host: Host, call: Call, backbone: Backbone, device: torch.device) -> Canvas:
     size, scale = call.size, host.vae_scale_factor
     grid = size.height // scale, size.width // scale
-    canvas = Canvas(
-        (size.height, size.width), grid, len(call.prompts), size.images_per_prompt, device, backbone,
-        None if call.source is None else call.source.painted(grid),
-    )  # fmt: skip
-    if canvas.painted is not None:
-        _check_painted(loaded, canvas, canvas.painted)
-    host.check_start(call, canvas)
+    painted = None if call.source is None else call.source.painted(grid)
+    return Canvas((size.height, size.width), grid, len(call.prompts), size.images_per_prompt, device, backbone, painted)
+
+
+def _controls(
+    host: Host, call: Call, canvas: Canvas, sets: Sequence[ConceptSet]
+) -> list[PreparedControl | PreparedImagePrompts]:
+    """Prepared controls that act, and images of IP-Adapters."""
     regions = [{concept.name: concept.region for concept in entry.concepts} for entry in sets]
     ready = [prepare_control(control, host.model, canvas, regions) for control in call.composition.controls]
-    finder = partial(_find, tokenizers)
-    controls: list[Any] = [control for control in ready if not control.control.is_off]
-    if call.image_prompts is not None:
-        controls.append(call.image_prompts)
-    scheduler = deepcopy(host.scheduler)
-    sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
-    steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))
-    row_factor = reference_factor(backbone, grid, of_sets[0].token_masks.trigger.shape[1])
-    return Plan(
-        call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, sampler, reading, row_factor
-    )
+    of_images = [] if call.image_prompts is None else [call.image_prompts]
+    return [control for control in ready if not control.control.is_off] + of_images
 
 
 def _guarded(concepts: ConceptSet, sets: Sequence[ConceptSet], method: Settings, model: Any) -> ConceptSet:

@@ -129,7 +129,10 @@ class Denoiser:
         """
         check_pass(spec, self.backbone)
         kept = KeptText() if same_text_as is None else same_text_as.kept_text
-        return PreparedPass(spec, kept, apart=self.backbone.unconditional_apart)
+        # Texts of regions in one sequence have lost their padding already.
+        hidden = self.backbone.hides_padding and spec.joint_regions is None
+        end = spec.text.end if hidden else None
+        return PreparedPass(spec, kept, apart=self.backbone.unconditional_apart, end=end)
 
     def predict(
         self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest | None = None

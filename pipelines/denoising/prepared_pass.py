@@ -49,11 +49,13 @@ class PreparedPass:
     Attributes:
         kept_text: Keys and values of its text.
         apart: Whether no micro-batch has unconditional rows beside others.
+        end: Number of tokens that are run, where the model sees none of those behind; None means all.
     """
 
     spec: Pass
     kept_text: KeptText = field(default_factory=KeptText)
     apart: bool = False
+    end: int | None = None
     _made: dict[bool, tuple[tuple[float, ...], Sequence[MicroBatch]]] = field(default_factory=dict)
 
     def micro_batches(
@@ -83,6 +85,9 @@ class PreparedPass:
             regions = None if regions is None else regions.select(rows)
             bias = None if bias is None else bias.select(rows)
             gates, text = gates.select(rows), text.select(rows)
+        if self.end is not None:
+            text, gates = text.up_to(self.end), gates.up_to(self.end)
+            bias = None if bias is None else bias.up_to(self.end)
         acting = [bool(concept.references) for concept in concepts.concepts]
         if any(acting):
             gates = gates.acting_on_references(acting)

@@ -96,6 +96,11 @@ class ModularFamilyPipeline(TemplatePipeline):
         return self._guidance_scale
 
     @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the call in progress, or of the last one."""
+        return self._num_timesteps
+
+    @property
     def interrupt(self) -> bool:
         """Whether the call in progress is to stop."""
         return self._interrupt

@@ -201,7 +201,7 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
         Args:
             negative_prompt: Without one, or negative embeddings, there is no guidance, as in diffusers.
             guidance_scale: Not read, as in diffusers: no model of this family has distilled guidance.
-            max_sequence_length: With concepts texts are also padded to so many tokens; the padding is masked.
+            max_sequence_length: With concepts texts are also padded to so many tokens; no pass runs the padding.
             method: The name of a method without gradients (`lora-compose methods`), or settings.
             control: Not supported yet.
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.

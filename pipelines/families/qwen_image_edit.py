@@ -78,7 +78,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
             negative_prompt: As for `ComposeQwenImagePipeline.__call__`, as are guidance, concepts and the arguments
                 after these.
             max_sequence_length: With concepts texts are padded to so many tokens beside those of the reference images,
-                and longer ones are refused; the padding is masked.
+                and longer ones are refused; no pass runs the padding.
             token_positions: Positions among the tokens that the model reads, those of reference images included.
             mask_image: Not supported, as are the three arguments after it.
         """

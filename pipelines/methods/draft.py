@@ -218,14 +218,16 @@ def _by_regions(settings: Draft, session: Session) -> Restart:
 def _by_segments(settings: Draft, session: Session, joint: Site) -> Restart:
     """Every region of a transformer reads a text of its own, as in `regional`."""
     indices, canvas = session.concepts.subjects, session.canvas
-    texts = segment_texts(session, indices)
+    texts, hides_padding = segment_texts(session, indices), canvas.backbone.hides_padding
     everywhere, isolate = [concept.is_style for concept in session.concepts.concepts], settings.isolate == "always"
 
     def start(masks: Tensor) -> Sequence[Process]:
         by_level, processes = _by_level(session, masks), []
         for image, image_masks in enumerate(masks):
             cells = Regions.of_masks(indices, image_masks, [joint.level], HALF).cells[joint.level]
-            read = texts.of_image(image).read_in(cells, joint, isolate=isolate, device=canvas.device)
+            read = texts.of_image(image).read_in(
+                cells, joint, hides_padding=hides_padding, isolate=isolate, device=canvas.device
+            )
             of_image = {level: shares[image] for level, shares in by_level.items()}
             spec = gated_pass(session, read, of_image, everywhere, image=image)
             processes.append(FixedPasses(session, [[(spec, 1.0)]]))

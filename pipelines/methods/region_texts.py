@@ -138,15 +138,18 @@ class SegmentedTexts:
             self, base=self.base.of_image(image), regions=tuple(text.of_image(image) for text in self.regions)
         )
 
-    def read_in(self, cells: Tensor, joint: Site, *, isolate: bool, device: torch.device) -> GatedText:
+    def read_in(
+        self, cells: Tensor, joint: Site, *, hides_padding: bool, isolate: bool, device: torch.device
+    ) -> GatedText:
         """The texts in one sequence, each read by the cells of its region.
 
         Args:
             cells: True where a region covers a cell. Shape: [height, width, regions], on the CPU.
             joint: How text and image lie in one sequence.
+            hides_padding: As `Backbone.hides_padding`.
             isolate: Whether cells of a region attend to no cells of others.
         """
-        segments = join_segments(self.base, self.regions, joint.multiple)
+        segments = join_segments(self.base, self.regions, joint.multiple, hides_padding=hides_padding)
         text, roles = segments.text, segments.text.roles
         text_gates = torch.zeros_like(text.trigger_mask)
         text_gates[roles.unconditional] = 1
@@ -155,7 +158,7 @@ class SegmentedTexts:
         unconditional = [not row.conditional for row in roles.each]
         regions = JointRegions.of(
             joint, cells.flatten(0, 1), segments.lengths, unconditional, isolate=isolate, hidden=segments.hidden,
-            device=device,
+            positions=segments.positions, device=device,
         )  # fmt: skip
         return GatedText(text, text_gates, regions, self.base)
 

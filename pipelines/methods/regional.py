@@ -91,7 +91,10 @@ class Regional(Settings):
             return passes(shared_text(session))
         owners = [i for i, whole in enumerate(everywhere) if not whole]
         texts, cells = segment_texts(session, owners), given_cells(session, joint)
-        read = partial(SegmentedTexts.read_in, cells=cells, joint=joint, isolate=self.isolate, device=canvas.device)
+        read = partial(
+            SegmentedTexts.read_in, cells=cells, joint=joint, hides_padding=canvas.backbone.hides_padding,
+            isolate=self.isolate, device=canvas.device,
+        )  # fmt: skip
         if joint.multiple == 1 or texts.alike:
             return passes(read(texts))
         # Where a text is not padded, the positions of all that follows depend on its length.
@@ -104,8 +107,9 @@ class Regional(Settings):
         unnamed = _unnamed(session)
         if self.texts == "regions" and joint is None:
             raise ValueError(
-                "texts='regions' needs a transformer, which attends to text and image in one sequence; use "
-                "method='lora-composer', or texts='shared'"
+                "texts='regions' needs a transformer that attends to text and image in one sequence; in this model the "
+                "image reads the text by cross-attention: use method='lora-composer', which gives each region a text "
+                "there, or texts='shared'"
             )
         if self.texts == "regions" and unnamed:
             raise ValueError(
@@ -115,7 +119,10 @@ class Regional(Settings):
         if joint is not None and self.texts != "shared" and not unnamed:
             return joint
         if self.isolate:
-            raise ValueError("isolate needs texts of regions (texts='regions'), which only transformers have")
+            raise ValueError(
+                "isolate needs texts of regions (texts='regions'), which only transformers have that attend to text "
+                "and image in one sequence"
+            )
         if joint is not None and unnamed:
             warn_once(f"regional reads one text in all regions: no other can be made about {', '.join(unnamed)}")
         return None

@@ -89,6 +89,12 @@ class Conditioning:
         return embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
 
     @property
+    def end(self) -> int:
+        """Number of tokens up to the last one that is not padding, in any row; at least 1."""
+        real = self.text_mask.any(dim=0).nonzero()
+        return int(real[-1]) + 1 if len(real) else 1
+
+    @property
     def first_embeds(self) -> Tensor:
         """The embeddings of the first text. Shape: [rows, tokens, channels]."""
         return self.prompt_embeds if self.prompt_embeds.dim() == 3 else self.prompt_embeds[0]
@@ -97,6 +103,13 @@ class Conditioning:
     def canvas_text(self) -> Tensor:
         """The embeddings for the image as a whole. Shape: [rows, tokens, channels]."""
         return self.first_embeds if self.canvas_embeds is None else self.canvas_embeds
+
+    def up_to(self, end: int) -> "Conditioning":
+        """The first tokens of one text, which has a mask."""
+        added = dict(self.added or {})
+        added["text_mask"] = added["text_mask"][:, :end]
+        embeds, trigger, phrase = (x[:, :end] for x in (self.prompt_embeds, self.trigger_mask, self.phrase_mask))
+        return replace(self, prompt_embeds=embeds, trigger_mask=trigger, phrase_mask=phrase, added=added)
 
     def conditional(self) -> "Conditioning":
         """The text without the unconditional rows."""

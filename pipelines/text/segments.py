@@ -1,6 +1,7 @@
 """Several texts one after the other in one sequence, as transformers read them: one for the image, one for each region.
 
-Padding of region texts is removed, since it would cost as much as words; a batch is padded to the longest text.
+Padding is removed, since it would cost as much as words: of region texts, and of the image's text where the model masks
+it. A batch is padded to the longest text.
 """
 
 from collections.abc import Sequence
@@ -19,11 +20,13 @@ class Segments:
     Attributes:
         text: All of them, of all rows.
         lengths: Tokens of each on the conditional rows; the rest are padding.
+        positions: Position of each of these tokens in its own text. Shape: [tokens].
         hidden: True at padding inside the texts; None if all rows have texts of equal length. Shape: [rows, tokens].
     """
 
     text: Conditioning
     lengths: tuple[int, ...]
+    positions: Tensor
     hidden: Tensor | None
 
     def of(self, n: int) -> slice:
@@ -32,29 +35,32 @@ class Segments:
         return slice(start, start + self.lengths[n])
 
 
-def join_segments(base: Conditioning, regions: Sequence[Conditioning], multiple: int = 1) -> Segments:
+def join_segments(
+    base: Conditioning, regions: Sequence[Conditioning], multiple: int = 1, *, hides_padding: bool = False
+) -> Segments:
     """Joins texts of the same rows; unconditional rows have the base text only.
 
     Args:
         base: Text 0, with the inputs for the whole image (pooled text).
         regions: The text of each region.
         multiple: The model pads a text to a multiple of so many tokens.
+        hides_padding: Whether the model sees no token that the mask of the text leaves out.
     """
     ragged = base.added is not None and "lengths" in base.added
     conditional, unconditional = base.roles.conditional, base.roles.unconditional
-    kept = [_real(text) for text in regions]
-    kept = [
-        _real(base) if ragged else torch.arange(base.prompt_embeds.shape[1], device=base.prompt_embeds.device),
-        *kept,
-    ]
+    own = torch.arange(base.prompt_embeds.shape[1], device=base.prompt_embeds.device)  # of unconditional rows
+    if hides_padding:
+        own = _real(base.text_mask)
+    kept = [_real(text.text_mask[conditional]) for text in regions]
+    kept = [_real(base.text_mask[conditional]) if ragged else own, *kept]
     texts = [base, *regions]
     lengths = tuple(map(len, kept))
-    width = max(-(-sum(lengths) // multiple) * multiple, base.prompt_embeds.shape[1])
+    width = max(-(-sum(lengths) // multiple) * multiple, len(own))
 
     def joined(of: Sequence[Tensor]) -> Tensor:
         """Rows of all texts. Shape: [rows, tokens, ...]."""
         rows = of[0].new_zeros(base.rows, width, *of[0].shape[2:])
-        rows[unconditional, : of[0].shape[1]] = of[0][unconditional]
+        rows[unconditional, : len(own)] = of[0][unconditional][:, own]
         parts = [values[conditional][:, indices] for values, indices in zip(of, kept, strict=True)]
         rows[conditional, : sum(lengths)] = torch.cat(parts, dim=1)
         return rows
@@ -84,9 +90,9 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning], multiple:
         phrase_mask=joined([text.phrase_mask for text in texts]),
         added=added,
     )
-    return Segments(text, lengths, hidden if bool(hidden.any()) else None)
+    return Segments(text, lengths, torch.cat(kept), hidden if bool(hidden.any()) else None)
 
 
-def _real(text: Conditioning) -> Tensor:
-    """Indices of the tokens that are not padding in at least one conditional row."""
-    return text.text_mask[text.roles.conditional].any(dim=0).nonzero()[:, 0]
+def _real(mask: Tensor) -> Tensor:
+    """Indices of the tokens that are not padding in at least one row."""
+    return mask.any(dim=0).nonzero()[:, 0]

@@ -117,6 +117,7 @@ def test_several_paths_are_a_concept_whose_files_are_merged() -> None:
         with pytest.raises(ValueError, match=message):
             parse_concept(text)
     assert parse_concept("path=a.safetensors,weight=30,any_weight=true").weight == 30
+    assert parse_concept("path=a.safetensors,references=no").references is False
     with pytest.raises(ValueError, match=r"unknown method of merging 'tvs'.* did you mean 'tsv'"):
         check_lookups(
             Run(scene=Scene(prompt="-", concepts=(found.model_copy(update={"merge": "tvs"}),)), model="playground")

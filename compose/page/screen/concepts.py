@@ -105,6 +105,10 @@ def _details(session: PageSession, row: Row) -> None:
     ))  # fmt: skip
     st.checkbox("Any weight: also beyond 10 and -10", key=fields.of_row(row, "any_weight"))
     st.checkbox("A style: it acts everywhere and has no box", key=fields.of_row(row, "style"))
+    if session.model.reads_references:
+        st.selectbox("Acts on reference images, too", fields.REFERENCES, key=fields.of_row(row, "references"), help=(
+            "For LoRAs that were trained to read them, such as control and edit LoRAs."
+        ))  # fmt: skip
     st.text_area("Own prompt", key=fields.of_row(row, "prompt"), height=68, help=(
         "Prompt of its box, with the trigger, for methods with a text per box. Empty: made from the "
         "prompt."

@@ -39,6 +39,9 @@ EDGES = ("left", "top", "right", "bottom")
 MOST_WEIGHT, WEIGHT_STEP = 2.0, 0.05
 """Range of the slider of a weight; other weights, and those that change over the steps, are text."""
 
+REFERENCES = {"As its file says": None, "Yes": True, "No": False}
+"""Whether a concept acts on reference images, too."""
+
 _TEXTS = ("name", "trigger", "class_word", "prompt", "negative_prompt")
 
 
@@ -113,6 +116,8 @@ def add(
     st.session_state[of_row(row, "blocks")] = blocks_text(concept.blocks)
     st.session_state[of_row(row, "any_weight")] = bool(concept.any_weight)
     st.session_state[of_row(row, "style")] = concept.is_style
+    acts = next(label for label, value in REFERENCES.items() if value is concept.references)
+    st.session_state[of_row(row, "references")] = acts
     box = in_pixels(concept.region, *size) if isinstance(concept.region, tuple) else (0, 0, *size)
     set_box(row, box)
     return row
@@ -221,6 +226,7 @@ def concept_of(row: Row) -> Concept:
             prompt=texts["prompt"] or None,
             negative_prompt=texts["negative_prompt"] or None,
             role="style" if is_style(row) else None,
+            references=REFERENCES[st.session_state[of_row(row, "references")]],
             alpha=row.alpha,
         )
     except FieldError as error:

@@ -1,17 +1,35 @@
 """How costs grow: nothing quadratically with the number of concepts or of stored LoRAs."""
 
+from inspect import signature
+
 import pytest
 import torch
 
 from components import seeded
 from lora_compose.attention import LoraFactors
-from lora_compose.compose.benchmark.architectures import SD15
+from lora_compose.compose.benchmark import architectures, transformers
+from lora_compose.compose.benchmark.architectures import SD15, TRANSFORMERS, without_weights
+from lora_compose.compose.benchmark.bench import pass_cells
 from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.compose.benchmark.curves import Curve, Point
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.compose.benchmark.growth import of_call, of_stored
 from lora_compose.compose.benchmark.growth_plots import draw
+from lora_compose.compose.benchmark.transformers import READING, SHOWN, pass_cost
 from lora_compose.pipelines.concepts import overload
+
+MOST = 1.05
+"""FLOPs and memory of a pass with `regional`, as a multiple of a plain one."""
+DEARER = {
+    # Each region's text has 80 tokens: the model reads the padding of texts.
+    ("FLUX.3", 0): {4: 1.076, 8: 1.149},
+    ("FLUX.3", 1): {8: 1.079},
+    # Each region's text has the tokens of the reference image too, as in diffusers.
+    ("Qwen-Image-Edit-Plus", 1): {4: 1.085, 8: 1.164},
+}
+"""FLOPs of those models that need more, by model and number of reference images."""
+SAME_LAYERS = ("FLUX.1 Kontext", "FLUX.2-dev", "FLUX.2-klein 9B")
+"""Models that have the layers of others, in other sizes or numbers."""
 
 
 def test_exponents_are_those_of_a_power_with_a_constant():
@@ -25,6 +43,40 @@ def test_rows_flops_and_memory_grow_at_most_linearly_with_concepts_and_images():
     assert concepts == pytest.approx({"rows": 0, "TFLOP": 1, "GiB": 1}, abs=0.2)
     images = Curve("images", [Point(n, of_call(unet, 2, n, 256)) for n in (2, 4, 8)]).exponents()
     assert images == pytest.approx({"rows": 1, "TFLOP": 1, "GiB": 1}, abs=0.1)
+
+
+@pytest.mark.parametrize(("model", "references"), [
+    *(pytest.param(name, 0, marks=pytest.mark.slow if name in SAME_LAYERS else ()) for name in SHOWN),
+    *(pytest.param(name, 1, marks=() if name == "Qwen-Image-Edit-Plus" else pytest.mark.slow) for name in READING),
+])  # fmt: skip
+def test_a_pass_of_a_real_transformer_with_regional_costs_little_more_and_grows_at_most_linearly(model, references):
+    found = {row.concepts: row for row in pass_cells((1, 2, 4, 8), [model], references=references)}
+    plain, points = found[1].plain, []
+    for number in (1, 2, 4, 8):
+        cost = found[number].cost
+        flops, memory = cost.flops / plain.flops, cost.peak_bytes / plain.peak_bytes
+        dearer = DEARER.get((model, references), {}).get(number)
+        assert flops <= MOST if dearer is None else flops == pytest.approx(dearer, abs=1e-3)
+        assert memory <= MOST
+        points.append(Point(number, {"FLOPs": flops, "memory": memory}))
+    assert max(Curve("concepts", points).exponents().values()) < 1.05
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=() if name == "Krea 2" else pytest.mark.slow) for name in TRANSFORMERS]
+)
+def test_of_blocks_that_are_alike_two_are_run_and_count_for_all(model, monkeypatch):
+    fewer = {"num_layers": 4, "num_single_layers": 5, "n_layers": 4}
+    build, config = TRANSFORMERS[model]
+    config = {**config, **{name: number for name, number in fewer.items() if name in signature(build).parameters}}
+    monkeypatch.setattr(architectures, "TRANSFORMERS", {model: (build, config)})
+    few = without_weights.__wrapped__(model).transformer
+    found = pass_cost(few, 2, 8, (32, 32))
+    monkeypatch.setattr(transformers, "_alike", lambda model: ())
+    every = pass_cost(few, 2, 8, (32, 32))
+    assert found.flops == every.flops
+    assert found.peak_bytes == pytest.approx(every.peak_bytes, rel=2e-3)
+    assert found.peak_bytes - found.offloaded_bytes == every.peak_bytes - every.offloaded_bytes
 
 
 def test_memory_of_stored_loras_grows_at_most_linearly():

@@ -1,5 +1,6 @@
 """Commands, scenes and records with images that the model reads beside the prompt."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def asked(folder: Path) -> Any:
-    """Calls a command for a cat of that model."""
-    concept = f"path={folder / 'cat.safetensors'},trigger=sks,class=cat"
-    return lambda command, *more, **options: call(
-        command, folder / "model", "--prompt", "a sks cat", "--concept", concept, "--method", "merge", *STEPS, *more,
-        **options,
+    """Calls a command for a cat of that model; `concept` are further fields of the cat."""
+    cat = f"path={folder / 'cat.safetensors'},trigger=sks,class=cat"
+    return lambda command, *more, concept="", **options: call(
+        command, folder / "model", "--prompt", "a sks cat", "--concept", cat + concept, "--method", "merge", *STEPS,
+        *more, **options,
     )  # fmt: skip
 
 
@@ -55,6 +56,26 @@ def test_an_image_with_references_is_made_and_reproduced(folder, asked, tmp_path
     assert "identical: every pixel is the same" in flat(call("replay", tmp_path / "0.png").output)
     asked("run", *both[2:], *both[:2], "--width", "64", "--height", "96", "--out", tmp_path / "other")
     assert read_pixels(tmp_path / "other" / "0.png") != read_pixels(tmp_path / "0.png"), "their order counts"
+
+
+def test_a_concept_that_is_told_to_acts_on_references_too(folder, asked, tmp_path):
+    fields = {"name": "cat", "lora": str(folder / "cat.safetensors"), "trigger": "sks", "references": True}
+    room = str(folder / "room.png")
+    scene = {"prompt": "a sks cat", "references": room, "concepts": [fields]}
+    (tmp_path / "cats.yaml").write_text(json.dumps({"scenes": [{"name": "cat", **scene}]}))
+    (tmp_path / "cat.yaml").write_text(json.dumps(scene))
+    (entry,) = read_entries([tmp_path / "cats.yaml"]).entries
+    assert entry.scene.concepts[0].references
+    call(
+        "run", folder / "model", "--scene", tmp_path / "cat.yaml", "--method", "merge", *STEPS, "--out", tmp_path / "0"
+    )
+    asked("run", "--reference", room, "--out", tmp_path / "1", concept=",references=true")
+    asked("run", "--reference", room, "--out", tmp_path / "2")
+    of_scene, told, without = (read_pixels(tmp_path / name / "0.png").tobytes() for name in "012")
+    assert of_scene == told != without
+    assert read_record(tmp_path / "1" / "0.png").run.scene.concepts[0].references
+    found = flat(asked("check", "--reference", room, concept=",references=true").output)
+    assert "cat: references acts on reference images, too" in found
 
 
 def test_replay_refuses_references_that_are_gone_or_others(folder, asked, tmp_path):

@@ -16,6 +16,7 @@ from lora_compose.compose.files.images import read_pixels
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.page import export
+from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.families import ComposeFlux3DistilledPipeline, ComposeFluxKontextPipeline
 from qwen_image import qwen_image_pipeline
 from transformer_families import as_file, random_lora_of_all
@@ -42,6 +43,6 @@ def test_the_exported_python_makes_the_image_on_every_family(
     scene = Scene(prompt="a sks cat on grass", negative_prompt=negative_prompt, concepts=(cat,), width=128, height=64)
     run = Run(scene=scene, model="model", method="merge", steps=1, guidance_scale=2.0, seed=3, device="cpu")
     made = make(open_model(run), run).image
-    exec(compile(export.python(run), "it.py", "exec"), {})
+    exec(compile(export.python(run, [Saver.TILING, Saver.GRADIENT_CHECKPOINTING]), "it.py", "exec"), {})
     assert made.size == (128, 64)
     assert np.array_equal(np.asarray(made), np.asarray(read_pixels("result.png")))

@@ -39,6 +39,7 @@ def test_concepts_by_name_are_weights_boxes_or_fields() -> None:
         ({"concepts": ["bear"] * 2}, "stands twice"),
         ({"concepts": [f"{i}" for i in range(9)]}, "at most 8"),
         ({"concepts": [{"name": "bear", "lora": "/etc/passwd"}]}, "lora"),
+        ({"concepts": [{"name": "bear", "references": True}]}, "references"),
         ({"concepts": [{"name": "bear", "region": [0, 0, 99, 9]}]}, "leaves the canvas"),
         ({"method": "mrge"}, "unknown method"),
         ({"concepts": []}, None),

@@ -25,6 +25,7 @@ from lora_compose.compose.serve.requests import ImageRequest, Limits
 from lora_compose.pipelines.families import ComposeFluxKontextPipeline
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from served import answer, server
+from z_image import z_image_pipeline
 
 LORAS = assets_dir() / "playground" / "loras"
 SIZE = {"width": 64, "height": 64, "steps": 1, "guidance_scale": 4}
@@ -207,6 +208,14 @@ def test_a_served_image_stores_how_it_was_made_without_paths_and_can_be_replayed
     assert "every concept by trigger" in (record.method_reason or "")
     told = call("replay", tmp_path / "it.png", "--loras", LORAS).output
     assert "identical: every pixel is the same" in told
+
+
+def test_a_negative_prompt_is_read_where_a_guidance_scale_of_1_is_guidance() -> None:
+    given = {**SIZE, "prompt": "a cat", "guidance_scale": 1}
+    one, other = (
+        call_pipe(z_image_pipeline(), [asked({**given, "negative_prompt": text})])[0] for text in ("", "the photo")
+    )
+    assert not same(one, other)
 
 
 def test_pipelines_that_take_their_size_and_prompt_otherwise_are_served() -> None:

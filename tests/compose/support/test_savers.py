@@ -17,6 +17,7 @@ from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.savers import SAVERS, Saver, check_savers, enable_tiling, in_order, place
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from qwen_image import qwen_image_vae
 
 BOXES = {"bear": ("xlo", (0, 16, 60, 112)), "robot": ("qrt", (68, 16, 128, 112))}
 SCENE = Scene(
@@ -73,6 +74,16 @@ def test_tiles_are_smaller_than_the_images_of_large_models(made_for: int, latent
         image = vae.decode(torch.zeros(1, 4, latents, latents)).sample
     assert image.shape[-2:] == (latents * 8, latents * 8)
     assert len(decoded) == tiles
+
+
+def test_a_vae_for_videos_has_tiles_of_its_own() -> None:
+    vae, decoded = qwen_image_vae(), []
+    vae.decoder.register_forward_hook(lambda *_: decoded.append(1))
+    enable_tiling(vae)
+    with torch.no_grad():
+        image = vae.decode(torch.zeros(1, 4, 1, 48, 32)).sample
+    assert image.shape[-2:] == (384, 256)
+    assert len(decoded) == 4, "256 x 256 pixels each, every 192 pixels"
 
 
 def test_every_way_is_explained() -> None:

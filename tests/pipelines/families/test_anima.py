@@ -1,21 +1,41 @@
 """What only Anima has: a modular pipeline, a text conditioner, a padding mask, and methods that move latents."""
 
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers
+from diffusers.models.transformers import transformer_cosmos
+from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
+from diffusers.utils import import_utils
 from safetensors.torch import save_file
 from torch import Tensor
 
 from anima import ANIMA, anima_pipeline
-from lora_compose import Clora, ComposePipeline, Concept, Draft, FreeFuse, LoraComposer
+from lora_compose import Clora, ComposePipeline, Concept, Draft, FreeFuse, LoraComposer, Regional
 from lora_compose.attention import Lora
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.formats.recognise import guess_family
-from transformer_families import BOXES, CALL, as_file, latents_of, pipeline_with_concepts, random_lora_of_all
+from transformer_families import (
+    BOXES,
+    CALL,
+    CELLS,
+    PROMPT,
+    TOKENS,
+    Places,
+    as_file,
+    dense_loras,
+    latents_of,
+    pipeline_with_concepts,
+    plain_latents,
+    random_lora_of_all,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +76,110 @@ def test_lora_composer_without_updates_equals_a_pass_for_each_region(pipe):
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
 
 
+REGIONS = {
+    "apart": ((0, 0, 48, 128), (80, 0, 128, 128)),  # 16 pixels a cell; two columns between them are background
+    "overlapping": ((0, 0, 80, 128), (48, 0, 128, 128)),
+}
+REGION_TEXTS = ("on grass", "a sks cat on grass", "a zwx dog on grass")
+
+
+class Masked(CosmosAttnProcessor2_0):
+    """diffusers' attention under dense masks; the texts of background and regions follow one another.
+
+    Attributes:
+        member: 1 where a cell is in a region. Shape: [cells, regions].
+        reading: The text that is read now, for the LoRA of the output.
+    """
+
+    def __init__(self, member: Tensor, *, isolate: bool) -> None:
+        super().__init__()
+        self.reading = 0
+        times = member.sum(dim=1, keepdim=True)
+        self.shares = member / times.clamp(min=1)
+        self.reads = torch.cat([(times == 0).float(), self.shares], dim=1)
+        self.seen = (member @ member.T > 0) | (times == 0) | (times == 0).T if isolate else None
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor:  # fmt: skip
+        if encoder_hidden_states is None:
+            return super().__call__(attn, hidden_states, None, self.seen, image_rotary_emb)
+        texts = encoder_hidden_states.shape[1] // TOKENS
+        if texts == 1:  # the negative prompt, in all regions
+            return super().__call__(attn, hidden_states, encoder_hidden_states)
+        outputs = []
+        for self.reading in range(texts):
+            own = torch.arange(texts * TOKENS) // TOKENS == self.reading
+            allowed = own.expand(len(self.reads), -1)
+            outputs.append(super().__call__(attn, hidden_states, encoder_hidden_states, allowed))
+        return torch.einsum("cn,nrcd->rcd", self.reads, torch.stack(outputs))
+
+    def gate(self, name: str, x: Tensor, places: Places) -> Tensor:
+        """Where LoRAs act in a layer: on the output of cross-attention the one whose text was read."""
+        if name.endswith("attn2.to_out.0") and places.text.shape[1] > TOKENS:
+            return places.text[:, TOKENS * self.reading, None]
+        return ANIMA.gate(name, x, places)
+
+    def places(self, unconditional: Sequence[bool]) -> Places:
+        """Each LoRA in its region and on its region's text, and in all modulation layers; on prompts only."""
+        if unconditional[0]:
+            return Places(torch.zeros(1, TOKENS, 2), torch.zeros(1, CELLS**2, 2), torch.zeros(1, 2))
+        text = torch.cat([torch.zeros(1, 2), torch.eye(2)]).repeat_interleave(TOKENS, dim=0)[None]
+        return Places(text, self.shares[None], torch.ones(1, 2))
+
+
+def text_of(plain: Any, prompt: str) -> Tensor:
+    """What diffusers' transformer reads of a prompt."""
+    read = []
+    hook = plain.transformer.register_forward_pre_hook(
+        lambda _, args, named: read.append(named["encoder_hidden_states"]), with_kwargs=True
+    )
+    plain_latents(ANIMA, plain, **{**CALL, "prompt": prompt, "num_inference_steps": 1}, **ANIMA.unguided)
+    hook.remove()
+    return read[0]
+
+
+@pytest.mark.parametrize("isolate", [False, True], ids=["open", "isolated"])
+@pytest.mark.parametrize("boxes", REGIONS)
+def test_every_cell_reads_the_text_of_its_region_as_under_dense_masks(pipe, boxes, isolate):
+    """Of `lora-composer` without updates: diffusers' pipeline with dense masks and dense deltas gives the same."""
+    regions = REGIONS[boxes]
+    concepts = [Concept(name=name, region=box) for name, box in zip(("cat", "dog"), regions, strict=True)]
+    method = LoraComposer(isolate=isolate, most_updates=0.0, apart=0.0)
+    found = latents_of(pipe, concepts=concepts, method=method, **ANIMA.guided)
+    plain = anima_pipeline()
+    scene, texts = text_of(plain, PROMPT), torch.cat([text_of(plain, text) for text in REGION_TEXTS], dim=1)
+    member = torch.zeros(CELLS, CELLS, 2)
+    for i, (left, _, right, _) in enumerate(regions):
+        member[:, left // 16 : right // 16, i] = 1
+    masked = Masked(member.flatten(0, 1), isolate=isolate)
+    for name, module in plain.transformer.named_modules():
+        if name.endswith((".attn1", ".attn2")):
+            module.set_processor(masked)
+
+    def with_texts(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = named["encoder_hidden_states"]
+        return args, {**named, "encoder_hidden_states": texts if torch.equal(given, scene) else given}
+
+    plain.transformer.register_forward_pre_hook(with_texts, with_kwargs=True)
+    loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
+    family = replace(ANIMA, gate=masked.gate)
+    with dense_loras(family, plain.transformer, loras, masked.places, guided=True):
+        expected = plain_latents(ANIMA, plain, **CALL, **ANIMA.guided)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+    assert (found - latents_of(pipe, concepts=concepts, method="regional", **ANIMA.guided)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"texts": "regions"}, "in this model the image reads the text by cross-attention: use method='lora-composer'"),
+    ({"isolate": True}, "only transformers have that attend to text and image in one sequence"),
+])  # fmt: skip
+def test_regional_has_one_text_for_all_regions_and_says_why(pipe, settings, message):
+    with pytest.raises(ValueError, match=message):
+        latents_of(pipe, concepts=BOXES, method=Regional(**settings), **ANIMA.guided)
+
+
 def test_it_opens_as_diffusers_saves_it_and_the_other_way_round(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     assert "concepts" in (tmp_path / "README.md").read_text()
@@ -88,8 +212,32 @@ def empty_of_vae(plain: Any) -> Any:
     return made
 
 
-def test_the_padding_mask_is_a_channel_of_zeros_with_torchvision_and_without(pipe, tmp_path):
-    """A model whose weights for the mask are left out gives the same, with concepts and without."""
+@pytest.fixture
+def without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What diffusers finds where torchvision is not installed."""
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setattr(import_utils, "_torchvision_available", False)
+    monkeypatch.delattr(transformer_cosmos, "transforms", raising=False)
+
+
+@pytest.mark.skipif(not import_utils.is_torchvision_available(), reason="torchvision is not installed")
+def test_the_padding_mask_is_a_channel_of_zeros(pipe, tmp_path):
+    check_padding_mask(pipe, tmp_path)
+
+
+@pytest.mark.usefixtures("without_torchvision")
+def test_the_padding_mask_needs_no_torchvision_except_in_plain_calls_of_an_offloaded_model(pipe, tmp_path):
+    masked = check_padding_mask(pipe, tmp_path)
+    with pytest.raises(NameError, match="transforms"):  # of torchvision, which is looked for in diffusers' own call
+        plain_latents(ANIMA, masked, **CALL, **ANIMA.guided)
+    cpu_offload(masked.transformer, torch.device("cpu"))
+    assert latents_of(masked, concepts=["cat"], method="merge", **ANIMA.guided).isfinite().all()
+    with pytest.raises(ValueError, match="an offloaded Anima needs torchvision in calls without concepts"):
+        latents_of(masked, **ANIMA.guided)
+
+
+def check_padding_mask(pipe: Any, tmp_path: Path) -> Any:
+    """A model whose weights for the mask are left out gives the same as the one with them, which is returned."""
     masked = anima_pipeline(concat_padding_mask=True)
     weight = masked.transformer.patch_embed.proj.weight.data.unflatten(1, (5, 4))
     bare = anima_pipeline()
@@ -104,6 +252,7 @@ def test_the_padding_mask_is_a_channel_of_zeros_with_torchvision_and_without(pip
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert masked.transformer.config.concat_padding_mask
     assert masked.transformer._forward_pre_hooks == {}
+    return masked
 
 
 def load_cat(pipe: Any, of: Any, folder: Path) -> None:
@@ -221,5 +370,6 @@ def test_callbacks_are_for_calls_with_concepts(pipe):
 
     latents_of(pipe, concepts=["cat"], method="merge", callback_on_step_end=note)
     assert steps == [0, 1]
+    assert pipe.num_timesteps == 2
     with pytest.raises(ValueError, match="modular pipelines have no callbacks"):
         latents_of(pipe, callback_on_step_end=note)

@@ -26,6 +26,21 @@ def test_masked_padding_changes_nothing(pipe, tokens):
     torch.testing.assert_close(found, plain_latents(QWEN_IMAGE, pipe, **given), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["merge", "tara", "freefuse"])
+def test_no_more_tokens_are_run_than_in_diffusers(pipe, method):
+    counts: list[int] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, given, named: counts.append(named["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    try:
+        plain_latents(QWEN_IMAGE, pipe, **GUIDED)
+        most = max(counts)
+        latents_of(pipe, concepts=["cat", "dog"], method=method, **GUIDED)
+    finally:
+        hook.remove()
+    assert max(counts) == most < GUIDED["max_sequence_length"]
+
+
 def test_without_a_negative_prompt_there_is_no_guidance(pipe):
     given = {**CALL, "true_cfg_scale": 3.0}
     found = latents_of(pipe, concepts=NOTHING, method="merge", **given)

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from all_transformers import FEW, JOINT, TRANSFORMERS
 from components import seeded
+from flux import FLUX
+from krea2 import KREA2
 from lora_compose import Concept, Draft, Regional
 from lora_compose.pipelines.scene.division import divided
 from pairs import in_pairs, slow_but
 from transformer_families import CELLS, TOKENS, Family, shared_pipeline
+from z_image import Z_IMAGE
 
 CALL: dict[str, Any] = {
     "prompt": "a sks cat and a zwx dog on grass", "width": 128, "height": 128, "num_inference_steps": 3,
@@ -81,3 +84,19 @@ def test_two_of_one_class_read_texts_of_their_own(family, pipe, division):
         **call | {"generator": seeded(3)}, **family.unguided, concepts=both, method=Draft(reading="regions")
     ).images
     assert torch.equal(auto, own)
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(4, "4 + 1 stopped"), (8, "8 + 1 stopped"), (9, "10 + 1 stopped")])
+def test_of_up_to_eight_steps_one_is_drafted_and_it_stops_early(family, pipe, steps, rows):
+    given = {**CALL, **family.unguided, "num_inference_steps": steps, "concepts": ["cat", "dog"]}
+    plan = pipe.plan(**given, method="draft")
+    assert (plan.guided, plan.cost.words) == (False, rows)
+
+
+def test_a_guidance_scale_of_1_is_none_except_where_it_counts_from_0(family, pipe):
+    layers = {name: one for name, one in family.unguided.items() if name == "text_encoder_out_layers"}
+    scales = (0.0, 1.0) if family in (KREA2, Z_IMAGE) else (1.0, 1.1)
+    plans = [
+        pipe.plan(**CALL, **layers, **pipe.guided(scale, None), concepts=["cat"], method="merge") for scale in scales
+    ]
+    assert [plan.guided for plan in plans] == [False, family is not FLUX]  # whose guidance is an input

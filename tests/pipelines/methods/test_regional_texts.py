@@ -19,6 +19,7 @@ from flux3 import FLUX3
 from ideogram4 import IDEOGRAM4
 from krea2 import KREA2
 from lora_compose import Concept, Regional
+from lora_compose.attention import backbone_of
 from lora_compose.attention.joint_regions import seen_too
 from pairs import in_pairs
 from qwen_image import QWEN_IMAGE
@@ -83,7 +84,7 @@ def observed(transformer: Any) -> Iterator[list[tuple[tuple, dict[str, Any], Any
 
 
 def texts_of(family: Family, pipe: Any) -> list[int]:
-    """Tokens of each text, counted with the pipeline's own tokenizer; that of the image with its padding."""
+    """Tokens of each text, counted with the pipeline's own tokenizer; with padding where the model reads it."""
     if family is FLUX:
         return [TOKENS, *(len(pipe.tokenizer_2(text).input_ids) for text in TEXTS[1:])]
     if family is CHROMA:  # which reads the first token of the padding
@@ -94,7 +95,7 @@ def texts_of(family: Family, pipe: Any) -> list[int]:
     real = [len(pipe.tokenizer(template.render(text)).input_ids) - template.dropped for text in TEXTS]
     if family is KREA2:
         real = [length + 5 for length in real]  # the end of the template
-    return [real[0] if family is Z_IMAGE else TOKENS, *real[1:]]
+    return [TOKENS if family is FLUX2 else real[0], *real[1:]]
 
 
 def padding_of(family: Family, positions: int) -> int:
@@ -262,6 +263,18 @@ def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, 
     for i, prompt in enumerate(prompts):
         alone = pipe(**{**given, "prompt": prompt, "latents": noise[i : i + 1]}).images
         torch.testing.assert_close(both[i : i + 1], alone, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["ideogram4", "krea2", "qwen-image"], indirect=True)
+def test_padding_that_the_model_hides_is_not_run_and_changes_nothing(family, pipe, monkeypatch):
+    given = {**CALL, **family.guided, "concepts": concepts("apart"), "method": "regional"}
+    with observed(pipe.transformer) as calls:
+        found = pipe(**given, generator=seeded(3)).images
+        monkeypatch.setattr(type(backbone_of(pipe.transformer)), "hides_padding", False)
+        padded = pipe(**given, generator=seeded(3)).images
+    torch.testing.assert_close(found, padded, atol=1e-5, rtol=0)
+    tokens, with_padding = (named["encoder_hidden_states"].shape[1] for _, named, _ in calls)
+    assert with_padding - tokens == TOKENS - texts_of(family, pipe)[0] > 0
 
 
 @pytest.mark.parametrize("family", ["z-image"], indirect=True)

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from streamlit.components.v2 import manifest_scanner
 from streamlit.testing.v1 import AppTest
 
-from flux2 import saved_klein
+from all_transformers import EVERY
+from flux2 import flux2_transformer, saved_klein
 from ip_adapters import playground_guides
 from layouts import layout, shapes_of
 from lora_compose.compose.figures.overlay import division
@@ -44,6 +45,7 @@ from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene.mask_images import as_uri
 from lora_compose.pipelines.scene.scene import Concept, Run
 from small_world import SIZE, STYLE, STYLE_WORDS
+from transformer_families import PROMPT, as_file, random_lora_of_all, saved_with_loras
 
 STEPS = 2
 pytestmark = pytest.mark.usefixtures("costs_counted_once")
@@ -648,6 +650,31 @@ def test_the_playgrounds_transformer_composes_with_loras_of_its_own(at: AppTest)
         assert not at.run().exception
 
 
+@pytest.mark.parametrize(("name", "in_boxes"), [
+    ("anima", "In boxes"), pytest.param("z-image", "In boxes, light", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_transformer_in_a_folder_is_opened_and_makes_an_image_with_two_concepts(
+    at: AppTest, tmp_path: Path, name: str, in_boxes: str
+) -> None:
+    folder = saved_with_loras(EVERY[name], tmp_path)
+    at.session_state["set.model.kind"] = "A folder or a hub repository"
+    at.run()
+    at.text_input(key="set.model.name").set_value(str(folder / "model")).run()
+    next(button for button in at.button if button.label == "Open this model").click().run()
+    assert not at.exception
+    for concept in ("cat", "dog"):
+        upload(at, f"{concept}.safetensors", (folder / "loras" / f"{concept}.safetensors").read_bytes())
+    at.number_input(key=fields.WIDTH).set_value(64)
+    at.number_input(key=fields.HEIGHT).set_value(64)
+    at.segmented_control(key=fields.BOXED).set_value(fields.ANYWHERE)
+    at.text_area(key=fields.PROMPT).set_value(PROMPT).run()
+    assert at.segmented_control(key=fields.METHOD).options == ["Automatic", in_boxes, "Added up"]
+    assert "Takes By subjects · draft, because the prompt names every concept by trigger and class word" in said(at)
+    made(at)
+    (result,) = session(at).results
+    assert (result.run.method, result.made.image.size) == ("draft", (64, 64))
+
+
 def test_trouble_with_a_model_keeps_the_old_one(at: AppTest) -> None:
     at.session_state["set.model.kind"] = "A folder or a hub repository"
     at.run()
@@ -864,19 +891,27 @@ def test_reference_images_are_offered_where_the_model_reads_them(at: AppTest, tm
         at.file_uploader(key=key).set_value([(name, content, "image/jpeg")]).run()
         assert not at.exception
     assert "no.jpg cannot be read as an image" in said(at)
+    save_file(dict(as_file(random_lora_of_all(flux2_transformer(), 0))), tmp_path / "bear.safetensors")
+    upload(at, "bear.safetensors", (tmp_path / "bear.safetensors").read_bytes())
+    at.text_input(key=row_key(at, 0, "trigger")).set_value("xlo")
+    at.selectbox(key=row_key(at, 0, "references")).set_value("Yes").run()
+    choose(at, "merge")
     both = list(session(at).references)
     assert [session(at).store.images[path] for path in both] == ["room.png", "chair.png"]
     assert Image.open(both[0]).size == (70, 96), "as large as it was given"
     made(at)  # with a preview, of latents that diffusers packs
     (result,) = session(at).results
     assert list(result.run.scene.references) == both
+    assert result.run.scene.concepts[0].references
     assert result.made.record.images.keys() == {"references.0", "references.1"}
     assert 'image=["room.png", "chair.png"]' in "".join(code.value for code in at.code)
+    at.selectbox(key=row_key(at, 0, "references")).set_value("No")
     at.button(key="do.unreference.0").click().run()
     assert session(at).references == both[1:]
     Image.new("RGB", (70, 96), "red").save(both[1])
     at.button(key=f"do.reuse.{result.key}").click().run()
     assert session(at).references == both[:1], "the other one has changed"
+    assert at.selectbox(key=row_key(at, 0, "references")).value == "Yes"
     assert "Reference images are not here, or are others now" in said(at)
 
 
