@@ -63,8 +63,10 @@ def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is linear: PyTorch's or one that extends it, or one of a quantisation library that is neither."""
     if isinstance(layer, nn.Linear):
         return True
+    if layer._modules or isinstance(layer, nn.Conv2d):
+        return False
     sides = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
-    return all(isinstance(side, int) for side in sides) and not layer._modules
+    return all(isinstance(side, int) for side in sides)
 
 
 def is_adaptable(layer: nn.Module) -> bool:

@@ -373,4 +373,5 @@ def _ranks(parts: Mapping[int, LayerFactors], concepts: int) -> tuple[int, ...]:
 
 def base_layer(layer: nn.Module) -> nn.Module:
     """The layer inside a PEFT layer, or the layer itself."""
-    return getattr(layer, "base_layer", layer)
+    inner = layer._modules.get("base_layer")
+    return layer if inner is None else inner

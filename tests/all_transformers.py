@@ -29,5 +29,7 @@ OF_THE_SAME_MODEL: Mapping[str, Family] = {
     "qwen-image-edit-2511": QWEN_IMAGE_EDIT_2511, "flux3-distilled": FLUX3_DISTILLED,
 }  # fmt: skip
 """Further pipelines of the transformers above. By default `test_references.py` alone is about them."""
+FEW = ("flux", "z-image", "qwen-image")
+"""One with two streams and then one, one with one alone, and one with two: for what methods do on any of them."""
 EVERY: Mapping[str, Family] = {**TRANSFORMERS, **OF_THE_SAME_MODEL}
 """For parameters of tests."""

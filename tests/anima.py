@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flux import t5_tokenizer
 from lora_compose.pipelines.families.anima import ComposeAnimaPipeline
+from made_once import made_once
 from qwen import qwen3_base, qwen_tokenizer, without_zeros
 from transformer_families import TOKENS, Family, Places
 
@@ -25,6 +26,7 @@ def cosmos_transformer(**changes: Any) -> CosmosTransformer3DModel:
     return without_zeros(CosmosTransformer3DModel(**config | changes))
 
 
+@made_once
 def anima_pipeline(cls: Any = ComposeAnimaPipeline, **changes: Any) -> Any:
     """An Anima pipeline of small real components, whose texts are padded to as many tokens as those of other tests."""
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from transformers import T5Config, T5EncoderModel
 import flux
 from components import small_vae
 from lora_compose.pipelines.families.chroma import ComposeChromaPipeline
+from made_once import made_once
 from transformer_families import Family, Places
 
 
@@ -31,6 +32,7 @@ def chroma_transformer(**changes: Any) -> ChromaTransformer2DModel:
     return transformer.eval().requires_grad_(False)
 
 
+@made_once
 def chroma_pipeline(cls: Any = ComposeChromaPipeline, **changes: Any) -> Any:
     """A Chroma pipeline of small real components."""
     torch.manual_seed(0)

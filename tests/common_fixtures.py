@@ -1,6 +1,7 @@
 """Fixtures: small real components, and the playground. Everything runs offline on the CPU."""
 
 import gc
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,14 @@ import hypothesis
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils import logging as diffusers_logging
 
 from components import FAMILIES, WHOLE, save_lora
 from lora_compose.attention import Lora
+from lora_compose.attention.backbones.unet import ComposeAttnProcessor
+from lora_compose.compose.benchmark.counting import Counted, count_run
+from lora_compose.compose.check import report
 from lora_compose.compose.generate import models
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_lora, playground_model
 from lora_compose.pipelines.families import ComposePipeline
@@ -27,6 +32,8 @@ for name, examples in (("suite", 25), ("thorough", 2_000)):
     hypothesis.settings.register_profile(name, max_examples=examples, deadline=None, suppress_health_check=slow)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 torch.set_num_threads(1)
+for processor in (AttnProcessor2_0, ComposeAttnProcessor):  # diffusers asks for it in every layer of every pass
+    processor.__call__.__signature__ = inspect.signature(processor.__call__)  # pyright: ignore[reportFunctionMemberAccess]
 diffusers_logging.disable_progress_bar()
 
 
@@ -107,6 +114,29 @@ def playgrounds_opened_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(models, "ComposePipeline", Copying)
         yield
+
+
+@pytest.fixture(scope="module")
+def tensors_of_others_do_not_count() -> None:
+    """Where all tensors of the process are summed, those that earlier tests keep take a second, and say nothing."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def costs_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks of a run look up what its method costs with so many concepts, wherever they are."""
+
+    def counted(pipe: Any, settings: Any, loaded: Any, *args: Any, scheduler: Any, **given: Any) -> Counted:
+        key = repr((type(pipe), settings, len(loaded), args, type(scheduler), sorted(given.items())))
+        if key not in _COUNTED:
+            _COUNTED[key] = count_run(pipe, settings, loaded, *args, scheduler=scheduler, **given)
+        return _COUNTED[key]
+
+    monkeypatch.setattr(report, "count_run", counted)
+
+
+_COUNTED: dict[str, Counted] = {}
 
 
 @pytest.fixture

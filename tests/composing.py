@@ -36,6 +36,8 @@ FIXED = (*ONE_PASS, "switch", "composite")
 UPDATES = LoraComposer(least_updates=1.0)
 
 BOTH = pytest.mark.parametrize("family", FAMILIES)
+SD_AND_SLOWLY_XL = pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+"""For what does not depend on the family."""
 ALL_LEVELS = pytest.mark.parametrize("whole", [True], ids=["whole"])
 """With a UNet of all levels (`components.WHOLE`), for what depends on maps of the grid that Stable Diffusion has."""
 EVERY = pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from components import small_vae, text_config, tokenizer
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
+from made_once import made_once
 from transformer_families import TOKENS, Family, Places
 
 
@@ -35,6 +36,7 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*pieces, *letters], extra_ids=0, model_max_length=TOKENS)
 
 
+@made_once
 def flux_pipeline(cls: Any = ComposeFluxPipeline, **changes: Any) -> Any:
     """A FLUX pipeline of small real components."""
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from diffusers import (
 from torch import Tensor
 
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
+from made_once import made_once
 from qwen import qwen3, qwen_tokenizer, without_zeros
 from transformer_families import Family, Places
 
@@ -43,6 +44,7 @@ def flux2_vae(levels: int = 4, size: int = 128) -> Any:
     return vae.eval()
 
 
+@made_once
 def flux2_pipeline(cls: Any = ComposeFlux2KleinPipeline, **changes: Any) -> Any:
     """A FLUX.2-klein pipeline of small real components."""
     torch.manual_seed(0)

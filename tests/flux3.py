@@ -14,6 +14,7 @@ from flux2 import LAYERS, flux2_vae
 from flux2_dev import TextProcessor
 from lora_compose.pipelines.families.flux3 import LAYERS as DEFAULT_LAYERS
 from lora_compose.pipelines.families.flux3 import ComposeFlux3DistilledPipeline, ComposeFlux3Pipeline
+from made_once import made_once
 from qwen import TEMPLATE, qwen3_vl, qwen_tokenizer, without_zeros
 from transformer_families import Family, Places
 
@@ -27,6 +28,7 @@ def flux3_transformer(**changes: Any) -> Flux3Transformer2DModel:
     return without_zeros(Flux3Transformer2DModel(**config | changes))
 
 
+@made_once
 def flux3_pipeline(cls: Any = ComposeFlux3Pipeline, layers: int = 3, **changes: Any) -> Any:
     """A FLUX.3 pipeline of small real components, whose text encoder has so many layers."""
     torch.manual_seed(0)

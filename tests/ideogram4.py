@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flux2 import flux2_vae
 from lora_compose.pipelines.families.ideogram4 import ComposeIdeogram4Pipeline
+from made_once import made_once
 from qwen import TEMPLATE, qwen3_vl, qwen_tokenizer, without_zeros
 from transformer_families import TOKENS, Family, Places
 
@@ -25,6 +26,7 @@ def ideogram4_transformer(**changes: Any) -> Ideogram4Transformer2DModel:
     return without_zeros(Ideogram4Transformer2DModel(**config | changes))
 
 
+@made_once
 def ideogram4_pipeline(cls: Any = ComposeIdeogram4Pipeline, **changes: Any) -> Any:
     """An Ideogram 4 pipeline of small real components."""
     pipeline_ideogram4.QWEN3_VL_ACTIVATION_LAYERS = LAYERS

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, K
 from torch import Tensor
 
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
+from made_once import made_once
 from qwen import qwen3_vl, qwen_tokenizer, without_zeros
 from transformer_families import Family, Places
 
@@ -23,6 +24,7 @@ def krea2_transformer(**changes: Any) -> Krea2Transformer2DModel:
     return without_zeros(Krea2Transformer2DModel(**config | changes))
 
 
+@made_once
 def krea2_pipeline(cls: Any = ComposeKrea2Pipeline, **changes: Any) -> Any:
     """A Krea 2 pipeline of small real components."""
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from diffusers import (
 from torch import Tensor
 
 from lora_compose.pipelines.families.qwen_image import ComposeQwenImagePipeline
+from made_once import made_once
 from qwen import qwen2_5_vl, qwen_tokenizer, without_zeros
 from transformer_families import Family, Places
 
@@ -44,6 +45,7 @@ def qwen_image_scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
+@made_once
 def qwen_image_pipeline(cls: Any = ComposeQwenImagePipeline, **changes: Any) -> Any:
     """A Qwen-Image pipeline of small real components."""
     torch.manual_seed(0)

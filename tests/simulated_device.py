@@ -181,7 +181,7 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         _check_indexing(func, args)
     else:
         _check(func, args, kwargs)
-        if _WAITS & set(func.tags) and kwargs.get("output_size") is None:
+        if _waits is not None and not _WAITS.isdisjoint(func.tags) and kwargs.get("output_size") is None:
             _note(name)
     options = {key: "cpu" if key == "device" else _on_host(value) for key, value in kwargs.items()}
     out = func(*map(_on_host, args), **options)

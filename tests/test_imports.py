@@ -7,7 +7,8 @@ circle.
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -39,9 +40,18 @@ def modules(root: Path) -> Iterator[tuple[str, Path]]:
             yield ring, path
 
 
-def imported(path: Path) -> Iterator[tuple[int, str]]:
+def imported(path: Path) -> Sequence[tuple[int, str]]:
     """Line and absolute name of everything that a module imports, also inside functions and for types alone."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return _imported_in(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _imported_in(text: str) -> Sequence[tuple[int, str]]:
+    return tuple(_imports(text))
+
+
+def _imports(text: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name

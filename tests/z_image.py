@@ -14,6 +14,7 @@ from torch import Tensor
 
 from components import small_vae
 from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
+from made_once import made_once
 from qwen import qwen3_base, qwen_tokenizer, without_zeros
 from transformer_families import Family, Places
 
@@ -27,6 +28,7 @@ def z_image_transformer(**changes: Any) -> ZImageTransformer2DModel:
     return without_zeros(ZImageTransformer2DModel(**config | changes))
 
 
+@made_once
 def z_image_pipeline(cls: Any = ComposeZImagePipeline, **changes: Any) -> Any:
     """A Z-Image pipeline of small real components."""
     torch.manual_seed(0)

@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones import backbone_of
-from lora_compose.attention.device import is_linear, uncompiled
-from lora_compose.attention.fitting import check_factors, weight_shape
+from lora_compose.attention.device import is_linear, modules_of, uncompiled
+from lora_compose.attention.fitting import check_sides, shape_of, weight_shape
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
 from lora_compose.pipelines.concepts.placing import placed, reshaped, rows_of
 from lora_compose.pipelines.formats import kinds
@@ -105,12 +105,15 @@ def match(
     assigned, unmatched = assign(file, grouped, pipe)
     alphas, model = Alphas(file, alpha), model_part(pipe)
     _check_embeddings(file, models, backbone_of(models[model]).text_layers)
+    targets: dict[Part, dict[str, nn.Module]] = {}
     for part, layers in assigned.items():
+        modules = modules_of(models[part]) if layers else {}
+        targets[part] = {name: base_layer(modules[name]) for name in layers}
         for name, layer in layers.items():
-            _check_layer(file, models[part], name, layer)
+            _check_layer(file, targets[part][name], name, layer)
     loads = _Loads(alphas, max_rank, products)
     changes: Changes = {
-        part: {name: _change(file, models[part], name, layer, loads) for name, layer in layers.items()}
+        part: {name: _change(file, targets[part][name], name, layer, loads) for name, layer in layers.items()}
         for part, layers in assigned.items()
     }
     loras: dict[Part, Lora] = {
@@ -231,13 +234,13 @@ def _nothing(file: LoraFile, fitting: int, layers: int) -> str:
     return f"{file.path.name} {matches}; its first keys are {', '.join([*file.tensors][:3])}; {looks}"
 
 
-def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> None:
+def _check_layer(file: LoraFile, target: nn.Module, name: str, layer: Layer) -> None:
     """Checks the kind of a layer's change, and that its size is that of the weight, before it is computed."""
     if layer.refused:
         raise LoraError(f"{file.path.name} is {layer.refused}")
     try:
         outputs, inputs = layer.kind.sides(layer.shapes)
-        weight = weight_shape(uncompiled(model), name)
+        weight = shape_of(name, target)
     except ValueError as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
     if layer.outputs is not None and outputs is not None:
@@ -272,11 +275,9 @@ class _Loads:
         return made
 
 
-def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, loads: _Loads) -> Change:
+def _change(file: LoraFile, target: nn.Module, name: str, layer: Layer, loads: _Loads) -> Change:
     """The file's change of one layer, in the shapes that the layer needs."""
-    model = uncompiled(model)
     try:
-        target = base_layer(model.get_submodule(name))
         products = loads.products and is_linear(target) and not layer.swapped
         made = loads.of(name, layer, products=products)
         transform = None if made.factors.transform is None else placed(made.factors.transform, layer, target)
@@ -289,7 +290,7 @@ def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, loads: _L
             made = replace(made, factors=replace(made.factors, up=torch.cat(made.factors.up.chunk(2)[::-1])))
         made = replace(made, factors=replace(made.factors, transform=transform))
         factors = reshaped(made.factors, target)
-        check_factors(model, name, factors)
+        check_sides(name, factors, *shape_of(name, target))
     except LoraError:
         raise
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:

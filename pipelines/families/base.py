@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import wraps
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,9 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.modular_pipelines import ModularPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_compose.attention import Backbone, backbone_of
+from lora_compose.attention.device import hooked, modules_of, uncompiled
 from lora_compose.pipelines.calls.call import Call, Concepts, Sampling, check_changed
 from lora_compose.pipelines.calls.call_plan import CallPlan
 from lora_compose.pipelines.calls.finite import check_finite, likely_causes
@@ -325,6 +327,17 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def runs_on(self) -> torch.device:
         """The device of the model, also where it is offloaded between calls."""
         return self._execution_device
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """As in diffusers, which asks every module for hooks several times; without any it is that of the weights."""
+        models = [uncompiled(model) for model in self.components.values() if isinstance(model, nn.Module)]
+        if not any("_hf_hook" in model.__dict__ or hooked(modules_of(model).values()) for model in models):
+            weights = (next(chain(model.parameters(), model.buffers()), None) for model in models)
+            places = {tensor.device for tensor in weights if tensor is not None}
+            if len(places) == 1:
+                return places.pop()
+        return super()._execution_device
 
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call."""

@@ -6,7 +6,7 @@ from itertools import count
 
 from torch import nn
 
-from lora_compose.attention.device import is_adaptable, uncompiled
+from lora_compose.attention.device import is_adaptable, modules_of, uncompiled
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.formats.keys import Part
 from lora_compose.pipelines.formats.transformer_names import original_layers
@@ -57,7 +57,7 @@ def spellings(model: nn.Module, part: Part) -> Mapping[str, tuple[str, ...]]:
         model: A UNet, a transformer or a text encoder.
     """
     model = uncompiled(model)
-    layers = [name for name, module in model.named_modules() if is_adaptable(base_layer(module))]
+    layers = [name for name, module in modules_of(model).items() if is_adaptable(base_layer(module))]
     own = {name.replace(".", "_"): name for name in layers}
     if part == "transformer":
         fused = {spelled.replace(".", "_"): names for spelled, names in original_layers(model, layers).items()}

@@ -40,6 +40,8 @@ from lora_compose.pipelines.families import ComposeFlux3DistilledPipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import METHODS, Regional, make_method
 
+pytestmark = pytest.mark.usefixtures("tensors_of_others_do_not_count")
+
 
 def bench(*arguments: object, code: int = 0) -> str:
     return call("bench", *arguments, code=code).output
@@ -59,19 +61,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_counting_is_the_default(tmp_path):
-    output = bench("--method", "tara", "--method", "composite", "-n", 2, "--steps", 3, "--json", tmp_path / "it.json")
+    output = bench("--method", "composite", "-n", 2, "--steps", 3, "--json", tmp_path / "it.json")
     rows = cells(output)
     assert rows["plain", "0"] == ["6", "-", "-", "1.000", "-", "1.000", "-"]
-    assert rows["tara", "2"][0] == "6"
     assert rows["composite", "2"][0] == "12"
     written = json.loads((tmp_path / "it.json").read_text())
-    assert (written["steps"], len(written["counted"])) == (3, 4)
+    assert (written["steps"], len(written["counted"])) == (3, 2)
     for row in written["counted"]:
         ratio = row["cost"]["flops"] / row["plain"]["flops"]
         preparation = 3 * row["cost"]["preparation_flops"] / row["plain"]["flops"]
         at = 3 if row["architecture"] == "SD 1.5" else 5
         assert rows[row["method"], "2"][at : at + 2] == [f"{ratio:.3f}", f"{preparation:.3f}"]
-        assert ratio == pytest.approx(2 if row["method"] == "composite" else 1, rel=0.02)
+        assert ratio == pytest.approx(2, rel=0.02)
 
 
 @pytest.mark.slow

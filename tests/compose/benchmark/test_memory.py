@@ -7,6 +7,7 @@ from torch import Tensor
 from lora_compose.compose.benchmark.memory import added_memory, peak_memory
 
 MIB = 2**20
+pytestmark = pytest.mark.usefixtures("tensors_of_others_do_not_count")
 
 
 def block(size: int, device: str = "cpu") -> Tensor:

@@ -19,6 +19,7 @@ from lora_compose.compose.support.savers import enable_tiling
 from lora_compose.pipelines.methods import Clora, Composite, LoraComposer, Merge, Regional, Settings, Switch, Tara
 
 GIB = 2**30
+pytestmark = pytest.mark.usefixtures("tensors_of_others_do_not_count")
 SIDE, GUIDANCE = 256, 5.0
 PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS[:2], NOUNS, strict=False))
 WITH_UPDATES = {"lora-composer": LoraComposer(), "clora": Clora(), "by branch": Clora(branch_batch_size=1)}

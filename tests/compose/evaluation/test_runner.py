@@ -64,7 +64,9 @@ SCENE = {
     "name": "both",
     "prompt": "a xlo bear and a qrt robot on grass",
     "concepts": ["bear", "robot"],
-    "regions": {"bear": [0, 0, 64, 128], "robot": [64, 0, 128, 128]},
+    "regions": {"bear": [0, 0, 32, 64], "robot": [32, 0, 64, 64]},
+    "width": 64,
+    "height": 64,
 }
 SUITE: dict[str, Any] = {
     "name": "tiny",
@@ -82,7 +84,7 @@ SUITE: dict[str, Any] = {
 }
 
 PATIENCE = 1.0
-pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
+pytestmark = pytest.mark.usefixtures("tensors_of_others_do_not_count", "playgrounds_opened_once")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -182,8 +184,8 @@ def test_a_new_way_of_scoring_keeps_the_images(suite: Suite, finished: Path, tmp
     shutil.copytree(finished, out)
     before = {path: path.stat().st_mtime_ns for path in (out / "batches").rglob("*.png")}
     other = suite.model_copy(update={"scenes": (suite.scenes[0].model_copy(update={"regions": {
-        "bear": (64, 0, 128, 128), "robot": (0, 0, 64, 128)
-    }}),), "methods": (suite.methods[0],)})  # fmt: skip
+        "bear": (32, 0, 64, 64), "robot": (0, 0, 32, 64)
+    }}),), "methods": (suite.methods[0],), "seeds": (0, 1)})  # fmt: skip
     evaluate(other, out)
     plain = next(planned for planned in make_plan(other).batches if planned.arm == "no LoRA")
     assert len(list(batch_folder(out, plain.key).glob("scores-*.json"))) == 2

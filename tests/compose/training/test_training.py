@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.optimizers import learning_rate
 from lora_compose.compose.training.output import metadata_of
 from lora_compose.pipelines.concepts.loading import match, read_lora
+from made_once import made_once
 from reference import constant_gates, relative_error
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
@@ -55,6 +56,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, make in MODELS.items():
         make().save_pretrained(folder / name)
     return {name: folder / name for name in MODELS}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _models_are_read_once() -> Iterator[None]:
+    """Trainings get copies of the pipelines that were opened before."""
+    with pytest.MonkeyPatch.context() as patched:
+        for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline):
+            patched.setattr(cls, "from_pretrained", made_once(cls.from_pretrained))
+        yield
 
 
 @pytest.fixture

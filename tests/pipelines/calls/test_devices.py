@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from components import EVERYTHING, random_lora, seeded, text_loras
 from composing import (
@@ -23,6 +24,7 @@ from composing import (
     raise_at_step,
     run,
 )
+from pairs import in_pairs
 from simulated_device import DEVICE, numbers, parameters_that_move
 
 
@@ -62,7 +64,7 @@ def test_a_pipeline_goes_to_a_device_and_back(composer: Any, method: Any) -> Non
         for place in (DEVICE, torch.device("cpu"), DEVICE):
             before = {name: dict(model.named_parameters()) for name, model in models_of(composer).items()}
             assert composer.to(place) is composer
-            assert composer.device == place
+            assert composer.device == composer.runs_on == DiffusionPipeline._execution_device.__get__(composer) == place
             found = one_step(composer, method=method).images
             assert found.device == place
             assert_close(numbers(found), expected)
@@ -79,8 +81,12 @@ def offload_layers_to_the_device(pipe: Any) -> None:
     pipe.enable_sequential_cpu_offload(device=DEVICE)
 
 
-@EVERY
-@pytest.mark.parametrize("offload", [offload_models_to_the_device, offload_layers_to_the_device])
+OFFLOADED = [("sd", "tara"), ("sd", UPDATES), ("sdxl", "tara"), pytest.param("sdxl", UPDATES, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "offload"), in_pairs(OFFLOADED, [offload_models_to_the_device, offload_layers_to_the_device])
+)
 def test_an_offloaded_pipeline_gives_the_same_image_again_and_again(
     composer: Any, method: Any, offload: Callable[[Any], None]
 ) -> None:

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from all_transformers import TRANSFORMERS
+from all_transformers import FEW, TRANSFORMERS
 from components import seeded, tiny_pipeline
 from composing import BOXED, compose, composer_of, encoded, run, with_concepts
 from lora_compose.compose.generate.making import make
 from lora_compose.pipelines.calls.finite import NotFiniteError
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from pairs import slow_but
 from transformer_families import CALL, pipeline_with_concepts
 
 HUGE = [Concept(**{**dict(one), "weight": 1e30, "any_weight": True}) for one in BOXED]
@@ -47,7 +48,7 @@ def test_latents_and_embeddings_of_nan_are_named(composer):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # Krea 2's norms are in float32
-@pytest.mark.parametrize("family", TRANSFORMERS)
+@pytest.mark.parametrize("family", slow_but(FEW, TRANSFORMERS))
 def test_what_is_too_large_for_float16_is_an_error_on_transformers(family, tmp_path):
     pipe = pipeline_with_concepts(TRANSFORMERS[family], tmp_path).to(torch.float16)
     pipe.set_progress_bar_config(disable=True)

@@ -13,6 +13,7 @@ from components import State, random_lora, tiny_unet
 from composing import BOXED, UPDATES, StoppedError, compose, raise_at_step
 from lora_compose.pipelines.concepts.overload import joint_change
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import in_pairs
 
 pytestmark = pytest.mark.parametrize("family", ["sd"])
 METHODS = ("merge", "tara", "regional")
@@ -57,8 +58,7 @@ def anew(pipe: Any, **arguments: Any) -> Tensor:
     return latents_of(fresh, **arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "dtype"), in_pairs(METHODS, [torch.float32, torch.bfloat16]))
 def test_a_second_call_copies_no_factor_and_gives_the_same_bits(whole_composer, method, dtype):
     pipe = whole_composer.to(dtype)
     before = State(pipe)
@@ -123,8 +123,7 @@ def an_adapter(pipe: Any, write: Writer) -> None:
 CHANGES = (weights_in_place, another_model, a_wider_model, precision, an_adapter)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("method", ["merge", "regional"])
+@pytest.mark.parametrize(("change", "method"), in_pairs(CHANGES, ["merge", "regional"]))
 def test_whatever_changes_between_calls_counts(composer, write_lora, method, change):
     arguments = {"method": method, "concepts": BOXED}
     expected = latents_of(composer, **arguments)

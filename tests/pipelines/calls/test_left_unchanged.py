@@ -7,9 +7,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 
-from components import EVERYTHING, State, random_lora, seeded
+from components import EVERYTHING, FAMILIES, State, random_lora, seeded
 from composing import (
-    BOTH,
     BOXED,
     FIXED,
     UPDATES,
@@ -23,6 +22,7 @@ from composing import (
     with_concepts,
 )
 from lora_compose.pipelines.families import ComposePipeline
+from pairs import in_pairs
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_nothing_is_left_after_a_call_however_it_ends(pipe, load_concepts, write
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize(("family", "part"), [
-    ("sd", "text_encoder"), ("sd", "unet"), ("sd", "vae"), ("sdxl", "text_encoder_2"), ("sdxl", "vae"),
-])  # fmt: skip
-@pytest.mark.parametrize("method", ["tara", "composite"])
+PARTS = [("sd", "text_encoder"), ("sd", "unet"), ("sd", "vae"), ("sdxl", "text_encoder_2"), ("sdxl", "vae")]
+
+
+@pytest.mark.parametrize(("family", "part", "method"), in_pairs(PARTS, ["tara", "composite"]))
 def test_nothing_is_left_when_a_model_fails(composer, method, part):
     calls = []
 
@@ -77,8 +77,7 @@ def test_a_call_does_not_touch_the_latents_it_is_given(composer):
     assert torch.equal(latents, copy)
 
 
-@BOTH
-@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize(("family", "failing"), in_pairs(FAMILIES, [False, True]))
 def test_calls_with_concepts_leave_plain_calls_as_they_were(composer, plain_pipe, failing):
     if failing:
         with pytest.raises(StoppedError):

@@ -23,7 +23,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from components import random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
+from components import FAMILIES, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from composing import (
     BOTH,
     EVERY,
@@ -31,6 +31,7 @@ from composing import (
     PLAIN,
     PROMPT,
     QUIET,
+    SD_AND_SLOWLY_XL,
     assert_close,
     composer_of,
     models_of,
@@ -40,6 +41,7 @@ from composing import (
     with_concepts,
 )
 from lora_compose.pipelines.families import ComposePipeline
+from pairs import in_pairs
 from simulated_device import DEVICE, numbers, parameters_that_move
 
 
@@ -51,7 +53,7 @@ def test_a_saved_pipeline_opens_and_composes_as_the_first_one(family: str, tmp_p
     assert torch.equal(one_step(opened).images, one_step(composer).images)
 
 
-@BOTH
+@SD_AND_SLOWLY_XL
 def test_what_is_saved_opens_in_plain_diffusers_and_again_in_ours(composer, family, tmp_path):
     composer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "model_index.json").read_text())
@@ -112,7 +114,7 @@ def test_a_model_saved_in_half_precision_opens_so(composer: Any, tmp_path: Path)
     assert torch.equal(one_step(opened).images, expected)
 
 
-@BOTH
+@SD_AND_SLOWLY_XL
 def test_every_component_may_open_in_a_precision_of_its_own(family: str, tmp_path: Path) -> None:
     composer_of(family, whole=True).save_pretrained(tmp_path)
     given = {"vae": torch.bfloat16, "default": torch.float64}
@@ -208,8 +210,7 @@ AUTO = {
 }
 
 
-@BOTH
-@pytest.mark.parametrize("task", AUTO, ids=lambda task: task.__name__)
+@pytest.mark.parametrize(("task", "family"), in_pairs(AUTO, FAMILIES))
 def test_diffusers_finds_the_pipelines_for_other_tasks_from_ours_and_the_way_back(composer, plain_pipe, family, task):
     made = task.from_pipe(composer)
     assert type(made) is AUTO[task][family]

@@ -12,8 +12,8 @@ from PIL import Image
 
 from components import small_pipeline
 from composing import (
-    BOTH,
     EVERY,
+    SD_AND_SLOWLY_XL,
     as_tensor,
     assert_close,
     compose,
@@ -38,7 +38,7 @@ def test_dict_and_tuple_hold_the_same(family: str, method: Any) -> None:
         assert rest == ([None] if family == "sd" else [])
 
 
-@BOTH
+@SD_AND_SLOWLY_XL
 def test_all_output_types_show_the_same_images(family: str) -> None:
     given = {"width": 96, "height": 64, "num_images_per_prompt": 2}
     kinds = ("np", "pt", "pil", "latent")
@@ -50,7 +50,7 @@ def test_all_output_types_show_the_same_images(family: str) -> None:
     np.testing.assert_allclose(as_np * 255, as_tensor(as_pil).float().numpy(), atol=0.51)
 
 
-@BOTH
+@SD_AND_SLOWLY_XL
 def test_the_vae_may_work_in_slices_and_tiles(composer):
     arguments = {"output_type": "pt", "num_images_per_prompt": 2, "width": 192}
     whole = compose(composer, **arguments).images
@@ -65,7 +65,13 @@ def test_the_vae_may_work_in_slices_and_tiles(composer):
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "method"), [(8, 8, "tara"), (136, 40, "composite"), (104, 72, "tara"), (8, 8, "composite")]
+    ("width", "height", "method"),
+    [
+        (8, 8, "tara"),
+        (136, 40, "composite"),
+        pytest.param(104, 72, "tara", marks=pytest.mark.slow),
+        (8, 8, "composite"),
+    ],
 )
 def test_any_size_works_with_and_without_regions(load_concepts, method, width, height):
     pipe = small_pipeline()

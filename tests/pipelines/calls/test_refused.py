@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from components import State, seeded
+from components import FAMILIES, State, seeded
 from composing import BOTH, BOXED, POSITIONS, PROMPT, UPDATES, compose, composer_of, encoded, one_step
 from lora_compose.pipelines.methods import Tara
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import in_pairs
 
 # Embeddings of a prompt, for both families.
 EMBEDS = {"prompt_embeds": torch.zeros(1, 32, 24)}
@@ -101,8 +102,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
 TYPE_ERRORS = ("the old callback", "unknown arguments", "a mistyped method", "mistyped concepts")
 
 
-@BOTH
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(("case", "family"), in_pairs(REFUSED, FAMILIES))
 def test_what_cannot_be_is_refused_with_a_clear_message_and_changes_nothing(family: str, case: str) -> None:
     composer, (arguments, message) = composer_of(family), REFUSED[case]
     if family == "sdxl" and "prompt_embeds" in arguments:

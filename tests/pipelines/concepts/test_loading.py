@@ -151,7 +151,7 @@ def test_kohya_keys(pipe: Any, unet_lora: Lora, text_lora: Lora, tmp_path: Path,
     "config",
     [
         {},
-        {"lora_alpha": 12},
+        pytest.param({"lora_alpha": 12}, marks=pytest.mark.slow),
         {"lora_alpha": 12, "use_rslora": True},
         {"lora_alpha": 5, "alpha_pattern": {"to_q": 1.5, "attn2.to_v": 9, r".*\.proj_in": 2}},
         {"lora_alpha": 5, "rank_pattern": {"attn1.to_k": 5}, "use_rslora": True},

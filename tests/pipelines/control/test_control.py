@@ -118,7 +118,8 @@ def diffusers_pipeline(pipe: Any, **parts: Any) -> Any:
 
 
 @pytest.mark.parametrize(("family", "case"), [
-    ("sd", {}), ("sd", {"end": 0.25}), *((family, {"start": 0.2, "end": 0.7, "scale": 0.6}) for family in FAMILIES),
+    ("sd", {}), pytest.param("sd", {"end": 0.25}, marks=pytest.mark.slow),
+    *((family, {"start": 0.2, "end": 0.7, "scale": 0.6}) for family in FAMILIES),
 ])  # fmt: skip
 def test_with_concepts_of_weight_0_a_controlnet_does_what_it_does_in_diffusers(composer, case):
     net, images = net_of(composer), [image_of(1), image_of(2)]
@@ -189,7 +190,7 @@ def test_with_concepts_of_weight_0_an_adapter_does_what_it_does_in_diffusers(wri
     pipe.load_concept(write_lora("cat", unet=random_lora(pipe.unet, 0)), trigger="sks", class_word="cat")
     adapter, xl = adapter_of(pipe, **changes), case.startswith("sdxl")
     image = image_of().convert("L" if "grey" in case else "RGB")
-    given = {"num_images_per_prompt": 2, "num_inference_steps": 4}
+    given = {"num_images_per_prompt": 2, "num_inference_steps": 2}
     expected = latents_of(
         diffusers_pipeline(pipe, adapter=adapter),
         image=image,
@@ -205,7 +206,17 @@ def test_with_concepts_of_weight_0_an_adapter_does_what_it_does_in_diffusers(wri
 # With every method
 
 
-@pytest.mark.parametrize(("family", "method"), [*(("sd", method) for method in METHODS), ("sdxl", "tara")])
+USUAL = ("regional", "composite", "lora-composer", "clora", "draft")
+"""One for each kind of pass: by regions, of one LoRA each, on parts of the canvas, with gradients, and of a draft."""
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *(pytest.param("sd", method, marks=() if method in USUAL else pytest.mark.slow) for method in METHODS),
+        ("sdxl", "tara"),
+    ],
+)
 def test_every_method_follows_controls_and_leaves_everything_as_it_was(composer, method):
     net, adapter = net_of(composer), adapter_of(composer)
     state, bits = State(composer), [parameter.clone() for parameter in net.parameters()]
@@ -231,7 +242,8 @@ def test_scale_0_is_none(composer, method):
 
 @pytest.mark.parametrize(("method", "pooled"), [
     ("merge", False), ("clora", False), (Clora(fuse="branches", uncond="each"), True),
-    (Clora(fuse="branches", branch_batch_size=2), True), (Clora(fuse="branches", branch_batch_size=1), True),
+    pytest.param(Clora(fuse="branches", branch_batch_size=2), True, marks=pytest.mark.slow),
+    (Clora(fuse="branches", branch_batch_size=1), True),
 ])  # fmt: skip
 def test_prompts_in_one_call_follow_their_own_images(composer, method, pooled):
     net, adapter, images = net_of(composer), adapter_of(composer), [image_of(1), image_of(2)]

@@ -28,7 +28,9 @@ class Capture(AttnProcessor):
 
 
 @ALL_LEVELS
-@pytest.mark.parametrize(("guidance_scale", "width", "height"), [(5.0, 128, 128), (5.0, 96, 64), (1.0, 64, 96)])
+@pytest.mark.parametrize(("guidance_scale", "width", "height"), [
+    pytest.param(5.0, 128, 128, marks=pytest.mark.slow), (5.0, 96, 64), (1.0, 64, 96),
+])  # fmt: skip
 def test_recorded_attention_is_that_of_diffusers(pipe, plain_pipe, write_lora, guidance_scale, width, height):
     names = ["cat", "dog", "bear"]
     loras = loras_of(pipe, names)

@@ -31,7 +31,8 @@ PROMPTS = ["a sks cat and a zwx dog", "in snow, a xlo bear", "a tree"]
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
 SETS_WITH_REGION = [Concept(name="cat", region=(0, 0, 64, 128)), "dog"]
 SETS: list[list[str | Concept]] = [["cat", Concept(name="dog", weight=0.6)], ["bear"], []]
-METHODS = ("merge", "tara", Tara(cfg_mask="broadcast"), Tara(scope="cross_kv"), Switch(interval=1), "composite")
+SETTINGS = (Tara(cfg_mask="broadcast"), Tara(scope="cross_kv"))
+METHODS = ("merge", "tara", *SETTINGS, Switch(interval=1), "composite")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,13 @@ def assert_as_one_by_one(
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [*(("sd", method) for method in METHODS), ("sdxl", "merge"), ("sdxl", "composite")], ids=str
+    ("family", "method"),
+    [
+        *(pytest.param("sd", method, marks=pytest.mark.slow if method in SETTINGS else ()) for method in METHODS),
+        ("sdxl", "merge"),
+        ("sdxl", "composite"),
+    ],
+    ids=str,
 )
 def test_every_prompt_has_the_image_of_its_own_call(pipe, method):
     before = State(pipe)
@@ -84,7 +91,7 @@ def test_every_prompt_has_the_image_of_its_own_call(pipe, method):
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("method", ["merge", "composite"])
+@pytest.mark.parametrize("method", ["composite", pytest.param("merge", marks=pytest.mark.slow)])
 def test_without_guidance_as_well(pipe, method):
     assert_as_one_by_one(pipe, SETS, method, guidance_scale=1.0)
 
@@ -288,7 +295,9 @@ def test_maps_and_masks_of_divided_canvases_are_those_of_one_call_for_each(pipe,
         assert not together.masks[:, row, others].any()
 
 
-@pytest.mark.parametrize(("family", "method"), [("sd", "clora"), ("sd", "lora-composer"), ("sdxl", "lora-composer")])
+@pytest.mark.parametrize(("family", "method"), [
+    ("sd", "clora"), ("sd", "lora-composer"), pytest.param("sdxl", "lora-composer", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_callbacks_see_all_prompts_of_divided_canvases(pipe, method):
     shapes = []
 

@@ -21,12 +21,15 @@ from components import lora_tensors, random_lora, tiny_pipeline
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import slow_but
 
 FOLDER = assets_dir() / "custom_pipeline"
 PROMPT = "a sks cat and a zwx dog"
 WORDS = {"cat": "sks", "dog": "zwx"}
 BOXES = {"cat": [0, 0, 64, 128], "dog": [64, 0, 128, 128]}
 FITTING = ["draft", "regional", "tara", "merge", "switch", "composite", "freefuse"]
+USUAL = ("draft", "regional", "composite")
+"""One that finds regions, one that is given them, and one with a pass for each LoRA; they are named in the same way."""
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,7 @@ def as_objects(found: list[dict[str, Any]]) -> list[Concept]:
     return [Concept(**one) for one in found]
 
 
-@pytest.mark.parametrize("method", FITTING)
+@pytest.mark.parametrize("method", slow_but(USUAL, FITTING))
 def test_vllm_omni_composes_with_concepts_in_json_bit_for_bit(method: str, model: Path, own_modules: None) -> None:
     given = fields(model, boxed=method == "regional")
     request = by_vllm_omni(model, {}, {"method": method})

@@ -9,12 +9,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from components import sd_unet, seeded, small_vae
+from components import sd_unet, seeded, small_vae, with_library
 from flux import FLUX, flux_pipeline
 from lora_compose import Clora, ComposePipeline, Concept, Control, Draft, LoraComposer, Merge, Regional
 from lora_compose.attention.backbones import backbone_of
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
-from transformer_families import TOKENS, as_file, plain_latents, random_lora_of_all
+from transformer_families import TOKENS, as_file, pipeline_with_concepts, plain_latents, random_lora_of_all
 
 PROMPT = "a sks cat and a zwx dog on grass"
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
@@ -24,15 +24,15 @@ CALL: dict[str, Any] = {
 GUIDED = FLUX.guided
 
 
-@pytest.fixture
-def pipe(tmp_path) -> Any:
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Any:
     """Two concepts with LoRAs on every linear layer."""
-    pipe = flux_pipeline()
-    for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
-        path = tmp_path / f"{name}.safetensors"
-        save_file(dict(as_file(random_lora_of_all(pipe.transformer, seed))), path)
-        pipe.load_concept(path, trigger=trigger, class_word=name)
-    return pipe
+    return pipeline_with_concepts(FLUX, tmp_path_factory.mktemp("loras")).library
+
+
+@pytest.fixture
+def pipe(library) -> Any:
+    return with_library(flux_pipeline(), library)
 
 
 def latents_of(pipe: Any, **arguments: Any) -> Tensor:
@@ -146,6 +146,7 @@ def test_diffusers_own_layers_and_no_others_have_a_site(pipe):
 
 def test_a_concept_acts_beside_an_adapter_of_diffusers(pipe, tmp_path):
     expected = latents_of(pipe, concepts=["cat", "dog"], method="merge")
+    save_file(dict(as_file(random_lora_of_all(pipe.transformer, 1))), tmp_path / "dog.safetensors")
     pipe.load_lora_weights(tmp_path / "dog.safetensors", adapter_name="other")
     found = latents_of(pipe, concepts=["cat"], method="merge")
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)

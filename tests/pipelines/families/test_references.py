@@ -23,6 +23,7 @@ from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.pipelines.calls.memory import least_bytes
 from lora_compose.pipelines.families import ComposeFluxKontextPipeline
 from lora_compose.pipelines.families.opening import configuration
+from pairs import in_pairs
 from qwen_image_edit import NAVY, ORANGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_2511, REFERENCE_TOKENS
 from transformer_families import (
     BOXES,
@@ -107,7 +108,7 @@ def test_without_concepts_it_is_diffusers_own(reading, pipe):
     assert torch.equal(latents_of(pipe, **reading.call), plain_latents(reading.family, pipe, **reading.call))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("reading", "method"), in_pairs(ALL, METHODS), indirect=["reading"])
 def test_loras_act_in_the_cells_of_the_image_alone(reading, pipe, method):
     settings, concepts, places = METHODS[method]
     found = latents_of(pipe, **reading.call, concepts=concepts, method=settings)
@@ -129,10 +130,16 @@ def test_an_edit_of_2509_has_references_at_the_timestep_of_the_image(reading, pi
     assert (plain_latents(QWEN_IMAGE_EDIT_2511, of_2511, **reading.call) - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("method", "acts"), [("merge", (True, True)), ("merge", (True, False)), ("regional", (False, True))]
-)
-def test_a_concept_may_act_on_references_too(reading, pipe, method, acts):
+ACTING = {
+    "both": ("merge", (True, True)),
+    "the first": ("merge", (True, False)),
+    "regional": ("regional", (False, True)),
+}
+
+
+@pytest.mark.parametrize(("reading", "acting"), in_pairs(ALL, ACTING), indirect=["reading"])
+def test_a_concept_may_act_on_references_too(reading, pipe, acting):
+    method, acts = ACTING[acting]
     settings, concepts, places = METHODS[method]
     named = [concept if isinstance(concept, Concept) else Concept(name=concept) for concept in concepts]
     given = [concept.model_copy(update={"references": on}) for concept, on in zip(named, acts, strict=True)]

@@ -120,7 +120,7 @@ def test_prompts_and_images_in_one_call_equal_single_calls(composer, method):
         assert_close(together[row], one[0])
 
 
-@pytest.mark.parametrize("method", ["tara", "clora", "lora-composer"])
+@pytest.mark.parametrize("method", ["tara", "lora-composer", pytest.param("clora", marks=pytest.mark.slow)])
 def test_the_structure_of_sdxl_composes_at_any_size(load, method):
     pipe = load(xl_pipeline(), text=False, targets=("attn2.to_k", "attn2.to_v", "attn1.to_q"))
     concepts = [Concept(name="cat", region=(0, 0, 56, 72)), Concept(name="dog", region=(56, 8, 104, 72))]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from all_transformers import JOINT, TRANSFORMERS
+from all_transformers import FEW, JOINT, TRANSFORMERS
 from components import seeded
 from lora_compose import Draft, FreeFuse
 from lora_compose.attention import backbone_of
 from lora_compose.pipelines.methods import draft, freefuse
 from lora_compose.pipelines.methods.region_bias import region_bias
+from pairs import slow_but
 from transformer_families import (
     CALL,
     CELLS,
@@ -69,12 +70,13 @@ def dense_bias(family: Family, pipe: Any, asked: Asked, own: float, other: float
     def matrix(positions: int) -> Tensor:
         tokens, every = positions - CELLS**2, torch.zeros(positions, positions)
         text, image = (family.padding_first, tokens) if parts[0] == "text" else (CELLS**2, 0)
+        read = min(tokens, asked.phrases.shape[1])
+        cells, words = slice(image, image + CELLS**2), slice(text, text + read)
         for here, named in product(range(2), range(2)):
             size = own if here == named else other
-            for token, cell in product(range(min(tokens, asked.phrases.shape[1])), range(CELLS**2)):
-                added = size * asked.shares[0, cell, here] * asked.phrases[0, token, named]
-                every[image + cell, text + token] += added
-                every[text + token, image + cell] += added
+            added = size * torch.outer(asked.shares[0, :, here], asked.phrases[0, :read, named])
+            every[cells, words] += added
+            every[words, cells] += added.T
         return every
 
     processors = [layer.processor for layer in pipe.transformer.modules() if hasattr(layer, "processor")]
@@ -141,6 +143,7 @@ def test_draft_is_diffusers_with_dense_deltas_and_bias(family, pipe, asked):
     assert (found - without).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
 def test_the_images_of_a_batch_have_masks_of_their_own(family, pipe):
     noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
     call: dict[str, Any] = {"concepts": ["cat", "dog"], "method": "freefuse", **family.guided}
@@ -150,6 +153,7 @@ def test_the_images_of_a_batch_have_masks_of_their_own(family, pipe):
         torch.testing.assert_close(found[image : image + 1], alone, atol=3e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
 def test_maps_are_recorded_with_the_bias(family, pipe):
     maps = {
         bias: latents_and_maps(pipe, family, Draft(length=1, reading="scene", bias=bias))[0, 0] for bias in (0.0, 3.0)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from all_transformers import JOINT, TRANSFORMERS
+from all_transformers import FEW, JOINT, TRANSFORMERS
 from components import seeded
 from flux import FLUX
 from krea2 import KREA2
 from lora_compose import Concept, Draft, Regional
 from lora_compose.pipelines.scene.division import divided
+from pairs import in_pairs, slow_but
 from transformer_families import CELLS, TOKENS, Family, shared_pipeline
 from z_image import Z_IMAGE
 
@@ -52,10 +53,10 @@ def regions(masks: Tensor) -> list[Concept]:
     return [Concept(name=name, region=mask) for name, mask in zip(("cat", "dog"), images, strict=True)]
 
 
-@pytest.mark.parametrize(("reading", "guided"), [
-    ("scene", True), ("regions", False),
-    pytest.param("scene", False, marks=pytest.mark.slow), pytest.param("regions", True, marks=pytest.mark.slow),
-])  # fmt: skip
+READINGS = [("scene", True), ("regions", False), ("scene", False), ("regions", True)]
+
+
+@pytest.mark.parametrize(("family", "reading", "guided"), in_pairs(JOINT, READINGS), indirect=["family"])
 def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, division, reading, guided):
     guidance = family.guided if guided else family.unguided
     noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
@@ -74,6 +75,7 @@ def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, divisi
         torch.testing.assert_close(found[image : image + 1], expected, atol=3e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
 def test_two_of_one_class_read_texts_of_their_own(family, pipe, division):
     both = [Concept(name="cat", class_word="cat"), Concept(name="dog", class_word="cat")]
     call = CALL | {"prompt": "a sks cat and a zwx cat on grass", "generator": seeded(3)}

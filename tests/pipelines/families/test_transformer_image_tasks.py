@@ -12,12 +12,13 @@ from diffusers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
-from all_transformers import MODULAR, TRANSFORMERS
+from all_transformers import FEW, MODULAR, TRANSFORMERS
 from components import seeded
 from flux_kontext import KONTEXT
 from krea2 import KREA2
-from lora_compose import ComposePipeline, Composite, Concept, Detailer, Draft, Regional, Switch, refine
+from lora_compose import ComposePipeline, Concept, Detailer, Draft, Regional, refine
 from lora_compose.pipelines.scene.division import divided
+from pairs import in_pairs, slow_but
 from transformer_families import (
     BOXES,
     METHODS,
@@ -51,11 +52,6 @@ DEFAULTS: dict[str, dict[str, float]] = {
 """For families whose images get the size of the call, and which have another default for each task."""
 
 
-@pytest.fixture(params=INPAINTS, scope="module")
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def pipes() -> dict[str, Any]:
     """A pipeline with two concepts for each family."""
@@ -78,8 +74,7 @@ def plain(name: str, pipe: Any, inpaints: bool, **arguments: Any) -> Tensor:
     return plain_latents(family, pipe, family.image_tasks[inpaints], **arguments)
 
 
-@pytest.mark.parametrize(("name", "inpaints"), TASKS)
-@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize(("name", "inpaints", "several"), in_pairs(TASKS, [False, True]))
 def test_without_concepts_it_is_diffusers_own(pipes, name, inpaints, several):
     given = task(name, inpaints)
     if several:
@@ -89,8 +84,7 @@ def test_without_concepts_it_is_diffusers_own(pipes, name, inpaints, several):
     assert torch.equal(ours, plain(name, pipes[name], inpaints, **copy.deepcopy(given)))
 
 
-@pytest.mark.parametrize("method", ["merge", "regional", pytest.param("tara", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "inpaints"), TASKS)
+@pytest.mark.parametrize(("name", "inpaints", "method"), in_pairs(TASKS, METHODS))
 def test_a_method_equals_dense_deltas_one_concept_after_the_other(pipes, name, inpaints, method):
     settings, concepts, places = METHODS[method]
     family, pipe, given = FAMILIES[name], pipes[name], task(name, inpaints)
@@ -115,8 +109,7 @@ def outside(latents: Tensor) -> Tensor:
     return cells[..., torch.from_numpy(OUTSIDE[::side, ::side].copy())]
 
 
-@pytest.mark.parametrize("name", INPAINTS)
-@pytest.mark.parametrize("method", [Switch(), Composite(), Draft()], ids=["switch", "composite", "draft"])
+@pytest.mark.parametrize(("name", "method"), in_pairs(INPAINTS, ["switch", "composite", "draft"]))
 def test_methods_with_their_own_passes_keep_what_is_outside_of_the_mask(pipes, name, method):
     given = task(name, True)
     found = latents_of(pipes[name], **given, concepts=["cat", "dog"], method=method)
@@ -134,7 +127,7 @@ def test_pixels_outside_of_the_mask_can_stay_those_of_the_image(pipes, name):
         assert (np.asarray(found)[~OUTSIDE] != np.asarray(IMAGE)[~OUTSIDE]).mean() > 0.5
 
 
-@pytest.mark.parametrize("name", INPAINTS)
+@pytest.mark.parametrize("name", slow_but(FEW, INPAINTS))
 def test_each_subject_is_repainted_alone(pipes, name):
     pipe, how = pipes[name], Detailer(strength=0.5, blur=0, padding=0.25)
     options = {"num_inference_steps": 2, "max_sequence_length": TOKENS, **FAMILIES[name].unguided}
@@ -210,7 +203,7 @@ def test_a_part_of_a_step_is_a_step_as_in_diffusers(pipes, concepts):
     assert pipes["z-image"].steps_from_image(4, 0.1, inpaints=True) == 1
 
 
-@pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])
+@pytest.mark.parametrize(("name", "concepts"), in_pairs(INPAINTS, [None, ["cat"]]))
 def test_each_prompt_may_have_a_mask(pipes, name, concepts):
     masks = [MASK, MASK.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
     several = {"prompt": [PROMPT, "a zwx dog and a sks cat"], "image": [IMAGE] * 2, "mask_image": masks}

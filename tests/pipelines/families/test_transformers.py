@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from all_transformers import TRANSFORMERS
+from all_transformers import FEW, TRANSFORMERS
 from anima import ANIMA
 from chroma import CHROMA
 from components import seeded
@@ -17,6 +17,7 @@ from flux3 import FLUX3
 from ideogram4 import IDEOGRAM4
 from krea2 import KREA2
 from lora_compose import Composite, Concept, Switch
+from pairs import in_pairs, slow_but
 from qwen_image import QWEN_IMAGE
 from transformer_families import (
     BOXES,
@@ -67,7 +68,7 @@ def test_a_method_equals_dense_deltas_one_concept_after_the_other(family, pipe, 
     assert_equals_dense_deltas(family, pipe, method, guided=guided)
 
 
-@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+@pytest.mark.parametrize(("family", "guided"), in_pairs(TRANSFORMERS, [True, False]), indirect=["family"])
 def test_without_concepts_it_does_exactly_what_diffusers_does(family, pipe, guided):
     guidance = family.guided if guided else family.unguided
     assert torch.equal(latents_of(pipe, **guidance), plain_latents(family, pipe, **CALL, **guidance))
@@ -92,7 +93,7 @@ def test_negative_embeddings_of_another_shape_are_refused(family, pipe):
         pipe(**CALL, **guided, concepts=["cat"], method="merge")
 
 
-@pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])
+@pytest.mark.parametrize(("family", "concepts"), in_pairs(TRANSFORMERS, [None, ["cat"]]), indirect=["family"])
 def test_without_a_size_images_have_that_of_the_model(family, pipe, concepts):
     given = {**CALL, **family.unguided, "num_inference_steps": 1, "concepts": concepts}
     if family in (KREA2, ANIMA, IDEOGRAM4):  # whose VAE names no size
@@ -111,8 +112,8 @@ def test_one_merged_lora_equals_diffusers_with_the_lora_loaded(family, pipe):
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["flux", "z-image"])
-def test_a_lokr_of_any_rank_is_applied_exactly(name, tmp_path):
+@pytest.mark.parametrize(("name", "methods"), [("flux", ("merge", "tara")), ("z-image", ("regional",))])
+def test_a_lokr_of_any_rank_is_applied_exactly(name, methods, tmp_path):
     family = TRANSFORMERS[name]
     pipe = pipeline_with_concepts(family, tmp_path)
     pipe.unload_concept("cat")
@@ -124,10 +125,11 @@ def test_a_lokr_of_any_rank_is_applied_exactly(name, tmp_path):
         whole = torch.kron(tensors[f"transformer.{layer}.lokr_w1"], tensors[f"transformer.{layer}.lokr_w2"])
         torch.testing.assert_close(factors.delta(), whole)
     assert changed.error == 0
-    for method in METHODS:
+    for method in methods:
         assert_equals_dense_deltas(family, pipe, method)
 
 
+@pytest.mark.parametrize("family", slow_but(FEW, TRANSFORMERS), indirect=True)
 def test_switch_and_composite_take_one_lora_at_a_time(family, pipe):
     alone = latents_of(pipe, concepts=["cat"], method="merge", **family.guided)
     for method in (Switch(), Composite()):

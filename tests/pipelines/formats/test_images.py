@@ -13,6 +13,7 @@ from components import random_lora, sd_unet, sdxl_unet, seeded, small_pipeline, 
 from lora_compose.attention import Lora
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene.scene import Concept
+from pairs import in_pairs
 from recipe.formats import drawn, pictures
 from recipe.lora_files import DIFFUSERS, FORMATS, Format
 
@@ -87,24 +88,35 @@ class OneChange:
         return self.image(name, method)
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
-def change(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OneChange:
-    pipe = PIPELINES[request.param]()
-    pipe.set_progress_bar_config(disable=True)
-    return OneChange(pipe, tmp_path_factory.mktemp("files"))
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], OneChange]:
+    """By family."""
+
+    @cache
+    def made(family: str) -> OneChange:
+        pipe = PIPELINES[family]()
+        pipe.set_progress_bar_config(disable=True)
+        return OneChange(pipe, tmp_path_factory.mktemp("files"))
+
+    return made
 
 
-@pytest.mark.parametrize(
-    ("form", "method"), [*((form, "merge") for form in FORMATS), *(("LoHa", method) for method in METHODS)]
-)
-def test_the_image_is_the_same_in_every_format(change: OneChange, form: str, method: str) -> None:
+CASES = [*((form, "merge") for form in FORMATS), *(("LoHa", method) for method in METHODS)]
+
+
+@pytest.mark.parametrize(("form", "method", "family"), in_pairs(CASES, PIPELINES))
+def test_the_image_is_the_same_in_every_format(
+    changes: Callable[[str], OneChange], form: str, method: str, family: str
+) -> None:
+    change = changes(family)
     expected = change.reference(FORMATS[form].holds, method)
     found = change.of_file(form, method)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("method", ["merge", "lora-composer"])
-def test_the_change_is_seen_in_these_images(change: OneChange, method: str) -> None:
+@pytest.mark.parametrize(("family", "method"), in_pairs(PIPELINES, ["merge", "lora-composer"]))
+def test_the_change_is_seen_in_these_images(changes: Callable[[str], OneChange], family: str, method: str) -> None:
+    change = changes(family)
     images = [change.reference(holds, method) for holds in {form.holds for form in FORMATS.values()}]
     without = change.image("everything", method, weight=0.0)
     for image in images:

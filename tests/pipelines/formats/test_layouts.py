@@ -14,6 +14,7 @@ from lora_compose.compose.lora.inspection import inspect
 from lora_compose.pipelines.concepts.loading import LoraError, match
 from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.recognise import form, guess_family
+from pairs import in_pairs
 
 USABLE = [name for name in NAMES if "refused" not in layout(name)]
 REFUSED = [name for name in NAMES if "refused" in layout(name)]
@@ -216,22 +217,22 @@ PARTS = (
 SPELLED: dict[str, tuple[str, str]] = {"diffusers": ("transformer.", "."), "kohya": ("lora_unet_", "_")}
 
 
-@pytest.mark.parametrize("spelling", SPELLED)
-@pytest.mark.parametrize("family", TRANSFORMERS)
+@pytest.mark.parametrize(("family", "spelling"), in_pairs(TRANSFORMERS, SPELLED))
 def test_a_part_of_a_files_layers_is_not_taken_for_another_familys(family: str, spelling: str) -> None:
     """Also those of one name alone, as `single_transformer_blocks.*.attn.to_q`."""
     (prefix, dot), layers = SPELLED[spelling], {}
     for name, layer in without_weights(family).transformer.named_modules():
         if isinstance(layer, nn.Linear) and re.search(r"blocks\.|layers\.\d", name):
             layers[name] = layer
-    alone = {re.sub(r"\.\d+\.", "..", name) for name in layers}
-    for part in (*PARTS, *alone):
+    parts = {part: [name for name in layers if re.search(part, name)] for part in PARTS}
+    for name in layers:
+        parts.setdefault(re.sub(r"\.\d+\.", "..", name), []).append(name)
+    for part, names in parts.items():
         shapes: dict[str, list[int]] = {}
-        for name, layer in layers.items():
-            if re.search(part, name) if part in PARTS else re.sub(r"\.\d+\.", "..", name) == part:
-                key = prefix + name.replace(".", dot)
-                shapes[f"{key}.lora_down.weight"] = [16, layer.in_features]
-                shapes[f"{key}.lora_up.weight"] = [layer.out_features, 16]
+        for name in names:
+            key = prefix + name.replace(".", dot)
+            shapes[f"{key}.lora_down.weight"] = [16, layers[name].in_features]
+            shapes[f"{key}.lora_up.weight"] = [layers[name].out_features, 16]
         assert shapes
         guess = guess_family(shapes, {})
         # Chroma's blocks are FLUX.1's; some layers are named as in many models.

@@ -29,6 +29,7 @@ from lora_compose import ComposePipeline, Concept
 from lora_compose.pipelines.denoising.sampler import Sampler, Schedule
 from lora_compose.pipelines.images.task import Inpainting
 from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer
+from pairs import in_pairs
 
 DIFFUSERS = {
     ("sd", False): StableDiffusionImg2ImgPipeline,
@@ -75,12 +76,14 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@TASKS
 @pytest.mark.parametrize(
-    ("family", "case"),
-    [("sd", case) for case in ARGUMENTS]
-    + [("sdxl", "as it is")]
-    + [pytest.param("sdxl", case, marks=pytest.mark.slow) for case in ARGUMENTS if case != "as it is"],
+    ("family", "case", "inpaints"),
+    in_pairs(
+        [("sd", case) for case in ARGUMENTS]
+        + [("sdxl", "as it is")]
+        + [pytest.param("sdxl", case, marks=pytest.mark.slow) for case in ARGUMENTS if case != "as it is"],
+        [False, True],
+    ),
 )
 def test_without_concepts_a_call_is_diffusers_own(family, inpaints, case):
     ours = run(composer_of(family), **task(inpaints) | ARGUMENTS[case]())

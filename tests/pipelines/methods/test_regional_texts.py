@@ -21,6 +21,7 @@ from krea2 import KREA2
 from lora_compose import Concept, Regional
 from lora_compose.attention import backbone_of
 from lora_compose.attention.joint_regions import seen_too
+from pairs import in_pairs
 from qwen_image import QWEN_IMAGE
 from transformer_families import (
     CELLS,
@@ -148,8 +149,10 @@ def placed(family: Family, boxes: Sequence[Tensor], lengths: Sequence[int]) -> P
     return Places(text, image, torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize("isolate", [False, True])
-@pytest.mark.parametrize("boxes", BOXES)
+PLACES = [("apart", False), ("overlapping", True), ("overlapping", False), ("apart", True)]
+
+
+@pytest.mark.parametrize(("family", "boxes", "isolate"), in_pairs(JOINT, PLACES), indirect=["family"])
 def test_a_pass_equals_dense_masks_and_dense_deltas(family, pipe, boxes, isolate):
     method = Regional(texts="regions", isolate=isolate)
     with observed(pipe.transformer) as calls:

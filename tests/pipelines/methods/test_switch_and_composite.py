@@ -242,7 +242,7 @@ def test_each_text_is_projected_once_and_once_more_without_guidance(pipe, method
     layers = [name for name, _ in pipe.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
     for name in layers:
         pipe.unet.get_submodule(name).register_forward_hook(lambda *_, name=name: counts.update([name]))
-    arguments = {"method": method, "num_inference_steps": 12}
+    arguments = {"method": method, "num_inference_steps": 8}
     compose(pipe, **arguments)
     assert counts == dict.fromkeys(layers, texts)
     counts.clear()

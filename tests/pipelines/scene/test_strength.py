@@ -35,6 +35,7 @@ from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from lora_compose.pipelines.scene.strength import WeightSchedule, blocks_text, read_blocks, read_weight, weight_text
 from lora_compose.pipelines.support.field_errors import FieldError
 from lora_compose.pipelines.text.conditioning import Conditioning
+from pairs import in_pairs
 
 PROMPT = "a sks cat and a zwx dog on grass"
 BOXES = {concept.name: concept.region for concept in BOXED}
@@ -293,8 +294,7 @@ SCHEDULES: dict[str, tuple[list[Any], list[list[float]]]] = {
 }
 
 
-@pytest.mark.parametrize("case", SCHEDULES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("case", "family"), in_pairs(SCHEDULES, FAMILIES))
 def test_merging_by_a_schedule_equals_setting_the_adapters_before_every_step(load, adapters, family, case):
     given, expected = SCHEDULES[case]
     found = latents_of(load(family), "merge", given)

@@ -50,6 +50,7 @@ from small_world import SIZE, STYLE, STYLE_WORDS
 from transformer_families import PROMPT, as_file, random_lora_of_all, saved_with_loras
 
 STEPS = 2
+pytestmark = pytest.mark.usefixtures("costs_counted_once")
 
 
 @pytest.fixture(autouse=True)
