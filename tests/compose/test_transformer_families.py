@@ -90,8 +90,8 @@ def test_the_server_answers_a_request_or_refuses_a_model_that_needs_more_than_te
     pipe = open_model(run)
     pipe.add_concepts(folder / "loras")
     engine = Engine(pipe, run=run)
-    asked = {"prompt": PROMPT, "concepts": ["cat", "dog"], "width": SIDE, "height": SIDE, "steps": 1}
-    with server(make_app(engine, size_of(pipe, run.scene)), engine) as port:
+    asked = {"prompt": PROMPT, "concepts": ["cat", "dog"], "width": SIDE, "height": SIDE}
+    with server(make_app(engine, size_of(pipe, run.scene), steps=1, guidance_scale=5.0), engine) as port:
         status, body, headers = answer(port, "/images", asked)
     assert status == 200, body
     assert headers["x-method"] == "draft"
