@@ -92,7 +92,7 @@ GuidanceOption = Annotated[
     float | None,
     typer.Option(
         "--guidance",
-        help="Guidance scale of CFG; 1 or less turns it off, on Z-Image and Krea 2 0; default: the model's own.",
+        help="Guidance scale of CFG; 1 or less turns it off, in some families only 0; default: the model's own.",
     ),
 ]
 DtypeOption = Annotated[

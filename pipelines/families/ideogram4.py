@@ -227,7 +227,9 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
             vars(given)["text_encoder"] = SimpleNamespace(
                 language_model=self.text_encoder.language_model, device=device
             )
-        return Ideogram4Pipeline.encode_prompt(given, prompt, grid_h, grid_w, max_sequence_length, device)
+        return Ideogram4Pipeline.encode_prompt(
+            given, prompt, grid_h=grid_h, grid_w=grid_w, max_sequence_length=max_sequence_length, device=device
+        )
 
     def _encoded(self, words: Sequence[str], tokens: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Texts with their padding behind them; diffusers has it before them, where it is masked as well."""

@@ -34,7 +34,7 @@ def sampling_part() -> None:
     steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
     guidance.number_input("Guidance", key=fields.GUIDANCE, step=0.5, format="%.2f", help=(
         "How closely the image follows the prompt: 5 to 8 for most models. 1 or less turns it off and halves the "
-        "cost, on Z-Image and Krea 2 0."
+        "cost; in some families only 0 does."
     ))  # fmt: skip
     seeds.text_input("Seeds", key=fields.SEEDS, help="One image per seed: “0, 1, 2” or “5-8”.")
 
