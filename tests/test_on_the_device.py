@@ -115,8 +115,8 @@ def assert_same(found: Any, expected: Any, tolerance: float = 1e-4) -> None:
 
 
 def with_precision(family: str, dtype: torch.dtype, name: str) -> Any:
-    """A case: by default each method in half precision with one family, all ways in single precision with the other."""
-    usual = {("sdxl", torch.float32): list(METHODS), ("sd", torch.float16): DISTINCT}.get((family, dtype), ())
+    """A case: by default each kind in half precision with one family, all ways in single precision with the other."""
+    usual = {("sdxl", torch.float32): list(METHODS), ("sd", torch.float16): OF_EACH_KIND}.get((family, dtype), ())
     kind = str(dtype).removeprefix("torch.")
     return pytest.param(
         family, dtype, name, id=f"{name}-{family}-{kind}", marks=() if name in usual else pytest.mark.slow
@@ -423,7 +423,7 @@ def assert_as_many(found: Sequence[Wait], expected: int) -> None:
 
 
 @SD_AND_SLOWLY_XL
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", slow_but(OF_EACH_KIND, DISTINCT))
 def test_in_another_step_the_host_waits_no_more_than_in_diffusers(family: str, name: str) -> None:
     pipe = composer(family, DEVICE, torch.float32)
     more, fewer = (waits_with_updates(pipe, name, 2, steps) for steps in (3, 2))

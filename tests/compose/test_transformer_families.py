@@ -19,6 +19,7 @@ from lora_compose.compose.page.store import in_folder, named
 from lora_compose.compose.page.work import Job
 from lora_compose.compose.serve.app import make_app
 from lora_compose.compose.serve.engine import Engine
+from pairs import slow_but
 from served import answer, server
 from transformer_families import PROMPT, saved_with_loras
 
@@ -26,15 +27,11 @@ SIDE = 64
 WITHOUT_UNCONDITIONAL_ROWS = ("flux", "kontext", "flux2-dev", "flux3-distilled")
 """Families whose guidance is distilled into the model."""
 READ_REFERENCES_ONLY = ("qwen-image-edit", "qwen-image-edit-2511")
+USUAL = ("flux", "flux2", "z-image", "krea2", "anima", "flux3", "qwen-image-edit")
+"""One family of each kind: sequences, guidance, references, modular pipelines."""
 
 
-SLOW = ("kontext", "qwen-image-edit-2511")
-"""Families that differ from another one in the transformer's inputs only."""
-
-
-@pytest.fixture(
-    scope="module", params=[pytest.param(one, marks=[pytest.mark.slow] if one in SLOW else []) for one in EVERY]
-)
+@pytest.fixture(scope="module", params=slow_but(USUAL, EVERY))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

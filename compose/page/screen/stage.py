@@ -90,7 +90,8 @@ def _switch(session: PageSession) -> None:
 
 def _about(result: Result) -> None:
     run = result.run
-    parts = [label_of(run.method).name if run.method else "no concepts", f"seed {run.seed}", f"{run.steps} steps"]
+    steps = "1 step" if run.steps == 1 else f"{run.steps} steps"
+    parts = [label_of(run.method).name if run.method else "no concepts", f"seed {run.seed}", steps]
     parts += [f"guidance {run.guidance_scale:g}", f"{result.seconds:.1f} s"]
     st.caption(markdown(" · ".join(parts)), help=result_cost(result))
 

@@ -49,7 +49,7 @@ from lora_compose.pipelines.scene.scene import Concept, Run
 from small_world import SIZE, STYLE, STYLE_WORDS
 from transformer_families import PROMPT, as_file, random_lora_of_all, saved_with_loras
 
-STEPS = 2
+STEPS = 1
 pytestmark = pytest.mark.usefixtures("costs_counted_once")
 
 
@@ -128,7 +128,7 @@ def test_an_image_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     made(at)
     (result,) = session(at).results
     assert session(at).shown == result.key
-    assert "In boxes · seed 2 · 2 steps" in said(at)
+    assert "In boxes · seed 2 · 1 step" in said(at)
     at.button(key=f"do.keep.{result.key}").click().run()
     kept = tmp_path / "out" / "page" / "2.png"
     assert read_record(kept) == result.made.record
@@ -740,7 +740,7 @@ def test_the_methods_are_compared(at: AppTest) -> None:
     helps = [caption.help or "" for caption in at.caption if caption.value.startswith("**")]
     costs = [text for text in helps if "latent rows" in text]
     assert len(costs) == 3
-    assert all(re.match(r"4 (\+ .*)?latent rows\. ", cost) for cost in costs)  # two steps
+    assert all(re.match(r"2 (\+ .*)?latent rows\. ", cost) for cost in costs)  # one step
 
 
 def test_stop_and_waiting_are_shown(at: AppTest) -> None:
@@ -865,6 +865,7 @@ def test_a_part_of_an_image_is_repainted_and_the_rest_stays(at: AppTest) -> None
     assert start is not None
     width, height = SIZE * 3 // 2, SIZE * 3 // 2 * 280 // 300 // 8 * 8
     assert start.size == fields_size(at) == (width, height)  # as large as the model takes, in whole cells
+    at.number_input(key=fields.STEPS).set_value(2)  # of which at least one is left after the start
     at.segmented_control(key=fields.PAINTED).set_value(fields.PART).run()
     assert "Paint over the part that is to change" in said(at)
     assert at.button(key="do.make").disabled
