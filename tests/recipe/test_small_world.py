@@ -248,6 +248,7 @@ def test_a_batch_of_the_judge_has_each_character_beside_near_misses(drawings):
         assert thing.label == (CLASSES.index(thing.name) if thing.name else -1)
 
 
+@pytest.mark.slow
 def test_the_judge_learns_and_resumes(drawings, tmp_path):
     words, vae = build(), new_vae()
     batches = JudgeBatches({**drawings, "other:noto:x": drawings["noto:cat"]}, 0, vae)

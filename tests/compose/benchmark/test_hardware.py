@@ -33,6 +33,7 @@ def rows_of(page: str, heading: str) -> dict[str, list[str]]:
     return {name: found for name, *found in rows}
 
 
+@pytest.mark.slow  # numbers that were published do not change
 def test_sizes_of_models_are_those_of_their_published_numbers_of_parameters():
     """CLIP L 123 M, SD 1.5's UNet 860 M, T5 XXL's encoder 4.76 G, FLUX.1 11.9 G, Qwen3-4B 4.02 G."""
     found = needs()
