@@ -69,6 +69,7 @@ class JointRegions:
         base: Positions of unconditional rows: text 0 and the image; None if that is their whole sequence.
         hidden: True at padding inside the texts. Shape: [rows, positions].
         positions: Position of each token in its own text, for models that rotate text by it. Shape: [tokens].
+        reach: Number of positions from the first to the last of these.
         rows: The unconditional rows, and the others; None where there are none.
     """
 
@@ -77,6 +78,7 @@ class JointRegions:
     base: Mapping[SiteParts, Group] | None = None
     hidden: Mapping[SiteParts, Tensor] | None = None
     positions: Tensor | None = None
+    reach: int = 0
     rows: tuple[RowIndex | None, RowIndex | None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -134,9 +136,10 @@ class JointRegions:
             none = {part: hidden.new_zeros(len(hidden), len(kinds)) for part, kinds in of.items()}
             none["text"] = torch.nn.functional.pad(hidden, (0, len(text) - hidden.shape[1]))
             masks = {parts: torch.cat([none[part] for part in parts], dim=1) for parts in sequences}
+        reach = max(lengths) if positions is None else int(positions.max()) + 1  # read once, not in every pass
         if positions is None:
             positions = to_device(torch.cat([torch.arange(length) for length in lengths]), device)
-        return cls(groups, tuple(unconditional), base, masks, positions)
+        return cls(groups, tuple(unconditional), base, masks, positions, reach)
 
     def select(self, rows: slice | Sequence[int]) -> "JointRegions":
         """The regions of some rows: a slice, or indices in a new order."""

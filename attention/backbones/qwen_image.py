@@ -102,8 +102,10 @@ class _EachTextFromItsStart(nn.Module):
         super().__init__()
         self.found, self.state = found, state
 
-    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, *args: Any, max_txt_seq_len: int, **options: Any) -> tuple[Tensor, Tensor]:
         """The rotations of image and text. Shape: [cells or tokens, channels / 2] each, complex."""
-        image, text = self.found(*args, **options)
         regions = self.state.inputs.joint_regions
-        return image, text if regions is None else text[regions.positions]
+        if regions is None:
+            return self.found(*args, max_txt_seq_len=max_txt_seq_len, **options)
+        image, text = self.found(*args, max_txt_seq_len=max(max_txt_seq_len, regions.reach), **options)
+        return image, text[regions.positions]

@@ -62,6 +62,8 @@ Seeds = Annotated[
 class BatchSettings(BaseModel):
     """How the images of a batch are made.
 
+    Steps, guidance and precision that are not given are the model's and the device's (`run_batch`).
+
     Attributes:
         model: A folder, a checkpoint file, a hub repository or `playground`.
         method: Name of the method; None chooses for each scene.

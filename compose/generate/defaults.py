@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.generate.machine import choose_device
-from lora_compose.compose.generate.model_facts import ModelFacts, facts_of, model_errors
+from lora_compose.compose.generate.model_facts import ModelFacts, facts_of
 from lora_compose.pipelines.families import (
     ComposeFluxPipeline,
     ComposeKrea2Pipeline,
@@ -80,10 +80,7 @@ def defaults_of(run: Run) -> Defaults:
         ModelError: If there is no such model, or none that is supported, or its files cannot be read.
         ValueError: If the device is not there.
     """
-    device = choose_device(run.device)
-    with model_errors(run.model):
-        facts = facts_of(run.model)
-    return defaults_for(device, facts)
+    return defaults_for(choose_device(run.device), facts_of(run.model))
 
 
 def precision(device: str, *, unet: bool) -> str:

@@ -79,9 +79,13 @@ def facts_of(model: str) -> ModelFacts:
     """The facts of a model that a run names; of a hub repository only its configurations are downloaded.
 
     Raises:
-        ValueError: If there is no such model, or none of a family that is supported.
-        OSError: If its files cannot be read.
+        ModelError: If there is no such model, or none of a family that is supported, or its files cannot be read.
     """
+    with model_errors(model):
+        return _facts_of(model)
+
+
+def _facts_of(model: str) -> ModelFacts:
     source = model_source(model)
     if source.is_file():
         keys = checkpoint_keys(source, {})

@@ -65,7 +65,7 @@ class Plan:
         controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
         sampler: A copy of the scheduler with its timesteps, on the CPU.
         reading: How texts with weights, and long ones, are read; None if there are none.
-        row_factor: FLOPs of a row, relative to one without reference images.
+        row_factor: FLOPs of a row, relative to one without reference images, both with the padding of texts.
     """
 
     call: Call

@@ -119,7 +119,7 @@ ROWS = {
         facts(XL, scheduler={**TRAILING, "timestep_spacing": "leading"}, **OF_XL),
         50, 5.0, 1024, CALL, of_call("StableDiffusionXLPipeline"),
     ),
-    "SDXL-Turbo, SD-Turbo": row(
+    "SDXL-Turbo": row(
         facts(XL, scheduler=TRAILING, unet={**SDXL, "sample_size": 64}, vae=OF_XL["vae"]),
         4, 0.0, 512, "documentation of diffusers, SDXL Turbo",
         told="an Euler scheduler with `trailing` steps",
@@ -215,7 +215,7 @@ def test_the_numbers_are_those_of_their_source(name: str) -> None:
     ("model", "reason"),
     [
         (ROWS["Stable Diffusion 1.x"].facts, "those of Stable Diffusion 1.x"),
-        (ROWS["SDXL-Turbo, SD-Turbo"].facts, "distilled to few steps (its scheduler"),
+        (ROWS["SDXL-Turbo"].facts, "distilled to few steps (its scheduler"),
         (ROWS["latent consistency models"].facts, "latent consistency model (time_cond_proj_dim"),
         (facts(XL, scheduler={"_class_name": "TCDScheduler"}), "for few steps (TCDScheduler)"),
         (ROWS["FLUX.1-schnell"].facts, "guidance_embeds is false"),

@@ -105,3 +105,15 @@ def _wait_for(port: int, process: subprocess.Popen) -> None:
         else:
             return
     raise AssertionError("the server has ended")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("command", ["run", "serve"])
+def test_a_damaged_model_is_named_before_anything_is_opened(tmp_path: Path, command: str, kind: str) -> None:
+    damaged = tmp_path / "model.safetensors" if kind == "file" else tmp_path / "model/model_index.json"
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_text("not what it should be", encoding="utf-8")
+    model = damaged if kind == "file" else damaged.parent
+    further = {"run": ("--prompt", "a cat"), "serve": ("--loras", tmp_path)}[command]
+    found = flat(call(command, model, *further, "--device", "cpu", code=2).output)
+    assert f"error: the model '{model}' cannot be opened: " in found

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from all_transformers import JOINT, TRANSFORMERS
 from chroma import CHROMA
@@ -18,7 +19,7 @@ from flux2 import FLUX2
 from flux3 import FLUX3
 from ideogram4 import IDEOGRAM4
 from krea2 import KREA2
-from lora_compose import Concept, Regional
+from lora_compose import Concept, Draft, Regional
 from lora_compose.attention import backbone_of
 from lora_compose.attention.joint_regions import seen_too
 from pairs import in_pairs
@@ -275,6 +276,28 @@ def test_padding_that_the_model_hides_is_not_run_and_changes_nothing(family, pip
     torch.testing.assert_close(found, padded, atol=1e-5, rtol=0)
     tokens, with_padding = (named["encoder_hidden_states"].shape[1] for _, named, _ in calls)
     assert with_padding - tokens == TOKENS - texts_of(family, pipe)[0] > 0
+
+
+@pytest.mark.parametrize("family", ["qwen-image"], indirect=True)
+@pytest.mark.parametrize("method", [Regional(), Draft(length=1, reading="regions")], ids=["regional", "draft"])
+def test_padding_may_stand_before_an_unconditional_text(family, pipe, method, monkeypatch):
+    text, _ = pipe.encode_prompt("the photo", device="cpu")
+    before = TOKENS - text.shape[1]
+    negative = {
+        "negative_prompt_embeds": pad(text, (0, 0, before, 0)),
+        "negative_prompt_embeds_mask": torch.arange(TOKENS)[None] >= before,
+    }
+    given = {
+        **CALL,
+        **family.unguided,
+        "true_cfg_scale": 3.0,
+        **negative,
+        "concepts": concepts("apart"),
+        "method": method,
+    }
+    found = pipe(**given, generator=seeded(3)).images
+    monkeypatch.setattr(type(backbone_of(pipe.transformer)), "hides_padding", False)
+    torch.testing.assert_close(found, pipe(**given, generator=seeded(3)).images, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["z-image"], indirect=True)
