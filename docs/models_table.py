@@ -49,7 +49,7 @@ _UNETS = {"SD 1.x": "StableDiffusionPipeline", "SD 2.x": "StableDiffusionPipelin
 _HOW = {
     "by_models": "models", "by_layers": "layers", "by_blocks": "blocks", "layerwise_casting": "float8",
     "bitsandbytes": "bitsandbytes int8", "nf4": "bitsandbytes NF4", "torchao": "torchao", "quanto": "quanto",
-    "gguf": "GGUF", "models": "models", "layers": "layers", "groups": "blocks",
+    "gguf": "GGUF", "sdnq": "SDNQ", "models": "models", "layers": "layers", "groups": "blocks",
 }  # fmt: skip
 
 
