@@ -236,6 +236,8 @@ class _Transformer:
             )
         if settings.scope == "cross_kv" and not self._flow.backbone.reads_regions:
             raise ValueError(f"{family} has no cross-attention for scope cross_kv; use attention or transformer")
+        if settings.scope == "convolutions":
+            raise ValueError(f"{family} has no convolutions in its blocks; use attention or transformer")
         if settings.min_snr is not None:
             raise ValueError(f"--min-snr is for models with a noise schedule; {family} learns by flow matching")
         unit = self.pipe.cell

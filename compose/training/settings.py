@@ -15,14 +15,16 @@ from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.tokens import find_words
 
-Scope = Literal["cross_kv", "attention", "transformer"]
+Scope = Literal["cross_kv", "attention", "transformer", "convolutions"]
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_TRANSFORMER = (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 SCOPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "cross_kv": ("attn2.to_k", "attn2.to_v"),
         "attention": _ATTENTION,
-        "transformer": (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+        "transformer": _TRANSFORMER,
+        "convolutions": (*_TRANSFORMER, "conv1", "conv2", "conv_shortcut", "conv"),
     }
 )
 """The layers of each scope, as ends of their names."""
@@ -92,6 +94,7 @@ class Training(_Frozen):
         tara: Train for composing by `tara`; None is an ordinary LoRA.
         scope: Which layers get a LoRA. "cross_kv": keys and values of cross-attention. "attention": all projections of
             attention. "transformer": also the feed-forward layers and the projections around the transformer.
+            "convolutions": also the convolutions of residual blocks and between resolutions (LoCon; UNets).
         rank: Rank r of the LoRA.
         alpha: The LoRA is scaled by alpha / r; None is r. Not every tool reads alpha: leave it if others use the file.
         dora: Train the norms of the changed weights as well (DoRA).

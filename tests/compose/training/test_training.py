@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -103,7 +104,9 @@ def largest_difference(first: Path, second: Path) -> float:
 # --- what is written ---
 
 
-@pytest.mark.parametrize(("kind", "scope"), [("sd", "cross_kv"), ("sd", "transformer"), ("xl", "attention")])
+@pytest.mark.parametrize(
+    ("kind", "scope"), [("sd", "cross_kv"), ("sd", "transformer"), ("sd", "convolutions"), ("xl", "attention")]
+)
 def test_the_file_opens_in_diffusers_with_the_trained_weights(
     begin: Callable[..., Training], models: dict[str, Path], kind: str, scope: str
 ) -> None:
@@ -121,15 +124,19 @@ def test_the_file_opens_in_diffusers_with_the_trained_weights(
     assert pipe.unet.peft_config["cat"].lora_alpha == 5
     assert {m.scaling["cat"] for m in pipe.unet.modules() if hasattr(m, "scaling") and m.scaling} == {2.5}
     assert not torch.allclose(pipe.unet.eval()(**given)[0], before, atol=1e-4)
-    kinds = {"cross_kv": 2, "attention": 8, "transformer": 10}[scope]
+    kinds = {"cross_kv": 2, "attention": 8, "transformer": 10, "convolutions": 10}[scope]
     blocks = sum(name.endswith("attn2") for name, _ in pipe.unet.named_modules())
-    assert len({name.rsplit(".lora_", 1)[0] for name in tensors if "transformer_blocks" in name}) == kinds * blocks
+    layers = {name.rsplit(".lora_", 1)[0].removeprefix("unet.") for name in tensors}
+    assert sum("transformer_blocks" in name for name in layers) == kinds * blocks
+    convolutions = {name for name in layers if re.search(r"(resnets|samplers)\.\d+\.conv", name)}
+    assert bool(convolutions) == (scope == "convolutions")
 
 
+@pytest.mark.parametrize("scope", ["transformer", "convolutions"])
 def test_a_trained_dora_is_read_as_what_peft_makes_of_it(
-    begin: Callable[..., Training], models: dict[str, Path]
+    begin: Callable[..., Training], models: dict[str, Path], scope: str
 ) -> None:
-    path = train(begin("sd", scope="transformer", alpha=5, dora=True, steps=2))
+    path = train(begin("sd", scope=scope, alpha=5, dora=True, steps=2))
     pipe = opened(models, "sd")
     given = unet_inputs(pipe.unet, grid=(4, 4), tokens=32)
     factors = match(read_lora(path), pipe)
@@ -749,7 +756,7 @@ def test_the_command_reports_mistakes_without_a_traceback(begin: Callable[..., T
     error = call(*arguments(settings, "--keys", "tied"), code=BAD_INPUT).stderr
     assert "--keys: these are options of --tara, which is not given" in error
     error = flat(call(*arguments(settings, "--scope", "all"), code=BAD_INPUT).stderr)
-    assert "scope: expected 'cross_kv', 'attention' or 'transformer', found 'all'" in error
+    assert "scope: expected 'cross_kv', 'attention', 'transformer' or 'convolutions', found 'all'" in error
     settings.out.write_bytes(b"")
     assert "exists already" in call(*arguments(settings), code=FAILED).stderr
     elsewhere = settings.model_copy(update={"model": "no"})

@@ -252,6 +252,7 @@ def test_what_means_nothing_to_transformers_is_refused(folder: Path) -> None:
     flux_pipeline().save_pretrained(folder / "model")
     cases: dict[str, dict[str, Any]] = {
         "cross-attention": {"tara": TaraTraining()}, "scope cross_kv": {"scope": "cross_kv"},
+        "no convolutions in its blocks": {"scope": "convolutions"},
         "flow matching": {"min_snr": 5.0}, "multiple of 16": {"resolution": 40},
     }  # fmt: skip
     for complaint, fields in cases.items():
