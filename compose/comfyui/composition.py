@@ -177,7 +177,8 @@ class Acting:
         levels = {site.level for site in self.family.attention.values()}
         partitions = {level: Partition.of(self._inside(level), device) for level in levels}
         mine, others = (row_index(rows.nonzero()[:, 0].tolist(), device) for rows in (self.ours, ~self.ours))
-        return OurRegions(partitions, True, isolate, self.lengths, (mine, others)), None
+        found = OurRegions(partitions, inject=True, isolate=isolate, lengths=self.lengths, rows=(mine, others))
+        return found, None
 
     @property
     def bias(self) -> TextBias | None:
