@@ -1,8 +1,11 @@
 """Concepts inside ComfyUI: LoRAs that act where they should, in its own models and samplers, in one pass.
 
-`families` knows the layers of a model, `files` reads LoRAs by ComfyUI's names of layers, `tokens` finds words by its
-tokenizers, `composition` makes gates of concepts and a method, `host` puts them into a model while ComfyUI samples with
-it, `refining` repaints subjects, `merging` merges files, `nodes` and `file_nodes` are what people connect, and
-`installing` writes the folder in custom_nodes that imports it. `host`, `composing` and nodes import ComfyUI, and run
-inside it alone.
+What people give becomes a composition: `files` reads LoRAs by ComfyUI's names of layers, `tokens` finds words by its
+tokenizers, and `concepts` makes a `composition` of both by a method. `host` puts that into a model while ComfyUI
+samples with it; `families` knows the model's layers, `steering` acts on its attention, and `memory` lets ComfyUI move
+the factors. `composing` does all this for the nodes.
+
+`refining` repaints subjects, `merging` merges files, and `showing` makes images and text of results. `nodes` and
+`file_nodes` are what people connect, with the words of `words`; `installing` writes the folder in custom_nodes that
+imports them. `host`, `composing` and nodes import ComfyUI, and run inside it alone.
 """

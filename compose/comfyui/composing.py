@@ -8,7 +8,7 @@ import comfy.lora  # pyright: ignore[reportMissingImports]
 import comfy.sd  # pyright: ignore[reportMissingImports]
 
 from lora_compose.attention import Lora
-from lora_compose.compose.comfyui.concepts import Concept, composition_of
+from lora_compose.compose.comfyui.concepts import Concept, Request
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
 from lora_compose.compose.comfyui.host import compose, marked
@@ -29,7 +29,7 @@ def factors_in(model: Any, concept: Concept, *, products: bool = True) -> Lora:
 def composed(
     model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
 ) -> tuple[Any, Any]:
-    """A model in which concepts act, and the conditioning for it. Arguments and errors: `composition_of`."""
+    """A model in which concepts act, and the conditioning for it. Arguments and errors: `Request`."""
     loras = [factors_in(model, concept) for concept in concepts]
     parts, used = [read_text_encoders(concept.path) for concept in concepts], set()
 
@@ -42,7 +42,7 @@ def composed(
         return encoder.encode_from_tokens_scheduled(encoder.tokenize(text))
 
     joint = family_of(model.model.diffusion_model).joint is not None
-    composition, conditioning = composition_of(concepts, loras, clip, encode, text, method, texts, joint=joint)
+    composition, conditioning = Request(concepts, loras, clip, encode, text, texts, joint).composed(method)
     for i, part in enumerate(parts):
         if part and i not in used:
             logger.warning("%s: its LoRA of text encoders is left out, since all read one text", concepts[i].path.name)

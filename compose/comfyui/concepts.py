@@ -145,113 +145,6 @@ def drawn(concepts: Sequence[Concept]) -> Tensor:
     return torch.stack([box_mask(box, (UNIT, UNIT), size) for box in boxes if isinstance(box, tuple)])
 
 
-def composition_of(
-    concepts: Sequence[Concept],
-    loras: Sequence[Lora],
-    clip: Any,
-    encode: Encode,
-    text: str,
-    method: str,
-    texts: str = "auto",
-    *,
-    joint: bool = False,
-) -> tuple[Composition, Conditioning]:
-    """What concepts do in a model by a method, and the conditioning for it.
-
-    Args:
-        concepts: The concepts.
-        loras: Their factors.
-        clip: ComfyUI's CLIP, whose tokenizer finds the triggers.
-        encode: Encodes texts.
-        text: The text.
-        method: "draft", "regional", "tara" or "merge".
-        texts: What the cells of a region read: "shared", the text; "regions", one of its own; or "auto".
-        joint: Whether the model has text and image in one sequence.
-
-    Raises:
-        ValueError: If the method needs regions or words that are not there, or has no use for some that are.
-    """
-    weights = torch.tensor([concept.weight for concept in concepts])
-    regions, ones = [concept.region for concept in concepts], torch.ones(1, len(concepts))
-    plan = Composition(loras, weights, regions, ones)
-    if method == "draft":
-        return _draft(plan, concepts, clip, encode, text, texts, joint)
-    if method == "regional":
-        return _regional(plan, concepts, encode, text, texts, joint)
-    if any(region is not None for region in regions):
-        raise ValueError(f"{method} does not use boxes and masks; take them away, or choose regional")
-    if texts == "regions" or any(concept.prompt for concept in concepts):
-        raise ValueError(f"{method} reads one text; clear the prompts of concepts, or choose regional")
-    if method == "merge":
-        everyone = range(len(concepts))
-        return replace(plan, text_of_others=True, image_of_others=True), encode(text, everyone)
-    conditioning = encode(text, ())
-    found = [_trigger(clip, text, concept, tokens_of(*conditioning[0])) for concept in concepts]
-    words = torch.zeros(found[0][1], len(concepts))
-    for n, (positions, _) in enumerate(found):
-        if words[list(positions)].any():
-            raise ValueError(f"the trigger {concepts[n].trigger!r} shares words with another one; each needs its own")
-        words[list(positions), n] = 1
-    return replace(plan, words=words, image_of_others=True, tokens=len(words)), conditioning
-
-
-def _regional(
-    plan: Composition, concepts: Sequence[Concept], encode: Encode, text: str, texts: str, joint: bool
-) -> tuple[Composition, Conditioning]:
-    owners = [i for i, concept in enumerate(concepts) if concept.region is not None]
-    styles = [i for i in range(len(concepts)) if i not in owners]
-    if not owners:
-        raise ValueError("regional needs to know where concepts are: give at least one a box or a mask")
-    for i in styles:
-        if concepts[i].prompt:
-            raise ValueError(
-                f"{concepts[i].path.name} has a prompt, and no region that reads it; give it a box or a mask"
-            )
-    unnamed = _unnamed([concepts[i] for i in owners], text)
-    if texts == "auto" and joint and unnamed:
-        logger.warning("all regions read one text, since none can be made about %s", ", ".join(unnamed))
-    own = any(concept.prompt for concept in concepts) or (joint and not unnamed)
-    if texts == "regions" or (texts == "auto" and own):
-        return _with_texts(plan, concepts, owners, styles, encode, text, joint)
-    _check_no_prompts(concepts)
-    return plan, encode(text, styles)
-
-
-def _draft(
-    plan: Composition, concepts: Sequence[Concept], clip: Any, encode: Encode, text: str, texts: str, joint: bool
-) -> tuple[Composition, Conditioning]:
-    subjects = subjects_of(concepts)
-    styles = [i for i in range(len(concepts)) if i not in subjects]
-    if len(subjects) < 2:
-        raise ValueError("draft divides the image between subjects: give two or more a trigger and a class word")
-    mine, searched = [*subjects.values()], [i for i in subjects if concepts[i].region is None]
-    for i in searched:
-        if not concepts[i].class_word:
-            raise ValueError(f"draft looks for the class word of {concepts[i].path.name}: type it in its Concept node")
-    classes = [(concept.class_word or "").lower() for concept in mine]
-    own = len({*classes}) < len(classes) or any(concept.prompt for concept in concepts)
-    by_regions = texts == "regions" or (texts == "auto" and own)
-    if by_regions:
-        plan, conditioning = _with_texts(plan, concepts, [*subjects], styles, encode, text, joint)
-        plan = replace(plan, isolate=not joint)  # it tears the images of transformers apart
-    else:
-        _check_no_prompts(concepts)
-        conditioning = encode(text, styles)
-        if not joint:
-            plan = replace(plan, phrases=_phrases(clip, text, concepts, subjects, tokens_of(*conditioning[0])))
-    plan = replace(plan, tokens=tokens_of(*conditioning[0]))
-    if not searched:
-        return plan, conditioning
-    plain = without_triggers(text, mine)
-    of_draft, words = _once(encode, plain, styles), torch.zeros(0, 0)
-    for n, i in enumerate(subjects):
-        if i in searched:
-            positions, tokens = find_tokens(clip, plain, concepts[i].class_word, tokens_of(*of_draft[0]))
-            words = words if len(words) else torch.zeros(tokens, len(subjects))
-            words[list(positions), n] = 1 / len(positions)
-    return replace(plan, draft=Draft(of_draft, words, subjects, by_regions)), conditioning
-
-
 def subjects_of(concepts: Sequence[Concept]) -> Mapping[int, SceneConcept]:
     """The concepts that are no styles, as our pipelines know them, with the index of each."""
     return {i: one.in_scene for i, one in enumerate(concepts) if one.phrase or one.prompt or one.region is not None}
@@ -267,70 +160,169 @@ def texts_about(concepts: Sequence[Concept], text: str) -> Sequence[str]:
     return [about(one, text, mine) for one in mine]
 
 
-def _with_texts(
-    plan: Composition,
-    concepts: Sequence[Concept],
-    owners: Sequence[int],
-    styles: Sequence[int],
-    encode: Encode,
-    text: str,
-    joint: bool,
-) -> tuple[Composition, Conditioning]:
-    """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
-    mine, texts = [concepts[i].in_scene for i in owners], texts_about([concepts[i] for i in owners], text)
-    plain, bare = without_triggers(text, mine), surroundings(text, mine)
-    # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
-    kept = all(find_words(concepts[i].trigger, bare) for i in styles if concepts[i].trigger)
-    first = bare if kept and not joint else plain
-    every = [_once(encode, first, styles)]
-    every += [_once(encode, own, [*styles, i]) for i, own in zip(owners, texts, strict=True)]
-    everywhere = torch.tensor([float(i in styles) for i in range(len(concepts))])
-    words = torch.stack([everywhere, *(everywhere + torch.eye(len(everywhere))[list(owners)])])
-    whole = every[0] if first == plain else _once(encode, plain, styles)  # also what describes the image as a whole
-    tokens = tokens_of(*whole[0])
-    return replace(plan, words=words, texts=every, owners=owners, tokens=tokens), whole
-
-
-def _once(encode: Encode, text: str, which: Sequence[int]) -> Conditioning:
-    found = encode(text, which)
-    if len(found) != 1:
-        raise ValueError("the CLIP has LoRA hooks with a schedule; leave them out with draft and texts of regions")
-    return found
-
-
-def _phrases(
-    clip: Any, text: str, concepts: Sequence[Concept], subjects: Mapping[int, SceneConcept], kept: int
-) -> Tensor:
-    """1 at the tokens from a trigger to its class word, or of the class word alone. Shape: [tokens, concepts]."""
-    phrases = torch.zeros(0, 0)
-    for i, one in subjects.items():
-        spans = [
-            (start, (noun or (start, end))[1]) for (start, end), noun in class_words(one, text, [*subjects.values()])
-        ]
-        for said in {text[start:end] for start, end in spans} or {concepts[i].class_word} - {""}:
-            positions, tokens = find_tokens(clip, text, said, kept)
-            phrases = phrases if len(phrases) else torch.zeros(tokens, len(concepts))
-            phrases[list(positions), i] = 1
-    return phrases
-
-
 def _unnamed(concepts: Sequence[Concept], text: str) -> list[str]:
     """Concepts of which no text can be made: their words are not in the text."""
     return [one.path.name for one in concepts if not (one.prompt or find_words(one.trigger or one.class_word, text))]
 
 
-def _check_no_prompts(concepts: Sequence[Concept]) -> None:
-    for concept in concepts:
-        if concept.prompt:
-            raise ValueError(
-                f"{concept.path.name} has a prompt, and all regions read one text; clear it, or set texts to regions"
-            )
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a Compose node is asked for.
 
+    Attributes:
+        concepts: The concepts.
+        loras: Their factors.
+        clip: ComfyUI's CLIP, whose tokenizer finds words.
+        encode: Encodes texts.
+        text: The text.
+        texts: What the cells of a region read: "shared", the text; "regions", one of its own; or "auto".
+        joint: Whether the model has text and image in one sequence.
+    """
 
-def _trigger(clip: Any, text: str, concept: Concept, kept: int) -> tuple[Sequence[int], int]:
-    if not concept.trigger:
-        raise ValueError(f"tara needs a trigger for {concept.path.name}: type it in its Concept node")
-    try:
-        return find_tokens(clip, text, concept.trigger, kept)
-    except ValueError as error:
-        raise ValueError(f"{concept.path.name}: {error}: {concept.phrase!r}") from error
+    concepts: Sequence[Concept]
+    loras: Sequence[Lora]
+    clip: Any
+    encode: Encode
+    text: str
+    texts: str = "auto"
+    joint: bool = False
+
+    def composed(self, method: str) -> tuple[Composition, Conditioning]:
+        """What the concepts do in a model by a method, and the conditioning for it.
+
+        Args:
+            method: "draft", "regional", "tara" or "merge".
+
+        Raises:
+            ValueError: If the method needs regions or words that are not there, or has no use for some that are.
+        """
+        concepts = self.concepts
+        weights, regions = torch.tensor([one.weight for one in concepts]), [one.region for one in concepts]
+        plan = Composition(self.loras, weights, regions, torch.ones(1, len(concepts)))
+        if method in ("draft", "regional"):
+            return self._draft(plan) if method == "draft" else self._regional(plan)
+        if any(region is not None for region in regions):
+            raise ValueError(f"{method} does not use boxes and masks; take them away, or choose regional")
+        if self.texts == "regions" or any(concept.prompt for concept in concepts):
+            raise ValueError(f"{method} reads one text; clear the prompts of concepts, or choose regional")
+        if method == "merge":
+            plan = replace(plan, text_of_others=True, image_of_others=True)
+            return plan, self.encode(self.text, range(len(concepts)))
+        return self._tara(replace(plan, image_of_others=True))
+
+    def _tara(self, plan: Composition) -> tuple[Composition, Conditioning]:
+        conditioning = self.encode(self.text, ())
+        words = torch.zeros(tokens_of(*conditioning[0]), len(self.concepts))
+        for n, concept in enumerate(self.concepts):
+            if not concept.trigger:
+                raise ValueError(f"tara needs a trigger for {concept.path.name}: type it in its Concept node")
+            try:
+                positions = find_tokens(self.clip, self.text, concept.trigger, len(words))
+            except ValueError as error:
+                raise ValueError(f"{concept.path.name}: {error}: {concept.phrase!r}") from error
+            if words[positions].any():
+                raise ValueError(f"the trigger {concept.trigger!r} shares words with another one; each needs its own")
+            words[positions, n] = 1
+        return replace(plan, words=words, tokens=len(words)), conditioning
+
+    def _regional(self, plan: Composition) -> tuple[Composition, Conditioning]:
+        owners = [i for i, concept in enumerate(self.concepts) if concept.region is not None]
+        if not owners:
+            raise ValueError("regional needs to know where concepts are: give at least one a box or a mask")
+        for i in self._others(owners):
+            if self.concepts[i].prompt:
+                raise ValueError(
+                    f"{self.concepts[i].path.name} has a prompt, and no region that reads it; give it a box or a mask"
+                )
+        unnamed = _unnamed([self.concepts[i] for i in owners], self.text)
+        if self.texts == "auto" and self.joint and unnamed:
+            logger.warning("all regions read one text, since none can be made about %s", ", ".join(unnamed))
+        if self._by_regions(self.joint and not unnamed):
+            return self._with_texts(plan, owners)
+        return plan, self._shared(owners)
+
+    def _draft(self, plan: Composition) -> tuple[Composition, Conditioning]:
+        subjects = subjects_of(self.concepts)
+        if len(subjects) < 2:
+            raise ValueError("draft divides the image between subjects: give two or more a trigger and a class word")
+        searched = [i for i in subjects if self.concepts[i].region is None]
+        for i in searched:
+            if not self.concepts[i].class_word:
+                raise ValueError(
+                    f"draft looks for the class word of {self.concepts[i].path.name}: type it in its Concept node"
+                )
+        classes = [self.concepts[i].class_word.lower() for i in subjects]
+        by_regions = self._by_regions(len({*classes}) < len(classes))
+        if by_regions:
+            plan, conditioning = self._with_texts(plan, [*subjects])
+            plan = replace(plan, isolate=not self.joint)  # it tears the images of transformers apart
+        else:
+            conditioning = self._shared([*subjects])
+            plan = replace(plan, tokens=tokens_of(*conditioning[0]))
+            if not self.joint:
+                plan = replace(plan, phrases=self._phrases(subjects, tokens_of(*conditioning[0])))
+        if not searched:
+            return plan, conditioning
+        plain = without_triggers(self.text, [*subjects.values()])
+        of_draft = self._once(plain, self._others([*subjects]))
+        words = torch.zeros(tokens_of(*of_draft[0]), len(subjects))
+        for n, i in enumerate(subjects):
+            if i in searched:
+                positions = find_tokens(self.clip, plain, self.concepts[i].class_word, len(words))
+                words[positions, n] = 1 / len(positions)
+        return replace(plan, draft=Draft(of_draft, words, subjects, by_regions)), conditioning
+
+    def _others(self, owners: Sequence[int]) -> Sequence[int]:
+        """The concepts that act everywhere, beside those that have a region."""
+        return [i for i in range(len(self.concepts)) if i not in owners]
+
+    def _by_regions(self, auto: bool) -> bool:
+        """Whether regions read texts of their own.
+
+        Args:
+            auto: Whether "auto" means that where no concept has a prompt.
+        """
+        if self.texts != "auto":
+            return self.texts == "regions"
+        return auto or any(concept.prompt for concept in self.concepts)
+
+    def _shared(self, owners: Sequence[int]) -> Conditioning:
+        """The conditioning of one text for all regions."""
+        for concept in self.concepts:
+            if concept.prompt:
+                raise ValueError(
+                    f"{concept.path.name} has a prompt, and all regions read one text; clear it, or set texts to "
+                    "regions"
+                )
+        return self.encode(self.text, self._others(owners))
+
+    def _with_texts(self, plan: Composition, owners: Sequence[int]) -> tuple[Composition, Conditioning]:
+        """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
+        mine, styles = [self.concepts[i] for i in owners], self._others(owners)
+        texts, in_scene = texts_about(mine, self.text), [one.in_scene for one in mine]
+        plain, bare = without_triggers(self.text, in_scene), surroundings(self.text, in_scene)
+        # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
+        kept = all(find_words(self.concepts[i].trigger, bare) for i in styles if self.concepts[i].trigger)
+        first = bare if kept and not self.joint else plain
+        every = [self._once(first, styles)]
+        every += [self._once(own, [*styles, i]) for i, own in zip(owners, texts, strict=True)]
+        everywhere = torch.tensor([float(i in styles) for i in range(len(self.concepts))])
+        words = torch.stack([everywhere, *(everywhere + torch.eye(len(everywhere))[list(owners)])])
+        whole = every[0] if first == plain else self._once(plain, styles)  # also what describes the image as a whole
+        return replace(plan, words=words, texts=every, owners=owners, tokens=tokens_of(*whole[0])), whole
+
+    def _once(self, text: str, which: Sequence[int]) -> Conditioning:
+        found = self.encode(text, which)
+        if len(found) != 1:
+            raise ValueError("the CLIP has LoRA hooks with a schedule; leave them out with draft and texts of regions")
+        return found
+
+    def _phrases(self, subjects: Mapping[int, SceneConcept], tokens: int) -> Tensor:
+        """1 at the tokens from a trigger to its class word, or of the class word alone. Shape: [tokens, concepts]."""
+        phrases = torch.zeros(tokens, len(self.concepts))
+        for i, one in subjects.items():
+            spans = class_words(one, self.text, [*subjects.values()])
+            said = {self.text[start : (noun or (start, end))[1]] for (start, end), noun in spans}
+            for words in said or {self.concepts[i].class_word} - {""}:
+                phrases[find_tokens(self.clip, self.text, words, tokens), i] = 1
+        return phrases

@@ -1,21 +1,45 @@
 """The ComfyUI nodes that read and write LoRA files: Merge to file and Inspect file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import folder_paths  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import io, ui  # pyright: ignore[reportMissingImports]
 
+from lora_compose.compose.comfyui import words
 from lora_compose.compose.comfyui.composing import factors_in
 from lora_compose.compose.comfyui.concepts import Concept
 from lora_compose.compose.comfyui.merging import merge_concepts
 from lora_compose.compose.comfyui.showing import merged_text, text_about
-from lora_compose.compose.comfyui.words import INSPECT, MERGE, MERGED_NAME, MERGERS
 from lora_compose.pipelines.formats.files import LoraError, read_lora
 
 Concepts = io.Custom("LORA_COMPOSE_CONCEPTS")
-CATEGORY = "lora-compose"
+
+
+def schema(
+    name: str, label: str, about: str, *, inputs: list[Any], outputs: list[Any], is_output_node: bool = False
+) -> Any:
+    """What ComfyUI asks of a node.
+
+    Args:
+        name: What workflows call it.
+        is_output_node: Whether it runs also where nothing reads its outputs.
+    """
+    return io.Schema(
+        node_id=f"LoraCompose{name}",
+        display_name=label,
+        category="lora-compose",
+        description=about,
+        inputs=inputs,
+        outputs=outputs,
+        is_output_node=is_output_node,
+    )
+
+
+def choice(name: str, options: Mapping[str, str]) -> Any:
+    """The input for one of some options, of which each is described."""
+    return io.Combo.Input(name, options=[*options], tooltip=" ".join(f"{one}: {said}" for one, said in options.items()))
 
 
 class MergeNode(io.ComfyNode):
@@ -24,19 +48,16 @@ class MergeNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         """What the node has."""
-        return io.Schema(
-            node_id="LoraComposeMerge",
-            display_name="Merge to file",
-            category=CATEGORY,
-            description=MERGE,
+        return schema(
+            "Merge",
+            "Merge to file",
+            words.MERGE,
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that the LoRAs are for."),
                 Concepts.Input("concepts"),
-                io.Combo.Input(
-                    "method", options=[*MERGERS], tooltip=" ".join(f"{name}: {said}" for name, said in MERGERS.items())
-                ),
-                io.String.Input("filename_prefix", default="loras/merged", tooltip=MERGED_NAME),
+                choice("method", words.MERGERS),
+                io.String.Input("filename_prefix", default="loras/merged", tooltip=words.MERGED_NAME),
             ],
             outputs=[io.String.Output(display_name="report")],
         )
@@ -57,11 +78,10 @@ class InspectNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         """What the node has."""
-        return io.Schema(
-            node_id="LoraComposeInspect",
-            display_name="Inspect file",
-            category=CATEGORY,
-            description=INSPECT,
+        return schema(
+            "Inspect",
+            "Inspect file",
+            words.INSPECT,
             is_output_node=True,
             inputs=[
                 io.Combo.Input("lora", options=folder_paths.get_filename_list("loras")),

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from lora_compose.attention import Grid, Installation, KeptBanks, Recorder, grid_at, installed_layers
 from lora_compose.attention.forward_state import LayerInputs
-from lora_compose.attention.joint_regions import row_index
 from lora_compose.attention.swapped_forward import SwappedForward
 from lora_compose.compose.comfyui.composition import Acting, Composition, Conditioning, Draft, Found, over
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.memory import Brought, CountedBank, Factors, bytes_of
-from lora_compose.compose.comfyui.steering import EachTextFromItsStart, SteeredAttention, Steering
+from lora_compose.compose.comfyui.steering import EachTextFromItsStart, SteeredAttention
 from lora_compose.compose.comfyui.tokens import tokens_of
 
 KEY = "lora_compose"
@@ -39,27 +38,31 @@ def compose(patcher: Any, composition: Composition) -> Any:
     """A clone of a model (`ModelPatcher`) in which a composition acts wherever ComfyUI samples with it.
 
     Raises:
-        ValueError: If the model has one already, or is of a family that is not supported.
+        ValueError: If the model has one already.
     """
     if patcher.get_attachment(KEY) is not None:
         raise ValueError(
             "this model has concepts already; connect that of your checkpoint, and all concepts as one chain"
         )
-    family_of(patcher.model.diffusion_model)
     factors = Factors(patcher.offload_device)
     size = bytes_of(composition.loras, _dtype(patcher.model))
     counted = comfy.model_patcher.ModelPatcher(factors, patcher.load_device, patcher.offload_device, size)
-    clone = _calling(patcher, Host(composition, factors))
+    clone, host = patcher.clone(), Host(composition, factors)
+    clone.set_attachments(KEY, host)
     clone.set_additional_models(KEY, [counted])
+    clone.add_callback_with_key(core.CallbacksMP.ON_EJECT_MODEL, KEY, host.eject)
+    clone.add_callback_with_key(core.CallbacksMP.ON_INJECT_MODEL, KEY, host.inject)
+    clone.add_wrapper_with_key(core.WrappersMP.SAMPLER_SAMPLE, KEY, host.sample)
+    clone.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, KEY, host.apply_model)
     return clone
 
 
-def draft_alone(patcher: Any, sample: Callable[[Any], Any]) -> Found:
+def draft_alone(patcher: Any, sample: Callable[[], Any]) -> Found:
     """What `draft` finds in a sampling, which ends after the drafted steps.
 
     Args:
         patcher: A model of Compose.
-        sample: Samples with a model.
+        sample: Samples with it.
 
     Raises:
         ValueError: If nothing is drafted with the model.
@@ -70,26 +73,14 @@ def draft_alone(patcher: Any, sample: Callable[[Any], Any]) -> Found:
             "nothing is drafted with this model; connect that of Compose, with method draft and a subject without box "
             "and mask"
         )
-    alone = Host(host.composition, host.factors, only_draft=True)
-    sample(_calling(patcher, alone))
-    if alone.found is None:
+    host.found, host.only_draft = None, True
+    try:
+        sample()
+    finally:
+        host.only_draft = False
+    if host.found is None:
         raise ValueError("there are no steps to draft; set steps to 1 or more")
-    return alone.found
-
-
-def _calling(patcher: Any, host: "Host") -> Any:
-    """A clone of a model with which ComfyUI calls a host, and no other one of ours."""
-    clone = patcher.clone()
-    clone.set_attachments(KEY, host)
-    callbacks = {core.CallbacksMP.ON_EJECT_MODEL: host.eject, core.CallbacksMP.ON_INJECT_MODEL: host.inject}
-    wrappers = {core.WrappersMP.SAMPLER_SAMPLE: host.sample, core.WrappersMP.APPLY_MODEL: host.apply_model}
-    for event, called in callbacks.items():
-        clone.remove_callbacks_with_key(event, KEY)
-        clone.add_callback_with_key(event, KEY, called)
-    for event, called in wrappers.items():
-        clone.remove_wrappers_with_key(event, KEY)
-        clone.add_wrapper_with_key(event, KEY, called)
-    return clone
+    return host.found
 
 
 def _dtype(model: Any) -> torch.dtype:
@@ -107,15 +98,16 @@ class Host:
     Args:
         composition: What acts where.
         factors: Its factors, which ComfyUI moves.
-        only_draft: Whether a sampling ends after its draft.
 
     Attributes:
         found: What the last draft has found.
+        only_draft: Whether a sampling ends after its draft.
     """
 
-    def __init__(self, composition: Composition, factors: Factors, *, only_draft: bool = False) -> None:
-        self.composition, self.factors, self._only_draft = composition, factors, only_draft
+    def __init__(self, composition: Composition, factors: Factors) -> None:
+        self.composition, self.factors = composition, factors
         self.found: Found | None = None
+        self.only_draft = False
         self._sampling: Sampling | None = None
 
     def sample(
@@ -136,7 +128,7 @@ class Host:
                 first = sigmas[: 1 + max(1, math.ceil(round(LENGTH * steps, 6)))]
                 start = {**extra}, None, noise.clone(), latents, mask
                 self.found = sampling.draft(plan.draft, partial(executor, guider, first, *start, *further, **options))
-            if self._only_draft:
+            if self.only_draft:
                 return noise
             guider.conds = sampling.reading(conditionings, plan.texts, given)
             return executor(guider, sigmas, extra, callback, noise, latents, mask, *further, **options)
@@ -213,7 +205,6 @@ class Sampling:
         self._kept = KeptBanks(CountedBank(factors), tuple((i,) for i in range(len(plan.loras))))
         self._stack = ExitStack()
         self._installation: Installation | None = None
-        self._steering: Steering | None = None
         self._images, self._lengths = [plan.regions], []
         self._draft: Draft | None = None
         self._maps: list[Tensor] = []
@@ -230,11 +221,11 @@ class Sampling:
         for name, layer in self._installation.bank.items():
             model.get_submodule(name).forward.layer = Brought(layer)
         if self.steered:
-            self._steering = Steering(self._installation.state)
+            state = self._installation.state
             for name, site in family.attention.items():
-                self._swap(name, partial(SteeredAttention, name, site, self._steering))
+                self._swap(name, partial(SteeredAttention, name, site, state))
             if family.positions is not None:
-                self._swap(family.positions, partial(EachTextFromItsStart, self._installation.state))
+                self._swap(family.positions, partial(EachTextFromItsStart, state))
 
     def _swap(self, name: str, around: Callable[..., Any]) -> None:
         """Puts on a module what is made of its `forward`."""
@@ -245,7 +236,7 @@ class Sampling:
 
     def take(self) -> None:
         """Takes them out; may be called twice."""
-        self._installation = self._steering = None
+        self._installation = None
         self._stack.close()
 
     def reading(
@@ -315,7 +306,6 @@ class Sampling:
         if grid != self._grid and (self.steered or any(region is not None for region in plan.regions)):
             raise ValueError("a conditioning with an area of its own cannot be combined with regions of concepts")
         ours = torch.tensor([uuid in self._ours for uuid in uuids]).repeat_interleave(len(x) // len(uuids))
-        mine, others = (row_index(rows.nonzero()[:, 0].tolist(), self._device) for rows in (ours, ~ours))
         key = (*ours.tolist(), grid, tokens)
         if key not in self._inputs:
             acting = Acting(plan, self._family, self._images, self._lengths, ours, grid, tokens)
@@ -324,14 +314,12 @@ class Sampling:
                 acting.gates, regions=regions, joint_regions=joint, lengths=[tokens] * len(x), text_bias=acting.bias
             )
         recorders = []
-        if self._draft is not None and mine is not None:
+        if self._draft is not None and ours.any():
             words = over(self._draft.words, tokens, self._family).to(self._device)
             recorders.append(Recorder(self._family.maps, words[None]))
         self._installation.use(self._inputs[key], *recorders)
-        if self._steering is not None:
-            self._steering.rows, self._steering.lengths = (mine, others), self._lengths
         out = execute()
         for recorder in recorders:  # the images of each conditioning follow one another
-            maps = recorder.mean()[mine].unflatten(0, (-1, len(self._noise))).mean(dim=0).float().cpu()
+            maps = recorder.mean().cpu()[ours].unflatten(0, (-1, len(self._noise))).mean(dim=0)
             self._maps.append(maps.transpose(1, 2).unflatten(2, grid_at(grid, self._family.map_level)))
         return out

@@ -10,31 +10,13 @@ import nodes as core  # ComfyUI's, which it has loaded under this name
 from comfy_api.latest import ComfyExtension, io, ui  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from lora_compose.compose.comfyui import words
 from lora_compose.compose.comfyui.composing import composed
 from lora_compose.compose.comfyui.concepts import Concept, boxes_of, drawn, with_boxes, with_masks
-from lora_compose.compose.comfyui.file_nodes import CATEGORY, Concepts, InspectNode, MergeNode
+from lora_compose.compose.comfyui.file_nodes import Concepts, InspectNode, MergeNode, choice, schema
 from lora_compose.compose.comfyui.host import draft_alone
 from lora_compose.compose.comfyui.refining import refined
 from lora_compose.compose.comfyui.showing import previewed
-from lora_compose.compose.comfyui.words import (
-    BOX,
-    BOXES,
-    CLASS_WORD,
-    CONCEPT,
-    DENOISE,
-    DRAFT_PREVIEW,
-    MASK,
-    METHODS,
-    PROMPT,
-    REFINE,
-    REFINED_MASKS,
-    REFINED_SIZE,
-    REFINED_TEXT,
-    TEXT,
-    TEXTS,
-    TRIGGER,
-    WEIGHT,
-)
 
 
 class ConceptNode(io.ComfyNode):
@@ -43,39 +25,28 @@ class ConceptNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         """What the node has."""
-        return io.Schema(
-            node_id="LoraComposeConcept",
-            display_name="Concept",
-            category=CATEGORY,
-            description=CONCEPT,
+        return schema(
+            "Concept",
+            "Concept",
+            words.CONCEPT,
             inputs=[
                 io.Combo.Input("lora", options=folder_paths.get_filename_list("loras")),
-                io.String.Input("trigger", default="", tooltip=TRIGGER),
-                io.String.Input("class_word", default="", tooltip=CLASS_WORD),
-                io.Float.Input("weight", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip=WEIGHT),
-                io.String.Input("box", default="", tooltip=BOX),
-                io.String.Input("prompt", default="", optional=True, multiline=True, tooltip=PROMPT),
-                io.Mask.Input("mask", optional=True, tooltip=MASK),
+                io.String.Input("trigger", default="", tooltip=words.TRIGGER),
+                io.String.Input("class_word", default="", tooltip=words.CLASS_WORD),
+                io.Float.Input("weight", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip=words.WEIGHT),
+                io.String.Input("box", default="", tooltip=words.BOX),
+                io.String.Input("prompt", default="", optional=True, multiline=True, tooltip=words.PROMPT),
+                io.Mask.Input("mask", optional=True, tooltip=words.MASK),
                 Concepts.Input("concepts", optional=True, tooltip="The concepts before this one."),
             ],
             outputs=[Concepts.Output(display_name="concepts")],
         )
 
     @classmethod
-    def execute(
-        cls,
-        lora: str,
-        trigger: str,
-        class_word: str,
-        weight: float,
-        box: str,
-        prompt: str = "",
-        mask: Any = None,
-        concepts: Any = (),
-    ) -> Any:
-        """Adds a concept to those before it."""
+    def execute(cls, lora: str, concepts: Sequence[Concept] = (), **given: Any) -> Any:
+        """Adds a concept to those before it. Further arguments: `Concept.of`."""
         path = Path(folder_paths.get_full_path_or_raise("loras", lora))
-        return io.NodeOutput((*concepts, Concept.of(path, trigger, class_word, weight, box, mask, prompt)))
+        return io.NodeOutput((*concepts, Concept.of(path, **given)))
 
 
 class BoxesNode(io.ComfyNode):
@@ -84,14 +55,13 @@ class BoxesNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         """What the node has."""
-        return io.Schema(
-            node_id="LoraComposeBoxes",
-            display_name="Boxes",
-            category=CATEGORY,
-            description="Gives each concept its box. The masks show them: connect them to a MaskPreview.",
+        return schema(
+            "Boxes",
+            "Boxes",
+            "Gives each concept its box. The masks show them: connect them to a MaskPreview.",
             inputs=[
                 Concepts.Input("concepts"),
-                io.String.Input("boxes", multiline=True, default="0,0,0.5,1\n0.5,0,1,1", tooltip=BOXES),
+                io.String.Input("boxes", multiline=True, default="0,0,0.5,1\n0.5,0,1,1", tooltip=words.BOXES),
             ],
             outputs=[Concepts.Output(display_name="concepts"), io.Mask.Output(display_name="masks")],
         )
@@ -109,20 +79,17 @@ class ComposeNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         """What the node has."""
-        return io.Schema(
-            node_id="LoraComposeCompose",
-            display_name="Compose",
-            category=CATEGORY,
-            description="Lets concepts act in a model, in one pass. Connect both outputs to one sampler.",
+        return schema(
+            "Compose",
+            "Compose",
+            "Lets concepts act in a model, in one pass. Connect both outputs to one sampler.",
             inputs=[
                 io.Model.Input("model"),
                 io.Clip.Input("clip"),
                 Concepts.Input("concepts"),
-                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip=TEXT),
-                io.Combo.Input(
-                    "method", options=[*METHODS], tooltip=" ".join(f"{name}: {said}" for name, said in METHODS.items())
-                ),
-                io.Combo.Input("texts", options=["auto", "shared", "regions"], optional=True, tooltip=TEXTS),
+                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip=words.TEXT),
+                choice("method", words.METHODS),
+                io.Combo.Input("texts", options=["auto", "shared", "regions"], optional=True, tooltip=words.TEXTS),
             ],
             outputs=[io.Model.Output(), io.Conditioning.Output()],
         )
@@ -152,11 +119,10 @@ class DraftPreviewNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         """What the node has."""
-        return io.Schema(
-            node_id="LoraComposeDraftPreview",
-            display_name="Draft preview",
-            category=CATEGORY,
-            description=DRAFT_PREVIEW,
+        return schema(
+            "DraftPreview",
+            "Draft preview",
+            words.DRAFT_PREVIEW,
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="That of Compose, with method draft."),
@@ -171,7 +137,7 @@ class DraftPreviewNode(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, positive: Any, negative: Any, latent_image: Any, **how: Any) -> Any:
         """The division of the first image, and the map of each subject; and the regions of all concepts as masks."""
-        found = draft_alone(model, lambda clone: _sample(clone, positive, negative, latent_image, **how))
+        found = draft_alone(model, lambda: _sample(model, positive, negative, latent_image, **how))
         shown, masks = previewed(found)
         return io.NodeOutput(shown, masks, ui=ui.PreviewImage(shown, cls=cls))
 
@@ -182,11 +148,10 @@ class RefineNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
         """What the node has."""
-        return io.Schema(
-            node_id="LoraComposeRefine",
-            display_name="Refine subject",
-            category=CATEGORY,
-            description=REFINE,
+        return schema(
+            "Refine",
+            "Refine subject",
+            words.REFINE,
             inputs=[
                 io.Image.Input("image"),
                 io.Model.Input("model", tooltip="That of your checkpoint, not that of Compose."),
@@ -194,11 +159,11 @@ class RefineNode(io.ComfyNode):
                 io.Vae.Input("vae"),
                 io.Conditioning.Input("negative"),
                 Concepts.Input("concepts"),
-                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip=REFINED_TEXT),
-                io.Int.Input("size", default=1024, min=64, max=4096, step=16, tooltip=REFINED_SIZE),
+                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip=words.REFINED_TEXT),
+                io.Int.Input("size", default=1024, min=64, max=4096, step=16, tooltip=words.REFINED_SIZE),
                 *sampled(),
-                io.Float.Input("denoise", default=0.5, min=0.01, max=1.0, step=0.01, tooltip=DENOISE),
-                io.Mask.Input("masks", optional=True, tooltip=REFINED_MASKS),
+                io.Float.Input("denoise", default=0.5, min=0.01, max=1.0, step=0.01, tooltip=words.DENOISE),
+                io.Mask.Input("masks", optional=True, tooltip=words.REFINED_MASKS),
             ],
             outputs=[io.Image.Output()],
         )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -46,8 +47,9 @@ def refined(images: Tensor, concepts: Sequence[Concept], text: str, size: int, r
     for subject, own in zip(chosen, texts_about(chosen, text), strict=True):
         if subject.region is None:
             continue
-        mask = _greys(on_grid(subject.region, (images.shape[1], images.shape[2])))
-        share = _soft(mask)
+        mask = on_grid(subject.region, (images.shape[1], images.shape[2]))
+        mask = Image.fromarray((mask * 255).round().byte().numpy())
+        share = torch.from_numpy(np.array(softened(mask, _BLUR))) / 255
         if not share.any():
             raise ValueError(f"the mask of {subject.path.name} is too thin to be seen in the image; make it wider")
         rows, columns = _around(share, round(_PADDING * side_of(mask)))
@@ -58,16 +60,6 @@ def refined(images: Tensor, concepts: Sequence[Concept], text: str, size: int, r
         painted = _resized(painted, (part.shape[1], part.shape[2])).to(part)
         images[:, rows, columns] = part + share.to(part) * (painted - part)
     return images
-
-
-def _greys(mask: Tensor) -> Image.Image:
-    return Image.fromarray((mask * 255).round().byte().numpy())
-
-
-def _soft(mask: Image.Image) -> Tensor:
-    """A mask with a soft border. Shape: [height, width]."""
-    soft = softened(mask, _BLUR)
-    return torch.frombuffer(bytearray(soft.tobytes()), dtype=torch.uint8).reshape(soft.height, soft.width) / 255
 
 
 def _around(mask: Tensor, padding: int) -> tuple[slice, slice]:

@@ -20,19 +20,36 @@ from lora_compose.attention.kernels import Kernel
 OVERRIDE = "optimized_attention_override"
 
 
-@dataclass
-class Steering:
-    """What the attention layers of a model read during a pass, beside what other layers read.
+@dataclass(frozen=True, eq=False)
+class OurRegions(RegionAttention):
+    """Region attention of our conditioning's rows. Rows of others read their own text, and see all cells.
 
     Attributes:
-        state: That of the layers.
-        lengths: Tokens of each text that our conditioning has, if there are several.
-        rows: Those of our conditioning, and those of others, in any order; None where there are none.
+        lengths: Tokens of each text that our conditioning has, one after the other.
+        rows: Those of our conditioning, and those of others; None where there are none.
     """
 
-    state: ForwardState
-    lengths: Sequence[int] = ()
-    rows: tuple[RowIndex | None, RowIndex | None] = (None, None)
+    lengths: Sequence[int]
+    rows: tuple[RowIndex | None, RowIndex | None]
+
+    def attend(self, kernel: Kernel, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Cross- or self-attention. Shapes: [rows, heads, positions, channels]; of the result, region queries."""
+        mine, others = self.rows
+        if others is None:
+            return self._ours(kernel, site, q, k, v)
+        ours, theirs = self._ours(kernel, site, q[mine], k[mine], v[mine]), kernel(q[others], k[others], v[others])
+        if site.reads_text:
+            theirs = self.at_queries(site.level, theirs.transpose(1, 2)).transpose(1, 2)
+        out = ours.new_empty(len(q), *ours.shape[1:])
+        out[mine], out[others] = ours, theirs
+        return out
+
+    def _ours(self, kernel: Kernel, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not site.reads_text:
+            return self.self_attention(kernel, site.level, q, k, v)
+        # ComfyUI repeats texts to the length of others.
+        keys, values = (x[:, :, : sum(self.lengths)].split([*self.lengths], dim=2) for x in (k, v))
+        return self.cross(kernel, site.level, q, keys, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +62,7 @@ class SteeredAttention:
 
     name: str
     site: Site
-    steering: Steering
+    state: ForwardState
     found: Callable[..., Any]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -53,7 +70,7 @@ class SteeredAttention:
         given = options.get("transformer_options") or {}
         override = partial(self._attend, given.get(OVERRIDE))
         out = self.found(*arguments, **{**options, "transformer_options": {**given, OVERRIDE: override}})
-        regions = self.steering.state.inputs.regions
+        regions = self.state.inputs.regions
         if regions is None or not self.site.reads_text:
             return out
         return regions.mean_over_queries(self.site.level, out)
@@ -83,40 +100,19 @@ class SteeredAttention:
 
     def _steered(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of heads. Shapes: [rows, heads, positions, channels]."""
-        state, site = self.steering.state, self.site
-        inputs, scale = state.inputs, q.shape[-1] ** -0.5
+        site, inputs, scale = self.site, self.state.inputs, q.shape[-1] ** -0.5
         cells = prod(grid_at(inputs.latent_grid, site.level))
         tokens = site.padded(max(inputs.lengths))
         lengths = {"text": tokens, "image": site.padded(cells)}
         if q.shape[2] != sum(lengths[part] for part in site.parts):
             raise ValueError("another node changes the cells that attention sees; take it out, or use no draft here")
-        if inputs.regions is not None:
-            return self._apart(inputs.regions, kernel, q, k, v)
+        if isinstance(inputs.regions, OurRegions):
+            return inputs.regions.attend(kernel, site, q, k, v)
         if not site.joint and inputs.joint_regions is None:
-            return state.attend(kernel, self.name, site.level, q, k, v, scale, site.reads_text)
-        for recorder in state.recorders:
+            return self.state.attend(kernel, self.name, site.level, q, k, v, scale, site.reads_text)
+        for recorder in self.state.recorders:
             recorder.take(self.name, q[:, :, tokens : tokens + cells], k, scale, tokens=tokens)
         return kernel(q, k, v) if inputs.joint_regions is None else self._joint(inputs.joint_regions, kernel, q, k, v)
-
-    def _apart(self, regions: RegionAttention, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Cross- or self-attention. Rows of others read their own text, and see all cells."""
-        level, lengths, (mine, others) = self.site.level, list(self.steering.lengths), self.steering.rows
-
-        def steered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if not self.site.reads_text:
-                return regions.self_attention(kernel, level, q, k, v)
-            # ComfyUI repeats texts to the length of others.
-            keys, values = (x[:, :, : sum(lengths)].split(lengths, dim=2) for x in (k, v))
-            return regions.cross(kernel, level, q, keys, values)
-
-        if others is None:
-            return steered(q, k, v)
-        ours, theirs = steered(q[mine], k[mine], v[mine]), kernel(q[others], k[others], v[others])
-        if self.site.reads_text:
-            theirs = regions.at_queries(level, theirs.transpose(1, 2)).transpose(1, 2)
-        out = ours.new_empty(len(q), *ours.shape[1:])
-        out[mine], out[others] = ours, theirs
-        return out
 
     def _joint(self, regions: JointRegions, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention to text and image in one sequence; `JointRegions` has positions before heads."""

@@ -1,6 +1,6 @@
 """Where the words of a concept are in a text, by ComfyUI's tokenizers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +14,8 @@ def tokens_of(text: Tensor, options: Mapping[str, Any]) -> int:
     return text.shape[1] if ids is None else ids.shape[-1]
 
 
-def find_tokens(clip: Any, text: str, words: str, kept: int | None = None) -> tuple[Sequence[int], int]:
-    """The positions of words among the tokens of a text, as its conditioning has them; and how many tokens it has.
+def find_tokens(clip: Any, text: str, words: str, tokens: int) -> list[int]:
+    """The positions of words among the tokens of a text, as its conditioning has them.
 
     Weights in brackets are parsed, and texts are cut into parts, as ComfyUI does it.
 
@@ -23,7 +23,7 @@ def find_tokens(clip: Any, text: str, words: str, kept: int | None = None) -> tu
         clip: ComfyUI's CLIP.
         text: The text.
         words: For example a trigger.
-        kept: Tokens of the conditioning, if those of a chat template are cut off in front of it.
+        tokens: How many tokens the conditioning has; those of a chat template may be cut off in front of it.
 
     Raises:
         ValueError: If the words are not in the text, or are joined to other signs there.
@@ -32,9 +32,8 @@ def find_tokens(clip: Any, text: str, words: str, kept: int | None = None) -> tu
     encoder = "t5xxl" if "t5xxl" in by_encoder else next(iter(by_encoder))  # of FLUX.1, T5 alone makes the tokens
     outer = clip.tokenizer
     inner = next(getattr(outer, name) for name in (encoder, f"clip_{encoder}") if hasattr(outer, name))
-    every = [token for part in by_encoder[encoder] for token in part]
-    cut = 0 if kept is None else len(every) - kept
-    read = [(position, token) for position, (token, _, word) in enumerate(every) if word and position >= cut]
+    every = [token for part in by_encoder[encoder] for token in part][-tokens:]
+    read = [(position, token) for position, (token, _, word) in enumerate(every) if word]
     times = len(find_words(words, text))
     for given in (words, f" {words}"):  # to some tokenizers the space before a word is a part of it
         wanted = _plain(inner, given)
@@ -42,7 +41,7 @@ def find_tokens(clip: Any, text: str, words: str, kept: int | None = None) -> tu
             i for i in range(len(read) - len(wanted) + 1) if [token for _, token in read[i : i + len(wanted)]] == wanted
         ]
         if times and len(starts) == times:
-            return [read[i + k][0] - cut for i in starts for k in range(len(wanted))], len(every) - cut
+            return [read[i + k][0] for i in starts for k in range(len(wanted))]
     if not times:
         raise ValueError(f"the words {words!r} are not in the text; write them where the concept is meant")
     raise ValueError(f"the words {words!r} do not keep their own tokens in the text; put spaces around them")

@@ -10,7 +10,7 @@ import torch
 
 from lora_compose.attention import JointRegions, RegionAttention, Site
 from lora_compose.compose.comfyui.composition import Acting, Composition, Region
-from lora_compose.compose.comfyui.concepts import Concept, boxes_of, composition_of, drawn, with_boxes
+from lora_compose.compose.comfyui.concepts import Concept, Request, boxes_of, drawn, with_boxes
 from lora_compose.compose.comfyui.families import Family
 from lora_compose.compose.comfyui.words import METHODS
 from lora_compose.compose.page.labels import METHOD_LABELS
@@ -45,10 +45,8 @@ def composed(
     concepts: list[Concept], text: str, method: str, *, texts: str = "auto", joint: bool = False
 ) -> tuple[Composition, Any, Words]:
     clip = Words()
-    plan, conditioning = composition_of(
-        concepts, [{}] * len(concepts), clip, clip.encode, text, method, texts, joint=joint
-    )
-    return plan, conditioning, clip
+    request = Request(concepts, [{}] * len(concepts), clip, clip.encode, text, texts, joint)
+    return *request.composed(method), clip
 
 
 def two(first: str = "", second: str = "") -> list[Concept]:
@@ -227,7 +225,7 @@ def test_where_an_adapter_makes_the_text_its_tokens_count() -> None:
         return [[tensor, {**options, "t5xxl_ids": torch.zeros(3)}]]
 
     placed = with_boxes(two(), boxes_of("0,0,0.5,1\n0.5,0,1,1"))
-    plan, conditioning = composition_of(placed, [{}, {}], clip, encode, TEXT, "regional", "regions")
+    plan, conditioning = Request(placed, [{}, {}], clip, encode, TEXT, "regions").composed("regional")
     assert [len(text[0][1]["t5xxl_ids"]) for text in plan.texts] == [3, 3, 3]
     assert plan.tokens == 3
     assert conditioning[0][0].shape[1] == 7 + 2, "of the whole text"

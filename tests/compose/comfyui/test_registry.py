@@ -1,19 +1,20 @@
 """The clone is a node pack as ComfyUI's registry and ComfyUI Manager take it, which adds no package to ComfyUI."""
 
-import asyncio
+import os
 import re
 import subprocess
 import sys
 import tomllib
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 
 from lora_compose.compose.comfyui import installing
 
 ROOT = Path(__file__).resolve().parents[3]
+NODES = ("Concept", "Boxes", "Compose", "DraftPreview", "Refine", "Merge", "Inspect")
 
 
 @pytest.fixture(scope="module")
@@ -49,48 +50,105 @@ def test_comfyui_manager_installs_no_package() -> None:
     assert not [name for name in ("requirements.txt", "install.py") if (ROOT / name).exists()]
 
 
-def test_a_clone_in_custom_nodes_is_imported_also_with_links_as_empty_folders(tmp_path: Path) -> None:
-    """Up to the import of ComfyUI itself, which is not there; the registry's archives have no links."""
-    clone = tmp_path / "custom_nodes/lora-compose"
-    (clone / "lora_compose").mkdir(parents=True)
-    for name in ("attention", "pipelines", "compose"):
-        (clone / name).symlink_to(ROOT / name)
-        (clone / "lora_compose" / name).mkdir()
-    for name in ("__init__.py", "lora_compose/__init__.py"):
-        (clone / name).write_bytes((ROOT / name).read_bytes())
-    program = (
-        "import asyncio, importlib.util\n"
-        f"spec = importlib.util.spec_from_file_location('pack', {str(clone / '__init__.py')!r})\n"
-        "module = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-        "asyncio.run(module.comfy_entrypoint())\n"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-P", "-S", "-c", program], env={"PATH": ""}, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert str(clone / "compose/comfyui/nodes.py") in ran.stderr
-    assert ran.stderr.rstrip().splitlines()[-1] == "ModuleNotFoundError: No module named 'comfy'"
+def tracked(*options: str) -> list[str]:
+    """Files that git tracks."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", *options]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")[:-1]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the registry's command (`comfy node publish`) uploads: what git tracks, without what .comfyignore names."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("the registry's archive is made in a clone")
+    path = tmp_path_factory.mktemp("registry") / "node.zip"
+    left_out = {*tracked("--cached", "--ignored", "--exclude-from=.comfyignore")}
+    with ZipFile(path, "w", ZIP_DEFLATED) as file:
+        for name in tracked():
+            if name not in left_out:
+                file.write(ROOT / name, name)  # a link to a folder becomes an empty folder there, too
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that ComfyUI Manager makes of it."""
+    folder = tmp_path_factory.mktemp("ComfyUI") / "custom_nodes/lora-compose"
+    ZipFile(archive).extractall(folder)
+    return folder
+
+
+def test_the_archive_has_the_code_and_what_it_is_under_alone(archive: Path) -> None:
+    names = ZipFile(archive).namelist()
+    code, folders = {"lora_compose", "attention", "pipelines", "compose"}, {name for name in names if name[-1] == "/"}
+    assert {name.partition("/")[0] for name in names} == code | {
+        "__init__.py", "pyproject.toml", "LICENSE", "NOTICE", "README.md"
+    }  # fmt: skip
+    assert folders == {f"lora_compose/{name}/" for name in ("attention", "pipelines", "compose")}
+    assert archive.stat().st_size < 2 * 2**20
+
+
+def ran(folder: Path, *further: str, before: str = "", after: str = "") -> str:
+    """What a program prints that imports a folder's nodes, where no other lora_compose can be imported."""
+    here = [path for path in sys.path if path and not (Path(path) / "lora_compose").exists()]
+    program = f"import asyncio, sys\nsys.path += {[*further, *here]}\n{before}\n{after}"
+    options = {"capture_output": True, "text": True, "cwd": folder.parent, "env": {"PATH": os.environ["PATH"]}}
+    found = subprocess.run([sys.executable, "-P", "-S", "-c", program], **options)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+STAND_INS = """
+from importlib.util import module_from_spec, spec_from_file_location
+from unittest.mock import MagicMock
+
+for name in ("comfy", "comfy.lora", "comfy.model_patcher", "comfy.patcher_extension", "comfy.samplers", "comfy.sd",
+             "comfy_api", "comfy_api.latest", "folder_paths", "nodes"):
+    sys.modules[name] = MagicMock()
+sys.modules["comfy_api.latest"].ComfyExtension = sys.modules["comfy_api.latest"].io.ComfyNode = object
+"""
+"""Modules of ComfyUI in whose place anything can be imported."""
+
+
+def test_the_nodes_are_imported_from_the_archive_alone(installed: Path) -> None:
+    """With stand-ins for ComfyUI's modules: all that ours import is there, and is not that of this clone."""
+    said = ran(
+        installed,
+        before=STAND_INS,
+        after=f"""
+spec = spec_from_file_location("pack", {str(installed / "__init__.py")!r})
+pack = module_from_spec(spec)
+spec.loader.exec_module(pack)
+print(*[node.__name__ for node in asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())])
+print(*{{module.__file__ for name, module in sys.modules.items() if name.startswith("lora_compose.")}}, sep="\\n")
+""",
+    ).splitlines()
+    assert said[0].split() == [f"{name}Node" for name in NODES]
+    assert len(said) > 20
+    assert all(Path(path).is_relative_to(installed) for path in said[1:])
 
 
 @pytest.mark.comfyui
-def test_comfyui_loads_the_nodes_of_a_clone() -> None:
-    import comfy_models  # noqa: F401  # puts ComfyUI on the path
-
-    spec = spec_from_file_location("pack", ROOT / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    nodes = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
-    assert len(nodes) == 7
-    assert {node.GET_SCHEMA().category for node in nodes} == {"lora-compose"}
+def test_comfyui_loads_the_nodes_from_the_archive_alone(installed: Path) -> None:
+    said = ran(
+        installed,
+        os.environ["COMFYUI_PATH"],
+        before="from comfy.cli_args import args\nargs.cpu = True\nimport nodes",
+        after=f"""
+print(asyncio.run(nodes.load_custom_node({str(installed)!r})))
+ours = [node for name, node in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("LoraCompose")]
+print(*[node.__name__ for node in ours])
+print(*{{node.CATEGORY for node in ours}}, sys.modules["lora_compose"].__file__)
+""",
+    ).splitlines()
+    assert said[-3:-1] == ["True", " ".join(f"{name}Node" for name in NODES)]
+    assert said[-1] == f"lora-compose {installed / 'lora_compose/__init__.py'}"
 
 
 @pytest.mark.comfyui
 def test_comfyui_reads_the_same_fields(settings: dict[str, Any]) -> None:
+    import comfy_models  # noqa: F401, I001  # puts ComfyUI on the path
     from comfy_config.config_parser import extract_node_configuration  # pyright: ignore[reportMissingImports]
-
-    import comfy_models  # noqa: F401  # puts ComfyUI on the path
 
     found, project = extract_node_configuration(str(ROOT)), settings["project"]
     assert (found.project.name, found.project.version) == (project["name"], project["version"])
