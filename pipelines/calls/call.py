@@ -27,6 +27,9 @@ Generators = torch.Generator | list[torch.Generator] | None
 Concepts = ConceptNames | Sequence[ConceptNames]
 """A concept set for all prompts, or one for each prompt."""
 
+ATTENTION_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+"""What diffusers' pipelines call the arguments for attention processors."""
+
 
 @dataclass(frozen=True)
 class Composition:
@@ -188,27 +191,28 @@ def refuse_unknown(names: Iterable[str], call: Callable[..., Any]) -> None:
         raise TypeError(f"unknown argument {name!r}{did_you_mean(name, known[1:])}{how}")
 
 
-def check_arguments(
-    unknown: Mapping[str, Any],
-    ip_adapter: Sequence[object],
-    attention_kwargs: Mapping[str, Any] | None,
-    name: str = "cross_attention_kwargs",
-    allowed: Collection[str] = ("scale",),
-) -> None:
+def check_arguments(given: Mapping[str, Any], in_attention: Collection[str], *, image_prompts: bool) -> None:
     """Refuses arguments that cannot be combined with concepts.
+
+    Args:
+        given: The arguments of a call, by name.
+        in_attention: Those for attention processors that can be.
+        image_prompts: Whether IP-Adapters can be.
 
     Raises:
         TypeError: For unknown arguments.
-        ValueError: For IP-Adapter images, and attention arguments other than those that are allowed.
+        ValueError: For all others.
     """
-    if unknown:
-        raise TypeError(f"unknown arguments: {', '.join(unknown)}")
-    if any(value is not None for value in ip_adapter):
+    if given["kwargs"]:
+        raise TypeError(f"unknown arguments: {', '.join(given['kwargs'])}")
+    if not image_prompts and any("ip_adapter" in name and it is not None for name, it in given.items()):
         raise ValueError("IP-Adapter images can be combined with concepts on Stable Diffusion 1.x, 2.x and XL only")
-    if others := (attention_kwargs or {}).keys() - set(allowed):
-        raise ValueError(
-            f"{name} {sorted(others)} cannot be combined with concepts; only {' and '.join(map(repr, allowed))} can"
-        )
+    for name in ATTENTION_ARGUMENTS:
+        if others := (given.get(name) or {}).keys() - set(in_attention):
+            raise ValueError(
+                f"{name} {sorted(others)} cannot be combined with concepts; only "
+                f"{' and '.join(map(repr, in_attention))} can"
+            )
 
 
 def tensors_for(callback: object, tensors: Sequence[str] | None) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_compose.attention import Backbone, StepCaches, backbone_of, check_caches, install, reference_factor
 from lora_compose.attention.device import dtype_of
-from lora_compose.pipelines.calls.call import Call, check_call, of_prompt, steps_to_record
+from lora_compose.pipelines.calls.call import Call, Concepts, check_call, of_prompt, steps_to_record
 from lora_compose.pipelines.calls.host import Host
 from lora_compose.pipelines.calls.memory import check_size, warn_of_size
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
@@ -158,7 +158,7 @@ def make_plan(host: Host, call: Call) -> Plan:
     backbone, device = host.backbone_of(call), host.runs_on  # diffusers looks through all models for the device
     images = len(call.prompts) * call.size.images_per_prompt
     check_size(host, device, call.size.width, call.size.height, images, backbone)
-    loaded, concepts_of = resolve_sets(host, call)
+    loaded, concepts_of = resolve_sets(host, call.composition.concepts, len(call.prompts))
     return _plan(host, call, backbone, device, loaded, concepts_of)
 
 
@@ -360,19 +360,17 @@ def resolve_choice(
     return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions, gradients=gradients)
 
 
-def resolve_sets(host: Host, call: Call) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
-    """All concepts of a call, and by prompt the indices of its own.
+def resolve_sets(host: Host, asked: Concepts, prompts: int) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
+    """All concepts of a call with so many prompts, and by prompt the indices of its own.
 
     A concept that is equal in several prompts counts once; with another weight or region it counts separately.
 
     Raises:
         ValueError: For mixtures of concepts and lists of them, and another number of lists than prompts.
     """
-    asked: Any = call.composition.concepts
-    entries: Any = [asked] if isinstance(call.composition.concepts, str | Concept) else asked
-    prompts = len(call.prompts)
+    entries: Any = [asked] if isinstance(asked, str | Concept) else asked
     if not any(map(is_set, entries)):
-        loaded = host.resolve_concepts(asked)
+        loaded = host.resolve_concepts(entries)
         return loaded, [list(range(len(loaded)))] * prompts
     if not all(map(is_set, entries)):
         raise ValueError(

@@ -7,8 +7,7 @@ pipeline's own.
 import copy
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,23 +23,19 @@ from torch import Tensor, nn
 
 from lora_compose.attention.backbones.cosmos import with_padding_mask
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.calls.call import Call, Concepts, Generators, GivenPrompts, listed
-from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.calls.call import Call, GivenPrompts, listed
+from lora_compose.pipelines.calls.front import Begun, Request, arguments_with, front
 from lora_compose.pipelines.calls.plan import Plan
-from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.denoising.sampler import Schedule
 from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import Shape, both_sides, for_each
+from lora_compose.pipelines.families.flow_matching import Shape, for_images, texts_to_encode
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.modular import ModularFamilyPipeline
 from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
 from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.images.task import ImageToImage
-from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas
-from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
@@ -118,37 +113,15 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
             safe_serialization=True,
         )
 
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        sigmas: list[float] | None = None,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        max_sequence_length: int = 512,
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        image: Any = None,
-        mask_image: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
+    @front(
+        arguments_with(
+            prompt=None, negative_prompt=None, height=None, width=None, num_inference_steps=50, sigmas=None,
+            guidance_scale=4.0, num_images_per_prompt=1, generator=None, latents=None, output_type="pil",
+            return_dict=True, callback_on_step_end=None, callback_on_step_end_tensor_inputs=("latents",),
+            max_sequence_length=512,
+        )
+    )  # fmt: skip
+    def __call__(self, begun: Begun) -> Request:
         """Generates images; arguments are the inputs of diffusers' modular pipeline, and `guidance_scale` its guider's.
 
         Latents have the shape [images, channels, height, width]; with a frame axis of 1, as diffusers has them, they
@@ -167,37 +140,22 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
             mask_image: Refused, as are `padding_mask_crop` and `paste_original`: diffusers has no inpainting for this
                 family.
         """
-        asked = dict(locals())
-        begun = self._begin(asked)
-        if begun.plain is not None:
-            return begun.plain
-        prompt = begun.prompt
-        if prompt is None:
-            raise ValueError("Anima needs a prompt; it cannot be given embeddings")
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1 with concepts, and it is {guidance_scale}")
-        if max_sequence_length < 1:
-            raise ValueError(f"max_sequence_length must be at least 1, not {max_sequence_length}")
+        given = begun.given
+        self._check_composed_arguments(given, given["guidance_scale"])
         # Longer texts are not padded: then an image's texts would have as many tokens as their words.
-        max_sequence_length = min(max_sequence_length, self.text_conditioner.config.min_sequence_length)
-        given = GivenPrompts([listed(prompt)], None, max_sequence_length, [listed(negative_prompt)])
-        source = self._source(begun.start, asked)
-        width, height = self._size(width, height) if source is None else source.size
-        guided, guider = guidance_scale > 1, ClassifierFree(guidance_scale)
-        properties = {"_guidance_scale": guidance_scale}
-        call = begun.call(
-            asked, given, (width, height), num_images_per_prompt, guider, properties=properties, source=source
-        )
+        length = min(given["max_sequence_length"], self.text_conditioner.config.min_sequence_length)
+        prompts_given = GivenPrompts([listed(given["prompt"])], None, length, [listed(given["negative_prompt"])])
+        source, size = self._source(begun)
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words = prompts or (for_each(negative_prompt, len(given)) if negative else listed(prompt))
-            text, added = self.read_texts(words, max_sequence_length)
-            return text.repeat_interleave(num_images_per_prompt, dim=0), added
+            words, *_ = texts_to_encode(given, prompts, len(prompts_given), negative=negative)
+            return for_images(self.read_texts(words, length), begun.images_per_prompt)
 
-        def decode(latents: Tensor, process: Process) -> tuple[Any]:
-            return (self._decode(latents, output_type or "np"),)
+        guider = ClassifierFree(given["guidance_scale"])
+        return self._request(begun, prompts_given, guider, encode, size=size, source=source)
 
-        return Request(call, partial(both_sides, encode, guided=guided), decode, return_dict)
+    def _read(self, given: dict[str, Any]) -> dict[str, Any]:
+        return given  # diffusers has a size of its own
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         latents = arguments["latents"]

@@ -1,6 +1,7 @@
 """Base classes of the pipelines of flow-matching transformers: sizes, timesteps, start noise, templates."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,9 +12,20 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle
 
 from lora_compose.attention.backbones.joint import PATCH, packed, unpacked
-from lora_compose.pipelines.calls.call import Call, GivenPrompts, Sampling, check_latents, listed
+from lora_compose.pipelines.calls.call import (
+    ATTENTION_ARGUMENTS,
+    Call,
+    GivenPrompts,
+    Sampling,
+    check_latents,
+    listed,
+)
+from lora_compose.pipelines.calls.front import Begun, Request
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.concepts.tags import check_no_tags
+from lora_compose.pipelines.denoising.guidance import Guider
+from lora_compose.pipelines.denoising.inputs import ByImage
+from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.denoising.sampler import Schedule
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
 from lora_compose.pipelines.images.from_image import FromImage, Source
@@ -26,6 +38,9 @@ from lora_compose.pipelines.text.templates import TemplateTokenizer
 from lora_compose.pipelines.text.textual_inversion import TextualInversions
 
 Shape = tuple[int, ...]
+
+_REPEATED = ("guidance_scale", "true_cfg_scale", "max_sequence_length", "text_encoder_out_layers")
+"""Arguments with which the subjects of the images of a call are repainted."""
 
 UNSTATED = 32
 """diffusers' default for `sample_size` of a VAE, which says nothing about the model."""
@@ -132,12 +147,67 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         width, height = self._sides(width, height)
         return self._rounded(width), self._rounded(height)
 
+    def _read(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call as the family reads them; without a size, one of text alone has the model's own."""
+        task = self.image_to_image or self.inpainting
+        if given["image"] is None or (task is not None and task.resizes):
+            given["width"], given["height"] = self._sides(given["width"], given["height"])
+        return given
+
+    def _request(
+        self,
+        begun: Begun,
+        prompts: GivenPrompts,
+        guider: Guider,
+        encode: "Encode",
+        *,
+        size: tuple[int, int],
+        source: Source | None = None,
+        references: Sequence[Tensor] = (),
+        inputs: Mapping[str, Any] | None = None,
+        properties: Mapping[str, Any] | None = None,
+        decode: Callable[[Tensor, str], Any] | None = None,
+    ) -> Request:
+        """The request of a call with concepts.
+
+        Args:
+            size: Width and height of the images, in pixels.
+            references: Prepared reference images.
+            inputs: Further arguments of every forward pass.
+            properties: Further attributes that diffusers' pipeline has during a call.
+            decode: In place of `_decode`.
+        """
+        given = begun.given
+        negative = given.get("negative_prompt_embeds")
+        if guider.scale > 1 and isinstance(negative, Tensor):
+            check_negative_embeds(prompts, negative)
+        known = {f"_{name}": given[name] for name in ("guidance_scale", *ATTENTION_ARGUMENTS) if name in given}
+        if hasattr(type(self), "current_timestep"):
+            known["_current_timestep"] = None
+        repaint = {name: given[name] for name in _REPEATED if name in given}
+        if "negative_prompt" in given:
+            repaint["negative_prompt"] = (listed(given["negative_prompt"]) or [None])[0]
+        call = begun.call(
+            prompts, size, guider, inputs=inputs or {}, properties={**known, **(properties or {})}, source=source,
+            repaint=repaint, references=references,
+        )  # fmt: skip
+
+        def decoded(latents: Tensor, process: Process) -> tuple[Any]:
+            images = (decode or self._decode)(latents, given["output_type"] or "np")
+            return (self._finished(images, source),)
+
+        return Request(call, partial(both_sides, encode, guided=guider.scale > 1), decoded, given["return_dict"])
+
     def _check_plain_texts(self, *given: Any) -> None:
         """Refuses weights and names of LoRAs in texts of a call without concepts, which the model would read."""
         texts = [text for column in given if isinstance(column, str | list) for text in listed(column)]
         texts = [text for text in texts if isinstance(text, str)]
         check_no_tags(texts)
         refuse_weights(texts)
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        self._check_plain_texts(arguments["prompt"], arguments.get("negative_prompt"))
+        return arguments
 
     def _check_start(self, given: FromImage | None) -> None:
         if given is not None and not hasattr(self.scheduler, "scale_noise"):
@@ -200,6 +270,10 @@ class FlowMatchingPipeline(ImageTasksPipeline):
             ValueError: If the family takes no negative prompt.
         """
         return {"guidance_scale": scale, "negative_prompt": negative_prompt}
+
+    def _distilled_guidance(self, scale: float, images: int) -> dict[str, ByImage]:
+        """The scale as an input of the model."""
+        return {"guidance": ByImage(torch.full([images], scale, device=self._execution_device, dtype=torch.float32))}
 
     def inputs_without_guidance(self, rows: int, device: torch.device) -> dict[str, Tensor]:
         """Further inputs of a forward pass without guidance, for models that take its scale as an input."""
@@ -276,10 +350,6 @@ class TemplatePipeline(FlowMatchingPipeline):
             )
         return [self._template(length or 512)]
 
-    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        self._check_plain_texts(arguments["prompt"], arguments.get("negative_prompt"))
-        return arguments
-
     def _template(self, length: int) -> TemplateTokenizer:
         """The tokenizer for texts of so many tokens."""
         raise NotImplementedError
@@ -322,10 +392,10 @@ def both_sides(
     return EncodedText(text, negative, {name: torch.cat([negative_added[name], of]) for name, of in added.items()})
 
 
-def check_negative_embeds(given: GivenPrompts, embeds: Tensor | None) -> None:
+def check_negative_embeds(given: GivenPrompts, embeds: Tensor) -> None:
     """Raises ValueError for negative embeddings that cannot be in one batch with the text of the prompts."""
     tokens = given.length if given.embeds is None else given.embeds.shape[1]
-    if embeds is not None and tuple(embeds.shape[:2]) != (len(given), tokens):
+    if tuple(embeds.shape[:2]) != (len(given), tokens):
         raise ValueError(
             "`prompt_embeds` and `negative_prompt_embeds` must have the same shape when passed directly, since both "
             f"are read in one batch: expected negative ones for {len(given)} prompts of {tokens} tokens, but got the "
@@ -340,13 +410,12 @@ def for_each(text: str | list[str] | None, count: int) -> list[str]:
 
 
 def texts_to_encode(
-    given: Mapping[str, Any], prompt: Any, prompts: list[str] | None, count: int, *, negative: bool
-) -> tuple[Any, Tensor | None, Tensor | None]:
+    given: Mapping[str, Any], prompts: list[str] | None, count: int, *, negative: bool
+) -> tuple[Any, Any, Tensor | None]:
     """Texts, or embeddings with their mask, as `encode_prompt` of diffusers takes them: new ones, or those of a call.
 
     Args:
         given: The arguments of the call, by name.
-        prompt: Its prompt.
         prompts: New texts; None means those of the call.
         count: Prompts of the call.
         negative: Whether its negative prompts are meant.
@@ -354,10 +423,19 @@ def texts_to_encode(
     if prompts is not None:
         return prompts, None, None
     side = "negative_" if negative else ""
-    embeds, mask = given[f"{side}prompt_embeds"], given[f"{side}prompt_embeds_mask"]
-    if negative:
-        prompt = None if embeds is not None else for_each(given["negative_prompt"], count)
-    return prompt, embeds, mask
+    embeds = given.get(f"{side}prompt_embeds")
+    if embeds is not None:
+        return None, embeds, given.get(f"{side}prompt_embeds_mask", given.get(f"{side}prompt_attention_mask"))
+    return for_each(given.get("negative_prompt"), count) if negative else listed(given["prompt"]), None, None
+
+
+def for_images(
+    encoded: tuple[Tensor, Mapping[str, Tensor]], images_per_prompt: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The text and further inputs of prompts, for so many images of each."""
+    text, added = encoded
+    rows = {name: values.repeat_interleave(images_per_prompt, dim=0) for name, values in added.items()}
+    return text.repeat_interleave(images_per_prompt, dim=0), rows
 
 
 def real_tokens(
