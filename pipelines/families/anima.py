@@ -18,7 +18,6 @@ from diffusers.modular_pipelines.anima import AnimaAutoBlocks, AnimaModularPipel
 from diffusers.modular_pipelines.anima.before_denoise import get_timesteps
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 from diffusers.utils import is_torchvision_available
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones.cosmos import with_padding_mask
@@ -32,7 +31,7 @@ from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import Shape, for_images, texts_to_encode
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.modular import ModularFamilyPipeline
-from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
+from lora_compose.pipelines.families.video_vae import VideoVaePipeline
 from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.images.task import ImageToImage
 from lora_compose.pipelines.scene.canvas import Canvas
@@ -53,7 +52,7 @@ class AnimaImageToImage:
         return timesteps.to(device), steps
 
 
-class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
+class ComposeAnimaPipeline(VideoVaePipeline, ModularFamilyPipeline, AnimaLoraLoaderMixin):
     """The components of diffusers' `AnimaModularPipeline`, in calls that may name concepts.
 
     Args:
@@ -182,10 +181,6 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
         )  # fmt: skip
         return text.to(self.transformer.dtype), {}
 
-    def latents_of(self, pixels: Tensor) -> Tensor:
-        """As `FlowMatchingPipeline.latents_of`; each channel is normalised apart."""
-        return latents_of_image(self.vae, pixels)
-
     def _template(self, length: int) -> TemplateTokenizer:
         most = self.text_conditioner.config.min_sequence_length
         return TemplateTokenizer(self.t5_tokenizer, str, min(length, most), most)
@@ -196,16 +191,17 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
     def _latent_shape(self, canvas: Canvas) -> Shape:
         return canvas.images, self.transformer.config.in_channels, *canvas.latent_grid
 
+    def _drawn(self, shape: Shape) -> Shape:
+        return *shape[:2], 1, *shape[2:]  # with a frame axis
+
     def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
-        return [(*shape[:2], 1, *shape[2:])]
+        return [self._drawn(shape)]
+
+    def _cells(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        return latents if latents.dim() == 4 else latents[:, :, 0]
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        """As diffusers draws it: in fp32, with a frame axis."""
-        canvas, latents = plan.canvas, call.sampling.latents
-        if latents is None:
-            shape = self._other_shapes(self._latent_shape(canvas))[0]
-            latents = randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
-        return latents.reshape(self._latent_shape(canvas)).to(canvas.device, torch.float32)
+        return super()._noise(call, plan, torch.float32)  # in any precision of the model
 
     def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
         """As diffusers' blocks do it: in fp32."""
@@ -223,14 +219,8 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
             raise ValueError(f"this model makes images of at most {longest} pixels a side, not {width} x {height}")
         return width, height
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        latents = latents[:, :, None]
-        if output_type == "latent":
-            return latents
-        latents = latents.to(self.vae.dtype)
-        mean, std = channel_norm(self.vae, latents)
-        image = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
-        return self._postprocess(image, output_type)
+    def _returned(self, latents: Tensor) -> Tensor:
+        return latents[:, :, None]
 
 
 def _without_torchvision(model: Any) -> Any:

@@ -133,11 +133,14 @@ class FlowMatchingPipeline(ImageTasksPipeline):
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         canvas, latents = plan.canvas, call.sampling.latents
-        shape = self._latent_shape(canvas)
         if latents is None:
-            generator = call.sampling.generator
-            latents = randn_tensor(self._drawn(shape), generator=generator, device=canvas.device, dtype=dtype)
-        return _unpacked(latents, canvas.latent_grid).to(canvas.device, dtype)
+            shape, generator = self._drawn(self._latent_shape(canvas)), call.sampling.generator
+            latents = randn_tensor(shape, generator=generator, device=canvas.device, dtype=dtype)
+        return self._cells(latents, canvas.latent_grid).to(canvas.device, dtype)
+
+    def _cells(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latents as the family's pipeline in diffusers has them, in their own height and width."""
+        return _unpacked(latents, grid)
 
     def _sides(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height as given; None means the model's own, for which diffusers has 1024 with any model."""
@@ -166,7 +169,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         references: Sequence[Tensor] = (),
         inputs: Mapping[str, Any] | None = None,
         properties: Mapping[str, Any] | None = None,
-        decode: Callable[[Tensor, str], Any] | None = None,
+        **options: Any,
     ) -> Request:
         """The request of a call with concepts.
 
@@ -175,7 +178,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
             references: Prepared reference images.
             inputs: Further arguments of every forward pass.
             properties: Further attributes that diffusers' pipeline has during a call.
-            decode: In place of `_decode`.
+            options: Further arguments of the image processor.
         """
         given = begun.given
         negative = given.get("negative_prompt_embeds")
@@ -193,8 +196,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         )  # fmt: skip
 
         def decoded(latents: Tensor, process: Process) -> tuple[Any]:
-            images = (decode or self._decode)(latents, given["output_type"] or "np")
-            return (self._finished(images, source),)
+            return (self._finished(self._decode(latents, given["output_type"] or "np", **options), source),)
 
         return Request(call, partial(both_sides, encode, guided=guider.scale > 1), decoded, given["return_dict"])
 
@@ -306,19 +308,26 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     def cells_of(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """As `UNetPipeline.cells_of`, unpacked."""
         width, height = (self._rounded(side) // self.vae_scale_factor for side in size)
-        return _unpacked(latents, (height, width))
+        return self._cells(latents, (height, width))
 
     def pixels_of(self, cells: Tensor) -> Tensor:
         """As `UNetPipeline.pixels_of`."""
         return self._decode(cells, "pt") * 2 - 1
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        """The images of final latents, as diffusers returns them; "latent" are packed tokens."""
+    def _decode(self, latents: Tensor, output_type: str, **options: Any) -> Any:
+        """The images of final latents, as diffusers returns them."""
         if output_type == "latent":
-            return packed(latents)
-        scaled = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
-        return self._postprocess(image, output_type)
+            return self._returned(latents)
+        image = self.vae.decode(self._scaled(latents).to(self.vae.dtype), return_dict=False)[0]
+        return self._postprocess(image, output_type, **options)
+
+    def _returned(self, latents: Tensor) -> Tensor:
+        """Final latents as diffusers returns them: packed tokens."""
+        return packed(latents)
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE decodes them."""
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
 
     def _cfg_of(self, guidance_scale: float) -> float:
         """The scale s of uncond + s (cond - uncond) that diffusers' guidance scale means; 1 is no guidance."""

@@ -8,7 +8,7 @@ from diffusers import Flux2KleinInpaintPipeline, Flux2KleinPipeline, Flux2Transf
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import interpolate
 
 from lora_compose.attention import Backbone
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
@@ -118,13 +118,8 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
     def _shift(self, tokens: int, steps: int) -> float:
         return compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        mean, std = self._norm(latents)
-        scaled = pixel_shuffle(pixel_unshuffle(latents, PATCH) * std + mean, PATCH)
-        if output_type == "latent":
-            return scaled
-        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
-        return self._postprocess(image, output_type)
+    def _returned(self, latents: Tensor) -> Tensor:
+        return self._scaled(latents)
 
 
 class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -73,8 +73,8 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
     def _cfg_scale(self, step: Step) -> float:
         return 1.0
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        return packed(latents) if output_type == "latent" else super()._decode(latents, output_type)
+    def _returned(self, latents: Tensor) -> Tensor:
+        return packed(latents)
 
 
 ComposePipeline.families.append(ComposeFlux2Pipeline)

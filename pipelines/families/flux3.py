@@ -7,7 +7,6 @@ prompts with a language model of its own; a call without concepts is the modular
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +20,9 @@ from diffusers.modular_pipelines.flux3 import (
 )
 from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
 from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pad, pixel_unshuffle
 
 from lora_compose.attention.backbones.joint import PATCH, packed
 from lora_compose.attention.device import dtype_of, uncompiled
@@ -117,7 +115,7 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
         return self._request(
             begun, replace(prompts_given, length=length), ClassifierFree(guidance_scale), encode, size=size,
             references=references, inputs=inputs, properties={"_guidance_scale": guidance_scale},
-            decode=partial(self._decode, crop=crop),
+            reference_crop=crop,
         )  # fmt: skip
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
@@ -195,22 +193,10 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
         return None  # the scheduler's own, whatever the size
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        """As diffusers draws it: in fp32, with patches as channels."""
-        canvas, latents = plan.canvas, call.sampling.latents
-        if latents is None:
-            shape = self._drawn(self._latent_shape(canvas))
-            latents = randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
-        cells = latents if latents.shape[-2:] == canvas.latent_grid else pixel_shuffle(latents, PATCH)
-        return cells.to(canvas.device, dtype)
+        return super()._noise(call, plan, torch.float32).to(dtype)  # drawn in fp32, as in diffusers
 
-    def _decode(self, latents: Tensor, output_type: str, crop: tuple[int, int, int, int] | None = None) -> Any:
-        patches = pixel_unshuffle(latents, PATCH)
-        if output_type == "latent":
-            return patches
-        mean, std = self._norm(patches)
-        cells = pixel_shuffle(patches * std + mean, PATCH)
-        image = self.vae.decode(cells.to(self.vae.dtype), return_dict=False)[0]
-        return self._postprocess(image, output_type, reference_crop=crop)
+    def _returned(self, latents: Tensor) -> Tensor:
+        return pixel_unshuffle(latents, PATCH)
 
 
 class ComposeFlux3Pipeline(Flux3Calls, Flux3LoraLoaderMixin):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
 from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from lora_compose.attention import Backbone
@@ -25,7 +24,7 @@ from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.denoising.guidance import ScaleByStep
 from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import TemplatePipeline, for_images
+from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, for_images
 from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.scene.scene import Concept, ConceptNames
 from lora_compose.pipelines.text.layout_captions import text_of, with_boxes
@@ -186,10 +185,8 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         mean, deviation = self._norm(means)
         return from_tokens((tokens_of(means) - mean) / deviation, means.shape[-2:])
 
-    def cells_of(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """As `UNetPipeline.cells_of`, unpacked."""
-        width, height = (self._rounded(side) // self.vae_scale_factor for side in size)
-        return latents if latents.dim() == 4 else from_tokens(latents, (height, width))
+    def _cells(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        return latents if latents.dim() == 4 else from_tokens(latents, grid)
 
     def _template(self, length: int) -> TemplateTokenizer:
         def render(prompt: str) -> str:
@@ -202,13 +199,12 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         scheduler.set_timesteps(sigmas=sampling.sigmas, device=canvas.device)
         return scheduler.timesteps, len(scheduler.timesteps)
 
+    def _drawn(self, shape: Shape) -> Shape:
+        (of_tokens,) = self._other_shapes(shape)
+        return of_tokens
+
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        canvas, found = plan.canvas, call.sampling.latents
-        if found is None:
-            (packed,) = self._other_shapes(self._latent_shape(canvas))
-            found = randn_tensor(packed, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
-        cells = found if found.dim() == 4 else from_tokens(found, canvas.latent_grid)
-        return cells.to(canvas.device, torch.float32)  # in any precision of the model
+        return super()._noise(call, plan, torch.float32)  # in any precision of the model
 
     def _before_step(self, step: Step) -> None:
         """Sets the scale that callbacks may read."""
@@ -223,14 +219,16 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         mean, variance = (numbers.view(1, 1, -1).to(like) for numbers in (norm.running_mean, norm.running_var))
         return mean, torch.sqrt(variance + self.vae.config.batch_norm_eps)
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
+    def _returned(self, latents: Tensor) -> Tensor:
+        return tokens_of(latents)
+
+    def _scaled(self, latents: Tensor) -> Tensor:
         tokens = tokens_of(latents)
-        if output_type == "latent":
-            return tokens
         mean, deviation = self._norm(tokens)
-        cells = from_tokens(tokens * deviation + mean, latents.shape[-2:])
-        image = self.vae.decode(cells.to(self.vae.dtype), return_dict=False)[0]
-        return self._postprocess(image.float(), output_type)
+        return from_tokens(tokens * deviation + mean, latents.shape[-2:])
+
+    def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
+        return super()._postprocess(image.float(), output_type, **options)
 
 
 ComposePipeline.families.append(ComposeIdeogram4Pipeline)

@@ -7,18 +7,17 @@ import torch
 from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor
 
-from lora_compose.attention.backbones.joint import packed
 from lora_compose.pipelines.calls.call import GivenPrompts, listed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import TemplatePipeline, texts_to_encode
-from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
+from lora_compose.pipelines.families.video_vae import VideoVaePipeline
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
-class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+class ComposeKrea2Pipeline(VideoVaePipeline, TemplatePipeline, Krea2Pipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `Krea2Pipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "Krea 2"
@@ -69,10 +68,6 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         text, mask = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return text.flatten(2), {"text_mask": mask}
 
-    def latents_of(self, pixels: Tensor) -> Tensor:
-        """As `FlowMatchingPipeline.latents_of`; each channel is normalised apart."""
-        return latents_of_image(self.vae, pixels)
-
     def _template(self, length: int) -> TemplateTokenizer:
         dropped, suffix = self.prompt_template_encode_start_idx, self.prompt_template_encode_num_suffix_tokens
         return TemplateTokenizer(
@@ -89,13 +84,10 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         layers = self.transformer.config.num_text_layers
         return {"prompt_embeds": text.conditional().prompt_embeds.unflatten(-1, (layers, -1))}
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return packed(latents)
+    def _scaled(self, latents: Tensor) -> Tensor:
         latents = latents[:, :, None].to(self.vae.dtype)
-        mean, std = channel_norm(self.vae, latents)
-        image = self.vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
-        return self._postprocess(image, output_type)
+        mean, std = self._channel_norm(latents)
+        return latents * std + mean
 
 
 ComposePipeline.families.append(ComposeKrea2Pipeline)

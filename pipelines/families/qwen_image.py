@@ -13,14 +13,14 @@ from diffusers import (
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_compose.attention.backbones.joint import PATCH, packed
+from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.pipelines.calls.call import GivenPrompts, listed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import TokenNorms
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import TemplatePipeline, texts_to_encode
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
+from lora_compose.pipelines.families.video_vae import VideoVaePipeline
 from lora_compose.pipelines.images.from_image import Source
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.support.notes import warn
@@ -28,7 +28,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
-class QwenImageCalls(TemplatePipeline):
+class QwenImageCalls(VideoVaePipeline, TemplatePipeline):
     """Calls of Qwen-Image and of its edit models, which have the same transformer."""
 
     transformer_class = QwenImageTransformer2DModel
@@ -75,10 +75,6 @@ class QwenImageCalls(TemplatePipeline):
         """As `FlowMatchingPipeline.guided`; nothing to avoid is a space, as in diffusers' examples."""
         return {"true_cfg_scale": scale, "negative_prompt": negative_prompt or " "}
 
-    def latents_of(self, pixels: Tensor) -> Tensor:
-        """As `FlowMatchingPipeline.latents_of`; each channel is normalised apart."""
-        return latents_of_image(self.vae, pixels)
-
     def _guidance(self, given: Mapping[str, Any]) -> float:
         """The scale of classifier-free guidance; 1 if there is none."""
         if self.transformer.config.guidance_embeds:
@@ -93,14 +89,6 @@ class QwenImageCalls(TemplatePipeline):
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
         return {"prompt_embeds": text.conditional().prompt_embeds}
-
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return packed(latents)
-        latents = latents[:, :, None].to(self.vae.dtype)
-        mean, std = channel_norm(self.vae, latents)
-        image = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
-        return self._postprocess(image, output_type)
 
 
 def padded(text: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -123,11 +123,11 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         return super()._noise(call, plan, torch.float32)  # in any precision of the model
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return self._postprocess(self.vae.decode(scaled, return_dict=False)[0], output_type)
+    def _returned(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        return super()._scaled(latents.to(self.vae.dtype))
 
 
 def _padded(tokens: int) -> int:
