@@ -27,7 +27,6 @@ from lora_compose.pipelines.calls.front import Begun, Request, arguments_with, f
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.sampler import Schedule
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import Shape, for_images, texts_to_encode
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.modular import ModularFamilyPipeline
@@ -131,7 +130,6 @@ class ComposeAnimaPipeline(VideoVaePipeline, ModularFamilyPipeline, AnimaLoraLoa
             callback_on_step_end: For calls with concepts; modular pipelines have no callbacks.
             max_sequence_length: To how many tokens prompts are cut; with concepts at most what the conditioner pads to.
             method: A name or settings.
-            control: Not supported yet.
             token_positions: Refused, since there are no prompt embeddings to give.
             record_attention: Maps come from the last third of the blocks.
             image: What image-to-image starts from, as in `ComposeStableDiffusionPipeline.__call__`; it is resized to
@@ -239,6 +237,3 @@ def _without_torchvision(model: Any) -> Any:
 
     view.register_forward_pre_hook(add, with_kwargs=True)
     return view
-
-
-ComposePipeline.families.append(ComposeAnimaPipeline)

@@ -65,7 +65,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """The tokenizers whose tokens the model reads, by component name."""
 
     families: ClassVar[list["type[ComposePipeline]"]] = []
-    """The classes of all model families, as their modules register them."""
+    """The classes of all model families, as `pipelines/families/__init__.py` names them."""
 
     reads_weights: ClassVar[bool] = False
     """Whether prompts may have weights."""

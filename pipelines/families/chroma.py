@@ -13,7 +13,6 @@ from lora_compose.pipelines.calls.call import (
 )
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, texts_to_encode
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.scene.canvas import Step
@@ -47,18 +46,9 @@ class ComposeChromaPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: i
         With concepts, `output_type="latent"` returns them packed, as diffusers does.
 
         Args:
-            concepts: As for `ComposePipeline.__call__`.
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Positions among the T5 tokens.
             record_attention: Maps come from the last third of the double-stream blocks.
             image: As in `ComposeStableDiffusionPipeline.__call__`, as are the four arguments after it.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         given, per_prompt, length = begun.given, begun.images_per_prompt, begun.given["max_sequence_length"]
         source, size = self._source(begun)
@@ -99,6 +89,3 @@ class ComposeChromaPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: i
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
         return {"prompt_embeds": text.conditional().prompt_embeds}
-
-
-ComposePipeline.families.append(ComposeChromaPipeline)

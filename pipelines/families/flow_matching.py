@@ -47,7 +47,10 @@ UNSTATED = 32
 
 
 class FlowMatchingPipeline(ImageTasksPipeline):
-    """A composing pipeline of a transformer; in its calls latents keep their height and width, unpacked."""
+    """A composing pipeline of a transformer; in its calls latents keep their height and width, unpacked.
+
+    Control images are not supported yet, and methods that need what UNets alone have (`lora-compose methods`).
+    """
 
     transformer_class: ClassVar[type[nn.Module]]
     rounds_steps_up: ClassVar[bool] = True

@@ -14,7 +14,6 @@ from lora_compose.pipelines.calls.call import (
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import (
     FlowMatchingPipeline,
     real_tokens,
@@ -176,7 +175,7 @@ class ComposeFluxPipeline(FluxCalls, FluxPipeline):  # pyright: ignore[reportInc
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Whether a checkpoint is of this family."""
+        """Whether a checkpoint is of this family; Kontext's has the same names, and opens as this."""
         bare = [key.removeprefix("model.diffusion_model.") for key in keys]
         others = ("single_stream_modulation.", "distilled_guidance_layer.")  # FLUX.2 and Chroma have double blocks too
         other = any(key.startswith(others) for key in bare)
@@ -190,13 +189,8 @@ class ComposeFluxPipeline(FluxCalls, FluxPipeline):  # pyright: ignore[reportInc
         With concepts, `output_type="latent"` returns them packed, as diffusers does.
 
         Args:
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Positions among the T5 tokens.
             record_attention: Maps come from the last third of the double-stream blocks.
         """
         source, size = self._source(begun)
         return self._flux_request(begun, size, source)
-
-
-ComposePipeline.families.append(ComposeFluxPipeline)

@@ -21,7 +21,6 @@ from lora_compose.pipelines.calls.call import (
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import TemplatePipeline, texts_to_encode
 from lora_compose.pipelines.families.flux2_vae import Flux2VaePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
@@ -140,8 +139,6 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
             image: With a mask, what inpainting starts from, as in the Stable Diffusion families; the model reads it as
                 a reference image, too. Without a mask, one or several reference images, of any sizes; LoRAs act on them
                 only if a concept says so (`Concept.references`), and regions are those of the image that is made.
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the double-stream blocks.
             image_reference: A further image that inpainting reads; cannot be combined with concepts yet.
@@ -177,6 +174,3 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
 
     def _cfg_of(self, guidance_scale: float) -> float:
         return 1.0 if self.config["is_distilled"] else guidance_scale
-
-
-ComposePipeline.families.append(ComposeFlux2KleinPipeline)

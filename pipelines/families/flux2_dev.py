@@ -10,7 +10,6 @@ from torch import Tensor
 from lora_compose.attention.backbones.joint import packed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.inputs import ByImage
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import tokenizer_of
 from lora_compose.pipelines.families.flux2 import Flux2Calls
 from lora_compose.pipelines.scene.canvas import Step
@@ -36,9 +35,6 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False. With concepts, `output_type="latent"` returns
             them packed, as diffusers does.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         if begun.given["caption_upsample_temperature"]:
             raise ValueError(
@@ -75,6 +71,3 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
 
     def _returned(self, latents: Tensor) -> Tensor:
         return packed(latents)
-
-
-ComposePipeline.families.append(ComposeFlux2Pipeline)

@@ -32,7 +32,6 @@ from lora_compose.pipelines.calls.plan import Plan, resolve_sets
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.denoising.sampler import Schedule
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import for_images, texts_to_encode, tokenizer_of
 from lora_compose.pipelines.families.flux2_vae import Flux2VaePipeline
 from lora_compose.pipelines.families.modular import ModularFamilyPipeline
@@ -221,8 +220,6 @@ class ComposeFlux3Pipeline(Flux3Calls, Flux3LoraLoaderMixin):
             sigmas: Noise levels of the steps; `timesteps`, which diffusers takes too, are not taken.
             guidance_scale: 1 is no guidance. Less than 1 is for calls without concepts.
             callback_on_step_end: For calls with concepts; modular pipelines have no callbacks.
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Refused, since there are no prompt embeddings to give.
             record_attention: Maps come from the last third of the blocks that text and image share.
             mask_image: Not supported, as are the three arguments after it.
@@ -244,9 +241,6 @@ class ComposeFlux3DistilledPipeline(Flux3Calls, Flux3LoraLoaderMixin):
 
         Args:
             image: One or several reference images.
-            concepts: As for `ComposePipeline.__call__`.
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             mask_image: Not supported, as are the three arguments after it.
         """
         return self._flux3_request(begun, 1.0)
@@ -256,6 +250,3 @@ class ComposeFlux3DistilledPipeline(Flux3Calls, Flux3LoraLoaderMixin):
         if negative_prompt is not None:
             raise ValueError(f"{self.family} reads no negative prompt; leave it out")
         return {}
-
-
-ComposePipeline.families.extend([ComposeFlux3Pipeline, ComposeFlux3DistilledPipeline])

@@ -12,7 +12,6 @@ from lora_compose.attention.backbones.joint import packed
 from lora_compose.pipelines.calls.call import Call
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.inputs import ByImage
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flux import FluxCalls
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
@@ -29,11 +28,6 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
     most_references = 1
     sized_by_reference = False
 
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: a checkpoint in one file has the names of FLUX.1's, and opens as that."""
-        return False
-
     def _read(self, given: dict[str, Any]) -> dict[str, Any]:
         named = given["width"] is not None or given["height"] is not None
         return {**super()._read(given), "named": named}
@@ -49,9 +43,6 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
                 reference image, too.
             image_reference: What inpainting reads as the reference image in place of `image`.
             padding_mask_crop: Only with concepts: without them diffusers gives back the part that it has painted.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
 
         Raises:
             ValueError: For anything that does not fit together, before anything is changed. With concepts, also for a
@@ -137,6 +128,3 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         """As `ReferencesPipeline.reference_tokens`, of one image."""
         (image,) = references
         return packed(self.latents_of(image.to(self._execution_device)))
-
-
-ComposePipeline.families.append(ComposeFluxKontextPipeline)

@@ -23,7 +23,6 @@ from lora_compose.pipelines.calls.call import (
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.denoising.guidance import ScaleByStep
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, for_images
 from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.scene.scene import Concept, ConceptNames
@@ -41,11 +40,6 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
     _guidance_schedule: tuple[float, ...] = ()
     """Scales of the call in progress, by step."""
 
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: diffusers opens no checkpoints in one file for this family."""
-        return False
-
     @front(Ideogram4Pipeline.__call__)
     def __call__(self, begun: Begun) -> Request:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
@@ -56,18 +50,9 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         Args:
             guidance_schedule: With concepts, scales that are all below 1 are refused; 1 is without guidance.
             prompt_upsampling: Cannot be combined with concepts: call `upsample_prompt` first, and give its result.
-            concepts: As for `ComposePipeline.__call__`.
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the layers.
             image: Refused, as are the four arguments after it: diffusers has no image-to-image for this family.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         given, tokens = begun.given, begun.given["max_sequence_length"]
         steps, size = given["num_inference_steps"], (given["width"], given["height"])
@@ -229,6 +214,3 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
 
     def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
         return super()._postprocess(image.float(), output_type, **options)
-
-
-ComposePipeline.families.append(ComposeIdeogram4Pipeline)

@@ -10,7 +10,6 @@ from torch import Tensor
 from lora_compose.pipelines.calls.call import GivenPrompts, listed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import TemplatePipeline, texts_to_encode
 from lora_compose.pipelines.families.video_vae import VideoVaePipeline
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -33,8 +32,6 @@ class ComposeKrea2Pipeline(VideoVaePipeline, TemplatePipeline, Krea2Pipeline):  
         With concepts, `output_type="latent"` returns them packed, as diffusers does.
 
         Args:
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
             record_attention: Maps come from the last third of the blocks.
             image: Refused, as are the four arguments after it: diffusers has no image-to-image for this family.
@@ -88,6 +85,3 @@ class ComposeKrea2Pipeline(VideoVaePipeline, TemplatePipeline, Krea2Pipeline):  
         latents = latents[:, :, None].to(self.vae.dtype)
         mean, std = self._channel_norm(latents)
         return latents * std + mean
-
-
-ComposePipeline.families.append(ComposeKrea2Pipeline)

@@ -17,7 +17,6 @@ from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.pipelines.calls.call import GivenPrompts, listed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import TokenNorms
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import TemplatePipeline, texts_to_encode
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.video_vae import VideoVaePipeline
@@ -117,8 +116,6 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
             negative_prompt: Without one, or negative embeddings, there is no guidance, as in diffusers.
             guidance_scale: Not read, as in diffusers: no model of this family has distilled guidance.
             max_sequence_length: With concepts texts are also padded to so many tokens; no pass runs the padding.
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
             record_attention: Maps come from the last third of the blocks.
         """
@@ -140,6 +137,3 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
     def _template(self, length: int) -> TemplateTokenizer:
         dropped = self.prompt_template_encode_start_idx
         return TemplateTokenizer(self.tokenizer, self.prompt_template_encode.format, length + dropped, length, dropped)
-
-
-ComposePipeline.families.append(ComposeQwenImagePipeline)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lora_compose.attention.backbones.joint import packed
 from lora_compose.pipelines.calls.front import Begun, Request, front
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import tokenizer_of
 from lora_compose.pipelines.families.qwen_image import QwenImageCalls, padded
 from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
@@ -135,6 +134,3 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
             return self.prompt_template_encode.format(shown + prompt)
 
         return TemplateTokenizer(tokenizer_of(self.processor), render, length + dropped, length, dropped)
-
-
-ComposePipeline.families.append(ComposeQwenImageEditPlusPipeline)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from lora_compose.pipelines.calls.call import (
 )
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.process import Process
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import UNetPipeline
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -43,26 +43,11 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         """Whether a checkpoint is of this family: as in diffusers, if it has no keys of another one."""
         return not any(key.startswith(("conditioner.", "double_blocks.")) for key in keys)
 
-    def encode_prompt(
-        self,
-        prompt: Any,
-        device: Any,
-        num_images_per_prompt: Any,
-        do_classifier_free_guidance: Any,
-        negative_prompt: Any = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    @wraps(StableDiffusionPipeline.encode_prompt, assigned=())  # its signature
+    def encode_prompt(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         """As in diffusers, whose `clip_skip` works with text encoders of transformers 5 as well."""
         with _inner_model_named(self.text_encoder):
-            return super().encode_prompt(
-                prompt, device=device, num_images_per_prompt=num_images_per_prompt,
-                do_classifier_free_guidance=do_classifier_free_guidance, negative_prompt=negative_prompt,
-                prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, lora_scale=lora_scale,
-                clip_skip=clip_skip,
-            )  # fmt: skip
+            return super().encode_prompt(*args, **options)
 
     @front(StableDiffusionPipeline.__call__)
     def __call__(self, begun: Begun) -> Request:
@@ -86,9 +71,6 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
 
         Returns:
             A `ComposeOutput`, or `(images, nsfw_content_detected)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         given, (source, size) = begun.given, self._source(begun)
         self._check_inputs(begun, size)
@@ -134,9 +116,6 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
         uncond = text.prompt_embeds[text.roles.unconditional] if text.guided else None
         return {"prompt_embeds": text.prompt_embeds, "negative_prompt_embeds": uncond}
-
-
-ComposePipeline.families.append(ComposeStableDiffusionPipeline)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from lora_compose.pipelines.calls.call import (
 )
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.process import Process
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import UNetPipeline
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -74,12 +73,6 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             strength: The share of the steps that are run; None is diffusers' default for the task.
             padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
             paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
         given, (source, size) = begun.given, self._source(begun)
         prompt, prompt_2, embeds = given["prompt"], given["prompt_2"], given["prompt_embeds"]
@@ -193,9 +186,6 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             "add_text_embeds": added["text_embeds"],
             "add_time_ids": added["time_ids"],
         }
-
-
-ComposePipeline.families.append(ComposeStableDiffusionXLPipeline)
 
 
 def _check_one_text(prompts: GivenPrompts) -> None:

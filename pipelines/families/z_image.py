@@ -18,7 +18,6 @@ from lora_compose.pipelines.calls.call import (
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.denoising.guidance import NormLimited
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, texts_to_encode
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.images.from_image import FromImage
@@ -47,8 +46,6 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         """Generates images, as `ComposePipeline.__call__`.
 
         Args:
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the layers.
         """
@@ -141,6 +138,3 @@ def _stacked(rows: Sequence[Tensor], tokens: int) -> Tensor:
     if longest > tokens:
         raise ValueError(f"prompt_embeds have up to {longest} tokens; raise max_sequence_length, which allows {tokens}")
     return torch.stack([pad(row, (0, 0, 0, tokens - len(row))) for row in rows])
-
-
-ComposePipeline.families.append(ComposeZImagePipeline)
