@@ -52,27 +52,14 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
 
     @front(StableDiffusionXLPipeline.__call__)
     def __call__(self, begun: Begun) -> Request:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposeStableDiffusionPipeline.__call__`.
 
         If `prompt_2` differs, a concept's words must have the same token positions in both prompts. Methods with a text
         for each concept (`lora-composer`, `clora`) derive them from `prompt`, for both encoders, and refuse another
         `prompt_2`. In a batch with negative sizes, every row has its own; diffusers mixes them up there.
 
-        Args:
-            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept` objects
-                or their fields as in JSON, {"name": "cat", "lora": "cat.safetensors"}, or a list of these per prompt;
-                "auto": those that the prompt names; None: as in diffusers.
-            method: draft, lora-composer, regional, clora, tara, merge, switch, composite, freefuse, or settings such as
-                `Tara(scope="cross_kv")`; None chooses.
-            control: Control images for ControlNets and T2I-Adapters; only with concepts.
-            token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
-            record_attention: True, or the steps of which attention maps are returned.
-            image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
-                each prompt. Regions are in its coordinates.
-            mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.
-            strength: The share of the steps that are run; None is diffusers' default for the task.
-            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
-            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
         """
         given, (source, size) = begun.given, self._source(begun)
         prompt, prompt_2, embeds = given["prompt"], given["prompt_2"], given["prompt_embeds"]
