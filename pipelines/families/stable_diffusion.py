@@ -44,7 +44,9 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         return not any(key.startswith(("conditioner.", "double_blocks.")) for key in keys)
 
     @wraps(StableDiffusionPipeline.encode_prompt, assigned=())  # its signature
-    def encode_prompt(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    def encode_prompt(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """As in diffusers, whose `clip_skip` works with text encoders of transformers 5 as well."""
         with _inner_model_named(self.text_encoder):
             return super().encode_prompt(*args, **options)
