@@ -10,7 +10,8 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.control import Control, PreparedImagePrompts
+from lora_compose.pipelines.control.image_prompts import PreparedImagePrompts
+from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.denoising.guidance import Embedded, Guider
 from lora_compose.pipelines.images.from_image import Source, check_steps
 from lora_compose.pipelines.images.task import OF_INPAINTING
@@ -242,11 +243,6 @@ def check_changed(offered: Mapping[str, Any], returned: Mapping[str, Any], *, cu
             f"the callback changed {', '.join(sorted(changed))}; with concepts it may change latents or switch "
             "guidance off, since the positions of the concepts' words in other embeddings are unknown"
         )
-
-
-def as_list(names: Sequence[str] | None) -> list[str] | None:
-    """Names as diffusers takes them."""
-    return None if names is None else list(names)
 
 
 def listed(prompt: str | list[str] | None) -> list[str]:

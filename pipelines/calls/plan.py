@@ -19,7 +19,9 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcep
 from lora_compose.pipelines.concepts.overload import WARNED, joint_change
 from lora_compose.pipelines.concepts.overload import warning as overload_warning
 from lora_compose.pipelines.concepts.tags import check_no_tags
-from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
+from lora_compose.pipelines.control.image_prompts import PreparedImagePrompts
+from lora_compose.pipelines.control.prepare import prepare_control
+from lora_compose.pipelines.control.prepared import PreparedControl
 from lora_compose.pipelines.denoising.attention_log import AttentionLog
 from lora_compose.pipelines.denoising.denoiser import Denoiser
 from lora_compose.pipelines.denoising.sampler import Sampler

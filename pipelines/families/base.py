@@ -24,7 +24,7 @@ from lora_compose.pipelines.calls.outcome import Outcome
 from lora_compose.pipelines.calls.plan import Plan, make_plan, resolve_choice
 from lora_compose.pipelines.calls.refine import Origin
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.denoising import concept_sets
 from lora_compose.pipelines.denoising.loop import Hooks, denoise
 from lora_compose.pipelines.denoising.process import Process

@@ -1,7 +1,6 @@
 """Base classes of the pipelines of flow-matching transformers: sizes, timesteps, start noise, templates."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -198,10 +197,23 @@ class FlowMatchingPipeline(ImageTasksPipeline):
             repaint=repaint, references=references,
         )  # fmt: skip
 
+        def both_sides(
+            prompts: Sequence[str] | None,
+            negative_prompts: Sequence[str] | None,
+            device: torch.device,
+            **reading: Reading,  # of texts with weights
+        ) -> EncodedText:
+            text, added = encode(None if prompts is None else list(prompts), False, device, **reading)
+            if guider.scale <= 1:
+                return EncodedText(text, None, added)
+            negatives = None if negative_prompts is None else list(negative_prompts)
+            negative, of_negative = encode(negatives, True, device, **reading)
+            return EncodedText(text, negative, {name: torch.cat([of_negative[name], of]) for name, of in added.items()})
+
         def decoded(latents: Tensor, process: Process) -> tuple[Any]:
             return (self._finished(self._decode(latents, given["output_type"] or "np", **options), source),)
 
-        return Request(call, partial(both_sides, encode, guided=guider.scale > 1), decoded, given["return_dict"])
+        return Request(call, both_sides, decoded, given["return_dict"])
 
     def _check_plain_texts(self, *given: Any) -> None:
         """Refuses weights and names of LoRAs in texts of a call without concepts, which the model would read."""
@@ -384,24 +396,6 @@ def tokenizer_of(processor: Any) -> Any:
 Encode = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
 """Encodes prompts on a device: the given ones, or the call's own if they are None; as negative prompts if the second
 argument is True. Returns the text, and further inputs of the model by row."""
-
-
-def both_sides(
-    encode: Encode,
-    prompts: Sequence[str] | None,
-    negative_prompts: Sequence[str] | None,
-    device: torch.device,
-    *,
-    guided: bool,
-    **reading: Reading,
-) -> EncodedText:
-    """The text of all rows; there are unconditional ones with guidance only. `reading` is for texts with weights."""
-    text, added = encode(None if prompts is None else list(prompts), False, device, **reading)
-    if not guided:
-        return EncodedText(text, None, added)
-    negatives = None if negative_prompts is None else list(negative_prompts)
-    negative, negative_added = encode(negatives, True, device, **reading)
-    return EncodedText(text, negative, {name: torch.cat([negative_added[name], of]) for name, of in added.items()})
 
 
 def check_negative_embeds(given: GivenPrompts, embeds: Tensor) -> None:

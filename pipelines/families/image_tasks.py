@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lora_compose.pipelines.calls.call import (
     Call,
     Composition,
-    as_list,
     check_arguments,
     check_plain,
     listed,
@@ -28,7 +27,7 @@ from lora_compose.pipelines.calls.front import OF_OURS, OF_START_IMAGE, Begun, P
 from lora_compose.pipelines.calls.outcome import output_of
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.calls.refine import Origin
-from lora_compose.pipelines.control import controls_of
+from lora_compose.pipelines.control.spec import controls_of
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.images.from_image import FromImage, Source, check_steps, steps_left
 from lora_compose.pipelines.images.task import OF_INPAINTING
@@ -90,14 +89,17 @@ class ImageTasksPipeline(ComposePipeline):
             concepts or (), given["method"], controls_of(given["control"]), given["token_positions"],
             given["record_attention"],
         )  # fmt: skip
-        start = self.start_image(*(given[name] for name in OF_START_IMAGE))
+        channels = self.vae.config.get("latent_channels") if self.starts_from_latents else None
+        start = FromImage.of(*(given[name] for name in OF_START_IMAGE), channels)
+        if start is not None:
+            self._task(start.inpaints)  # refuses tasks that the family does not have
         given["prompt"] = prompt
         if no_concepts(concepts):
             check_plain(composition)
             arguments = {name: it for name, it in given.items() if name not in {"kwargs", *OF_OURS, *OF_START_IMAGE}}
-            names = "callback_on_step_end_tensor_inputs"
-            arguments[names] = as_list(arguments[names])
-            if self._is_diffusers_own(start):
+            if (tensors := arguments["callback_on_step_end_tensor_inputs"]) is not None:
+                arguments["callback_on_step_end_tensor_inputs"] = list(tensors)
+            if start is None or not start.inpaints or self.inpaints_as_diffusers:
                 return Plain(partial(self._as_diffusers, arguments, start, unknown))
         check_arguments(given, self.attention_settings, image_prompts=self.reads_image_prompts)
         return Begun(given, composition, start, started)
@@ -116,24 +118,6 @@ class ImageTasksPipeline(ComposePipeline):
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         """A call's arguments without concepts as diffusers takes them; refuses what it would not see to be wrong."""
         return arguments
-
-    def _is_diffusers_own(self, given: FromImage | None) -> bool:
-        """Whether diffusers can run a call without concepts."""
-        return given is None or not given.inpaints or self.inpaints_as_diffusers
-
-    def start_image(
-        self, image: Any, mask_image: Any, strength: float | None, padding_mask_crop: int | None, paste_original: bool
-    ) -> FromImage | None:
-        """The image of a call that starts from one.
-
-        Raises:
-            ValueError: For what cannot be used, and tasks that the family does not have.
-        """
-        channels = self.vae.config.get("latent_channels") if self.starts_from_latents else None
-        given = FromImage.of(image, mask_image, strength, padding_mask_crop, paste_original, channels)
-        if given is not None:
-            self._task(given.inpaints)
-        return given
 
     def steps_from_image(self, steps: int, strength: float | None, inpaints: bool) -> int:
         """How many of the steps are run in a call that starts from an image.

@@ -11,7 +11,7 @@ from lora_compose.pipelines.calls.call import Call, GivenPrompts, Sampling, chec
 from lora_compose.pipelines.calls.front import Begun
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.concepts.tags import check_no_tags
-from lora_compose.pipelines.control import prepare_image_prompts
+from lora_compose.pipelines.control.image_prompts import prepare_image_prompts
 from lora_compose.pipelines.denoising.guidance import Embedded, Guider, Rescaled
 from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
 from lora_compose.pipelines.denoising.sampler import Schedule
