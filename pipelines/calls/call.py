@@ -18,7 +18,7 @@ from lora_compose.pipelines.images.task import OF_INPAINTING
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.given import is_set
 from lora_compose.pipelines.scene.regions import check_region
-from lora_compose.pipelines.scene.scene import Concept, ConceptNames
+from lora_compose.pipelines.scene.scene import ConceptNames
 from lora_compose.pipelines.support.spelling import did_you_mean
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.tokens import Tokenizer
@@ -153,22 +153,6 @@ class Call:
 def no_concepts(concepts: Concepts | None) -> bool:
     """Whether there is no concept for any prompt."""
     return not concepts or all(is_set(entry) and not entry for entry in concepts)
-
-
-def of_prompt(
-    positions: TokenPositions | None, concepts: Sequence[Concept], prompt: int, prompts: int
-) -> TokenPositions | None:
-    """The token positions of one prompt's concepts."""
-    if positions is None:
-        return None
-    of_concept: dict[str, Sequence[int]] = {}
-    for concept in concepts:
-        listed: Sequence[Any] = positions.get(concept.name, ())
-        nested = bool(listed) and isinstance(listed[0], Sequence)
-        if nested and len(listed) != prompts:
-            raise ValueError(f"token_positions of {concept.name!r} are for {len(listed)} prompts, there are {prompts}")
-        of_concept[concept.name] = listed[prompt] if nested else listed
-    return of_concept
 
 
 def check_plain(composition: Composition) -> None:

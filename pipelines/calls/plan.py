@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_compose.attention import Backbone, StepCaches, backbone_of, check_caches, install, reference_factor
 from lora_compose.attention.device import dtype_of
-from lora_compose.pipelines.calls.call import Call, Concepts, check_call, of_prompt, steps_to_record
+from lora_compose.pipelines.calls.call import Call, Concepts, check_call, steps_to_record
 from lora_compose.pipelines.calls.host import Host
 from lora_compose.pipelines.calls.memory import check_size, warn_of_size
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
@@ -392,31 +392,16 @@ def resolve_sets(host: Host, asked: Concepts, prompts: int) -> tuple[tuple[Loade
 def _token_masks(
     call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], indices: Sequence[int]
 ) -> TokenMasks:
-    """Token masks of a concept set's words in its prompts."""
-    if len(indices) == len(call.prompts):
-        return _masks_of(call, tokenizers, concepts)
-    parts, prompts = [], call.prompts
-    for index in indices:
-        here = slice(index, index + 1)
-        positions = of_prompt(call.composition.token_positions, concepts, index, len(prompts))
-        prompt = replace(
-            prompts,
-            texts=None if prompts.texts is None else [text[here] for text in prompts.texts],
-            embeds=None if prompts.embeds is None else prompts.embeds[here],
-        )
-        composition = replace(call.composition, token_positions=positions)
-        parts.append(_masks_of(replace(call, prompts=prompt, composition=composition), tokenizers, concepts))
-    return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
-
-
-def _masks_of(call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept]) -> TokenMasks:
-    positions, embeds = call.composition.token_positions, call.prompts.embeds
-    if embeds is not None:
-        return TokenMasks.of_positions(positions or {}, embeds.shape[0], embeds.shape[1], concepts)
+    """Token masks of a concept set's words in its prompts, which have these indices."""
+    positions, prompts = call.composition.token_positions, call.prompts
+    if prompts.embeds is not None:
+        own = {concept.name: (positions or {}).get(concept.name, ()) for concept in concepts}
+        return TokenMasks.of_positions(own, len(prompts), prompts.embeds.shape[1], concepts, indices)
     if positions is not None:
         raise ValueError("token_positions go with prompt_embeds; with a prompt, words are found by their triggers")
     elsewhere = {concept.name for concept in concepts if concept.prompt is not None}
-    return find_in(tokenizers, concepts, call.prompts.texts or (), optional=elsewhere)
+    texts = [[column[index] for index in indices] for column in prompts.texts or ()]
+    return find_in(tokenizers, concepts, texts, optional=elsewhere)
 
 
 def _find(
