@@ -370,9 +370,10 @@ def resolve_sets(host: Host, asked: Concepts, prompts: int) -> tuple[tuple[Loade
     Raises:
         ValueError: For mixtures of concepts and lists of them, and another number of lists than prompts.
     """
-    entries: Any = [asked] if isinstance(asked, str | Concept) else asked
+    given: Any = asked
+    entries: Any = [given] if isinstance(asked, str | Concept) else given
     if not any(map(is_set, entries)):
-        loaded = host.resolve_concepts(entries)
+        loaded = host.resolve_concepts(given)
         return loaded, [list(range(len(loaded)))] * prompts
     if not all(map(is_set, entries)):
         raise ValueError(

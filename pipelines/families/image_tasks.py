@@ -280,8 +280,8 @@ class ImageTasksPipeline(ComposePipeline):
         """The checks of diffusers' pipeline, with the size of the images in pixels."""
         known = {**begun.given, "width": size[0], "height": size[1], "callback_steps": None}
         known["callback_on_step_end_tensor_inputs"] = self._of_every_task(begun.tensors, begun.start)
-        names = [name for name in inspect.signature(self.check_inputs).parameters if "ip_adapter" not in name]
-        self.check_inputs(**{name: known[name] for name in names})
+        names = [name for name in inspect.signature(self._plain_class().check_inputs).parameters if name in known]
+        self.check_inputs(**{name: known[name] for name in names if "ip_adapter" not in name})
 
     def run_request(self, request: Request) -> Any:
         """Runs a call with concepts, decodes its latents, and returns what the family's `__call__` promises."""
