@@ -19,6 +19,7 @@ from lora_compose.pipelines.calls.call import (
     GivenPrompts,
     ImageSize,
     Sampling,
+    listed,
     no_concepts,
     tensors_for,
 )
@@ -28,6 +29,7 @@ from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.formats.models import models_of
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.text.encoder import FamilyEncoder
+from lora_compose.pipelines.text.tokens import Tokenizer
 
 
 class Composes(Protocol):
@@ -124,6 +126,18 @@ class Begun:
         size_of_images = ImageSize(*size, self.images_per_prompt)
         callback = Callback(given["callback_on_step_end"], self.tensors)
         return Call(self.composition, prompts, size_of_images, sampling, callback, self.started, **fields)
+
+    def prompts(
+        self, length: int | None, embeds: Tensor | None = None, tokenizers: Sequence[Tokenizer] | None = None
+    ) -> GivenPrompts:
+        """The prompts, for families whose text encoder reads one; the other arguments are as there.
+
+        Args:
+            embeds: Given embeddings, if the model has them in another form.
+        """
+        prompt, embeds = self.given["prompt"], self.given.get("prompt_embeds") if embeds is None else embeds
+        negative = [listed(self.given.get("negative_prompt"))]
+        return GivenPrompts(None if prompt is None else [listed(prompt)], embeds, length, negative, tokenizers)
 
     @property
     def images_per_prompt(self) -> int:

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from lora_compose.attention.backbones.cosmos import with_padding_mask
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.calls.call import Call, GivenPrompts, listed
+from lora_compose.pipelines.calls.call import Call
 from lora_compose.pipelines.calls.front import Begun, Request, arguments_with, front
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.sampler import Schedule
-from lora_compose.pipelines.families.flow_matching import Shape, for_images, texts_to_encode
+from lora_compose.pipelines.families.flow_matching import Shape, for_images
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.modular import ModularFamilyPipeline
 from lora_compose.pipelines.families.video_vae import VideoVaePipeline
@@ -141,15 +141,13 @@ class ComposeAnimaPipeline(VideoVaePipeline, ModularFamilyPipeline, AnimaLoraLoa
         self._check_composed_arguments(given, given["guidance_scale"])
         # Longer texts are not padded: then an image's texts would have as many tokens as their words.
         length = min(given["max_sequence_length"], self.text_conditioner.config.min_sequence_length)
-        prompts_given = GivenPrompts([listed(given["prompt"])], None, length, [listed(given["negative_prompt"])])
         source, size = self._source(begun)
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words, *_ = texts_to_encode(given, prompts, len(prompts_given), negative=negative)
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             return for_images(self.read_texts(words, length), begun.images_per_prompt)
 
         guider = ClassifierFree(given["guidance_scale"])
-        return self._request(begun, prompts_given, guider, encode, size=size, source=source)
+        return self._text_request(begun, begun.prompts(length), guider, encode, size=size, source=source)
 
     def _read(self, given: dict[str, Any]) -> dict[str, Any]:
         return given  # diffusers has a size of its own

@@ -7,13 +7,9 @@ import torch
 from diffusers import ChromaImg2ImgPipeline, ChromaInpaintPipeline, ChromaPipeline, ChromaTransformer2DModel
 from torch import Tensor
 
-from lora_compose.pipelines.calls.call import (
-    GivenPrompts,
-    listed,
-)
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, texts_to_encode
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -53,12 +49,9 @@ class ComposeChromaPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: i
         given, per_prompt, length = begun.given, begun.images_per_prompt, begun.given["max_sequence_length"]
         source, size = self._source(begun)
         self._check_inputs(begun, size)
-        texts = None if given["prompt"] is None else [listed(given["prompt"])]
-        prompts_given = GivenPrompts(texts, given["prompt_embeds"], length, [listed(given["negative_prompt"])])
         kwargs = given["joint_attention_kwargs"]
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words, embeds, mask = texts_to_encode(given, prompts, len(prompts_given), negative=negative)
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             text, mask = self._encoded(
                 words, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
                 prompt_attention_mask=mask, max_sequence_length=length, lora_scale=(kwargs or {}).get("scale"),
@@ -66,8 +59,8 @@ class ComposeChromaPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: i
             # From an image, diffusers reads masks of True and False as numbers.
             return text, {"text_mask": mask if source is None else mask.to(text.dtype)}
 
-        return self._request(
-            begun, prompts_given, ClassifierFree(given["guidance_scale"]), encode, size=size, source=source,
+        return self._text_request(
+            begun, begun.prompts(length), ClassifierFree(given["guidance_scale"]), encode, size=size, source=source,
             inputs={"joint_attention_kwargs": kwargs},
         )  # fmt: skip
 

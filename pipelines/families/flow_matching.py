@@ -215,6 +215,33 @@ class FlowMatchingPipeline(ImageTasksPipeline):
 
         return Request(call, both_sides, decoded, given["return_dict"])
 
+    def _text_request(
+        self,
+        begun: Begun,
+        prompts: GivenPrompts,
+        guider: Guider,
+        encode: Callable[[Any, Any, Tensor | None, torch.device], tuple[Tensor, Mapping[str, Tensor]]],
+        **how: Any,
+    ) -> Request:
+        """The request of a call whose texts are all encoded in the same way.
+
+        Args:
+            encode: From texts, or else embeddings and their mask as they were given, to what `Encode` returns.
+            how: As for `_request`.
+        """
+        given = begun.given
+
+        def of_side(new: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, Mapping[str, Tensor]]:
+            side = "negative_" if negative else ""
+            embeds = None if new is not None else given.get(f"{side}prompt_embeds")
+            if embeds is not None:
+                mask = given.get(f"{side}prompt_embeds_mask", given.get(f"{side}prompt_attention_mask"))
+                return encode(None, embeds, mask, device)
+            own = for_each(given.get("negative_prompt"), len(prompts)) if negative else listed(given["prompt"])
+            return encode(own if new is None else new, None, None, device)
+
+        return self._request(begun, prompts, guider, of_side, **how)
+
     def _check_plain_texts(self, *given: Any) -> None:
         """Refuses weights and names of LoRAs in texts of a call without concepts, which the model would read."""
         texts = [text for column in given if isinstance(column, str | list) for text in listed(column)]
@@ -413,26 +440,6 @@ def for_each(text: str | list[str] | None, count: int) -> list[str]:
     """A text for each of `count` prompts: a single text is repeated, None is the empty text."""
     texts = listed(text) or [""]
     return texts * count if len(texts) == 1 else texts
-
-
-def texts_to_encode(
-    given: Mapping[str, Any], prompts: list[str] | None, count: int, *, negative: bool
-) -> tuple[Any, Any, Tensor | None]:
-    """Texts, or embeddings with their mask, as `encode_prompt` of diffusers takes them: new ones, or those of a call.
-
-    Args:
-        given: The arguments of the call, by name.
-        prompts: New texts; None means those of the call.
-        count: Prompts of the call.
-        negative: Whether its negative prompts are meant.
-    """
-    if prompts is not None:
-        return prompts, None, None
-    side = "negative_" if negative else ""
-    embeds = given.get(f"{side}prompt_embeds")
-    if embeds is not None:
-        return None, embeds, given.get(f"{side}prompt_embeds_mask", given.get(f"{side}prompt_attention_mask"))
-    return for_each(given.get("negative_prompt"), count) if negative else listed(given["prompt"]), None, None
 
 
 def for_images(

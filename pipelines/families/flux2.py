@@ -15,13 +15,11 @@ from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.pipelines.calls.call import (
     Call,
-    GivenPrompts,
-    listed,
 )
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
-from lora_compose.pipelines.families.flow_matching import TemplatePipeline, texts_to_encode
+from lora_compose.pipelines.families.flow_matching import TemplatePipeline
 from lora_compose.pipelines.families.flux2_vae import Flux2VaePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
@@ -43,11 +41,9 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
         """The request of a call with concepts; `size` is that of the images in pixels."""
         given, per_prompt, length = begun.given, begun.images_per_prompt, begun.given["max_sequence_length"]
         self._check_inputs(begun, size)
-        texts = None if given["prompt"] is None else [listed(given["prompt"])]
-        prompts_given = GivenPrompts(texts, given["prompt_embeds"], length)
+        prompts_given = begun.prompts(length)
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words, embeds, _ = texts_to_encode(given, prompts, len(prompts_given), negative=negative)
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             encode_prompt: Any = self.encode_prompt
             text, _ = encode_prompt(
                 words, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
@@ -59,7 +55,7 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
             return text, {"text_mask": mask}
 
         inputs = {"joint_attention_kwargs": given["attention_kwargs"]}
-        return self._request(
+        return self._text_request(
             begun, prompts_given, ClassifierFree(self._cfg_of(given["guidance_scale"])), encode, size=size,
             source=source, references=references,
             inputs=inputs | self._guidance_inputs(given["guidance_scale"], len(prompts_given) * per_prompt),

@@ -6,7 +6,6 @@ prompts with a language model of its own; a call without concepts is the modular
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,13 +25,13 @@ from torch.nn.functional import pad, pixel_unshuffle
 
 from lora_compose.attention.backbones.joint import PATCH, packed
 from lora_compose.attention.device import dtype_of, uncompiled
-from lora_compose.pipelines.calls.call import Call, GivenPrompts, listed
+from lora_compose.pipelines.calls.call import Call, listed
 from lora_compose.pipelines.calls.front import Begun, Request, arguments_with, front
 from lora_compose.pipelines.calls.plan import Plan, resolve_sets
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.denoising.sampler import Schedule
-from lora_compose.pipelines.families.flow_matching import for_images, texts_to_encode, tokenizer_of
+from lora_compose.pipelines.families.flow_matching import for_images, tokenizer_of
 from lora_compose.pipelines.families.flux2_vae import Flux2VaePipeline
 from lora_compose.pipelines.families.modular import ModularFamilyPipeline
 from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
@@ -96,7 +95,6 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
         given = begun.given
         self._check_composed_arguments(given, guidance_scale)
         prompt, negative_prompt = listed(given["prompt"]), given.get("negative_prompt")
-        prompts_given = GivenPrompts([prompt], None, None, [listed(negative_prompt)])
         references, crop = self._references(given["reference"])
         size = self._size(given["width"], given["height"])
         if references and given["width"] is None and given["height"] is None:
@@ -107,12 +105,11 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
         texts = [*prompt, *listed(negative_prompt), *(text for it in own for text in (it.prompt, it.negative_prompt))]
         length = min(given["max_sequence_length"], max(self._tokens(text or "") for text in texts))
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words, *_ = texts_to_encode(given, prompts, len(prompts_given), negative=negative)
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             return for_images(self._encoded(words, length, given["text_encoder_out_layers"]), begun.images_per_prompt)
 
-        return self._request(
-            begun, replace(prompts_given, length=length), ClassifierFree(guidance_scale), encode, size=size,
+        return self._text_request(
+            begun, begun.prompts(length), ClassifierFree(guidance_scale), encode, size=size,
             references=references, inputs=inputs, properties={"_guidance_scale": guidance_scale},
             reference_crop=crop,
         )  # fmt: skip

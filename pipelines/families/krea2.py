@@ -7,10 +7,9 @@ import torch
 from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor
 
-from lora_compose.pipelines.calls.call import GivenPrompts, listed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.families.flow_matching import TemplatePipeline, texts_to_encode
+from lora_compose.pipelines.families.flow_matching import TemplatePipeline
 from lora_compose.pipelines.families.video_vae import VideoVaePipeline
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.templates import TemplateTokenizer
@@ -38,12 +37,10 @@ class ComposeKrea2Pipeline(VideoVaePipeline, TemplatePipeline, Krea2Pipeline):  
         """
         given, (_, size) = begun.given, self._source(begun)
         self._check_inputs(begun, size)
-        texts = None if given["prompt"] is None else [listed(given["prompt"])]
         embeds = None if given["prompt_embeds"] is None else given["prompt_embeds"].flatten(2)
-        prompts_given = GivenPrompts(texts, embeds, given["max_sequence_length"], [listed(given["negative_prompt"])])
+        prompts_given = begun.prompts(given["max_sequence_length"], embeds)
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words, embeds, mask = texts_to_encode(given, prompts, len(prompts_given), negative=negative)
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
             text, mask = encode_prompt(
                 words, device=device, num_images_per_prompt=begun.images_per_prompt, prompt_embeds=embeds,
@@ -51,7 +48,7 @@ class ComposeKrea2Pipeline(VideoVaePipeline, TemplatePipeline, Krea2Pipeline):  
             )  # fmt: skip
             return text.flatten(2), {"text_mask": mask}
 
-        return self._request(
+        return self._text_request(
             begun, prompts_given, ClassifierFree(self._cfg_of(given["guidance_scale"])), encode, size=size,
             inputs={"attention_kwargs": given["attention_kwargs"]},
         )  # fmt: skip

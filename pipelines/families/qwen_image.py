@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_compose.attention.backbones.joint import PATCH
-from lora_compose.pipelines.calls.call import GivenPrompts, listed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import TokenNorms
-from lora_compose.pipelines.families.flow_matching import TemplatePipeline, texts_to_encode
+from lora_compose.pipelines.families.flow_matching import TemplatePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.video_vae import VideoVaePipeline
 from lora_compose.pipelines.images.from_image import Source
@@ -54,20 +53,16 @@ class QwenImageCalls(VideoVaePipeline, TemplatePipeline):
         """
         given = begun.given
         self._check_inputs(begun, size)
-        texts = None if given["prompt"] is None else [listed(given["prompt"])]
-        negative = [listed(given["negative_prompt"])]
-        prompts_given = GivenPrompts(texts, given["prompt_embeds"], tokens, negative, tokenizers)
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words, embeds, mask = texts_to_encode(given, prompts, len(prompts_given), negative=negative)
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             return encoded(
                 words, tokens, device=device, num_images_per_prompt=begun.images_per_prompt, prompt_embeds=embeds,
                 prompt_embeds_mask=mask,
             )  # fmt: skip
 
-        return self._request(
-            begun, prompts_given, TokenNorms(self._guidance(given), PATCH), encode, size=size, source=source,
-            references=references, inputs={"attention_kwargs": given["attention_kwargs"]},
+        return self._text_request(
+            begun, begun.prompts(tokens, tokenizers=tokenizers), TokenNorms(self._guidance(given), PATCH), encode,
+            size=size, source=source, references=references, inputs={"attention_kwargs": given["attention_kwargs"]},
         )  # fmt: skip
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:

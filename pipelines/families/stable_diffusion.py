@@ -53,17 +53,9 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
 
     @front(StableDiffusionPipeline.__call__)
     def __call__(self, begun: Begun) -> Request:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images, as `ComposePipeline.__call__`.
 
         Args:
-            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept` objects
-                or their fields as in JSON, {"name": "cat", "lora": "cat.safetensors"}, or a list of these per prompt;
-                "auto": those that the prompt names; None: as in diffusers.
-            method: draft, lora-composer, regional, clora, tara, merge, switch, composite, freefuse, or settings such as
-                `Tara(scope="cross_kv")`; None chooses.
-            control: Control images for ControlNets and T2I-Adapters; only with concepts.
-            token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
-            record_attention: True, or the steps of which attention maps are returned.
             image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
                 each prompt. Regions are in its coordinates.
             mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.

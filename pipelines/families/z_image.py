@@ -12,13 +12,11 @@ from torch.nn.functional import pad
 
 from lora_compose.pipelines.calls.call import (
     Call,
-    GivenPrompts,
-    listed,
 )
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.denoising.guidance import NormLimited
-from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, texts_to_encode
+from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.scene.canvas import Canvas
@@ -62,12 +60,11 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
                 f"callback_on_step_end_tensor_inputs names {', '.join(sorted(unknown))}; callbacks can have "
                 f"{' and '.join(self._callback_tensor_inputs)}"
             )
-        tokens, texts = _padded(length), None if prompt is None else [listed(prompt)]
+        tokens = _padded(length)
         embeds = None if prompt_embeds is None else _stacked(prompt_embeds, tokens)
-        prompts_given = GivenPrompts(texts, embeds, length, [listed(given["negative_prompt"])])
+        prompts_given = begun.prompts(length, embeds)
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words, embeds, _ = texts_to_encode(given, prompts, len(prompts_given), negative=negative)
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             encode_prompt: Any = self._encode_prompt
             # A copy of the texts, because diffusers writes into them.
             features = encode_prompt(list(words or ()), device=device, prompt_embeds=embeds, max_sequence_length=length)
@@ -75,7 +72,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
 
         normalization = float(given["cfg_normalization"])
-        return self._request(
+        return self._text_request(
             begun, prompts_given, NormLimited(scale, normalization, 1.0 if truncation is None else truncation), encode,
             size=size, source=source, inputs={"joint_attention_kwargs": given["joint_attention_kwargs"]},
             properties={"_cfg_normalization": given["cfg_normalization"], "_cfg_truncation": truncation},

@@ -23,11 +23,10 @@ from lora_compose import ComposePipeline
 from lora_compose.attention.backbones import BACKBONES, backbone_of
 from lora_compose.attention.backbones.joint import JointBackbone, image_positions, packed, unpacked
 from lora_compose.attention.sites import Site
-from lora_compose.pipelines.calls.call import GivenPrompts, listed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.families.chroma import ComposeChromaPipeline
-from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, texts_to_encode
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
 from lora_compose.pipelines.formats import recognise, transformer_names
 from transformer_families import (
     CALL,
@@ -90,11 +89,8 @@ class YourPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: ignore[rep
     def __call__(self, begun: Begun) -> Request:
         given = begun.given
         _, size = self._source(begun)
-        negative = [listed(given["negative_prompt"])]
-        prompts_given = GivenPrompts([listed(given["prompt"])], None, given["max_sequence_length"], negative)
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words, *_ = texts_to_encode(given, prompts, len(prompts_given), negative=negative)
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             encode_prompt: Any = self.encode_prompt
             text, _, mask, *_ = encode_prompt(
                 words, device=device, do_classifier_free_guidance=False,
@@ -102,7 +98,8 @@ class YourPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: ignore[rep
             )  # fmt: skip
             return text, {"text_mask": mask}
 
-        return self._request(begun, prompts_given, ClassifierFree(given["guidance_scale"]), encode, size=size)
+        prompts, guider = begun.prompts(given["max_sequence_length"]), ClassifierFree(given["guidance_scale"])
+        return self._text_request(begun, prompts, guider, encode, size=size)
 
 
 YOURS = replace(CHROMA, pipeline=partial(chroma_pipeline, YourPipeline), image_tasks={})

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from lora_compose import METHODS, Concept
+from lora_compose import METHODS, ComposePipeline, Concept
 from lora_compose.pipelines.calls.call import refuse_unknown
 from lora_compose.pipelines.families import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.support.field_errors import FieldError
@@ -39,7 +39,7 @@ def test_a_concept_without_field_names_says_how_it_is_written() -> None:
 
 
 def test_the_help_of_a_call_names_every_method_and_shows_a_box() -> None:
-    text = " ".join((inspect.getdoc(ComposeStableDiffusionPipeline.__call__) or "").split())
+    text = " ".join((inspect.getdoc(ComposePipeline.__call__) or "").split())
     methods = text.partition("method: ")[2].partition(" or settings")[0]
     assert set(methods.rstrip(",").split(", ")) == set(METHODS)
     assert '{"cat": (0, 0, 64, 128)}' in text
