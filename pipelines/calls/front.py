@@ -130,10 +130,10 @@ class Begun:
     def prompts(
         self, length: int | None, embeds: Tensor | None = None, tokenizers: Sequence[Tokenizer] | None = None
     ) -> GivenPrompts:
-        """The prompts, for families whose text encoder reads one; the other arguments are as there.
+        """The prompts of a family with one text for each image (`GivenPrompts`).
 
         Args:
-            embeds: Given embeddings, if the model has them in another form.
+            embeds: The given embeddings, if the model has them in another form.
         """
         prompt, embeds = self.given["prompt"], self.given.get("prompt_embeds") if embeds is None else embeds
         negative = [listed(self.given.get("negative_prompt"))]

@@ -30,7 +30,7 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
 
     def _read(self, given: dict[str, Any]) -> dict[str, Any]:
         named = given["width"] is not None or given["height"] is not None
-        return {**super()._read(given), "named": named}
+        return {**super()._read(given), "named": named}  # a size that is the model's own may be changed
 
     @front(FluxKontextPipeline.__call__, image_reference=None)
     def __call__(self, begun: Begun) -> Request:
