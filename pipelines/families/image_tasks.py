@@ -90,7 +90,10 @@ class ImageTasksPipeline(ComposePipeline):
             given["record_attention"],
         )  # fmt: skip
         channels = self.vae.config.get("latent_channels") if self.starts_from_latents else None
-        start = FromImage.of(*(given[name] for name in OF_START_IMAGE), channels)
+        start = FromImage.of(
+            given["image"], given["mask_image"], given["strength"], given["padding_mask_crop"],
+            given["paste_original"], channels,
+        )  # fmt: skip
         if start is not None:
             self._task(start.inpaints)  # refuses tasks that the family does not have
         given["prompt"] = prompt

@@ -106,11 +106,12 @@ def test_calls_with_concepts_read_every_argument_of_diffusers_or_refuse_it(cls):
 
 def test_an_argument_that_a_newer_diffusers_has_is_refused_with_concepts():
     pipe = pipeline("sd")
+    cls: Any = type(pipe)
     *theirs, kwargs = parameters(StableDiffusionPipeline, "__call__").values()
     newer = inspect.Parameter("sharpness", inspect.Parameter.KEYWORD_ONLY, default=None)
 
-    class Newer(type(pipe)):
-        __call__ = front(inspect.Signature([*theirs, newer, kwargs]))(type(pipe).__call__.__wrapped__)
+    class Newer(cls):
+        __call__ = front(inspect.Signature([*theirs, newer, kwargs]))(cls.__call__.__wrapped__)
 
     made = Newer(**pipe.components, requires_safety_checker=False)
     with pytest.raises(ValueError, match=r"^sharpness cannot be combined with concepts; leave it out$"):
