@@ -9,7 +9,7 @@ from lora_compose.attention.lora_bank import LoraFactors, base_layer
 from lora_compose.attention.sites import Site
 
 
-def weight_shape(model: nn.Module, name: str, where: Mapping[str, Site] | None = None) -> tuple[int, ...]:
+def weight_shape(model: nn.Module, name: str) -> tuple[int, ...]:
     """The shape of the weight that a LoRA would change: outputs, inputs, and the kernel of a convolution.
 
     From the layer's settings, since quantised and offloaded weights have other shapes.
@@ -21,7 +21,7 @@ def weight_shape(model: nn.Module, name: str, where: Mapping[str, Site] | None =
         layer = model.get_submodule(name)
     except AttributeError:
         layer = None
-    return shape_at(name, layer, where)
+    return shape_at(name, layer, None)
 
 
 def shape_at(name: str, layer: nn.Module | None, where: Mapping[str, Site] | None) -> tuple[int, ...]:
@@ -42,13 +42,13 @@ def shape_of(name: str, layer: nn.Module) -> tuple[int, ...]:
     return layer.out_channels, layer.in_channels, *layer.kernel_size
 
 
-def check_factors(model: nn.Module, name: str, factors: LoraFactors, where: Mapping[str, Site] | None = None) -> None:
+def check_factors(model: nn.Module, name: str, factors: LoraFactors) -> None:
     """Checks that factors fit a layer.
 
     Raises:
         ValueError: Naming the layer and both shapes.
     """
-    check_sides(name, factors, *weight_shape(model, name, where))
+    check_sides(name, factors, *weight_shape(model, name))
 
 
 def check_sides(name: str, factors: LoraFactors, outputs: int, *inputs: int) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lora_compose.pipelines.calls.call_plan import CallPlan, PlannedConcept
     from lora_compose.pipelines.calls.refine import Detailer, Refined, refine, subject_masks
     from lora_compose.pipelines.concepts.loading import LoraError
-    from lora_compose.pipelines.control import Control
+    from lora_compose.pipelines.control.spec import Control
     from lora_compose.pipelines.families import ComposePipeline
     from lora_compose.pipelines.images.output import ComposeOutput, Cost
     from lora_compose.pipelines.methods import (
@@ -73,7 +73,7 @@ __all__ = [
 _MODULES = {
     "calls.call_plan": ("CallPlan", "PlannedConcept"),
     "concepts.loading": ("LoraError",),
-    "control": ("Control",),
+    "control.spec": ("Control",),
     "families": ("ComposePipeline",),
     "methods": (
         "METHODS", "PRESETS", "Clora", "Composite", "Draft", "FreeFuse", "LoraComposer", "Merge", "Regional", "Switch",

@@ -22,7 +22,7 @@ from torch import Tensor
 from components import EVERYTHING, FAMILIES, activated, lora_tensors, random_lora, seeded, text_loras, with_library
 from composing import BOTH, SD_AND_SLOWLY_XL
 from lora_compose.attention import Lora, backbone_of
-from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.methods import (
     Clora,
     Composite,

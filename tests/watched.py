@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_compose.pipelines.denoising.process import Needs, Settings
 from lora_compose.pipelines.denoising.session import Session
-from lora_compose.pipelines.methods import Needs, Settings
 from lora_compose.pipelines.scene.canvas import Step
 
 Look = Callable[[Any, Tensor, Step], None]

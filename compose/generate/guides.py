@@ -17,7 +17,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
 
 from lora_compose.compose.files.paths import ModelError, is_hub_name
-from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.references import ReferencesPipeline
 from lora_compose.pipelines.scene.mask_images import from_uri, greys, in_pixels, mask_of_box, open_image

@@ -10,14 +10,15 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.control import Control, PreparedImagePrompts
+from lora_compose.pipelines.control.image_prompts import PreparedImagePrompts
+from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.denoising.guidance import Embedded, Guider
 from lora_compose.pipelines.images.from_image import Source, check_steps
 from lora_compose.pipelines.images.task import OF_INPAINTING
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.given import is_set
 from lora_compose.pipelines.scene.regions import check_region
-from lora_compose.pipelines.scene.scene import Concept, ConceptNames
+from lora_compose.pipelines.scene.scene import ConceptNames
 from lora_compose.pipelines.support.spelling import did_you_mean
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.tokens import Tokenizer
@@ -26,6 +27,9 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 Concepts = ConceptNames | Sequence[ConceptNames]
 """A concept set for all prompts, or one for each prompt."""
+
+ATTENTION_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+"""What diffusers' pipelines call the arguments for attention processors."""
 
 
 @dataclass(frozen=True)
@@ -151,22 +155,6 @@ def no_concepts(concepts: Concepts | None) -> bool:
     return not concepts or all(is_set(entry) and not entry for entry in concepts)
 
 
-def of_prompt(
-    positions: TokenPositions | None, concepts: Sequence[Concept], prompt: int, prompts: int
-) -> TokenPositions | None:
-    """The token positions of one prompt's concepts."""
-    if positions is None:
-        return None
-    of_concept: dict[str, Sequence[int]] = {}
-    for concept in concepts:
-        listed: Sequence[Any] = positions.get(concept.name, ())
-        nested = bool(listed) and isinstance(listed[0], Sequence)
-        if nested and len(listed) != prompts:
-            raise ValueError(f"token_positions of {concept.name!r} are for {len(listed)} prompts, there are {prompts}")
-        of_concept[concept.name] = listed[prompt] if nested else listed
-    return of_concept
-
-
 def check_plain(composition: Composition) -> None:
     """Checks a call without concepts; raises ValueError if an argument is given that needs concepts."""
     if composition.controls:
@@ -188,27 +176,28 @@ def refuse_unknown(names: Iterable[str], call: Callable[..., Any]) -> None:
         raise TypeError(f"unknown argument {name!r}{did_you_mean(name, known[1:])}{how}")
 
 
-def check_arguments(
-    unknown: Mapping[str, Any],
-    ip_adapter: Sequence[object],
-    attention_kwargs: Mapping[str, Any] | None,
-    name: str = "cross_attention_kwargs",
-    allowed: Collection[str] = ("scale",),
-) -> None:
+def check_arguments(given: Mapping[str, Any], in_attention: Collection[str], *, image_prompts: bool) -> None:
     """Refuses arguments that cannot be combined with concepts.
+
+    Args:
+        given: The arguments of a call, by name.
+        in_attention: Those for attention processors that can be.
+        image_prompts: Whether IP-Adapters can be.
 
     Raises:
         TypeError: For unknown arguments.
-        ValueError: For IP-Adapter images, and attention arguments other than those that are allowed.
+        ValueError: For all others.
     """
-    if unknown:
-        raise TypeError(f"unknown arguments: {', '.join(unknown)}")
-    if any(value is not None for value in ip_adapter):
+    if given["kwargs"]:
+        raise TypeError(f"unknown arguments: {', '.join(given['kwargs'])}")
+    if not image_prompts and any("ip_adapter" in name and it is not None for name, it in given.items()):
         raise ValueError("IP-Adapter images can be combined with concepts on Stable Diffusion 1.x, 2.x and XL only")
-    if others := (attention_kwargs or {}).keys() - set(allowed):
-        raise ValueError(
-            f"{name} {sorted(others)} cannot be combined with concepts; only {' and '.join(map(repr, allowed))} can"
-        )
+    for name in ATTENTION_ARGUMENTS:
+        if others := (given.get(name) or {}).keys() - set(in_attention):
+            raise ValueError(
+                f"{name} {sorted(others)} cannot be combined with concepts; only "
+                f"{' and '.join(map(repr, in_attention))} can"
+            )
 
 
 def tensors_for(callback: object, tensors: Sequence[str] | None) -> list[str]:
@@ -238,11 +227,6 @@ def check_changed(offered: Mapping[str, Any], returned: Mapping[str, Any], *, cu
             f"the callback changed {', '.join(sorted(changed))}; with concepts it may change latents or switch "
             "guidance off, since the positions of the concepts' words in other embeddings are unknown"
         )
-
-
-def as_list(names: Sequence[str] | None) -> list[str] | None:
-    """Names as diffusers takes them."""
-    return None if names is None else list(names)
 
 
 def listed(prompt: str | list[str] | None) -> list[str]:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from inspect import signature
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from inspect import Parameter, Signature, signature
+from typing import Any, Protocol
 
 import torch
 from diffusers.utils import BaseOutput
@@ -19,6 +19,7 @@ from lora_compose.pipelines.calls.call import (
     GivenPrompts,
     ImageSize,
     Sampling,
+    listed,
     no_concepts,
     tensors_for,
 )
@@ -28,6 +29,7 @@ from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.formats.models import models_of
 from lora_compose.pipelines.images.from_image import FromImage
 from lora_compose.pipelines.text.encoder import FamilyEncoder
+from lora_compose.pipelines.text.tokens import Tokenizer
 
 
 class Composes(Protocol):
@@ -38,19 +40,37 @@ class Composes(Protocol):
         """Whether diffusers' pipeline can inpaint with this model; otherwise our own loop does."""
         ...
 
+    def begin(self, given: Mapping[str, Any]) -> "Begun | Plain":
+        """A call with concepts, begun, or one that is diffusers' own; takes the arguments by name."""
+        ...
+
     def run_request(self, request: "Request") -> Any:
         """Runs a call with concepts."""
         ...
 
 
-P = ParamSpec("P")
-Pipeline = TypeVar("Pipeline", bound=Composes)
+OF_OURS = {"concepts": None, "method": None, "control": None, "token_positions": None, "record_attention": False}
+"""Arguments for concepts, with their defaults."""
 
-OF_OURS = ("concepts", "method", "control", "token_positions", "record_attention")
-"""Arguments for concepts."""
+OF_START_IMAGE = {
+    "image": None, "mask_image": None, "strength": None, "padding_mask_crop": None, "paste_original": False,
+}  # fmt: skip
+"""Arguments for calls that start from an image, with their defaults."""
 
-OF_START_IMAGE = ("image", "mask_image", "strength", "padding_mask_crop", "paste_original")
-"""Arguments for calls that start from an image."""
+READ = {
+    "self", "image", "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "true_cfg_scale", "guidance_scale",
+    "guidance_rescale", "guidance_schedule", "cfg_normalization", "cfg_truncation", "height", "width",
+    "original_size", "crops_coords_top_left", "target_size", "negative_original_size",
+    "negative_crops_coords_top_left", "negative_target_size", "num_inference_steps", "timesteps", "sigmas",
+    "denoising_end", "mu", "std", "num_images_per_prompt", "eta", "generator", "latents", "prompt_embeds",
+    "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds", "prompt_embeds_mask",
+    "negative_prompt_embeds_mask", "prompt_attention_mask", "negative_prompt_attention_mask", "ip_adapter_image",
+    "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds", "output_type",
+    "return_dict", "cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs", "clip_skip",
+    "callback_on_step_end", "callback_on_step_end_tensor_inputs", "max_sequence_length", "text_encoder_out_layers",
+    "caption_upsample_temperature", "prompt_upsampling", "prompt_upsampling_temperature", "max_area", "_auto_resize",
+}  # fmt: skip
+"""Arguments that calls with concepts read, or refuse with a reason; others are of a newer diffusers."""
 
 
 @dataclass(frozen=True)
@@ -78,45 +98,56 @@ class Plain:
 
 @dataclass(frozen=True)
 class Begun:
-    """What all families ask of the arguments of a call.
+    """A call with concepts, with what all families ask of its arguments.
 
     Attributes:
-        prompt: Without tags; with `concepts="auto"`, with the triggers of the concepts that it names.
+        given: The arguments of `__call__` by name. The prompt is without tags; with `concepts="auto"`, it has the
+            triggers of the concepts that it names.
         started: When the call began, by `time.perf_counter()`.
-        plain: The call itself, if it is diffusers' own.
     """
 
-    prompt: Any
+    given: Mapping[str, Any]
     composition: Composition
     start: FromImage | None
     started: float
-    plain: Plain | None
 
-    def call(
-        self,
-        given: Mapping[str, Any],
-        prompts: GivenPrompts,
-        size: tuple[int, int],
-        per_prompt: int,
-        guider: Guider,
-        **fields: Any,
-    ) -> Call:
-        """A call with concepts.
+    def call(self, prompts: GivenPrompts, size: tuple[int, int], guider: Guider, **fields: Any) -> Call:
+        """The call that is made of it.
 
         Args:
-            given: The arguments of `__call__`, by name.
             size: Width and height in pixels.
-            per_prompt: Images of each prompt.
             fields: Further fields of the call.
         """
+        given = self.given
         sampling = Sampling(
             given["num_inference_steps"], given.get("timesteps"), given.get("sigmas"), given.get("denoising_end"),
-            given["generator"], given.get("latents"), given.get("eta", 0.0), guider,
+            given["generator"], given["latents"], given.get("eta", 0.0), guider,
         )  # fmt: skip
-        function = given["callback_on_step_end"]
-        callback = Callback(function, tensors_for(function, given["callback_on_step_end_tensor_inputs"]))
-        size_of_images = ImageSize(*size, per_prompt)
+        size_of_images = ImageSize(*size, self.images_per_prompt)
+        callback = Callback(given["callback_on_step_end"], self.tensors)
         return Call(self.composition, prompts, size_of_images, sampling, callback, self.started, **fields)
+
+    def prompts(
+        self, length: int | None, embeds: Tensor | None = None, tokenizers: Sequence[Tokenizer] | None = None
+    ) -> GivenPrompts:
+        """The prompts of a family with one text for each image (`GivenPrompts`).
+
+        Args:
+            embeds: The given embeddings, if the model has them in another form.
+        """
+        prompt, embeds = self.given["prompt"], self.given.get("prompt_embeds") if embeds is None else embeds
+        negative = [listed(self.given.get("negative_prompt"))]
+        return GivenPrompts(None if prompt is None else [listed(prompt)], embeds, length, negative, tokenizers)
+
+    @property
+    def images_per_prompt(self) -> int:
+        """Images of each prompt."""
+        return self.given["num_images_per_prompt"] or 1
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        """Names of the tensors that the callback is given."""
+        return tensors_for(self.given["callback_on_step_end"], self.given["callback_on_step_end_tensor_inputs"])
 
 
 class _Answer(BaseException):
@@ -131,34 +162,68 @@ _asking: ContextVar[bool] = ContextVar("a call is planned, not run", default=Fal
 
 
 def front(
-    make: Callable[Concatenate[Pipeline, P], Request | Plain],
-) -> Callable[Concatenate[Pipeline, P], BaseOutput | tuple]:
-    """Makes a family's `__call__` of the function that makes its requests; the arguments are the same.
+    like: Callable[..., Any] | Signature, **further: Any
+) -> Callable[[Callable[[Any, Begun], Request]], Callable[..., Any]]:
+    """Makes a family's `__call__` of the function that makes its requests.
 
     A call claims the denoiser and the text encoders from its first line to its last: to change them, if it has
     concepts. It raises RuntimeError if another call changes one of these models, or reads one that it would change.
-    """
-    place = list(signature(make).parameters).index("prompt") - 1  # after `self`
 
-    @wraps(make)
-    def call(pipe: Pipeline, *args: P.args, **kwargs: P.kwargs) -> BaseOutput | tuple:
-        if _asking.get():
-            raise _Answer(make(pipe, *args, **kwargs))
-        prompt = args[place] if len(args) > place else kwargs.get("prompt")
-        ours = kwargs.get("mask_image") is not None and not pipe.inpaints_as_diffusers
-        claim = Claim(models_of(pipe), "compose" if ours or _composes(prompt, kwargs.get("concepts")) else "read")
-        try:
+    Args:
+        like: `__call__` of diffusers' pipeline, or its arguments (`arguments_with`); ours are added, by name only.
+        further: Further arguments of the family, with their defaults.
+
+    Raises:
+        ValueError: In a call with concepts, for an argument of a newer diffusers.
+    """
+    known = like if isinstance(like, Signature) else signature(like)
+    theirs = [it for it in known.parameters.values() if it.kind is not it.VAR_KEYWORD]
+    unread = {it.name: it.default for it in theirs if it.name not in READ}
+    ours = {name: it for name, it in (OF_OURS | OF_START_IMAGE | further).items() if name not in known.parameters}
+    added = [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in ours.items()]
+    arguments = Signature([*theirs, *added, Parameter("kwargs", Parameter.VAR_KEYWORD)])
+
+    def decorate(make: Callable[[Any, Begun], Request]) -> Callable[..., Any]:
+        def made(pipe: Composes, given: Mapping[str, Any]) -> Request | Plain:
+            begun = pipe.begin(given)
+            if isinstance(begun, Plain):
+                return begun
+            if new := [name for name, default in unread.items() if given[name] is not default]:
+                raise ValueError(f"{', '.join(new)} cannot be combined with concepts; leave it out")
+            return make(pipe, begun)
+
+        @wraps(make)
+        def call(*args: Any, **kwargs: Any) -> BaseOutput | tuple:
+            bound = arguments.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            pipe: Composes = given.pop("self")
+            if _asking.get():
+                raise _Answer(made(pipe, given))
+            ours = given["mask_image"] is not None and not pipe.inpaints_as_diffusers
+            composes = ours or _composes(given["prompt"], given["concepts"])
+            claim = Claim(models_of(pipe), "compose" if composes else "read")
             try:
-                claim.take()
-                with torch.no_grad():
-                    request = make(pipe, *args, **kwargs)
-                    return request.run() if isinstance(request, Plain) else pipe.run_request(request)
+                try:
+                    claim.take()
+                    with torch.no_grad():
+                        request = made(pipe, given)
+                        return request.run() if isinstance(request, Plain) else pipe.run_request(request)
+                finally:
+                    claim.end()
             finally:
                 claim.end()
-        finally:
-            claim.end()
 
-    return call
+        call.__dict__["__signature__"] = arguments
+        return call
+
+    return decorate
+
+
+def arguments_with(**defaults: Any) -> Signature:
+    """The arguments of a `__call__` with these defaults, in this order."""
+    own = {"self": Parameter.empty, **defaults}
+    return Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=it) for name, it in own.items()])
 
 
 def request_of(pipe: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:

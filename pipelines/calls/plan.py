@@ -12,14 +12,16 @@ from torch import Tensor
 
 from lora_compose.attention import Backbone, StepCaches, backbone_of, check_caches, install, reference_factor
 from lora_compose.attention.device import dtype_of
-from lora_compose.pipelines.calls.call import Call, check_call, of_prompt, steps_to_record
+from lora_compose.pipelines.calls.call import Call, Concepts, check_call, steps_to_record
 from lora_compose.pipelines.calls.host import Host
 from lora_compose.pipelines.calls.memory import check_size, warn_of_size
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.overload import WARNED, joint_change
 from lora_compose.pipelines.concepts.overload import warning as overload_warning
 from lora_compose.pipelines.concepts.tags import check_no_tags
-from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
+from lora_compose.pipelines.control.image_prompts import PreparedImagePrompts
+from lora_compose.pipelines.control.prepare import prepare_control
+from lora_compose.pipelines.control.prepared import PreparedControl
 from lora_compose.pipelines.denoising.attention_log import AttentionLog
 from lora_compose.pipelines.denoising.denoiser import Denoiser
 from lora_compose.pipelines.denoising.sampler import Sampler
@@ -158,7 +160,7 @@ def make_plan(host: Host, call: Call) -> Plan:
     backbone, device = host.backbone_of(call), host.runs_on  # diffusers looks through all models for the device
     images = len(call.prompts) * call.size.images_per_prompt
     check_size(host, device, call.size.width, call.size.height, images, backbone)
-    loaded, concepts_of = resolve_sets(host, call)
+    loaded, concepts_of = resolve_sets(host, call.composition.concepts, len(call.prompts))
     return _plan(host, call, backbone, device, loaded, concepts_of)
 
 
@@ -360,19 +362,18 @@ def resolve_choice(
     return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions, gradients=gradients)
 
 
-def resolve_sets(host: Host, call: Call) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
-    """All concepts of a call, and by prompt the indices of its own.
+def resolve_sets(host: Host, asked: Concepts, prompts: int) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
+    """All concepts of a call with so many prompts, and by prompt the indices of its own.
 
     A concept that is equal in several prompts counts once; with another weight or region it counts separately.
 
     Raises:
         ValueError: For mixtures of concepts and lists of them, and another number of lists than prompts.
     """
-    asked: Any = call.composition.concepts
-    entries: Any = [asked] if isinstance(call.composition.concepts, str | Concept) else asked
-    prompts = len(call.prompts)
+    given: Any = asked
+    entries: Any = [given] if isinstance(asked, str | Concept) else given
     if not any(map(is_set, entries)):
-        loaded = host.resolve_concepts(asked)
+        loaded = host.resolve_concepts(given)
         return loaded, [list(range(len(loaded)))] * prompts
     if not all(map(is_set, entries)):
         raise ValueError(
@@ -392,31 +393,16 @@ def resolve_sets(host: Host, call: Call) -> tuple[tuple[LoadedConcept, ...], lis
 def _token_masks(
     call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], indices: Sequence[int]
 ) -> TokenMasks:
-    """Token masks of a concept set's words in its prompts."""
-    if len(indices) == len(call.prompts):
-        return _masks_of(call, tokenizers, concepts)
-    parts, prompts = [], call.prompts
-    for index in indices:
-        here = slice(index, index + 1)
-        positions = of_prompt(call.composition.token_positions, concepts, index, len(prompts))
-        prompt = replace(
-            prompts,
-            texts=None if prompts.texts is None else [text[here] for text in prompts.texts],
-            embeds=None if prompts.embeds is None else prompts.embeds[here],
-        )
-        composition = replace(call.composition, token_positions=positions)
-        parts.append(_masks_of(replace(call, prompts=prompt, composition=composition), tokenizers, concepts))
-    return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
-
-
-def _masks_of(call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept]) -> TokenMasks:
-    positions, embeds = call.composition.token_positions, call.prompts.embeds
-    if embeds is not None:
-        return TokenMasks.of_positions(positions or {}, embeds.shape[0], embeds.shape[1], concepts)
+    """Token masks of a concept set's words in its prompts, which have these indices."""
+    positions, prompts = call.composition.token_positions, call.prompts
+    if prompts.embeds is not None:
+        own = {concept.name: (positions or {}).get(concept.name, ()) for concept in concepts}
+        return TokenMasks.of_positions(own, len(prompts), prompts.embeds.shape[1], concepts, indices)
     if positions is not None:
         raise ValueError("token_positions go with prompt_embeds; with a prompt, words are found by their triggers")
     elsewhere = {concept.name for concept in concepts if concept.prompt is not None}
-    return find_in(tokenizers, concepts, call.prompts.texts or (), optional=elsewhere)
+    texts = [[column[index] for index in indices] for column in prompts.texts or ()]
+    return find_in(tokenizers, concepts, texts, optional=elsewhere)
 
 
 def _find(

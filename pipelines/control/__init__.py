@@ -8,30 +8,3 @@ With w for the scale of a control, or that of a region inside it, at step t of l
 Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", arXiv 2302.05543; Mou et al.,
 "T2I-Adapter", arXiv 2302.08453. `docs/control.md` explains how both combine with concepts.
 """
-
-from lora_compose.pipelines.control.image_prompts import PreparedImagePrompts, prepare_image_prompts
-from lora_compose.pipelines.control.prepare import RegionsByPrompt, prepare_control
-from lora_compose.pipelines.control.prepared import (
-    PreparedAdapter,
-    PreparedControl,
-    PreparedControlNet,
-    View,
-    model_inputs,
-    repeated,
-)
-from lora_compose.pipelines.control.spec import Control, controls_of
-
-__all__ = [
-    "Control",
-    "PreparedAdapter",
-    "PreparedControl",
-    "PreparedControlNet",
-    "PreparedImagePrompts",
-    "RegionsByPrompt",
-    "View",
-    "controls_of",
-    "model_inputs",
-    "prepare_control",
-    "prepare_image_prompts",
-    "repeated",
-]

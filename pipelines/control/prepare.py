@@ -70,13 +70,8 @@ def _net(
         raise ValueError("this ControlNet pools its output over the whole image, so it cannot have a scale per region")
     hint = _hint(control.image, model.config.conditioning_channels, canvas)
     levels = tuple(_residual_levels(model))
-    return PreparedControlNet(
-        control,
-        hint.to(canvas.device, model.dtype),
-        canvas.pixels,
-        levels,
-        _weights(control, canvas, regions, frozenset(levels)),
-    )
+    weights = _weights(control, canvas, regions, frozenset(levels))
+    return PreparedControlNet(control, hint.to(canvas.device, model.dtype), canvas.pixels, weights, levels)
 
 
 def _adapter(
@@ -90,7 +85,7 @@ def _adapter(
         )
     places = list(_feature_places(unet))
     weights = _weights(control, canvas, regions, frozenset(level for _, level in places))
-    prepared = PreparedAdapter(control, hint.to(canvas.device, model.dtype), canvas.pixels, places, weights, unet.dtype)
+    prepared = PreparedAdapter(control, hint.to(canvas.device, model.dtype), canvas.pixels, weights, places, unet.dtype)
     prepared.features()  # so that errors are raised now
     return prepared
 

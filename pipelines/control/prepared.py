@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -48,13 +48,12 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedControlNet:
-    """A ControlNet, prepared for a call.
+class _Prepared:
+    """A control, prepared for a call.
 
     Attributes:
         hint: The control image of every image, as the model reads it. Shape: [images, channels, height, width].
         pixels: Pixels per latent cell and side.
-        levels: The level of every residual, those of the skip connections first.
         weights: Its scale by level, where regions have others. Shape: [images or 1, 1, height, width]; None is the
             same everywhere.
     """
@@ -62,16 +61,33 @@ class PreparedControlNet:
     control: Control
     hint: Tensor
     pixels: int
-    levels: Sequence[int]
     weights: Mapping[int, Tensor] | None
 
     def acts(self, step: int, steps: int) -> bool:
         """Whether it acts in a step."""
         return self.control.acts(step, steps)
 
-    def of_images(self, images: Sequence[int]) -> "PreparedControlNet":
-        """The control of some images of the batch."""
-        return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images))
+    def of_images(self, images: Sequence[int]) -> Self:
+        """The control of some images of the batch; a single scale by cell is shared."""
+        weights = self.weights and {
+            level: cells if len(cells) == 1 else cells[images] for level, cells in self.weights.items()
+        }
+        return replace(self, hint=self.hint[images], weights=weights)
+
+    def scale(self, level: int, view: View) -> Tensor | float:
+        """Its scale, by cell where regions have others. Shape: [images or 1, 1, height, width]."""
+        return self.control.scale if self.weights is None else view.of_cells(self.weights[level], level)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedControlNet(_Prepared):
+    """A ControlNet, prepared for a call.
+
+    Attributes:
+        levels: The level of every residual, those of the skip connections first.
+    """
+
+    levels: Sequence[int]
 
     def read_by(self, text: Conditioning) -> Selection:
         """The rows that it runs; with `global_pool_conditions` they are the conditional ones only."""
@@ -99,37 +115,22 @@ class PreparedControlNet:
         return weighed if read.rows == text.rows else [_on_rows(residual, rows, text.rows) for residual in weighed]
 
     def _weighed(self, residual: Tensor, level: int, view: View) -> Tensor:
-        scale = _scale(self.control, self.weights, level, view)
+        scale = self.scale(level, view)
         return residual * (repeated(scale, len(residual)).to(residual.dtype) if isinstance(scale, Tensor) else scale)
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedAdapter:
+class PreparedAdapter(_Prepared):
     """A T2I-Adapter made ready for a call: it reads each part of the canvas that is run once.
 
     Attributes:
-        hint: The control image of every image, as the model reads it. Shape: [images, channels, height, width].
-        pixels: Pixels per latent cell and side.
         places: Channels and level of the places in the UNet that take features, in order.
-        weights: As for a ControlNet.
         dtype: Of the UNet.
     """
 
-    control: Control
-    hint: Tensor
-    pixels: int
     places: Sequence[tuple[int, int]]
-    weights: Mapping[int, Tensor] | None
     dtype: torch.dtype
-    _read: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
-
-    def acts(self, step: int, steps: int) -> bool:
-        """Whether it acts in a step."""
-        return self.control.acts(step, steps)
-
-    def of_images(self, images: Sequence[int]) -> "PreparedAdapter":
-        """The control of some images of the batch."""
-        return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images), _read={})
+    _read: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict, init=False)
 
     def residuals(self, rows: int, view: View) -> list[Tensor]:
         """Residuals for the blocks of the UNet's first half. Shape: [rows, channels, height, width] each."""
@@ -155,9 +156,7 @@ class PreparedAdapter:
                 "XL)"
             )
         scaled = zip(features, self.places, strict=False)  # the UNet's middle need not have one
-        return [
-            (feature * _scale(self.control, self.weights, level, view)).to(self.dtype) for feature, (_, level) in scaled
-        ]
+        return [(feature * self.scale(level, view)).to(self.dtype) for feature, (_, level) in scaled]
 
 
 def _on_rows(values: Tensor, rows: Selection, count: int) -> Tensor:
@@ -195,18 +194,6 @@ def model_inputs(
     if adapters:
         arguments["down_intrablock_additional_residuals"] = _summed(adapters)  # the UNet empties this list
     return arguments
-
-
-def _scale(control: Control, weights: Mapping[int, Tensor] | None, level: int, view: View) -> Tensor | float:
-    """A control's scale, by cell where regions have others. Shape: [images or 1, 1, height, width]."""
-    return control.scale if weights is None else view.of_cells(weights[level], level)
-
-
-def _of_images(weights: Mapping[int, Tensor] | None, images: Sequence[int]) -> Mapping[int, Tensor] | None:
-    """Scales by cell of some images; a single one is shared."""
-    if weights is None:
-        return None
-    return {level: cells if len(cells) == 1 else cells[images] for level, cells in weights.items()}
 
 
 def _summed(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from lora_compose.attention import Backbone, Installation, Recorder, SitePart, StepCaches, frozen, weights_kept
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
-from lora_compose.pipelines.control import PreparedControl, PreparedControlNet, PreparedImagePrompts, View, model_inputs
+from lora_compose.pipelines.control.image_prompts import PreparedImagePrompts
+from lora_compose.pipelines.control.prepared import PreparedControl, PreparedControlNet, View, model_inputs
 from lora_compose.pipelines.denoising.attention_log import AttentionLog
 from lora_compose.pipelines.denoising.inputs import check_marked, for_rows, of_images
 from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout

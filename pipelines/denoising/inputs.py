@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from lora_compose.pipelines.control import View, repeated
+from lora_compose.pipelines.control.prepared import View, repeated
 
 
 @dataclass(frozen=True, eq=False)

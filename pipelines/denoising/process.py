@@ -14,25 +14,8 @@ from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.support.notes import warn, warn_once
+from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.text.conditioning import Conditioning
-
-__all__ = [
-    "ActingRows",
-    "FixedPasses",
-    "Needs",
-    "Process",
-    "Settings",
-    "WeightedPass",
-    "acting_rows",
-    "check_choices",
-    "constant_gates",
-    "one_text",
-    "subject_pass",
-    "warn_once",
-    "warn_unread",
-    "warn_unread_by_passes",
-]
 
 
 class Process(Protocol):

@@ -16,21 +16,9 @@ from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffus
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
 
-__all__ = [
-    "ComposeAnimaPipeline",
-    "ComposeChromaPipeline",
-    "ComposeFlux2KleinPipeline",
-    "ComposeFlux2Pipeline",
-    "ComposeFlux3DistilledPipeline",
-    "ComposeFlux3Pipeline",
-    "ComposeFluxKontextPipeline",
-    "ComposeFluxPipeline",
-    "ComposeIdeogram4Pipeline",
-    "ComposeKrea2Pipeline",
-    "ComposePipeline",
-    "ComposeQwenImageEditPlusPipeline",
-    "ComposeQwenImagePipeline",
-    "ComposeStableDiffusionPipeline",
-    "ComposeStableDiffusionXLPipeline",
-    "ComposeZImagePipeline",
-]
+ComposePipeline.families += [
+    ComposeAnimaPipeline, ComposeChromaPipeline, ComposeFluxPipeline, ComposeFlux2KleinPipeline, ComposeFlux2Pipeline,
+    ComposeFlux3Pipeline, ComposeFlux3DistilledPipeline, ComposeFluxKontextPipeline, ComposeIdeogram4Pipeline,
+    ComposeKrea2Pipeline, ComposeQwenImagePipeline, ComposeQwenImageEditPlusPipeline, ComposeStableDiffusionPipeline,
+    ComposeStableDiffusionXLPipeline, ComposeZImagePipeline,
+]  # fmt: skip

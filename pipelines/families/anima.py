@@ -7,8 +7,7 @@ pipeline's own.
 import copy
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,28 +18,22 @@ from diffusers.modular_pipelines.anima import AnimaAutoBlocks, AnimaModularPipel
 from diffusers.modular_pipelines.anima.before_denoise import get_timesteps
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 from diffusers.utils import is_torchvision_available
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones.cosmos import with_padding_mask
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.calls.call import Call, Concepts, Generators, GivenPrompts, listed
-from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.calls.call import Call
+from lora_compose.pipelines.calls.front import Begun, Request, arguments_with, front
 from lora_compose.pipelines.calls.plan import Plan
-from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.denoising.sampler import Schedule
-from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import Shape, both_sides, for_each
+from lora_compose.pipelines.families.flow_matching import Shape, for_images
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.modular import ModularFamilyPipeline
-from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
+from lora_compose.pipelines.families.video_vae import VideoVaePipeline
 from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.images.task import ImageToImage
-from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas
-from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
@@ -58,7 +51,7 @@ class AnimaImageToImage:
         return timesteps.to(device), steps
 
 
-class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
+class ComposeAnimaPipeline(VideoVaePipeline, ModularFamilyPipeline, AnimaLoraLoaderMixin):
     """The components of diffusers' `AnimaModularPipeline`, in calls that may name concepts.
 
     Args:
@@ -118,37 +111,15 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
             safe_serialization=True,
         )
 
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        sigmas: list[float] | None = None,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        max_sequence_length: int = 512,
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        image: Any = None,
-        mask_image: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
+    @front(
+        arguments_with(
+            prompt=None, negative_prompt=None, height=None, width=None, num_inference_steps=50, sigmas=None,
+            guidance_scale=4.0, num_images_per_prompt=1, generator=None, latents=None, output_type="pil",
+            return_dict=True, callback_on_step_end=None, callback_on_step_end_tensor_inputs=("latents",),
+            max_sequence_length=512,
+        )
+    )  # fmt: skip
+    def __call__(self, begun: Begun) -> Request:
         """Generates images; arguments are the inputs of diffusers' modular pipeline, and `guidance_scale` its guider's.
 
         Latents have the shape [images, channels, height, width]; with a frame axis of 1, as diffusers has them, they
@@ -159,7 +130,6 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
             callback_on_step_end: For calls with concepts; modular pipelines have no callbacks.
             max_sequence_length: To how many tokens prompts are cut; with concepts at most what the conditioner pads to.
             method: A name or settings.
-            control: Not supported yet.
             token_positions: Refused, since there are no prompt embeddings to give.
             record_attention: Maps come from the last third of the blocks.
             image: What image-to-image starts from, as in `ComposeStableDiffusionPipeline.__call__`; it is resized to
@@ -167,37 +137,20 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
             mask_image: Refused, as are `padding_mask_crop` and `paste_original`: diffusers has no inpainting for this
                 family.
         """
-        asked = dict(locals())
-        begun = self._begin(asked)
-        if begun.plain is not None:
-            return begun.plain
-        prompt = begun.prompt
-        if prompt is None:
-            raise ValueError("Anima needs a prompt; it cannot be given embeddings")
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1 with concepts, and it is {guidance_scale}")
-        if max_sequence_length < 1:
-            raise ValueError(f"max_sequence_length must be at least 1, not {max_sequence_length}")
+        given = begun.given
+        self._check_composed_arguments(given, given["guidance_scale"])
         # Longer texts are not padded: then an image's texts would have as many tokens as their words.
-        max_sequence_length = min(max_sequence_length, self.text_conditioner.config.min_sequence_length)
-        given = GivenPrompts([listed(prompt)], None, max_sequence_length, [listed(negative_prompt)])
-        source = self._source(begun.start, asked)
-        width, height = self._size(width, height) if source is None else source.size
-        guided, guider = guidance_scale > 1, ClassifierFree(guidance_scale)
-        properties = {"_guidance_scale": guidance_scale}
-        call = begun.call(
-            asked, given, (width, height), num_images_per_prompt, guider, properties=properties, source=source
-        )
+        length = min(given["max_sequence_length"], self.text_conditioner.config.min_sequence_length)
+        source, size = self._source(begun)
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words = prompts or (for_each(negative_prompt, len(given)) if negative else listed(prompt))
-            text, added = self.read_texts(words, max_sequence_length)
-            return text.repeat_interleave(num_images_per_prompt, dim=0), added
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+            return for_images(self.read_texts(words, length), begun.images_per_prompt)
 
-        def decode(latents: Tensor, process: Process) -> tuple[Any]:
-            return (self._decode(latents, output_type or "np"),)
+        guider = ClassifierFree(given["guidance_scale"])
+        return self._text_request(begun, begun.prompts(length), guider, encode, size=size, source=source)
 
-        return Request(call, partial(both_sides, encode, guided=guided), decode, return_dict)
+    def _read(self, given: dict[str, Any]) -> dict[str, Any]:
+        return given  # diffusers has a size of its own
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         latents = arguments["latents"]
@@ -224,10 +177,6 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
         )  # fmt: skip
         return text.to(self.transformer.dtype), {}
 
-    def latents_of(self, pixels: Tensor) -> Tensor:
-        """As `FlowMatchingPipeline.latents_of`; each channel is normalised apart."""
-        return latents_of_image(self.vae, pixels)
-
     def _template(self, length: int) -> TemplateTokenizer:
         most = self.text_conditioner.config.min_sequence_length
         return TemplateTokenizer(self.t5_tokenizer, str, min(length, most), most)
@@ -238,16 +187,17 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
     def _latent_shape(self, canvas: Canvas) -> Shape:
         return canvas.images, self.transformer.config.in_channels, *canvas.latent_grid
 
+    def _drawn(self, shape: Shape) -> Shape:
+        return *shape[:2], 1, *shape[2:]  # with a frame axis
+
     def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
-        return [(*shape[:2], 1, *shape[2:])]
+        return [self._drawn(shape)]
+
+    def _cells(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        return latents if latents.dim() == 4 else latents[:, :, 0]
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        """As diffusers draws it: in fp32, with a frame axis."""
-        canvas, latents = plan.canvas, call.sampling.latents
-        if latents is None:
-            shape = self._other_shapes(self._latent_shape(canvas))[0]
-            latents = randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
-        return latents.reshape(self._latent_shape(canvas)).to(canvas.device, torch.float32)
+        return super()._noise(call, plan, torch.float32)  # in any precision of the model
 
     def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
         """As diffusers' blocks do it: in fp32."""
@@ -265,14 +215,8 @@ class ComposeAnimaPipeline(ModularFamilyPipeline, AnimaLoraLoaderMixin):
             raise ValueError(f"this model makes images of at most {longest} pixels a side, not {width} x {height}")
         return width, height
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        latents = latents[:, :, None]
-        if output_type == "latent":
-            return latents
-        latents = latents.to(self.vae.dtype)
-        mean, std = channel_norm(self.vae, latents)
-        image = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
-        return self._postprocess(image, output_type)
+    def _returned(self, latents: Tensor) -> Tensor:
+        return latents[:, :, None]
 
 
 def _without_torchvision(model: Any) -> Any:
@@ -291,6 +235,3 @@ def _without_torchvision(model: Any) -> Any:
 
     view.register_forward_pre_hook(add, with_kwargs=True)
     return view
-
-
-ComposePipeline.families.append(ComposeAnimaPipeline)

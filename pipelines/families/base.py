@@ -24,7 +24,7 @@ from lora_compose.pipelines.calls.outcome import Outcome
 from lora_compose.pipelines.calls.plan import Plan, make_plan, resolve_choice
 from lora_compose.pipelines.calls.refine import Origin
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.denoising import concept_sets
 from lora_compose.pipelines.denoising.loop import Hooks, denoise
 from lora_compose.pipelines.denoising.process import Process
@@ -65,7 +65,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """The tokenizers whose tokens the model reads, by component name."""
 
     families: ClassVar[list["type[ComposePipeline]"]] = []
-    """The classes of all model families, as their modules register them."""
+    """The classes of all model families, as `pipelines/families/__init__.py` names them."""
 
     reads_weights: ClassVar[bool] = False
     """Whether prompts may have weights."""

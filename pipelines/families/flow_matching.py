@@ -11,9 +11,20 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle
 
 from lora_compose.attention.backbones.joint import PATCH, packed, unpacked
-from lora_compose.pipelines.calls.call import Call, GivenPrompts, Sampling, check_latents, listed
+from lora_compose.pipelines.calls.call import (
+    ATTENTION_ARGUMENTS,
+    Call,
+    GivenPrompts,
+    Sampling,
+    check_latents,
+    listed,
+)
+from lora_compose.pipelines.calls.front import Begun, Request
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.concepts.tags import check_no_tags
+from lora_compose.pipelines.denoising.guidance import Guider
+from lora_compose.pipelines.denoising.inputs import ByImage
+from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.denoising.sampler import Schedule
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
 from lora_compose.pipelines.images.from_image import FromImage, Source
@@ -27,12 +38,18 @@ from lora_compose.pipelines.text.textual_inversion import TextualInversions
 
 Shape = tuple[int, ...]
 
+_REPEATED = ("guidance_scale", "true_cfg_scale", "max_sequence_length", "text_encoder_out_layers")
+"""Arguments with which the subjects of the images of a call are repainted."""
+
 UNSTATED = 32
 """diffusers' default for `sample_size` of a VAE, which says nothing about the model."""
 
 
 class FlowMatchingPipeline(ImageTasksPipeline):
-    """A composing pipeline of a transformer; in its calls latents keep their height and width, unpacked."""
+    """A composing pipeline of a transformer; in its calls latents keep their height and width, unpacked.
+
+    Control images are not supported yet, and methods that need what UNets alone have (`lora-compose methods`).
+    """
 
     transformer_class: ClassVar[type[nn.Module]]
     rounds_steps_up: ClassVar[bool] = True
@@ -118,11 +135,14 @@ class FlowMatchingPipeline(ImageTasksPipeline):
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         canvas, latents = plan.canvas, call.sampling.latents
-        shape = self._latent_shape(canvas)
         if latents is None:
-            generator = call.sampling.generator
-            latents = randn_tensor(self._drawn(shape), generator=generator, device=canvas.device, dtype=dtype)
-        return _unpacked(latents, canvas.latent_grid).to(canvas.device, dtype)
+            shape, generator = self._drawn(self._latent_shape(canvas)), call.sampling.generator
+            latents = randn_tensor(shape, generator=generator, device=canvas.device, dtype=dtype)
+        return self._cells(latents, canvas.latent_grid).to(canvas.device, dtype)
+
+    def _cells(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latents as the family's pipeline in diffusers has them, in their own height and width."""
+        return _unpacked(latents, grid)
 
     def _sides(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height as given; None means the model's own, for which diffusers has 1024 with any model."""
@@ -132,12 +152,106 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         width, height = self._sides(width, height)
         return self._rounded(width), self._rounded(height)
 
+    def _read(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call as the family reads them; without a size, one of text alone has the model's own."""
+        task = self.image_to_image or self.inpainting
+        if given["image"] is None or (task is not None and task.resizes):
+            given["width"], given["height"] = self._sides(given["width"], given["height"])
+        return given
+
+    def _request(
+        self,
+        begun: Begun,
+        prompts: GivenPrompts,
+        guider: Guider,
+        encode: "Encode",
+        *,
+        size: tuple[int, int],
+        source: Source | None = None,
+        references: Sequence[Tensor] = (),
+        inputs: Mapping[str, Any] | None = None,
+        properties: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Request:
+        """The request of a call with concepts.
+
+        Args:
+            size: Width and height of the images, in pixels.
+            references: Prepared reference images.
+            inputs: Further arguments of every forward pass.
+            properties: Further attributes that diffusers' pipeline has during a call.
+            options: Further arguments of the image processor.
+        """
+        given = begun.given
+        negative = given.get("negative_prompt_embeds")
+        if guider.scale > 1 and isinstance(negative, Tensor):
+            check_negative_embeds(prompts, negative)
+        known = {f"_{name}": given[name] for name in ("guidance_scale", *ATTENTION_ARGUMENTS) if name in given}
+        if hasattr(type(self), "current_timestep"):
+            known["_current_timestep"] = None
+        repaint = {name: given[name] for name in _REPEATED if name in given}
+        if "negative_prompt" in given:
+            repaint["negative_prompt"] = (listed(given["negative_prompt"]) or [None])[0]
+        call = begun.call(
+            prompts, size, guider, inputs=inputs or {}, properties={**known, **(properties or {})}, source=source,
+            repaint=repaint, references=references,
+        )  # fmt: skip
+
+        def both_sides(
+            prompts: Sequence[str] | None,
+            negative_prompts: Sequence[str] | None,
+            device: torch.device,
+            **reading: Reading,  # of texts with weights
+        ) -> EncodedText:
+            text, added = encode(None if prompts is None else list(prompts), False, device, **reading)
+            if guider.scale <= 1:
+                return EncodedText(text, None, added)
+            negatives = None if negative_prompts is None else list(negative_prompts)
+            negative, of_negative = encode(negatives, True, device, **reading)
+            return EncodedText(text, negative, {name: torch.cat([of_negative[name], of]) for name, of in added.items()})
+
+        def decoded(latents: Tensor, process: Process) -> tuple[Any]:
+            return (self._finished(self._decode(latents, given["output_type"] or "np", **options), source),)
+
+        return Request(call, both_sides, decoded, given["return_dict"])
+
+    def _text_request(
+        self,
+        begun: Begun,
+        prompts: GivenPrompts,
+        guider: Guider,
+        encode: Callable[[Any, Any, Tensor | None, torch.device], tuple[Tensor, Mapping[str, Tensor]]],
+        **how: Any,
+    ) -> Request:
+        """The request of a call whose texts are all encoded in the same way.
+
+        Args:
+            encode: From texts, or else embeddings and their mask as they were given, to what `Encode` returns.
+            how: As for `_request`.
+        """
+        given = begun.given
+
+        def of_side(new: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, Mapping[str, Tensor]]:
+            side = "negative_" if negative else ""
+            embeds = None if new is not None else given.get(f"{side}prompt_embeds")
+            if embeds is not None:
+                mask = given.get(f"{side}prompt_embeds_mask", given.get(f"{side}prompt_attention_mask"))
+                return encode(None, embeds, mask, device)
+            own = for_each(given.get("negative_prompt"), len(prompts)) if negative else listed(given["prompt"])
+            return encode(own if new is None else new, None, None, device)
+
+        return self._request(begun, prompts, guider, of_side, **how)
+
     def _check_plain_texts(self, *given: Any) -> None:
         """Refuses weights and names of LoRAs in texts of a call without concepts, which the model would read."""
         texts = [text for column in given if isinstance(column, str | list) for text in listed(column)]
         texts = [text for text in texts if isinstance(text, str)]
         check_no_tags(texts)
         refuse_weights(texts)
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        self._check_plain_texts(arguments["prompt"], arguments.get("negative_prompt"))
+        return arguments
 
     def _check_start(self, given: FromImage | None) -> None:
         if given is not None and not hasattr(self.scheduler, "scale_noise"):
@@ -201,6 +315,10 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         """
         return {"guidance_scale": scale, "negative_prompt": negative_prompt}
 
+    def _distilled_guidance(self, scale: float, images: int) -> dict[str, ByImage]:
+        """The scale as an input of the model."""
+        return {"guidance": ByImage(torch.full([images], scale, device=self._execution_device, dtype=torch.float32))}
+
     def inputs_without_guidance(self, rows: int, device: torch.device) -> dict[str, Tensor]:
         """Further inputs of a forward pass without guidance, for models that take its scale as an input."""
         return {}
@@ -232,19 +350,26 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     def cells_of(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """As `UNetPipeline.cells_of`, unpacked."""
         width, height = (self._rounded(side) // self.vae_scale_factor for side in size)
-        return _unpacked(latents, (height, width))
+        return self._cells(latents, (height, width))
 
     def pixels_of(self, cells: Tensor) -> Tensor:
         """As `UNetPipeline.pixels_of`."""
         return self._decode(cells, "pt") * 2 - 1
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        """The images of final latents, as diffusers returns them; "latent" are packed tokens."""
+    def _decode(self, latents: Tensor, output_type: str, **options: Any) -> Any:
+        """The images of final latents, as diffusers returns them."""
         if output_type == "latent":
-            return packed(latents)
-        scaled = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
-        return self._postprocess(image, output_type)
+            return self._returned(latents)
+        image = self.vae.decode(self._scaled(latents).to(self.vae.dtype), return_dict=False)[0]
+        return self._postprocess(image, output_type, **options)
+
+    def _returned(self, latents: Tensor) -> Tensor:
+        """Final latents as diffusers returns them: packed tokens."""
+        return packed(latents)
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE decodes them."""
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
 
     def _cfg_of(self, guidance_scale: float) -> float:
         """The scale s of uncond + s (cond - uncond) that diffusers' guidance scale means; 1 is no guidance."""
@@ -276,10 +401,6 @@ class TemplatePipeline(FlowMatchingPipeline):
             )
         return [self._template(length or 512)]
 
-    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        self._check_plain_texts(arguments["prompt"], arguments.get("negative_prompt"))
-        return arguments
-
     def _template(self, length: int) -> TemplateTokenizer:
         """The tokenizer for texts of so many tokens."""
         raise NotImplementedError
@@ -304,28 +425,10 @@ Encode = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
 argument is True. Returns the text, and further inputs of the model by row."""
 
 
-def both_sides(
-    encode: Encode,
-    prompts: Sequence[str] | None,
-    negative_prompts: Sequence[str] | None,
-    device: torch.device,
-    *,
-    guided: bool,
-    **reading: Reading,
-) -> EncodedText:
-    """The text of all rows; there are unconditional ones with guidance only. `reading` is for texts with weights."""
-    text, added = encode(None if prompts is None else list(prompts), False, device, **reading)
-    if not guided:
-        return EncodedText(text, None, added)
-    negatives = None if negative_prompts is None else list(negative_prompts)
-    negative, negative_added = encode(negatives, True, device, **reading)
-    return EncodedText(text, negative, {name: torch.cat([negative_added[name], of]) for name, of in added.items()})
-
-
-def check_negative_embeds(given: GivenPrompts, embeds: Tensor | None) -> None:
+def check_negative_embeds(given: GivenPrompts, embeds: Tensor) -> None:
     """Raises ValueError for negative embeddings that cannot be in one batch with the text of the prompts."""
     tokens = given.length if given.embeds is None else given.embeds.shape[1]
-    if embeds is not None and tuple(embeds.shape[:2]) != (len(given), tokens):
+    if tuple(embeds.shape[:2]) != (len(given), tokens):
         raise ValueError(
             "`prompt_embeds` and `negative_prompt_embeds` must have the same shape when passed directly, since both "
             f"are read in one batch: expected negative ones for {len(given)} prompts of {tokens} tokens, but got the "
@@ -339,25 +442,13 @@ def for_each(text: str | list[str] | None, count: int) -> list[str]:
     return texts * count if len(texts) == 1 else texts
 
 
-def texts_to_encode(
-    given: Mapping[str, Any], prompt: Any, prompts: list[str] | None, count: int, *, negative: bool
-) -> tuple[Any, Tensor | None, Tensor | None]:
-    """Texts, or embeddings with their mask, as `encode_prompt` of diffusers takes them: new ones, or those of a call.
-
-    Args:
-        given: The arguments of the call, by name.
-        prompt: Its prompt.
-        prompts: New texts; None means those of the call.
-        count: Prompts of the call.
-        negative: Whether its negative prompts are meant.
-    """
-    if prompts is not None:
-        return prompts, None, None
-    side = "negative_" if negative else ""
-    embeds, mask = given[f"{side}prompt_embeds"], given[f"{side}prompt_embeds_mask"]
-    if negative:
-        prompt = None if embeds is not None else for_each(given["negative_prompt"], count)
-    return prompt, embeds, mask
+def for_images(
+    encoded: tuple[Tensor, Mapping[str, Tensor]], images_per_prompt: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The text and further inputs of prompts, for so many images of each."""
+    text, added = encoded
+    rows = {name: values.repeat_interleave(images_per_prompt, dim=0) for name, values in added.items()}
+    return text.repeat_interleave(images_per_prompt, dim=0), rows
 
 
 def real_tokens(

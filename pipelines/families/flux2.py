@@ -1,7 +1,6 @@
 """FLUX.2-klein with concepts: the prompt in a chat template, three layers of its encoder side by side as the text."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,38 +8,23 @@ from diffusers import Flux2KleinInpaintPipeline, Flux2KleinPipeline, Flux2Transf
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import interpolate
 
 from lora_compose.attention import Backbone
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.pipelines.calls.call import (
     Call,
-    Concepts,
-    Generators,
-    GivenPrompts,
-    check_arguments,
-    listed,
-    tensors_for,
 )
-from lora_compose.pipelines.calls.front import Begun, Plain, Request, front
-from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
-from lora_compose.pipelines.denoising.process import Process
-from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import (
-    TemplatePipeline,
-    both_sides,
-    check_negative_embeds,
-)
+from lora_compose.pipelines.families.flow_matching import TemplatePipeline
 from lora_compose.pipelines.families.flux2_vae import Flux2VaePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images, reference_or_start
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
 from lora_compose.pipelines.images.from_image import FromImage, Source
-from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas
-from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
@@ -51,62 +35,40 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
     named_channels = "num_latents_channels"
     starts_from_latents = False  # diffusers reads them with patches as channels
 
-    def _request(
-        self,
-        begun: Begun,
-        given: Mapping[str, Any],
-        size: tuple[int, int],
-        source: Source | None,
-        references: Sequence[Tensor],
-        **inputs: ByImage,
+    def _flux2_request(
+        self, begun: Begun, size: tuple[int, int], source: Source | None, references: Sequence[Tensor]
     ) -> Request:
-        """The request of a call with concepts.
+        """The request of a call with concepts; `size` is that of the images in pixels."""
+        given, per_prompt, length = begun.given, begun.images_per_prompt, begun.given["max_sequence_length"]
+        self._check_inputs(begun, size)
+        prompts_given = begun.prompts(length)
 
-        Args:
-            given: The arguments of `__call__`, by name.
-            size: Width and height of the images, in pixels.
-            inputs: Further arguments of every forward pass.
-        """
-        prompt, prompt_embeds = begun.prompt, given["prompt_embeds"]
-        negative_prompt_embeds = given.get("negative_prompt_embeds")  # FLUX.2-dev has none
-        guidance_scale, attention_kwargs = given["guidance_scale"], given["attention_kwargs"]
-        per_prompt, max_sequence_length = given["num_images_per_prompt"], given["max_sequence_length"]
-        text_encoder_out_layers = given["text_encoder_out_layers"]
-        cfg_scale = self._cfg_of(guidance_scale)
-        prompts_given = GivenPrompts(None if prompt is None else [listed(prompt)], prompt_embeds, max_sequence_length)
-        check_negative_embeds(prompts_given, negative_prompt_embeds if cfg_scale > 1 else None)
-        call = begun.call(
-            given, prompts_given, size, per_prompt, ClassifierFree(cfg_scale),
-            inputs={"joint_attention_kwargs": attention_kwargs, **inputs},
-            properties={
-                "_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None,
-            },
-            source=source,
-            repaint={
-                "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length,
-                "text_encoder_out_layers": text_encoder_out_layers,
-            },
-            references=references,
-        )  # fmt: skip
-
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            own = ([""] * len(prompts_given), negative_prompt_embeds) if negative else (prompt, prompt_embeds)
-            words, embeds = own if prompts is None else (prompts, None)
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             encode_prompt: Any = self.encode_prompt
             text, _ = encode_prompt(
                 words, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
-                max_sequence_length=max_sequence_length, text_encoder_out_layers=text_encoder_out_layers,
+                max_sequence_length=length, text_encoder_out_layers=given["text_encoder_out_layers"],
             )  # fmt: skip
             mask = text.new_ones(text.shape[:2], dtype=torch.bool)
             if embeds is None:
-                template = self._template(max_sequence_length)
-                mask = template.real_tokens(listed(words)).to(text.device).repeat_interleave(per_prompt, dim=0)
+                mask = self._template(length).real_tokens(words).to(text.device).repeat_interleave(per_prompt, dim=0)
             return text, {"text_mask": mask}
 
-        def decode(latents: Tensor, process: Process) -> tuple[Any]:
-            return (self._finished(self._decode(latents, given["output_type"] or "np"), source),)
+        inputs = {"joint_attention_kwargs": given["attention_kwargs"]}
+        return self._text_request(
+            begun, prompts_given, ClassifierFree(self._cfg_of(given["guidance_scale"])), encode, size=size,
+            source=source, references=references,
+            inputs=inputs | self._guidance_inputs(given["guidance_scale"], len(prompts_given) * per_prompt),
+        )  # fmt: skip
 
-        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, given["return_dict"])
+    def _guidance_inputs(self, scale: float, images: int) -> dict[str, ByImage]:
+        """Inputs of the model for its distilled guidance, if it has any."""
+        return {}
+
+    def _sized_by_first(self, given: Mapping[str, Any], references: Sequence[Tensor]) -> tuple[int, int]:
+        """Width and height in pixels of images with reference images: as named, or those of the first one."""
+        height, width = references[0].shape[-2:] if references else (None, None)
+        return self._size(given["width"] or width, given["height"] or height)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
         """As `FlowMatchingPipeline.guided`."""
@@ -151,13 +113,8 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
     def _shift(self, tokens: int, steps: int) -> float:
         return compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        mean, std = self._norm(latents)
-        scaled = pixel_shuffle(pixel_unshuffle(latents, PATCH) * std + mean, PATCH)
-        if output_type == "latent":
-            return scaled
-        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
-        return self._postprocess(image, output_type)
+    def _returned(self, latents: Tensor) -> Tensor:
+        return self._scaled(latents)
 
 
 class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -167,41 +124,8 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
     architecture = "flux-2-klein"
     inpainting = ImageTask(Flux2KleinInpaintPipeline, resizes=False)
 
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        image: Any = None,
-        prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        sigmas: list[float] | None = None,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        max_sequence_length: int = 512,
-        text_encoder_out_layers: tuple[int, ...] = (9, 18, 27),
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        mask_image: Any = None,
-        image_reference: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
+    @front(Flux2KleinPipeline.__call__, image_reference=None)
+    def __call__(self, begun: Begun) -> Request:
         """Generates images, as `ComposePipeline.__call__`.
 
         Latents have the shape [images, channels, height, width]; those of diffusers, with patches as channels, are
@@ -211,34 +135,17 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
             image: With a mask, what inpainting starts from, as in the Stable Diffusion families; the model reads it as
                 a reference image, too. Without a mask, one or several reference images, of any sizes; LoRAs act on them
                 only if a concept says so (`Concept.references`), and regions are those of the image that is made.
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the double-stream blocks.
             image_reference: A further image that inpainting reads; cannot be combined with concepts yet.
         """
-        reference, image = reference_or_start(
-            image, mask_image, strength, padding_mask_crop, paste_original, image_reference=image_reference
-        )
-        if image is None and reference is None:  # otherwise the size is that of the image
-            width, height = self._sides(width, height)
-        given = dict(locals())
-        begun = self._begin(given)
-        if begun.plain is not None:
-            return begun.plain
-        check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
-        if image_reference is not None:
+        given, references = begun.given, self._references(begun.given["reference"])
+        if given["image_reference"] is not None:
             raise ValueError("further reference images cannot be combined with concepts in inpainting; leave them out")
-        references = self._references(reference)
-        if references:
-            height, width = height or references[0].shape[-2], width or references[0].shape[-1]
-        source = self._source(begun.start, given)
-        size = self._size(width, height) if source is None else source.size
-        self.check_inputs(
-            begun.prompt, height=size[1], width=size[0], prompt_embeds=prompt_embeds, guidance_scale=guidance_scale,
-            callback_on_step_end_tensor_inputs=tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs),
-        )  # fmt: skip
-        return self._request(begun, given, size, source, references)
+        if begun.start is None:
+            return self._flux2_request(begun, self._sized_by_first(given, references), None, references)
+        source, size = self._source(begun)
+        return self._flux2_request(begun, size, source, references)
 
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call; with a start image it reads that as a reference image, too."""
@@ -263,6 +170,3 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
 
     def _cfg_of(self, guidance_scale: float) -> float:
         return 1.0 if self.config["is_distilled"] else guidance_scale
-
-
-ComposePipeline.families.append(ComposeFlux2KleinPipeline)

@@ -20,6 +20,11 @@ class Flux2VaePipeline(FlowMatchingPipeline):
         means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
         return pixel_shuffle((pixel_unshuffle(means, PATCH) - mean) / std, PATCH)
 
+    def _scaled(self, latents: Tensor) -> Tensor:
+        patches = pixel_unshuffle(latents, PATCH)
+        mean, std = self._norm(patches)
+        return pixel_shuffle(patches * std + mean, PATCH)
+
     def _norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents' patches."""
         norm: Any = self.vae.bn

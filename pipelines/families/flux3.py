@@ -5,9 +5,7 @@ prompts with a language model of its own; a call without concepts is the modular
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,29 +19,23 @@ from diffusers.modular_pipelines.flux3 import (
 )
 from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
 from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pad, pixel_unshuffle
 
 from lora_compose.attention.backbones.joint import PATCH, packed
 from lora_compose.attention.device import dtype_of, uncompiled
-from lora_compose.pipelines.calls.call import Call, Concepts, Generators, GivenPrompts, check_arguments, listed
-from lora_compose.pipelines.calls.front import Begun, Plain, Request, front
+from lora_compose.pipelines.calls.call import Call, listed
+from lora_compose.pipelines.calls.front import Begun, Request, arguments_with, front
 from lora_compose.pipelines.calls.plan import Plan, resolve_sets
-from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.inputs import ByImage
-from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.denoising.sampler import Schedule
-from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import both_sides, for_each, tokenizer_of
+from lora_compose.pipelines.families.flow_matching import for_images, tokenizer_of
 from lora_compose.pipelines.families.flux2_vae import Flux2VaePipeline
 from lora_compose.pipelines.families.modular import ModularFamilyPipeline
-from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images, reference_or_start
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
 from lora_compose.pipelines.images.from_image import FromImage
-from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)
@@ -51,6 +43,16 @@ LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)
 PAD_MULTIPLE: int = Flux3TextEncoderStep().pad_multiple
 """Texts are padded to a multiple of so many tokens."""
 MOST_TOKENS = 8192
+_ARGUMENTS: Mapping[str, Any] = {
+    "prompt": None, "image": None, "negative_prompt": None, "max_sequence_length": MOST_TOKENS,
+    "text_encoder_out_layers": LAYERS, "num_images_per_prompt": 1, "height": None, "width": None, "latents": None,
+    "generator": None, "num_inference_steps": 50, "sigmas": None, "attention_kwargs": None, "output_type": "pil",
+    "guidance_scale": 3.5, "return_dict": True, "callback_on_step_end": None,
+    "callback_on_step_end_tensor_inputs": ("latents",),
+}  # fmt: skip
+"""Inputs of diffusers' modular pipeline, and those of pipelines and guiders."""
+_OF_GUIDANCE = ("negative_prompt", "attention_kwargs", "guidance_scale")
+_DISTILLED = {name: it for name, it in _ARGUMENTS.items() if name not in _OF_GUIDANCE} | {"num_inference_steps": 16}
 
 
 class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
@@ -83,52 +85,34 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
         del blocks.sub_blocks["prompt_upsampler"]
         return blocks
 
-    def _request(
-        self, begun: Begun, given: Mapping[str, Any], reference: Any, guidance_scale: float, **inputs: Any
-    ) -> Request:
+    def _flux3_request(self, begun: Begun, guidance_scale: float, **inputs: Any) -> Request:
         """The request of a call with concepts.
 
         Args:
-            given: The arguments of `__call__`, by name.
-            reference: The reference images.
             guidance_scale: 1 is no guidance.
             inputs: Further arguments of every forward pass.
         """
-        if begun.prompt is None:
-            raise ValueError(f"{self.family} needs a prompt; it cannot be given embeddings")
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1 with concepts, and it is {guidance_scale}")
-        if given["max_sequence_length"] < 1:
-            raise ValueError(f"max_sequence_length must be at least 1, not {given['max_sequence_length']}")
-        prompt, negative_prompt = listed(begun.prompt), given.get("negative_prompt")
-        per_prompt, layers = given["num_images_per_prompt"], given["text_encoder_out_layers"]
-        guided, guider = guidance_scale > 1, ClassifierFree(guidance_scale)
-        prompts_given = GivenPrompts([prompt], None, None, [listed(negative_prompt)])
-        references, crop = self._references(reference)
+        given = begun.given
+        self._check_composed_arguments(given, guidance_scale)
+        prompt, negative_prompt = listed(given["prompt"]), given.get("negative_prompt")
+        references, crop = self._references(given["reference"])
         size = self._size(given["width"], given["height"])
         if references and given["width"] is None and given["height"] is None:
             size = references[0].shape[-1], references[0].shape[-2]
         else:
             crop = None
-        call = begun.call(
-            given, prompts_given, size, per_prompt, guider, inputs=inputs,
-            properties={"_guidance_scale": guidance_scale}, references=references,
-        )  # fmt: skip
-        own = [one.concept for one in resolve_sets(self, call)[0]]
+        own = [one.concept for one in resolve_sets(self, begun.composition.concepts, len(prompt))[0]]
         texts = [*prompt, *listed(negative_prompt), *(text for it in own for text in (it.prompt, it.negative_prompt))]
         length = min(given["max_sequence_length"], max(self._tokens(text or "") for text in texts))
-        call = replace(call, prompts=replace(prompts_given, length=length))
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words = prompts or (for_each(negative_prompt, len(prompts_given)) if negative else prompt)
-            text, added = self._encoded(words, length, layers)
-            rows = {name: values.repeat_interleave(per_prompt, dim=0) for name, values in added.items()}
-            return text.repeat_interleave(per_prompt, dim=0), rows
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+            return for_images(self._encoded(words, length, given["text_encoder_out_layers"]), begun.images_per_prompt)
 
-        def decode(latents: Tensor, process: Process) -> tuple[Any]:
-            return (self._decode(latents, given["output_type"] or "np", crop),)
-
-        return Request(call, partial(both_sides, encode, guided=guided), decode, given["return_dict"])
+        return self._text_request(
+            begun, begun.prompts(length), ClassifierFree(guidance_scale), encode, size=size,
+            references=references, inputs=inputs, properties={"_guidance_scale": guidance_scale},
+            reference_crop=crop,
+        )  # fmt: skip
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         latents = arguments["latents"]
@@ -205,22 +189,10 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
         return None  # the scheduler's own, whatever the size
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        """As diffusers draws it: in fp32, with patches as channels."""
-        canvas, latents = plan.canvas, call.sampling.latents
-        if latents is None:
-            shape = self._drawn(self._latent_shape(canvas))
-            latents = randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
-        cells = latents if latents.shape[-2:] == canvas.latent_grid else pixel_shuffle(latents, PATCH)
-        return cells.to(canvas.device, dtype)
+        return super()._noise(call, plan, torch.float32).to(dtype)  # drawn in fp32, as in diffusers
 
-    def _decode(self, latents: Tensor, output_type: str, crop: tuple[int, int, int, int] | None = None) -> Any:
-        patches = pixel_unshuffle(latents, PATCH)
-        if output_type == "latent":
-            return patches
-        mean, std = self._norm(patches)
-        cells = pixel_shuffle(patches * std + mean, PATCH)
-        image = self.vae.decode(cells.to(self.vae.dtype), return_dict=False)[0]
-        return self._postprocess(image, output_type, reference_crop=crop)
+    def _returned(self, latents: Tensor) -> Tensor:
+        return pixel_unshuffle(latents, PATCH)
 
 
 class ComposeFlux3Pipeline(Flux3Calls, Flux3LoraLoaderMixin):
@@ -230,39 +202,8 @@ class ComposeFlux3Pipeline(Flux3Calls, Flux3LoraLoaderMixin):
     modular_class = Flux3ModularPipeline
     blocks_class = Flux3AutoBlocks
 
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        prompt: str | list[str] | None = None,
-        image: Any = None,
-        negative_prompt: str | list[str] | None = None,
-        max_sequence_length: int = MOST_TOKENS,
-        text_encoder_out_layers: tuple[int, ...] = LAYERS,
-        num_images_per_prompt: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        latents: Tensor | None = None,
-        generator: Generators = None,
-        num_inference_steps: int = 50,
-        sigmas: list[float] | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-        output_type: str | None = "pil",
-        guidance_scale: float = 3.5,
-        return_dict: bool = True,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        mask_image: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
+    @front(arguments_with(**_ARGUMENTS))
+    def __call__(self, begun: Begun) -> Request:
         """Generates images; arguments are the inputs of diffusers' modular pipeline, and `guidance_scale` its guider's.
 
         Latents have the shape [images, channels, height, width]; those of diffusers, with patches as channels, are
@@ -276,21 +217,12 @@ class ComposeFlux3Pipeline(Flux3Calls, Flux3LoraLoaderMixin):
             sigmas: Noise levels of the steps; `timesteps`, which diffusers takes too, are not taken.
             guidance_scale: 1 is no guidance. Less than 1 is for calls without concepts.
             callback_on_step_end: For calls with concepts; modular pipelines have no callbacks.
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Refused, since there are no prompt embeddings to give.
             record_attention: Maps come from the last third of the blocks that text and image share.
             mask_image: Not supported, as are the three arguments after it.
         """
-        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
-        if reference is None:  # otherwise the size is that of the image
-            width, height = self._sides(width, height)
-        given = dict(locals())
-        begun = self._begin(given)
-        if begun.plain is not None:
-            return begun.plain
-        check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
-        return self._request(begun, given, reference, guidance_scale, attention_kwargs=attention_kwargs)
+        given = begun.given
+        return self._flux3_request(begun, given["guidance_scale"], attention_kwargs=given["attention_kwargs"])
 
 
 class ComposeFlux3DistilledPipeline(Flux3Calls, Flux3LoraLoaderMixin):
@@ -300,59 +232,18 @@ class ComposeFlux3DistilledPipeline(Flux3Calls, Flux3LoraLoaderMixin):
     modular_class = Flux3DistilledModularPipeline
     blocks_class = Flux3DistilledAutoBlocks
 
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        prompt: str | list[str] | None = None,
-        image: Any = None,
-        max_sequence_length: int = MOST_TOKENS,
-        text_encoder_out_layers: tuple[int, ...] = LAYERS,
-        num_images_per_prompt: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        latents: Tensor | None = None,
-        generator: Generators = None,
-        num_inference_steps: int = 16,
-        sigmas: list[float] | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        mask_image: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
+    @front(arguments_with(**_DISTILLED))
+    def __call__(self, begun: Begun) -> Request:
         """Generates images, as `ComposeFlux3Pipeline.__call__`; there is neither guidance nor a negative prompt.
 
         Args:
             image: One or several reference images.
-            concepts: As for `ComposePipeline.__call__`.
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             mask_image: Not supported, as are the three arguments after it.
         """
-        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
-        if reference is None:  # otherwise the size is that of the image
-            width, height = self._sides(width, height)
-        given = dict(locals())
-        begun = self._begin(given)
-        if begun.plain is not None:
-            return begun.plain
-        return self._request(begun, given, reference, 1.0)
+        return self._flux3_request(begun, 1.0)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
         """As `FlowMatchingPipeline.guided`: nothing, since guidance is distilled into the model."""
         if negative_prompt is not None:
             raise ValueError(f"{self.family} reads no negative prompt; leave it out")
         return {}
-
-
-ComposePipeline.families.extend([ComposeFlux3Pipeline, ComposeFlux3DistilledPipeline])

@@ -1,6 +1,6 @@
 """FLUX.1 Kontext with concepts: FLUX.1 that reads a reference image behind the image that it makes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline
@@ -9,17 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from lora_compose.attention.backbones.joint import packed
-from lora_compose.pipelines.calls.call import Call, Concepts, Generators
-from lora_compose.pipelines.calls.front import Plain, Request, front
-from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.calls.call import Call
+from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.inputs import ByImage
-from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flux import FluxCalls, for_all
+from lora_compose.pipelines.families.flux import FluxCalls
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images, reference_or_start
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
 from lora_compose.pipelines.images.from_image import FromImage
-from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.text.conditioning import TokenPositions
 
 
 class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -30,58 +26,14 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
     starts_from_latents = False  # diffusers refuses them
     prepared = 0, 6, 1
     most_references = 1
+    sized_by_reference = False
 
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: a checkpoint in one file has the names of FLUX.1's, and opens as that."""
-        return False
+    def _read(self, given: dict[str, Any]) -> dict[str, Any]:
+        named = given["width"] is not None or given["height"] is not None
+        return {**super()._read(given), "named": named}  # a size that is the model's own may be changed
 
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        image: Any = None,
-        prompt: str | list[str] | None = None,
-        prompt_2: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        negative_prompt_2: str | list[str] | None = None,
-        true_cfg_scale: float = 1.0,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 28,
-        sigmas: list[float] | None = None,
-        guidance_scale: float = 3.5,
-        num_images_per_prompt: int | None = 1,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        ip_adapter_image: Any = None,
-        ip_adapter_image_embeds: list[Tensor] | None = None,
-        negative_ip_adapter_image: Any = None,
-        negative_ip_adapter_image_embeds: list[Tensor] | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        max_sequence_length: int = 512,
-        max_area: int = 1024**2,
-        _auto_resize: bool = True,
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        mask_image: Any = None,
-        image_reference: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
+    @front(FluxKontextPipeline.__call__, image_reference=None)
+    def __call__(self, begun: Begun) -> Request:
         """Generates images, as `ComposePipeline.__call__`.
 
         Args:
@@ -92,38 +44,22 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
             image_reference: What inpainting reads as the reference image in place of `image`.
             padding_mask_crop: Only with concepts: without them diffusers gives back the part that it has painted.
 
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
         Raises:
             ValueError: For anything that does not fit together, before anything is changed. With concepts, also for a
                 size of another area than `max_area`, for which diffusers makes images of another size.
         """
-        max_sequence_length = self._readable(max_sequence_length)
-        if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take
-            negative_prompt = for_all(negative_prompt, len(prompt))
-        reference, image = reference_or_start(
-            image, mask_image, strength, padding_mask_crop, paste_original, image_reference=image_reference
-        )
-        named = width is not None or height is not None
-        if image is None:  # otherwise the size is that of the image
-            width, height = self._sides(width, height)
-        given = dict(locals())
-        begun = self._begin(given)
-        if begun.plain is not None:
-            return begun.plain
-        source = self._source(begun.start, given)
+        given, (source, size) = begun.given, self._source(begun)
         if source is not None:
-            references = self._references(image_reference, _auto_resize) or [source.pixels]
-            return self._request(begun, given, source.size, source, references)
-        asked = self._sides(width, height)
-        size = self._of_area(*asked, max_area)
-        if named and size != tuple(map(self._rounded, asked)):
+            references = self._references(given["image_reference"], given["_auto_resize"]) or [source.pixels]
+            return self._flux_request(begun, size, source, references)
+        asked, area = (given["width"], given["height"]), given["max_area"]
+        size = self._of_area(*asked, area)
+        if given["named"] and size != tuple(map(self._rounded, asked)):
             raise ValueError(
-                f"{self.family} makes images of max_area={max_area} pixels, here {size[0]} x {size[1]} for {asked[0]} "
-                f"x {asked[1]}, in which regions would lie elsewhere; give that size, or max_area={asked[0] * asked[1]}"
+                f"{self.family} makes images of max_area={area} pixels, here {size[0]} x {size[1]} for {asked[0]} x "
+                f"{asked[1]}, in which regions would lie elsewhere; give that size, or max_area={asked[0] * asked[1]}"
             )
-        return self._request(begun, given, size, references=self._references(reference, _auto_resize))
+        return self._flux_request(begun, size, None, self._references(given["reference"], given["_auto_resize"]))
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         del arguments["named"]
@@ -192,6 +128,3 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         """As `ReferencesPipeline.reference_tokens`, of one image."""
         (image,) = references
         return packed(self.latents_of(image.to(self._execution_device)))
-
-
-ComposePipeline.families.append(ComposeFluxKontextPipeline)

@@ -1,16 +1,14 @@
 """Ideogram 4 with concepts: a second network for guidance, a scale for every step, 13 layers of Qwen3-VL as text."""
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
 from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
-from diffusers.pipelines.ideogram4.prompt_enhancer import PROMPT_UPSAMPLE_TEMPERATURE
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from lora_compose.attention import Backbone
@@ -18,26 +16,16 @@ from lora_compose.attention.backbones.ideogram4 import Ideogram4Backbone, from_t
 from lora_compose.attention.device import dtype_of, uncompiled
 from lora_compose.pipelines.calls.call import (
     Call,
-    Concepts,
-    Generators,
     GivenPrompts,
     Sampling,
-    check_arguments,
     listed,
-    tensors_for,
 )
-from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.calls.plan import Plan
-from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoising.guidance import ScaleByStep
-from lora_compose.pipelines.denoising.process import Process
-from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides
-from lora_compose.pipelines.images.from_image import FromImage
-from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, for_images
 from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.scene.scene import Concept, ConceptNames
-from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.layout_captions import text_of, with_boxes
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
@@ -52,46 +40,8 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
     _guidance_schedule: tuple[float, ...] = ()
     """Scales of the call in progress, by step."""
 
-    @classmethod
-    def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Never: diffusers opens no checkpoints in one file for this family."""
-        return False
-
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        prompt: str | list[str] | None = None,
-        height: int = 2048,
-        width: int = 2048,
-        num_inference_steps: int = 48,
-        guidance_scale: float | None = None,
-        guidance_schedule: Sequence[float] | Tensor | None = (7.0,) * 45 + (3.0,) * 3,
-        mu: float = 0.0,
-        std: float = 1.5,
-        prompt_upsampling: bool = False,
-        prompt_upsampling_temperature: float = PROMPT_UPSAMPLE_TEMPERATURE,
-        max_sequence_length: int = 2048,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        image: Any = None,
-        mask_image: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
+    @front(Ideogram4Pipeline.__call__)
+    def __call__(self, begun: Begun) -> Request:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
@@ -100,72 +50,47 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         Args:
             guidance_schedule: With concepts, scales that are all below 1 are refused; 1 is without guidance.
             prompt_upsampling: Cannot be combined with concepts: call `upsample_prompt` first, and give its result.
-            concepts: As for `ComposePipeline.__call__`.
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the layers.
             image: Refused, as are the four arguments after it: diffusers has no image-to-image for this family.
-
-        Returns:
-            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
-        given = dict(locals())
-        begun = self._begin(given)
-        if begun.plain is not None:
-            return begun.plain
-        prompt = begun.prompt
-        check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
-        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self.check_inputs(
-            prompt, height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            guidance_schedule=guidance_schedule, callback_on_step_end_tensor_inputs=tensors,
-        )  # fmt: skip
-        if prompt_upsampling:
+        given, tokens = begun.given, begun.given["max_sequence_length"]
+        steps, size = given["num_inference_steps"], (given["width"], given["height"])
+        self._check_inputs(begun, size)
+        if given["prompt_upsampling"]:
             raise ValueError(
                 "prompt_upsampling cannot be combined with concepts, whose words have to be in the prompt: call "
                 "pipe.upsample_prompt(...) first, and give its result as the prompt"
             )
-        constant = [guidance_scale or 0.0] * num_inference_steps
-        guider = ScaleByStep(tuple(map(float, constant if guidance_schedule is None else guidance_schedule)))
+        constant = [given["guidance_scale"] or 0.0] * steps
+        scales = constant if given["guidance_schedule"] is None else given["guidance_schedule"]
+        guider = ScaleByStep(tuple(map(float, scales)))
         if guider.scale <= 1 and min(guider.scales) < 1:
             raise ValueError(
                 f"guidance below 1 in every step cannot be combined with concepts, but the scales are {guider.scales}; "
                 "1 is without guidance"
             )
-        texts, tokens = listed(prompt), max_sequence_length
-        images = len(texts) * num_images_per_prompt
-        prompts_given = GivenPrompts([texts], None, tokens)
-        sigmas = _logit_normal_sigmas(num_inference_steps, _resolution_aware_mu(height, width, mu), std).tolist()
-        call = begun.call(
-            {**given, "sigmas": sigmas}, prompts_given, (width, height), num_images_per_prompt, guider,
-            inputs={"attention_kwargs": attention_kwargs},
-            properties={
-                "_guidance_scale": guidance_scale, "_guidance_schedule": guider.scales,
-                "_attention_kwargs": attention_kwargs,
-            },
-        )  # fmt: skip
+        texts, per_prompt = listed(given["prompt"]), begun.images_per_prompt
+        mu = _resolution_aware_mu(given["height"], given["width"], given["mu"])
+        sigmas = _logit_normal_sigmas(steps, mu, given["std"]).tolist()
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             if not negative:
-                text, added = self._encoded(texts if prompts is None else prompts, tokens, device)
-                added = {name: rows.repeat_interleave(num_images_per_prompt, dim=0) for name, rows in added.items()}
-                return text.repeat_interleave(num_images_per_prompt, dim=0), added
+                return for_images(self._encoded(texts if prompts is None else prompts, tokens, device), per_prompt)
             if any(prompts or ()):
                 raise ValueError(f"{self.family} reads no negative prompts; leave them out")
+            images = len(texts) * per_prompt
             text = torch.zeros((), device=device, dtype=dtype_of(uncompiled(self.transformer)))
             return text.expand(images, tokens, self.transformer.config.llm_features_dim), {
                 "text_mask": torch.zeros(images, tokens, dtype=torch.bool, device=device),
                 "unconditional": torch.ones(images, dtype=torch.bool),
             }
 
-        def decode(latents: Tensor, process: Process) -> tuple[Any]:
-            return (self._decode(latents, output_type or "np"),)
-
-        return Request(call, partial(both_sides, encode, guided=guider.scale > 1), decode, return_dict)
+        return self._request(
+            replace(begun, given={**given, "sigmas": sigmas}), GivenPrompts([texts], None, tokens), guider, encode,
+            size=size, inputs={"attention_kwargs": given["attention_kwargs"]},
+            properties={"_guidance_schedule": guider.scales},
+        )  # fmt: skip
 
     def boxes_in_prompt(
         self, prompt: str, concepts: ConceptNames, width: int = 2048, height: int = 2048
@@ -194,10 +119,6 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         texts = {it.name: with_boxes(text_of(it, prompt, placed), [it], width, height) for it in placed}
         named = [concept.model_copy(update={"prompt": texts.get(concept.name, concept.prompt)}) for concept in found]
         return with_boxes(prompt, placed, width, height), named
-
-    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        self._check_plain_texts(arguments["prompt"])
-        return arguments
 
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call, with the network for its unconditional rows."""
@@ -249,10 +170,8 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         mean, deviation = self._norm(means)
         return from_tokens((tokens_of(means) - mean) / deviation, means.shape[-2:])
 
-    def cells_of(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """As `UNetPipeline.cells_of`, unpacked."""
-        width, height = (self._rounded(side) // self.vae_scale_factor for side in size)
-        return latents if latents.dim() == 4 else from_tokens(latents, (height, width))
+    def _cells(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        return latents if latents.dim() == 4 else from_tokens(latents, grid)
 
     def _template(self, length: int) -> TemplateTokenizer:
         def render(prompt: str) -> str:
@@ -265,13 +184,12 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         scheduler.set_timesteps(sigmas=sampling.sigmas, device=canvas.device)
         return scheduler.timesteps, len(scheduler.timesteps)
 
+    def _drawn(self, shape: Shape) -> Shape:
+        (of_tokens,) = self._other_shapes(shape)
+        return of_tokens
+
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        canvas, found = plan.canvas, call.sampling.latents
-        if found is None:
-            (packed,) = self._other_shapes(self._latent_shape(canvas))
-            found = randn_tensor(packed, generator=call.sampling.generator, device=canvas.device, dtype=torch.float32)
-        cells = found if found.dim() == 4 else from_tokens(found, canvas.latent_grid)
-        return cells.to(canvas.device, torch.float32)  # in any precision of the model
+        return super()._noise(call, plan, torch.float32)  # in any precision of the model
 
     def _before_step(self, step: Step) -> None:
         """Sets the scale that callbacks may read."""
@@ -286,14 +204,13 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         mean, variance = (numbers.view(1, 1, -1).to(like) for numbers in (norm.running_mean, norm.running_var))
         return mean, torch.sqrt(variance + self.vae.config.batch_norm_eps)
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
+    def _returned(self, latents: Tensor) -> Tensor:
+        return tokens_of(latents)
+
+    def _scaled(self, latents: Tensor) -> Tensor:
         tokens = tokens_of(latents)
-        if output_type == "latent":
-            return tokens
         mean, deviation = self._norm(tokens)
-        cells = from_tokens(tokens * deviation + mean, latents.shape[-2:])
-        image = self.vae.decode(cells.to(self.vae.dtype), return_dict=False)[0]
-        return self._postprocess(image.float(), output_type)
+        return from_tokens(tokens * deviation + mean, latents.shape[-2:])
 
-
-ComposePipeline.families.append(ComposeIdeogram4Pipeline)
+    def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
+        return super()._postprocess(image.float(), output_type, **options)

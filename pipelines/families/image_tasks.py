@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_compose.pipelines.calls.call import (
     Call,
     Composition,
-    as_list,
+    check_arguments,
     check_plain,
     listed,
     no_concepts,
@@ -27,7 +27,7 @@ from lora_compose.pipelines.calls.front import OF_OURS, OF_START_IMAGE, Begun, P
 from lora_compose.pipelines.calls.outcome import output_of
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.calls.refine import Origin
-from lora_compose.pipelines.control import controls_of
+from lora_compose.pipelines.control.spec import controls_of
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.images.from_image import FromImage, Source, check_steps, steps_left
 from lora_compose.pipelines.images.task import OF_INPAINTING
@@ -61,31 +61,55 @@ class ImageTasksPipeline(ComposePipeline):
     rounds_steps_up: ClassVar[bool] = False
     """Whether diffusers' pipelines round the number of steps that a strength leaves up."""
 
+    old_arguments: ClassVar[Collection[str]] = ()
+    """Arguments that diffusers takes beside those that it names."""
+
+    attention_settings: ClassVar[Collection[str]] = ("scale",)
+    """Arguments for attention processors that go with concepts."""
+
+    reads_image_prompts: ClassVar[bool] = False
+    """Whether IP-Adapters go with concepts."""
+
+    check_inputs: Any
+    """diffusers' checks of the arguments of a call."""
+
     @property
     def inpaints_as_diffusers(self) -> bool:
         """Whether diffusers' pipeline can inpaint with this model without concepts; otherwise our own loop does."""
         return True
 
-    def _begin(self, given: Mapping[str, Any], unread: Collection[str] = ()) -> Begun:
-        """The facts that all families ask of the `locals()` of `__call__`; `unread` is what diffusers alone takes."""
+    def begin(self, given: Mapping[str, Any]) -> Begun | Plain:
+        """A call with these arguments by name: begun with concepts, or diffusers' own."""
         started, unknown = time.perf_counter(), given["kwargs"]
-        allowed = unread if no_concepts(given["concepts"]) else ()
+        given = self._read(dict(given))
+        allowed = self.old_arguments if no_concepts(given["concepts"]) else ()
         refuse_unknown([name for name in unknown if name not in allowed], type(self).__call__)
         prompt, concepts = self.named_concepts(given["prompt"], given["concepts"])
         composition = Composition(
             concepts or (), given["method"], controls_of(given["control"]), given["token_positions"],
             given["record_attention"],
         )  # fmt: skip
-        start = self.start_image(*(given[name] for name in OF_START_IMAGE))
-        if not no_concepts(concepts):
-            return Begun(prompt, composition, start, started, None)
-        check_plain(composition)
-        ours = ("self", "kwargs", *OF_OURS, *OF_START_IMAGE)
-        arguments = {name: it for name, it in given.items() if name not in ours} | {"prompt": prompt}
-        names = "callback_on_step_end_tensor_inputs"
-        arguments[names] = as_list(arguments[names])
-        plain = Plain(partial(self._as_diffusers, arguments, start, unknown))
-        return Begun(prompt, composition, start, started, plain if self._is_diffusers_own(start) else None)
+        channels = self.vae.config.get("latent_channels") if self.starts_from_latents else None
+        start = FromImage.of(
+            given["image"], given["mask_image"], given["strength"], given["padding_mask_crop"],
+            given["paste_original"], channels,
+        )  # fmt: skip
+        if start is not None:
+            self._task(start.inpaints)  # refuses tasks that the family does not have
+        given["prompt"] = prompt
+        if no_concepts(concepts):
+            check_plain(composition)
+            arguments = {name: it for name, it in given.items() if name not in {"kwargs", *OF_OURS, *OF_START_IMAGE}}
+            if (tensors := arguments["callback_on_step_end_tensor_inputs"]) is not None:
+                arguments["callback_on_step_end_tensor_inputs"] = list(tensors)
+            if start is None or not start.inpaints or self.inpaints_as_diffusers:
+                return Plain(partial(self._as_diffusers, arguments, start, unknown))
+        check_arguments(given, self.attention_settings, image_prompts=self.reads_image_prompts)
+        return Begun(given, composition, start, started)
+
+    def _read(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call as the family reads them."""
+        return given
 
     def _as_diffusers(self, arguments: dict[str, Any], start: FromImage | None, unknown: Mapping[str, Any]) -> Any:
         """A call without concepts: exactly what diffusers' pipeline for the task does."""
@@ -97,24 +121,6 @@ class ImageTasksPipeline(ComposePipeline):
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         """A call's arguments without concepts as diffusers takes them; refuses what it would not see to be wrong."""
         return arguments
-
-    def _is_diffusers_own(self, given: FromImage | None) -> bool:
-        """Whether diffusers can run a call without concepts."""
-        return given is None or not given.inpaints or self.inpaints_as_diffusers
-
-    def start_image(
-        self, image: Any, mask_image: Any, strength: float | None, padding_mask_crop: int | None, paste_original: bool
-    ) -> FromImage | None:
-        """The image of a call that starts from one.
-
-        Raises:
-            ValueError: For what cannot be used, and tasks that the family does not have.
-        """
-        channels = self.vae.config.get("latent_channels") if self.starts_from_latents else None
-        given = FromImage.of(image, mask_image, strength, padding_mask_crop, paste_original, channels)
-        if given is not None:
-            self._task(given.inpaints)
-        return given
 
     def steps_from_image(self, steps: int, strength: float | None, inpaints: bool) -> int:
         """How many of the steps are run in a call that starts from an image.
@@ -254,23 +260,31 @@ class ImageTasksPipeline(ComposePipeline):
         images[:] = given.pasted(images, pipe.image_processor)
         return output
 
-    def _source(self, given: FromImage | None, arguments: Mapping[str, Any]) -> Source | None:
-        """The image that a call with concepts starts from, made ready; refuses models and outputs that do not fit.
+    def _source(self, begun: Begun) -> tuple[Source | None, tuple[int, int]]:
+        """The image that a call with concepts starts from, made ready, and the size of its images in pixels.
 
-        Args:
-            arguments: Those of `__call__`, by name.
+        Raises:
+            ValueError: For models and outputs that do not fit.
         """
-        self._check_start(given)
-        if given is None:
-            return None
-        self._check_composed(given)
-        if (given.paste_original or given.padding_mask_crop is not None) and arguments["output_type"] != "pil":
+        given, start = begun.given, begun.start
+        self._check_start(start)
+        if start is None:
+            return None, self._size(given["width"], given["height"])
+        self._check_composed(start)
+        if (start.paste_original or start.padding_mask_crop is not None) and given["output_type"] != "pil":
             raise ValueError(_PIL_ONLY)
-        strength = self._strength(given.strength, given.inpaints)
-        return Source.of(
-            given, self._task_pipeline(inpaints=given.inpaints), strength, self._image_size(given, arguments),
-            rounds_up=self.rounds_steps_up,
+        source = Source.of(
+            start, self._task_pipeline(inpaints=start.inpaints), self._strength(start.strength, start.inpaints),
+            self._image_size(start, given), rounds_up=self.rounds_steps_up,
         )  # fmt: skip
+        return source, source.size
+
+    def _check_inputs(self, begun: Begun, size: tuple[int, int]) -> None:
+        """The checks of diffusers' pipeline, with the size of the images in pixels."""
+        known = {**begun.given, "width": size[0], "height": size[1], "callback_steps": None}
+        known["callback_on_step_end_tensor_inputs"] = self._of_every_task(begun.tensors, begun.start)
+        names = [name for name in inspect.signature(self._plain_class().check_inputs).parameters if name in known]
+        self.check_inputs(**{name: known[name] for name in names if "ip_adapter" not in name})
 
     def run_request(self, request: Request) -> Any:
         """Runs a call with concepts, decodes its latents, and returns what the family's `__call__` promises."""

@@ -131,6 +131,15 @@ class ModularFamilyPipeline(TemplatePipeline):
         (default,) = (one.default for one in self._blocks().inputs if one.name == "strength")
         return default if given is None else given
 
+    def _check_composed_arguments(self, given: Mapping[str, Any], guidance_scale: float) -> None:
+        """Raises ValueError for arguments that do not go with concepts."""
+        if given["prompt"] is None:
+            raise ValueError(f"{self.family} needs a prompt; it cannot be given embeddings")
+        if guidance_scale < 1:
+            raise ValueError(f"guidance_scale must be at least 1 with concepts, and it is {guidance_scale}")
+        if given["max_sequence_length"] < 1:
+            raise ValueError(f"max_sequence_length must be at least 1, not {given['max_sequence_length']}")
+
     def _prepare_plain(self, pipe: Any) -> None:
         """Changes a modular pipeline for a call without concepts."""
 

@@ -1,7 +1,6 @@
 """Qwen-Image with concepts: the prompt in a chat template whose beginning is dropped, guidance that keeps norms."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,39 +13,28 @@ from diffusers import (
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_compose.attention.backbones.joint import PATCH, packed
-from lora_compose.pipelines.calls.call import Concepts, Generators, GivenPrompts, check_arguments, listed, tensors_for
-from lora_compose.pipelines.calls.front import Begun, Plain, Request, front
-from lora_compose.pipelines.control import Control
+from lora_compose.attention.backbones.joint import PATCH
+from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import TokenNorms
-from lora_compose.pipelines.denoising.process import Process
-from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.families.flow_matching import (
-    TemplatePipeline,
-    both_sides,
-    check_negative_embeds,
-    texts_to_encode,
-)
+from lora_compose.pipelines.families.flow_matching import TemplatePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.video_vae import channel_norm, latents_of_image
+from lora_compose.pipelines.families.video_vae import VideoVaePipeline
 from lora_compose.pipelines.images.from_image import Source
-from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.support.notes import warn
-from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
+from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
-class QwenImageCalls(TemplatePipeline):
+class QwenImageCalls(VideoVaePipeline, TemplatePipeline):
     """Calls of Qwen-Image and of its edit models, which have the same transformer."""
 
     transformer_class = QwenImageTransformer2DModel
     starts_from_latents = False  # diffusers reads them with a frame axis
 
-    def _request(
+    def _qwen_request(
         self,
         begun: Begun,
-        given: Mapping[str, Any],
         size: tuple[int, int],
         tokens: int,
         encoded: Callable[..., tuple[Tensor, dict[str, Tensor]]],
@@ -58,87 +46,43 @@ class QwenImageCalls(TemplatePipeline):
         """The request of a call with concepts.
 
         Args:
-            given: The arguments of `__call__`, by name.
             size: Width and height of the images, in pixels.
             tokens: Tokens of every text.
             encoded: From texts and their number of tokens to the input of the model; options as for `encode_prompt`.
             tokenizers: Tokenizers of this call; None means the pipeline's.
         """
-        prompt, prompt_embeds, per_prompt = begun.prompt, given["prompt_embeds"], given["num_images_per_prompt"]
-        negative_prompt, negative_prompt_embeds = given["negative_prompt"], given["negative_prompt_embeds"]
-        true_cfg_scale, guidance_scale = given["true_cfg_scale"], given["guidance_scale"]
-        attention_kwargs, callback_on_step_end = given["attention_kwargs"], given["callback_on_step_end"]
-        max_sequence_length, output_type = given["max_sequence_length"], given["output_type"] or "np"
-        check_arguments(given["kwargs"], (), attention_kwargs, "attention_kwargs")
-        tensors = tensors_for(callback_on_step_end, given["callback_on_step_end_tensor_inputs"])
-        self.check_inputs(
-            prompt, height=size[1], width=size[0], negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds, prompt_embeds_mask=given["prompt_embeds_mask"],
-            negative_prompt_embeds_mask=given["negative_prompt_embeds_mask"],
-            callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
-            max_sequence_length=max_sequence_length,
-        )  # fmt: skip
-        cfg_scale = self._guidance(true_cfg_scale, negative_prompt, negative_prompt_embeds, guidance_scale)
-        texts = None if prompt is None else [listed(prompt)]
-        prompts_given = GivenPrompts(texts, prompt_embeds, tokens, [listed(negative_prompt)], tokenizers)
-        check_negative_embeds(prompts_given, negative_prompt_embeds if cfg_scale > 1 else None)
-        call = begun.call(
-            given, prompts_given, size, per_prompt, TokenNorms(cfg_scale, PATCH),
-            inputs={"attention_kwargs": attention_kwargs},
-            properties={
-                "_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None,
-            },
-            source=source,
-            repaint={
-                "true_cfg_scale": true_cfg_scale, "negative_prompt": (listed(negative_prompt) or [None])[0],
-                "max_sequence_length": max_sequence_length,
-            },
-            references=references,
-        )  # fmt: skip
+        given = begun.given
+        self._check_inputs(begun, size)
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            words, embeds, mask = texts_to_encode(given, prompt, prompts, len(prompts_given), negative=negative)
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             return encoded(
-                words, tokens, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
+                words, tokens, device=device, num_images_per_prompt=begun.images_per_prompt, prompt_embeds=embeds,
                 prompt_embeds_mask=mask,
             )  # fmt: skip
 
-        def decode(latents: Tensor, process: Process) -> tuple[Any]:
-            return (self._finished(self._decode(latents, output_type), source),)
-
-        return Request(call, partial(both_sides, encode, guided=cfg_scale > 1), decode, given["return_dict"])
+        return self._text_request(
+            begun, begun.prompts(tokens, tokenizers=tokenizers), TokenNorms(self._guidance(given), PATCH), encode,
+            size=size, source=source, references=references, inputs={"attention_kwargs": given["attention_kwargs"]},
+        )  # fmt: skip
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
         """As `FlowMatchingPipeline.guided`; nothing to avoid is a space, as in diffusers' examples."""
         return {"true_cfg_scale": scale, "negative_prompt": negative_prompt or " "}
 
-    def latents_of(self, pixels: Tensor) -> Tensor:
-        """As `FlowMatchingPipeline.latents_of`; each channel is normalised apart."""
-        return latents_of_image(self.vae, pixels)
-
-    def _guidance(
-        self, scale: float, negative_prompt: Any, negative_embeds: Tensor | None, distilled: float | None
-    ) -> float:
+    def _guidance(self, given: Mapping[str, Any]) -> float:
         """The scale of classifier-free guidance; 1 if there is none."""
         if self.transformer.config.guidance_embeds:
             raise ValueError("diffusers cannot run a Qwen-Image with distilled guidance (guidance_embeds is true)")
-        if distilled is not None:
+        if (distilled := given["guidance_scale"]) is not None:
             warn(f"guidance_scale={distilled:g} is not read by Qwen-Image; give true_cfg_scale and a negative_prompt")
-        return 1.0 if negative_prompt is None and negative_embeds is None else scale
+        unguided = given["negative_prompt"] is None and given["negative_prompt_embeds"] is None
+        return 1.0 if unguided else given["true_cfg_scale"]
 
     def _cfg_scale(self, step: Step) -> float:
         return step.cfg_scale  # diffusers' callbacks cannot change it
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
         return {"prompt_embeds": text.conditional().prompt_embeds}
-
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return packed(latents)
-        latents = latents[:, :, None].to(self.vae.dtype)
-        mean, std = channel_norm(self.vae, latents)
-        image = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
-        return self._postprocess(image, output_type)
 
 
 def padded(text: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,43 +100,8 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
     image_to_image = ImageTask(QwenImageImg2ImgPipeline, resizes=True)
     inpainting = ImageTask(QwenImageInpaintPipeline, resizes=True)
 
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        true_cfg_scale: float = 4.0,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        sigmas: list[float] | None = None,
-        guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        prompt_embeds_mask: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds_mask: Tensor | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        max_sequence_length: int = 512,
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        image: Any = None,
-        mask_image: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
+    @front(QwenImagePipeline.__call__)
+    def __call__(self, begun: Begun) -> Request:
         """Generates images, as `ComposePipeline.__call__`.
 
         Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
@@ -202,20 +111,13 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
             negative_prompt: Without one, or negative embeddings, there is no guidance, as in diffusers.
             guidance_scale: Not read, as in diffusers: no model of this family has distilled guidance.
             max_sequence_length: With concepts texts are also padded to so many tokens; no pass runs the padding.
-            method: The name of a method without gradients (`lora-compose methods`), or settings.
-            control: Not supported yet.
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
             record_attention: Maps come from the last third of the blocks.
         """
-        width, height = self._sides(width, height)
-        given = dict(locals())
-        begun = self._begin(given)
-        if begun.plain is not None:
-            return begun.plain
-        source = self._source(begun.start, given)
-        size = self._size(width, height) if source is None else source.size
-        tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
-        return self._request(begun, given, size, tokens, self._encoded, source=source)
+        source, size = self._source(begun)
+        embeds = begun.given["prompt_embeds"]
+        tokens = begun.given["max_sequence_length"] if embeds is None else embeds.shape[1]
+        return self._qwen_request(begun, size, tokens, self._encoded, source=source)
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; the padding is masked."""
@@ -230,6 +132,3 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
     def _template(self, length: int) -> TemplateTokenizer:
         dropped = self.prompt_template_encode_start_idx
         return TemplateTokenizer(self.tokenizer, self.prompt_template_encode.format, length + dropped, length, dropped)
-
-
-ComposePipeline.families.append(ComposeQwenImagePipeline)

@@ -1,6 +1,6 @@
 """Qwen-Image-Edit-Plus with concepts: reference images are read beside the image, and by the text encoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,15 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from lora_compose.attention.backbones.joint import packed
-from lora_compose.pipelines.calls.call import Concepts, Generators
-from lora_compose.pipelines.calls.front import Plain, Request, front
-from lora_compose.pipelines.control import Control
-from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.families.flow_matching import tokenizer_of
 from lora_compose.pipelines.families.qwen_image import QwenImageCalls, padded
-from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images, reference_or_start
-from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.families.references import ReferencesPipeline, reference_images
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 _IMAGE = "Picture {}: <|vision_start|>{}<|vision_end|>"
@@ -33,43 +28,14 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
     architecture = "qwen-image-edit"
     needs_references = True
 
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        image: Any = None,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        true_cfg_scale: float = 4.0,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        sigmas: list[float] | None = None,
-        guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        prompt_embeds_mask: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds_mask: Tensor | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        max_sequence_length: int = 512,
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        mask_image: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
+    def _read(self, given: dict[str, Any]) -> dict[str, Any]:
+        image = given["image"]
+        if image is None or (isinstance(image, list | tuple) and not image):
+            raise ValueError(f"{self.family} needs a reference image: give image; for text alone take Qwen-Image")
+        return super()._read(given)
+
+    @front(QwenImageEditPlusPipeline.__call__)
+    def __call__(self, begun: Begun) -> Request:
         """Generates images, as `ComposePipeline.__call__`.
 
         Args:
@@ -82,24 +48,18 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
             token_positions: Positions among the tokens that the model reads, those of reference images included.
             mask_image: Not supported, as are the three arguments after it.
         """
-        if image is None or (isinstance(image, list | tuple) and not image):
-            raise ValueError(f"{self.family} needs a reference image: give image; for text alone take Qwen-Image")
-        reference, image = reference_or_start(image, mask_image, strength, padding_mask_crop, paste_original)
-        given = dict(locals())
-        begun = self._begin(given)
-        if begun.plain is not None:
-            return begun.plain
-        images = reference_images(reference)
+        given, images = begun.given, reference_images(begun.given["reference"])
         own_width, own_height = self.size_from(images)
-        size = self._rounded(width or own_width), self._rounded(height or own_height)
+        size = self._rounded(given["width"] or own_width), self._rounded(given["height"] or own_height)
         read = [self._resized(image, plain.CONDITION_IMAGE_SIZE) for image in images]
-        tokens, tokenizers = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1], None
-        if prompt_embeds is None:
+        if given["prompt_embeds"] is None:
             shown, of_images = self._shown(read)
-            tokens += of_images
+            tokens = given["max_sequence_length"] + of_images
             tokenizers = [self._template(tokens, shown)]
-        return self._request(
-            begun, given, size, tokens, partial(self._encoded, images=read), tokenizers=tokenizers,
+        else:
+            tokens, tokenizers = given["prompt_embeds"].shape[1], None
+        return self._qwen_request(
+            begun, size, tokens, partial(self._encoded, images=read), tokenizers=tokenizers,
             references=[self._prepared(image) for image in images],
         )  # fmt: skip
 
@@ -174,6 +134,3 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
             return self.prompt_template_encode.format(shown + prompt)
 
         return TemplateTokenizer(tokenizer_of(self.processor), render, length + dropped, length, dropped)
-
-
-ComposePipeline.families.append(ComposeQwenImageEditPlusPipeline)

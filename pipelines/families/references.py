@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_compose.attention import Backbone, backbone_of
 from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.calls.call import Call
+from lora_compose.pipelines.calls.front import OF_START_IMAGE
 from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.denoising.sampler import Schedule
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
@@ -25,6 +26,13 @@ class ReferencesPipeline(FlowMatchingPipeline):
     """How many it reads; None means any number."""
     needs_references: ClassVar[bool] = False
     """Whether it reads no text without one."""
+
+    sized_by_reference: ClassVar[bool] = True
+    """Whether an image for which no size is named has that of its reference image."""
+
+    def _read(self, given: dict[str, Any]) -> dict[str, Any]:
+        given |= start_and_reference(given)
+        return given if self.sized_by_reference and given["reference"] is not None else super()._read(given)
 
     def reference_tokens(self, references: Sequence[Tensor]) -> Tensor:
         """The latents of prepared reference images, one after the other. Shape: [1, tokens, channels]."""
@@ -72,24 +80,22 @@ class ReferencesPipeline(FlowMatchingPipeline):
         }
 
 
-def reference_or_start(image: Any, mask_image: Any, *of_start: Any, image_reference: Any = None) -> tuple[Any, Any]:
-    """What `image` of a call is: the reference images, or the image to start from; the other one is None.
+def start_and_reference(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `image` of a call is: the image to start from, if it has arguments of one, or the reference images.
 
     Args:
-        image: As given.
-        mask_image: With one, the call inpaints `image`.
-        of_start: The other arguments that go with a start image: None or False if they were not given.
-        image_reference: A reference image of inpainting.
+        given: The arguments of the call, by name.
 
     Raises:
-        ValueError: For such a reference image in another call.
+        ValueError: For a reference image of inpainting in another call.
     """
-    starts = mask_image is not None or any(one is not None and one is not False for one in of_start)
-    if image_reference is not None and not starts:
+    starts = any(given[name] is not None and given[name] is not False for name in OF_START_IMAGE if name != "image")
+    if not starts and given.get("image_reference") is not None:
         raise ValueError(
             "image_reference goes with inpainting: give mask_image as well, or the reference images as image"
         )
-    return (None, image) if starts else (image, None)
+    image = given["image"]
+    return {"image": image, "reference": None} if starts else {"image": None, "reference": image}
 
 
 def opened(given: Any) -> Any:

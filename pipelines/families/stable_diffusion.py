@@ -1,33 +1,26 @@
 """Stable Diffusion 1.x and 2.x with concepts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.calls.call import (
     Call,
-    Concepts,
-    Generators,
     GivenPrompts,
-    check_arguments,
     listed,
-    tensors_for,
 )
-from lora_compose.pipelines.calls.front import Plain, Request, front
-from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.process import Process
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
-from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
+from lora_compose.pipelines.families.unets import UNetPipeline
+from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.long_prompts import Reading
 
@@ -50,77 +43,19 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         """Whether a checkpoint is of this family: as in diffusers, if it has no keys of another one."""
         return not any(key.startswith(("conditioner.", "double_blocks.")) for key in keys)
 
-    def encode_prompt(
-        self,
-        prompt: Any,
-        device: Any,
-        num_images_per_prompt: Any,
-        do_classifier_free_guidance: Any,
-        negative_prompt: Any = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
+    @wraps(StableDiffusionPipeline.encode_prompt, assigned=())  # its signature
+    def encode_prompt(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As in diffusers, whose `clip_skip` works with text encoders of transformers 5 as well."""
         with _inner_model_named(self.text_encoder):
-            return super().encode_prompt(
-                prompt, device=device, num_images_per_prompt=num_images_per_prompt,
-                do_classifier_free_guidance=do_classifier_free_guidance, negative_prompt=negative_prompt,
-                prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, lora_scale=lora_scale,
-                clip_skip=clip_skip,
-            )  # fmt: skip
+            return super().encode_prompt(*args, **options)
 
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = 50,
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
-        guidance_scale: float = 7.5,
-        negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int | None = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        ip_adapter_image: Any = None,
-        ip_adapter_image_embeds: list[Tensor] | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        guidance_rescale: float = 0.0,
-        clip_skip: int | None = None,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        image: Any = None,
-        mask_image: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+    @front(StableDiffusionPipeline.__call__)
+    def __call__(self, begun: Begun) -> Request:
+        """Generates images, as `ComposePipeline.__call__`.
 
         Args:
-            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept` objects
-                or their fields as in JSON, {"name": "cat", "lora": "cat.safetensors"}, or a list of these per prompt;
-                "auto": those that the prompt names; None: as in diffusers.
-            method: draft, lora-composer, regional, clora, tara, merge, switch, composite, freefuse, or settings such as
-                `Tara(scope="cross_kv")`; None chooses.
-            control: Control images for ControlNets and T2I-Adapters; only with concepts.
-            token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
-            record_attention: True, or the steps of which attention maps are returned.
             image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
                 each prompt. Regions are in its coordinates.
             mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.
@@ -130,28 +65,12 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
 
         Returns:
             A `ComposeOutput`, or `(images, nsfw_content_detected)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
-        asked = dict(locals())
-        begun = self._begin(asked, OLD_CALLBACK)
-        if begun.plain is not None:
-            return begun.plain
-        prompt = begun.prompt
-        check_arguments(kwargs, (), cross_attention_kwargs, allowed=("scale", "ip_adapter_masks"))
-        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        source = self._source(begun.start, asked)
-        width, height = self._size(width, height) if source is None else source.size
-        self.check_inputs(
-            prompt, height=height, width=width, callback_steps=None, negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
-            callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
-        )  # fmt: skip
-        texts = None if prompt_embeds is not None else [listed(prompt)]
-        given = GivenPrompts(texts, prompt_embeds, negative=[listed(negative_prompt)])
-        call = self._call(begun, asked, given, width, height, source)
-        per_prompt = call.size.images_per_prompt
+        given, (source, size) = begun.given, self._source(begun)
+        self._check_inputs(begun, size)
+        texts = None if given["prompt_embeds"] is not None else [listed(given["prompt"])]
+        negatives = [listed(given["negative_prompt"])]
+        call = self._call(begun, GivenPrompts(texts, given["prompt_embeds"], negative=negatives), size, source)
 
         def encode(
             prompts: Sequence[str] | None,
@@ -159,34 +78,25 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             device: torch.device,
             reading: Reading | None = None,
         ) -> EncodedText:
-            own, negative = prompt, negative_prompts or negative_prompt
-            if negative_prompts is not None and prompt is not None:
-                own = listed(prompt)  # diffusers takes two lists, or two texts
+            own, negative = given["prompt"], negative_prompts or given["negative_prompt"]
+            if negative_prompts is not None and own is not None:
+                own = listed(own)  # diffusers takes two lists, or two texts
             if prompts is not None:
                 own, negative = list(prompts), [negative] * len(prompts) if isinstance(negative, str) else negative
-            if reading is None:
-                embeds, uncond = self.encode_prompt(
-                    own, device=device, num_images_per_prompt=per_prompt,
-                    do_classifier_free_guidance=self.do_classifier_free_guidance, negative_prompt=negative,
-                    prompt_embeds=prompt_embeds if prompts is None else None,
-                    negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
-                    lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
-                )  # fmt: skip
-            else:
-                texts = {"prompt": own, "negative_prompt": negative}
-                embeds, uncond = self.read_texts(
-                    reading, texts, per_prompt, guided=self.do_classifier_free_guidance,
-                    scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
-                )  # fmt: skip
+            embeds, uncond = self._encoded(
+                begun, {"prompt": own, "negative_prompt": negative}, device, reading, own=prompts is None,
+                own_negative=negative_prompts is None,
+            )  # fmt: skip
             uncond = uncond if self.do_classifier_free_guidance else None
-            lengths = {} if reading is None else reading.lengths(per_prompt, 1 if uncond is None else 2)
+            lengths = {} if reading is None else reading.lengths(begun.images_per_prompt, 1 if uncond is None else 2)
             return EncodedText(embeds, uncond, lengths or None)
 
         def decode(latents: Tensor, process: Process) -> tuple[Any, Any]:
-            images, nsfw = self._decode(latents, call, output_type or "np", process.text.prompt_embeds.dtype)
+            output_type = given["output_type"] or "np"
+            images, nsfw = self._decode(latents, call, output_type, process.text.prompt_embeds.dtype)
             return self._finished(images, source), nsfw
 
-        return Request(call, encode, decode, return_dict)
+        return Request(call, encode, decode, given["return_dict"])
 
     def _decode(self, latents: Tensor, call: Call, output_type: str, dtype: torch.dtype) -> tuple[Any, Any]:
         if output_type == "latent":
@@ -200,9 +110,6 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
         uncond = text.prompt_embeds[text.roles.unconditional] if text.guided else None
         return {"prompt_embeds": text.prompt_embeds, "negative_prompt_embeds": uncond}
-
-
-ComposePipeline.families.append(ComposeStableDiffusionPipeline)
 
 
 @contextmanager

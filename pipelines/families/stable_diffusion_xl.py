@@ -1,30 +1,22 @@
 """Stable Diffusion XL with concepts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from lora_compose.pipelines.calls.call import (
-    Concepts,
-    Generators,
     GivenPrompts,
-    check_arguments,
     listed,
-    tensors_for,
 )
-from lora_compose.pipelines.calls.front import Plain, Request, front
-from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.process import Process
-from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
-from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
-from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
+from lora_compose.pipelines.families.unets import UNetPipeline
+from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.long_prompts import Reading
 
@@ -58,111 +50,27 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             raise ValueError(_REFINER)
         return False
 
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        prompt: str | list[str] | None = None,
-        prompt_2: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = 50,
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
-        denoising_end: float | None = None,
-        guidance_scale: float = 5.0,
-        negative_prompt: str | list[str] | None = None,
-        negative_prompt_2: str | list[str] | None = None,
-        num_images_per_prompt: int | None = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        ip_adapter_image: Any = None,
-        ip_adapter_image_embeds: list[Tensor] | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        guidance_rescale: float = 0.0,
-        original_size: tuple[int, int] | None = None,
-        crops_coords_top_left: tuple[int, int] = (0, 0),
-        target_size: tuple[int, int] | None = None,
-        negative_original_size: tuple[int, int] | None = None,
-        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
-        negative_target_size: tuple[int, int] | None = None,
-        clip_skip: int | None = None,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        *,
-        concepts: Concepts | None = None,
-        method: str | Settings | None = None,
-        control: Control | Sequence[Control] | None = None,
-        token_positions: TokenPositions | None = None,
-        record_attention: bool | Sequence[int] = False,
-        image: Any = None,
-        mask_image: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
-        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+    @front(StableDiffusionXLPipeline.__call__)
+    def __call__(self, begun: Begun) -> Request:
+        """Generates images, as `ComposeStableDiffusionPipeline.__call__`.
 
         If `prompt_2` differs, a concept's words must have the same token positions in both prompts. Methods with a text
         for each concept (`lora-composer`, `clora`) derive them from `prompt`, for both encoders, and refuse another
         `prompt_2`. In a batch with negative sizes, every row has its own; diffusers mixes them up there.
 
-        Args:
-            concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept` objects
-                or their fields as in JSON, {"name": "cat", "lora": "cat.safetensors"}, or a list of these per prompt;
-                "auto": those that the prompt names; None: as in diffusers.
-            method: draft, lora-composer, regional, clora, tara, merge, switch, composite, freefuse, or settings such as
-                `Tara(scope="cross_kv")`; None chooses.
-            control: Control images for ControlNets and T2I-Adapters; only with concepts.
-            token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
-            record_attention: True, or the steps of which attention maps are returned.
-            image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
-                each prompt. Regions are in its coordinates.
-            mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.
-            strength: The share of the steps that are run; None is diffusers' default for the task.
-            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
-            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
-
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.
-
-        Raises:
-            ValueError: For anything that does not fit together, before anything is changed.
         """
-        asked = dict(locals())
-        begun = self._begin(asked, OLD_CALLBACK)
-        if begun.plain is not None:
-            return begun.plain
-        prompt = begun.prompt
-        check_arguments(kwargs, (), cross_attention_kwargs, allowed=("scale", "ip_adapter_masks"))
-        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        source = self._source(begun.start, asked)
-        width, height = self._size(width, height) if source is None else source.size
-        self.check_inputs(
-            prompt, prompt_2=prompt_2, height=height, width=width, callback_steps=None, negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2, prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
+        given, (source, size) = begun.given, self._source(begun)
+        prompt, prompt_2, embeds = given["prompt"], given["prompt_2"], given["prompt_embeds"]
+        negative_prompts_given = given["negative_prompt"], given["negative_prompt_2"]
+        self._check_inputs(begun, size)
+        self._check_model(given["pooled_prompt_embeds"])
+        prompts_given = GivenPrompts(
+            None if embeds is not None else self._texts(prompt, prompt_2), embeds,
+            negative=list(map(listed, negative_prompts_given)),
         )  # fmt: skip
-        self._check_model(pooled_prompt_embeds)
-        given = GivenPrompts(
-            None if prompt_embeds is not None else self._texts(prompt, prompt_2), prompt_embeds,
-            negative=[listed(negative_prompt), listed(negative_prompt_2)],
-        )  # fmt: skip
-        call = self._call(begun, asked, given, width, height, source)
-        per_prompt = call.size.images_per_prompt
-        sizes = (original_size or (height, width)) + crops_coords_top_left + (target_size or (height, width))
-        negative_sizes = sizes
-        if negative_original_size is not None and negative_target_size is not None:
-            negative_sizes = negative_original_size + negative_crops_coords_top_left + negative_target_size
+        sizes, negative_sizes = self._sizes(given, size)
 
         def encode(
             prompts: Sequence[str] | None,
@@ -170,41 +78,34 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             device: torch.device,
             reading: Reading | None = None,
         ) -> EncodedText:
-            own, own_2, negative, negative_2 = prompt, prompt_2, negative_prompt, negative_prompt_2
+            (own, own_2), (negative, negative_2) = (prompt, prompt_2), negative_prompts_given
             if negative_prompts is not None:
                 negative, negative_2 = list(negative_prompts), None
             if prompts is not None:
-                _check_one_text(given)
+                _check_one_text(prompts_given)
                 own, own_2 = list(prompts), None
-            if reading is None:
-                encode_prompt: Any = self.encode_prompt  # its annotations know no lists
-                embeds, uncond, pooled, uncond_pooled = encode_prompt(
-                    own, prompt_2=own_2, device=device, num_images_per_prompt=per_prompt,
-                    do_classifier_free_guidance=self.do_classifier_free_guidance, negative_prompt=negative,
-                    negative_prompt_2=negative_2,
-                    prompt_embeds=prompt_embeds if prompts is None else None,
-                    negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
-                    pooled_prompt_embeds=pooled_prompt_embeds if prompts is None else None,
-                    negative_pooled_prompt_embeds=negative_pooled_prompt_embeds if negative_prompts is None else None,
-                    lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
-                )  # fmt: skip
-            else:
-                texts = {
-                    "prompt": own, "prompt_2": own_2, "negative_prompt": negative, "negative_prompt_2": negative_2,
-                }  # fmt: skip
-                embeds, uncond, pooled, uncond_pooled = self.read_texts(
-                    reading, texts, per_prompt, guided=self.do_classifier_free_guidance,
-                    scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
-                )  # fmt: skip
+            texts = {"prompt": own, "prompt_2": own_2, "negative_prompt": negative, "negative_prompt_2": negative_2}
+            embeds, uncond, pooled, uncond_pooled = self._encoded(
+                begun, texts, device, reading, own=prompts is None, own_negative=negative_prompts is None
+            )
             uncond = uncond if self.do_classifier_free_guidance else None
             parts = [(pooled, sizes)] if uncond is None else [(uncond_pooled, negative_sizes), (pooled, sizes)]
-            lengths = {} if reading is None else reading.lengths(per_prompt, len(parts))
+            lengths = {} if reading is None else reading.lengths(begun.images_per_prompt, len(parts))
             return EncodedText(embeds, uncond, {**self._added(parts, embeds), **lengths})
 
         def decode(latents: Tensor, process: Process) -> tuple[Any]:
-            return (self._finished(self._decode(latents, output_type or "np"), source),)
+            return (self._finished(self._decode(latents, given["output_type"] or "np"), source),)
 
-        return Request(call, encode, decode, return_dict)
+        return Request(self._call(begun, prompts_given, size, source), encode, decode, given["return_dict"])
+
+    def _sizes(self, given: Mapping[str, Any], size: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The six numbers of conditional and of unconditional rows, in pixels; `size` is that of the images."""
+        own = size[1], size[0]
+        sizes = (given["original_size"] or own) + given["crops_coords_top_left"] + (given["target_size"] or own)
+        original, target = given["negative_original_size"], given["negative_target_size"]
+        if original is None or target is None:
+            return sizes, sizes
+        return sizes, original + given["negative_crops_coords_top_left"] + target
 
     def _check_model(self, pooled: Tensor | None) -> None:
         """Raises ValueError for UNets that take something else than pooled text and six numbers, as the refiner's."""
@@ -272,9 +173,6 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             "add_text_embeds": added["text_embeds"],
             "add_time_ids": added["time_ids"],
         }
-
-
-ComposePipeline.families.append(ComposeStableDiffusionXLPipeline)
 
 
 def _check_one_text(prompts: GivenPrompts) -> None:

@@ -11,7 +11,7 @@ from lora_compose.pipelines.calls.call import Call, GivenPrompts, Sampling, chec
 from lora_compose.pipelines.calls.front import Begun
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.concepts.tags import check_no_tags
-from lora_compose.pipelines.control import prepare_image_prompts
+from lora_compose.pipelines.control.image_prompts import prepare_image_prompts
 from lora_compose.pipelines.denoising.guidance import Embedded, Guider, Rescaled
 from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
 from lora_compose.pipelines.denoising.sampler import Schedule
@@ -34,13 +34,13 @@ TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 """Arguments that are texts, and what the text encoders make of them."""
 
-OLD_CALLBACK = {"callback", "callback_steps"}
-"""Arguments that diffusers takes beside those that it names."""
-
 
 class UNetPipeline(ImageTasksPipeline):
     """A composing pipeline of the Stable Diffusion families."""
 
+    old_arguments = ("callback", "callback_steps")
+    attention_settings = ("scale", "ip_adapter_masks")
+    reads_image_prompts = True
     reads_weights: ClassVar[bool] = True
     reads_in_chunks: ClassVar[bool] = True
     reads_penultimate: ClassVar[bool]
@@ -51,6 +51,7 @@ class UNetPipeline(ImageTasksPipeline):
     prepare_extra_step_kwargs: Any
     get_guidance_scale_embedding: Any
     encode_prompt: Any
+    do_classifier_free_guidance: Any
     image_encoder: Any
     prepare_ip_adapter_image_embeds: Any
 
@@ -116,22 +117,13 @@ class UNetPipeline(ImageTasksPipeline):
             inputs["timestep_cond"] = ByImage(embedding.to(self._execution_device, self.unet.dtype))
         return inputs
 
-    def _call(
-        self,
-        begun: Begun,
-        given: Mapping[str, Any],
-        prompts: GivenPrompts,
-        width: int,
-        height: int,
-        source: Source | None,
-    ) -> Call:
-        """A call with concepts, from the arguments of `__call__` by name."""
-        per_prompt = given["num_images_per_prompt"] or 1
-        images = len(prompts) * per_prompt
+    def _call(self, begun: Begun, prompts: GivenPrompts, size: tuple[int, int], source: Source | None) -> Call:
+        """A call with concepts; `size` is that of the images in pixels."""
+        given, images = begun.given, len(prompts) * begun.images_per_prompt
         scale, attention, adapters = given["guidance_scale"], given["cross_attention_kwargs"], given["ip_adapter_image"]
         embeds, guider = given["ip_adapter_image_embeds"], self.guider(scale, given["guidance_rescale"])
         return begun.call(
-            given, prompts, (width, height), per_prompt, guider, inputs=self._inputs(scale, images, attention),
+            prompts, size, guider, inputs=self._inputs(scale, images, attention),
             properties={
                 "_guidance_scale": scale, "_guidance_rescale": given["guidance_rescale"],
                 "_clip_skip": given["clip_skip"], "_cross_attention_kwargs": attention,
@@ -144,8 +136,40 @@ class UNetPipeline(ImageTasksPipeline):
             },
             image_prompts=prepare_image_prompts(
                 self, adapters, embeds, (attention or {}).get("ip_adapter_masks"), guided=guider.scale > 1,
-                images=images, size=(width, height),
+                images=images, size=size,
             ),
+        )  # fmt: skip
+
+    def _encoded(
+        self,
+        begun: Begun,
+        texts: Mapping[str, Any],
+        device: torch.device,
+        reading: Reading | None,
+        *,
+        own: bool,
+        own_negative: bool,
+    ) -> Sequence[Any]:
+        """What `encode_prompt` of diffusers returns for the prompts and negative prompts of a pass.
+
+        Args:
+            texts: By the names that `encode_prompt` has for them: prompts, then negative prompts.
+            own: Whether the prompts are those of the call, of which there may be embeddings.
+            own_negative: Whether the negative prompts are.
+        """
+        given, guided = begun.given, self.do_classifier_free_guidance
+        scale = (given["cross_attention_kwargs"] or {}).get("scale")
+        if reading is not None:
+            return self.read_texts(
+                reading, texts, begun.images_per_prompt, guided=guided, scale=scale, clip_skip=given["clip_skip"]
+            )
+        embeds = {
+            name: given[name] if (own_negative if name.startswith("negative") else own) else None
+            for name in EMBEDS if name in given
+        }  # fmt: skip
+        return self.encode_prompt(
+            **texts, **embeds, device=device, num_images_per_prompt=begun.images_per_prompt,
+            do_classifier_free_guidance=guided, lora_scale=scale, clip_skip=given["clip_skip"],
         )  # fmt: skip
 
     # Texts with weights, and texts longer than a text encoder reads at once.

@@ -14,9 +14,9 @@ from lora_compose.pipelines.merging.changes import Name
 
 
 def expressed(
-    pipe: object, lora: Mapping[Name, LoraFactors], called: str, max_rank: int = MAX_RANK
+    pipe: object, lora: Mapping[Name, LoraFactors], called: str
 ) -> tuple[Mapping[Name, LoraFactors], str | None]:
-    """Factors without transforms, exact up to a rank and the best of that rank beyond, and a note on what was cut.
+    """Factors without transforms, exact up to `MAX_RANK` and the best of that rank beyond, and a note on what was cut.
 
     Args:
         pipe: Has the models, with their weights.
@@ -36,7 +36,7 @@ def expressed(
                 "model; give the model whose weights it was trained on (--model)"
             )
         change = factors.change_of(dense_weight(layer, torch.device("cpu"), torch.float32))
-        best = shaped(*cut(matrix(change), max_rank), change.shape[1:])
+        best = shaped(*cut(matrix(change), MAX_RANK), change.shape[1:])
         by_layer[part, name] = best.factors
         lost, whole = lost + best.lost, whole + best.lost + inner(best.factors, best.factors)
     if not whole:
@@ -44,5 +44,5 @@ def expressed(
     count = sum(factors.transform is not None for factors in lora.values())
     return by_layer, (
         f"{count} layers rescale or rotate the model's weights; their change is taken from this model, as the best of "
-        f"rank {max_rank}: relative error {(lost / whole) ** 0.5:.2%}"
+        f"rank {MAX_RANK}: relative error {(lost / whole) ** 0.5:.2%}"
     )

@@ -71,14 +71,14 @@ class Merger(ABC):
         """
 
 
-def check_share(name: str, value: object, *, above: float = 0.0) -> None:
+def check_share(name: str, value: object) -> None:
     """Checks a setting that is a fraction.
 
     Raises:
-        ValueError: If it is not a number above the limit and at most 1.
+        ValueError: If it is not a number above 0 and at most 1.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= 1:
-        raise ValueError(f"{name} must be above {above:g} and at most 1, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, not {value!r}")
 
 
 def check_positive(name: str, value: object, kind: type = float) -> None:

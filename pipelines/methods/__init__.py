@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
-from lora_compose.pipelines.denoising.process import FixedPasses, Needs, Process, Settings
+from lora_compose.pipelines.denoising.process import Settings
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.composite import Composite
 from lora_compose.pipelines.methods.draft import Draft
@@ -21,28 +21,6 @@ from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.support.spelling import did_you_mean
 from lora_compose.pipelines.text import missing
 from lora_compose.pipelines.text.tokens import own_nouns
-
-__all__ = [
-    "METHODS",
-    "PRESETS",
-    "Choice",
-    "Clora",
-    "Composite",
-    "Draft",
-    "FixedPasses",
-    "FreeFuse",
-    "LoraComposer",
-    "Merge",
-    "Needs",
-    "Process",
-    "Regional",
-    "Settings",
-    "Switch",
-    "Tara",
-    "choose_method",
-    "make_method",
-    "name_of",
-]
 
 logger = logging.getLogger(__name__)
 

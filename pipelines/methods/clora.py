@@ -31,7 +31,7 @@ from lora_compose.attention.device import to_device
 from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, smooth, strongest
 from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
-from lora_compose.pipelines.denoising.process import Needs, Process, Settings, check_choices, warn_once, warn_unread
+from lora_compose.pipelines.denoising.process import Needs, Process, Settings, check_choices, warn_unread
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.losses import contrast
@@ -41,6 +41,7 @@ from lora_compose.pipelines.methods.region_gates import region_gates
 from lora_compose.pipelines.scene.canvas import Step, steps_in
 from lora_compose.pipelines.scene.regions import Regions
 from lora_compose.pipelines.scene.rows import Rows
+from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, join_branches, stack_texts
 

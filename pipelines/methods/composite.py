@@ -17,14 +17,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_compose.pipelines.denoising.process import (
-    FixedPasses,
-    Settings,
-    subject_pass,
-    warn_once,
-    warn_unread_by_passes,
-)
+from lora_compose.pipelines.denoising.process import FixedPasses, Settings, subject_pass, warn_unread_by_passes
 from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.support.notes import warn_once
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,13 @@ from lora_compose.pipelines.denoising.process import (
     check_choices,
     constant_gates,
     one_text,
-    warn_once,
 )
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.drafted import drafted_maps
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_trigger
 

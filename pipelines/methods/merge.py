@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from lora_compose.attention import SitePart
 from lora_compose.pipelines.denoising.passes import Pass
-from lora_compose.pipelines.denoising.process import FixedPasses, Settings, constant_gates, one_text, warn_once
+from lora_compose.pipelines.denoising.process import FixedPasses, Settings, constant_gates, one_text
 from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.support.notes import warn_once
 
 EVERYWHERE: Sequence[SitePart] = ("text", "image", "reference", "other", "row", "modulation")
 

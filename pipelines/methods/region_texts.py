@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import JointRegions, Site
-from lora_compose.pipelines.denoising.process import one_text, warn_once, warn_unread
+from lora_compose.pipelines.denoising.process import one_text, warn_unread
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning, stack_texts
 from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
 from lora_compose.pipelines.text.segments import join_segments

@@ -31,13 +31,13 @@ from lora_compose.pipelines.denoising.process import (
     Process,
     Settings,
     check_choices,
-    warn_once,
 )
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_texts import HALF, GatedText, SegmentedTexts, segment_texts, shared_text
 from lora_compose.pipelines.scene.regions import Regions, region_mask
+from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.tokens import find_words
 
 Texts = Literal["auto", "shared", "regions"]

@@ -23,8 +23,9 @@ from torch import Tensor
 from lora_compose.attention import Gates
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.denoising.passes import Pass
-from lora_compose.pipelines.denoising.process import FixedPasses, Settings, check_choices, one_text, warn_once
+from lora_compose.pipelines.denoising.process import FixedPasses, Settings, check_choices, one_text
 from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_trigger
 

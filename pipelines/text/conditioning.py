@@ -271,9 +271,19 @@ class TokenMasks:
 
     @classmethod
     def of_positions(
-        cls, positions: TokenPositions, prompts: int, tokens: int, concepts: Sequence[Concept]
+        cls,
+        positions: TokenPositions,
+        prompts: int,
+        tokens: int,
+        concepts: Sequence[Concept],
+        indices: Sequence[int] | None = None,
     ) -> "TokenMasks":
         """Masks from the `token_positions` given with `prompt_embeds`.
+
+        Args:
+            prompts: Prompts of the call.
+            tokens: Tokens of each.
+            indices: The prompts whose masks are made; None means all.
 
         Raises:
             ValueError: For unknown concepts, positions outside the embeddings or shared ones.
@@ -281,7 +291,8 @@ class TokenMasks:
         unknown = positions.keys() - {concept.name for concept in concepts}
         if unknown:
             raise ValueError(f"token_positions names {sorted(unknown)}, which are not among the concepts of this call")
-        rows: list[list[tuple[int, ...]]] = [[] for _ in range(prompts)]
+        indices = range(prompts) if indices is None else indices
+        rows: list[list[tuple[int, ...]]] = [[] for _ in indices]
         for concept in concepts:
             listed = positions.get(concept.name, ())
             nested = [tuple(p) if isinstance(p, Sequence) else p for p in listed]
@@ -290,9 +301,9 @@ class TokenMasks:
                 raise ValueError(
                     f"token_positions of {concept.name!r} are for {len(per_prompt)} prompts, there are {prompts}"
                 )
-            for row, indices in zip(rows, per_prompt, strict=True):
-                row.append(indices)  # pyright: ignore[reportArgumentType]
-        if any(not 0 <= p < tokens for row in rows for indices in row for p in indices):
+            for row, index in zip(rows, indices, strict=True):
+                row.append(per_prompt[index])  # pyright: ignore[reportArgumentType]
+        if any(not 0 <= p < tokens for row in rows for places in row for p in places):
             raise ValueError(f"token_positions must lie between 0 and {tokens - 1}")
         mask = token_mask(rows, tokens)
         if (mask.sum(dim=2) > 1).any():

@@ -129,7 +129,7 @@ class Watched(ComposeStableDiffusionPipeline):
 
     calls: tuple[Any, ...] = ()
 
-    @wraps(ComposeStableDiffusionPipeline.__call__.__wrapped__)  # pyright: ignore[reportFunctionMemberAccess]
+    @wraps(ComposeStableDiffusionPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         merged = {name for module in self.unet.modules() for name in getattr(module, "merged_adapters", ())}
         Watched.calls += ((kwargs.get("method"), tuple(self.get_active_adapters()), tuple(sorted(merged))),)

@@ -41,7 +41,8 @@ from composing import BOXED, assert_close, composer_of, far_apart
 from lora_compose import METHODS, Concept, Control
 from lora_compose.attention import backbone_of
 from lora_compose.compose.benchmark.architectures import ARCHITECTURES
-from lora_compose.pipelines.control import PreparedAdapter, PreparedControlNet, View, prepare_control
+from lora_compose.pipelines.control.prepare import prepare_control
+from lora_compose.pipelines.control.prepared import PreparedAdapter, PreparedControlNet, View
 from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest, Pass
 from lora_compose.pipelines.denoising.process import Settings, constant_gates, one_text
 from lora_compose.pipelines.denoising.session import Session

@@ -20,7 +20,8 @@ from lora_compose.attention.backbones.processors import kernel_of
 from lora_compose.attention.backbones.unet import AttentionLayer, ComposeAttnProcessor
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from lora_compose.attention.regions import Partition, RegionAttention
-from lora_compose.pipelines.control import PreparedImagePrompts, View
+from lora_compose.pipelines.control.image_prompts import PreparedImagePrompts
+from lora_compose.pipelines.control.prepared import View
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.text.conditioning import Conditioning

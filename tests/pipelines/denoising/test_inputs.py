@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_compose.pipelines.control import View
+from lora_compose.pipelines.control.prepared import View
 from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid, check_marked, for_rows, of_images
 
 CELLS = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)

@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any
 
 import pytest
+from diffusers import StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
@@ -17,6 +18,7 @@ from all_transformers import EVERY, MODULAR
 from components import seeded
 from golden import PIPELINES, PROMPT, squares
 from lora_compose import ComposePipeline
+from lora_compose.pipelines.calls.front import READ, front
 from transformer_families import TOKENS, shared_pipeline
 
 FAMILIES = ("sd", "sdxl", *(name for name in EVERY if name not in (*MODULAR, "qwen-image-edit")))
@@ -95,6 +97,25 @@ def test_the_call_and_what_opens_and_saves_are_compared():
         "save_pretrained",
         "to",
     } == {name for cls in ComposePipeline.families for name in overridden(cls)}
+
+
+@pytest.mark.parametrize("cls", ComposePipeline.families, ids=lambda cls: cls.family)
+def test_calls_with_concepts_read_every_argument_of_diffusers_or_refuse_it(cls):
+    assert {*positional(parameters(cls, "__call__"))} <= READ
+
+
+def test_an_argument_that_a_newer_diffusers_has_is_refused_with_concepts():
+    pipe = pipeline("sd")
+    cls: Any = type(pipe)
+    *theirs, kwargs = parameters(StableDiffusionPipeline, "__call__").values()
+    newer = inspect.Parameter("sharpness", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+    class Newer(cls):
+        __call__ = front(inspect.Signature([*theirs, newer, kwargs]))(cls.__call__.__wrapped__)
+
+    made = Newer(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match=r"^sharpness cannot be combined with concepts; leave it out$"):
+        made.plan(PROMPT, concepts=["cat"], sharpness=1)
 
 
 class Watch:

@@ -23,11 +23,10 @@ from lora_compose import ComposePipeline
 from lora_compose.attention.backbones import BACKBONES, backbone_of
 from lora_compose.attention.backbones.joint import JointBackbone, image_positions, packed, unpacked
 from lora_compose.attention.sites import Site
-from lora_compose.pipelines.calls.call import Call, Callback, GivenPrompts, ImageSize, Sampling, listed, tensors_for
-from lora_compose.pipelines.calls.front import Plain, Request, front
+from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.families.chroma import ComposeChromaPipeline
-from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, for_each
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
 from lora_compose.pipelines.formats import recognise, transformer_names
 from transformer_families import (
     CALL,
@@ -76,7 +75,7 @@ class YourBackbone(JointBackbone):
 
 
 class YourPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """What `pipelines/families/your_family.py` would have; a real one takes all arguments of diffusers' pipeline."""
+    """What `pipelines/families/your_family.py` would have; a real one reads all arguments."""
 
     family = "Yours"
     architecture = "yours"
@@ -86,58 +85,21 @@ class YourPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: ignore[rep
     def opens_keys(cls, keys: Sequence[str]) -> bool:
         return False
 
-    @front
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | None = None,
-        height: int = 128,
-        width: int = 128,
-        num_inference_steps: int = 35,
-        guidance_scale: float = 5.0,
-        generator: Any = None,
-        output_type: str = "pil",
-        callback_on_step_end: Any = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        max_sequence_length: int = 512,
-        *,
-        concepts: Any = None,
-        method: Any = None,
-        control: Any = None,
-        token_positions: Any = None,
-        record_attention: bool | Sequence[int] = False,
-        image: Any = None,
-        mask_image: Any = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        paste_original: bool = False,
-        **kwargs: Any,
-    ) -> Request | Plain:
-        begun = self._begin(locals())
-        if begun.plain is not None:
-            return begun.plain
-        given = GivenPrompts([listed(begun.prompt)], None, max_sequence_length, [listed(negative_prompt)])
-        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        call = Call(
-            begun.composition, given, ImageSize(width, height, 1),
-            Sampling(
-                num_inference_steps, None, None, None, generator, None, guider=ClassifierFree(guidance_scale)
-            ),
-            Callback(callback_on_step_end, tensors), begun.started, {}, {"_guidance_scale": guidance_scale},
-        )  # fmt: skip
+    @front(ChromaPipeline.__call__)
+    def __call__(self, begun: Begun) -> Request:
+        given = begun.given
+        _, size = self._source(begun)
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-            own = for_each(negative_prompt, len(given)) if negative else listed(begun.prompt)
+        def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             encode_prompt: Any = self.encode_prompt
             text, _, mask, *_ = encode_prompt(
-                prompts or own, device=device, do_classifier_free_guidance=False,
-                max_sequence_length=max_sequence_length,
+                words, device=device, do_classifier_free_guidance=False,
+                max_sequence_length=given["max_sequence_length"],
             )  # fmt: skip
             return text, {"text_mask": mask}
 
-        return Request(
-            call, partial(both_sides, encode, guided=guidance_scale > 1), lambda latents, _: (packed(latents),), True
-        )
+        prompts, guider = begun.prompts(given["max_sequence_length"]), ClassifierFree(given["guidance_scale"])
+        return self._text_request(begun, prompts, guider, encode, size=size)
 
 
 YOURS = replace(CHROMA, pipeline=partial(chroma_pipeline, YourPipeline), image_tasks={})

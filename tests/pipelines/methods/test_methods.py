@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from comparisons import assert_close, far_apart
 from components import FAMILIES, random_lora, seeded, text_loras, tiny_pipeline
 from composing import PLAIN
+from lora_compose.pipelines.denoising.process import Needs
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods import (
     METHODS,
@@ -25,7 +26,6 @@ from lora_compose.pipelines.methods import (
     Clora,
     LoraComposer,
     Merge,
-    Needs,
     Regional,
     Settings,
     Tara,

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components import State, attention_layers, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
-from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.formats.files import LoraError
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.encoder import EncodedText
