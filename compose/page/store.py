@@ -5,6 +5,7 @@ import binascii
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -17,7 +18,6 @@ from lora_compose.compose.figures.overlay import PALETTE
 from lora_compose.compose.files.images import Hashes, Record, read_pixels, record_in
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.files.reading import FileError
-from lora_compose.compose.page.folders import new_folder
 from lora_compose.compose.playground.assets import (
     PLAYGROUND,
     PLAYGROUNDS,
@@ -26,6 +26,7 @@ from lora_compose.compose.playground.assets import (
     playground_of,
     playground_references,
 )
+from lora_compose.compose.support.folders import of_this_process
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.recognise import guess_family
@@ -107,7 +108,7 @@ class Store:
     """
 
     def __init__(self) -> None:
-        self.folder = new_folder()
+        self.folder = Path(tempfile.mkdtemp(dir=of_this_process("page")))
         self.uploads: list[Lora] = []
         self.images: dict[str, str] = {}
 
