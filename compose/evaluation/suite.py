@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from lora_compose.compose.evaluation.chosen import Chosen, distinct
 from lora_compose.compose.evaluation.shipped import find_suite
 from lora_compose.compose.files.paths import local_source, moved_start
 from lora_compose.compose.files.scenes import read_as
+from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.savers import Savers
 from lora_compose.pipelines.merging import make_merger
 from lora_compose.pipelines.methods import make_method
@@ -20,14 +21,10 @@ SANITY = ("no LoRA", "alone", "merge")
 """Reference rows of every evaluation: no LoRA, each LoRA alone (`method_alone`), and the sum of all."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 Name = Annotated[str, Field(pattern=r"^[\w][\w .,+-]{0,59}$")]
 
 
-class SuiteConcept(_Frozen):
+class SuiteConcept(Frozen):
     """A concept with its reference images.
 
     Attributes:
@@ -99,7 +96,7 @@ class SuiteScene(Start):
     interaction: Literal["apart", "touching", "entangled"] | None = None
 
 
-class SuiteMethod(_Frozen):
+class SuiteMethod(Frozen):
     """A method with settings and a kind of LoRAs.
 
     Attributes:
@@ -143,7 +140,7 @@ def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
-class WindowsConfig(_Frozen):
+class WindowsConfig(Frozen):
     """Find objects by naming square windows of the image with the suite's encoder.
 
     Attributes:
@@ -156,7 +153,7 @@ class WindowsConfig(_Frozen):
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.3
 
 
-class ZeroShotConfig(_Frozen):
+class ZeroShotConfig(Frozen):
     """Find objects with a detector that takes words, such as google/owlv2-base-patch16-ensemble.
 
     Attributes:
@@ -169,7 +166,7 @@ class ZeroShotConfig(_Frozen):
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.2
 
 
-class Suite(_Frozen):
+class Suite(Frozen):
     """An evaluation.
 
     Attributes:

@@ -102,13 +102,9 @@ def _family_of_file(path: Path) -> str | None:
     """The family of a checkpoint; None for LoRAs and whatever else is no model."""
     try:
         keys = checkpoint_keys(path, {})
-        return ComposePipeline.family_of_keys(keys).family if any(map(_is_of_checkpoint, keys)) else None
+        return ComposePipeline.family_of_keys(keys).family if any(key.startswith(_CHECKPOINT) for key in keys) else None
     except Exception:  # files are not trusted: whatever errors they cause, the others are listed
         return None
-
-
-def _is_of_checkpoint(key: str) -> bool:
-    return key.startswith(_CHECKPOINT)
 
 
 def _family(folder: Path) -> str | None:

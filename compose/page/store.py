@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from lora_compose.compose.figures.overlay import PALETTE
-from lora_compose.compose.files.images import Hashes, Record, read_pixels, record_in
+from lora_compose.compose.figures.overlay import colour
+from lora_compose.compose.files.images import Hashes, Record, png_bytes, read_pixels, record_in
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.playground.assets import (
@@ -395,13 +395,9 @@ def _embedded(uri: str | None) -> bytes | None:
 
 def _small(image: Image.Image) -> bytes:
     image.thumbnail((_SIDE, _SIDE))
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_bytes(image)
 
 
 def tile(index: int) -> bytes:
     """A plain tile in a concept's colour, where there is no image."""
-    buffer = BytesIO()
-    Image.new("RGB", (_SIDE, _SIDE), PALETTE[index % len(PALETTE)]).save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_bytes(Image.new("RGB", (_SIDE, _SIDE), colour(index)))

@@ -6,8 +6,7 @@ import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from lora_compose.compose.page.screen.state import PageSession
-from lora_compose.compose.page.screen.uploads import show_problems, upload_field
-from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.screen.uploads import kept_image, show_problems, upload_field
 from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile
 
 _CONTROL, _ADAPTER = "ControlNet or T2I-Adapter", "IP-Adapter"
@@ -19,11 +18,9 @@ def guides_part(session: PageSession) -> None:
     with st.expander("Guide with another image", icon=":material/route:", expanded=bool(session.guides)):
         for number, guide in enumerate(session.guides):
             kind = _CONTROL if isinstance(guide, ControlFile) else _ADAPTER
-            left, right = st.columns([1, 3], vertical_alignment="center", wrap=False)
-            left.image(guide.image, width="stretch", alt=f"The image of the {kind}")
-            right.caption(markdown(f"{kind} {Path(guide.model).name}, scale {guide.scale:g}"))
-            right.button("Remove", key=f"do.unguide.{number}", on_click=_remove, args=(session, guide),
-                         icon=":material/delete:")  # fmt: skip
+            words = f"{kind} {Path(guide.model).name}, scale {guide.scale:g}"
+            key = f"do.unguide.{number}"
+            kept_image(session.guides, guide, guide.image, f"The image of the {kind}", words, key)
         if session.options.local:
             _more(session)
         else:
@@ -48,8 +45,3 @@ def _take(session: PageSession, file: UploadedFile) -> None:
     else:
         weights = st.session_state[_WEIGHTS].strip()
         session.guides.append(IPAdapterFile(image=image.path, weight_name=weights, **given))
-
-
-def _remove(session: PageSession, guide: ControlFile | IPAdapterFile) -> None:
-    if guide in session.guides:  # otherwise an earlier press has removed it
-        session.guides.remove(guide)

@@ -6,8 +6,7 @@ import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from lora_compose.compose.page.screen.state import PageSession
-from lora_compose.compose.page.screen.uploads import show_problems, upload_field
-from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.screen.uploads import kept_image, show_problems, upload_field
 from lora_compose.pipelines.scene.scene import MOST_REFERENCES
 
 _SIDE = 2048  # pixels; models read about 1024 x 1024
@@ -19,11 +18,9 @@ def references_part(session: PageSession) -> None:
         return
     with st.expander("Reference images", icon=":material/imagesmode:", expanded=bool(session.references)):
         for number, path in enumerate(session.references):
-            left, right = st.columns([1, 3], vertical_alignment="center", wrap=False)
-            left.image(path, width="stretch", alt=f"Reference image {number + 1}")
-            right.caption(markdown(session.store.images.get(path, Path(path).name)))
-            right.button("Remove", key=f"do.unreference.{number}", on_click=_remove, args=(session, path),
-                         icon=":material/delete:")  # fmt: skip
+            name = session.store.images.get(path, Path(path).name)
+            alt, key = f"Reference image {number + 1}", f"do.unreference.{number}"
+            kept_image(session.references, path, path, alt, name, key)
         if len(session.references) < MOST_REFERENCES:
             upload_field(session, "reference", "Drop an image that the model reads beside the prompt", _take)
     show_problems(session, "reference")
@@ -31,8 +28,3 @@ def references_part(session: PageSession) -> None:
 
 def _take(session: PageSession, file: UploadedFile) -> None:
     session.references.append(session.store.add_image(file.name, file, _SIDE, cell=1).path)
-
-
-def _remove(session: PageSession, path: str) -> None:
-    if path in session.references:  # otherwise an earlier press has removed it
-        session.references.remove(path)
