@@ -70,16 +70,16 @@ def run_of(suite: Suite, batch: Batch) -> Run:
     if arm.method is not None and arm.method.merge is not None:
         concepts = _merged(suite, scene, arm.method, concepts)
     silent = [suite.concept(name) for name in scene.concepts if name not in acting]
-    described = shared(Scene.model_fields, scene)
-    about = {"prompt": without_triggers(scene.prompt, silent), "concepts": tuple(concepts)}
-    made = {"method": _method(arm, concepts), "settings": arm.method.settings if arm.method else {}}
-    given = shared(Run.model_fields, suite) | {"scene": Scene(**described | about), "seed": batch.seeds[0]}
-    return Run(**given | made)
+    prompt = without_triggers(scene.prompt, silent)
+    described = Scene(**shared(Scene.model_fields, scene, prompt=prompt, concepts=tuple(concepts)))
+    settings = arm.method.settings if arm.method else {}
+    made = {"method": _method(arm, concepts), "settings": settings, "seed": batch.seeds[0]}
+    return Run(**shared(Run.model_fields, suite, scene=described, **made))
 
 
 def _concept(concept: SuiteConcept, kind: str | None, region: Any) -> Concept:
     lora = next(iter(concept.loras.values())) if kind is None else concept.loras[kind]
-    return Concept(**shared(Concept.model_fields, concept) | {"lora": lora, "region": region, "references": None})
+    return Concept(**shared(Concept.model_fields, concept, lora=lora, region=region, references=None))
 
 
 def _merged(suite: Suite, scene: SuiteScene, method: SuiteMethod, concepts: Sequence[Concept]) -> list[Concept]:

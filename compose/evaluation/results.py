@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.suite import Name, Suite
@@ -28,8 +28,8 @@ from lora_compose.pipelines.support.regular import sha256_of
 BATCHES = "batches"
 
 
-class _Frozen(BaseModel, frozen=True, extra="forbid"):
-    pass
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ImageCost(_Frozen):

@@ -15,6 +15,7 @@ from lora_compose.attention.lora_bank import base_layer
 from lora_compose.attention.transforms import dense_weight
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
 from lora_compose.compose.lora.file_inspection import Block, Inspection, about, block, block_of, by_itself
+from lora_compose.compose.lora.merging import overlap
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, assign, match
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, inner
@@ -145,9 +146,9 @@ def _overlap(one: tuple[str, Factors], other: tuple[str, Factors]) -> Overlap:
         block = sums.setdefault(block_of(*key), [0.0, 0.0, 0.0])
         block[:] = [x + y for x, y in zip(block, found, strict=True)]
     blocks = tuple(
-        (block, _share(*sums[block])) for block in sorted(sums, key=lambda block: (block[0] != "u", _order(block)))
+        (block, overlap(*sums[block])) for block in sorted(sums, key=lambda block: (block[0] != "u", _order(block)))
     )
-    whole = _share(*(sum(column) for column in zip(*sums.values(), strict=True))) if sums else None
+    whole = overlap(*(sum(column) for column in zip(*sums.values(), strict=True))) if sums else None
     return Overlap(files=(name, other_name), blocks=blocks, whole=whole, meaning=_meaning(whole))
 
 
@@ -156,10 +157,6 @@ def _layers(factors: Factors) -> dict[tuple[str, str], LoraFactors]:
     return {
         (part, name): found for part, lora in loras.items() for name, found in lora.items() if found.transform is None
     }
-
-
-def _share(product: float, one: float, other: float) -> float:
-    return min(1.0, product**2 / (one * other)) if one > 0 and other > 0 else 0.0
 
 
 def _meaning(whole: float | None) -> str:

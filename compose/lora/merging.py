@@ -276,9 +276,10 @@ class Tally:
             norm=math.sqrt(energy[n]), energy=energy[n] / whole if whole > 0 else None,
             kept=tuple(float(products[i, n]) / energy[i] if energy[i] else None for i in range(n)),
             cut=min(1.0, energy[n] / uncut) if uncut > 0 else 1.0,
-            overlaps=tuple(_share(float(products[i, j]), energy[i], energy[j]) for i, j in combinations(range(n), 2)),
+            overlaps=tuple(overlap(float(products[i, j]), energy[i], energy[j]) for i, j in combinations(range(n), 2)),
         )  # fmt: skip
 
 
-def _share(product: float, one: float, other: float) -> float:
+def overlap(product: float, one: float, other: float) -> float:
+    """How much two changes have in common, 0 to 1, by their inner product and their squared norms."""
     return min(1.0, product**2 / (one * other)) if one > 0 and other > 0 else 0.0

@@ -76,9 +76,11 @@ class Form:
         if not self.boxed:
             concepts = tuple(concept.model_copy(update={"region": None}) for concept in concepts)
         try:
-            described = shared(Scene.model_fields, self) | {"concepts": concepts}
-            pasted = True if self.mask_image is not None else None
-            scene = Scene(**described, width=self.size[0], height=self.size[1], paste_original=pasted)
+            width, height = self.size
+            scene = Scene(**shared(
+                Scene.model_fields, self, concepts=concepts, width=width, height=height,
+                paste_original=True if self.mask_image is not None else None,
+            ))  # fmt: skip
             given = shared(Run.model_fields, self.choice, self)
             return [Run(**given, scene=scene, seed=seed) for seed in self.seeds]
         except FieldError as error:
@@ -110,15 +112,14 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
         value = settings.get(control.name, 0)
         if control.kind == "whole" and abs(value) > _MOST_WHOLE:
             raise ValueError(f"{control.name} is {value}; a browser counts to {_MOST_WHOLE}.")
-    named = shared((field.name for field in fields(Form)), run.scene, run)
-    used: dict[str, Any] = {"method": method, "settings": settings, "seeds": (run.seed,)}
-    used |= {
-        "choice": Choice(run.model, run.dtype, run.device, quantize=run.quantize),
-        "boxed": any(concept.region is not None for concept in run.scene.concepts),
-        "size": (run.scene.width or size[0], run.scene.height or size[1]),
-        "mask_image": run.scene.mask_image if isinstance(run.scene.mask_image, str) else None,
-    }
-    form = Form(**named | used)
+    form = Form(**shared(
+        (field.name for field in fields(Form)), run.scene, run,
+        choice=Choice(run.model, run.dtype, run.device, quantize=run.quantize),
+        boxed=any(concept.region is not None for concept in run.scene.concepts),
+        size=(run.scene.width or size[0], run.scene.height or size[1]),
+        method=method, settings=settings, seeds=(run.seed,),
+        mask_image=run.scene.mask_image if isinstance(run.scene.mask_image, str) else None,
+    ))  # fmt: skip
     check_limits(form)
     return form
 

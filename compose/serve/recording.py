@@ -32,15 +32,13 @@ def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, to
         concepts.append(asked.concept.model_copy(update={"lora": path.name}))
         status = path.stat()
         hashes[asked.name] = _hash(str(path), status.st_size, status.st_mtime_ns)
-    scene = Scene(**shared(Scene.model_fields, request) | {"concepts": tuple(concepts)})
+    scene = Scene(**shared(Scene.model_fields, request, concepts=tuple(concepts)))
     public = run.model in PLAYGROUNDS or (is_hub_name(run.model) and not Path(run.model).exists())
-    used = shared(Run.model_fields, request) | {
-        "scene": scene,
-        "model": run.model if public else Path(run.model).name,
-        "scheduler": type(pipe.scheduler).__name__,
-        "quantize": moved_weights(run.quantize, lambda file: Path(file).name),
-        "device": str(pipe._execution_device),
-    }
+    used = shared(
+        Run.model_fields, request, scene=scene, model=run.model if public else Path(run.model).name,
+        scheduler=type(pipe.scheduler).__name__, device=str(pipe._execution_device),
+        quantize=moved_weights(run.quantize, lambda file: Path(file).name),
+    )  # fmt: skip
     return Record(
         run=run.model_copy(update=used), versions=versions(), sha256=hashes, machine=machine(pipe._execution_device),
         together=together, method_reason=None if reason == "it was asked for" else reason,

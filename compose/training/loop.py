@@ -253,7 +253,5 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
-    moved = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch._asdict().items()
-    }
-    return Batch(**{**moved, "added": {name: value.to(device) for name, value in batch.added.items()}})
+    moved = {name: value.to(device) for name, value in batch._asdict().items() if isinstance(value, torch.Tensor)}
+    return batch._replace(**moved, added={name: value.to(device) for name, value in batch.added.items()})
