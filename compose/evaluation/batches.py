@@ -11,7 +11,7 @@ from lora_compose.compose.playground.assets import lora_source
 from lora_compose.compose.support.frozen import shared
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.formats.files import LoraError, trained_with
-from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, Region, Run, Scene
 from lora_compose.pipelines.scene.sources import shown
 from lora_compose.pipelines.text.tokens import find_words
 
@@ -77,7 +77,7 @@ def run_of(suite: Suite, batch: Batch) -> Run:
     return Run(**shared(Run.model_fields, suite, scene=described, **made))
 
 
-def _concept(concept: SuiteConcept, kind: str | None, region: Any) -> Concept:
+def _concept(concept: SuiteConcept, kind: str | None, region: Region | None) -> Concept:
     lora = next(iter(concept.loras.values())) if kind is None else concept.loras[kind]
     return Concept(**shared(Concept.model_fields, concept, lora=lora, region=region, references=None))
 
