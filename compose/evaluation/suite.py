@@ -229,13 +229,15 @@ class Suite(Frozen):
             missing = [c.name for c in self.concepts if method.lora is not None and method.lora not in c.loras]
             if missing:
                 raise ValueError(
-                    f"method {method.name!r} uses LoRAs of the kind {method.lora!r}, which {_listed(missing)} lacks"
+                    f"method {method.name!r} uses LoRAs of the kind {method.lora!r}, which {', '.join(missing)} lacks"
                 )
         kind = self.kinds[0]
         if kind and (lacking := [c.name for c in self.concepts if kind not in c.loras]):
-            raise ValueError(f"{self.concepts[0].name} has a LoRA of the kind {kind!r}, which {_listed(lacking)} lacks")
+            raise ValueError(
+                f"{self.concepts[0].name} has a LoRA of the kind {kind!r}, which {', '.join(lacking)} lacks"
+            )
         if self.baseline not in (names := [arm.name for arm in self.compared]):
-            raise ValueError(f"the baseline {self.baseline!r} is not among the methods; there are {_listed(names)}")
+            raise ValueError(f"the baseline {self.baseline!r} is not among the methods; there are {', '.join(names)}")
         return self
 
     @property
@@ -266,7 +268,7 @@ def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
     undefined = [name for name in (*scene.concepts, *scene.bundle) if name not in known]
     if undefined:
         raise ValueError(
-            f"{where} names {_listed(undefined)}, which is not a concept of the suite; there are {_listed(known)}"
+            f"{where} names {', '.join(undefined)}, which is not a concept of the suite; there are {', '.join(known)}"
         )
     if len({*scene.concepts, *scene.bundle}) < len(scene.concepts) + len(scene.bundle):
         raise ValueError(f"{where} names a concept twice")
@@ -274,17 +276,13 @@ def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
     if not subjects:
         raise ValueError(f"{where} has no subject; a style is seen in an image of something")
     if scene.regions and set(scene.regions) != set(subjects):
-        raise ValueError(f"{where} needs a region for each of {_listed(subjects)}, or none at all")
+        raise ValueError(f"{where} needs a region for each of {', '.join(subjects)}, or none at all")
     if suite.detector is None and not scene.regions:
         raise ValueError(f"{where} has no regions and the suite has no detector, so its concepts cannot be located")
     for name in scene.concepts:
         concept = suite.concept(name)
         if not find_words(concept.trigger, scene.prompt):
             raise ValueError(f"{where}: the prompt does not name {name!r} by its trigger {concept.trigger!r}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
 
 
 def read_suite(name: str) -> Suite:
