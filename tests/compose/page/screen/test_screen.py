@@ -36,8 +36,8 @@ from lora_compose.compose.page.labels import full_name, methods
 from lora_compose.compose.page.launch import SCREEN
 from lora_compose.compose.page.open_models import Choice, OpenModel
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.concepts import _remove
 from lora_compose.compose.page.screen.state import MODELS, PageSession, checking
+from lora_compose.compose.page.screen.uploads import remove
 from lora_compose.compose.playground.assets import playground_lora, playground_loras, playground_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import finding
@@ -338,7 +338,7 @@ def test_a_second_press_of_remove_removes_nothing(at: AppTest) -> None:
     """A page that lags still shows the button."""
     row, other = session(at).rows
     for _ in range(2):
-        _remove(session(at), row)
+        remove(session(at).rows, row)
     assert session(at).rows == [other]
 
 
