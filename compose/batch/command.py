@@ -94,13 +94,9 @@ def write_plan(path: Path, entries: Sequence[Entry], settings: BatchSettings) ->
         }
         for entry in entries
     ]  # fmt: skip
-    about = settings.model_copy(update=_everywhere(settings)).model_dump(mode="json", exclude_none=True)
+    files = {"model": to_record(settings.model), "quantize": moved_weights(settings.quantize, to_record)}
+    about = settings.model_copy(update=files).model_dump(mode="json", exclude_none=True)
     write_text(path, json.dumps({**about, "scenes": scenes}, ensure_ascii=False, indent=1) + "\n")
-
-
-def _everywhere(settings: BatchSettings) -> dict[str, str | None]:
-    """The files of a model, named so that it is found from everywhere on this machine."""
-    return {"model": to_record(settings.model), "quantize": moved_weights(settings.quantize, to_record)}
 
 
 def _show_results(folder: Folder, results: Sequence[Result]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from lora_compose.compose.batch.settings import BatchSettings, Seeds
 from lora_compose.compose.batch.tables import SUFFIXES as TABLES
@@ -19,6 +19,7 @@ from lora_compose.compose.files.paths import check_lora, local_source, located, 
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.text import parse_file
 from lora_compose.compose.files.validation import validated
+from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.names import check_merger, did_you_mean, file_near
 from lora_compose.pipelines.scene.scene import Concept, Scene
 from lora_compose.pipelines.scene.sources import files_of
@@ -36,10 +37,8 @@ def _short_enough(name: str) -> str:
     return name
 
 
-class _Named(BaseModel):
+class _Named(Frozen):
     """The fields of an entry besides its scene."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, Field(pattern=r"^\w[\w .,+-]{0,99}$"), AfterValidator(_short_enough)]
     seeds: Seeds | None = None

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from lora_compose.compose.batch.entries import Entry
-from lora_compose.compose.batch.jobs import Job, make_jobs
+from lora_compose.compose.batch.jobs import Job
 from lora_compose.compose.batch.results import NO_CHOICE, ChosenMethod, Folder, Result, changed
-from lora_compose.compose.batch.runner import PATIENCE, OnProgress, check_names, results_of, with_defaults
+from lora_compose.compose.batch.runner import PATIENCE, OnProgress, run_batch
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.batch.worker import Worker, encoded
 from lora_compose.compose.cluster.connecting import connected
@@ -42,21 +42,17 @@ def run_on_ray(
         ValueError: As `run_batch`.
         OSError: If there is no such cluster, or no worker is left.
     """
-    settings = with_defaults(settings)
-    folder, report = Folder(Path(out)), on_progress or (lambda *args: None)
-    jobs, bad = make_jobs(entries, settings)
-    check_names(folder, jobs, replace)
-    left = [job for job in jobs if not folder.has(job)]
-    if left:
+
+    def make(folder: Folder, settings: BatchSettings, left: Sequence[Job], done: int, report: OnProgress) -> None:
         with connected(address):
             packer = object_packer()
             weights = None if settings.quantize in (None, *QUANTISED) else packer.source(settings.quantize)
             opening = partial(_open, settings, packer.source(settings.model), weights)
             parcels = {job.entry.name: packer.scene(job.run.scene) for job in left}
             with Pool(opening, settings.device, settings.threads, workers) as pool:
-                _make_all(pool, folder, left, parcels, len(jobs) - len(left), report)
-    report(len(jobs))
-    return results_of(folder, jobs, bad)
+                _make_all(pool, folder, left, parcels, done, report)
+
+    return run_batch(entries, settings, out, on_progress, replace=replace, make=make)
 
 
 def _make_all(
@@ -78,9 +74,7 @@ def _make_all(
 
     def start(name: str) -> tuple[Job, Parcel] | None:
         job = named[name]
-        checked = folder.checked(job)
-        possible = checked is not None and checked.error is None
-        if possible and changed(folder.failed_file(job)) == before[name] and not folder.has(job):
+        if folder.wants(job, before[name]):
             return job, parcels[job.entry.name]
         count()
         return None

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from lora_compose.compose.batch.jobs import Job
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import read, write, write_text
+from lora_compose.compose.support.frozen import Frozen
 from lora_compose.pipelines.support.regular import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -36,14 +35,10 @@ NO_CHOICE: ChosenMethod = (None, None)
 """The choice of a call without concepts."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+_Stored = TypeVar("_Stored", bound=Frozen)
 
 
-_Stored = TypeVar("_Stored", bound=_Frozen)
-
-
-class Checked(_Frozen):
+class Checked(Frozen):
     """The check of a scene with the model: its error, or its method and why it is this one (None without concepts)."""
 
     key: str
@@ -52,14 +47,14 @@ class Checked(_Frozen):
     reason: str | None = None
 
 
-class Made(_Frozen):
+class Made(Frozen):
     """The images of a call: a hash of everything that they depend on, and the SHA-256 of each file."""
 
     key: str
     sha256: Mapping[int, str]
 
 
-class Failed(_Frozen):
+class Failed(Frozen):
     """Images that could not be made, with a hash of everything that they depend on."""
 
     key: str
@@ -132,6 +127,12 @@ class Folder:
         return record is not None and record.key == job.key and all(
             _sha256(self.image(job, seed)) == record.sha256.get(seed) for seed in job.seeds
         )  # fmt: skip
+
+    def wants(self, job: Job, failed: int | None) -> bool:
+        """Whether a job is still to be done: it is possible, and nobody has done it, or failed at it since `failed`."""
+        checked = self.checked(job)
+        possible = checked is not None and checked.error is None
+        return possible and changed(self.failed_file(job)) == failed and not self.has(job)
 
     def foreign(self, job: Job) -> Path | None:
         """An image with a job's name that was made in another way, or None."""

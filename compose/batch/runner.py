@@ -36,12 +36,14 @@ def run_batch(
     *,
     replace: bool = False,
     patience: float = PATIENCE,
+    make: Callable[[Folder, BatchSettings, Sequence[Job], int, OnProgress], None] | None = None,
 ) -> list[Result]:
     """Makes the images of a batch until all are there, made by this process or by others, and returns them in order.
 
     Existing images are not made again, unless they are damaged or (with `replace`) were made in another way. A call
     that fails is tried once, and does not stop the others. Invalid scenes are found before the first image. Without a
-    heartbeat for `patience` seconds, the work of another process is taken over.
+    heartbeat for `patience` seconds, the work of another process is taken over. `make` checks and makes what is left,
+    if that is not this process.
 
     Raises:
         ValueError: If the model cannot be opened, a setting is unknown, or there are images of the same names that were
@@ -54,7 +56,11 @@ def run_batch(
     check_names(folder, jobs, replace)
     left = [job for job in jobs if not folder.has(job)]
     if left:
-        _Making(folder, settings, patience, report).make(left, done=len(jobs) - len(left))
+        done = len(jobs) - len(left)
+        if make is None:
+            _Making(folder, settings, patience, report).make(left, done)
+        else:
+            make(folder, settings, left, done, report)
     report(len(jobs))
     return results_of(folder, jobs, bad)
 
@@ -132,11 +138,8 @@ class _Making:
 
         def make(name: str, claim: Claim) -> None:
             nonlocal done
-            job, folder = jobs[name], self._folder
-            checked = folder.checked(job)
-            possible = checked is not None and checked.error is None
-            if possible and changed(folder.failed_file(job)) == before[name] and not folder.has(job):
-                self._make_one(job, claim, done)
+            if self._folder.wants(jobs[name], before[name]):
+                self._make_one(jobs[name], claim, done)
             done += 1
             self._report(done)
 

@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from lora_compose.compose.support.frozen import Frozen, shared
 from lora_compose.compose.support.savers import Savers
 from lora_compose.pipelines.scene.scene import Run, Scene
 
@@ -59,7 +60,7 @@ Seeds = Annotated[
 """Seeds, each once; read as `parse_seeds` does."""
 
 
-class BatchSettings(BaseModel):
+class BatchSettings(Frozen):
     """How the images of a batch are made.
 
     Steps, guidance and precision that are not given are the model's and the device's (`run_batch`).
@@ -80,8 +81,6 @@ class BatchSettings(BaseModel):
         save_memory: Options that save memory.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
     model: str
     method: str | None = None
     settings: Mapping[str, Any] = Field(default_factory=dict)
@@ -98,8 +97,4 @@ class BatchSettings(BaseModel):
 
     def run(self, scene: Scene) -> Run:
         """The run of a scene."""
-        return Run(
-            scene=scene, model=self.model, method=self.method, settings=self.settings, scheduler=self.scheduler,
-            steps=self.steps, guidance_scale=self.guidance_scale, dtype=self.dtype, quantize=self.quantize,
-            device=self.device,
-        )  # fmt: skip
+        return Run(scene=scene, **shared(Run.model_fields.keys() - {"scene"}, self))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.table import Table
@@ -22,10 +22,9 @@ from lora_compose.compose.benchmark.architectures import (
     without_weights,
 )
 from lora_compose.compose.benchmark.architectures import RANK as LORA_RANK
-from lora_compose.compose.benchmark.capacity import capacity_table
 from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.growth import draw_growth
-from lora_compose.compose.benchmark.hardware import MODELS, Need, need, needs_table, seconds_table
+from lora_compose.compose.benchmark.hardware import MODELS, capacity_table, need, needs_table, seconds_table
 from lora_compose.compose.benchmark.host import HostWork, host_work
 from lora_compose.compose.benchmark.many_loaded import measure_requests, requests_table
 from lora_compose.compose.benchmark.parts import parts_table, split_cells
@@ -48,7 +47,7 @@ from lora_compose.compose.generate.defaults import complete, precision
 from lora_compose.compose.generate.machine import choose_device
 from lora_compose.compose.support.names import STRUCTURES
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
-from lora_compose.compose.support.terminal import bar, echo, out
+from lora_compose.compose.support.terminal import bar, bar_over, echo, out
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.families.flux3 import PAD_MULTIPLE
 from lora_compose.pipelines.methods import Settings, make_method
@@ -78,6 +77,9 @@ class PeakRow:
     concepts: int
     peak: Peak
     checkpointed: Peak | None
+
+
+_Row = TypeVar("_Row", CountedRow, PeakRow)
 
 
 @dataclass(frozen=True)
@@ -163,11 +165,7 @@ def bench(
         out.print(passes_table(passes))
         numbers["passes"] = [asdict(row) for row in passes]
     if hardware:
-        with bar("computing", len(MODELS)) as on_progress:
-            needs: dict[str, Need] = {}
-            for model_name in MODELS:
-                needs[model_name] = need(model_name)
-                on_progress(len(needs))
+        needs = dict(zip(MODELS, bar_over("computing", MODELS, need), strict=True))
         out.print(needs_table(needs))
         out.print(seconds_table(needs))
         out.print(capacity_table(needs))
@@ -184,14 +182,8 @@ def bench(
         shown = [] if size is None else [f"{size} x {size}"]
         what = [f"{model} on {device}", dtype, *saving, *shown, f"{steps} steps", f"{pairs} interleaved rounds"]
         out.print(times_table(timed, ", ".join(what)))
-        numbers |= {
-            "model": model,
-            "save_memory": saving,
-            "device": device,
-            "dtype": dtype,
-            "size": size,
-            "pairs": pairs,
-        }
+        numbers |= {"model": model, "save_memory": saving, "device": device}
+        numbers |= {"dtype": dtype, "size": size, "pairs": pairs}
         numbers["timed"] = [asdict(row) for row in timed]
     if swap:
         with bar("measuring swaps"):
@@ -246,13 +238,18 @@ def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
         ["method", "N", "rows", "stopped", "back", *(header for name in plain for header in (name, "before"))],
     )
     table.add_row("plain", "0", *_rows(next(iter(plain.values()))), *["1.000", "-"] * len(plain))
-    cells: dict[tuple[str, int], list[CountedRow]] = {}
-    for row in rows:
-        cells.setdefault((row.method, row.concepts), []).append(row)
-    for (method, number), counted in cells.items():
+    for (method, number), counted in _by_cell(rows).items():
         ratios = [text for row in counted for text in _ratios(row, steps)]
         table.add_row(method, str(number), *_rows(counted[0].cost), *ratios)
     return table
+
+
+def _by_cell(rows: Sequence[_Row]) -> dict[tuple[str, int], list[_Row]]:
+    """Rows of all architectures by method and number of concepts, in their order."""
+    cells: dict[tuple[str, int], list[_Row]] = {}
+    for row in rows:
+        cells.setdefault((row.method or "plain", row.concepts), []).append(row)
+    return cells
 
 
 def peak_cells(
@@ -296,10 +293,7 @@ def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
         "with gradient checkpointing, and the FLOPs with it relative to those without",
         ["method", "N", *(header for name in names for header in (name, "checkp.", "more"))],
     )
-    cells: dict[tuple[str, int], list[PeakRow]] = {}
-    for row in rows:
-        cells.setdefault((row.method or "plain", row.concepts), []).append(row)
-    for (method, number), measured in cells.items():
+    for (method, number), measured in _by_cell(rows).items():
         table.add_row(method, str(number), *(text for row in measured for text in _gibibytes(row)))
     return table
 
@@ -358,12 +352,12 @@ def passes_table(rows: Sequence[PassRow]) -> Table:
 
 def host_cells(cells: Sequence[tuple[str, int]], plain: Job) -> list[HostRow]:
     """Counts the work of the host for methods, by number of concepts."""
-    pipe, rows = open_with_concepts(replace(plain, concepts=max(number for _, number in cells))), []
-    with bar("counting", len(cells)) as on_progress:
-        for method, number in cells:
-            rows.append(HostRow(method, number, host_work(pipe, replace(plain, method=method, concepts=number))))
-            on_progress(len(rows))
-    return rows
+    pipe = open_with_concepts(replace(plain, concepts=max(number for _, number in cells)))
+
+    def row(cell: tuple[str, int]) -> HostRow:
+        return HostRow(*cell, host_work(pipe, replace(plain, method=cell[0], concepts=cell[1])))
+
+    return bar_over("counting", cells, row)
 
 
 def host_table(rows: Sequence[HostRow], what: str) -> Table:

@@ -31,7 +31,8 @@ class Operations(TorchDispatchMode):
             self.flops += flops
             return again(func, args, kwargs)
         out = func(*args, **kwargs)
-        flops = _flops(func, args, kwargs, out)
+        formula = _FORMULAS.get(func.overloadpacket)
+        flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
         self.flops += flops
         if all(leaf.is_meta for leaf in (*leaves, *_leaves([out])) if isinstance(leaf, Tensor)):
             _known[kind] = _again(func, out), flops
@@ -46,11 +47,6 @@ _FORMULAS = {
     ],
 }
 _known: dict[tuple, tuple[Callable[[Any, tuple, dict], Any], int]] = {}
-
-
-def _flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
-    formula = _FORMULAS.get(func.overloadpacket)
-    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
 
 
 def _again(func: Any, out: Any) -> Callable[[Any, tuple, dict], Any]:

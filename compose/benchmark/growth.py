@@ -4,7 +4,9 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from safetensors.torch import save_file
 
 from lora_compose.compose.benchmark import counting
 from lora_compose.compose.benchmark.architectures import SD15, attention_lora, with_lora
-from lora_compose.compose.benchmark.curves import Curve, Point
 from lora_compose.compose.benchmark.memory import added_memory
 from lora_compose.compose.benchmark.peaks import watched
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
@@ -28,6 +29,38 @@ CONCEPTS, IMAGES, SIZES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), (512, 1024
 STORED = (10, 100, 1000, 10_000)
 _WORDS = "abcdefghijklmnopqrstuvwxyz0123456789"  # each a token of its own for CLIP's tokenizers
 _STEPS, _GUIDANCE, _SIDE = 1, 5.0, 512
+
+
+@dataclass(frozen=True)
+class Point:
+    """Costs at one number: quantities by name."""
+
+    at: int
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How costs grow with something."""
+
+    against: str
+    points: list[Point]
+
+    def exponents(self) -> dict[str, float]:
+        """The exponent p of the growth `a + b n^p` of each quantity; 0 where nothing grows.
+
+        From the last three points, if each is at as many times the number before it.
+        """
+        first, second, third = self.points[-3:]
+        return {
+            name: _growth(second.costs[name] - first.costs[name], third.costs[name] - second.costs[name])
+            / log(third.at / second.at)
+            for name in first.costs
+        }
+
+
+def _growth(first: float, second: float) -> float:
+    return log(second / first) if first > 0 and second > 0 else 0.0
 
 
 def in_columns(number: int, side: int = _SIDE) -> list[Concept]:
@@ -71,29 +104,21 @@ def of_stored(numbers: Sequence[int]) -> Iterator[Point]:
             yield Point(number, {"CPU s": seconds, "MiB": kept / 2**20})
 
 
-def curves(
-    concepts: Sequence[int] = CONCEPTS, stored: Sequence[int] = STORED, images: Sequence[int] = IMAGES,
-    sizes: Sequence[int] = SIZES,
-) -> list[Curve]:  # fmt: skip
+def curves() -> list[Curve]:
     """Counts all curves."""
-    unet, done = counting.meta_unet(SD15).half(), 0
-    found = []
-    with bar("counting", len(concepts) + len(stored) + len(images) + len(sizes)) as on_progress:
-
-        def counted(points: Iterator[Point]) -> list[Point]:
-            nonlocal done
-            every = []
-            for point in points:
-                every.append(point)
-                done += 1
-                on_progress(done)
-            return every
-
-        found.append(Curve("concepts", counted(Point(n, of_call(unet, n, 1, _SIDE)) for n in concepts)))
-        found.append(Curve("images", counted(Point(n, of_call(unet, 2, n, _SIDE)) for n in images)))
-        found.append(Curve("pixels of a side", counted(Point(n, of_call(unet, 2, 1, n)) for n in sizes)))
-        found.append(Curve("stored LoRAs", counted(of_stored(stored))))
-    return found
+    unet = counting.meta_unet(SD15).half()
+    wanted = {
+        "concepts": (Point(n, of_call(unet, n, 1, _SIDE)) for n in CONCEPTS),
+        "images": (Point(n, of_call(unet, 2, n, _SIDE)) for n in IMAGES),
+        "pixels of a side": (Point(n, of_call(unet, 2, 1, n)) for n in SIZES),
+        "stored LoRAs": of_stored(STORED),
+    }
+    found = {against: Curve(against, []) for against in wanted}
+    with bar("counting", len(CONCEPTS) + len(IMAGES) + len(SIZES) + len(STORED)) as on_progress:
+        for done, (against, point) in enumerate(((key, point) for key in wanted for point in wanted[key]), 1):
+            found[against].points.append(point)
+            on_progress(done)
+    return list(found.values())
 
 
 def draw_growth(path: Path) -> list[Curve]:
@@ -106,13 +131,33 @@ def draw_growth(path: Path) -> list[Curve]:
         raise ValueError(
             'curves are drawn with matplotlib, which is not installed: pip install "lora-compose[evaluation]"'
         )
-    from lora_compose.compose.benchmark.growth_plots import draw
-
     found = curves()
     draw(found, path)
     out.print(growth_table(found))
     echo(path)
     return found
+
+
+def draw(curves: Sequence[Curve], path: Path) -> None:
+    """Writes one panel for each curve and quantity; axes begin at 0, so that what grows linearly is straight."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = max(len(curve.points[0].costs) for curve in curves)
+    figure = Figure(figsize=(3 * columns, 2.4 * len(curves)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for row, curve in enumerate(curves):
+        x = [point.at for point in curve.points]
+        for column, name in enumerate(curve.points[0].costs):
+            axes = figure.add_subplot(len(curves), columns, row * columns + column + 1)
+            axes.plot(x, [point.costs[name] for point in curve.points], "o-", color="black", markersize=4, linewidth=1)
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+            axes.set_title(f"{name} by {curve.against}", fontsize=9, loc="left")
+            axes.tick_params(labelsize=8)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=80)
 
 
 def growth_table(found: Sequence[Curve]) -> Table:

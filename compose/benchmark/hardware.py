@@ -1,4 +1,4 @@
-"""What a graphics card needs for models of full size: GiB and FLOPs of whole images, without weights.
+"""What models of full size need: GiB and FLOPs of whole images, without weights, and graphics cards for many images.
 
 Text encoders count their weights, the denoiser its weights, two LoRAs with `regional` and one pass, the VAE all that
 decoding keeps. Not counted is what the device's libraries and allocator take for themselves.
@@ -25,8 +25,7 @@ from lora_compose.compose.benchmark.architectures import (
     with_lora,
     without_weights,
 )
-from lora_compose.compose.benchmark.memory import added_memory
-from lora_compose.compose.benchmark.peaks import FusedAttention, peak
+from lora_compose.compose.benchmark.peaks import decoding_bytes, peak
 from lora_compose.compose.benchmark.tables import GIB, new_table
 from lora_compose.compose.benchmark.transformers import pass_cost
 from lora_compose.pipelines.families.quantised import SMALL_TEXT_ENCODERS
@@ -58,6 +57,11 @@ CARDS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100": 989}
 """Dense TFLOPS of the tensor cores in half precision with sums in float32, as NVIDIA's data sheets have them."""
 SHARE = 0.3
 """Share of the peak that generation is assumed to reach; an assumption, not a measurement."""
+REQUESTS = 1000
+"""Images a minute that `capacity_table` is for."""
+BANDWIDTH = {"RTX 3090": 936, "RTX 4090": 1008, "A100": 2039, "H100": 3350}
+"""GB/s of memory by card, as NVIDIA's data sheets have them (RTX: 384 bits at 19.5 and 21 Gbit/s; A100 with 80 GB; H100
+SXM)."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def need(model: str) -> Need:
     return Need(
         text=text, text_int8=_less(text, large, INT8_BITS), weights=_bytes(denoiser), denoiser=whole,
         int8=_less(whole, [denoiser], INT8_BITS), nf4=_less(whole, [denoiser], NF4_BITS), opening_nf4=opening,
-        blocks=blocks, decoding=_decoding(decoder, side), vae=_bytes(decoder), steps=steps, flops=flops,
+        blocks=blocks, decoding=decoding_bytes(decoder, (side, side)), vae=_bytes(decoder), steps=steps, flops=flops,
     )  # fmt: skip
 
 
@@ -162,7 +166,7 @@ def _encoders(family: str) -> list[nn.Module]:
         return found + ([_MORE_TEXT[family]()] if family in _MORE_TEXT else [])
 
 
-def _vae(model: str, side: int) -> nn.Module:
+def _vae(model: str, side: int) -> AutoencoderKL | AutoencoderKLQwenImage:
     """SDXL's decodes in float32, as its configuration asks, the others in half precision."""
     with torch.device("meta"):
         if model == "Krea 2":
@@ -170,16 +174,6 @@ def _vae(model: str, side: int) -> nn.Module:
         latent = {} if model in ARCHITECTURES else {"latent_channels": 16, "use_quant_conv": False}
         vae = AutoencoderKL(**dict(VAE) | latent, sample_size=side).eval()
         return vae if model == "SDXL" else vae.half()
-
-
-def _decoding(vae: Any, side: int) -> int:
-    frames = [1] if isinstance(vae, AutoencoderKLQwenImage) else []
-    channels = vae.config["z_dim" if frames else "latent_channels"]
-    latents = torch.empty(1, channels, *frames, side // 8, side // 8, device="meta", dtype=vae.dtype)
-    memory = added_memory("meta", [*vae.parameters(), *vae.buffers()])
-    with torch.no_grad(), FusedAttention(), memory:
-        vae.decode(latents)
-    return memory.peak_bytes
 
 
 def _bytes(model: nn.Module) -> int:
@@ -210,10 +204,28 @@ def seconds_table(needs: Mapping[str, Need]) -> Table:
         ["model", "steps", "TFLOP", *CARDS],
     )
     for model, it in needs.items():
-        seconds = (it.flops / (tera * 1e12 * SHARE) for tera in CARDS.values())
-        table.add_row(model, str(it.steps), f"{it.flops / 1e12:.0f}", *(_rounded(one) for one in seconds))
+        times = (it.flops / (tera * 1e12 * SHARE) for tera in CARDS.values())
+        shown = (f"{time:.1f}" if time < 10 else f"{time:.0f}" for time in times)
+        table.add_row(model, str(it.steps), f"{it.flops / 1e12:.0f}", *shown)
     return table
 
 
-def _rounded(seconds: float) -> str:
-    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"
+def seconds(need: Need, card: str) -> float:
+    """Seconds of an image: of FLOPs, or of reading the denoiser's weights once in each step, whichever is more."""
+    arithmetic = need.flops / (CARDS[card] * 1e12)
+    reading = need.steps * need.weights / (BANDWIDTH[card] * 1e9)
+    return max(arithmetic, reading) / SHARE
+
+
+def capacity_table(needs: Mapping[str, Need]) -> Table:
+    """Cards that `REQUESTS` images a minute keep busy, by model."""
+    table = new_table(
+        f"Estimated: cards for {REQUESTS} images a minute with two LoRAs and regional, at {SHARE:.0%} of the peak in "
+        "half precision and of the memory's bandwidth, whichever takes longer; text and decoding are not in it",
+        ["model", "TFLOP", "TB read", *CARDS],
+    )
+    for model, it in needs.items():
+        cards = (REQUESTS / 60 * seconds(it, card) for card in CARDS)
+        read = it.steps * it.weights / 1e12
+        table.add_row(model, f"{it.flops / 1e12:.0f}", f"{read:.2f}", *(f"{number:.0f}" for number in cards))
+    return table

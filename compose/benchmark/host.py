@@ -2,7 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
@@ -80,34 +82,44 @@ def _python_calls(function: Callable[[], object]) -> int:
         nonlocal calls
         calls += event == "call"
 
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
+    with profiled(count):
         function()
-    finally:
-        sys.setprofile(before)
     return calls
 
 
-def computes(operation: Any) -> bool:
+@contextmanager
+def profiled(seen: Callable[[FrameType, str, object], None]) -> Iterator[None]:
+    """Tells a function of all that `sys.setprofile` reports in this block."""
+    before = sys.getprofile()
+    sys.setprofile(seen)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def _computes(operation: Any) -> bool:
     """Whether an operation computes or copies something: no views, by their schema, and no `_unsafe_view`."""
     returned = operation._schema.returns
     views = [value for value in returned if value.alias_info is not None and not value.alias_info.is_write]
     return not views and not operation._schema.name.startswith(("aten::empty", "aten::_unsafe_view"))
 
 
-class _Operations(TorchDispatchMode):
-    """Operations that compute or copy something."""
+class Operations(TorchDispatchMode):
+    """Counts operations that compute or copy something, by what `part` returns when they run."""
 
-    count = 0
+    def __init__(self, part: Callable[[], str]) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self._part = part
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.count += computes(func)
+        self.counts[self._part()] += _computes(func)
         return func(*args, **(kwargs or {}))
 
 
 def operations(function: Callable[[], object]) -> int:
     """How many operations a function runs that compute or copy something."""
-    with _Operations() as operations:
+    with Operations(lambda: "") as operations:
         function()
-    return operations.count
+    return operations.counts.total()

@@ -1,6 +1,7 @@
 """How long a call of a pipeline takes outside of the forward passes of its model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,27 @@ class Spent:
     inside: float
 
 
+@contextmanager
+def around_passes(model: Any, before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
+    """Calls functions before and after each forward pass of a model; the first gets its arguments, as a hook does."""
+    model = uncompiled(model)
+    hooks = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def spent(model: Any, function: Callable[[], object], clocks: Sequence[Clock]) -> list[Spent]:
     """Runs a function that calls a pipeline with this model, and returns what it took by each clock.
 
     On CUDA it waits for the device before and after each pass, so that each side has its own work.
     """
-    model, inside = uncompiled(model), [0.0] * len(clocks)
+    inside = [0.0] * len(clocks)
 
     def add(sign: int) -> None:
         if torch.cuda.is_available():
@@ -32,15 +48,8 @@ def spent(model: Any, function: Callable[[], object], clocks: Sequence[Clock]) -
         for i, clock in enumerate(clocks):
             inside[i] += sign * clock()
 
-    hooks = [
-        model.register_forward_pre_hook(lambda *_: add(-1)),
-        model.register_forward_hook(lambda *_: add(1), always_call=True),
-    ]
-    try:
+    with around_passes(model, lambda *_: add(-1), lambda *_: add(1)):
         starts = [clock() for clock in clocks]
         function()
         ends = [clock() for clock in clocks]
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [Spent(end - start - within, within) for start, end, within in zip(starts, ends, inside, strict=True)]

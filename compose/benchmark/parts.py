@@ -3,7 +3,6 @@
 A function of another library counts to the part that called it.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +12,13 @@ from types import CodeType, FrameType
 from typing import Any
 
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_compose import attention, pipelines
 from lora_compose.attention.device import uncompiled
-from lora_compose.compose.benchmark.host import Work, computes
+from lora_compose.compose.benchmark.host import Operations, Work, profiled
 from lora_compose.compose.benchmark.tables import new_table
 from lora_compose.compose.benchmark.timing import Job, open_with_concepts, way_of
-from lora_compose.compose.support.terminal import bar
+from lora_compose.compose.support.terminal import bar_over
 
 PARTS = ("planning", "prompts", "bank", "gates and masks", "loop", "passes", "decoding")
 """The parts of a call; `passes` are the forward passes of the model."""
@@ -74,11 +72,11 @@ def split(pipe: Any, function: Callable[[], object]) -> Split:
 
 
 def _counted(pipe: Any, function: Callable[[], object]) -> Mapping[str, Work]:
-    calls = _Tracker(pipe)
-    calls.run(function)
-    operations = _Operations(_Tracker(pipe))
-    with operations:
-        operations.tracker.run(function)
+    calls, tracker = _Tracker(pipe), _Tracker(pipe)
+    with profiled(calls.seen):
+        function()
+    with Operations(lambda: tracker.stack[-1]) as operations, profiled(tracker.seen):
+        function()
     return {part: Work(calls.calls[part], operations.counts[part]) for part in PARTS}
 
 
@@ -92,15 +90,7 @@ class _Tracker:
         if getattr(pipe, "vae", None) is not None:
             self._whole[_innermost(type(pipe.vae).decode).__code__] = "decoding"
 
-    def run(self, function: Callable[[], object]) -> None:
-        before = sys.getprofile()
-        sys.setprofile(self._seen)
-        try:
-            function()
-        finally:
-            sys.setprofile(before)
-
-    def _seen(self, frame: FrameType, event: str, _argument: object) -> None:
+    def seen(self, frame: FrameType, event: str, _argument: object) -> None:
         if event == "call":
             self.stack.append(self._part(frame.f_code))
             self.calls[self.stack[-1]] += 1
@@ -125,19 +115,6 @@ def _innermost(function: Any) -> Any:
     return function
 
 
-class _Operations(TorchDispatchMode):
-    """Operations that compute or copy something, by the part that runs them."""
-
-    def __init__(self, tracker: _Tracker) -> None:
-        super().__init__()
-        self.tracker = tracker
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.counts[self.tracker.stack[-1]] += computes(func)
-        return func(*args, **(kwargs or {}))
-
-
 @dataclass(frozen=True)
 class SplitRow:
     """The parts of a call with a method (None: without concepts)."""
@@ -149,13 +126,13 @@ class SplitRow:
 
 def split_cells(cells: Sequence[tuple[str, int]], plain: Job) -> list[SplitRow]:
     """Splits whole calls of one step, decoding included: the plain pipeline's, and those of methods."""
-    pipe, rows = open_with_concepts(replace(plain, concepts=max(number for _, number in cells))), []
-    with bar("counting parts", 1 + len(cells)) as on_progress:
-        for method, number in [(None, 0), *cells]:
-            job = replace(plain, method=method, concepts=number)
-            rows.append(SplitRow(method, number, split(pipe, way_of(pipe, job, output_type="np"))))
-            on_progress(len(rows))
-    return rows
+    pipe = open_with_concepts(replace(plain, concepts=max(number for _, number in cells)))
+
+    def row(cell: tuple[str | None, int]) -> SplitRow:
+        job = replace(plain, method=cell[0], concepts=cell[1])
+        return SplitRow(*cell, split(pipe, way_of(pipe, job, output_type="np")))
+
+    return bar_over("counting parts", [(None, 0), *cells], row)
 
 
 def parts_table(rows: Sequence[SplitRow], what: str) -> Table:

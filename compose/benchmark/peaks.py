@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, UNet2DConditionModel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -61,14 +61,18 @@ def peak(
     return Peak(memory.peak_bytes, counted.flops, counted.rows_backward > 0)
 
 
-def decoding_bytes(vae: AutoencoderKL, image_size: Grid) -> int:
+def decoding_bytes(vae: AutoencoderKL | AutoencoderKLQwenImage, image_size: Grid) -> int:
     """Peak memory while one image is decoded, by a VAE on the meta device, which is included."""
-    scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    grid = image_size[0] // scale, image_size[1] // scale
-    latents = torch.empty(1, vae.config["latent_channels"], *grid, device="meta", dtype=vae.dtype)
+    if isinstance(vae, AutoencoderKLQwenImage):  # one for videos
+        scale, channels, frames = 8, vae.config["z_dim"], [1]
+    else:
+        scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        channels, frames = vae.config["latent_channels"], []
+    grid = (side // scale for side in image_size)
+    latents: Any = torch.empty(1, channels, *frames, *grid, device="meta", dtype=vae.dtype)
     memory = added_memory("meta", [*vae.parameters(), *vae.buffers()])
     with torch.no_grad(), watched(memory):
-        vae.decode(latents)  # pyright: ignore[reportArgumentType]
+        vae.decode(latents)
     return memory.peak_bytes
 
 

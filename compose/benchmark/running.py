@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import torch
-
-from lora_compose.attention.device import uncompiled
 from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.flops import Operations
+from lora_compose.compose.benchmark.outside import around_passes
 from lora_compose.compose.generate.making import make_batch
 from lora_compose.pipelines.scene.scene import Run
 
@@ -28,16 +26,8 @@ def count_by_running(pipe: Any, run: Run) -> Counted:
     def end(*_: Any) -> None:
         operations.__exit__(None, None, None)
 
-    model: torch.nn.Module = uncompiled(pipe.model)
-    hooks = [
-        model.register_forward_pre_hook(begin, with_kwargs=True),
-        model.register_forward_hook(end, always_call=True),
-    ]
-    try:
+    with around_passes(pipe.model, begin, end):
         cost = make_batch(pipe, run, (run.seed,)).cost
-    finally:
-        for hook in hooks:
-            hook.remove()
     if cost is None:
         return Counted(rows[0], 0.0, 0.0, operations.flops, 0)
     return Counted(cost.rows_forward, cost.rows_stopped, cost.rows_backward, operations.flops, 0)

@@ -92,7 +92,8 @@ def check(
     if pipe is None:
         done = _attempt(problems, complete, run)
         run, facts = (run, []) if done is None else (done[0], [("defaults", words(done[1]))])
-    facts = [("model", _model_words(run)), *facts, ("prompt", run.scene.prompt)]
+    opened = (run.model, run.dtype, *(() if run.quantize is None else (run.quantize,)))
+    facts = [("model", ", ".join(opened)), *facts, ("prompt", run.scene.prompt)]
     cost: RunCost | None = None
     choice: Choice | None = None
     with kept() as notes:
@@ -160,10 +161,6 @@ def _facts(
         ("cost", _cost_words(pipe, run, planned, cost)),
     ]
     return facts, cost, choice
-
-
-def _model_words(run: Run) -> str:
-    return ", ".join((run.model, run.dtype, *(() if run.quantize is None else (run.quantize,))))
 
 
 def _file_facts(concept: Concept) -> list[tuple[str, str]]:

@@ -17,11 +17,11 @@ import torch
 from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
 
-from lora_compose.compose.cluster.folders import hold, remove
 from lora_compose.compose.cluster.packing import Node, Packer
 from lora_compose.compose.files.claims import LOOK_AGAIN, Claim, Claims
 from lora_compose.compose.generate.machine import versions
 from lora_compose.compose.support.errors import error_text
+from lora_compose.compose.support.folders import hold, remove
 from lora_compose.compose.support.terminal import echo, err
 
 TRIES = 3

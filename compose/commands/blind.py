@@ -41,8 +41,8 @@ def make_from(
     """
     check_packages("an evaluation", EVALUATION, "evaluation")
     with starting():
-        from lora_compose.compose.evaluation import blind_sheets
-    blind_sheets.make_from(evaluation, out, method, images)
+        from lora_compose.compose.evaluation import votes
+    votes.make_from(evaluation, out, method, images)
 
 
 @app.command()
@@ -69,8 +69,8 @@ def judge(
     """
     check_packages("an evaluation", EVALUATION, "evaluation")
     with starting():
-        from lora_compose.compose.evaluation import blind
-    blind.judge(out, evaluation, first)
+        from lora_compose.compose.evaluation import votes
+    votes.judge(out, evaluation, first)
 
 
 @app.command()
@@ -85,5 +85,5 @@ def follow(
     """
     check_packages("an evaluation", EVALUATION, "evaluation")
     with starting():
-        from lora_compose.compose.evaluation.following import show_following
-    show_following(out, evaluation)
+        from lora_compose.compose.evaluation import votes
+    votes.show_following(out, evaluation)

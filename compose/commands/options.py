@@ -9,7 +9,6 @@ from lora_compose.compose.support.names import METHODS, PRESETS
 from lora_compose.compose.support.savers import SAVERS, Saver
 from lora_compose.pipelines.support.quantising import QUANTISED
 
-LAST_SEED = 2**63 - 1
 LORA_HELP = (
     "A LoRA, repeatable, with its weight if that is not 1: cat.safetensors:0.8, playground:bear, user/my-cat. Trigger "
     "and class word come from the file's metadata; --concept gives them to files without."
@@ -129,8 +128,9 @@ ModelArgument = Annotated[
         metavar="MODEL", help="playground, a folder as diffusers saves it, a .safetensors file, or a hub repository."
     ),
 ]
-SEED_HELP = "Seed of the start noise, repeatable: 3, or 0-7. Default: 0."
-SeedsOption = Annotated[list[str] | None, typer.Option("--seed", help=SEED_HELP)]
+SeedsOption = Annotated[
+    list[str] | None, typer.Option("--seed", help="Seed of the start noise, repeatable: 3, or 0-7. Default: 0.")
+]
 ImageOption = Annotated[str | None, typer.Option("--image", help="Start from this image (image-to-image).")]
 ReferenceOption = Annotated[
     list[str] | None,

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,6 +14,8 @@ _prior, _for_tara, _memory, _watch = (
     partial(typer.Option, rich_help_panel=panel)
     for panel in ("Prior preservation", "TARA", "Speed and memory", "Watching")
 )
+_OF_TARA = ("align_weight", "align_norm", "class_target", "keys", "token_mask", "start_aligned")
+"""Options that are fields of `TaraTraining`; the others, but for those of the command itself, are of `Training`."""
 
 
 @handle_errors()
@@ -56,8 +58,9 @@ def train(
         _prior("--preserve-class", help="Keep what the model makes of the captions without the trigger; no images."),
     ] = False,
     class_images: Annotated[Path | None, _prior(help="A folder with images of the class.")] = None,
-    class_prompt: Annotated[
-        list[str] | None, _prior(help="Caption of class images, repeatable; default: 'a photo of {class_word}'.")
+    class_prompts: Annotated[
+        list[str] | None,
+        _prior("--class-prompt", help="Caption of class images, repeatable; default: 'a photo of {class_word}'."),
     ] = None,
     class_count: Annotated[int | None, _prior(help="Generate missing class images up to this number.")] = None,
     prior_batch: Annotated[int | None, _prior(help="Rows of the class per batch.")] = None,
@@ -86,7 +89,9 @@ def train(
     cpu: Annotated[bool, _memory("--cpu", help="Train on the CPU.")] = False,
     threads: Annotated[int | None, _memory(help="CPU threads.")] = None,
     sample_every: Annotated[int | None, _watch(help="Steps between sample images; 0 turns them off.")] = None,
-    sample_prompt: Annotated[list[str] | None, _watch(help="Prompt of sample images, repeatable.")] = None,
+    sample_prompts: Annotated[
+        list[str] | None, _watch("--sample-prompt", help="Prompt of sample images, repeatable.")
+    ] = None,
     checkpoint_every: Annotated[int | None, _watch(help="Steps between checkpoints.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the checkpoint and start over.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing LoRA.")] = False,
@@ -95,37 +100,16 @@ def train(
 
     On several GPUs: accelerate launch --module lora_compose train OPTIONS
     """
+    given = {name: value for name, value in locals().items() if value is not None and value != []}
     if preset is not None and preset not in TRAINING_PRESETS:
         raise ValueError(unknown("preset", preset, TRAINING_PRESETS))
     model_source(model)
-    variants = _given(
-        align_weight=align_weight, align_norm=align_norm, class_target=class_target, keys=keys, token_mask=token_mask,
-        start_aligned=start_aligned,
-    )  # fmt: skip
-    fields = _given(
-        images=images, out=out, trigger=trigger, class_word=class_word, model=model, prompt=prompt,
-        references=tuple(references or ()) or None, scope=scope, rank=rank,
-        alpha=alpha, dora=dora or None, steps=steps, batch_size=batch_size, accumulate=accumulate,
-        optimizer=optimizer, learning_rate=learning_rate, schedule=schedule, warmup=warmup, min_snr=min_snr,
-        resolution=resolution, seed=seed, preserve_class=preserve_class or None,
-        class_images=class_images, class_prompts=tuple(class_prompt or ()) or None, class_count=class_count,
-        prior_batch=prior_batch, prior_weight=prior_weight, mixed_precision=mixed_precision,
-        gradient_checkpointing=gradient_checkpointing, save_dtype=save_dtype, cpu=cpu or None, threads=threads,
-        sample_every=sample_every, sample_prompts=tuple(sample_prompt or ()) or None, checkpoint_every=checkpoint_every,
-    )  # fmt: skip
-    words = _tara(tara, variants)
+    for name in ("preset", "tara", "fresh", "overwrite"):
+        given.pop(name, None)
+    words = {name: given.pop(name) for name in _OF_TARA if name in given}
+    if words and not tara:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in words)
+        raise ValueError(f"{names}: these are options of --tara, which is not given")
     with starting():
         from lora_compose.compose.training.command import train as train_and_show
-    train_and_show(preset, words, fields, fresh=fresh, overwrite=overwrite)
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given; defaults are the training's own."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _tara(wanted: bool, variants: dict[str, Any]) -> dict[str, Any] | None:
-    if variants and not wanted:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in variants)
-        raise ValueError(f"{names}: these are options of --tara, which is not given")
-    return variants if wanted else None
+    train_and_show(preset, words if tara else None, given, fresh=fresh, overwrite=overwrite)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from lora_compose.compose.evaluation.batches import Arm, Batch, run_of
 from lora_compose.compose.evaluation.detectors import Detector, make_detector
@@ -19,6 +19,7 @@ from lora_compose.compose.generate.facts import digest, run_facts
 from lora_compose.compose.generate.making import make_batch
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.processes import own_device
+from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.terminal import bar
 from lora_compose.pipelines.scene.scene import Run
 
@@ -27,15 +28,13 @@ LEAST = 2
 """Fewest images that make references."""
 
 
-class Alone(BaseModel):
+class Alone(Frozen):
     """Images that the LoRA of a subject makes alone.
 
     Attributes:
         prompt: Names the subject by its trigger and its class word.
         seeds: Of the images; none of the suite's, so that no image is compared with itself.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: Annotated[str, Field(min_length=1)]
     seeds: Seeds

@@ -8,9 +8,10 @@ from typing import Any
 
 from lora_compose.compose.evaluation.suite import SANITY, Suite, SuiteConcept, SuiteMethod, SuiteScene
 from lora_compose.compose.playground.assets import lora_source
+from lora_compose.compose.support.frozen import shared
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.formats.files import LoraError, trained_with
-from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, Region, Run, Scene
 from lora_compose.pipelines.scene.sources import shown
 from lora_compose.pipelines.text.tokens import find_words
 
@@ -69,37 +70,16 @@ def run_of(suite: Suite, batch: Batch) -> Run:
     if arm.method is not None and arm.method.merge is not None:
         concepts = _merged(suite, scene, arm.method, concepts)
     silent = [suite.concept(name) for name in scene.concepts if name not in acting]
-    return Run(
-        scene=Scene(
-            prompt=without_triggers(scene.prompt, silent),
-            negative_prompt=scene.negative_prompt,
-            concepts=tuple(concepts),
-            width=scene.width,
-            height=scene.height,
-            references=scene.references,
-            controls=scene.controls,
-            ip_adapters=scene.ip_adapters,
-            **scene.start,
-        ),
-        model=suite.model,
-        method=_method(arm, concepts),
-        settings=arm.method.settings if arm.method else {},
-        scheduler=suite.scheduler,
-        steps=suite.steps,
-        guidance_scale=suite.guidance_scale,
-        seed=batch.seeds[0],
-        dtype=suite.dtype,
-        device=suite.device,
-    )
+    prompt = without_triggers(scene.prompt, silent)
+    described = Scene(**shared(Scene.model_fields, scene, prompt=prompt, concepts=tuple(concepts)))
+    settings = arm.method.settings if arm.method else {}
+    made = {"method": _method(arm, concepts), "settings": settings, "seed": batch.seeds[0]}
+    return Run(**shared(Run.model_fields, suite, scene=described, **made))
 
 
-def _concept(concept: SuiteConcept, kind: str | None, region: Any) -> Concept:
+def _concept(concept: SuiteConcept, kind: str | None, region: Region | None) -> Concept:
     lora = next(iter(concept.loras.values())) if kind is None else concept.loras[kind]
-    return Concept(
-        name=concept.name, lora=lora, trigger=concept.trigger, class_word=concept.class_word, weight=concept.weight,
-        blocks=concept.blocks, any_weight=concept.any_weight, negative_prompt=concept.negative_prompt, region=region,
-        role=concept.role,
-    )  # fmt: skip
+    return Concept(**shared(Concept.model_fields, concept, lora=lora, region=region, references=None))
 
 
 def _merged(suite: Suite, scene: SuiteScene, method: SuiteMethod, concepts: Sequence[Concept]) -> list[Concept]:

@@ -24,7 +24,7 @@ from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_references
-from lora_compose.compose.support.terminal import bar
+from lora_compose.compose.support.terminal import bar_over
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 
@@ -83,7 +83,7 @@ def make(out: Path, seeds: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     jobs = numbered(seeds)
     key = {number: job.arm.label for number, job in jobs.items()}
-    images = _generated(jobs, out)
+    images = generated(jobs, out)
     for pair in PAIRS:
         numbers = [number for number, job in jobs.items() if job.pair == pair]
         for page, start in enumerate(range(0, len(numbers), COLUMNS * ROWS)):
@@ -107,55 +107,11 @@ def score(out: Path) -> None:
     """Counts the votes in a folder by method."""
     key, votes = read_votes(out)
     counts = Counter((key[number], verdict) for number, verdict in votes.items())
-    table = Table(title="Blind test")
-    for column in ("way", *VERDICTS, "images"):
-        table.add_column(column)
+    table = Table("way", *VERDICTS, "images", title="Blind test")
     for label in dict.fromkeys(sorted(key.values())):
         row = [counts[label, verdict] for verdict in VERDICTS]
         table.add_row(label, *map(str, row), str(sum(row)))
     Console().print(table)
-
-
-def judge(out: Path, evaluation: Path, first: int | None) -> None:
-    """Reproduces the images, lets the judge vote, and lists where it disagrees with the human.
-
-    The thresholds are those of a finished evaluation of the playground; `first` is a number of images, evenly spaced.
-
-    Raises:
-        ValueError: If the images are generated differently today.
-    """
-    from lora_compose.compose.evaluation.agreement import judge_votes  # needs the packages of `evaluate`
-
-    key, votes = read_votes(out)
-    jobs = numbered(len(key) // (len(PAIRS) * len(ARMS)))
-    if {str(number): job.arm.label for number, job in jobs.items()} != key:
-        raise ValueError(
-            f"{out / 'key.json'} lists images that are generated differently today, so they cannot be reproduced"
-        )
-    chosen = list(jobs)[:: max(1, len(jobs) // first)][:first] if first else list(jobs)
-    images = _generated({number: jobs[number] for number in chosen}, out)
-    judged = judge_votes(evaluation, {number: (jobs[number].pair, image) for number, image in images.items()})
-    _show_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
-
-
-def _show_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, BlindImage]) -> None:
-    console = Console()
-    table = Table(title=f"Human (rows) and judge (columns) on {len(judged)} images")
-    for column in ("", *VERDICTS):
-        table.add_column(column)
-    counts = Counter((eye[number], verdict) for number, verdict in judged.items())
-    for verdict in VERDICTS:
-        table.add_row(verdict, *(str(counts[verdict, other]) for other in VERDICTS))
-    console.print(table)
-    for arm in ARMS:
-        numbers = [number for number in judged if jobs[number].arm == arm]
-        both = [sum(verdicts[number] == "both" for number in numbers) for verdicts in (eye, judged)]
-        console.print(f"both, in {len(numbers)} images of {arm.label}: human {both[0]}, judge {both[1]}")
-    apart = [number for number in judged if eye[number] != judged[number]]
-    console.print(f"they agree on {len(judged) - len(apart)} of {len(judged)}; they disagree on:")
-    for number in apart:
-        what = f"{jobs[number].arm.label}, {' and '.join(jobs[number].pair)}"
-        console.print(f"  {number}: {what}: human {eye[number]}, judge {judged[number]}")
 
 
 def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -174,14 +130,11 @@ def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
     return key, votes
 
 
-def _generated(jobs: dict[int, BlindImage], out: Path) -> dict[int, Image.Image]:
+def generated(jobs: Mapping[int, BlindImage], out: Path) -> dict[int, Image.Image]:
+    """Generates images of a blind test, by number."""
     pipe = open_model(Run(scene=Scene(prompt="-"), model=PLAYGROUND, device="cpu"))
-    images = {}
-    with bar(f"composing for {out}", len(jobs)) as on_progress:
-        for number, job in jobs.items():
-            images[number] = generate(pipe, job)
-            on_progress(len(images))
-    return images
+    images = bar_over(f"composing for {out}", jobs.values(), lambda job: generate(pipe, job))
+    return dict(zip(jobs, images, strict=True))
 
 
 def generate(pipe: Any, job: BlindImage) -> Image.Image:

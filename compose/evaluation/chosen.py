@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from lora_compose.compose.support.frozen import Frozen
 
 ChosenName = Literal["clip-t", "clip-i", "dino", "scr"]
 MODELS: dict[str, str] = {
@@ -17,7 +19,7 @@ COLLAPSED = 0.4
 """The similarity below which a subject has collapsed, by DINOv2: the lowest threshold of arXiv 2603.26078."""
 
 
-class Chosen(BaseModel):
+class Chosen(Frozen):
     """A metric that a user chose.
 
     Attributes:
@@ -25,8 +27,6 @@ class Chosen(BaseModel):
         model: A folder or hub repository of CLIP, SigLIP or DINOv2, or `playground:judge`; by default that of `MODELS`.
         threshold: Of scr, the similarity below which a subject has collapsed; other models than DINOv2 need another.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ChosenName
     model: Annotated[str, Field(min_length=1)]

@@ -4,18 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_compose.compose.evaluation.alone import with_references
+from lora_compose.compose.evaluation.batches import Batch, batches
 from lora_compose.compose.evaluation.chosen import chosen
 from lora_compose.compose.evaluation.comparison import compare_runs
 from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.published import fetch, gib, show_published, write_suite
 from lora_compose.compose.evaluation.report import write_report
-from lora_compose.compose.evaluation.results import CLAIMS, PLAN, is_done
+from lora_compose.compose.evaluation.results import CLAIMS, PLAN, Failed, is_done
 from lora_compose.compose.evaluation.runner import evaluate
 from lora_compose.compose.evaluation.scoring import check_chosen
-from lora_compose.compose.evaluation.smoke import estimate
 from lora_compose.compose.evaluation.suite import Suite, read_suite
+from lora_compose.compose.evaluation.worker import Images, Worker
+from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.claims import Claims
-from lora_compose.compose.generate.processes import default_number, launch, local_rank
+from lora_compose.compose.files.images import png_bytes
+from lora_compose.compose.generate.processes import default_number, launch, local_rank, own_device
 from lora_compose.compose.support.terminal import FAILED, bar, echo, err, out
 
 
@@ -84,15 +87,43 @@ def run_published(suite: Path, folder: Path | None = None, *, smoke: bool = Fals
     published, to = show_published(suite, folder)
     ready = with_references(fetch(published), published.references, to)
     if smoke or not (to / PLAN).exists():
-        found = estimate(ready, to)
-        for one in found.tried:
-            memory = "" if one.peak_bytes is None else f", {gib(one.peak_bytes)}"
-            echo(f"  {one.arm}: {one.seconds:.1f} s{memory}: {one.path}")
-        echo(f"{found.images} images, {found.flops:.3g} FLOPs: about {found.seconds / 3600:.2g} h at this pace")
+        _try_out(ready, to)
     if smoke:
         return 0
     write_suite(ready, to / "suite.yaml")
     return run_suite(str(to / "suite.yaml"), to)
+
+
+def _try_out(suite: Suite, out: Path) -> None:
+    """Makes and scores two images, of the baseline and of the first other method, and shows what the whole costs.
+
+    Raises:
+        ValueError: If something cannot be opened, or one of the two cannot be made.
+    """
+    worker = Worker.open(suite, own_device(suite.device))
+    flops, seconds = 0, 0.0
+    for batch in _two(suite):
+        for result in worker.do(batch):
+            if isinstance(result, Images):
+                (made, *_), cost = result.made, result.cost
+                path = out / "smoke" / f"{batch.arm.name}.png"
+                write_whole(path, png_bytes(made.image, made.record))
+                memory = "" if cost.peak_bytes is None else f", {gib(cost.peak_bytes)}"
+                echo(f"  {batch.arm.name}: {cost.seconds:.1f} s{memory}: {path}")
+                flops, seconds = flops + cost.flops, seconds + cost.seconds
+            elif isinstance(result, Failed):
+                raise ValueError(f"{batch.arm.name}, scene {batch.scene.name!r}: {result.error}")
+    every = list(batches(suite))
+    images = sum(len(batch.seeds) for batch in every)
+    whole = sum(worker.count(batch).flops * len(batch.seeds) for batch in every)
+    echo(f"{images} images, {whole:.3g} FLOPs: about {seconds * whole / flops / 3600:.2g} h at this pace")
+
+
+def _two(suite: Suite) -> Sequence[Batch]:
+    small = suite.model_copy(update={"scenes": suite.scenes[:1], "seeds": suite.seeds[:1]})
+    methods = [batch for batch in batches(small) if batch.arm.method is not None]
+    baseline = [batch for batch in methods if batch.arm.name == suite.baseline]
+    return [*baseline, *(batch for batch in methods if batch.arm.name != suite.baseline)][:2]
 
 
 def work_on(suite: str, folder: Path, metrics: Sequence[str] = ()) -> None:

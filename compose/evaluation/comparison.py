@@ -80,7 +80,7 @@ class RunComparison:
     def _cells(self) -> Iterator[list[str]]:
         before = None
         for row in self.table.to_dict("records"):
-            metric = _metric(row["metric"])
+            metric = next(one for one in METRICS if one.key == row["metric"])
             yield [
                 "" if row["arm"] == before else row["arm"],
                 metric.title,
@@ -214,10 +214,6 @@ def _consequences(a: Evaluation, b: Evaluation, comparable: bool, shared: Sequen
         yield f"scenes in both: {len(shared)}; there is no verdict with fewer than {MINIMUM_SCENES}"
     if unrecognised := sorted({*a.unrecognised, *b.unrecognised}):
         yield f"the encoder cannot recognise {', '.join(unrecognised)} in at least one of the runs"
-
-
-def _metric(key: str) -> Metric:
-    return next(metric for metric in METRICS if metric.key == key)
 
 
 def _difference(row: Mapping[str, Any], metric: Metric) -> str:

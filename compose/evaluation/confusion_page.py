@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_compose.compose.evaluation.confused import mean_matrix
+from lora_compose.compose.evaluation.confused import CELLS, mean_matrix
 from lora_compose.compose.evaluation.confusion import OUTCOMES
 from lora_compose.compose.evaluation.summary import role
 from lora_compose.compose.evaluation.table import Evaluation
@@ -32,7 +32,8 @@ def matrices(evaluation: Evaluation) -> list[dict[str, Any]]:
     """
     cells, rows = evaluation.confusion, []
     names = [one.name for one in evaluation.suite.concepts if one.name in set(cells["concept"])]
-    values = {str(arm): _values(part, names) for arm, part in cells.groupby("arm", sort=False)}
+    by_arm = cells.groupby("arm", sort=False)
+    values = {str(arm): {key: mean_matrix(part, names, key) for key in CELLS} for arm, part in by_arm}
     largest = max((np.nanmax(abs(of["difference"]), initial=0.0) for of in values.values()), default=0.0)
     for arm, of in values.items():
         strength = STRONGEST * abs(of["difference"]) / (largest or 1.0)
@@ -46,7 +47,3 @@ def matrices(evaluation: Evaluation) -> list[dict[str, Any]]:
         ]
         rows.append({"arm": arm, "role": role(evaluation.suite, arm), "names": names, "table": table})
     return rows
-
-
-def _values(cells: pd.DataFrame, names: list[str]) -> dict[str, np.ndarray]:
-    return {key: mean_matrix(cells, names, key) for key in ("difference", "similarity", "truth", "limit")}

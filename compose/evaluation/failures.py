@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
-from lora_compose.compose.evaluation.scene_kinds import kind_of_scene
+from lora_compose.compose.evaluation.summary import kind_of_scene
 from lora_compose.compose.evaluation.table import Evaluation, load
 from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import read_pixels, save_image

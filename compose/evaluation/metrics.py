@@ -66,14 +66,6 @@ def region_similarity(similarity: np.ndarray) -> np.ndarray:
     return np.nan_to_num(np.diagonal(similarity), nan=0.0)
 
 
-def minimum(similarity: np.ndarray) -> float:
-    """How alike the worst concept is to its own references, so that a good concept cannot make up for a lost one.
-
-    -1 to 1, in practice above 0; higher is better. A concept that was not detected counts as 0.
-    """
-    return float(region_similarity(similarity).min())
-
-
 def leak(similarity: np.ndarray) -> float:
     """How alike concepts are to others: the highest similarity to another concept's references, averaged over concepts.
 

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from lora_compose.compose.evaluation.results import (
     read_scores,
 )
 from lora_compose.compose.evaluation.scoring import reference_files
-from lora_compose.compose.evaluation.suite import Suite, ZeroShotConfig
+from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, ZeroShotConfig
 from lora_compose.compose.evaluation.worker import Images, Result
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.claims import Claim
@@ -39,6 +39,7 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import write
 from lora_compose.compose.generate.facts import digest, file_hash, model_facts, run_facts
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_judge, playground_model
+from lora_compose.compose.support.frozen import shared
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,7 @@ def make_plan(suite: Suite) -> Plan:
 
 
 def _scoring(suite: Suite) -> Any:
-    concepts = [
-        [concept.name, concept.trigger, concept.class_word, _references(suite, concept.name)]
-        for concept in suite.concepts
-    ]
+    concepts = [[one.name, one.trigger, one.class_word, _references(one)] for one in suite.concepts]
     detector = None if suite.detector is None else suite.detector.model_dump(mode="json")
     if isinstance(suite.detector, ZeroShotConfig):
         detector = [detector, fingerprint(suite.detector.model)]
@@ -83,15 +81,11 @@ def _scoring(suite: Suite) -> Any:
     return [SCORING, fingerprint(suite.encoder), detector, concepts, chosen]
 
 
-def _references(suite: Suite, name: str) -> list[str]:
-    return [file_hash(str(path)) for path in _present(reference_files(suite.concept(name)), name)]
-
-
-def _present(paths: Iterable[Path], concept: str) -> Iterator[Path]:
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"concept {concept!r}: the reference image {str(path)!r} is missing")
-        yield path
+def _references(concept: SuiteConcept) -> list[str]:
+    paths = reference_files(concept)
+    if missing := [path for path in paths if not path.is_file()]:
+        raise ValueError(f"concept {concept.name!r}: the reference image {str(missing[0])!r} is missing")
+    return [file_hash(str(path)) for path in paths]
 
 
 def fingerprint(source: str) -> Any:
@@ -192,11 +186,8 @@ class Todo:
             seed, data = image.record.run.seed, png_bytes(image.image, image.record)
             write_whole(image_path(self.out, self.planned.key, seed), data)
             sha256[seed] = hashlib.sha256(data).hexdigest()
-        about = Made(
-            scene=self.planned.scene, arm=self.planned.arm, alone=self.planned.alone, seeds=self.planned.seeds,
-            cost=images.cost, versions=images.versions, machine=images.machine, sha256=sha256,
-        )  # fmt: skip
-        write(folder / MADE, about)
+        made = shared(Made.model_fields, images, self.planned)
+        write(folder / MADE, Made(**made, sha256=sha256))
 
     def _keep_failure(self, folder: Path, failed: Failed) -> None:
         logger.error("%s failed: %s", self.planned.key, failed.error)

@@ -2,7 +2,6 @@
 
 import io
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -65,7 +64,8 @@ def _style(axes: Axes, metric: Metric) -> None:
 def _draw(axes: Axes, points: pd.DataFrame, metric: Metric) -> None:
     points = points.sort_values(metric.key, kind="stable")
     cost, value = points["rows_ratio"].to_numpy(), points[metric.key].to_numpy()
-    names = [_shortened(plain(name)) for name in points["arm"]]
+    names = np.array([_shortened(plain(name)) for name in points["arm"]])
+    inks = np.array([_INKS[kind] for kind in points["role"]])
     start, stop = float(cost.min()), max(float(cost.max()), float(cost.min()) + 1)
     room = 0.02 * max(map(len, names)) + 0.05  # of the axis, for a label
     step = 0.035 * (stop - start)
@@ -77,24 +77,16 @@ def _draw(axes: Axes, points: pd.DataFrame, metric: Metric) -> None:
     axes.set_xticks(
         sorted(set(cost.round(2).tolist())) if len(set(cost.round(2))) < 6 else np.linspace(start, stop, 5).round(1)
     )
-    for place, height, ends, kind in zip(x, value, zip(low, high, strict=True), points["role"], strict=True):
-        axes.plot([place, place], ends, color=_INKS[kind], linewidth=1.4, solid_capstyle="round")
-        axes.plot([place], [height], _MARKERS[kind], color=_INKS[kind], markersize=5.5)
+    for i, kind in enumerate(points["role"]):
+        axes.plot([x[i], x[i]], [low[i], high[i]], color=inks[i], linewidth=1.4, solid_capstyle="round")
+        axes.plot([x[i]], [value[i]], _MARKERS[kind], color=inks[i], markersize=5.5)
     gap = 0.062 * float(np.ptp(axes.get_ylim()))
     for group in _groups(x, room * (stop - start)):
-        _label(
-            axes,
-            x[group],
-            value[group],
-            [names[i] for i in group],
-            [_INKS[points["role"].iloc[i]] for i in group],
-            gap,
-            step,
-        )
+        _label(axes, x[group], value[group], names[group], inks[group], gap, step)
 
 
 def _label(
-    axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], inks: Sequence[str], gap: float, step: float
+    axes: Axes, x: np.ndarray, y: np.ndarray, names: np.ndarray, inks: np.ndarray, gap: float, step: float
 ) -> None:
     """Names to the right of a group of points, with thin lines to them."""
     for i, height in enumerate(_apart(y, gap)):

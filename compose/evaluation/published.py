@@ -18,7 +18,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.hf_api import RepoFile
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from lora_compose.compose.evaluation.alone import Alone
 from lora_compose.compose.evaluation.batches import batches
@@ -26,6 +26,7 @@ from lora_compose.compose.evaluation.suite import Name, Suite, moved_suite
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.paths import local_source
 from lora_compose.compose.files.scenes import read_as
+from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.terminal import echo
 from lora_compose.pipelines.support.hub import HubError, asking, page, reachable
 from lora_compose.pipelines.support.regular import sha256_of
@@ -34,7 +35,7 @@ from lora_compose.pipelines.text.tokens import find_words
 _MODEL = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
-class Download(BaseModel):
+class Download(Frozen):
     """Files of a hub repository.
 
     Attributes:
@@ -46,8 +47,6 @@ class Download(BaseModel):
         licence: Under which it is published, as its page says; None if that is not known.
         sha256: Of the one file; None is not compared with anything but the hub's own.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
     file: str | None = None
@@ -87,7 +86,7 @@ class Download(BaseModel):
         return any(fnmatch(path, pattern) for pattern in _MODEL) and path.count("/") < 2
 
 
-class Published(BaseModel):
+class Published(Frozen):
     """A suite whose sources are names of downloads, or local.
 
     Attributes:
@@ -95,8 +94,6 @@ class Published(BaseModel):
         references: References that the LoRA of a concept makes alone, by the name that the concept uses as its own.
         suite: The suite.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     downloads: Annotated[Mapping[Name, Download], Field(min_length=1)]
     references: Mapping[Name, Alone] = {}
@@ -201,12 +198,9 @@ def wanted(published: Published) -> Iterator[Wanted]:
                 f"{one.repository}/{one.file} is another file than the suite names: its SHA-256 is "
                 f"{files[0].lfs.sha256}, expected {one.sha256}; give the revision that had it, or the new SHA-256"
             )
-        missing = sum(file.size for file in files if not _cached(one, file.path))
+        cached = {file: try_to_load_from_cache(one.repository, file.path, **one.options) for file in files}
+        missing = sum(file.size for file, path in cached.items() if not isinstance(path, str))
         yield Wanted(name, one, sum(file.size for file in files), missing)
-
-
-def _cached(one: Download, path: str) -> bool:
-    return isinstance(try_to_load_from_cache(one.repository, path, **one.options), str)
 
 
 def fetch(published: Published) -> Suite:

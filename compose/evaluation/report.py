@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,18 @@ from lora_compose.compose.evaluation.confusion_page import bars, matrices
 from lora_compose.compose.evaluation.gallery import SMALL_SIDE, Gallery, shrunk
 from lora_compose.compose.evaluation.plots import against_cost
 from lora_compose.compose.evaluation.results import Failed
-from lora_compose.compose.evaluation.scene_kinds import success_by_kind
 from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES
 from lora_compose.compose.evaluation.suite import SuiteScene, ZeroShotConfig
-from lora_compose.compose.evaluation.summary import MAIN, METRICS, OUTCOME_METRICS, Metric, role, summary
+from lora_compose.compose.evaluation.summary import (
+    MAIN,
+    METRICS,
+    OUTCOME_METRICS,
+    Metric,
+    role,
+    success_by_kind,
+    summary,
+)
 from lora_compose.compose.evaluation.table import Evaluation, load
 from lora_compose.compose.files.stored import write_text
 from lora_compose.compose.support.terminal import plain
@@ -216,17 +223,13 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     lines = [f"# Evaluation: {marked(suite.name)}", ""]
     lines += [f"- {name}: {marked(value)}" for name, value in facts(evaluation).items()]
     lines += ["", *(f"> **Note.** {marked(text)}\n" for text in warnings(evaluation))]
-    lines += [line(header), line(["---", *["---:"] * (len(header) - 1)])]
-    lines += [line(_cells(row, shown, suite.baseline)) for row in arms_table.to_dict("records")]
+    lines += _table(header, (_cells(row, shown, suite.baseline) for row in arms_table.to_dict("records")))
     if outcomes := bars(arms_table):
-        lines += ["", line(["", *(metric.title for metric in OUTCOME_METRICS)])]
-        lines += [line(["---", *["---:"] * len(OUTCOME_METRICS)])]
-        lines += [
-            line([marked(row["arm"]), *(number(row[one.key], one) for one in OUTCOME_METRICS)]) for row in outcomes
-        ]
+        rows = ([marked(row["arm"]), *(number(row[one.key], one) for one in OUTCOME_METRICS)] for row in outcomes)
+        lines += ["", *_table(["", *(metric.title for metric in OUTCOME_METRICS)], rows)]
     if kinds := _scene_kinds(evaluation):
-        lines += ["", line(["Success", *kinds["columns"]]), line(["---", *["---:"] * len(kinds["columns"])])]
-        lines += [line([marked(row["arm"]), *map(number, row["values"])]) for row in kinds["rows"]]
+        rows = ([marked(row["arm"]), *map(number, row["values"])] for row in kinds["rows"])
+        lines += ["", *_table(["Success", *kinds["columns"]], rows)]
     lines += ["", *_GUIDE]
     if evaluation.failed:
         failures = (f"- {marked(_whose(failure))}: {marked(failure.error)}" for failure in evaluation.failed)
@@ -266,6 +269,11 @@ def marked(text: str) -> str:
 def line(cells: Iterable[str]) -> str:
     """A row of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown, with numbers in all columns but the first."""
+    return [line(header), line(["---", *["---:"] * (len(header) - 1)]), *map(line, rows)]
 
 
 def _whose(failed: Failed) -> str:

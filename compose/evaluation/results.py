@@ -22,6 +22,7 @@ from lora_compose.compose.evaluation.suite import Name, Suite
 from lora_compose.compose.files.images import Machine, read_pixels, read_record
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import read
+from lora_compose.compose.support.frozen import shared
 from lora_compose.pipelines.support.regular import sha256_of
 
 BATCHES = "batches"
@@ -48,17 +49,20 @@ class ImageCost(_Frozen):
     peak_bytes: int | None
 
 
-class Made(_Frozen):
+class _OfBatch(_Frozen):
+    scene: str
+    arm: str
+    alone: str | None = None
+    seeds: tuple[int, ...]
+
+
+class Made(_OfBatch):
     """A batch of images that was made, with the cost of an image and what made it.
 
     `alone` is the concept that acted alone, if the arm is one of those; `sha256`, by seed, is empty if the batch was
     made by a version that did not store checksums.
     """
 
-    scene: str
-    arm: str
-    alone: str | None = None
-    seeds: tuple[int, ...]
     cost: ImageCost
     versions: Mapping[str, str]
     machine: Machine
@@ -129,13 +133,9 @@ class Scores(_Frozen):
     images: Mapping[int, ImageScores]
 
 
-class Failed(_Frozen):
+class Failed(_OfBatch):
     """A batch that could not be made or scored."""
 
-    scene: str
-    arm: str
-    alone: str | None = None
-    seeds: tuple[int, ...]
     error: str
 
 
@@ -193,7 +193,7 @@ def read_made(out: Path, planned: Planned) -> Made | None:
         FileError: If that is damaged, or of another batch.
     """
     made = read(path := batch_folder(out, planned.key) / MADE, Made)
-    if made is not None and _batch(made) != _batch(planned):
+    if made is not None and shared(_OfBatch.model_fields, made) != shared(_OfBatch.model_fields, planned):
         raise FileError(f"{path} is of another batch")
     return made
 
@@ -230,10 +230,6 @@ def check_images(out: Path, planned: Planned, made: Made) -> None:
             intact = _sha256(path) == made.sha256.get(seed)
         if not intact:
             raise FileError(f"{path} is not the image that was written")
-
-
-def _batch(stored: Made | Planned) -> tuple:
-    return stored.scene, stored.arm, stored.alone, stored.seeds
 
 
 def _sha256(path: Path) -> str:

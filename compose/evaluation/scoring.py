@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -73,12 +74,9 @@ class Scorer:
         slots = self._slots(detections, [scene.regions[name] for name in names if scene.regions], chosen, allowed)
         scores = {}
         for concept, i, slot, own_references in zip(concepts, chosen, slots, references, strict=True):
-            alike = _rounded(clip_i(whole, own_references)[0])
-            row = {} if slot is None else rows[slot]
-            scores[concept.name] = ConceptScore(whole=alike, slot=row)
-            if i is not None:
-                region = scene.regions.get(concept.name)
-                scores[concept.name] = self._located(detections[i], region, rows[i], alike, row)
+            found = {} if i is None else self._found(detections[i], rows[i], scene.regions.get(concept.name))
+            alike, row = _rounded(clip_i(whole, own_references)[0]), {} if slot is None else rows[slot]
+            scores[concept.name] = ConceptScore(whole=alike, slot=row, **found)
         for style in (concept for concept in all_concepts if concept.is_style):
             alike = _rounded(clip_i(whole, self.references[style.name])[0])
             scores[style.name] = ConceptScore(whole=alike, colours=colours_of(image))
@@ -116,23 +114,12 @@ class Scorer:
         taken = np.isin(np.arange(len(detections)), [i for i in chosen if i is not None])
         return by_place([one.box for one in detections], regions, allowed & taken)
 
-    def _located(
-        self,
-        detection: Detection,
-        region: Box | None,
-        similarity: Mapping[str, float],
-        whole: float,
-        slot: Mapping[str, float],
-    ) -> ConceptScore:
-        known = self.detector is not None
-        return ConceptScore(
-            box=detection.box,
-            detection=detection.score if known else None,
-            similarity=similarity,
-            whole=whole,
-            placed=_placed(detection.box, region) if known and region is not None else None,
-            slot=slot,
-        )
+    def _found(self, detection: Detection, similarity: Mapping[str, float], region: Box | None) -> dict[str, Any]:
+        """Fields of the score of a concept that was found; without a detector it is where its region is."""
+        found: dict[str, Any] = {"box": detection.box, "similarity": similarity}
+        if self.detector is None:
+            return found
+        return found | {"detection": detection.score, "placed": region and _placed(detection.box, region)}
 
 
 def open_scorer(suite: Suite, device: str = "cpu") -> Scorer:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from lora_compose.compose.evaluation.chosen import Chosen, distinct
 from lora_compose.compose.evaluation.shipped import find_suite
 from lora_compose.compose.files.paths import local_source, moved_start
 from lora_compose.compose.files.scenes import read_as
+from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.savers import Savers
 from lora_compose.pipelines.merging import make_merger
 from lora_compose.pipelines.methods import make_method
@@ -20,14 +21,10 @@ SANITY = ("no LoRA", "alone", "merge")
 """Reference rows of every evaluation: no LoRA, each LoRA alone (`method_alone`), and the sum of all."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 Name = Annotated[str, Field(pattern=r"^[\w][\w .,+-]{0,59}$")]
 
 
-class SuiteConcept(_Frozen):
+class SuiteConcept(Frozen):
     """A concept with its reference images.
 
     Attributes:
@@ -99,7 +96,7 @@ class SuiteScene(Start):
     interaction: Literal["apart", "touching", "entangled"] | None = None
 
 
-class SuiteMethod(_Frozen):
+class SuiteMethod(Frozen):
     """A method with settings and a kind of LoRAs.
 
     Attributes:
@@ -143,7 +140,7 @@ def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
-class WindowsConfig(_Frozen):
+class WindowsConfig(Frozen):
     """Find objects by naming square windows of the image with the suite's encoder.
 
     Attributes:
@@ -156,7 +153,7 @@ class WindowsConfig(_Frozen):
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.3
 
 
-class ZeroShotConfig(_Frozen):
+class ZeroShotConfig(Frozen):
     """Find objects with a detector that takes words, such as google/owlv2-base-patch16-ensemble.
 
     Attributes:
@@ -169,7 +166,7 @@ class ZeroShotConfig(_Frozen):
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.2
 
 
-class Suite(_Frozen):
+class Suite(Frozen):
     """An evaluation.
 
     Attributes:
@@ -232,13 +229,15 @@ class Suite(_Frozen):
             missing = [c.name for c in self.concepts if method.lora is not None and method.lora not in c.loras]
             if missing:
                 raise ValueError(
-                    f"method {method.name!r} uses LoRAs of the kind {method.lora!r}, which {_listed(missing)} lacks"
+                    f"method {method.name!r} uses LoRAs of the kind {method.lora!r}, which {', '.join(missing)} lacks"
                 )
         kind = self.kinds[0]
         if kind and (lacking := [c.name for c in self.concepts if kind not in c.loras]):
-            raise ValueError(f"{self.concepts[0].name} has a LoRA of the kind {kind!r}, which {_listed(lacking)} lacks")
+            raise ValueError(
+                f"{self.concepts[0].name} has a LoRA of the kind {kind!r}, which {', '.join(lacking)} lacks"
+            )
         if self.baseline not in (names := [arm.name for arm in self.compared]):
-            raise ValueError(f"the baseline {self.baseline!r} is not among the methods; there are {_listed(names)}")
+            raise ValueError(f"the baseline {self.baseline!r} is not among the methods; there are {', '.join(names)}")
         return self
 
     @property
@@ -269,7 +268,7 @@ def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
     undefined = [name for name in (*scene.concepts, *scene.bundle) if name not in known]
     if undefined:
         raise ValueError(
-            f"{where} names {_listed(undefined)}, which is not a concept of the suite; there are {_listed(known)}"
+            f"{where} names {', '.join(undefined)}, which is not a concept of the suite; there are {', '.join(known)}"
         )
     if len({*scene.concepts, *scene.bundle}) < len(scene.concepts) + len(scene.bundle):
         raise ValueError(f"{where} names a concept twice")
@@ -277,17 +276,13 @@ def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
     if not subjects:
         raise ValueError(f"{where} has no subject; a style is seen in an image of something")
     if scene.regions and set(scene.regions) != set(subjects):
-        raise ValueError(f"{where} needs a region for each of {_listed(subjects)}, or none at all")
+        raise ValueError(f"{where} needs a region for each of {', '.join(subjects)}, or none at all")
     if suite.detector is None and not scene.regions:
         raise ValueError(f"{where} has no regions and the suite has no detector, so its concepts cannot be located")
     for name in scene.concepts:
         concept = suite.concept(name)
         if not find_words(concept.trigger, scene.prompt):
             raise ValueError(f"{where}: the prompt does not name {name!r} by its trigger {concept.trigger!r}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
 
 
 def read_suite(name: str) -> Suite:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,20 +105,15 @@ class Worker:
         counted = self.count(batch)
         peak = self._probed_peak(batch, run) if device.type == "cpu" else None
         start = time.perf_counter()
-        if device.type == "cuda":
-            with peak_memory(device) as memory:
-                result = make_batch(self.pipe, run, batch.seeds, on_progress)
-            peak = memory.peak_bytes
-        else:
+        with peak_memory(device) if device.type == "cuda" else nullcontext() as memory:
             result = make_batch(self.pipe, run, batch.seeds, on_progress)
+        rows = ("rows_forward", "rows_stopped", "rows_backward")
         cost = ImageCost(
-            rows_forward=result.cost.rows_forward / number if result.cost else counted.rows_forward,
-            rows_stopped=result.cost.rows_stopped / number if result.cost else counted.rows_stopped,
-            rows_backward=result.cost.rows_backward / number if result.cost else counted.rows_backward,
+            **{name: getattr(result.cost, name) / number if result.cost else getattr(counted, name) for name in rows},
             flops=counted.flops,
             seconds=(time.perf_counter() - start) / number,
             preparation_seconds=result.cost.preparation_seconds / number if result.cost else 0.0,
-            peak_bytes=peak,
+            peak_bytes=peak if memory is None else memory.peak_bytes,
         )
         return Images(result.images, cost, versions(), machine(device))
 

@@ -38,15 +38,15 @@ def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def heat(image: Image.Image, attention: Attention, concept: int, step: int | None, index: int = 0) -> Image.Image:
-    """A concept's map in its colour over the image, in grey: at one of the recorded steps, or the mean over all."""
-    maps = attention.maps[:, index, concept]
+def heat(image: Image.Image, attention: Attention, concept: int, step: int | None) -> Image.Image:
+    """A concept's map in its colour over the first image, in grey: at a recorded step, or the mean over all."""
+    maps = attention.maps[:, 0, concept]
     return _heat(image, maps.mean(dim=0) if step is None else maps[step], concept)
 
 
-def draft_heat(image: Image.Image, draft: Tensor, concept: int, index: int = 0) -> Image.Image:
-    """A concept's map of a draft over the image, which stays grey where the concept was not looked for."""
-    return _heat(image, draft[index, concept], concept)
+def draft_heat(image: Image.Image, draft: Tensor, concept: int) -> Image.Image:
+    """A concept's map of a draft over the first image, which stays grey where the concept was not looked for."""
+    return _heat(image, draft[0, concept], concept)
 
 
 def _heat(image: Image.Image, chosen: Tensor, concept: int) -> Image.Image:
@@ -58,12 +58,12 @@ def _heat(image: Image.Image, chosen: Tensor, concept: int) -> Image.Image:
     return Image.fromarray(np.clip(grey + strength * (ink * 0.9 + 20), 0, 255).astype(np.uint8))
 
 
-def masks(image: Image.Image, attention: Attention, step: int | None, index: int = 0) -> Image.Image:
-    """Region ownership: the masks of all concepts in their colours over the image, at one of the recorded steps.
+def masks(image: Image.Image, attention: Attention, step: int | None) -> Image.Image:
+    """Region ownership: the masks of all concepts in their colours over the first image, at a recorded step.
 
     Without a step, cells that belong to a concept in at least half of the steps.
     """
-    by_step = attention.masks[:, index].float()
+    by_step = attention.masks[:, 0].float()
     chosen = (by_step.mean(dim=0) >= 0.5) if step is None else by_step[step] > 0
     ground = _grown(image)
     pixels = np.asarray(ground, np.float32).copy()
@@ -74,9 +74,7 @@ def masks(image: Image.Image, attention: Attention, step: int | None, index: int
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def division(
-    size: tuple[int, int], maps: Tensor, owned: Tensor, subjects: Sequence[int], index: int = 0
-) -> Image.Image:
+def division(size: tuple[int, int], maps: Tensor, owned: Tensor, subjects: Sequence[int]) -> Image.Image:
     """The division of a draft, in the colours of its subjects: brighter where the model puts one of them.
 
     Args:
@@ -84,14 +82,13 @@ def division(
         maps: Attention to each concept; 0 for those that were not looked for. fp32.
         owned: The cells of each concept. Shape of both: [images, concepts, height, width], bool.
         subjects: Indices of the subjects among the concepts.
-        index: The image.
     """
     only = torch.zeros_like(owned)
     only[:, list(subjects)] = owned[:, list(subjects)]
-    relative = maps[index] / maps[index].amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    relative = maps[0] / maps[0].amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     strength = _spread(relative.amax(dim=0).numpy(), size)
     ground = Image.fromarray((255 * strength).astype(np.uint8)).convert("RGB")
-    return masks(ground, Attention((0,), maps[None], only[None]), None, index)
+    return masks(ground, Attention((0,), maps[None], only[None]), None)
 
 
 def outlined(image: Image.Image, boxes: Sequence[tuple[int, int, int, int] | None]) -> Image.Image:

@@ -13,13 +13,14 @@ from typing import Annotated, BinaryIO, Self
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from lora_compose.compose.files.atomic import write_new
 from lora_compose.compose.files.paths import free_path, located, moved, to_record
 from lora_compose.compose.files.reading import FileError, open_file
 from lora_compose.compose.files.text import parse_json
 from lora_compose.compose.files.validation import validated
+from lora_compose.compose.support.frozen import Frozen
 from lora_compose.pipelines.scene.mask_images import FILE_LIMIT, PIXEL_LIMIT, SIDE_LIMIT
 from lora_compose.pipelines.scene.scene import Run
 
@@ -34,17 +35,15 @@ Hashes = _Sha256 | tuple[_Sha256, ...]
 """Of the file of a concept, or of those that it merges."""
 
 
-class Machine(BaseModel):
+class Machine(Frozen):
     """Where an image was made: the device as torch names it, the processor, and torch's CPU threads."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str
     name: str
     threads: Annotated[int, Field(gt=0)]
 
 
-class Record(BaseModel):
+class Record(Frozen):
     """The metadata of an image: how it was made.
 
     Attributes:
@@ -58,8 +57,6 @@ class Record(BaseModel):
             The pixels depend on it.
         together: Number of images of a server's batch, which may differ in everything; pixels depend on it by rounding.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: Run
     versions: Mapping[str, str]

@@ -25,6 +25,9 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _Model = TypeVar("_Model", bound=BaseModel)
 _Start = TypeVar("_Start", bound=Start)
 
+Move = Callable[[str], str]
+"""From a path, or a name that is kept, to where it is elsewhere."""
+
 
 def free_path(path: Path) -> Path:
     """The path itself if nothing is there, else the first free one of "name-2", "name-3", ..."""
@@ -94,7 +97,7 @@ def located(model: _Model, path: Path) -> _Model:
     return moved(model, lambda source: local_source(source, base))
 
 
-def moved(model: Any, move: Any) -> Any:
+def moved(model: Any, move: Move) -> Any:
     """A scene or run with every path changed by a function."""
     if isinstance(model, Run):
         files = {"model": move(model.model), "quantize": moved_weights(model.quantize, move)}
@@ -106,12 +109,12 @@ def moved(model: Any, move: Any) -> Any:
     return moved_start(model, move).model_copy(update={"concepts": concepts})
 
 
-def moved_weights(quantize: str | None, move: Callable[[str], str]) -> str | None:
+def moved_weights(quantize: str | None, move: Move) -> str | None:
     """What a model is opened with in fewer bits, moved if it is a file."""
     return quantize if quantize is None or quantize in QUANTISED else move(quantize)
 
 
-def moved_start(model: _Start, move: Any) -> _Start:
+def moved_start(model: _Start, move: Move) -> _Start:
     """A scene, of any kind, with the paths of its images and of the models that read them moved."""
     controls = tuple(_moved(one, ("model", "image"), move) for one in model.controls)
     adapters = tuple(_moved(one, ("model", "image", "region"), move) for one in model.ip_adapters)
@@ -120,7 +123,7 @@ def moved_start(model: _Start, move: Any) -> _Start:
     return start.model_copy(update={"references": references, "controls": controls, "ip_adapters": adapters})
 
 
-def _moved(model: _Model, names: tuple[str, ...], move: Any) -> _Model:
+def _moved(model: _Model, names: tuple[str, ...], move: Move) -> _Model:
     """A model with the paths in some fields moved; masks given as text are no paths."""
     given = {name: getattr(model, name) for name in names}
     paths = {name: one for name, one in given.items() if isinstance(one, str) and not one.startswith(URI_PREFIX)}

@@ -79,7 +79,7 @@ def runnable(record: Record, loras: Path | None = None) -> Run:
         places: list[str] = []
         for source, wanted in _recorded(record, concept):
             there = _is_there(source, wanted)
-            if not there and wanted not in moved and not _exists(source):
+            if not there and wanted not in moved and _local(source) is None and not is_hub_name(source):
                 missing.append(f"  {concept.name}: {source or 'no file named'}, SHA-256 {wanted or 'not recorded'}")
             places.append(str(moved[wanted]) if not there and wanted in moved else source)
         concepts.append(concept.model_copy(update={"lora": with_files(concept.lora, [*filter(None, places)])}))
@@ -163,10 +163,6 @@ def _is_there(source: str, sha256: str | None) -> bool:
         return file is not None and sha256_of(file) == sha256
     except OSError:  # it cannot be read; the run will report that
         return False
-
-
-def _exists(source: str) -> bool:
-    return _local(source) is not None or is_hub_name(source)
 
 
 def _local(source: str) -> Path | None:

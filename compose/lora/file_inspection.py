@@ -1,7 +1,7 @@
 """Inspects a LoRA file by itself, without a model: format, family, words, ranks."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
@@ -130,7 +130,8 @@ def by_itself(known: Inspection, file: LoraFile, why: str | None = None) -> Insp
         blocks: dict[tuple[str, str], list[Layer]] = {}
         for layer in grouped.layers:
             blocks.setdefault((layer.part, _block_in_file(layer.module)), []).append(layer)
-        found = tuple(_block_of_file(part, name, inside, own) for (part, name), inside in blocks.items())
+        alphas = {key: [own(layer.module, layer) for layer in inside] for key, inside in blocks.items()}
+        found = tuple(block(*key, inside, alphas[key]) for key, inside in blocks.items())
     except (LoraError, ValueError) as error:
         return known.model_copy(update={"problem": str(error)})
     refused = next((layer.refused for layer in grouped.layers if layer.refused), None)
@@ -138,12 +139,13 @@ def by_itself(known: Inspection, file: LoraFile, why: str | None = None) -> Insp
     return known.model_copy(update={"blocks": found, "unmatched": grouped.unknown, **about})
 
 
-def _block_of_file(part: str, name: str, layers: Sequence[Layer], own: Callable[[str, Layer], float | None]) -> Block:
-    ranks = {rank for layer in layers if (rank := rank_of(layer.shapes)) is not None}
-    alphas = {alpha for layer in layers if (alpha := own(layer.module, layer)) is not None}
-    return Block(
-        part=part, name=name, layers=len(layers), ranks=tuple(sorted(ranks)), alphas=tuple(sorted(alphas)), norm=None
-    )  # fmt: skip
+def block(
+    part: str, name: str, layers: Sequence[Layer], alphas: Iterable[float | None], norm: float | None = None
+) -> Block:
+    """A file's changes of the layers of one block, each with its alpha."""
+    ranks = sorted({rank for layer in layers if (rank := rank_of(layer.shapes)) is not None})
+    known = sorted({alpha for alpha in alphas if alpha is not None})
+    return Block(part=part, name=name, layers=len(layers), ranks=tuple(ranks), alphas=tuple(known), norm=norm)
 
 
 def _block_in_file(module: str) -> str:

@@ -14,12 +14,12 @@ from lora_compose.attention.device import uncompiled
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.attention.transforms import dense_weight
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
-from lora_compose.compose.lora.file_inspection import Block, Inspection, about, block_of, by_itself
+from lora_compose.compose.lora.file_inspection import Block, Inspection, about, block, block_of, by_itself
+from lora_compose.compose.lora.merging import overlap
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, assign, match
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, inner
 from lora_compose.pipelines.formats.files import LoraFile
-from lora_compose.pipelines.formats.kinds import rank_of
 from lora_compose.pipelines.formats.layers import Layer, by_layer
 
 
@@ -102,17 +102,13 @@ def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: 
         blocks: dict[str, list[str]] = {}
         for name in names:
             blocks.setdefault(block_of(part, name), []).append(name)
-        for block in sorted(blocks, key=_order):
-            inside = [names[name] for name in blocks[block]]
-            each = [_energy(getattr(pipe, part), name, loras[part][name]) for name in blocks[block]]
+        for of in sorted(blocks, key=_order):
+            inside = [names[name] for name in blocks[of]]
+            each = [_energy(getattr(pipe, part), name, loras[part][name]) for name in blocks[of]]
             energy = None if None in each else sum(filter(None, each))
-            ranks = {rank for layer in inside if (rank := rank_of(layer.shapes)) is not None}
-            alphas = {alpha for name in blocks[block] if (alpha := own(name, names[name])) is not None}
-            yield Block(
-                part=part, name=block.removeprefix(f"{part}."), layers=len(inside), ranks=tuple(sorted(ranks)),
-                alphas=tuple(sorted(alphas)),
-                norm=None if energy is None else math.sqrt(max(0.0, energy)),
-            )  # fmt: skip
+            norm = None if energy is None else math.sqrt(max(0.0, energy))
+            alphas = [own(name, names[name]) for name in blocks[of]]
+            yield block(part, of.removeprefix(f"{part}."), inside, alphas, norm)
 
 
 def _energy(model: nn.Module, name: str, factors: LoraFactors) -> float | None:
@@ -150,9 +146,9 @@ def _overlap(one: tuple[str, Factors], other: tuple[str, Factors]) -> Overlap:
         block = sums.setdefault(block_of(*key), [0.0, 0.0, 0.0])
         block[:] = [x + y for x, y in zip(block, found, strict=True)]
     blocks = tuple(
-        (block, _share(*sums[block])) for block in sorted(sums, key=lambda block: (block[0] != "u", _order(block)))
+        (block, overlap(*sums[block])) for block in sorted(sums, key=lambda block: (block[0] != "u", _order(block)))
     )
-    whole = _share(*(sum(column) for column in zip(*sums.values(), strict=True))) if sums else None
+    whole = overlap(*(sum(column) for column in zip(*sums.values(), strict=True))) if sums else None
     return Overlap(files=(name, other_name), blocks=blocks, whole=whole, meaning=_meaning(whole))
 
 
@@ -161,10 +157,6 @@ def _layers(factors: Factors) -> dict[tuple[str, str], LoraFactors]:
     return {
         (part, name): found for part, lora in loras.items() for name, found in lora.items() if found.transform is None
     }
-
-
-def _share(product: float, one: float, other: float) -> float:
-    return min(1.0, product**2 / (one * other)) if one > 0 and other > 0 else 0.0
 
 
 def _meaning(whole: float | None) -> str:

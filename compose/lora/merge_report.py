@@ -13,7 +13,6 @@ from rich.text import Text
 from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.lora.matching import match_files
-from lora_compose.compose.lora.merge_tally import MergedBlock
 from lora_compose.compose.lora.merging import Given, Report, check_free, merge_files
 from lora_compose.compose.playground.assets import lora_source, playground_of
 from lora_compose.compose.support.terminal import bar, echo, out, plain
@@ -141,7 +140,7 @@ def _show(report: Report, method: str) -> None:
     out.print(table)
     for note in report.notes:
         echo(f"note: {note}", style="yellow")
-    whole: MergedBlock = report.blocks[-1]
+    whole = report.blocks[-1]
     memory = "" if report.peak_bytes is None else f", {report.peak_bytes / 2**30:.2f} GiB of memory at most"
     echo(
         f"{report.out}: merged with method {method}, {whole.layers} layers, {report.size / 2**20:.1f} MiB, "

@@ -1,30 +1,32 @@
 """Merges LoRA files whose layers are matched: one layer after the other, and written at once."""
 
 import json
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
 import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from lora_compose.attention import LoraFactors
 from lora_compose.compose.files.atomic import write_new, write_whole
 from lora_compose.compose.lora.file_inspection import RECORD, block_of
-from lora_compose.compose.lora.merge_tally import MergedBlock, Tally
 from lora_compose.compose.support.version import __version__
 from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.lora_writer import FileLayer, Spelling, tensors
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
 from lora_compose.pipelines.merging import Changes, Merger, Moments, settings_of
 from lora_compose.pipelines.merging.changes import Name, begin
-from lora_compose.pipelines.merging.factors import matrices, spectrum
+from lora_compose.pipelines.merging.factors import gram, matrices, spectrum
 
 try:
     import resource
@@ -63,6 +65,32 @@ class Matched:
     sites: Mapping[Name, FileLayer]
     spelling: Spelling
     notes: tuple[str, ...]
+
+
+class MergedBlock(BaseModel, frozen=True):
+    """The merge of one block of a model.
+
+    Attributes:
+        name: Such as "unet.down_blocks.1"; "all" for the whole file.
+        ranks_before: Smallest and largest sum of ranks of a layer.
+        ranks_after: Smallest and largest rank of a layer that was written.
+        norm: Frobenius norm of what was written.
+        energy: Squared norm, divided by that of the weighted sum of the changes; None if that is 0.
+        kept: By file, how much of its weighted change D is in the result M: <M, D> / |D|^2. 1 means all of it, and more
+            that other files add to it; None if the file changes nothing.
+        cut: The fraction of the energy that is left after the cut to a rank; 1 without a cut.
+        overlaps: By pair of files, <A, B>^2 / (|A|^2 |B|^2).
+    """
+
+    name: str
+    layers: int
+    ranks_before: tuple[int, int]
+    ranks_after: tuple[int, int]
+    norm: float
+    energy: float | None
+    kept: tuple[float | None, ...]
+    cut: float
+    overlaps: tuple[float, ...]
 
 
 class Report(BaseModel, frozen=True):
@@ -208,3 +236,50 @@ def _peak() -> int | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+class Tally:
+    """Inner products of all changes and of the results, summed by block."""
+
+    def __init__(self, files: int) -> None:
+        self._files = files
+        self._sums: dict[str, Tensor] = {}
+        self._whole: dict[str, float] = {}
+        self._ranks: dict[str, list[tuple[int, int]]] = {}
+
+    @property
+    def written(self) -> int:
+        """The sum of the ranks that are written."""
+        return sum(after for ranks in self._ranks.values() for _, after in ranks)
+
+    def add(self, block: str, changes: Changes, merged: LoraFactors, kept: float) -> None:
+        """Adds a layer: its changes, the result, and the share of its energy that the cut to a rank kept."""
+        products = gram([*changes, merged])
+        self._sums[block] = self._sums.get(block, 0) + products
+        self._whole[block] = self._whole.get(block, 0.0) + float(products[-1, -1]) / kept
+        self._ranks.setdefault(block, []).append((sum(change.rank for change in changes), merged.rank))
+
+    def blocks(self) -> Iterator[MergedBlock]:
+        """The merge of each block, and of the whole."""
+        for name, products in self._sums.items():
+            yield self._block(name, products, self._whole[name], self._ranks[name])
+        products = sum(self._sums.values(), torch.zeros(()))
+        yield self._block("all", products, sum(self._whole.values()), [*chain(*self._ranks.values())])
+
+    def _block(self, name: str, products: Tensor, uncut: float, ranks: list[tuple[int, int]]) -> MergedBlock:
+        n = self._files
+        energy = products.diagonal().clamp(min=0).tolist()
+        whole = float(products[:n, :n].sum())
+        before, after = zip(*ranks, strict=True)
+        return MergedBlock(
+            name=name, layers=len(ranks), ranks_before=(min(before), max(before)), ranks_after=(min(after), max(after)),
+            norm=math.sqrt(energy[n]), energy=energy[n] / whole if whole > 0 else None,
+            kept=tuple(float(products[i, n]) / energy[i] if energy[i] else None for i in range(n)),
+            cut=min(1.0, energy[n] / uncut) if uncut > 0 else 1.0,
+            overlaps=tuple(overlap(float(products[i, j]), energy[i], energy[j]) for i, j in combinations(range(n), 2)),
+        )  # fmt: skip
+
+
+def overlap(product: float, one: float, other: float) -> float:
+    """How much two changes have in common, 0 to 1, by their inner product and their squared norms."""
+    return min(1.0, product**2 / (one * other)) if one > 0 and other > 0 else 0.0

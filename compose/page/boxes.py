@@ -48,7 +48,8 @@ def one_more(taken: Sequence[Box], width: int, height: int) -> list[Box]:
     if not taken:
         return template("Side by side", 1, width, height)
     gap = max(1.0, _MARGIN * width)
-    free = _inset(max(_free(taken, width, height), key=_area, default=(0, 0, 0, 0)), gap)
+    left, top, right, bottom = max(_free(taken, width, height), key=_area, default=(0, 0, 0, 0))
+    free = left + gap, top + gap, right - gap, bottom - gap
     if free[2] - free[0] >= _ROOM * width and free[3] - free[1] >= _ROOM * height:
         return [*taken, fitted(free, width, height)]
     divided = max(range(len(taken)), key=lambda i: _area(taken[i]))
@@ -65,10 +66,6 @@ def _free(taken: Sequence[Box], width: int, height: int) -> list[Box]:
         for (left, right), (top, bottom) in product(combinations(across, 2), combinations(down, 2))
         if all(box[2] <= left or right <= box[0] or box[3] <= top or bottom <= box[1] for box in taken)
     ]
-
-
-def _inset(box: Box, gap: float) -> tuple[float, float, float, float]:
-    return box[0] + gap, box[1] + gap, box[2] - gap, box[3] - gap
 
 
 def _halves(box: Box, gap: float) -> list[tuple[float, float, float, float]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_compose.compose.generate.model_facts import index_of
-from lora_compose.compose.page.store import SUFFIX, Lora, family_of, image_of, in_folder
+from lora_compose.compose.page.store import SUFFIX, Lora, beside, described, in_folder
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.opening import checkpoint_keys
@@ -86,29 +86,17 @@ def listed(path: Path) -> Lora:
             header = read_header(file)
     except (OSError, ValueError) as error:  # it has changed since its words were read
         raise LoraError(f"{path.name} cannot be read: {error}") from error
-    family, composed = family_of({key: entry.shape for key, entry in header.entries.items()}, header.metadata)
-    return Lora(
-        source=str(path),
-        shown=path.name,
-        trigger=(words.trigger or "").strip(),
-        class_word=(words.class_word or "").strip(),
-        thumbnail=image_of(path, header.metadata),
-        family=family,
-        composed=composed,
-    )
+    shapes = {key: entry.shape for key, entry in header.entries.items()}
+    return described(str(path), path.name, words, shapes, header.metadata, beside(path))
 
 
 def _family_of_file(path: Path) -> str | None:
     """The family of a checkpoint; None for LoRAs and whatever else is no model."""
     try:
         keys = checkpoint_keys(path, {})
-        return ComposePipeline.family_of_keys(keys).family if any(map(_is_of_checkpoint, keys)) else None
+        return ComposePipeline.family_of_keys(keys).family if any(key.startswith(_CHECKPOINT) for key in keys) else None
     except Exception:  # files are not trusted: whatever errors they cause, the others are listed
         return None
-
-
-def _is_of_checkpoint(key: str) -> bool:
-    return key.startswith(_CHECKPOINT)
 
 
 def _family(folder: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, TypeGuard
 
@@ -14,6 +14,7 @@ from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
 from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir, ordinary
+from lora_compose.compose.support.frozen import shared
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
 from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
 from lora_compose.pipelines.scene.sources import moved_files
@@ -75,20 +76,13 @@ class Form:
         if not self.boxed:
             concepts = tuple(concept.model_copy(update={"region": None}) for concept in concepts)
         try:
-            scene = Scene(
-                prompt=self.prompt, negative_prompt=self.negative_prompt, concepts=concepts,
-                width=self.size[0], height=self.size[1], image=self.image, mask_image=self.mask_image,
-                strength=self.strength, paste_original=True if self.mask_image is not None else None,
-                references=self.references, controls=self.controls, ip_adapters=self.ip_adapters,
-            )  # fmt: skip
-            return [
-                Run(
-                    scene=scene, model=self.choice.model, method=self.method, settings=self.settings,
-                    scheduler=self.scheduler, steps=self.steps, guidance_scale=self.guidance_scale, seed=seed,
-                    dtype=self.choice.dtype, quantize=self.choice.quantize, device=self.choice.device,
-                )
-                for seed in self.seeds
-            ]  # fmt: skip
+            width, height = self.size
+            scene = Scene(**shared(
+                Scene.model_fields, self, concepts=concepts, width=width, height=height,
+                paste_original=True if self.mask_image is not None else None,
+            ))  # fmt: skip
+            given = shared(Run.model_fields, self.choice, self)
+            return [Run(**given, scene=scene, seed=seed) for seed in self.seeds]
         except FieldError as error:
             raise ValueError("\n".join(error.messages)) from error
 
@@ -118,26 +112,14 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
         value = settings.get(control.name, 0)
         if control.kind == "whole" and abs(value) > _MOST_WHOLE:
             raise ValueError(f"{control.name} is {value}; a browser counts to {_MOST_WHOLE}.")
-    form = Form(
+    form = Form(**shared(
+        (field.name for field in fields(Form)), run.scene, run,
         choice=Choice(run.model, run.dtype, run.device, quantize=run.quantize),
-        prompt=run.scene.prompt,
-        negative_prompt=run.scene.negative_prompt,
-        concepts=run.scene.concepts,
         boxed=any(concept.region is not None for concept in run.scene.concepts),
         size=(run.scene.width or size[0], run.scene.height or size[1]),
-        method=method,
-        settings=settings,
-        scheduler=run.scheduler,
-        steps=run.steps,
-        guidance_scale=run.guidance_scale,
-        seeds=(run.seed,),
-        image=run.scene.image,
+        method=method, settings=settings, seeds=(run.seed,),
         mask_image=run.scene.mask_image if isinstance(run.scene.mask_image, str) else None,
-        strength=run.scene.strength,
-        references=run.scene.references,
-        controls=run.scene.controls,
-        ip_adapters=run.scene.ip_adapters,
-    )
+    ))  # fmt: skip
     check_limits(form)
     return form
 

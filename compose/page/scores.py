@@ -64,14 +64,9 @@ class Judge:
 
     @cached_property
     def _scorer(self) -> Any:
-        from lora_compose.compose.evaluation.detectors import make_detector
-        from lora_compose.compose.evaluation.encoders import load_encoder
-        from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
+        from lora_compose.compose.evaluation.scoring import open_scorer
 
-        suite = self._suite
-        encoder = load_encoder(suite.encoder, "cpu")
-        references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
-        return Scorer(suite, encoder, make_detector(suite.detector, encoder, "cpu"), references)
+        return open_scorer(self._suite)
 
     def _names(self, scene: Scene) -> Mapping[str, str] | None:
         """The suite's concepts by ours; None if one of ours has no counterpart, or two have the same."""

@@ -5,6 +5,7 @@ import binascii
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -13,11 +14,10 @@ from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from lora_compose.compose.figures.overlay import PALETTE
-from lora_compose.compose.files.images import Hashes, Record, read_pixels, record_in
+from lora_compose.compose.figures.overlay import colour
+from lora_compose.compose.files.images import Hashes, Record, png_bytes, read_pixels, record_in
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.files.reading import FileError
-from lora_compose.compose.page.folders import new_folder
 from lora_compose.compose.playground.assets import (
     PLAYGROUND,
     PLAYGROUNDS,
@@ -26,10 +26,11 @@ from lora_compose.compose.playground.assets import (
     playground_of,
     playground_references,
 )
+from lora_compose.compose.support.folders import of_this_process
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.recognise import guess_family
-from lora_compose.pipelines.formats.triggers import Candidate
+from lora_compose.pipelines.formats.triggers import Candidate, Words
 from lora_compose.pipelines.scene.mask_images import FORMATS, from_uri, greys, upright_image
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.regular import sha256_of
@@ -107,7 +108,7 @@ class Store:
     """
 
     def __init__(self) -> None:
-        self.folder = new_folder()
+        self.folder = Path(tempfile.mkdtemp(dir=of_this_process("page")))
         self.uploads: list[Lora] = []
         self.images: dict[str, str] = {}
 
@@ -258,22 +259,10 @@ def named(source: str) -> Lora:
     path = find_file(source)
     if is_on_hub(source):
         return _described(read_lora(path), source, source)
-    return _described(read_lora(path), str(path), path.name, _beside(path))
+    return _described(read_lora(path), str(path), path.name, beside(path))
 
 
-def family_of(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> tuple[str | None, bool]:
-    """The family of models that a LoRA is for, None if it is not known; and whether such models are composed here."""
-    ours, guess = playground_of(metadata.get("base_model")), guess_family(shapes, metadata)
-    return ours or guess.family, ours is not None or guess.supported
-
-
-def image_of(path: Path, metadata: Mapping[str, str]) -> bytes | None:
-    """A small PNG of what a LoRA shows: from the image beside its file, or from its metadata; None without one."""
-    beside = _beside(path)
-    return _thumbnail(beside) if beside is not None else _embedded(metadata.get("modelspec.thumbnail"))
-
-
-def _beside(path: Path) -> Path | None:
+def beside(path: Path) -> Path | None:
     """The image beside a file, where many programs put it."""
     return next(filter(Path.is_file, (path.with_suffix(suffix) for suffix in (".png", ".preview.png"))), None)
 
@@ -349,21 +338,35 @@ def _shown(name: str) -> str:
     return name.replace("\\", "/").rpartition("/")[2][:120] or "a file without a name"
 
 
-def _described(file: LoraFile, source: str, shown: str, result: Path | None = None) -> Lora:
-    metadata = file.metadata
-    family, composed = family_of({key: tensor.shape for key, tensor in file.tensors.items()}, metadata)
+def _described(file: LoraFile, source: str, shown: str, image: Path | None = None) -> Lora:
+    shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
+    return replace(
+        described(source, shown, file.words, shapes, file.metadata, image),
+        sha256=file.sha256,
+        trained_with=(file.metadata.get("method") or "").strip(),
+        triggers=file.words.triggers,
+        class_words=file.words.class_words,
+    )
+
+
+def described(
+    source: str,
+    shown: str,
+    words: Words,
+    shapes: Mapping[str, Sequence[int]],
+    metadata: Mapping[str, str],
+    image: Path | None,
+) -> Lora:
+    """A LoRA as the header of its file describes it, with an image of it or the one in its metadata."""
+    ours, guess = playground_of(metadata.get("base_model")), guess_family(shapes, metadata)
     return Lora(
         source=source,
         shown=shown,
-        sha256=file.sha256,
-        trigger=(file.trigger or "").strip(),
-        class_word=(file.class_word or "").strip(),
-        trained_with=(metadata.get("method") or "").strip(),
-        thumbnail=_thumbnail(result) if result else _embedded(metadata.get("modelspec.thumbnail")),
-        family=family,
-        composed=composed,
-        triggers=file.words.triggers,
-        class_words=file.words.class_words,
+        trigger=(words.trigger or "").strip(),
+        class_word=(words.class_word or "").strip(),
+        thumbnail=_thumbnail(image) if image else _embedded(metadata.get("modelspec.thumbnail")),
+        family=ours or guess.family,
+        composed=ours is not None or guess.supported,
     )
 
 
@@ -394,13 +397,9 @@ def _embedded(uri: str | None) -> bytes | None:
 
 def _small(image: Image.Image) -> bytes:
     image.thumbnail((_SIDE, _SIDE))
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_bytes(image)
 
 
 def tile(index: int) -> bytes:
     """A plain tile in a concept's colour, where there is no image."""
-    buffer = BytesIO()
-    Image.new("RGB", (_SIDE, _SIDE), PALETTE[index % len(PALETTE)]).save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_bytes(Image.new("RGB", (_SIDE, _SIDE), colour(index)))

@@ -10,6 +10,7 @@ from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.serve.choosing import listed
 from lora_compose.compose.serve.requests import ImageRequest
+from lora_compose.compose.support.frozen import shared
 from lora_compose.pipelines.scene.scene import Run, Scene
 from lora_compose.pipelines.scene.sources import files_of
 from lora_compose.pipelines.support.regular import sha256_of
@@ -31,22 +32,16 @@ def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, to
         concepts.append(asked.concept.model_copy(update={"lora": path.name}))
         status = path.stat()
         hashes[asked.name] = _hash(str(path), status.st_size, status.st_mtime_ns)
-    scene = Scene(
-        prompt=request.prompt, negative_prompt=request.negative_prompt, concepts=tuple(concepts), width=request.width,
-        height=request.height,
-    )  # fmt: skip
+    scene = Scene(**shared(Scene.model_fields, request, concepts=tuple(concepts)))
     public = run.model in PLAYGROUNDS or (is_hub_name(run.model) and not Path(run.model).exists())
-    used = run.model_copy(
-        update={
-            "scene": scene, "model": run.model if public else Path(run.model).name, "method": request.method,
-            "scheduler": type(pipe.scheduler).__name__, "steps": request.steps, "seed": request.seed,
-            "quantize": moved_weights(run.quantize, lambda file: Path(file).name),
-            "guidance_scale": request.guidance_scale, "device": str(pipe._execution_device),
-        }
+    used = shared(
+        Run.model_fields, request, scene=scene, model=run.model if public else Path(run.model).name,
+        scheduler=type(pipe.scheduler).__name__, device=str(pipe._execution_device),
+        quantize=moved_weights(run.quantize, lambda file: Path(file).name),
     )  # fmt: skip
     return Record(
-        run=used, versions=versions(), sha256=hashes, machine=machine(pipe._execution_device), together=together,
-        method_reason=None if reason == "it was asked for" else reason,
+        run=run.model_copy(update=used), versions=versions(), sha256=hashes, machine=machine(pipe._execution_device),
+        together=together, method_reason=None if reason == "it was asked for" else reason,
     )  # fmt: skip
 
 

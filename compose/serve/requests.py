@@ -6,9 +6,10 @@ Lists are measured before their entries are read, and no message repeats what wa
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from lora_compose.compose.batch.settings import LAST_SEED
+from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.names import METHODS
 from lora_compose.pipelines.concepts.tags import read_tags
 from lora_compose.pipelines.scene.given import fields_of, listed
@@ -35,18 +36,14 @@ def _four_sides(given: Any) -> Any:
     return given
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Limits(_Frozen):
+class Limits(Frozen):
     """The most that a request may ask for."""
 
     pixels: Annotated[int, Field(gt=0)] = 1024 * 1024
     steps: Annotated[int, Field(gt=0)] = 50
 
 
-class _Asked(_Frozen):
+class _Asked(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _few_fields(cls, given: Any) -> Any:

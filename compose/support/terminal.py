@@ -5,7 +5,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,6 +16,7 @@ from lora_compose.compose.support.spelling import as_options
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_T = TypeVar("_T")
 
 out = Console(highlight=False, emoji=False)
 err = Console(highlight=False, emoji=False, stderr=True)
@@ -72,6 +73,16 @@ def bar(text: str, total: float | None = None) -> Iterator[Callable[..., None]]:
     """
     with (_drawn if err.is_terminal else _printed)(plain(text), total) as update:
         yield update
+
+
+def bar_over(text: str, items: Collection[_T], do: Callable[[_T], _R]) -> list[_R]:
+    """What a function gives for each item, with progress."""
+    results = []
+    with bar(text, len(items)) as on_progress:
+        for item in items:
+            results.append(do(item))
+            on_progress(len(results))
+    return results
 
 
 @contextmanager

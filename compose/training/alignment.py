@@ -82,11 +82,7 @@ class Alignment:
 
     def freeze_keys(self) -> None:
         """Ties the keys: they are set, all other ranks are zero, and nothing of them is trained."""
-        with torch.no_grad():
-            for layer in self.layers:
-                layer.down.zero_()
-                layer.up.zero_()
-        self.set_keys()
         for layer in self.layers:
-            layer.down.requires_grad_(False)
-            layer.up.requires_grad_(False)
+            layer.down.requires_grad_(False).zero_()
+            layer.up.requires_grad_(False).zero_()
+        self.set_keys()

@@ -25,40 +25,25 @@ _CROSS_KV = rf"{_IN_BLOCK}attn2\.to_[kv]"
 
 
 class Base(Protocol):
-    """A base model, opened."""
+    """A base model, opened.
+
+    Attributes:
+        part: The component that gets the LoRA, as diffusers names it.
+        pipe: Its pipeline.
+        network: The component itself.
+        side: Side of the images that it was made for, in pixels.
+        architecture: Its architecture, named as in the ModelSpec standard.
+        prediction: The target of the network, named as in the ModelSpec standard; empty if that has no name for it.
+        tokenizers: The tokenizers of prompts.
+    """
 
     part: str
-    """The component that gets the LoRA, as diffusers names it."""
-
-    @property
-    def pipe(self) -> Any:
-        """Its pipeline."""
-        ...
-
-    @property
-    def network(self) -> Any:
-        """The component itself."""
-        ...
-
-    @property
-    def side(self) -> int:
-        """Side of the images that it was made for, in pixels."""
-        ...
-
-    @property
-    def architecture(self) -> str:
-        """Its architecture, named as in the ModelSpec standard."""
-        ...
-
-    @property
-    def prediction(self) -> str:
-        """The target of the network, named as in the ModelSpec standard; empty if that has no name for it."""
-        ...
-
-    @property
-    def tokenizers(self) -> Sequence[Any]:
-        """The tokenizers of prompts."""
-        ...
+    pipe: Any
+    network: Any
+    side: int
+    architecture: str
+    prediction: str = ""
+    tokenizers: Sequence[Any]
 
     def check(self, settings: Training) -> None:
         """Raises ValueError for settings that do not apply to this kind of model."""
@@ -104,7 +89,7 @@ class Base(Protocol):
 
         All in pixels: its width and height, what is cut off at top and left, and the side of what is left.
         """
-        ...
+        return {}
 
 
 def base_of(pipe: Any) -> Base:
@@ -112,35 +97,25 @@ def base_of(pipe: Any) -> Base:
     return _Transformer(pipe) if isinstance(pipe, FlowMatchingPipeline) else _UNet(pipe)
 
 
-class _UNet:
+class _UNet(Base):
     """Stable Diffusion 1.x, 2.x and SDXL."""
 
     part = "unet"
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.network = pipe, pipe.unet
-
-    @property
-    def side(self) -> int:
         sample = self.network.config.sample_size
-        return (sample if isinstance(sample, int) else min(sample)) * self.pipe.vae_scale_factor
-
-    @property
-    def architecture(self) -> str:
-        if hasattr(self.pipe, "text_encoder_2"):
-            return "stable-diffusion-xl-v1-base"
-        if self.network.config.cross_attention_dim != _SD2_TEXT:
-            return "stable-diffusion-v1"
-        return "stable-diffusion-v2-768-v" if self.prediction == "v" else "stable-diffusion-v2-512"
-
-    @property
-    def prediction(self) -> str:
-        return "v" if self.pipe.scheduler.config.prediction_type == "v_prediction" else "epsilon"
-
-    @property
-    def tokenizers(self) -> Sequence[Any]:
-        tokenizers = (getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
-        return [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+        self.side = (sample if isinstance(sample, int) else min(sample)) * pipe.vae_scale_factor
+        velocity = pipe.scheduler.config.prediction_type == "v_prediction"
+        self.prediction = "v" if velocity else "epsilon"
+        if hasattr(pipe, "text_encoder_2"):
+            self.architecture = "stable-diffusion-xl-v1-base"
+        elif self.network.config.cross_attention_dim != _SD2_TEXT:
+            self.architecture = "stable-diffusion-v1"
+        else:
+            self.architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
+        tokenizers = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
+        self.tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
 
     def check(self, settings: Training) -> None:
         """Raises ValueError for references."""
@@ -195,31 +170,17 @@ class _UNet:
         return {"time_ids": (height, width, *cut, side, side)} if xl else {}
 
 
-class _Transformer:
+class _Transformer(Base):
     """A transformer whose pipeline encodes texts for training (`FlowMatchingPipeline.read_texts`)."""
 
     part = "transformer"
 
     def __init__(self, pipe: FlowMatchingPipeline) -> None:
         self.pipe, self.network = pipe, pipe.transformer
+        self.side, self.architecture = min(pipe.own_size), pipe.architecture
+        tokenizers = pipe.tokenizers_for([])
+        self.tokenizers = [t.tokenizer if isinstance(t, ExpandingTokenizer) else t for t in tokenizers]
         self._flow = Flow(pipe)
-
-    @property
-    def side(self) -> int:
-        return min(self.pipe.own_size)
-
-    @property
-    def architecture(self) -> str:
-        return self.pipe.architecture
-
-    @property
-    def prediction(self) -> str:
-        return ""
-
-    @property
-    def tokenizers(self) -> Sequence[Any]:
-        tokenizers = self.pipe.tokenizers_for([])
-        return [t.tokenizer if isinstance(t, ExpandingTokenizer) else t for t in tokenizers]
 
     def check(self, settings: Training) -> None:
         family = self.pipe.family
@@ -315,9 +276,6 @@ class _Transformer:
                     **shown,
                 ).images
         return images
-
-    def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
-        return {}
 
 
 def _no_references(family: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lora_compose.compose.files.validation import field_messages
 from lora_compose.compose.support.terminal import FAILED, bar, echo, err
-from lora_compose.compose.training.loop import DivergedError, Stopped
+from lora_compose.compose.training.loop import DivergedError, OnStep, Stopped
 from lora_compose.compose.training.loop import train as run_training
 from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.settings import TaraTraining, Training
@@ -63,7 +63,7 @@ def _settings(preset: str | None, tara: Mapping[str, Any] | None, fields: Mappin
 
 
 @contextmanager
-def _progress(settings: Training) -> Iterator[Any]:
+def _progress(settings: Training) -> Iterator[OnStep]:
     with bar("training", settings.steps) as on_progress:
         smooth: list[float] = []
 

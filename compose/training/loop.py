@@ -227,7 +227,8 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
     base = base_of(open_base(settings.model))
     base.check(settings)
     noising, texts = base.noising(), read_texts(base, settings)
-    _place(base, settings, accelerator)
+    base.pipe.to(accelerator.device)
+    cast(base.network, _PRECISIONS[settings.mixed_precision])  # text encoders and VAE, used once, stay in float32
     data = encode(base, texts, settings, accelerator)
     adapter = adapt(base, settings, data.rows)
     trained = [parameter for parameter in lora_parameters(base.network).values() if parameter.requires_grad]
@@ -251,14 +252,6 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
     return _Trainer(settings, accelerator, base, adapter, learner, optimizers, batches, texts, data.data)
 
 
-def _place(base: Base, settings: Training, accelerator: Accelerator) -> None:
-    """The network in the precision it is trained in; text encoders and VAE, which are used once, in float32."""
-    base.pipe.to(accelerator.device)
-    cast(base.network, _PRECISIONS[settings.mixed_precision])
-
-
 def _on(batch: Batch, device: torch.device) -> Batch:
-    moved = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch._asdict().items()
-    }
-    return Batch(**{**moved, "added": {name: value.to(device) for name, value in batch.added.items()}})
+    moved = {name: value.to(device) for name, value in batch._asdict().items() if isinstance(value, torch.Tensor)}
+    return batch._replace(**moved, added={name: value.to(device) for name, value in batch.added.items()})

@@ -1,6 +1,5 @@
 """The model that is trained: opened by diffusers, given an adapter by PEFT."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +18,6 @@ from lora_compose.compose.training.settings import PRESETS, Training
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
 from lora_compose.pipelines.families.opening import configuration
-
-logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
 _XL_KEY = "conditioner.embedders.1."  # SDXL's second text encoder, in a checkpoint in one file

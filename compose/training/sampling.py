@@ -1,8 +1,7 @@
 """Images that the model generates for a training: samples, and images of the class."""
 
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -30,14 +29,14 @@ def save_samples(
     step: int,
     side: int,
     references: Sequence[Image.Image],
-) -> list[Path]:
+) -> None:
     """Generates the samples of a step, always from the same noise and references, into a folder next to the output.
 
     Prompts come with the token positions of the trigger; the mask is set on the prompt's row, not on the negative
     prompt's.
     """
     folder = settings.out.with_name(f"{settings.out.stem}-samples")
-    guided, written = settings.sample_guidance > 1, []
+    guided = settings.sample_guidance > 1
     base.network.eval()
     for number, (prompt, positions) in enumerate(prompts):
         if focus is not None:
@@ -46,9 +45,8 @@ def save_samples(
             focus.mask[-1, list(positions)] = 1
         noise = generator(settings.seed, _SAMPLE, number)
         (image,) = base.generate(accelerator, [prompt], [noise], 25, settings.sample_guidance, side, references)
-        written.append(save_image(image, folder / f"{step:06}-{number}.png"))
+        save_image(image, folder / f"{step:06}-{number}.png")
     base.network.train()
-    return written
 
 
 def generate_class_images(
@@ -56,7 +54,6 @@ def generate_class_images(
     accelerator: Accelerator,
     settings: Training,
     side: int,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Generates class images with captions by the base model, up to the number in the settings."""
     folder = settings.class_folder
@@ -75,8 +72,6 @@ def generate_class_images(
             path = folder / _name(number)
             path.with_suffix(".txt").write_text(f"{prompt}\n", encoding="utf-8")
             save_image(image, path)
-        if on_progress is not None:
-            on_progress(first + len(numbers), len(missing))
 
 
 def _name(number: int) -> str:

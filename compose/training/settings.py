@@ -7,10 +7,11 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, PLAYGROUNDS
 from lora_compose.compose.playground.words import BASE_CLASSES, PLACES
+from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.tokens import find_words
@@ -30,10 +31,6 @@ SCOPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """The layers of each scope, as ends of their names."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 def _template(text: str) -> str:
     fields = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
     if unknown := fields - {"trigger", "class_word"}:
@@ -48,7 +45,7 @@ Word = Annotated[str, Field(min_length=1, max_length=100)]
 Positive = Annotated[int, Field(gt=0)]
 
 
-class TaraTraining(_Frozen):
+class TaraTraining(Frozen):
     """Settings of training for the method `tara` (Peng et al., arXiv 2508.08812).
 
     Attributes:
@@ -76,7 +73,7 @@ class TaraTraining(_Frozen):
         return self.align_weight > 0 or self.keys == "tied" or self.start_aligned
 
 
-class Training(_Frozen):
+class Training(Frozen):
     """Everything that determines a LoRA: images, words, model, which layers, how they are optimised, seed.
 
     `Training.preset` fills in what suits a kind of model.

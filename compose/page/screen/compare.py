@@ -6,7 +6,7 @@ from lora_compose.compose.page.controls import sentence
 from lora_compose.compose.page.labels import full_name, label_of, methods
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.cost import cost_words, result_cost
-from lora_compose.compose.page.screen.state import MOST_WAITING, PageSession, judge
+from lora_compose.compose.page.screen.state import JUDGE, MOST_WAITING, PageSession
 from lora_compose.compose.page.screen.uploads import show_problems
 from lora_compose.compose.page.text import markdown, page_message
 from lora_compose.compose.page.work import Result
@@ -87,7 +87,7 @@ def _table(session: PageSession) -> None:
             with column:
                 if result := results.get((seed, method)):
                     _cell(session, result)
-    if judge().judges(session.compared[0].run):
+    if JUDGE.judges(session.compared[0].run):
         st.caption("Likeness, up to 1: of the detected object to the reference images of its concept, and the "
                    "highest to those of another concept.")  # fmt: skip
     else:
@@ -98,7 +98,7 @@ def _cell(session: PageSession, result: Result) -> None:
     st.image(result.made.image, width="stretch", alt=full_name(result.run.method or ""))
     lines = [f"**{markdown(label_of(result.run.method or '').name)}**"]
     lines.append(f"{result.seconds:.1f} s")
-    if judge().judges(result.run):
+    if JUDGE.judges(result.run):
         lines += [f"{markdown(name)}: {likeness.words}" for name, likeness in session.likeness(result).items()]
     st.caption("  \n".join(lines), help=result_cost(result))
     st.button("View image", key=f"do.compared.{result.key}", on_click=session.look_at, args=(result,), width="stretch")

@@ -13,7 +13,7 @@ from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.picker import picker_part
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, Row, checking, discard
-from lora_compose.compose.page.screen.uploads import show_problems
+from lora_compose.compose.page.screen.uploads import remove, show_problems
 from lora_compose.compose.page.store import UPLOAD_LIMIT, Lora, is_on_hub, named, tile
 from lora_compose.compose.page.text import markdown, markup
 from lora_compose.pipelines.concepts.finding import find_file
@@ -56,7 +56,7 @@ def _card(session: PageSession, i: int, row: Row) -> None:
                       disabled=fields.has_schedule(row))  # fmt: skip
             with st.popover("More"):
                 _details(session, row)
-            st.button("Remove", key=f"do.remove.{row.number}", on_click=_remove, args=(session, row),
+            st.button("Remove", key=f"do.remove.{row.number}", on_click=remove, args=(session.rows, row),
                       icon=":material/delete:")  # fmt: skip
         if about := _about(session, row):
             st.html(f'<div class="lc-file">{about}</div>')
@@ -87,12 +87,6 @@ def _proposals(row: Row, lora: Lora) -> None:
                           key=f"do.{field}.{row.number}.{i}", on_click=st.session_state.update,
                           args=({key: candidate.words},))  # fmt: skip
         return
-
-
-def _remove(session: PageSession, row: Row) -> None:
-    """Removes a concept, unless an earlier press that the page had not shown yet has."""
-    if row in session.rows:
-        session.rows.remove(row)
 
 
 def _details(session: PageSession, row: Row) -> None:

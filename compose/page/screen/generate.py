@@ -1,4 +1,4 @@
-"""Method and button, with what an image will cost before them, and the running work."""
+"""Method and button, with what an image will cost before them, drafts to choose from, and the running work."""
 
 from dataclasses import replace
 
@@ -71,6 +71,24 @@ def drafts_of(session: PageSession, form: Form) -> list[Division]:
     """The session's divisions for a form, whatever its seeds."""
     wanted = _without_seed(form.runs()[0])
     return [draft for draft in session.divisions if _without_seed(draft.run) == wanted]
+
+
+def drafts_part(session: PageSession) -> None:
+    """The divisions by the noises that were tried, as long as the fields are those that they are of."""
+    form, _ = read_form(session) if session.divisions else (None, [])
+    drafts = drafts_of(session, form) if form is not None else []
+    if not drafts:
+        return
+    st.caption("Where each LoRA would act with each seed, brighter where the model puts a subject. Make one of them:")
+    for column, draft in zip(st.columns(len(drafts), wrap=False), drafts, strict=True):
+        seed = draft.run.seed
+        column.image(draft.image, width="stretch", alt=f"The division with seed {seed}")
+        column.button(f"Seed {seed}", key=f"do.noise.{seed}", on_click=_choose, args=(session, seed), width="stretch")
+
+
+def _choose(session: PageSession, seed: int) -> None:
+    st.session_state[fields.SEEDS] = str(seed)
+    start(session)
 
 
 def _without_seed(run: Run) -> Run:

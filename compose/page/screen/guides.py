@@ -1,4 +1,4 @@
-"""Further images that guide an image: control images and IP-Adapters, with the models that read them."""
+"""Further images: reference images, and control images and IP-Adapters with the models that read them."""
 
 from pathlib import Path
 
@@ -6,12 +6,31 @@ import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from lora_compose.compose.page.screen.state import PageSession
-from lora_compose.compose.page.screen.uploads import show_problems, upload_field
-from lora_compose.compose.page.text import markdown
-from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile
+from lora_compose.compose.page.screen.uploads import kept_image, show_problems, upload_field
+from lora_compose.pipelines.scene.scene import MOST_REFERENCES, ControlFile, IPAdapterFile
 
 _CONTROL, _ADAPTER = "ControlNet or T2I-Adapter", "IP-Adapter"
 _KIND, _MODEL, _WEIGHTS, _SCALE = "new.guide.kind", "new.guide.model", "new.guide.weights", "new.guide.scale"
+
+_SIDE = 2048  # pixels; models read about 1024 x 1024
+
+
+def references_part(session: PageSession) -> None:
+    """The reference images, and the upload field for one more; nothing for models that read none."""
+    if not session.model.reads_references:
+        return
+    with st.expander("Reference images", icon=":material/imagesmode:", expanded=bool(session.references)):
+        for number, path in enumerate(session.references):
+            name = session.store.images.get(path, Path(path).name)
+            alt, key = f"Reference image {number + 1}", f"do.unreference.{number}"
+            kept_image(session.references, path, path, alt, name, key)
+        if len(session.references) < MOST_REFERENCES:
+            upload_field(session, "reference", "Drop an image that the model reads beside the prompt", _take_reference)
+    show_problems(session, "reference")
+
+
+def _take_reference(session: PageSession, file: UploadedFile) -> None:
+    session.references.append(session.store.add_image(file.name, file, _SIDE, cell=1).path)
 
 
 def guides_part(session: PageSession) -> None:
@@ -19,11 +38,9 @@ def guides_part(session: PageSession) -> None:
     with st.expander("Guide with another image", icon=":material/route:", expanded=bool(session.guides)):
         for number, guide in enumerate(session.guides):
             kind = _CONTROL if isinstance(guide, ControlFile) else _ADAPTER
-            left, right = st.columns([1, 3], vertical_alignment="center", wrap=False)
-            left.image(guide.image, width="stretch", alt=f"The image of the {kind}")
-            right.caption(markdown(f"{kind} {Path(guide.model).name}, scale {guide.scale:g}"))
-            right.button("Remove", key=f"do.unguide.{number}", on_click=_remove, args=(session, guide),
-                         icon=":material/delete:")  # fmt: skip
+            words = f"{kind} {Path(guide.model).name}, scale {guide.scale:g}"
+            key = f"do.unguide.{number}"
+            kept_image(session.guides, guide, guide.image, f"The image of the {kind}", words, key)
         if session.options.local:
             _more(session)
         else:
@@ -48,8 +65,3 @@ def _take(session: PageSession, file: UploadedFile) -> None:
     else:
         weights = st.session_state[_WEIGHTS].strip()
         session.guides.append(IPAdapterFile(image=image.path, weight_name=weights, **given))
-
-
-def _remove(session: PageSession, guide: ControlFile | IPAdapterFile) -> None:
-    if guide in session.guides:  # otherwise an earlier press has removed it
-        session.guides.remove(guide)

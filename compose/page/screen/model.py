@@ -15,8 +15,7 @@ from lora_compose.compose.generate.machine import devices
 from lora_compose.compose.page.catalog import OWN, PUBLISHED, KnownModel, cached_models, models_in
 from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import PageSession, choose_model
-from lora_compose.compose.page.screen.uploads import show_problems
+from lora_compose.compose.page.screen.state import MODELS, PageSession
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.savers import SAVERS, Saver, in_order
@@ -29,7 +28,8 @@ _BITS, _WEIGHTS = "set.bits", "set.bits.file"
 _WHOLE, _FILE = "As it is", "A file of the denoiser"
 _FOLDER = "do.model.folder.name"
 _OWN = "A folder or a hub repository"
-_PLACE = "model"
+PLACE = "model"
+"""The place on the screen that shows why a model was not opened."""
 _SHORT = 32  # letters of a model's name that are shown
 
 
@@ -106,24 +106,19 @@ def _folders(session: PageSession) -> None:
 
 
 def _add_folder(session: PageSession) -> None:
-    session.problems[_PLACE] = []
+    session.problems[PLACE] = []
     folder = Path(st.session_state[_FOLDER].strip()).expanduser().absolute()
     try:
         if not models_in(folder):
             raise FileError(f"{folder} has no models: expected folders as diffusers saves them, or .safetensors files")
     except FileError as error:
-        session.problems[_PLACE] = [str(error)]
+        session.problems[PLACE] = [str(error)]
         return
     session.model_folders = [*dict.fromkeys([*session.model_folders, folder])]
 
 
 def _forget(session: PageSession, folder: Path) -> None:
     session.model_folders = [other for other in session.model_folders if other != folder]
-
-
-def model_problems(session: PageSession) -> None:
-    """Why a model was not opened."""
-    show_problems(session, _PLACE)
 
 
 def show_choice(choice: Choice) -> None:
@@ -153,7 +148,7 @@ def take_over(session: PageSession, choice: Choice) -> bool:
     named = choice.quantize is None or choice.quantize in QUANTISED
     known = (choice.model in PLAYGROUNDS and named) or choice == session.model.choice
     if known and choice != session.model.choice:
-        choose_model(session, choice)
+        session.model = MODELS.open(choice)
     for name in (_KIND, _NAME, _DTYPE, _DEVICE, _MEMORY, _BITS, _WEIGHTS):
         st.session_state.pop(name, None)
     show_choice(choice)
@@ -185,7 +180,7 @@ def open_first(session: PageSession) -> None:
 
 
 def _open(session: PageSession, choice: Choice) -> None:
-    session.problems[_PLACE] = []
+    session.problems[PLACE] = []
     before = session.model
     try:
         if not choice.model:
@@ -196,10 +191,10 @@ def _open(session: PageSession, choice: Choice) -> None:
         check_quantize(choice.quantize)
         asked: dict[str, Any] = {} if st.session_state[_DTYPE] == fields.AUTOMATIC else {"dtype": choice.dtype}
         run, _ = complete(Run(scene=Scene(prompt="-"), model=choice.model, device=choice.device, **asked))
-        choose_model(session, replace(choice, dtype=run.dtype))
+        session.model = MODELS.open(replace(choice, dtype=run.dtype))
         cleared = fields.clear_example(session)
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
-        session.problems[_PLACE] = [str(error)]
+        session.problems[PLACE] = [str(error)]
         return
     st.session_state[_DTYPE] = run.dtype
     if session.model.defaults != before.defaults or cleared:  # else the user may have chosen them

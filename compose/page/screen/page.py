@@ -5,10 +5,9 @@ import streamlit as st
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.concepts import concepts_part
 from lora_compose.compose.page.screen.generate import generate_part
-from lora_compose.compose.page.screen.guides import guides_part
+from lora_compose.compose.page.screen.guides import guides_part, references_part
 from lora_compose.compose.page.screen.keep import restoring
 from lora_compose.compose.page.screen.prompt import prompt_part
-from lora_compose.compose.page.screen.references import references_part
 from lora_compose.compose.page.screen.session import page_session
 from lora_compose.compose.page.screen.stage import stage_part
 from lora_compose.compose.page.screen.start import start_part

@@ -12,7 +12,7 @@ from lora_compose.compose.page.form import example
 from lora_compose.compose.page.launch import options
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.model import open_first
-from lora_compose.compose.page.screen.state import PageSession, open_models
+from lora_compose.compose.page.screen.state import MODELS, PageSession
 from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.store import Store, named
 from lora_compose.compose.playground.assets import PLAYGROUND
@@ -24,7 +24,7 @@ def page_session() -> PageSession:
     before: PageSession | None = st.session_state.get("session") or _reloaded()
     if before is None or before.closed:
         form, session_id = example(), _session_id()
-        new = PageSession(Store(), open_models().open(form.choice), options(), _session_id=session_id)
+        new = PageSession(Store(), MODELS.open(form.choice), options(), _session_id=session_id)
         _SESSIONS.add(session_id, new)
         key = secrets.token_urlsafe(16)
         _BY_KEY[key] = st.session_state["session"] = new

@@ -10,9 +10,8 @@ from lora_compose.compose.page.labels import label_of
 from lora_compose.compose.page.screen.canvas import canvas, position_part
 from lora_compose.compose.page.screen.compare import compare_view
 from lora_compose.compose.page.screen.cost import result_cost
-from lora_compose.compose.page.screen.drafts import drafts_part
 from lora_compose.compose.page.screen.gallery import gallery_view
-from lora_compose.compose.page.screen.generate import EVERY
+from lora_compose.compose.page.screen.generate import EVERY, drafts_part
 from lora_compose.compose.page.screen.keep import keep_buttons
 from lora_compose.compose.page.screen.merging import merging_view
 from lora_compose.compose.page.screen.start import painting, start_image

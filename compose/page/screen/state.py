@@ -48,18 +48,8 @@ Fit = tuple[Choice, str, str]
 """The model that a LoRA was matched with, what fits, and what is wrong."""
 
 
-# Not in Streamlit's cache, which every session can clear.
-_MODELS, _JUDGE = OpenModels(), Judge()
-
-
-def open_models() -> OpenModels:
-    """The open models, shared by all sessions."""
-    return _MODELS
-
-
-def judge() -> Judge:
-    """The playground's judge, shared by all sessions."""
-    return _JUDGE
+MODELS, JUDGE = OpenModels(), Judge()
+"""The open models and the playground's judge, shared by all sessions; Streamlit's cache could be cleared by each."""
 
 
 @dataclass
@@ -243,7 +233,7 @@ class PageSession:
     def likeness(self, result: Result) -> dict[str, Likeness]:
         """The judge's scores of an image, computed once."""
         if result.key not in self._likeness:
-            self._likeness[result.key] = judge().score(result.made.image, result.run.scene)
+            self._likeness[result.key] = JUDGE.score(result.made.image, result.run.scene)
         return self._likeness[result.key]
 
 
@@ -280,15 +270,6 @@ def _forget(session_id: str) -> None:
         server.uploaded_file_mgr.remove_session_files(session_id)
         server.media_file_mgr.clear_session_refs(session_id)
         server.media_file_mgr.remove_orphaned_files()
-
-
-def choose_model(session: PageSession, choice: Choice) -> None:
-    """Opens another model for the user's session.
-
-    Raises:
-        ValueError: If it cannot be opened; the session keeps its model then.
-    """
-    session.model = open_models().open(choice)
 
 
 def _fit(model: OpenModel, lora: Lora, alpha: float | None) -> tuple[str, str]:

@@ -6,8 +6,9 @@ import streamlit as st
 
 from lora_compose.compose.page.form import SIDES
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.model import model_part, model_problems
+from lora_compose.compose.page.screen.model import PLACE, model_part
 from lora_compose.compose.page.screen.state import PageSession
+from lora_compose.compose.page.screen.uploads import show_problems
 
 _STYLE = Path(__file__).parent / "style.css"
 SHAPES = {"Square": (1.0, 1.0), "Portrait": (2 / 3, 1.0), "Landscape": (1.0, 2 / 3)}
@@ -26,7 +27,7 @@ def top_part(session: PageSession) -> None:
                 "own identity.</p></header>", width="stretch")  # fmt: skip
         model_part(session)
         _size(session)
-    model_problems(session)
+    show_problems(session, PLACE)
 
 
 def _size(session: PageSession) -> None:

@@ -1,6 +1,7 @@
 """Fields into which images are dropped, and what was wrong with the last ones."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
@@ -24,6 +25,20 @@ def upload_field(session: PageSession, place: str, label: str, take: Take, types
     key = f"do.{place}.{session.uploads}"
     st.file_uploader(label, type=list(types), key=key, on_change=_dropped, args=(session, key, place, take),
                      max_upload_size=PNG_LIMIT // 2**20)  # fmt: skip
+
+
+def kept_image(entries: list[Any], entry: Any, path: str, alt: str, words: str, key: str) -> None:
+    """An image of a list, with words about it and a button that takes its entry out of the list."""
+    left, right = st.columns([1, 3], vertical_alignment="center", wrap=False)
+    left.image(path, width="stretch", alt=alt)
+    right.caption(markdown(words))
+    right.button("Remove", key=key, on_click=remove, args=(entries, entry), icon=":material/delete:")
+
+
+def remove(entries: list[Any], entry: Any) -> None:
+    """Takes an entry out of a list, unless an earlier press that the page had not shown yet has."""
+    if entry in entries:
+        entries.remove(entry)
 
 
 def show_problems(session: PageSession, place: str) -> None:

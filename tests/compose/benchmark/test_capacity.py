@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_compose.compose.benchmark.capacity import BANDWIDTH, REQUESTS, capacity_table, seconds
-from lora_compose.compose.benchmark.hardware import CARDS, SHARE, Need
+from lora_compose.compose.benchmark.hardware import BANDWIDTH, CARDS, REQUESTS, SHARE, Need, capacity_table, seconds
 
 NEED = Need(
     text=0,

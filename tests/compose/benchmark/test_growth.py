@@ -11,10 +11,8 @@ from lora_compose.compose.benchmark import architectures, transformers
 from lora_compose.compose.benchmark.architectures import SD15, TRANSFORMERS, without_weights
 from lora_compose.compose.benchmark.bench import PassRow, pass_cells, passes_table
 from lora_compose.compose.benchmark.counting import meta_unet
-from lora_compose.compose.benchmark.curves import Curve, Point
 from lora_compose.compose.benchmark.flops import Operations
-from lora_compose.compose.benchmark.growth import of_call, of_stored
-from lora_compose.compose.benchmark.growth_plots import draw
+from lora_compose.compose.benchmark.growth import Curve, Point, draw, of_call, of_stored
 from lora_compose.compose.benchmark.transformers import READING, SHOWN, PassCost, pass_cost
 from lora_compose.pipelines.concepts import overload
 

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from lora_compose.compose.benchmark.capacity import BANDWIDTH, capacity_table
-from lora_compose.compose.benchmark.hardware import CARDS, MODELS, SHARE, Need, need, needs_table, seconds_table
+from lora_compose.compose.benchmark.hardware import (
+    BANDWIDTH,
+    CARDS,
+    MODELS,
+    SHARE,
+    Need,
+    capacity_table,
+    need,
+    needs_table,
+    seconds_table,
+)
 from lora_compose.compose.benchmark.tables import GIB
 
 DOCS = Path(__file__).parents[3]

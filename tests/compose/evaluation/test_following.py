@@ -12,7 +12,7 @@ from scipy.stats import somersd
 from commands import call
 from evaluations import TRUTH, Seen, sanity, store, suite
 from lora_compose.compose.evaluation.batches import Batch
-from lora_compose.compose.evaluation.following import following, follows
+from lora_compose.compose.evaluation.votes import following, follows
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=2, max_size=30))

@@ -14,9 +14,9 @@ import yaml
 from commands import call, flat
 from local_hub import LocalHub, Repository, connect, serving
 from lora_compose.compose.evaluation.published import fetch, read_published, wanted
-from lora_compose.compose.evaluation.scene_kinds import kind_of_scene
 from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.shipped import published_dir
+from lora_compose.compose.evaluation.summary import kind_of_scene
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.playground.assets import playground_lora, playground_model, playground_references
 from lora_compose.pipelines.support.hub import HubError

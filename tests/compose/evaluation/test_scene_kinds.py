@@ -6,7 +6,7 @@ import pytest
 
 from evaluations import known, store, suite
 from lora_compose.compose.evaluation.report import write_report
-from lora_compose.compose.evaluation.scene_kinds import success_by_kind
+from lora_compose.compose.evaluation.summary import success_by_kind
 from lora_compose.compose.evaluation.table import load
 
 HOW = ("apart", "entangled")

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +43,6 @@ from lora_compose.compose.page import (
     catalog,
     controls,
     export,
-    folders,
     form,
     labels,
     launch,
@@ -56,6 +56,7 @@ from lora_compose.compose.page.screen.canvas import what_next
 from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_model
+from lora_compose.compose.support import folders
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts.loading import LoraError
 from lora_compose.pipelines.merging import MERGERS
@@ -524,10 +525,12 @@ def test_the_files_of_a_visit_are_gone_with_it(files: store.Store) -> None:
     assert files.close()
 
 
-def test_what_a_killed_page_has_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_what_a_killed_page_has_left_is_removed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The folder of a killed process is removed; a running one keeps its own."""
     # By its path alone: a whole page takes seconds to start.
-    code = f"import runpy; print(runpy.run_path({folders.__file__!r})['new_folder'](), flush=True); input()"
+    code = f"import runpy; print(runpy.run_path({folders.__file__!r})['of_this_process']('page'), flush=True); input()"
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     pages = []
     for _ in range(2):
@@ -542,15 +545,17 @@ def test_what_a_killed_page_has_left_is_removed_and_nothing_else(tmp_path: Path)
         assert left.is_dir(), "nobody has tidied up after it"
         for name in ("lora-compose-page-mine", "other"):  # without a lock, and without the name
             (tmp_path / name).mkdir()
-        (tmp_path / "other" / "lock").touch()
         (tmp_path / "lora-compose-page-link").symlink_to(tmp_path / "other")
-        folders.clean(tmp_path)
+        (tmp_path / "lora-compose-page-link.lock").symlink_to(tmp_path / "other")
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        folders.remove_abandoned()
         found = {path.name for path in tmp_path.iterdir()}
-        assert found == {"lora-compose-page-mine", "other", "lora-compose-page-link", used.parent.name}
+        others = {"lora-compose-page-mine", "other", "lora-compose-page-link", "lora-compose-page-link.lock"}
+        assert found == {*others, used.name, f"{used.name}.lock"}
         assert used.is_dir()
     finally:
         living.communicate("\n", timeout=30)
-    assert not used.parent.exists(), "a page that ends removes its folder"
+    assert not used.exists(), "a page that ends removes its folder"
 
 
 # --- sessions ---

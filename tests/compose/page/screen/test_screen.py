@@ -36,8 +36,8 @@ from lora_compose.compose.page.labels import full_name, methods
 from lora_compose.compose.page.launch import SCREEN
 from lora_compose.compose.page.open_models import Choice, OpenModel
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.concepts import _remove
-from lora_compose.compose.page.screen.state import PageSession, checking, open_models
+from lora_compose.compose.page.screen.state import MODELS, PageSession, checking
+from lora_compose.compose.page.screen.uploads import remove
 from lora_compose.compose.playground.assets import playground_lora, playground_loras, playground_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import finding
@@ -338,7 +338,7 @@ def test_a_second_press_of_remove_removes_nothing(at: AppTest) -> None:
     """A page that lags still shows the button."""
     row, other = session(at).rows
     for _ in range(2):
-        _remove(session(at), row)
+        remove(session(at).rows, row)
     assert session(at).rows == [other]
 
 
@@ -890,7 +890,7 @@ def test_a_part_of_an_image_is_repainted_and_the_rest_stays(at: AppTest) -> None
 
 def test_an_image_gets_a_size_at_which_the_model_works_on_it(at: AppTest, tmp_path: Path) -> None:
     flux_pipeline(ComposeFluxKontextPipeline).save_pretrained(tmp_path / "kontext")
-    session(at).model = open_models().open(Choice(str(tmp_path / "kontext")))
+    session(at).model = MODELS.open(Choice(str(tmp_path / "kontext")))
     session(at).rows.clear()
     start_from(at, encoded_as(Image.new("RGB", (160, 112)), "JPEG"))
     start = session(at).start
@@ -910,7 +910,7 @@ def test_what_is_no_image_to_start_from_is_refused(at: AppTest) -> None:
 
 def test_reference_images_are_offered_where_the_model_reads_them(at: AppTest, tmp_path: Path) -> None:
     assert not [field for field in at.file_uploader if (field.key or "").startswith("do.reference")]
-    session(at).model = open_models().open(Choice(str(saved_klein(tmp_path / "klein"))))
+    session(at).model = MODELS.open(Choice(str(saved_klein(tmp_path / "klein"))))
     session(at).rows.clear()
     at.run()
     for name, colour in (("room.jpg", "navy"), ("chair.jpg", "orange"), ("no.jpg", None)):

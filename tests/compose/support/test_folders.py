@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lora_compose.compose.cluster.folders import hold, remove
+from lora_compose.compose.support.folders import hold, remove
 
 pytest.importorskip("fcntl", reason="Windows has no locks that end with a process")
 HOLDS = """
 import sys
-from lora_compose.compose.cluster.folders import hold
+from lora_compose.compose.support.folders import hold
 held = hold(sys.argv[1])
 (held.path / "file").write_text("gigabytes")
 print(held.path, flush=True)

@@ -1,21 +1,24 @@
-"""Folders of this machine for the files of workers, removed when the workers are dead, however they died.
+"""Folders of this machine for the files of processes, removed when these are dead, however they died.
 
-A lock file lies beside each folder, and every worker that uses the folder has it locked. The system releases the lock
-when a process dies, so whoever comes next recognises what a killed node has left.
+A lock file lies beside each folder, and every process that uses the folder has it locked. The system releases the lock
+when a process dies, so whoever comes next recognises what a killed one has left.
 """
 
+import atexit
 import os
+import secrets
 import shutil
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows, where what dead workers leave stays
+except ImportError:  # Windows, where what killed processes leave stays
     fcntl = None
 
 _PREFIX, _LOCK = "lora-compose-", ".lock"
@@ -29,9 +32,22 @@ class HeldFolder:
     path: Path
     _lock: BinaryIO
 
+    def remove(self) -> None:
+        """Removes it, unless another process holds it as well."""
+        self._lock.close()
+        remove(str(self.path))
+
+
+@cache
+def of_this_process(kind: str) -> Path:
+    """A folder of this process alone, removed at its end, and if it was killed, by the next one that holds a folder."""
+    held = hold(f"{kind}-{secrets.token_hex(8)}")
+    atexit.register(held.remove)
+    return held.path
+
 
 def hold(name: str) -> HeldFolder:
-    """A folder of this name, new or held by other workers as well; removes folders that dead workers have left.
+    """A folder of this name, new or held by other processes too; removes folders that dead ones have left.
 
     Raises:
         PermissionError: If it belongs to another user.
@@ -41,7 +57,7 @@ def hold(name: str) -> HeldFolder:
     while True:
         lock = _opened(_lock_of(folder))
         if fcntl is not None:
-            with suppress(OSError):  # a file system without locks, on which what dead workers leave stays
+            with suppress(OSError):  # a file system without locks, on which what dead processes leave stays
                 fcntl.flock(lock, fcntl.LOCK_SH)
         if _is_there(lock, _lock_of(folder)):
             break
@@ -53,7 +69,7 @@ def hold(name: str) -> HeldFolder:
 
 
 def remove(folder: str) -> None:
-    """Removes a folder whose workers have been killed, and those that other dead workers have left on this machine."""
+    """Removes a folder whose processes have been killed, and those that others have left on this machine."""
     patience = time.monotonic() + SECONDS_TO_DIE
     while not _removed(_lock_of(Path(folder))) and time.monotonic() < patience:
         time.sleep(0.05)
@@ -62,7 +78,7 @@ def remove(folder: str) -> None:
 
 
 def remove_abandoned() -> None:
-    """Removes the folders of this user that no living worker holds."""
+    """Removes the folders of this user that no living process holds."""
     if fcntl is not None:
         for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*{_LOCK}"):
             _removed(lock)

@@ -1,0 +1,274 @@
+"""Blind votes beside an evaluation: on its images, those of its judge, and how well its numbers follow them.
+
+`lora-compose blind from` writes sheets of the same scenes and seeds of some methods, shuffled, with the `votes.csv` and
+`key.json` of `lora-compose blind score`, and `images.json`, by which `lora-compose blind follow` finds the images.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from rich.table import Table
+
+from lora_compose.compose.evaluation.blind import (
+    ARMS,
+    COLUMNS,
+    PAIRS,
+    ROWS,
+    VERDICTS,
+    BlindImage,
+    generated,
+    numbered,
+    read_votes,
+    vote_sheet,
+    write_key,
+)
+from lora_compose.compose.evaluation.results import ImageScores
+from lora_compose.compose.evaluation.scoring import open_scorer, reference_files
+from lora_compose.compose.evaluation.statistics import Interval
+from lora_compose.compose.evaluation.summary import METRICS, OUTCOME_METRICS
+from lora_compose.compose.evaluation.table import Evaluation, load
+from lora_compose.compose.files.images import read_pixels
+from lora_compose.compose.files.reading import read_whole
+from lora_compose.compose.support.terminal import echo
+from lora_compose.compose.support.terminal import out as console
+from lora_compose.pipelines.support.spelling import did_you_mean
+
+FILES = "images.json"
+_ORDER = tuple(reversed(VERDICTS))  # from the worst to the best
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image of an evaluation on a sheet: its method's row in the table, the two subjects, and its file."""
+
+    method: str
+    concepts: tuple[str, ...]
+    file: str
+
+
+def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> None:
+    """Shuffles images of two subjects of some rows of an evaluation and writes sheets and the files of votes.
+
+    Raises:
+        ValueError: If a method is not in the evaluation, or there are too few images that all of them made.
+    """
+    evaluation = load(folder)
+    known = [method.name for method in evaluation.suite.compared]
+    for method in methods:
+        if method not in known:
+            raise ValueError(
+                f"the evaluation in {folder} has no method {method!r}; it has {', '.join(known)}"
+                f"{did_you_mean(method, known)}"
+            )
+    shown = dict(enumerate(_chosen(evaluation, methods, images), start=1))
+    out.mkdir(parents=True, exist_ok=True)
+    for page, start in enumerate(range(1, len(shown) + 1, COLUMNS * ROWS)):
+        part = {number: shown[number] for number in range(start, min(start + COLUMNS * ROWS, len(shown) + 1))}
+        _sheet(evaluation, folder, part).save(out / f"{page}.png")
+    write_key(out, {number: image.method for number, image in shown.items()})
+    (out / FILES).write_text(json.dumps({number: image.file for number, image in shown.items()}, indent=1))
+
+
+def read_files(out: Path) -> dict[str, str]:
+    """The file of each voted image, relative to the folder of the evaluation, by number.
+
+    Raises:
+        FileError: If the votes are not on images of an evaluation.
+    """
+    return json.loads(read_whole(out / FILES))
+
+
+def _chosen(evaluation: Evaluation, methods: Sequence[str], images: int) -> list[Shown]:
+    """Equal scenes and seeds of each method, spread over the scenes; neighbours on a sheet have the same scene."""
+    table = evaluation.images
+    keys = zip(table["scene"], table["arm"], table["seed"], strict=True)
+    files: dict[tuple[str, str, int], str] = dict(zip(keys, table["file"], strict=True))
+    by_scene = {
+        scene.name: _of_all(files, scene.name, methods) for scene in evaluation.suite.scenes if len(scene.concepts) == 2
+    }
+    # Seed by seed, so that any number of images is spread over the scenes.
+    turns = max((len(seeds) for seeds in by_scene.values()), default=0)
+    places = [(scene, seeds[turn]) for turn in range(turns) for scene, seeds in by_scene.items() if turn < len(seeds)]
+    if len(places) < images:
+        raise ValueError(f"all of {', '.join(methods)} have made {len(places)} images of two subjects, not {images}")
+    chosen: list[Shown] = []
+    for scene in evaluation.suite.scenes:
+        of_scene = [
+            Shown(method, scene.concepts, files[name, method, seed])
+            for name, seed in places[:images]
+            if name == scene.name
+            for method in methods
+        ]
+        random.Random(scene.name).shuffle(of_scene)
+        chosen += of_scene
+    return chosen
+
+
+def _of_all(files: Mapping[tuple[str, str, int], str], scene: str, methods: Sequence[str]) -> list[int]:
+    """The seeds of a scene that every method has made."""
+    by_method = [{seed for name, arm, seed in files if (name, arm) == (scene, method)} for method in methods]
+    return sorted(set.intersection(*by_method))
+
+
+def _sheet(evaluation: Evaluation, folder: Path, images: Mapping[int, Shown]) -> Image.Image:
+    """References of the subjects on the sheet, and numbered images below."""
+    names = dict.fromkeys(name for shown in images.values() for name in shown.concepts)
+    return vote_sheet(
+        [(name, read_pixels(reference_files(evaluation.suite.concept(name))[0])) for name in names],
+        [(f"{n}: {' and '.join(shown.concepts)}", read_pixels(folder / shown.file)) for n, shown in images.items()],
+    )
+
+
+# --- the judge's votes ---
+
+
+def judge(out: Path, evaluation: Path, first: int | None) -> None:
+    """Reproduces the images, lets the judge vote, and lists where it disagrees with the human.
+
+    The thresholds are those of a finished evaluation of the playground; `first` is a number of images, evenly spaced.
+
+    Raises:
+        ValueError: If the images are generated differently today.
+    """
+    key, votes = read_votes(out)
+    jobs = numbered(len(key) // (len(PAIRS) * len(ARMS)))
+    if {str(number): job.arm.label for number, job in jobs.items()} != key:
+        raise ValueError(
+            f"{out / 'key.json'} lists images that are generated differently today, so they cannot be reproduced"
+        )
+    chosen = list(jobs)[:: max(1, len(jobs) // first)][:first] if first else list(jobs)
+    images = generated({number: jobs[number] for number in chosen}, out)
+    judged = _judged(evaluation, {number: (jobs[number].pair, image) for number, image in images.items()})
+    _show_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
+
+
+def _show_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, BlindImage]) -> None:
+    table = Table("", *VERDICTS, title=f"Human (rows) and judge (columns) on {len(judged)} images")
+    counts = Counter((eye[number], verdict) for number, verdict in judged.items())
+    for verdict in VERDICTS:
+        table.add_row(verdict, *(str(counts[verdict, other]) for other in VERDICTS))
+    console.print(table)
+    for arm in ARMS:
+        numbers = [number for number in judged if jobs[number].arm == arm]
+        both = [sum(verdicts[number] == "both" for number in numbers) for verdicts in (eye, judged)]
+        console.print(f"both, in {len(numbers)} images of {arm.label}: human {both[0]}, judge {both[1]}")
+    apart = [number for number in judged if eye[number] != judged[number]]
+    console.print(f"they agree on {len(judged) - len(apart)} of {len(judged)}; they disagree on:")
+    for number in apart:
+        what = f"{jobs[number].arm.label}, {' and '.join(jobs[number].pair)}"
+        console.print(f"  {number}: {what}: human {eye[number]}, judge {judged[number]}")
+
+
+def _judged(folder: Path, images: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
+    """The verdict on images of two concepts, by number: "both", "one" or "none" are present with their own identity.
+
+    Encoder, detector and thresholds are those of an evaluation with scenes of these pairs.
+    """
+    evaluation = load(folder)
+    suite = evaluation.suite
+    limits = dict(zip(evaluation.thresholds["concept"], evaluation.thresholds["threshold"], strict=True))
+    scenes = {frozenset(scene.concepts): scene for scene in suite.scenes}
+    if suite.detector is None:
+        raise ValueError(f"the evaluation in {folder} has no detector, so it cannot locate concepts")
+    scorer = open_scorer(suite)
+    verdicts = {}
+    for number, (pair, image) in images.items():
+        scene = scenes[frozenset(pair)]
+        scores = scorer.score(image.convert("RGB"), scene)
+        there = sum(_is_there(scores, name, limits[name]) for name in pair)
+        verdicts[number] = ("none", "one", "both")[there]
+    return verdicts
+
+
+def _is_there(scores: ImageScores, name: str, threshold: float) -> bool:
+    similarity = scores.concepts[name].similarity
+    if not similarity or max(similarity, key=lambda other: similarity[other]) != name:
+        return False
+    return not similarity[name] < threshold  # without a threshold, being nearest is enough
+
+
+# --- numbers beside votes ---
+
+
+def show_following(votes: Path, folder: Path) -> None:
+    """Prints how well each metric follows the votes on images of an evaluation, the best first.
+
+    Raises:
+        ValueError: If the votes are not on images of this evaluation, or all of them are the same.
+        FileError: If there is no evaluation, or a file is damaged.
+    """
+    found = following(votes, folder)
+    table = Table(
+        title=f"How well metrics follow {found['images'].to_numpy().max()} votes",
+        caption="Of two images that were voted differently, how often the better one has the better number; ties count "
+        "half, so 0.5 is chance. In brackets 95 %, over scenes and seeds.",
+    )
+    for column in ("metric", "follows", "", "images"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for row in found.to_dict("records"):
+        interval = f"({row['low']:.2f} … {row['high']:.2f})"
+        table.add_row(row["title"], f"{row['follows']:.2f}", interval, str(row["images"]))
+    console.print(table)
+    echo("The number to read is the one that follows best. Two whose intervals overlap may be equally good.")
+
+
+def following(votes: Path, folder: Path) -> pd.DataFrame:
+    """A row per metric, the best first: `metric`, `title`, `follows` with `low` and `high`, and `images`.
+
+    Raises:
+        ValueError: If the votes are not on images of this evaluation, or all of them are the same.
+        FileError: If there is no evaluation, or a file is damaged.
+    """
+    verdicts, files = read_votes(votes)[1], read_files(votes)
+    images = load(folder).images.set_index("file")
+    if lost := [file for file in files.values() if file not in images.index]:
+        raise ValueError(f"{votes} has votes on {lost[0]}, which is no scored image of the evaluation in {folder}")
+    voted = images.loc[[files[number] for number in verdicts]]
+    eye = [_ORDER.index(verdict) for verdict in verdicts.values()]
+    if len(set(eye)) < 2:
+        raise ValueError(f"all votes in {votes} are the same, so no number can follow them")
+    groups = list(zip(voted["scene"], voted["seed"], strict=True))
+    rows = []
+    for metric in (*METRICS, *OUTCOME_METRICS):
+        values = voted[metric.key].to_numpy(float) * (1 if metric.higher_is_better else -1)
+        if (there := ~np.isnan(values)).any():
+            kept = np.flatnonzero(there)
+            found = follows(values[kept], [eye[i] for i in kept], [groups[i] for i in kept])
+            ends = {"follows": found.mean, "low": found.low, "high": found.high, "images": len(kept)}
+            rows.append({"metric": metric.key, "title": metric.title, **ends})
+    return pd.DataFrame(rows).sort_values("follows", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def follows(
+    values: Sequence[float] | np.ndarray,
+    votes: Sequence[int],
+    groups: Sequence[Hashable],
+    draws: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """How often the better-voted of two items has the higher value.
+
+    Ties of values count half, so 0.5 is chance, 1 is perfect and 0 is perfectly wrong. NaN if all votes are the same.
+    The interval of 95 % draws whole groups with replacement; items of a group are alike. (Somers' D of the values,
+    given the votes, is twice this less 1.)
+    """
+    value, vote = np.asarray(values, dtype=float), np.asarray(votes)
+    better = (vote[:, None] > vote[None]).astype(float)
+    right = better * (0.5 + 0.5 * np.sign(value[:, None] - value[None]))
+    names = list(dict.fromkeys(groups))
+    member = np.array([names.index(group) for group in groups])
+    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    weights = np.concatenate([np.ones((1, len(value))), counts[:, member]])
+    pairs = np.einsum("di,ij,dj->d", weights, better, weights, optimize=True)
+    wins = np.einsum("di,ij,dj->d", weights, right, weights, optimize=True)
+    shares = np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+    drawn = shares[1:][~np.isnan(shares[1:])]
+    low, high = np.quantile(drawn, [0.025, 0.975]) if len(names) > 1 and len(drawn) else (np.nan, np.nan)
+    return Interval(float(shares[0]), float(low), float(high), len(names))
