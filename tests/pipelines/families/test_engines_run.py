@@ -87,12 +87,12 @@ def test_sglang_composes_with_concepts_in_a_request_bit_for_bit(sglang_server: i
 
 @pytest.mark.skipif(find_spec("vllm_omni") is None, reason="needs vLLM-Omni: make engines")
 def test_vllm_omni_composes_with_concepts_of_its_start_and_of_a_request_bit_for_bit(own_modules: None) -> None:
-    from vllm.config.load import LoadConfig
-    from vllm_omni.diffusion.data import OmniDiffusionConfig
-    from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
-    from vllm_omni.diffusion.request import OmniDiffusionRequest
-    from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
-    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+    from vllm.config.load import LoadConfig  # pyright: ignore[reportMissingImports]
+    from vllm_omni.diffusion.data import OmniDiffusionConfig  # pyright: ignore[reportMissingImports]
+    from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader  # pyright: ignore[reportMissingImports]
+    from vllm_omni.diffusion.request import OmniDiffusionRequest  # pyright: ignore[reportMissingImports]
+    from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch  # pyright: ignore[reportMissingImports]
+    from vllm_omni.inputs.data import OmniDiffusionSamplingParams  # pyright: ignore[reportMissingImports]
 
     library = {one["name"]: {field: value for field, value in one.items() if field != "name"} for one in CONCEPTS}
     load = {"custom_pipeline": str(CUSTOM_PIPELINE), "trust_remote_code": True, "concepts": library}
