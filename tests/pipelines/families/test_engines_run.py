@@ -76,8 +76,8 @@ def _answers(port: int) -> bool:
 
 @pytest.mark.skipif(find_spec("sglang") is None, reason="needs SGLang: make engines")
 def test_sglang_composes_with_concepts_in_a_request_bit_for_bit(sglang_server: int) -> None:
-    request = {"prompt": PROMPT, "size": "128x128", "seed": SEED, **SAMPLING, "response_format": "b64_json", "output_format": "png",
-               "diffusers_kwargs": {"method": "draft", "concepts": CONCEPTS}}  # fmt: skip
+    request = {"prompt": PROMPT, "size": "128x128", "seed": SEED, **SAMPLING, "response_format": "b64_json",
+               "output_format": "png", "diffusers_kwargs": {"method": "draft", "concepts": CONCEPTS}}  # fmt: skip
     status, body, _ = answer(sglang_server, "/v1/images/generations", request)
     assert status == 200, body
     made = Image.open(io.BytesIO(base64.b64decode(json.loads(body)["data"][0]["b64_json"])))
