@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui evaluate docs test slowest comfyui comfyui-speed matrix lint format wheel clean
+.PHONY: help demo ui evaluate docs test slowest comfyui comfyui-speed matrix engines lint format wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -37,6 +37,11 @@ comfyui-speed: .venv/.installed-dev  ## print seconds per step beside ComfyUI's 
 matrix: build/matrix/newest/.installed build/matrix/lowest/.installed  ## run the tests on the newest and the lowest versions that pyproject.toml allows
 	build/matrix/newest/bin/python -m pytest -n 2 $(TESTS)
 	build/matrix/lowest/bin/python -m pytest -n 2 --ignore tests/test_goldens.py $(TESTS)
+
+# Their own versions of diffusers are too old for lora-compose, and their kernels need a GPU.
+engines: build/engines/sglang/.installed build/engines/vllm-omni/.installed  ## run the diffusers back ends of SGLang and vLLM-Omni on the CPU
+	build/engines/sglang/bin/python -m pytest -m slow -rs $(ENGINES_TEST) -k sglang
+	build/engines/vllm-omni/bin/python -m pytest -m slow -rs $(ENGINES_TEST) -k vllm_omni
 
 lint: .venv/.installed-dev  ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .
@@ -83,6 +88,26 @@ clean:  ## remove build results and caches (keeps .venv and outputs)
 .venv/.installed-dev: pyproject.toml | .venv/.created
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch .venv/.installed-core .venv/.installed-evaluation $@
+
+# The engines' environments. vLLM is installed from its source for no device, so that nothing is compiled. For other
+# versions of torch: make engines ENGINE_TORCH='torch==2.13.0 torchvision==0.28.0'
+ENGINES := tests/fixtures/engines
+ENGINES_TEST := tests/pipelines/families/test_engines_run.py
+ENGINE_TORCH ?= torch torchvision
+ENGINE_INSTALL = $(BIN)/uv pip install --python $(@D)/bin/python --excludes $(ENGINES)/left_out.txt \
+  --overrides $(ENGINES)/versions.txt --overrides $(@D)/torch.txt $(ENGINE_TORCH)
+build/engines/sglang/.installed build/engines/vllm-omni/.installed: pyproject.toml $(ENGINES)/left_out.txt $(ENGINES)/versions.txt | .venv/.installed-dev
+	$(BIN)/uv venv --clear --python $(BIN)/python $(@D)
+	printf '%s\n' $(ENGINE_TORCH) > $(@D)/torch.txt
+	$(INSTALL_ENGINE)
+	@touch $@
+
+build/engines/sglang/.installed: INSTALL_ENGINE = $(ENGINE_INSTALL) 'sglang[diffusion]==0.5.23' triton --editable '.[dev]'
+
+build/engines/vllm-omni/.installed: INSTALL_ENGINE = \
+  $(ENGINE_INSTALL) jinja2 packaging setuptools setuptools-rust setuptools-scm wheel && \
+  VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.30.0 $(ENGINE_INSTALL) --no-build-isolation-package vllm \
+    --no-binary vllm vllm==0.30.0 vllm-omni==0.30.0 --editable '.[dev]'
 
 # Environments of their own, of the newest and the lowest versions that pyproject.toml allows.
 build/matrix/newest/.installed: RESOLUTION = highest

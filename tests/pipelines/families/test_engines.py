@@ -5,7 +5,6 @@ The calling sequences are those of the diffusers back ends of vLLM-Omni and SGLa
 
 import inspect
 import json
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components import lora_tensors, random_lora, tiny_pipeline
-from lora_compose.compose.playground.assets import assets_dir
+from engines import CUSTOM_PIPELINE, sglang_folder
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.scene.scene import Concept
 from pairs import slow_but
 
-FOLDER = assets_dir() / "custom_pipeline"
 PROMPT = "a sks cat and a zwx dog"
 WORDS = {"cat": "sks", "dog": "zwx"}
 BOXES = {"cat": [0, 0, 64, 128], "dog": [64, 0, 128, 128]}
@@ -58,7 +56,7 @@ def by_vllm_omni(model: Path, load: dict[str, Any], defaults: dict[str, Any]) ->
 
     What a pipeline's `__call__` does not name is left out. A request has its steps, guidance, size and seed always.
     """
-    load = {"custom_pipeline": str(FOLDER), "trust_remote_code": True, **json.loads(json.dumps(load))}
+    load = {"custom_pipeline": str(CUSTOM_PIPELINE), "trust_remote_code": True, **json.loads(json.dumps(load))}
     pipe: Any = DiffusionPipeline.from_pretrained(str(model), dtype=torch.float32, **load)
     pipe.to(torch.device("cpu"))
     accepted = set(inspect.signature(pipe.__call__).parameters)
@@ -84,11 +82,13 @@ def by_vllm_omni(model: Path, load: dict[str, Any], defaults: dict[str, Any]) ->
 def by_sglang(model: Path) -> Callable[..., Tensor]:
     """SGLang's way: the folder alone is opened, so that it holds the pipeline's file; a request may have any arguments.
 
-    All arguments are passed on to pipelines whose `__call__` takes further ones.
+    A class that diffusers does not have is looked for in the folder. All arguments are passed on to pipelines whose
+    `__call__` takes further ones.
     """
-    pipe: Any = DiffusionPipeline.from_pretrained(
-        str(model), dtype=torch.float32, trust_remote_code=True, revision=None
-    )
+    load = {"dtype": torch.float32, "trust_remote_code": True, "revision": None}
+    with pytest.raises(AttributeError, match="has no attribute CustomComposePipeline"):
+        DiffusionPipeline.from_pretrained(str(model), **load)
+    pipe: Any = DiffusionPipeline.from_pretrained(str(model), **load, custom_pipeline=str(model))
 
     def request(prompt: str, diffusers_kwargs: dict[str, Any], seed: int = 0) -> Tensor:
         given = {"prompt": prompt, "num_inference_steps": 2, "guidance_scale": 3.0, "height": 128, "width": 128}
@@ -156,22 +156,8 @@ def test_with_boxes_and_no_gradients_the_chosen_method_is_regional(model: Path, 
     assert (images == in_python(model, as_objects(given), method="regional")).all()
 
 
-@pytest.fixture
-def with_its_file(model: Path, tmp_path: Path) -> Path:
-    """The folder as docs/engines.md makes it for SGLang."""
-    folder = tmp_path / "model"
-    shutil.copytree(model, folder)
-    shutil.copy(FOLDER / "pipeline.py", folder)
-    index = folder / "model_index.json"
-    config = json.loads(index.read_text())
-    index.write_text(json.dumps({**config, "_class_name": ["pipeline", "CustomComposePipeline"]}))
-    return folder
-
-
-def test_sglang_composes_with_concepts_in_a_request_bit_for_bit(
-    model: Path, with_its_file: Path, own_modules: None
-) -> None:
-    request = by_sglang(with_its_file)
+def test_sglang_composes_with_concepts_in_a_request_bit_for_bit(model: Path, tmp_path: Path, own_modules: None) -> None:
+    request = by_sglang(sglang_folder(model, tmp_path / "model"))
     for method in ("tara", "draft"):
         images = request(PROMPT, {"concepts": fields(model), "method": method})
         expected = in_python(model, as_objects(fields(model)), method=method, output_type="pt")
@@ -180,9 +166,8 @@ def test_sglang_composes_with_concepts_in_a_request_bit_for_bit(
         request(PROMPT, {"concepts": fields(model), "true_cfg_scal": 4})
 
 
-def test_sglang_finds_the_concepts_that_the_folder_names(model: Path, with_its_file: Path, own_modules: None) -> None:
-    index = with_its_file / "model_index.json"
+def test_sglang_finds_the_concepts_that_the_folder_names(model: Path, tmp_path: Path, own_modules: None) -> None:
     library = {one.pop("name"): one for one in fields(model)}
-    index.write_text(json.dumps({**json.loads(index.read_text()), "concepts": library}))
-    images = by_sglang(with_its_file)(PROMPT, {"concepts": "auto", "method": "merge"})
+    folder = sglang_folder(model, tmp_path / "model", concepts=library)
+    images = by_sglang(folder)(PROMPT, {"concepts": "auto", "method": "merge"})
     assert torch.equal(images, in_python(model, as_objects(fields(model)), method="merge", output_type="pt"))
