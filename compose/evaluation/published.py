@@ -198,8 +198,8 @@ def wanted(published: Published) -> Iterator[Wanted]:
                 f"{one.repository}/{one.file} is another file than the suite names: its SHA-256 is "
                 f"{files[0].lfs.sha256}, expected {one.sha256}; give the revision that had it, or the new SHA-256"
             )
-        cached = {file: try_to_load_from_cache(one.repository, file.path, **one.options) for file in files}
-        missing = sum(file.size for file, path in cached.items() if not isinstance(path, str))
+        cached = [try_to_load_from_cache(one.repository, file.path, **one.options) for file in files]
+        missing = sum(file.size for file, path in zip(files, cached, strict=True) if not isinstance(path, str))
         yield Wanted(name, one, sum(file.size for file in files), missing)
 
 
