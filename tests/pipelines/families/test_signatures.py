@@ -18,6 +18,7 @@ from diffusers.utils import BaseOutput
 
 from all_transformers import EVERY, MODULAR
 from components import seeded
+from composing import composer_of, lora_file
 from golden import PIPELINES, PROMPT, squares
 from lora_compose import ComposePipeline
 from lora_compose.pipelines.calls.front import READ, front
@@ -112,7 +113,7 @@ def test_calls_with_concepts_read_every_argument_of_diffusers_or_refuse_it(cls):
 
 def newer(**defaults: Any) -> Any:
     """A pipeline whose `__call__` has further arguments in a newer diffusers."""
-    pipe = pipeline("sd")
+    pipe = composer_of("sd")
     cls: Any = type(pipe)
     *theirs, kwargs = parameters(StableDiffusionPipeline, "__call__").values()
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=it) for name, it in defaults.items()]
@@ -126,7 +127,7 @@ def newer(**defaults: Any) -> Any:
         __call__ = front(of_newer)(cls.__call__.__wrapped__)
 
     made = Newer(**pipe.components, requires_safety_checker=False)
-    made.add_concepts([*pipe.concepts.values()])
+    made.load_concept(lora_file("sd", "cat"), "cat")
     return made
 
 
