@@ -234,6 +234,13 @@ def listed(prompt: str | list[str] | None) -> list[str]:
     return [prompt] if isinstance(prompt, str) else prompt or []
 
 
+def images_of_each(number: int | None) -> int:
+    """Images of each prompt: what `num_images_per_prompt` means, None being 1; raises ValueError for less than 1."""
+    if number is not None and number < 1:
+        raise ValueError(f"num_images_per_prompt must be at least 1, not {number}")
+    return 1 if number is None else number
+
+
 def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
     """Checks sizes, steps, generators, images and regions, which diffusers does not check.
 

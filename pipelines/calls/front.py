@@ -1,6 +1,6 @@
 """The front of a call, the same for all families: diffusers' arguments become a `Request`, to be planned or run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
@@ -16,18 +16,23 @@ from lora_compose.pipelines.calls.call import (
     Call,
     Callback,
     Composition,
+    Concepts,
     GivenPrompts,
     ImageSize,
     Sampling,
+    images_of_each,
     listed,
     no_concepts,
     tensors_for,
 )
 from lora_compose.pipelines.concepts.tags import has_tags
+from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.denoising.guidance import Guider
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.formats.models import models_of
 from lora_compose.pipelines.images.from_image import FromImage
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.encoder import FamilyEncoder
 from lora_compose.pipelines.text.tokens import Tokenizer
 
@@ -40,6 +45,11 @@ class Composes(Protocol):
         """Whether diffusers' pipeline can inpaint with this model; otherwise our own loop does."""
         ...
 
+    @property
+    def reads(self) -> Collection[str]:
+        """Arguments of diffusers that calls with concepts read, beside those of every family."""
+        ...
+
     def begin(self, given: Mapping[str, Any]) -> "Begun | Plain":
         """A call with concepts, begun, or one that is diffusers' own; takes the arguments by name."""
         ...
@@ -49,28 +59,24 @@ class Composes(Protocol):
         ...
 
 
-OF_OURS = {"concepts": None, "method": None, "control": None, "token_positions": None, "record_attention": False}
-"""Arguments for concepts, with their defaults."""
+OF_OURS = {
+    "concepts": (Concepts | None, None), "method": (str | Settings | None, None),
+    "control": (Control | Sequence[Control] | None, None), "token_positions": (TokenPositions | None, None),
+    "record_attention": (bool | Sequence[int], False),
+}  # fmt: skip
+"""Arguments for concepts, with their types and defaults."""
 
 OF_START_IMAGE = {
-    "image": None, "mask_image": None, "strength": None, "padding_mask_crop": None, "paste_original": False,
+    "image": (Any, None), "mask_image": (Any, None), "strength": (float | None, None),
+    "padding_mask_crop": (int | None, None), "paste_original": (bool, False),
 }  # fmt: skip
-"""Arguments for calls that start from an image, with their defaults."""
+"""Arguments for calls that start from an image, with their types and defaults."""
 
 READ = {
-    "self", "image", "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "true_cfg_scale", "guidance_scale",
-    "guidance_rescale", "guidance_schedule", "cfg_normalization", "cfg_truncation", "height", "width",
-    "original_size", "crops_coords_top_left", "target_size", "negative_original_size",
-    "negative_crops_coords_top_left", "negative_target_size", "num_inference_steps", "timesteps", "sigmas",
-    "denoising_end", "mu", "std", "num_images_per_prompt", "eta", "generator", "latents", "prompt_embeds",
-    "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds", "prompt_embeds_mask",
-    "negative_prompt_embeds_mask", "prompt_attention_mask", "negative_prompt_attention_mask", "ip_adapter_image",
-    "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds", "output_type",
-    "return_dict", "cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs", "clip_skip",
-    "callback_on_step_end", "callback_on_step_end_tensor_inputs", "max_sequence_length", "text_encoder_out_layers",
-    "caption_upsample_temperature", "prompt_upsampling", "prompt_upsampling_temperature", "max_area", "_auto_resize",
+    "self", "prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "generator",
+    "latents", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 }  # fmt: skip
-"""Arguments that calls with concepts read, or refuse with a reason; others are of a newer diffusers."""
+"""Arguments of diffusers that calls with concepts read in every family."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class Begun:
     @property
     def images_per_prompt(self) -> int:
         """Images of each prompt."""
-        return self.given["num_images_per_prompt"] or 1
+        return images_of_each(self.given["num_images_per_prompt"])
 
     @property
     def tensors(self) -> Sequence[str]:
@@ -162,7 +168,7 @@ _asking: ContextVar[bool] = ContextVar("a call is planned, not run", default=Fal
 
 
 def front(
-    like: Callable[..., Any] | Signature, **further: Any
+    like: Callable[..., Any] | Signature, **further: tuple[Any, Any]
 ) -> Callable[[Callable[[Any, Begun], Request]], Callable[..., Any]]:
     """Makes a family's `__call__` of the function that makes its requests.
 
@@ -170,25 +176,31 @@ def front(
     concepts. It raises RuntimeError if another call changes one of these models, or reads one that it would change.
 
     Args:
-        like: `__call__` of diffusers' pipeline, or its arguments (`arguments_with`); ours are added, by name only.
-        further: Further arguments of the family, with their defaults.
+        like: `__call__` of diffusers' pipeline, or arguments that the family reads (`arguments_with`); ours are added,
+            by name only.
+        further: Further arguments of the family, with their types and defaults.
 
     Raises:
-        ValueError: In a call with concepts, for an argument of a newer diffusers.
+        ValueError: In a call with concepts, for an argument of diffusers that the family does not read.
     """
     known = like if isinstance(like, Signature) else signature(like)
     theirs = [it for it in known.parameters.values() if it.kind is not it.VAR_KEYWORD]
-    unread = {it.name: it.default for it in theirs if it.name not in READ}
-    ours = {name: it for name, it in (OF_OURS | OF_START_IMAGE | further).items() if name not in known.parameters}
-    added = [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in ours.items()]
-    arguments = Signature([*theirs, *added, Parameter("kwargs", Parameter.VAR_KEYWORD)])
+    of_family = [] if known is like else [it for it in theirs if it.name not in READ]
+    ours = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in (OF_OURS | OF_START_IMAGE | further).items() if name not in known.parameters
+    ]  # fmt: skip
+    arguments = Signature(
+        [*theirs, *ours, Parameter("kwargs", Parameter.VAR_KEYWORD)], return_annotation=BaseOutput | tuple
+    )
 
     def decorate(make: Callable[[Any, Begun], Request]) -> Callable[..., Any]:
         def made(pipe: Composes, given: Mapping[str, Any]) -> Request | Plain:
             begun = pipe.begin(given)
             if isinstance(begun, Plain):
                 return begun
-            if new := [name for name, default in unread.items() if given[name] is not default]:
+            unread = [it.name for it in of_family if it.name not in pipe.reads]
+            if new := [name for name in unread if not _same(given[name], known.parameters[name].default)]:
                 raise ValueError(f"{', '.join(new)} cannot be combined with concepts; leave it out")
             return make(pipe, begun)
 
@@ -215,6 +227,8 @@ def front(
                 claim.end()
 
         call.__dict__["__signature__"] = arguments
+        typed = {it.name: it.annotation for it in arguments.parameters.values() if it.annotation is not it.empty}
+        call.__annotations__ = {**typed, "return": arguments.return_annotation}
         return call
 
     return decorate
@@ -243,6 +257,17 @@ def request_of(pipe: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
     if isinstance(request, Plain):
         raise ValueError("a call without concepts is diffusers' own, which is not planned; name some: concepts=[...]")
     return request
+
+
+def _same(given: Any, default: Any) -> bool:
+    """Whether an argument has its default; tensors, which are compared by element, are never read."""
+    if given is default:
+        return True
+    if type(given) is not type(default):
+        return False
+    if isinstance(given, list | tuple):
+        return len(given) == len(default) and all(map(_same, given, default))
+    return isinstance(given, str | int | float) and given == default
 
 
 def _composes(prompt: Any, concepts: Any) -> bool:

@@ -245,7 +245,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         Args:
             prompt: Names each concept by its trigger.
             concepts: Names of loaded concepts or adapters, boxes by name, {"cat": (0, 0, 64, 128)}, `Concept` objects
-                or their fields, a list of these per prompt, "auto": those that the prompt names; None: as in diffusers.
+                or their fields as in JSON, {"name": "cat", "lora": "cat.safetensors"}, a list of these per prompt,
+                "auto": those that the prompt names; None: as in diffusers.
             method: draft, lora-composer, regional, clora, tara, merge, switch, composite, freefuse, or settings such as
                 `Tara(scope="cross_kv")`; None chooses.
             control: Control images for ControlNets and T2I-Adapters; only with concepts.

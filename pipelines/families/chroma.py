@@ -19,6 +19,10 @@ class ComposeChromaPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: i
     """diffusers' `ChromaPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "Chroma"
+    reads = (
+        "negative_prompt", "sigmas", "prompt_embeds", "negative_prompt_embeds", "prompt_attention_mask",
+        "negative_prompt_attention_mask", "joint_attention_kwargs", "max_sequence_length",
+    )  # fmt: skip
     architecture = "chroma"
     transformer_class = ChromaTransformer2DModel
     image_to_image = ImageTask(ChromaImg2ImgPipeline, resizes=True)

@@ -184,8 +184,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         """
         given = begun.given
         negative = given.get("negative_prompt_embeds")
-        if guider.scale > 1 and isinstance(negative, Tensor):
-            check_negative_embeds(prompts, negative)
+        if guider.scale > 1 and negative is not None:
+            self._check_negative_embeds(prompts, negative)
         known = {f"_{name}": given[name] for name in ("guidance_scale", *ATTENTION_ARGUMENTS) if name in given}
         if hasattr(type(self), "current_timestep"):
             known["_current_timestep"] = None
@@ -214,6 +214,16 @@ class FlowMatchingPipeline(ImageTasksPipeline):
             return (self._finished(self._decode(latents, given["output_type"] or "np", **options), source),)
 
         return Request(call, both_sides, decoded, given["return_dict"])
+
+    def _check_negative_embeds(self, given: GivenPrompts, embeds: Any) -> None:
+        """Raises ValueError for negative embeddings that cannot be in one batch with the text of the prompts."""
+        tokens = given.length if given.embeds is None else given.embeds.shape[1]
+        if tuple(embeds.shape[:2]) != (len(given), tokens):
+            raise ValueError(
+                "`prompt_embeds` and `negative_prompt_embeds` must have the same shape when passed directly, since "
+                f"both are read in one batch: expected negative ones for {len(given)} prompts of {tokens} tokens, but "
+                f"got the shape {list(embeds.shape)}"
+            )
 
     def _text_request(
         self,
@@ -423,17 +433,6 @@ def tokenizer_of(processor: Any) -> Any:
 Encode = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
 """Encodes prompts on a device: the given ones, or the call's own if they are None; as negative prompts if the second
 argument is True. Returns the text, and further inputs of the model by row."""
-
-
-def check_negative_embeds(given: GivenPrompts, embeds: Tensor) -> None:
-    """Raises ValueError for negative embeddings that cannot be in one batch with the text of the prompts."""
-    tokens = given.length if given.embeds is None else given.embeds.shape[1]
-    if tuple(embeds.shape[:2]) != (len(given), tokens):
-        raise ValueError(
-            "`prompt_embeds` and `negative_prompt_embeds` must have the same shape when passed directly, since both "
-            f"are read in one batch: expected negative ones for {len(given)} prompts of {tokens} tokens, but got the "
-            f"shape {list(embeds.shape)}"
-        )
 
 
 def for_each(text: str | list[str] | None, count: int) -> list[str]:

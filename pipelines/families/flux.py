@@ -7,10 +7,7 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from lora_compose.pipelines.calls.call import (
-    GivenPrompts,
-    listed,
-)
+from lora_compose.pipelines.calls.call import GivenPrompts, images_of_each, listed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
@@ -33,6 +30,11 @@ class FluxCalls(FlowMatchingPipeline):
     transformer_class = FluxTransformer2DModel
     text_tokenizers = ("tokenizer_2",)
     reads_weights = True
+    reads = (
+        "prompt_2", "negative_prompt", "negative_prompt_2", "true_cfg_scale", "sigmas", "prompt_embeds",
+        "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds", "joint_attention_kwargs",
+        "max_sequence_length",
+    )  # fmt: skip
 
     def _read(self, given: dict[str, Any]) -> dict[str, Any]:
         given["max_sequence_length"] = self._readable(given["max_sequence_length"])
@@ -121,7 +123,7 @@ class FluxCalls(FlowMatchingPipeline):
         embeds = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
         if given := [name for name in embeds if arguments[name] is not None]:
             raise ValueError(f"weights in prompts do not go with {', '.join(given)}; give the prompts")
-        length, count = arguments["max_sequence_length"], arguments["num_images_per_prompt"] or 1
+        length, count = arguments["max_sequence_length"], images_of_each(arguments["num_images_per_prompt"])
         encoded: dict[str, Any] = {}
         for side in ("", "negative_"):
             first, second = (listed(arguments[f"{side}prompt{number}"]) for number in ("", "_2"))

@@ -33,6 +33,7 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
 
     transformer_class = Flux2Transformer2DModel
     named_channels = "num_latents_channels"
+    reads = ("image", "sigmas", "prompt_embeds", "attention_kwargs", "max_sequence_length", "text_encoder_out_layers")
     starts_from_latents = False  # diffusers reads them with patches as channels
 
     def _flux2_request(
@@ -121,10 +122,11 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
     """diffusers' `Flux2KleinPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "FLUX.2-klein"
+    reads = (*Flux2Calls.reads, "negative_prompt_embeds")
     architecture = "flux-2-klein"
     inpainting = ImageTask(Flux2KleinInpaintPipeline, resizes=False)
 
-    @front(Flux2KleinPipeline.__call__, image_reference=None)
+    @front(Flux2KleinPipeline.__call__, image_reference=(Any, None))
     def __call__(self, begun: Begun) -> Request:
         """Generates images, as `ComposePipeline.__call__`.
 

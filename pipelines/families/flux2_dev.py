@@ -20,6 +20,7 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
     """diffusers' `Flux2Pipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "FLUX.2-dev"
+    reads = (*Flux2Calls.reads, "caption_upsample_temperature")
     architecture = "flux-2-dev"
 
     @front(Flux2Pipeline.__call__)
@@ -29,7 +30,7 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
         Args:
             image: One or several reference images, as in `ComposeFlux2KleinPipeline.__call__`.
             caption_upsample_temperature: Only without concepts, since it has the text encoder rewrite the prompt.
-            concepts: As for `ComposeFlux2KleinPipeline.__call__`, as are the four arguments after it.
+            concepts: As for `ComposePipeline.__call__`, as are the four arguments after it.
             mask_image: Not supported, as are the three arguments after it.
 
         Returns:

@@ -22,6 +22,7 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
     """diffusers' `FluxKontextPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "FLUX.1 Kontext"
+    reads = (*FluxCalls.reads, "image", "max_area", "_auto_resize")
     inpainting = ImageTask(FluxKontextInpaintPipeline, resizes=False)
     starts_from_latents = False  # diffusers refuses them
     prepared = 0, 6, 1
@@ -32,7 +33,7 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         named = given["width"] is not None or given["height"] is not None
         return {**super()._read(given), "named": named}  # a size that is the model's own may be changed
 
-    @front(FluxKontextPipeline.__call__, image_reference=None)
+    @front(FluxKontextPipeline.__call__, image_reference=(Any, None))
     def __call__(self, begun: Begun) -> Request:
         """Generates images, as `ComposePipeline.__call__`.
 

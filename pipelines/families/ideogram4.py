@@ -34,6 +34,10 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
     """diffusers' `Ideogram4Pipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "Ideogram 4"
+    reads = (
+        "guidance_schedule", "mu", "std", "prompt_upsampling", "prompt_upsampling_temperature", "max_sequence_length",
+        "attention_kwargs",
+    )  # fmt: skip
     architecture = "ideogram-4"
     transformer_class = Ideogram4Transformer2DModel
     native_side = 2048

@@ -30,7 +30,6 @@ from lora_compose.pipelines.calls.refine import Origin
 from lora_compose.pipelines.control.spec import controls_of
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.images.from_image import FromImage, Source, check_steps, steps_left
-from lora_compose.pipelines.images.task import OF_INPAINTING
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,15 @@ class ImageTasksPipeline(ComposePipeline):
 
     reads_image_prompts: ClassVar[bool] = False
     """Whether IP-Adapters go with concepts."""
+
+    reads: ClassVar[Collection[str]] = ()
+    """Arguments of diffusers' `__call__` that calls with concepts read, beside those of every family (`READ`).
+
+    Those that are refused with a reason of their own are among them, but for IP-Adapters.
+    """
+
+    of_inpainting: ClassVar[Collection[str]] = ("mask",)
+    """Tensors that callbacks may name where a call with concepts inpaints, beside those of every call."""
 
     check_inputs: Any
     """diffusers' checks of the arguments of a call."""
@@ -311,7 +319,7 @@ class ImageTasksPipeline(ComposePipeline):
 
     def _of_every_task(self, tensors: Sequence[str], given: FromImage | None) -> list[str]:
         """Tensors for callbacks without those that only inpainting has."""
-        return [name for name in tensors if name not in OF_INPAINTING or given is None or not given.inpaints]
+        return [name for name in tensors if name not in self.of_inpainting or given is None or not given.inpaints]
 
     def _finished(self, images: Any, source: Source | None) -> Any:
         """Images with what is outside of the mask pasted in, where that is asked for."""

@@ -19,6 +19,10 @@ class ComposeKrea2Pipeline(VideoVaePipeline, TemplatePipeline, Krea2Pipeline):  
     """diffusers' `Krea2Pipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "Krea 2"
+    reads = (
+        "negative_prompt", "sigmas", "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds",
+        "negative_prompt_embeds_mask", "attention_kwargs", "max_sequence_length",
+    )  # fmt: skip
     architecture = "krea-2"
     transformer_class = Krea2Transformer2DModel
     most_tokens = 6400

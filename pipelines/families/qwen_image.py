@@ -30,6 +30,10 @@ class QwenImageCalls(VideoVaePipeline, TemplatePipeline):
     """Calls of Qwen-Image and of its edit models, which have the same transformer."""
 
     transformer_class = QwenImageTransformer2DModel
+    reads = (
+        "true_cfg_scale", "negative_prompt", "sigmas", "prompt_embeds", "prompt_embeds_mask",
+        "negative_prompt_embeds", "negative_prompt_embeds_mask", "attention_kwargs", "max_sequence_length",
+    )  # fmt: skip
     starts_from_latents = False  # diffusers reads them with a frame axis
 
     def _qwen_request(

@@ -25,6 +25,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
     """diffusers' `QwenImageEditPlusPipeline` whose calls may name concepts; latents keep height and width, unpacked."""
 
     family = "Qwen-Image-Edit-Plus"
+    reads = (*QwenImageCalls.reads, "image")
     architecture = "qwen-image-edit"
     needs_references = True
 

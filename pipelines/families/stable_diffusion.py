@@ -31,6 +31,10 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
     image_to_image = ImageTask(StableDiffusionImg2ImgPipeline, resizes=False)
     inpainting = ImageTask(StableDiffusionInpaintPipeline, resizes=True)
     family = "Stable Diffusion 1.x and 2.x"
+    reads = (
+        "timesteps", "sigmas", "negative_prompt", "eta", "prompt_embeds", "negative_prompt_embeds",
+        "ip_adapter_image", "ip_adapter_image_embeds", "cross_attention_kwargs", "guidance_rescale", "clip_skip",
+    )  # fmt: skip
     reads_penultimate = False
 
     @classmethod

@@ -32,6 +32,13 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
     image_to_image = ImageTask(StableDiffusionXLImg2ImgPipeline, resizes=False)
     inpainting = ImageTask(StableDiffusionXLInpaintPipeline, resizes=True)
     family = "Stable Diffusion XL"
+    reads = (
+        "timesteps", "sigmas", "negative_prompt", "eta", "prompt_embeds", "negative_prompt_embeds",
+        "ip_adapter_image", "ip_adapter_image_embeds", "cross_attention_kwargs", "guidance_rescale", "clip_skip",
+        "prompt_2", "denoising_end", "negative_prompt_2", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+        "original_size", "crops_coords_top_left", "target_size", "negative_original_size",
+        "negative_crops_coords_top_left", "negative_target_size",
+    )  # fmt: skip
     reads_penultimate = True
 
     @classmethod

@@ -17,7 +17,7 @@ from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
 from lora_compose.pipelines.denoising.sampler import Schedule
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
 from lora_compose.pipelines.images.from_image import FromImage, Source
-from lora_compose.pipelines.images.task import ImageToImage, Inpainting
+from lora_compose.pipelines.images.task import OF_INPAINTING, ImageToImage, Inpainting
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.text.emphasis import Emphasis, has_weights
 from lora_compose.pipelines.text.long_prompts import Reading
@@ -41,6 +41,7 @@ class UNetPipeline(ImageTasksPipeline):
     old_arguments = ("callback", "callback_steps")
     attention_settings = ("scale", "ip_adapter_masks")
     reads_image_prompts = True
+    of_inpainting = OF_INPAINTING
     reads_weights: ClassVar[bool] = True
     reads_in_chunks: ClassVar[bool] = True
     reads_penultimate: ClassVar[bool]

@@ -10,9 +10,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sig
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_compose.pipelines.calls.call import (
-    Call,
-)
+from lora_compose.pipelines.calls.call import Call, GivenPrompts
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.denoising.guidance import NormLimited
@@ -28,6 +26,10 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
     """diffusers' `ZImagePipeline` whose calls may name concepts."""
 
     family = "Z-Image"
+    reads = (
+        "sigmas", "cfg_normalization", "cfg_truncation", "negative_prompt", "prompt_embeds", "negative_prompt_embeds",
+        "joint_attention_kwargs", "max_sequence_length",
+    )  # fmt: skip
     architecture = "z-image"
     transformer_class = ZImageTransformer2DModel
     image_to_image = ImageTask(ZImageImg2ImgPipeline, resizes=False)
@@ -94,6 +96,11 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         encode_prompt: Any = self._encode_prompt
         rows = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return _stacked(rows, _padded(length or 512)), {"lengths": torch.tensor([len(row) for row in rows])}
+
+    def _check_negative_embeds(self, given: GivenPrompts, embeds: Any) -> None:
+        """Only their number, since rows have their own lengths."""
+        if len(embeds) != len(given):
+            raise ValueError(f"negative_prompt_embeds are for {len(embeds)} prompts, and there are {len(given)}")
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
         rows = text.conditional()

@@ -37,6 +37,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     "unknown method": ({"method": "blend"}, "unknown method 'blend'; there are .*merge.*tara"),
     "a class as method": ({"method": Tara}, "method must be one of .*merge.* or a settings object"),
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
+    "no images": ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, not 0"),
     "no number of steps": (
         {"num_inference_steps": None},
         "num_inference_steps may be None only with timesteps or sigmas",

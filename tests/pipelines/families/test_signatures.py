@@ -5,20 +5,24 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from types import FunctionType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from diffusers.utils import BaseOutput
 
 from all_transformers import EVERY, MODULAR
 from components import seeded
+from composing import composer_of, lora_file
 from golden import PIPELINES, PROMPT, squares
 from lora_compose import ComposePipeline
 from lora_compose.pipelines.calls.front import READ, front
+from lora_compose.pipelines.families.modular import ModularFamilyPipeline
 from transformer_families import TOKENS, shared_pipeline
 
 FAMILIES = ("sd", "sdxl", *(name for name in EVERY if name not in (*MODULAR, "qwen-image-edit")))
@@ -101,21 +105,66 @@ def test_the_call_and_what_opens_and_saves_are_compared():
 
 @pytest.mark.parametrize("cls", ComposePipeline.families, ids=lambda cls: cls.family)
 def test_calls_with_concepts_read_every_argument_of_diffusers_or_refuse_it(cls):
-    assert {*positional(parameters(cls, "__call__"))} <= READ
+    if issubclass(cls, ModularFamilyPipeline):  # whose arguments are our own
+        return
+    named = {*positional(parameters(cls, "__call__"))} - READ
+    assert {*cls.reads} == {name for name in named if "ip_adapter" not in name or cls.reads_image_prompts}
 
 
-def test_an_argument_that_a_newer_diffusers_has_is_refused_with_concepts():
-    pipe = pipeline("sd")
+def newer(**defaults: Any) -> Any:
+    """A pipeline whose `__call__` has further arguments in a newer diffusers."""
+    pipe = composer_of("sd")
     cls: Any = type(pipe)
     *theirs, kwargs = parameters(StableDiffusionPipeline, "__call__").values()
-    newer = inspect.Parameter("sharpness", inspect.Parameter.KEYWORD_ONLY, default=None)
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=it) for name, it in defaults.items()]
+
+    def of_newer() -> None:
+        """Stands for `__call__` of the newer diffusers, of which only the signature is used."""
+
+    of_newer.__dict__["__signature__"] = inspect.Signature([*theirs, *more, kwargs])
 
     class Newer(cls):
-        __call__ = front(inspect.Signature([*theirs, newer, kwargs]))(cls.__call__.__wrapped__)
+        __call__ = front(of_newer)(cls.__call__.__wrapped__)
 
     made = Newer(**pipe.components, requires_safety_checker=False)
+    made.load_concept(lora_file("sd", "cat"), "cat")
+    return made
+
+
+@pytest.mark.parametrize("name", ["sharpness", "true_cfg_scale", "max_sequence_length"])
+def test_an_argument_that_a_newer_diffusers_has_is_refused_with_concepts(name):
+    """Also where another family reads an argument of that name."""
+    assert name == "sharpness" or any(name in cls.reads for cls in ComposePipeline.families)
+    with pytest.raises(ValueError, match=rf"^{name} cannot be combined with concepts; leave it out$"):
+        newer(**{name: None}).plan(PROMPT, concepts=["cat"], **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("default", "given"), [(0.5, float("0.5")), ("auto", "".join(["au", "to"])), ([1, (2.0, "x")], [1, (2.0, "x")])]
+)
+def test_the_default_of_an_argument_of_a_newer_diffusers_may_be_given(default, given):
+    assert given is not default
+    pipe = newer(sharpness=default)
+    assert pipe.plan(PROMPT, concepts=["cat"], sharpness=given).method == pipe.plan(PROMPT, concepts=["cat"]).method
+
+
+@pytest.mark.parametrize(
+    ("default", "given"), [(1, True), (0.5, torch.full([2], 0.5)), ([0.5], [torch.full([2], 0.5)]), ([1], [1, 1])]
+)
+def test_what_only_resembles_the_default_is_refused(default, given):
     with pytest.raises(ValueError, match=r"^sharpness cannot be combined with concepts; leave it out$"):
-        made.plan(PROMPT, concepts=["cat"], sharpness=1)
+        newer(sharpness=default).plan(PROMPT, concepts=["cat"], sharpness=given)
+
+
+@pytest.mark.parametrize("cls", ComposePipeline.families, ids=lambda cls: cls.family)
+def test_types_are_those_of_diffusers_and_of_our_arguments(cls):
+    found, of_our_own = get_type_hints(cls.__call__), get_type_hints(ComposePipeline.__call__)
+    assert {name: found[name] for name in OF_OUR_OWN} == {name: of_our_own[name] for name in OF_OUR_OWN}
+    assert found["return"] == inspect.signature(cls.__call__).return_annotation == BaseOutput | tuple
+    assert found["padding_mask_crop"] == int | None
+    if not issubclass(cls, ModularFamilyPipeline):
+        theirs = {name: it for name, it in get_type_hints(plain_class(cls).__call__).items() if name != "return"}
+        assert theirs.items() <= found.items()
 
 
 class Watch:

@@ -313,3 +313,21 @@ def test_families_without_the_task_say_so(concepts, tmp_path):
         pipe(PROMPT, concepts=concepts, image=IMAGE, mask_image=MASK)
     with pytest.raises(ValueError, match="diffusers has no image-to-image for Krea 2"):
         pipe(PROMPT, concepts=concepts, image=IMAGE)
+
+
+@pytest.mark.parametrize("name", [name for name in INPAINTS if name not in MODULAR])
+def test_callbacks_of_inpainting_see_the_mask_and_no_tensor_that_only_unets_have(pipes, name):
+    names, seen = ["latents", "mask"], []
+
+    def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append({name: tensors[name].shape for name in names})
+        return tensors
+
+    given = {"concepts": ["cat"], "method": "merge", "callback_on_step_end": look}
+    latents_of(pipes[name], **task(name, True), **given, callback_on_step_end_tensor_inputs=names)
+    assert len(seen) == 2
+    assert all(one["mask"] == (1, 1, *one["latents"][-2:]) for one in seen)
+    more = {**given, "callback_on_step_end_tensor_inputs": [*names, "masked_image_latents"]}
+    with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs.*masked_image_latents"):
+        latents_of(pipes[name], **task(name, True), **more)
+    assert len(seen) == 2

@@ -25,6 +25,7 @@ from transformer_families import (
     CELLS,
     METHODS,
     PROMPT,
+    TOKENS,
     Family,
     as_file,
     assert_equals_dense_deltas,
@@ -91,6 +92,16 @@ def test_negative_embeddings_of_another_shape_are_refused(family, pipe):
     guided = {**family.guided, **rest, "negative_prompt_embeds": tokens}
     with pytest.raises(ValueError, match="must have the same shape when passed directly"):
         pipe(**CALL, **guided, concepts=["cat"], method="merge")
+
+
+def test_embeddings_of_z_image_may_be_single_tensors_shorter_than_the_padded_text():
+    pipe = shared_pipeline(Z_IMAGE)
+    given = {**CALL, "prompt": None, "guidance_scale": 2.0, "concepts": ["cat"], "method": "merge"}
+    rows, negative = (pipe.read_texts([text], TOKENS)[0][:, :20] for text in (CALL["prompt"], "the photo"))
+    found = latents_of(pipe, **given, prompt_embeds=rows, negative_prompt_embeds=negative)
+    assert torch.equal(found, latents_of(pipe, **given, prompt_embeds=[*rows], negative_prompt_embeds=[*negative]))
+    with pytest.raises(ValueError, match="negative_prompt_embeds are for 2 prompts, and there are 1"):
+        latents_of(pipe, **given, prompt_embeds=rows, negative_prompt_embeds=negative.repeat(2, 1, 1))
 
 
 @pytest.mark.parametrize(("family", "concepts"), in_pairs(TRANSFORMERS, [None, ["cat"]]), indirect=["family"])

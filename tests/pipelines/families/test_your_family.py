@@ -78,6 +78,7 @@ class YourPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: ignore[rep
     """What `pipelines/families/your_family.py` would have; a real one reads all arguments."""
 
     family = "Yours"
+    reads = ("negative_prompt", "sigmas", "joint_attention_kwargs", "max_sequence_length")
     architecture = "yours"
     transformer_class = ChromaTransformer2DModel
 
