@@ -97,4 +97,4 @@ class BatchSettings(Frozen):
 
     def run(self, scene: Scene) -> Run:
         """The run of a scene."""
-        return Run(scene=scene, **shared(Run.model_fields.keys() - {"scene"}, self))
+        return Run(scene=scene, **shared(Run.model_fields.keys() - {"scene", "seed"}, self))

@@ -29,7 +29,7 @@ def factors_in(model: Any, concept: Concept, *, products: bool = True) -> Lora:
 def composed(
     model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
 ) -> tuple[Any, Any]:
-    """A model in which concepts act, and the conditioning for it. Arguments and errors: `Request`."""
+    """A model in which concepts act, and the conditioning for it. Arguments: `Request`; errors: `Request.composed`."""
     loras = [factors_in(model, concept) for concept in concepts]
     parts, used = [read_text_encoders(concept.path) for concept in concepts], set()
 

@@ -60,6 +60,8 @@ def compose(patcher: Any, composition: Composition) -> Any:
 def draft_alone(patcher: Any, sample: Callable[[], Any]) -> Found:
     """What `draft` finds in a sampling, which ends after the drafted steps.
 
+    Clones of a model share its `Host`: no other sampling with one of them may overlap.
+
     Args:
         patcher: A model of Compose.
         sample: Samples with it.
@@ -73,14 +75,15 @@ def draft_alone(patcher: Any, sample: Callable[[], Any]) -> Found:
             "nothing is drafted with this model; connect that of Compose, with method draft and a subject without box "
             "and mask"
         )
-    host.found, host.only_draft = None, True
+    before, host.found, host.only_draft = host.found, None, True
     try:
         sample()
+        found = host.found
     finally:
-        host.only_draft = False
-    if host.found is None:
+        host.found, host.only_draft = before, False
+    if found is None:
         raise ValueError("there are no steps to draft; set steps to 1 or more")
-    return host.found
+    return found
 
 
 def _dtype(model: Any) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_compose.compose.files.paths import model_source
-from lora_compose.compose.support.names import TRAINING_PRESETS, unknown
+from lora_compose.compose.support.names import TRAINING_PRESETS, TRAINING_SCOPES, unknown
 from lora_compose.compose.support.terminal import handle_errors, starting
 
 _prior, _for_tara, _memory, _watch = (
@@ -37,7 +37,7 @@ def train(
         list[Path] | None,
         typer.Option(help="A folder with a reference image for each image, of the same name; repeatable."),
     ] = None,
-    scope: Annotated[str | None, typer.Option(help="Layers to train: cross_kv, attention or transformer.")] = None,
+    scope: Annotated[str | None, typer.Option(help=f"Layers to train: {', '.join(TRAINING_SCOPES)}.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
     alpha: Annotated[float | None, typer.Option(help="The LoRA is scaled by alpha / rank; default: the rank.")] = None,
     dora: Annotated[bool, typer.Option("--dora", help="Train the norms of the changed weights too (DoRA).")] = False,

@@ -74,12 +74,13 @@ def run_of(suite: Suite, batch: Batch) -> Run:
     described = Scene(**shared(Scene.model_fields, scene, prompt=prompt, concepts=tuple(concepts)))
     settings = arm.method.settings if arm.method else {}
     made = {"method": _method(arm, concepts), "settings": settings, "seed": batch.seeds[0]}
-    return Run(**shared(Run.model_fields, suite, scene=described, **made))
+    return Run(**shared(Run.model_fields.keys() - {"quantize"}, suite, scene=described, **made))
 
 
 def _concept(concept: SuiteConcept, kind: str | None, region: Region | None) -> Concept:
     lora = next(iter(concept.loras.values())) if kind is None else concept.loras[kind]
-    return Concept(**shared(Concept.model_fields, concept, lora=lora, region=region, references=None))
+    names = Concept.model_fields.keys() - {"alpha", "merge", "prompt"}  # no suite has these
+    return Concept(**shared(names, concept, lora=lora, region=region, references=None))
 
 
 def _merged(suite: Suite, scene: SuiteScene, method: SuiteMethod, concepts: Sequence[Concept]) -> list[Concept]:

@@ -102,13 +102,13 @@ def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: 
         blocks: dict[str, list[str]] = {}
         for name in names:
             blocks.setdefault(block_of(part, name), []).append(name)
-        for of in sorted(blocks, key=_order):
-            inside = [names[name] for name in blocks[of]]
-            each = [_energy(getattr(pipe, part), name, loras[part][name]) for name in blocks[of]]
+        for key in sorted(blocks, key=_order):
+            inside = [names[name] for name in blocks[key]]
+            each = [_energy(getattr(pipe, part), name, loras[part][name]) for name in blocks[key]]
             energy = None if None in each else sum(filter(None, each))
             norm = None if energy is None else math.sqrt(max(0.0, energy))
-            alphas = [own(name, names[name]) for name in blocks[of]]
-            yield block(part, of.removeprefix(f"{part}."), inside, alphas, norm)
+            alphas = [own(name, names[name]) for name in blocks[key]]
+            yield block(part, key.removeprefix(f"{part}."), inside, alphas, norm)
 
 
 def _energy(model: nn.Module, name: str, factors: LoraFactors) -> float | None:
@@ -121,9 +121,9 @@ def _energy(model: nn.Module, name: str, factors: LoraFactors) -> float | None:
     return float(factors.change_of(dense_weight(layer, torch.device("cpu"), torch.float32)).double().square().sum())
 
 
-def _order(block: str) -> tuple[int, str, int]:
+def _order(key: str) -> tuple[int, str, int]:
     """The order in which a model runs its blocks."""
-    name = block.partition(".")[2]
+    name = key.partition(".")[2]
     stage = next(
         (i for i, start in enumerate(("conv_in", "time", "add", "down", "mid", "up")) if name.startswith(start)), 9
     )
@@ -140,14 +140,13 @@ def _overlap(one: tuple[str, Factors], other: tuple[str, Factors]) -> Overlap:
     (name, mine), (other_name, theirs) = one, other
     layers, others = _layers(mine), _layers(theirs)
     sums: dict[str, list[float]] = {}
-    for key in layers.keys() & others.keys():
-        a, b = layers[key], others[key]
+    for layer in layers.keys() & others.keys():
+        a, b = layers[layer], others[layer]
         found = inner(a, b), inner(a, a), inner(b, b)
-        block = sums.setdefault(block_of(*key), [0.0, 0.0, 0.0])
-        block[:] = [x + y for x, y in zip(block, found, strict=True)]
-    blocks = tuple(
-        (block, overlap(*sums[block])) for block in sorted(sums, key=lambda block: (block[0] != "u", _order(block)))
-    )
+        total = sums.setdefault(block_of(*layer), [0.0, 0.0, 0.0])
+        total[:] = [x + y for x, y in zip(total, found, strict=True)]
+    in_order = sorted(sums, key=lambda key: (key[0] != "u", _order(key)))
+    blocks = tuple((key, overlap(*sums[key])) for key in in_order)
     whole = overlap(*(sum(column) for column in zip(*sums.values(), strict=True))) if sums else None
     return Overlap(files=(name, other_name), blocks=blocks, whole=whole, meaning=_meaning(whole))
 

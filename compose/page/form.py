@@ -78,10 +78,10 @@ class Form:
         try:
             width, height = self.size
             scene = Scene(**shared(
-                Scene.model_fields, self, concepts=concepts, width=width, height=height,
+                Scene.model_fields.keys() - {"padding_mask_crop"}, self, concepts=concepts, width=width, height=height,
                 paste_original=True if self.mask_image is not None else None,
             ))  # fmt: skip
-            given = shared(Run.model_fields, self.choice, self)
+            given = shared(Run.model_fields.keys() - {"scene", "seed"}, self.choice, self)
             return [Run(**given, scene=scene, seed=seed) for seed in self.seeds]
         except FieldError as error:
             raise ValueError("\n".join(error.messages)) from error

@@ -16,7 +16,6 @@ from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.generate.defaults import defaults_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source
-from lora_compose.compose.support.frozen import shared
 from lora_compose.compose.support.savers import OFFLOADS, Saver
 from lora_compose.pipelines.concepts.loading import Factors
 from lora_compose.pipelines.families.references import ReferencesPipeline
@@ -195,7 +194,13 @@ class OpenModels:
             idle = [other for other, model in self._models.items() if not model.busy]
             for other in idle[: max(0, len(self._models) - LIMIT + 1)]:
                 del self._models[other]  # whoever still shows it keeps it alive until then
-            run = Run(scene=Scene(prompt="-"), **shared(Run.model_fields, choice))
+            run = Run(
+                scene=Scene(prompt="-"),
+                model=choice.model,
+                dtype=choice.dtype,
+                device=choice.device,
+                quantize=choice.quantize,
+            )
             chosen = defaults_of(run)
             defaults = chosen.steps, float(chosen.guidance_scale)
             self._models[choice] = OpenModel(choice, open_model(run, choice.memory), defaults)

@@ -15,6 +15,11 @@ from lora_compose.pipelines.scene.scene import Run, Scene
 from lora_compose.pipelines.scene.sources import files_of
 from lora_compose.pipelines.support.regular import sha256_of
 
+_NOT_IN_REQUESTS = frozenset(
+    ("image", "mask_image", "strength", "padding_mask_crop", "paste_original", "references", "controls", "ip_adapters")
+)
+"""Fields of a scene that start from images, which requests have none of."""
+
 
 def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, together: int) -> Record:
     """How an image was made. LoRAs are named by file, and found again by content (`replay --loras FOLDER`).
@@ -32,11 +37,12 @@ def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, to
         concepts.append(asked.concept.model_copy(update={"lora": path.name}))
         status = path.stat()
         hashes[asked.name] = _hash(str(path), status.st_size, status.st_mtime_ns)
-    scene = Scene(**shared(Scene.model_fields, request, concepts=tuple(concepts)))
+    scene = Scene(**shared(Scene.model_fields.keys() - _NOT_IN_REQUESTS, request, concepts=tuple(concepts)))
     public = run.model in PLAYGROUNDS or (is_hub_name(run.model) and not Path(run.model).exists())
     used = shared(
-        Run.model_fields, request, scene=scene, model=run.model if public else Path(run.model).name,
-        scheduler=type(pipe.scheduler).__name__, device=str(pipe._execution_device),
+        Run.model_fields.keys() - {"dtype", "settings"}, request, scene=scene,
+        model=run.model if public else Path(run.model).name, scheduler=type(pipe.scheduler).__name__,
+        device=str(pipe._execution_device),
         quantize=moved_weights(run.quantize, lambda file: Path(file).name),
     )  # fmt: skip
     return Record(

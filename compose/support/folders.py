@@ -31,19 +31,36 @@ class HeldFolder:
 
     path: Path
     _lock: BinaryIO
+    _is_locked: bool
 
     def remove(self) -> None:
-        """Removes it, unless another process holds it as well."""
+        """Removes it, unless another process holds it as well; without locks, that is not known."""
         self._lock.close()
-        remove(str(self.path))
+        lock = _lock_of(self.path)
+        if self._is_locked:
+            _removed(lock)
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # another process of Windows has it open
+            lock.unlink()
 
 
-@cache
 def of_this_process(kind: str) -> Path:
     """A folder of this process alone, removed at its end, and if it was killed, by the next one that holds a folder."""
+    return _of_process(kind, os.getpid())
+
+
+@cache  # threads that come at the same time may get a folder each: both are removed at the end
+def _of_process(kind: str, process: int) -> Path:
     held = hold(f"{kind}-{secrets.token_hex(8)}")
-    atexit.register(held.remove)
+    atexit.register(_remove_in, process, held)
     return held.path
+
+
+def _remove_in(process: int, held: HeldFolder) -> None:
+    """Removes a folder in the process that it is of; processes forked from it end with the same calls."""
+    if os.getpid() == process:
+        held.remove()
 
 
 def hold(name: str) -> HeldFolder:
@@ -55,17 +72,18 @@ def hold(name: str) -> HeldFolder:
     remove_abandoned()
     folder = Path(tempfile.gettempdir()) / f"{_PREFIX}{name}"
     while True:
-        lock = _opened(_lock_of(folder))
+        lock, is_locked = _opened(_lock_of(folder)), False
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks, on which what dead processes leave stays
                 fcntl.flock(lock, fcntl.LOCK_SH)
+                is_locked = True
         if _is_there(lock, _lock_of(folder)):
             break
         lock.close()  # it was removed before it was locked
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or not _is_own(folder.stat()):
         raise PermissionError(f"{folder} belongs to another user")
-    return HeldFolder(folder, lock)
+    return HeldFolder(folder, lock, is_locked)
 
 
 def remove(folder: str) -> None:

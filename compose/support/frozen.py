@@ -13,6 +13,14 @@ class Frozen(BaseModel):
 
 
 def shared(names: Iterable[str], *sources: object, **others: Any) -> dict[str, Any]:
-    """The fields of these names that objects have, of several with one name the last one's; and others instead."""
+    """Fields by name, taken from objects that have them; the last object wins, and `others` win over all.
+
+    Raises:
+        TypeError: If neither an object nor `others` has a name, as after a field was renamed.
+    """
     names = tuple(names)
-    return {name: getattr(one, name) for one in sources for name in names if hasattr(one, name)} | others
+    found = {name: getattr(one, name) for one in sources for name in names if hasattr(one, name)} | others
+    if missing := [name for name in names if name not in found]:
+        kinds = ", ".join(type(one).__name__ for one in sources)
+        raise TypeError(f"{kinds}: no field {', '.join(missing)}; leave these names out if their defaults are meant")
+    return found

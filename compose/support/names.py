@@ -12,6 +12,7 @@ __all__ = [
     "PRESETS",
     "STRUCTURES",
     "TRAINING_PRESETS",
+    "TRAINING_SCOPES",
     "check_merger",
     "check_method",
     "did_you_mean",
@@ -32,6 +33,7 @@ STRUCTURES = ("random:sd-1.5",)
 """Models with random weights, which only the benchmark can open."""
 
 TRAINING_PRESETS = ("sd", "sdxl", "transformer", "playground", "playground-flux")
+TRAINING_SCOPES = ("cross_kv", "attention", "transformer", "convolutions")
 
 
 def file_near(path: Path) -> str:

@@ -12,6 +12,7 @@ from lora_compose.compose.commands import bench, inspect
 from lora_compose.compose.support import names
 from lora_compose.compose.support.names import did_you_mean, file_near
 from lora_compose.compose.training.settings import PRESETS as TRAINING_PRESETS
+from lora_compose.compose.training.settings import SCOPES as TRAINING_SCOPES
 from lora_compose.pipelines.formats.change import MAX_RANK
 from lora_compose.pipelines.merging import MERGERS
 from lora_compose.pipelines.methods import METHODS, PRESETS
@@ -119,6 +120,7 @@ def test_names_are_those_of_the_registries() -> None:
     assert tuple(PRESETS) == names.PRESETS
     assert tuple(MERGERS) == names.MERGERS
     assert tuple(TRAINING_PRESETS) == names.TRAINING_PRESETS
+    assert tuple(TRAINING_SCOPES) == names.TRAINING_SCOPES
     assert len(TRIGGERS) == bench.MOST_CONCEPTS
     assert inspect.MAX_RANK == MAX_RANK
 

@@ -188,6 +188,10 @@ def test_a_draft_alone_finds_what_the_sampling_would(core: ModuleType, patcher: 
     whole = model.get_attachment(KEY).found
     found = draft_alone(model, lambda: core.drawn(model, positive, negative, steps=9, batch=2))
     assert passes == 13
+    assert model.get_attachment(KEY).found is whole
+    with pytest.raises(ValueError, match="there are no steps to draft"):
+        draft_alone(model, lambda: None)
+    assert model.get_attachment(KEY).found is whole
     assert torch.equal(found.cells, whole.cells)
     assert torch.equal(found.maps, whole.maps)
     assert found.cells[0].any()

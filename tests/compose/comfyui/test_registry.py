@@ -70,11 +70,16 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def installed(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that ComfyUI Manager makes of it."""
+@pytest.fixture(scope="module", params=["archive", "links", "text files"])
+def installed(archive: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The folder that ComfyUI Manager makes of it; or a clone, with links or the text files git makes of them."""
     folder = tmp_path_factory.mktemp("ComfyUI") / "custom_nodes/lora-compose"
     ZipFile(archive).extractall(folder)
+    if request.param != "archive":
+        for empty in [path for path in (folder / "lora_compose").iterdir() if path.is_dir()]:
+            empty.rmdir()
+            target = f"../{empty.name}"
+            empty.symlink_to(target) if request.param == "links" else empty.write_text(target, encoding="utf-8")
     return folder
 
 
@@ -110,7 +115,7 @@ sys.modules["comfy_api.latest"].ComfyExtension = sys.modules["comfy_api.latest"]
 """Modules of ComfyUI in whose place anything can be imported."""
 
 
-def test_the_nodes_are_imported_from_the_archive_alone(installed: Path) -> None:
+def test_the_nodes_are_imported_from_the_archive_or_a_clone_alone(installed: Path) -> None:
     """With stand-ins for ComfyUI's modules: all that ours import is there, and is not that of this clone."""
     said = ran(
         installed,
@@ -129,7 +134,7 @@ print(*{{module.__file__ for name, module in sys.modules.items() if name.startsw
 
 
 @pytest.mark.comfyui
-def test_comfyui_loads_the_nodes_from_the_archive_alone(installed: Path) -> None:
+def test_comfyui_loads_the_nodes_from_the_archive_or_a_clone_alone(installed: Path) -> None:
     said = ran(
         installed,
         os.environ["COMFYUI_PATH"],

@@ -1,5 +1,6 @@
-"""Folders of workers: kept while one lives, removed when all are dead, however they died."""
+"""Folders of processes: kept while one that holds them lives, removed when all are dead, however they died."""
 
+import errno
 import subprocess
 import sys
 import tempfile
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lora_compose.compose.support import folders
 from lora_compose.compose.support.folders import hold, remove
 
-pytest.importorskip("fcntl", reason="Windows has no locks that end with a process")
+fcntl = pytest.importorskip("fcntl", reason="Windows has no locks that end with a process")
 HOLDS = """
 import sys
 from lora_compose.compose.support.folders import hold
@@ -19,6 +21,16 @@ held = hold(sys.argv[1])
 (held.path / "file").write_text("gigabytes")
 print(held.path, flush=True)
 sys.stdin.read()
+"""
+FORKS = """
+import os, sys
+from lora_compose.compose.support.folders import of_this_process
+folder = of_this_process("forked")
+if not (child := os.fork()):
+    print(of_this_process("forked"), flush=True)
+    sys.exit()
+os.waitpid(child, 0)
+print(folder, folder.is_dir())
 """
 
 
@@ -62,6 +74,41 @@ def test_a_folder_is_removed_at_the_end_also_if_its_worker_is_only_just_dying(te
     with worker("dying") as (folder, process):
         process.kill()
         remove(str(folder))
+    assert not list(temporary.iterdir())
+
+
+def test_a_folder_that_another_process_holds_as_well_is_not_removed(temporary: Path) -> None:
+    with worker("both") as (folder, process):
+        hold("both").remove()
+        assert (folder / "file").read_text() == "gigabytes"
+        process.kill()
+        process.wait()
+        hold("both").remove()
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("without", ["module", "locks on this file system"])
+def test_a_folder_is_removed_where_there_are_no_locks(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, without: str
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    if without == "module":
+        monkeypatch.setattr(folders, "fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "flock", refused)
+    held = hold("a")
+    (held.path / "file").touch()
+    held.remove()
+    assert not list(temporary.iterdir())
+
+
+def test_the_end_of_a_forked_process_leaves_the_folder_of_its_parent(temporary: Path) -> None:
+    said = subprocess.run([sys.executable, "-c", FORKS], check=True, capture_output=True, text=True).stdout.split()
+    of_child, of_parent, is_there = said
+    assert of_child != of_parent
+    assert is_there == "True"
     assert not list(temporary.iterdir())
 
 

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +36,8 @@ CONCEPTS: list[dict[str, Any]] = [
 ]
 SAMPLING: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0}
 SEED = 1
+SECONDS_TO_START = 600.0
+SECONDS_TO_END = 60.0
 
 
 def in_python(dtype: torch.dtype, weights: tuple[float, float] = (1.0, 1.0), **options: Any) -> Any:
@@ -58,19 +59,25 @@ def sglang_server(tmp_path: Path) -> Iterator[int]:
     with log.open("w") as output:
         server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
     try:
+        deadline = time.monotonic() + SECONDS_TO_START
         while not _answers(port):
             assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, f"no answer in {SECONDS_TO_START:.0f} s:\n{log.read_text()}"
             time.sleep(1)
         yield port
     finally:
         server.terminate()
-        server.wait(60)
+        try:
+            server.wait(SECONDS_TO_END)
+        finally:
+            server.kill()  # nothing happens if it has ended
+            server.wait()
 
 
 def _answers(port: int) -> bool:
     try:
         return answer(port, "/health")[0] == 200
-    except urllib.error.URLError:
+    except OSError:
         return False
 
 
