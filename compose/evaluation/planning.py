@@ -186,8 +186,7 @@ class Todo:
             seed, data = image.record.run.seed, png_bytes(image.image, image.record)
             write_whole(image_path(self.out, self.planned.key, seed), data)
             sha256[seed] = hashlib.sha256(data).hexdigest()
-        made = shared(Made.model_fields, images, self.planned)
-        write(folder / MADE, Made(**made, sha256=sha256))
+        write(folder / MADE, Made(**shared(Made.model_fields, images, self.planned, sha256=sha256)))
 
     def _keep_failure(self, folder: Path, failed: Failed) -> None:
         logger.error("%s failed: %s", self.planned.key, failed.error)
