@@ -74,7 +74,7 @@ def _make_all(
 
     def start(name: str) -> tuple[Job, Parcel] | None:
         job = named[name]
-        if folder.wants(job, before[name]):
+        if folder.is_pending(job, before[name]):
             return job, parcels[job.entry.name]
         count()
         return None

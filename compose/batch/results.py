@@ -128,11 +128,14 @@ class Folder:
             _sha256(self.image(job, seed)) == record.sha256.get(seed) for seed in job.seeds
         )  # fmt: skip
 
-    def wants(self, job: Job, failed: int | None) -> bool:
-        """Whether a job is still to be done: it is possible, and nobody has done it, or failed at it since `failed`."""
+    def is_pending(self, job: Job, failed: int | None) -> bool:
+        """Whether a job is pending: its scene is valid, its images are missing, and no new attempt has failed.
+
+        `failed` is when the failure that is already known was stored (`changed`); None if there is none.
+        """
         checked = self.checked(job)
-        possible = checked is not None and checked.error is None
-        return possible and changed(self.failed_file(job)) == failed and not self.has(job)
+        valid = checked is not None and checked.error is None
+        return valid and changed(self.failed_file(job)) == failed and not self.has(job)
 
     def foreign(self, job: Job) -> Path | None:
         """An image with a job's name that was made in another way, or None."""

@@ -42,8 +42,8 @@ def run_batch(
 
     Existing images are not made again, unless they are damaged or (with `replace`) were made in another way. A call
     that fails is tried once, and does not stop the others. Invalid scenes are found before the first image. Without a
-    heartbeat for `patience` seconds, the work of another process is taken over. `make` checks and makes what is left,
-    if that is not this process.
+    heartbeat for `patience` seconds, the work of another process is taken over. `make` runs the remaining jobs
+    elsewhere, as on Ray.
 
     Raises:
         ValueError: If the model cannot be opened, a setting is unknown, or there are images of the same names that were
@@ -138,7 +138,7 @@ class _Making:
 
         def make(name: str, claim: Claim) -> None:
             nonlocal done
-            if self._folder.wants(jobs[name], before[name]):
+            if self._folder.is_pending(jobs[name], before[name]):
                 self._make_one(jobs[name], claim, done)
             done += 1
             self._report(done)
