@@ -113,7 +113,7 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
         if control.kind == "whole" and abs(value) > _MOST_WHOLE:
             raise ValueError(f"{control.name} is {value}; a browser counts to {_MOST_WHOLE}.")
     form = Form(**shared(
-        (field.name for field in fields(Form)), run.scene, run,
+        (each.name for each in fields(Form)), run.scene, run,
         choice=Choice(run.model, run.dtype, run.device, quantize=run.quantize),
         boxed=any(concept.region is not None for concept in run.scene.concepts),
         size=(run.scene.width or size[0], run.scene.height or size[1]),

@@ -1,4 +1,4 @@
-"""Method and button, with what an image will cost before them, drafts to choose from, and the running work."""
+"""The method, the predicted cost, the button, drafts to choose from, and the progress of running work."""
 
 from dataclasses import replace
 
@@ -74,7 +74,7 @@ def drafts_of(session: PageSession, form: Form) -> list[Division]:
 
 
 def drafts_part(session: PageSession) -> None:
-    """The divisions by the noises that were tried, as long as the fields are those that they are of."""
+    """The drafted divisions of several seeds; nothing once the form has changed."""
     form, _ = read_form(session) if session.divisions else (None, [])
     drafts = drafts_of(session, form) if form is not None else []
     if not drafts:

@@ -49,7 +49,7 @@ Fit = tuple[Choice, str, str]
 
 
 MODELS, JUDGE = OpenModels(), Judge()
-"""The open models and the playground's judge, shared by all sessions; Streamlit's cache could be cleared by each."""
+"""The open models and the playground's judge, shared by all sessions; not in Streamlit's cache, which any session can clear."""
 
 
 @dataclass

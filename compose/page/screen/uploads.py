@@ -36,7 +36,7 @@ def kept_image(entries: list[Any], entry: Any, path: str, alt: str, words: str, 
 
 
 def remove(entries: list[Any], entry: Any) -> None:
-    """Takes an entry out of a list, unless an earlier press that the page had not shown yet has."""
+    """Removes an entry from a list; the button may be pressed twice before the page is drawn anew."""
     if entry in entries:
         entries.remove(entry)
 
