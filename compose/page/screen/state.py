@@ -49,7 +49,7 @@ Fit = tuple[Choice, str, str]
 
 
 MODELS, JUDGE = OpenModels(), Judge()
-"""The open models and the playground's judge, shared by all sessions; not in Streamlit's cache, which any session can clear."""
+"""Open models and the playground's judge, of all sessions; any session could clear Streamlit's cache of them."""
 
 
 @dataclass
