@@ -14,6 +14,7 @@ from lora_compose.attention.gradients import frozen, weights_kept
 from lora_compose.attention.install import Installation, install, installed_layers
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import Lora, LoraFactors
+from lora_compose.attention.norm_regions import NormRegions
 from lora_compose.attention.placing import How
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.reference_cost import reference_factor
@@ -36,6 +37,7 @@ __all__ = [
     "KeptBanks",
     "Lora",
     "LoraFactors",
+    "NormRegions",
     "Partition",
     "Recorder",
     "RegionAttention",

@@ -8,6 +8,7 @@ from torch import Tensor
 from lora_compose.attention.gates import GateKey
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.kernels import Kernel
+from lora_compose.attention.norm_regions import NormRegions
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.sites import Grid
@@ -32,6 +33,7 @@ class LayerInputs:
         bias_factors: Factors of that bias, for attention to text and image in one sequence.
         text_end: Minus infinity at tokens that a row does not have, added as well; None if it has all. Shape: [rows, 1,
             1, tokens].
+        norm_regions: The regions of group normalisation; None takes the whole canvas.
     """
 
     gates: Mapping[GateKey, Tensor] = field(default_factory=dict)
@@ -44,6 +46,7 @@ class LayerInputs:
     text_bias: Mapping[int, Tensor] | None = None
     bias_factors: TextBias | None = None
     text_end: Tensor | None = None
+    norm_regions: NormRegions | None = None
 
     def bias(self, level: int) -> Tensor | None:
         """The numbers added to the scores of cross-attention on a level; None if there are none."""

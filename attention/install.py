@@ -22,8 +22,10 @@ from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.gates import Gates, strongest
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import BankLayer, Lora, base_layer
+from lora_compose.attention.norm_regions import NormRegions
 from lora_compose.attention.placing import How, check_how, put_in, replace_module
 from lora_compose.attention.recorder import Recorder
+from lora_compose.attention.region_norm import RegionNorm
 from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.sites import Site, SitePart
 from lora_compose.attention.text_bias import TextBias
@@ -59,6 +61,7 @@ class Installation:
         self._device = key.device
         self._dtype = key.dtype
         self._how = how
+        self._by_region = False
 
     def inputs(
         self,
@@ -70,6 +73,7 @@ class Installation:
         joint_regions: JointRegions | None = None,
         text_bias: TextBias | None = None,
         read: Sequence[int] | None = None,
+        norm_regions: NormRegions | None = None,
     ) -> LayerInputs:
         """Makes the inputs of the layers for one pass. They serve every step, until `fold` is called.
 
@@ -80,6 +84,7 @@ class Installation:
             lengths: Number of tokens in each row, if rows have fewer than `text`.
             text_bias: Added to the scores between image and text; not with regions.
             read: Number of tokens that attention sees in each row, if these are fewer than `lengths`.
+            norm_regions: The regions over which group normalisation takes its statistics; None is the whole canvas.
         """
         gates = gates.strongest(self.columns) if self.columns else gates
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
@@ -92,6 +97,7 @@ class Installation:
         return LayerInputs(
             expanded, kept, regions, text if regions is not None else None, joint_regions, tuple(lengths),
             gates.latent_grid, bias or None, factors, self._text_end(read or lengths, text),
+            None if norm_regions is None else norm_regions.to(self._device),
         )  # fmt: skip
 
     def _text_end(self, lengths: Sequence[int], text: Tensor | None) -> Tensor | None:
@@ -111,6 +117,13 @@ class Installation:
             recorder.clear()
         self.state.inputs = inputs
         self.state.recorders = recorders
+
+    def normalise_by_region(self) -> None:
+        """Lets group normalisation follow `LayerInputs.norm_regions` until the installation ends."""
+        if not self._by_region:
+            norms = [name for name, module in self._modules.items() if isinstance(module, nn.GroupNorm)]
+            put_in(self._modules, {name: RegionNorm(self.state) for name in norms}, self._undo, self._how)
+            self._by_region = True
 
     def fold(self, parts: Iterable[SitePart], weights: Sequence[float], stay: Collection[int] = ()) -> int:
         """Adds the deltas of some layers to the weights until the installation ends; they then run at base speed.

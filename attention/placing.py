@@ -1,4 +1,4 @@
-"""Two ways in which bank layers get into a model: in place of its modules, or on their `forward`."""
+"""Two ways in which layers of ours get into a model: in place of its modules, or on their `forward`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_compose.attention.claims import Journal
 from lora_compose.attention.lora_bank import BankLayer
+from lora_compose.attention.region_norm import RegionNorm
 from lora_compose.attention.swapped_forward import SwappedForward
 
 How = Literal["module", "forward"]
@@ -15,6 +16,8 @@ stay, for programs that patch weights themselves. Then hooks of a module get its
 where they are when the model moves, `torch.compile` makes new graphs for each installation, and `Installation.fold` is
 refused."""
 
+Placed = BankLayer | RegionNorm
+
 
 def check_how(how: How) -> None:
     """Raises ValueError for another word."""
@@ -22,8 +25,8 @@ def check_how(how: How) -> None:
         raise ValueError(f"how is {how!r}; expected {' or '.join(map(repr, get_args(How)))}")
 
 
-def put_in(modules: Mapping[str, nn.Module], layers: Mapping[str, BankLayer], undo: Journal, how: How) -> None:
-    """Lets bank layers act on the modules of the same names."""
+def put_in(modules: Mapping[str, nn.Module], layers: Mapping[str, Placed], undo: Journal, how: How) -> None:
+    """Lets layers of ours act on the modules of the same names."""
     if how == "forward":
         swaps = [(SwappedForward(modules[name], layer), layer, modules[name]) for name, layer in layers.items()]
         undo.callback(_take_off, swaps)
@@ -37,14 +40,14 @@ def put_in(modules: Mapping[str, nn.Module], layers: Mapping[str, BankLayer], un
         replace_module(modules, name, layer)
 
 
-def _take_off(swaps: Sequence[tuple[SwappedForward, BankLayer, nn.Module]]) -> None:
+def _take_off(swaps: Sequence[tuple[SwappedForward, Placed, nn.Module]]) -> None:
     """Puts each `forward` found back, also if only some have been swapped."""
     for swap, layer, _ in swaps:
         swap.take_off()
         layer.let_go()
 
 
-def _take_out(modules: Mapping[str, nn.Module], layers: Mapping[str, BankLayer]) -> None:
+def _take_out(modules: Mapping[str, nn.Module], layers: Mapping[str, Placed]) -> None:
     """Puts the layers found back, also if only some have been replaced."""
     for name, layer in layers.items():
         replace_module(modules, name, modules[name])

@@ -72,6 +72,11 @@ class Backbone(Protocol):
         ...
 
     @property
+    def has_group_norms(self) -> bool:
+        """Whether there are layers that take mean and variance over the whole canvas."""
+        ...
+
+    @property
     def unconditional_apart(self) -> bool:
         """Whether unconditional rows go through a network of their own, so that no batch has them beside others."""
         ...

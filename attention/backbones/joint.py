@@ -51,6 +51,7 @@ class JointBackbone:
     map_level = 1
     text_layers = 1
     reads_regions = False
+    has_group_norms = False
     unconditional_apart = False
     hides_padding = False
 

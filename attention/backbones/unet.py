@@ -29,6 +29,7 @@ class UNetBackbone:
 
     reads_regions = True
     joint = None
+    has_group_norms = True
     unconditional_apart = False
     hides_padding = False
 

@@ -31,6 +31,7 @@ _MODULES: Mapping[str, str] = {
     "attention/regions.py": "gates and masks",
     "attention/sites.py": "gates and masks",
     "attention/text_bias.py": "gates and masks",
+    "attention/norm_regions.py": "gates and masks",
     "pipelines/calls": "planning",
     "pipelines/concepts": "planning",
     "pipelines/control": "planning",

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.attention import Gates
+from lora_compose.attention import Gates, NormRegions
 from lora_compose.pipelines.concepts.concept_set import ByConceptT
 from lora_compose.pipelines.denoising.passes import Pass, weighted_mean
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
@@ -102,7 +103,24 @@ class Joined:
         images = [group.images for group in self.sets]
         texts = [group.scatter(spec.text) for group, spec in zip(self.sets, passes, strict=True)]
         gates = [group.scatter(spec.gates) for group, spec in zip(self.sets, passes, strict=True)]
-        return Pass(join_images(texts, images), join_gates(gates, texts, images))
+        norms = join_norm_regions([spec.norm_regions for spec in passes], images)
+        return Pass(join_images(texts, images), join_gates(gates, texts, images), norm_regions=norms)
+
+
+def join_norm_regions(groups: Sequence[NormRegions | None], images: Sequence[Sequence[int]]) -> NormRegions | None:
+    """The regions of several groups of images as those of all images; a group without any has one, the whole canvas."""
+    known = [regions for regions in groups if regions is not None]
+    if not known:
+        return None
+
+    shares = {}
+    for grid, cells in known[0].shares.items():
+        whole, most = cells.new_ones(1, 1, cells.shape[2]), max(regions.shares[grid].shape[1] for regions in known)
+        parts = [whole if regions is None else regions.shares[grid] for regions in groups]
+        padded = [F.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts]
+        rows = [part.expand(len(group), -1, -1) for part, group in zip(padded, images, strict=True)]
+        shares[grid] = join_rows_of_images(rows, images)
+    return NormRegions.of_shares(shares)
 
 
 def join_gates(gates: Sequence[Gates], texts: Sequence[Conditioning], images: Sequence[Sequence[int]]) -> Gates:

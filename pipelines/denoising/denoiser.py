@@ -129,6 +129,8 @@ class Denoiser:
             ValueError: If the denoiser does not support region attention, or for a bias beside it.
         """
         check_pass(spec, self.backbone)
+        if spec.norm_regions is not None:
+            self.installation.normalise_by_region()
         kept = KeptText() if same_text_as is None else same_text_as.kept_text
         # Texts of regions in one sequence have lost their padding already.
         hidden = self.backbone.hides_padding and spec.joint_regions is None

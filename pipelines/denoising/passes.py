@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, JointRegions, Recorder, RegionAttention, TextBias
+from lora_compose.attention import Gates, JointRegions, NormRegions, Recorder, RegionAttention, TextBias
 from lora_compose.pipelines.scene.regions import Window
 from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -25,6 +25,7 @@ class Pass:
         branch_batch_size: Number of branches that are run together, to save memory; None means all.
         joint_regions: Region attention for text and image in one sequence.
         text_bias: Added to the scores between image and text; not with regions.
+        norm_regions: The regions over which group normalisation takes its statistics; None is the whole canvas.
     """
 
     text: Conditioning
@@ -35,6 +36,7 @@ class Pass:
     branch_batch_size: int | None = None
     joint_regions: JointRegions | None = None
     text_bias: TextBias | None = None
+    norm_regions: NormRegions | None = None
 
 
 @dataclass(frozen=True, eq=False)

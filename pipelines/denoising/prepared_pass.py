@@ -98,7 +98,7 @@ class PreparedPass:
             inputs = installation.inputs(
                 part_gates, part.prompt_embeds, self.spec.regions, lengths=part.lengths, read=part.read,
                 joint_regions=None if regions is None else regions.select(rows),
-                text_bias=None if bias is None else bias.select(rows),
+                text_bias=None if bias is None else bias.select(rows), norm_regions=self.spec.norm_regions,
             )  # fmt: skip
             yield MicroBatch(part, inputs, rows)
 

@@ -1,5 +1,6 @@
 """The interface of a method: settings that start a process, which lives for one call."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from lora_compose.attention import Gates, SitePart
 from lora_compose.pipelines.denoising.passes import Pass, weighted_mean
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.session import Session
-from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.scene.canvas import Step, steps_in
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -100,6 +101,7 @@ class FixedPasses:
     Attributes:
         turns: The passes of every turn; their weights add up to 1.
         interval: Steps per turn, after which the next one begins.
+        first: Part of the steps that the first of two turns takes; None takes turns by `interval`.
         constant: Layers whose gates are the same on all rows and positions, to be folded into the model.
         constant_weights: The gate of each concept in those layers.
         text_for_callbacks: The text that callbacks see; None means that of the first pass.
@@ -108,6 +110,7 @@ class FixedPasses:
     session: Session
     turns: Sequence[Sequence[WeightedPass]]
     interval: int = 1
+    first: float | None = None
     constant: Sequence[SitePart] = ()
     constant_weights: Sequence[float] = ()
     text_for_callbacks: Conditioning | None = None
@@ -119,6 +122,8 @@ class FixedPasses:
 
     def turn(self, step: Step) -> int:
         """Index of the turn that a step belongs to."""
+        if self.first is not None:
+            return int(step.index >= math.ceil(steps_in(self.first, step.count)))
         return step.index // self.interval % len(self.turns)
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:

@@ -34,7 +34,7 @@ from lora_compose.pipelines.denoising.process import FixedPasses, Process, Setti
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
 from lora_compose.pipelines.methods.drafted import drafted_maps
-from lora_compose.pipelines.methods.gated_pass import gated_pass
+from lora_compose.pipelines.methods.gated_pass import gated_pass, with_region_norm
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.methods.region_texts import HALF, region_texts, segment_texts, shared_text
@@ -73,6 +73,7 @@ class Draft(Settings):
         bias: With the scene's prompt: added to the attention scores between the cells of a region and the words of its
             subject, and subtracted for the words of other subjects. None is 1 in cross-attention, and 0 where text and
             image are one sequence.
+        norm_apart: With the scene's prompt, as in `Regional`.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
     """
 
@@ -83,6 +84,7 @@ class Draft(Settings):
     apart: float = 0.4
     isolate: Isolation = "auto"
     bias: float | None = None
+    norm_apart: float = 0.4
     keep_regions: bool = True
 
     def __post_init__(self) -> None:
@@ -93,8 +95,9 @@ class Draft(Settings):
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
         if self.bias is not None and not 0 <= self.bias < math.inf:
             raise ValueError(f"bias must be at least 0, not {self.bias}")
-        if not 0 <= self.apart <= 1:
-            raise ValueError(f"apart must lie between 0 and 1, not {self.apart}")
+        for name in ("apart", "norm_apart"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
 
     def start(self, session: Session) -> Process:
         """Encodes the texts of the draft and of the regions. A single subject is merged."""
@@ -169,7 +172,7 @@ def _by_scene(settings: Draft, session: Session) -> Restart:
         spec = gated_pass(session, texts, by_level, everywhere)
         if size := settings.bias_in(session.canvas):
             spec = replace(spec, text_bias=_bias(session, texts.text, by_level, size))
-        return [FixedPasses(session, [[(spec, 1.0)]])]
+        return [with_region_norm(session, spec, by_level, everywhere, settings.norm_apart)]
 
     return Restart(texts.text, strips if settings.division == "strips" else nearest, start)
 

@@ -1,17 +1,19 @@
 """A pass in which every LoRA acts in its own region, whose cells read what all cells read, or a text of their own."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates
+from lora_compose.attention import Gates, NormRegions, grid_at
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.denoising.passes import Pass
-from lora_compose.pipelines.denoising.process import ActingRows, acting_rows
+from lora_compose.pipelines.denoising.process import ActingRows, FixedPasses, acting_rows
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.region_texts import GatedText
+from lora_compose.pipelines.text.conditioning import Conditioning
 
 TokenMask = Literal["tara", "all", "none"]
 """The LoRAs that change keys and values of cross-attention only at their own trigger."""
@@ -57,6 +59,34 @@ def gated_pass(
         modulation=live[:, 0] * weights * constant,
     )
     return Pass(text, gates, joint_regions=texts.regions, image=image)
+
+
+def with_region_norm(
+    session: Session,
+    spec: Pass,
+    masks: Mapping[int, Tensor],
+    everywhere: Sequence[bool],
+    part: float,
+    text_for_callbacks: Conditioning | None = None,
+) -> FixedPasses:
+    """The process of one pass, in which group normalisation is by region in a part of the steps, from the first.
+
+    Args:
+        masks: As for `gated_pass`.
+        everywhere: As for `gated_pass`.
+    """
+    canvas, weights = session.canvas, session.concepts.weights
+    here = [i for i, (whole, weight) in enumerate(zip(everywhere, weights, strict=True)) if weight and not whole]
+    if part == 0 or not here or not canvas.backbone.has_group_norms:
+        return FixedPasses(session, [[(spec, 1.0)]], text_for_callbacks=text_for_callbacks)
+    by_grid = {}
+    for level, mask in masks.items():
+        grid = grid_at(canvas.latent_grid, level)
+        on_grid = mask[..., here].transpose(-1, -2).unflatten(-1, grid)
+        by_grid[grid] = on_grid if on_grid.dim() == 4 else on_grid[None]
+    early = replace(spec, norm_regions=NormRegions.of(by_grid))
+    turns = [[(early, 1.0)], [(spec, 1.0)]]
+    return FixedPasses(session, turns, first=part, text_for_callbacks=text_for_callbacks)
 
 
 def _keeps_to_its_words(loaded: LoadedConcept, token_mask: TokenMask) -> bool:

@@ -33,7 +33,7 @@ from lora_compose.pipelines.denoising.process import (
     check_choices,
 )
 from lora_compose.pipelines.denoising.session import Session
-from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass
+from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, with_region_norm
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_texts import HALF, GatedText, SegmentedTexts, segment_texts, shared_text
 from lora_compose.pipelines.scene.regions import Regions, region_mask
@@ -57,15 +57,20 @@ class Regional(Settings):
             if a text can be made for each concept with a region, otherwise shared.
         isolate: Whether cells of a region do not attend to cells of other regions. It separates identities best but
             makes incoherent images. Needs a text for each region.
+        norm_apart: On UNets, the part of the steps, from the first, in which group normalisation takes mean and
+            variance region by region; 0 takes the whole canvas in all steps, and a LoRA weakens objects elsewhere.
     """
 
     rows: ActingRows = "cond_only"
     token_mask: TokenMask = "tara"
     texts: Texts = "auto"
     isolate: bool = False
+    norm_apart: float = 0.4
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not 0 <= self.norm_apart <= 1:
+            raise ValueError(f"norm_apart must lie between 0 and 1, not {self.norm_apart}")
 
     def start(self, session: Session) -> Process:
         """Gates by region, token and row. A concept without a region acts everywhere. Styles alone are merged."""
@@ -84,7 +89,7 @@ class Regional(Settings):
             spec = gated_pass(
                 session, texts, masks, everywhere, rows=self.rows, token_mask=self.token_mask, image=image
             )
-            return FixedPasses(session, [[(spec, 1.0)]], text_for_callbacks=texts.base)
+            return with_region_norm(session, spec, masks, everywhere, self.norm_apart, texts.base)
 
         joint = self._own_site(session)
         if joint is None:

@@ -35,6 +35,7 @@ from lora_compose.pipelines.methods import (
 from lora_compose.pipelines.methods.tara import CfgMask, Scope
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.scene.scene import Concept
+from norm_reference import RegionNormHook
 from reference import add_reference, with_reference
 from three_concepts import (
     OTHER_PROMPT,
@@ -117,13 +118,16 @@ def test_tara_equals_its_formula(pipe, plain_pipe, write_lora, cfg_mask, scope, 
 
 
 @pytest.mark.parametrize(
-    ("rows", "token_mask"), [("cond_only", "tara"), ("cond_only", "all"), ("all", "none"), ("all", "tara")]
+    ("rows", "token_mask", "norm_apart"),
+    [("cond_only", "tara", 0.5), ("cond_only", "all", 0.0), ("all", "none", 1.0), ("all", "tara", 0.0)],
 )
 @pytest.mark.parametrize(("width", "height", "regions"), [
     (128, 128, [(0, 0, 64, 128), (64, 0, 128, 128)]),
     (96, 64, [(0, 8, 48, 64), None]),
 ])  # fmt: skip
-def test_regional_equals_its_formula(pipe, plain_pipe, write_lora, rows, token_mask, width, height, regions):
+def test_regional_equals_its_formula(
+    pipe, plain_pipe, write_lora, rows, token_mask, norm_apart, width, height, regions
+):
     names = ["cat", "dog"]
     loras = loras_of(pipe, names)
     trained_with = {"cat": "tara", "dog": "dreambooth"}
@@ -138,9 +142,12 @@ def test_regional_equals_its_formula(pipe, plain_pipe, write_lora, rows, token_m
     tokens = torch.where(torch.tensor(masked), tokens, everywhere)
     gates = full_gates(tokens, acting[:, None] * weights, regions=regions, image_size=(height, width))
     add_reference(plain_pipe.unet, loras, gates)
+    placed = [index for index, region in enumerate(regions) if region is not None]
+    masks = {grid: (gate[1] / weights).movedim(-1, 0)[None, placed] for grid, gate in gates.image.items()}
+    RegionNormHook(plain_pipe.unet, masks, round(2 * norm_apart))
     expected = denoise(plain_pipe, width=width, height=height).images
     concepts = [Concept(name=name, region=region) for name, region in zip(names, regions, strict=True)]
-    method = Regional(rows=rows, token_mask=token_mask)
+    method = Regional(rows=rows, token_mask=token_mask, norm_apart=norm_apart)
     assert_close(denoise(pipe, concepts=concepts, method=method, width=width, height=height).images, expected)
 
 

@@ -1,0 +1,89 @@
+"""Group normalisation by region: a LoRA changes the mean and variance of the cells of its own region alone.
+
+Group normalisation, which every block of a UNet has, takes mean and variance over the whole canvas. So a LoRA that acts
+in one region changes what all other cells are divided by, and the objects there fade or vanish. With s_r(x), the share
+of cell x in region r (of all regions 1), and mean(x) and var(x) over the channels of a group at a cell,
+
+    mean_r = sum_x s_r(x) mean(x) / sum_x s_r(x)
+    var_r  = sum_x s_r(x) (var(x) + mean(x)^2) / sum_x s_r(x) - mean_r^2
+    y(x)   = (x - sum_r s_r(x) mean_r) sum_r s_r(x) / sqrt(var_r + eps)
+
+where every cell would have the same mean and variance otherwise. Shares change gradually at borders, so no seam is
+seen. The layer itself then normalises y, which changes little, and applies its weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_compose.attention.device import to_device
+from lora_compose.attention.sites import Grid
+
+BORDER = 0.2
+"""Width of the borders between regions, as a fraction of the shorter side of the grid."""
+
+
+@dataclass(frozen=True, eq=False)
+class NormRegions:
+    """The regions over which group normalisation takes its statistics.
+
+    Attributes:
+        shares: By grid, the share of each cell in each region; they add up to 1. Shape: [images, regions, cells].
+        weights: By grid, the same divided by their sums over the cells.
+    """
+
+    shares: Mapping[Grid, Tensor]
+    weights: Mapping[Grid, Tensor]
+
+    @classmethod
+    def of(cls, masks: Mapping[Grid, Tensor]) -> "NormRegions":
+        """The regions of some masks, with borders, and a last one for all other cells.
+
+        Args:
+            masks: By grid; values in 0..1. Shape: [images, masks, height, width] each.
+        """
+        return cls.of_shares({grid: _shares(mask) for grid, mask in masks.items()})
+
+    @classmethod
+    def of_shares(cls, shares: Mapping[Grid, Tensor]) -> "NormRegions":
+        """The regions of shares that add up to 1."""
+        return cls(shares, {grid: share / share.sum(2, keepdim=True).clamp(min=1e-6) for grid, share in shares.items()})
+
+    def to(self, device: torch.device) -> "NormRegions":
+        """Shares and weights on a device."""
+        shares, weights = (
+            {grid: to_device(values, device) for grid, values in given.items()} for given in (self.shares, self.weights)
+        )
+        return NormRegions(shares, weights)
+
+    def normalised(self, x: Tensor, groups: int, eps: float) -> Tensor:
+        """Features with mean 0 and variance 1 in each group of channels and each region.
+
+        Args:
+            x: Of all images, once for each branch. Shape: [branches * images, channels, height, width].
+
+        Raises:
+            KeyError: If there are no regions for this grid.
+        """
+        grid = x.shape[2], x.shape[3]
+        shares, weights = self.shares[grid], self.weights[grid]
+        by_group = x.float().unflatten(1, (groups, -1)).unflatten(0, (-1, len(shares)))
+        var, mean = torch.var_mean(by_group, dim=3, correction=0)
+        moments = torch.stack([mean, var + mean.square()]).flatten(4)
+        # No matrix product: on a GPU it may be rounded to fewer bits.
+        first, second = (moments[..., None, :] * weights[:, None]).sum(-1)
+        rates = (second - first.square()).clamp(min=0).add(eps).rsqrt()
+        means, scales = (torch.stack([first, rates])[..., None] * shares[:, None]).sum(-2).unflatten(-1, grid)
+        return ((by_group - means[:, :, :, None]) * scales[:, :, :, None]).reshape(x.shape).to(x.dtype)
+
+
+def _shares(masks: Tensor) -> Tensor:
+    """Shape: [images, regions, cells]."""
+    side = max(1, round(BORDER * min(masks.shape[2:]))) // 2
+    blurred = F.avg_pool2d(F.pad(masks.float(), (side,) * 4, mode="replicate"), 2 * side + 1, stride=1)
+    others = (1 - blurred.sum(dim=1, keepdim=True)).clamp(min=0)
+    shares = torch.cat([blurred, others], dim=1)
+    return (shares / shares.sum(dim=1, keepdim=True)).flatten(2)
