@@ -6,6 +6,7 @@ The environment variable COMFYUI_PATH is a checkout of ComfyUI.
 
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -37,6 +38,7 @@ import comfy.supported_models  # pyright: ignore[reportMissingImports]
 from lora_compose.compose.comfyui.composition import Composition
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.files import read_concept
+from norm_reference import region_normalised, shares_by_hand
 
 logging.getLogger().setLevel(logging.ERROR)  # ComfyUI's log
 GRID, WIDTH, TOKENS = (12, 16), 16, 8
@@ -294,7 +296,8 @@ class Reference:
         self.model, self.patcher = patcher.model.diffusion_model, patcher.clone()
         self.patcher.set_model_unet_function_wrapper(self.each)
         self.joint, self.pad = is_joint(patcher), getattr(self.model, "pad_tokens_multiple", None) or 1
-        self.ours, self.tokens, self.grid = False, 0, GRID
+        self.ours, self.tokens, self.grid, self.steps = False, 0, GRID, 0
+        self.levels_of_noise: list[float] = []
         self.reading: int | None = None
         self.front = front_of(patcher, self.mine)
         texts = [seen_text(patcher, text) for text in plan.texts]
@@ -316,6 +319,8 @@ class Reference:
                 return self.added(name, layer, given[0], out, deltas)
 
             handles.append(self.model.get_submodule(name).register_forward_hook(hook))
+        norms = [module for module in self.model.modules() if isinstance(module, torch.nn.GroupNorm)]
+        handles += [norm.register_forward_hook(self.normalised) for norm in norms]
         swapped = []
         if self.lengths:
             swapped = self.count_by_text() if self.joint else self.read_by_region()
@@ -328,12 +333,14 @@ class Reference:
                 del module.forward
 
     def draw(self, positive: list, negative: list, **options: Any) -> Tensor:
-        self.grid = options.get("grid", GRID)
+        self.grid, self.steps, self.levels_of_noise = options.get("grid", GRID), options.get("steps", 3), []
         with self.hooked() as patcher:
             return drawn(patcher, positive, negative, **options)
 
     def each(self, apply: Any, given: Any) -> Tensor:
         parts, chunks, length = [], len(given["cond_or_uncond"]), self.mine.shape[1]
+        if (level := float(given["timestep"].max())) not in self.levels_of_noise:
+            self.levels_of_noise.append(level)
         size = len(given["input"]) // chunks
         for i in range(chunks):
             rows = slice(i * size, (i + 1) * size)
@@ -374,6 +381,16 @@ class Reference:
                     drawn = F.pad(drawn, (0, self.tokens - len(drawn)))
                     mask += self.share(i, grid).flatten(1)[..., None] * drawn * float(self.plan.phrases[:, i].any())
         return core(q, k, v, heads, mask, **options)
+
+    def normalised(self, norm: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """By region in the first 0.4 of the steps."""
+        here = [i for i, mask in enumerate(self.images[0]) if mask is not None and self.plan.weights[i]]
+        if not here or len(self.levels_of_noise) > math.ceil(0.4 * self.steps):
+            return out
+        (x,) = given
+        masks = torch.stack([torch.stack([self.small(each[i], x.shape[2:]) for i in here]) for each in self.images])
+        by_region = region_normalised(x, shares_by_hand(masks), norm.num_groups, norm.eps)
+        return F.group_norm(by_region, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
     def added(self, name: str, layer: Any, x: Tensor, out: Tensor, deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:
         for n, lora in enumerate(deltas):

@@ -1,7 +1,5 @@
-"""Group normalisation by region, written out cell by cell."""
+"""Group normalisation by region, written out."""
 
-from itertools import product
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -9,23 +7,17 @@ from torch import Tensor, nn
 
 
 def region_normalised(x: Tensor, shares: Tensor, groups: int, eps: float) -> Tensor:
-    """Cell by cell, in double precision. Shape of the shares: [images, regions, cells]."""
-    rows, channels, height, width = x.shape
-    by_cell = x.double().reshape(rows, groups, channels // groups, height * width)
-    out = torch.empty_like(by_cell)
-    for row, group in product(range(rows), range(groups)):
-        own = shares[row % len(shares)].double()
-        values, means, deviations = by_cell[row, group], [], []
-        for share in own:
-            total = max(share.sum().item() * len(values), 1e-12)
-            mean = (values * share).sum() / total
-            means.append(mean)
-            deviations.append(((values**2 * share).sum() / total - mean**2 + eps).sqrt())
-        for cell in range(values.shape[1]):
-            mean = sum(part * one for part, one in zip(own[:, cell], means, strict=True))
-            scale = sum(part / one for part, one in zip(own[:, cell], deviations, strict=True))
-            out[row, group, :, cell] = (values[:, cell] - mean) * scale
-    return out.reshape(x.shape).float()
+    """From the sums of values and of their squares, in double precision. Shape of the shares: [images, regions, cells]."""
+    rows, channels, *grid = x.shape
+    values = x.double().reshape(rows, groups, channels // groups, -1)
+    own = shares.double().repeat(rows // len(shares), 1, 1)
+    total = own.sum(dim=2)[:, None].clamp(min=1e-12) * values.shape[2]
+    mean = torch.einsum("rgmc,rkc->rgk", values, own) / total
+    square = torch.einsum("rgmc,rkc->rgk", values**2, own) / total
+    deviation = ((square - mean**2).clamp(min=0) + eps).sqrt()
+    at_cell = torch.einsum("rgk,rkc->rgc", mean, own), torch.einsum("rgk,rkc->rgc", 1 / deviation, own)
+    out = (values - at_cell[0][:, :, None]) * at_cell[1][:, :, None]
+    return out.reshape(rows, channels, *grid).float()
 
 
 def shares_by_hand(masks: Tensor) -> Tensor:
@@ -37,19 +29,14 @@ def shares_by_hand(masks: Tensor) -> Tensor:
     Returns:
         Shape: [images, regions, cells].
     """
-    images, count, height, width = masks.shape
+    height, width = masks.shape[2:]
     reach = max(1, round(0.2 * min(height, width))) // 2
-    found = torch.zeros(images, count + 1, height, width)
-    for image, y, x in product(range(images), range(height), range(width)):
-        around = [
-            (min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1))
-            for dy in range(-reach, reach + 1)
-            for dx in range(-reach, reach + 1)
-        ]
-        means = [fmean(masks[image, mask, *cell].item() for cell in around) for mask in range(count)]
-        means.append(max(0.0, 1 - sum(means)))
-        found[image, :, y, x] = torch.tensor(means) / sum(means)
-    return found.flatten(2)
+    near = torch.arange(-reach, reach + 1)
+    rows = (torch.arange(height)[:, None] + near).clamp(0, height - 1)
+    columns = (torch.arange(width)[:, None] + near).clamp(0, width - 1)
+    means = masks[:, :, rows].mean(dim=3)[..., columns].mean(dim=-1)
+    every = torch.cat([means, (1 - means.sum(dim=1, keepdim=True)).clamp(min=0)], dim=1)
+    return (every / every.sum(dim=1, keepdim=True)).flatten(2)
 
 
 class RegionNormHook:

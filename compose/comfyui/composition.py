@@ -8,7 +8,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, Grid, JointRegions, Lora, Partition, TextBias, grid_at
+from lora_compose.attention import Gates, Grid, JointRegions, Lora, NormRegions, Partition, TextBias, grid_at
 from lora_compose.attention.joint_regions import row_index
 from lora_compose.attention.masks import Box, box_mask, cells_of, resize_mask
 from lora_compose.attention.regions import queries_of
@@ -194,6 +194,22 @@ class Acting:
         return TextBias(
             {level: share.expand(rows, -1, -1) for level, share in cells.items()},
             self.ours.float()[:, None, None] * drawn,
+        )
+
+    @property
+    def norm_regions(self) -> NormRegions | None:
+        """The regions of group normalisation; None where no concept has one."""
+        acting = zip(self.images[0], self.plan.weights.tolist(), strict=True)
+        here = [i for i, (region, weight) in enumerate(acting) if region is not None and weight]
+        if not here:
+            return None
+        grids = {grid_at(self.grid, site.level) for site in self.family.sites.values() if "image" in site.parts}
+        images = [[regions[i] for i in here] for regions in self.images]
+        return NormRegions.of(
+            {
+                grid: torch.stack([torch.stack([on_grid(one, grid) for one in each]) for each in images])
+                for grid in grids
+            }
         )
 
     @property

@@ -30,6 +30,8 @@ KEY = "lora_compose"
 """Our name among callbacks and wrappers, and of the mark in conditionings."""
 LENGTH = 0.12
 """The part of the steps that is drafted, at least one step, as in our pipelines."""
+NORM_APART = 0.4
+"""The part of the steps, from the first, in which group normalisation is by region, as in our pipelines."""
 OF_TEXT = ("pooled_output", "attention_mask", "t5xxl_ids", "t5xxl_weights")
 """What encoders give beside a text."""
 
@@ -128,12 +130,13 @@ class Host:
             sampling.put()
             if plan.draft is not None and steps:
                 guider.conds = sampling.reading(conditionings, [plan.draft.conditioning], given)
-                first = sigmas[: 1 + max(1, math.ceil(round(LENGTH * steps, 6)))]
+                first = sigmas[: 1 + max(1, _first(LENGTH, steps))]
                 start = {**extra}, None, noise.clone(), latents, mask
                 self.found = sampling.draft(plan.draft, partial(executor, guider, first, *start, *further, **options))
             if self.only_draft:
                 return noise
             guider.conds = sampling.reading(conditionings, plan.texts, given)
+            sampling.norms_until = float(sigmas[_first(NORM_APART, steps)]) if steps else math.inf
             return executor(guider, sigmas, extra, callback, noise, latents, mask, *further, **options)
         finally:
             guider.conds, self._sampling = conditionings, None
@@ -179,8 +182,13 @@ class Host:
         if sampling.steered and {"attn1", "attn2"} & options.get("patches_replace", {}).keys():
             raise ValueError("another node replaces attention; it cannot be combined with a draft or texts of regions")
         return sampling.run(
-            options["uuids"], x, text, partial(executor, x, t, concat, text, control, options, **inputs)
+            options["uuids"], x, t, text, partial(executor, x, t, concat, text, control, options, **inputs)
         )
+
+
+def _first(part: float, steps: int) -> int:
+    """How many steps are a part of all, rounded up."""
+    return math.ceil(round(part * steps, 6))
 
 
 class Sampling:
@@ -196,6 +204,7 @@ class Sampling:
 
     Attributes:
         steered: Whether attention is steered.
+        norms_until: The noise level down to which group normalisation is by region.
     """
 
     def __init__(
@@ -207,6 +216,7 @@ class Sampling:
         self._grid: Grid = (noise.shape[-2], noise.shape[-1])
         self._kept = KeptBanks(CountedBank(factors), tuple((i,) for i in range(len(plan.loras))))
         self._stack = ExitStack()
+        self.norms_until = math.inf
         self._installation: Installation | None = None
         self._images, self._lengths = [plan.regions], []
         self._draft: Draft | None = None
@@ -229,6 +239,8 @@ class Sampling:
                 self._swap(name, partial(SteeredAttention, name, site, state))
             if family.positions is not None:
                 self._swap(family.positions, partial(EachTextFromItsStart, state))
+        if family.joint is None:
+            self._installation.normalise_by_region()
 
     def _swap(self, name: str, around: Callable[..., Any]) -> None:
         """Puts on a module what is made of its `forward`."""
@@ -295,12 +307,13 @@ class Sampling:
         self._inputs.clear()
         return Found.of(draft, maps, self._images, self._grid)
 
-    def run(self, uuids: Sequence[Any], x: Tensor, text: Tensor, execute: Callable[[], Tensor]) -> Tensor:
+    def run(self, uuids: Sequence[Any], x: Tensor, t: Tensor, text: Tensor, execute: Callable[[], Tensor]) -> Tensor:
         """Runs a pass.
 
         Args:
             uuids: The conditionings that it predicts for, in the order of its rows.
             x: The latents of the pass. Shape: [rows, channels, (frames,) height, width].
+            t: The noise level of each row.
             text: Its text. Shape: [rows, tokens, channels].
         """
         if self._installation is None:
@@ -309,13 +322,15 @@ class Sampling:
         if grid != self._grid and (self.steered or any(region is not None for region in plan.regions)):
             raise ValueError("a conditioning with an area of its own cannot be combined with regions of concepts")
         ours = torch.tensor([uuid in self._ours for uuid in uuids]).repeat_interleave(len(x) // len(uuids))
-        key = (*ours.tolist(), grid, tokens)
+        by_region = bool(t.max() > self.norms_until)
+        key = (*ours.tolist(), grid, tokens, by_region)
         if key not in self._inputs:
             acting = Acting(plan, self._family, self._images, self._lengths, ours, grid, tokens)
             regions, joint = acting.regions(self._device)
             self._inputs[key] = self._installation.inputs(
-                acting.gates, regions=regions, joint_regions=joint, lengths=[tokens] * len(x), text_bias=acting.bias
-            )
+                acting.gates, regions=regions, joint_regions=joint, lengths=[tokens] * len(x), text_bias=acting.bias,
+                norm_regions=acting.norm_regions if by_region else None,
+            )  # fmt: skip
         recorders = []
         if self._draft is not None and ours.any():
             words = over(self._draft.words, tokens, self._family).to(self._device)
