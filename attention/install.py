@@ -60,7 +60,7 @@ class Installation:
         self._undo = undo
         self._device = key.device
         self._dtype = key.dtype
-        self._how = how
+        self._how: How = how
         self._by_region = False
 
     def inputs(

@@ -2,10 +2,11 @@
 
 Group normalisation, which every block of a UNet has, takes mean and variance over the whole canvas. So a LoRA that acts
 in one region changes what all other cells are divided by, and the objects there fade or vanish. With s_r(x), the share
-of cell x in region r (of all regions 1), and mean(x) and var(x) over the channels of a group at a cell,
+of cell x in region r (of all regions 1), and mean(x) and square(x) the means of the values and of
+their squares over the channels of a group at a cell,
 
     mean_r = sum_x s_r(x) mean(x) / sum_x s_r(x)
-    var_r  = sum_x s_r(x) (var(x) + mean(x)^2) / sum_x s_r(x) - mean_r^2
+    var_r  = sum_x s_r(x) square(x) / sum_x s_r(x) - mean_r^2
     y(x)   = (x - sum_r s_r(x) mean_r) sum_r s_r(x) / sqrt(var_r + eps)
 
 where every cell would have the same mean and variance otherwise. Shares change gradually at borders, so no seam is
@@ -70,14 +71,15 @@ class NormRegions:
         """
         grid = x.shape[2], x.shape[3]
         shares, weights = self.shares[grid], self.weights[grid]
-        by_group = x.float().unflatten(1, (groups, -1)).unflatten(0, (-1, len(shares)))
-        var, mean = torch.var_mean(by_group, dim=3, correction=0)
-        moments = torch.stack([mean, var + mean.square()]).flatten(4)
-        # No matrix product: on a GPU it may be rounded to fewer bits.
-        first, second = (moments[..., None, :] * weights[:, None]).sum(-1)
-        rates = (second - first.square()).clamp(min=0).add(eps).rsqrt()
-        means, scales = (torch.stack([first, rates])[..., None] * shares[:, None]).sum(-2).unflatten(-1, grid)
-        return ((by_group - means[:, :, :, None]) * scales[:, :, :, None]).reshape(x.shape).to(x.dtype)
+        by_group = x.unflatten(1, (groups, -1)).unflatten(0, (-1, len(shares)))
+        values = by_group.float()
+        moments = torch.stack([values.mean(3), values.square().mean(3)]).flatten(4)
+        # No matrix products: on a GPU they may be rounded to fewer bits.
+        means, squares = (moments[..., None, :] * weights[:, None]).sum(-1)
+        scales = (squares - means.square()).clamp(min=0).add(eps).rsqrt()
+        mean, scale = (torch.stack([means, scales])[..., None] * shares[:, None]).sum(-2).unflatten(-1, grid)
+        shift = -mean * scale
+        return torch.addcmul(shift[:, :, :, None], by_group, scale[:, :, :, None]).reshape(x.shape).to(x.dtype)
 
 
 def _shares(masks: Tensor) -> Tensor:

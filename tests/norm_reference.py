@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def region_normalised(x: Tensor, shares: Tensor, groups: int, eps: float) -> Tensor:
-    """From the sums of values and of their squares, in double precision. Shape of the shares: [images, regions, cells]."""
+    """From sums of values and of their squares, in double precision; shares: [images, regions, cells]."""
     rows, channels, *grid = x.shape
     values = x.double().reshape(rows, groups, channels // groups, -1)
     own = shares.double().repeat(rows // len(shares), 1, 1)
