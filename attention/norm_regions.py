@@ -72,14 +72,19 @@ class NormRegions:
         grid = x.shape[2], x.shape[3]
         shares, weights = self.shares[grid], self.weights[grid]
         by_group = x.unflatten(1, (groups, -1)).unflatten(0, (-1, len(shares)))
-        values = by_group.float()
-        moments = torch.stack([values.mean(3), values.square().mean(3)]).flatten(4)
+        moments = _moments(by_group)
         # No matrix products: on a GPU they may be rounded to fewer bits.
         means, squares = (moments[..., None, :] * weights[:, None]).sum(-1)
         scales = (squares - means.square()).clamp(min=0).add(eps).rsqrt()
         mean, scale = (torch.stack([means, scales])[..., None] * shares[:, None]).sum(-2).unflatten(-1, grid)
         shift = -mean * scale
         return torch.addcmul(shift[:, :, :, None], by_group, scale[:, :, :, None]).reshape(x.shape).to(x.dtype)
+
+
+def _moments(values: Tensor) -> Tensor:
+    """Means of values and of their squares over the channels of a group. Shape: [2, ..., cells]."""
+    values = values.float()
+    return torch.stack([values.mean(3), values.square().mean(3)]).flatten(4)
 
 
 def _shares(masks: Tensor) -> Tensor:

@@ -106,6 +106,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "token_mask": "Keep a LoRA to its trigger",
         "texts": "What the boxes read",
         "isolate": "Boxes do not see each other",
+        "norm_apart": f"Contrast of each box apart until {_UNTIL}",
     },
     "draft": {
         "length": "Length of the draft (share of the steps)",
@@ -115,6 +116,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "apart": f"Make each area alone until {_UNTIL}",
         "isolate": "Areas do not see each other",
         "bias": "How strongly areas read their own words",
+        "norm_apart": f"Contrast of each area apart until {_UNTIL}",
         "keep_regions": "Keep your boxes",
     },
     "clora": {

@@ -101,7 +101,8 @@ class FixedPasses:
     Attributes:
         turns: The passes of every turn; their weights add up to 1.
         interval: Steps per turn, after which the next one begins.
-        first: Part of the steps that the first of two turns takes; None takes turns by `interval`.
+        first: Part of the steps that the first of two turns takes, whose passes have the texts and gates of the second;
+            None takes turns by `interval`.
         constant: Layers whose gates are the same on all rows and positions, to be folded into the model.
         constant_weights: The gate of each concept in those layers.
         text_for_callbacks: The text that callbacks see; None means that of the first pass.
@@ -140,8 +141,11 @@ class FixedPasses:
 
     @cached_property
     def _prepared(self) -> Mapping[int, Sequence[tuple[PreparedPass, float]]]:
-        prepare = self.session.denoiser.prepare
-        return {i: [(prepare(spec), weight) for spec, weight in turn] for i, turn in enumerate(self.turns)}
+        prepare, turns = self.session.denoiser.prepare, {}
+        for i, turn in enumerate(self.turns):
+            alike = [handle for handle, _ in turns[0]] if i and self.first is not None else [None] * len(turn)
+            turns[i] = [(prepare(spec, kept), weight) for (spec, weight), kept in zip(turn, alike, strict=True)]
+        return turns
 
 
 @dataclass(frozen=True)
