@@ -2,15 +2,15 @@
 
 Group normalisation, which every block of a UNet has, takes mean and variance over the whole canvas. So a LoRA that acts
 in one region changes what all other cells are divided by, and the objects there fade or vanish. With s_r(x), the share
-of cell x in region r (of all regions 1), and mean(x) and square(x) the means of the values and of
-their squares over the channels of a group at a cell,
+of cell x in region r (they add up to 1), and mean(x) and square(x), the means of the values and of their squares over
+the channels of a group at a cell,
 
     mean_r = sum_x s_r(x) mean(x) / sum_x s_r(x)
     var_r  = sum_x s_r(x) square(x) / sum_x s_r(x) - mean_r^2
     y(x)   = (x - sum_r s_r(x) mean_r) sum_r s_r(x) / sqrt(var_r + eps)
 
-where every cell would have the same mean and variance otherwise. Shares change gradually at borders, so no seam is
-seen. The layer itself then normalises y, which changes little, and applies its weights.
+Shares change gradually at borders, so that there is no seam. The layer then normalises y, which changes little, and
+applies its weights.
 """
 
 from collections.abc import Mapping
@@ -88,7 +88,7 @@ def _moments(values: Tensor) -> Tensor:
 
 
 def _shares(masks: Tensor) -> Tensor:
-    """Shape: [images, regions, cells]."""
+    """Masks with soft borders, and the rest as a last region. Shape: [images, regions, cells]."""
     side = max(1, round(BORDER * min(masks.shape[2:]))) // 2
     blurred = F.avg_pool2d(F.pad(masks.float(), (side,) * 4, mode="replicate"), 2 * side + 1, stride=1)
     others = (1 - blurred.sum(dim=1, keepdim=True)).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Two ways in which layers of ours get into a model: in place of its modules, or on their `forward`."""
+"""Two ways to put bank layers and region norms into a model: in place of its modules, or on their `forward`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
@@ -26,7 +26,7 @@ def check_how(how: How) -> None:
 
 
 def put_in(modules: Mapping[str, nn.Module], layers: Mapping[str, Placed], undo: Journal, how: How) -> None:
-    """Lets layers of ours act on the modules of the same names."""
+    """Lets layers act on the modules of the same names."""
     if how == "forward":
         swaps = [(SwappedForward(modules[name], layer), layer, modules[name]) for name, layer in layers.items()]
         undo.callback(_take_off, swaps)

@@ -322,7 +322,7 @@ class Sampling:
         if grid != self._grid and (self.steered or any(region is not None for region in plan.regions)):
             raise ValueError("a conditioning with an area of its own cannot be combined with regions of concepts")
         ours = torch.tensor([uuid in self._ours for uuid in uuids]).repeat_interleave(len(x) // len(uuids))
-        by_region = bool(t.max() > self.norms_until)
+        by_region = self._family.joint is None and bool(t.max() > self.norms_until)
         key = (*ours.tolist(), grid, tokens, by_region)
         if key not in self._inputs:
             acting = Acting(plan, self._family, self._images, self._lengths, ours, grid, tokens)

@@ -112,7 +112,6 @@ def join_norm_regions(groups: Sequence[NormRegions | None], images: Sequence[Seq
     known = [regions for regions in groups if regions is not None]
     if not known:
         return None
-
     shares = {}
     for grid, cells in known[0].shares.items():
         whole, most = cells.new_ones(1, 1, cells.shape[2]), max(regions.shares[grid].shape[1] for regions in known)
