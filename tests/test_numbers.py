@@ -37,7 +37,8 @@ def flops() -> Mapping[tuple[str, str], tuple[float, float]]:
 
 
 COSTS = [
-    ("README.md", r"\| ([\d.]+) \| \| a box for each subject \| \[`lora-composer`", ("draft", "2"), 0),
+    ("README.md", r"nothing is drafted \| ([\d.]+); with boxes", ("draft", "2"), 0),
+    ("README.md", r"; with boxes ([\d.]+) \|", ("regional", "2"), 0),
     ("README.md", r"\| ([\d.]+); SDXL", ("lora-composer", "2"), 0),
     ("README.md", r"SDXL ([\d.]+) \|", ("lora-composer", "2"), 1),
     ("README.md", r"each LoRA acts in its box \| ([\d.]+) \|", ("regional", "2"), 0),

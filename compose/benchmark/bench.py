@@ -110,6 +110,7 @@ def bench(
     settings: Mapping[str, Any],
     steps: int,
     count: bool,
+    boxes: bool,
     memory: bool,
     transformers: bool,
     references: int,
@@ -130,16 +131,19 @@ def bench(
 ) -> None:
     """Shows the costs of methods relative to the plain pipeline: what is counted, computed or measured, as asked for.
 
-    Counting is the default. `pairs` are timed rounds: a plain call, one of each method, and PEFT's; `loaded` are the
-    LoRAs of which each request of `swap` has others; `to` is a file for the numbers. Device and precision that are None
-    are those of a run.
+    Counting is the default; with `boxes` every concept has one there. `pairs` are timed rounds: a plain call, one of
+    each method, and PEFT's; `loaded` are the LoRAs of which each request of `swap` has others; `to` is a file for the
+    numbers. Device and precision that are None are those of a run.
 
     Raises:
         ValueError: For unknown methods and settings.
     """
     cells = [(name, number) for name in methods for number in concepts]
+    count = count or not (memory or transformers or hardware or calls or time or swap or growth)
     for name, _ in cells:
         make_method(name, settings)
+    if boxes and not count:
+        raise ValueError("--boxes is for what is counted: give --count with it")
     if references and not transformers:
         raise ValueError("--references is for passes of transformers: give --transformers with it")
     if savers and not time:
@@ -149,9 +153,9 @@ def bench(
     check_savers(saving, device)
     real = Job(model, device, 1, settings=settings, dtype=dtype, size=size)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": settings}
-    if count or not (memory or transformers or hardware or calls or time or swap or growth):
-        counted = count_cells(cells, steps, settings)
-        out.print(counts_table(counted, steps))
+    if count:
+        counted = count_cells(cells, steps, settings, boxes=boxes)
+        out.print(counts_table(counted, steps, boxes))
         numbers["counted"] = [asdict(row) for row in counted]
     if memory:
         computed = peak_cells(cells, steps, settings)
@@ -201,15 +205,15 @@ def bench(
 
 
 def count_cells(
-    cells: Sequence[tuple[str, int]], steps: int, settings: Mapping[str, Any] | None = None
+    cells: Sequence[tuple[str, int]], steps: int, settings: Mapping[str, Any] | None = None, *, boxes: bool = False
 ) -> list[CountedRow]:
-    """Counts methods on every architecture, by number of concepts."""
+    """Counts methods on every architecture, by number of concepts; with boxes only where needed, or for all."""
     rows = []
     with bar("counting", len(ARCHITECTURES) * len(cells)) as on_progress:
         for architecture, config in ARCHITECTURES.items():
             unet = counting.meta_unet(config)
             how = steps, GUIDANCE, (unet.config["sample_size"] * 8,) * 2
-            plain, called = counting.count(unet, (), None, *how), _callable_on(unet)
+            plain, called = counting.count(unet, (), None, *how), _callable_on(unet, boxes)
             for name, number in cells:
                 method = make_method(name, settings)
                 cost = counting.count(unet, called(method, number), method, *how)
@@ -218,23 +222,25 @@ def count_cells(
     return rows
 
 
-def _callable_on(unet: UNet2DConditionModel) -> Callable[[Settings, int], list[LoadedConcept]]:
+def _callable_on(unet: UNet2DConditionModel, boxes: bool) -> Callable[[Settings, int], list[LoadedConcept]]:
     """Gives the concepts of a call, by method and number of concepts."""
     side, lora = unet.config["sample_size"] * 8, attention_lora(unet)
+    if boxes:
+        return lambda _, number: with_lora(columns(number, side, side), lora)
     pipe = pipeline_of(unet, scheduler())
     concepts = with_lora(without_boxes(columns(len(TRIGGERS), side, side)), lora)
     pipe.library.loaded.update({loaded.concept.name: loaded for loaded in concepts})
     return lambda method, number: with_lora(as_called(pipe, method, number, side, side), lora)
 
 
-def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
+def counts_table(rows: Sequence[CountedRow], steps: int, boxes: bool) -> Table:
     """Latent rows of an image, and FLOPs relative to the plain pipeline's."""
     plain = {row.architecture: row.plain for row in rows}
     whole = ", ".join(f"{cost.flops / 1e12:.0f} TFLOP on {name}" for name, cost in plain.items())
     table = new_table(
         f"Counted: one image, {steps} steps with guidance; FLOPs of the UNet as a ratio to the plain pipeline "
         f"({whole}), and those before the first step in plain steps. latent rows: full, truncated (stopped), and "
-        "backward. Concepts have boxes only where a method needs them",
+        f"backward. {'Every concept has a box' if boxes else 'Concepts have boxes only where a method needs them'}",
         ["method", "N", "rows", "stopped", "back", *(header for name in plain for header in (name, "before"))],
     )
     table.add_row("plain", "0", *_rows(next(iter(plain.values()))), *["1.000", "-"] * len(plain))

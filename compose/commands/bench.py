@@ -31,6 +31,9 @@ def bench(
     count: Annotated[
         bool, typer.Option("--count", help="Count latent rows and FLOPs on SD 1.5 and SDXL; the default.")
     ] = False,
+    boxes: Annotated[
+        bool, typer.Option("--boxes", help="Count with a box for each concept, also where a method needs none.")
+    ] = False,
     memory: Annotated[
         bool, typer.Option("--memory", help="Compute the peak memory of SD 1.5 and SDXL in half precision.")
     ] = False,
@@ -95,8 +98,8 @@ def bench(
     with starting():
         from lora_compose.compose.benchmark import bench as benchmark
     benchmark.bench(
-        methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
-        transformers=transformers, references=references, hardware=hardware, calls=calls, time=time, swap=swap,
-        loaded=loaded, growth=growth,
+        methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, boxes=boxes,
+        memory=memory, transformers=transformers, references=references, hardware=hardware, calls=calls, time=time,
+        swap=swap, loaded=loaded, growth=growth,
         model=model, device=device, dtype=dtype, size=size, savers=savers or (), pairs=pairs, peaks=peaks, to=to,
     )  # fmt: skip

@@ -17,12 +17,14 @@ class MethodLabel:
     Attributes:
         name: By what it does.
         paper: Its name in the paper or on the command line.
+        keeps_boxes: Whether boxes that are there decide instead of areas that it finds.
     """
 
     name: str
     paper: str
     sentence: str
     decides: Decides
+    keeps_boxes: bool = False
 
 
 MERGER_LABELS: Mapping[str, tuple[str, str]] = {
@@ -41,18 +43,19 @@ MERGER_LABELS: Mapping[str, tuple[str, str]] = {
 """Ways of merging files, in the page's words: a name, and what it does."""
 
 METHOD_LABELS: Mapping[str, MethodLabel] = {
-    "lora-composer": MethodLabel(
-        "In boxes", "LoRA-Composer",
-        "Each box has its own text and LoRA, and the subjects are moved into their boxes.", "boxes",
-    ),
-    "regional": MethodLabel(
-        "In boxes, light", "regional",
-        "Each LoRA acts in its box only. Nothing moves the subjects into their boxes.", "boxes",
-    ),
     "draft": MethodLabel(
         "By subjects", "draft",
-        "A few first steps show where the model puts each subject, and each LoRA acts there. Needs no boxes.",
-        "found areas",
+        "A few first steps show where the model puts each subject, and each LoRA acts there. Boxes are kept, and not "
+        "needed.",
+        "found areas", keeps_boxes=True,
+    ),
+    "regional": MethodLabel(
+        "In boxes", "regional",
+        "Each LoRA acts in its box only. Nothing moves the subjects into their boxes.", "boxes",
+    ),
+    "lora-composer": MethodLabel(
+        "In boxes, moved", "LoRA-Composer",
+        "Each box has its own text and LoRA, and the subjects are moved into their boxes.", "boxes",
     ),
     "clora": MethodLabel(
         "By words", "CLoRA",
@@ -200,13 +203,8 @@ def methods() -> list[str]:
     return [*METHOD_LABELS, *(method for method in METHODS if method not in METHOD_LABELS)]
 
 
-def shown_methods(reads_regions: bool) -> tuple[str, str]:
-    """The methods beside the automatic choice that need no further knowledge: in boxes, and added up.
-
-    Args:
-        reads_regions: Whether the model supports region attention, which lora-composer needs.
-    """
-    return ("lora-composer" if reads_regions else "regional"), "merge"
+SHOWN_METHODS = ("regional", "merge")
+"""The methods beside the automatic choice that need no further knowledge: in boxes, and added up."""
 
 
 def setting_label(method: str, name: str) -> str:

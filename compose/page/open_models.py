@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lora_compose.attention import backbone_of
 from lora_compose.attention.device import uncompiled
 from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.generate.defaults import defaults_of
@@ -83,11 +82,6 @@ class OpenModel:
     def tokenizer(self) -> Any:
         """The tokenizer that reads prompts, which may be used without a turn."""
         return self._pipe.tokenizer if "unet" in self._pipe.components else self._pipe.tokenizers_for(())[0]
-
-    @property
-    def reads_regions(self) -> bool:
-        """Whether it supports region attention, as UNets do."""
-        return backbone_of(self._pipe.model).reads_regions
 
     @property
     def reads_references(self) -> bool:

@@ -358,8 +358,7 @@ def resolve_choice(
     if method is not None:
         return Choice(make_method(method), "it was asked for")
     reads_regions = backbone_of(host.model).reads_regions
-    gradients = not torch.is_inference_mode_enabled()
-    return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions, gradients=gradients)
+    return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 
 
 def resolve_sets(host: Host, asked: Concepts, prompts: int) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:

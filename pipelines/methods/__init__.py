@@ -116,31 +116,30 @@ def choose_method(
     concept_sets: Sequence[ConceptSet] | None = None,
     *,
     region_attention: bool = True,
-    gradients: bool = True,
 ) -> Choice:
     """Chooses the method of a call that names none. Logs the reason, as a warning if subjects will blend.
 
-    With a region for every subject it is LoRA-Composer, and without regions Draft; both need triggers and class words.
-    Where Draft lacks words, LoRAs that were trained with token masks (TARA) get them; ordinary ones lose more
-    identities by them than they keep apart (figures in `docs/methods`). Styles do not count beside subjects; styles
-    alone get token masks if all were trained with them.
+    Several subjects that the prompt names by trigger and class word get Draft, with regions or without. Otherwise
+    regions get Regional, and without regions LoRAs that were trained with token masks (TARA) get them; ordinary ones
+    lose more identities by them than they keep apart (figures in `docs/methods`). Styles do not count beside subjects;
+    styles alone get token masks if all were trained with them.
 
     Args:
         prompts: Prompts of the call; None with `prompt_embeds`.
         concept_sets: The concept set of each prompt; None means all concepts for every prompt.
-        region_attention: Whether the model supports region attention, which lora-composer needs.
-        gradients: Whether gradients can be taken, which it needs as well: not under `torch.inference_mode`.
+        region_attention: Whether image cells read the text by cross-attention, as in UNets and Anima. In other
+            transformers Draft adds nothing to regions that are all given.
     """
     loaded_subjects = [loaded for loaded in concepts if not loaded.concept.is_style]
     subjects = [loaded.concept for loaded in loaded_subjects]
-    if any(subject.region for subject in subjects):
-        noun = "subject" if len(subjects) < len(concepts) else "concept"
-        return _for_regions(subjects, prompts, noun, region_attention, gradients)
     subjects_of: Sequence[Sequence[Described]] = [loaded_subjects] * len(prompts or [()])
     if concept_sets:
         subjects_of = [[concept_set.loaded[i] for i in concept_set.subjects] for concept_set in concept_sets]
     several = max(map(len, subjects_of)) > 1
     lacks = _lacking(prompts, subjects_of)
+    if any(subject.region for subject in subjects):
+        noun = "subject" if len(subjects) < len(concepts) else "concept"
+        return _for_regions(subjects, noun, lacks if several else "there is one subject", region_attention)
     if several and not lacks:
         return _chosen(Draft(), "the prompt names every concept by trigger and class word")
     relevant = loaded_subjects or (concepts if prompts is not None else ())  # with styles alone, they decide
@@ -166,21 +165,18 @@ def _blending(reason: str, unless: str) -> Choice:
     return Choice(Merge(), reason)
 
 
-def _for_regions(
-    subjects: Sequence[Concept], prompts: Sequence[str] | None, noun: str, region_attention: bool, gradients: bool
-) -> Choice:
+def _for_regions(subjects: Sequence[Concept], noun: str, lacks: str, region_attention: bool) -> Choice:
     """The method for subjects of which some or all have a region."""
-    boxed = [subject for subject in subjects if subject.region]
+    boxed = ", ".join(subject.name for subject in subjects if subject.region)
     others = ", ".join(subject.name for subject in subjects if not subject.region)
-    reason = f"{', '.join(subject.name for subject in boxed)} has a region" if others else f"every {noun} has a region"
-    if region_attention and gradients and prompts is not None and all(subject.trigger for subject in boxed):
-        return _chosen(LoraComposer(), f"{reason}, and {others} stays outside of it" if others else reason)
-    why = "prompt_embeds are given instead of a prompt" if prompts is None else "not every one has a trigger"
-    why = why if gradients else "lora-composer takes gradients, which torch.inference_mode has not"
-    why = why if region_attention else "lora-composer needs a UNet or Anima"
+    reason = f"{boxed} has a region" if others else f"every {noun} has a region"
+    if not lacks and others:
+        return _chosen(Draft(), f"{reason}, and {others} is looked for in the rest of the image")
+    if not lacks and region_attention:
+        return _chosen(Draft(), f"{reason}, and the prompt names each by trigger and class word")
     if others:
         warn(f"without a region, {others} acts on the whole image, also inside the regions of others")
-    return _chosen(Regional(), f"{reason}, and {why}")
+    return _chosen(Regional(), f"{reason}, and {lacks}" if lacks else reason)
 
 
 def _lacking(prompts: Sequence[str] | None, subjects_of: Sequence[Sequence[Described]]) -> str:

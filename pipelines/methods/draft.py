@@ -38,6 +38,7 @@ from lora_compose.pipelines.methods.gated_pass import gated_pass, with_region_no
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.methods.region_texts import HALF, region_texts, segment_texts, shared_text
+from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.scene.division import divided, nearest, strips
 from lora_compose.pipelines.scene.regions import Regions, region_mask
@@ -100,10 +101,11 @@ class Draft(Settings):
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
 
     def start(self, session: Session) -> Process:
-        """Encodes the texts of the draft and of the regions. A single subject is merged."""
+        """Encodes the texts of the draft and of the regions. A single subject acts in its region, or everywhere."""
         concepts, canvas, prompts = session.concepts, session.canvas, session.prompts
         if len(concepts.subjects) < 2:
-            return Merge().start(session)
+            boxed = self.keep_regions and any(concepts.concepts[i].region for i in concepts.subjects)
+            return (Regional(norm_apart=self.norm_apart) if boxed else Merge()).start(session)
         if prompts.texts is None:
             raise ValueError("draft reads the prompt without triggers, so it needs prompts, not prompt_embeds")
         for i in concepts.subjects:

@@ -33,7 +33,7 @@ def compare_view(session: PageSession) -> None:
 
 def _able() -> list[str]:
     """What is compared at first: those of the three common methods that the scene's boxes, or their lack, allow."""
-    return [name for name in ("merge", "draft", "lora-composer") if fields.boxed() or label_of(name).decides != "boxes"]
+    return [name for name in ("merge", "draft", "regional") if fields.boxed() or label_of(name).decides != "boxes"]
 
 
 def _costs(session: PageSession, methods: list[str]) -> None:

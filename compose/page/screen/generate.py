@@ -145,8 +145,10 @@ def _show_outlook(session: PageSession, form: Form, report: Report | None) -> No
     if report.cost is not None:
         each = " for each image" if len(form.seeds) > 1 else ""
         st.caption(f"{cost_words(session, report.cost)}{each}.", help=cost_help(report.cost, form.steps))
-    if form.boxed and form.method and label_of(form.method).decides != "boxes":
-        st.caption(f":material/info: “{label_of(form.method).name}” does not use the boxes.")
+    if form.boxed and form.method:
+        label = label_of(form.method)
+        if label.decides != "boxes" and not label.keeps_boxes:
+            st.caption(f":material/info: “{label.name}” does not use the boxes.")
     for note in report.notes:
         if "ignores" not in note:  # unused boxes are noted above
             st.caption(f":material/info: {markdown(page_message(note, form.method, session.store.names))}")

@@ -6,7 +6,7 @@ from lora_compose.compose.check.report import Report
 from lora_compose.compose.generate.schedulers import scheduler_names
 from lora_compose.compose.page.controls import Control, controls, sentence
 from lora_compose.compose.page.form import MOST_STEPS, MOST_TEXT
-from lora_compose.compose.page.labels import choice_label, full_name, label_of, methods, shown_methods
+from lora_compose.compose.page.labels import SHOWN_METHODS, choice_label, full_name, label_of, methods
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.text import markdown
@@ -19,7 +19,7 @@ def method_part(session: PageSession, report: Report | None) -> None:
     """The method with its settings; there is no report while the form is not ready, or the model is in use."""
     if not session.rows:
         return
-    shown = [fields.AUTOMATIC, *shown_methods(session.model.reads_regions)]
+    shown = [fields.AUTOMATIC, *SHOWN_METHODS]
     chosen = st.session_state[fields.METHOD]
     st.segmented_control("Method", [*shown, *([chosen] if chosen not in shown else [])], key=fields.METHOD,
                          required=True, label_visibility="collapsed", on_change=fields.with_boxes,
@@ -43,7 +43,7 @@ def settings_part(session: PageSession) -> None:
     """The other methods, the settings of the chosen one, and what is rarely changed."""
     method = st.session_state[fields.METHOD] if session.rows else fields.AUTOMATIC
     if session.rows:
-        _other_methods(session, method)
+        _other_methods(method)
     if method != fields.AUTOMATIC and controls(method):
         _settings(method)
     with st.expander("Negative prompt, scheduler", icon=":material/settings:"):
@@ -52,9 +52,8 @@ def settings_part(session: PageSession) -> None:
         st.toggle("Keep attention maps, for “Understand”", key=fields.ATTENTION)
 
 
-def _other_methods(session: PageSession, chosen: str) -> None:
-    shown = shown_methods(session.model.reads_regions)
-    others = [name for name in methods() if name not in shown]
+def _other_methods(chosen: str) -> None:
+    others = [name for name in methods() if name not in SHOWN_METHODS]
     with st.expander("Advanced: other methods", icon=":material/experiment:"):
         st.session_state[_ADVANCED] = chosen if chosen in others else None
         st.radio("Other methods", others, key=_ADVANCED, format_func=full_name, on_change=_take,

@@ -20,12 +20,13 @@ _DECIDED: dict[Decides, str] = {
 def decided_by(result: Result) -> Decides:
     """What decided where each LoRA of an image acts."""
     subjects = [concept for concept in result.run.scene.concepts if not concept.is_style]
-    decides = label_of(result.run.method or "").decides
-    if decides == "found areas" and len(subjects) < 2:
+    label = label_of(result.run.method or "")
+    boxed = [concept.region is not None for concept in subjects]
+    if label.keeps_boxes and boxed and all(boxed) and result.run.settings.get("keep_regions", True):
+        return "boxes"
+    if label.decides == "found areas" and len(subjects) < 2:
         return "nothing"  # there is nothing to tell apart
-    if decides == "boxes" and all(concept.region is None for concept in subjects):
-        return "nothing"
-    return decides
+    return "nothing" if label.decides == "boxes" and not any(boxed) else label.decides
 
 
 def understand_view(session: PageSession) -> None:

@@ -105,6 +105,13 @@ def test_concepts_have_boxes_only_where_a_method_needs_them():
     assert not boxed & {"draft", "clora", "tara", "merge", "freefuse"}
 
 
+def test_with_a_box_for_each_concept_draft_costs_what_regional_costs():
+    output = bench("--method", "draft", "--method", "regional", "-n", 2, "--steps", 2, "--boxes")
+    assert "Every concept has a box" in " ".join(output.split())
+    assert cells(output)["draft", "2"] == cells(output)["regional", "2"]
+    assert "give --count with it" in bench("--boxes", "--memory", code=2)
+
+
 def test_progress_of_timing_ends_where_the_work_ends(model, monkeypatch):
     seen: list[float] = []
 

@@ -137,7 +137,7 @@ def test_one_click_from_the_first_visit_to_an_image_that_carries_its_run(page: P
     assert time.monotonic() - started < 60
     record = read_record(downloaded(page, tmp_path / "result.png"))
     assert [concept.name for concept in record.run.scene.concepts] == ["bear", "robot"]
-    assert record.run.method == "lora-composer"
+    assert record.run.method == "draft"
 
 
 def test_two_loras_uploaded_named_from_their_metadata_and_composed(page: Page, tmp_path: Path) -> None:

@@ -760,7 +760,7 @@ def test_a_job_makes_what_python_makes_and_keeps_attention(model: OpenModel, tmp
 def test_page_command_and_python_text_give_the_same_image(
     model: OpenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    example = short(settings={"rows": "all", "apart": 0.0})
+    example = short(method="lora-composer", settings={"rows": "all", "apart": 0.0})
     (result,) = finished(model, example).results
     monkeypatch.chdir(tmp_path)
     run = export.portable(result.run, {})
@@ -840,7 +840,9 @@ def test_what_saves_memory_is_kept_for_the_same_model_on_a_device_with_use_for_i
 def test_exports_write_what_users_write_as_text(tmp_path: Path) -> None:
     name = """it's "x"; $(rm -rf /) \\"""
     concept = Concept(name=name, lora="cat.safetensors", trigger="sks", region=(0, 0, 64, 64))
-    one = short(concepts=(concept,), prompt=f"{name}\n)]}}", settings={"threshold": 0.5}, seeds=(2**63 - 1,))
+    one = short(
+        concepts=(concept,), prompt=f"{name}\n)]}}", method="draft", settings={"threshold": 0.5}, seeds=(2**63 - 1,)
+    )
     (run,) = one.runs()
     written = {node.value for node in ast.walk(ast.parse(export.python(run))) if isinstance(node, ast.Constant)}
     assert {name, run.scene.prompt, run.seed, 0.5} <= written

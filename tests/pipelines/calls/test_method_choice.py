@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from composing import BOXED, compose, latents_of
-from lora_compose.pipelines.methods import Draft, LoraComposer, Merge, Regional, Tara, choose_method
+from lora_compose.pipelines.methods import Draft, Merge, Regional, Tara, choose_method
 from lora_compose.pipelines.scene.scene import Concept
 
 
@@ -91,11 +91,13 @@ def test_one_subject_does_not_blend(composer, caplog):
 def test_a_region_of_one_of_several_concepts_is_used(composer, caplog):
     boxed = {"cat": {"region": (0, 0, 64, 128)}}
     choice = choose_method(ordinary(composer, **boxed), ["a sks cat, a zwx dog"])
-    assert isinstance(choice.method, LoraComposer)
-    assert choice.reason == "cat has a region, and dog stays outside of it"
+    assert isinstance(choice.method, Draft)
+    assert choice.reason == "cat has a region, and dog is looked for in the rest of the image"
+    assert choose_method(ordinary(composer, **boxed), ["a sks cat, a zwx dog"], region_attention=False) == choice
     assert not caplog.records
-    choice = choose_method(ordinary(composer, **boxed), ["a sks cat, a zwx dog"], region_attention=False)
+    choice = choose_method(ordinary(composer, **boxed), ["a sks cat, a zwx"])
     assert isinstance(choice.method, Regional)
+    assert choice.reason == "cat has a region, and the prompt has 'zwx' without 'dog' after it: write 'zwx dog'"
     assert "without a region, dog acts on the whole image, also inside the regions of others" in caplog.text
 
 
@@ -113,11 +115,30 @@ def test_methods_with_one_text_say_that_own_prompts_are_not_read(composer, caplo
 
 def test_with_a_region_for_every_concept_the_choice_depends_on_words(composer, caplog):
     caplog.set_level("INFO", "lora_compose.pipelines.methods")
-    assert torch.equal(
-        latents_of(composer, method=None, concepts=BOXED), latents_of(composer, method="lora-composer", concepts=BOXED)
-    )
-    assert "method: lora-composer, because every concept has a region" in caplog.text
+    chosen = latents_of(composer, method=None, concepts=BOXED)
+    assert torch.equal(chosen, latents_of(composer, method="draft", concepts=BOXED))
+    every = "every concept has a region"
+    assert f"method: draft, because {every}, and the prompt names each by trigger and class word" in caplog.text
     nameless = [BOXED[0].model_copy(update={"trigger": ""}), BOXED[1]]
     chosen = latents_of(composer, method=None, concepts=nameless)
     assert torch.equal(chosen, latents_of(composer, method="regional", concepts=nameless))
-    assert "method: regional, because every concept has a region, and not every one has a trigger" in caplog.text
+    assert f"method: regional, because {every}, and cat has no trigger: give it one" in caplog.text
+
+
+def test_one_subject_with_a_region_acts_in_it(composer):
+    boxed = ordinary(composer, cat={"region": (0, 0, 64, 128)})[:1]
+    choice = choose_method(boxed, ["a sks cat"])
+    assert isinstance(choice.method, Regional)
+    assert choice.reason == "every concept has a region, and there is one subject"
+    given: Any = {"concepts": BOXED[:1], "prompt": "a sks cat"}
+    expected = latents_of(composer, method="regional", **given)
+    assert torch.equal(latents_of(composer, method="draft", **given), expected)
+    whole = latents_of(composer, method=Draft(keep_regions=False), **given)
+    assert torch.equal(whole, latents_of(composer, method="merge", concepts=["cat"], prompt="a sks cat"))
+
+
+def test_where_text_and_image_are_one_sequence_given_regions_are_enough(composer):
+    boxed = {name: {"region": (64 * i, 0, 64 * i + 64, 128)} for i, name in enumerate(("cat", "dog"))}
+    choice = choose_method(ordinary(composer, **boxed), ["a sks cat, a zwx dog"], region_attention=False)
+    assert isinstance(choice.method, Regional)
+    assert choice.reason == "every concept has a region"

@@ -146,7 +146,11 @@ def test_a_plan_is_made_while_a_call_has_the_model():
 
 def test_the_reason_and_the_regions_are_values():
     plan = PIPELINES["sd"]().plan(**{**arguments("sd", "regional"), "method": None})
-    assert (plan.method, plan.choice.reason) == ("lora-composer", "every concept has a region")
+    every = "every concept has a region"
+    assert (plan.method, plan.choice.reason) == (
+        "draft",
+        f"{every}, and the prompt names each by trigger and class word",
+    )
     assert plan.regions == BOXES
 
 

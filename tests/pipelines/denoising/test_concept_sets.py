@@ -192,7 +192,9 @@ def test_a_method_is_chosen_for_all_prompts(pipe, caplog):
     assert_chosen("merge", [named[0], named[1]], [["cat"], ["bear"]])
     assert "method: merge, because no prompt has several subjects" in caplog.text
     boxed = [[Concept(name="cat", region=LEFT)], [Concept(name="bear", region=RIGHT)]]
-    assert_chosen("lora-composer", named[:2], boxed)
+    assert_chosen("regional", named[:2], boxed)
+    boxed[0].append(Concept(name="dog", region=RIGHT))
+    assert_chosen("draft", named[:2], boxed)
 
 
 def test_the_same_list_for_every_prompt_is_one_list(pipe):

@@ -174,8 +174,8 @@ def test_the_choice_of_a_method_looks_at_the_subjects(load, write_lora, caplog):
     caplog.set_level("INFO", "lora_compose.pipelines.methods")
     pipe = load("sd")
     chosen = lambda *concepts: choose_method(pipe.resolve_concepts(concepts), [PROMPT]).method  # noqa: E731
-    assert isinstance(chosen(*SUBJECTS, INK), LoraComposer)
-    assert "lora-composer, because every subject has a region" in caplog.text
+    assert isinstance(chosen(*SUBJECTS, INK), Draft)
+    assert "draft, because every subject has a region" in caplog.text
     assert isinstance(chosen("cat", "dog", INK), Draft)
     pipe.load_concept(write_lora("tara", unet=random_lora(pipe.unet, 1), metadata={"method": "tara"}), trigger="sks")
     assert isinstance(chosen("tara", INK), Tara)
