@@ -64,9 +64,7 @@ def _automatic_words(report: Report | None) -> str:
     """What is chosen for the prompt and the concepts as they are, and why."""
     if report is None or report.choice is None:
         return "Chosen by the boxes and the prompt; which one and why is said here once these are ready."
-    method = name_of(report.choice.method)[0]
-    why = f"{full_name(method)}, because {report.choice.reason}. {sentence(method)}"
-    return f"Takes {markdown(why)}"
+    return f"Takes {markdown(f'{full_name(name_of(report.choice.method)[0])}, because {report.choice.reason}.')}"
 
 
 def _take() -> None:

@@ -11,9 +11,9 @@ from lora_compose.compose.page.screen.prompt import prompt_part
 from lora_compose.compose.page.screen.session import page_session
 from lora_compose.compose.page.screen.stage import stage_part
 from lora_compose.compose.page.screen.start import start_part
-from lora_compose.compose.page.screen.top import style, top_part
+from lora_compose.compose.page.screen.top import icon, style, top_part
 
-st.set_page_config("lora-compose", ":material/brush:", layout="wide")
+st.set_page_config("lora-compose", icon(), layout="wide")
 style()
 session = page_session()
 fields.keep(session)

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import streamlit as st
+from PIL import Image, ImageDraw
 
+from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.form import SIDES
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.model import PLACE, model_part
@@ -13,6 +15,14 @@ from lora_compose.compose.page.screen.uploads import show_problems
 _STYLE = Path(__file__).parent / "style.css"
 SHAPES = {"Square": (1.0, 1.0), "Portrait": (2 / 3, 1.0), "Landscape": (1.0, 2 / 3)}
 """Widths and heights relative to the side that the model was made for."""
+
+
+def icon() -> Image.Image:
+    """Two boxes in the colours of concepts. Streamlit would load an icon given by name from another host."""
+    image = Image.new("RGBA", (64, 64))
+    for i, box in enumerate(((2, 8, 34, 56), (30, 2, 62, 50))):
+        ImageDraw.Draw(image).rounded_rectangle(box, 10, fill=colour(i))
+    return image
 
 
 def style() -> None:

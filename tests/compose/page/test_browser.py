@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -444,6 +445,18 @@ def check_with_axe(page: Page, name: str) -> None:
     rules = {"presentation-role-conflict": {"enabled": False}}
     found = Axe().run(page, options={"resultTypes": ["violations"], "rules": rules})
     assert found.violations_count == 0, f"{name}: {found.generate_report()}"
+
+
+def test_the_browser_asks_no_other_host(chromium: Browser, address: str) -> None:
+    context, asked = chromium.new_context(), []
+    context.on("request", lambda request: asked.append(urlsplit(request.url).hostname))
+    page = context.new_page()
+    page.goto(address)
+    expect(page.get_by_role("button", name=MAKE)).to_be_enabled(timeout=2 * MINUTE)
+    settled(page)
+    assert page.locator('link[rel="shortcut icon"]').get_attribute("href")
+    assert set(asked) <= {urlsplit(address).hostname, None}
+    context.close()
 
 
 def test_all_for_a_first_image_is_in_sight(chromium: Browser, address: str) -> None:
