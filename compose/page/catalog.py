@@ -31,7 +31,7 @@ class KnownModel:
 
     @property
     def words(self) -> str:
-        """Its name, family and place in a line."""
+        """The model's name, family and place in a line."""
         name = Path(self.source).name if Path(self.source).is_absolute() else self.source
         return f"{name} · {self.family} · {self.where}"
 

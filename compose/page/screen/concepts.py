@@ -12,7 +12,7 @@ from lora_compose.compose.page.form import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, 
 from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.picker import picker_part
-from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, Row, checking, discard
+from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, Row, discard, reading
 from lora_compose.compose.page.screen.uploads import remove, show_problems
 from lora_compose.compose.page.store import UPLOAD_LIMIT, Lora, is_on_hub, named, tile
 from lora_compose.compose.page.text import markdown, markup
@@ -159,14 +159,14 @@ def _picked(session: PageSession, sources: list[str]) -> None:
 
 
 def _upload(session: PageSession, file: UploadedFile) -> Lora:
-    with checking(FILE_PATIENCE):
+    with reading(FILE_PATIENCE):
         return session.store.add_upload(file.name, file)
 
 
 def _named(source: str) -> Lora:
     if is_on_hub(source):
         find_file(source)  # the download, outside the lock
-    with checking(FILE_PATIENCE):
+    with reading(FILE_PATIENCE):
         return named(source)
 
 

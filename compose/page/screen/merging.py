@@ -10,7 +10,7 @@ from lora_compose.compose.page.merging import Merged, merge_loras
 from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen.concepts import add_lora, is_full
 from lora_compose.compose.page.screen.picker import of_the_playground
-from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, checking
+from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, reading
 from lora_compose.compose.page.screen.uploads import show_problems
 from lora_compose.compose.page.store import Lora
 from lora_compose.compose.page.text import markdown, page_message
@@ -77,7 +77,7 @@ def _merge(session: PageSession, loras: list[Lora], names: list[str]) -> None:
     method, weights = st.session_state[_METHOD], [float(st.session_state[_weight_key(name)]) for name in names]
     session.merged, session.problems[_PLACE] = None, []
     try:
-        with checking(FILE_PATIENCE), session.model.turn((), wait=False) as pipe:
+        with reading(FILE_PATIENCE), session.model.turn((), wait=False) as pipe:
             session.merged = merge_loras(session.store, pipe, list(zip(loras, weights, strict=True)), method)
     except Busy:
         session.problems[_PLACE] = ["The model is at work, or other files are being read. Try again later."]

@@ -29,10 +29,9 @@ from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile, Run
 
 logger = logging.getLogger(__name__)
 
-# One at a time: checks listen to the log, whose level is shared, and reading a file may hold the interpreter lock for a
-# moment.
-_CHECKING = threading.Lock()
-_PATIENCE = 0.5  # seconds that a rerun waits for files and checks of other sessions
+# One at a time: a file may be large, and reading it may hold the interpreter lock for a moment.
+_READING = threading.Lock()
+_PATIENCE = 0.5  # seconds that a rerun waits for files of other sessions
 FILE_PATIENCE = 30.0
 """Seconds that a file waits for those of other sessions before it is read."""
 VIEW = "set.view"
@@ -206,7 +205,7 @@ class PageSession:
         key = f"{form.choice} {run.model_dump_json()}"
         if key not in self._outlooks:
             try:
-                with checking(_PATIENCE), self.model.turn(run.scene.concepts, wait=False) as pipe:
+                with self.model.turn(run.scene.concepts, wait=False) as pipe:
                     self._outlooks[key] = check(run, pipe, known_costs=self.model.costs)
             except Busy:
                 return None
@@ -238,8 +237,8 @@ class PageSession:
 
 
 @contextmanager
-def checking(patience: float) -> Iterator[None]:
-    """One file or check at a time, for all sessions.
+def reading(patience: float) -> Iterator[None]:
+    """One file at a time, for all sessions.
 
     Args:
         patience: Seconds to wait for other sessions.
@@ -247,12 +246,12 @@ def checking(patience: float) -> Iterator[None]:
     Raises:
         Busy: If they take longer.
     """
-    if not _CHECKING.acquire(timeout=patience):
+    if not _READING.acquire(timeout=patience):
         raise Busy
     try:
         yield
     finally:
-        _CHECKING.release()
+        _READING.release()
 
 
 def discard(files: Iterable[Any]) -> None:
@@ -274,7 +273,7 @@ def _forget(session_id: str) -> None:
 
 def _fit(model: OpenModel, lora: Lora, alpha: float | None) -> tuple[str, str]:
     concept = lora.concept("it").model_copy(update={"lora": lora_source(lora.source), "alpha": alpha})
-    with checking(_PATIENCE):
+    with reading(_PATIENCE):
         try:
             return model.read(concept).report, ""
         except (LoraError, OSError) as error:
