@@ -69,7 +69,7 @@ class StepCaches:
 
     @contextmanager
     def of(self, key: Hashable, *, anew: bool) -> Iterator[None]:
-        """Inside this block the model runs a pass.
+        """Inside this block the model's caches are those of one pass.
 
         Args:
             key: Stands for the pass; passes with other rows have other keys.

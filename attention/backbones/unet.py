@@ -339,7 +339,7 @@ class ComposeAttnProcessor:
         return attn.to_q(hidden_states), *(project() if kept is None else kept.get(self._layer.name, project))
 
     def _own(self, text: Tensor, width: int) -> Tensor:
-        """This layer's part of the text, if the texts of all layers are concatenated along the channels."""
+        """The channels of the text that a layer reads, where the texts of all layers lie side by side."""
         if text.shape[-1] == width or text.shape[-1] != width * self._layer.of_kind:
             return text
         return text[..., self._layer.order * width : (self._layer.order + 1) * width]

@@ -75,7 +75,7 @@ class Shot:
         return np.array([found.get(name, np.nan) for name in self.names], dtype=np.float64)
 
     def whole_by(self, metric: str) -> np.ndarray:
-        """The same for the whole image. Shape: [acting]."""
+        """Similarity of the whole image to the references of each subject, by that model. Shape: [acting]."""
         return np.array([self.scores.chosen[metric].whole[name] for name in self.names], dtype=np.float64)
 
 
