@@ -24,8 +24,8 @@ _BY_COUNT = (FasterCacheBlockHook, FasterCacheDenoiserHook, PyramidAttentionBroa
 
 def _hooks(model: nn.Module) -> list[Any]:
     """The hooks of a model that keep something between steps."""
-    found = hooked(modules_of(model).values())
-    hooks: list[ModelHook] = [hook for module in found for hook in module._diffusers_hook.hooks.values()]
+    holders = hooked(modules_of(model).values())
+    hooks: list[ModelHook] = [hook for module in holders for hook in module._diffusers_hook.hooks.values()]
     return [hook for hook in hooks if hook._is_stateful]
 
 

@@ -111,7 +111,7 @@ class UNetBackbone:
             image_embeds: The images of each IP-Adapter. Shape: [rows, images, ...] each.
             ip_adapter_masks: Where they act. Shape: [1, images, height, width] each.
         """
-        conditions = {name: one for name, one in (added or {}).items() if name != "lengths"} or None
+        conditions = {name: value for name, value in (added or {}).items() if name != "lengths"} or None
         if image_embeds is not None:
             conditions = {**(conditions or {}), "image_embeds": list(image_embeds)}
         if ip_adapter_masks is not None:

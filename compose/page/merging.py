@@ -43,11 +43,11 @@ def merge_loras(store: Store, pipe: Any, chosen: Sequence[tuple[Lora, float]], m
     matched = match_files(given, pipe)
     moments = None
     if merger.needs_model:
-        moments = calibrate(pipe, matched.changes, [prompt_of(one.file, one.source) for one in given], merger)
+        moments = calibrate(pipe, matched.changes, [prompt_of(entry.file, entry.source) for entry in given], merger)
     name = "+".join(Path(lora.shown).stem for lora, _ in chosen)[:80]
     path, first = store.new_path(), chosen[0][0]
     report = merge_files(matched, merger, path, moments=moments, method=method)
     words = {"trigger": first.trigger, "class_word": first.class_word}
     lora = store.keep(path, f"{name}-{method}.safetensors", **words)
-    kept = zip([one.source for one in given], report.blocks[-1].kept, strict=True)
+    kept = zip([entry.source for entry in given], report.blocks[-1].kept, strict=True)
     return Merged(lora, tuple((shown, share) for shown, share in kept if share is not None), report.notes)

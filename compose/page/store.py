@@ -308,12 +308,12 @@ def located_references(record: Record, uploads: Mapping[str, str], *, local: boo
     Args:
         uploads: Images of the session, by path.
     """
-    found = []
+    here = []
     for number, path in enumerate(record.run.scene.references):
         file = Path(path).expanduser()
         readable = (local or path in uploads) and file.is_file()
-        found += [path] if readable and sha256_of(file) == record.images.get(f"references.{number}") else []
-    return tuple(found)
+        here += [path] if readable and sha256_of(file) == record.images.get(f"references.{number}") else []
+    return tuple(here)
 
 
 def image_files(folder: Path, most: int = MOST_FILES) -> list[Path]:

@@ -44,11 +44,11 @@ def chosen(pipe: Any, request: ImageRequest) -> tuple[ImageRequest, str | None]:
         ValueError: If it names a LoRA that is not there, or the prompt names none or too many for "auto".
     """
     if request.concepts == AUTO:
-        found = choose_concepts(request.prompt, pipe.concepts)
-        if len(found.names) > MOST_CONCEPTS:
-            raise ValueError(f"the prompt names {len(found.names)} concepts; at most {MOST_CONCEPTS}")
-        concepts = tuple(RequestedConcept(name=name) for name in found.names)
-        request = request.model_copy(update={"prompt": found.prompt, "concepts": concepts})
+        named = choose_concepts(request.prompt, pipe.concepts)
+        if len(named.names) > MOST_CONCEPTS:
+            raise ValueError(f"the prompt names {len(named.names)} concepts; at most {MOST_CONCEPTS}")
+        concepts = tuple(RequestedConcept(name=name) for name in named.names)
+        request = request.model_copy(update={"prompt": named.prompt, "concepts": concepts})
     headers = [_header(pipe, i, concept) for i, concept in enumerate(listed(request))]
     if not headers:
         return request, None

@@ -129,7 +129,7 @@ class ModularFamilyPipeline(TemplatePipeline):
 
     def _strength(self, given: float | None, inpaints: bool) -> float:
         self._task(inpaints)
-        (default,) = (one.default for one in self._blocks().inputs if one.name == "strength")
+        (default,) = (argument.default for argument in self._blocks().inputs if argument.name == "strength")
         return default if given is None else given
 
     def _check_composed_arguments(self, given: Mapping[str, Any], guidance_scale: float) -> None:

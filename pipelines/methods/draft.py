@@ -345,8 +345,8 @@ def draft_only(pipe: Callable[..., Any], settings: Draft, **arguments: Any) -> D
         raise ValueError("a draft without its image is that of one prompt, given as text; call it for each")
     try:
         pipe(**arguments, method=_DraftOnly(settings))
-    except _Found as found:
-        return found.drafted
+    except _Found as ended:
+        return ended.drafted
     raise RuntimeError("the call has ended without a draft")
 
 

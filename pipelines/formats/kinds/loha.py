@@ -13,10 +13,10 @@ from lora_compose.pipelines.formats.kinds.tucker import tucker, tucker_sides
 
 
 def _sides(shapes: Shapes) -> tuple[int, int]:
-    one, other = _half_sides(shapes, 1), _half_sides(shapes, 2)
-    if one != other:
+    first, second = _half_sides(shapes, 1), _half_sides(shapes, 2)
+    if first != second:
         raise ValueError("the two halves of the LoHa have different shapes")
-    return one[0], math.prod(one[1:])
+    return first[0], math.prod(first[1:])
 
 
 def _half_sides(shapes: Shapes, number: int) -> tuple[int, ...]:

@@ -41,8 +41,8 @@ def _half_sides(shapes: Shapes, number: int) -> tuple[int, ...]:
 
 def _halves(tensors: Tensors) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """The two as matrices: outputs, inputs x kernel; and inputs and kernel of the product."""
-    (one, inner), (other, outer) = _half(tensors, 1), _half(tensors, 2)
-    return one, other, (math.prod(inner) * outer[0], *outer[1:])
+    (first, inner), (second, outer) = _half(tensors, 1), _half(tensors, 2)
+    return first, second, (math.prod(inner) * outer[0], *outer[1:])
 
 
 def _half(tensors: Tensors, number: int) -> tuple[Tensor, torch.Size]:
@@ -56,8 +56,8 @@ def _half(tensors: Tensors, number: int) -> tuple[Tensor, torch.Size]:
 
 
 def _delta(tensors: Tensors) -> Tensor:
-    one, other, inputs = _halves(tensors)
-    return torch.kron(one, other).view(-1, *inputs)
+    first, second, inputs = _halves(tensors)
+    return torch.kron(first, second).view(-1, *inputs)
 
 
 def _factors(tensors: Tensors, max_rank: int, products: bool) -> Change:
@@ -89,8 +89,8 @@ def _product(tensors: Tensors, max_rank: int) -> Change | None:
     left, _ = _half(tensors, 1)
     if "lokr_w2" in tensors:
         whole = matrix(tensors["lokr_w2"])
-        one = torch.eye(min(whole.shape))
-        up, down = (whole, one) if whole.shape[0] >= whole.shape[1] else (one, whole)
+        identity = torch.eye(min(whole.shape))
+        up, down = (whole, identity) if whole.shape[0] >= whole.shape[1] else (identity, whole)
     else:
         up, down = tensors["lokr_w2_a"].float(), tensors["lokr_w2_b"].float()
     if min(left.shape) * len(down) <= max_rank:

@@ -1,5 +1,6 @@
 """Guidance in two calls of the model gives what one batch gives, as for a family with a network for each half."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,5 +37,5 @@ def test_two_calls_for_guidance_give_what_one_batch_gives(family, method, monkey
         watch.remove()
     assert len(sizes) > len(in_one_batch)
     assert sum(sizes) == sum(in_one_batch)
-    assert found.cost == expected.cost
+    assert replace(found.cost, preparation_seconds=expected.cost.preparation_seconds) == expected.cost
     torch.testing.assert_close(found.images, expected.images, atol=3e-5, rtol=0)
