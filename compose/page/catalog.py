@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_compose.compose.generate.model_facts import index_of
-from lora_compose.compose.page.store import SUFFIX, Lora, beside, described, in_folder
+from lora_compose.compose.page.store import SUFFIX, ShownLora, beside, described, in_folder
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.opening import checkpoint_keys
@@ -74,7 +74,7 @@ def cached_models(cache: Path) -> list[KnownModel]:
     return [KnownModel(source, family, "in the hub's cache") for source, family in families.items()]
 
 
-def listed(path: Path) -> Lora:
+def listed(path: Path) -> ShownLora:
     """A LoRA as the header of its file describes it. No weights are read, so they are not checked yet.
 
     Raises:

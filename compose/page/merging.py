@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_compose.compose.lora.matching import match_files
 from lora_compose.compose.lora.merging import Given, merge_files
-from lora_compose.compose.page.store import Lora, Store
+from lora_compose.compose.page.store import ShownLora, Store
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import read_lora
@@ -20,12 +20,12 @@ from lora_compose.pipelines.merging.changes import check_number
 class Merged:
     """A LoRA merged from others; `kept` is the share of each that is in it, above 1 where others add to it."""
 
-    lora: Lora
+    lora: ShownLora
     kept: tuple[tuple[str, float], ...]
     notes: tuple[str, ...]
 
 
-def merge_loras(store: Store, pipe: Any, chosen: Sequence[tuple[Lora, float]], method: str) -> Merged:
+def merge_loras(store: Store, pipe: Any, chosen: Sequence[tuple[ShownLora, float]], method: str) -> Merged:
     """Merges LoRAs, each with its weight, and keeps the result with the session's uploads.
 
     Args:

@@ -168,7 +168,11 @@ class TaskPipeline(Protocol):
     """diffusers' pipeline for image-to-image or inpainting, as far as all families read it."""
 
     vae_scale_factor: int
-    image_processor: VaeImageProcessor
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        """How images are prepared."""
+        ...
 
     def get_timesteps(self, num_inference_steps: int, strength: float, device: Any) -> tuple[Any, Any]:
         """The timesteps that a strength leaves, and the number of steps."""

@@ -20,7 +20,7 @@ from lora_compose.compose.page.launch import Options
 from lora_compose.compose.page.merging import Merged
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
 from lora_compose.compose.page.scores import Judge, Likeness
-from lora_compose.compose.page.store import Lora, StartImage, Store
+from lora_compose.compose.page.store import ShownLora, StartImage, Store
 from lora_compose.compose.page.text import page_message
 from lora_compose.compose.page.work import Division, DraftJob, Job, Result
 from lora_compose.compose.playground.assets import lora_source
@@ -64,7 +64,7 @@ class Row:
     """
 
     number: int
-    lora: Lora | None
+    lora: ShownLora | None
     wanted: str = ""
     mask: str | None = None
     alpha: float | None = None
@@ -129,7 +129,9 @@ class PageSession:
         """The image on the canvas."""
         return next((result for result in self.results if result.key == self.shown), None)
 
-    def new_row(self, lora: Lora | None, wanted: str = "", mask: str | None = None, alpha: float | None = None) -> Row:
+    def new_row(
+        self, lora: ShownLora | None, wanted: str = "", mask: str | None = None, alpha: float | None = None
+    ) -> Row:
         """Adds a concept."""
         self._numbers += 1
         self.rows.append(Row(self._numbers, lora, wanted, mask, alpha))
@@ -271,7 +273,7 @@ def _forget(session_id: str) -> None:
         server.media_file_mgr.remove_orphaned_files()
 
 
-def _fit(model: OpenModel, lora: Lora, alpha: float | None) -> tuple[str, str]:
+def _fit(model: OpenModel, lora: ShownLora, alpha: float | None) -> tuple[str, str]:
     concept = lora.concept("it").model_copy(update={"lora": lora_source(lora.source), "alpha": alpha})
     with reading(_PATIENCE):
         try:
@@ -283,7 +285,7 @@ def _fit(model: OpenModel, lora: Lora, alpha: float | None) -> tuple[str, str]:
             return "", f"{lora.shown} cannot be used ({type(error).__name__})."
 
 
-def _unfit(model: OpenModel, lora: Lora, error: Exception) -> str:
+def _unfit(model: OpenModel, lora: ShownLora, error: Exception) -> str:
     """Why a LoRA cannot be used, and what to do."""
     if lora.family is None or lora.family == model.family:
         return page_message(str(error), files={lora.source: lora.shown, Path(lora.source).name: lora.shown})
