@@ -139,7 +139,7 @@ def _facts(
     for warning in () if planned is None else planned.warnings:
         warn(warning)
     if planned is None:
-        tokenizer = _tokenizer(pipe, [loaded for loaded in all_loaded if loaded], prompt, problems)
+        tokenizer = _tokenizer(pipe, all_loaded, prompt, problems)
         places = _located(tokenizer, prompt, concepts, problems)
     else:
         tokenizer, places = planned.resolved.tokenizers[0], list(map(_place, planned.concepts))
@@ -161,10 +161,11 @@ def _facts(
     return facts, cost, choice
 
 
-def _tokenizer(pipe: Any, loaded: Sequence[LoadedConcept], prompt: str, problems: list[str]) -> Any:
-    """The tokenizer of a prompt in a run without a plan."""
+def _tokenizer(pipe: Any, concepts: Sequence[LoadedConcept | None], prompt: str, problems: list[str]) -> Any:
+    """The tokenizer of a prompt in a run without a plan, whose concepts may not all have been loaded."""
+    loaded = [concept for concept in concepts if concept is not None]
     tokenizer = (_attempt(problems, pipe.tokenizers_for, loaded) or pipe.tokenizers_for([]))[0]
-    if not (loaded and pipe.reads_in_chunks):
+    if not (concepts and pipe.reads_in_chunks):
         return tokenizer
     chunks = _attempt(problems, chunks_of, tokenizer, prompt) or [(0, len(prompt))]
     return LongTokenizer(tokenizer, len(chunks)) if len(chunks) > 1 else tokenizer
