@@ -243,6 +243,8 @@ def arguments_with(**defaults: Any) -> Signature:
 def request_of(pipe: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
     """The request that a call of a pipeline with these arguments would run.
 
+    In a class that overrides `__call__`, the code before its call of ours runs as well.
+
     Raises:
         ValueError: For arguments that do not fit together, and calls without concepts.
     """

@@ -312,8 +312,6 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def plan(self, *args: Any, **kwargs: Any) -> CallPlan:
         """The plan of a call with these arguments; changes nothing, and claims no model. LoRA files may be read.
 
-        In a class that overrides `__call__`, the code before its call of ours runs as well.
-
         Raises:
             ValueError: As the call, for anything that does not fit together; and for calls without concepts.
         """
