@@ -68,7 +68,7 @@ class JointBackbone:
 
     @property
     def self_map_layers(self) -> tuple[str, ...]:
-        """None: text and image are in one map."""
+        """No layers: text and image are in one map."""
         return ()
 
     @property

@@ -21,7 +21,7 @@ def _sides(shapes: Shapes) -> tuple[int, int]:
 
 
 def _half_sides(shapes: Shapes, number: int) -> tuple[int, ...]:
-    """Outputs, inputs and perhaps the kernel."""
+    """The sides of one half: outputs, inputs and perhaps the kernel."""
     name = f"lokr_w{number}"
     whole, up, down = shapes.get(name), shapes.get(f"{name}_a"), shapes.get(f"{name}_b")
     core = shapes.get("lokr_t2") if number == 2 else None
@@ -40,7 +40,7 @@ def _half_sides(shapes: Shapes, number: int) -> tuple[int, ...]:
 
 
 def _halves(tensors: Tensors) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """The two as matrices: outputs, inputs x kernel; and inputs and kernel of the product."""
+    """Both halves as matrices, [outputs, inputs x kernel], and inputs and kernel of the product."""
     (first, inner), (second, outer) = _half(tensors, 1), _half(tensors, 2)
     return first, second, (math.prod(inner) * outer[0], *outer[1:])
 
@@ -61,9 +61,10 @@ def _delta(tensors: Tensors) -> Tensor:
 
 
 def _factors(tensors: Tensors, max_rank: int, products: bool) -> Change:
-    """Singular values of a Kronecker product are the products of those of its parts, and so are the vectors.
+    """Factors by the singular values of both halves.
 
-    The leading ones are products of leading ones.
+    Singular values of a Kronecker product are the products of those of its parts, and so are the vectors; the leading
+    ones are products of leading ones.
     """
     if products and (product := _product(tensors, max_rank)) is not None:
         return product
