@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui evaluate docs test slowest comfyui comfyui-speed matrix engines lint format wheel clean
+.PHONY: help demo ui evaluate docs test slowest comfyui comfyui-speed matrix engines lint format lines wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -51,6 +51,12 @@ lint: .venv/.installed-dev  ## ruff check, ruff format --check, pyright
 format: .venv/.installed-dev  ## sort imports, fix what can be fixed, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lines:  ## print the lines of Python by folder, without the tests
+	@git ls-files 'attention/*.py' 'pipelines/*.py' 'compose/*.py' | xargs wc -l | awk '$$2 != "total" { \
+	  n = split($$2, path, "/"); lines[path[1]] += $$1; all += $$1; if (n > 2) lines[path[1] "/" path[2]] += $$1 } \
+	  END { for (folder in lines) printf "%-24s %6d\n", folder, lines[folder] | "sort"; close("sort"); \
+	  printf "%-24s %6d\n", "all", all }'
 
 wheel: .venv/.installed-dev  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

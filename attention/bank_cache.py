@@ -49,7 +49,7 @@ class Bank:
 
     @cached_property
     def _bytes_of_layers(self) -> int:
-        """Asked for in every call; a bank whose precision has changed is not kept."""
+        """The memory of its layers, counted once: a bank whose precision has changed is not kept."""
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors)
 
 

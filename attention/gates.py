@@ -204,10 +204,10 @@ def strongest(values: Tensor, columns: Sequence[int]) -> Tensor:
         Shape: [..., LoRAs].
     """
     each = values.unbind(dim=-1)
-    found = [each[columns.index(column)] for column in range(max(columns) + 1)]
+    by_lora = [each[columns.index(column)] for column in range(max(columns) + 1)]
     for value, column in zip(each, columns, strict=True):
-        found[column] = torch.where(value.abs() > found[column].abs(), value, found[column])
-    return torch.stack(found, dim=-1)
+        by_lora[column] = torch.where(value.abs() > by_lora[column].abs(), value, by_lora[column])
+    return torch.stack(by_lora, dim=-1)
 
 
 def scatter_concepts(values: Tensor, columns: Sequence[int], concepts: int) -> Tensor:

@@ -35,10 +35,10 @@ def weights_kept(model: nn.Module) -> Iterator[None]:
     diffusers' layerwise casting and group offloading replace a parameter's data once its layer has run: by the storage
     precision, or by the copy on the CPU. Backward would then use the replaced data.
     """
-    found = hooked(modules_of(model).values())
+    holders = hooked(modules_of(model).values())
     # Early stop ends a recomputed block with an exception, and the hook after its last layer would not run.
-    with set_checkpoint_early_stop(False) if found else nullcontext(), undoing(model) as undo:
-        for module in found:  # the hooks have made `forward` an attribute of each
+    with set_checkpoint_early_stop(False) if holders else nullcontext(), undoing(model) as undo:
+        for module in holders:  # the hooks have made `forward` an attribute of each
             undo.callback(setattr, module, "forward", module.forward)
             module.forward = _with_aliases(module.forward)
         yield

@@ -294,7 +294,7 @@ def install(
 def _each_once(
     loras: Sequence[Lora], kept: KeptBanks | None
 ) -> tuple[Sequence[Lora], KeptBanks | None, tuple[int, ...]]:
-    """The LoRAs without those whose handles repeat, and the one of each concept; nothing for that if none repeats."""
+    """The LoRAs with different handles, and by concept the index of its LoRA; no indices if all are different."""
     handles = () if kept is None else kept.handles
     own = [handles.index(handle) for handle in handles]
     if kept is None or len(set(own)) == len(own):

@@ -46,7 +46,7 @@ class PositionKind(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class PositionGroup:
     """Positions that attend to the same positions.
 
     Attributes:
@@ -73,9 +73,9 @@ class JointRegions:
         rows: The unconditional rows, and the others; None where there are none.
     """
 
-    groups: Mapping[SiteParts, Sequence[Group]]
+    groups: Mapping[SiteParts, Sequence[PositionGroup]]
     unconditional: tuple[bool, ...]
-    base: Mapping[SiteParts, Group] | None = None
+    base: Mapping[SiteParts, PositionGroup] | None = None
     hidden: Mapping[SiteParts, Tensor] | None = None
     positions: Tensor | None = None
     reach: int = 0
@@ -128,7 +128,7 @@ class JointRegions:
         groups = {parts: _groups(kinds, isolate, device) for parts, kinds in sequences.items()}
         if not isolate:
             del groups["image",]  # all cells attend to all
-        base: dict[SiteParts, Group] | None = None
+        base: dict[SiteParts, PositionGroup] | None = None
         masks: dict[SiteParts, Tensor] | None = None
         if site.multiple == 1:  # otherwise rows have lengths of their own
             base = {parts: _base(kinds, device) for parts, kinds in sequences.items()}
@@ -205,7 +205,7 @@ def row_index(indices: Sequence[int], device: torch.device) -> RowIndex | None:
 def _into(
     out: Tensor,
     attend: Attend,
-    groups: Sequence[Group | None],
+    groups: Sequence[PositionGroup | None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -231,12 +231,15 @@ def _cells(membership: Tensor) -> list[PositionKind]:
     return [PositionKind("image", frozenset(n for n, inside in enumerate(row, 1) if inside)) for row in rows]
 
 
-def _groups(kinds: Sequence[PositionKind], isolate: bool, device: torch.device | None) -> Sequence[Group]:
+def _groups(kinds: Sequence[PositionKind], isolate: bool, device: torch.device | None) -> Sequence[PositionGroup]:
     present = list(dict.fromkeys(kinds))
     alike: dict[tuple[PositionKind, ...], set[PositionKind]] = {}
     for kind in present:
         alike.setdefault(tuple(other for other in present if _sees(kind, other, isolate)), set()).add(kind)
-    return [Group(_where(kinds, queries, device), _where(kinds, set(seen), device)) for seen, queries in alike.items()]
+    return [
+        PositionGroup(_where(kinds, queries, device), _where(kinds, set(seen), device))
+        for seen, queries in alike.items()
+    ]
 
 
 def _sees(kind: PositionKind, other: PositionKind, isolate: bool) -> bool:
@@ -247,9 +250,9 @@ def _sees(kind: PositionKind, other: PositionKind, isolate: bool) -> bool:
     return 0 in kind.texts | other.texts or bool(kind.texts & other.texts)
 
 
-def _base(kinds: Sequence[PositionKind], device: torch.device | None) -> Group:
+def _base(kinds: Sequence[PositionKind], device: torch.device | None) -> PositionGroup:
     positions = _where(kinds, {kind for kind in kinds if kind.part == "image" or 0 in kind.texts}, device)
-    return Group(positions, positions)
+    return PositionGroup(positions, positions)
 
 
 def _where(kinds: Sequence[PositionKind], wanted: set[PositionKind], device: torch.device | None) -> Tensor:

@@ -116,14 +116,14 @@ class Recorder:
 
 def _joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[int]) -> dict[str, Tensor]:
     """Maps by layer of consecutive rows. Shape: [..., rows, cells, maps]."""
-    found = next(filter(None, parts), {})
+    known = next(filter(None, parts), {})
 
     def of(part: Mapping[str, Tensor], layer: str, count: int) -> Tensor:
-        like = found[layer]
+        like = known[layer]
         return part[layer] if part else like.new_zeros(*like.shape[:-3], count, *like.shape[-2:])
 
     each = list(zip(parts, rows, strict=True))
-    return {layer: torch.cat([of(part, layer, count) for part, count in each], dim=-3) for layer in found}
+    return {layer: torch.cat([of(part, layer, count) for part, count in each], dim=-3) for layer in known}
 
 
 def _attention(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None, bias: Tensor | None) -> Tensor:

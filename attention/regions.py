@@ -22,7 +22,7 @@ from lora_compose.attention.kernels import Kernel
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class CellGroup:
     """The cells of one grid that lie in the same regions.
 
     Attributes:
@@ -58,7 +58,7 @@ class RegionQueries:
 
     @classmethod
     def of(cls, membership: Tensor, device: torch.device | None = None) -> "RegionQueries":
-        """Args: as for `Partition.of`."""
+        """Makes the queries of the cells, one for each region that has the cell. Args: as for `Partition.of`."""
         texts, cells = queries_of(membership)
         by_text = tuple((text, to_device(cells[texts == text], device)) for text in texts.unique().tolist())
         order = to_device(texts.argsort(stable=True).argsort(), device)
@@ -74,7 +74,7 @@ class RegionQueries:
 class Partition:
     """The cells of one grid, divided by their regions: every cell is in one of the groups."""
 
-    groups: Sequence[Group]
+    groups: Sequence[CellGroup]
     queries: RegionQueries
 
     @classmethod
@@ -95,7 +95,7 @@ class Partition:
             sees = background | (membership & kind).any(dim=1) | ~kind.any()
             visible = None if sees.all() else to_device(sees.nonzero()[:, 0], device)
             cells = to_device((kind_of == i).nonzero()[:, 0], device)
-            groups.append(Group(cells, visible))
+            groups.append(CellGroup(cells, visible))
         return cls(tuple(groups), RegionQueries.of(membership, device))
 
     @cached_property

@@ -199,7 +199,7 @@ def _stored(layer: nn.Module, name: str) -> Tensor | None:
 
 
 def transformed(matrix: Tensor, weight: Tensor, by_input: bool) -> Tensor:
-    """T W, or W T.
+    """The weight W with a transform T on its outputs (T W) or on its inputs (W T).
 
     Args:
         matrix: The diagonal of T, or its blocks.

@@ -68,7 +68,7 @@ class JointBackbone:
 
     @property
     def self_map_layers(self) -> tuple[str, ...]:
-        """None: text and image are in one map."""
+        """No layers: text and image are in one map."""
         return ()
 
     @property
@@ -137,7 +137,7 @@ def _attention(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
 
 @lru_cache(maxsize=8)
 def _sites(table: tuple[tuple[str, Site], ...], names: tuple[str, ...]) -> Mapping[str, Site]:
-    """Computed once for all models with the same names, since every call needs it."""
+    """The sites by name of the layer, computed once for all models with these names."""
     sites = {name: site for pattern, site in table for name in names if re.fullmatch(pattern, name)}
     return MappingProxyType(sites)
 

@@ -98,14 +98,14 @@ class _EachTextFromItsStart(nn.Module):
     diffusers counts through the whole sequence: the text of a region would stand behind that of the image.
     """
 
-    def __init__(self, found: nn.Module, state: ForwardState) -> None:
+    def __init__(self, embedding: nn.Module, state: ForwardState) -> None:
         super().__init__()
-        self.found, self.state = found, state
+        self.embedding, self.state = embedding, state
 
     def forward(self, *args: Any, max_txt_seq_len: int, **options: Any) -> tuple[Tensor, Tensor]:
         """The rotations of image and text. Shape: [cells or tokens, channels / 2] each, complex."""
         regions = self.state.inputs.joint_regions
         if regions is None:
-            return self.found(*args, max_txt_seq_len=max_txt_seq_len, **options)
-        image, text = self.found(*args, max_txt_seq_len=max(max_txt_seq_len, regions.reach), **options)
+            return self.embedding(*args, max_txt_seq_len=max_txt_seq_len, **options)
+        image, text = self.embedding(*args, max_txt_seq_len=max(max_txt_seq_len, regions.reach), **options)
         return image, text[regions.positions]

@@ -24,8 +24,8 @@ _BY_COUNT = (FasterCacheBlockHook, FasterCacheDenoiserHook, PyramidAttentionBroa
 
 def _hooks(model: nn.Module) -> list[Any]:
     """The hooks of a model that keep something between steps."""
-    found = hooked(modules_of(model).values())
-    hooks: list[ModelHook] = [hook for module in found for hook in module._diffusers_hook.hooks.values()]
+    holders = hooked(modules_of(model).values())
+    hooks: list[ModelHook] = [hook for module in holders for hook in module._diffusers_hook.hooks.values()]
     return [hook for hook in hooks if hook._is_stateful]
 
 
@@ -69,7 +69,7 @@ class StepCaches:
 
     @contextmanager
     def of(self, key: Hashable, *, anew: bool) -> Iterator[None]:
-        """Inside this block the model runs a pass.
+        """Inside this block the model's caches are those of one pass.
 
         Args:
             key: Stands for the pass; passes with other rows have other keys.

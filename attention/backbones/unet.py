@@ -111,7 +111,7 @@ class UNetBackbone:
             image_embeds: The images of each IP-Adapter. Shape: [rows, images, ...] each.
             ip_adapter_masks: Where they act. Shape: [1, images, height, width] each.
         """
-        conditions = {name: one for name, one in (added or {}).items() if name != "lengths"} or None
+        conditions = {name: value for name, value in (added or {}).items() if name != "lengths"} or None
         if image_embeds is not None:
             conditions = {**(conditions or {}), "image_embeds": list(image_embeds)}
         if ip_adapter_masks is not None:
@@ -339,7 +339,7 @@ class ComposeAttnProcessor:
         return attn.to_q(hidden_states), *(project() if kept is None else kept.get(self._layer.name, project))
 
     def _own(self, text: Tensor, width: int) -> Tensor:
-        """This layer's part of the text, if the texts of all layers are concatenated along the channels."""
+        """The channels of the text that a layer reads, where the texts of all layers lie side by side."""
         if text.shape[-1] == width or text.shape[-1] != width * self._layer.of_kind:
             return text
         return text[..., self._layer.order * width : (self._layer.order + 1) * width]

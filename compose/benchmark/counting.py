@@ -20,8 +20,6 @@ from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.pipelines.calls.counting import CountingRunner
-from lora_compose.pipelines.calls.front import request_of
-from lora_compose.pipelines.calls.plan import make_plan
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.denoising.denoiser import Denoiser
 from lora_compose.pipelines.denoising.inputs import ByImage
@@ -121,12 +119,11 @@ def _counted(
     unet = host.unet
     host.library.loaded.update({loaded.concept.name: _without_values(loaded) for loaded in concepts})
     with kept():  # warnings are for those who make images
-        request = request_of(host, (" ".join(loaded.concept.phrase for loaded in concepts),), {
-            "concepts": [loaded.concept for loaded in concepts], "method": settings, "num_inference_steps": steps,
-            "guidance_scale": guidance_scale, "height": image_size[0], "width": image_size[1],
-            "num_images_per_prompt": images,
-        })  # fmt: skip
-        plan = make_plan(host, request.call)
+        plan = host.plan(
+            " ".join(loaded.concept.phrase for loaded in concepts), concepts=[loaded.concept for loaded in concepts],
+            method=settings, num_inference_steps=steps, guidance_scale=guidance_scale, height=image_size[0],
+            width=image_size[1], num_images_per_prompt=images,
+        ).resolved  # fmt: skip
         operations, backbone = Operations(), plan.canvas.backbone
         loras = [loaded.lora for loaded in plan.concepts.loaded]
         with (

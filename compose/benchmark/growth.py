@@ -76,10 +76,10 @@ def of_call(unet: Any, concepts: int, images: int, side: int) -> Mapping[str, fl
     """Latent rows, FLOPs and peak bytes of one step with `regional`."""
     memory = added_memory("meta", [*unet.parameters(), *unet.buffers()])
     loaded = with_lora(in_columns(concepts, side), attention_lora(unet))
-    found = counting.count(
+    cost = counting.count(
         unet, loaded, Regional(), _STEPS, _GUIDANCE, (side, side), images, watched=watched(memory)
     )  # fmt: skip
-    return {"rows": found.rows_forward, "TFLOP": found.flops / 1e12, "GiB": memory.peak_bytes / 2**30}
+    return {"rows": cost.rows_forward, "TFLOP": cost.flops / 1e12, "GiB": memory.peak_bytes / 2**30}
 
 
 def of_stored(numbers: Sequence[int]) -> Iterator[Point]:
@@ -113,12 +113,12 @@ def curves() -> list[Curve]:
         "pixels of a side": (Point(n, of_call(unet, 2, 1, n)) for n in SIZES),
         "stored LoRAs": of_stored(STORED),
     }
-    found = {against: Curve(against, []) for against in wanted}
+    by_axis = {against: Curve(against, []) for against in wanted}
     with bar("counting", len(CONCEPTS) + len(IMAGES) + len(SIZES) + len(STORED)) as on_progress:
         for done, (against, point) in enumerate(((key, point) for key in wanted for point in wanted[key]), 1):
-            found[against].points.append(point)
+            by_axis[against].points.append(point)
             on_progress(done)
-    return list(found.values())
+    return list(by_axis.values())
 
 
 def draw_growth(path: Path) -> list[Curve]:
@@ -131,11 +131,11 @@ def draw_growth(path: Path) -> list[Curve]:
         raise ValueError(
             'curves are drawn with matplotlib, which is not installed: pip install "lora-compose[evaluation]"'
         )
-    found = curves()
-    draw(found, path)
-    out.print(growth_table(found))
+    made = curves()
+    draw(made, path)
+    out.print(growth_table(made))
     echo(path)
-    return found
+    return made
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
@@ -160,14 +160,14 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def growth_table(found: Sequence[Curve]) -> Table:
+def growth_table(drawn: Sequence[Curve]) -> Table:
     """Costs at the first and last number of each curve, and the exponents."""
     table = new_table(
         "Counted: one step of SD 1.5 in half precision with regional, LoRAs of rank 8 on all attention layers; stored "
         "LoRAs: CPU time and memory to register them by their headers. p: cost = a + b n^p, by the last three numbers",
         ["what", "by", "from", "to", "first", "last", "p"],
     )
-    for curve in found:
+    for curve in drawn:
         first, last, exponents = curve.points[0], curve.points[-1], curve.exponents()
         for name, exponent in exponents.items():
             ends = (f"{point.costs[name]:.3g}" for point in (first, last))

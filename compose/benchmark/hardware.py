@@ -130,8 +130,8 @@ def need(model: str) -> Need:
         unet = counting.meta_unet(ARCHITECTURES[model]).half()
         side = unet.config["sample_size"] * 8
         concepts = with_lora(columns(CONCEPTS, side, side), attention_lora(unet))
-        found = peak(unet, concepts, Regional(), 1, 5.0, (side, side))
-        denoiser, whole, blocks, flops = unet, found.peak_bytes, None, found.flops * steps
+        most = peak(unet, concepts, Regional(), 1, 5.0, (side, side))
+        denoiser, whole, blocks, flops = unet, most.peak_bytes, None, most.flops * steps
     else:
         family, side = model, SIDE
         denoiser = without_weights(model).transformer.bfloat16()
@@ -161,9 +161,9 @@ def _half(model: nn.Module) -> int:
 
 def _encoders(family: str) -> list[nn.Module]:
     """The text encoders of a model."""
-    found = [part for name, part in vars(without_weights(family)).items() if name.startswith("text_encoder")]
+    encoders = [part for name, part in vars(without_weights(family)).items() if name.startswith("text_encoder")]
     with torch.device("meta"):
-        return found + ([_MORE_TEXT[family]()] if family in _MORE_TEXT else [])
+        return encoders + ([_MORE_TEXT[family]()] if family in _MORE_TEXT else [])
 
 
 def _vae(model: str, side: int) -> AutoencoderKL | AutoencoderKLQwenImage:

@@ -146,27 +146,30 @@ def _concepts(pipe: Any, job: Job, way: str, chosen: Sequence[int]) -> list[Conc
 def _medians(way: str, rounds: Sequence[dict[str | None, tuple[Spent, ...]]]) -> Between:
     def added(way: str, clock: int) -> list[float]:
         """Seconds that LoRAs add outside of passes, by request."""
-        return [one[way][clock].outside + one[way][2 + clock].outside - one[None][2 + clock].outside for one in rounds]
+        return [
+            timed[way][clock].outside + timed[way][2 + clock].outside - timed[None][2 + clock].outside
+            for timed in rounds
+        ]
 
     def milliseconds(values: Sequence[float]) -> float:
         return 1000 * statistics.median(values)
 
-    by_clock, by_cpu = (milliseconds([one[way][clock].outside for one in rounds]) for clock in (0, 1))
+    by_clock, by_cpu = (milliseconds([timed[way][clock].outside for timed in rounds]) for clock in (0, 1))
     times = statistics.median(peft / own for peft, own in zip(added(PEFT, 1), added(way, 1), strict=True))
-    passes = milliseconds([one[way][2].inside for one in rounds])
+    passes = milliseconds([timed[way][2].inside for timed in rounds])
     return Between(way, milliseconds(added(way, 0)), milliseconds(added(way, 1)), by_clock, by_cpu, passes, times)
 
 
-def requests_table(found: ManyLoaded, what: str) -> Table:
+def requests_table(swap: ManyLoaded, what: str) -> Table:
     """Milliseconds between requests by way, and how many times as long PEFT takes."""
     table = new_table(
-        f"Measured: {what}; {found.loaded} LoRAs of rank {found.rank} on all attention layers are loaded, and each of "
-        f"{found.requests} requests in turn has another {found.active}. What they add to a request without LoRAs, but "
+        f"Measured: {what}; {swap.loaded} LoRAs of rank {swap.rank} on all attention layers are loaded, and each of "
+        f"{swap.requests} requests in turn has another {swap.active}. What they add to a request without LoRAs, but "
         "for forward passes, in milliseconds by the clock and of CPU time; of it set_adapters alone; forward passes "
         "with these LoRAs; PEFT's CPU time as a multiple of this way's",
         ["method", "ms", "CPU ms", "set_adapters", "CPU ms", "passes", "PEFT's"],
     )
-    for one in found.ways:
-        alone = (f"{one.changing_clock:.1f}", f"{one.changing_cpu:.1f}") if one.changing_cpu else ("-", "-")
-        table.add_row(one.way, f"{one.clock:.1f}", f"{one.cpu:.1f}", *alone, f"{one.passes:.0f}", f"{one.times:.2f}")
+    for row in swap.ways:
+        alone = (f"{row.changing_clock:.1f}", f"{row.changing_cpu:.1f}") if row.changing_cpu else ("-", "-")
+        table.add_row(row.way, f"{row.clock:.1f}", f"{row.cpu:.1f}", *alone, f"{row.passes:.0f}", f"{row.times:.2f}")
     return table

@@ -94,7 +94,9 @@ def lora_tensors(pipe: Any, rank: int = RANK, seed: int = 0) -> dict[str, Tensor
     """A random LoRA for the attention layers of a pipeline's model, as a file has it and as PEFT takes it."""
     part, sides = model_part(pipe), {"lora_A": "down", "lora_B": "up"}
     lora = attention_lora(pipe.model, rank, seed).items()
-    return {f"{part}.{name}.{key}.weight": getattr(one, side) for name, one in lora for key, side in sides.items()}
+    return {
+        f"{part}.{name}.{key}.weight": getattr(factors, side) for name, factors in lora for key, side in sides.items()
+    }
 
 
 Way = Callable[[], "Call"]

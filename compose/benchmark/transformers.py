@@ -94,7 +94,9 @@ def pass_cost(
         there = modules_of(model)
         run = {name: factors for name, factors in lora.items() if name in there}
         _run_pass(model, [run] * concepts, latent_grid, tokens, region_tokens, references, memory, operations)
-    others = concepts * sum(one.down.nbytes + one.up.nbytes for name, one in lora.items() if name not in run)
+    others = concepts * sum(
+        factors.down.nbytes + factors.up.nbytes for name, factors in lora.items() if name not in run
+    )
     peak_bytes = memory.peak_bytes + others
     return PassCost(operations.flops, peak_bytes, peak_bytes - sum(blocks) + max(blocks))
 
@@ -110,9 +112,9 @@ def _run_pass(
     operations: Operations,
 ) -> None:
     """Runs the pass of `pass_cost`, watched by `memory`, and its forward pass by `operations` too."""
-    found: Any = backbone_of(model)
+    plain: Any = backbone_of(model)
     each, concepts = grid_at(latent_grid, 1), len(loras)
-    backbone = type(found)(model, reference=True, cells=references * prod(each)) if references else found
+    backbone = type(plain)(model, reference=True, cells=references * prod(each)) if references else plain
     channels, site = model.config["in_channels"], backbone.joint
     texts = (tokens, *[region_tokens] * concepts)
     if site is not None:  # where the image reads the text by cross-attention, all regions read one
@@ -177,7 +179,9 @@ def _alike(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.ModuleList]]:
     """Lists of more than two blocks of the same class and shapes, that are in no other, by their parents."""
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList):
-            kinds = {(type(block), *((key, one.shape) for key, one in block.named_parameters())) for block in child}
+            kinds = {
+                (type(block), *((key, weight.shape) for key, weight in block.named_parameters())) for block in child
+            }
             if len(kinds) == 1 and len(child) > 2:
                 yield model, name, child
                 continue

@@ -14,7 +14,7 @@ from lora_compose.compose.generate.making import choice_of, load, plan, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
-from lora_compose.pipelines.calls.call_plan import CallPlan
+from lora_compose.pipelines.calls.call_plan import CallPlan, PlannedConcept
 from lora_compose.pipelines.calls.memory import check_size
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.finding import find_file
@@ -31,7 +31,7 @@ from lora_compose.pipelines.text.emphasis import plain_text
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
-from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate, special_tokens
+from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate, special_tokens
 
 _T = TypeVar("_T")
 
@@ -117,29 +117,19 @@ def _facts(
     pipe: Any, run: Run, problems: list[str], known_costs: dict[str, Counted]
 ) -> tuple[list[tuple[str, str]], RunCost | None, Choice | None]:
     all_loaded = [_attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
-    tokenizers = _attempt(problems, pipe.tokenizers_for, [loaded for loaded in all_loaded if loaded])
-    tokenizer = (tokenizers or pipe.tokenizers_for([]))[0]
     prompt = _attempt(problems, plain_text, run.scene.prompt) or run.scene.prompt
-    if run.scene.concepts and pipe.reads_in_chunks:
-        chunks = _attempt(problems, chunks_of, tokenizer, prompt) or [(0, len(prompt))]
-        tokenizer = LongTokenizer(tokenizer, len(chunks)) if len(chunks) > 1 else tokenizer
-    facts = [("tokens", _tokens(tokenizer, prompt))]
     of_model = run.scene.model_copy(update={"image": None, "references": ()})
     width, height = _attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
     _attempt(problems, pipe.check_sides, width, height)
     _attempt(problems, check_size, pipe, pipe.runs_on, width, height)
-    places: list[tuple[Concept, Positions]] = []
-    for concept, loaded in zip(run.scene.concepts, all_loaded, strict=True):
-        facts += _attempt(problems, _file_facts, concept) or [] if loaded is None else _concept_facts(loaded)
-        known = concept if loaded is None else loaded.concept
+    concepts, of_concepts = [], []
+    for asked, loaded in zip(run.scene.concepts, all_loaded, strict=True):
+        of_concepts.append(_attempt(problems, _file_facts, asked) or [] if loaded is None else _concept_facts(loaded))
+        concepts.append(concept := asked if loaded is None else loaded.concept)
         if run.scene.image is None:  # otherwise regions are in the coordinates of the image, which the plan checks
-            _attempt(problems, check_region, known, width, height)
+            _attempt(problems, check_region, concept, width, height)
         if loaded is not None:
             _attempt(problems, check_blocks, loaded, pipe.model)
-        place = _attempt(problems, locate, tokenizer, prompt, known) if known.trigger else None
-        facts.append((f"{known.name}: words", _words(known, place)))
-        places += [(known, place)] if place else []
-    _attempt(problems, check_disjoint, [c for c, _ in places], [place for _, place in places], prompt)
     choice = None
     if all(all_loaded):
         choice = _attempt(problems, choice_of, pipe, run, all_loaded)
@@ -148,6 +138,14 @@ def _facts(
     planned = None if problems else _attempt(problems, plan, pipe, run)
     for warning in () if planned is None else planned.warnings:
         warn(warning)
+    if planned is None:
+        tokenizer = _tokenizer(pipe, all_loaded, prompt, problems)
+        places = _located(tokenizer, prompt, concepts, problems)
+    else:
+        tokenizer, places = planned.resolved.tokenizers[0], list(map(_place, planned.concepts))
+    facts = [("tokens", _tokens(tokenizer, prompt))]
+    for concept, of_concept, place in zip(concepts, of_concepts, places, strict=True):
+        facts += [*of_concept, (f"{concept.name}: words", _words(concept, place))]
     cost = None
     if not problems and not needs_running(pipe):
         cost = _attempt(problems, _cost, pipe, run, planned, all_loaded, known_costs)
@@ -161,6 +159,37 @@ def _facts(
         ("cost", _cost_words(pipe, run, planned, cost)),
     ]
     return facts, cost, choice
+
+
+def _tokenizer(pipe: Any, concepts: Sequence[LoadedConcept | None], prompt: str, problems: list[str]) -> Any:
+    """The tokenizer of a prompt in a run without a plan, whose concepts may not all have been loaded."""
+    loaded = [concept for concept in concepts if concept is not None]
+    tokenizer = (_attempt(problems, pipe.tokenizers_for, loaded) or pipe.tokenizers_for([]))[0]
+    if not (concepts and pipe.reads_in_chunks):
+        return tokenizer
+    chunks = _attempt(problems, chunks_of, tokenizer, prompt) or [(0, len(prompt))]
+    return LongTokenizer(tokenizer, len(chunks)) if len(chunks) > 1 else tokenizer
+
+
+def _located(tokenizer: Any, prompt: str, concepts: Sequence[Concept], problems: list[str]) -> list[Positions | None]:
+    """Words of the concepts in the prompt of a run without a plan, which may have several problems with them."""
+    here = [concept for concept in concepts if concept.trigger and _is_named(concept, prompt)]
+    places = {concept.name: _attempt(problems, locate, tokenizer, prompt, concept, concepts) for concept in here}
+    named = [concept for concept in here if places[concept.name]]
+    _attempt(problems, check_disjoint, named, [places[concept.name] for concept in named], prompt)
+    return [places.get(concept.name) for concept in concepts]
+
+
+def _is_named(concept: Concept, prompt: str) -> bool:
+    """Whether the prompt has, or has to have, the trigger of a concept."""
+    return concept.prompt is None or bool(find_words(concept.trigger or "", prompt))
+
+
+def _place(planned: PlannedConcept) -> Positions | None:
+    """The words of a planned concept in the only prompt."""
+    if (trigger := planned.trigger.get(0)) is None:
+        return None
+    return Positions(trigger, tuple(token for token in planned.phrase[0] if token not in trigger))
 
 
 def _file_facts(concept: Concept) -> list[tuple[str, str]]:
@@ -202,7 +231,8 @@ def _words(concept: Concept, place: Positions | None) -> str:
     if not concept.trigger:
         return "no trigger given, so " + ("it acts on all" if concept.is_style else "no token belongs to it")
     if place is None:
-        return f"the trigger {concept.trigger!r} was not found"
+        where = "was not found" if concept.prompt is None else "is not in the prompt; the concept has one of its own"
+        return f"the trigger {concept.trigger!r} {where}"
     words = f"trigger {concept.trigger!r} at token {_listed(place.trigger)}"
     if not concept.class_word:
         return f"{words}; no class word given"
@@ -221,7 +251,7 @@ def _tokens(tokenizer: Any, prompt: str) -> str:
         inner = tokenizer.tokenizer
         texts = [prompt[slice(*span)] for span in chunks_of(inner, prompt)]
         parts = [_tokens_from(inner, text, i * inner.model_max_length) for i, text in enumerate(texts)]
-        return f"{' | '.join(parts)} (in {len(parts)} chunks)"
+        return f"{' | '.join(parts)} (in {len(parts)} chunks)" if len(parts) > 1 else parts[0]
     return _tokens_from(tokenizer, prompt, 0)
 
 

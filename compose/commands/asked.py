@@ -97,13 +97,13 @@ def guided_by(controls: Sequence[str] | None, ip_adapters: Sequence[str] | None)
     Raises:
         ValueError: For unknown and missing fields and unusable values.
     """
-    found: dict[str, Any] = {}
+    guides: dict[str, Any] = {}
     for name, option, kind, texts in (
         ("controls", "--control", ControlFile, controls), ("ip_adapters", "--ip-adapter", IPAdapterFile, ip_adapters),
     ):  # fmt: skip
         if texts:
-            found[name] = tuple(_guide(option, kind, text) for text in texts)
-    return found
+            guides[name] = tuple(_guide(option, kind, text) for text in texts)
+    return guides
 
 
 def _guide(option: str, kind: Any, text: str) -> Any:
@@ -139,7 +139,7 @@ def concepts_of(concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[s
     Raises:
         ValueError: For texts that cannot be read, and for another number of boxes than of LoRAs.
     """
-    found = [parse_concept(text) for text in concepts]
+    named = [parse_concept(text) for text in concepts]
     if boxes and len(boxes) != len(loras):
         raise ValueError(
             f"there are {len(boxes)} --box for {len(loras)} --lora; give one for each, in the same order, "
@@ -148,10 +148,10 @@ def concepts_of(concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[s
     for text, box in zip(loras, map(parse_box, boxes or ["none"] * len(loras)), strict=True):
         source, weight = parse_lora(text)
         try:
-            found.append(Concept(name=_name_of(source), lora=source, weight=weight, region=box))
+            named.append(Concept(name=_name_of(source), lora=source, weight=weight, region=box))
         except FieldError as error:
             raise ValueError(f"--lora {text}: {'; '.join(error.messages)}") from error
-    return found
+    return named
 
 
 def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tuple[float, float, float, float] | None:
@@ -166,13 +166,13 @@ def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tupl
     """
     if text.strip().lower() == "none":
         return None
-    found = _BOX.fullmatch(text.strip())
-    if found is None:
+    match = _BOX.fullmatch(text.strip())
+    if match is None:
         raise ValueError(
             f"{option} {text}: expected left,top,right,bottom in pixels (0,16,60,112), as fractions of the image "
             f"(0,0.1,0.5,0.9), or {otherwise}"
         )
-    edges = found.group(1, 3, 4, 5)
+    edges = match.group(1, 3, 4, 5)
     in_parts = any("." in edge for edge in edges)
     left, top, right, bottom = map(float if in_parts else int, edges)
     if left >= right or top >= bottom:

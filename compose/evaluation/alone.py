@@ -52,7 +52,7 @@ def with_references(suite: Suite, alone: Mapping[str, Alone], out: Path) -> Suit
         for concept in suite.concepts
         if isinstance(concept.references, str) and concept.references in alone
     }
-    batches = {name: _batch(suite, suite.concept(name), one) for name, one in named.items()}
+    batches = {name: _batch(suite, suite.concept(name), alone) for name, alone in named.items()}
     folders = {name: out / FOLDER / _folder_name(suite, batch) for name, batch in batches.items()}
     if missing := {name: batches[name] for name, folder in folders.items() if not folder.is_dir()}:
         _make(suite, missing, folders)
@@ -63,13 +63,13 @@ def with_references(suite: Suite, alone: Mapping[str, Alone], out: Path) -> Suit
     return suite.model_copy(update={"concepts": tuple(concepts)})
 
 
-def _batch(suite: Suite, concept: SuiteConcept, one: Alone) -> Batch:
+def _batch(suite: Suite, concept: SuiteConcept, alone: Alone) -> Batch:
     like = suite.scenes[0]
     scene = SuiteScene(
-        name="alone", prompt=one.prompt, concepts=(concept.name,), width=like.width, height=like.height,
+        name="alone", prompt=alone.prompt, concepts=(concept.name,), width=like.width, height=like.height,
         negative_prompt=like.negative_prompt,
     )  # fmt: skip
-    return Batch(scene, Arm(SANITY[1], alone=concept.name), one.seeds)
+    return Batch(scene, Arm(SANITY[1], alone=concept.name), alone.seeds)
 
 
 def _folder_name(suite: Suite, batch: Batch) -> str:
@@ -101,7 +101,7 @@ def _crop(pipe: Any, run: Run, seed: int, detector: Detector | None, word: str) 
     image = make_batch(pipe, run, (seed,)).images[0].image.convert("RGB")
     if detector is None:
         return image
-    return next((image.crop(found.box) for found in detector.detect(image, [word])), None)
+    return next((image.crop(detection.box) for detection in detector.detect(image, [word])), None)
 
 
 def _keep(name: str, crops: Mapping[int, Image.Image], folder: Path) -> None:

@@ -46,7 +46,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """Its name in tables."""
+        """The arm's name in tables."""
         return f"{self.method}, {self.kind} LoRAs"
 
     @property

@@ -56,15 +56,15 @@ def chosen(names: Iterable[str]) -> tuple[Chosen, ...]:
     Raises:
         ValueError: If there is no such metric, or one is named twice.
     """
-    found = []
+    metrics = []
     for text in names:
         name, known = text.partition("=")[0].strip(), get_args(ChosenName)
         if name not in known:
             raise ValueError(f"there is no metric {name!r}; choose from {', '.join(known)}")
         if text.rstrip().endswith("="):
             raise ValueError(f"{text!r} names no model: write {name}=FOLDER, or only {name}")
-        found.append(Chosen.model_validate(text))
-    return distinct(tuple(found))
+        metrics.append(Chosen.model_validate(text))
+    return distinct(tuple(metrics))
 
 
 def distinct(metrics: tuple[Chosen, ...]) -> tuple[Chosen, ...]:

@@ -80,7 +80,7 @@ class RunComparison:
     def _cells(self) -> Iterator[list[str]]:
         before = None
         for row in self.table.to_dict("records"):
-            metric = next(one for one in METRICS if one.key == row["metric"])
+            metric = next(measure for measure in METRICS if measure.key == row["metric"])
             yield [
                 "" if row["arm"] == before else row["arm"],
                 metric.title,
@@ -158,7 +158,7 @@ def _same_scale(a: Suite, b: Suite) -> bool:
 
 def _text_model(suite: Suite) -> str:
     """What CLIP-T is measured by."""
-    return next((one.model for one in suite.metrics if one.name == "clip-t"), suite.encoder)
+    return next((metric.model for metric in suite.metrics if metric.name == "clip-t"), suite.encoder)
 
 
 def _shared_scenes(a: Suite, b: Suite) -> list[str]:

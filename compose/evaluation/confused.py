@@ -39,12 +39,12 @@ class Confused:
 
     def subjects(self) -> Iterator[dict[str, str | None]]:
         """The outcome of each subject: the columns `outcome` and `took` of concepts."""
-        for one in self.outcomes:
-            yield {"outcome": one.kind, "took": None if one.other is None else self.shot.names[one.other]}
+        for outcome in self.outcomes:
+            yield {"outcome": outcome.kind, "took": None if outcome.other is None else self.shot.names[outcome.other]}
 
     def image(self) -> dict[str, float]:
         """The columns `CONFUSION` of images."""
-        kinds = [one.kind for one in self.outcomes]
+        kinds = [outcome.kind for outcome in self.outcomes]
         shares = {f"share_{kind}": kinds.count(kind) / len(kinds) if kinds else np.nan for kind in OUTCOMES}
         return {**shares, "lost": lost(self.slots, self.truth), "gained": gained(self.slots, self.truth)}
 

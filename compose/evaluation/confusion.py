@@ -44,9 +44,9 @@ def truth_matrix(references: Sequence[torch.Tensor]) -> np.ndarray:
     Raises:
         ValueError: If a subject has no references.
     """
-    truth = np.array([[clip_i(one, other).mean() for other in references] for one in references])
-    for i, one in enumerate(references):
-        count = len(one)
+    truth = np.array([[clip_i(images, other).mean() for other in references] for images in references])
+    for i, images in enumerate(references):
+        count = len(images)
         truth[i, i] = (count * truth[i, i] - 1) / (count - 1) if count > 1 else 1.0  # without each image with itself
     return truth
 
@@ -78,17 +78,17 @@ def outcomes(similarity: np.ndarray, truth: np.ndarray, limit: np.ndarray) -> li
     """
     other = [_intruder(i, similarity, truth, limit) for i in range(len(similarity))]
     taken = [j if j is not None and similarity[i, j] > similarity[i, i] else None for i, j in enumerate(other)]
-    found = []
+    outcomes = []
     for i, j in enumerate(other):
         if np.isnan(similarity[i]).any():
-            found.append(Outcome("missing"))
+            outcomes.append(Outcome("missing"))
         elif j is None:
-            found.append(Outcome("drift" if similarity[i, i] < limit[i, i] else "kept"))
+            outcomes.append(Outcome("drift" if similarity[i, i] < limit[i, i] else "kept"))
         elif taken[i] is None:
-            found.append(Outcome("blending", j))
+            outcomes.append(Outcome("blending", j))
         else:
-            found.append(Outcome("swap" if _returns(i, taken) else "dominance", j))
-    return found
+            outcomes.append(Outcome("swap" if _returns(i, taken) else "dominance", j))
+    return outcomes
 
 
 def _intruder(i: int, similarity: np.ndarray, truth: np.ndarray, limit: np.ndarray) -> int | None:

@@ -31,7 +31,7 @@ def matrices(evaluation: Evaluation) -> list[dict[str, Any]]:
     A cell has the difference to the references, its strength of colour in percent, and what stands behind it.
     """
     cells, rows = evaluation.confusion, []
-    names = [one.name for one in evaluation.suite.concepts if one.name in set(cells["concept"])]
+    names = [name.name for name in evaluation.suite.concepts if name.name in set(cells["concept"])]
     by_arm = cells.groupby("arm", sort=False)
     values = {str(arm): {key: mean_matrix(part, names, key) for key in CELLS} for arm, part in by_arm}
     largest = max((np.nanmax(abs(of["difference"]), initial=0.0) for of in values.values()), default=0.0)
@@ -39,11 +39,11 @@ def matrices(evaluation: Evaluation) -> list[dict[str, Any]]:
         strength = STRONGEST * abs(of["difference"]) / (largest or 1.0)
         table = [
             [
-                {"concept": one, "reference": other, "own": i == j, "strength": round(float(strength[i, j]), 1)}
+                {"concept": name, "reference": other, "own": i == j, "strength": round(float(strength[i, j]), 1)}
                 | {key: float(value[i, j]) for key, value in of.items()}
                 for j, other in enumerate(names)
             ]
-            for i, one in enumerate(names)
+            for i, name in enumerate(names)
         ]
         rows.append({"arm": arm, "role": role(evaluation.suite, arm), "names": names, "table": table})
     return rows

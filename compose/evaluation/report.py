@@ -133,7 +133,7 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
     return {
         "Model": suite.model,
         "Encoder": suite.encoder,
-        "Further metrics": ", ".join(f"{one.name} ({one.model})" for one in suite.metrics) or "none",
+        "Further metrics": ", ".join(f"{metric.name} ({metric.model})" for metric in suite.metrics) or "none",
         "Detector": found_by,
         "Steps": str(suite.steps),
         "Guidance": f"{suite.guidance_scale:g}",
@@ -225,7 +225,10 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     lines += ["", *(f"> **Note.** {marked(text)}\n" for text in warnings(evaluation))]
     lines += _table(header, (_cells(row, shown, suite.baseline) for row in arms_table.to_dict("records")))
     if outcomes := bars(arms_table):
-        rows = ([marked(row["arm"]), *(number(row[one.key], one) for one in OUTCOME_METRICS)] for row in outcomes)
+        rows = (
+            [marked(row["arm"]), *(number(row[measure.key], measure) for measure in OUTCOME_METRICS)]
+            for row in outcomes
+        )
         lines += ["", *_table(["", *(metric.title for metric in OUTCOME_METRICS)], rows)]
     if kinds := _scene_kinds(evaluation):
         rows = ([marked(row["arm"]), *map(number, row["values"])] for row in kinds["rows"])

@@ -68,28 +68,30 @@ class Scorer:
         crops = [squared(image.crop(detection.box)) for detection in detections]
         similarity = similarity_matrix(self.encoder.images(crops), references)  # [findings, concepts]
         rows = [dict(zip(names, map(_rounded, row), strict=True)) for row in similarity]
-        allowed = np.array([[one.word == concept.class_word for one in detections] for concept in concepts], dtype=bool)
+        allowed = np.array(
+            [[detection.word == concept.class_word for detection in detections] for concept in concepts], dtype=bool
+        )
         allowed = allowed.reshape(len(concepts), len(detections))
         chosen = self._chosen(similarity, allowed)
         slots = self._slots(detections, [scene.regions[name] for name in names if scene.regions], chosen, allowed)
         scores = {}
         for concept, i, slot, own_references in zip(concepts, chosen, slots, references, strict=True):
-            found = {} if i is None else self._found(detections[i], rows[i], scene.regions.get(concept.name))
+            of_crop = {} if i is None else self._found(detections[i], rows[i], scene.regions.get(concept.name))
             alike, row = _rounded(clip_i(whole, own_references)[0]), {} if slot is None else rows[slot]
-            scores[concept.name] = ConceptScore(whole=alike, slot=row, **found)
+            scores[concept.name] = ConceptScore(whole=alike, slot=row, **of_crop)
         for style in (concept for concept in all_concepts if concept.is_style):
             alike = _rounded(clip_i(whole, self.references[style.name])[0])
             scores[style.name] = ConceptScore(whole=alike, colours=colours_of(image))
         extra = None if self.detector is None else len(detections) - sum(i is not None for i in chosen)
         prompt = without_triggers(scene.prompt, all_concepts)
-        found = {concept.name: crops[i] for concept, i in zip(concepts, chosen, strict=True) if i is not None}
+        own_crops = {concept.name: crops[i] for concept, i in zip(concepts, chosen, strict=True) if i is not None}
         every = [concept.name for concept in all_concepts]
-        by_model = {id(one): _features(one, image, prompt, every, found) for one in self.chosen.values()}
+        by_model = {id(metric): _features(metric, image, prompt, every, own_crops) for metric in self.chosen.values()}
         return ImageScores(
             clip_t=_clip_t(self.encoder, whole, prompt),
             concepts=scores,
             extra=extra,
-            chosen={name: by_model[id(one)] for name, one in self.chosen.items()},
+            chosen={name: by_model[id(metric)] for name, metric in self.chosen.items()},
         )
 
     def _detected(self, image: Image.Image, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> list[Detection]:
@@ -112,14 +114,14 @@ class Scorer:
         if self.detector is None or not regions:
             return chosen
         taken = np.isin(np.arange(len(detections)), [i for i in chosen if i is not None])
-        return by_place([one.box for one in detections], regions, allowed & taken)
+        return by_place([detection.box for detection in detections], regions, allowed & taken)
 
     def _found(self, detection: Detection, similarity: Mapping[str, float], region: Box | None) -> dict[str, Any]:
         """Fields of the score of a concept that was found; without a detector it is where its region is."""
-        found: dict[str, Any] = {"box": detection.box, "similarity": similarity}
+        score: dict[str, Any] = {"box": detection.box, "similarity": similarity}
         if self.detector is None:
-            return found
-        return found | {"detection": detection.score, "placed": region and _placed(detection.box, region)}
+            return score
+        return score | {"detection": detection.score, "placed": region and _placed(detection.box, region)}
 
 
 def open_scorer(suite: Suite, device: str = "cpu") -> Scorer:
@@ -140,37 +142,38 @@ def open_scorer(suite: Suite, device: str = "cpu") -> Scorer:
     main = embedded(suite.encoder)
     detector = None if suite.detector is None else make_detector(suite.detector, main.encoder, device)
     check_chosen(suite)
-    chosen = {one.name: embedded(one.model) for one in suite.metrics}
+    chosen = {metric.name: embedded(metric.model) for metric in suite.metrics}
     return Scorer(suite, main.encoder, detector, main.references, chosen)
 
 
 def check_chosen(suite: Suite) -> None:
     """Raises ValueError if the model of a metric that the user chose is not there, or cannot measure it."""
-    for one in suite.metrics:
+    for metric in suite.metrics:
         try:
-            family = family_of(one.model)
+            family = family_of(metric.model)
         except ValueError as error:
             raise ValueError(
-                f"the metric {one.name} needs the model {one.model!r}, and {error}. Download it where there is a "
-                f"network (hf download {one.model}), or name the folder of one: --metrics {one.name}=FOLDER"
+                f"the metric {metric.name} needs the model {metric.model!r}, and {error}. Download it where there is a "
+                f"network (hf download {metric.model}), or name the folder of one: --metrics {metric.name}=FOLDER"
             ) from error
-        if one.name == "clip-t" and family not in IMAGES_AND_TEXTS:
+        if metric.name == "clip-t" and family not in IMAGES_AND_TEXTS:
             raise ValueError(
-                f"the metric clip-t compares images with their prompts, and {one.model!r} of the family {family!r} "
+                f"the metric clip-t compares images with their prompts, and {metric.model!r} of the family {family!r} "
                 f"reads no text; name one of {', '.join(IMAGES_AND_TEXTS)}"
             )
 
 
 def _features(
-    by: Embedded, image: Image.Image, prompt: str, concepts: Sequence[str], found: Mapping[str, Image.Image]
+    by: Embedded, image: Image.Image, prompt: str, concepts: Sequence[str], detected: Mapping[str, Image.Image]
 ) -> Features:
     """What a model says of an image of concepts, in which crops of some were found."""
-    whole, crops = by.encoder.images([image]), by.encoder.images(list(found.values()))
+    whole, crops = by.encoder.images([image]), by.encoder.images(list(detected.values()))
     return Features(
         text=_clip_t(by.encoder, whole, prompt),
         whole={name: _rounded(clip_i(whole, by.references[name])[0]) for name in concepts},
         found={
-            name: _rounded(clip_i(crop[None], by.references[name])[0]) for name, crop in zip(found, crops, strict=True)
+            name: _rounded(clip_i(crop[None], by.references[name])[0])
+            for name, crop in zip(detected, crops, strict=True)
         },
     )
 

@@ -71,16 +71,16 @@ class Shot:
 
         Shape: [acting].
         """
-        found = self.scores.chosen[metric].found
-        return np.array([found.get(name, np.nan) for name in self.names], dtype=np.float64)
+        similarity = self.scores.chosen[metric].found
+        return np.array([similarity.get(name, np.nan) for name in self.names], dtype=np.float64)
 
     def whole_by(self, metric: str) -> np.ndarray:
-        """The same for the whole image. Shape: [acting]."""
+        """Similarity of the whole image to the references of each subject, by that model. Shape: [acting]."""
         return np.array([self.scores.chosen[metric].whole[name] for name in self.names], dtype=np.float64)
 
 
 def _matrix(rows: Mapping[str, Mapping[str, float]], names: tuple[str, ...] | list[str]) -> np.ndarray:
-    values = [[rows[one].get(other, np.nan) for other in names] for one in names]
+    values = [[rows[name].get(other, np.nan) for other in names] for name in names]
     return np.array(values, dtype=np.float64).reshape(len(names), len(names))
 
 

@@ -307,7 +307,7 @@ def moved_suite(suite: Suite, move: Callable[[str], str]) -> Suite:
     if isinstance(suite.detector, ZeroShotConfig):
         moved["detector"] = suite.detector.model_copy(update={"model": move(suite.detector.model)})
     if suite.metrics:
-        moved["metrics"] = tuple(one.model_copy(update={"model": move(one.model)}) for one in suite.metrics)
+        moved["metrics"] = tuple(metric.model_copy(update={"model": move(metric.model)}) for metric in suite.metrics)
     return suite.model_copy(update=moved)
 
 

@@ -226,8 +226,8 @@ def success_by_kind(evaluation: Evaluation) -> pd.DataFrame:
     if len(columns := list(dict.fromkeys(kinds.values()))) < 2:
         return pd.DataFrame()
     images = evaluation.images.assign(kind=[kinds[str(scene)] for scene in evaluation.images["scene"]])
-    found = {
+    by_kind = {
         kind: [images["success"][(images["arm"] == arm) & (images["kind"] == kind)].mean() for arm in arm_names(suite)]
         for kind in columns
     }
-    return pd.DataFrame(found, index=arm_names(suite))  # pyright: ignore[reportArgumentType]  # its stubs want an Index
+    return pd.DataFrame(by_kind, index=arm_names(suite))  # pyright: ignore[reportArgumentType]  # its stubs want an Index

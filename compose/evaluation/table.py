@@ -215,7 +215,7 @@ def _concept_rows(suite: Suite, shot: Shot) -> list[dict[str, Any]]:
 
 
 def _inside(suite: Suite, shot: Shot, concept: str) -> float:
-    """Which share of what was found lies in the concept's region; NaN without a region or a detector."""
+    """The share of a concept's detection that lies in its region; NaN without a region or a detector."""
     region = suite.scene(shot.planned.scene).regions.get(concept)
     box = shot.scores.concepts[concept].box
     return np.nan if region is None or box is None or suite.detector is None else inside(box, region)

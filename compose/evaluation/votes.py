@@ -204,15 +204,15 @@ def show_following(votes: Path, folder: Path) -> None:
         ValueError: If the votes are not on images of this evaluation, or all of them are the same.
         FileError: If there is no evaluation, or a file is damaged.
     """
-    found = following(votes, folder)
+    agreement = following(votes, folder)
     table = Table(
-        title=f"How well metrics follow {found['images'].to_numpy().max()} votes",
+        title=f"How well metrics follow {agreement['images'].to_numpy().max()} votes",
         caption="Of two images that were voted differently, how often the better one has the better number; ties count "
         "half, so 0.5 is chance. In brackets 95 %, over scenes and seeds.",
     )
     for column in ("metric", "follows", "", "images"):
         table.add_column(column, justify="left" if column == "metric" else "right")
-    for row in found.to_dict("records"):
+    for row in agreement.to_dict("records"):
         interval = f"({row['low']:.2f} … {row['high']:.2f})"
         table.add_row(row["title"], f"{row['follows']:.2f}", interval, str(row["images"]))
     console.print(table)
@@ -240,8 +240,8 @@ def following(votes: Path, folder: Path) -> pd.DataFrame:
         values = voted[metric.key].to_numpy(float) * (1 if metric.higher_is_better else -1)
         if (there := ~np.isnan(values)).any():
             kept = np.flatnonzero(there)
-            found = follows(values[kept], [eye[i] for i in kept], [groups[i] for i in kept])
-            ends = {"follows": found.mean, "low": found.low, "high": found.high, "images": len(kept)}
+            agreement = follows(values[kept], [eye[i] for i in kept], [groups[i] for i in kept])
+            ends = {"follows": agreement.mean, "low": agreement.low, "high": agreement.high, "images": len(kept)}
             rows.append({"metric": metric.key, "title": metric.title, **ends})
     return pd.DataFrame(rows).sort_values("follows", ascending=False, kind="stable").reset_index(drop=True)
 

@@ -148,7 +148,7 @@ class Worker:
 
 
 def to_plan(todo: Iterable[Batch]) -> list[Batch]:
-    """A batch of each scene and arm, which is planned for all of theirs."""
+    """One batch of each scene and arm, to be planned in place of all."""
     return list({(batch.scene.name, batch.arm.name, batch.arm.alone): batch for batch in todo}.values())
 
 

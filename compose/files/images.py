@@ -84,7 +84,7 @@ def save_image(image: Image.Image, path: str | Path, record: Record | None = Non
 
 
 def png_bytes(image: Image.Image, record: Record | None = None, *, absolute: bool = True) -> bytes:
-    """A PNG with its record. Unless `absolute` is off, paths in it are made so, with "~" for the home folder."""
+    """A PNG with its record, whose paths are made absolute, with "~" for the home folder, unless `absolute` is off."""
     info = PngInfo()
     if record is not None:
         portable = record.model_copy(update={"run": moved(record.run, to_record)}) if absolute else record

@@ -116,8 +116,8 @@ def moved_weights(quantize: str | None, move: Move) -> str | None:
 
 def moved_start(model: _Start, move: Move) -> _Start:
     """A scene, of any kind, with the paths of its images and of the models that read them moved."""
-    controls = tuple(_moved(one, ("model", "image"), move) for one in model.controls)
-    adapters = tuple(_moved(one, ("model", "image", "region"), move) for one in model.ip_adapters)
+    controls = tuple(_moved(guide, ("model", "image"), move) for guide in model.controls)
+    adapters = tuple(_moved(guide, ("model", "image", "region"), move) for guide in model.ip_adapters)
     start = _moved(model, ("image", "mask_image"), move)
     references = tuple(map(move, model.references))
     return start.model_copy(update={"references": references, "controls": controls, "ip_adapters": adapters})
@@ -126,7 +126,9 @@ def moved_start(model: _Start, move: Move) -> _Start:
 def _moved(model: _Model, names: tuple[str, ...], move: Move) -> _Model:
     """A model with the paths in some fields moved; masks given as text are no paths."""
     given = {name: getattr(model, name) for name in names}
-    paths = {name: one for name, one in given.items() if isinstance(one, str) and not one.startswith(URI_PREFIX)}
+    paths = {
+        name: value for name, value in given.items() if isinstance(value, str) and not value.startswith(URI_PREFIX)
+    }
     return model.model_copy(update={name: move(path) for name, path in paths.items()})
 
 

@@ -74,9 +74,9 @@ def _yaml(text: str, where: str) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
+    if len(distinct := dict(pairs)) < len(pairs):
         raise ValueError(f"{_twice([name for name, _ in pairs])!r} is given twice")
-    return found
+    return distinct
 
 
 def _twice(names: list[str]) -> str | None:

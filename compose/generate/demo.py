@@ -59,13 +59,13 @@ def jobs(seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> list[Job]:
     unboxed = tuple(concept.model_copy(update={"region": None}) for concept in boxed.concepts)
     merged = boxed.model_copy(update={"concepts": unboxed})
     parts += [(THREE, method, merged if method == "merge" else boxed, method) for method in COMPOSED]
-    found = [
+    every = [
         Job(name, part, Run(scene=scene, model=PLAYGROUND, method=method, steps=steps, guidance_scale=GUIDANCE,
             seed=seed, device="cpu"))
         for name, part, scene, method in parts
         for seed in seeds
     ]  # fmt: skip
-    return sorted(found, key=lambda job: (job.scene, job.run.seed) != (PAIRS[0], seeds[0]))
+    return sorted(every, key=lambda job: (job.scene, job.run.seed) != (PAIRS[0], seeds[0]))
 
 
 def show(folder: Path, todo: Sequence[Job], on_progress: Callable[[float], None]) -> Iterator[Path]:

@@ -35,11 +35,11 @@ def _with_words(concept: Concept) -> Concept:
         path = Path(lora_source(source)).expanduser()
         if path.is_file():
             refuse_format(path)
-            found = read_words(path)
+            in_file = read_words(path)
             if number == 0:
                 words = {
-                    "trigger": concept.trigger or found.trigger,
-                    "class_word": concept.class_word or found.class_word,
+                    "trigger": concept.trigger or in_file.trigger,
+                    "class_word": concept.class_word or in_file.class_word,
                 }
                 concept = concept.model_copy(update=words)
     return concept

@@ -41,7 +41,9 @@ def references_of(pipe: Any, scene: Scene) -> list[Image.Image]:
             "read as a reference image, give it as one (references, --reference)"
         )
     if scene.references and not reads:
-        reading = ", ".join(one.family for one in ComposePipeline.families if issubclass(one, ReferencesPipeline))
+        reading = ", ".join(
+            family.family for family in ComposePipeline.families if issubclass(family, ReferencesPipeline)
+        )
         raise ValueError(f"reference images are read by {reading}, not by {pipe.family}; leave them out")
     return [open_image(path, "reference image").convert("RGB") for path in scene.references]
 
@@ -57,11 +59,11 @@ def controls_of(pipe: Any, given: Sequence[ControlFile], size: tuple[int, int]) 
     """
     return [
         Control(
-            model=_open(one.model, pipe.model.dtype, str(pipe._execution_device)),
-            image=_resized(open_image(one.image, "control image").convert("RGB"), size),
-            scale=one.scale, start=one.start, end=one.end, regions=dict(one.regions),
+            model=_open(control.model, pipe.model.dtype, str(pipe._execution_device)),
+            image=_resized(open_image(control.image, "control image").convert("RGB"), size),
+            scale=control.scale, start=control.start, end=control.end, regions=dict(control.regions),
         )
-        for one in given
+        for control in given
     ]  # fmt: skip
 
 
@@ -102,7 +104,7 @@ def fit_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
     Raises:
         ValueError: If they cannot be loaded, or the model is of a family without them.
     """
-    wanted = tuple((one.model, one.subfolder, one.weight_name, one.image_encoder) for one in given)
+    wanted = tuple((adapter.model, adapter.subfolder, adapter.weight_name, adapter.image_encoder) for adapter in given)
     there = pipe.__dict__.get("scene_ip_adapters", ())
     if wanted != there:
         if there:
@@ -112,7 +114,7 @@ def fit_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
             _load_ip_adapters(pipe, given)
             pipe.__dict__["scene_ip_adapters"] = wanted
     if wanted:
-        pipe.set_ip_adapter_scale([one.scale for one in given])
+        pipe.set_ip_adapter_scale([adapter.scale for adapter in given])
 
 
 def _load_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
@@ -120,9 +122,9 @@ def _load_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
         raise ValueError(f"IP-Adapters work with Stable Diffusion 1.x, 2.x and XL, not with {pipe.family}")
     try:
         pipe.load_ip_adapter(
-            [_source(one.model, "IP-Adapter") for one in given],
-            subfolder=[one.subfolder for one in given],
-            weight_name=[one.weight_name for one in given],
+            [_source(adapter.model, "IP-Adapter") for adapter in given],
+            subfolder=[adapter.subfolder for adapter in given],
+            weight_name=[adapter.weight_name for adapter in given],
             image_encoder_folder=given[0].image_encoder,
         )
     except ModelError:
@@ -139,13 +141,13 @@ def ip_adapter_arguments(given: Sequence[IPAdapterFile], size: tuple[int, int]) 
     """
     if not given:
         return {}
-    images = [open_image(one.image, "IP-Adapter image").convert("RGB") for one in given]
-    found: dict[str, Any] = {"ip_adapter_image": images}
-    if any(one.region is not None for one in given):
+    images = [open_image(adapter.image, "IP-Adapter image").convert("RGB") for adapter in given]
+    arguments: dict[str, Any] = {"ip_adapter_image": images}
+    if any(adapter.region is not None for adapter in given):
         processor = IPAdapterMaskProcessor()
-        masks = [processor.preprocess(_mask(one.region, size), height=size[1], width=size[0]) for one in given]
-        found["cross_attention_kwargs"] = {"ip_adapter_masks": masks}
-    return found
+        masks = [processor.preprocess(_mask(adapter.region, size), height=size[1], width=size[0]) for adapter in given]
+        arguments["cross_attention_kwargs"] = {"ip_adapter_masks": masks}
+    return arguments
 
 
 def _mask(region: Any, size: tuple[int, int]) -> Image.Image:
@@ -172,12 +174,12 @@ def pipeline_without_concepts(pipe: Any, scene: Scene, controls: Sequence[Contro
     Raises:
         ValueError: For controls that it does not take.
     """
-    if scene.image is not None or not all(isinstance(one.model, ControlNetModel) for one in controls):
+    if scene.image is not None or not all(isinstance(control.model, ControlNetModel) for control in controls):
         raise ValueError(
             "without concepts, controls are ControlNets and the image is made from text; leave out the start image and "
             "T2I-Adapters, or name concepts"
         )
-    if any(one.regions for one in controls):
+    if any(control.regions for control in controls):
         raise ValueError("without concepts, a control has no scales by region; leave out its regions")
     kinds: dict[str, Any] = {
         "StableDiffusionPipeline": StableDiffusionControlNetPipeline,
@@ -186,10 +188,10 @@ def pipeline_without_concepts(pipe: Any, scene: Scene, controls: Sequence[Contro
     kind = kinds.get(type(pipe).__name__)
     if kind is None:
         raise ValueError(f"controls work with Stable Diffusion 1.x, 2.x and XL, not with {pipe.family}")
-    plain = plain_pipeline(pipe, kind, controlnet=[one.model for one in controls])
+    plain = plain_pipeline(pipe, kind, controlnet=[control.model for control in controls])
     return plain, {
-        "image": [one.image for one in controls],
-        "controlnet_conditioning_scale": [one.scale for one in controls],
-        "control_guidance_start": [one.start for one in controls],
-        "control_guidance_end": [one.end for one in controls],
+        "image": [control.image for control in controls],
+        "controlnet_conditioning_scale": [control.scale for control in controls],
+        "control_guidance_start": [control.start for control in controls],
+        "control_guidance_end": [control.end for control in controls],
     }

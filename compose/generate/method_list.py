@@ -49,8 +49,8 @@ def needs_of(name: str) -> str:
 def field_texts(kind: Any) -> dict[str, str]:
     """The text of each attribute in a docstring of Google's style."""
     section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
-    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text) for name, text in found}
+    fields = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text) for name, text in fields}
 
 
 def shown(value: Any) -> str:

@@ -122,7 +122,7 @@ def index_of(folder: Path) -> Mapping[str, Any]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    found = json.loads(path.read_text("utf-8"))
-    if not isinstance(found, dict):
+    content = json.loads(path.read_text("utf-8"))
+    if not isinstance(content, dict):
         raise ValueError(f"{path} holds no settings by name")
-    return found
+    return content

@@ -54,16 +54,17 @@ def refine_and_save(
     without = [concept.model_copy(update={"region": None}) for concept in concepts]
     pipe.scheduler = scheduler_of(pipe, run)
     # A part of the image is repainted, which the masks of the others are not made for.
-    everywhere = [one for one in run.scene.ip_adapters if one.region is None]
+    everywhere = [adapter for adapter in run.scene.ip_adapters if adapter.region is None]
     fit_ip_adapters(pipe, everywhere)
-    found = refine(
+    repainted = refine(
         pipe, image, run.scene.prompt, without, chosen, Detailer(strength=strength, method=method),
         num_inference_steps=run.steps, **pipe.guided(run.guidance_scale, run.scene.negative_prompt or None),
         generator=torch.Generator().manual_seed(run.seed), **ip_adapter_arguments(everywhere, image.size),
     )  # fmt: skip
-    echo(save_image(found.image, out))
+    echo(save_image(repainted.image, out))
     echo(
-        f"repainted {', '.join(found.subjects)}: {found.cost.rows_forward:g} rows, each a latent through the model once"
+        f"repainted {', '.join(repainted.subjects)}: {repainted.cost.rows_forward:g} rows, each a latent through the "
+        "model once"
     )
 
 

@@ -52,9 +52,12 @@ def replay_and_compare(
         echo(save_image(made.image, out, made.record))
     for change in changes(record, made.record):
         echo(f"changed: {change}", style="yellow")
-    found = difference(given, made.image)
-    echo(f"different: {found}" if found else "identical: every pixel is the same", style="red" if found else "green")
-    return found is None
+    differing = difference(given, made.image)
+    echo(
+        f"different: {differing}" if differing else "identical: every pixel is the same",
+        style="red" if differing else "green",
+    )
+    return differing is None
 
 
 def runnable(record: Record, loras: Path | None = None) -> Run:
@@ -136,23 +139,23 @@ def changes(before: Record, now: Record) -> list[str]:
     ]
 
 
-def difference(one: Image.Image, other: Image.Image) -> str | None:
+def difference(first: Image.Image, second: Image.Image) -> str | None:
     """How two images differ, in words; None if every pixel is the same."""
-    if one.size != other.size:
-        return f"the sizes differ: {one.width} x {one.height} and {other.width} x {other.height} pixels"
-    apart = np.abs(np.asarray(one.convert("RGB"), np.int16) - np.asarray(other.convert("RGB"), np.int16))
+    if first.size != second.size:
+        return f"the sizes differ: {first.width} x {first.height} and {second.width} x {second.height} pixels"
+    apart = np.abs(np.asarray(first.convert("RGB"), np.int16) - np.asarray(second.convert("RGB"), np.int16))
     pixels = int(apart.any(axis=-1).sum())
     if pixels == 0:
         return None
-    share = 100 * pixels / (one.width * one.height)
+    share = 100 * pixels / (first.width * first.height)
     return f"{pixels} pixels differ ({share:.3g} %), by at most {apart.max()} and {apart.mean():.3g} on average, of 255"
 
 
 def _recorded(record: Record, concept: Concept) -> list[tuple[str, str | None]]:
     """The files of a concept, each with its recorded SHA-256."""
     files = files_of(concept.lora) or ("",)
-    found = record.sha256.get(concept.name, ())
-    hashes: tuple[str | None, ...] = (found,) if isinstance(found, str) else found
+    recorded = record.sha256.get(concept.name, ())
+    hashes: tuple[str | None, ...] = (recorded,) if isinstance(recorded, str) else recorded
     return list(zip(files, hashes if len(hashes) == len(files) else [None] * len(files), strict=True))
 
 
@@ -174,10 +177,10 @@ def _local(source: str) -> Path | None:
 
 
 def _by_content(wanted: set[str], folder: Path | None) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.safetensors")) if folder else ():
-        if found.keys() == wanted:
+        if paths.keys() == wanted:
             break
         if path.is_file() and (sha256 := sha256_of(path)) in wanted:
-            found.setdefault(sha256, path)
-    return found
+            paths.setdefault(sha256, path)
+    return paths

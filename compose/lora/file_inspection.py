@@ -131,12 +131,12 @@ def by_itself(known: Inspection, file: LoraFile, why: str | None = None) -> Insp
         for layer in grouped.layers:
             blocks.setdefault((layer.part, _block_in_file(layer.module)), []).append(layer)
         alphas = {key: [own(layer.module, layer) for layer in inside] for key, inside in blocks.items()}
-        found = tuple(block(*key, inside, alphas[key]) for key, inside in blocks.items())
+        summaries = tuple(block(*key, inside, alphas[key]) for key, inside in blocks.items())
     except (LoraError, ValueError) as error:
         return known.model_copy(update={"problem": str(error)})
     refused = next((layer.refused for layer in grouped.layers if layer.refused), None)
     about = {"problem": f"it is {refused}"} if refused else {"notes": () if why is None else (why,)}
-    return known.model_copy(update={"blocks": found, "unmatched": grouped.unknown, **about})
+    return known.model_copy(update={"blocks": summaries, "unmatched": grouped.unknown, **about})
 
 
 def block(
@@ -150,15 +150,15 @@ def block(
 
 def _block_in_file(module: str) -> str:
     """The block of a layer by the name that the file has for it: "double_blocks", "down_blocks_1", "mid_block"."""
-    found = re.match(r"(?:input|output|down|up)_blocks_\d+|[a-z_]*?(?:blocks?|layers)(?=_|$)", module)
-    return found[0] if found else module
+    match = re.match(r"(?:input|output|down|up)_blocks_\d+|[a-z_]*?(?:blocks?|layers)(?=_|$)", module)
+    return match[0] if match else module
 
 
 def _triggers(file: LoraFile) -> Iterator[tuple[str, str]]:
-    for found in file.words.triggers:
-        by_part = file.embeddings.get(found.words, {})
+    for candidate in file.words.triggers:
+        by_part = file.embeddings.get(candidate.words, {})
         vectors = " and ".join(f"{len(tensor.flatten(0, 1))} for {part}" for part, tensor in by_part.items())
-        yield found.words, f"{found.where}: {vectors}" if vectors else found.where
+        yield candidate.words, f"{candidate.where}: {vectors}" if vectors else candidate.where
 
 
 def merge_facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -174,10 +174,10 @@ def merge_facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     words = [f"{name}={value}" for name, value in settings.items()] if isinstance(settings, dict) else []
     words += [f"rank {record['rank']}"] if record.get("rank") is not None else []
     yield "merged by", _short(" ".join([str(record.get("method")), f"({', '.join(words)})" if words else ""]).strip())
-    for one in files[:_MANY]:
-        if isinstance(one, dict):
-            weight, sha256 = one.get("weight"), str(one.get("sha256"))
-            yield "merged from", _short(f"{one.get('name')}, weight {weight}, SHA-256 {sha256[:12]}")
+    for merged in files[:_MANY]:
+        if isinstance(merged, dict):
+            weight, sha256 = merged.get("weight"), str(merged.get("sha256"))
+            yield "merged from", _short(f"{merged.get('name')}, weight {weight}, SHA-256 {sha256[:12]}")
 
 
 def _facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -195,8 +195,8 @@ def block_of(part: str, layer: str) -> str:
     """The block of a layer: "unet.down_blocks.1", "unet.mid_block"; a text encoder is one block."""
     if part != "unet":
         return f"{part}.layers"
-    found = re.match(r"\w+_blocks\.\d+|[^.]+", layer)
-    return f"{part}.{found[0] if found else layer}"
+    match = re.match(r"\w+_blocks\.\d+|[^.]+", layer)
+    return f"{part}.{match[0] if match else layer}"
 
 
 def _span(values: Sequence[float]) -> str:

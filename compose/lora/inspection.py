@@ -65,18 +65,18 @@ def inspect(
         return known.model_copy(update={"matched_with": model, "problem": str(error)}), None
     grouped = by_layer(file)
     layers, unmatched = assign(file, grouped, pipe)
-    found = {
+    fitted = {
         "matched_with": model,
         "blocks": tuple(_blocks(file, layers, factors, pipe)),
         "matched": len(file.tensors) - len(unmatched) - len(grouped.inexpressible),
         "unmatched": unmatched,
         "notes": (*factors.notes, *_about_weights(factors)),
     }
-    return known.model_copy(update=found), factors
+    return known.model_copy(update=fitted), factors
 
 
 def _about_weights(factors: Factors) -> Iterator[str]:
-    if count := sum(one.transform is not None for lora in factors.by_part.values() for one in lora.values()):
+    if count := sum(change.transform is not None for lora in factors.by_part.values() for change in lora.values()):
         yield (
             f"{count} layers rescale or rotate the model's own weights: their norms are shown with a model's weights "
             "only (--model), and they take no part in overlaps"
@@ -85,14 +85,14 @@ def _about_weights(factors: Factors) -> Iterator[str]:
 
 def _fitting(file: LoraFile, alpha: float | None) -> str | None:
     """The only family whose layers a whole file fits; None if there are none, or several."""
-    found = []
+    families = []
     for family in FAMILIES:
         try:
             factors = match(file, without_weights(family), alpha=alpha, max_rank=1)
         except LoraError:
             continue
-        found += [family] * (not factors.unmatched)
-    return found[0] if len(found) == 1 else None
+        families += [family] * (not factors.unmatched)
+    return families[0] if len(families) == 1 else None
 
 
 def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: Factors, pipe: Any) -> Iterator[Block]:
@@ -133,18 +133,18 @@ def _order(key: str) -> tuple[int, str, int]:
 
 def overlaps(files: Sequence[tuple[str, Factors]]) -> list[Overlap]:
     """How much the changes of files, matched with the same model, have in common, pair by pair."""
-    return [_overlap(one, other) for one, other in combinations(files, 2)]
+    return [_overlap(first, second) for first, second in combinations(files, 2)]
 
 
-def _overlap(one: tuple[str, Factors], other: tuple[str, Factors]) -> Overlap:
-    (name, mine), (other_name, theirs) = one, other
+def _overlap(first: tuple[str, Factors], second: tuple[str, Factors]) -> Overlap:
+    (name, mine), (other_name, theirs) = first, second
     layers, others = _layers(mine), _layers(theirs)
     sums: dict[str, list[float]] = {}
     for layer in layers.keys() & others.keys():
         a, b = layers[layer], others[layer]
-        found = inner(a, b), inner(a, a), inner(b, b)
+        products = inner(a, b), inner(a, a), inner(b, b)
         total = sums.setdefault(block_of(*layer), [0.0, 0.0, 0.0])
-        total[:] = [x + y for x, y in zip(total, found, strict=True)]
+        total[:] = [x + y for x, y in zip(total, products, strict=True)]
     in_order = sorted(sums, key=lambda key: (key[0] != "u", _order(key)))
     blocks = tuple((key, overlap(*sums[key])) for key in in_order)
     whole = overlap(*(sum(column) for column in zip(*sums.values(), strict=True))) if sums else None
@@ -154,7 +154,10 @@ def _overlap(one: tuple[str, Factors], other: tuple[str, Factors]) -> Overlap:
 def _layers(factors: Factors) -> dict[tuple[str, str], LoraFactors]:
     loras = factors.by_part
     return {
-        (part, name): found for part, lora in loras.items() for name, found in lora.items() if found.transform is None
+        (part, name): change
+        for part, lora in loras.items()
+        for name, change in lora.items()
+        if change.transform is None
     }
 
 

@@ -67,11 +67,11 @@ def merge_and_show(
     with threads(1):  # many small tensors, on which several threads only wait for each other
         read = partial(read_lora, allow_pickle=allow_pickle)
         given = [Given(source, read(find_file(lora_source(source))), weight) for source, weight in files]
-    if not any(one.weight for one in given):
+    if not any(entry.weight for entry in given):
         raise ValueError("every weight is 0; there is nothing to merge")
     pipe = _model(model, merger, method, given, device)
     if merger.needs_model:
-        prompts = prompts or [prompt_of(one.file, one.source) for one in given]
+        prompts = prompts or [prompt_of(entry.file, entry.source) for entry in given]
     matched = match_files(given, pipe, spelling=spelling, alpha=alpha)
     moments = None
     if merger.needs_model:
@@ -112,7 +112,7 @@ def _check_number(merger: Merger, method: str, files: Sequence[tuple[str, float]
 
 def _model(model: str | None, merger: Merger, method: str, given: list[Given], device: str | None) -> Any:
     """The model that the files are for, if one is needed or named."""
-    playgrounds = {playground_of(one.file.metadata.get("base_model")) for one in given}
+    playgrounds = {playground_of(entry.file.metadata.get("base_model")) for entry in given}
     name = model or (playgrounds.pop() if len(playgrounds) == 1 else None)
     if name is None:
         if merger.needs_model:

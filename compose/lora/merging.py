@@ -139,7 +139,7 @@ def merge_files(
     check_free(out, overwrite)
     dtype = dtype or _dtype(matched.given)
     layers = list(matched.changes.items())
-    merge = begin(merger, [changes for _, changes in layers], [one.weight for one in matched.given])
+    merge = begin(merger, [changes for _, changes in layers], [entry.weight for entry in matched.given])
     largest = max(sum(change.rank for change in changes) for _, changes in layers)
     alpha = max(1, largest if rank is None else min(rank, largest))
     tally = Tally(len(matched.given))
@@ -170,7 +170,7 @@ def merge_files(
             write_new(out, write, lambda path: check_free(path, overwrite))
     return Report(
         out=str(out), size=out.stat().st_size,
-        files=tuple((one.source, one.weight) for one in matched.given), blocks=tuple(tally.blocks()),
+        files=tuple((entry.source, entry.weight) for entry in matched.given), blocks=tuple(tally.blocks()),
         notes=matched.notes, seconds=time.perf_counter() - began, peak_bytes=_peak(),
     )  # fmt: skip
 
@@ -192,14 +192,14 @@ def _cut(change: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
     """The best approximation of a rank, and its share of the energy."""
     if change.rank <= rank:
         return change, 1.0
-    found = spectrum(change)
-    energy = found.values**2
-    return found.factors(rank), float(energy[:rank].sum() / energy.sum()) if found.rank else 1.0
+    singular = spectrum(change)
+    energy = singular.values**2
+    return singular.factors(rank), float(energy[:rank].sum() / energy.sum()) if singular.rank else 1.0
 
 
 def _dtype(given: Sequence[Given]) -> torch.dtype:
-    found = {tensor.dtype for one in given for tensor in one.file.tensors.values() if tensor.ndim > 1}
-    (only, *more) = found or {torch.float32}
+    dtypes = {tensor.dtype for entry in given for tensor in entry.file.tensors.values() if tensor.ndim > 1}
+    (only, *more) = dtypes or {torch.float32}
     return only if not more and only in (torch.float16, torch.bfloat16) else torch.float32
 
 
@@ -217,13 +217,14 @@ def _metadata(matched: Matched, merger: Merger, method: str, rank: int | None) -
         "settings": settings_of(merger),
         "rank": rank,
         "files": [
-            {"name": one.file.path.name, "sha256": one.file.sha256, "weight": one.weight} for one in matched.given
+            {"name": entry.file.path.name, "sha256": entry.file.sha256, "weight": entry.weight}
+            for entry in matched.given
         ],
         "version": __version__,
     }
-    headers = [one.file.metadata for one in matched.given]
+    headers = [entry.file.metadata for entry in matched.given]
     agreed = {key: headers[0][key] for key in _BASE if key in headers[0] and len({h.get(key) for h in headers}) == 1}
-    triggers = {one.file.trigger: one.file.class_word for one in matched.given if one.file.trigger}
+    triggers = {entry.file.trigger: entry.file.class_word for entry in matched.given if entry.file.trigger}
     if len(triggers) == 1:
         ((trigger, word),) = triggers.items()
         agreed |= {"trigger": trigger, **({"class_word": word} if word else {})}
@@ -280,6 +281,6 @@ class Tally:
         )  # fmt: skip
 
 
-def overlap(product: float, one: float, other: float) -> float:
+def overlap(product: float, first: float, second: float) -> float:
     """How much two changes have in common, 0 to 1, by their inner product and their squared norms."""
-    return min(1.0, product**2 / (one * other)) if one > 0 and other > 0 else 0.0
+    return min(1.0, product**2 / (first * second)) if first > 0 and second > 0 else 0.0

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import accumulate, combinations, product
 
-Box = tuple[int, int, int, int]
+from lora_compose.pipelines.scene.mask_images import Box
 
 LEAST = 8
 """Least side of a box in pixels: one latent cell."""

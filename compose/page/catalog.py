@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_compose.compose.generate.model_facts import index_of
-from lora_compose.compose.page.store import SUFFIX, Lora, beside, described, in_folder
+from lora_compose.compose.page.store import SUFFIX, ShownLora, beside, described, in_folder
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.opening import checkpoint_keys
@@ -31,7 +31,7 @@ class KnownModel:
 
     @property
     def words(self) -> str:
-        """Its name, family and place in a line."""
+        """The model's name, family and place in a line."""
         name = Path(self.source).name if Path(self.source).is_absolute() else self.source
         return f"{name} · {self.family} · {self.where}"
 
@@ -74,7 +74,7 @@ def cached_models(cache: Path) -> list[KnownModel]:
     return [KnownModel(source, family, "in the hub's cache") for source, family in families.items()]
 
 
-def listed(path: Path) -> Lora:
+def listed(path: Path) -> ShownLora:
     """A LoRA as the header of its file describes it. No weights are read, so they are not checked yet.
 
     Raises:

@@ -92,7 +92,7 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
 def _source(lora: Lora, imports: dict[str, set[str]]) -> str:
     """The file of a concept, or a list of those that are merged, as an argument of `load_concept`."""
     if not isinstance(lora, str) and lora is not None:
-        return f"[{', '.join(_source_of(*one, imports) for one in weighted(lora))}]"
+        return f"[{', '.join(_source_of(*weighed, imports) for weighed in weighted(lora))}]"
     return _source_of(lora or "", 1.0, imports)
 
 
@@ -173,7 +173,7 @@ def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
 
 
 def _files(given: Sequence[ControlFile | IPAdapterFile]) -> str:
-    return ", ".join(_call(type(one).__name__, one.model_dump(exclude_defaults=True)) for one in given)
+    return ", ".join(_call(type(guide).__name__, guide.model_dump(exclude_defaults=True)) for guide in given)
 
 
 def _call(kind: str, fields: Mapping[str, object]) -> str:

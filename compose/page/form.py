@@ -10,12 +10,13 @@ from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.generate.defaults import OF_SHIPPED
 from lora_compose.compose.generate.model_facts import facts_of
 from lora_compose.compose.generate.schedulers import scheduler_class
-from lora_compose.compose.page.boxes import Box, template
+from lora_compose.compose.page.boxes import template
 from lora_compose.compose.page.controls import controls
 from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir, ordinary
 from lora_compose.compose.support.frozen import shared
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
+from lora_compose.pipelines.scene.mask_images import Box
 from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
 from lora_compose.pipelines.scene.sources import moved_files
 from lora_compose.pipelines.support.field_errors import FieldError

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_compose.compose.lora.matching import match_files
 from lora_compose.compose.lora.merging import Given, merge_files
-from lora_compose.compose.page.store import Lora, Store
+from lora_compose.compose.page.store import ShownLora, Store
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import read_lora
@@ -20,12 +20,12 @@ from lora_compose.pipelines.merging.changes import check_number
 class Merged:
     """A LoRA merged from others; `kept` is the share of each that is in it, above 1 where others add to it."""
 
-    lora: Lora
+    lora: ShownLora
     kept: tuple[tuple[str, float], ...]
     notes: tuple[str, ...]
 
 
-def merge_loras(store: Store, pipe: Any, chosen: Sequence[tuple[Lora, float]], method: str) -> Merged:
+def merge_loras(store: Store, pipe: Any, chosen: Sequence[tuple[ShownLora, float]], method: str) -> Merged:
     """Merges LoRAs, each with its weight, and keeps the result with the session's uploads.
 
     Args:
@@ -43,11 +43,11 @@ def merge_loras(store: Store, pipe: Any, chosen: Sequence[tuple[Lora, float]], m
     matched = match_files(given, pipe)
     moments = None
     if merger.needs_model:
-        moments = calibrate(pipe, matched.changes, [prompt_of(one.file, one.source) for one in given], merger)
+        moments = calibrate(pipe, matched.changes, [prompt_of(entry.file, entry.source) for entry in given], merger)
     name = "+".join(Path(lora.shown).stem for lora, _ in chosen)[:80]
     path, first = store.new_path(), chosen[0][0]
     report = merge_files(matched, merger, path, moments=moments, method=method)
     words = {"trigger": first.trigger, "class_word": first.class_word}
     lora = store.keep(path, f"{name}-{method}.safetensors", **words)
-    kept = zip([one.source for one in given], report.blocks[-1].kept, strict=True)
+    kept = zip([entry.source for entry in given], report.blocks[-1].kept, strict=True)
     return Merged(lora, tuple((shown, share) for shown, share in kept if share is not None), report.notes)

@@ -69,10 +69,10 @@ class Sessions:
             Whether it goes on; not if it has ended or still has a browser.
         """
         with self._lock:
-            moved = next((one for one in self._open if one.session is session), None)
+            moved = next((entry for entry in self._open if entry.session is session), None)
             if moved is None or self._is_there(moved.session_id):
                 return False
-            self._end([one for one in self._open if one.session_id == session_id and one is not moved])
+            self._end([entry for entry in self._open if entry.session_id == session_id and entry is not moved])
             moved.session_id, moved.seen = session_id, time.monotonic()
             return True
 

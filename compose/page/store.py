@@ -54,7 +54,7 @@ _SIDE = 96
 
 
 @dataclass(frozen=True)
-class Lora:
+class ShownLora:
     """A LoRA that can be chosen.
 
     Attributes:
@@ -109,7 +109,7 @@ class Store:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(dir=of_this_process("page")))
-        self.uploads: list[Lora] = []
+        self.uploads: list[ShownLora] = []
         self.images: dict[str, str] = {}
 
     @property
@@ -123,7 +123,7 @@ class Store:
         shutil.rmtree(self.folder, ignore_errors=True)
         return not self.folder.exists()
 
-    def add_upload(self, name: str, data: BinaryIO) -> Lora:
+    def add_upload(self, name: str, data: BinaryIO) -> ShownLora:
         """Keeps an uploaded LoRA. Nothing is kept of a file that cannot be used.
 
         Args:
@@ -150,7 +150,7 @@ class Store:
         """A free path for a LoRA."""
         return self.folder / f"{secrets.token_hex(12)}{SUFFIX}"
 
-    def keep(self, path: Path, shown: str, **words: str) -> Lora:
+    def keep(self, path: Path, shown: str, **words: str) -> ShownLora:
         """Takes a file of this folder among the uploads, unless there is the same already.
 
         Args:
@@ -231,7 +231,7 @@ def dropped(name: str, data: BinaryIO) -> Record:
     return record_in(data, _shown(name))
 
 
-def playground(model: str = PLAYGROUND) -> list[Lora]:
+def playground(model: str = PLAYGROUND) -> list[ShownLora]:
     """The LoRAs of a playground."""
     return [named(f"{model}:{name}") for name in playground_loras(model)]
 
@@ -245,7 +245,7 @@ def in_folder(folder: Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def named(source: str) -> Lora:
+def named(source: str) -> ShownLora:
     """The LoRA of a `Concept.lora`: of the playground, a file, or a repository, which is downloaded.
 
     Raises:
@@ -272,7 +272,9 @@ def is_on_hub(source: str) -> bool:
     return is_hub_name(source) and not Path(source).expanduser().exists()
 
 
-def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, local: bool) -> dict[str, Lora | None]:
+def located(
+    record: Record, uploads: Sequence[ShownLora], folder: Path | None, *, local: bool
+) -> dict[str, ShownLora | None]:
     """The LoRAs of a record, by concept: those with the recorded content, wherever they are; None for missing ones.
 
     Images are not trusted: a path in one is followed only if the page is local, and its file is used only if the
@@ -288,7 +290,9 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
     }
 
 
-def _located(source: Any, sha256: Hashes, known: dict[str, Lora], folder: Path | None, local: bool) -> Lora | None:
+def _located(
+    source: Any, sha256: Hashes, known: dict[str, ShownLora], folder: Path | None, local: bool
+) -> ShownLora | None:
     if not isinstance(source, str) or not isinstance(sha256, str):
         return None  # several files that were merged when they were loaded, or none at all
     if sha256 in known:
@@ -308,12 +312,12 @@ def located_references(record: Record, uploads: Mapping[str, str], *, local: boo
     Args:
         uploads: Images of the session, by path.
     """
-    found = []
+    here = []
     for number, path in enumerate(record.run.scene.references):
         file = Path(path).expanduser()
         readable = (local or path in uploads) and file.is_file()
-        found += [path] if readable and sha256_of(file) == record.images.get(f"references.{number}") else []
-    return tuple(found)
+        here += [path] if readable and sha256_of(file) == record.images.get(f"references.{number}") else []
+    return tuple(here)
 
 
 def image_files(folder: Path, most: int = MOST_FILES) -> list[Path]:
@@ -338,7 +342,7 @@ def _shown(name: str) -> str:
     return name.replace("\\", "/").rpartition("/")[2][:120] or "a file without a name"
 
 
-def _described(file: LoraFile, source: str, shown: str, image: Path | None = None) -> Lora:
+def _described(file: LoraFile, source: str, shown: str, image: Path | None = None) -> ShownLora:
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     return replace(
         described(source, shown, file.words, shapes, file.metadata, image),
@@ -356,10 +360,10 @@ def described(
     shapes: Mapping[str, Sequence[int]],
     metadata: Mapping[str, str],
     image: Path | None,
-) -> Lora:
+) -> ShownLora:
     """A LoRA as the header of its file describes it, with an image of it or the one in its metadata."""
     ours, guess = playground_of(metadata.get("base_model")), guess_family(shapes, metadata)
-    return Lora(
+    return ShownLora(
         source=source,
         shown=shown,
         trigger=(words.trigger or "").strip(),

@@ -27,7 +27,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Reading:
+class MarkedPrompt:
     """The result of reading a prompt.
 
     Attributes:
@@ -45,7 +45,7 @@ class Reading:
     cut: int | None
 
 
-def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Reading:
+def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> MarkedPrompt:
     """Finds every concept's words in a prompt, as the model's tokenizer reads it; with concepts, it reads all of it."""
     marks, flags, missing, unready = [], [], [], False
     try:
@@ -53,7 +53,7 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
         if concepts and not isinstance(tokenizer, ExpandingTokenizer | TemplateTokenizer):  # those of UNets
             tokenizer = LongTokenizer(tokenizer, len(chunks_of(tokenizer, text)))
     except ValueError as error:
-        return Reading((), (str(error),), (), True, None)
+        return MarkedPrompt((), (str(error),), (), True, None)
     located: list[tuple[Concept, Positions]] = []
     for i, concept in enumerate(concepts):
         if not concept.trigger:
@@ -84,7 +84,7 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
         rest = prompt[cut:].strip()
         rest = rest if len(rest) <= 60 else f"{rest[:57]}..."
         flags.append(f"The model reads {_limit(tokenizer)} tokens; it ignores “{rest}”.")
-    return Reading(_apart(marks), tuple(flags), tuple(missing), unready, cut)
+    return MarkedPrompt(_apart(marks), tuple(flags), tuple(missing), unready, cut)
 
 
 def cut_off(prompt: str, tokenizer: Any) -> int | None:
@@ -120,7 +120,7 @@ def with_phrase(prompt: str, concept: Concept, others: Sequence[Concept]) -> str
     return f"{prompt[: max(ends)]} and a {concept.phrase}{prompt[max(ends) :]}"
 
 
-def as_html(prompt: str, reading: Reading) -> str:
+def as_html(prompt: str, reading: MarkedPrompt) -> str:
     """The prompt with every concept's words in its colour, and struck through where the model reads nothing."""
     pieces, at = [], 0
     for mark in reading.marks:

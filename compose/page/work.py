@@ -206,8 +206,8 @@ class DraftJob(Job):
             raise Stopped
         self._first_step = self._first_step or time.monotonic()
         subjects = [i for i, concept in enumerate(run.scene.concepts) if not concept.is_style]
-        found = draft(pipe, run)
-        shown = division(size_of(pipe, run.scene), found.maps, found.masks, subjects)
+        drafted = draft(pipe, run)
+        shown = division(size_of(pipe, run.scene), drafted.maps, drafted.masks, subjects)
         self.divisions.append(Division(run, shown))
 
 

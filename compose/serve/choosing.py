@@ -6,11 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora_compose.attention import backbone_of
 from lora_compose.compose.serve.requests import AUTO, MOST_CONCEPTS, ImageRequest, RequestedConcept
 from lora_compose.pipelines.formats.files import LoraError, read_words, trained_with
 from lora_compose.pipelines.formats.triggers import Words
-from lora_compose.pipelines.methods import choose_method, name_of
+from lora_compose.pipelines.methods import name_of
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.sources import files_of
 from lora_compose.pipelines.support.notes import kept
@@ -34,7 +33,8 @@ def listed(request: ImageRequest) -> Sequence[RequestedConcept]:
 def chosen(pipe: Any, request: ImageRequest) -> tuple[ImageRequest, str | None]:
     """A request with its concepts and method, and why it is this one; None without concepts.
 
-    It depends on the request alone, not on those of its batch.
+    It depends on the request alone, not on those of its batch, and on the headers of files alone: a plan of the call
+    would read their weights, and this must not wait for the model.
 
     Args:
         pipe: The pipeline, which knows the LoRAs.
@@ -44,18 +44,18 @@ def chosen(pipe: Any, request: ImageRequest) -> tuple[ImageRequest, str | None]:
         ValueError: If it names a LoRA that is not there, or the prompt names none or too many for "auto".
     """
     if request.concepts == AUTO:
-        found = choose_concepts(request.prompt, pipe.concepts)
-        if len(found.names) > MOST_CONCEPTS:
-            raise ValueError(f"the prompt names {len(found.names)} concepts; at most {MOST_CONCEPTS}")
-        concepts = tuple(RequestedConcept(name=name) for name in found.names)
-        request = request.model_copy(update={"prompt": found.prompt, "concepts": concepts})
+        named = choose_concepts(request.prompt, pipe.concepts)
+        if len(named.names) > MOST_CONCEPTS:
+            raise ValueError(f"the prompt names {len(named.names)} concepts; at most {MOST_CONCEPTS}")
+        concepts = tuple(RequestedConcept(name=name) for name in named.names)
+        request = request.model_copy(update={"prompt": named.prompt, "concepts": concepts})
     headers = [_header(pipe, i, concept) for i, concept in enumerate(listed(request))]
     if not headers:
         return request, None
     if request.method is not None:
         return request, "it was asked for"
     with kept():  # the reason goes into the answer
-        choice = choose_method(headers, [request.prompt], region_attention=backbone_of(pipe.model).reads_regions)
+        choice = pipe.resolve_choice(None, headers, [request.prompt])
     return request.model_copy(update={"method": name_of(choice.method)[0]}), choice.reason
 
 

@@ -43,11 +43,11 @@ class Access:
 
         If it listens on all addresses, each is known; a name that is rebound is none.
         """
-        found = re.fullmatch(r"\[([0-9a-f:.]+)\](:\d+)?|([^:\[\]]+)(:\d+)?", host.lower())
-        if found is None:
+        match = re.fullmatch(r"\[([0-9a-f:.]+)\](:\d+)?|([^:\[\]]+)(:\d+)?", host.lower())
+        if match is None:
             return False
-        name = found[1] or found[3]
-        if is_local(name) or name in {one.lower() for one in (self.host, *self.hosts)}:
+        name = match[1] or match[3]
+        if is_local(name) or name in {known.lower() for known in (self.host, *self.hosts)}:
             return True
         return _is_address(name) and _is_address(self.host) and ipaddress.ip_address(self.host).is_unspecified
 
@@ -93,17 +93,20 @@ class Door:
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value.decode("latin-1"))
 
-        def one(name: bytes) -> str:
-            found = headers.get(name, [""])
-            return found[0] if len(found) == 1 else ""
+        def single(name: bytes) -> str:
+            values = headers.get(name, [""])
+            return values[0] if len(values) == 1 else ""
 
-        if not self._access.knows(one(b"host")):
+        if not self._access.knows(single(b"host")):
             return 421, "the server is not known by this host; --allowed-host of lora-compose serve adds a name"
-        if not self._access.admits(one(b"authorization")):
+        if not self._access.admits(single(b"authorization")):
             return 401, "the server needs its token: send the header Authorization: Bearer TOKEN"
-        if scope["method"] == "POST" and one(b"content-type").partition(";")[0].strip().lower() != "application/json":
+        if (
+            scope["method"] == "POST"
+            and single(b"content-type").partition(";")[0].strip().lower() != "application/json"
+        ):
             return 415, "send JSON, with the header Content-Type: application/json"
-        length = one(b"content-length")
+        length = single(b"content-length")
         return self._too_large() if length.isdecimal() and int(length[:20]) > self._most else None
 
     def _too_large(self) -> tuple[int, str]:

@@ -115,8 +115,8 @@ def _send(url: str, bodies: Sequence[bytes], clients: int, what: str = "sending 
 
 
 def _pair(choice: random.Random, names: Sequence[str], loras: Mapping[str, Any]) -> tuple[str, str]:
-    one = choice.choice(names)
-    return one, choice.choice([name for name in names if loras[name]["trigger"] != loras[one]["trigger"]])
+    first = choice.choice(names)
+    return first, choice.choice([name for name in names if loras[name]["trigger"] != loras[first]["trigger"]])
 
 
 def _body(concepts: Sequence[str], loras: Mapping[str, Any], fields: Mapping[str, Any]) -> bytes:

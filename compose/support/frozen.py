@@ -19,8 +19,8 @@ def shared(names: Iterable[str], *sources: object, **others: Any) -> dict[str, A
         TypeError: If neither an object nor `others` has a name, as after a field was renamed.
     """
     names = tuple(names)
-    found = {name: getattr(one, name) for one in sources for name in names if hasattr(one, name)} | others
-    if missing := [name for name in names if name not in found]:
-        kinds = ", ".join(type(one).__name__ for one in sources)
+    fields = {name: getattr(source, name) for source in sources for name in names if hasattr(source, name)} | others
+    if missing := [name for name in names if name not in fields]:
+        kinds = ", ".join(type(source).__name__ for source in sources)
         raise TypeError(f"{kinds}: no field {', '.join(missing)}; leave these names out if their defaults are meant")
-    return found
+    return fields

@@ -39,7 +39,7 @@ TRAINING_SCOPES = ("cross_kv", "attention", "transformer", "convolutions")
 def file_near(path: Path) -> str:
     """The end of a message about a missing path: a file with a similar name, or nothing."""
     try:
-        beside = {found.name for found in path.parent.iterdir()}
+        beside = {entry.name for entry in path.parent.iterdir()}
     except OSError:  # there is no such folder, or it is not ours to read
         return ""
     near = did_you_mean(path.name, sorted(beside))

@@ -78,20 +78,20 @@ def with_references(images: Sequence[TrainingImage], folders: Sequence[Path]) ->
         DataError: If a folder lacks the reference of an image, has two of one name, or one of them is broken.
     """
     for folder in folders:
-        found: defaultdict[str, list[Path]] = defaultdict(list)
+        by_stem: defaultdict[str, list[Path]] = defaultdict(list)
         for path in _images_in(folder):
-            found[path.stem].append(path)
+            by_stem[path.stem].append(path)
         stems = [image.path.stem for image in images]
-        if missing := [stem for stem in stems if stem not in found]:
+        if missing := [stem for stem in stems if stem not in by_stem]:
             raise DataError(
                 f"{folder} has no reference image of {', '.join(missing[:5])}; expected one of the same name for each "
                 "training image"
             )
-        if unused := sorted(found.keys() - set(stems)):
+        if unused := sorted(by_stem.keys() - set(stems)):
             logger.warning("%s has references of images that are not there: %s", folder, ", ".join(unused[:5]))
         paths = []
         for stem in stems:
-            path, *others = found[stem]
+            path, *others = by_stem[stem]
             if others:
                 raise DataError(f"{folder} has {path.name} and {others[0].name} as references of one image; keep one")
             load_image(path)

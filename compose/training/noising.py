@@ -95,7 +95,7 @@ class Flow:
         return latents.lerp(noise, times.view(-1, 1, 1, 1) / 1000)
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Its direction."""
+        """The target of the noising: the direction of the line."""
         return noise - latents
 
     def predict(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:

@@ -44,6 +44,7 @@ class CallPlan:
         steps: Denoising steps.
         passes: Timesteps: a scheduler of second order has two for most steps.
         warnings: What is allowed but may surprise.
+        resolved: The call with everything that it was resolved to, for programs that price its passes.
     """
 
     choice: Choice
@@ -54,7 +55,7 @@ class CallPlan:
     steps: int
     passes: int
     warnings: tuple[str, ...]
-    _plan: Plan = field(repr=False)
+    resolved: Plan = field(repr=False)
 
     @classmethod
     def of(cls, plan: Plan, warnings: list[str]) -> "CallPlan":
@@ -82,7 +83,7 @@ class CallPlan:
     @property
     def guided(self) -> bool:
         """Whether rows are for guidance: it is on, and neither an input of the model nor distilled into it."""
-        return self._plan.cfg_scale > 1
+        return self.resolved.cfg_scale > 1
 
     @property
     def regions(self) -> Mapping[str, tuple[float, float, float, float] | str]:
@@ -96,7 +97,7 @@ class CallPlan:
 
         Where the number depends on values, as with updates that end when a loss is small, it is the most.
         """
-        plan, (process, runner) = self._plan, _started(self._plan)
+        plan, (process, runner) = self.resolved, _started(self.resolved)
         schedule, latents = plan.sampler.schedule, torch.zeros(self.images, 1, *self.latent_grid)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             latents = process.prepare(latents, schedule.step(0, plan.cfg_scale))

@@ -104,7 +104,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Begun:
-    """A call with concepts, with what all families ask of its arguments.
+    """The arguments of a call with concepts, checked and completed as in every family.
 
     Attributes:
         given: The arguments of `__call__` by name. The prompt is without tags; with `concepts="auto"`, it has the
@@ -157,7 +157,7 @@ class Begun:
 
 
 class _Answer(BaseException):
-    """Carries what `front` was asked for through whatever a class of the user's has put around its call."""
+    """Ends a call that is only planned, and carries its request past an overriding `__call__`."""
 
     def __init__(self, made: Request | Plain) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ _asking: ContextVar[bool] = ContextVar("a call is planned, not run", default=Fal
 def front(
     like: Callable[..., Any] | Signature, **further: tuple[Any, Any]
 ) -> Callable[[Callable[[Any, Begun], Request]], Callable[..., Any]]:
-    """Makes a family's `__call__` of the function that makes its requests.
+    """Turns the function that makes a family's requests into its `__call__`.
 
     A call claims the denoiser and the text encoders from its first line to its last: to change them, if it has
     concepts. It raises RuntimeError if another call changes one of these models, or reads one that it would change.
@@ -242,6 +242,8 @@ def arguments_with(**defaults: Any) -> Signature:
 
 def request_of(pipe: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
     """The request that a call of a pipeline with these arguments would run.
+
+    In a class that overrides `__call__`, the code before its call of ours runs as well.
 
     Raises:
         ValueError: For arguments that do not fit together, and calls without concepts.

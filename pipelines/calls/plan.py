@@ -28,7 +28,7 @@ from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.denoising.session import Runner, Session, SetRunner
 from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.images.from_image import region_in_pixels
-from lora_compose.pipelines.methods import Choice, Merge, Settings, choose_method, make_method, name_of
+from lora_compose.pipelines.methods import Choice, Described, Merge, Settings, choose_method, make_method, name_of
 from lora_compose.pipelines.scene.canvas import Canvas, images_of
 from lora_compose.pipelines.scene.given import is_set
 from lora_compose.pipelines.scene.regions import region_mask
@@ -36,7 +36,7 @@ from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import held, warn_first
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.emphasis import plain_text, refuse_weights
-from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts, TextEncoder
+from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, PromptEncoder, Prompts, TextEncoder
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, Reading
 from lora_compose.pipelines.text.textual_inversion import TextualInversions
 from lora_compose.pipelines.text.tokens import Tokenizer
@@ -64,6 +64,7 @@ class Plan:
 
     Attributes:
         sets: The concept sets, each with its prompts.
+        tokenizers: Tokenizers of the prompts, one for each text that the model reads.
         controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
         sampler: A copy of the scheduler with its timesteps, on the CPU.
         reading: How texts with weights, and long ones, are read; None if there are none.
@@ -76,7 +77,7 @@ class Plan:
     sets: Sequence[PromptsOfSet]
     canvas: Canvas
     textual_inversions: TextualInversions
-    finder: Finder
+    tokenizers: Sequence[Tokenizer]
     controls: Sequence[PreparedControl | PreparedImagePrompts]
     sampler: Sampler
     reading: Reading | None = None
@@ -135,7 +136,7 @@ class Plan:
         texts = self.call.prompts.first
         prompts = Prompts(
             None if texts is None else tuple(texts[index] for index in part.indices),
-            part.token_masks, part.concepts, encoder, self.finder, part.indices, runner.canvas,
+            part.token_masks, part.concepts, encoder, partial(_find, self.tokenizers), part.indices, runner.canvas,
         )  # fmt: skip
         denoiser: Runner = runner
         if len(self.sets) > 1:
@@ -196,7 +197,7 @@ def _plan(
     sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
     steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))
     return Plan(
-        plain, choice, concepts, of_sets, canvas, textual_inversions, partial(_find, tokenizers), controls, sampler,
+        plain, choice, concepts, of_sets, canvas, textual_inversions, tokenizers, controls, sampler,
         reading, reference_factor(backbone, canvas.latent_grid, of_sets[0].token_masks.trigger.shape[1]),
     )  # fmt: skip
 
@@ -350,7 +351,7 @@ def _check_positions(call: Call, concepts: ConceptSet) -> None:
 def resolve_choice(
     host: Host,
     method: str | Settings | None,
-    concepts: Sequence[LoadedConcept],
+    concepts: Sequence[Described],
     prompts: Sequence[str] | None,
     concept_sets: Sequence[ConceptSet] | None = None,
 ) -> Choice:

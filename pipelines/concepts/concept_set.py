@@ -44,7 +44,7 @@ class LoadedConcept:
 
     @property
     def words(self) -> Words:
-        """What its file tells about its words, of several the first."""
+        """The words that the LoRA's file names; of several files those of the first."""
         return self.files[0].words if self.files else Words()
 
     @property
@@ -56,7 +56,7 @@ class LoadedConcept:
         return {name: replace(part, scale=part.scale * self.limits.get(name, 1.0)) for name, part in lora.items()}
 
     def handle(self, part: Part) -> Handle:
-        """Stands for its LoRA of one model, in a call; anyone may change an adapter before the next."""
+        """A key for its LoRA of one model, good for one call, since an adapter may be changed before the next."""
         blocks = self.concept.blocks or {}
         if not self.files:
             return PASSING, self.factors.handle
@@ -107,14 +107,14 @@ class ConceptSet:
     whole: "ConceptSet | None" = None
 
     def subset(self, columns: Sequence[int]) -> "ConceptSet":
-        """Some of the concepts, in this order."""
+        """A set of some of the concepts, in this order."""
         if list(columns) == list(range(len(self.loaded))):
             return self
         return ConceptSet(tuple(self.loaded[i] for i in columns), tuple(columns), self)
 
     @cached_property
     def concepts(self) -> tuple[Concept, ...]:
-        """The `Concept` of each."""
+        """The concepts without their factors."""
         return tuple(loaded.concept for loaded in self.loaded)
 
     @cached_property
@@ -125,7 +125,7 @@ class ConceptSet:
 
     @cached_property
     def weights(self) -> tuple[float, ...]:
-        """The weight of each; 1 with a schedule, which the denoiser multiplies into the gates in every step."""
+        """The weights of the concepts; 1 for a schedule, which the denoiser multiplies into the gates in every step."""
         every = [WeightSchedule.of(0.0 if c.weight is None else c.weight).constant for c in self.concepts]
         return tuple(1.0 if fixed is None else fixed for fixed in every)
 

@@ -44,7 +44,7 @@ class PreparedImagePrompts:
     latent_grid: Grid
 
     def acts(self, step: int, steps: int) -> bool:
-        """Whether they act in a step; they do in all."""
+        """True: image prompts act in every step."""
         return True
 
     @property

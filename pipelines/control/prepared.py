@@ -43,7 +43,7 @@ class View:
         return self.of_images(pixels)[..., rows, columns]
 
     def of_images(self, batch: Tensor) -> Tensor:
-        """The images of that part, of a batch with one entry per image, or a single one."""
+        """The entries of the view's images; a single entry is for all."""
         return batch if self.image is None or len(batch) == 1 else batch[self.image : self.image + 1]
 
 
@@ -64,7 +64,7 @@ class _Prepared:
     weights: Mapping[int, Tensor] | None
 
     def acts(self, step: int, steps: int) -> bool:
-        """Whether it acts in a step."""
+        """Whether the control acts in a step."""
         return self.control.acts(step, steps)
 
     def of_images(self, images: Sequence[int]) -> Self:
@@ -75,7 +75,7 @@ class _Prepared:
         return replace(self, hint=self.hint[images], weights=weights)
 
     def scale(self, level: int, view: View) -> Tensor | float:
-        """Its scale, by cell where regions have others. Shape: [images or 1, 1, height, width]."""
+        """The scale of the control, by cell where regions have others. Shape: [images or 1, 1, height, width]."""
         return self.control.scale if self.weights is None else view.of_cells(self.weights[level], level)
 
 

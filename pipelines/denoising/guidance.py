@@ -48,7 +48,7 @@ class Embedded:
     scale = 1.0
 
     def unguided(self, timesteps: Sequence[Tensor] | Tensor) -> Collection[int]:
-        """None: the scale is the same in all steps."""
+        """No timesteps: the scale is the same in all steps."""
         return ()
 
     def combine(self, prediction: Prediction, step: Step) -> Tensor:
@@ -63,7 +63,7 @@ class ClassifierFree:
     scale: float
 
     def unguided(self, timesteps: Sequence[Tensor] | Tensor) -> Collection[int]:
-        """None: the scale is the same in all steps."""
+        """No timesteps: the scale is the same in all steps."""
         return ()
 
     def combine(self, prediction: Prediction, step: Step) -> Tensor:

@@ -36,7 +36,7 @@ from lora_compose.pipelines.families.saved import README, how_to_open
 from lora_compose.pipelines.images.from_image import Source
 from lora_compose.pipelines.images.output import ComposeOutput
 from lora_compose.pipelines.images.task import OF_INPAINTING, ImageToImage, Inpainting, Task, TextToImage
-from lora_compose.pipelines.methods import Choice, Settings
+from lora_compose.pipelines.methods import Choice, Described, Settings
 from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.support.hub import asking
 from lora_compose.pipelines.support.notes import kept
@@ -265,7 +265,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         raise TypeError("open a model first: ComposePipeline.from_pretrained(...)")
 
     def resolve_choice(
-        self, method: str | Settings | None, concepts: Sequence[LoadedConcept], prompts: Sequence[str] | None
+        self, method: str | Settings | None, concepts: Sequence[Described], prompts: Sequence[str] | None
     ) -> Choice:
         """The method of a call, and why it is this one; None chooses and logs why (`choose_method`)."""
         return resolve_choice(self, method, concepts, prompts)
@@ -331,7 +331,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
     @property
     def _execution_device(self) -> torch.device:
-        """As in diffusers, which asks every module for hooks several times; without any it is that of the weights."""
+        """The device of the weights, or of the hooks that bring them; diffusers asks every module several times."""
         models = [uncompiled(model) for model in self.components.values() if isinstance(model, nn.Module)]
         if not any("_hf_hook" in model.__dict__ or hooked(modules_of(model).values()) for model in models):
             weights = (next(chain(model.parameters(), model.buffers()), None) for model in models)

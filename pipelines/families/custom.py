@@ -35,10 +35,10 @@ def _components() -> list[str]:
 def _joined_signature() -> inspect.Signature:
     """The parameters of all families. Components have no default, so that diffusers loads those that a model has."""
     components = _components()
-    found = {name: it for family in ComposePipeline.families for name, it in _parameters(family).items()}
+    parameters = {name: it for family in ComposePipeline.families for name, it in _parameters(family).items()}
     joined = [
         inspect.Parameter(name, it.KEYWORD_ONLY, default=it.empty if name in components else it.default)
-        for name, it in found.items()
+        for name, it in parameters.items()
     ]
     return inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *joined, _CONCEPTS])
 

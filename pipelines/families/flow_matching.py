@@ -275,8 +275,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.transformer
         first: Any = schedule.timesteps[:1]
         height, width = canvas.image_size
+        diffusers_own: Any = source.pipeline  # families prepare latents in their own ways
         with precision_kept(self.vae):
-            prepared = source.pipeline.prepare_latents(
+            prepared = diffusers_own.prepare_latents(
                 pixels.float(), timestep=first.repeat(canvas.images), batch_size=canvas.images, height=height,
                 width=width, dtype=encoder.dtype, device=canvas.device, generator=generator,
                 **{self.named_channels: self._latent_shape(canvas)[1]},

@@ -101,7 +101,7 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
             size = references[0].shape[-1], references[0].shape[-2]
         else:
             crop = None
-        own = [one.concept for one in resolve_sets(self, begun.composition.concepts, len(prompt))[0]]
+        own = [loaded.concept for loaded in resolve_sets(self, begun.composition.concepts, len(prompt))[0]]
         texts = [*prompt, *listed(negative_prompt), *(text for it in own for text in (it.prompt, it.negative_prompt))]
         length = min(given["max_sequence_length"], max(self._tokens(text or "") for text in texts))
 

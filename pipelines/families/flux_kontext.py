@@ -72,7 +72,7 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         return super()._plain_arguments(arguments, start)
 
     def sized(self, width: int, height: int) -> dict[str, Any]:
-        """As `ComposePipeline.sized`; diffusers takes the size as a shape, and the area apart."""
+        """As `ImageTasksPipeline.sized`; diffusers takes the size as a shape, and the area apart."""
         return {**super().sized(width, height), "max_area": width * height}
 
     def _of_area(self, width: int, height: int, area: int) -> tuple[int, int]:

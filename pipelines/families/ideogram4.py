@@ -112,8 +112,8 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         Raises:
             ValueError: If no concept has a box, one has a mask image, or the prompt says nothing about one.
         """
-        found = [loaded.concept for loaded in self.resolve_concepts(concepts)]
-        placed = [concept for concept in found if concept.region is not None]
+        known = [loaded.concept for loaded in self.resolve_concepts(concepts)]
+        placed = [concept for concept in known if concept.region is not None]
         if not placed:
             raise ValueError(
                 'there is no box to write into the prompt; give concepts a region, {"cat": (0, 0, 900, 900)}'
@@ -121,7 +121,7 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         if masks := [concept.name for concept in placed if isinstance(concept.region, str)]:
             raise ValueError(f"{masks[0]!r} has a mask image, and the model's prompts have boxes; give it a box")
         texts = {it.name: with_boxes(text_of(it, prompt, placed), [it], width, height) for it in placed}
-        named = [concept.model_copy(update={"prompt": texts.get(concept.name, concept.prompt)}) for concept in found]
+        named = [concept.model_copy(update={"prompt": texts.get(concept.name, concept.prompt)}) for concept in known]
         return with_boxes(prompt, placed, width, height), named
 
     def backbone_of(self, call: Call) -> Backbone:

@@ -29,7 +29,7 @@ from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.calls.refine import Origin
 from lora_compose.pipelines.control.spec import controls_of
 from lora_compose.pipelines.families.base import ComposePipeline
-from lora_compose.pipelines.images.from_image import FromImage, Source, check_steps, steps_left
+from lora_compose.pipelines.images.from_image import FromImage, Source, TaskPipeline, check_steps, steps_left
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ImageTask:
         resizes: Whether the image is resized to width and height; otherwise it keeps its own size.
     """
 
-    pipeline: Any
+    pipeline: type[TaskPipeline]
     resizes: bool
 
 
@@ -228,7 +228,7 @@ class ImageTasksPipeline(ComposePipeline):
         return size
 
     def _kept_size(self, given: FromImage, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        """Width and height of what is worked on where the image is not resized to those of the call, in pixels."""
+        """Width and height, in pixels, of the part that is worked on, in tasks that keep the size of the image."""
         return given.cells(self.vae_scale_factor if given.is_latents else self.cell)
 
     def _check_plain_start(self, given: FromImage, arguments: Mapping[str, Any]) -> None:
@@ -353,7 +353,7 @@ _OF_A_CALL = (
 """Attributes that diffusers' pipelines set in a call, and that callbacks and other threads change."""
 
 
-def _with_properties_of(host: Any, kind: Any) -> Any:
+def _with_properties_of(host: ImageTasksPipeline, kind: type[TaskPipeline]) -> Any:
     """A class of diffusers whose calls set, and read, the attributes of another pipeline."""
 
     def shared(name: str) -> property:

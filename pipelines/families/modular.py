@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any, ClassVar, Self
 
+from diffusers import DiffusionPipeline
 from diffusers.modular_pipelines import ModularPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
@@ -54,14 +55,14 @@ class ModularFamilyPipeline(TemplatePipeline):
         return cast(cls.of_modular(modular), quantize)
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
+    def from_pipe(cls, pipeline: DiffusionPipeline | ModularPipeline, **options: Any) -> Self:
         """The components in another pipeline of this class."""
         made, dtype = cls.of_modular(pipeline), options.pop("dtype", None)
         refuse_unknown([*options], cls.from_pipe)
         return made if dtype in (None, made.dtype) else made.to(dtype)
 
     @classmethod
-    def of_modular(cls, modular: Any) -> Self:
+    def of_modular(cls, modular: DiffusionPipeline | ModularPipeline) -> Self:
         """The components of a modular pipeline, in a composing one; raises ValueError if some are not loaded."""
         parts = {name: getattr(modular, name, None) for name in cls._parts()}
         if missing := [name for name, part in parts.items() if part is None]:
@@ -128,7 +129,7 @@ class ModularFamilyPipeline(TemplatePipeline):
 
     def _strength(self, given: float | None, inpaints: bool) -> float:
         self._task(inpaints)
-        (default,) = (one.default for one in self._blocks().inputs if one.name == "strength")
+        (default,) = (argument.default for argument in self._blocks().inputs if argument.name == "strength")
         return default if given is None else given
 
     def _check_composed_arguments(self, given: Mapping[str, Any], guidance_scale: float) -> None:
@@ -140,7 +141,7 @@ class ModularFamilyPipeline(TemplatePipeline):
         if given["max_sequence_length"] < 1:
             raise ValueError(f"max_sequence_length must be at least 1, not {given['max_sequence_length']}")
 
-    def _prepare_plain(self, pipe: Any) -> None:
+    def _prepare_plain(self, pipe: ModularPipeline) -> None:
         """Changes a modular pipeline for a call without concepts."""
 
 

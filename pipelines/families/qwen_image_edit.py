@@ -126,7 +126,9 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
                     "it, or raise max_sequence_length"
                 )
             each.append(padded(embeds, mask, tokens))
-        return torch.cat([text for text, _ in each]), {"text_mask": torch.cat([one["text_mask"] for _, one in each])}
+        return torch.cat([text for text, _ in each]), {
+            "text_mask": torch.cat([further["text_mask"] for _, further in each])
+        }
 
     def _template(self, length: int, shown: str = "") -> TemplateTokenizer:
         dropped = self.prompt_template_encode_start_idx

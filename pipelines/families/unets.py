@@ -227,7 +227,7 @@ class UNetPipeline(ImageTasksPipeline):
         return reading.encode(columns, encode, weighted, images_per_prompt)
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
-        """Prompts with weights become embeddings, others stay as they are."""
+        """The arguments of a call without concepts, in which prompts with weights are embeddings."""
         names = [name for name in TEXTS if isinstance(arguments.get(name), str | list)]  # others are for diffusers
         texts = {name: listed(arguments[name]) for name in names}
         check_no_tags([text for column in texts.values() for text in column])
@@ -293,9 +293,10 @@ class UNetPipeline(ImageTasksPipeline):
         dtype, device = encoder.dtype, canvas.device  # as diffusers' text
         first = schedule.timesteps[:1].repeat(canvas.images)  # pyright: ignore[reportAttributeAccessIssue]
         pixels = self._by_image(call, source.pixels)
+        diffusers_own: Any = source.pipeline  # families prepare latents in their own ways
         with precision_kept(self.vae):
             if source.mask is None:
-                latents = source.pipeline.prepare_latents(
+                latents = diffusers_own.prepare_latents(
                     pixels, timestep=first, batch_size=canvas.prompts, num_images_per_prompt=canvas.images_per_prompt,
                     dtype=dtype, device=device, generator=generator,
                 )  # fmt: skip
@@ -306,14 +307,14 @@ class UNetPipeline(ImageTasksPipeline):
                 "generator": generator,
             }  # fmt: skip
             inpaints = self.unet.config.in_channels == _FOR_INPAINTING
-            latents, noise, *image = source.pipeline.prepare_latents(
+            latents, noise, *image = diffusers_own.prepare_latents(
                 canvas.images, num_channels_latents=self.vae.config.latent_channels, latents=call.sampling.latents,
                 image=pixels.float(), timestep=first, is_strength_max=source.strength == 1, return_noise=True,
                 return_image_latents=not inpaints, **how,
             )  # fmt: skip
             # What is left of latents is not known, and only UNets made for inpainting read it.
             left = pixels if source.given.is_latents else pixels.float() * (white < 0.5)
-            mask, masked = source.pipeline.prepare_mask_latents(
+            mask, masked = diffusers_own.prepare_mask_latents(
                 white, masked_image=left, batch_size=canvas.images, do_classifier_free_guidance=False, **how
             )
         channels = {"channels": OnGrid(torch.cat([mask, masked], dim=1))} if inpaints else {}

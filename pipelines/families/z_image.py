@@ -98,7 +98,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         return _stacked(rows, _padded(length or 512)), {"lengths": torch.tensor([len(row) for row in rows])}
 
     def _check_negative_embeds(self, given: GivenPrompts, embeds: Any) -> None:
-        """Only their number, since rows have their own lengths."""
+        """Checks the number of negative embeddings alone, since each may have its own length."""
         if len(embeds) != len(given):
             raise ValueError(f"negative_prompt_embeds are for {len(embeds)} prompts, and there are {len(given)}")
 

@@ -28,24 +28,24 @@ class Change:
     lost: float = 0.0
 
 
-def inner(one: LoraFactors, other: LoraFactors) -> float:
+def inner(first: LoraFactors, second: LoraFactors) -> float:
     """The Frobenius inner product of two changes of one layer, without building either.
 
     tr((B1 A1)^T B2 A2) = sum((B1^T B2) * (A1 A2^T)).
     """
-    if one.left is not None or other.left is not None:
-        return _inner_of_products(one, other)
-    ups = one.up.flatten(1).double().T @ other.up.flatten(1).double()
-    downs = one.down.flatten(1).double() @ other.down.flatten(1).double().T
-    return float((ups * downs).sum()) * one.scale * other.scale
+    if first.left is not None or second.left is not None:
+        return _inner_of_products(first, second)
+    ups = first.up.flatten(1).double().T @ second.up.flatten(1).double()
+    downs = first.down.flatten(1).double() @ second.down.flatten(1).double().T
+    return float((ups * downs).sum()) * first.scale * second.scale
 
 
-def _inner_of_products(one: LoraFactors, other: LoraFactors) -> float:
+def _inner_of_products(first: LoraFactors, second: LoraFactors) -> float:
     """<K1 (x) D1, K2 (x) D2> = <K1, K2> <D1, D2>, of products of equal shapes."""
-    if one.left is None or other.left is None or one.left.shape != other.left.shape:
-        return float((one.delta().double() * other.delta().double()).sum())
-    return float((one.left.double() * other.left.double()).sum()) * inner(
-        replace(one, left=None), replace(other, left=None)
+    if first.left is None or second.left is None or first.left.shape != second.left.shape:
+        return float((first.delta().double() * second.delta().double()).sum())
+    return float((first.left.double() * second.left.double()).sum()) * inner(
+        replace(first, left=None), replace(second, left=None)
     )
 
 

@@ -48,7 +48,7 @@ class Key:
     """One key of a file, taken apart.
 
     Attributes:
-        part: The component of the pipeline whose layer is changed.
+        part: The component as the file's prefix says; "unet" is the denoiser of any model (`concepts.loading.assign`).
         module: The layer as the file spells it, with underscores for dots, without prefix.
         slot: What the tensor is, as its kind calls it: "down", "up", ...; or "alpha", "scalar".
         kind: The kind of LoRA that has such tensors; None for the numbers that scale any.

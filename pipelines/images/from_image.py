@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +164,21 @@ class FromImage:
         ]
 
 
+class TaskPipeline(Protocol):
+    """diffusers' pipeline for image-to-image or inpainting, as far as all families read it."""
+
+    vae_scale_factor: int
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        """How images are prepared."""
+        ...
+
+    def get_timesteps(self, num_inference_steps: int, strength: float, device: Any) -> tuple[Any, Any]:
+        """The timesteps that a strength leaves, and the number of steps."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """A start image prepared for a model.
@@ -180,7 +195,7 @@ class Source:
     """
 
     given: FromImage
-    pipeline: Any
+    pipeline: TaskPipeline
     strength: float
     rounds_up: bool
     pixels: Tensor
@@ -190,7 +205,7 @@ class Source:
 
     @classmethod
     def of(
-        cls, given: FromImage, pipeline: Any, strength: float, size: tuple[int, int], *, rounds_up: bool
+        cls, given: FromImage, pipeline: TaskPipeline, strength: float, size: tuple[int, int], *, rounds_up: bool
     ) -> "Source":
         """Prepares an image with diffusers' processors.
 
@@ -202,9 +217,10 @@ class Source:
             ValueError: If latents are for another size, or nothing would be painted.
         """
         scale, (width, height) = pipeline.vae_scale_factor, size
+        inpainting: Any = pipeline  # with a mask, it has a processor for masks as well
         crop, mode = None, "default"
         if given.padding_mask_crop is not None:
-            crop = pipeline.mask_processor.get_crop_region(
+            crop = inpainting.mask_processor.get_crop_region(
                 given.masks[0], width=width, height=height, pad=given.padding_mask_crop
             )
             mode = "fill"
@@ -213,7 +229,7 @@ class Source:
         rows, columns = (side * scale if given.is_latents else side for side in pixels.shape[-2:])
         if given.is_latents and (columns, rows) != size:
             raise ValueError(f"these latents are for {columns} x {rows} pixels, and the call for {width} x {height}")
-        mask = pipeline.mask_processor.preprocess(list(given.masks), **how) if given.inpaints else None
+        mask = inpainting.mask_processor.preprocess(list(given.masks), **how) if given.inpaints else None
         if mask is not None and not (mask > 0).any():
             raise ValueError(_PALE)
         return cls(given, pipeline, strength, rounds_up, pixels, mask, (columns, rows), crop)

@@ -114,5 +114,5 @@ class Inpainting(ImageToImage):
 
 
 def _of(rows: Tensor, images: Sequence[int]) -> Tensor:
-    """The rows of some images, or the only one, which is that of all."""
+    """Values of some images; a single value is for all."""
     return rows if len(rows) == 1 else rows[images]

@@ -64,9 +64,9 @@ def calibrate(
     """
     merge = merger.start(list(layers.values()))
     changed = {name: total for name, changes in layers.items() if (total := sum(change.rank for change in changes))}
-    found: dict[Name, Moments] = {}
+    latest: dict[Name, Moments] = {}
     for number in range(merger.rounds):
-        merged = {name: merge(layers[name], moments) for name, moments in found.items()}
+        merged = {name: merge(layers[name], moments) for name, moments in latest.items()}
         sums = {name: Moments.zeros(len(prompts), ranks) for name, ranks in changed.items()}
         for k, prompt in enumerate(prompts):
             with _measuring(pipe, layers, sums, k, merged):
@@ -76,8 +76,8 @@ def calibrate(
                 )  # fmt: skip
             if on_progress is not None:
                 on_progress((number * len(prompts) + k + 1) / (merger.rounds * len(prompts)))
-        found = sums if merged else {name: Moments.first(moments.alone) for name, moments in sums.items()}
-    return found
+        latest = sums if merged else {name: Moments.first(moments.alone) for name, moments in sums.items()}
+    return latest
 
 
 @contextmanager

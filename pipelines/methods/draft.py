@@ -233,7 +233,7 @@ def _by_segments(settings: Draft, session: Session, joint: Site) -> Restart:
             read = texts.of_image(image).read_in(
                 cells, joint, hides_padding=hides_padding, isolate=isolate, device=canvas.device
             )
-            of_image = {level: shares[image] for level, shares in by_level.items()}
+            of_image = {level: shares[image : image + 1] for level, shares in by_level.items()}
             spec = gated_pass(session, read, of_image, everywhere, image=image)
             processes.append(FixedPasses(session, [[(spec, 1.0)]]))
         return processes
@@ -345,8 +345,8 @@ def draft_only(pipe: Callable[..., Any], settings: Draft, **arguments: Any) -> D
         raise ValueError("a draft without its image is that of one prompt, given as text; call it for each")
     try:
         pipe(**arguments, method=_DraftOnly(settings))
-    except _Found as found:
-        return found.drafted
+    except _Found as ended:
+        return ended.drafted
     raise RuntimeError("the call has ended without a draft")
 
 

@@ -32,8 +32,8 @@ def gated_pass(
     """A pass in which LoRAs act under masks.
 
     Args:
-        masks: By level, the share of each concept in each cell, the same for all images or by image. Shape: [(images,)
-            cells, concepts].
+        masks: By level, the share of each concept in each cell, by image, or one for all. Shape: [images or 1, cells,
+            concepts].
         everywhere: True for concepts that act on the whole canvas.
         rows: Where LoRAs act under guidance.
         token_mask: The concepts that act on their own trigger only.
@@ -47,7 +47,7 @@ def gated_pass(
     masked = torch.tensor([_keeps_to_its_words(loaded, token_mask) for loaded in concepts.loaded], device=canvas.device)
     tokens = torch.where(named & masked, mask, torch.ones_like(mask)) * texts.own
     by_row = {
-        level: mask if mask.dim() == 2 else mask.repeat(text.rows // text.images, 1, 1) for level, mask in masks.items()
+        level: mask if len(mask) == 1 else mask.repeat(text.rows // text.images, 1, 1) for level, mask in masks.items()
     }
     constant = torch.tensor(everywhere).to(canvas.device, torch.float32)
     gates = Gates(
@@ -82,8 +82,7 @@ def with_region_norm(
     by_grid = {}
     for level, mask in masks.items():
         grid = grid_at(canvas.latent_grid, level)
-        on_grid = mask[..., here].transpose(-1, -2).unflatten(-1, grid)
-        by_grid[grid] = on_grid if on_grid.dim() == 4 else on_grid[None]
+        by_grid[grid] = mask[..., here].transpose(-1, -2).unflatten(-1, grid)
     early = replace(spec, norm_regions=NormRegions.of(by_grid))
     turns = [[(early, 1.0)], [(spec, 1.0)]]
     return FixedPasses(session, turns, first=part, text_for_callbacks=text_for_callbacks)

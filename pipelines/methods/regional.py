@@ -82,7 +82,7 @@ class Regional(Settings):
                 "regional needs to know where the concepts are: give at least one a region, for example "
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
-        masks = {level: region_masks(session, level) for level in canvas.levels}
+        masks = {level: region_masks(session, level)[None] for level in canvas.levels}
         everywhere = [concept.region is None for concept in concepts.concepts]
 
         def passes(texts: GatedText, image: int | None = None) -> FixedPasses:

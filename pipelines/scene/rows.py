@@ -24,9 +24,24 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """The roles of all rows of a pass, branch by branch, each with one row per image."""
+    """The roles of all rows of a pass, branch by branch, each with one row per image.
+
+    Branches may come in any order. The images of each are those of the latents, in their order.
+
+    Raises:
+        ValueError: For rows that lie in another way.
+    """
 
     each: tuple[Row, ...]
+
+    def __post_init__(self) -> None:
+        images = sorted({row.image for row in self.each})
+        expected = [Row(image, *branch) for branch in self.branches for image in images]
+        if list(self.each) != expected:
+            raise ValueError(
+                f"rows must lie branch by branch, each with the images {images} in this order, as in the latents; "
+                f"these are {', '.join(map(str, self.each))}"
+            )
 
     @classmethod
     def of(cls, images: int, unconds: int, branches: int = 1) -> "Rows":
@@ -68,7 +83,7 @@ class Rows:
         return slice(indices[0], indices[-1] + 1, None if step == 1 else step) if regular else indices
 
     def select(self, rows: Selection) -> "Rows":
-        """The roles of some rows."""
+        """The roles of some rows; of each branch it takes all images, the same ones, or none."""
         return Rows(self.each[rows] if isinstance(rows, slice) else tuple(self.each[row] for row in rows))
 
     def of_images(self, images: int) -> "Rows":

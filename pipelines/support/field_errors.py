@@ -18,7 +18,7 @@ class FieldError(ValueError):
 
 def field_messages(kind: type[BaseModel], error: ValidationError) -> list[str]:
     """A line for every wrong field: where, what was expected, what was found."""
-    return [f"{_place(found['loc'])}{_message(kind, found)}" for found in error.errors(include_url=False)]
+    return [f"{_place(problem['loc'])}{_message(kind, problem)}" for problem in error.errors(include_url=False)]
 
 
 def _place(location: tuple[int | str, ...]) -> str:
@@ -29,20 +29,20 @@ def _place(location: tuple[int | str, ...]) -> str:
     return f"{place}: " if place else ""
 
 
-def _message(kind: type[BaseModel], found: Any) -> str:
-    location, problem = found["loc"], found["type"]
+def _message(kind: type[BaseModel], error: Any) -> str:
+    location, problem = error["loc"], error["type"]
     if problem == "extra_forbidden":
         known = _fields(kind, location[:-1])
         return f"unknown field; fields are {', '.join(known)}{did_you_mean(str(location[-1]), known)}"
     if problem == "missing":
         return "is missing"
     if problem == "value_error":
-        return str(found["ctx"]["error"])
+        return str(error["ctx"]["error"])
     hint = (
-        "; put it in quotes" if problem == "string_type" and not isinstance(found["input"], dict | list | None) else ""
+        "; put it in quotes" if problem == "string_type" and not isinstance(error["input"], dict | list | None) else ""
     )
-    message = found["msg"].replace("Input should be", "expected").replace("String should", "expected text that should")
-    return f"{message[:1].lower()}{message[1:]}, found {shown_value(found['input'])}{hint}"
+    message = error["msg"].replace("Input should be", "expected").replace("String should", "expected text that should")
+    return f"{message[:1].lower()}{message[1:]}, found {shown_value(error['input'])}{hint}"
 
 
 def _fields(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -78,15 +78,15 @@ def _compare(repository: str, downloaded: set[Path]) -> None:
     wrong = []
     for path in sorted(downloaded):
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != path.name:
-            wrong.append((path, found))
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != path.name:
+            wrong.append((path, digest))
     for path, _ in wrong:
         path.unlink()
     if wrong:
-        path, found = wrong[0]
+        path, digest = wrong[0]
         raise HubError(
-            f"a file of {repository!r} arrived with other bytes than the model hub has: its SHA-256 is {found}, "
+            f"a file of {repository!r} arrived with other bytes than the model hub has: its SHA-256 is {digest}, "
             f"expected {path.name}. It was removed from the cache: try again, then without a proxy or mirror"
         )
 
@@ -101,29 +101,28 @@ def _meaning(repository: str, page: str, revision: str | None, error: BaseExcept
     chain: list[BaseException] = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
         chain.append(inner)
-    for one in chain:
-        if isinstance(one, GatedRepoError):
+    for link in chain:
+        if isinstance(link, GatedRepoError):
             return f"the repository {repository!r} is gated: accept its conditions on {page}, and {_LOG_IN}"
-        if isinstance(one, RepositoryNotFoundError):
+        if isinstance(link, RepositoryNotFoundError):
             return f"the model hub has no repository {repository!r}, or it is private: check the name, or {_LOG_IN}"
-        if isinstance(one, RevisionNotFoundError):
+        if isinstance(link, RevisionNotFoundError):
             return f"the repository {repository!r} has no revision {revision!r}: see its branches and tags on {page}"
-        if isinstance(one, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        if isinstance(link, LocalEntryNotFoundError | OfflineModeIsEnabled):
             return (
                 f"the cache has not all files of {repository!r}, and only the cache is read: connect to the network, "
                 "without HF_HUB_OFFLINE and local_files_only, and try again; what is there is not downloaded again"
             )
-        if isinstance(one, EntryNotFoundError):
-            return f"the repository {repository!r} lacks a file ({_first_line(one)}): see its files on {page}"
-        if isinstance(one, HfHubHTTPError):
-            return f"the model hub refused a request for {repository!r} ({_first_line(one)}): try again later"
-        if isinstance(one, OSError) and "no file named" in str(one):  # as diffusers says it
+        if isinstance(link, EntryNotFoundError):
+            return f"the repository {repository!r} lacks a file ({_first_line(link)}): see its files on {page}"
+        if isinstance(link, HfHubHTTPError):
+            return f"the model hub refused a request for {repository!r} ({_first_line(link)}): try again later"
+        if isinstance(link, OSError) and "no file named" in str(link):  # as diffusers says it
+            lacking = f"the repository {repository!r} lacks a file of the model ({_first_line(link)})"
+            return f"{lacking}: see its files on {page}"
+        if type(link).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "httpcore"):
             return (
-                f"the repository {repository!r} lacks a file of the model ({_first_line(one)}): see its files on {page}"
-            )
-        if type(one).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "httpcore"):
-            return (
-                f"the connection to the model hub broke while {repository!r} was downloaded ({_first_line(one)}): try "
+                f"the connection to the model hub broke while {repository!r} was downloaded ({_first_line(link)}): try "
                 "again; files that are complete stay in the cache and are not downloaded again"
             )
     return None

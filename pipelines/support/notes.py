@@ -18,10 +18,10 @@ _held: ContextVar[list[Callable[[], None]] | None] = ContextVar("warnings of a c
 @contextmanager
 def kept() -> Iterator[list[str]]:
     """Inside this block warnings of this thread are kept in a list, each once, and not logged."""
-    found: list[str] = []
-    token = _kept.set(found)
+    messages: list[str] = []
+    token = _kept.set(messages)
     try:
-        yield found
+        yield messages
     finally:
         _kept.reset(token)
 
@@ -35,8 +35,8 @@ def held() -> Iterator[None]:
         yield
     finally:
         _held.reset(token)
-    for one in waiting:
-        one()
+    for warns in waiting:
+        warns()
 
 
 def warn(message: str) -> None:
@@ -44,11 +44,11 @@ def warn(message: str) -> None:
     if (waiting := _held.get()) is not None:
         waiting.append(partial(warn, message))
         return
-    found = _kept.get()
-    if found is None:
+    messages = _kept.get()
+    if messages is None:
         logger.warning("%s", message)
-    elif message not in found:
-        found.append(message)
+    elif message not in messages:
+        messages.append(message)
 
 
 def warn_once(message: str) -> None:

@@ -18,12 +18,12 @@ _MEANT = {
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """The end of a message about an unknown name: "; did you mean 'clora'?", or nothing if none is similar."""
-    if meant := [one for one in _MEANT.get(name.lower(), ()) if one in known]:
+    if meant := [candidate for candidate in _MEANT.get(name.lower(), ()) if candidate in known]:
         return f"; did you mean {' or '.join(map(repr, meant))}?"
     # Letters of either case, since get_close_matches takes "CLoRA" and "clora" for different words.
-    by_lower = {one.lower(): one for one in list(known)[:_MOST_NAMES]}
-    begun = [one for one in by_lower if len(name) >= _LEAST_LETTERS and one.startswith(name.lower())]
-    near = [by_lower[found] for found in get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6) or begun[:2]]
+    by_lower = {candidate.lower(): candidate for candidate in list(known)[:_MOST_NAMES]}
+    begun = [candidate for candidate in by_lower if len(name) >= _LEAST_LETTERS and candidate.startswith(name.lower())]
+    near = [by_lower[alike] for alike in get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6) or begun[:2]]
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

@@ -35,8 +35,8 @@ def with_boxes(prompt: str, concepts: Sequence[Concept], width: int, height: int
     elements: list[dict[str, Any]] = caption[_PARTS][_ELEMENTS]
     for concept in concepts:
         box = {"bbox": _thousandths(concept.region, width, height)}
-        found = _element_of(concept, elements)
-        if found is None:
+        index = _element_of(concept, elements)
+        if index is None:
             description = concept.prompt or concept.phrase
             if not description:
                 raise ValueError(
@@ -44,8 +44,8 @@ def with_boxes(prompt: str, concepts: Sequence[Concept], width: int, height: int
                 )
             elements.append({"type": "obj", **box, "desc": description})
         else:
-            rest = {name: value for name, value in elements[found].items() if name not in ("type", "bbox")}
-            elements[found] = {"type": elements[found].get("type", "obj"), **box, **rest}
+            rest = {name: value for name, value in elements[index].items() if name not in ("type", "bbox")}
+            elements[index] = {"type": elements[index].get("type", "obj"), **box, **rest}
     return json.dumps(caption, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -57,8 +57,8 @@ def text_of(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
     """
     if concept.prompt is None and _is_json(prompt):
         elements = _caption(prompt)[_PARTS][_ELEMENTS]
-        found = _element_of(concept, elements)
-        return concept.phrase if found is None else elements[found]["desc"]
+        index = _element_of(concept, elements)
+        return concept.phrase if index is None else elements[index]["desc"]
     return about(concept, prompt, concepts)
 
 

@@ -12,9 +12,9 @@ from lora_compose.compose.page.form import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, 
 from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.picker import picker_part
-from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, Row, checking, discard
+from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, Row, discard, reading
 from lora_compose.compose.page.screen.uploads import remove, show_problems
-from lora_compose.compose.page.store import UPLOAD_LIMIT, Lora, is_on_hub, named, tile
+from lora_compose.compose.page.store import UPLOAD_LIMIT, ShownLora, is_on_hub, named, tile
 from lora_compose.compose.page.text import markdown, markup
 from lora_compose.pipelines.concepts.finding import find_file
 
@@ -71,7 +71,7 @@ def _card(session: PageSession, i: int, row: Row) -> None:
             st.error("This LoRA does not fit the open model.", icon=":material/error:")  # reason: at the button
 
 
-def _proposals(row: Row, lora: Lora) -> None:
+def _proposals(row: Row, lora: ShownLora) -> None:
     """Buttons with words of the file, for the first of trigger and class word that is empty."""
     for field, label, candidates in (
         ("trigger", "Trigger", lora.triggers),
@@ -158,19 +158,19 @@ def _picked(session: PageSession, sources: list[str]) -> None:
     _add_all(session, [(source, lambda source=source: _named(source)) for source in sources])
 
 
-def _upload(session: PageSession, file: UploadedFile) -> Lora:
-    with checking(FILE_PATIENCE):
+def _upload(session: PageSession, file: UploadedFile) -> ShownLora:
+    with reading(FILE_PATIENCE):
         return session.store.add_upload(file.name, file)
 
 
-def _named(source: str) -> Lora:
+def _named(source: str) -> ShownLora:
     if is_on_hub(source):
         find_file(source)  # the download, outside the lock
-    with checking(FILE_PATIENCE):
+    with reading(FILE_PATIENCE):
         return named(source)
 
 
-def _add_all(session: PageSession, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
+def _add_all(session: PageSession, wanted: list[tuple[str, Callable[[], ShownLora]]]) -> None:
     """Adds the usable LoRAs, and lists the errors of the others."""
     problems = []
     for name, read in wanted:
@@ -190,7 +190,7 @@ def _add_all(session: PageSession, wanted: list[tuple[str, Callable[[], Lora]]])
     session.uploads += 1
 
 
-def add_lora(session: PageSession, lora: Lora) -> str:
+def add_lora(session: PageSession, lora: ShownLora) -> str:
     """Adds a concept, or fills one that waits for its LoRA; returns a warning, if there is one."""
     waiting = [row for row in session.rows if row.lora is None]  # an image has named them
     alike = [row for row in waiting if _stem(row.wanted) == _stem(lora.shown)]

@@ -12,7 +12,7 @@ from lora_compose.compose.page.controls import changed, controls
 from lora_compose.compose.page.form import Form, example, read_seeds
 from lora_compose.compose.page.labels import label_of
 from lora_compose.compose.page.screen.state import PageSession, Row
-from lora_compose.compose.page.store import Lora
+from lora_compose.compose.page.store import ShownLora
 from lora_compose.compose.page.text import page_message
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.pipelines.methods import METHODS
@@ -63,7 +63,7 @@ def keep(session: PageSession) -> None:
             session.fields[str(name)] = st.session_state[name]
 
 
-def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> None:
+def fill(session: PageSession, form: Form, loras: Mapping[str, ShownLora | None]) -> None:
     """Writes a form into the fields, replacing their values; of missing LoRAs `loras` has None, by concept."""
     values: dict[str, Any] = {
         PROMPT: form.prompt,
@@ -101,7 +101,7 @@ def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> 
 def add(
     session: PageSession,
     concept: Concept,
-    lora: Lora | None,
+    lora: ShownLora | None,
     size: tuple[int, int],
     wanted: str = "",
     mask: str | None = None,

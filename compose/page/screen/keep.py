@@ -11,7 +11,7 @@ from lora_compose.compose.page.form import FACTORS, form_of, variations
 from lora_compose.compose.page.open_models import Busy, Choice
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.model import take_over
-from lora_compose.compose.page.screen.state import FILE_PATIENCE, MOST_WAITING, PageSession, checking
+from lora_compose.compose.page.screen.state import FILE_PATIENCE, MOST_WAITING, PageSession, reading
 from lora_compose.compose.page.screen.uploads import upload_field
 from lora_compose.compose.page.store import dropped, is_on_hub, located, located_references
 from lora_compose.compose.page.text import markdown
@@ -72,7 +72,7 @@ def restore(session: PageSession, record: Record) -> None:
     references = located_references(record, session.store.images, local=session.options.local)
     form = replace(form_of(run, session.model.size), references=references)
     device = run.device if run.device in devices() else None
-    with checking(FILE_PATIENCE):
+    with reading(FILE_PATIENCE):
         loras = located(record, session.store.uploads, session.options.loras, local=session.options.local)
     memory = session.model.choice.memory_for(run.model, device)
     is_open = take_over(session, Choice(run.model, run.dtype, _same_device(session, device), memory, run.quantize))

@@ -10,9 +10,9 @@ from lora_compose.compose.page.merging import Merged, merge_loras
 from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen.concepts import add_lora, is_full
 from lora_compose.compose.page.screen.picker import of_the_playground
-from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, checking
+from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, reading
 from lora_compose.compose.page.screen.uploads import show_problems
-from lora_compose.compose.page.store import Lora
+from lora_compose.compose.page.store import ShownLora
 from lora_compose.compose.page.text import markdown, page_message
 
 logger = logging.getLogger(__name__)
@@ -56,15 +56,15 @@ def _result(session: PageSession, merged: Merged) -> None:
                   on_click=_use, args=(session, lora))  # fmt: skip
 
 
-def _use(session: PageSession, lora: Lora) -> None:
+def _use(session: PageSession, lora: ShownLora) -> None:
     session.problems[_PLACE] = [trouble for trouble in [add_lora(session, lora)] if trouble]
 
 
-def _ready(session: PageSession) -> dict[str, Lora]:
+def _ready(session: PageSession) -> dict[str, ShownLora]:
     """The LoRAs that can be merged, by what they are called; of two with one name, the second has a number."""
     own = [row.lora for row in session.rows if row.lora is not None]
     every = {lora.source: lora for lora in (*of_the_playground(session), *session.store.uploads, *own)}
-    by_name: dict[str, Lora] = {}
+    by_name: dict[str, ShownLora] = {}
     for lora in every.values():
         words = f"{lora.trigger} {lora.class_word}".strip()
         name = f"{lora.shown} ({words})" if words else lora.shown
@@ -72,12 +72,12 @@ def _ready(session: PageSession) -> dict[str, Lora]:
     return by_name
 
 
-def _merge(session: PageSession, loras: list[Lora], names: list[str]) -> None:
+def _merge(session: PageSession, loras: list[ShownLora], names: list[str]) -> None:
     """Merges, or says why not; what was merged before is shown no longer."""
     method, weights = st.session_state[_METHOD], [float(st.session_state[_weight_key(name)]) for name in names]
     session.merged, session.problems[_PLACE] = None, []
     try:
-        with checking(FILE_PATIENCE), session.model.turn((), wait=False) as pipe:
+        with reading(FILE_PATIENCE), session.model.turn((), wait=False) as pipe:
             session.merged = merge_loras(session.store, pipe, list(zip(loras, weights, strict=True)), method)
     except Busy:
         session.problems[_PLACE] = ["The model is at work, or other files are being read. Try again later."]

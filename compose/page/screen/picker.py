@@ -7,7 +7,7 @@ import streamlit as st
 
 from lora_compose.compose.page.catalog import listed
 from lora_compose.compose.page.screen.state import PageSession
-from lora_compose.compose.page.store import Lora, in_folder, playground, tile
+from lora_compose.compose.page.store import ShownLora, in_folder, playground, tile
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.pipelines.concepts.loading import LoraError
@@ -42,13 +42,13 @@ def picker_part(session: PageSession, take: Callable[[PageSession, list[str]], N
         st.error(markdown(problem))
 
 
-def of_the_playground(session: PageSession) -> list[Lora]:
+def of_the_playground(session: PageSession) -> list[ShownLora]:
     """The LoRAs of the playground that is open; none with another model, which they do not fit."""
     model = session.model.choice.model
     return _read_once(model) if model in PLAYGROUNDS else []
 
 
-def _card(session: PageSession, lora: Lora, take: Callable[[PageSession, list[str]], None]) -> None:
+def _card(session: PageSession, lora: ShownLora, take: Callable[[PageSession, list[str]], None]) -> None:
     st.image(lora.thumbnail or tile(len(session.rows)), width=64, alt="What it was trained on")
     words = f"{lora.trigger} {lora.class_word}".strip() or "no trigger in the file"
     foreign = f" · for {lora.family}" if lora.family not in (None, session.model.family) else ""
@@ -76,7 +76,7 @@ def _folders(folder: Path) -> list[str]:
         return []
 
 
-def _in_folder(folder: Path) -> tuple[list[Lora], list[str]]:
+def _in_folder(folder: Path) -> tuple[list[ShownLora], list[str]]:
     """The LoRAs of a folder, and what is wrong with the folder or its files."""
     try:
         paths = in_folder(folder)
@@ -91,15 +91,15 @@ def _in_folder(folder: Path) -> tuple[list[Lora], list[str]]:
     return loras, problems
 
 
-def _text(lora: Lora) -> str:
+def _text(lora: ShownLora) -> str:
     return f"{lora.shown} {lora.trigger} {lora.class_word} {lora.family or ''}".lower()
 
 
 @st.cache_data(show_spinner=False, max_entries=2000)
-def _header_of(path: Path, changed: int) -> Lora:
+def _header_of(path: Path, changed: int) -> ShownLora:
     return listed(path)
 
 
 @st.cache_data(show_spinner=False)
-def _read_once(model: str) -> list[Lora]:
+def _read_once(model: str) -> list[ShownLora]:
     return playground(model)

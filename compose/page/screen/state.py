@@ -20,7 +20,7 @@ from lora_compose.compose.page.launch import Options
 from lora_compose.compose.page.merging import Merged
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
 from lora_compose.compose.page.scores import Judge, Likeness
-from lora_compose.compose.page.store import Lora, StartImage, Store
+from lora_compose.compose.page.store import ShownLora, StartImage, Store
 from lora_compose.compose.page.text import page_message
 from lora_compose.compose.page.work import Division, DraftJob, Job, Result
 from lora_compose.compose.playground.assets import lora_source
@@ -29,10 +29,9 @@ from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile, Run
 
 logger = logging.getLogger(__name__)
 
-# One at a time: checks listen to the log, whose level is shared, and reading a file may hold the interpreter lock for a
-# moment.
-_CHECKING = threading.Lock()
-_PATIENCE = 0.5  # seconds that a rerun waits for files and checks of other sessions
+# One at a time: a file may be large, and reading it may hold the interpreter lock for a moment.
+_READING = threading.Lock()
+_PATIENCE = 0.5  # seconds that a rerun waits for files of other sessions
 FILE_PATIENCE = 30.0
 """Seconds that a file waits for those of other sessions before it is read."""
 VIEW = "set.view"
@@ -65,7 +64,7 @@ class Row:
     """
 
     number: int
-    lora: Lora | None
+    lora: ShownLora | None
     wanted: str = ""
     mask: str | None = None
     alpha: float | None = None
@@ -130,7 +129,9 @@ class PageSession:
         """The image on the canvas."""
         return next((result for result in self.results if result.key == self.shown), None)
 
-    def new_row(self, lora: Lora | None, wanted: str = "", mask: str | None = None, alpha: float | None = None) -> Row:
+    def new_row(
+        self, lora: ShownLora | None, wanted: str = "", mask: str | None = None, alpha: float | None = None
+    ) -> Row:
         """Adds a concept."""
         self._numbers += 1
         self.rows.append(Row(self._numbers, lora, wanted, mask, alpha))
@@ -206,7 +207,7 @@ class PageSession:
         key = f"{form.choice} {run.model_dump_json()}"
         if key not in self._outlooks:
             try:
-                with checking(_PATIENCE), self.model.turn(run.scene.concepts, wait=False) as pipe:
+                with self.model.turn(run.scene.concepts, wait=False) as pipe:
                     self._outlooks[key] = check(run, pipe, known_costs=self.model.costs)
             except Busy:
                 return None
@@ -238,8 +239,8 @@ class PageSession:
 
 
 @contextmanager
-def checking(patience: float) -> Iterator[None]:
-    """One file or check at a time, for all sessions.
+def reading(patience: float) -> Iterator[None]:
+    """One file at a time, for all sessions.
 
     Args:
         patience: Seconds to wait for other sessions.
@@ -247,12 +248,12 @@ def checking(patience: float) -> Iterator[None]:
     Raises:
         Busy: If they take longer.
     """
-    if not _CHECKING.acquire(timeout=patience):
+    if not _READING.acquire(timeout=patience):
         raise Busy
     try:
         yield
     finally:
-        _CHECKING.release()
+        _READING.release()
 
 
 def discard(files: Iterable[Any]) -> None:
@@ -272,9 +273,9 @@ def _forget(session_id: str) -> None:
         server.media_file_mgr.remove_orphaned_files()
 
 
-def _fit(model: OpenModel, lora: Lora, alpha: float | None) -> tuple[str, str]:
+def _fit(model: OpenModel, lora: ShownLora, alpha: float | None) -> tuple[str, str]:
     concept = lora.concept("it").model_copy(update={"lora": lora_source(lora.source), "alpha": alpha})
-    with checking(_PATIENCE):
+    with reading(_PATIENCE):
         try:
             return model.read(concept).report, ""
         except (LoraError, OSError) as error:
@@ -284,7 +285,7 @@ def _fit(model: OpenModel, lora: Lora, alpha: float | None) -> tuple[str, str]:
             return "", f"{lora.shown} cannot be used ({type(error).__name__})."
 
 
-def _unfit(model: OpenModel, lora: Lora, error: Exception) -> str:
+def _unfit(model: OpenModel, lora: ShownLora, error: Exception) -> str:
     """Why a LoRA cannot be used, and what to do."""
     if lora.family is None or lora.family == model.family:
         return page_message(str(error), files={lora.source: lora.shown, Path(lora.source).name: lora.shown})

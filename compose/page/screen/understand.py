@@ -47,7 +47,9 @@ def understand_view(session: PageSession) -> None:
     concepts = result.run.scene.concepts
     if decides == "boxes":
         size = result.made.image.size
-        boxes = [in_pixels(one.region, *size) if isinstance(one.region, tuple) else None for one in concepts]
+        boxes = [
+            in_pixels(concept.region, *size) if isinstance(concept.region, tuple) else None for concept in concepts
+        ]
         right.image(outlined(result.made.image, boxes), width="stretch", alt="The boxes over the image")
     elif decides == "found areas" and attention is not None:
         right.image(masks(result.made.image, attention, step), width="stretch", alt="The areas over the image")

@@ -89,7 +89,7 @@ class Kind:
 
 
 def needed(shapes: Shapes, *slots: str) -> list[Sequence[int]]:
-    """Some shapes. Raises ValueError if one is missing."""
+    """The shapes of some tensors. Raises ValueError if one is missing."""
     if missing := [slot for slot in slots if slot not in shapes]:
         raise ValueError(f"it has {', '.join(sorted(shapes))}, but no {' or '.join(missing)}; the file is incomplete")
     return [shapes[slot] for slot in slots]

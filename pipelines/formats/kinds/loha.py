@@ -13,14 +13,14 @@ from lora_compose.pipelines.formats.kinds.tucker import tucker, tucker_sides
 
 
 def _sides(shapes: Shapes) -> tuple[int, int]:
-    one, other = _half_sides(shapes, 1), _half_sides(shapes, 2)
-    if one != other:
+    first, second = _half_sides(shapes, 1), _half_sides(shapes, 2)
+    if first != second:
         raise ValueError("the two halves of the LoHa have different shapes")
-    return one[0], math.prod(one[1:])
+    return first[0], math.prod(first[1:])
 
 
 def _half_sides(shapes: Shapes, number: int) -> tuple[int, ...]:
-    """Outputs, inputs and, with a core, the kernel."""
+    """The sides of one half: outputs, inputs and, with a core, the kernel."""
     up, down = needed(shapes, f"hada_w{number}_a", f"hada_w{number}_b")
     core = shapes.get(f"hada_t{number}")
     if len(up) != 2 or len(down) != 2 or (core is None and up[1] != down[0]):
@@ -32,7 +32,7 @@ def _half_sides(shapes: Shapes, number: int) -> tuple[int, ...]:
 
 
 def _half(tensors: Tensors, number: int) -> tuple[Tensor, Tensor]:
-    """Factors: [outputs, rank], [rank, inputs, ...]."""
+    """The factors of one half. Shapes: [outputs, rank] and [rank, inputs, ...]."""
     up, down = (tensors[f"hada_w{number}_{side}"].float() for side in "ab")
     core = tensors.get(f"hada_t{number}")
     return (up, down) if core is None else tucker(core.float(), up, down)
@@ -44,7 +44,7 @@ def _delta(tensors: Tensors) -> Tensor:
 
 
 def _factors(tensors: Tensors, max_rank: int, _products: bool) -> Change | None:
-    """The product of two changes of rank r is one of rank r * r: all pairs of columns, and all pairs of rows."""
+    """Factors of rank r * r, from all pairs of columns and of rows of the two halves; None if that rank is too high."""
     (up1, down1), (up2, down2) = _half(tensors, 1), _half(tensors, 2)
     kernel, rank = down1.shape[1:], up1.shape[1] * up2.shape[1]
     if rank > min(len(up1), math.prod(kernel)):

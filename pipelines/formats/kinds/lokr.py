@@ -21,7 +21,7 @@ def _sides(shapes: Shapes) -> tuple[int, int]:
 
 
 def _half_sides(shapes: Shapes, number: int) -> tuple[int, ...]:
-    """Outputs, inputs and perhaps the kernel."""
+    """The sides of one half: outputs, inputs and perhaps the kernel."""
     name = f"lokr_w{number}"
     whole, up, down = shapes.get(name), shapes.get(f"{name}_a"), shapes.get(f"{name}_b")
     core = shapes.get("lokr_t2") if number == 2 else None
@@ -40,9 +40,9 @@ def _half_sides(shapes: Shapes, number: int) -> tuple[int, ...]:
 
 
 def _halves(tensors: Tensors) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """The two as matrices: outputs, inputs x kernel; and inputs and kernel of the product."""
-    (one, inner), (other, outer) = _half(tensors, 1), _half(tensors, 2)
-    return one, other, (math.prod(inner) * outer[0], *outer[1:])
+    """Both halves as matrices, [outputs, inputs x kernel], and inputs and kernel of the product."""
+    (first, inner), (second, outer) = _half(tensors, 1), _half(tensors, 2)
+    return first, second, (math.prod(inner) * outer[0], *outer[1:])
 
 
 def _half(tensors: Tensors, number: int) -> tuple[Tensor, torch.Size]:
@@ -56,14 +56,15 @@ def _half(tensors: Tensors, number: int) -> tuple[Tensor, torch.Size]:
 
 
 def _delta(tensors: Tensors) -> Tensor:
-    one, other, inputs = _halves(tensors)
-    return torch.kron(one, other).view(-1, *inputs)
+    first, second, inputs = _halves(tensors)
+    return torch.kron(first, second).view(-1, *inputs)
 
 
 def _factors(tensors: Tensors, max_rank: int, products: bool) -> Change:
-    """Singular values of a Kronecker product are the products of those of its parts, and so are the vectors.
+    """Factors by the singular values of both halves.
 
-    The leading ones are products of leading ones.
+    Singular values of a Kronecker product are the products of those of its parts, and so are the vectors; the leading
+    ones are products of leading ones.
     """
     if products and (product := _product(tensors, max_rank)) is not None:
         return product
@@ -89,8 +90,8 @@ def _product(tensors: Tensors, max_rank: int) -> Change | None:
     left, _ = _half(tensors, 1)
     if "lokr_w2" in tensors:
         whole = matrix(tensors["lokr_w2"])
-        one = torch.eye(min(whole.shape))
-        up, down = (whole, one) if whole.shape[0] >= whole.shape[1] else (one, whole)
+        identity = torch.eye(min(whole.shape))
+        up, down = (whole, identity) if whole.shape[0] >= whole.shape[1] else (identity, whole)
     else:
         up, down = tensors["lokr_w2_a"].float(), tensors["lokr_w2_b"].float()
     if min(left.shape) * len(down) <= max_rank:

@@ -55,8 +55,8 @@ def _of_outputs(tensors: Tensors, settings: Mapping[str, Any]) -> Rotation:
     norm = float(skew.norm())
     if 0 < bound < norm:
         skew = skew * (bound / norm)
-    one = torch.eye(blocks.shape[-1])
-    turned = torch.linalg.solve(one + skew, one - skew)
+    identity = torch.eye(blocks.shape[-1])
+    turned = torch.linalg.solve(identity + skew, identity - skew)
     if (factors := tensors.get("oft_rescale")) is not None:
         turned = factors.float().view(len(blocks), -1, 1) * turned
     check_finite(turned)
@@ -88,11 +88,11 @@ def _of_inputs(tensors: Tensors, settings: Mapping[str, Any]) -> Rotation:
     above = torch.triu_indices(size, size, 1)
     skew = torch.zeros(len(vectors), size, size)
     skew[:, above[0], above[1]] = vectors
-    skew, one = skew - skew.mT, torch.eye(size)
+    skew, identity = skew - skew.mT, torch.eye(size)
     if settings.get("use_cayley_neumann", True):
         turned = _series(skew, settings.get("num_cayley_neumann_terms", _TERMS)).mT
     else:
-        turned = torch.linalg.solve(one - skew, one + skew)
+        turned = torch.linalg.solve(identity - skew, identity + skew)
     check_finite(turned)
     return Rotation(turned.contiguous(), by_input=True, shared=bool(settings.get("block_share")))
 

@@ -26,9 +26,19 @@ def test_rows_at_equal_distances_are_a_slice_and_others_indices():
     rows = Rows.of(2, 2, 2)
     assert (rows.unconditional, rows.conditional) == (slice(0, 4), slice(4, 8))
     assert rows.where(lambda row: row.image == 1) == slice(1, 8, 2)
-    mixed = rows.select([4, 0, 1, 5, 6])
-    assert (mixed.conditional, mixed.unconditional) == ([0, 3, 4], slice(1, 3))
+    assert rows.where(lambda row: row.branch == 0) == [0, 1, 4, 5]
+    assert rows.select([4, 5, 0, 1, 6, 7]).unconditional == slice(2, 4)
     assert rows.select(rows.conditional).unconditional == slice(0, 0)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [[1, 0, 2, 3], [0, 1, 3, 2], [1, 0, 3, 2], [0, 2, 1, 3], [0, 1, 2], [0, 1, 2, 3, 3], [0, 1, 0, 1]],
+    ids=["other images", "other images behind", "not as the latents", "by image", "lacking", "twice", "branch twice"],
+)
+def test_rows_in_which_images_would_be_guided_by_others_are_refused(order):
+    with pytest.raises(ValueError, match=r"branch by branch, each with the images \[0, 1\] in this order"):
+        FORWARD.select(order)
 
 
 def test_guidance_is_the_same_in_any_order_of_the_rows():
