@@ -19,7 +19,7 @@ from typing import TypeVar
 from lora_compose.compose.batch.jobs import Job
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.reading import FileError
-from lora_compose.compose.files.stored import read, write, write_text
+from lora_compose.compose.files.stored import changed, read, write, write_text
 from lora_compose.compose.support.frozen import Frozen
 from lora_compose.pipelines.support.regular import sha256_of
 
@@ -152,7 +152,8 @@ class Folder:
         write(self.checked_file(job), Checked(key=job.scene_key, error=error, method=method, reason=reason))
 
     def keep_failure(self, job: Job, error: str) -> None:
-        """Stores why a job failed."""
+        """Stores why a job failed, and logs it."""
+        logger.error("%s: %s", job.entry.source, error)
         write(self.failed_file(job), Failed(key=job.key, error=error))
 
     def keep(self, job: Job, images: Mapping[int, bytes]) -> None:
@@ -175,14 +176,6 @@ class Folder:
         ]  # fmt: skip
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return path
-
-
-def changed(path: Path) -> int | None:
-    """When a file was last written, in nanoseconds; None if it is not there."""
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
 
 
 def _read(path: Path, kind: type[_Stored]) -> _Stored | None:

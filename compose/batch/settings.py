@@ -95,6 +95,11 @@ class BatchSettings(Frozen):
     device: str | None = None
     save_memory: Savers = ()
 
+    @property
+    def bare_run(self) -> Run:
+        """A run that opens the model; its scene has nothing in it."""
+        return self.run(Scene(prompt="-"))
+
     def run(self, scene: Scene) -> Run:
         """The run of a scene."""
         return Run(scene=scene, **shared(Run.model_fields.keys() - {"scene", "seed"}, self))

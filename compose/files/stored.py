@@ -36,3 +36,11 @@ def read(path: Path, kind: type[_Stored]) -> _Stored | None:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
         raise FileError(f"{path} is damaged") from error
+
+
+def changed(path: Path) -> int | None:
+    """When a file was last written, in nanoseconds; None if it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
