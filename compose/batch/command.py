@@ -41,7 +41,7 @@ def make_all(
     """
     settings = with_defaults(settings)
     if local_rank():  # a launcher has started several; only the first one prints
-        join(batch, settings, out, replace=replace)
+        run_batch(batch.entries, settings, out, replace=replace)
         return 0
     jobs, missing = make_jobs(batch.entries, settings)
     bad = [*batch.bad, *missing]
@@ -70,11 +70,6 @@ def make_all(
             cluster = None if ray is None else Cluster(ray, processes)
             run_batch(entries, settings, out, on_progress, replace=replace, cluster=cluster)
     return _show_results(folder, results_of(folder, jobs, bad))
-
-
-def join(batch: Found, settings: BatchSettings, out: Path, *, replace: bool) -> None:
-    """Takes part in a batch without printing: what `--processes 2` starts twice."""
-    run_batch(batch.entries, settings, out, replace=replace)
 
 
 def _summary(jobs: Sequence[Job], left: Sequence[Job], out: Path) -> str:

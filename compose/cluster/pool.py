@@ -92,12 +92,9 @@ class Pool(Workers):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Ends the workers and removes their files; those of dead nodes when a worker is next on their machine."""
-        workers = [*self._placing.values(), *self._opening.values(), *self._idle]
-        for worker in [*workers, *(worker for worker, *_ in self._busy.values())]:
+        busy = (worker for worker, *_ in self._busy.values())
+        for worker in [*self._placing.values(), *self._opening.values(), *self._idle, *busy]:
             ray.kill(worker)
 
         remote: Any = ray.remote(num_cpus=0, max_retries=0)(remove)
@@ -179,10 +176,10 @@ class Pool(Workers):
                 echo("warning: a worker has died; another does its work", style="yellow", to=err)
                 self._again.appendleft((call, deaths + 1))
             else:
-                yield Ended(call.name, [Failure(f"{TRIES} workers have died of it: {error_text(wrong)}")])
+                yield call.name, [Failure(f"{TRIES} workers have died of it: {error_text(wrong)}")]
             return
         self._idle.append(worker)
-        yield Ended(call.name, results)
+        yield call.name, results
 
     def _replace_unopened(self, worker: Any, error: RayError) -> None:
         """Replaces a worker that has died before it was open, unless that has happened too often."""

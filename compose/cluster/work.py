@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from lora_compose.compose.cluster.packing import THIS_MACHINE, Node
 from lora_compose.compose.files.claims import Claim, Claims
@@ -42,9 +42,13 @@ class Piece(Protocol):
         """Stores why its call has no further results."""
 
 
+Ended = tuple[str, Iterable[Any]]
+"""A call that has ended, by its name, and its results, of which the last is a `Failure` if it has failed."""
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Why a call has failed: the last of its results."""
+    """Why a call has failed."""
 
     error: str
 
@@ -57,13 +61,6 @@ class Call:
     function: Function
     arguments: tuple
     on_progress: Callable[[float], None] | None = None
-
-
-class Ended(NamedTuple):
-    """A call that has ended: its results, of which the last is a `Failure` if it has failed."""
-
-    name: str
-    results: Iterable[Any]
 
 
 @dataclass
@@ -178,7 +175,7 @@ class ThisProcess(Workers):
             return
         call, self._call = self._call, None
         function = partial(call.function, on_progress=call.on_progress) if call.on_progress else call.function
-        yield Ended(call.name, attempt(function, self._opened, *call.arguments))
+        yield call.name, attempt(function, self._opened, *call.arguments)
 
 
 def attempt(function: Function, *arguments: Any) -> Iterator[Any]:

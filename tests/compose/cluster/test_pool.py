@@ -59,12 +59,12 @@ def test_workers_that_cannot_open_anything_end_the_run() -> None:
 
     with one_node():
         with Pool(fails, "cpu", 1, 2) as pool, pytest.raises(ValueError, match="there is nothing in lora-compose"):
-            list(pool.map(print, {"a": ()}))
+            list(pool.map(list, {"a": ()}))
         with (
             Pool(dies, "cpu", 1, 1) as pool,
             pytest.raises(OSError, match="3 workers have died before"),
         ):
-            list(pool.map(print, {"a": ()}))
+            list(pool.map(list, {"a": ()}))
 
 
 def test_each_gpu_has_a_worker_that_sees_it_alone() -> None:
