@@ -71,7 +71,7 @@ def scores(concepts: tuple[str, ...], seen: Seen) -> ImageScores:
 def success(similarity: np.ndarray, thresholds: np.ndarray) -> bool:
     """Whether every concept of an image is present, from its similarity matrix."""
     others = np.where(np.eye(len(similarity), dtype=bool), -np.inf, similarity).max(axis=1)
-    found = ~np.isnan(similarity).any(axis=1)
+    found = np.asarray(~np.isnan(similarity).any(axis=1))
     return bool(present(found, np.diagonal(similarity), others, thresholds).all())
 
 

@@ -5,23 +5,21 @@ claims one call after the other. First all scenes are checked with the model, th
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from lora_compose.compose.batch.entries import Entry, InvalidEntry
 from lora_compose.compose.batch.jobs import Job, make_jobs
-from lora_compose.compose.batch.results import NO_CHOICE, ChosenMethod, Folder, Result
+from lora_compose.compose.batch.pieces import Check, Images
+from lora_compose.compose.batch.results import NO_CHOICE, Folder, Result
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.batch.worker import Worker
 from lora_compose.compose.cluster.opening import Cluster, workers
-from lora_compose.compose.cluster.packing import Packer, Parcel, named_as
+from lora_compose.compose.cluster.packing import Packer, Parcel
 from lora_compose.compose.cluster.work import OnProgress, Opening, Progress, Workers
 from lora_compose.compose.files.claims import PATIENCE, Claims
-from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.files.stored import changed
 from lora_compose.compose.generate.defaults import complete
-from lora_compose.compose.generate.making import Made
 from lora_compose.pipelines.scene.scene import Run, Scene
 
 
@@ -110,51 +108,8 @@ def _make_all(opened: Workers, folder: Folder, jobs: Sequence[Job], claims: Clai
     unchecked = folder.unchecked(jobs)
     if unchecked:
         progress.report(progress.done, f"checking {len(unchecked)} scenes")
-    checks = {f"~{job.entry.name}": _Check(folder, job, changed(folder.checked_file(job))) for job in unchecked}
+    checks = {f"~{job.entry.name}": Check(folder, job, changed(folder.checked_file(job))) for job in unchecked}
     opened.work(Worker.check, claims, checks)
     progress.report(progress.done, f"composing into {folder.path}")
-    images = {job.name: _Images(folder, job, changed(folder.failed_file(job))) for job in jobs}
+    images = {job.name: Images(folder, job, changed(folder.failed_file(job))) for job in jobs}
     opened.work(Worker.make, claims, images, progress)
-
-
-@dataclass(frozen=True)
-class _Check:
-    """The check of a scene; `before` is when it was last checked, None if it was not."""
-
-    folder: Folder
-    job: Job
-    before: int | None
-
-    def arguments(self) -> tuple[Job] | None:
-        """The job; None if another process has just checked the scene."""
-        return (self.job,) if changed(self.folder.checked_file(self.job)) == self.before else None
-
-    def keep(self, result: ChosenMethod) -> None:
-        """Stores the method."""
-        self.folder.keep_check(self.job, None, result)
-
-    def keep_failure(self, error: str) -> None:
-        """Stores why the scene cannot be made."""
-        self.folder.keep_check(self.job, error)
-
-
-@dataclass(frozen=True)
-class _Images:
-    """The images of a job; `failed` is when it last failed before, None if it did not."""
-
-    folder: Folder
-    job: Job
-    failed: int | None
-
-    def arguments(self) -> tuple[Job] | None:
-        """The job, if it is pending."""
-        return (self.job,) if self.folder.is_pending(self.job, self.failed) else None
-
-    def keep(self, result: Sequence[Made]) -> None:
-        """Stores the images; their records name files as on this machine."""
-        named = (named_as(image, self.job.run) for image in result)
-        self.folder.keep(self.job, {it.record.run.seed: png_bytes(it.image, it.record) for it in named})
-
-    def keep_failure(self, error: str) -> None:
-        """Stores why the job failed."""
-        self.folder.keep_failure(self.job, error)

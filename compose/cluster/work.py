@@ -123,6 +123,7 @@ class Workers(ABC):
             ValueError: As `map`.
             OSError: As `map`, or if claims or results cannot be written.
         """
+        on_progress, count = (None, lambda: None) if progress is None else (progress.share, progress.count)
         fresh, taken = deque(pieces), list[str]()
         held: dict[str, tuple[ExitStack, Claim]] = {}
         with ExitStack() as stacks:
@@ -136,17 +137,16 @@ class Workers(ABC):
                             taken.append(name)
                         elif (arguments := pieces[name].arguments()) is not None:
                             held[name] = stack.pop_all(), claim
-                            self.begin(Call(name, function, arguments, progress and progress.share))
-                        elif progress is not None:
-                            progress.count()
+                            self.begin(Call(name, function, arguments, on_progress))
+                        else:
+                            count()
                 if not fresh:
                     fresh, taken = deque(taken), []
                 for name, results in self.ended() if fresh or held else ():
                     stack, claim = held.pop(name)
                     with stack:
                         keep(name, pieces[name], results, claim)
-                    if progress is not None:
-                        progress.count()
+                    count()
 
 
 class ThisProcess(Workers):

@@ -133,12 +133,12 @@ def coarse_windows(size: tuple[int, int]) -> list[Box]:
     return windows
 
 
-def _around(boxes: Sequence[Box], shares: Tensor, size: tuple[int, int], best: int = 2) -> list[Box]:
-    """Windows near the best ones: moved by a sixteenth of the image, or a little larger or smaller."""
+def _around(boxes: Sequence[Box], shares: Tensor, size: tuple[int, int]) -> list[Box]:
+    """Windows near the two best ones: moved by a sixteenth of the image, or a little larger or smaller."""
     width, height = size
     step = max(1, min(width, height) // 16)
     windows = []
-    for i in shares.argsort(descending=True)[:best].tolist():
+    for i in shares.argsort(descending=True)[:2].tolist():
         left, top, right, bottom = boxes[i]
         for x, y, grow in ((step, 0, 0), (-step, 0, 0), (0, step, 0), (0, -step, 0), (0, 0, step), (0, 0, -step)):
             half = grow // 2

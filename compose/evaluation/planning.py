@@ -136,7 +136,10 @@ class Todo:
     def arguments(self) -> tuple[Batch, Sequence[Image.Image]] | None:
         """The batch, with its images if they are there; None if nothing is left to do."""
         kept = self._left()
-        return None if kept is None else (self.batch, self._images() if kept.made else ())
+        if kept is None:
+            return None
+        seeds = self.batch.seeds if kept.made else ()
+        return self.batch, [read_pixels(image_path(self.out, self.planned.key, seed)) for seed in seeds]
 
     def keep(self, result: Images | Scores) -> None:
         """Stores images or scores; records of images name files as on this machine.
@@ -172,9 +175,6 @@ class Todo:
             return None  # another process has just made it
         kept = self._look()
         return None if kept.made and kept.scored else kept
-
-    def _images(self) -> list[Image.Image]:
-        return [read_pixels(image_path(self.out, self.planned.key, seed)) for seed in self.batch.seeds]
 
     def _look(self) -> Kept:
         record, scores, damage = None, None, []

@@ -73,7 +73,7 @@ def test_what_others_have_claimed_comes_last(tmp_path: Path, monkeypatch: pytest
     folder, others, opened = tmp_path / "claims", ExitStack(), list[float]()
     assert others.enter_context(Claims(folder).claim("1")) is not None
     monkeypatch.setattr(work.time, "sleep", lambda seconds: others.close())  # then the other process ends
-    ThisProcess(lambda node: opened).work(double, Claims(folder), pieces(tmp_path, 1, 2, 3), Progress(id, 0))
+    ThisProcess(lambda node: opened).work(double, Claims(folder), pieces(tmp_path, 1, 2, 3), Progress([].append, 0))
     assert opened == [2, 3, 1]
 
 
@@ -83,7 +83,7 @@ def test_an_error_of_what_is_opened_or_kept_ends_the_work_and_the_claims(tmp_pat
     for opening, wanted, error in ((dict[str, int]().pop, pieces(tmp_path, 2), KeyError), (list, cannot, OSError)):
         with pytest.raises(error):
             ThisProcess(lambda node, opening=opening: opening("a")).work(
-                double, Claims(tmp_path / "claims"), wanted, Progress(id, 0)
+                double, Claims(tmp_path / "claims"), wanted, Progress([].append, 0)
             )
         assert not list((tmp_path / "claims").iterdir())
 
