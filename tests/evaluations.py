@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from lora_compose.compose.evaluation.batches import Batch, batches
+from lora_compose.compose.evaluation.metrics import present
 from lora_compose.compose.evaluation.results import (
     FAILED,
     MADE,
@@ -64,6 +66,13 @@ def suite(scenes: Mapping[str, tuple[str, ...]] | Sequence[Any] | None = None, *
 def scores(concepts: tuple[str, ...], seen: Seen) -> ImageScores:
     """What was measured on an image of concepts."""
     return ImageScores(clip_t=25.0, extra=0, concepts={name: _score(concepts, name, seen[name]) for name in concepts})
+
+
+def success(similarity: np.ndarray, thresholds: np.ndarray) -> bool:
+    """Whether every concept of an image is present, from its similarity matrix."""
+    others = np.where(np.eye(len(similarity), dtype=bool), -np.inf, similarity).max(axis=1)
+    found = np.asarray(~np.isnan(similarity).any(axis=1))
+    return bool(present(found, np.diagonal(similarity), others, thresholds).all())
 
 
 def _score(concepts: tuple[str, ...], name: str, found: Found) -> ConceptScore:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from lora_compose.compose.batch.entries import Entry, Found
 from lora_compose.compose.batch.jobs import Job, make_jobs
-from lora_compose.compose.batch.results import Folder, Result, changed
+from lora_compose.compose.batch.results import Folder, Result
 from lora_compose.compose.batch.runner import check_names, results_of, run_batch, with_defaults
 from lora_compose.compose.batch.settings import BatchSettings
+from lora_compose.compose.cluster.opening import Cluster
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.files.paths import moved_weights, to_record
-from lora_compose.compose.files.stored import write_text
+from lora_compose.compose.files.stored import changed, write_text
 from lora_compose.compose.generate.processes import default_number, launch, local_rank
 from lora_compose.compose.support.terminal import BAD_INPUT, FAILED, bar, echo, err
 
@@ -40,7 +41,7 @@ def make_all(
     """
     settings = with_defaults(settings)
     if local_rank():  # a launcher has started several; only the first one prints
-        join(batch, settings, out, replace=replace)
+        run_batch(batch.entries, settings, out, replace=replace)
         return 0
     jobs, missing = make_jobs(batch.entries, settings)
     bad = [*batch.bad, *missing]
@@ -59,24 +60,16 @@ def make_all(
 
     with bar(f"composing into {out}", len(jobs)) as on_progress:
         number = processes or default_number(1, settings.device)
-        if ray is not None:
-            from lora_compose.compose.batch.on_ray import run_on_ray
-
-            run_on_ray(entries, settings, out, ray, on_progress, replace=replace, workers=processes)
-        elif number > 1 and left:
+        if ray is None and number > 1 and left:
             write_plan(folder.plan, entries, settings)
             arguments = ["batch", str(folder.plan), "--out", str(out), "--join", *(["--replace"] if replace else [])]
             code = launch(arguments, number, settings.threads or 1, lambda: on_progress(done()))
             if code and done() < len(jobs):
                 return code
         else:
-            run_batch(entries, settings, out, on_progress, replace=replace)
+            cluster = None if ray is None else Cluster(ray, processes)
+            run_batch(entries, settings, out, on_progress, replace=replace, cluster=cluster)
     return _show_results(folder, results_of(folder, jobs, bad))
-
-
-def join(batch: Found, settings: BatchSettings, out: Path, *, replace: bool) -> None:
-    """Takes part in a batch without printing: what `--processes 2` starts twice."""
-    run_batch(batch.entries, settings, out, replace=replace)
 
 
 def _summary(jobs: Sequence[Job], left: Sequence[Job], out: Path) -> str:

@@ -8,22 +8,16 @@ state/failed/NAME-SEED.json    the error of a call
 state/plan.json                the scenes with absolute paths, as a batch file
 """
 
-import hashlib
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from lora_compose.compose.batch.jobs import Job
-from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.reading import FileError
-from lora_compose.compose.files.stored import read, write, write_text
+from lora_compose.compose.files.stored import holds, read, write_text
 from lora_compose.compose.support.frozen import Frozen
-from lora_compose.pipelines.support.regular import sha256_of
-
-logger = logging.getLogger(__name__)
 
 STATE = "state"
 CLAIMS = "claims"
@@ -125,17 +119,8 @@ class Folder:
         """Whether all images of a job are there, as they were written."""
         record = _read(self.made_file(job), Made)
         return record is not None and record.key == job.key and all(
-            _sha256(self.image(job, seed)) == record.sha256.get(seed) for seed in job.seeds
+            holds(self.image(job, seed), record.sha256.get(seed)) for seed in job.seeds
         )  # fmt: skip
-
-    def is_pending(self, job: Job, failed: int | None) -> bool:
-        """Whether a job is pending: its scene is valid, its images are missing, and no new attempt has failed.
-
-        `failed` is when the failure that is already known was stored (`changed`); None if there is none.
-        """
-        checked = self.checked(job)
-        valid = checked is not None and checked.error is None
-        return valid and changed(self.failed_file(job)) == failed and not self.has(job)
 
     def foreign(self, job: Job) -> Path | None:
         """An image with a job's name that was made in another way, or None."""
@@ -143,25 +128,6 @@ class Folder:
         if record is not None and record.key == job.key:
             return None
         return next((path for seed in job.seeds if (path := self.image(job, seed)).exists()), None)
-
-    def keep_check(self, job: Job, error: str | None, choice: ChosenMethod = NO_CHOICE) -> None:
-        """Stores the check of a job's scene, and logs its error."""
-        if error is not None:
-            logger.error("%s: %s", job.entry.source, error)
-        method, reason = choice
-        write(self.checked_file(job), Checked(key=job.scene_key, error=error, method=method, reason=reason))
-
-    def keep_failure(self, job: Job, error: str) -> None:
-        """Stores why a job failed."""
-        write(self.failed_file(job), Failed(key=job.key, error=error))
-
-    def keep(self, job: Job, images: Mapping[int, bytes]) -> None:
-        """Stores the images of a job; the record comes first, so that images of a killed process are recognised."""
-        sha256 = {seed: hashlib.sha256(data).hexdigest() for seed, data in images.items()}
-        write(self.made_file(job), Made(key=job.key, sha256=sha256))
-        for seed, data in images.items():
-            write_whole(self.image(job, seed), data)
-        self.failed_file(job).unlink(missing_ok=True)
 
     def write_index(self, results: Sequence[Result]) -> Path:
         """Writes the list of all images, a JSON object in each line."""
@@ -177,24 +143,9 @@ class Folder:
         return path
 
 
-def changed(path: Path) -> int | None:
-    """When a file was last written, in nanoseconds; None if it is not there."""
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
-
-
 def _read(path: Path, kind: type[_Stored]) -> _Stored | None:
     """The content of a file; None if it is damaged, so that its work is repeated."""
     try:
         return read(path, kind)
     except FileError:
-        return None
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        return sha256_of(path)
-    except OSError:
         return None

@@ -4,28 +4,23 @@ Any number of processes on any number of machines that share the folder work at 
 claims one call after the other. First all scenes are checked with the model, then images are made.
 """
 
-import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from lora_compose.compose.batch.entries import Entry, InvalidEntry
 from lora_compose.compose.batch.jobs import Job, make_jobs
-from lora_compose.compose.batch.results import NO_CHOICE, Folder, Result, changed
+from lora_compose.compose.batch.pieces import Check, Images
+from lora_compose.compose.batch.results import NO_CHOICE, Folder, Result
 from lora_compose.compose.batch.settings import BatchSettings
-from lora_compose.compose.batch.worker import Worker, encoded
-from lora_compose.compose.files.claims import Claim, Claims
+from lora_compose.compose.batch.worker import Worker
+from lora_compose.compose.cluster.opening import Cluster, workers
+from lora_compose.compose.cluster.packing import Packer, Parcel
+from lora_compose.compose.cluster.work import OnProgress, Opening, Progress, Workers
+from lora_compose.compose.files.claims import PATIENCE, Claims
+from lora_compose.compose.files.stored import changed
 from lora_compose.compose.generate.defaults import complete
-from lora_compose.compose.generate.processes import own_device
-from lora_compose.compose.support.errors import error_text
 from lora_compose.pipelines.scene.scene import Run, Scene
-
-logger = logging.getLogger(__name__)
-
-PATIENCE = 60.0
-"""Seconds without a heartbeat after which a process counts as dead."""
-
-OnProgress = Callable[..., None]
-"""Called with the number of finished calls, fractions included, and sometimes a new text."""
 
 
 def run_batch(
@@ -36,31 +31,28 @@ def run_batch(
     *,
     replace: bool = False,
     patience: float = PATIENCE,
-    make: Callable[[Folder, BatchSettings, Sequence[Job], int, OnProgress], None] | None = None,
+    cluster: Cluster | None = None,
 ) -> list[Result]:
     """Makes the images of a batch until all are there, made by this process or by others, and returns them in order.
 
     Existing images are not made again, unless they are damaged or (with `replace`) were made in another way. A call
     that fails is tried once, and does not stop the others. Invalid scenes are found before the first image. Without a
-    heartbeat for `patience` seconds, the work of another process is taken over. `make` runs the remaining jobs
-    elsewhere, as on Ray.
+    heartbeat for `patience` seconds, the work of another process is taken over. On a cluster the images are
+    the same, and are stored by this process.
 
     Raises:
         ValueError: If the model cannot be opened, a setting is unknown, or there are images of the same names that were
             made in another way; nothing has been made then.
-        OSError: If images cannot be written; those so far are kept.
+        OSError: If images cannot be written; those so far are kept. If there is no such cluster, or no worker is left.
     """
     settings = with_defaults(settings)
     folder, report = Folder(Path(out)), on_progress or (lambda *args: None)
     jobs, bad = make_jobs(entries, settings)
     check_names(folder, jobs, replace)
-    left = [job for job in jobs if not folder.has(job)]
-    if left:
-        done = len(jobs) - len(left)
-        if make is None:
-            _Making(folder, settings, patience, report).make(left, done)
-        else:
-            make(folder, settings, left, done, report)
+    if left := [job for job in jobs if not folder.has(job)]:
+        progress = Progress(report, len(jobs) - len(left))
+        with workers(partial(_opening, settings, left), settings.device, settings.threads, cluster) as opened:
+            _make_all(opened, folder, left, Claims(folder.claims, patience), progress)
     report(len(jobs))
     return results_of(folder, jobs, bad)
 
@@ -104,59 +96,20 @@ def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[InvalidEntry])
     return [*results, *(Result("", None, entry.source, None, entry.error) for entry in bad)]
 
 
-class _Making:
-    """The work of one process at a batch."""
+def _opening(settings: BatchSettings, jobs: Iterable[Job], packer: Packer | None) -> Opening:
+    if packer is None:
+        return partial(Worker.open, settings, Parcel(), {})
+    scenes = {job.entry.name: packer.named_by(job.run.scene) for job in jobs}
+    return partial(Worker.open, settings, packer.named_by(settings.bare_run), scenes)
 
-    def __init__(self, folder: Folder, settings: BatchSettings, patience: float, report: OnProgress) -> None:
-        self._folder, self._settings, self._report = folder, settings, report
-        self._claims = Claims(folder.claims, patience)
-        self._worker: Worker | None = None
 
-    def make(self, jobs: Sequence[Job], done: int) -> None:
-        """Checks scenes, and makes the images of those that can be made."""
-        scenes = {f"~{job.entry.name}": job for job in self._folder.unchecked(jobs)}
-        before = {name: changed(self._folder.checked_file(job)) for name, job in scenes.items()}
-        if scenes:
-            self._report(done, f"checking {len(scenes)} scenes")
-
-        def check(name: str, claim: Claim) -> None:
-            job = scenes[name]
-            if changed(self._folder.checked_file(job)) == before[name]:  # else another process has just checked it
-                worker = self._opened()
-                try:
-                    choice, error = worker.check(job.run), None
-                except Exception as wrong:  # whatever models and libraries raise
-                    choice, error = NO_CHOICE, error_text(wrong)
-                self._folder.keep_check(job, error, choice)
-
-        self._claims.work(scenes, check)
-        self._make_checked({job.name: job for job in jobs}, done)
-
-    def _make_checked(self, jobs: dict[str, Job], done: int) -> None:
-        before = {name: changed(self._folder.failed_file(job)) for name, job in jobs.items()}
-        self._report(done, f"composing into {self._folder.path}")
-
-        def make(name: str, claim: Claim) -> None:
-            nonlocal done
-            if self._folder.is_pending(jobs[name], before[name]):
-                self._make_one(jobs[name], claim, done)
-            done += 1
-            self._report(done)
-
-        self._claims.work(jobs, make)
-
-    def _make_one(self, job: Job, claim: Claim, done: int) -> None:
-        try:
-            images = self._opened().make(job.run, job.seeds, lambda share: self._report(done + share))
-        except Exception as error:  # whatever models and libraries raise
-            logger.error("%s: %s", job.entry.source, error_text(error), exc_info=logger.isEnabledFor(logging.DEBUG))
-            self._folder.keep_failure(job, error_text(error))
-            return
-        if not claim.held:
-            logger.warning("%s was taken over by another process: this one had given no sign of life", job.name)
-            return
-        self._folder.keep(job, encoded(images))
-
-    def _opened(self) -> Worker:
-        self._worker = self._worker or Worker.open(self._settings, own_device(self._settings.device))
-        return self._worker
+def _make_all(opened: Workers, folder: Folder, jobs: Sequence[Job], claims: Claims, progress: Progress) -> None:
+    """Checks scenes, and makes the images of those that can be made."""
+    unchecked = folder.unchecked(jobs)
+    if unchecked:
+        progress.report(progress.done, f"checking {len(unchecked)} scenes")
+    checks = {f"~{job.entry.name}": Check(folder, job, changed(folder.checked_file(job))) for job in unchecked}
+    opened.work(Worker.check, claims, checks)
+    progress.report(progress.done, f"composing into {folder.path}")
+    images = {job.name: Images(folder, job, changed(folder.failed_file(job))) for job in jobs}
+    opened.work(Worker.make, claims, images, progress)

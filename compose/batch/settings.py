@@ -45,7 +45,8 @@ def _span(text: str, most: int) -> range:
     return range(first, last + 1)
 
 
-def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+def distinct_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """Raises ValueError if a seed is given twice."""
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"the seeds must differ; {Counter(seeds).most_common(1)[0][0]} stands twice")
     return seeds
@@ -55,7 +56,7 @@ Seeds = Annotated[
     tuple[Annotated[int, Field(ge=0, le=LAST_SEED)], ...],
     Field(min_length=1, max_length=MOST_SEEDS),
     BeforeValidator(parse_seeds),
-    AfterValidator(_distinct),
+    AfterValidator(distinct_seeds),
 ]
 """Seeds, each once; read as `parse_seeds` does."""
 
@@ -94,6 +95,11 @@ class BatchSettings(Frozen):
     quantize: str | None = None
     device: str | None = None
     save_memory: Savers = ()
+
+    @property
+    def bare_run(self) -> Run:
+        """A run that opens the model; its scene has nothing in it."""
+        return self.run(Scene(prompt="-"))
 
     def run(self, scene: Scene) -> Run:
         """The run of a scene."""

@@ -1,1 +1,1 @@
-"""Work on machines that share no folder: the files that they need, and workers on a Ray cluster."""
+"""Work that processes share by claims; on machines that share no folder, by workers on a Ray cluster."""

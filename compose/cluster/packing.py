@@ -58,8 +58,9 @@ class Packer:
         files = [path, *([beside] if path.stem == PEFT_FILE and beside.is_file() else [])]
         return self.together(source, path.parent, files, path)
 
-    def scene(self, scene: Scene) -> Parcel:
-        """Everything that a scene names: LoRAs, images, and the models that read images."""
+    def named_by(self, named: Run | Scene) -> Parcel:
+        """Everything that a run or a scene names: its model, LoRAs, images, and the models that read images."""
+        scene = named.scene if isinstance(named, Run) else named
         loras = {file for concept in scene.concepts for file in files_of(concept.lora)}
         packed: list[Parcel] = []
 
@@ -67,7 +68,7 @@ class Packer:
             packed.append(self.lora(source) if source in loras else self.source(source))
             return source
 
-        moved(scene, pack)
+        moved(named, pack)
         return union(packed)
 
     def together(self, source: str, folder: Path, files: Iterable[Path], main: Path | None = None) -> Parcel:
@@ -115,6 +116,10 @@ class Node:
         for path in sorted(self._sources, key=len, reverse=True):
             text = text.replace(path, self._sources[path])
         return text
+
+
+THIS_MACHINE = Node(Path(), np.asarray)
+"""A node that has all files already: nothing is packed for it."""
 
 
 def named_as(made: Made, run: Run) -> Made:

@@ -6,10 +6,8 @@ travel once to each node, through Ray's object store. If a worker dies, another 
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator
+from typing import Any, Self
 
 import numpy as np
 import ray  # pyright: ignore[reportMissingImports]
@@ -18,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissi
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
 
 from lora_compose.compose.cluster.packing import Node, Packer
-from lora_compose.compose.files.claims import LOOK_AGAIN, Claim, Claims
+from lora_compose.compose.cluster.work import LOOK_AGAIN, Call, Ended, Failure, Function, Opening, Workers, attempt
 from lora_compose.compose.generate.machine import versions
 from lora_compose.compose.support.errors import error_text
 from lora_compose.compose.support.folders import hold, remove
@@ -29,20 +27,6 @@ TRIES = 3
 
 PATIENCE = 300.0
 """Seconds without room for any worker after which the driver gives up."""
-
-Opening = Callable[[Node], Any]
-"""Opens what a worker works with. Pickled: a function of a module, or a `partial` of one."""
-
-Function = Callable[..., Any]
-"""A function of a module: called on a node with what has been opened, the node, and the arguments of a call."""
-
-
-class Ended(NamedTuple):
-    """A call that has ended: its result, or why it failed."""
-
-    name: str
-    result: Any
-    error: str | None
 
 
 def object_packer() -> Packer:
@@ -73,24 +57,14 @@ class RemoteWorker:
             return self._node.as_given(error_text(error))
         return None
 
-    def call(self, function: Function, arguments: tuple) -> tuple[Any, str | None]:
-        """Calls a function; returns its result, and its error."""
-        try:
-            return function(self._opened, self._node, *arguments), None
-        except Exception as error:  # models and libraries may raise anything
-            return None, self._node.as_given(error_text(error))
+    def call(self, function: Function, arguments: tuple) -> list[Any]:
+        """The results of a call."""
+        results = attempt(function, self._opened, *arguments)
+        return [Failure(self._node.as_given(it.error)) if isinstance(it, Failure) else it for it in results]
 
 
-@dataclass(frozen=True)
-class _Call:
-    name: str
-    function: Function
-    arguments: tuple
-    deaths: int = 0
-
-
-class Pool:
-    """Workers, each at one call at a time; a dead one is replaced where there is room.
+class Pool(Workers):
+    """Workers on a cluster; a dead one is replaced where there is room.
 
     There is one per GPU by default ("cuda" or None as the device), or one per node if there are none. Each has as many
     CPU threads as this process unless told otherwise, because pixels depend on it.
@@ -107,8 +81,8 @@ class Pool:
         self._placing: dict[Any, Any] = {}
         self._opening: dict[Any, Any] = {}
         self._idle: list[Any] = []
-        self._busy: dict[Any, tuple[Any, _Call]] = {}
-        self._queue: deque[_Call] = deque()
+        self._busy: dict[Any, tuple[Any, Call, int]] = {}
+        self._again: deque[tuple[Call, int]] = deque()  # calls of which workers have died, and how many
         self._folders: dict[str, str] = {}
         self._unopened_deaths, self._seen = 0, time.monotonic()
         for _ in range(number):
@@ -118,62 +92,9 @@ class Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def map(self, function: Function, tasks: Mapping[str, tuple]) -> Iterator[Ended]:
-        """Calls a function with each task's further arguments, by name, in the order in which they end.
-
-        Raises:
-            ValueError: If what the workers need cannot be opened.
-            OSError: If no worker is left.
-        """
-        self._queue.extend(_Call(name, function, arguments) for name, arguments in tasks.items())
-        while self._queue or self._busy:
-            yield from self._ended()
-
-    def work(
-        self,
-        function: Function,
-        claims: Claims,
-        names: Iterable[str],
-        start: Callable[[str], tuple | None],
-        end: Callable[[Ended, Claim], None],
-    ) -> None:
-        """Does pieces of work under their claims until all have been done here or by others, as `Claims.work`.
-
-        `start` gives the arguments for a piece, or None if another process has done it meanwhile; `end` stores its
-        result. Pieces that others have claimed come last.
-
-        Raises:
-            ValueError: As `map`.
-            OSError: As `map`, or if nothing can be written into the folder of claims.
-        """
-        fresh, taken = deque(names), list[str]()
-        held: dict[str, tuple[ExitStack, Claim]] = {}
-        with ExitStack() as stacks:
-            stacks.callback(lambda: [stack.close() for stack, _ in held.values()])
-            while fresh or taken or held:
-                while fresh and self._idle and not self._queue:
-                    name = fresh.popleft()
-                    with ExitStack() as stack:
-                        claim = stack.enter_context(claims.claim(name))
-                        if claim is None:
-                            taken.append(name)
-                        elif (arguments := start(name)) is not None:
-                            held[name] = stack.pop_all(), claim
-                            self._queue.append(_Call(name, function, arguments))
-                            self._begin()
-                if not fresh:
-                    fresh, taken = deque(taken), []
-                for ended in self._ended():
-                    stack, claim = held.pop(ended.name)
-                    with stack:
-                        end(ended, claim)
-
-    def close(self) -> None:
         """Ends the workers and removes their files; those of dead nodes when a worker is next on their machine."""
-        workers = [*self._placing.values(), *self._opening.values(), *self._idle]
-        for worker in [*workers, *(worker for worker, _ in self._busy.values())]:
+        busy = (worker for worker, *_ in self._busy.values())
+        for worker in [*self._placing.values(), *self._opening.values(), *self._idle, *busy]:
             ray.kill(worker)
 
         remote: Any = ray.remote(num_cpus=0, max_retries=0)(remove)
@@ -190,14 +111,22 @@ class Pool:
         worker = ray.remote(RemoteWorker).options(scheduling_strategy="SPREAD", **self._needs).remote()
         self._placing[worker.place.remote()] = worker
 
-    def _begin(self) -> None:
-        while self._queue and self._idle:
-            call, worker = self._queue.popleft(), self._idle.pop()
-            self._busy[worker.call.remote(call.function, call.arguments)] = worker, call
+    def is_free(self) -> bool:
+        """Whether a worker has nothing to do."""
+        return bool(self._idle) and not self._again
 
-    def _ended(self) -> Iterator[Ended]:
+    def begin(self, call: Call) -> None:
+        """Sends a call to a worker that has nothing to do."""
+        self._begin(call, 0)
+
+    def _begin(self, call: Call, deaths: int) -> None:
+        worker = self._idle.pop()
+        self._busy[worker.call.remote(call.function, call.arguments)] = worker, call, deaths
+
+    def ended(self) -> Iterator[Ended]:
         """Looks after the workers for a moment; yields a call that has ended meanwhile."""
-        self._begin()
+        while self._again and self._idle:
+            self._begin(*self._again.popleft())
         self._check_patience()
         if not (coming := [*self._busy, *self._opening, *self._placing]):
             time.sleep(LOOK_AGAIN)
@@ -235,23 +164,22 @@ class Pool:
         self._unopened_deaths = 0
         self._idle.append(worker)
 
-    def _called(self, ref: Any, worker: Any, call: _Call) -> Iterator[Ended]:
+    def _called(self, ref: Any, worker: Any, call: Call, deaths: int) -> Iterator[Ended]:
         try:
-            result, error = ray.get(ref)
+            results = ray.get(ref)
         except RayTaskError as wrong:  # what a node cannot unpickle, because its version differs
-            result, error = None, error_text(wrong.cause or wrong)
+            results = [Failure(error_text(wrong.cause or wrong))]
         except RayError as wrong:  # the worker or its node has died, or cannot be reached
             ray.kill(worker)
             self._add()
-            again = replace(call, deaths=call.deaths + 1)
-            if again.deaths < TRIES:
+            if deaths + 1 < TRIES:
                 echo("warning: a worker has died; another does its work", style="yellow", to=err)
-                self._queue.appendleft(again)
+                self._again.appendleft((call, deaths + 1))
             else:
-                yield Ended(call.name, None, f"{TRIES} workers have died of it: {error_text(wrong)}")
+                yield call.name, [Failure(f"{TRIES} workers have died of it: {error_text(wrong)}")]
             return
         self._idle.append(worker)
-        yield Ended(call.name, result, error)
+        yield call.name, results
 
     def _replace_unopened(self, worker: Any, error: RayError) -> None:
         """Replaces a worker that has died before it was open, unless that has happened too often."""

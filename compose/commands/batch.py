@@ -84,9 +84,10 @@ def batch(
     asked = _settings(found, {name: value for name, value in given.items() if value is not None})
     reading.check_ray(ray)
     with starting():
-        from lora_compose.compose.batch.command import join, make_all
-    if joins:
-        join(found, asked, out, replace=replace)
+        from lora_compose.compose.batch.command import make_all
+        from lora_compose.compose.batch.runner import run_batch
+    if joins:  # what `--processes 2` starts twice
+        run_batch(found.entries, asked, out, replace=replace)
     elif code := make_all(found, asked, out, processes, replace=replace, ray=ray):
         raise typer.Exit(code)
 

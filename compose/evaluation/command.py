@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_compose.compose.cluster.opening import Cluster
+from lora_compose.compose.cluster.work import Failure, attempt
 from lora_compose.compose.evaluation.alone import with_references
 from lora_compose.compose.evaluation.batches import Batch, batches
 from lora_compose.compose.evaluation.chosen import chosen
@@ -10,7 +12,7 @@ from lora_compose.compose.evaluation.comparison import compare_runs
 from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.published import fetch, gib, show_published, write_suite
 from lora_compose.compose.evaluation.report import write_report
-from lora_compose.compose.evaluation.results import CLAIMS, PLAN, Failed, is_done
+from lora_compose.compose.evaluation.results import CLAIMS, PLAN, is_done
 from lora_compose.compose.evaluation.runner import evaluate
 from lora_compose.compose.evaluation.scoring import check_chosen
 from lora_compose.compose.evaluation.suite import Suite, read_suite
@@ -52,17 +54,15 @@ def run_suite(
         return sum(is_done(to, planned) for planned in plan.batches)
 
     with bar("evaluating", len(plan.batches)) as on_progress:
-        if ray is not None:
-            from lora_compose.compose.evaluation.on_ray import evaluate_on_ray
-
-            evaluate_on_ray(loaded, to, ray, on_progress, workers=processes)
-        elif (number := processes or default_number(loaded.processes, loaded.device)) > 1:
+        number = processes or default_number(loaded.processes, loaded.device)
+        if ray is None and number > 1:
             work = ["evaluate", "work", suite, "--out", str(to), *(f"--metrics={name}" for name in metrics)]
             code = launch(work, number, loaded.threads or 1, lambda: on_progress(done()))
             if code and done() < len(plan.batches):
                 return code
         else:
-            evaluate(loaded, to, on_progress)
+            cluster = None if ray is None else Cluster(ray, processes)
+            evaluate(loaded, to, on_progress, cluster=cluster)
     with Claims(to / CLAIMS).claim("report") as claim:
         if claim is None:
             echo(f"Another process of this evaluation writes the report, in {to}.")
@@ -103,7 +103,7 @@ def _try_out(suite: Suite, out: Path) -> None:
     worker = Worker.open(suite, own_device(suite.device))
     flops, seconds = 0, 0.0
     for batch in _two(suite):
-        for result in worker.do(batch):
+        for result in attempt(worker.do, batch):
             if isinstance(result, Images):
                 (made, *_), cost = result.made, result.cost
                 path = out / "smoke" / f"{batch.arm.name}.png"
@@ -111,7 +111,7 @@ def _try_out(suite: Suite, out: Path) -> None:
                 memory = "" if cost.peak_bytes is None else f", {gib(cost.peak_bytes)}"
                 echo(f"  {batch.arm.name}: {cost.seconds:.1f} s{memory}: {path}")
                 flops, seconds = flops + cost.flops, seconds + cost.seconds
-            elif isinstance(result, Failed):
+            elif isinstance(result, Failure):
                 raise ValueError(f"{batch.arm.name}, scene {batch.scene.name!r}: {result.error}")
     every = list(batches(suite))
     images = sum(len(batch.seeds) for batch in every)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from lora_compose.attention.masks import Box
+from lora_compose.compose.evaluation.confusion import inside
 from lora_compose.compose.evaluation.encoders import Encoder
 from lora_compose.compose.evaluation.suite import WindowsConfig, ZeroShotConfig
 from lora_compose.compose.support.quiet import without_bars
@@ -106,7 +107,7 @@ class ZeroShotDetector:
         detections = [
             Detection(words[queries.index(label)], box, round(float(score), 4))
             for label, score, edges in zip(result["text_labels"], result["scores"], result["boxes"], strict=True)
-            if label in queries and (box := _inside(edges.tolist(), image.size)) is not None
+            if label in queries and (box := _clipped(edges.tolist(), image.size)) is not None
         ]
         return distinct(detections)
 
@@ -132,12 +133,12 @@ def coarse_windows(size: tuple[int, int]) -> list[Box]:
     return windows
 
 
-def _around(boxes: Sequence[Box], shares: Tensor, size: tuple[int, int], best: int = 2) -> list[Box]:
-    """Windows near the best ones: moved by a sixteenth of the image, or a little larger or smaller."""
+def _around(boxes: Sequence[Box], shares: Tensor, size: tuple[int, int]) -> list[Box]:
+    """Windows near the two best ones: moved by a sixteenth of the image, or a little larger or smaller."""
     width, height = size
     step = max(1, min(width, height) // 16)
     windows = []
-    for i in shares.argsort(descending=True)[:best].tolist():
+    for i in shares.argsort(descending=True)[:2].tolist():
         left, top, right, bottom = boxes[i]
         for x, y, grow in ((step, 0, 0), (-step, 0, 0), (0, step, 0), (0, -step, 0), (0, 0, step), (0, 0, -step)):
             half = grow // 2
@@ -156,26 +157,12 @@ def distinct(detections: Sequence[Detection]) -> list[Detection]:
     return kept
 
 
-def overlap(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes, 0 to 1."""
-    both = _common(a, b)
-    return both / (_area(a) + _area(b) - both)
-
-
 def shared(a: Box, b: Box) -> float:
     """Fraction of the smaller box that lies in the larger one, 0 to 1."""
-    return _common(a, b) / min(_area(a), _area(b))
+    return max(inside(a, b), inside(b, a))
 
 
-def _common(a: Box, b: Box) -> int:
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _area(box: Box) -> int:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def _inside(edges: Sequence[float], size: tuple[int, int]) -> Box | None:
+def _clipped(edges: Sequence[float], size: tuple[int, int]) -> Box | None:
     """A box in whole pixels that stays in the image; None if nothing of it is there."""
     left, top, right, bottom = (round(edge) for edge in edges)
     box = max(0, left), max(0, top), min(size[0], right), min(size[1], bottom)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_judge
+from lora_compose.compose.support.quiet import without_bars
 
 logger = logging.getLogger(__name__)
 
@@ -178,15 +179,13 @@ def _expected() -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Switches off log lines and progress bars of transformers inside this block."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _unit(embeddings: torch.Tensor) -> torch.Tensor:

@@ -85,16 +85,13 @@ def swap_rate(similarity: np.ndarray) -> float:
     return _mean(others > own) if len(similarity) > 1 else np.nan
 
 
-def success(similarity: np.ndarray, thresholds: np.ndarray) -> bool:
-    """Whether every concept is present with its own identity.
+def present(found: np.ndarray, own: np.ndarray, other: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """Whether each concept is present with its own identity; an image in which all of them are is a success.
 
-    Every concept was detected, is nearer to its own references than to those of any other, and reaches its threshold
-    (`presence_threshold`; NaN is none). True is better. One concept that was not detected makes it False.
+    A concept was found, is nearer to its own references than to those of any other (NaN: there is no other), and
+    reaches its threshold (`presence_threshold`; NaN is none). True is better. Shapes: [concepts] each.
     """
-    own, others = _own_and_others(similarity)
-    if len(own) < len(similarity):
-        return False
-    return bool(np.all((own > others) & ~(own < thresholds)))
+    return found & ~(own <= other) & ~(own < threshold)
 
 
 def presence_threshold(without: np.ndarray, alone: np.ndarray) -> float:

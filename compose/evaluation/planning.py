@@ -3,13 +3,14 @@
 import hashlib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from lora_compose.compose.cluster.packing import named_as
 from lora_compose.compose.evaluation.batches import Batch, batches, run_of
 from lora_compose.compose.evaluation.encoders import JUDGE
 from lora_compose.compose.evaluation.results import (
@@ -31,12 +32,11 @@ from lora_compose.compose.evaluation.results import (
 )
 from lora_compose.compose.evaluation.scoring import reference_files
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, ZeroShotConfig
-from lora_compose.compose.evaluation.worker import Images, Result
+from lora_compose.compose.evaluation.worker import Images
 from lora_compose.compose.files.atomic import write_whole
-from lora_compose.compose.files.claims import Claim
 from lora_compose.compose.files.images import png_bytes, read_pixels
 from lora_compose.compose.files.reading import FileError
-from lora_compose.compose.files.stored import write
+from lora_compose.compose.files.stored import changed, write
 from lora_compose.compose.generate.facts import digest, file_hash, model_facts, run_facts
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_judge, playground_model
 from lora_compose.compose.support.frozen import shared
@@ -110,11 +110,6 @@ class Kept:
     scored: bool
     damage: tuple[str, ...]
 
-    def report(self) -> None:
-        """Logs what is damaged."""
-        for damage in self.damage:
-            logger.error("%s; it is generated again", damage)
-
 
 @dataclass(frozen=True)
 class Todo:
@@ -124,45 +119,62 @@ class Todo:
     last failed before, None if it did not.
     """
 
+    suite: Suite
     out: Path
     batch: Batch
     planned: Planned
     old: bool
     failure: int | None
 
-    def look(self) -> Kept | None:
+    def is_left(self) -> bool:
+        """Whether something of it is missing or damaged; logs what is damaged."""
+        kept = self._left()
+        for damage in () if kept is None else kept.damage:
+            logger.error("%s; it is generated again", damage)
+        return kept is not None
+
+    def arguments(self) -> tuple[Batch, Sequence[Image.Image]] | None:
+        """The batch, with its images if they are there; None if nothing is left to do."""
+        kept = self._left()
+        if kept is None:
+            return None
+        seeds = self.batch.seeds if kept.made else ()
+        return self.batch, [read_pixels(image_path(self.out, self.planned.key, seed)) for seed in seeds]
+
+    def keep(self, result: Images | Scores) -> None:
+        """Stores images or scores; records of images name files as on this machine.
+
+        Raises:
+            OSError: If they cannot be written.
+        """
+        if isinstance(result, Images):
+            self._keep_images(result)
+        else:
+            write(self._folder / self.planned.scores, result)
+            (self._folder / FAILED).unlink(missing_ok=True)
+
+    def keep_failure(self, error: str) -> None:
+        """Stores why the batch could not be made or scored, and logs it."""
+        logger.error("%s failed: %s", self.planned.key, error)
+        if self._look().made:
+            (self._folder / self.planned.scores).unlink(missing_ok=True)
+        else:
+            clear(self.out, self.planned.key)  # otherwise damaged images would count as made
+        names = Failed.model_fields.keys() - {"error"}
+        write(self._folder / FAILED, Failed(**shared(names, self.planned), error=error))
+
+    @property
+    def _folder(self) -> Path:
+        return batch_folder(self.out, self.planned.key)
+
+    def _left(self) -> Kept | None:
         """The stored part; None if nothing is left to do: it is complete, or another process has just failed at it."""
-        if _last_failure(self.out, self.planned) != self.failure:
+        if changed(self._folder / FAILED) != self.failure:
             return None
         if not self.old and is_done(self.out, self.planned):
             return None  # another process has just made it
         kept = self._look()
         return None if kept.made and kept.scored else kept
-
-    def images(self) -> list[Image.Image]:
-        """The stored images."""
-        return [read_pixels(image_path(self.out, self.planned.key, seed)) for seed in self.batch.seeds]
-
-    def keep(self, results: Iterable[Result], claim: Claim) -> None:
-        """Stores results as they come. If another process has taken the batch over meanwhile, its results stand.
-
-        Raises:
-            OSError: If they cannot be written.
-        """
-        folder = batch_folder(self.out, self.planned.key)
-        for result in results:
-            if not claim.held:
-                logger.warning(
-                    "%s was taken over by another process: this one had given no sign of life", self.planned.key
-                )
-                return
-            if isinstance(result, Images):
-                self._keep_images(folder, result)
-            elif isinstance(result, Scores):
-                write(folder / self.planned.scores, result)
-                (folder / FAILED).unlink(missing_ok=True)
-            else:
-                self._keep_failure(folder, result)
 
     def _look(self) -> Kept:
         record, scores, damage = None, None, []
@@ -179,22 +191,15 @@ class Todo:
             damage.append(str(error))
         return Kept(record is not None, scores is not None, tuple(damage))
 
-    def _keep_images(self, folder: Path, images: Images) -> None:
+    def _keep_images(self, images: Images) -> None:
         clear(self.out, self.planned.key)
-        sha256 = {}
-        for image in images.made:
+        run, sha256 = run_of(self.suite, self.batch), {}
+        for made in images.made:
+            image = named_as(made, run)
             seed, data = image.record.run.seed, png_bytes(image.image, image.record)
             write_whole(image_path(self.out, self.planned.key, seed), data)
             sha256[seed] = hashlib.sha256(data).hexdigest()
-        write(folder / MADE, Made(**shared(Made.model_fields, images, self.planned, sha256=sha256)))
-
-    def _keep_failure(self, folder: Path, failed: Failed) -> None:
-        logger.error("%s failed: %s", self.planned.key, failed.error)
-        if self._look().made:
-            (folder / self.planned.scores).unlink(missing_ok=True)
-        else:
-            clear(self.out, self.planned.key)  # otherwise damaged images would count as made
-        write(folder / FAILED, failed)
+        write(self._folder / MADE, Made(**shared(Made.model_fields, images, self.planned, sha256=sha256)))
 
 
 def open_plan(suite: Suite, out: Path) -> dict[str, Todo]:
@@ -207,13 +212,8 @@ def open_plan(suite: Suite, out: Path) -> dict[str, Todo]:
     plan = make_plan(suite)
     write(out / PLAN, plan)
     return {
-        planned.key: Todo(out, batch, planned, is_done(out, planned), _last_failure(out, planned))
+        planned.key: Todo(
+            suite, out, batch, planned, is_done(out, planned), changed(batch_folder(out, planned.key) / FAILED)
+        )
         for batch, planned in zip(batches(suite), plan.batches, strict=True)
     }
-
-
-def _last_failure(out: Path, planned: Planned) -> int | None:
-    try:
-        return (batch_folder(out, planned.key) / FAILED).stat().st_mtime_ns
-    except FileNotFoundError:
-        return None

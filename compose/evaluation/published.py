@@ -6,7 +6,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import (
     constants,
@@ -23,9 +22,10 @@ from pydantic import Field, model_validator
 from lora_compose.compose.evaluation.alone import Alone
 from lora_compose.compose.evaluation.batches import batches
 from lora_compose.compose.evaluation.suite import Name, Suite, moved_suite
-from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.paths import local_source
 from lora_compose.compose.files.scenes import read_as
+from lora_compose.compose.files.stored import write_text
+from lora_compose.compose.files.text import to_yaml
 from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.terminal import echo
 from lora_compose.pipelines.support.hub import HubError, asking, page, reachable
@@ -230,5 +230,4 @@ def _fetched(one: Download) -> Path:
 
 def write_suite(suite: Suite, path: Path) -> None:
     """Writes a suite for `lora-compose evaluate`."""
-    data: dict[str, Any] = suite.model_dump(mode="json", exclude_defaults=True)
-    write_whole(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True).encode())
+    write_text(path, to_yaml(suite.model_dump(mode="json", exclude_defaults=True)))

@@ -15,24 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.suite import Name, Suite
 from lora_compose.compose.files.images import Machine, read_pixels, read_record
 from lora_compose.compose.files.reading import FileError
-from lora_compose.compose.files.stored import read
-from lora_compose.compose.support.frozen import shared
-from lora_compose.pipelines.support.regular import sha256_of
+from lora_compose.compose.files.stored import holds, read
+from lora_compose.compose.support.frozen import Frozen, shared
 
 BATCHES = "batches"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ImageCost(_Frozen):
+class ImageCost(Frozen):
     """Costs of one image, averaged over its batch.
 
     Rows are latent rows (`stopped`: in truncated passes), FLOPs those of all passes of the model, counted; seconds
@@ -49,7 +44,7 @@ class ImageCost(_Frozen):
     peak_bytes: int | None
 
 
-class _OfBatch(_Frozen):
+class _OfBatch(Frozen):
     scene: str
     arm: str
     alone: str | None = None
@@ -69,7 +64,7 @@ class Made(_OfBatch):
     sha256: Mapping[int, str] = {}
 
 
-class ConceptScore(_Frozen):
+class ConceptScore(Frozen):
     """One concept in one image.
 
     Attributes:
@@ -94,7 +89,7 @@ class ConceptScore(_Frozen):
     colours: tuple[float, ...] | None = None
 
 
-class Features(_Frozen):
+class Features(Frozen):
     """What the model of a chosen metric measured on an image.
 
     Attributes:
@@ -108,7 +103,7 @@ class Features(_Frozen):
     found: Mapping[str, float] = {}
 
 
-class ImageScores(_Frozen):
+class ImageScores(Frozen):
     """Measurements of one image.
 
     `clip_t` is 100 x similarity to the prompt without triggers, None if the encoder reads no text; `extra` counts
@@ -122,7 +117,7 @@ class ImageScores(_Frozen):
     chosen: Mapping[str, Features] = {}
 
 
-class Scores(_Frozen):
+class Scores(Frozen):
     """Measurements of a batch, by seed.
 
     `truth` is how alike the references of the scene's subjects are among themselves (`confusion.truth_matrix`), row by
@@ -139,7 +134,7 @@ class Failed(_OfBatch):
     error: str
 
 
-class Planned(_Frozen):
+class Planned(Frozen):
     """A batch of an evaluation, with the names of its folder and of the file with its scores.
 
     The first has a hash of everything that determines its images, the second of encoder, detector and references.
@@ -153,7 +148,7 @@ class Planned(_Frozen):
     seeds: tuple[int, ...]
 
 
-class Plan(_Frozen):
+class Plan(Frozen):
     """All batches of an evaluation, and the suite that they come from."""
 
     suite: Suite
@@ -227,15 +222,6 @@ def check_images(out: Path, planned: Planned, made: Made) -> None:
             read_pixels(path)
             intact = read_record(path).run.seed == seed
         else:
-            intact = _sha256(path) == made.sha256.get(seed)
+            intact = holds(path, made.sha256.get(seed))
         if not intact:
-            raise FileError(f"{path} is not the image that was written")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except FileNotFoundError as error:
-        raise FileError(f"{path} is missing") from error
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise FileError(f"{path} is missing, or is not the image that was written")

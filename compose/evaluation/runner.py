@@ -4,61 +4,70 @@ Any number of processes, on any machines that share the folder, can work on it: 
 may start late, or end at any time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
+from lora_compose.compose.cluster.opening import Cluster, workers
+from lora_compose.compose.cluster.packing import Node, Packer, Parcel
+from lora_compose.compose.cluster.work import Failure, OnProgress, Opening, Progress, Workers
+from lora_compose.compose.evaluation.packing import pack
 from lora_compose.compose.evaluation.planning import Todo, open_plan
-from lora_compose.compose.evaluation.results import CLAIMS, is_done
-from lora_compose.compose.evaluation.suite import Suite
-from lora_compose.compose.evaluation.worker import Worker, raise_problems, to_plan
-from lora_compose.compose.files.claims import Claim, Claims
+from lora_compose.compose.evaluation.results import CLAIMS
+from lora_compose.compose.evaluation.suite import Suite, moved_suite
+from lora_compose.compose.evaluation.worker import Worker
+from lora_compose.compose.files.claims import PATIENCE, Claims
 from lora_compose.compose.generate.processes import own_device
 
-PATIENCE = 60.0
-"""Seconds without a heartbeat after which a process of an evaluation counts as dead."""
 
-OnProgress = Callable[..., None]
-"""Called with the number of finished batches, fractions included, and on a cluster sometimes a new text."""
-
-
-def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None, *, patience: float = PATIENCE) -> None:
+def evaluate(
+    suite: Suite,
+    out: Path,
+    on_progress: OnProgress | None = None,
+    *,
+    patience: float = PATIENCE,
+    cluster: Cluster | None = None,
+) -> None:
     """Generates and scores the remaining batches of a suite, until this or other processes have finished all.
 
     Finished batches are not repeated unless they are damaged. A batch that fails is tried once. Without a heartbeat for
     `patience` seconds, the batch of another process is taken over. `on_progress` gets the number of finished batches of
-    all processes.
+    all processes. On a cluster the results are the same, and are stored by this process.
 
     Raises:
         ValueError: If something in the suite cannot work; nothing has been made then.
-        OSError: If results cannot be written; those so far are kept.
+        OSError: If results cannot be written; those so far are kept. If there is no such cluster, or no worker is left.
     """
-    report = on_progress or (lambda done: None)
-    left = open_plan(suite, out)
-    worker, done = None, 0
-
-    def do(key: str, claim: Claim) -> None:
-        nonlocal worker, done
-        todo = left[key]
-        if (kept := todo.look()) is not None:
-            kept.report()
-            worker = worker or _open_checked(suite, left.values())
-            images = todo.images() if kept.made else ()
-            todo.keep(worker.do(todo.batch, images, lambda share: report(done + share)), claim)
-        del left[key]
-        done += 1
-        report(done)
-
-    report(done)
-    Claims(out / CLAIMS, patience).work(list(left), do)
+    report = on_progress or (lambda *args: None)
+    plan = open_plan(suite, out)
+    left = {key: todo for key, todo in plan.items() if todo.is_left()}
+    progress = Progress(report, len(plan) - len(left))
+    report(progress.done)
+    if not left:
+        return
+    report(progress.done, "opening the model")
+    with workers(partial(_opening, suite), suite.device, suite.threads, cluster) as opened:
+        _check(opened, left)
+        report(progress.done, "evaluating")
+        opened.work(Worker.do, Claims(out / CLAIMS, patience), left, progress)
 
 
-def _open_checked(suite: Suite, left: Iterable[Todo]) -> Worker:
-    """Opens a worker, and checks all batches that are left.
+def _opening(suite: Suite, packer: Packer | None) -> Opening:
+    return partial(_open, suite, Parcel() if packer is None else pack(packer, suite))
 
-    Raises:
-        ValueError: If something cannot be opened, or something in the suite cannot work.
-    """
-    worker = Worker.open(suite, own_device(suite.device))
-    unchecked = to_plan(todo.batch for todo in left if not is_done(todo.out, todo.planned))
-    raise_problems((batch, worker.problem(batch)) for batch in unchecked)
-    return worker
+
+def _open(suite: Suite, files: Parcel, node: Node) -> Worker:
+    return Worker.open(moved_suite(suite, node.unpack(files)), own_device(suite.device))
+
+
+def _check(opened: Workers, left: Mapping[str, Todo]) -> None:
+    """Plans a batch of each scene and arm; raises ValueError with all problems."""
+    kinds = {(todo.planned.scene, todo.planned.arm, todo.planned.alone): todo for todo in left.values()}
+    tasks = {todo.planned.key: (todo.batch,) for todo in kinds.values()}
+    wrong = {
+        key: [one.error for one in results if isinstance(one, Failure)]
+        for key, results in opened.map(Worker.check, tasks)
+    }
+    batches = [left[key].planned for key in tasks]
+    if texts := [f"scene {one.scene!r}, {one.arm}: {error}" for one in batches for error in wrong[one.key]]:
+        raise ValueError("\n".join(["the suite cannot be evaluated:", *texts]))

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from lora_compose.compose.batch.settings import distinct_seeds
 from lora_compose.compose.evaluation.chosen import Chosen, distinct
 from lora_compose.compose.evaluation.shipped import find_suite
 from lora_compose.compose.files.paths import local_source, moved_start
@@ -131,13 +132,9 @@ class SuiteMethod(Frozen):
         return self
 
 
-def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
-    if len(set(values)) < len(values):
-        raise ValueError(f"the seeds must differ, not {list(values)}")
-    return values
-
-
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1), AfterValidator(_distinct)]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1), AfterValidator(distinct_seeds)
+]
 
 
 class WindowsConfig(Frozen):

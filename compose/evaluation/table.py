@@ -127,7 +127,8 @@ def load(out: Path) -> Evaluation:
     limits = dict(zip(thresholds["concept"], thresholds["threshold"], strict=True))
     concepts["threshold"] = [limits[name] for name in concepts["concept"]]
     concepts = _typed(concepts)
-    concepts["present"] = _present(concepts)
+    columns = (concepts[key].to_numpy(dtype=float) for key in ("own", "other", "threshold"))
+    concepts["present"] = metrics.present(concepts["found"].to_numpy(dtype=bool), *columns)
     confused = [Confused.of(shot, thresholds) for shot in shots]
     concepts = _with_outcomes(concepts, shots, confused)
     return Evaluation(
@@ -254,12 +255,6 @@ def _chosen(suite: Suite, shot: Shot) -> dict[str, float | None]:
             threshold = COLLAPSED if one.threshold is None else one.threshold
             row |= {"scr": collapse_rate(found, threshold), "scr_whole": collapse_rate(whole, threshold)}
     return row
-
-
-def _present(concepts: pd.DataFrame) -> np.ndarray:
-    """Whether each concept is present with its own identity, as in `metrics.success`."""
-    own, other, threshold = (concepts[key].to_numpy(dtype=float) for key in ("own", "other", "threshold"))
-    return concepts["found"].to_numpy(dtype=bool) & ~(own <= other) & ~(own < threshold)
 
 
 def _image_row(shot: Shot, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]:

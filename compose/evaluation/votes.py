@@ -247,11 +247,7 @@ def following(votes: Path, folder: Path) -> pd.DataFrame:
 
 
 def follows(
-    values: Sequence[float] | np.ndarray,
-    votes: Sequence[int],
-    groups: Sequence[Hashable],
-    draws: int = 2000,
-    seed: int = 0,
+    values: Sequence[float] | np.ndarray, votes: Sequence[int], groups: Sequence[Hashable], draws: int = 2000
 ) -> Interval:
     """How often the better-voted of two items has the higher value.
 
@@ -264,7 +260,7 @@ def follows(
     right = better * (0.5 + 0.5 * np.sign(value[:, None] - value[None]))
     names = list(dict.fromkeys(groups))
     member = np.array([names.index(group) for group in groups])
-    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     weights = np.concatenate([np.ones((1, len(value))), counts[:, member]])
     pairs = np.einsum("di,ij,dj->d", weights, better, weights, optimize=True)
     wins = np.einsum("di,ij,dj->d", weights, right, weights, optimize=True)

@@ -1,10 +1,9 @@
 """Generates and scores the images of batches with an opened model. Nothing is stored here."""
 
-import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.compose.benchmark.running import count_by_running, needs_running
 from lora_compose.compose.evaluation.batches import Batch, batches, run_of
-from lora_compose.compose.evaluation.results import Failed, ImageCost, Scores
+from lora_compose.compose.evaluation.results import ImageCost, Scores
 from lora_compose.compose.evaluation.scoring import Scorer, open_scorer
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine
@@ -22,10 +21,7 @@ from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.making import Made, choice_of, load, make_batch, plan, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_class
-from lora_compose.compose.support.errors import error_text
 from lora_compose.pipelines.scene.scene import Run
-
-logger = logging.getLogger(__name__)
 
 PROBE_STEPS = 2
 
@@ -38,9 +34,6 @@ class Images:
     cost: ImageCost
     versions: Mapping[str, str]
     machine: Machine
-
-
-Result = Images | Scores | Failed
 
 
 @dataclass
@@ -72,33 +65,29 @@ class Worker:
         """The device that the model runs on, even if it is offloaded."""
         return self.pipe._execution_device
 
-    def problem(self, batch: Batch) -> str | None:
-        """Plans a batch; returns what cannot work, or None."""
-        try:
-            plan(self.pipe, self._run(batch))
-        except ValueError as error:
-            return error_text(error)
-        return None
+    def check(self, batch: Batch) -> tuple[()]:
+        """Plans a batch, without a result; raises ValueError if it cannot work."""
+        plan(self.pipe, self._run(batch))
+        return ()
 
-    def do(self, batch: Batch, images: Sequence[Image.Image] = (), on_progress: Any = None) -> Iterator[Result]:
+    def do(
+        self, batch: Batch, images: Sequence[Image.Image] = (), on_progress: Any = None
+    ) -> Iterator[Images | Scores]:
         """Makes and scores the images of a batch, or only scores those that are given.
 
-        An error is the last result, and does not stop other batches. `on_progress` gets the finished fraction after
-        every step.
+        `on_progress` gets the finished fraction after every step.
         """
-        try:
-            if not images:
-                result = self._make(batch, on_progress)
-                yield result
-                images = [made.image for made in result.made]
-            scored = [self.scorer.score(image.convert("RGB"), batch.scene) for image in images]
-            yield Scores(images=dict(zip(batch.seeds, scored, strict=True)), truth=self.scorer.truth(batch.scene))
-        except Exception as error:  # models and libraries may raise anything
-            logger.debug("scene %r, %s", batch.scene.name, batch.arm.name, exc_info=True)
-            yield failed(batch, error_text(error))
+        if not images:
+            result = self._make(batch, on_progress)
+            yield result
+            images = [made.image for made in result.made]
+        scored = [self.scorer.score(image.convert("RGB"), batch.scene) for image in images]
+        yield Scores(images=dict(zip(batch.seeds, scored, strict=True)), truth=self.scorer.truth(batch.scene))
 
     def _run(self, batch: Batch) -> Run:
-        return run_of(self.suite, batch).model_copy(update={"device": str(self.device)})
+        """The run of a batch, with files and the device of this machine."""
+        here = replace(batch, scene=self.suite.scene(batch.scene.name))
+        return run_of(self.suite, here).model_copy(update={"device": str(self.device)})
 
     def _make(self, batch: Batch, on_progress: Any) -> Images:
         run, device, number = self._run(batch), self.device, len(batch.seeds)
@@ -145,21 +134,3 @@ class Worker:
                 self.pipe, method, loaded, run.steps, run.guidance_scale, width, height, scheduler=scheduler
             )
         return self._counted[kind]
-
-
-def to_plan(todo: Iterable[Batch]) -> list[Batch]:
-    """One batch of each scene and arm, to be planned in place of all."""
-    return list({(batch.scene.name, batch.arm.name, batch.arm.alone): batch for batch in todo}.values())
-
-
-def raise_problems(problems: Iterable[tuple[Batch, str | None]]) -> None:
-    """Raises ValueError with all problems, each with its scene and arm, if there are any."""
-    texts = [f"scene {batch.scene.name!r}, {batch.arm.name}: {text}" for batch, text in problems if text is not None]
-    if texts:
-        raise ValueError("\n".join(["the suite cannot be evaluated:", *texts]))
-
-
-def failed(batch: Batch, error: str) -> Failed:
-    """A batch that could not be made or scored."""
-    about = {"scene": batch.scene.name, "arm": batch.arm.name, "alone": batch.arm.alone, "seeds": batch.seeds}
-    return Failed(**about, error=error)

@@ -14,12 +14,12 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LOOK_AGAIN = 0.5
-"""Seconds after which a process that waits for others looks again."""
+PATIENCE = 60.0
+"""Seconds without a heartbeat after which a process counts as dead."""
 
 _NUMBERED = re.compile(r"(.+)\.(\d+)")
 
@@ -47,7 +47,7 @@ class Claims:
     After `patience` seconds without a sign of life a claim may be taken over.
     """
 
-    def __init__(self, folder: Path, patience: float = 60.0) -> None:
+    def __init__(self, folder: Path, patience: float = PATIENCE) -> None:
         self._folder, self._patience = folder, patience
         self._seen: dict[str, tuple[tuple[int, int], float]] = {}
 
@@ -73,27 +73,6 @@ class Claims:
             ended.set()
             beat.join()
             taken.path.unlink(missing_ok=True)
-
-    def work(self, names: Iterable[str], do: Callable[[str, Claim], None]) -> None:
-        """Does pieces of work under their claims until all have been done, by this process or by others.
-
-        Pieces claimed by others come last; `do` does one, unless another process has done it meanwhile.
-
-        Raises:
-            OSError: If nothing can be written into the folder.
-        """
-        left = list(names)
-        while left:
-            waiting = []
-            for name in left:
-                with self.claim(name) as claim:
-                    if claim is None:
-                        waiting.append(name)
-                    else:
-                        do(name, claim)
-            if len(waiting) == len(left):
-                time.sleep(LOOK_AGAIN)
-            left = waiting
 
     def _take(self, name: str) -> Claim | None:
         self._folder.mkdir(parents=True, exist_ok=True)

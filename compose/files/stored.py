@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.reading import FILE_LIMIT, FileError
-from lora_compose.pipelines.support.regular import open_regular
+from lora_compose.pipelines.support.regular import open_regular, sha256_of
 
 _Stored = TypeVar("_Stored", bound=BaseModel)
 
@@ -36,3 +36,19 @@ def read(path: Path, kind: type[_Stored]) -> _Stored | None:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
         raise FileError(f"{path} is damaged") from error
+
+
+def holds(path: Path, sha256: str | None) -> bool:
+    """Whether a file is there and has this SHA-256; False if it cannot be read."""
+    try:
+        return sha256_of(path) == sha256
+    except OSError:
+        return False
+
+
+def changed(path: Path) -> int | None:
+    """When a file was last written, in nanoseconds; None if it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None

@@ -9,6 +9,7 @@ from PIL import Image
 
 from lora_compose.compose.files.images import Record, save_image
 from lora_compose.compose.files.paths import is_hub_name
+from lora_compose.compose.files.stored import holds
 from lora_compose.compose.generate.machine import devices, threads
 from lora_compose.compose.generate.making import Made, make_batch
 from lora_compose.compose.generate.models import open_model
@@ -162,10 +163,7 @@ def _recorded(record: Record, concept: Concept) -> list[tuple[str, str | None]]:
 def _is_there(source: str, sha256: str | None) -> bool:
     """Whether a path still holds the recorded file."""
     file = _local(source)
-    try:
-        return file is not None and sha256_of(file) == sha256
-    except OSError:  # it cannot be read; the run will report that
-        return False
+    return file is not None and holds(file, sha256)  # if it cannot be read, the run will report that
 
 
 def _local(source: str) -> Path | None:

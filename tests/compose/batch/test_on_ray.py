@@ -12,6 +12,7 @@ from lora_compose.compose.batch.entries import read_entries
 from lora_compose.compose.batch.results import STATE, Result
 from lora_compose.compose.batch.runner import run_batch
 from lora_compose.compose.batch.settings import BatchSettings
+from lora_compose.compose.cluster.opening import Cluster
 from lora_compose.compose.playground.assets import assets_dir
 
 pytest.importorskip("ray", reason="needs ray: the extra ray")
@@ -67,8 +68,6 @@ def check(results: Sequence[Result], out: Path, finished: Path) -> None:
 def test_a_worker_that_is_killed_in_the_middle_loses_nothing(
     given: Any, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_compose.compose.batch.on_ray import run_on_ray
-
     (entries, settings), killed = given, []
 
     def kill(done: float, text: str = "") -> None:
@@ -77,15 +76,13 @@ def test_a_worker_that_is_killed_in_the_middle_loses_nothing(
             kill_a_worker()
 
     with one_node():
-        results = run_on_ray(entries, settings, tmp_path, "local", kill, workers=2)
+        results = run_batch(entries, settings, tmp_path, kill, cluster=Cluster("local", 2))
     assert killed
     assert "a worker has died; another does its work" in capsys.readouterr().err
     check(results, tmp_path, finished)
 
 
 def test_a_node_that_is_killed_in_the_middle_loses_nothing(given: Any, finished: Path, tmp_path: Path) -> None:
-    from lora_compose.compose.batch.on_ray import run_on_ray
-
     (entries, settings), killed = given, []
     with two_nodes() as (cluster, node, files):
 
@@ -94,7 +91,7 @@ def test_a_node_that_is_killed_in_the_middle_loses_nothing(given: Any, finished:
                 killed.append(node)
                 cluster.remove_node(node, allow_graceful=False)
 
-        results = run_on_ray(entries, settings, tmp_path, cluster.address, kill, workers=2)
+        results = run_batch(entries, settings, tmp_path, kill, cluster=Cluster(cluster.address, 2))
         assert not list(files.glob("lora-compose-*")), "also of the node that was killed"
     assert killed
     check(results, tmp_path, finished)

@@ -86,7 +86,7 @@ def test_every_file_that_a_scene_names_is_on_the_node(store: Store, node: Node, 
         return source
 
     moved(scene, note)
-    parcel = Packer(store.put).scene(scene)
+    parcel = Packer(store.put).named_by(scene)
     shutil.rmtree(here)
     move = node.unpack(parcel)
     there = {source: move(source) for source in named}

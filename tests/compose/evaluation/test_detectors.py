@@ -21,7 +21,6 @@ from lora_compose.compose.evaluation.detectors import (
     coarse_windows,
     distinct,
     make_detector,
-    overlap,
     shared,
 )
 from lora_compose.compose.evaluation.encoders import Encoder, load_encoder
@@ -45,7 +44,6 @@ def pixels(box: Box) -> np.ndarray:
 def test_overlap_counts_pixels(a: Box, b: Box) -> None:
     one, other = pixels(a), pixels(b)
     both = (one & other).sum()
-    assert overlap(a, b) == pytest.approx(both / (one | other).sum())
     assert shared(a, b) == pytest.approx(both / min(one.sum(), other.sum()))
 
 

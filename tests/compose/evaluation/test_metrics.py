@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from evaluations import success
 from lora_compose.compose.evaluation.metrics import (
     assign,
     bound_ratio,
@@ -21,7 +22,6 @@ from lora_compose.compose.evaluation.metrics import (
     reached,
     region_similarity,
     similarity_matrix,
-    success,
     swap_rate,
 )
 

@@ -9,6 +9,8 @@ import yaml
 
 from clusters import MARKS, kill_a_worker, one_node, two_nodes
 from evaluations import contents
+from lora_compose.compose.cluster.opening import Cluster
+from lora_compose.compose.evaluation import runner
 from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.results import CLAIMS, MADE, batch_folder, is_done
 from lora_compose.compose.evaluation.runner import evaluate
@@ -66,20 +68,18 @@ def test_the_results_are_those_without_ray_though_something_dies(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
 ) -> None:
     """No worker can read the driver's files, and images that are there already are only scored."""
-    from lora_compose.compose.evaluation import on_ray
-
     suite, killed = read(folder), []
     plan = make_plan(suite).batches
     shutil.copytree(batch_folder(finished, plan[0].key), batch_folder(tmp_path, plan[0].key))
     (batch_folder(tmp_path, plan[0].key) / plan[0].scores).unlink()
-    hidden, pack = folder.with_name("hidden"), on_ray.pack
+    hidden, pack = folder.with_name("hidden"), runner.pack
 
     def pack_and_hide(*given: Any) -> Any:
         found = pack(*given)
         folder.rename(hidden)
         return found
 
-    monkeypatch.setattr(on_ray, "pack", pack_and_hide)
+    monkeypatch.setattr(runner, "pack", pack_and_hide)
     with two_nodes() as (cluster, node, files):
 
         def kill(done: float, text: str = "") -> None:
@@ -88,7 +88,7 @@ def test_the_results_are_those_without_ray_though_something_dies(
                 cluster.remove_node(node, allow_graceful=False) if dies == "node" else kill_a_worker()
 
         try:
-            on_ray.evaluate_on_ray(suite, tmp_path, cluster.address, kill, workers=2)
+            evaluate(suite, tmp_path, kill, cluster=Cluster(cluster.address, 2))
         finally:
             hidden.rename(folder)
         assert not list(files.glob("lora-compose-*")), "also of what was killed"
@@ -102,7 +102,6 @@ def test_what_is_wrong_is_found_before_anything_is_made_and_others_may_join(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_compose.compose.cluster import pool
-    from lora_compose.compose.evaluation import on_ray
 
     (folder / "broken.png").write_bytes(b"no image")
     broken = [{**SUITE["concepts"][0], "references": ["broken.png"]}, SUITE["concepts"][1]]
@@ -110,9 +109,9 @@ def test_what_is_wrong_is_found_before_anything_is_made_and_others_may_join(
     with one_node():
         for changes in ({"concepts": broken}, {"scenes": outside}):
             told = []
-            for run in (evaluate, lambda suite, out: on_ray.evaluate_on_ray(suite, out, "local")):
+            for cluster in (None, Cluster("local")):
                 with pytest.raises(ValueError, match=r"cannot be read|leaves the canvas") as error:
-                    run(read(folder, **changes), tmp_path / "none")
+                    evaluate(read(folder, **changes), tmp_path / "none", cluster=cluster)
                 told.append(str(error.value))
             assert told[0] == told[1]
         assert not list(tmp_path.rglob("*.png"))
@@ -129,7 +128,7 @@ def test_what_is_wrong_is_found_before_anything_is_made_and_others_may_join(
 
         assert others.__enter__() is not None
         monkeypatch.setattr(pool, "LOOK_AGAIN", 0.1)
-        on_ray.evaluate_on_ray(suite, out, "local", another_process)
+        evaluate(suite, out, another_process, cluster=Cluster("local"))
     assert all(is_done(out, planned) for planned in make_plan(suite).batches)
     assert contents(out) == contents(finished)
     made = (folder / MADE for folder in (batch_folder(finished, last.key), batch_folder(out, last.key)))

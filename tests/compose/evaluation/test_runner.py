@@ -26,6 +26,7 @@ from commands import call
 from disks import files_of_at_most
 from evaluations import contents
 from killing import kill_at_work
+from lora_compose.compose.cluster.work import keep
 from lora_compose.compose.evaluation import planning, worker
 from lora_compose.compose.evaluation.batches import batches
 from lora_compose.compose.evaluation.planning import make_plan, open_plan
@@ -255,7 +256,7 @@ def test_what_another_process_has_just_tried_in_vain_is_left_alone(
     lost = make_plan(suite).batches[-1]
     shutil.rmtree(batch_folder(out, lost.key))
 
-    def another_fails(done: float) -> None:
+    def another_fails(done: float, text: str = "") -> None:
         folder = batch_folder(out, lost.key)
         if done >= 1 and not folder.exists():
             about = {"scene": lost.scene, "arm": lost.arm, "alone": lost.alone, "seeds": lost.seeds}
@@ -278,7 +279,7 @@ def test_a_process_whose_batch_was_taken_over_keeps_the_results_of_the_other(
         (batch_folder(out, key) / MADE).unlink()
         before = set(batch_folder(out, key).iterdir())
         claim.path.rename(out / CLAIMS / f"{key}.1")
-        late.keep(opened.do(late.batch), claim)
+        keep(key, late, opened.do(late.batch), claim)
     assert set(batch_folder(out, key).iterdir()) == before
     assert "was taken over by another process" in caplog.text
 
@@ -349,7 +350,7 @@ def test_a_failing_batch_is_written_down_and_tried_again(
 
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_keeps_the_results(suite: Suite, finished: Path, tmp_path: Path) -> None:
-    def fill(done: float) -> None:
+    def fill(done: float, text: str = "") -> None:
         if done > 3:
             disk.enter_context(files_of_at_most(1000))
 

@@ -11,9 +11,8 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from evaluations import SCORES, TRUTH, Seen, known, sanity, store, suite
+from evaluations import SCORES, TRUTH, Seen, known, sanity, store, success, suite
 from lora_compose.compose.evaluation.batches import Batch
-from lora_compose.compose.evaluation.metrics import success
 from lora_compose.compose.evaluation.report import write_report
 from lora_compose.compose.evaluation.results import MADE, PLAN, ConceptScore, Features, Scores
 from lora_compose.compose.evaluation.statistics import bootstrap

@@ -128,7 +128,7 @@ def test_scene_files_batches_and_parcels_carry_references(tmp_path, folder):
     (tmp_path / "rows.csv").write_text(f"prompt,references\na cat,{folder / 'room.png'}\na dog,\n")
     cat, dog = read_entries([tmp_path / "rows.csv"]).entries
     assert (cat.scene.references, dog.scene.references) == ((str(folder / "room.png"),), ())
-    assert Packer(Path.read_bytes).scene(cat.scene).moves.keys() == {str(folder / "room.png")}
+    assert Packer(Path.read_bytes).named_by(cat.scene).moves.keys() == {str(folder / "room.png")}
 
 
 def test_what_an_image_depends_on_has_the_content_of_its_references(folder, tmp_path):

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from commands import call
-from lora_compose.compose.evaluation.detectors import WindowDetector, overlap
+from lora_compose.attention.masks import Box
+from lora_compose.compose.evaluation.confusion import inside
+from lora_compose.compose.evaluation.detectors import WindowDetector, shared
 from lora_compose.compose.evaluation.encoders import JUDGE, Encoder, load_encoder
 from lora_compose.compose.evaluation.scoring import reference_crop
 from lora_compose.compose.playground.assets import playground_judge, playground_references
@@ -51,7 +53,7 @@ def test_objects_stay_in_the_image_and_apart() -> None:
             assert len(found) == count
             assert all(x >= 0 and y >= 0 and max(x, y) + side <= world.SIZE for x, y, side in found)
             boxes = [(x, y, x + side, y + side) for x, y, side in found]
-            assert all(overlap(a, b) == 0 for i, a in enumerate(boxes) for b in boxes[:i])
+            assert all(shared(a, b) == 0 for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_what_sticks_out_is_cut_off(sprites: dict[str, np.ndarray]) -> None:
@@ -170,6 +172,12 @@ def recorded(path: Path) -> tuple[int, int, int, int]:
     lines = (path.parent / "captions.tsv").read_text(encoding="utf-8").splitlines()
     left, top, side = map(int, lines[int(path.stem)].split("\t")[2].split())
     return left, top, left + side, top + side
+
+
+def overlap(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes."""
+    parts = inside(a, b), inside(b, a)
+    return 0.0 if 0 in parts else 1 / (1 / parts[0] + 1 / parts[1] - 1)
 
 
 def found_in(judge: Encoder, paths: Sequence[tuple[str, Path]]) -> list[bool]:
