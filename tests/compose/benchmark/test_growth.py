@@ -108,7 +108,7 @@ def test_the_joint_change_of_many_concepts_grows_linearly():
 def test_texts_about_all_concepts_take_calls_that_grow_linearly_with_them(of_one_class):
     points = []
     for number in (8, 16, 32):
-        words = [(f"word{number}x{i}", "dog" if of_one_class else f"animal{number}x{i}") for i in range(number)]
+        words = [(f"word{i}", "dog" if of_one_class else f"animal{i}") for i in range(number)]
         concepts = [Concept(name=trigger, trigger=trigger, class_word=noun) for trigger, noun in words]
         prompt = " and ".join(f"a {trigger} {noun}" for trigger, noun in words)
         re.purge()  # patterns that are compiled already take fewer calls
