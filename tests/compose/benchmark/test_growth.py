@@ -13,7 +13,7 @@ from lora_compose.compose.benchmark.architectures import SD15, TRANSFORMERS, wit
 from lora_compose.compose.benchmark.bench import PassRow, pass_cells, passes_table
 from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.compose.benchmark.flops import Operations
-from lora_compose.compose.benchmark.growth import Curve, Point, draw, of_call, of_stored
+from lora_compose.compose.benchmark.growth import Curve, Point, draw, of_call, of_host, of_stored
 from lora_compose.compose.benchmark.host import python_calls
 from lora_compose.compose.benchmark.transformers import READING, SHOWN, PassCost, pass_cost
 from lora_compose.pipelines.concepts import overload
@@ -102,6 +102,11 @@ def test_the_joint_change_of_many_concepts_grows_linearly():
             overload._norm([(one, 1.0)] * concepts)
         points.append(Point(concepts, {"FLOPs": operations.flops}))
     assert Curve("concepts", points).exponents()["FLOPs"] == pytest.approx(1, abs=0.1)
+
+
+def test_python_calls_of_a_whole_call_grow_linearly_with_its_concepts():
+    growth = Curve("concepts", list(of_host((4, 8, 16)))).exponents()
+    assert growth["Python calls"] == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("of_one_class", [False, True])
