@@ -1,10 +1,14 @@
-"""How costs grow with concepts, stored LoRAs, images and sizes: counted on SD 1.5 without weights, and drawn."""
+"""How costs grow with concepts, stored LoRAs, images and sizes: counted on SD 1.5 without weights, and drawn.
+
+The host's work is that of real calls on the playground.
+"""
 
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from math import log
 from pathlib import Path
@@ -16,19 +20,25 @@ from safetensors.torch import save_file
 
 from lora_compose.compose.benchmark import counting
 from lora_compose.compose.benchmark.architectures import SD15, attention_lora, with_lora
+from lora_compose.compose.benchmark.host import python_calls
 from lora_compose.compose.benchmark.memory import added_memory
+from lora_compose.compose.benchmark.outside import spent
 from lora_compose.compose.benchmark.peaks import watched
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.compose.benchmark.tables import new_table
+from lora_compose.compose.benchmark.timing import lora_tensors
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.terminal import bar, echo, out
 from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.methods import Regional
-from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 
 CONCEPTS, IMAGES, SIZES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), (512, 1024, 2048)
 STORED = (10, 100, 1000, 10_000)
 _WORDS = "abcdefghijklmnopqrstuvwxyz0123456789"  # each a token of its own for CLIP's tokenizers
 _STEPS, _GUIDANCE, _SIDE = 1, 5.0, 512
+_UNUSED = "789"  # words for prompts that no call had before; of as many timed calls the quickest counts
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,34 @@ def of_call(unet: Any, concepts: int, images: int, side: int) -> Mapping[str, fl
     return {"rows": cost.rows_forward, "TFLOP": cost.flops / 1e12, "GiB": memory.peak_bytes / 2**30}
 
 
+def of_host(numbers: Sequence[int]) -> Iterator[Point]:
+    """Work of the host for a call of one step with `regional`, of concepts and a prompt that no call had before.
+
+    Python calls, and milliseconds of CPU time outside of the model's passes.
+    """
+    pipe = open_model(Run(scene=Scene(prompt="-"), model=PLAYGROUND, device="cpu", dtype="float32"), ())
+    side, tensors = pipe.own_size[0], lora_tensors(pipe)
+    with tempfile.TemporaryDirectory() as folder:
+        for i, concept in enumerate(in_columns(max(numbers), side)):
+            path = Path(folder) / f"{i}.safetensors"  # concepts of one file would share its factors
+            save_file(tensors, path)
+            pipe.load_concept(path, name=concept.name, trigger=concept.trigger)
+
+    def call(number: int, word: str) -> None:
+        concepts = in_columns(number, side)
+        pipe.banks.clear()
+        pipe(
+            prompt=" ".join([word, *_WORDS[:number]]), concepts=concepts, method=Regional(), width=side, height=side,
+            num_inference_steps=_STEPS, guidance_scale=_GUIDANCE, output_type="latent",
+        )  # fmt: skip
+
+    call(numbers[0], "on")  # what is computed once
+    for number in numbers:
+        calls = python_calls(partial(call, number, "grass"))
+        times = [spent(pipe.model, partial(call, number, word), [time.thread_time])[0].outside for word in _UNUSED]
+        yield Point(number, {"Python calls": calls, "CPU ms": 1000 * min(times)})
+
+
 def of_stored(numbers: Sequence[int]) -> Iterator[Point]:
     """CPU seconds and MiB of registering files by their headers, each into a new library."""
     pipe = pipeline_of(counting.meta_unet(SD15), scheduler())
@@ -109,12 +147,13 @@ def curves() -> list[Curve]:
     unet = counting.meta_unet(SD15).half()
     wanted = {
         "concepts": (Point(n, of_call(unet, n, 1, _SIDE)) for n in CONCEPTS),
+        "concepts, of the host": of_host(CONCEPTS),
         "images": (Point(n, of_call(unet, 2, n, _SIDE)) for n in IMAGES),
         "pixels of a side": (Point(n, of_call(unet, 2, 1, n)) for n in SIZES),
         "stored LoRAs": of_stored(STORED),
     }
     by_axis = {against: Curve(against, []) for against in wanted}
-    with bar("counting", len(CONCEPTS) + len(IMAGES) + len(SIZES) + len(STORED)) as on_progress:
+    with bar("counting", 2 * len(CONCEPTS) + len(IMAGES) + len(SIZES) + len(STORED)) as on_progress:
         for done, (against, point) in enumerate(((key, point) for key in wanted for point in wanted[key]), 1):
             by_axis[against].points.append(point)
             on_progress(done)
@@ -163,8 +202,10 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
 def growth_table(drawn: Sequence[Curve]) -> Table:
     """Costs at the first and last number of each curve, and the exponents."""
     table = new_table(
-        "Counted: one step of SD 1.5 in half precision with regional, LoRAs of rank 8 on all attention layers; stored "
-        "LoRAs: CPU time and memory to register them by their headers. p: cost = a + b n^p, by the last three numbers",
+        "Counted: one step of SD 1.5 in half precision with regional, LoRAs of rank 8 on all attention layers; of the "
+        "host: Python calls, and measured CPU time outside of the model's passes, of a call of one step with new "
+        "concepts on the playground; stored LoRAs: CPU time and memory to register them by their headers. p: cost = "
+        "a + b n^p, by the last three numbers",
         ["what", "by", "from", "to", "first", "last", "p"],
     )
     for curve in drawn:

@@ -55,7 +55,7 @@ def host_work(pipe: Any, job: Job) -> HostWork:
         ours()
 
     def work(function: Callable[[], object]) -> Work:
-        return Work(_python_calls(function), operations(function))
+        return Work(python_calls(function), operations(function))
 
     plain, ours = way(None), way(job.method)
     plain()  # what is computed once
@@ -75,7 +75,8 @@ def _quickest(pipe: Any, *functions: Callable[[], object]) -> list[float]:
     return [1000 * min(times) for times in zip(*rounds, strict=True)]
 
 
-def _python_calls(function: Callable[[], object]) -> int:
+def python_calls(function: Callable[[], object]) -> int:
+    """How many Python functions, and steps of generators, a function calls."""
     calls = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:

@@ -32,6 +32,10 @@ MetricsOption = Annotated[
     ),
 ]
 
+ProcessesOption = Annotated[
+    int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or as in the suite.")
+]
+
 app = typer.Typer(cls=_Suites, help="Score methods on many scenes: lora-compose evaluate SUITE.", no_args_is_help=True)
 
 
@@ -42,9 +46,7 @@ def run(
     folder: Annotated[
         Path | None, typer.Option("--out", help="Output folder; default: outputs/evaluation/NAME. A rerun resumes.")
     ] = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or as in the suite.")
-    ] = None,
+    processes: ProcessesOption = None,
     ray: RayOption = None,
     metrics: MetricsOption = None,
 ) -> None:
@@ -73,6 +75,8 @@ def published(
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show downloads, licences and images, and stop.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Download, make two images, show the cost, and stop.")] = False,
+    processes: ProcessesOption = None,
+    ray: RayOption = None,
 ) -> None:
     """Evaluate public models and LoRAs.
 
@@ -85,9 +89,10 @@ def published(
         show_published(path, folder)
         return
     check_packages("the evaluation", EVALUATION, "evaluation")
+    check_ray(ray)
     with starting():
         from lora_compose.compose.evaluation.command import run_published
-    if code := run_published(path, folder, smoke=smoke):
+    if code := run_published(path, folder, processes, ray, smoke=smoke):
         raise typer.Exit(code)
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ from pydantic import Field
 from lora_compose.compose.evaluation.batches import Arm, Batch, run_of
 from lora_compose.compose.evaluation.detectors import Detector, make_detector
 from lora_compose.compose.evaluation.encoders import load_encoder
+from lora_compose.compose.evaluation.planning import detector_facts, fingerprint
 from lora_compose.compose.evaluation.suite import SANITY, Seeds, Suite, SuiteConcept, SuiteScene
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.images import png_bytes
@@ -47,12 +48,7 @@ def with_references(suite: Suite, alone: Mapping[str, Alone], out: Path) -> Suit
         ValueError: If a model cannot be opened, or a LoRA makes nothing alone that the detector finds.
         OSError: If the images cannot be written.
     """
-    named = {
-        concept.name: alone[concept.references]
-        for concept in suite.concepts
-        if isinstance(concept.references, str) and concept.references in alone
-    }
-    batches = {name: _batch(suite, suite.concept(name), alone) for name, alone in named.items()}
+    batches = {name: _batch(suite, suite.concept(name), each) for name, each in _named(suite, alone)}
     folders = {name: out / FOLDER / _folder_name(suite, batch) for name, batch in batches.items()}
     if missing := {name: batches[name] for name, folder in folders.items() if not folder.is_dir()}:
         _make(suite, missing, folders)
@@ -61,6 +57,23 @@ def with_references(suite: Suite, alone: Mapping[str, Alone], out: Path) -> Suit
         for concept in suite.concepts
     ]
     return suite.model_copy(update={"concepts": tuple(concepts)})
+
+
+def missing_references(suite: Suite, alone: Mapping[str, Alone], out: Path) -> dict[str, int]:
+    """How many images `with_references` would make, by the concept whose LoRA makes them."""
+    batches = {name: _batch(suite, suite.concept(name), each) for name, each in _named(suite, alone)}
+    return {
+        name: len(batch.seeds)
+        for name, batch in batches.items()
+        if not (out / FOLDER / _folder_name(suite, batch)).is_dir()
+    }
+
+
+def _named(suite: Suite, alone: Mapping[str, Alone]) -> Iterator[tuple[str, Alone]]:
+    """Concepts whose LoRA makes their references."""
+    for concept in suite.concepts:
+        if isinstance(concept.references, str) and concept.references in alone:
+            yield concept.name, alone[concept.references]
 
 
 def _batch(suite: Suite, concept: SuiteConcept, alone: Alone) -> Batch:
@@ -73,9 +86,9 @@ def _batch(suite: Suite, concept: SuiteConcept, alone: Alone) -> Batch:
 
 
 def _folder_name(suite: Suite, batch: Batch) -> str:
-    run, found_by = run_of(suite, batch), suite.detector and suite.detector.model_dump(mode="json")
+    run = run_of(suite, batch)
     facts = run_facts(run, batch.seeds, suite.threads, suite.save_memory)
-    return f"{batch.arm.alone}-{digest(run.model, facts, found_by)}"
+    return f"{batch.arm.alone}-{digest(fingerprint(run.model), facts, detector_facts(suite))}"
 
 
 def _make(suite: Suite, batches: Mapping[str, Batch], folders: Mapping[str, Path]) -> None:

@@ -1,11 +1,11 @@
 """`lora-compose evaluate`: runs a suite in one process or several, and writes its report."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lora_compose.compose.cluster.opening import Cluster
 from lora_compose.compose.cluster.work import Failure, attempt
-from lora_compose.compose.evaluation.alone import with_references
+from lora_compose.compose.evaluation.alone import Alone, missing_references, with_references
 from lora_compose.compose.evaluation.batches import Batch, batches
 from lora_compose.compose.evaluation.chosen import chosen
 from lora_compose.compose.evaluation.comparison import compare_runs
@@ -73,11 +73,20 @@ def run_suite(
     return FAILED if left else 0
 
 
-def run_published(suite: Path, folder: Path | None = None, *, smoke: bool = False) -> int:
+def run_published(
+    suite: Path,
+    folder: Path | None = None,
+    processes: int | None = None,
+    ray: str | None = None,
+    *,
+    smoke: bool = False,
+) -> int:
     """Shows what a published suite downloads, downloads it, makes two images, shows the cost, and then runs it.
 
     Args:
         folder: For the results.
+        processes: As for `run_suite`.
+        ray: As for `run_suite`.
         smoke: Whether to stop after the two images.
 
     Raises:
@@ -85,22 +94,25 @@ def run_published(suite: Path, folder: Path | None = None, *, smoke: bool = Fals
         OSError: If the hub does not give what is needed.
     """
     published, to = show_published(suite, folder)
-    ready = with_references(fetch(published), published.references, to)
+    fetched = fetch(published)
     if smoke or not (to / PLAN).exists():
-        _try_out(ready, to)
+        _try_out(fetched, published.references, to)
     if smoke:
         return 0
-    write_suite(ready, to / "suite.yaml")
-    return run_suite(str(to / "suite.yaml"), to)
+    write_suite(with_references(fetched, published.references, to), to / "suite.yaml")
+    return run_suite(str(to / "suite.yaml"), to, processes, ray)
 
 
-def _try_out(suite: Suite, out: Path) -> None:
-    """Makes and scores two images, of the baseline and of the first other method, and shows what the whole costs.
+def _try_out(suite: Suite, alone: Mapping[str, Alone], out: Path) -> None:
+    """Makes two images, of the baseline and of the first other method, and shows what the whole costs.
+
+    They are scored if all references are there. Those that LoRAs make alone (`alone`) are counted, and not made.
 
     Raises:
         ValueError: If something cannot be opened, or one of the two cannot be made.
     """
-    worker = Worker.open(suite, own_device(suite.device))
+    later = {concept.name for concept in suite.concepts if concept.references in alone}
+    worker = Worker.open(_without_references(suite, later), own_device(suite.device))
     flops, seconds = 0, 0.0
     for batch in _two(suite):
         for result in attempt(worker.do, batch):
@@ -111,12 +123,24 @@ def _try_out(suite: Suite, out: Path) -> None:
                 memory = "" if cost.peak_bytes is None else f", {gib(cost.peak_bytes)}"
                 echo(f"  {batch.arm.name}: {cost.seconds:.1f} s{memory}: {path}")
                 flops, seconds = flops + cost.flops, seconds + cost.seconds
+                if later:
+                    break
             elif isinstance(result, Failure):
                 raise ValueError(f"{batch.arm.name}, scene {batch.scene.name!r}: {result.error}")
     every = list(batches(suite))
-    images = sum(len(batch.seeds) for batch in every)
+    images, further = sum(len(batch.seeds) for batch in every), sum(missing_references(suite, alone, out).values())
     whole = sum(worker.count(batch).flops * len(batch.seeds) for batch in every)
-    echo(f"{images} images, {whole:.3g} FLOPs: about {seconds * whole / flops / 3600:.2g} h at this pace")
+    whole += further * worker.count(next(batch for batch in every if batch.arm.alone)).flops
+    what = f"{images} images" + (f" and {further} references" if further else "")
+    echo(f"{what}, {whole:.3g} FLOPs: about {seconds * whole / flops / 3600:.2g} h at this pace")
+    if any(method.merge for method in suite.compared):
+        echo("  Merging LoRAs into one file is not in it.")
+
+
+def _without_references(suite: Suite, names: Collection[str]) -> Suite:
+    """The suite with no references of some concepts: it can be opened, and images of these cannot be scored."""
+    concepts = [one.model_copy(update={"references": ()}) if one.name in names else one for one in suite.concepts]
+    return suite.model_copy(update={"concepts": tuple(concepts)})
 
 
 def _two(suite: Suite) -> Sequence[Batch]:

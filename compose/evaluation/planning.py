@@ -74,11 +74,16 @@ def make_plan(suite: Suite) -> Plan:
 
 def _scoring(suite: Suite) -> Any:
     concepts = [[one.name, one.trigger, one.class_word, _references(one)] for one in suite.concepts]
-    detector = None if suite.detector is None else suite.detector.model_dump(mode="json")
-    if isinstance(suite.detector, ZeroShotConfig):
-        detector = [detector, fingerprint(suite.detector.model)]
     chosen = [[one.name, fingerprint(one.model)] for one in suite.metrics]
-    return [SCORING, fingerprint(suite.encoder), detector, concepts, chosen]
+    return [SCORING, fingerprint(suite.encoder), detector_facts(suite), concepts, chosen]
+
+
+def detector_facts(suite: Suite) -> Any:
+    """Identifies a detector: by its settings, and by the contents of its model, wherever that is."""
+    if suite.detector is None:
+        return None
+    settings = suite.detector.model_dump(mode="json", exclude={"model"})
+    return [settings, fingerprint(suite.detector.model)] if isinstance(suite.detector, ZeroShotConfig) else settings
 
 
 def _references(concept: SuiteConcept) -> list[str]:

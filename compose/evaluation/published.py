@@ -1,9 +1,11 @@
 """Suites of public models and LoRAs: what they download, and under which licences."""
 
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
 from diffusers import DiffusionPipeline
@@ -28,11 +30,12 @@ from lora_compose.compose.files.stored import write_text
 from lora_compose.compose.files.text import to_yaml
 from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.terminal import echo
-from lora_compose.pipelines.support.hub import HubError, asking, page, reachable
+from lora_compose.pipelines.support.hub import HubError, asking, is_hub_name, page, reachable
 from lora_compose.pipelines.support.regular import sha256_of
 from lora_compose.pipelines.text.tokens import find_words
 
 _MODEL = ("*.json", "*.safetensors", "*.txt", "*.model")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Download(Frozen):
@@ -41,7 +44,8 @@ class Download(Frozen):
     Attributes:
         repository: "owner/name".
         file: One file, such as a LoRA; None is a whole model as diffusers opens it, or `files`.
-        files: A pattern for several files, such as "references/*.jpg"; the source is their folder.
+        files: A pattern for several files, such as "references/*.jpg", or several patterns, such as "*.json" and
+            "model.safetensors"; the source is their folder. Each pattern has to match something.
         dataset: Whether it is a repository of data, such as photographs, instead of models.
         revision: Branch, tag or commit; None is the main branch, which may change.
         licence: Under which it is published, as its page says; None if that is not known.
@@ -50,7 +54,7 @@ class Download(Frozen):
 
     repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
     file: str | None = None
-    files: str | None = None
+    files: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     dataset: bool = False
     revision: str | None = None
     licence: str | None = None
@@ -65,6 +69,20 @@ class Download(Frozen):
         if self.dataset and self.file is None and self.files is None:
             raise ValueError("a data set is no model: give file or files")
         return self
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Those of `files`."""
+        return (self.files,) if isinstance(self.files, str) else self.files or ()
+
+    @property
+    def pinned(self) -> str:
+        """What makes sure that everybody has the same files, in words."""
+        if self.revision is not None and _COMMIT.fullmatch(self.revision):
+            return f"commit {self.revision[:12]}"
+        if self.sha256 is not None:
+            return f"SHA-256 {self.sha256[:12]}"
+        return f"{'the main branch' if self.revision is None else self.revision}, not pinned"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -82,7 +100,7 @@ class Download(Frozen):
         if self.file is not None:
             return path == self.file
         if self.files is not None:
-            return fnmatch(path, self.files)
+            return any(fnmatch(path, pattern) for pattern in self.patterns)
         return any(fnmatch(path, pattern) for pattern in _MODEL) and path.count("/") < 2
 
 
@@ -99,11 +117,21 @@ class Published(Frozen):
     references: Mapping[Name, Alone] = {}
     suite: Suite
 
+    @property
+    def sources(self) -> list[str]:
+        """All that the suite reads, by the names that it uses."""
+        used: dict[str, None] = {}
+        moved_suite(self.suite, lambda source: (used.setdefault(source), source)[1])
+        return list(used)
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """Repositories of the hub that the suite names without a download: they are read when they are opened."""
+        return [source for source in self.sources if source not in self.downloads and is_hub_name(source)]
+
     @model_validator(mode="after")
     def _used(self) -> Self:
-        used: set[str] = set()
-        moved_suite(self.suite, lambda source: (used.add(source), source)[1])
-        if unread := sorted(self.downloads.keys() - used):
+        if unread := sorted(self.downloads.keys() - set(self.sources)):
             raise ValueError(f"nothing in the suite names the download {unread[0]!r}")
         if twice := sorted(self.downloads.keys() & self.references.keys()):
             raise ValueError(f"{twice[0]!r} is the name of a download and of references")
@@ -165,7 +193,9 @@ def show_published(path: Path, folder: Path | None = None) -> tuple[Published, P
         size = "size not known without the hub"
         if one.size is not None:
             size = f"{gib(one.size)}, {gib(one.missing or 0)} to download"
-        echo(f"  {one.name}: {one.download.repository}, {size}; licence: {licence}")
+        echo(f"  {one.name}: {one.download.repository}, {one.download.pinned}, {size}; licence: {licence}")
+    for source in published.elsewhere:
+        echo(f"  {source}: none of the downloads, not pinned, read when it is opened; licence: see {page(source)}")
     return published, to
 
 
@@ -181,18 +211,13 @@ def wanted(published: Published) -> Iterator[Wanted]:
         HubError: If the hub refuses a repository, or has another file than the suite names.
         ConnectionError: If the hub is out of reach, and the cache has no copy.
     """
+    for source in published.elsewhere:
+        _listed(Download(repository=source, files="*.json"))
     for name, one in published.downloads.items():
-        if constants.HF_HUB_OFFLINE or reachable(one.repository, **one.options) != one.options:
+        files = _listed(one)
+        if files is None:
             yield Wanted(name, one, None, None)
             continue
-        with asking(one.repository, **one.options):
-            tree = list(list_repo_tree(one.repository, recursive=True, **one.options))
-            files = [file for file in tree if isinstance(file, RepoFile) and one.takes(file.path)]
-            for file in files[:1]:  # anybody may list the files of a gated repository
-                get_hf_file_metadata(hf_hub_url(one.repository, file.path, **one.options))
-        if not files:
-            there = one.file or one.files or "a model of diffusers"
-            raise HubError(f"the repository {one.repository!r} has no {there}: see {one.page}")
         if one.sha256 is not None and files[0].lfs is not None and files[0].lfs.sha256 != one.sha256:
             raise HubError(
                 f"{one.repository}/{one.file} is another file than the suite names: its SHA-256 is "
@@ -201,6 +226,22 @@ def wanted(published: Published) -> Iterator[Wanted]:
         cached = [try_to_load_from_cache(one.repository, file.path, **one.options) for file in files]
         missing = sum(file.size for file, path in zip(files, cached, strict=True) if not isinstance(path, str))
         yield Wanted(name, one, sum(file.size for file in files), missing)
+
+
+def _listed(one: Download) -> list[RepoFile] | None:
+    """The files of a download, which may be read; None without the hub, if the cache has a copy."""
+    if constants.HF_HUB_OFFLINE or reachable(one.repository, **one.options) != one.options:
+        return None
+    with asking(one.repository, **one.options):
+        tree = list(list_repo_tree(one.repository, recursive=True, **one.options))
+        files = [file for file in tree if isinstance(file, RepoFile) and one.takes(file.path)]
+        for file in files[:1]:  # anybody may list the files of a gated repository
+            get_hf_file_metadata(hf_hub_url(one.repository, file.path, **one.options))
+    lacking = [pattern for pattern in one.patterns if not any(fnmatch(file.path, pattern) for file in files)]
+    if not files or lacking:
+        there = one.file or ", ".join(lacking) or "a model of diffusers"
+        raise HubError(f"the repository {one.repository!r} has no {there}: see {one.page}")
+    return files
 
 
 def fetch(published: Published) -> Suite:
@@ -219,8 +260,8 @@ def _fetched(one: Download) -> Path:
         if one.file is not None:
             path = Path(hf_hub_download(one.repository, one.file, **options))
         elif one.files is not None:
-            folder = Path(snapshot_download(one.repository, allow_patterns=[one.files], **options))
-            path = folder / Path(one.files).parent
+            folder = Path(snapshot_download(one.repository, allow_patterns=list(one.patterns), **options))
+            path = folder / os.path.commonpath([PurePosixPath(pattern).parent for pattern in one.patterns])
         else:
             path = Path(str(DiffusionPipeline.download(one.repository, use_safetensors=True, **options)))
     if one.sha256 is not None and (found := sha256_of(path)) != one.sha256:

@@ -80,8 +80,8 @@ METRICS = (
     ),
     Metric(
         "clip_i", "CLIP-I", True, 3, "-1 to 1",
-        "Similarity of the whole image to the references, averaged over the concepts. It cannot say which object is "
-        "alike; it is here because papers report it.",
+        "Similarity of the whole image to the references, averaged over the concepts, by an encoder that also reads "
+        "texts. It cannot say which object is alike; it is here because papers report it.",
     ),
     Metric(
         "dino", "DINO", True, 3, "-1 to 1",

@@ -266,7 +266,7 @@ def _image_row(shot: Shot, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]:
         **shot.keys,
         "file": shot.file,
         "clip_t": shot.scores.clip_t,
-        "clip_i": _mean([score.whole for score in scores]),
+        "clip_i": np.nan if shot.scores.clip_t is None else _mean([score.whole for score in scores]),
         "region": _mean(own),
         "region_min": min(own, default=np.nan),
         "ratio": _mean([metrics.bound_ratio(own[[i]], bounds[name]) for i, name in enumerate(names)]),

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.spelling import shortened
-from lora_compose.pipelines.text.tokens import Span, class_words, find_words
+from lora_compose.pipelines.text.tokens import Span, Words, find_words, pairs_of, words_of
 
 _LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|her|its|our|their))?\s*$", re.IGNORECASE)
 """Words before a list of concepts that have no meaning without it: "a photo of a"."""
@@ -21,7 +22,7 @@ def without_triggers(prompt: str, concepts: Sequence[Concept]) -> str:
 
 def surroundings(prompt: str, concepts: Sequence[Concept]) -> str:
     """The prompt without the list of concepts: "a sks cat and a zwx dog on grass" becomes "on grass"."""
-    start, end = _list_of(concepts, prompt)
+    start, end = _list_of(words_of(concepts), prompt)
     return _tidy(f"{_LEADING_UP.sub('', prompt[:start])} {prompt[end:]}") if end else prompt
 
 
@@ -40,28 +41,32 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
     """
     if concept.prompt is not None:
         return concept.prompt
-    spans = _named(concept, prompt, concepts)
+    every = words_of(concepts)
+    (words,) = words_of([concept])
+    spans = _named(words, prompt, every)
     if not spans:
         missing = f"write {concept.phrase!r} in it" if concept.phrase else "give it a trigger and write that in it"
         raise ValueError(
             f"the prompt {shortened(prompt)} does not name the concept {concept.name!r}: {missing}, or give the "
             f"concept a prompt of its own, Concept(name={concept.name!r}, prompt=...)"
         )
-    start, end = _list_of(concepts, prompt)
+    start, end = _list_of(every, prompt)
     return prompt[:start] + prompt[slice(*spans[0])] + prompt[end:]
 
 
-def _list_of(concepts: Sequence[Concept], prompt: str) -> tuple[int, int]:
+@lru_cache(maxsize=64)  # the text of every concept replaces the same list
+def _list_of(every: tuple[Words, ...], prompt: str) -> Span:
     """From the first word that names a concept to the last; (0, 0) if there is none."""
-    spans = [span for concept in concepts for span in _named(concept, prompt, concepts)]
+    spans = [span for words in every for span in _named(words, prompt, every)]
     return (min(spans)[0], max(end for _, end in spans)) if spans else (0, 0)
 
 
-def _named(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
+def _named(words: Words, prompt: str, every: tuple[Words, ...]) -> list[Span]:
     """Where a prompt names a concept: from its trigger to its class word, or the class word alone."""
-    if not concept.trigger:
-        return find_words(concept.class_word or "", prompt)
-    return [(start, (noun or (start, end))[1]) for (start, end), noun in class_words(concept, prompt, concepts)]
+    _, trigger, class_word = words
+    if not trigger:
+        return find_words(class_word or "", prompt)
+    return [(start, (noun or (start, end))[1]) for (start, end), noun in pairs_of(words, prompt, every)]
 
 
 def _tidy(prompt: str) -> str:

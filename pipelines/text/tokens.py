@@ -6,9 +6,12 @@ the image. Words are found as whole words in the text, and every position is che
 
 import re
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +80,17 @@ def unescaped(text: str) -> str:
     return _ESCAPED.sub(r"\1", text)
 
 
+Words = tuple[str, str | None, str | None]
+"""Name, trigger and class word of a concept."""
+
+_WORDS = attrgetter("name", "trigger", "class_word")
+
+
+def words_of(concepts: Iterable[Concept]) -> tuple[Words, ...]:
+    """The words of concepts, which have a hash: a concept may hold an image."""
+    return tuple(map(_WORDS, concepts))
+
+
 def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[tuple[Span, Span | None]]:
     """The occurrences of a concept's trigger in a prompt, each with the class word that belongs to it.
 
@@ -86,15 +100,51 @@ def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> l
     Args:
         concepts: All concepts that it may name.
     """
-    others = [find_words(other.trigger or "", prompt) for other in concepts if other.name != concept.name]
-    starts = [start for spans in others for start, _ in spans]
-    nouns = free_nouns(concept, prompt, concepts)
-    pairs = []
-    for span in find_words(concept.trigger or "", prompt):
-        noun = next((noun for noun in nouns if noun[0] >= span[1]), None)
-        taken = noun is not None and any(span[1] <= start < noun[1] for start in starts)
+    return pairs_of(_WORDS(concept), prompt, words_of(concepts))
+
+
+def pairs_of(words: Words, prompt: str, every: tuple[Words, ...]) -> list[tuple[Span, Span | None]]:
+    """`class_words` of the words of a concept, among those of every concept."""
+    (name, trigger, class_word), triggers = words, _triggers(prompt, every)
+    nouns, pairs = _free_nouns(class_word or "", prompt, every), []
+    for span in _find_words(trigger or "", prompt):
+        after = bisect_left(nouns, (span[1], 0))
+        noun = nouns[after] if after < len(nouns) else None
+        taken = noun is not None and triggers.of_others(name, span[1], noun[1])
         pairs.append((span, None if taken else noun))
     return pairs
+
+
+class _Triggers:
+    """Where the triggers of concepts are in a prompt."""
+
+    def __init__(self, prompt: str, every: tuple[Words, ...]) -> None:
+        found = sorted((span, name) for name, trigger, _ in every for span in _find_words(trigger or "", prompt))
+        self._names = [name for _, name in found]
+        self._starts = [start for (start, _), _ in found]
+        self._ends = list(accumulate((end for (_, end), _ in found), max))  # the furthest of those that have begun
+
+    def of_others(self, name: str, start: int, end: int) -> bool:
+        """Whether a trigger of another concept begins from `start` on, before `end`."""
+        between = self._names[bisect_left(self._starts, start) : bisect_left(self._starts, end)]
+        return bool(set(between) - {name})
+
+    def contain(self, span: Span) -> bool:
+        """Whether a span is a part of a trigger."""
+        begun = bisect_right(self._starts, span[0])
+        return begun > 0 and self._ends[begun - 1] >= span[1]
+
+
+# Every concept of a call asks for the words of all others: found once, a prompt with many of them takes linear time.
+@lru_cache(maxsize=64)
+def _triggers(prompt: str, every: tuple[Words, ...]) -> _Triggers:
+    return _Triggers(prompt, every)
+
+
+@lru_cache(maxsize=1024)
+def _free_nouns(class_word: str, prompt: str, every: tuple[Words, ...]) -> tuple[Span, ...]:
+    triggers = _triggers(prompt, every)
+    return tuple(noun for noun in _find_words(class_word, prompt) if not triggers.contain(noun))
 
 
 def check_all_named(concepts: Iterable[Concept], prompt: str) -> None:
@@ -106,7 +156,7 @@ def check_all_named(concepts: Iterable[Concept], prompt: str) -> None:
 
 def check_named(concept: Concept, prompt: str) -> None:
     """Raises ValueError if a concept's trigger is not in a prompt."""
-    if find_words(_composed(concept).trigger or "", unicodedata.normalize("NFC", prompt)):
+    if find_words(unicodedata.normalize("NFC", concept.trigger or ""), unicodedata.normalize("NFC", prompt)):
         return
     trigger = (concept.trigger or "").strip()
     raise ValueError(
@@ -127,7 +177,7 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
             punctuation in a way that changes its tokens.
     """
     prompt = unicodedata.normalize("NFC", prompt)
-    occurrences = class_words(_composed(concept), prompt, list(map(_composed, concepts)))
+    occurrences = pairs_of(_composed(_WORDS(concept)), prompt, _all_composed(words_of(concepts)))
     if not occurrences:
         check_named(concept, prompt)
     triggers, nouns = [span for span, _ in occurrences], sorted({noun for _, noun in occurrences if noun})
@@ -137,12 +187,15 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
     return Positions(*map(tuple, positions))
 
 
-def _composed(concept: Concept) -> Concept:
-    """The concept in NFC, as tokenizers read text: a combining accent would look like the end of a word."""
-    words = {name: getattr(concept, name) or "" for name in ("trigger", "class_word")}
-    if all(unicodedata.is_normalized("NFC", word) for word in words.values()):
-        return concept
-    return concept.model_copy(update={name: unicodedata.normalize("NFC", word) for name, word in words.items()})
+def _composed(words: Words) -> Words:
+    """The words in NFC, as tokenizers read text: a combining accent would look like the end of a word."""
+    name, trigger, class_word = words
+    return name, unicodedata.normalize("NFC", trigger or ""), unicodedata.normalize("NFC", class_word or "")
+
+
+@lru_cache(maxsize=64)
+def _all_composed(every: tuple[Words, ...]) -> tuple[Words, ...]:
+    return tuple(map(_composed, every))
 
 
 def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], concept: Concept) -> Sequence[int]:
@@ -215,9 +268,7 @@ class Mention:
 
 def free_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
     """Spans of a concept's class word in a prompt, except those inside a trigger."""
-    taken = [span for other in concepts for span in find_words(other.trigger or "", prompt)]
-    nouns = find_words(concept.class_word or "", prompt)
-    return [(start, end) for start, end in nouns if not any(a <= start and end <= b for a, b in taken)]
+    return list(_free_nouns(concept.class_word or "", prompt, words_of(concepts)))
 
 
 def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tuple[int, ...]:
@@ -238,11 +289,11 @@ def locate_mention(
         ValueError: If one of the words is not in the prompt, or as for `locate`.
     """
     prompt = unicodedata.normalize("NFC", prompt)
-    concept, concepts = _composed(concept), list(map(_composed, concepts))
     if mention.which is None:
         spans = [span for word in mention.words for span in find_words(unicodedata.normalize("NFC", word), prompt)]
     else:
-        nouns = free_nouns(concept, prompt, concepts)
+        class_word = unicodedata.normalize("NFC", concept.class_word or "")
+        nouns = _free_nouns(class_word, prompt, _all_composed(words_of(concepts)))
         spans = [nouns[k] for k in mention.which if k < len(nouns)]
     if not spans:
         raise ValueError(

@@ -1,5 +1,6 @@
 """How costs grow: nothing quadratically with the number of concepts or of stored LoRAs."""
 
+import re
 from inspect import signature
 
 import pytest
@@ -12,9 +13,12 @@ from lora_compose.compose.benchmark.architectures import SD15, TRANSFORMERS, wit
 from lora_compose.compose.benchmark.bench import PassRow, pass_cells, passes_table
 from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.compose.benchmark.flops import Operations
-from lora_compose.compose.benchmark.growth import Curve, Point, draw, of_call, of_stored
+from lora_compose.compose.benchmark.growth import Curve, Point, draw, of_call, of_host, of_stored
+from lora_compose.compose.benchmark.host import python_calls
 from lora_compose.compose.benchmark.transformers import READING, SHOWN, PassCost, pass_cost
 from lora_compose.pipelines.concepts import overload
+from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.text.prompts import about
 
 MOST = 1.05
 """FLOPs and memory of a pass with `regional`, as a multiple of a plain one."""
@@ -98,6 +102,24 @@ def test_the_joint_change_of_many_concepts_grows_linearly():
             overload._norm([(one, 1.0)] * concepts)
         points.append(Point(concepts, {"FLOPs": operations.flops}))
     assert Curve("concepts", points).exponents()["FLOPs"] == pytest.approx(1, abs=0.1)
+
+
+def test_python_calls_of_a_whole_call_grow_linearly_with_its_concepts():
+    growth = Curve("concepts", list(of_host((4, 8, 16)))).exponents()
+    assert growth["Python calls"] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("of_one_class", [False, True])
+def test_texts_about_all_concepts_take_calls_that_grow_linearly_with_them(of_one_class):
+    points = []
+    for number in (8, 16, 32):
+        words = [(f"word{i}", "dog" if of_one_class else f"animal{i}") for i in range(number)]
+        concepts = [Concept(name=trigger, trigger=trigger, class_word=noun) for trigger, noun in words]
+        prompt = " and ".join(f"a {trigger} {noun}" for trigger, noun in words)
+        re.purge()  # patterns that are compiled already take fewer calls
+        calls = python_calls(lambda concepts=concepts, prompt=prompt: [about(c, prompt, concepts) for c in concepts])
+        points.append(Point(number, {"calls": calls}))
+    assert Curve("concepts", points).exponents()["calls"] == pytest.approx(1, abs=0.1)
 
 
 def test_curves_are_drawn(tmp_path):

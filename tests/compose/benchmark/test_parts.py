@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from components import random_lora, tiny_pipeline
-from lora_compose.compose.benchmark.host import _python_calls, operations
+from lora_compose.compose.benchmark.host import operations, python_calls
 from lora_compose.compose.benchmark.parts import PARTS, split
 from lora_compose.pipelines.scene.scene import Concept
 
@@ -25,7 +25,7 @@ def test_parts_of_a_call_add_up_to_it_and_each_has_what_is_done_there(write_lora
     found = split(pipe, call)
     assert tuple(found.again) == tuple(found.new) == PARTS
     calls = sum(work.python_calls for work in found.again.values())
-    assert abs(calls - _python_calls(call)) < 20  # the tracker's own
+    assert abs(calls - python_calls(call)) < 20  # the tracker's own
     assert sum(work.operations for work in found.again.values()) == operations(call)
     assert all(work.python_calls for work in found.again.values())
     assert found.new["bank"].python_calls > found.again["bank"].python_calls

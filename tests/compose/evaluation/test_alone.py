@@ -1,14 +1,16 @@
 """References that a LoRA makes alone: made once, cut to the subject."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from lora_compose.compose.evaluation.alone import Alone, with_references
+from lora_compose.compose.evaluation.alone import Alone, missing_references, with_references
 from lora_compose.compose.evaluation.scoring import reference_files
 from lora_compose.compose.evaluation.suite import Suite
+from lora_compose.compose.playground.assets import playground_model
 from small_world import SIZE
 
 VOCABULARY = ("bear", "dog", "robot", "tree")
@@ -50,6 +52,21 @@ def test_a_lora_makes_its_references_once_and_they_are_cut_to_the_subject(
     assert other_methods.concepts == ready.concepts
     with pytest.raises(AssertionError, match="opened again"):
         with_references(suite(steps=9), {"cat alone": ALONE}, tmp_path)
+
+
+def test_references_are_found_again_where_the_model_is_in_another_folder(tmp_path: Path) -> None:
+    def small(name: str) -> Suite:
+        return suite(model=str(tmp_path / name), detector=None, steps=1, scenes=[{
+            "name": "both", "prompt": "a sks cat and a zwx dog", "concepts": ["cat", "dog"],
+            "regions": {"cat": [0, 0, 64, 128], "dog": [64, 0, 128, 128]},
+        }])  # fmt: skip
+
+    shutil.copytree(playground_model(), tmp_path / "here")
+    assert missing_references(small("here"), {"cat alone": ALONE}, tmp_path) == {"cat": 2}
+    made = with_references(small("here"), {"cat alone": ALONE}, tmp_path)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert missing_references(small("there"), {"cat alone": ALONE}, tmp_path) == {}
+    assert with_references(small("there"), {"cat alone": ALONE}, tmp_path).concepts == made.concepts
 
 
 def test_a_subject_that_the_detector_does_not_find_has_no_references(tmp_path: Path) -> None:

@@ -13,25 +13,33 @@ import yaml
 
 from commands import call, flat
 from local_hub import LocalHub, Repository, connect, serving
+from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.evaluation.published import fetch, read_published, wanted
 from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.shipped import published_dir
 from lora_compose.compose.evaluation.summary import kind_of_scene
 from lora_compose.compose.files.reading import FileError
-from lora_compose.compose.playground.assets import playground_lora, playground_model, playground_references
+from lora_compose.compose.playground.assets import (
+    playground_judge,
+    playground_lora,
+    playground_model,
+    playground_references,
+)
 from lora_compose.pipelines.support.hub import HubError
 
 MODEL, CAT, DOG = "stabilityai/stable-diffusion-xl-base-1.0", "somebody/cat-lora", "somebody/pets"
+JUDGE = "openai/clip-vit-base-patch32"
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
-    """The playground's model and two of its LoRAs under names of the hub."""
+    """The playground's model, two of its LoRAs and its judge under names of the hub."""
     cat, dog = (playground_lora(name).read_bytes() for name in ("cat", "dog"))
     found = {
         MODEL: Repository.of(playground_model()),
         CAT: Repository({"cat.safetensors": cat}),
         DOG: Repository({"cat.safetensors": cat, "dog.safetensors": dog}),
+        JUDGE: Repository.of(playground_judge()),
     }
     with serving(LocalHub(found)) as hub:
         connect(hub, tmp_path / "cache", monkeypatch)
@@ -73,9 +81,11 @@ def test_a_plan_names_sizes_and_licences_and_downloads_nothing(
 ) -> None:
     told = flat(call("evaluate", "published", written(suite, tmp_path), "--plan").output)
     assert "small: 5 images" in told  # no LoRA, each alone, and the two methods
-    assert f"sdxl: {MODEL}, " in told
+    assert f"sdxl: {MODEL}, the main branch, not pinned, " in told
     assert "licence: openrail++" in told
+    assert f"cat: {CAT}, commit {hub.repositories[CAT].commit[:12]}, " in told
     assert f"licence: see {hub.endpoint}/{CAT}" in told
+    assert f"dog: {DOG}, SHA-256 {suite['downloads']['dog']['sha256'][:12]}, " in told
     assert not hub.served
     one = next(one for one in wanted(read_published(tmp_path / "suite.yaml")) if one.name == "dog")
     assert one.size == one.missing == len(hub.repositories[DOG].files["dog.safetensors"])
@@ -109,6 +119,24 @@ def test_a_smoke_test_makes_two_images_and_tells_what_the_whole_costs(
         assert hub.bytes_of(f"{repository}/{file}") == len(hub.repositories[repository].files[file])
     assert hub.bytes_of(f"{DOG}/cat.safetensors") == 0
     assert {one.missing for one in wanted(read_published(path)) if one.download.file} == {0}
+
+
+@pytest.mark.slow
+def test_references_that_a_lora_makes_are_counted_first_and_made_after_the_two_images(
+    hub: LocalHub, suite: dict[str, Any], tmp_path: Path
+) -> None:
+    suite["references"] = {"cat alone": ALONE}
+    suite["suite"]["concepts"][0]["references"] = "cat alone"
+    suite["suite"]["methods"] = ["merge", {"name": "ties", "method": "merge", "merge": "ties"}]
+    path, out = written(suite, tmp_path), tmp_path / "out"
+    told = flat(call("evaluate", "published", path, "--out", out, "--smoke").output)
+    assert sorted(image.name for image in out.rglob("*.png")) == ["merge.png", "ties.png"]
+    assert "5 images and 2 references, " in told
+    assert "Merging LoRAs into one file is not in it." in told
+    told = flat(call("evaluate", "published", path, "--out", out, "--processes", 1).output)
+    assert told.index("5 images and 2 references, ") < told.index("The report: ")
+    (folder,) = (out / "references").iterdir()
+    assert [image.name for image in sorted(folder.iterdir())] == ["7.png", "8.png"]
 
 
 @pytest.mark.slow
@@ -147,6 +175,7 @@ def test_what_the_hub_has_changed_or_does_not_give_is_said_before_anything_is_do
     [
         ({"repository": CAT, "file": "a", "files": "b"}, "give file or files, not both"),
         ({"repository": CAT, "sha256": "0" * 64}, "sha256 is of one file: give file as well"),
+        ({"repository": CAT, "files": []}, "downloads.extra.files"),
         ({"repository": CAT, "file": "cat.safetensors"}, "nothing in the suite names the download 'extra'"),
         ({"repository": "cat"}, "downloads.extra.repository"),
     ],
@@ -205,14 +234,53 @@ def test_photographs_of_a_data_set_are_downloaded_as_references(
         list(wanted(published))
 
 
+def with_clip(suite: dict[str, Any]) -> dict[str, Any]:
+    """The suite, scored by a model of transformers from the hub."""
+    clip = {"repository": JUDGE, "files": ["*.json", "model.safetensors"], "licence": "mit"}
+    suite["downloads"]["clip"] = clip
+    suite["suite"] |= {"encoder": "clip", "metrics": [{"name": "clip-t", "model": "clip"}]}
+    return suite
+
+
+def test_models_that_score_are_downloads_as_well(hub: LocalHub, suite: dict[str, Any], tmp_path: Path) -> None:
+    hub.repositories[JUDGE].files["pytorch_model.bin"] = b"not asked for"
+    published = read_published(written(with_clip(suite), tmp_path))
+    judge = hub.repositories[JUDGE].files
+    (one,) = (one for one in wanted(published) if one.name == "clip")
+    assert one.size == one.missing == sum(len(data) for name, data in judge.items() if not name.endswith(".bin"))
+    ready = fetch(published)
+    assert ready.encoder == ready.metrics[0].model
+    assert load_encoder(ready.encoder).has_text
+    assert hub.bytes_of("pytorch_model.bin") == 0
+    assert {one.missing for one in wanted(published) if one.name == "clip"} == {0}
+
+
+def test_models_that_score_are_asked_for_before_anything_is_downloaded(
+    hub: LocalHub, suite: dict[str, Any], tmp_path: Path
+) -> None:
+    path = written(with_clip(suite), tmp_path)
+    weights = hub.repositories[JUDGE].files.pop("model.safetensors")
+    with pytest.raises(HubError, match=rf"'{JUDGE}' has no model.safetensors: see http"):
+        list(wanted(read_published(path)))
+    hub.repositories[JUDGE].files["model.safetensors"] = weights
+    suite["suite"] |= {"encoder": JUDGE, "metrics": ["clip-t"]}
+    del suite["downloads"]["clip"]
+    told = flat(call("evaluate", "published", written(suite, tmp_path), "--plan").output)
+    assert told.count(f"{JUDGE}: none of the downloads, not pinned, read when it is opened; licence: see") == 1
+    hub.repositories[JUDGE].gated = True
+    with pytest.raises(HubError, match=rf"'{JUDGE}' is gated: accept its conditions"):
+        list(wanted(read_published(path)))
+    assert not hub.served
+
+
 def served(downloads: Any) -> dict[str, Repository]:
     """Small repositories with the files that are wanted, under their names."""
     found: dict[str, Repository] = {}
     for one in downloads.values():
         name = f"datasets/{one.repository}" if one.dataset else one.repository
         repository = found.setdefault(name, Repository({}, tag=one.revision))
-        path = one.file or (one.files or "model_index.json").replace("*", "0")
-        repository.files[path] = path.encode()
+        for pattern in (one.file,) if one.file else one.patterns or ("model_index.json",):
+            repository.files[pattern.replace("*", "0")] = pattern.encode()
     return found
 
 
@@ -225,7 +293,9 @@ def test_suites_that_come_along_name_files_of_the_hub_and_compare_what_papers_do
     assert {"merge", "ssr", "iteris", "freefuse", "regional", "draft"} <= methods
     assert ("lora-composer" in methods) == ("sdxl" in published.downloads)
     assert {scene.interaction for scene in published.suite.scenes} == {"apart", "touching", "entangled"}
+    assert {metric.name for metric in published.suite.metrics} == {"clip-t", "clip-i", "dino", "scr"}
     assert len(published.suite.scenes) >= 10, "fewer have no verdict"
+    assert not published.elsewhere
     with serving(LocalHub(served(published.downloads))) as hub:
         connect(hub, tmp_path / "cache", monkeypatch)
         if any(one.sha256 for one in published.downloads.values()):

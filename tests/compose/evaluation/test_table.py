@@ -270,6 +270,18 @@ def test_chosen_metrics_are_computed_from_their_own_models(tmp_path: Path) -> No
     assert pd.isna(plain["dino"])
 
 
+def test_only_an_encoder_that_reads_texts_gives_clip_i(tmp_path: Path) -> None:
+    of = suite(methods=["merge"], seeds=[1])
+    out = store(tmp_path, of, lambda batch, seed: sanity(batch) or {"cat": 0.6, "dog": 0.6})
+    path = out / "batches/both-merge-None-1" / SCORES
+    scores = Scores.model_validate_json(path.read_text())
+    images = {1: scores.images[1].model_copy(update={"clip_t": None})}
+    path.write_text(scores.model_copy(update={"images": images}).model_dump_json())
+    table = load(out)
+    assert pd.isna(image(table, "merge", 1)["clip_i"])
+    assert image(table, "no LoRA", 1)["clip_i"] == 0.5
+
+
 # --- what is not there ---
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from components import lora_tensors, random_lora, tiny_pipeline
 from engines import CUSTOM_PIPELINE, sglang_folder
+from flux import flux_pipeline
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.scene.scene import Concept
 from pairs import slow_but
@@ -33,11 +34,20 @@ USUAL = ("draft", "regional", "composite")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model, with two LoRAs beside it."""
-    folder = tmp_path_factory.mktemp("engines")
-    pipe = tiny_pipeline()
+    return saved(tiny_pipeline(), "unet", tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `model`, with a transformer."""
+    return saved(flux_pipeline(), "transformer", tmp_path_factory.mktemp("transformer"))
+
+
+def saved(pipe: Any, part: str, folder: Path) -> Path:
     pipe.save_pretrained(folder / "model")
     for seed, name in enumerate(WORDS):
-        save_file(dict(lora_tensors(unet=random_lora(pipe.unet, seed))), folder / f"{name}.safetensors")
+        tensors = lora_tensors(**{part: random_lora(getattr(pipe, part), seed)})
+        save_file(tensors, folder / f"{name}.safetensors")
     return folder / "model"
 
 
@@ -140,6 +150,19 @@ def test_several_requests_in_one_call_of_vllm_omni_have_concepts_of_their_own(mo
     assert (images == expected).all()
 
 
+@pytest.mark.parametrize("method", ["draft", "regional"])
+def test_a_transformer_composes_in_both_engines_bit_for_bit(
+    method: str, transformer: Path, tmp_path: Path, own_modules: None
+) -> None:
+    given = fields(transformer, boxed=method == "regional")
+    expected = in_python(transformer, as_objects(given), method=method)
+    assert (expected != in_python(transformer, None)).any()
+    request = by_vllm_omni(transformer, {}, {"method": method})
+    assert (request({"prompt": PROMPT, "multi_modal_data": {"concepts": given}}) == expected).all()
+    images = by_sglang(sglang_folder(transformer, tmp_path / "model"))(PROMPT, {"concepts": given, "method": method})
+    assert torch.equal(images, in_python(transformer, as_objects(given), method=method, output_type="pt"))
+
+
 @pytest.mark.parametrize("method", ["lora-composer", "clora"])
 def test_methods_that_take_gradients_are_refused_where_there_are_none(
     method: str, model: Path, own_modules: None
@@ -149,11 +172,11 @@ def test_methods_that_take_gradients_are_refused_where_there_are_none(
         request({"prompt": PROMPT, "multi_modal_data": {"concepts": fields(model, boxed=True)}})
 
 
-def test_with_boxes_and_no_gradients_the_chosen_method_is_regional(model: Path, own_modules: None) -> None:
+def test_with_boxes_and_no_gradients_the_chosen_method_is_draft(model: Path, own_modules: None) -> None:
     request = by_vllm_omni(model, {}, {})
     given = fields(model, boxed=True)
     images = request({"prompt": PROMPT, "multi_modal_data": {"concepts": given}})
-    assert (images == in_python(model, as_objects(given), method="regional")).all()
+    assert (images == in_python(model, as_objects(given), method="draft")).all()
 
 
 def test_sglang_composes_with_concepts_in_a_request_bit_for_bit(model: Path, tmp_path: Path, own_modules: None) -> None:

@@ -15,7 +15,17 @@ from transformers import CLIPTokenizer
 from components import tokenizer as new_tokenizer
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import TokenMasks, join_rows
-from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate, own_nouns, token_mask
+from lora_compose.pipelines.text.long_prompts import Span
+from lora_compose.pipelines.text.tokens import (
+    Positions,
+    check_disjoint,
+    class_words,
+    find_words,
+    free_nouns,
+    locate,
+    own_nouns,
+    token_mask,
+)
 
 
 def small_tokenizer() -> Any:
@@ -38,7 +48,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return TOKENIZERS[request.param]
 
 
-def concept(trigger: str, class_word: str | None = None, name: str = "it") -> Concept:
+def concept(trigger: str | None, class_word: str | None = None, name: str = "it") -> Concept:
     return Concept(name=name, trigger=trigger, class_word=class_word)
 
 
@@ -435,3 +445,33 @@ def test_spans_are_the_words_themselves() -> None:
     prompt = "A Sks  CAT, sks cat; (sks cat)"
     spans = find_words("sks cat", prompt)
     assert [re.sub(r"\s+", " ", prompt[a:b]).lower() for a, b in spans] == ["sks cat"] * 3
+
+
+_SOME_WORDS = st.sampled_from(["sks", "zwx", "sks zwx", "cat", "cat sks", "dog", "old cat", None])
+
+
+def one_by_one(it: Concept, prompt: str, concepts: Sequence[Concept]) -> tuple[list[Span], list[Any]]:
+    """The free nouns of a concept, and its triggers with class words, by looking at all pairs."""
+    of_all = [(other.name, span) for other in concepts for span in find_words(other.trigger or "", prompt)]
+    nouns = [
+        (start, end) for start, end in find_words(it.class_word or "", prompt)
+        if not any(first <= start and end <= last for _, (first, last) in of_all)
+    ]  # fmt: skip
+    pairs = []
+    for span in find_words(it.trigger or "", prompt):
+        noun = next((noun for noun in nouns if noun[0] >= span[1]), None)
+        between = [start for name, (start, _) in of_all if name != it.name and noun and span[1] <= start < noun[1]]
+        pairs.append((span, None if between else noun))
+    return nouns, pairs
+
+
+@given(
+    st.lists(st.tuples(_SOME_WORDS, _SOME_WORDS), min_size=1, max_size=5),
+    st.lists(st.sampled_from(["sks", "zwx", "cat", "dog", "old", "and"]), max_size=12),
+)
+def test_class_words_are_those_found_by_looking_at_all_pairs(words: Sequence[Any], text: Sequence[str]) -> None:
+    concepts, prompt = [concept(*pair, name=str(i)) for i, pair in enumerate(words)], " ".join(text)
+    for it in concepts:
+        nouns, pairs = one_by_one(it, prompt, concepts)
+        assert free_nouns(it, prompt, concepts) == nouns
+        assert class_words(it, prompt, concepts) == pairs
