@@ -1,6 +1,8 @@
 """Python of README and docs, and small models under the names of those that it opens: `from snippets import Shelf`."""
 
 import ast
+import importlib.util
+import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,17 +18,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from anima import anima_pipeline
-from checkpoints import write_checkpoint
+from checkpoints import write_checkpoint, write_gguf
 from chroma import chroma_pipeline
 from components import (
     TINY,
     TINY_XL,
+    kohya_tensors,
     lora_tensors,
     random_lora,
     sd_unet,
     sdxl_unet,
     small_pipeline,
     small_vae,
+    text_loras,
     xl_pipeline,
 )
 from flux import flux_pipeline
@@ -47,6 +51,8 @@ PAGES = sorted(
 )
 CODE_BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 STEPS = 2
+CHARACTERS = (("miku", "hatsune miku", "aqua twintails"), ("rin", "kagamine rin", "white hair ribbon"))
+"""Names of files, and the tags that all captions of their images have."""
 
 
 def name_of(page: Path) -> str:
@@ -175,7 +181,10 @@ class Shelf:
         if published.family == "sd":
             self._fill_control(folder, pipe)
             self._fill_words(folder, pipe)
+        if published.family == "flux" and importlib.util.find_spec("gguf"):
+            write_gguf(pipe.transformer.state_dict(), folder / "flux1-dev-Q4_K_S.gguf")
         if published.family == "sdxl":
+            self._fill_characters(folder, pipe)
             single = small_pipeline()
             single.save_pretrained(folder / "stable-diffusion-v1-5/stable-diffusion-v1-5")  # its configuration
             write_checkpoint(single, folder / "checkpoint.safetensors")
@@ -183,6 +192,17 @@ class Shelf:
                 lora_tensors(unet=random_lora(pipe.unet, 9, size=0.02)),
                 _folder(folder / "latent-consistency/lcm-lora-sdxl") / "pytorch_lora_weights.safetensors",
             )
+
+    def _fill_characters(self, folder: Path, pipe: Any) -> None:
+        """Two files as kohya's scripts write them, whose captions are booru tags."""
+        for seed, (name, *tags) in enumerate(CHARACTERS, 10):
+            lora = {"unet": random_lora(pipe.unet, seed, size=0.05), **text_loras(pipe, seed, size=0.05)}
+            counts = {tag: 40 - number for number, tag in enumerate((*tags, "1girl", "solo", "smile"))}
+            metadata = {
+                "ss_tag_frequency": json.dumps({f"10_{name}": counts}), "ss_network_module": "networks.lora",
+                "ss_base_model_version": "sdxl_base_v1-0",
+            }  # fmt: skip
+            save_file(kohya_tensors(**lora), folder / f"{name}.safetensors", metadata=metadata)
 
     def _fill_words(self, folder: Path, pipe: Any) -> None:
         layers = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")]
