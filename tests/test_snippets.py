@@ -172,6 +172,9 @@ def test_python_of_a_page_runs(page: Path, shelf: Shelf, monkeypatch: pytest.Mon
         if 'quantize="nf4"' in code and not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")):
             compile(code, name, "exec")
             continue
+        if ".gguf" in code and not importlib.util.find_spec("gguf"):
+            compile(code, name, "exec")
+            continue
         if "snapshot_download" in code:  # from the hub, which tests do not reach
             compile(code, name, "exec")
             continue
