@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -63,6 +64,21 @@ def name_of(page: Path) -> str:
 def blocks(page: Path, *kinds: str) -> list[str]:
     """The code of these kinds on a page, in order."""
     return [dedent(code) for kind, code in CODE_BLOCK.findall(page.read_text(encoding="utf-8")) if kind in kinds]
+
+
+def typed(page: Path) -> list[list[str]]:
+    """The commands of ours in the code of a page, as lists of words."""
+    code = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    windows = "\n".join(blocks(page, "powershell")).replace("`\n", " ").replace("\\", "/").replace("/Scripts/", "/bin/")
+    lines = f"{code}\n{windows}".splitlines()
+    found = [line for line in lines if re.match(r"\s*(\.venv/bin/)?lora-compose ", line)]
+    return [shlex.split(line, comments=True)[1:] for line in found]
+
+
+def named(page: Path) -> list[list[str]]:
+    """The commands of ours in the text and the tables of a page; some leave out what does not matter there."""
+    text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8")).replace("\n", " ")
+    return [shlex.split(line)[1:] for line in re.findall(r"`(lora-compose [^`]+)`", text)]
 
 
 def _deep_vae(size: int, **changes: Any) -> Any:

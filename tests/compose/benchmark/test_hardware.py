@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from doc_tables import rows_of
 from lora_compose.compose.benchmark.hardware import (
     BANDWIDTH,
     CARDS,
@@ -31,15 +32,6 @@ def cells(table: object) -> dict[str, list[str]]:
     """The rows of a table by their first cell."""
     columns = [list(column.cells) for column in table.columns]  # pyright: ignore[reportAttributeAccessIssue]
     return {name: [column[i] for column in columns[1:]] for i, name in enumerate(columns[0])}
-
-
-def rows_of(page: str, heading: str) -> dict[str, list[str]]:
-    """The rows of the first table below a heading, by their first cell."""
-    text = (DOCS / page).read_text(encoding="utf-8").partition(f"{heading}\n")[2]
-    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert table is not None
-    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table[0].splitlines()[2:]]
-    return {name: found for name, *found in rows}
 
 
 @pytest.mark.slow  # numbers that were published do not change

@@ -1,0 +1,61 @@
+"""Tables of costs in the docs are what the commands print. They count, so nothing depends on the machine."""
+
+import pytest
+
+from doc_tables import table, text_of
+from lora_compose.compose.benchmark.bench import count_cells, peak_cells
+from lora_compose.compose.benchmark.tables import GIB
+
+COUNTED = [
+    (name, int(number), i, cells)
+    for methods, numbers, *cells in table("docs/costs.md", "## FLOPs")[3:]
+    for i, name in enumerate(methods.split(", "))
+    for number in ((1, 8) if " to " in numbers else (numbers,))
+]
+"""Method, number of concepts, its place among the methods of a row, and the cells of the row."""
+PEAKS = [
+    (name, int(number), cells)
+    for methods, numbers, *cells in table("docs/memory.md", "## How much each method needs")[3:]
+    for name in methods.split(", ")
+    if "branch_batch_size" not in methods  # which is a setting, of a command of its own
+    for number in numbers.split(", ")
+]
+QUICK = {("regional", 2), ("draft", 2)}
+"""Cells that are computed by default; the others need minutes."""
+
+
+def cell(name, number, *rest):
+    """A cell of a table as a parameter of tests."""
+    marks = () if (name, number) in QUICK else pytest.mark.slow
+    return pytest.param(name, number, *rest, marks=marks)
+
+
+@pytest.mark.parametrize(("method", "number", "place", "cells"), [cell(*row) for row in COUNTED])
+def test_flops_in_the_docs_are_what_the_command_counts(method, number, place, cells):
+    *rows, sd, xl = cells
+    found = count_cells([(method, number)], 25)
+    said = [it.split(", ")[place if ", " in it else 0] for it in (sd, xl)]
+    assert [f"{row.cost.flops / row.plain.flops:.3f}" for row in found] == said
+    for row in found:
+        counted = (row.cost.rows_forward, row.cost.rows_stopped, row.cost.rows_backward)
+        assert [f"{it:g}" if it else "" for it in counted] == rows
+
+
+def test_flops_of_a_plain_image_in_the_docs_are_what_the_command_counts():
+    said = table("docs/costs.md", "## FLOPs")[2]
+    assert said == ["plain", "0", "50", "", "", "1.000", "1.000"]
+    plain = [f"{row.plain.flops / 1e12:.0f} TFLOP" for row in count_cells([("merge", 1)], 25)]
+    assert f"({plain[0]} on SD 1.5, {plain[1]} on SDXL)" in text_of("docs/costs.md")
+
+
+@pytest.mark.parametrize(("method", "number", "cells"), [cell(*row) for row in PEAKS])
+def test_memory_of_methods_in_the_docs_is_what_the_command_computes(method, number, cells):
+    found = [row for row in peak_cells([(method, number)], 25) if row.method is not None]
+    shown = []
+    for row in found:
+        again = row.checkpointed
+        more = ["", ""] if again is None else [
+            f"{again.peak_bytes / GIB:.1f}", f"{again.flops / row.peak.flops:.2f}"
+        ]  # fmt: skip
+        shown += [f"{row.peak.peak_bytes / GIB:.1f}", *more]
+    assert shown == cells
