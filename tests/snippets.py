@@ -254,10 +254,19 @@ def _folder(path: Path) -> Path:
 
 
 class _Cheaper(ast.NodeTransformer):
-    """The same code in few steps, and on the simulated device where it names a GPU."""
+    """The same code in few steps, and on the simulated device where it names a GPU.
 
-    def __init__(self, steps: int | None) -> None:
-        self.steps = steps
+    Without a GPU, code is run without offloading if `moves` is off.
+    """
+
+    def __init__(self, steps: int | None, *, moves: bool) -> None:
+        self.steps, self.moves = steps, moves
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        found = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute)
+        if found and "offload" in ast.unparse(node.value) and not self.moves and not torch.cuda.is_available():
+            return None
+        return self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
         return ast.Constant(str(DEVICE)) if node.value == "cuda" and not torch.cuda.is_available() else node
@@ -286,10 +295,12 @@ class _Cheaper(ast.NodeTransformer):
 def run_snippet(code: str, names: dict[str, Any], where: str, *, steps: int | None = STEPS) -> None:
     """Runs code as a page shows it: calls take `steps`, unless it is None, and "cuda" is the simulated device.
 
+    The simulated device takes no weights from GGUF files, so without a GPU these are not offloaded.
+
     Raises:
         Whatever the code raises.
     """
-    tree = ast.fix_missing_locations(_Cheaper(steps).visit(ast.parse(code)))
+    tree = ast.fix_missing_locations(_Cheaper(steps, moves=".gguf" not in code).visit(ast.parse(code)))
     moving: AbstractContextManager[Any] = (
         parameters_that_move() if "cuda" in code or "offload" in code else nullcontext()
     )

@@ -45,7 +45,7 @@ def check(
     out: options.OutOption = options.OUT,
     maps: options.MapsOption = False,
 ) -> None:
-    """Show what a run matches, what it costs and writes, and all its problems. Takes what `run` takes.
+    """Show what a run matches, what it costs, and all its problems. Takes what `run` takes.
 
     Generates nothing.
     """
