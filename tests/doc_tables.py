@@ -1,7 +1,9 @@
-"""Tables and sentences of the docs: `from doc_tables import rows_of, table, text_of`."""
+"""Tables, sentences and programs of the docs: `from doc_tables import program, rows_of, table, text_of`."""
 
+import importlib.util
 import re
 from collections.abc import Mapping
+from types import ModuleType
 
 from snippets import ROOT
 
@@ -27,3 +29,13 @@ def table(page: str, after: str) -> list[list[str]]:
 def rows_of(page: str, after: str) -> Mapping[str, list[str]]:
     """The rows of the first table after some words of a page, by their first cell."""
     return {name: cells for name, *cells in table(page, after)[2:]}
+
+
+def program(name: str) -> ModuleType:
+    """A program of the docs."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,26 +1,19 @@
 """Evaluations become tables of the docs."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from doc_tables import program
 from evaluations import known, store, suite
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def tables() -> ModuleType:
     """The program that writes them."""
-    spec = importlib.util.spec_from_file_location("results_tables", ROOT / "docs" / "results_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program("results_tables")
 
 
 def test_a_finished_evaluation_becomes_a_table(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from doc_tables import table, text_of
+from doc_tables import program, table, text_of
 from lora_compose.compose.benchmark.bench import count_cells, peak_cells
 from lora_compose.compose.benchmark.tables import GIB
 
@@ -60,3 +60,8 @@ def test_memory_of_methods_in_the_docs_is_what_the_command_computes(method, numb
         ]  # fmt: skip
         shown += [f"{row.peak.peak_bytes / GIB:.1f}", *more]
     assert shown == cells
+
+
+@pytest.mark.slow
+def test_costs_of_doras_in_the_docs_are_what_the_program_counts():
+    assert program("dora_costs").rows() == table("docs/lora-files.md", "dora_costs.py`")[2:]
