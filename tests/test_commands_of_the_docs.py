@@ -38,9 +38,9 @@ def page_of(name: str) -> Path:
     return next(page for page in PAGES if name_of(page) == name)
 
 
-def family_of(words: list[str]) -> str:
+def family_of(words: list[str], otherwise: str = "sd") -> str:
     """The family of the model that a command names."""
-    return next((published.family for name, published in PUBLISHED.items() if name in words), "sd")
+    return next((published.family for name, published in PUBLISHED.items() if name in words), otherwise)
 
 
 def without(words: list[str], *options: str) -> list[str]:
@@ -104,10 +104,11 @@ def test_a_command_of_the_docs_does_what_it_says(
 def run_page(page: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Runs the commands of a page that make, check and repeat images; returns what each kind printed, in order."""
     printed: dict[str, list[str]] = {}
+    family = "sd"
     for line in typed(page_of(page)):
         if line[0] in ("run", "check", "replay", "refine", "inspect"):
-            folder = folder_of(family_of(line))
-            monkeypatch.chdir(folder)
+            family = family_of(line, family)  # commands on an image name no model
+            monkeypatch.chdir(folder_of(family))
             known = {"MODEL": SD, "FOLDER": "loras"}
             words = [known.get(word, word) for word in line]
             printed.setdefault(line[0], []).append(flat(call(*cheap(words)).output))

@@ -201,12 +201,14 @@ STARTS = (
     "Regional(",
 )
 """How Python begins that stands in a sentence or a table, and is whole."""
+FORM = re.compile(r"\.\.\.|Concept\((?!name=)")
+"""What a form has: something left out, or a concept without a name."""
 
 
 def whole_calls(page: Path) -> list[str]:
-    """Calls in the text and the tables of a page; those with "..." are forms."""
+    """Calls in the text and the tables of a page, but for forms."""
     text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8")).replace("\n", " ")
-    found = [code for code in re.findall(r"`([^`]+)`", text) if code.startswith(STARTS) and "..." not in code]
+    found = [code for code in re.findall(r"`([^`]+)`", text) if code.startswith(STARTS) and not FORM.search(code)]
     return list(dict.fromkeys(found))
 
 
