@@ -1,10 +1,16 @@
 """Tables of costs in the docs are what the commands print. They count, so nothing depends on the machine."""
 
+from dataclasses import replace
+
 import pytest
 
 from doc_tables import program, table, text_of
+from lora_compose.compose.benchmark.architectures import ARCHITECTURES, attention_lora, columns, with_lora
 from lora_compose.compose.benchmark.bench import count_cells, peak_cells
+from lora_compose.compose.benchmark.counting import count, meta_unet
 from lora_compose.compose.benchmark.tables import GIB
+from lora_compose.compose.benchmark.timing import GUIDANCE
+from lora_compose.pipelines.methods import make_method
 
 COUNTED = [
     (name, int(number), i, cells)
@@ -65,3 +71,38 @@ def test_memory_of_methods_in_the_docs_is_what_the_command_computes(method, numb
 @pytest.mark.slow
 def test_costs_of_doras_in_the_docs_are_what_the_program_counts():
     assert program("dora_costs").rows() == table("docs/lora-files.md", "dora_costs.py`")[2:]
+
+
+SCHEDULES = {
+    "one on and off": lambda i: 1.0 if i else "0:1,0.5:0",
+    "one ramp": lambda i: 1.0 if i else "1..0.4",
+    "all ramps": lambda _: "1..0.4",
+    "constant": lambda _: 1.0,
+}
+"""Weight of the n-th concept, by column of the table of schedules."""
+
+
+def schedules():
+    """Architecture, method, number of concepts, column and cell of the table of schedules."""
+    head, _, *rows = table("docs/concepts.md", "FLOPs with 25 steps, relative to a plain image:")
+    name = ""
+    for first, *cells in rows:
+        name = first if "the same" not in first else name
+        number, method = (8 if name.startswith("eight") else 2), name.split(", ")[1]
+        for column, said in zip(head[1:], cells, strict=True):
+            if said:
+                marks = () if (method, column) == ("merge", "one ramp") and "SD 1.5" in first else pytest.mark.slow
+                yield pytest.param(first.rpartition(", ")[2], method, number, column, said, marks=marks)
+
+
+@pytest.mark.parametrize(("architecture", "method", "number", "column", "said"), schedules())
+def test_costs_of_schedules_in_the_docs_are_what_is_counted(architecture, method, number, column, said):
+    unet = meta_unet(ARCHITECTURES[architecture])
+    side = unet.config["sample_size"] * 8
+    concepts = [
+        replace(one, concept=one.concept.model_copy(update={"weight": SCHEDULES[column](i)}))
+        for i, one in enumerate(with_lora(columns(number, side, side), attention_lora(unet)))
+    ]
+    how = 25, GUIDANCE, (side, side)
+    found = count(unet, concepts, make_method(method, {}), *how).flops / count(unet, (), None, *how).flops
+    assert f"{found:.3f}" == said
