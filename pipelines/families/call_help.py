@@ -31,9 +31,8 @@ def describe_call(family: type[ComposePipeline]) -> None:
     tasks: list[object] = [getattr(family, name, None) for name in ("image_to_image", "inpainting")]
     further = (_START_IMAGE if any(tasks) else "", _INPAINTING if tasks[1] else "")
     call = vars(family)["__call__"]
-    call.__doc__ = _with_shared(
-        call.__doc__, ComposePipeline.__call__.__doc__ or "", signature(call).parameters, *further
-    )
+    own, shared = (it.__doc__ or "" for it in (call, ComposePipeline.__call__))  # python -OO leaves out docstrings
+    call.__doc__ = _with_shared(own, shared, signature(call).parameters, *further)
 
 
 def _with_shared(own: str, shared: str, takes: Collection[str], *further: str) -> str:
