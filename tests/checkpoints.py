@@ -92,7 +92,7 @@ def open_clip(encoder: Any) -> dict[str, Tensor]:
 
 def write_gguf(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes a transformer's tensors as GGUF: weights of linear layers in Q8_0 where they fit. Needs the package."""
-    import gguf
+    import gguf  # pyright: ignore[reportMissingImports]
 
     writer, kinds = gguf.GGUFWriter(path, "flux"), gguf.GGMLQuantizationType
     for name, tensor in tensors.items():
