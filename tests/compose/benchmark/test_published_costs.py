@@ -95,7 +95,7 @@ def schedules():
                 yield pytest.param(first.rpartition(", ")[2], method, number, column, said, marks=marks)
 
 
-@pytest.mark.parametrize(("architecture", "method", "number", "column", "said"), schedules())
+@pytest.mark.parametrize(("architecture", "method", "number", "column", "said"), [*schedules()])
 def test_costs_of_schedules_in_the_docs_are_what_is_counted(architecture, method, number, column, said):
     unet = meta_unet(ARCHITECTURES[architecture])
     side = unet.config["sample_size"] * 8
