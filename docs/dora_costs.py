@@ -82,15 +82,15 @@ def _inputs(unet: Any) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Prints the table."""
+def rows() -> list[list[str]]:
+    """The rows of the table in `lora-files.md`."""
     unet = without_weights("SD 1.x").unet.eval().requires_grad_(False)
     plain_flops, plain_operations = cost([], unet)
     lora = {
         name: replace(factors, down=factors.down.to(META), up=factors.up.to(META))
         for name, factors in attention_lora(unet).items()
     }
-    table = Table("", "LoRAs", "FLOPs added", "operations added")
+    found = []
     for number in (1, 4):
         for name, (flops, count) in {
             "LoRA, gated": cost([lora] * number, unet),
@@ -98,7 +98,16 @@ def main() -> None:
             "PEFT's LoRA": cost_of_peft(number, False, unet),
             "PEFT's DoRA": cost_of_peft(number, True, unet),
         }.items():
-            table.add_row(name, str(number), f"{flops / plain_flops - 1:.1%}", f"{count - plain_operations:+}")
+            added = f"{flops / plain_flops - 1:.1%}".replace("%", " %")
+            found.append([name, str(number), added, str(count - plain_operations)])
+    return found
+
+
+def main() -> None:
+    """Prints the table."""
+    table = Table("", "LoRAs", "FLOPs added", "operations added")
+    for row in rows():
+        table.add_row(*row)
     out.print(table)
 
 

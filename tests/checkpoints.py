@@ -1,6 +1,7 @@
 """Checkpoints in one file, in the original layout: `from checkpoints import write_checkpoint`."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,18 @@ def open_clip(encoder: Any) -> dict[str, Tensor]:
             three = [weights[f"text_model.encoder.layers.{i}.self_attn.{side}_proj.{kind}"] for side in "qkv"]
             tensors[f"transformer.resblocks.{i}.attn.in_proj_{kind}"] = torch.cat(three)
     return tensors
+
+
+def write_gguf(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a transformer's tensors as GGUF: weights of linear layers in Q8_0 where they fit. Needs the package."""
+    import gguf  # pyright: ignore[reportMissingImports]
+
+    writer, kinds = gguf.GGUFWriter(path, "flux"), gguf.GGMLQuantizationType
+    for name, tensor in tensors.items():
+        fits = name.endswith(".weight") and tensor.dim() == 2 and tensor.shape[1] % 32 == 0
+        kind = kinds.Q8_0 if fits else kinds.F32
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -119,6 +119,18 @@ def lora_tensors(**parts: Lora) -> dict[str, Tensor]:
     }
 
 
+def kohya_tensors(**parts: Lora) -> dict[str, Tensor]:
+    """The tensors of a LoRA file of kohya's scripts for SDXL with these factors, by component."""
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
+    tensors = {}
+    for part, lora in parts.items():
+        for layer, factors in lora.items():
+            key = prefixes[part] + layer.removeprefix("text_model.").replace(".", "_")
+            tensors |= {f"{key}.lora_down.weight": factors.down, f"{key}.lora_up.weight": factors.up}
+            tensors[f"{key}.alpha"] = torch.tensor(float(len(factors.down)) * factors.scale)
+    return tensors
+
+
 def save_lora(path: Path, metadata: dict[str, str] | None = None, /, **parts: Lora) -> Path:
     """Writes factors as a LoRA file of diffusers, by component."""
     save_file(lora_tensors(**parts), path, metadata={"format": "pt", **(metadata or {})})

@@ -1,7 +1,10 @@
 """Python of README and docs, and small models under the names of those that it opens: `from snippets import Shelf`."""
 
 import ast
+import importlib.util
+import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,17 +19,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from anima import anima_pipeline
-from checkpoints import write_checkpoint
+from checkpoints import write_checkpoint, write_gguf
 from chroma import chroma_pipeline
 from components import (
     TINY,
     TINY_XL,
+    kohya_tensors,
     lora_tensors,
     random_lora,
     sd_unet,
     sdxl_unet,
     small_pipeline,
     small_vae,
+    text_loras,
     xl_pipeline,
 )
 from flux import flux_pipeline
@@ -47,6 +52,8 @@ PAGES = sorted(
 )
 CODE_BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 STEPS = 2
+CHARACTERS = (("miku", "hatsune miku", "aqua twintails"), ("rin", "kagamine rin", "white hair ribbon"))
+"""Names of files, and the tags that all captions of their images have."""
 
 
 def name_of(page: Path) -> str:
@@ -57,6 +64,21 @@ def name_of(page: Path) -> str:
 def blocks(page: Path, *kinds: str) -> list[str]:
     """The code of these kinds on a page, in order."""
     return [dedent(code) for kind, code in CODE_BLOCK.findall(page.read_text(encoding="utf-8")) if kind in kinds]
+
+
+def typed(page: Path) -> list[list[str]]:
+    """The commands of ours in the code of a page, as lists of words."""
+    code = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    windows = "\n".join(blocks(page, "powershell")).replace("`\n", " ").replace("\\", "/").replace("/Scripts/", "/bin/")
+    lines = f"{code}\n{windows}".splitlines()
+    found = [line for line in lines if re.match(r"\s*(\.venv/bin/)?lora-compose ", line)]
+    return [shlex.split(line, comments=True)[1:] for line in found]
+
+
+def named(page: Path) -> list[list[str]]:
+    """The commands of ours in the text and the tables of a page; some leave out what does not matter there."""
+    text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8")).replace("\n", " ")
+    return [shlex.split(line)[1:] for line in re.findall(r"`(lora-compose [^`]+)`", text)]
 
 
 def _deep_vae(size: int, **changes: Any) -> Any:
@@ -175,7 +197,10 @@ class Shelf:
         if published.family == "sd":
             self._fill_control(folder, pipe)
             self._fill_words(folder, pipe)
+        if published.family == "flux" and importlib.util.find_spec("gguf"):
+            write_gguf(pipe.transformer.state_dict(), folder / "flux1-dev-Q4_K_S.gguf")
         if published.family == "sdxl":
+            self._fill_characters(folder, pipe)
             single = small_pipeline()
             single.save_pretrained(folder / "stable-diffusion-v1-5/stable-diffusion-v1-5")  # its configuration
             write_checkpoint(single, folder / "checkpoint.safetensors")
@@ -183,6 +208,17 @@ class Shelf:
                 lora_tensors(unet=random_lora(pipe.unet, 9, size=0.02)),
                 _folder(folder / "latent-consistency/lcm-lora-sdxl") / "pytorch_lora_weights.safetensors",
             )
+
+    def _fill_characters(self, folder: Path, pipe: Any) -> None:
+        """Two files as kohya's scripts write them, whose captions are booru tags."""
+        for seed, (name, *tags) in enumerate(CHARACTERS, 10):
+            lora = {"unet": random_lora(pipe.unet, seed, size=0.05), **text_loras(pipe, seed, size=0.05)}
+            counts = {tag: 40 - number for number, tag in enumerate((*tags, "1girl", "solo", "smile"))}
+            metadata = {
+                "ss_tag_frequency": json.dumps({f"10_{name}": counts}), "ss_network_module": "networks.lora",
+                "ss_base_model_version": "sdxl_base_v1-0",
+            }  # fmt: skip
+            save_file(kohya_tensors(**lora), folder / f"{name}.safetensors", metadata=metadata)
 
     def _fill_words(self, folder: Path, pipe: Any) -> None:
         layers = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")]
@@ -218,10 +254,19 @@ def _folder(path: Path) -> Path:
 
 
 class _Cheaper(ast.NodeTransformer):
-    """The same code in few steps, and on the simulated device where it names a GPU."""
+    """The same code in few steps, and on the simulated device where it names a GPU.
 
-    def __init__(self, steps: int | None) -> None:
-        self.steps = steps
+    Without a GPU, code is run without offloading if `moves` is off.
+    """
+
+    def __init__(self, steps: int | None, *, moves: bool) -> None:
+        self.steps, self.moves = steps, moves
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        found = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute)
+        if found and "offload" in ast.unparse(node.value) and not self.moves and not torch.cuda.is_available():
+            return None
+        return self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
         return ast.Constant(str(DEVICE)) if node.value == "cuda" and not torch.cuda.is_available() else node
@@ -250,10 +295,12 @@ class _Cheaper(ast.NodeTransformer):
 def run_snippet(code: str, names: dict[str, Any], where: str, *, steps: int | None = STEPS) -> None:
     """Runs code as a page shows it: calls take `steps`, unless it is None, and "cuda" is the simulated device.
 
+    The simulated device takes no weights from GGUF files, so without a GPU these are not offloaded.
+
     Raises:
         Whatever the code raises.
     """
-    tree = ast.fix_missing_locations(_Cheaper(steps).visit(ast.parse(code)))
+    tree = ast.fix_missing_locations(_Cheaper(steps, moves=".gguf" not in code).visit(ast.parse(code)))
     moving: AbstractContextManager[Any] = (
         parameters_that_move() if "cuda" in code or "offload" in code else nullcontext()
     )

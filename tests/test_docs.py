@@ -1,10 +1,11 @@
-"""The docs are true: links lead somewhere, public names are in the reference, and commands can be typed."""
+"""The docs are true: links lead somewhere, public names are in the reference, and commands can be typed.
+
+What commands do is in `test_commands_of_the_docs.py`, and Python in `test_snippets.py`.
+"""
 
 import importlib.util
 import inspect
 import re
-import shlex
-import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +13,11 @@ from typing import Any
 
 import pytest
 import typer
-from PIL import Image
-from safetensors.torch import save_file
 
 import lora_compose
-from commands import call
-from components import lora_tensors, random_lora, tiny_xl_pipeline
+from doc_tables import program
 from lora_compose.compose.cli import app
-from small_world import SIZE
-from snippets import CODE_BLOCK, PAGES, PUBLISHED, ROOT, Shelf, blocks, name_of
-
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+from snippets import CODE_BLOCK, PAGES, ROOT, blocks, name_of, named, typed
 
 
 def words(page: Path) -> str:
@@ -72,13 +67,8 @@ def test_every_public_name_is_in_the_reference_and_nothing_else() -> None:
 
 
 def test_the_reference_is_that_of_the_source() -> None:
-    spec = importlib.util.spec_from_file_location("reference_page", ROOT / "docs/reference_page.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
-    assert text == module.written(text), "python docs/reference_page.py"
+    assert text == program("reference_page").written(text), "python docs/reference_page.py"
 
 
 def test_every_public_argument_of_a_call_is_in_the_reference() -> None:
@@ -97,21 +87,6 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     outside = dict(re.findall(r'^    "([^"]+)": "([^"]+)",$', hook, re.MULTILINE))
     assert listed - docs == set(outside.values())
     assert all((ROOT / path).is_file() for path in outside)
-
-
-def typed(page: Path) -> list[list[str]]:
-    """The commands of ours in the code of a page, as lists of words."""
-    code = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
-    windows = "\n".join(blocks(page, "powershell")).replace("`\n", " ").replace("\\", "/").replace("/Scripts/", "/bin/")
-    lines = f"{code}\n{windows}".splitlines()
-    found = [line for line in lines if re.match(r"\s*(\.venv/bin/)?lora-compose ", line)]
-    return [shlex.split(line, comments=True)[1:] for line in found]
-
-
-def named(page: Path) -> list[list[str]]:
-    """The commands of ours in the text and the tables of a page; some leave out what does not matter there."""
-    text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8")).replace("\n", " ")
-    return [shlex.split(line)[1:] for line in re.findall(r"`(lora-compose [^`]+)`", text)]
 
 
 def parse(arguments: list[str], *, whole: bool) -> None:
@@ -144,10 +119,6 @@ def test_commands_of_a_page_can_be_parsed(page: Path) -> None:
             parse(arguments, whole=False)
 
 
-COMMANDS = [line for page in PAGES for line in (*typed(page), *named(page))]
-TRIED = ("run", "merge", "inspect")
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_other_lines_of_a_page_name_what_is_there(page: Path) -> None:
     """Targets of make, modules of ours, and extras. `git clone`, `curl` and `openssl` are not checked."""
@@ -165,68 +136,3 @@ def test_other_lines_of_a_page_name_what_is_there(page: Path) -> None:
 
 def test_no_page_leaves_the_address_of_the_repository_open() -> None:
     assert [name_of(page) for page in PAGES if "REPOSITORY" in page.read_text(encoding="utf-8")] == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line[0] in TRIED and len(line) > 2], ids=" ".join)
-def test_a_command_of_the_docs_does_what_it_says(
-    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On small models under the names of the large ones, on a CPU: `merge` and `inspect` as they are typed, `run` as
-    `check`, which takes the same and stops before the first step. Offloading and quantising are left out: they need a
-    GPU, packages or files. Commands of
-    minutes (`bench`, `evaluate`, `train`, `batch`, `demo`), the server and the page are parsed only, by the test above.
-    """
-    line = [word for word in line if word != "..."]
-    if {"SCENE", "MODEL", "FOLDER", "FILE"} & set(line) and line[0] != "run":
-        pytest.skip("a form, not a command")
-    family = next((published.family for name, published in PUBLISHED.items() if name in line), "sd")
-    monkeypatch.chdir(Shelf(tmp_path).folder(family))
-    known = {"MODEL": "stable-diffusion-v1-5/stable-diffusion-v1-5", "FOLDER": "loras", "SCENE": SCENE}
-    words = [known.get(word, word) for word in line]
-    if words[0] == "run":
-        words = [
-            "check",
-            *without(words[1:], "--seed", "--out", "--save-memory", "--dtype", "--quantize"),
-            "--device",
-            "cpu",
-        ]
-        words = [word for word in words if word != "--maps"]
-        Path("start").mkdir()
-        for number in (2, 3):
-            Image.open("start.png").resize((SIZE, SIZE)).save(f"start/{number}.png")
-        if "scene.yaml" in words:
-            Path("scene.yaml").write_text(blocks(ROOT / "docs/tutorial.md", "yaml")[0])
-    if "style.safetensors:0.7" in words:
-        shutil.copy("ink.safetensors", "style.safetensors")
-    call(*words)
-
-
-SCENE = "assets/scenes/bear-robot-words.yaml"
-
-
-def without(words: list[str], *options: str) -> list[str]:
-    """A command line without these options and their values."""
-    return [word for i, word in enumerate(words) if word not in options and (i == 0 or words[i - 1] not in options)]
-
-
-@pytest.mark.slow
-def test_the_tutorial_runs_from_the_first_to_the_last_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a small model of SDXL's structure: boxes and canvas are an eighth, two steps, on the CPU."""
-    monkeypatch.chdir(tmp_path)
-    pipe = tiny_xl_pipeline()
-    pipe.save_pretrained("model")
-    for seed, name in enumerate(("cat", "dog")):
-        save_file(lora_tensors(unet=random_lora(pipe.unet, seed, size=0.05)), f"{name}.safetensors")
-    tutorial = ROOT / "docs/tutorial.md"
-    (scene,) = (code for kind, code in CODE_BLOCK.findall(tutorial.read_text(encoding="utf-8")) if kind == "yaml")
-    Path("scene.yaml").write_text(re.sub(r"\b\d{2,4}\b", lambda found: str(int(found[0]) // 8), scene))
-    commands = [line for line in typed(tutorial) if line[0] != "replay" or len(line) == 2]
-    assert {command for command, *_ in commands} == {"inspect", "run", "check", "replay"}
-    for command, *rest in commands:
-        line = " ".join(map(shlex.quote, rest)).replace(SDXL, "model").replace("float16", "float32")
-        line = line.replace("--save-memory model-offload", "--steps 2 --device cpu")  # a CPU has nowhere to offload to
-        call(command, *shlex.split(line))
-    assert Path("outputs/composer/3.png").is_file()
-    assert Path("outputs/composer-stronger/3.png").is_file()
-    shutil.rmtree("outputs")

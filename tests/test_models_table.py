@@ -1,6 +1,5 @@
 """The tables of model families, and of diffusers' own tests, are those of the code and of the tests that ran."""
 
-import importlib.util
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -9,22 +8,13 @@ from types import ModuleType
 import pytest
 
 from all_transformers import TRANSFORMERS
+from doc_tables import program
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.formats.recognise import Guess
 from lora_compose.pipelines.methods import METHODS
 from transformer_families import CALL, Family, pipeline_with_concepts
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def program(name: str) -> ModuleType:
-    """A program of the docs."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,19 @@
-"""Numbers in sentences of the docs are those of the tables that the commands print."""
+"""Numbers in sentences of the docs are those of the tables beside them, and those of votes are the votes'.
 
+That the tables of costs are what the commands print: `compose/benchmark/test_published_costs.py`, `test_growth.py` and
+`test_hardware.py`.
+"""
+
+import csv
+import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 import pytest
 
+from doc_tables import rows_of, table, text_of
 from snippets import ROOT
-
-
-def text_of(page: str) -> str:
-    """A page in one line."""
-    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
-
-
-def table(page: str, after: str) -> list[list[str]]:
-    """The cells of the first table after some words of a page; an empty first cell repeats the one above it."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert after in text, after
-    found = re.search(r"(?:^\|.*\n)+", text.partition(after)[2], re.MULTILINE)
-    assert found is not None
-    rows: list[list[str]] = []
-    for line in found[0].splitlines():
-        cells = [cell.strip().replace("*", "").replace("`", "") for cell in line.strip("|").split("|")]
-        rows.append([cells[0] or (rows[-1][0] if rows else ""), *cells[1:]])
-    return rows
 
 
 def flops() -> Mapping[tuple[str, str], tuple[float, float]]:
@@ -79,6 +69,50 @@ def test_shares_of_the_overview_of_methods_are_those_of_the_suites():
     for _, _, name, said in rows:
         known = words["each LoRA alone" if "alone" in name else name]
         assert said == f"{known:.0%}".replace("%", " %"), name
+
+
+def test_shares_of_the_overview_with_boxes_are_those_of_the_suite():
+    rows = table("docs/methods/README.md", "## What to expect")[2:]
+    boxes = successes("docs/methods/lora-composer.md", "## Results")
+    others = {
+        "one LoRA alone, same scenes": "each LoRA alone",
+        "LoRA-Composer with the authors' settings": "official()",
+    }
+    for name, said, *_ in rows:
+        assert said == f"{boxes[others.get(name, name)]:.0%}".replace("%", " %"), name
+
+
+def test_extra_objects_in_the_tutorial_are_numbers_of_the_suite():
+    said = re.search(
+        r"the fewest extra objects: ([\d.]+) in an image, `regional` ([\d.]+), `merge` ([\d.]+)",
+        text_of("docs/tutorial.md"),
+    )
+    assert said is not None
+    extra = successes("docs/methods/lora-composer.md", "## Results", 4)
+    assert [float(number) for number in said.groups()] == [
+        extra[name] for name in ("lora-composer", "regional", "merge")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("page", "after", "folder"),
+    [
+        ("docs/methods/regional.md", "## Results", "with-boxes"),
+        ("docs/methods/tara.md", "## Results", "without-boxes"),
+        ("docs/methods/draft.md", "**By eye**", "draft"),
+    ],
+)
+def test_blind_tests_in_the_docs_are_those_of_the_votes(page, after, folder):
+    key = json.loads((ROOT / "docs/blind" / folder / "key.json").read_text(encoding="utf-8"))
+    with (ROOT / "docs/blind" / folder / "votes.csv").open(encoding="utf-8", newline="") as file:
+        votes = Counter((key[row["number"]], row["verdict"].strip()) for row in csv.DictReader(file))
+    shown = {name.partition(", boxes")[0]: cells for name, cells in rows_of(page, after).items()}
+    assert shown.keys() == set(key.values())
+    for name, cells in shown.items():
+        counts = [votes[name, verdict] for verdict in ("both", "one", "none")]
+        said = [int(cell) for cell in cells if cell.isdigit()]
+        assert said == counts[: len(said)]
+        assert not any(counts[len(said) :])
 
 
 @pytest.mark.parametrize("page", ["docs/limits.md", "docs/faq.md"])

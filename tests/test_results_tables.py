@@ -1,25 +1,19 @@
 """Evaluations become tables of the docs."""
 
-import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from doc_tables import program
 from evaluations import known, store, suite
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def tables() -> ModuleType:
     """The program that writes them."""
-    spec = importlib.util.spec_from_file_location("results_tables", ROOT / "docs" / "results_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program("results_tables")
 
 
 def test_a_finished_evaluation_becomes_a_table(
@@ -59,3 +53,10 @@ def test_numbers_have_a_minus_and_gaps_are_empty(tables: ModuleType) -> None:
     assert tables.COLUMNS["leak"](row) == "\N{MINUS SIGN}0.05"
     assert tables.COLUMNS["CLIP-T"](row) == ""
     assert tables.COLUMNS["success"](row) == "0.50"
+
+
+def test_tables_of_all_pages_are_those_of_the_results(tables: ModuleType) -> None:
+    pages = {page: page.read_text(encoding="utf-8") for page in tables.PAGES}
+    assert [page.name for page, text in pages.items() if tables.written(text) != text] == []
+    shown = {suite for text in pages.values() for suite in re.findall(r"<!-- results: ([\w-]+) \|", text)}
+    assert shown == {file.stem for file in tables.RESULTS.glob("*.csv")}

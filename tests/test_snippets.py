@@ -7,6 +7,7 @@ packages and the GPU for it, is compiled and not run.
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from lora_compose.attention import Gates
 from lora_compose.compose.evaluation.table import load
 from lora_compose.compose.playground.assets import assets_dir
 from small_world import SIZE
-from snippets import PAGES, PUBLISHED, STEPS, Shelf, blocks, name_of, run_snippet
+from snippets import CODE_BLOCK, PAGES, PUBLISHED, STEPS, Shelf, blocks, name_of, run_snippet
 
 Names = dict[str, Any]
 
@@ -172,6 +173,9 @@ def test_python_of_a_page_runs(page: Path, shelf: Shelf, monkeypatch: pytest.Mon
         if 'quantize="nf4"' in code and not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")):
             compile(code, name, "exec")
             continue
+        if ".gguf" in code and not importlib.util.find_spec("gguf"):
+            compile(code, name, "exec")
+            continue
         if "snapshot_download" in code:  # from the hub, which tests do not reach
             compile(code, name, "exec")
             continue
@@ -184,3 +188,43 @@ def test_python_of_a_page_runs(page: Path, shelf: Shelf, monkeypatch: pytest.Mon
         elif number == 0 and "from_pretrained" not in code:
             composing(names)
         run_snippet(code, names, f"{name}, snippet {number + 1}", steps=None if (name, number) in ALL_STEPS else STEPS)
+
+
+STARTS = (
+    "pipe(",
+    "pipe.load_concept(",
+    "pipe.add_concepts(",
+    "concepts=",
+    "Concept(",
+    "Clora(",
+    "LoraComposer(",
+    "Regional(",
+)
+"""How Python begins that stands in a sentence or a table, and is whole."""
+FORM = re.compile(r"\.\.\.|Concept\((?!name=)")
+"""What a form has: something left out, or a concept without a name."""
+
+
+def whole_calls(page: Path) -> list[str]:
+    """Calls in the text and the tables of a page, but for forms."""
+    text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8")).replace("\n", " ")
+    found = [code for code in re.findall(r"`([^`]+)`", text) if code.startswith(STARTS) and not FORM.search(code)]
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "docs" in page.parts and whole_calls(page)], ids=name_of)
+def test_calls_in_sentences_and_tables_run(page: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: Names = {}
+    exec(START, names)
+    monkeypatch.chdir(shelf.folder("sd"))
+    composing(names)
+    names["pipe"].load_concept("alice.safetensors", trigger="alc", class_word="woman")
+    names["pipe"].load_concept("berta.safetensors", trigger="brt", class_word="woman")
+    for code in whole_calls(page):
+        if code.startswith("pipe.load_concept("):
+            composing(names)
+            names["pipe"].unload_concept("cat")
+        if code.startswith("concepts="):
+            text = "an alc woman and a brt woman" if "alice" in code else names["prompt"]
+            code = f"pipe({text!r}, {code})"
+        run_snippet(code, names, f"{name_of(page)}: {code}")

@@ -213,7 +213,7 @@ def count_cells(
         for architecture, config in ARCHITECTURES.items():
             unet = counting.meta_unet(config)
             how = steps, GUIDANCE, (unet.config["sample_size"] * 8,) * 2
-            plain, called = counting.count(unet, (), None, *how), _callable_on(unet, boxes)
+            plain, called = counting.count(unet, (), None, *how), _callable_on(unet, boxes=boxes)
             for name, number in cells:
                 method = make_method(name, settings)
                 cost = counting.count(unet, called(method, number), method, *how)
@@ -222,7 +222,7 @@ def count_cells(
     return rows
 
 
-def _callable_on(unet: UNet2DConditionModel, boxes: bool) -> Callable[[Settings, int], list[LoadedConcept]]:
+def _callable_on(unet: UNet2DConditionModel, *, boxes: bool) -> Callable[[Settings, int], list[LoadedConcept]]:
     """Gives the concepts of a call, by method and number of concepts."""
     side, lora = unet.config["sample_size"] * 8, attention_lora(unet)
     if boxes:
@@ -266,7 +266,7 @@ def peak_cells(
     with bar("computing", len(ARCHITECTURES) * len(all_cells)) as on_progress:
         for architecture, config in ARCHITECTURES.items():
             unet = counting.meta_unet(config).half()
-            side, called = unet.config["sample_size"] * 8, _callable_on(unet)
+            side, called = unet.config["sample_size"] * 8, _callable_on(unet, boxes=False)
             for method, number in all_cells:
                 chosen = None if method is None else make_method(method, settings)
                 concepts = [] if chosen is None else called(chosen, number)

@@ -1,6 +1,6 @@
 """Checks a run without denoising: matched words and layers, costs, and all problems."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +14,7 @@ from lora_compose.compose.generate.making import choice_of, load, plan, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
+from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.calls.call_plan import CallPlan, PlannedConcept
 from lora_compose.pipelines.calls.memory import check_size
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
@@ -77,6 +78,7 @@ def check(
     *,
     loras: Path | None = None,
     variant: str | None = None,
+    savers: Collection[Saver] = (),
     known_costs: dict[str, Counted] | None = None,
 ) -> Report:
     """Checks everything that a run needs, and collects all problems, not only the first.
@@ -85,6 +87,7 @@ def check(
         pipe: The run's model, if it is open already; then the run is complete.
         loras: A folder of LoRAs; those that the prompt names take part. None means the concepts of the scene.
         variant: As for `open_model`.
+        savers: As for `open_model`.
         known_costs: Costs that earlier checks of this pipeline have counted, a few hundred; this check adds its own.
     """
     problems: list[str] = []
@@ -100,7 +103,7 @@ def check(
         # The rest is checked even if the method is unknown.
         if pipe is None:
             bare = run.model_copy(update={"method": None, "settings": {}})
-            pipe = _attempt(problems, open_model, bare, (), variant)
+            pipe = _attempt(problems, open_model, bare, savers, variant)
         if pipe is None:
             for concept in run.scene.concepts:
                 facts += _attempt(problems, _file_facts, concept) or []

@@ -30,7 +30,7 @@ def merge(
         typer.Option(
             "--model",
             help="playground, a folder, a file or a hub repository. soups, ssr and iteris need it; the other methods "
-            "only read its layer names, which are known for all supported families.",
+            "only read its layer names, which are known for Stable Diffusion and all transformers that are supported.",
         ),
     ] = None,
     settings: Annotated[

@@ -131,6 +131,11 @@ ModelArgument = Annotated[
 SeedsOption = Annotated[
     list[str] | None, typer.Option("--seed", help="Seed of the start noise, repeatable: 3, or 0-7. Default: 0.")
 ]
+OutOption = Annotated[Path, typer.Option(help="Folder for the images. Existing files are not overwritten.")]
+OUT = Path("outputs/run")
+MapsOption = Annotated[
+    bool, typer.Option("--maps", help="Also write a sheet of attention maps and masks for each image.")
+]
 ImageOption = Annotated[str | None, typer.Option("--image", help="Start from this image (image-to-image).")]
 ReferenceOption = Annotated[
     list[str] | None,

@@ -1,10 +1,5 @@
 """`lora-compose run`: generates images of a scene."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from lora_compose.compose.commands import options
 from lora_compose.compose.commands.asked import asked_run, seeds_of
 from lora_compose.compose.support.terminal import handle_errors, starting
@@ -41,12 +36,8 @@ def run(
     variant: options.VariantOption = None,
     device: options.DeviceOption = None,
     savers: options.SaversOption = None,
-    out: Annotated[Path, typer.Option(help="Folder for the images. Existing files are not overwritten.")] = Path(
-        "outputs/run"
-    ),
-    maps: Annotated[
-        bool, typer.Option("--maps", help="Also write a sheet of attention maps and masks for each image.")
-    ] = False,
+    out: options.OutOption = options.OUT,
+    maps: options.MapsOption = False,
 ) -> None:
     """Generate images: one per seed, and a contact sheet of several."""
     asked = asked_run(locals())

@@ -46,7 +46,8 @@ def show_files(
             file = read_lora(path or find_file(lora_source(source)), allow_pickle=allow_pickle)
         except LoraError as error:
             if path is None:
-                raise
+                alone = f"; {source!r} has no other LoRA file" if Path(source).expanduser().is_dir() else ""
+                raise LoraError(f"{error}{alone}") from error
             unreadable.append(str(error))
             continue
         name = model or playground_of(file.metadata.get("base_model"))

@@ -48,8 +48,9 @@ def warn_of_size(host: Host, width: int, height: int) -> None:
     times = width * height / (own_width * own_height)
     if times >= _FAR or times < _NEAR:
         looks = "repeat subjects" if times > 1 else "lose their shapes"
+        shown = f"{times:,.0f}" if times >= 10 else f"{times:.3g}"
         warn(
-            f"{width} x {height} pixels are {times:.3g} times those that this model was made for ({own_width} x "
+            f"{width} x {height} pixels are {shown} times those that this model was made for ({own_width} x "
             f"{own_height}): images {looks}. Without a size, it is the model's own"
         )
 

@@ -2,6 +2,7 @@
 
 from lora_compose.pipelines.families.anima import ComposeAnimaPipeline
 from lora_compose.pipelines.families.base import ComposePipeline
+from lora_compose.pipelines.families.call_help import describe_call
 from lora_compose.pipelines.families.chroma import ComposeChromaPipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
@@ -22,3 +23,6 @@ ComposePipeline.families += [
     ComposeKrea2Pipeline, ComposeQwenImagePipeline, ComposeQwenImageEditPlusPipeline, ComposeStableDiffusionPipeline,
     ComposeStableDiffusionXLPipeline, ComposeZImagePipeline,
 ]  # fmt: skip
+
+for _family in ComposePipeline.families:
+    describe_call(_family)

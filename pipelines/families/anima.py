@@ -130,11 +130,10 @@ class ComposeAnimaPipeline(VideoVaePipeline, ModularFamilyPipeline, AnimaLoraLoa
             guidance_scale: 1 is no guidance. Less than 1 is for calls without concepts.
             callback_on_step_end: For calls with concepts; modular pipelines have no callbacks.
             max_sequence_length: To how many tokens prompts are cut; with concepts at most what the conditioner pads to.
-            method: A name or settings.
             token_positions: Refused, since there are no prompt embeddings to give.
             record_attention: Maps come from the last third of the blocks.
-            image: What image-to-image starts from, as in `ComposeStableDiffusionPipeline.__call__`; it is resized to
-                width and height.
+            image: What image-to-image starts from: a PIL image, a path, an array, a tensor, or one for each prompt. It
+                is resized to width and height.
             mask_image: Refused, as are `padding_mask_crop` and `paste_original`: diffusers has no inpainting for this
                 family.
         """

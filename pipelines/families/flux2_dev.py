@@ -30,7 +30,6 @@ class ComposeFlux2Pipeline(Flux2Calls, Flux2Pipeline):  # pyright: ignore[report
         Args:
             image: One or several reference images, as in `ComposeFlux2KleinPipeline.__call__`.
             caption_upsample_temperature: Only without concepts, since it has the text encoder rewrite the prompt.
-            concepts: As for `ComposePipeline.__call__`, as are the four arguments after it.
             mask_image: Not supported, as are the three arguments after it.
 
         Returns:

@@ -42,8 +42,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         Args:
             image: One or several reference images, of any sizes, which are the same for all images; LoRAs act on them
                 only if a concept says so (`Concept.references`), and regions are those of the image that is made.
-            negative_prompt: As for `ComposeQwenImagePipeline.__call__`, as are guidance, concepts and the arguments
-                after these.
+            negative_prompt: As for `ComposeQwenImagePipeline.__call__`, as is guidance.
             max_sequence_length: With concepts texts are padded to so many tokens beside those of the reference images,
                 and longer ones are refused; no pass runs the padding.
             token_positions: Positions among the tokens that the model reads, those of reference images included.

@@ -59,14 +59,6 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
     def __call__(self, begun: Begun) -> Request:
         """Generates images, as `ComposePipeline.__call__`.
 
-        Args:
-            image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
-                each prompt. Regions are in its coordinates.
-            mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.
-            strength: The share of the steps that are run; None is diffusers' default for the task.
-            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
-            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
-
         Returns:
             A `ComposeOutput`, or `(images, nsfw_content_detected)` if `return_dict` is False.
         """

@@ -59,7 +59,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
 
     @front(StableDiffusionXLPipeline.__call__)
     def __call__(self, begun: Begun) -> Request:
-        """Generates images, as `ComposeStableDiffusionPipeline.__call__`.
+        """Generates images, as `ComposePipeline.__call__`.
 
         If `prompt_2` differs, a concept's words must have the same token positions in both prompts. Methods with a text
         for each concept (`lora-composer`, `clora`) derive them from `prompt`, for both encoders, and refuse another

@@ -1,5 +1,6 @@
 """The command line on the playground, with few steps."""
 
+import inspect
 import json
 import os
 import pickle
@@ -25,6 +26,8 @@ from flux import flux_pipeline
 from flux3 import default_flux3
 from lora_compose import Concept, Run, Scene, __version__
 from lora_compose.compose.commands.asked import parse_concept, parse_settings
+from lora_compose.compose.commands.check import check as check_command
+from lora_compose.compose.commands.run import run as run_command
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.generate import demo, images
@@ -575,6 +578,23 @@ def test_check_knows_the_rows_of_a_transformer(tmp_path: Path) -> None:
     text = flat(call("check", "playground-flux", "--scene", scene, "--steps", 5, "--method", "merge").stdout)
     assert "10 rows, each a latent through the model once (5 steps with guidance)" in text
     assert text.endswith("no problems")
+
+
+def test_check_takes_every_option_of_run() -> None:
+    of_run, of_check = (inspect.signature(command).parameters for command in (run_command, check_command))
+    assert list(of_run) == list(of_check)
+    assert all(of_run[name] == it for name, it in of_check.items())
+
+
+def test_check_says_which_seeds_and_files_a_run_would_make(tmp_path: Path) -> None:
+    what = ["check", "playground", "--prompt", "a xlo bear", "--lora", "playground:bear", "--out", tmp_path / "made"]
+    text = flat(call(*what, "--seed", "0-2", "--seed", 7, "--maps", "--save-memory", "tiling").stdout)
+    assert f"saved memory tiling seeds 0, 1, 2, 7 images 4 and a contact sheet in {tmp_path / 'made'}, and" in text
+    assert text.endswith("and for each a sheet of maps no problems")
+    assert not (tmp_path / "made").exists()
+    assert f"seeds 0 images 1 in {tmp_path / 'made'} no problems" in flat(call(*what).stdout)
+    refused = flat(call(*what, "--device", "cpu", "--save-memory", "model-offload", code=2).output)
+    assert "problem: model-offload keeps on the CPU what an accelerator does not need yet" in refused
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from components import seeded
+from doc_tables import rows_of
 from lora_compose.attention import LoraFactors
 from lora_compose.compose.benchmark import architectures, transformers
 from lora_compose.compose.benchmark.architectures import SD15, TRANSFORMERS, without_weights
@@ -15,6 +16,7 @@ from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.compose.benchmark.growth import Curve, Point, draw, of_call, of_host, of_stored
 from lora_compose.compose.benchmark.host import python_calls
+from lora_compose.compose.benchmark.tables import GIB
 from lora_compose.compose.benchmark.transformers import READING, SHOWN, PassCost, pass_cost
 from lora_compose.pipelines.concepts import overload
 from lora_compose.pipelines.scene.scene import Concept
@@ -62,6 +64,27 @@ def test_a_pass_of_a_real_transformer_with_regional_costs_little_more_and_grows_
         assert memory <= MOST
         points.append(Point(number, {"FLOPs": flops, "memory": memory}))
     assert max(Curve("concepts", points).exponents().values()) < 1.05
+    assert_is_published(model, references, found)
+
+
+def assert_is_published(model, references, found):
+    """The rows of the docs about a model, of `docs/costs.md` and `docs/memory.md`, are what was found."""
+    plain, most = found[1].plain, found[8].cost
+    ratios = [f"{found[number].cost.flops / plain.flops:.3f}" for number in (1, 2, 4, 8)]
+    memory = f"{most.peak_bytes / GIB:.1f} GiB, {most.peak_bytes / plain.peak_bytes:.3f}"
+    whole = f"{plain.flops / 1e12:.0f} TFLOP"
+    if references:
+        to_none = f"{plain.flops / found[1].without_references.flops:.3f}"
+        assert rows_of("docs/costs.md", "### Reference images")[model] == [whole, to_none, *ratios, memory]
+        return
+    assert rows_of("docs/costs.md", "## Transformers")[model] == [whole, *ratios, memory]
+    blocks = rows_of("docs/memory.md", "## Transformers on a small GPU")
+    if model in blocks:  # others fit, or fit nowhere
+        assert blocks[model] == [
+            f"{found[2].cost.peak_bytes / GIB:.1f} ({plain.peak_bytes / GIB:.1f})", f"{most.peak_bytes / GIB:.1f}",
+            f"{found[2].cost.offloaded_bytes / GIB:.2f} ({plain.offloaded_bytes / GIB:.2f})",
+            f"{most.offloaded_bytes / GIB:.2f}",
+        ]  # fmt: skip
 
 
 def test_a_table_of_passes_has_ratios_to_a_plain_pass_and_to_one_without_references():

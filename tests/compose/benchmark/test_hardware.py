@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from doc_tables import rows_of
 from lora_compose.compose.benchmark.hardware import (
     BANDWIDTH,
     CARDS,
@@ -31,15 +32,6 @@ def cells(table: object) -> dict[str, list[str]]:
     """The rows of a table by their first cell."""
     columns = [list(column.cells) for column in table.columns]  # pyright: ignore[reportAttributeAccessIssue]
     return {name: [column[i] for column in columns[1:]] for i, name in enumerate(columns[0])}
-
-
-def rows_of(page: str, heading: str) -> dict[str, list[str]]:
-    """The rows of the first table below a heading, by their first cell."""
-    text = (DOCS / page).read_text(encoding="utf-8").partition(f"{heading}\n")[2]
-    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert table is not None
-    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table[0].splitlines()[2:]]
-    return {name: found for name, *found in rows}
 
 
 @pytest.mark.slow  # numbers that were published do not change
@@ -72,6 +64,15 @@ def test_sizes_in_recipes_are_in_the_table():
     said = set(re.findall(r"\d+\.\d", re.sub(r"```.*?```", "", recipes, flags=re.DOTALL).replace("FLUX.1", "")))
     assert said
     assert said <= known
+
+
+def test_a_file_in_four_bits_and_a_half_needs_what_the_docs_say():
+    """The denoiser from a file, the text encoders in half precision, one after the other."""
+    flux = needs()["FLUX.1"]
+    text = " ".join((DOCS / "docs/memory.md").read_text(encoding="utf-8").split())
+    said = re.findall(r"Q4_K_S(?:: | \(4\.5 bits a weight\) )(\d+\.\d) GiB", text)
+    assert said == [f"{max(flux.text, flux.nf4, flux.decoding) / GIB:.1f}"] * 2
+    assert flux.nf4 < flux.text
 
 
 def test_hardware_in_the_readme_is_what_the_command_prints():

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from commands import call
+from commands import call, flat
 from components import random_lora, sd_unet
 from layouts import file_of, layout
 from lora_compose.attention import Lora, LoraFactors
@@ -62,6 +62,14 @@ def test_a_folder_shows_each_file_and_names_those_that_cannot_be_read(tmp_path: 
     assert [Path(one["file"]).name for one in found["files"]] == ["cat.safetensors", "dog.safetensors"]
     assert [text.partition(" ")[0] for text in found["unreadable"]] == ["broken.safetensors"]
     assert found["overlaps"] == []
+
+
+def test_a_folder_whose_only_file_is_damaged_is_said_to_have_no_other(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"hello")
+    said = flat(call("inspect", tmp_path, code=2).output)
+    assert "broken.safetensors" in said
+    assert f"; {str(tmp_path)!r} has no other LoRA file" in said
+    assert "no other" not in flat(call("inspect", tmp_path / "broken.safetensors", code=2).output)
 
 
 def test_without_a_model_family_and_content_are_reported_for_any_family(tmp_path: Path) -> None:

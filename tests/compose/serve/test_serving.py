@@ -1,6 +1,7 @@
 """The server: the images of the Python call, batches of requests, back-pressure, and answers to what is wrong."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -175,6 +176,15 @@ def test_the_image_over_http_is_that_of_the_python_call(port: int, pipe: Any) ->
         guidance_scale=4, negative_prompt=[""], generator=generators(1),
     ).images[0]  # fmt: skip
     assert same(Image.open(BytesIO(data)), expected)
+
+
+def test_the_request_of_the_docs_is_answered_with_an_image(port: int) -> None:
+    """The body that the page sends by `curl`, as small as the other requests here."""
+    text = (Path(__file__).parents[3] / "docs/serve.md").read_text(encoding="utf-8")
+    (body,) = re.findall(r"curl localhost:8500/images -o both\.png [^{]* -d '(\{.*?\})'\n", text, re.DOTALL)
+    code, data, headers = answer(port, "/images", {**json.loads(body), **SIZE})
+    assert (code, headers["x-method"]) == (200, "draft")
+    assert Image.open(BytesIO(data)).size == (64, 64)
 
 
 @pytest.mark.parametrize(

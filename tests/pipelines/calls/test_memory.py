@@ -41,7 +41,8 @@ def test_scenes_are_judged_with_and_without_concepts(playground, concepts):
 
 
 @pytest.mark.parametrize(
-    ("share", "times"), [(8, "64 times"), (2, "4 times"), (1, None), (0.5, None), (1 / 8, "0.0156")]
+    ("share", "times"),
+    [(100, "10,000 times"), (8, "64 times"), (2, "4 times"), (1, None), (0.5, None), (1 / 8, "0.0156")],
 )
 def test_a_size_far_from_the_models_own_warns(playground, share, times):
     side = round(share * SIZE)

@@ -285,6 +285,21 @@ def test_an_editor_completes_a_call_and_its_help_names_what_is_ours():
         ComposePipeline.__call__(ComposePipeline.__new__(ComposePipeline))
 
 
+@pytest.mark.parametrize("family", ComposePipeline.families, ids=lambda family: family.__qualname__)
+def test_help_of_an_opened_pipeline_names_methods_and_boxes(family: type[ComposePipeline]) -> None:
+    text = pydoc.plain(pydoc.render_doc(vars(family)["__call__"]))
+    given = inspect.signature(family.__call__).parameters
+    described = text.partition("Args:\n")[2].partition("\n    \n")[0]
+    found = re.findall(r"^        (\w+): ", described, re.MULTILINE)
+    assert {"concepts", "method", "control", "record_attention"} <= set(found) <= given.keys()
+    assert len(found) == len(set(found))
+    assert "draft, lora-composer, regional" in described
+    assert '{"cat": (0, 0, 64, 128)}' in described
+    takes_masks = getattr(family, "inpainting", None) is not None
+    assert not takes_masks or {"image", "strength", "mask_image", "paste_original"} <= set(found)
+    assert takes_masks == ("White where the image is painted" in described)
+
+
 def test_the_folder_of_a_saved_model_says_how_to_load_its_concepts(write_lora: Any, tmp_path: Path) -> None:
     composer = tiny_pipeline()
     cat = write_lora("cat", unet=random_lora(composer.unet, 1))

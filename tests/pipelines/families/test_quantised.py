@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from checkpoints import write_gguf
 from components import sd_unet, small_pipeline
 from flux import FLUX, flux_pipeline
 from lora_compose import ComposePipeline
@@ -189,16 +190,8 @@ def test_int8_is_of_the_denoiser_and_large_text_encoders(flux_folder: Path, tmp_
 
 
 def test_a_gguf_file_is_opened_with_the_configuration_of_the_model(flux_folder: Path, tmp_path: Path) -> None:
-    found = pytest.importorskip("gguf", reason="gguf is not installed")
-    writer, kinds = found.GGUFWriter(tmp_path / "flux-Q8_0.gguf", "flux"), found.GGMLQuantizationType
-    for name, tensor in tensors_of(flux_folder).items():
-        fits = is_scaled(name, tensor) and tensor.shape[1] % 32 == 0
-        kind = kinds.Q8_0 if fits else kinds.F32
-        writer.add_tensor(name, found.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    write_gguf(tensors_of(flux_folder), tmp_path / "flux-Q8_0.gguf")
     pipe = opened(flux_folder, str(tmp_path / "flux-Q8_0.gguf"))
     names = [name for name, layer in pipe.transformer.named_modules() if type(layer).__name__ == "GGUFLinear"]
     assert any("attn.to_q" in name for name in names)
