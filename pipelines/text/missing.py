@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from lora_compose.pipelines.formats.triggers import Candidate, Words, is_usual_noun
+from lora_compose.pipelines.formats.triggers import Candidate, Words, divided, is_usual_noun
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.text.tokens import find_words
@@ -35,6 +35,10 @@ def missing_words(found: Described, prompt: str) -> str:
     name, trigger, noun = concept.name, concept.trigger, concept.class_word
     if not trigger:
         return missing_trigger(found, [prompt])
+    if not noun and (last := divided(trigger)[1]):
+        give = _give(name, "class_word", [Candidate(last, "in the trigger")], last)
+        there = "the prompt stays as it is" if find_words(trigger, prompt) else f"write {trigger!r} in the prompt"
+        return f"{name} has no class word of its own, but a trigger that ends with one: {give}; {there}"
     if not noun:
         after = [*_after(trigger, prompt), *_in_prompt_first(found.words.class_words, [prompt])]
         return (
