@@ -25,6 +25,7 @@ _FACTS = {
     "ss_network_dim": "rank, in the metadata",
     "ss_network_alpha": "alpha, in the metadata",
     "ss_network_args": "network settings",
+    "ss_tlora_min_rank": "ranks at the most noise (T-LoRA)",
     "ss_num_train_images": "images",
     "ss_resolution": "resolution",
     "ss_steps": "steps",

@@ -404,7 +404,6 @@ PLAIN = {f"{LAYER}.lora_down.weight": torch.ones(2, 8), f"{LAYER}.lora_up.weight
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OTHER_KINDS = {
     "an OFT of an early LyCORIS": {f"{LAYER}.oft_diag": torch.ones(2, 4, 4)},
-    "a T-LoRA": {f"{LAYER}.lambda_layer": torch.ones(1, 2), f"{LAYER}.q_layer.weight": torch.ones(2, 8)},
     "a GLoRA": {f"{LAYER}.{side}{i}.weight": torch.ones(2, 2) for i in (1, 2) for side in "ab"},
     "an IA3": {f"{LAYER}.weight": torch.ones(8), f"{LAYER}.on_input": torch.ones(1)},
 }
