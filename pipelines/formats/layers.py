@@ -61,7 +61,15 @@ class Layer:
     def apart(self) -> Sequence["Layer"]:
         """The parts of a fused layer that the file has apart, in order; none if it has the layer as a whole."""
         split = None if self.refused else self.kind.split
-        return () if split is None else [replace(self, slots=slots) for slots in split(self.slots)]
+        keys = dict(zip(self.slots, self.keys, strict=True))
+        return [
+            replace(
+                self,
+                slots={slot: self.slots[own] for slot, own in part.items()},
+                keys=tuple(keys[own] for own in part.values()),
+            )
+            for part in (() if split is None else split(self.slots))
+        ]
 
     def same(self, other: "Layer") -> bool:
         """Whether two layers have the same tensors."""

@@ -10,7 +10,7 @@ inverse. PEFT's exact form turns the other way.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,11 @@ def _checked(count: int, size: int) -> None:
         raise ValueError(f"it has {count} blocks of size {size}; expected some of size 2 to {MAX_BLOCK}")
 
 
-def _split(tensors: Tensors) -> Sequence[Tensors]:
-    """The tensors of each numbered part."""
-    parts = [slot for slot in _PARTS if slot in tensors]
-    rest = {slot: tensor for slot, tensor in tensors.items() if slot not in _PARTS}
-    return [{"oft_blocks": tensors[slot], **rest} for slot in parts] if len(parts) > 1 else ()
+def _split(slots: Collection[str]) -> Sequence[Mapping[str, str]]:
+    """The slots of each numbered part."""
+    parts = [slot for slot in _PARTS if slot in slots]
+    rest = {slot: slot for slot in slots if slot not in _PARTS}
+    return [{"oft_blocks": slot, **rest} for slot in parts] if len(parts) > 1 else ()
 
 
 def _output_sides(shapes: Shapes) -> tuple[int | None, int | None]:

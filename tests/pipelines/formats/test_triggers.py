@@ -19,6 +19,13 @@ def header(tags: Mapping[str, Any] | None = None, **metadata: Any) -> dict[str, 
 DECLARED = {
     "modelspec": (header(None, **{"modelspec.trigger_phrase": "mikudress"}), ("mikudress", None)),
     "a phrase with its noun": (header(None, **{"modelspec.trigger_phrase": "hatsune, 1girl"}), ("hatsune", "1girl")),
+    "several tags": (header(None, **{"modelspec.trigger_phrase": "mikudress, twintails, leek"}), ("mikudress", None)),
+    "several tags, of which captions have one": (
+        header({"10_images": BOORU}, **{"modelspec.trigger_phrase": "leek, mikudress"}), ("mikudress", None)
+    ),
+    "a folder that is the start of the tag": (
+        header({"10_saber": {"saber \\(fate\\)": 20, "1girl": 20, "saber alter": 2}}), ("saber \\(fate\\)", None)
+    ),
     "ours": (header(trigger="sks", class_word="cat"), ("sks", "cat")),
     "a folder, no captions": (header(ss_dataset_dirs={"10_ohwx man": {"img_count": 20}}), ("ohwx", "man")),
     "a folder, twice": (header(ss_dataset_dirs={"10_ohwx man": {}, "10_ohwx man (2)": {}}), ("ohwx", "man")),

@@ -128,5 +128,5 @@ def test_two_women_of_one_class_word_are_drafted_with_texts_of_their_own(pipe: A
     plan = pipe.plan(scene, concepts=["alice", "berta"], width=32, height=32)
     assert plan.method == "draft"
     concepts = list(pipe.concepts.values())
-    assert without_triggers(scene, concepts) == "an woman and a woman in a cafe"
-    assert about(concepts[1], scene, concepts) == "an brt old lady woman in a cafe"
+    assert without_triggers(scene, concepts) == "a woman and a woman in a cafe"
+    assert about(concepts[1], scene, concepts) == "a brt old lady woman in a cafe"
