@@ -123,7 +123,7 @@ def match(
         part: {name: made.factors for name, made in changed.items()} for part, changed in changes.items()
     }
     text: dict[Part, Lora] = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
-    ranks, unfollowed = rank_schedule(file, grouped)
+    ranks, unfollowed = rank_schedule(file, assigned[model].values(), bool(assigned["text_conditioner"]))
     notes = (*_notes(file, grouped, changes, alpha, max_rank), *unfollowed)
     error = _error(made for changed in changes.values() for made in changed.values())
     return Factors(

@@ -7,19 +7,18 @@ is 1 and t a whole number of 1000 (fizgig). Other trainers round in other ways, 
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.kinds import LOW_RANK, TLORA, rank_of
-from lora_compose.pipelines.formats.layers import Layers
-from lora_compose.pipelines.formats.models import MODEL_PARTS
+from lora_compose.pipelines.formats.layers import Layer
 
 _LEAST, _EXPONENT, _LAST = "ss_tlora_min_rank", "ss_tlora_alpha_rank_scale", "ss_tlora_max_timestep"
 _ROUNDED = "ss_tlora_rank_schedule"
 """Of trainers whose rounding of ranks differs from version to version."""
 _TIMESTEPS = 1000  # of the authors
-_STATES = (".tlora_min_rank_state", ".tlora_rank_schedule_state")
+_ENDINGS = (".tlora_min_rank_state", ".tlora_rank_schedule_state", ".lambda_layer")
 _MOST = 2**16
 
 ALL_RANKS = (
@@ -66,21 +65,26 @@ def is_tlora(metadata: Mapping[str, str], keys: Iterable[str] = ()) -> bool:
     """Whether a file was trained with fewer ranks where there is more noise, by its header and its keys."""
     named = " ".join(metadata.get(key, "") for key in ("ss_adapter", "ss_network_module")).lower()
     declared = "tlora" in named or any(key.startswith("ss_tlora_") for key in metadata)
-    return declared or any(key.endswith(_STATES) for key in keys)
+    return declared or any(key.endswith(_ENDINGS) for key in keys)
 
 
-def rank_schedule(file: LoraFile, grouped: Layers) -> tuple[RankSchedule | None, tuple[str, ...]]:
-    """The schedule of a T-LoRA, and notes on what of it is not followed; nothing for other files."""
-    mine = [layer for layer in grouped.layers if layer.part in MODEL_PARTS]
-    kinds = {layer.kind for layer in mine}
-    if not mine or not (TLORA in kinds or is_tlora(file.metadata, file.tensors)):
+def rank_schedule(
+    file: LoraFile, layers: Collection[Layer], conditioned: bool
+) -> tuple[RankSchedule | None, tuple[str, ...]]:
+    """The schedule of a T-LoRA, and notes on what of it is not followed; nothing for other files.
+
+    Args:
+        layers: What the file changes in the denoiser.
+        conditioned: Whether it also changes a text conditioner, which runs once.
+    """
+    if not layers or not is_tlora(file.metadata, file.tensors):
         return None, ()
-    found = _declared(file.metadata, max(rank_of(layer.shapes) or 0 for layer in mine))
-    if found is None or len(kinds) != 1 or not kinds <= {LOW_RANK, TLORA}:
+    (kind, *others), ranks = {layer.kind for layer in layers}, [rank_of(layer.shapes) or 0 for layer in layers]
+    found = _declared(file.metadata, max(ranks))
+    if found is None or others or kind not in (LOW_RANK, TLORA):
         return None, (f"it is {ALL_RANKS}",)
-    conditioned = any(layer.part == "text_conditioner" for layer in grouped.layers)
     notes = ("its text conditioner runs once, so there all ranks of this T-LoRA act",) if conditioned else ()
-    return (replace(found, factors=2) if TLORA in kinds else found), notes
+    return (replace(found, factors=2) if kind is TLORA else found), notes
 
 
 def _declared(metadata: Mapping[str, str], most: int) -> RankSchedule | None:

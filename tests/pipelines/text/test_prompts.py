@@ -48,7 +48,10 @@ def test_no_spaces_are_left_over(prompt: str) -> None:
 
 
 def test_articles_agree_with_what_follows_them() -> None:
-    woman, owl = Concept(name="a", trigger="alc", class_word="woman"), Concept(name="b", trigger="zwx", class_word="owl")
+    woman, owl = (
+        Concept(name="a", trigger="alc", class_word="woman"),
+        Concept(name="b", trigger="zwx", class_word="owl"),
+    )
     prompt = "An alc woman and a zwx owl, an old alc woman"
     assert without_triggers(prompt, [woman, owl]) == "A woman and an owl, an old woman"
     assert about(owl, prompt.partition(",")[0], [woman, owl]) == "A zwx owl"
