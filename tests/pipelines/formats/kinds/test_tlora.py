@@ -15,7 +15,8 @@ from lora_compose.attention import LoraFactors
 from lora_compose.compose.lora.matching import match_files
 from lora_compose.compose.lora.merging import Given
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
-from lora_compose.pipelines.formats.rank_schedule import RankSchedule
+from lora_compose.pipelines.formats.layers import by_layer
+from lora_compose.pipelines.formats.rank_schedule import RankSchedule, rank_schedule
 from lora_compose.pipelines.scene.scene import Concept
 from reference import relative_error
 
@@ -131,6 +132,14 @@ def test_a_schedule_that_is_not_known_is_a_warning(pipe: Any, tmp_path: Path, me
     schedule, report = schedule_of(pipe, tmp_path / "it.safetensors", metadata)
     assert schedule is None
     assert "a T-LoRA, trained with fewer ranks where there is more noise; here all of them act in every step" in report
+
+
+def test_a_text_conditioner_that_runs_once_is_a_warning(pipe: Any, tmp_path: Path) -> None:
+    schedule, _ = schedule_of(pipe, tmp_path / "it.safetensors", ANIMA)
+    file = read_lora(tmp_path / "it.safetensors")
+    found, notes = rank_schedule(file, by_layer(file).layers, True)
+    assert found == schedule
+    assert "its text conditioner runs once" in notes[0]
 
 
 def test_states_of_early_files_are_no_damage_but_a_warning(pipe: Any, tmp_path: Path) -> None:
