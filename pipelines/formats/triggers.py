@@ -162,7 +162,9 @@ def words_of(metadata: Mapping[str, str], bundled: Iterable[str] = ()) -> Words:
     own_words = [Candidate(_short(word), "a word with vectors of its own") for word in own]
     trained = [*folders, *tags] if named else [*tags, *folders]
     every = [*declared, *own_words, *_of_onetrainer(metadata), *trained]
-    first = {candidate.words: candidate for candidate in reversed(every)}
+    first: dict[str, Candidate] = {}
+    for candidate in every:
+        first.setdefault(candidate.words, candidate)
     noun = (metadata.get("class_word") or "").strip() or None
     trigger, where = None, ""
     if declared:
@@ -174,7 +176,7 @@ def words_of(metadata: Mapping[str, str], bundled: Iterable[str] = ()) -> Words:
     if trigger and not noun and not own:
         trigger, noun = divided(trigger)
     nouns = tuple(Candidate(word, _in_captions(count)) for word, count in captions.nouns())
-    return Words(trigger, noun, where, tuple(reversed(first.values())), nouns)
+    return Words(trigger, noun, where, tuple(first.values()), nouns)
 
 
 def is_usual_noun(word: str) -> bool:
@@ -241,10 +243,12 @@ class _Captions:
             return name if noun else None
         has = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
         captions = sum(count for tag, count in every.items() if has.search(tag))
-        if captions < _HALF * (self.images or max(every.values())):
+        whole = self.images or max(every.values())
+        if captions < _HALF * whole:
             return None
-        longer = (tag for tag, count in every.items() if count >= captions and _begins(tag, name))
-        return next(longer, name)
+        # A caption may have several tags with the word, and a single caption may begin with it by chance.
+        common = (tag for tag, count in every.items() if count >= max(whole, 2, _HALF * captions + 1))
+        return next((tag for tag in common if _begins(tag, name)), name)
 
     def has(self, tag: str) -> bool:
         """Whether captions have a tag."""
