@@ -133,11 +133,11 @@ def _joint_change(
         changes = {i: lora[name] for i, lora in enumerate(loras) if name in lora}
         if any(factors.transform for factors in changes.values()):
             found = None if model is None else _dense(model, name, changes)
-            if found is not None:
+            if model is not None and found is not None:
                 versions[name] = version_of(_layer(model, name))
                 for i, change in found.items():
                     norms[i][name] = float(change.square().sum())
-                joint[name] = [float(sum(each[i] * it for i, it in found.items()).square().sum()) for each in weights]
+                joint[name] = [_squared([each[i] * it for i, it in found.items()]) for each in weights]
                 continue
             changes = {i: factors for i, factors in changes.items() if factors.transform is None}
         if changes:
@@ -151,6 +151,10 @@ def _joint_change(
     }
     ratio = math.sqrt(whole[most] / largest) if largest else 0.0
     return Joint(weights[most], by_layer, ratio, frozenset(versions)), [*versions.items()]
+
+
+def _squared(parts: Sequence[Tensor]) -> float:
+    return float(torch.stack([*parts]).sum(dim=0).square().sum())
 
 
 def _dense(model: nn.Module, name: str, changes: Mapping[int, LoraFactors]) -> dict[int, Tensor] | None:

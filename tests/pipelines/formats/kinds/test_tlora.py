@@ -113,6 +113,7 @@ def test_the_schedule_is_read_from_the_header(pipe: Any, tmp_path: Path) -> None
     sized = {**ANIMA, "ss_network_dim": "8", "ss_tlora_alpha_rank_scale": "0.5"}
     assert schedule_of(pipe, path, sized)[0] == RankSchedule(1, 8, 0.5, 1.0)
     known = schedule_of(pipe, path, {"ss_adapter": "tlora", "ss_tlora_min_rank": "2"})[0]
+    assert known is not None
     assert known == RankSchedule(2, RANK, 1.0, 1000, whole=True)
     assert known.at(500.9, 1000) == known.at(500.0, 1000) == 3
     assert schedule_of(pipe, path, {"ss_network_module": "networks.lora"}) == (None, "1 unet layers, rank 4")
