@@ -337,6 +337,11 @@ def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | Non
             f"{len(grouped.inexpressible)} keys with biases or norms are left out, since no low-rank change can "
             f"express them: {', '.join(grouped.inexpressible[:3])}"
         )
+    if inside := _inside(grouped):
+        yield (
+            f"{len(inside)} of the keys that are left out belong to layers that are read ({inside[0]}): these may be "
+            "of a kind that is not known here, and act as if the keys were not there"
+        )
     errors = {f"{part}.{name}": _error([made]) for part, changed in changes.items() for name, made in changed.items()}
     if cut := {name: error for name, error in errors.items() if error > _EXACT}:
         worst = max(cut, key=lambda name: cut[name])
@@ -353,6 +358,13 @@ def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | Non
             if any(layer.kind.scaled for layer in grouped.layers)
             else "PEFT's adapter_config.json is not beside it, so PEFT's defaults are taken for how it rotates"
         )
+
+
+def _inside(grouped: Layers) -> Sequence[str]:
+    """Keys of no known adapter that name a layer which other keys change."""
+    parsed = {key: parse(key) for layer in grouped.layers for key in layer.keys}
+    stems = {key.removesuffix(found.suffix) for key, found in parsed.items() if found is not None}
+    return [key for key in grouped.unknown if any(key[:at] in stems for at, it in enumerate(key) if it == ".")]
 
 
 def _error(made: Iterable[Change]) -> float:

@@ -409,6 +409,14 @@ OTHER_KINDS = {
 }
 
 
+def test_unknown_keys_of_a_layer_that_is_read_are_more_than_left_over(pipe: Any, tmp_path: Path) -> None:
+    """As of MoSLoRA, whose factors have a third one between them."""
+    mixed = PLAIN | {f"{LAYER}.lora_mixer.weight": torch.eye(2), "lora_unet_elsewhere.lora_mixer.weight": torch.eye(2)}
+    report = loaded(pipe, write(tmp_path / "cat.safetensors", mixed)).report
+    assert "2 keys fit no layer and are left out" in report
+    assert f"1 of the keys that are left out belong to layers that are read ({LAYER}.lora_mixer.weight)" in report
+
+
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_other_kinds_of_adapters_are_refused_by_name(pipe: Any, tmp_path: Path, kind: str) -> None:
     with pytest.raises(LoraError, match=rf"is {kind}, (which|whose) "):
