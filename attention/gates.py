@@ -44,6 +44,7 @@ class Gates:
             the site knows how many there are.
         reference_modulation: For the modulation of reference images, where they have one of their own; None means 0.
             Shape: [rows, concepts].
+        ranks: How many of the first ranks of each concept act (T-LoRA); None means all of one, nothing all of every.
     """
 
     text: Tensor
@@ -54,6 +55,7 @@ class Gates:
     modulation: Tensor | None = None
     further: Mapping[SitePart, Tensor] = field(default_factory=dict)
     reference_modulation: Tensor | None = None
+    ranks: tuple[int | None, ...] = ()
 
     def select(self, rows: slice | list[int]) -> "Gates":
         """The gates of some of the rows."""
@@ -65,11 +67,17 @@ class Gates:
 
     def scatter_concepts(self, columns: Sequence[int], concepts: int) -> "Gates":
         """The gates as columns, the new index of each concept, of a larger concept set; the other columns are 0."""
-        return self._each(lambda gate: scatter_concepts(gate, columns, concepts))
+        scattered = self._each(lambda gate: scatter_concepts(gate, columns, concepts))
+        if not self.ranks:
+            return scattered
+        ranks = dict(zip(columns, self.ranks, strict=True))
+        return replace(scattered, ranks=tuple(ranks.get(i) for i in range(concepts)))
 
     def strongest(self, columns: Sequence[int]) -> "Gates":
         """The gates by LoRA, whose column each concept has; where concepts overlap, the one furthest from 0 counts."""
-        return self._each(lambda gate: strongest(gate, columns))
+        merged = self._each(lambda gate: strongest(gate, columns))
+        ranks = tuple(self.ranks[columns.index(column)] for column in range(max(columns) + 1)) if self.ranks else ()
+        return replace(merged, ranks=ranks)
 
     def times(self, factors: Tensor) -> "Gates":
         """The gates times one factor per concept. Shape: [concepts]."""
@@ -98,6 +106,7 @@ class Gates:
             None if self.modulation is None else change_row(self.modulation),
             {part: change(gate) for part, gate in self.further.items()},
             None if self.reference_modulation is None else change_row(self.reference_modulation),
+            self.ranks,
         )
 
     def expand(self, key: GateKey, lengths: Sequence[int]) -> Tensor:
@@ -115,7 +124,13 @@ class Gates:
         """
         gate, grid = self._of(key.site, lengths), grid_at(self.latent_grid, key.site.level)
         # No indexing by rank: the index would have to be copied to the device.
-        columns = [gate[..., i, None].expand(*gate.shape[:-1], rank) for i, rank in enumerate(key.ranks)]
+        columns = []
+        for i, rank in enumerate(key.ranks):
+            limit = self.ranks[i] if self.ranks else None
+            acting = rank if limit is None else min(rank, limit)
+            columns.append(gate[..., i, None].expand(*gate.shape[:-1], acting))
+            if acting < rank:
+                columns.append(gate.new_zeros(()).expand(*gate.shape[:-1], rank - acting))
         gate = torch.cat(columns, dim=-1)
         if not key.convolution:
             return gate.contiguous()

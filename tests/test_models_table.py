@@ -42,6 +42,13 @@ def test_what_came_of_tests_of_diffusers_is_on_the_page(tmp_path: Path) -> None:
     }
 
 
+def test_files_that_were_refused_before_are_on_the_page() -> None:
+    table = program("layouts_table")
+    page = (ROOT / "docs" / "lora-files.md").read_text(encoding="utf-8")
+    assert page == table.written(page), "run python docs/layouts_table.py"
+    assert len([*table.rows()]) >= 8
+
+
 def test_the_page_has_the_table_and_every_family_a_row(made: ModuleType) -> None:
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert page == made.written(page), "run python docs/models_table.py"

@@ -20,6 +20,7 @@ from lora_compose.pipelines.formats.files import LoraError, read_lora
 from lora_compose.pipelines.formats.keys import parse
 from lora_compose.pipelines.formats.layers import Layer, by_layer
 from lora_compose.pipelines.formats.names import present_name
+from lora_compose.pipelines.formats.rank_schedule import ALL_RANKS, is_tlora
 
 Target = str | tuple[Any, ...]
 """A weight of the model by its key; or the key, the part of its outputs as (0, first row, rows) or None, and perhaps
@@ -88,6 +89,7 @@ def read_concept(
     notes = [f"{len(left_out)} keys fit no layer and are left out: {', '.join(left_out[:3])}"] if left_out else []
     notes += [f"{cut} layers are cut to rank {MAX_RANK}"] if cut else []
     notes += [f"its words {', '.join(file.embeddings)} are left out"] if file.embeddings else []
+    notes += [f"it is {ALL_RANKS}"] if is_tlora(file.metadata, file.tensors) else []
     return lora, notes
 
 

@@ -29,15 +29,17 @@ from lora_compose.pipelines.calls.call_plan import CallPlan
 from lora_compose.pipelines.calls.finite import causes_of_precision, check_finite
 from lora_compose.pipelines.calls.memory import check_size, warn_of_size
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.formats.models import models_of
 from lora_compose.pipelines.images.output import Cost
 from lora_compose.pipelines.methods import METHODS, Choice, Draft, Settings, make_method, name_of
 from lora_compose.pipelines.methods.draft import Drafted, draft_only
 from lora_compose.pipelines.scene.mask_images import open_image
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
-from lora_compose.pipelines.scene.sources import moved_files
+from lora_compose.pipelines.scene.sources import files_of, moved_files
 from lora_compose.pipelines.support.regular import sha256_of
 from lora_compose.pipelines.text.emphasis import plain_text
+from lora_compose.pipelines.text.missing import tell_words
 from lora_compose.pipelines.text.tokens import check_all_named
 
 logger = logging.getLogger(__name__)
@@ -169,16 +171,24 @@ def load(pipe: Any, concept: Concept) -> LoadedConcept:
     Raises:
         ValueError: If there is no such LoRA, or it does not fit the model.
     """
-    if concept.lora is not None:
-        lora: Any = moved_files(concept.lora, lora_source)
-        concept = concept.model_copy(update={"lora": lora})
-        known = pipe.concepts.get(concept.name)
-        same = known is not None and (known.lora, known.merge, known.alpha) == (lora, concept.merge, concept.alpha)
-        if known is not None and not same:
-            pipe.unload_concept(concept.name)
-        if not same:
-            pipe.load_concept(lora, name=concept.name, merge=concept.merge, alpha=concept.alpha)
-    return pipe.resolve_concepts([concept])[0]
+    if concept.lora is None:
+        return pipe.resolve_concepts([concept])[0]
+    concept = concept.model_copy(update={"lora": moved_files(concept.lora, lora_source)})
+    # What the file alone decides is loaded; words and region may be others in the next run.
+    file = Concept(
+        name=concept.name, lora=concept.lora, merge=concept.merge, alpha=concept.alpha, any_weight=concept.any_weight
+    )  # fmt: skip
+    known = pipe.concepts.get(concept.name)
+    same = known is not None and (known.lora, known.merge, known.alpha) == (file.lora, file.merge, file.alpha)
+    if known is not None and not same:
+        pipe.unload_concept(concept.name)
+    if not same:
+        pipe.library.check_new(pipe, file.name)
+        pipe.library.load(pipe, file, [find_file(source) for source in files_of(file.lora)])
+    found = pipe.resolve_concepts([concept])[0]
+    if not same:
+        tell_words(found, concept)
+    return found
 
 
 def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:

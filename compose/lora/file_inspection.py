@@ -25,6 +25,7 @@ _FACTS = {
     "ss_network_dim": "rank, in the metadata",
     "ss_network_alpha": "alpha, in the metadata",
     "ss_network_args": "network settings",
+    "ss_tlora_min_rank": "ranks at the most noise (T-LoRA)",
     "ss_num_train_images": "images",
     "ss_resolution": "resolution",
     "ss_steps": "steps",
@@ -80,7 +81,10 @@ class Inspection(BaseModel, frozen=True):
         form: The kind of adapter, and the tool whose key names it has.
         family: Model family: "SD 1.x", "SD 2.x", "SDXL", another name, or None.
         why: The evidence for the family.
+        trigger: The trigger that loading takes; None if it takes none.
+        class_word: The class word that loading takes.
         triggers: Words that may be the trigger, each with where they were found.
+        class_words: Words that may be the class word.
         notes: What is cut, left out or guessed.
     """
 
@@ -91,7 +95,10 @@ class Inspection(BaseModel, frozen=True):
     family: str | None
     why: tuple[str, ...]
     matched_with: str | None
+    trigger: str | None
+    class_word: str | None
     triggers: tuple[tuple[str, str], ...]
+    class_words: tuple[tuple[str, str], ...]
     facts: tuple[tuple[str, str], ...]
     blocks: tuple[Block, ...] = ()
     matched: int = 0
@@ -107,7 +114,10 @@ class Inspection(BaseModel, frozen=True):
             ("format", self.form),
             ("made for", f"{family}: {'; '.join(self.why)}" if self.why else family),
             ("content", f"{self.size / 2**20:.1f} MiB, SHA-256 {self.sha256}"),
+            *((("trigger", self.trigger),) if self.trigger else ()),
+            *((("class word", self.class_word),) if self.class_word else ()),
             *(("word", f"{word}: {where}") for word, where in self.triggers),
+            *(("noun", f"{word}: {where}") for word, where in self.class_words),
             *self.facts,
         ]
 
@@ -118,7 +128,9 @@ def about(file: LoraFile) -> Inspection:
     return Inspection(
         file=str(file.path), sha256=file.sha256, size=file.path.stat().st_size if file.path.is_file() else 0,
         form=form([*file.tensors]), family=guess.family, why=guess.why, matched_with=None,
-        triggers=tuple(_triggers(file)), facts=(*merge_facts(file.metadata), *_facts(file.metadata)),
+        trigger=file.trigger, class_word=file.class_word, triggers=tuple(_triggers(file)),
+        class_words=tuple((found.words, found.where) for found in file.words.class_words),
+        facts=(*merge_facts(file.metadata), *_facts(file.metadata)),
     )  # fmt: skip
 
 

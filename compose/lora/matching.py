@@ -13,6 +13,7 @@ from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import PARTS, parse
 from lora_compose.pipelines.formats.lora_writer import FileLayer, Spelling, stems
 from lora_compose.pipelines.formats.models import model_part
+from lora_compose.pipelines.formats.rank_schedule import ALL_RANKS, is_tlora
 from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.merging.changes import Name, side_by_side
 from lora_compose.pipelines.merging.expressed import expressed
@@ -50,6 +51,7 @@ def match_files(
             keys = ", ".join(found.unmatched[:3])
             notes.append(f"{one.source}: {len(found.unmatched)} keys fit no layer and are left out: {keys}")
         notes += [f"{one.source}: {note}" for note in found.notes]
+        notes += [] if found.ranks is None else [f"{one.source}: it is {ALL_RANKS}"]
         if found.embeddings:
             words = ", ".join(found.embeddings)
             notes.append(f"{one.source}: its words are left out ({words}); the result changes weights alone")
@@ -100,6 +102,7 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
         for one, (_, left) in zip(given, found, strict=True)
         if left
     ]
+    notes += [f"{one.source}: it is {ALL_RANKS}" for one in given if is_tlora(one.file.metadata, one.file.tensors)]
     notes.append("the model is unknown: layers were matched by their names in the files")
     changes = side_by_side(loras, [one.weight for one in given], [one.source for one in given])
     return Matched(given, changes, sites, own, tuple(notes))

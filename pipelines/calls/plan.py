@@ -1,6 +1,6 @@
 """A call, checked and resolved: everything that can be checked before anything is changed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -28,7 +28,16 @@ from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.denoising.session import Runner, Session, SetRunner
 from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.images.from_image import region_in_pixels
-from lora_compose.pipelines.methods import Choice, Described, Merge, Settings, choose_method, make_method, name_of
+from lora_compose.pipelines.methods import (
+    Choice,
+    Described,
+    Merge,
+    Regional,
+    Settings,
+    choose_method,
+    make_method,
+    name_of,
+)
 from lora_compose.pipelines.scene.canvas import Canvas, images_of
 from lora_compose.pipelines.scene.given import is_set
 from lora_compose.pipelines.scene.regions import region_mask
@@ -179,22 +188,21 @@ def _plan(
     placed = _placed(host, call, asked)
     sets = [placed.subset(columns) for columns in concepts_of]
     choice = resolve_choice(host, call.composition.method, placed.loaded, call.prompts.first, sets)
-    concepts = _guarded(placed, sets, choice.method, host.model)
-    sets = [concepts.subset(columns) for columns in concepts_of]
     _check_needs(call, choice.method, backbone)
+    canvas, scheduler = _canvas(host, call, backbone, device), deepcopy(host.scheduler)
+    sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
+    concepts = _guarded(placed, sets, choice.method, canvas, len(sampler.schedule.timesteps))
+    sets = [concepts.subset(columns) for columns in concepts_of]
 
     textual_inversions = TextualInversions.of(concepts.loaded, host.components)
     tokenizers, reading = _readers(host, call, textual_inversions, asked)
     plain = _of_plain_texts(call)
     of_sets = _by_set(plain, tokenizers, sets, concepts_of)
 
-    canvas = _canvas(host, call, backbone, device)
     if canvas.painted is not None:
         _check_painted(concepts.loaded, canvas, canvas.painted)
     host.check_start(plain, canvas)
     controls = _controls(host, call, canvas, sets)
-    scheduler = deepcopy(host.scheduler)
-    sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
     steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))
     return Plan(
         plain, choice, concepts, of_sets, canvas, textual_inversions, tokenizers, controls, sampler,
@@ -287,24 +295,49 @@ def _controls(
     return [control for control in ready if not control.control.is_off] + of_images
 
 
-def _guarded(concepts: ConceptSet, sets: Sequence[ConceptSet], method: Settings, model: Any) -> ConceptSet:
+def _guarded(
+    concepts: ConceptSet, sets: Sequence[ConceptSet], method: Settings, canvas: Canvas, steps: int
+) -> ConceptSet:
     """Warns of LoRAs that together change more than each was trained to, and keeps those of `merge` to its limit."""
     limit = method.limit if isinstance(method, Merge) else None
     limits: dict[str, float] = {}
+    model = canvas.backbone.model
     for each in sets:
-        styles = [each.loaded[i] for i in each.styles]
-        merged = isinstance(method, Merge) or len(each.subjects) < 2
-        groups = [each.loaded] if merged else [[each.loaded[i], *styles] for i in each.subjects if styles]
-        for group in groups:
-            if (joint := joint_change(group)) is None:
+        for group, otherwise in _acting_together(each, method, canvas):
+            if (joint := joint_change(group, model, steps)) is None:
                 continue
             if limit is not None:
                 scales = joint.scales(limit)
                 limits.update({name: min(scale, limits.get(name, 1.0)) for name, scale in scales.items()})
             elif joint.ratio > WARNED:
                 about = tuple(loaded.concept.name for loaded in group), joint.weights, joint.ratio
-                warn_first(about, partial(overload_warning, group, joint, model))
+                warn_first(about, partial(overload_warning, group, joint, model, otherwise))
     return ConceptSet(tuple(replace(loaded, limits=limits) for loaded in concepts.loaded)) if limits else concepts
+
+
+def _acting_together(
+    concepts: ConceptSet, method: Settings, canvas: Canvas
+) -> Iterator[tuple[Sequence[LoadedConcept], str]]:
+    """Concepts that act on the same positions, and what can be done about it other than to lower their weights."""
+    if isinstance(method, Merge) or len(concepts.subjects) < 2:
+        apart = ", or Merge(limit=1), or keep them apart: method='regional' with a region for each"
+        yield concepts.loaded, apart if len(concepts.subjects) > 1 or isinstance(method, Merge) else ""
+        return
+    styles = [concepts.loaded[i] for i in concepts.styles]
+    alone = [(i,) for i in concepts.subjects]
+    for subjects in _overlapping(concepts, canvas) if isinstance(method, Regional) else alone:
+        if len(subjects) > 1 or styles:
+            otherwise = ", or give each a region that does not overlap the others" if len(subjects) > 1 else ""
+            yield [*(concepts.loaded[i] for i in subjects), *styles], otherwise
+
+
+def _overlapping(concepts: ConceptSet, canvas: Canvas) -> Collection[tuple[int, ...]]:
+    """The subjects that act on one cell of the canvas, for each set of them that is in no other."""
+    regions = [concepts.concepts[i].region for i in concepts.subjects]
+    masks = torch.stack([region_mask(region, canvas.image_size, canvas.latent_grid) > 0.5 for region in regions])
+    columns = masks.flatten(1).unique(dim=1).T.tolist()
+    every = {tuple(i for i, inside in zip(concepts.subjects, column, strict=True) if inside) for column in columns}
+    return [one for one in sorted(every) if not any(set(one) < set(other) for other in every)]
 
 
 def _without_weights(loaded: LoadedConcept) -> LoadedConcept:

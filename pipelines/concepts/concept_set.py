@@ -13,6 +13,7 @@ from lora_compose.attention.bank_cache import PASSING, Handle
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.loading import Factors, LoraFile
 from lora_compose.pipelines.formats.keys import Part
+from lora_compose.pipelines.formats.rank_schedule import RankSchedule
 from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import TEXT, WeightSchedule, check_block, in_blocks, is_in
@@ -157,6 +158,28 @@ class ConceptSet:
     def with_styles(self, chosen: Collection[int]) -> Tensor:
         """The weights of some subjects and of all styles, which act beside each of them. Shape: [concepts]."""
         return self.weights_of({*chosen, *self.styles})
+
+    @cached_property
+    def rank_schedules(self) -> Mapping[int, RankSchedule]:
+        """How many ranks act at which noise, by index, of T-LoRAs."""
+        every = {i: loaded.factors.ranks for i, loaded in enumerate(self.loaded)}
+        return {i: schedule for i, schedule in every.items() if schedule is not None}
+
+    @property
+    def changing(self) -> Collection[int]:
+        """Indices of concepts whose LoRA is not the same in all steps."""
+        return self.schedules.keys() | self.rank_schedules.keys()
+
+    def step_ranks(self, timestep: float, trained: int) -> tuple[int | None, ...]:
+        """How many ranks of each concept act at a timestep; None is all, and nothing all of every concept.
+
+        Args:
+            trained: How many timesteps the model was trained with.
+        """
+        if not self.rank_schedules:
+            return ()
+        acting = {i: schedule.at(timestep, trained) for i, schedule in self.rank_schedules.items()}
+        return tuple(acting.get(i) for i in range(len(self.loaded)))
 
     def step_weights(self, step: int, steps: int) -> tuple[float, ...]:
         """Factors on the gates in one step: scheduled weights, 1 for the others."""

@@ -91,10 +91,6 @@ class ConceptLibrary:
         _warn_of_rest(read)
         logger.info("concept %s: %s", concept.name, read.factors.report)
         loaded = self.loaded[concept.name] = _loaded_concept(concept, read)
-        if loaded.concept.trigger and not concept.trigger and loaded.words.where:
-            logger.info(
-                "concept %s: trigger %r, from its file (%s)", concept.name, loaded.concept.trigger, loaded.words.where
-            )
         return loaded.concept
 
     def _loaded_from(self, key: Hashable) -> Read | None:

@@ -25,6 +25,7 @@ from lora_compose.pipelines.formats.keys import PARTS, Part, parse
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.models import MODEL_PARTS, TEXT_ENCODERS, Models, model_part, models_by_part
 from lora_compose.pipelines.formats.names import present_name, spellings
+from lora_compose.pipelines.formats.rank_schedule import RankSchedule, rank_schedule
 from lora_compose.pipelines.formats.recognise import OF_CLASS, guess_family
 from lora_compose.pipelines.formats.transformer_names import swaps_halves
 
@@ -49,6 +50,7 @@ class Factors:
         embeddings: Bundled words, as in `LoraFile`.
         error: Relative Frobenius error of the changes that were cut to a lower rank; 0 if none was.
         part: The component that the model is: "unet" or "transformer".
+        ranks: How many ranks act in the model at which noise (T-LoRA); None means all, always.
         handle: Stands for these factors where something is kept that was made of them; no others have it.
     """
 
@@ -59,6 +61,7 @@ class Factors:
     embeddings: Mapping[str, Mapping[Part, Tensor]] = field(default_factory=dict, repr=False)
     error: float = 0.0
     part: Part = "unet"
+    ranks: RankSchedule | None = None
     handle: int = field(init=False, repr=False, compare=False, default_factory=count().__next__)
 
     @property
@@ -120,9 +123,12 @@ def match(
         part: {name: made.factors for name, made in changed.items()} for part, changed in changes.items()
     }
     text: dict[Part, Lora] = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
-    notes = tuple(_notes(file, grouped, changes, alpha, max_rank))
+    ranks, unfollowed = rank_schedule(file, assigned[model].values(), bool(assigned["text_conditioner"]))
+    notes = (*_notes(file, grouped, changes, alpha, max_rank), *unfollowed)
     error = _error(made for changed in changes.values() for made in changed.values())
-    return Factors(loras[model], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, model)
+    return Factors(
+        loras[model], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, model, ranks
+    )
 
 
 def assign(file: LoraFile, grouped: Layers, pipe: object) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
@@ -210,9 +216,17 @@ def _shared_out(file: LoraFile, model: nn.Module, layer: Layer, names: Sequence[
         return [(name, replace(layer, swapped=swaps_halves(name, layer.module))) for name in names]
     sizes = [weight_shape(uncompiled(model), name)[0] for name in names]
     try:
-        outputs = None if layer.refused else layer.kind.sides(layer.shapes)[0]
+        apart = layer.apart
+        outputs = None if layer.refused or apart else layer.kind.sides(layer.shapes)[0]
     except ValueError as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{layer.module}: {error}") from error
+    if apart:
+        if len(apart) != len(names):
+            raise LoraError(
+                f"{file.path.name} does not fit this model: {layer.module} has {len(apart)} parts; expected "
+                f"{len(names)}, {', '.join(names)}"
+            )
+        return zip(names, apart, strict=True)
     if outputs not in (None, sum(sizes)):
         raise LoraError(
             f"{file.path.name} does not fit this model: {layer.module} has {outputs} outputs; expected {sum(sizes)}, "
@@ -323,6 +337,11 @@ def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | Non
             f"{len(grouped.inexpressible)} keys with biases or norms are left out, since no low-rank change can "
             f"express them: {', '.join(grouped.inexpressible[:3])}"
         )
+    if inside := _inside(grouped):
+        yield (
+            f"{len(inside)} of the keys that are left out belong to layers that are read ({inside[0]}): these may be "
+            "of a kind that is not known here, and act as if the keys were not there"
+        )
     errors = {f"{part}.{name}": _error([made]) for part, changed in changes.items() for name, made in changed.items()}
     if cut := {name: error for name, error in errors.items() if error > _EXACT}:
         worst = max(cut, key=lambda name: cut[name])
@@ -339,6 +358,13 @@ def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | Non
             if any(layer.kind.scaled for layer in grouped.layers)
             else "PEFT's adapter_config.json is not beside it, so PEFT's defaults are taken for how it rotates"
         )
+
+
+def _inside(grouped: Layers) -> Sequence[str]:
+    """Keys of no known adapter that name a layer which other keys change."""
+    parsed = {key: parse(key) for layer in grouped.layers for key in layer.keys}
+    stems = {key.removesuffix(found.suffix) for key, found in parsed.items() if found is not None}
+    return [key for key in grouped.unknown if any(key[:at] in stems for at, it in enumerate(key) if it == ".")]
 
 
 def _error(made: Iterable[Change]) -> float:

@@ -9,6 +9,7 @@ from lora_compose.pipelines.concepts.loading import Factors
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import Part
 from lora_compose.pipelines.formats.models import TEXT_ENCODERS, model_part
+from lora_compose.pipelines.formats.rank_schedule import ALL_RANKS
 from lora_compose.pipelines.merging import make_merger
 from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
 from lora_compose.pipelines.merging.changes import Name, begin, check_number, side_by_side
@@ -100,6 +101,8 @@ def _notes(files: Sequence[LoraFile], matched: Sequence[Factors]) -> list[str]:
         f"{file.path.name}: {note}" for file, factors in zip(files, matched, strict=True) for note in factors.notes
     ]
     for file, factors in zip(files, matched, strict=True):
+        if factors.ranks is not None:
+            notes.append(f"{file.path.name}: it is {ALL_RANKS}")
         if factors.embeddings:
             words = ", ".join(factors.embeddings)
             notes.append(f"{file.path.name}: its words are left out ({words}); merging is about weights alone")

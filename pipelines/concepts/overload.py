@@ -3,20 +3,21 @@
 The joint change of a layer, sum_i w_i D_i, is compared with the largest of the D_i alone, in the Frobenius norm. It
 comes from products of all stacked factors, or of the change itself where that is smaller, so that its cost grows
 linearly with the number of LoRAs. Two unrelated LoRAs at weight 1 give sqrt(2); what they have in
-common adds up. Changes that depend on the model's weights (DoRA, OFT) are not counted.
+common adds up. Changes that depend on the model's weights (DoRA, OFT) are made from these, once for each set.
 """
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_compose.attention.bank_cache import Handle
-from lora_compose.attention.device import has_plain_weight, uncompiled
+from lora_compose.attention.device import dtype_of, has_plain_weight, uncompiled
 from lora_compose.attention.lora_bank import LoraFactors, base_layer
+from lora_compose.attention.transforms import Version, dense_weight, version_of
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.formats.change import inner
 from lora_compose.pipelines.scene.strength import WeightSchedule
@@ -29,7 +30,7 @@ Measured on the playground's transformer (`docs/methods/merge.md`): the largest 
 _MOST = 256  # LoRAs whose norms are kept, and sets of them
 
 _norms: OrderedDict[Handle, Mapping[str, float]] = OrderedDict()
-_joint: "OrderedDict[tuple[tuple[Handle, float], ...], Joint]" = OrderedDict()
+_joint: "OrderedDict[Hashable, tuple[Joint, Sequence[tuple[str, Version]]]]" = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,30 @@ class Joint:
     """The joint change of some LoRAs.
 
     Attributes:
-        weights: The largest weight of each during the call.
-        by_layer: By layer, the joint change and the largest change of one alone at weight 1.
+        weights: The weight of each in the step in which they change most.
+        by_layer: By layer, the largest joint change of any step and the largest change of one alone at weight 1.
         ratio: The same of all layers together, as a ratio.
+        of_weights: Layers in which a change depends on the model's weights.
     """
 
     weights: tuple[float, ...]
     by_layer: Mapping[str, tuple[float, float]]
     ratio: float
+    of_weights: frozenset[str] = frozenset()
 
     def scales(self, limit: float) -> dict[str, float]:
-        """By layer, the factor that takes the joint change down to a multiple of the largest alone, if it is more."""
-        return {name: limit * alone / joint for name, (joint, alone) in self.by_layer.items() if joint > limit * alone}
+        """By layer, the factor that takes the joint change down to a multiple of the largest alone, if it is more.
+
+        Layers with a change that depends on the model's weights have none: it is no multiple of its factors.
+        """
+        limited = {name: it for name, it in self.by_layer.items() if name not in self.of_weights}
+        return {name: limit * alone / joint for name, (joint, alone) in limited.items() if joint > limit * alone}
 
     def share_of(self, model: nn.Module) -> float | None:
         """The joint change relative to the weights of the layers; None if these cannot be read as they are."""
         weights = 0.0
         for name in self.by_layer:
-            layer = base_layer(uncompiled(model).get_submodule(name))
+            layer = _layer(model, name)
             weight = layer._parameters.get("weight")
             if weight is None or weight.is_meta or not has_plain_weight(layer, weight):
                 return None
@@ -63,44 +70,106 @@ class Joint:
         return math.sqrt(joint / weights) if weights else None
 
 
-def joint_change(loaded: Sequence[LoadedConcept]) -> Joint | None:
-    """The joint change of concepts that act on the same positions; None if fewer than two LoRAs do, or one is no file.
+def joint_change(loaded: Sequence[LoadedConcept], model: nn.Module | None = None, steps: int = 50) -> Joint | None:
+    """The joint change of concepts that act on the same positions; None if no two act in one step, or one is no file.
 
     Of concepts with one LoRA the strongest counts, as in the bank. What was computed once is kept for the next call.
+
+    Args:
+        model: The model, for changes that depend on its weights; without it, or where these are not to be had, they
+            are not counted.
+        steps: Number of passes, for weights that change over them.
     """
-    strongest: dict[Handle, tuple[LoadedConcept, float]] = {}
-    for concept in loaded:
-        weight = max(_weights(concept), key=abs)
-        handle = concept.handle(concept.factors.part)
-        if handle not in strongest or abs(weight) > abs(strongest[handle][1]):
-            strongest[handle] = concept, weight
     # A call may be checked with LoRAs that have shapes alone. Adapters of PEFT may change between calls.
-    acting = [(concept, weight) for concept, weight in strongest.values() if weight and _has_values(concept)]
-    if len(acting) < 2 or not all(concept.files for concept, _ in acting):
+    acting: dict[Handle, tuple[LoadedConcept, list[WeightSchedule]]] = {}
+    for concept in loaded:
+        weight = concept.concept.weight
+        schedule = WeightSchedule.of(0.0 if weight is None else weight)
+        if any(point.weight for point in schedule.points) and _has_values(concept):
+            acting.setdefault(concept.handle(concept.factors.part), (concept, []))[1].append(schedule)
+    concepts = [concept for concept, _ in acting.values()]
+    if len(acting) < 2 or not all(concept.files for concept in concepts):
         return None
-    key = tuple((concept.handle(concept.factors.part), weight) for concept, weight in acting)
-    if key not in _joint:
-        _joint[key] = _joint_change(acting)
+    weights = _weights([schedules for _, schedules in acting.values()], steps)
+    if not weights:
+        return None
+    rescaled = model is not None and any(f.transform for concept in concepts for f in concept.lora.values())
+    key = tuple(acting), weights, rescaled
+    known = _joint.get(key)
+    if known is None or (model is not None and not all(of.is_of(_layer(model, name)) for name, of in known[1])):
+        _joint[key] = _joint_change(concepts, weights, model if rescaled else None)
         while len(_joint) > _MOST:
             _joint.popitem(last=False)
-    return _joint[key]
+    return _joint[key][0]
 
 
-def _joint_change(acting: Sequence[tuple[LoadedConcept, float]]) -> Joint:
-    weights = tuple(weight for _, weight in acting)
-    norms = [_norms_of(concept) for concept, _ in acting]
-    by_layer: dict[str, list[tuple[LoraFactors, float]]] = {}
-    for (concept, weight), known in zip(acting, norms, strict=True):
-        lora = concept.lora
-        for name in known:
-            by_layer.setdefault(name, []).append((lora[name], weight))
-    joint = {
-        name: (_norm(parts), math.sqrt(max(known.get(name, 0.0) for known in norms)))
-        for name, parts in by_layer.items()
-    }
+def _weights(schedules: Sequence[Sequence[WeightSchedule]], steps: int) -> tuple[tuple[float, ...], ...]:
+    """The weights of the LoRAs in all steps in which their joint change can be largest, if two act at all.
+
+    Between the points of all schedules weights change evenly, and so the norm is a convex function of the step: it is
+    largest at an end of such a stretch, or of the part of it in which two act.
+    """
+    every = [tuple(max((one.at(step, steps) for one in each), key=abs) for each in schedules) for step in range(steps)]
+    last = len(every) - 1
+
+    def bends(step: int) -> bool:
+        before, here, after = (every[min(max(step + by, 0), last)] for by in (-1, 0, 1))
+        return any(not math.isclose(a + c, 2 * b, abs_tol=1e-9) for a, b, c in zip(before, here, after, strict=True))
+
+    ends = {0, last, *(step for step in range(1, last) if bends(step))}
+    near = sorted({min(max(end + by, 0), last) for end in ends for by in (-1, 0, 1)})
+    return tuple(dict.fromkeys(every[step] for step in near if sum(map(bool, every[step])) > 1))
+
+
+def _joint_change(
+    concepts: Sequence[LoadedConcept], weights: Sequence[tuple[float, ...]], model: nn.Module | None
+) -> tuple[Joint, Sequence[tuple[str, Version]]]:
+    """The joint change, and the weights of the model that it depends on."""
+    loras = [concept.lora for concept in concepts]
+    norms: list[dict[str, float]] = [dict(_norms_of(concept)) for concept in concepts]
+    versions: dict[str, Version] = {}
+    joint: dict[str, list[float]] = {}  # squared, in each step
+    for name in dict.fromkeys(name for lora in loras for name in lora):
+        changes = {i: lora[name] for i, lora in enumerate(loras) if name in lora}
+        if any(factors.transform for factors in changes.values()):
+            found = None if model is None else _dense(model, name, changes)
+            if model is not None and found is not None:
+                versions[name] = version_of(_layer(model, name))
+                for i, change in found.items():
+                    norms[i][name] = float(change.square().sum())
+                joint[name] = [_squared([each[i] * it for i, it in found.items()]) for each in weights]
+                continue
+            changes = {i: factors for i, factors in changes.items() if factors.transform is None}
+        if changes:
+            joint[name] = [_norm([(it, each[i]) for i, it in changes.items()]) ** 2 for each in weights]
     largest = max(sum(known.values()) for known in norms)
-    whole = sum(together**2 for together, _ in joint.values())
-    return Joint(weights, joint, math.sqrt(whole / largest) if largest else 0.0)
+    whole = [sum(each[k] for each in joint.values()) for k in range(len(weights))]
+    most = max(range(len(weights)), key=whole.__getitem__)
+    by_layer = {
+        name: (math.sqrt(max(each)), math.sqrt(max(known.get(name, 0.0) for known in norms)))
+        for name, each in joint.items()
+    }
+    ratio = math.sqrt(whole[most] / largest) if largest else 0.0
+    return Joint(weights[most], by_layer, ratio, frozenset(versions)), [*versions.items()]
+
+
+def _squared(parts: Sequence[Tensor]) -> float:
+    return float(torch.stack([*parts]).sum(dim=0).square().sum())
+
+
+def _dense(model: nn.Module, name: str, changes: Mapping[int, LoraFactors]) -> dict[int, Tensor] | None:
+    """The changes of a layer's own weight; None if that is not to be had."""
+    layer = _layer(model, name)
+    device = next((it.device for it in layer.parameters() if not it.is_meta), torch.device("cpu"))
+    try:
+        weight = dense_weight(layer, device, dtype_of(model))
+    except ValueError:
+        return None
+    return None if weight.is_meta else {i: factors.change_of(weight) for i, factors in changes.items()}
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    return base_layer(uncompiled(model).get_submodule(name))
 
 
 def _norm(parts: Sequence[tuple[LoraFactors, float]]) -> float:
@@ -115,26 +184,24 @@ def _norm(parts: Sequence[tuple[LoraFactors, float]]) -> float:
     return math.sqrt(max(0.0, float(((ups.T @ ups) * (downs @ downs.T)).sum())))
 
 
-def warning(loaded: Sequence[LoadedConcept], joint: Joint, model: nn.Module) -> str:
-    """Figures and a proposal for LoRAs that change more together than each was trained to."""
+def warning(loaded: Sequence[LoadedConcept], joint: Joint, model: nn.Module, otherwise: str) -> str:
+    """Figures and a proposal for LoRAs that change more together than each was trained to.
+
+    Args:
+        otherwise: What else to do than to lower weights.
+    """
     names = ", ".join(concept.concept.name for concept in loaded)
     lower = ", ".join(f"{weight / joint.ratio:.2g}" for weight in joint.weights)
     share = joint.share_of(model)
     weights = "" if share is None else f", {share:.1%} of the weights that they change"
     return (
         f"{names} act on the same places: together their change is {joint.ratio:.2g} times the larger one as it was "
-        f"trained{weights}. If the image breaks, use weights such as {lower}, or Merge(limit=1), or keep "
-        "them apart: method='regional' with a region for each"
+        f"trained{weights}. If the image breaks, use weights such as {lower}{otherwise}"
     )
 
 
 def _has_values(loaded: LoadedConcept) -> bool:
     return bool(loaded.factors.model) and not any(factors.down.is_meta for factors in loaded.factors.model.values())
-
-
-def _weights(loaded: LoadedConcept) -> list[float]:
-    weight = loaded.concept.weight
-    return [point.weight for point in WeightSchedule.of(0.0 if weight is None else weight).points]
 
 
 def _norms_of(loaded: LoadedConcept) -> Mapping[str, float]:

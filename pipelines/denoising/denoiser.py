@@ -105,8 +105,8 @@ class Denoiser:
     def fold(self, parts: Sequence[SitePart], weights: Sequence[float]) -> None:
         """Adds LoRAs with constant gates to the weights for the rest of the call; they then run at base speed.
 
-        Call it before the first pass. Concepts with a weight schedule stay in the bank, and with several concept sets
-        all do: gates that are constant in one set are not in the others.
+        Call it before the first pass. Concepts that change over the steps (weight schedules, T-LoRAs) stay in the bank,
+        and with several concept sets all do: gates that are constant in one set are not in the others.
 
         Args:
             parts: Parts of sequences whose gates are the same on all rows and positions.
@@ -117,7 +117,7 @@ class Denoiser:
         if joint is not None and joint.reference_cells is not None and not all(acts):
             parts = [part for part in parts if part != "reference"]
         if self._can_fold and parts:
-            self.installation.fold(parts, weights, self.concepts.schedules.keys())
+            self.installation.fold(parts, weights, self.concepts.changing)
 
     def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:
         """Prepares a pass, to be run in every step.
@@ -234,7 +234,8 @@ class Denoiser:
 
     def micro_batches(self, prepared: PreparedPass, step: Step, *, conditional: bool) -> Sequence[MicroBatch]:
         """The micro-batches of a pass at the weights of a step; only conditional rows, or all."""
-        return prepared.micro_batches(self.installation, self.concepts, step, conditional=conditional)
+        ranks = self.concepts.step_ranks(*self.sampler.at(step)) if self.concepts.rank_schedules else ()
+        return prepared.micro_batches(self.installation, self.concepts, step, ranks, conditional=conditional)
 
     def _text(self, prepared: PreparedPass, conditional: bool) -> Conditioning:
         return prepared.spec.text.conditional() if conditional else prepared.spec.text

@@ -15,6 +15,9 @@ from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.text.conditioning import Conditioning
 
+Strengths = tuple[tuple[float, ...], tuple[int | None, ...]]
+"""What changes over the steps: factors on the gates of each concept, and how many of its ranks act."""
+
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
@@ -28,17 +31,17 @@ class MicroBatch:
 class KeptText:
     """Keys and values of the text of a pass, and of all passes with the same text under the same text gates.
 
-    Only those for the latest weights are kept: all steps of a schedule would take too much memory.
+    Only those for the latest strengths are kept: all steps of a schedule would take too much memory.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[bool, int], tuple[tuple[float, ...], TextKV]] = {}
+        self._kept: dict[tuple[bool, int], tuple[Strengths, TextKV]] = {}
 
-    def of(self, conditional: bool, batch: int, weights: tuple[float, ...]) -> TextKV:
+    def of(self, conditional: bool, batch: int, strengths: Strengths) -> TextKV:
         """Keys and values of a micro-batch, or of its conditional rows only."""
         key = conditional, batch
-        if key not in self._kept or self._kept[key][0] != weights:
-            self._kept[key] = weights, TextKV()
+        if key not in self._kept or self._kept[key][0] != strengths:
+            self._kept[key] = strengths, TextKV()
         return self._kept[key][1]
 
 
@@ -56,29 +59,37 @@ class PreparedPass:
     kept_text: KeptText = field(default_factory=KeptText)
     apart: bool = False
     end: int | None = None
-    _made: dict[bool, tuple[tuple[float, ...], Sequence[MicroBatch]]] = field(default_factory=dict)
+    _made: dict[bool, tuple[Strengths, Sequence[MicroBatch]]] = field(default_factory=dict)
 
     def micro_batches(
-        self, installation: Installation, concepts: ConceptSet, step: Step, *, conditional: bool
+        self,
+        installation: Installation,
+        concepts: ConceptSet,
+        step: Step,
+        ranks: tuple[int | None, ...] = (),
+        *,
+        conditional: bool,
     ) -> Sequence[MicroBatch]:
-        """The micro-batches of the pass at the weights of a step; computed again only if the weights change.
+        """The micro-batches of the pass at the strengths of a step; computed again only if these change.
 
         Args:
             concepts: The concepts of the gates.
+            ranks: How many of their ranks act (`ConceptSet.step_ranks`).
             conditional: Whether there are conditional rows only.
         """
-        weights = concepts.step_weights(step.index, step.count)
-        if conditional not in self._made or self._made[conditional][0] != weights:
-            self._made[conditional] = weights, list(self._make(installation, concepts, weights, conditional))
+        strengths = concepts.step_weights(step.index, step.count), ranks
+        if conditional not in self._made or self._made[conditional][0] != strengths:
+            self._made[conditional] = strengths, list(self._make(installation, concepts, strengths, conditional))
         # Keys and values are looked up, not held: those of earlier weights go, also of a pass that is no longer run.
         return [
-            replace(batch, inputs=replace(batch.inputs, text_kv=self.kept_text.of(conditional, i, weights)))
+            replace(batch, inputs=replace(batch.inputs, text_kv=self.kept_text.of(conditional, i, strengths)))
             for i, batch in enumerate(self._made[conditional][1])
         ]
 
     def _make(
-        self, installation: Installation, concepts: ConceptSet, weights: tuple[float, ...], conditional: bool
+        self, installation: Installation, concepts: ConceptSet, strengths: Strengths, conditional: bool
     ) -> Iterator[MicroBatch]:
+        weights, ranks = strengths
         text, gates, regions, bias = self.spec.text, self.spec.gates, self.spec.joint_regions, self.spec.text_bias
         if conditional and text.guided:
             rows = text.roles.conditional
@@ -93,6 +104,8 @@ class PreparedPass:
             gates = gates.acting_on_references(acting)
         if concepts.schedules:
             gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
+        if ranks:
+            gates = replace(gates, ranks=ranks)
         gates = concepts.scatter(gates)
         for part, part_gates, rows in _cut(text, gates, self.spec.branch_batch_size, apart=self.apart):
             inputs = installation.inputs(

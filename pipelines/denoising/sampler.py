@@ -5,6 +5,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,15 @@ class Sampler:
     schedule: Schedule
     arguments: Mapping[str, Any] = field(default_factory=dict)
     task: Task | None = None
+
+    @cached_property
+    def _timesteps(self) -> Sequence[float]:
+        """All timesteps on the host, which waits for the device once."""
+        return torch.stack([*self.schedule.timesteps]).tolist()
+
+    def at(self, step: Step) -> tuple[float, int]:
+        """The timestep of a pass, and how many timesteps the model was trained with."""
+        return self._timesteps[step.index], self.scheduler.config.num_train_timesteps
 
     def scaled(self, latents: Tensor, t: Tensor) -> Tensor:
         """Latents as the model gets them; schedulers of flow matching do not scale them."""

@@ -20,7 +20,7 @@ from lora_compose.pipelines.scene.sources import files_of
 from lora_compose.pipelines.scene.strength import Weight
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.support.spelling import did_you_mean
-from lora_compose.pipelines.text.missing import on_loading
+from lora_compose.pipelines.text.missing import tell_words
 from lora_compose.pipelines.text.selection import choose_concepts
 
 HUB_OPTIONS = frozenset(signature(hf_hub_download).parameters) - {"repo_id", "filename"}
@@ -136,8 +136,7 @@ class ConceptLoaderMixin:
         self.library.check_new(self, concept.name)
         paths = [find_file(source, weight_name, **hub) for source in files_of(lora)]
         loaded = self.library.load(self, concept, paths, max_rank=max_rank, allow_pickle=allow_pickle)
-        if note := on_loading(self.library.loaded[loaded.name]):
-            warn(note)
+        tell_words(self.library.loaded[loaded.name], concept)
         return loaded
 
     def add_concepts(self, source: Addable) -> tuple[Concept, ...]:

@@ -32,7 +32,7 @@ from lora_compose.pipelines.support.regular import open_regular
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_SCALARS = (".alpha", ".scalar")
+_SCALARS = (".alpha", ".scalar", ".tlora_min_rank_state", ".tlora_rank_schedule_state")
 _WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # some trainers store alphas as integers
 _MAX_KEY = 256  # characters; bounded for the same reason as `MAX_TENSORS`
 MAX_WORDS = 100

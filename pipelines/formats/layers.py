@@ -1,14 +1,14 @@
 """The keys of a file grouped by layer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
-from lora_compose.pipelines.formats.keys import Part, parse
+from lora_compose.pipelines.formats.keys import NUMBERS, Part, parse
 from lora_compose.pipelines.formats.kinds import DIFFERENCE
 
 
@@ -35,8 +35,8 @@ class Layer:
 
     @property
     def parts(self) -> Mapping[str, Tensor]:
-        """The tensors whose product is the change, without the numbers that scale it."""
-        return {slot: tensor for slot, tensor in self.slots.items() if slot not in {"alpha", "scalar"}}
+        """The tensors whose product is the change, without single numbers."""
+        return {slot: tensor for slot, tensor in self.slots.items() if slot not in NUMBERS}
 
     @property
     def shapes(self) -> kinds.Shapes:
@@ -56,6 +56,20 @@ class Layer:
                 if slot in kind.endings:
                     return f"{kind.refused} (key {key!r})"
         return ""
+
+    @property
+    def apart(self) -> Sequence["Layer"]:
+        """The parts of a fused layer that the file has apart, in order; none if it has the layer as a whole."""
+        split = None if self.refused else self.kind.split
+        keys = dict(zip(self.slots, self.keys, strict=True))
+        return [
+            replace(
+                self,
+                slots={slot: self.slots[own] for slot, own in part.items()},
+                keys=tuple(keys[own] for own in part.values()),
+            )
+            for part in (() if split is None else split(self.slots))
+        ]
 
     def same(self, other: "Layer") -> bool:
         """Whether two layers have the same tensors."""

@@ -36,7 +36,8 @@ _TRANSFORMERS: Sequence[tuple[str, str]] = (
     (r"transformer_blocks[._]\d+[._](?:img|txt)_m(?:lp|od)[._]"
      r"|(?<!single_)transformer_blocks[._][45]\d[._]attn[._](?:add_[qkv]_proj|to_(?:[qkv]|out|add_out))", "Qwen-Image"),
     (r"distilled_guidance_layer", "Chroma"),
-    (r"(?:double|single)_blocks[._]\d+[._]processor"
+    # Only kohya's OFT for FLUX.1 numbers the parts of a layer.
+    (r"(?:double|single)_blocks[._]\d+[._]processor|(?:double|single)_blocks_\d+_\w+\.oft_blocks\.\d"
      r"|img_mod[._]lin|norm1_context|single_transformer_blocks[._]\d+[._]proj_(?:mlp|out)|modulation[._]lin", "FLUX.1"),
     (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
 )  # fmt: skip

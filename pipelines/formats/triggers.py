@@ -155,14 +155,16 @@ class Words:
 def words_of(metadata: Mapping[str, str], bundled: Iterable[str] = ()) -> Words:
     """Reads the words of a file from its metadata; `bundled` are words with vectors of their own."""
     captions, own = _Captions.of(metadata), list(bundled)
-    declared = list(_declared(metadata))
+    declared = list(_declared(metadata, captions))
     folders = [Candidate(name, "name of a folder of training images") for name in captions.folders]
     tags = [Candidate(_short(tag), _in_captions(count)) for tag, count in captions.ranked()[:_MOST]]
     named = captions.named()
     own_words = [Candidate(_short(word), "a word with vectors of its own") for word in own]
     trained = [*folders, *tags] if named else [*tags, *folders]
     every = [*declared, *own_words, *_of_onetrainer(metadata), *trained]
-    first = {candidate.words: candidate for candidate in reversed(every)}
+    first: dict[str, Candidate] = {}
+    for candidate in every:
+        first.setdefault(candidate.words, candidate)
     noun = (metadata.get("class_word") or "").strip() or None
     trigger, where = None, ""
     if declared:
@@ -170,11 +172,11 @@ def words_of(metadata: Mapping[str, str], bundled: Iterable[str] = ()) -> Words:
     elif own:
         trigger, where = " ".join(own), "its bundled words"
     elif named:
-        trigger, where = named, f"the folder of its training images, {captions.folder_of(named)!r}"
+        trigger, where = named, f"the folder of its training images, {captions.folder_of(captions.folders[0])!r}"
     if trigger and not noun and not own:
         trigger, noun = divided(trigger)
     nouns = tuple(Candidate(word, _in_captions(count)) for word, count in captions.nouns())
-    return Words(trigger, noun, where, tuple(reversed(first.values())), nouns)
+    return Words(trigger, noun, where, tuple(first.values()), nouns)
 
 
 def is_usual_noun(word: str) -> bool:
@@ -241,7 +243,16 @@ class _Captions:
             return name if noun else None
         has = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
         captions = sum(count for tag, count in every.items() if has.search(tag))
-        return name if captions >= _HALF * (self.images or max(every.values())) else None
+        whole = self.images or max(every.values())
+        if captions < _HALF * whole:
+            return None
+        # A caption may have several tags with the word, and a single caption may begin with it by chance.
+        common = (tag for tag, count in every.items() if count >= max(whole, 2, _HALF * captions + 1))
+        return next((tag for tag in common if _begins(tag, name)), name)
+
+    def has(self, tag: str) -> bool:
+        """Whether captions have a tag."""
+        return any(known.lower() == tag.lower() for known in self._tags())
 
     def ranked(self) -> list[tuple[str, int]]:
         """Tags by how many captions have them, those that say little last; of sentences, their words."""
@@ -272,10 +283,22 @@ class _Captions:
         return sums
 
 
-def _declared(metadata: Mapping[str, str]) -> Iterator[Candidate]:
+def _begins(tag: str, name: str) -> bool:
+    """Whether a tag of few words begins with the name of a folder: "saber (fate)" with "saber"."""
+    long = len(tag.split()) > _LONG
+    return not long and re.match(rf"{re.escape(name)}(?!\w)", tag, re.IGNORECASE) is not None
+
+
+def _declared(metadata: Mapping[str, str], captions: _Captions) -> Iterator[Candidate]:
+    """Words that a header declares; of several tags each, those that captions have first, and then all of them."""
     for key in ("trigger", "modelspec.trigger_phrase"):
-        if word := (metadata.get(key) or "").strip():
-            yield Candidate(_short(word) if len(word) > _MANY else word, key)
+        word = (metadata.get(key) or "").strip(" ,")
+        tags = [tag for part in word.split(",") if (tag := part.strip())]
+        if len(tags) > 2 or (len(tags) == 2 and not is_usual_noun(tags[1])):
+            ordered = sorted(tags[:_MOST], key=lambda tag: not captions.has(tag))
+            yield from (Candidate(_short(tag), f"one of several in {key}") for tag in ordered)
+        if word:
+            yield Candidate(_short(word), key)
 
 
 def _of_onetrainer(metadata: Mapping[str, str]) -> Iterator[Candidate]:

@@ -1,12 +1,16 @@
 """What a prompt lacks to name a concept, and what to type; proposals come from the file and from the prompt."""
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from lora_compose.pipelines.formats.triggers import Candidate, Words, is_usual_noun
+from lora_compose.pipelines.formats.triggers import Candidate, Words, divided, is_usual_noun
 from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.text.tokens import find_words
+
+logger = logging.getLogger(__name__)
 
 _MOST = 3  # proposals that a message lists
 
@@ -31,6 +35,10 @@ def missing_words(found: Described, prompt: str) -> str:
     name, trigger, noun = concept.name, concept.trigger, concept.class_word
     if not trigger:
         return missing_trigger(found, [prompt])
+    if not noun and (last := divided(trigger)[1]):
+        give = _give(name, "class_word", [Candidate(last, "in the trigger")], last)
+        there = "the prompt stays as it is" if find_words(trigger, prompt) else f"write {trigger!r} in the prompt"
+        return f"{name} has no class word of its own, but a trigger that ends with one: {give}; {there}"
     if not noun:
         after = [*_after(trigger, prompt), *_in_prompt_first(found.words.class_words, [prompt])]
         return (
@@ -49,14 +57,22 @@ def missing_trigger(found: Described, prompts: Sequence[str]) -> str:
     return f"{name} has no trigger: {give}, and write it in the prompt{_listed(candidates)}"
 
 
-def on_loading(found: Described) -> str | None:
-    """The candidates for the trigger of a concept that was loaded without one; None if there are none."""
-    concept, candidates = found.concept, found.words.triggers
-    if concept.trigger or concept.is_style or not candidates:
-        return None
-    return (
-        f"concept {concept.name!r} has no trigger, so methods cannot find it by its words{_listed(candidates)}. Give "
-        f"the one that was trained: load_concept({concept.lora!r}, {concept.name!r}, trigger={candidates[0].words!r})"
+def tell_words(found: Described, given: Concept) -> None:
+    """Logs the trigger that a concept has from its file, and warns with candidates if it has none at all.
+
+    Args:
+        found: The concept with all its words.
+        given: The concept as it was given.
+    """
+    concept, words = found.concept, found.words
+    if concept.trigger and not given.trigger and words.where:
+        logger.info("concept %s: trigger %r, from its file (%s)", concept.name, concept.trigger, words.where)
+    if concept.trigger or concept.is_style or not words.triggers:
+        return
+    warn(
+        f"concept {concept.name!r} has no trigger, so methods cannot find it by its words{_listed(words.triggers)}. "
+        "Give the one that was trained: "
+        f"load_concept({concept.lora!r}, {concept.name!r}, trigger={words.triggers[0].words!r})"
     )
 
 

@@ -12,11 +12,17 @@ _LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|he
 """Words before a list of concepts that have no meaning without it: "a photo of a"."""
 
 
+_ARTICLE = re.compile(r"\b(an?)\s+$", re.IGNORECASE)
+
+
 def without_triggers(prompt: str, concepts: Sequence[Concept]) -> str:
-    """The prompt in plain words: "a sks cat and a zwx dog" becomes "a cat and a dog"."""
+    """The prompt in plain words: "an alc woman and a zwx dog" becomes "a woman and a dog"."""
     for concept in concepts:
         for start, end in reversed(find_words(concept.trigger or "", prompt)):
-            prompt = prompt[:start] + prompt[end:]
+            before, after = prompt[:start], prompt[end:]
+            if first := re.match(r"\s*([a-z])", after, re.IGNORECASE):
+                before = _with_article(before, "an" if first[1].lower() in "aeiou" else "a")
+            prompt = before + after
     return _tidy(prompt)
 
 
@@ -51,7 +57,18 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
             f"concept a prompt of its own, Concept(name={concept.name!r}, prompt=...)"
         )
     start, end = _list_of(every, prompt)
-    return prompt[:start] + prompt[slice(*spans[0])] + prompt[end:]
+    own, before = slice(*spans[0]), prompt[:start]
+    if article := _ARTICLE.search(prompt[: own.start]):
+        before = _with_article(before, article[1])
+    return before + prompt[own] + prompt[end:]
+
+
+def _with_article(before: str, article: str) -> str:
+    """A text that ends with "a" or "an", with this one of the two; other texts stay as they are."""
+    match = _ARTICLE.search(before)
+    if match is None:
+        return before
+    return before[: match.start(1)] + match[1][0] + article[1:].lower() + before[match.end(1) :]
 
 
 @lru_cache(maxsize=64)  # the text of every concept replaces the same list

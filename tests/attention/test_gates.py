@@ -1,5 +1,7 @@
 """Gates of the layers of one kind: the factor of every concept, repeated over its ranks, on the layer's own grid."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,3 +105,16 @@ def test_a_text_is_filled_up_where_the_layer_fills_it_up_and_a_lora_acts_there_i
     assert expanded[0, :4].tolist() == [[1, 1], [0, 1], [0, 1], [0, 1]]
     assert expanded.shape == (1, 8, 2)
     assert gates.expand(GateKey(Site("text"), False, (1, 1)), [3]).shape == (1, 3, 2)
+
+
+def test_the_ranks_that_do_not_act_have_the_gate_zero() -> None:
+    found = replace(GIVEN, ranks=(2, None, 9))
+    key = GateKey(Site("text"), False, (4, 3, 5))
+    whole = GIVEN.expand(key, [TOKENS] * ROWS)
+    acting = torch.tensor([1, 1, 0, 0, *[1] * 8])
+    assert torch.equal(found.expand(key, [TOKENS] * ROWS), whole * acting)
+    scattered = found.scatter_concepts([3, 0, 1], 4)
+    assert scattered.ranks == (None, 9, None, 2)
+    assert found.select([0]).up_to(2).times(torch.ones(3)).ranks == (2, None, 9)
+    shared = replace(found, ranks=(2, 2, None)).strongest([0, 0, 1])
+    assert shared.ranks == (2, None)

@@ -10,8 +10,9 @@ from lora_compose.pipelines.formats.kinds.lokr import LOKR
 from lora_compose.pipelines.formats.kinds.low_rank import LOW_RANK, TUCKER
 from lora_compose.pipelines.formats.kinds.oft import OFT, OFT_INPUTS
 from lora_compose.pipelines.formats.kinds.refused import LEFT_OUT, REFUSED
+from lora_compose.pipelines.formats.kinds.tlora import TLORA
 
-KINDS: tuple[Kind, ...] = (*REFUSED, DORA, OFT, OFT_INPUTS, LOKR, LOHA, TUCKER, LOW_RANK, DIFFERENCE, LEFT_OUT)
+KINDS: tuple[Kind, ...] = (*REFUSED, DORA, OFT, OFT_INPUTS, TLORA, LOKR, LOHA, TUCKER, LOW_RANK, DIFFERENCE, LEFT_OUT)
 """A layer is of the first kind that has an ending for one of its tensors."""
 
 

@@ -1,6 +1,7 @@
 """DoRA: a LoRA, LoHa or LoKr whose changed weight W + D gets norms of its own (arXiv 2402.09353).
 
-PEFT's norms are of the outputs, in every shape ([outputs], or [1, outputs, 1, 1] for a convolution). LyCORIS, kohya and
+PEFT's norms are of the outputs, in every shape ([outputs], or [1, outputs, 1, 1] for a convolution); ai-toolkit has a
+vector of them under another name. LyCORIS, kohya and
 OneTrainer have a `dora_scale`: [outputs, 1, ...] is of the outputs, [1, inputs, ...] of the inputs; a vector is PEFT's
 under another name.
 """
@@ -64,12 +65,15 @@ def _factors(tensors: Tensors, max_rank: int, products: bool) -> Change:
 
 def _transform(tensors: Tensors, _settings: Mapping[str, Any]) -> Rescaling:
     slot, by_input = _norms({slot: tensor.shape for slot, tensor in tensors.items()})
-    return Rescaling(tensors[slot].float().flatten(), by_input)
+    norms = tensors[slot].float().flatten()
+    if not bool((norms >= 0).all()) or not bool(norms.any()):  # a single 0 may be an output that training switched off
+        raise ValueError(f"{slot} has norms from {norms.min():.3g} to {norms.max():.3g}; expected positive numbers")
+    return Rescaling(norms, by_input)
 
 
 DORA = Kind(
     "DoRA",
-    {"magnitude": r"\.lora_magnitude_vector(?:\.\w++){0,3}+", "dora_scale": r"\.dora_scale"},
+    {"magnitude": r"\.lora_magnitude_vector(?:\.\w++){0,3}+|\.magnitude", "dora_scale": r"\.dora_scale"},
     _sides,
     factors=_factors,
     transform=_transform,

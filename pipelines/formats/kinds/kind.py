@@ -40,6 +40,8 @@ class Kind:
         ranked: The slots whose first side divides alpha; the first of them that a layer has counts.
         scaled: Whether alpha has an effect at all.
         refused: Why files of this kind are refused, as in "it is a ..."; empty if they are read.
+        split: Of the slots of a fused layer that a file has in parts, those of each part in order, by what they are
+            there. None, or no result: outputs are shared out.
         left_out: Whether these tensors are left out, and the rest of the file is used.
         setting: PEFT's setting that switches this kind on.
     """
@@ -50,6 +52,7 @@ class Kind:
     delta: Callable[[Tensors], Tensor] = _unread
     factors: Callable[[Tensors, int, bool], Change | None] | None = None
     transform: Callable[[Tensors, Mapping[str, Any]], Transform] | None = None
+    split: Callable[[Collection[str]], Sequence[Mapping[str, str]]] | None = None
     beside: Collection[str] = ()
     ranked: Sequence[str] = ()
     scaled: bool = True

@@ -3,13 +3,14 @@
 With a skew-symmetric Q by block, Cayley's transform (1 + Q) (1 - Q)^-1 is a rotation.
 
 kohya and LyCORIS (`oft_blocks`, Q = blocks - blocks^T) rotate outputs by the transpose of that; alpha times the outputs
-bounds the norm of all Q together, 0 is no bound, and LyCORIS may multiply each output afterwards. PEFT and OneTrainer
+bounds the norm of all Q together, 0 is no bound, and LyCORIS may multiply each output afterwards. For FLUX.1, kohya
+numbers the parts of a fused layer (`oft_blocks.0`, ...), each with blocks and a bound of its own. PEFT and OneTrainer
 (`oft_R`, the numbers above Q's diagonal) rotate inputs, by default with the first terms of a series in place of the
 inverse. PEFT's exact form turns the other way.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lora_compose.pipelines.formats.kinds.kind import Kind, Shapes, Tensors
 MAX_BLOCK = 4096
 """The largest block: its inverse costs its cube. kohya's files have 4 blocks, of the widest layers."""
 _MAX_TERMS = 32
+_PARTS = ("oft_blocks", *(f"oft_blocks_{i}" for i in range(1, 4)))  # the widest fused layer has four
 _TERMS = 5  # PEFT's default
 
 
@@ -35,7 +37,16 @@ def _checked(count: int, size: int) -> None:
         raise ValueError(f"it has {count} blocks of size {size}; expected some of size 2 to {MAX_BLOCK}")
 
 
+def _split(slots: Collection[str]) -> Sequence[Mapping[str, str]]:
+    """The slots of each numbered part."""
+    parts = [slot for slot in _PARTS if slot in slots]
+    rest = {slot: slot for slot in slots if slot not in _PARTS}
+    return [{"oft_blocks": slot, **rest} for slot in parts] if len(parts) > 1 else ()
+
+
 def _output_sides(shapes: Shapes) -> tuple[int | None, int | None]:
+    if len(parts := [slot for slot in _PARTS if slot in shapes]) > 1:
+        raise ValueError(f"it rotates {len(parts)} parts of a layer, one in the model; expected as many layers")
     blocks = shapes.get("oft_blocks", ())
     if len(blocks) != 3 or blocks[1] != blocks[2]:
         raise ValueError(
@@ -113,8 +124,10 @@ def _series(skew: Tensor, terms: Any) -> Tensor:
 
 OFT = Kind(
     "OFT",
-    {"oft_blocks": r"\.oft_blocks", "oft_rescale": r"\.rescale"},
+    {"oft_blocks": r"\.oft_blocks(?:\.0)?+", "oft_rescale": r"\.rescale"}
+    | {slot: rf"\.oft_blocks\.{i}" for i, slot in enumerate(_PARTS) if i},
     _output_sides,
+    split=_split,
     factors=_without_factors,
     transform=_of_outputs,
     scaled=False,

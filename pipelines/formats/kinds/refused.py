@@ -6,8 +6,6 @@ _UNSUPPORTED = "that is not supported"
 REFUSED = (  # several tensors of a layer may be in one slot
     Kind("early OFT", {"oft_diag": r"\.oft_diag"},
          refused="an OFT of an early LyCORIS, whose numbers mean something else"),
-    Kind("T-LoRA", {"tlora": r"\.(?:lambda_layer|[pq]_layer\.weight)"},
-         refused="a T-LoRA, which holds neither the vectors that it began with nor which ranks act in which step"),
     Kind("GLoRA", {"glora": r"\.(?:[ab][12]|bm)\.weight"},
          refused=f"a GLoRA, which multiplies the model's own weights; {_UNSUPPORTED}"),
     Kind("IA3", {"ia3": r"\.on_input"}, refused=f"an IA3, which rescales activations; {_UNSUPPORTED}"),

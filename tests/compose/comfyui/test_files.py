@@ -102,12 +102,23 @@ def test_what_is_left_out_is_said(model: nn.Module, tmp_path: Path) -> None:
     assert notes[0].startswith("2 keys fit no layer and are left out: lora_unet_elsewhere")
 
 
+def test_a_t_lora_whose_ranks_do_not_follow_the_noise_is_said(model: nn.Module, tmp_path: Path) -> None:
+    save_file(lora("lora_unet_block_qkv", 12, 6), tmp_path / "a.safetensors", {"ss_tlora_min_rank": "1"})
+    found, notes = read_concept(tmp_path / "a.safetensors", model, NAMES, SITES)
+    assert found["block.qkv"].rank == 2
+    assert "it is a T-LoRA, trained with fewer ranks where there is more noise" in notes[0]
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
         (lora("lora_unet_elsewhere", 8, 4), "fits this model in 0 of its 1 layers"),
         (lora("lora_unet_block_qkv", 12, 7), "a side of 7, the model's layer has 6"),
         (lora("transformer.blocks.0.attn.to_q", 5, 6), "a side of 5"),
+        (
+            {f"lora_unet_block_qkv.oft_blocks.{i}": torch.zeros(2, 2, 2) for i in range(3)},
+            "it rotates 3 parts of a layer",
+        ),
         (lora("lora_unet_block_qkv", 12, 6) | lora("transformer.blocks.0.attn.to_q", 4, 6), "more than one LoRA"),
     ],
 )

@@ -41,6 +41,15 @@ def test_a_file_of_the_playground(source: str) -> None:
     assert "sks" in text
 
 
+def test_the_words_that_loading_takes_are_shown_beside_candidates(write_lora: Callable[..., Path]) -> None:
+    tags = {"ss_tag_frequency": json.dumps({"10_ohwx man": {"ohwx man": 20, "boy": 3}})}
+    found, _ = inspect(read_lora(write_lora("man", unet=random_lora(sd_unet(), 0), metadata=tags)))
+    assert (found.trigger, found.class_word) == ("ohwx", "man")
+    assert found.rows[3:5] == [("trigger", "ohwx"), ("class word", "man")]
+    assert ("noun", "boy: in 3 captions") in found.rows
+    assert json.loads(found.model_dump_json())["class_words"][0] == ["man", "in 20 captions"]
+
+
 def test_several_files_and_what_they_share() -> None:
     result = call("inspect", "playground:cat", "playground:dog", "playground:cat", "--json")
     found = json.loads(result.stdout)

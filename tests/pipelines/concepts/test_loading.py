@@ -404,10 +404,17 @@ PLAIN = {f"{LAYER}.lora_down.weight": torch.ones(2, 8), f"{LAYER}.lora_up.weight
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OTHER_KINDS = {
     "an OFT of an early LyCORIS": {f"{LAYER}.oft_diag": torch.ones(2, 4, 4)},
-    "a T-LoRA": {f"{LAYER}.lambda_layer": torch.ones(1, 2), f"{LAYER}.q_layer.weight": torch.ones(2, 8)},
     "a GLoRA": {f"{LAYER}.{side}{i}.weight": torch.ones(2, 2) for i in (1, 2) for side in "ab"},
     "an IA3": {f"{LAYER}.weight": torch.ones(8), f"{LAYER}.on_input": torch.ones(1)},
 }
+
+
+def test_unknown_keys_of_a_layer_that_is_read_are_more_than_left_over(pipe: Any, tmp_path: Path) -> None:
+    """As of MoSLoRA, whose factors have a third one between them."""
+    mixed = PLAIN | {f"{LAYER}.lora_mixer.weight": torch.eye(2), "lora_unet_elsewhere.lora_mixer.weight": torch.eye(2)}
+    report = loaded(pipe, write(tmp_path / "cat.safetensors", mixed)).report
+    assert "2 keys fit no layer and are left out" in report
+    assert f"1 of the keys that are left out belong to layers that are read ({LAYER}.lora_mixer.weight)" in report
 
 
 @pytest.mark.parametrize("kind", OTHER_KINDS)

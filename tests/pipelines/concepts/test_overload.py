@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from components import random_lora, seeded, tiny_pipeline
+from components import lora_tensors, random_lora, seeded, tiny_pipeline
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts import overload
 from lora_compose.pipelines.concepts.overload import joint_change
@@ -45,7 +46,7 @@ def dense(lora: Lora, name: str) -> torch.Tensor:
 
 
 def test_the_joint_change_is_the_norm_of_the_dense_sum(pipe: Any) -> None:
-    given = [Concept(name="cat", weight=0.7), Concept(name="dog", weight="0..-0.5"), "kitten"]
+    given = [Concept(name="cat", weight=0.7), Concept(name="dog", weight=-0.5), "kitten"]
     joint = joint_change(pipe.resolve_concepts(given))
     assert joint is not None
     assert joint.weights == (0.7, -0.5, 1.0)
@@ -79,6 +80,66 @@ def test_styles_act_beside_each_subject_and_subjects_apart(pipe: Any) -> None:
     assert not warnings_of(pipe, *regions, method="regional")
     style = Concept(name="tom", role="style")
     assert len(warnings_of(pipe, *regions, style, method="regional")) == 2
+
+
+def test_subjects_whose_regions_overlap_act_together_there(pipe: Any) -> None:
+    def placed(*boxes: tuple[int, int, int, int] | None) -> list[Concept]:
+        return [Concept(name=name, region=box) for name, box in zip(("cat", "kitten", "dog"), boxes, strict=False)]
+
+    left, right, wide = (0, 0, 17, 32), (17, 0, 32, 32), (0, 0, 24, 32)
+    assert not warnings_of(pipe, *placed(left, right), method="regional"), "the border is inside of a cell"
+    (said,) = warnings_of(pipe, *placed(wide, right), method="regional")
+    assert "cat, kitten act on the same places: together their change is 2 times" in said
+    assert "or give each a region that does not overlap the others" in said
+    (said,) = warnings_of(pipe, *placed(left, None), method="regional")
+    assert "cat, kitten" in said, "one without a region acts everywhere"
+    (said,) = warnings_of(pipe, *placed(wide, wide, right), method="regional")
+    assert "cat, kitten, dog act" in said, "not also each two of them"
+
+
+@pytest.mark.parametrize(
+    ("weights", "ratio"),
+    [
+        (("1..0", "0..1"), 1.0),
+        (("0:1,0.5:0", "0:0,0.5:1"), None),
+        (("0:1,0.5:0", "0:0,0.4:1"), 2.0),
+        (("0:0..0.5:1..1:0", "0:0..0.5:1..1:0"), 2.0),
+        ((1.0, "0:0,0.9:0.8"), 1.8),
+    ],
+)
+def test_what_counts_is_the_step_in_which_they_change_most(pipe: Any, weights: Any, ratio: float | None) -> None:
+    given = [Concept(name=name, weight=weight) for name, weight in zip(("cat", "kitten"), weights, strict=True)]
+    joint = joint_change(pipe.resolve_concepts(given), steps=20)
+    assert (joint and joint.ratio) == (ratio and pytest.approx(ratio, rel=1e-5))
+
+
+def test_changes_of_the_models_own_weights_count(pipe: Any, tmp_path: Path) -> None:
+    lora = pipe.loras["cat"]
+    tensors = lora_tensors(unet=lora)
+    for name in lora:
+        weight = pipe.unet.get_submodule(name).weight
+        tensors[f"unet.{name}.lora_magnitude_vector"] = 1.5 * weight.norm(dim=1)
+    save_file(tensors, tmp_path / "dora.safetensors")
+    pipe.load_concept(tmp_path / "dora.safetensors", "dora", trigger="tom")
+    changes: dict[str, dict[str, torch.Tensor]] = {"dora": {}, "cat": {name: dense(lora, name) for name in lora}}
+    for name in lora:
+        weight = pipe.unet.get_submodule(name).weight.detach().double()
+        changed = weight + dense(lora, name)
+        norms = 1.5 * weight.norm(dim=1, keepdim=True)
+        changes["dora"][name] = changed / changed.norm(dim=1, keepdim=True) * norms - weight
+    both = sum(float((changes["dora"][name] + changes["cat"][name]).square().sum()) for name in lora)
+    largest = max(sum(float(one.square().sum()) for one in each.values()) for each in changes.values())
+    loaded = pipe.resolve_concepts(["dora", "cat"])
+    joint = joint_change(loaded, pipe.unet)
+    assert joint is not None
+    assert joint.ratio == pytest.approx((both / largest) ** 0.5, rel=1e-4)
+    assert joint.scales(0.1) == {}, "they are no multiples of their factors"
+    with torch.no_grad():
+        for name in lora:
+            pipe.unet.get_submodule(name).weight *= 4
+    again = joint_change(loaded, pipe.unet)
+    assert again is not None
+    assert again.ratio != pytest.approx(joint.ratio, rel=1e-3)
 
 
 def test_one_file_under_two_names_counts_once(pipe: Any) -> None:

@@ -95,6 +95,10 @@ def test_changes_that_do_not_fit_are_refused_before_they_are_built(pipe: Any, tm
 FACTORS = {"lora_down.weight": half(2, 8), "lora_up.weight": half(8, 2)}
 UNFIT_TRANSFORMS: dict[str, tuple[dict[str, Tensor], str]] = {
     "a norm too few": (FACTORS | {"dora_scale": half(7, 1)}, "dora_scale has 7 norms of outputs"),
+    "norms of 0": (FACTORS | {"dora_scale": half(8, 1) * 0}, "norms from 0 to 0; expected positive numbers"),
+    "a negative norm": (
+        FACTORS | {"lora_magnitude_vector": half(8) - torch.eye(8)[0].half()}, "norms from -0.99 to 0.01; expected",
+    ),
     "no norms": (FACTORS | {"dora_scale": half(0, 1)}, "dora_scale has 0 norms"),
     "norms that do not divide": (FACTORS | {"dora_scale": half(1, 3)}, "dora_scale has 3 norms of inputs"),
     "norms of both": (FACTORS | {"dora_scale": half(8, 8)}, "expected one norm by output or input"),

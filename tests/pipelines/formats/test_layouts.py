@@ -49,7 +49,7 @@ def test_the_layout_is_recognised(name: str) -> None:
     assert guess.why
 
 
-@pytest.mark.parametrize("name", USABLE)
+@pytest.mark.parametrize("name", [name for name in USABLE if layout(name).get("told_by") != "metadata"])
 def test_the_family_is_known_from_keys_and_shapes_alone(name: str) -> None:
     known = layout(name)
     assert guess_family(shapes_of(known), {}).family == known["family"]
@@ -151,6 +151,8 @@ def test_inspect_tells_the_same(name: str) -> None:
     assert counted == known["layers"]
     if known["form"].startswith(("DoRA", "OFT")):  # their changes depend on weights, which are not there
         assert all(block.norm is None for block in found.blocks)
+    elif known["form"].startswith("T-LoRA"):  # with one number in all tensors it is what it began with
+        assert all(block.norm == 0 for block in found.blocks)
     else:
         assert all((block.norm or 0) > 0 for block in found.blocks)
     assert {word for word, where in found.triggers if "vectors" in where} == set(known.get("triggers", []))

@@ -19,6 +19,14 @@ def header(tags: Mapping[str, Any] | None = None, **metadata: Any) -> dict[str, 
 DECLARED = {
     "modelspec": (header(None, **{"modelspec.trigger_phrase": "mikudress"}), ("mikudress", None)),
     "a phrase with its noun": (header(None, **{"modelspec.trigger_phrase": "hatsune, 1girl"}), ("hatsune", "1girl")),
+    "several tags": (header(None, **{"modelspec.trigger_phrase": "mikudress, twintails, leek"}), ("mikudress", None)),
+    "several tags, of which captions have one": (
+        header({"10_images": BOORU}, **{"modelspec.trigger_phrase": "leek, mikudress"}), ("mikudress", None)
+    ),
+    "a folder that is the start of the tag": (
+        header({"10_saber": {"saber \\(fate\\)": 20, "1girl": 20, "saber alter": 2}}), ("saber \\(fate\\)", None)
+    ),
+    "a folder with which one caption begins": (header({"1_TOK": {"TOK riding": 1}}), ("TOK", None)),
     "ours": (header(trigger="sks", class_word="cat"), ("sks", "cat")),
     "a folder, no captions": (header(ss_dataset_dirs={"10_ohwx man": {"img_count": 20}}), ("ohwx", "man")),
     "a folder, twice": (header(ss_dataset_dirs={"10_ohwx man": {}, "10_ohwx man (2)": {}}), ("ohwx", "man")),
@@ -65,6 +73,11 @@ def test_candidates_have_counts_and_general_tags_come_last() -> None:
         Candidate("images", "name of a folder of training images"),
     )
     assert words.class_words == (Candidate("1girl", "in 40 captions"),)
+
+
+def test_a_declared_word_that_captions_have_stays_the_first_candidate() -> None:
+    words = words_of(header({"10_images": BOORU}, **{"modelspec.trigger_phrase": "leek, mikudress"}))
+    assert [one.words for one in words.triggers[:4]] == ["mikudress", "leek", "leek, mikudress", "twintails"]
 
 
 def test_of_sentences_words_are_counted() -> None:

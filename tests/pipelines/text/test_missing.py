@@ -97,6 +97,20 @@ def test_a_trigger_that_ends_with_its_class_word_is_enough(pipe: Any) -> None:
     assert isinstance(choose_method(found, ["an alc woman and a brt old woman in a park"]).method, Draft)
 
 
+def test_a_trigger_that_ends_with_a_noun_asks_for_the_class_word_alone(pipe: Any) -> None:
+    pipe.add_concepts(pipe.folder)
+    women = [Concept(name="other", trigger="alc dark woman"), Concept(name="miku", trigger="brt old woman")]
+    prompt = "an alc dark woman and a brt old woman in a park"
+    reason = choose_method(pipe.resolve_concepts(women), [prompt]).reason
+    assert "other has no class word of its own, but a trigger that ends with one: give it one, " in reason
+    assert "Concept(name='other', class_word='woman'); the prompt stays as it is" in reason
+    assert "write it after" not in reason
+    named = [woman.model_copy(update={"class_word": "woman"}) for woman in women]
+    assert isinstance(choose_method(pipe.resolve_concepts(named), [prompt]).method, Draft)
+    reason = choose_method(pipe.resolve_concepts(women), ["a woman and a brt old woman"]).reason
+    assert "class_word='woman'); write 'alc dark woman' in the prompt" in reason
+
+
 @pytest.mark.parametrize("method", ["draft", "freefuse", "tara"])
 def test_methods_that_need_a_trigger_propose_one(pipe: Any, method: str) -> None:
     pipe.add_concepts(pipe.folder)
@@ -114,5 +128,5 @@ def test_two_women_of_one_class_word_are_drafted_with_texts_of_their_own(pipe: A
     plan = pipe.plan(scene, concepts=["alice", "berta"], width=32, height=32)
     assert plan.method == "draft"
     concepts = list(pipe.concepts.values())
-    assert without_triggers(scene, concepts) == "an woman and a woman in a cafe"
-    assert about(concepts[1], scene, concepts) == "an brt old lady woman in a cafe"
+    assert without_triggers(scene, concepts) == "a woman and a woman in a cafe"
+    assert about(concepts[1], scene, concepts) == "a brt old lady woman in a cafe"

@@ -47,6 +47,19 @@ def test_no_spaces_are_left_over(prompt: str) -> None:
     assert without_triggers(prompt, [CAT]) == "a cat"
 
 
+def test_articles_agree_with_what_follows_them() -> None:
+    woman, owl = (
+        Concept(name="a", trigger="alc", class_word="woman"),
+        Concept(name="b", trigger="zwx", class_word="owl"),
+    )
+    prompt = "An alc woman and a zwx owl, an old alc woman"
+    assert without_triggers(prompt, [woman, owl]) == "A woman and an owl, an old woman"
+    assert about(owl, prompt.partition(",")[0], [woman, owl]) == "A zwx owl"
+    assert about(woman, "a zwx owl and an alc woman on grass", [woman, owl]) == "an alc woman on grass"
+    assert about(woman, prompt.partition(",")[0], [woman, owl]) == "An alc woman"
+    assert about(owl, "the alc woman and a zwx owl", [woman, owl]) == "the zwx owl"
+
+
 def test_only_the_triggers_of_the_concepts_given_are_taken_out() -> None:
     prompt = "a sks cat and a zwx dog"
     assert without_triggers(prompt, [CAT]) == "a cat and a zwx dog"

@@ -68,7 +68,7 @@ def change(up: Tensor, down: Tensor) -> Tensor:
     return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
 
 
-@pytest.mark.parametrize("form", ["kohya", "vector", "LoHa", "LoKr"])
+@pytest.mark.parametrize("form", ["kohya", "vector", "ai-toolkit", "LoHa", "LoKr"])
 @pytest.mark.parametrize("by_input", [False, True])
 @pytest.mark.parametrize("name", [LINEAR, CONVOLUTION])
 def test_the_scales_of_lycoris_are_the_norms_of_outputs_or_inputs(
@@ -86,12 +86,13 @@ def test_the_scales_of_lycoris_are_the_norms_of_outputs_or_inputs(
         left, right = torch.randn(2, 2, *[1] * len(kernel)), torch.randn(outputs // 2, inputs // 2, *kernel)
         product = torch.einsum("ab,oi...->aobi...", left.view(2, 2), right).reshape(weight.shape)
         tensors, delta = {"lokr_w1": left.view(2, 2), "lokr_w2": right}, product
-    axis = int(by_input and form != "vector")
+    vector = form in ("vector", "ai-toolkit")
+    axis = int(by_input and not vector)
     norms = 1 + torch.rand(weight.shape[axis])
     shape = [-1 if i == axis else 1 for i in range(weight.dim())]
-    scale = norms if form == "vector" else norms.view(shape)
+    scale = norms if vector else norms.view(shape)
     key = f"lora_unet_{name.replace('.', '_')}"
-    tensors |= {"dora_scale": scale, "alpha": torch.tensor(1.0)}
+    tensors |= {"magnitude" if form == "ai-toolkit" else "dora_scale": scale, "alpha": torch.tensor(1.0)}
     save_file({f"{key}.{slot}": tensor for slot, tensor in tensors.items()}, tmp_path / "it.safetensors")
     factors = match(read_lora(tmp_path / "it.safetensors"), pipe, products=True).model[name]
     changed = weight.double() + delta.double().view(weight.shape)

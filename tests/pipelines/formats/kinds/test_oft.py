@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from peft import OFTConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 
 from components import tiny_pipeline, tiny_unet, unet_inputs, with_bank
+from flux import flux_transformer
 from layouts import file_of
 from lora_compose.compose.benchmark.architectures import without_weights
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
@@ -111,6 +113,50 @@ def test_blocks_are_shared_out_over_the_layers_of_a_model_if_they_end_where_thos
     assert {tuple(one.transform.values.shape) for one in found.values() if one.transform} == {(192, 16, 16)}
     with pytest.raises(LoraError, match="blocks of size 18 reach over the layers of the model"):
         flux({".oft_blocks": [512, 18, 18]})
+
+
+def test_numbered_blocks_rotate_the_parts_of_a_fused_layer_each_within_its_own_bound(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    model = flux_transformer()
+    width = model.inner_dim
+    sides = {"double_blocks_0_img_attn_qkv": [width] * 3, "single_blocks_0_linear1": [width] * 3 + [4 * width],
+             "single_blocks_0_linear2": [width]}  # fmt: skip
+    names = {
+        "double_blocks_0_img_attn_qkv": [f"transformer_blocks.0.attn.to_{it}" for it in "qkv"],
+        "single_blocks_0_linear1": [
+            *(f"single_transformer_blocks.0.attn.to_{it}" for it in "qkv"), "single_transformer_blocks.0.proj_mlp",
+        ],
+        "single_blocks_0_linear2": ["single_transformer_blocks.0.proj_out"],
+    }  # fmt: skip
+    tensors, alpha = {}, 0.05
+    for layer, outputs in sides.items():
+        tensors[f"oft_unet_{layer}.alpha"] = torch.tensor(alpha)
+        for i, side in enumerate(outputs):
+            tensors[f"oft_unet_{layer}.oft_blocks.{i}"] = torch.randn(4, side // 4, side // 4)
+    save_file(tensors, tmp_path / "it.safetensors")
+    factors = match(read_lora(tmp_path / "it.safetensors"), SimpleNamespace(transformer=model))
+    assert factors.complete
+    assert factors.model.keys() == {name for each in names.values() for name in each}
+    for layer, each in names.items():
+        for i, name in enumerate(each):
+            blocks = tensors[f"oft_unet_{layer}.oft_blocks.{i}"]
+            weight = model.get_submodule(name).get_parameter("weight").detach()
+            skew = (blocks - blocks.mT).double()
+            assert skew.norm() > alpha * len(weight)
+            skew *= alpha * len(weight) / skew.norm()
+            one = torch.eye(len(weight) // 4).double()
+            whole = torch.block_diag(*((one + skew) @ torch.linalg.inv(one - skew)))
+            expected = whole.T @ weight.double() - weight
+            assert relative_error(factors.model[name].change_of(weight).double(), expected) < 1e-5
+
+
+def test_numbered_blocks_are_as_many_as_the_layers_of_the_model() -> None:
+    with pytest.raises(LoraError, match="qkv has 2 parts; expected 3"):
+        flux({f".oft_blocks.{i}": [4, 768, 768] for i in range(2)})
+    known = {"metadata": {}, "tensors": {"lora_unet_double_blocks_0_img_attn_proj": {}}}
+    known["tensors"]["lora_unet_double_blocks_0_img_attn_proj"] = {f".oft_blocks.{i}": [4, 384, 384] for i in range(2)}
+    with pytest.raises(LoraError, match="rotates 2 parts of a layer, one in the model"):
+        match(file_of(known, 1e-3), without_weights("FLUX.1"))
 
 
 def test_what_a_file_has_once_is_computed_once_for_all_layers_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
