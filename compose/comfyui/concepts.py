@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from lora_compose.attention import Lora
 from lora_compose.attention.masks import Box, box_mask
 from lora_compose.compose.comfyui.composition import UNIT, Composition, Conditioning, Draft, Region
 from lora_compose.compose.comfyui.tokens import find_tokens, tokens_of
+from lora_compose.compose.comfyui.weights import derived, read_weights
 from lora_compose.pipelines.scene.scene import Concept as SceneConcept
+from lora_compose.pipelines.text.emphasis import Emphasis
 from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
 from lora_compose.pipelines.text.tokens import class_words, find_words
 
@@ -150,14 +153,14 @@ def subjects_of(concepts: Sequence[Concept]) -> Mapping[int, SceneConcept]:
     return {i: one.in_scene for i, one in enumerate(concepts) if one.phrase or one.prompt or one.region is not None}
 
 
-def texts_about(concepts: Sequence[Concept], text: str) -> Sequence[str]:
+def texts_about(concepts: Sequence[Concept], text: Emphasis) -> Sequence[str]:
     """A text about each of some subjects. Raises ValueError if none can be made."""
-    if unnamed := _unnamed(concepts, text):
+    if unnamed := _unnamed(concepts, text.text):
         raise ValueError(
             f"no text can be made about {', '.join(unnamed)}: write its trigger in the text, or give it a prompt"
         )
     mine = [one.in_scene for one in concepts]
-    return [about(one, text, mine) for one in mine]
+    return [one.prompt or derived(about(one, text.text, mine), text) for one in mine]
 
 
 def _unnamed(concepts: Sequence[Concept], text: str) -> list[str]:
@@ -186,6 +189,11 @@ class Request:
     text: str
     texts: str = "auto"
     joint: bool = False
+
+    @cached_property
+    def _read(self) -> Emphasis:
+        """The text without the signs of weights, and its weights."""
+        return read_weights(self.text)
 
     def composed(self, method: str) -> tuple[Composition, Conditioning]:
         """What the concepts do in a model by a method, and the conditioning for it.
@@ -234,7 +242,7 @@ class Request:
                 raise ValueError(
                     f"{self.concepts[i].path.name} has a prompt, and no region that reads it; give it a box or a mask"
                 )
-        unnamed = _unnamed([self.concepts[i] for i in owners], self.text)
+        unnamed = _unnamed([self.concepts[i] for i in owners], self._read.text)
         if self.texts == "auto" and self.joint and unnamed:
             logger.warning("all regions read one text, since none can be made about %s", ", ".join(unnamed))
         if self._by_regions(self.joint and not unnamed):
@@ -263,7 +271,7 @@ class Request:
                 plan = replace(plan, phrases=self._phrases(subjects, tokens_of(*conditioning[0])))
         if not searched:
             return plan, conditioning
-        plain = without_triggers(self.text, [*subjects.values()])
+        plain = derived(without_triggers(self._read.text, [*subjects.values()]), self._read)
         of_draft = self._once(plain, self._others([*subjects]))
         words = torch.zeros(tokens_of(*of_draft[0]), len(subjects))
         for n, i in enumerate(subjects):
@@ -299,16 +307,18 @@ class Request:
     def _with_texts(self, plan: Composition, owners: Sequence[int]) -> tuple[Composition, Conditioning]:
         """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
         mine, styles = [self.concepts[i] for i in owners], self._others(owners)
-        texts, in_scene = texts_about(mine, self.text), [one.in_scene for one in mine]
-        plain, bare = without_triggers(self.text, in_scene), surroundings(self.text, in_scene)
+        texts, in_scene, read = texts_about(mine, self._read), [one.in_scene for one in mine], self._read
+        plain, bare = without_triggers(read.text, in_scene), surroundings(read.text, in_scene)
         # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
         kept = all(find_words(self.concepts[i].trigger, bare) for i in styles if self.concepts[i].trigger)
         first = bare if kept and not self.joint else plain
-        every = [self._once(first, styles)]
+        every = [self._once(derived(first, read), styles)]
         every += [self._once(own, [*styles, i]) for i, own in zip(owners, texts, strict=True)]
         everywhere = torch.tensor([float(i in styles) for i in range(len(self.concepts))])
         words = torch.stack([everywhere, *(everywhere + torch.eye(len(everywhere))[list(owners)])])
-        whole = every[0] if first == plain else self._once(plain, styles)  # also what describes the image as a whole
+        whole = (
+            every[0] if first == plain else self._once(derived(plain, read), styles)
+        )  # also what describes the image as a whole
         return replace(plan, words=words, texts=every, owners=owners, tokens=tokens_of(*whole[0])), whole
 
     def _once(self, text: str, which: Sequence[int]) -> Conditioning:
@@ -319,10 +329,10 @@ class Request:
 
     def _phrases(self, subjects: Mapping[int, SceneConcept], tokens: int) -> Tensor:
         """1 at the tokens from a trigger to its class word, or of the class word alone. Shape: [tokens, concepts]."""
-        phrases = torch.zeros(tokens, len(self.concepts))
+        phrases, text = torch.zeros(tokens, len(self.concepts)), self._read.text
         for i, one in subjects.items():
-            spans = class_words(one, self.text, [*subjects.values()])
-            said = {self.text[start : (noun or (start, end))[1]] for (start, end), noun in spans}
+            spans = class_words(one, text, [*subjects.values()])
+            said = {text[start : (noun or (start, end))[1]] for (start, end), noun in spans}
             for words in said or {self.concepts[i].class_word} - {""}:
                 phrases[find_tokens(self.clip, self.text, words, tokens), i] = 1
         return phrases

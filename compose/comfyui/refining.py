@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_compose.attention.masks import bounds
 from lora_compose.compose.comfyui.composition import on_grid
 from lora_compose.compose.comfyui.concepts import Concept, subjects_of, texts_about
+from lora_compose.compose.comfyui.weights import read_weights
 from lora_compose.pipelines.scene.mask_images import side_of, softened
 
 Repaint = Callable[[Sequence[Concept], str, Tensor, Tensor], Tensor]
@@ -44,7 +45,7 @@ def refined(images: Tensor, concepts: Sequence[Concept], text: str, size: int, r
             "it is not known where the subjects are: connect the masks of Draft preview, or give the concepts boxes or "
             "masks"
         )
-    for subject, own in zip(chosen, texts_about(chosen, text), strict=True):
+    for subject, own in zip(chosen, texts_about(chosen, read_weights(text)), strict=True):
         if subject.region is None:
             continue
         mask = on_grid(subject.region, (images.shape[1], images.shape[2]))

@@ -1,7 +1,7 @@
 """What the nodes say, in the words of the page; a test compares them, since the page's module loads diffusers."""
 
 METHODS = {
-    "draft": "A few first steps show where the model puts each subject, and each LoRA acts there. Needs no boxes.",
+    "draft": "A few first steps show where the model puts each subject, and each LoRA acts there. Boxes are kept, and not needed.",
     "regional": "Each LoRA acts in its box only. Nothing moves the subjects into their boxes.",
     "tara": "Each LoRA acts on its own trigger. Best for LoRAs that were trained with TARA.",
     "merge": "All LoRAs act everywhere, as in most tools. Subjects may blend.",

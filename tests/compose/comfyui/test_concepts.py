@@ -12,6 +12,7 @@ from lora_compose.attention import JointRegions, RegionAttention, Site
 from lora_compose.compose.comfyui.composition import Acting, Composition, Region
 from lora_compose.compose.comfyui.concepts import Concept, Request, boxes_of, drawn, with_boxes
 from lora_compose.compose.comfyui.families import Family
+from lora_compose.compose.comfyui.weights import read_weights
 from lora_compose.compose.comfyui.words import METHODS
 from lora_compose.compose.page.labels import METHOD_LABELS
 
@@ -33,7 +34,8 @@ class Words:
         return {"l": self.tokenize_with_weights(text, return_word_ids)}
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, disable_weights: bool = False) -> Any:
-        words = [(word, 1.0, n) for n, word in enumerate(text.split(), start=1)]
+        plain = text if disable_weights else read_weights(text).text
+        words = [(word, 1.0, n) for n, word in enumerate(plain.split(), start=1)]
         return [[("<", 1.0, 0), *words, (">", 1.0, 0)]]
 
     def encode(self, text: str, which: Any) -> list[list[Any]]:
@@ -187,6 +189,58 @@ def test_two_of_one_class_read_texts_of_their_own() -> None:
     assert text[1].sum() == 0
     assert text[0, :18].nonzero().tolist() == [[n, 0] for n in range(4, 11)] + [[n, 1] for n in range(11, 18)]
     assert torch.equal(text[0, :18], text[0, 18:]), "repeated as ComfyUI does it"
+
+
+@pytest.mark.parametrize(
+    ("text", "encoded"),
+    [
+        (
+            "a (sks cat:1.3) and a zwx dog on grass",
+            ["on grass", "a (sks cat:1.3) on grass", "a zwx dog on grass", "a (cat:1.3) and a dog on grass"],
+        ),
+        (
+            "a sks cat and a (zwx dog:1.2), (masterpiece:1.1)",
+            ["(masterpiece)", "a sks cat, (masterpiece)", "a (zwx dog:1.2), (masterpiece)"]
+            + ["a cat and a (dog:1.2), (masterpiece)"],
+        ),
+        (
+            "(a (sks:1.2) cat and a zwx dog) \\(film\\)",
+            ["\\(film\\)", "(a) (sks:1.2) (cat) \\(film\\)", "(a zwx dog) \\(film\\)"]
+            + ["(a cat and a dog) \\(film\\)"],
+        ),
+    ],
+)
+def test_texts_that_are_derived_keep_the_weights_of_their_words(text: str, encoded: list[str]) -> None:
+    placed = with_boxes(two(), boxes_of("0,0,0.5,1\n0.5,0,1,1"))
+    clip = composed(placed, text, "regional", texts="regions")[2]
+    assert [said for said, _ in clip.encoded] == encoded
+
+
+def test_a_draft_finds_words_beside_weights() -> None:
+    text = "a (sks:1.2) cat and a (zwx dog:0.8)"
+    plan, _, clip = composed(two(), text, "draft")
+    assert [said for said, _ in clip.encoded] == [text, "a cat and a (dog:0.8)"]
+    assert plan.draft is not None
+    assert plan.phrases is not None
+    assert plan.draft.words.nonzero().tolist() == [[2, 0], [5, 1]]
+    assert plan.phrases.nonzero().tolist() == [[2, 0], [3, 0], [6, 1], [7, 1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "weights"),
+    [
+        ("a (b:2) c", "a b c", [1, 1, 2, 1, 1]),
+        ("(a) \\(b\\)", "a \\(b\\)", [1.1] + [1] * 6),
+        ("((a) b:2)", "a b", [2.2, 2, 2]),
+        ("((a:3) b:2)", "a b", [3, 2, 2]),
+        ("(16:9) )(", "16 )(", [9, 9, 1, 1, 1]),
+        ("(a: b)", "a: b", [1.1] * 4),
+    ],
+)
+def test_weights_are_read_as_comfyui_reads_them(text: str, plain: str, weights: list[float]) -> None:
+    read = read_weights(text)
+    assert read.text == plain
+    assert read.weights == pytest.approx(weights)
 
 
 @pytest.mark.parametrize(
