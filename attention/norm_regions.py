@@ -25,6 +25,8 @@ from lora_compose.attention.sites import Grid
 
 BORDER = 0.2
 """Width of the borders between regions, as a fraction of the shorter side of the grid."""
+NORM_APART = 0.4
+"""The part of the steps, from the first, in which normalisation is by region."""
 
 
 @dataclass(frozen=True, eq=False)

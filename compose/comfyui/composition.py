@@ -14,15 +14,13 @@ from lora_compose.attention.masks import Box, box_mask, cells_of, resize_mask
 from lora_compose.attention.regions import queries_of
 from lora_compose.compose.comfyui.families import Family
 from lora_compose.compose.comfyui.steering import OurRegions
-from lora_compose.pipelines.scene.division import divided, nearest, strips
+from lora_compose.pipelines.scene.division import THRESHOLD, divided, nearest, strips
+from lora_compose.pipelines.scene.regions import HALF
 from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.strength import WeightSchedule
 
 UNIT = 1000
 """Boxes are in thousandths of the image, whose size is not known before it is sampled."""
-HALF = 0.5
-"""A cell reads the text of a region that covers at least this share of it."""
-THRESHOLD = 0.3
-"""The share of a map's maximum from which a cell counts for the centre of a subject, as in our pipelines."""
 Conditioning = Sequence[Sequence[Any]]
 """ComfyUI's: texts, each with options."""
 Region = Box | Tensor
@@ -87,7 +85,7 @@ class Composition:
 
     Attributes:
         loras: Factors of each concept by ComfyUI's names of layers.
-        weights: One for each concept.
+        weights: One for each concept; 1 with a schedule.
         regions: Where each acts on the image; None is everywhere, or is found by the draft.
         words: On which tokens of the text each acts, or on which of several texts. Shape: [tokens or texts, concepts];
             1 token stands for all.
@@ -100,6 +98,7 @@ class Composition:
         phrases: 1 at the words of each concept in the text, to which a bias draws the cells of its region. Shape:
             [tokens, concepts].
         draft: Finds regions.
+        schedules: Weights over the steps, of the concepts that have such.
         mark: Stands for this composition in conditionings.
     """
 
@@ -115,7 +114,13 @@ class Composition:
     isolate: bool = False
     phrases: Tensor | None = None
     draft: Draft | None = None
+    schedules: Mapping[int, WeightSchedule] = field(default_factory=dict)
     mark: str = field(init=False, default_factory=lambda: uuid4().hex)
+
+    def step_weights(self, step: int, steps: int) -> tuple[float, ...]:
+        """Factors on the weights in a step: those of schedules, 1 for other concepts."""
+        each = [self.schedules.get(i) for i in range(len(self.loras))]
+        return tuple(1.0 if schedule is None else schedule.at(step, steps) for schedule in each)
 
     def drafted(self, draft: Draft) -> "Composition":
         """As it is while a draft is made: concepts that are no subjects act everywhere, and all read one text."""
@@ -134,6 +139,7 @@ class Acting:
         ours: True for rows that are predicted for our conditioning. Shape: [rows].
         grid: Height and width of the latents.
         tokens: Tokens of the text in each row.
+        factors: Further factors on the weights (`Composition.step_weights`).
     """
 
     plan: Composition
@@ -143,6 +149,7 @@ class Acting:
     ours: Tensor
     grid: Grid
     tokens: int
+    factors: Sequence[float]
 
     @property
     def gates(self) -> Gates:
@@ -163,7 +170,7 @@ class Acting:
             read=read,
             # A transformer's modulation scales all cells alike, so a region would leak into the others.
             modulation=image * torch.tensor([float(region is None) for region in self.images[0]]),
-        ).times(plan.weights)
+        ).times(plan.weights * torch.tensor(self.factors))
 
     def regions(self, device: torch.device) -> tuple[OurRegions | None, JointRegions | None]:
         """Region attention, where text is apart or in one sequence with the image; None if all cells read one text."""

@@ -12,33 +12,39 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import Lora
-from lora_compose.attention.masks import Box, box_mask
-from lora_compose.compose.comfyui.composition import UNIT, Composition, Conditioning, Draft, Region
+from lora_compose.attention.masks import Box
+from lora_compose.compose.comfyui.composition import UNIT, Composition, Conditioning, Draft, Region, on_grid
 from lora_compose.compose.comfyui.tokens import find_tokens, tokens_of
 from lora_compose.compose.comfyui.weights import derived, read_weights
+from lora_compose.pipelines.formats.files import trained_with
+from lora_compose.pipelines.scene.method_choice import method_for
 from lora_compose.pipelines.scene.scene import Concept as SceneConcept
+from lora_compose.pipelines.scene.strength import WeightSchedule, read_weight
 from lora_compose.pipelines.text.emphasis import Emphasis
 from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
-from lora_compose.pipelines.text.tokens import class_words, find_words
+from lora_compose.pipelines.text.tokens import class_words, find_words, own_nouns
 
 logger = logging.getLogger("lora_compose")
 Encode = Callable[[str, Sequence[int]], Conditioning]
 """Encodes a text with the text-encoder LoRAs of some concepts."""
 
 _SIDE = 256
-"""Rows and columns of a box that is shown as a mask."""
+"""Rows and columns of a region that is shown as a mask."""
 
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """One LoRA, as given. The region is None for one that acts everywhere, or where a draft finds it."""
+    """One LoRA, as given.
+
+    Attributes:
+        path: The LoRA.
+        scene: Its words and weight, as our pipelines know them.
+        region: Where it acts; None is everywhere, or where a draft finds it.
+    """
 
     path: Path
-    trigger: str
-    class_word: str
-    weight: float
-    region: Region | None
-    prompt: str = ""
+    scene: SceneConcept
+    region: Region | None = None
 
     @classmethod
     def of(
@@ -50,6 +56,7 @@ class Concept:
         box: str = "",
         mask: Tensor | None = None,
         prompt: str = "",
+        schedule: str = "",
     ) -> "Concept":
         """A concept of what a node has.
 
@@ -61,9 +68,10 @@ class Concept:
             box: left,top,right,bottom as fractions of the image, or nothing.
             mask: ComfyUI's masks, of which the first counts. Shape: [(masks,) height, width].
             prompt: What its region reads, or nothing.
+            schedule: The weight over the steps, in place of `weight`, as `read_weight` reads it; or nothing.
 
         Raises:
-            ValueError: For a box and a mask, a box that is none, or an empty mask.
+            ValueError: For a box and a mask, a box or schedule that is none, or an empty mask.
         """
         region: Region | None = _box(box) if box.strip() else None
         if mask is not None:
@@ -72,22 +80,25 @@ class Concept:
             region = mask.reshape(-1, *mask.shape[-2:])[0].detach().float().cpu()
             if not region.any():
                 raise ValueError(f"the mask of {path.name} is empty; paint where the concept is meant")
-        return cls(path, trigger.strip(), class_word.strip(), weight, region, prompt.strip())
-
-    @property
-    def phrase(self) -> str:
-        """Trigger and class word, as they are written in a text."""
-        return f"{self.trigger} {self.class_word}".strip()
-
-    @property
-    def in_scene(self) -> SceneConcept:
-        """As our pipelines know it."""
-        return SceneConcept(
-            name=self.phrase or self.path.stem,
-            trigger=self.trigger or None,
-            class_word=self.class_word or None,
-            prompt=self.prompt or None,
+        try:
+            over_steps = read_weight(schedule) if schedule.strip() else weight
+        except ValueError as error:
+            raise ValueError(f"the schedule of {path.name}: {error}") from error
+        trigger, class_word = trigger.strip(), class_word.strip()
+        scene = SceneConcept(
+            name=f"{trigger} {class_word}".strip() or path.stem,
+            trigger=trigger or None,
+            class_word=class_word or None,
+            prompt=prompt.strip() or None,
+            weight=over_steps,
+            any_weight=True,
         )
+        return cls(path, scene, region)
+
+    @property
+    def weight(self) -> WeightSchedule:
+        """Its weight in every step."""
+        return WeightSchedule.of(1.0 if self.scene.weight is None else self.scene.weight)
 
 
 def _box(text: str) -> Box:
@@ -142,15 +153,14 @@ def with_masks(concepts: Sequence[Concept], masks: Tensor) -> Sequence[Concept]:
 
 
 def drawn(concepts: Sequence[Concept]) -> Tensor:
-    """Boxes as masks; those of concepts without one are white. Shape: [concepts, height, width]."""
-    size = (_SIDE, _SIDE)
-    boxes = [(0, 0, UNIT, UNIT) if concept.region is None else concept.region for concept in concepts]
-    return torch.stack([box_mask(box, (UNIT, UNIT), size) for box in boxes if isinstance(box, tuple)])
+    """Regions as masks; white for concepts without one. Shape: [concepts, height, width]."""
+    return torch.stack([on_grid(concept.region, (_SIDE, _SIDE)) for concept in concepts])
 
 
 def subjects_of(concepts: Sequence[Concept]) -> Mapping[int, SceneConcept]:
     """The concepts that are no styles, as our pipelines know them, with the index of each."""
-    return {i: one.in_scene for i, one in enumerate(concepts) if one.phrase or one.prompt or one.region is not None}
+    named = [one.scene.phrase or one.scene.prompt for one in concepts]
+    return {i: one.scene for i, one in enumerate(concepts) if named[i] or one.region is not None}
 
 
 def texts_about(concepts: Sequence[Concept], text: Emphasis) -> Sequence[str]:
@@ -159,13 +169,15 @@ def texts_about(concepts: Sequence[Concept], text: Emphasis) -> Sequence[str]:
         raise ValueError(
             f"no text can be made about {', '.join(unnamed)}: write its trigger in the text, or give it a prompt"
         )
-    mine = [one.in_scene for one in concepts]
+    mine = [one.scene for one in concepts]
     return [one.prompt or derived(about(one, text.text, mine), text) for one in mine]
 
 
 def _unnamed(concepts: Sequence[Concept], text: str) -> list[str]:
     """Concepts of which no text can be made: their words are not in the text."""
-    return [one.path.name for one in concepts if not (one.prompt or find_words(one.trigger or one.class_word, text))]
+    words = [one.scene.trigger or one.scene.class_word or "" for one in concepts]
+    named = [one.scene.prompt or find_words(said, text) for one, said in zip(concepts, words, strict=True)]
+    return [one.path.name for one, has_text in zip(concepts, named, strict=True) if not has_text]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,38 +211,62 @@ class Request:
         """What the concepts do in a model by a method, and the conditioning for it.
 
         Args:
-            method: "draft", "regional", "tara" or "merge".
+            method: "draft", "regional", "tara" or "merge"; or "auto", which chooses one, and logs why.
 
         Raises:
             ValueError: If the method needs regions or words that are not there, or has no use for some that are.
         """
-        concepts = self.concepts
-        weights, regions = torch.tensor([one.weight for one in concepts]), [one.region for one in concepts]
-        plan = Composition(self.loras, weights, regions, torch.ones(1, len(concepts)))
+        concepts, regions = self.concepts, [one.region for one in self.concepts]
+        if method == "auto":
+            method, reason = self._chosen()
+            blends = method == "merge" and len(subjects_of(concepts)) > 1
+            logger.log(logging.WARNING if blends else logging.INFO, "method: %s, because %s", method, reason)
+        constant = [one.weight.constant for one in concepts]
+        schedules = {i: concepts[i].weight for i, weight in enumerate(constant) if weight is None}
+        weights = torch.tensor([1.0 if weight is None else weight for weight in constant])
+        plan = Composition(self.loras, weights, regions, torch.ones(1, len(concepts)), schedules=schedules)
         if method in ("draft", "regional"):
             return self._draft(plan) if method == "draft" else self._regional(plan)
         if any(region is not None for region in regions):
             raise ValueError(f"{method} does not use boxes and masks; take them away, or choose regional")
-        if self.texts == "regions" or any(concept.prompt for concept in concepts):
+        if self.texts == "regions" or any(concept.scene.prompt for concept in concepts):
             raise ValueError(f"{method} reads one text; clear the prompts of concepts, or choose regional")
         if method == "merge":
             plan = replace(plan, text_of_others=True, image_of_others=True)
             return plan, self.encode(self.text, range(len(concepts)))
         return self._tara(replace(plan, image_of_others=True))
 
+    def _chosen(self) -> tuple[str, str]:
+        """The method that our pipelines would choose, and the reason."""
+        subjects = subjects_of(self.concepts)
+        every, text = [*subjects.values()], self._read.text
+        lacking = [self.concepts[i].path.name for i, one in subjects.items() if not own_nouns(one, text, every)]
+        deciding = [self.concepts[i] for i in subjects] or self.concepts
+        return method_for(
+            [(self.concepts[i].path.name, self.concepts[i].region is not None) for i in subjects],
+            styles=len(subjects) < len(self.concepts),
+            several=len(subjects) > 1,
+            lacks=f"the text has no trigger followed by its class word for {', '.join(lacking)}" if lacking else "",
+            trained=all(one.scene.trigger and trained_with(one.path) == "tara" for one in deciding),
+            region_attention=not self.joint,
+        )
+
     def _tara(self, plan: Composition) -> tuple[Composition, Conditioning]:
         conditioning = self.encode(self.text, ())
-        words = torch.zeros(tokens_of(*conditioning[0]), len(self.concepts))
-        for n, concept in enumerate(self.concepts):
-            if not concept.trigger:
+        words, subjects = torch.zeros(tokens_of(*conditioning[0]), len(self.concepts)), subjects_of(self.concepts)
+        for n in subjects:
+            concept = self.concepts[n]
+            trigger = concept.scene.trigger
+            if not trigger:
                 raise ValueError(f"tara needs a trigger for {concept.path.name}: type it in its Concept node")
             try:
-                positions = find_tokens(self.clip, self.text, concept.trigger, len(words))
+                positions = find_tokens(self.clip, self.text, trigger, len(words))
             except ValueError as error:
-                raise ValueError(f"{concept.path.name}: {error}: {concept.phrase!r}") from error
+                raise ValueError(f"{concept.path.name}: {error}: {concept.scene.phrase!r}") from error
             if words[positions].any():
-                raise ValueError(f"the trigger {concept.trigger!r} shares words with another one; each needs its own")
+                raise ValueError(f"the trigger {trigger!r} shares words with another one; each needs its own")
             words[positions, n] = 1
+        words[:, [n for n in range(len(self.concepts)) if n not in subjects]] = 1
         return replace(plan, words=words, tokens=len(words)), conditioning
 
     def _regional(self, plan: Composition) -> tuple[Composition, Conditioning]:
@@ -238,7 +274,7 @@ class Request:
         if not owners:
             raise ValueError("regional needs to know where concepts are: give at least one a box or a mask")
         for i in self._others(owners):
-            if self.concepts[i].prompt:
+            if self.concepts[i].scene.prompt:
                 raise ValueError(
                     f"{self.concepts[i].path.name} has a prompt, and no region that reads it; give it a box or a mask"
                 )
@@ -255,11 +291,11 @@ class Request:
             raise ValueError("draft divides the image between subjects: give two or more a trigger and a class word")
         searched = [i for i in subjects if self.concepts[i].region is None]
         for i in searched:
-            if not self.concepts[i].class_word:
+            if not subjects[i].class_word:
                 raise ValueError(
                     f"draft looks for the class word of {self.concepts[i].path.name}: type it in its Concept node"
                 )
-        classes = [self.concepts[i].class_word.lower() for i in subjects]
+        classes = [(one.class_word or "").lower() for one in subjects.values()]
         by_regions = self._by_regions(len({*classes}) < len(classes))
         if by_regions:
             plan, conditioning = self._with_texts(plan, [*subjects])
@@ -276,7 +312,7 @@ class Request:
         words = torch.zeros(tokens_of(*of_draft[0]), len(subjects))
         for n, i in enumerate(subjects):
             if i in searched:
-                positions = find_tokens(self.clip, plain, self.concepts[i].class_word, len(words))
+                positions = find_tokens(self.clip, plain, subjects[i].class_word or "", len(words))
                 words[positions, n] = 1 / len(positions)
         return replace(plan, draft=Draft(of_draft, words, subjects, by_regions)), conditioning
 
@@ -292,12 +328,12 @@ class Request:
         """
         if self.texts != "auto":
             return self.texts == "regions"
-        return auto or any(concept.prompt for concept in self.concepts)
+        return auto or any(concept.scene.prompt for concept in self.concepts)
 
     def _shared(self, owners: Sequence[int]) -> Conditioning:
         """The conditioning of one text for all regions."""
         for concept in self.concepts:
-            if concept.prompt:
+            if concept.scene.prompt:
                 raise ValueError(
                     f"{concept.path.name} has a prompt, and all regions read one text; clear it, or set texts to "
                     "regions"
@@ -307,10 +343,10 @@ class Request:
     def _with_texts(self, plan: Composition, owners: Sequence[int]) -> tuple[Composition, Conditioning]:
         """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
         mine, styles = [self.concepts[i] for i in owners], self._others(owners)
-        texts, in_scene, read = texts_about(mine, self._read), [one.in_scene for one in mine], self._read
+        texts, in_scene, read = texts_about(mine, self._read), [one.scene for one in mine], self._read
         plain, bare = without_triggers(read.text, in_scene), surroundings(read.text, in_scene)
         # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
-        kept = all(find_words(self.concepts[i].trigger, bare) for i in styles if self.concepts[i].trigger)
+        kept = all(find_words(said, bare) for i in styles if (said := self.concepts[i].scene.trigger))
         first = bare if kept and not self.joint else plain
         every = [self._once(derived(first, read), styles)]
         every += [self._once(own, [*styles, i]) for i, own in zip(owners, texts, strict=True)]
@@ -333,6 +369,6 @@ class Request:
         for i, one in subjects.items():
             spans = class_words(one, text, [*subjects.values()])
             said = {text[start : (noun or (start, end))[1]] for (start, end), noun in spans}
-            for words in said or {self.concepts[i].class_word} - {""}:
+            for words in said or {one.class_word or ""} - {""}:
                 phrases[find_tokens(self.clip, self.text, words, tokens), i] = 1
         return phrases

@@ -20,9 +20,6 @@ from lora_compose.pipelines.text.tokens import find_words
 Background = Literal["surroundings", "scene"]
 """Text of the cells outside all regions: the prompt without the concepts, or the whole prompt without triggers."""
 
-HALF = 0.5
-"""A cell reads the texts of regions that cover at least this share of it."""
-
 
 @dataclass(frozen=True, eq=False)
 class RegionTexts:

@@ -586,7 +586,8 @@ def test_the_nodes_run_from_files_to_an_image(
     import folder_paths  # pyright: ignore[reportMissingImports]
     from safetensors.torch import save_file
 
-    from lora_compose.compose.comfyui.nodes import BoxesNode, ComposeNode, ConceptNode, comfy_entrypoint
+    from lora_compose.compose.comfyui.entry import comfy_entrypoint
+    from lora_compose.compose.comfyui.nodes import BoxesNode, ComposeNode, ConceptNode
 
     patcher, clip = models["sd"], Text(core.WIDTH)
     for seed, name in ((1, "one"), (2, "two")):
@@ -606,14 +607,16 @@ def test_the_nodes_run_from_files_to_an_image(
     text, negative = "a sks cat beside a zwx dog", clip.encode_from_tokens_scheduled(clip.tokenize("blurry"))
     plain = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     base, found = core.drawn(patcher, plain, negative), {}
-    ways = {"regional": placed, "regions": placed, "draft": both, "tara": both, "merge": both}
+    ways = {"regional": placed, "regions": placed, "draft": both, "auto": both, "tara": both, "merge": both}
     for method, concepts in ways.items():
         given = ("regional", method) if method == "regions" else (method,)
-        model, positive = ComposeNode.execute(patcher, clip, concepts, text, *given).args
+        model, positive, masks = ComposeNode.execute(patcher, clip, concepts, text, *given).args
+        assert torch.equal(masks, shown) == (concepts is placed)
         found[method] = core.drawn(model, positive, negative)
         assert (found[method] - base).abs().max() > 0.01
     assert all((found["merge"] - found[method]).abs().max() > 0.01 for method in ways if method != "merge")
     assert (found["regional"] - found["regions"]).abs().max() > 0.01
+    assert torch.equal(found["auto"], found["draft"])
     assert torch.equal(base, core.drawn(patcher, plain, negative))
     with pytest.raises(ValueError, match="give at least one a box"):
         ComposeNode.execute(patcher, clip, both, text, "regional")

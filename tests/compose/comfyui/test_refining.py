@@ -26,7 +26,7 @@ class Painter:
         self.asked: list[tuple[list[str], str, torch.Size, Tensor]] = []
 
     def __call__(self, acting: Sequence[Concept], text: str, part: Tensor, mask: Tensor) -> Tensor:
-        assert not any(one.region is not None or one.prompt for one in acting)
+        assert not any(one.region is not None or one.scene.prompt for one in acting)
         self.asked.append(([one.path.stem for one in acting], text, part.shape, mask))
         return torch.ones_like(part)
 
