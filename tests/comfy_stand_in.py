@@ -36,7 +36,8 @@ class ModelPatcher:
     def __init__(
         self, model: nn.Module, load_device: torch.device, offload_device: torch.device, size: int = 0
     ) -> None:
-        self.model, self.load_device, self.offload_device, self.size = model, load_device, offload_device, size
+        self.model: Any = model
+        self.load_device, self.offload_device, self.size = load_device, offload_device, size
         self.attachments: dict[str, Any] = {}
         self.additional_models: dict[str, list[Any]] = {}
         self.callbacks: list[tuple[str, Callable[..., Any]]] = []
@@ -123,9 +124,8 @@ class Attention(nn.Module):
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, mask = q[:, :: transformer_options.get("every", 1)], transformer_options.get("mask")
         override = transformer_options.get("optimized_attention_override")
-        options = {"transformer_options": transformer_options}
-        run = attention if override is None else partial(override, attention)
-        out = run(q, k, v, 2, mask, **options)
+        run: Callable[..., Tensor] = attention if override is None else partial(override, attention)
+        out = run(q, k, v, 2, mask, transformer_options=transformer_options)
         return self.to_out(out)
 
 
@@ -283,7 +283,7 @@ def modules() -> dict[str, Any]:
         "comfy_api": {},
         "comfy_api.latest": {"ComfyExtension": type("ComfyExtension", (), {}), "io": io, "ui": ui},
         "folder_paths": {
-            "get_filename_list": lambda kind: ["cat.safetensors", "dog.safetensors"],
+            "get_filename_list": lambda kind: [f"{name}.safetensors" for name in ("bird", "cat", "dog", "style")],
             "get_full_path_or_raise": None, "get_output_directory": None, "get_save_image_path": None,
         },
         "nodes": {"common_ksampler": None},

@@ -130,11 +130,39 @@ class Composition:
 
 
 @dataclass(frozen=True, eq=False)
+class Places:
+    """Where concepts act in the images of a sampling.
+
+    Attributes:
+        shares: How much of each cell is in the region of each concept, by level. Shape: [images, cells, concepts]; 1
+            image stands for all, and 1 cell where no concept has a region.
+        everywhere: True for concepts without a region.
+    """
+
+    shares: Mapping[int, Tensor]
+    everywhere: Sequence[bool]
+
+    @classmethod
+    def of(cls, images: Sequence[Sequence[Region | None]], family: Family, grid: Grid) -> "Places":
+        """Regions on the grids of a model.
+
+        Args:
+            images: The regions of all concepts, of each image if a draft has found some.
+            grid: Height and width of the latents.
+        """
+        everywhere, shares = [region is None for region in images[0]], {}
+        for level in {site.level for site in family.sites.values() if "image" in site.parts}:
+            here: Grid = (1, 1) if all(everywhere) else grid_at(grid, level)
+            each = [torch.stack([on_grid(one, here).flatten() for one in regions], dim=-1) for regions in images]
+            shares[level] = torch.stack(each)
+        return cls(shares, everywhere)
+
+
+@dataclass(frozen=True, eq=False)
 class Acting:
     """What acts where in one pass.
 
     Attributes:
-        images: The regions of all concepts, of each image if a draft has found some.
         lengths: Tokens of each text, where there are several.
         ours: True for rows that are predicted for our conditioning. Shape: [rows].
         grid: Height and width of the latents.
@@ -144,7 +172,7 @@ class Acting:
 
     plan: Composition
     family: Family
-    images: Sequence[Sequence[Region | None]]
+    places: Places
     lengths: Sequence[int]
     ours: Tensor
     grid: Grid
@@ -154,22 +182,21 @@ class Acting:
     @property
     def gates(self) -> Gates:
         """The gates of all layers."""
-        plan, family, mine = self.plan, self.family, self.ours.float()[:, None]
+        plan, mine, shares = self.plan, self.ours.float()[:, None], self._shares
         image = torch.ones_like(mine) if plan.image_of_others else mine
         text = torch.ones_like(mine) if plan.text_of_others else mine
-        levels = {site.level for site in family.sites.values() if "image" in site.parts}
         read = None
-        if self._several and family.joint is None:
-            queries = {level: queries_of(self._inside(level))[0] for level in levels}
+        if self._several and self.family.joint is None:
+            queries = {level: queries_of(self._inside(level))[0] for level in shares}
             read = {level: image[:, None] * plan.words[texts] for level, texts in queries.items()}
         return Gates(
             text=text[:, None] * self._words,
-            image={level: image[:, None] * self._shares(level) for level in levels},
+            image={level: image[:, None] * share for level, share in shares.items()},
             row=image * torch.ones(len(plan.loras)),
             latent_grid=self.grid,
             read=read,
             # A transformer's modulation scales all cells alike, so a region would leak into the others.
-            modulation=image * torch.tensor([float(region is None) for region in self.images[0]]),
+            modulation=image * torch.tensor(self.places.everywhere).float(),
         ).times(plan.weights * torch.tensor(self.factors))
 
     def regions(self, device: torch.device) -> tuple[OurRegions | None, JointRegions | None]:
@@ -193,31 +220,16 @@ class Acting:
         phrases = self.plan.phrases
         if phrases is None or not self.ours.any():
             return None
-        own = over(phrases, self.tokens, self.family)
-        drawn = own - (own.sum(dim=1, keepdim=True) - own)
         levels = {site.level for site in self.family.attention.values() if site.reads_text}
-        cells = {level: self._shares(level) * phrases.any(dim=0) for level in levels}
-        rows = len(self.ours)
-        return TextBias(
-            {level: share.expand(rows, -1, -1) for level, share in cells.items()},
-            self.ours.float()[:, None, None] * drawn,
-        )
+        cells = {level: self._shares[level].expand(len(self.ours), -1, -1) * phrases.any(dim=0) for level in levels}
+        tokens = self.ours.float()[:, None, None] * over(phrases, self.tokens, self.family)
+        return TextBias.between(cells, tokens, 1, -1)
 
     @property
     def norm_regions(self) -> NormRegions | None:
         """The regions of group normalisation; None where no concept has one."""
-        acting = zip(self.images[0], self.plan.weights.tolist(), strict=True)
-        here = [i for i, (region, weight) in enumerate(acting) if region is not None and weight]
-        if not here:
-            return None
-        grids = {grid_at(self.grid, site.level) for site in self.family.sites.values() if "image" in site.parts}
-        images = [[regions[i] for i in here] for regions in self.images]
-        return NormRegions.of(
-            {
-                grid: torch.stack([torch.stack([on_grid(one, grid) for one in each]) for each in images])
-                for grid in grids
-            }
-        )
+        here = [i for i, whole in enumerate(self.places.everywhere) if not whole and self.plan.weights[i]]
+        return NormRegions.by_level(self.places.shares, self.grid, here) if here else None
 
     @property
     def _several(self) -> bool:
@@ -236,17 +248,14 @@ class Acting:
 
     def _inside(self, level: int) -> Tensor:
         """True where a cell reads the text of a region. Shape: [cells, texts of regions]."""
-        given, grid = self.images[0], grid_at(self.grid, level)
-        masks = [on_grid(region, grid) for i in self.plan.owners if (region := given[i]) is not None]
-        return torch.stack([cells_of(mask, HALF).flatten() for mask in masks], dim=1)
+        return cells_of(self.places.shares[level][0][:, [*self.plan.owners]], HALF)
 
-    def _shares(self, level: int) -> Tensor:
-        """Where each concept acts. Shape: [rows or 1, cells or 1, concepts]; images are repeated by conditioning."""
-        if all(region is None for regions in self.images for region in regions):
-            return torch.ones(1, 1, len(self.plan.loras))
-        grid, times = grid_at(self.grid, level), len(self.ours) // len(self.images) if len(self.images) > 1 else 1
-        each = [torch.stack([on_grid(one, grid).flatten() for one in regions], dim=-1) for regions in self.images]
-        return torch.stack(each * times)
+    @property
+    def _shares(self) -> Mapping[int, Tensor]:
+        """Shares by row; images are repeated by conditioning. Shape: [rows or 1, cells or 1, concepts] each."""
+        shares = self.places.shares
+        times = {level: len(self.ours) // len(share) if len(share) > 1 else 1 for level, share in shares.items()}
+        return {level: share.repeat(times[level], 1, 1) for level, share in shares.items()}
 
 
 def over(words: Tensor, tokens: int, family: Family) -> Tensor:

@@ -21,8 +21,8 @@ from lora_compose.pipelines.scene.method_choice import method_for
 from lora_compose.pipelines.scene.scene import Concept as SceneConcept
 from lora_compose.pipelines.scene.strength import WeightSchedule, read_weight
 from lora_compose.pipelines.text.emphasis import Emphasis
-from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
-from lora_compose.pipelines.text.tokens import class_words, find_words, own_nouns
+from lora_compose.pipelines.text.prompts import about, named_spans, surroundings, without_triggers
+from lora_compose.pipelines.text.tokens import find_words, own_nouns
 
 logger = logging.getLogger("lora_compose")
 Encode = Callable[[str, Sequence[int]], Conditioning]
@@ -344,10 +344,10 @@ class Request:
         """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
         mine, styles = [self.concepts[i] for i in owners], self._others(owners)
         texts, in_scene, read = texts_about(mine, self._read), [one.scene for one in mine], self._read
-        plain, bare = without_triggers(read.text, in_scene), surroundings(read.text, in_scene)
+        others = [one for i in styles if (one := self.concepts[i].scene).trigger]
+        plain = without_triggers(read.text, in_scene)
         # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
-        kept = all(find_words(said, bare) for i in styles if (said := self.concepts[i].scene.trigger))
-        first = bare if kept and not self.joint else plain
+        first = plain if self.joint else surroundings(read.text, in_scene, others)
         every = [self._once(derived(first, read), styles)]
         every += [self._once(own, [*styles, i]) for i, own in zip(owners, texts, strict=True)]
         everywhere = torch.tensor([float(i in styles) for i in range(len(self.concepts))])
@@ -367,8 +367,7 @@ class Request:
         """1 at the tokens from a trigger to its class word, or of the class word alone. Shape: [tokens, concepts]."""
         phrases, text = torch.zeros(tokens, len(self.concepts)), self._read.text
         for i, one in subjects.items():
-            spans = class_words(one, text, [*subjects.values()])
-            said = {text[start : (noun or (start, end))[1]] for (start, end), noun in spans}
+            said = {text[slice(*span)] for span in named_spans(one, text, [*subjects.values()])}
             for words in said or {one.class_word or ""} - {""}:
                 phrases[find_tokens(self.clip, self.text, words, tokens), i] = 1
         return phrases

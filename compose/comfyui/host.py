@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_compose.attention import NORM_APART, Grid, Installation, KeptBanks, Recorder, grid_at, installed_layers
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.swapped_forward import SwappedForward
-from lora_compose.compose.comfyui.composition import Acting, Composition, Conditioning, Draft, Found, Region, over
+from lora_compose.compose.comfyui.composition import Acting, Composition, Conditioning, Draft, Found, Places, over
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.memory import Brought, CountedBank, Factors, bytes_of
 from lora_compose.compose.comfyui.steering import EachTextFromItsStart, SteeredAttention
@@ -137,7 +137,7 @@ class Host:
             if self.only_draft:
                 return noise
             guider.conds = sampling.reading(conditionings, plan.texts, given)
-            sampling.passes = Passes(plan, regions)
+            sampling.passes = Passes(plan, Places.of(regions, sampling.family, sampling.grid))
             return executor(guider, sigmas, extra, callback, noise, latents, mask, *further, **options)
         finally:
             guider.conds, self._sampling = conditionings, None
@@ -192,13 +192,12 @@ class Passes:
     """What acts in the passes of a sampling, or of its draft.
 
     Attributes:
-        images: The regions of all concepts, of each image if a draft has found some.
         draft: The draft whose maps the passes record.
         maps: Those, of each pass. Shape: [images, subjects, height, width] each.
     """
 
     plan: Composition
-    images: Sequence[Sequence[Region | None]]
+    places: Places
     draft: Draft | None = None
     maps: list[Tensor] = field(default_factory=list)
     inputs: dict[tuple[Any, ...], LayerInputs] = field(default_factory=dict)
@@ -219,6 +218,7 @@ class Sampling:
     Attributes:
         steered: Whether attention is steered.
         grid: Height and width of the latents.
+        family: What is known of the model.
         passes: What acts in the next passes.
     """
 
@@ -226,12 +226,13 @@ class Sampling:
         self, model: Any, plan: Composition, factors: Factors, ours: frozenset[Any], noise: Tensor, sigmas: Tensor,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self.model, self.steered = model, plan.draft is not None or bool(plan.texts)
+        self.model = model
+        self.steered = plan.draft is not None or plan.phrases is not None or bool(plan.texts)
         self.grid: Grid = (noise.shape[-2], noise.shape[-1])
-        self.passes = Passes(plan, [plan.regions])
         self._plan, self._factors, self._ours, self._noise, self._device = plan, factors, ours, noise, device
         self._levels: list[float] = sigmas.tolist()
-        self._family = family_of(model.diffusion_model)
+        self.family = family_of(model.diffusion_model)
+        self.passes = Passes(plan, Places.of([plan.regions], self.family, self.grid))
         self._kept = KeptBanks(CountedBank(factors), tuple((i,) for i in range(len(plan.loras))))
         self._stack = ExitStack()
         self._installation: Installation | None = None
@@ -244,7 +245,7 @@ class Sampling:
 
     def put(self) -> None:
         """Puts the LoRAs in."""
-        model, dtype, family, loras = self.model.diffusion_model, _dtype(self.model), self._family, self._plan.loras
+        model, dtype, family, loras = self.model.diffusion_model, _dtype(self.model), self.family, self._plan.loras
         self._factors.make(loras, family.sites, model, dtype)
         layers = installed_layers(
             model, loras, family.sites, device=self._device, dtype=dtype, kept=self._kept, how="forward"
@@ -314,7 +315,7 @@ class Sampling:
             raise ValueError(
                 "where regions read texts of their own, images are drafted one by one; set batch_size to 1"
             )
-        self.passes = drafted = Passes(self._plan.drafted(draft), [self._plan.regions], draft)
+        self.passes = drafted = Passes(self._plan.drafted(draft), self.passes.places, draft)
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             sample()
         if not drafted.maps:
@@ -337,11 +338,11 @@ class Sampling:
             raise ValueError("a conditioning with an area of its own cannot be combined with regions of concepts")
         ours = torch.tensor([uuid in self._ours for uuid in uuids]).repeat_interleave(len(x) // len(uuids))
         step = self._step(float(t.max()))
-        by_region = self._family.joint is None and step < steps_in(NORM_APART, self.steps)
+        by_region = self.family.joint is None and step < steps_in(NORM_APART, self.steps)
         weights = now.plan.step_weights(step, self.steps)
         key = (*ours.tolist(), grid, tokens, by_region, weights)
         if key not in now.inputs:
-            acting = Acting(now.plan, self._family, now.images, self._lengths, ours, grid, tokens, weights)
+            acting = Acting(now.plan, self.family, now.places, self._lengths, ours, grid, tokens, weights)
             regions, joint = acting.regions(self._device)
             for other in [other for other in now.inputs if other[-1] != weights]:  # those of all steps would be many
                 del now.inputs[other]
@@ -351,13 +352,13 @@ class Sampling:
             )  # fmt: skip
         recorders = []
         if now.draft is not None and ours.any():
-            words = over(now.draft.words, tokens, self._family).to(self._device)
-            recorders.append(Recorder(self._family.maps, words[None]))
+            words = over(now.draft.words, tokens, self.family).to(self._device)
+            recorders.append(Recorder(self.family.maps, words[None]))
         self._installation.use(now.inputs[key], *recorders)
         out = execute()
         for recorder in recorders:  # the images of each conditioning follow one another
             maps = recorder.mean().cpu()[ours].unflatten(0, (-1, len(self._noise))).mean(dim=0)
-            now.maps.append(maps.transpose(1, 2).unflatten(2, grid_at(grid, self._family.map_level)))
+            now.maps.append(maps.transpose(1, 2).unflatten(2, grid_at(grid, self.family.map_level)))
         return out
 
     def _step(self, level: float) -> int:

@@ -19,10 +19,17 @@ def without_triggers(prompt: str, concepts: Sequence[Concept]) -> str:
     return _tidy(prompt)
 
 
-def surroundings(prompt: str, concepts: Sequence[Concept]) -> str:
-    """The prompt without the list of concepts: "a sks cat and a zwx dog on grass" becomes "on grass"."""
+def surroundings(prompt: str, concepts: Sequence[Concept], others: Sequence[Concept] = ()) -> str:
+    """The prompt without the list of concepts: "a sks cat and a zwx dog on grass" becomes "on grass".
+
+    Args:
+        others: Concepts with a trigger that stays. Where that is among the words of `concepts`, these stay as well, as
+            plain words.
+    """
     start, end = _list_of(concepts, prompt)
-    return _tidy(f"{_LEADING_UP.sub('', prompt[:start])} {prompt[end:]}") if end else prompt
+    bare = _tidy(f"{_LEADING_UP.sub('', prompt[:start])} {prompt[end:]}") if end else prompt
+    kept = all(find_words(other.trigger or "", bare) for other in others)
+    return bare if kept else without_triggers(prompt, concepts)
 
 
 def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
@@ -40,7 +47,7 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
     """
     if concept.prompt is not None:
         return concept.prompt
-    spans = _named(concept, prompt, concepts)
+    spans = named_spans(concept, prompt, concepts)
     if not spans:
         missing = f"write {concept.phrase!r} in it" if concept.phrase else "give it a trigger and write that in it"
         raise ValueError(
@@ -53,11 +60,11 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
 
 def _list_of(concepts: Sequence[Concept], prompt: str) -> tuple[int, int]:
     """From the first word that names a concept to the last; (0, 0) if there is none."""
-    spans = [span for concept in concepts for span in _named(concept, prompt, concepts)]
+    spans = [span for concept in concepts for span in named_spans(concept, prompt, concepts)]
     return (min(spans)[0], max(end for _, end in spans)) if spans else (0, 0)
 
 
-def _named(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
+def named_spans(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
     """Where a prompt names a concept: from its trigger to its class word, or the class word alone."""
     if not concept.trigger:
         return find_words(concept.class_word or "", prompt)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_compose.attention import JointRegions, RegionAttention, Site
-from lora_compose.compose.comfyui.composition import Acting, Composition, Region
+from lora_compose.compose.comfyui.composition import Acting, Composition, Places, Region
 from lora_compose.compose.comfyui.concepts import Concept, Request, boxes_of, drawn, subjects_of, with_boxes
 from lora_compose.compose.comfyui.families import Family
 from lora_compose.compose.comfyui.weights import read_weights
@@ -49,7 +49,7 @@ class Words:
 
 
 def composed(
-    concepts: list[Concept], text: str, method: str, *, texts: str = "auto", joint: bool = False
+    concepts: Sequence[Concept], text: str, method: str, *, texts: str = "auto", joint: bool = False
 ) -> tuple[Composition, Any, Words]:
     clip = Words()
     request = Request(concepts, [{}] * len(concepts), clip, clip.encode, text, texts, joint)
@@ -65,7 +65,8 @@ def acting(
     family: Family = UNET, step: int = 0,
 ) -> Acting:  # fmt: skip
     lengths, weights = [text[0][0].shape[1] for text in plan.texts], plan.step_weights(step, 4)
-    return Acting(plan, family, images or [plan.regions], lengths, torch.tensor(ours), grid, tokens, weights)
+    places = Places.of(images or [plan.regions], family, grid)
+    return Acting(plan, family, places, lengths, torch.tensor(ours), grid, tokens, weights)
 
 
 def test_the_methods_are_described_as_on_the_page() -> None:

@@ -1,6 +1,6 @@
 """What ComfyUI calls, on a stand-in of its protocol: LoRAs act in a sampling, and are gone afterwards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from types import ModuleType
@@ -112,8 +112,10 @@ def test_weights_that_change_over_the_steps(host: ModuleType, model: ModelPatche
     by_step = [dense(model, plan, [1 - 0.2 * step, 1]).model for step in range(STEPS)]
 
     class Changing(Model):
-        def apply_model(self, x: Tensor, t: Tensor, *further: Any) -> Tensor:
-            return by_step[round(STEPS * (1 - float(t[0])))].apply_model(x, t, *further)
+        def apply_model(
+            self, x: Tensor, t: Tensor, concat: Any, text: Tensor, control: Any, options: Mapping[str, Any]
+        ) -> Tensor:
+            return by_step[round(STEPS * (1 - float(t[0])))].apply_model(x, t, concat, text, control, options)
 
     wanted = sampled(ModelPatcher(Changing(), CPU, CPU), text(1), text(2))
     found = sampled(host.compose(model, plan), host.marked(text(1), plan), text(2))
@@ -206,7 +208,9 @@ def test_a_draft_begins_with_the_noise_of_the_image(host: ModuleType, model: Mod
     images = [[*image] for image in divided.cells]
     given = replace(plan, draft=None, regions=images[0])
     one = sampled(host.compose(model, given), host.marked(text(1), given), text(2), batch=2)
-    assert torch.allclose(found[:1], one[:1], atol=1e-5), "as with the regions that it has found"
+    assert torch.allclose(found[:1], one[:1], atol=1e-5), (
+        "as with the regions that it has found, which also have the bias"
+    )
     with pytest.raises(ValueError, match="nothing is drafted with this model"):
         host.draft_alone(host.compose(model, given), lambda: None)
     with pytest.raises(ValueError, match="there are no steps to draft"):
@@ -264,7 +268,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_what_cannot_be_done_is_said(host: ModuleType, model: ModelPatcher, mistake: str) -> None:
     plan, other = replace(drafting(model), tokens=6), in_regions(model)
-    ours, mine, options, batch = host.compose(model, plan), host.marked(text(1), plan), {}, 1
+    ours, mine, batch = host.compose(model, plan), host.marked(text(1), plan), 1
+    options: dict[str, Any] = {}
     if mistake == "no mark":
         mine = text(1)
     elif mistake == "another Compose":
