@@ -166,8 +166,10 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, transformer_options: Mapping[str, Any]) -> Tensor:
         time = self.time_embed(torch.cos(time[:, None] * torch.arange(1, WIDTH + 1)))
-        modules: list[Any] = [*self.input_blocks[1], *self.middle_block, *self.output_blocks[0]]
-        x = self.input_blocks[0][0](x)
+        first, down = self.input_blocks
+        (up,) = self.output_blocks
+        modules: list[Any] = [*down.children(), *self.middle_block, *up.children()]
+        x = next(first.children())(x)
         for module in modules:
             x = module(x, time) if isinstance(module, Residual) else module(x, context, transformer_options)
         return self.out(x)

@@ -38,7 +38,7 @@ class Concept:
 
     Attributes:
         path: The LoRA.
-        scene: Its words and weight, as our pipelines know them.
+        scene: Its words and weight, as our pipelines know them; its name is that of the file.
         region: Where it acts; None is everywhere, or where a draft finds it.
     """
 
@@ -48,16 +48,9 @@ class Concept:
 
     @classmethod
     def of(
-        cls,
-        path: Path,
-        trigger: str,
-        class_word: str,
-        weight: float,
-        box: str = "",
-        mask: Tensor | None = None,
-        prompt: str = "",
-        schedule: str = "",
-    ) -> "Concept":
+        cls, path: Path, trigger: str, class_word: str, weight: float, box: str = "", mask: Tensor | None = None,
+        prompt: str = "", schedule: str = "",
+    ) -> "Concept":  # fmt: skip
         """A concept of what a node has.
 
         Args:
@@ -84,16 +77,9 @@ class Concept:
             over_steps = read_weight(schedule) if schedule.strip() else weight
         except ValueError as error:
             raise ValueError(f"the schedule of {path.name}: {error}") from error
-        trigger, class_word = trigger.strip(), class_word.strip()
-        scene = SceneConcept(
-            name=f"{trigger} {class_word}".strip() or path.stem,
-            trigger=trigger or None,
-            class_word=class_word or None,
-            prompt=prompt.strip() or None,
-            weight=over_steps,
-            any_weight=True,
-        )
-        return cls(path, scene, region)
+        given = {"trigger": trigger, "class_word": class_word, "prompt": prompt}
+        words: dict[str, Any] = {name: said.strip() for name, said in given.items() if said.strip()}
+        return cls(path, SceneConcept(name=path.name, weight=over_steps, any_weight=True, **words), region)
 
     @property
     def weight(self) -> WeightSchedule:
@@ -159,25 +145,22 @@ def drawn(concepts: Sequence[Concept]) -> Tensor:
 
 def subjects_of(concepts: Sequence[Concept]) -> Mapping[int, SceneConcept]:
     """The concepts that are no styles, as our pipelines know them, with the index of each."""
-    named = [one.scene.phrase or one.scene.prompt for one in concepts]
-    return {i: one.scene for i, one in enumerate(concepts) if named[i] or one.region is not None}
+    subjects = [bool(one.scene.phrase or one.scene.prompt) or one.region is not None for one in concepts]
+    return {i: one.scene for i, one in enumerate(concepts) if subjects[i]}
 
 
-def texts_about(concepts: Sequence[Concept], text: Emphasis) -> Sequence[str]:
+def texts_about(concepts: Sequence[SceneConcept], text: Emphasis) -> Sequence[str]:
     """A text about each of some subjects. Raises ValueError if none can be made."""
     if unnamed := _unnamed(concepts, text.text):
         raise ValueError(
             f"no text can be made about {', '.join(unnamed)}: write its trigger in the text, or give it a prompt"
         )
-    mine = [one.scene for one in concepts]
-    return [one.prompt or derived(about(one, text.text, mine), text) for one in mine]
+    return [one.prompt or derived(about(one, text.text, concepts), text) for one in concepts]
 
 
-def _unnamed(concepts: Sequence[Concept], text: str) -> list[str]:
+def _unnamed(concepts: Sequence[SceneConcept], text: str) -> list[str]:
     """Concepts of which no text can be made: their words are not in the text."""
-    words = [one.scene.trigger or one.scene.class_word or "" for one in concepts]
-    named = [one.scene.prompt or find_words(said, text) for one, said in zip(concepts, words, strict=True)]
-    return [one.path.name for one, has_text in zip(concepts, named, strict=True) if not has_text]
+    return [one.name for one in concepts if not (one.prompt or find_words(one.trigger or one.class_word or "", text))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +190,14 @@ class Request:
         """The text without the signs of weights, and its weights."""
         return read_weights(self.text)
 
+    @cached_property
+    def _scenes(self) -> Sequence[SceneConcept]:
+        return [one.scene for one in self.concepts]
+
+    @cached_property
+    def _subjects(self) -> Mapping[int, SceneConcept]:
+        return subjects_of(self.concepts)
+
     def composed(self, method: str) -> tuple[Composition, Conditioning]:
         """What the concepts do in a model by a method, and the conditioning for it.
 
@@ -219,7 +210,7 @@ class Request:
         concepts, regions = self.concepts, [one.region for one in self.concepts]
         if method == "auto":
             method, reason = self._chosen()
-            blends = method == "merge" and len(subjects_of(concepts)) > 1
+            blends = method == "merge" and len(self._subjects) > 1
             logger.log(logging.WARNING if blends else logging.INFO, "method: %s, because %s", method, reason)
         constant = [one.weight.constant for one in concepts]
         schedules = {i: concepts[i].weight for i, weight in enumerate(constant) if weight is None}
@@ -229,7 +220,7 @@ class Request:
             return self._draft(plan) if method == "draft" else self._regional(plan)
         if any(region is not None for region in regions):
             raise ValueError(f"{method} does not use boxes and masks; take them away, or choose regional")
-        if self.texts == "regions" or any(concept.scene.prompt for concept in concepts):
+        if self.texts == "regions" or any(one.prompt for one in self._scenes):
             raise ValueError(f"{method} reads one text; clear the prompts of concepts, or choose regional")
         if method == "merge":
             plan = replace(plan, text_of_others=True, image_of_others=True)
@@ -238,35 +229,30 @@ class Request:
 
     def _chosen(self) -> tuple[str, str]:
         """The method that our pipelines would choose, and the reason."""
-        subjects = subjects_of(self.concepts)
-        every, text = [*subjects.values()], self._read.text
-        lacking = [self.concepts[i].path.name for i, one in subjects.items() if not own_nouns(one, text, every)]
-        deciding = [self.concepts[i] for i in subjects] or self.concepts
+        subjects, text = [*self._subjects.values()], self._read.text
+        lacking = ", ".join(one.name for one in subjects if not own_nouns(one, text, subjects))
+        deciding = [self.concepts[i] for i in self._subjects] or self.concepts
         return method_for(
-            [(self.concepts[i].path.name, self.concepts[i].region is not None) for i in subjects],
-            styles=len(subjects) < len(self.concepts),
-            several=len(subjects) > 1,
-            lacks=f"the text has no trigger followed by its class word for {', '.join(lacking)}" if lacking else "",
+            [(one.name, self.concepts[i].region is not None) for i, one in self._subjects.items()],
+            styles=len(subjects) < len(self.concepts), several=len(subjects) > 1, region_attention=not self.joint,
+            lacks=f"the text has no trigger followed by its class word for {lacking}" if lacking else "",
             trained=all(one.scene.trigger and trained_with(one.path) == "tara" for one in deciding),
-            region_attention=not self.joint,
-        )
+        )  # fmt: skip
 
     def _tara(self, plan: Composition) -> tuple[Composition, Conditioning]:
         conditioning = self.encode(self.text, ())
-        words, subjects = torch.zeros(tokens_of(*conditioning[0]), len(self.concepts)), subjects_of(self.concepts)
-        for n in subjects:
-            concept = self.concepts[n]
-            trigger = concept.scene.trigger
-            if not trigger:
-                raise ValueError(f"tara needs a trigger for {concept.path.name}: type it in its Concept node")
+        words = torch.zeros(tokens_of(*conditioning[0]), len(self.concepts))
+        for n, one in self._subjects.items():
+            if not one.trigger:
+                raise ValueError(f"tara needs a trigger for {one.name}: type it in its Concept node")
             try:
-                positions = find_tokens(self.clip, self.text, trigger, len(words))
+                positions = find_tokens(self.clip, self.text, one.trigger, len(words))
             except ValueError as error:
-                raise ValueError(f"{concept.path.name}: {error}: {concept.scene.phrase!r}") from error
+                raise ValueError(f"{one.name}: {error}: {one.phrase!r}") from error
             if words[positions].any():
-                raise ValueError(f"the trigger {trigger!r} shares words with another one; each needs its own")
+                raise ValueError(f"the trigger {one.trigger!r} shares words with another one; each needs its own")
             words[positions, n] = 1
-        words[:, [n for n in range(len(self.concepts)) if n not in subjects]] = 1
+        words[:, self._others([*self._subjects])] = 1
         return replace(plan, words=words, tokens=len(words)), conditioning
 
     def _regional(self, plan: Composition) -> tuple[Composition, Conditioning]:
@@ -274,11 +260,9 @@ class Request:
         if not owners:
             raise ValueError("regional needs to know where concepts are: give at least one a box or a mask")
         for i in self._others(owners):
-            if self.concepts[i].scene.prompt:
-                raise ValueError(
-                    f"{self.concepts[i].path.name} has a prompt, and no region that reads it; give it a box or a mask"
-                )
-        unnamed = _unnamed([self.concepts[i] for i in owners], self._read.text)
+            if (one := self._scenes[i]).prompt:
+                raise ValueError(f"{one.name} has a prompt, and no region that reads it; give it a box or a mask")
+        unnamed = _unnamed([self._scenes[i] for i in owners], self._read.text)
         if self.texts == "auto" and self.joint and unnamed:
             logger.warning("all regions read one text, since none can be made about %s", ", ".join(unnamed))
         if self._by_regions(self.joint and not unnamed):
@@ -286,15 +270,13 @@ class Request:
         return plan, self._shared(owners)
 
     def _draft(self, plan: Composition) -> tuple[Composition, Conditioning]:
-        subjects = subjects_of(self.concepts)
+        subjects = self._subjects
         if len(subjects) < 2:
             raise ValueError("draft divides the image between subjects: give two or more a trigger and a class word")
         searched = [i for i in subjects if self.concepts[i].region is None]
         for i in searched:
             if not subjects[i].class_word:
-                raise ValueError(
-                    f"draft looks for the class word of {self.concepts[i].path.name}: type it in its Concept node"
-                )
+                raise ValueError(f"draft looks for the class word of {subjects[i].name}: type it in its Concept node")
         classes = [(one.class_word or "").lower() for one in subjects.values()]
         by_regions = self._by_regions(len({*classes}) < len(classes))
         if by_regions:
@@ -328,33 +310,30 @@ class Request:
         """
         if self.texts != "auto":
             return self.texts == "regions"
-        return auto or any(concept.scene.prompt for concept in self.concepts)
+        return auto or any(one.prompt for one in self._scenes)
 
     def _shared(self, owners: Sequence[int]) -> Conditioning:
         """The conditioning of one text for all regions."""
-        for concept in self.concepts:
-            if concept.scene.prompt:
+        for one in self._scenes:
+            if one.prompt:
                 raise ValueError(
-                    f"{concept.path.name} has a prompt, and all regions read one text; clear it, or set texts to "
-                    "regions"
+                    f"{one.name} has a prompt, and all regions read one text; clear it, or set texts to regions"
                 )
         return self.encode(self.text, self._others(owners))
 
     def _with_texts(self, plan: Composition, owners: Sequence[int]) -> tuple[Composition, Conditioning]:
         """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
-        mine, styles = [self.concepts[i] for i in owners], self._others(owners)
-        texts, in_scene, read = texts_about(mine, self._read), [one.scene for one in mine], self._read
-        others = [one for i in styles if (one := self.concepts[i].scene).trigger]
-        plain = without_triggers(read.text, in_scene)
+        mine, styles, read = [self._scenes[i] for i in owners], self._others(owners), self._read
+        texts, plain = texts_about(mine, read), without_triggers(read.text, mine)
+        others = [one for i in styles if (one := self._scenes[i]).trigger]
         # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
-        first = plain if self.joint else surroundings(read.text, in_scene, others)
+        first = plain if self.joint else surroundings(read.text, mine, others)
         every = [self._once(derived(first, read), styles)]
         every += [self._once(own, [*styles, i]) for i, own in zip(owners, texts, strict=True)]
         everywhere = torch.tensor([float(i in styles) for i in range(len(self.concepts))])
         words = torch.stack([everywhere, *(everywhere + torch.eye(len(everywhere))[list(owners)])])
-        whole = (
-            every[0] if first == plain else self._once(derived(plain, read), styles)
-        )  # also what describes the image as a whole
+        # It is also what describes the image as a whole.
+        whole = every[0] if first == plain else self._once(derived(plain, read), styles)
         return replace(plan, words=words, texts=every, owners=owners, tokens=tokens_of(*whole[0])), whole
 
     def _once(self, text: str, which: Sequence[int]) -> Conditioning:

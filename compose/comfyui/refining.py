@@ -42,7 +42,7 @@ def refined(images: Tensor, concepts: Sequence[Concept], text: str, size: int, r
             "it is not known where the subjects are: connect the masks of Draft preview, or give the concepts boxes or "
             "masks"
         )
-    for subject, own in zip(chosen, texts_about(chosen, read_weights(text)), strict=True):
+    for subject, own in zip(chosen, texts_about([*subjects.values()], read_weights(text)), strict=True):
         if subject.region is None:
             continue
         mask = on_grid(subject.region, (images.shape[1], images.shape[2]))

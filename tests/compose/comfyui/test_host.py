@@ -208,9 +208,7 @@ def test_a_draft_begins_with_the_noise_of_the_image(host: ModuleType, model: Mod
     images = [[*image] for image in divided.cells]
     given = replace(plan, draft=None, regions=images[0])
     one = sampled(host.compose(model, given), host.marked(text(1), given), text(2), batch=2)
-    assert torch.allclose(found[:1], one[:1], atol=1e-5), (
-        "as with these regions given, which have the bias, too"
-    )
+    assert torch.allclose(found[:1], one[:1], atol=1e-5), "as with these regions given, which have the bias, too"
     with pytest.raises(ValueError, match="nothing is drafted with this model"):
         host.draft_alone(host.compose(model, given), lambda: None)
     with pytest.raises(ValueError, match="there are no steps to draft"):
