@@ -8,12 +8,21 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, Grid, JointRegions, Lora, NormRegions, Partition, TextBias, grid_at
-from lora_compose.attention.joint_regions import row_index
+from lora_compose.attention import (
+    Gates,
+    Grid,
+    JointRegions,
+    Lora,
+    NormRegions,
+    Partition,
+    RegionAttention,
+    TextBias,
+    grid_at,
+)
+from lora_compose.attention.device import row_index
 from lora_compose.attention.masks import Box, box_mask, cells_of, resize_mask
 from lora_compose.attention.regions import queries_of
 from lora_compose.compose.comfyui.families import Family
-from lora_compose.compose.comfyui.steering import OurRegions
 from lora_compose.pipelines.scene.division import THRESHOLD, divided, nearest, strips
 from lora_compose.pipelines.scene.regions import HALF
 from lora_compose.pipelines.scene.scene import Concept
@@ -199,7 +208,7 @@ class Acting:
             modulation=image * torch.tensor(self.places.everywhere).float(),
         ).times(plan.weights * torch.tensor(self.factors))
 
-    def regions(self, device: torch.device) -> tuple[OurRegions | None, JointRegions | None]:
+    def regions(self, device: torch.device) -> tuple[RegionAttention | None, JointRegions | None]:
         """Region attention, where text is apart or in one sequence with the image; None if all cells read one text."""
         if not self._several:
             return None, None
@@ -210,9 +219,9 @@ class Acting:
             return None, replace(found, base=None)  # the text of others is their own
         levels = {site.level for site in self.family.attention.values()}
         partitions = {level: Partition.of(self._inside(level), device) for level in levels}
-        mine, others = (row_index(rows.nonzero()[:, 0].tolist(), device) for rows in (self.ours, ~self.ours))
-        found = OurRegions(partitions, inject=True, isolate=isolate, lengths=self.lengths, rows=(mine, others))
-        return found, None
+        others, mine = (row_index(rows.nonzero()[:, 0].tolist(), device) for rows in (~self.ours, self.ours))
+        apart = None if others is None or mine is None else (others, mine)
+        return RegionAttention(partitions, True, isolate, self.lengths, apart), None
 
     @property
     def bias(self) -> TextBias | None:
