@@ -10,6 +10,6 @@ async def comfy_entrypoint() -> Any:
     """Gives ComfyUI our nodes."""
     if find_spec("lora_compose") is None:
         sys.path.append(str(Path(__file__).parent))
-    from lora_compose.compose.comfyui.nodes import comfy_entrypoint as ours
+    from lora_compose.compose.comfyui.entry import comfy_entrypoint as ours
 
     return await ours()

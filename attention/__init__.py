@@ -14,7 +14,7 @@ from lora_compose.attention.gradients import frozen, weights_kept
 from lora_compose.attention.install import Installation, install, installed_layers
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import Lora, LoraFactors
-from lora_compose.attention.norm_regions import NormRegions
+from lora_compose.attention.norm_regions import NORM_APART, NormRegions
 from lora_compose.attention.placing import How
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.reference_cost import reference_factor
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lora_compose.attention.backbones.step_caches import StepCaches, check_caches
 
 __all__ = [
+    "NORM_APART",
     "Backbone",
     "BankCache",
     "Claim",

@@ -1,11 +1,14 @@
 """Small helpers around models and devices."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+RowIndex = slice | Tensor
+"""Rows of a batch: a slice where they are contiguous, which copies nothing; otherwise their indices."""
 
 
 def to_device(tensor: Tensor, device: torch.device | None) -> Tensor:
@@ -14,6 +17,15 @@ def to_device(tensor: Tensor, device: torch.device | None) -> Tensor:
     CUDA stages pageable memory before the call returns, so the source may be changed afterwards. MPS does not.
     """
     return tensor.to(device, non_blocking=device is not None and device.type != "mps")
+
+
+def row_index(indices: Sequence[int], device: torch.device | None) -> RowIndex | None:
+    """Rows of a batch on a device, in ascending order; None if there are none."""
+    if not indices:
+        return None
+    if indices[-1] - indices[0] == len(indices) - 1:
+        return slice(indices[0], indices[-1] + 1)
+    return to_device(torch.tensor(indices), device)
 
 
 @contextmanager

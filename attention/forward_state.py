@@ -90,6 +90,4 @@ class ForwardState:
             recorder.take(layer, query, key, scale, allowed, bias=bias)
         if regions is None:
             return kernel(query, key, value, bias)
-        if cross:
-            return regions.cross(kernel, level, query, key, value, bias)
-        return regions.self_attention(kernel, level, query, key, value)
+        return regions.attend(kernel, level, query, key, value, bias, cross)

@@ -19,14 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_compose.attention.device import to_device
+from lora_compose.attention.device import RowIndex, row_index, to_device
 from lora_compose.attention.sites import Site, SitePart
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of queries, keys and values, with a mask that is True where keys are seen."""
-
-RowIndex = slice | Tensor
-"""Rows of a batch: a slice where they are contiguous, which copies nothing; otherwise their indices."""
 
 
 SiteParts = tuple[SitePart, ...]
@@ -191,15 +188,6 @@ class JointRegions:
 def seen_too(mask: Tensor, seen: Tensor) -> Tensor:
     """A mask, of either kind, that hides what another one of True and False hides as well."""
     return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -torch.inf)
-
-
-def row_index(indices: Sequence[int], device: torch.device) -> RowIndex | None:
-    """Rows of a batch on a device, in ascending order; None if there are none."""
-    if not indices:
-        return None
-    if indices[-1] - indices[0] == len(indices) - 1:
-        return slice(indices[0], indices[-1] + 1)
-    return to_device(torch.tensor(indices), device)
 
 
 def _into(

@@ -13,7 +13,7 @@ Shares change gradually at borders, so that there is no seam. The layer then nor
 applies its weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_compose.attention.device import to_device
-from lora_compose.attention.sites import Grid
+from lora_compose.attention.sites import Grid, grid_at
 
 BORDER = 0.2
 """Width of the borders between regions, as a fraction of the shorter side of the grid."""
+NORM_APART = 0.4
+"""The part of the steps, from the first, in which normalisation is by region."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,22 @@ class NormRegions:
             masks: By grid; values in 0..1. Shape: [images, masks, height, width] each.
         """
         return cls.of_shares({grid: _shares(mask) for grid, mask in masks.items()})
+
+    @classmethod
+    def by_level(cls, shares: Mapping[int, Tensor], latent_grid: Grid, which: Sequence[int]) -> "NormRegions":
+        """The regions of some concepts.
+
+        Args:
+            shares: How much of each cell is in the region of each concept, by level. Shape: [(images,) cells,
+                concepts] each.
+            latent_grid: Height and width of the latents.
+            which: Indices of the concepts.
+        """
+        masks = {}
+        for level, share in shares.items():
+            grid = grid_at(latent_grid, level)
+            masks[grid] = share[..., which].transpose(-1, -2).reshape(-1, len(which), *grid)
+        return cls.of(masks)
 
     @classmethod
     def of_shares(cls, shares: Mapping[Grid, Tensor]) -> "NormRegions":

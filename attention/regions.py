@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lora_compose.attention.device import to_device
+from lora_compose.attention.device import RowIndex, to_device
 from lora_compose.attention.kernels import Kernel
 
 
@@ -124,11 +124,41 @@ class RegionAttention:
         inject: In cross-attention, whether the cells of region n read text 1 + n and the background text 0, instead of
             text 0 everywhere. Where regions overlap, a cell gets the mean.
         isolate: Whether the cells of a region see no other region in self-attention.
+        lengths: Tokens of each text, where keys and values have them one after the other in one sequence.
+        others: Rows to which none of this applies, and the remaining ones; None means that it applies to all.
     """
 
     partitions: Mapping[int, Partition]
     inject: bool
     isolate: bool
+    lengths: Sequence[int] = ()
+    others: tuple[RowIndex, RowIndex] | None = None
+
+    def attend(
+        self, kernel: Kernel, level: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, cross: bool
+    ) -> Tensor:
+        """Cross- or self-attention of all rows. Args and shapes as for `cross`, or as for `self_attention`."""
+
+        def by_region(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+            if not cross:
+                return self.self_attention(kernel, level, query, key, value)
+            if not self.lengths:
+                return self.cross(kernel, level, query, key, value, bias)
+            # Tokens behind those of the texts repeat them, to the length of the text of others.
+            keys, values = (x[:, :, : sum(self.lengths)].split([*self.lengths], dim=2) for x in (key, value))
+            return self.cross(kernel, level, query, keys, values, bias)
+
+        if self.others is None:
+            return by_region(query, key, value, bias)
+        found = []
+        for rows, run in zip(self.others, (kernel, by_region), strict=True):
+            found.append(run(query[rows], key[rows], value[rows], None if bias is None else bias[rows]))
+        theirs, ours = found
+        if cross:
+            theirs = self.at_queries(level, theirs.transpose(1, 2)).transpose(1, 2)
+        out = ours.new_empty(len(query), *ours.shape[1:])
+        out[self.others[0]], out[self.others[1]] = theirs, ours
+        return out
 
     def cross(
         self,

@@ -29,6 +29,22 @@ class TextBias:
     cells: Mapping[int, Tensor]
     tokens: Tensor
 
+    @classmethod
+    def between(cls, cells: Mapping[int, Tensor], phrases: Tensor, own: float, other: float) -> "TextBias":
+        """The bias between the regions of subjects and their words.
+
+        For cell x with the share M_i(x) in the region of subject i, and token t of the words of subject j, it is the
+        sum of own * M_j(x) and other * M_i(x) over all i other than j. FreeFuse, arXiv 2510.23515.
+
+        Args:
+            cells: The shares, by level. Shape: [rows, cells, subjects] each.
+            phrases: 1 at the words of each subject. Shape: [rows, tokens, subjects].
+            own: Added between a region and the words of its subject.
+            other: Added between a region and the words of other subjects.
+        """
+        others = phrases.sum(dim=-1, keepdim=True) - phrases
+        return cls(cells, own * phrases + other * others)
+
     def select(self, rows: slice | Sequence[int]) -> "TextBias":
         """The bias of some of the rows."""
         chosen = rows if isinstance(rows, slice) else list(rows)

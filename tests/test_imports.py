@@ -197,7 +197,7 @@ def show():
 import lora_compose.attention
 show()
 from lora_compose.compose.comfyui import composition, concepts, families, files, memory, merging, refining
-from lora_compose.compose.comfyui import showing, steering, tokens, words
+from lora_compose.compose.comfyui import needed, showing, steering, tokens, weights, words
 show()
 """
 

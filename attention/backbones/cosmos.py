@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_compose.attention.backbones.joint import JointBackbone, JointKernel, with_kernel
+from lora_compose.attention.backbones.joint import JointBackbone, with_kernel
 from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
+from lora_compose.attention.joint_kernel import JointKernel
 from lora_compose.attention.kernels import Kernel
 from lora_compose.attention.lora_bank import BankLayer, base_layer
 from lora_compose.attention.sites import Site

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention.backbones.joint import PATCH, JointBackbone, JointKernel, packed, unpacked, word_positions
+from lora_compose.attention.backbones.joint import PATCH, JointBackbone, packed, unpacked, word_positions
+from lora_compose.attention.joint_kernel import JointKernel
 from lora_compose.attention.sites import Grid, Site
 
 ROTARY_SCALE = 0.5

@@ -7,11 +7,9 @@ before and after it stays diffusers' own.
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar
 
@@ -23,8 +21,8 @@ from lora_compose.attention.backbones.truncation import replace_children
 from lora_compose.attention.claims import Journal, undoing
 from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
-from lora_compose.attention.joint_regions import seen_too
-from lora_compose.attention.sites import Grid, Site, SitePart, grid_at
+from lora_compose.attention.joint_kernel import JointKernel
+from lora_compose.attention.sites import Grid, Site, SitePart
 
 PATCH = 2
 """Latent cells per image token and side, so that image tokens are on level 1."""
@@ -189,100 +187,6 @@ def with_references(
         ids[..., 2] = torch.arange(grid[1], device=ids.device)
         each.append(ids.flatten(0, 1))
     return torch.cat([tokens, references.to(tokens.dtype)], dim=1), torch.cat(each)
-
-
-@dataclass(frozen=True)
-class JointKernel:
-    """diffusers' attention (`attend`, its `dispatch_attention_fn`) with recording of maps and with regions."""
-
-    layer: str
-    site: Site
-    state: ForwardState
-    attend: Callable[..., Tensor]
-
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        """Attends. Shapes: [rows, positions, heads, channels]; masks as for `JointRegions.attend`."""
-        if self.site.joint and self.state.recorders:
-            self._record(query, key, attn_mask)
-        out = self._attend(query, key, value, attn_mask, options)
-        if self.site.joint:
-            for recorder in self.state.recorders:
-                recorder.take_output(self.layer, out[:, self._parts(key.shape[1])[1]].flatten(2))
-        return out
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
-    ) -> Tensor:
-        regions, bias = self.state.inputs.joint_regions, self.state.inputs.bias_factors
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            return self.attend(query, key, value, attn_mask=mask, **options)
-
-        if regions is not None:
-            return regions.attend(attend, self.site.parts, query, key, value, mask)
-        if bias is None or not self.site.joint:
-            return attend(query, key, value, mask)
-        text, image, _ = self._parts(key.shape[1])
-        scale = options.get("scale") or query.shape[-1] ** -0.5
-        more_query, more_key = bias.channels(self.site.level, key.shape[1], text, image, scale)
-        query, key = _extended(query, more_query), _extended(key, more_key)
-        # Fast kernels want values as wide as queries.
-        wide = nn.functional.pad(value, (0, more_key.shape[-1]))
-        return self.attend(query, key, wide, attn_mask=mask, **{**options, "scale": scale})[..., : value.shape[-1]]
-
-    def _record(self, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
-        text, image, others = self._parts(key.shape[1])
-        regions = self.state.inputs.joint_regions
-        if mask is not None and mask.shape[-2] > 1:
-            mask = mask[..., image, :]
-        if regions is not None:
-            allowed = regions.allowed(self.site.parts, key.shape[1])[:, None, image]
-            mask = allowed if mask is None else seen_too(mask, allowed)
-
-        def text_first(x: Tensor, dim: int) -> Tensor:
-            """In the order of `token_weights`."""
-            return torch.cat([x.narrow(dim, part.start, part.stop - part.start) for part in (text, *others)], dim=dim)
-
-        keys, tokens, scale = text_first(key, 1).transpose(1, 2), text.stop - text.start, query.shape[-1] ** -0.5
-        seen = None if mask is None else text_first(mask, -1)
-        hides = seen is not None and seen.dtype == torch.bool
-        allowed, bias = (seen, None) if hides else (None, seen)
-        scores = (self.state.inputs.text_bias or {}).get(self.site.level)
-        if scores is not None:
-            scores = nn.functional.pad(scores[..., :tokens], (0, keys.shape[2] - min(tokens, scores.shape[-1])))
-            bias = scores if bias is None else bias + scores
-        for recorder in self.state.recorders:
-            recorder.take(self.layer, query[:, image].transpose(1, 2), keys, scale, allowed, tokens, bias)
-
-    def _parts(self, positions: int) -> tuple[slice, slice, Sequence[slice]]:
-        """Slices of text, image, and all but the text in a joint sequence, without the padding of the image.
-
-        The lengths of text and image are known; what else there is lies side by side, and has the rest.
-        """
-        inputs, parts = self.state.inputs, self.site.parts
-        cells = prod(grid_at(inputs.latent_grid, self.site.level))
-        lengths = {"text": self.site.padded(max(inputs.lengths)), "image": self.site.padded(cells)}
-        rest = positions - sum(lengths.values())
-        slices, start = {}, 0
-        for part in parts:
-            length = lengths.get(part)
-            if length is None:
-                length, rest = rest, 0
-            slices[part] = slice(start, start + (cells if part == "image" else length))
-            start += length
-        return slices["text"], slices["image"], [where for part, where in slices.items() if part != "text"]
-
-
-def _extended(x: Tensor, channels: Tensor) -> Tensor:
-    """Queries or keys with extra channels, equal in all heads.
-
-    Args:
-        x: Shape: [rows, positions, heads, channels].
-        channels: Shape: [rows, positions, extra channels].
-    """
-    return torch.cat([x, channels[:, :, None].to(x.dtype).expand(-1, -1, x.shape[2], -1)], dim=-1)
 
 
 def with_kernel(processor: Any, kernel: type[JointKernel], layer: str, site: Site, state: ForwardState) -> Any:

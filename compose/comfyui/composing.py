@@ -30,20 +30,23 @@ def composed(
     model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
 ) -> tuple[Any, Any]:
     """A model in which concepts act, and the conditioning for it. Arguments: `Request`; errors: `Request.composed`."""
-    loras = [factors_in(model, concept) for concept in concepts]
+    loras, names = [factors_in(model, concept) for concept in concepts], [concept.path.name for concept in concepts]
     parts, used = [read_text_encoders(concept.path) for concept in concepts], set()
 
     def encode(text: str, which: Sequence[int]) -> Any:
         encoder = clip
         for i in which:
-            if parts[i] and concepts[i].weight:
-                encoder = comfy.sd.load_lora_for_models(None, encoder, {**parts[i]}, 0, concepts[i].weight)[1]
-                used.add(i)
+            weight = concepts[i].weight.constant
+            if parts[i] and weight is None and i not in used:
+                logger.warning("%s: its LoRA of text encoders is left out, since texts are read once", names[i])
+            elif parts[i] and weight:
+                encoder = comfy.sd.load_lora_for_models(None, encoder, {**parts[i]}, 0, weight)[1]
+            used.add(i)
         return encoder.encode_from_tokens_scheduled(encoder.tokenize(text))
 
     joint = family_of(model.model.diffusion_model).joint is not None
     composition, conditioning = Request(concepts, loras, clip, encode, text, texts, joint).composed(method)
     for i, part in enumerate(parts):
         if part and i not in used:
-            logger.warning("%s: its LoRA of text encoders is left out, since all read one text", concepts[i].path.name)
+            logger.warning("%s: its LoRA of text encoders is left out, since all read one text", names[i])
     return compose(model, composition), marked(conditioning, composition)

@@ -8,21 +8,28 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, Grid, JointRegions, Lora, NormRegions, Partition, TextBias, grid_at
-from lora_compose.attention.joint_regions import row_index
+from lora_compose.attention import (
+    Gates,
+    Grid,
+    JointRegions,
+    Lora,
+    NormRegions,
+    Partition,
+    RegionAttention,
+    TextBias,
+    grid_at,
+)
+from lora_compose.attention.device import row_index
 from lora_compose.attention.masks import Box, box_mask, cells_of, resize_mask
 from lora_compose.attention.regions import queries_of
 from lora_compose.compose.comfyui.families import Family
-from lora_compose.compose.comfyui.steering import OurRegions
-from lora_compose.pipelines.scene.division import divided, nearest, strips
+from lora_compose.pipelines.scene.division import THRESHOLD, divided, nearest, strips
+from lora_compose.pipelines.scene.regions import HALF
 from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.strength import WeightSchedule
 
 UNIT = 1000
 """Boxes are in thousandths of the image, whose size is not known before it is sampled."""
-HALF = 0.5
-"""A cell reads the text of a region that covers at least this share of it."""
-THRESHOLD = 0.3
-"""The share of a map's maximum from which a cell counts for the centre of a subject, as in our pipelines."""
 Conditioning = Sequence[Sequence[Any]]
 """ComfyUI's: texts, each with options."""
 Region = Box | Tensor
@@ -87,7 +94,7 @@ class Composition:
 
     Attributes:
         loras: Factors of each concept by ComfyUI's names of layers.
-        weights: One for each concept.
+        weights: One for each concept; 1 with a schedule.
         regions: Where each acts on the image; None is everywhere, or is found by the draft.
         words: On which tokens of the text each acts, or on which of several texts. Shape: [tokens or texts, concepts];
             1 token stands for all.
@@ -100,6 +107,7 @@ class Composition:
         phrases: 1 at the words of each concept in the text, to which a bias draws the cells of its region. Shape:
             [tokens, concepts].
         draft: Finds regions.
+        schedules: Weights over the steps, of the concepts that have such.
         mark: Stands for this composition in conditionings.
     """
 
@@ -115,7 +123,13 @@ class Composition:
     isolate: bool = False
     phrases: Tensor | None = None
     draft: Draft | None = None
+    schedules: Mapping[int, WeightSchedule] = field(default_factory=dict)
     mark: str = field(init=False, default_factory=lambda: uuid4().hex)
+
+    def step_weights(self, step: int, steps: int) -> tuple[float, ...]:
+        """Factors on the weights in a step: those of schedules, 1 for other concepts."""
+        each = [self.schedules.get(i) for i in range(len(self.loras))]
+        return tuple(1.0 if schedule is None else schedule.at(step, steps) for schedule in each)
 
     def drafted(self, draft: Draft) -> "Composition":
         """As it is while a draft is made: concepts that are no subjects act everywhere, and all read one text."""
@@ -125,47 +139,76 @@ class Composition:
 
 
 @dataclass(frozen=True, eq=False)
+class Places:
+    """Where concepts act in the images of a sampling.
+
+    Attributes:
+        shares: How much of each cell is in the region of each concept, by level. Shape: [images, cells, concepts]; 1
+            image stands for all, and 1 cell where no concept has a region.
+        everywhere: True for concepts without a region.
+    """
+
+    shares: Mapping[int, Tensor]
+    everywhere: Sequence[bool]
+
+    @classmethod
+    def of(cls, images: Sequence[Sequence[Region | None]], family: Family, grid: Grid) -> "Places":
+        """Regions on the grids of a model.
+
+        Args:
+            images: The regions of all concepts, of each image if a draft has found some.
+            grid: Height and width of the latents.
+        """
+        everywhere, shares = [region is None for region in images[0]], {}
+        for level in {site.level for site in family.sites.values() if "image" in site.parts}:
+            here: Grid = (1, 1) if all(everywhere) else grid_at(grid, level)
+            each = [torch.stack([on_grid(one, here).flatten() for one in regions], dim=-1) for regions in images]
+            shares[level] = torch.stack(each)
+        return cls(shares, everywhere)
+
+
+@dataclass(frozen=True, eq=False)
 class Acting:
     """What acts where in one pass.
 
     Attributes:
-        images: The regions of all concepts, of each image if a draft has found some.
         lengths: Tokens of each text, where there are several.
         ours: True for rows that are predicted for our conditioning. Shape: [rows].
         grid: Height and width of the latents.
         tokens: Tokens of the text in each row.
+        factors: Further factors on the weights (`Composition.step_weights`).
     """
 
     plan: Composition
     family: Family
-    images: Sequence[Sequence[Region | None]]
+    places: Places
     lengths: Sequence[int]
     ours: Tensor
     grid: Grid
     tokens: int
+    factors: Sequence[float]
 
     @property
     def gates(self) -> Gates:
         """The gates of all layers."""
-        plan, family, mine = self.plan, self.family, self.ours.float()[:, None]
+        plan, mine, shares = self.plan, self.ours.float()[:, None], self._shares
         image = torch.ones_like(mine) if plan.image_of_others else mine
         text = torch.ones_like(mine) if plan.text_of_others else mine
-        levels = {site.level for site in family.sites.values() if "image" in site.parts}
         read = None
-        if self._several and family.joint is None:
-            queries = {level: queries_of(self._inside(level))[0] for level in levels}
+        if self._several and self.family.joint is None:
+            queries = {level: queries_of(self._inside(level))[0] for level in shares}
             read = {level: image[:, None] * plan.words[texts] for level, texts in queries.items()}
         return Gates(
             text=text[:, None] * self._words,
-            image={level: image[:, None] * self._shares(level) for level in levels},
+            image={level: image[:, None] * share for level, share in shares.items()},
             row=image * torch.ones(len(plan.loras)),
             latent_grid=self.grid,
             read=read,
             # A transformer's modulation scales all cells alike, so a region would leak into the others.
-            modulation=image * torch.tensor([float(region is None) for region in self.images[0]]),
-        ).times(plan.weights)
+            modulation=image * torch.tensor(self.places.everywhere).float(),
+        ).times(plan.weights * torch.tensor(self.factors))
 
-    def regions(self, device: torch.device) -> tuple[OurRegions | None, JointRegions | None]:
+    def regions(self, device: torch.device) -> tuple[RegionAttention | None, JointRegions | None]:
         """Region attention, where text is apart or in one sequence with the image; None if all cells read one text."""
         if not self._several:
             return None, None
@@ -176,9 +219,9 @@ class Acting:
             return None, replace(found, base=None)  # the text of others is their own
         levels = {site.level for site in self.family.attention.values()}
         partitions = {level: Partition.of(self._inside(level), device) for level in levels}
-        mine, others = (row_index(rows.nonzero()[:, 0].tolist(), device) for rows in (self.ours, ~self.ours))
-        found = OurRegions(partitions, inject=True, isolate=isolate, lengths=self.lengths, rows=(mine, others))
-        return found, None
+        others, mine = (row_index(rows.nonzero()[:, 0].tolist(), device) for rows in (~self.ours, self.ours))
+        apart = None if others is None or mine is None else (others, mine)
+        return RegionAttention(partitions, True, isolate, self.lengths, apart), None
 
     @property
     def bias(self) -> TextBias | None:
@@ -186,31 +229,16 @@ class Acting:
         phrases = self.plan.phrases
         if phrases is None or not self.ours.any():
             return None
-        own = over(phrases, self.tokens, self.family)
-        drawn = own - (own.sum(dim=1, keepdim=True) - own)
         levels = {site.level for site in self.family.attention.values() if site.reads_text}
-        cells = {level: self._shares(level) * phrases.any(dim=0) for level in levels}
-        rows = len(self.ours)
-        return TextBias(
-            {level: share.expand(rows, -1, -1) for level, share in cells.items()},
-            self.ours.float()[:, None, None] * drawn,
-        )
+        cells = {level: self._shares[level].expand(len(self.ours), -1, -1) * phrases.any(dim=0) for level in levels}
+        tokens = self.ours.float()[:, None, None] * over(phrases, self.tokens, self.family)
+        return TextBias.between(cells, tokens, 1, -1)
 
     @property
     def norm_regions(self) -> NormRegions | None:
         """The regions of group normalisation; None where no concept has one."""
-        acting = zip(self.images[0], self.plan.weights.tolist(), strict=True)
-        here = [i for i, (region, weight) in enumerate(acting) if region is not None and weight]
-        if not here:
-            return None
-        grids = {grid_at(self.grid, site.level) for site in self.family.sites.values() if "image" in site.parts}
-        images = [[regions[i] for i in here] for regions in self.images]
-        return NormRegions.of(
-            {
-                grid: torch.stack([torch.stack([on_grid(one, grid) for one in each]) for each in images])
-                for grid in grids
-            }
-        )
+        here = [i for i, whole in enumerate(self.places.everywhere) if not whole and self.plan.weights[i]]
+        return NormRegions.by_level(self.places.shares, self.grid, here) if here else None
 
     @property
     def _several(self) -> bool:
@@ -229,17 +257,14 @@ class Acting:
 
     def _inside(self, level: int) -> Tensor:
         """True where a cell reads the text of a region. Shape: [cells, texts of regions]."""
-        given, grid = self.images[0], grid_at(self.grid, level)
-        masks = [on_grid(region, grid) for i in self.plan.owners if (region := given[i]) is not None]
-        return torch.stack([cells_of(mask, HALF).flatten() for mask in masks], dim=1)
+        return cells_of(self.places.shares[level][0][:, [*self.plan.owners]], HALF)
 
-    def _shares(self, level: int) -> Tensor:
-        """Where each concept acts. Shape: [rows or 1, cells or 1, concepts]; images are repeated by conditioning."""
-        if all(region is None for regions in self.images for region in regions):
-            return torch.ones(1, 1, len(self.plan.loras))
-        grid, times = grid_at(self.grid, level), len(self.ours) // len(self.images) if len(self.images) > 1 else 1
-        each = [torch.stack([on_grid(one, grid).flatten() for one in regions], dim=-1) for regions in self.images]
-        return torch.stack(each * times)
+    @property
+    def _shares(self) -> Mapping[int, Tensor]:
+        """Shares by row; images are repeated by conditioning. Shape: [rows or 1, cells or 1, concepts] each."""
+        shares = self.places.shares
+        times = {level: len(self.ours) // len(share) if len(share) > 1 else 1 for level, share in shares.items()}
+        return {level: share.repeat(times[level], 1, 1) for level, share in shares.items()}
 
 
 def over(words: Tensor, tokens: int, family: Family) -> Tensor:

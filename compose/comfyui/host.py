@@ -8,6 +8,7 @@ the state dict stay, and are taken out at the end of the sampling, also after an
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,21 +18,19 @@ import comfy.samplers  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Grid, Installation, KeptBanks, Recorder, grid_at, installed_layers
+from lora_compose.attention import NORM_APART, Grid, Installation, KeptBanks, Recorder, grid_at, installed_layers
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.swapped_forward import SwappedForward
-from lora_compose.compose.comfyui.composition import Acting, Composition, Conditioning, Draft, Found, over
+from lora_compose.compose.comfyui.composition import Acting, Composition, Conditioning, Draft, Found, Places, over
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.memory import Brought, CountedBank, Factors, bytes_of
 from lora_compose.compose.comfyui.steering import EachTextFromItsStart, SteeredAttention
 from lora_compose.compose.comfyui.tokens import tokens_of
+from lora_compose.pipelines.scene.canvas import steps_in
+from lora_compose.pipelines.scene.division import LENGTH
 
 KEY = "lora_compose"
 """Our name among callbacks and wrappers, and of the mark in conditionings."""
-LENGTH = 0.12
-"""The part of the steps that is drafted, at least one step, as in our pipelines."""
-NORM_APART = 0.4
-"""The part of the steps, from the first, in which group normalisation is by region, as in our pipelines."""
 OF_TEXT = ("pooled_output", "attention_mask", "t5xxl_ids", "t5xxl_weights")
 """What encoders give beside a text."""
 
@@ -123,20 +122,22 @@ class Host:
         plan, conditionings = self.composition, guider.conds
         ours = self._marked(conditionings)
         device = guider.model_patcher.load_device
-        sampling = self._sampling = Sampling(guider.inner_model, plan, self.factors, ours, noise, device)
+        sampling = self._sampling = Sampling(guider.inner_model, plan, self.factors, ours, noise, sigmas, device)
         given = {"latent_image": latents, "denoise_mask": mask, "seed": extra.get("seed")}
-        steps = len(sigmas) - 1  # sigmas are noise levels
+        regions = [plan.regions]
         try:
             sampling.put()
-            if plan.draft is not None and steps:
+            if plan.draft is not None and sampling.steps:
                 guider.conds = sampling.reading(conditionings, [plan.draft.conditioning], given)
-                first = sigmas[: 1 + max(1, _first(LENGTH, steps))]
+                first = sigmas[: 1 + max(1, math.ceil(steps_in(LENGTH, sampling.steps)))]
                 start = {**extra}, None, noise.clone(), latents, mask
-                self.found = sampling.draft(plan.draft, partial(executor, guider, first, *start, *further, **options))
+                maps = sampling.maps(plan.draft, partial(executor, guider, first, *start, *further, **options))
+                regions = [plan.draft.divide(one, plan.regions, sampling.grid) for one in maps]
+                self.found = Found.of(plan.draft, maps, regions, sampling.grid)
             if self.only_draft:
                 return noise
             guider.conds = sampling.reading(conditionings, plan.texts, given)
-            sampling.norms_until = float(sigmas[_first(NORM_APART, steps)]) if steps else math.inf
+            sampling.passes = Passes(plan, Places.of(regions, sampling.family, sampling.grid))
             return executor(guider, sigmas, extra, callback, noise, latents, mask, *further, **options)
         finally:
             guider.conds, self._sampling = conditionings, None
@@ -186,9 +187,20 @@ class Host:
         )
 
 
-def _first(part: float, steps: int) -> int:
-    """How many steps are a part of all, rounded up."""
-    return math.ceil(round(part * steps, 6))
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """What acts in the passes of a sampling, or of its draft.
+
+    Attributes:
+        draft: The draft whose maps the passes record.
+        maps: Those, of each pass. Shape: [images, subjects, height, width] each.
+    """
+
+    plan: Composition
+    places: Places
+    draft: Draft | None = None
+    maps: list[Tensor] = field(default_factory=list)
+    inputs: dict[tuple[Any, ...], LayerInputs] = field(default_factory=dict)
 
 
 class Sampling:
@@ -200,32 +212,40 @@ class Sampling:
         factors: Its factors.
         ours: The conditionings that concepts act on.
         noise: Shape: [images, channels, (frames,) height, width].
+        sigmas: The noise level before each step, and after the last one.
         device: Where the model runs.
 
     Attributes:
         steered: Whether attention is steered.
-        norms_until: The noise level down to which group normalisation is by region.
+        grid: Height and width of the latents.
+        family: What is known of the model.
+        passes: What acts in the next passes.
     """
 
     def __init__(
-        self, model: Any, plan: Composition, factors: Factors, ours: frozenset[Any], noise: Tensor, device: torch.device
-    ) -> None:
-        self.model, self.steered = model, plan.draft is not None or bool(plan.texts)
+        self, model: Any, plan: Composition, factors: Factors, ours: frozenset[Any], noise: Tensor, sigmas: Tensor,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.steered = plan.draft is not None or plan.phrases is not None or bool(plan.texts)
+        self.grid: Grid = (noise.shape[-2], noise.shape[-1])
         self._plan, self._factors, self._ours, self._noise, self._device = plan, factors, ours, noise, device
-        self._family = family_of(model.diffusion_model)
-        self._grid: Grid = (noise.shape[-2], noise.shape[-1])
+        self._levels: list[float] = sigmas.tolist()
+        self.family = family_of(model.diffusion_model)
+        self.passes = Passes(plan, Places.of([plan.regions], self.family, self.grid))
         self._kept = KeptBanks(CountedBank(factors), tuple((i,) for i in range(len(plan.loras))))
         self._stack = ExitStack()
-        self.norms_until = math.inf
         self._installation: Installation | None = None
-        self._images, self._lengths = [plan.regions], []
-        self._draft: Draft | None = None
-        self._maps: list[Tensor] = []
-        self._inputs: dict[tuple[Any, ...], LayerInputs] = {}
+        self._lengths: Sequence[int] = []
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has."""
+        return max(0, len(self._levels) - 1)
 
     def put(self) -> None:
         """Puts the LoRAs in."""
-        model, dtype, family, loras = self.model.diffusion_model, _dtype(self.model), self._family, self._plan.loras
+        model, dtype, family, loras = self.model.diffusion_model, _dtype(self.model), self.family, self._plan.loras
         self._factors.make(loras, family.sites, model, dtype)
         layers = installed_layers(
             model, loras, family.sites, device=self._device, dtype=dtype, kept=self._kept, how="forward"
@@ -285,27 +305,22 @@ class Sampling:
 
         return {kind: [told(kind, one) for one in several or ()] for kind, several in conditionings.items()}
 
-    def draft(self, draft: Draft, sample: Callable[[], Any]) -> Found:
-        """Finds the regions in a few steps without subjects; the sampler starts again from the same noise afterwards.
+    def maps(self, draft: Draft, sample: Callable[[], Any]) -> Tensor:
+        """Attention to each subject in a few steps without subjects. Shape: [images, subjects, height, width].
 
         Args:
-            sample: Runs these steps.
+            sample: Runs these steps; the sampler starts again from the same noise afterwards.
         """
-        whole = self._plan
-        if whole.texts and len(self._noise) > 1:
+        if self._plan.texts and len(self._noise) > 1:
             raise ValueError(
                 "where regions read texts of their own, images are drafted one by one; set batch_size to 1"
             )
-        self._plan, self._draft = whole.drafted(draft), draft
+        self.passes = drafted = Passes(self._plan.drafted(draft), self.passes.places, draft)
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             sample()
-        if not self._maps:
+        if not drafted.maps:
             raise ValueError("the conditioning of Compose is not used in the first steps, where draft needs it")
-        self._plan, self._draft = whole, None
-        maps = torch.stack(self._maps).sum(dim=0)
-        self._images = [draft.divide(one, whole.regions, self._grid) for one in maps]
-        self._inputs.clear()
-        return Found.of(draft, maps, self._images, self._grid)
+        return torch.stack(drafted.maps).sum(dim=0)
 
     def run(self, uuids: Sequence[Any], x: Tensor, t: Tensor, text: Tensor, execute: Callable[[], Tensor]) -> Tensor:
         """Runs a pass.
@@ -318,26 +333,34 @@ class Sampling:
         """
         if self._installation is None:
             raise RuntimeError("ComfyUI runs the model while its changes are taken out; please report this")
-        plan, grid, tokens = self._plan, (x.shape[-2], x.shape[-1]), text.shape[1]
-        if grid != self._grid and (self.steered or any(region is not None for region in plan.regions)):
+        now, grid, tokens = self.passes, (x.shape[-2], x.shape[-1]), text.shape[1]
+        if grid != self.grid and (self.steered or any(region is not None for region in now.plan.regions)):
             raise ValueError("a conditioning with an area of its own cannot be combined with regions of concepts")
         ours = torch.tensor([uuid in self._ours for uuid in uuids]).repeat_interleave(len(x) // len(uuids))
-        by_region = self._family.joint is None and bool(t.max() > self.norms_until)
-        key = (*ours.tolist(), grid, tokens, by_region)
-        if key not in self._inputs:
-            acting = Acting(plan, self._family, self._images, self._lengths, ours, grid, tokens)
+        step = self._step(float(t.max()))
+        by_region = self.family.joint is None and step < steps_in(NORM_APART, self.steps)
+        weights = now.plan.step_weights(step, self.steps)
+        key = (*ours.tolist(), grid, tokens, by_region, weights)
+        if key not in now.inputs:
+            acting = Acting(now.plan, self.family, now.places, self._lengths, ours, grid, tokens, weights)
             regions, joint = acting.regions(self._device)
-            self._inputs[key] = self._installation.inputs(
+            for other in [other for other in now.inputs if other[-1] != weights]:  # those of all steps would be many
+                del now.inputs[other]
+            now.inputs[key] = self._installation.inputs(
                 acting.gates, regions=regions, joint_regions=joint, lengths=[tokens] * len(x), text_bias=acting.bias,
                 norm_regions=acting.norm_regions if by_region else None,
             )  # fmt: skip
         recorders = []
-        if self._draft is not None and ours.any():
-            words = over(self._draft.words, tokens, self._family).to(self._device)
-            recorders.append(Recorder(self._family.maps, words[None]))
-        self._installation.use(self._inputs[key], *recorders)
+        if now.draft is not None and ours.any():
+            words = over(now.draft.words, tokens, self.family).to(self._device)
+            recorders.append(Recorder(self.family.maps, words[None]))
+        self._installation.use(now.inputs[key], *recorders)
         out = execute()
         for recorder in recorders:  # the images of each conditioning follow one another
             maps = recorder.mean().cpu()[ours].unflatten(0, (-1, len(self._noise))).mean(dim=0)
-            self._maps.append(maps.transpose(1, 2).unflatten(2, grid_at(grid, self._family.map_level)))
+            now.maps.append(maps.transpose(1, 2).unflatten(2, grid_at(grid, self.family.map_level)))
         return out
+
+    def _step(self, level: float) -> int:
+        """The step of a pass at a noise level; passes between two steps are of the one before."""
+        return max(0, sum(begins >= level for begins in self._levels) - 1)

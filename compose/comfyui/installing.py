@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from lora_compose.compose.comfyui.needed import OLDEST
 from lora_compose.compose.support.version import __version__
 
 FOLDER = "lora_compose_nodes"
@@ -25,7 +26,7 @@ def install(comfyui: Path) -> Path:
     code = (
         f"{_OURS}import importlib.util\nimport sys\n\nif importlib.util.find_spec('lora_compose') is None:\n"
         f"    sys.path.append({str(source)!r})\n\n"
-        "from lora_compose.compose.comfyui.nodes import comfy_entrypoint\n\n__all__ = ['comfy_entrypoint']\n"
+        "from lora_compose.compose.comfyui.entry import comfy_entrypoint\n\n__all__ = ['comfy_entrypoint']\n"
     )
     about = (
         f'{_OURS}[project]\nname = "lora-compose-nodes"\nversion = "{__version__}"\n'
@@ -62,7 +63,7 @@ def _folder(comfyui: Path) -> Path:
     if missing:
         raise ValueError(
             f"{comfyui} is not a ComfyUI that can run these nodes: it has no {missing[0]}; give the folder that has "
-            "main.py and custom_nodes, of version 0.3.64 or later"
+            f"main.py and custom_nodes, of version {OLDEST} or later"
         )
     if not (comfyui / "custom_nodes").is_dir():
         raise ValueError(f"{comfyui} has no folder custom_nodes; give the folder that has main.py and custom_nodes")

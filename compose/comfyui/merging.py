@@ -38,11 +38,15 @@ def merge_concepts(
     if len(concepts) < 2:
         raise ValueError("there is nothing to merge: chain two concepts or more")
     check_number(merger, method, len(concepts))
-    if not any(concept.weight for concept in concepts):
+    weights = [concept.weight.constant for concept in concepts]
+    for concept, weight in zip(concepts, weights, strict=True):
+        if weight is None:
+            raise ValueError(f"{concept.path.name} has a schedule, but a file has no steps; clear it in its Concept")
+    if not any(weights):
         raise ValueError("every weight is 0; there is nothing to merge")
     given, every, notes = [], [], []
     layers: dict[Name, FileLayer] = {}
-    for concept, lora in zip(concepts, loras, strict=True):
+    for concept, lora, weight in zip(concepts, loras, weights, strict=True):
         called, file = concept.path.name, read_lora(concept.path)
         named: Mapping[Name, LoraFactors] = {("transformer", name): factors for name, factors in lora.items()}
         named, note = expressed(SimpleNamespace(transformer=network), named, called)
@@ -52,7 +56,7 @@ def merge_concepts(
         named = {**named, **{name: layer.factors for name, layer in texts.items()}}
         for name, factors in named.items():
             layers.setdefault(name, FileLayer(stems[name], tuple(factors.down.shape[2:])))
-        given.append(Given(called, file, concept.weight))
+        given.append(Given(called, file, weight or 0.0))
         every.append(named)
         notes += [] if note is None else [f"{called}: {note}"]
     changes = side_by_side(every, [one.weight for one in given], [one.source for one in given])

@@ -36,6 +36,7 @@ class ConceptNode(io.ComfyNode):
                 io.Float.Input("weight", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip=words.WEIGHT),
                 io.String.Input("box", default="", tooltip=words.BOX),
                 io.String.Input("prompt", default="", optional=True, multiline=True, tooltip=words.PROMPT),
+                io.String.Input("schedule", default="", optional=True, tooltip=words.SCHEDULE),
                 io.Mask.Input("mask", optional=True, tooltip=words.MASK),
                 Concepts.Input("concepts", optional=True, tooltip="The concepts before this one."),
             ],
@@ -74,7 +75,7 @@ class BoxesNode(io.ComfyNode):
 
 
 class ComposeNode(io.ComfyNode):
-    """Concepts and a text as a model and a conditioning."""
+    """Concepts and a text as a model and a conditioning; and the regions as masks."""
 
     @classmethod
     def define_schema(cls) -> Any:
@@ -82,16 +83,20 @@ class ComposeNode(io.ComfyNode):
         return schema(
             "Compose",
             "Compose",
-            "Lets concepts act in a model, in one pass. Connect both outputs to one sampler.",
+            "Lets concepts act in a model, in one pass. Connect the model and the conditioning to one sampler.",
             inputs=[
                 io.Model.Input("model"),
                 io.Clip.Input("clip"),
                 Concepts.Input("concepts"),
                 io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip=words.TEXT),
-                choice("method", words.METHODS),
+                choice("method", {"auto": words.AUTO, **words.METHODS}),
                 io.Combo.Input("texts", options=["auto", "shared", "regions"], optional=True, tooltip=words.TEXTS),
             ],
-            outputs=[io.Model.Output(), io.Conditioning.Output()],
+            outputs=[
+                io.Model.Output(),
+                io.Conditioning.Output(),
+                io.Mask.Output(display_name="masks", tooltip=words.MASKS),
+            ],
         )
 
     @classmethod
@@ -99,7 +104,7 @@ class ComposeNode(io.ComfyNode):
         cls, model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
     ) -> Any:
         """Reads the files, finds the words, and encodes the texts."""
-        return io.NodeOutput(*composed(model, clip, concepts, text, method, texts))
+        return io.NodeOutput(*composed(model, clip, concepts, text, method, texts), drawn(concepts))
 
 
 def sampled() -> list[Any]:
@@ -197,8 +202,3 @@ class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type]:
         """All of them."""
         return [ConceptNode, BoxesNode, ComposeNode, DraftPreviewNode, RefineNode, MergeNode, InspectNode]
-
-
-async def comfy_entrypoint() -> Extension:
-    """What ComfyUI calls."""
-    return Extension()

@@ -1,7 +1,6 @@
 """Repaints each subject of an image alone, enlarged, with its LoRA (a detailer), as `pipelines.calls.refine` does."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,14 +11,13 @@ from torch import Tensor
 from lora_compose.attention.masks import bounds
 from lora_compose.compose.comfyui.composition import on_grid
 from lora_compose.compose.comfyui.concepts import Concept, subjects_of, texts_about
-from lora_compose.pipelines.scene.mask_images import side_of, softened
+from lora_compose.compose.comfyui.weights import read_weights
+from lora_compose.pipelines.scene.mask_images import BLUR, PADDING, side_of, softened
 
 Repaint = Callable[[Sequence[Concept], str, Tensor, Tensor], Tensor]
 """Repaints parts of images with concepts and a text, inside of a mask. Shapes: [images, height, width, 3] and [height,
 width]."""
 
-_PADDING, _BLUR = 0.25, 0.05
-"""Context around a subject, and the blend at its border, as shares of its longer side, as in our pipelines."""
 _MULTIPLE = 16
 """Sides of what is repainted are multiples of this; models halve them, VAEs three or four times."""
 
@@ -44,17 +42,17 @@ def refined(images: Tensor, concepts: Sequence[Concept], text: str, size: int, r
             "it is not known where the subjects are: connect the masks of Draft preview, or give the concepts boxes or "
             "masks"
         )
-    for subject, own in zip(chosen, texts_about(chosen, text), strict=True):
+    for subject, own in zip(chosen, texts_about([*subjects.values()], read_weights(text)), strict=True):
         if subject.region is None:
             continue
         mask = on_grid(subject.region, (images.shape[1], images.shape[2]))
         mask = Image.fromarray((mask * 255).round().byte().numpy())
-        share = torch.from_numpy(np.array(softened(mask, _BLUR))) / 255
+        share = torch.from_numpy(np.array(softened(mask, BLUR))) / 255
         if not share.any():
             raise ValueError(f"the mask of {subject.path.name} is too thin to be seen in the image; make it wider")
-        rows, columns = _around(share, round(_PADDING * side_of(mask)))
+        rows, columns = _around(share, round(PADDING * side_of(mask)))
         part, share = images[:, rows, columns], share[rows, columns, None]
-        acting = [replace(one, region=None, prompt="") for one in (subject, *styles)]
+        acting = [Concept(one.path, one.scene.model_copy(update={"prompt": None})) for one in (subject, *styles)]
         large = _enlarged(part.shape[1], part.shape[2], size)
         painted = repaint(acting, own, _resized(part, large), _resized(share[None], large)[0, ..., 0])
         painted = _resized(painted, (part.shape[1], part.shape[2])).to(part)

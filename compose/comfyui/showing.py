@@ -6,11 +6,12 @@ from PIL import Image
 from torch import Tensor
 
 from lora_compose.attention.masks import cells_of
-from lora_compose.compose.comfyui.composition import HALF, Found
+from lora_compose.compose.comfyui.composition import Found
 from lora_compose.compose.figures.overlay import division, draft_heat
 from lora_compose.compose.lora.file_inspection import about, by_itself
 from lora_compose.compose.lora.merging import Report
 from lora_compose.pipelines.formats.files import LoraFile
+from lora_compose.pipelines.scene.regions import HALF
 
 _CELL = 8
 """Pixels of a cell of the latents, as most VAEs have it."""

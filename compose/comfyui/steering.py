@@ -4,7 +4,7 @@ It acts on the `forward` of the modules that run attention, and there as an over
 on top of one that another node has set.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -12,44 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_compose.attention import JointRegions, RegionAttention, Site, grid_at
+from lora_compose.attention import Site, grid_at
 from lora_compose.attention.forward_state import ForwardState
-from lora_compose.attention.joint_regions import RowIndex
+from lora_compose.attention.joint_kernel import JointKernel
 from lora_compose.attention.kernels import Kernel
 
 OVERRIDE = "optimized_attention_override"
-
-
-@dataclass(frozen=True, eq=False)
-class OurRegions(RegionAttention):
-    """Region attention of our conditioning's rows. Rows of others read their own text, and see all cells.
-
-    Attributes:
-        lengths: Tokens of each text that our conditioning has, one after the other.
-        rows: Those of our conditioning, and those of others; None where there are none.
-    """
-
-    lengths: Sequence[int]
-    rows: tuple[RowIndex | None, RowIndex | None]
-
-    def attend(self, kernel: Kernel, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Cross- or self-attention. Shapes: [rows, heads, positions, channels]; of the result, region queries."""
-        mine, others = self.rows
-        if others is None:
-            return self._ours(kernel, site, q, k, v)
-        ours, theirs = self._ours(kernel, site, q[mine], k[mine], v[mine]), kernel(q[others], k[others], v[others])
-        if site.reads_text:
-            theirs = self.at_queries(site.level, theirs.transpose(1, 2)).transpose(1, 2)
-        out = ours.new_empty(len(q), *ours.shape[1:])
-        out[mine], out[others] = ours, theirs
-        return out
-
-    def _ours(self, kernel: Kernel, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not site.reads_text:
-            return self.self_attention(kernel, site.level, q, k, v)
-        # ComfyUI repeats texts to the length of others.
-        keys, values = (x[:, :, : sum(self.lengths)].split([*self.lengths], dim=2) for x in (k, v))
-        return self.cross(kernel, site.level, q, keys, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,28 +68,20 @@ class SteeredAttention:
 
     def _steered(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of heads. Shapes: [rows, heads, positions, channels]."""
-        site, inputs, scale = self.site, self.state.inputs, q.shape[-1] ** -0.5
+        site, inputs = self.site, self.state.inputs
         cells = prod(grid_at(inputs.latent_grid, site.level))
-        tokens = site.padded(max(inputs.lengths))
-        lengths = {"text": tokens, "image": site.padded(cells)}
+        lengths = {"text": site.padded(max(inputs.lengths)), "image": site.padded(cells)}
         if q.shape[2] != sum(lengths[part] for part in site.parts):
             raise ValueError("another node changes the cells that attention sees; take it out, or use no draft here")
-        if isinstance(inputs.regions, OurRegions):
-            return inputs.regions.attend(kernel, site, q, k, v)
         if not site.joint and inputs.joint_regions is None:
+            scale = q.shape[-1] ** -0.5
             return self.state.attend(kernel, self.name, site.level, q, k, v, scale, site.reads_text)
-        for recorder in self.state.recorders:
-            recorder.take(self.name, q[:, :, tokens : tokens + cells], k, scale, tokens=tokens)
-        return kernel(q, k, v) if inputs.joint_regions is None else self._joint(inputs.joint_regions, kernel, q, k, v)
 
-    def _joint(self, regions: JointRegions, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention to text and image in one sequence; `JointRegions` has positions before heads."""
+        def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
+            return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask).transpose(1, 2)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
-
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return regions.attend(attend, self.site.parts, q, k, v, None).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # the joint kernel has positions before heads
+        return JointKernel(self.name, site, self.state, attend)(q, k, v).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_compose.compose.comfyui.weights import read_weights
 from lora_compose.pipelines.text.tokens import find_words
 
 
@@ -34,7 +35,7 @@ def find_tokens(clip: Any, text: str, words: str, tokens: int) -> list[int]:
     inner = next(getattr(outer, name) for name in (encoder, f"clip_{encoder}") if hasattr(outer, name))
     every = [token for part in by_encoder[encoder] for token in part][-tokens:]
     read = [(position, token) for position, (token, _, word) in enumerate(every) if word]
-    times = len(find_words(words, text))
+    times = len(find_words(words, read_weights(text).text))
     for given in (words, f" {words}"):  # to some tokenizers the space before a word is a part of it
         wanted = _plain(inner, given)
         starts = [

@@ -1,12 +1,18 @@
 """What the nodes say, in the words of the page; a test compares them, since the page's module loads diffusers."""
 
 METHODS = {
-    "draft": "A few first steps show where the model puts each subject, and each LoRA acts there. Needs no boxes.",
+    "draft": (
+        "A few first steps show where the model puts each subject, and each LoRA acts there. Boxes are kept, and not "
+        "needed."
+    ),
     "regional": "Each LoRA acts in its box only. Nothing moves the subjects into their boxes.",
     "tara": "Each LoRA acts on its own trigger. Best for LoRAs that were trained with TARA.",
     "merge": "All LoRAs act everywhere, as in most tools. Subjects may blend.",
 }
 """The methods, with what they do."""
+
+AUTO = "As without a method in lora-compose: draft, regional, tara or merge. The log says which, and why."
+"""The choice of a method."""
 
 MERGERS = {
     "cat": "The exact sum: as with all of them loaded, in one file.",
@@ -39,10 +45,15 @@ CONCEPT = "A LoRA with the words and the place of its subject. Chain concepts, t
 TRIGGER = "The word that the LoRA was trained with. Write it in the text where its subject is meant."
 CLASS_WORD = "What the subject is, for example cat; it follows the trigger in the text."
 WEIGHT = "How strongly the LoRA acts."
+SCHEDULE = (
+    "A weight that changes over the steps, instead of the weight above: 1..0.4 falls linearly, 0:1,0.5:0 is off in the "
+    "second half, 1,0.5,0 sets equal parts."
+)
 BOX = (
     "Where the subject is: left,top,right,bottom as fractions of the image, for example 0,0.1,0.5,0.9. Empty: anywhere."
 )
-MASK = "Where the subject is, painted white, instead of a box."
+MASK = "Where the subject is, painted white, instead of a box. Of several masks, the first counts."
+MASKS = "The boxes and masks of all concepts, in their order; white without one. Those of a draft: Draft preview."
 BOXES = "A box for each concept, in their order, one a line: left,top,right,bottom as fractions of the image; or none."
 TEXT = "What the image shows, with the triggers of the concepts. Weights in brackets are read as in CLIP Text Encode."
 PROMPT = "What its region reads, with the trigger. Empty: a text is made of that of Compose where one is needed."

@@ -16,7 +16,16 @@ from lora_compose.attention.masks import bounds
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.images.output import ComposeOutput, Cost
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.scene.mask_images import greys, in_pixels, mask_of_box, read_mask_image, side_of, softened
+from lora_compose.pipelines.scene.mask_images import (
+    BLUR,
+    PADDING,
+    greys,
+    in_pixels,
+    mask_of_box,
+    read_mask_image,
+    side_of,
+    softened,
+)
 from lora_compose.pipelines.scene.regions import read_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.emphasis import read_emphasis
@@ -52,8 +61,8 @@ class Detailer:
     """
 
     strength: float = 0.5
-    padding: float = 0.25
-    blur: float = 0.05
+    padding: float = PADDING
+    blur: float = BLUR
     method: str | Settings | None = None
 
     def __post_init__(self) -> None:

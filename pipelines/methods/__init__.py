@@ -16,7 +16,7 @@ from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.methods.switch import Switch
 from lora_compose.pipelines.methods.tara import Tara
-from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.method_choice import method_for
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.support.spelling import did_you_mean
 from lora_compose.pipelines.text import missing
@@ -135,48 +135,23 @@ def choose_method(
     subjects_of: Sequence[Sequence[Described]] = [loaded_subjects] * len(prompts or [()])
     if concept_sets:
         subjects_of = [[concept_set.loaded[i] for i in concept_set.subjects] for concept_set in concept_sets]
-    several = max(map(len, subjects_of)) > 1
-    lacks = _lacking(prompts, subjects_of)
-    if any(subject.region for subject in subjects):
-        noun = "subject" if len(subjects) < len(concepts) else "concept"
-        return _for_regions(subjects, noun, lacks if several else "there is one subject", region_attention)
-    if several and not lacks:
-        return _chosen(Draft(), "the prompt names every concept by trigger and class word")
+    several, lacks = max(map(len, subjects_of)) > 1, _lacking(prompts, subjects_of)
     relevant = loaded_subjects or (concepts if prompts is not None else ())  # with styles alone, they decide
-    if relevant and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in relevant):
-        why = f", and {lacks}" if several else ""
-        return _chosen(Tara(), f"every concept was trained for it{why}")
-    if not several:
-        few = "no prompt has several subjects" if len(subjects) > 1 else "there is one subject"
-        return _chosen(Merge(), few if subjects else "styles act everywhere")
-    if prompts is None:
-        return _blending(lacks, "unless each has a region")
-    region = f"Concept(name={subjects[0].name!r}, region=(0, 0, 0.5, 1))"
-    return _blending(lacks, f"unless that is done, or each has a region, such as {region}")
-
-
-def _chosen(method: Settings, reason: str) -> Choice:
-    logger.info("method: %s, because %s", name_of(method)[0], reason)
-    return Choice(method, reason)
-
-
-def _blending(reason: str, unless: str) -> Choice:
-    warn(f"method: merge, because {reason}. Its subjects blend, {unless}")
-    return Choice(Merge(), reason)
-
-
-def _for_regions(subjects: Sequence[Concept], noun: str, lacks: str, region_attention: bool) -> Choice:
-    """The method for subjects of which some or all have a region."""
-    boxed = ", ".join(subject.name for subject in subjects if subject.region)
-    others = ", ".join(subject.name for subject in subjects if not subject.region)
-    reason = f"{boxed} has a region" if others else f"every {noun} has a region"
-    if not lacks and others:
-        return _chosen(Draft(), f"{reason}, and {others} is looked for in the rest of the image")
-    if not lacks and region_attention:
-        return _chosen(Draft(), f"{reason}, and the prompt names each by trigger and class word")
-    if others:
+    name, reason = method_for(
+        [(subject.name, bool(subject.region)) for subject in subjects],
+        styles=len(subjects) < len(concepts), several=several, lacks=lacks, region_attention=region_attention,
+        trained=bool(relevant) and all(one.trained_with == "tara" and one.concept.trigger for one in relevant),
+    )  # fmt: skip
+    choice = Choice(METHODS[name](), reason)
+    if name == "merge" and several:
+        region = f", such as Concept(name={subjects[0].name!r}, region=(0, 0, 0.5, 1))"
+        unless = "unless each has a region" if prompts is None else f"unless that is done, or each has a region{region}"
+        warn(f"method: merge, because {reason}. Its subjects blend, {unless}")
+        return choice
+    if name == "regional" and (others := ", ".join(subject.name for subject in subjects if not subject.region)):
         warn(f"without a region, {others} acts on the whole image, also inside the regions of others")
-    return _chosen(Regional(), f"{reason}, and {lacks}" if lacks else reason)
+    logger.info("method: %s, because %s", name, reason)
+    return choice
 
 
 def _lacking(prompts: Sequence[str] | None, subjects_of: Sequence[Sequence[Described]]) -> str:

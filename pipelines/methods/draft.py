@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.attention import Site, TextBias, grid_at
+from lora_compose.attention import NORM_APART, Site, TextBias, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
@@ -37,11 +37,11 @@ from lora_compose.pipelines.methods.drafted import drafted_maps
 from lora_compose.pipelines.methods.gated_pass import gated_pass, with_region_norm
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
-from lora_compose.pipelines.methods.region_texts import HALF, region_texts, segment_texts, shared_text
+from lora_compose.pipelines.methods.region_texts import region_texts, segment_texts, shared_text
 from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.scene.canvas import Canvas, Step
-from lora_compose.pipelines.scene.division import divided, nearest, strips
-from lora_compose.pipelines.scene.regions import Regions, region_mask
+from lora_compose.pipelines.scene.division import LENGTH, THRESHOLD, divided, nearest, strips
+from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.branches import branch_of
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -78,14 +78,14 @@ class Draft(Settings):
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
     """
 
-    length: float = 0.12
-    threshold: float = 0.3
+    length: float = LENGTH
+    threshold: float = THRESHOLD
     division: Division = "auto"
     reading: ReadingMode = "auto"
     apart: float = 0.4
     isolate: Isolation = "auto"
     bias: float | None = None
-    norm_apart: float = 0.4
+    norm_apart: float = NORM_APART
     keep_regions: bool = True
 
     def __post_init__(self) -> None:

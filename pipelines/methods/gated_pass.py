@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, NormRegions, grid_at
+from lora_compose.attention import Gates, NormRegions
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.process import ActingRows, FixedPasses, acting_rows
@@ -79,11 +79,7 @@ def with_region_norm(
     here = [i for i, (whole, weight) in enumerate(zip(everywhere, weights, strict=True)) if weight and not whole]
     if part == 0 or not here or not canvas.backbone.has_group_norms:
         return FixedPasses(session, [[(spec, 1.0)]], text_for_callbacks=text_for_callbacks)
-    by_grid = {}
-    for level, mask in masks.items():
-        grid = grid_at(canvas.latent_grid, level)
-        by_grid[grid] = mask[..., here].transpose(-1, -2).unflatten(-1, grid)
-    early = replace(spec, norm_regions=NormRegions.of(by_grid))
+    early = replace(spec, norm_regions=NormRegions.by_level(masks, canvas.latent_grid, here))
     turns = [[(early, 1.0)], [(spec, 1.0)]]
     return FixedPasses(session, turns, first=part, text_for_callbacks=text_for_callbacks)
 

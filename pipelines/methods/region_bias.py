@@ -17,10 +17,7 @@ def region_bias(
     *,
     on_all_rows: bool = False,
 ) -> TextBias:
-    """The bias on the scores between image and text.
-
-    For cell x with the share M_i(x) in the region of subject i, and token t of the words of subject j, it is the sum of
-    own * M_j(x) and other * M_i(x) over all i other than j. FreeFuse, arXiv 2510.23515.
+    """The bias on the scores between image and text (`TextBias.between`).
 
     Args:
         shares: By level; the same for all images, or by image. Shape: [images, cells, subjects] each.
@@ -29,10 +26,9 @@ def region_bias(
         other_bias: Added between a region and the words of other subjects.
         on_all_rows: Whether it is there on unconditional rows, too, where it is 0 otherwise.
     """
-    others = phrases.sum(dim=2, keepdim=True) - phrases
-    weights, branches = own_bias * phrases + other_bias * others, text.rows // text.images
-    tokens = weights.repeat(branches, 1, 1)
+    branches = text.rows // text.images
+    words = phrases.repeat(branches, 1, 1)
     if not on_all_rows:
-        tokens[text.roles.unconditional] = 0
+        words[text.roles.unconditional] = 0
     cells = {level: share.expand(text.images, -1, -1).repeat(branches, 1, 1) for level, share in shares.items()}
-    return TextBias(cells, tokens)
+    return TextBias.between(cells, words, own_bias, other_bias)

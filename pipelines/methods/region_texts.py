@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,18 +11,13 @@ from torch import Tensor
 from lora_compose.attention import JointRegions, Site
 from lora_compose.pipelines.denoising.process import one_text, warn_unread
 from lora_compose.pipelines.denoising.session import Session
-from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning, stack_texts
 from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
 from lora_compose.pipelines.text.segments import join_segments
-from lora_compose.pipelines.text.tokens import find_words
 
 Background = Literal["surroundings", "scene"]
 """Text of the cells outside all regions: the prompt without the concepts, or the whole prompt without triggers."""
-
-HALF = 0.5
-"""A cell reads the texts of regions that cover at least this share of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +59,8 @@ def region_texts(
     others = [concept for i, concept in enumerate(concepts.concepts) if i not in indices and concept.trigger]
     # Concepts with a prompt of their own need not be named in the scene's, but these are read there.
     session.prompts.find(scene, [other.name for other in others])
-    canvas = [_canvas_prompt(prompt, placed, others, background) for prompt in scene]
+    outside = without_triggers if background == "scene" else partial(surroundings, others=others)
+    canvas = [outside(prompt, placed) for prompt in scene]
     behind = concepts.weights_of([i for i in range(len(concepts.loaded)) if i not in indices])
     texts = [encode(behind, canvas, names=[other.name for other in others])]
     for i, region_prompts in zip(indices, prompts, strict=True):
@@ -77,13 +74,6 @@ def region_texts(
     whole = encode(behind, plain, names=[other.name for other in others])
     alone = [together.described_by(text) for text in texts[1:]]
     return RegionTexts(texts[0], together.described_by(whole), alone)
-
-
-def _canvas_prompt(prompt: str, placed: Sequence[Concept], others: Sequence[Concept], background: Background) -> str:
-    bare = surroundings(prompt, placed)
-    # Where the words of a background concept stand among those of the others, plain words keep them.
-    keeps = all(find_words(other.trigger or "", bare) for other in others)
-    return bare if background == "surroundings" and keeps else without_triggers(prompt, placed)
 
 
 @dataclass(frozen=True, eq=False)

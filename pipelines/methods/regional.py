@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Site, grid_at
+from lora_compose.attention import NORM_APART, Site, grid_at
 from lora_compose.pipelines.denoising.process import (
     ActingRows,
     FixedPasses,
@@ -35,8 +35,8 @@ from lora_compose.pipelines.denoising.process import (
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, with_region_norm
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.region_texts import HALF, GatedText, SegmentedTexts, segment_texts, shared_text
-from lora_compose.pipelines.scene.regions import Regions, region_mask
+from lora_compose.pipelines.methods.region_texts import GatedText, SegmentedTexts, segment_texts, shared_text
+from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.tokens import find_words
 
@@ -65,7 +65,7 @@ class Regional(Settings):
     token_mask: TokenMask = "tara"
     texts: Texts = "auto"
     isolate: bool = False
-    norm_apart: float = 0.4
+    norm_apart: float = NORM_APART
 
     def __post_init__(self) -> None:
         check_choices(self)

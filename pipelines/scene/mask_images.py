@@ -21,6 +21,11 @@ FILE_LIMIT = 256 * 2**20  # bytes; some parts of a file are read whole, whatever
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 URI_PREFIX = "data:image/png;base64,"
 
+PADDING = 0.25
+"""Context around a subject that is repainted, as a share of the longer side of its bounding box."""
+BLUR = 0.05
+"""Radius of the blend at its border, as a share of that side."""
+
 Box = tuple[int, int, int, int]
 
 

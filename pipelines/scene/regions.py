@@ -13,6 +13,9 @@ from lora_compose.attention.sites import Grid, coarser
 from lora_compose.pipelines.scene.mask_images import URI_PREFIX, from_uri, greys, in_pixels, mask_name, open_image
 from lora_compose.pipelines.scene.scene import BoxOrMask, Concept, check_box
 
+HALF = 0.5
+"""A cell reads the texts of regions that cover at least this share of it."""
+
 
 def read_mask(path: str) -> Tensor:
     """Reads a mask image: its opacity if a pixel is transparent, else its brightness; white or opaque is inside.

@@ -26,10 +26,17 @@ def without_triggers(prompt: str, concepts: Sequence[Concept]) -> str:
     return _tidy(prompt)
 
 
-def surroundings(prompt: str, concepts: Sequence[Concept]) -> str:
-    """The prompt without the list of concepts: "a sks cat and a zwx dog on grass" becomes "on grass"."""
+def surroundings(prompt: str, concepts: Sequence[Concept], others: Sequence[Concept] = ()) -> str:
+    """The prompt without the list of concepts: "a sks cat and a zwx dog on grass" becomes "on grass".
+
+    Args:
+        others: Concepts with a trigger that stays. Where that is among the words of `concepts`, these stay as well, as
+            plain words.
+    """
     start, end = _list_of(words_of(concepts), prompt)
-    return _tidy(f"{_LEADING_UP.sub('', prompt[:start])} {prompt[end:]}") if end else prompt
+    bare = _tidy(f"{_LEADING_UP.sub('', prompt[:start])} {prompt[end:]}") if end else prompt
+    kept = all(find_words(other.trigger or "", bare) for other in others)
+    return bare if kept else without_triggers(prompt, concepts)
 
 
 def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
@@ -48,8 +55,7 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
     if concept.prompt is not None:
         return concept.prompt
     every = words_of(concepts)
-    (words,) = words_of([concept])
-    spans = _named(words, prompt, every)
+    spans = named_spans(concept, prompt, concepts)
     if not spans:
         missing = f"write {concept.phrase!r} in it" if concept.phrase else "give it a trigger and write that in it"
         raise ValueError(
@@ -78,8 +84,14 @@ def _list_of(every: tuple[Words, ...], prompt: str) -> Span:
     return (min(spans)[0], max(end for _, end in spans)) if spans else (0, 0)
 
 
-def _named(words: Words, prompt: str, every: tuple[Words, ...]) -> list[Span]:
+def named_spans(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
     """Where a prompt names a concept: from its trigger to its class word, or the class word alone."""
+    (words,) = words_of([concept])
+    return _named(words, prompt, words_of(concepts))
+
+
+def _named(words: Words, prompt: str, every: tuple[Words, ...]) -> list[Span]:
+    """The spans of `named_spans`, for the words of a concept and of all."""
     _, trigger, class_word = words
     if not trigger:
         return find_words(class_word or "", prompt)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -179,6 +180,29 @@ def test_injection_and_isolation_do_not_depend_on_each_other() -> None:
     assert torch.equal(injecting.cross(sdpa, LEVEL, query, keys, values), expected)
     expected = both.self_attention(sdpa, LEVEL, query, key, value)
     assert torch.equal(isolating.self_attention(sdpa, LEVEL, query, key, value), expected)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_rows_of_others_see_all_cells_and_read_their_own_text(overlap: bool) -> None:
+    """Ours have three texts one after the other; those of others have one, in as many tokens."""
+    membership, lengths = APART.clone(), (2, 3, 4)
+    if overlap:
+        membership[:] = True
+    others = torch.tensor([1]), torch.tensor([0])
+    attention = RegionAttention({LEVEL: Partition.of(membership)}, True, True, lengths, others)
+    query, key, value = query_key_value(len(membership))
+    found = attention.attend(sdpa, LEVEL, query, key, value, None, False)
+    own = in_regions(membership).self_attention(sdpa, LEVEL, query, key, value)
+    assert torch.allclose(found[0], own[0], atol=1e-6)
+    assert torch.allclose(found[1], sdpa(query, key, value)[1], atol=1e-6)
+    keys, values = (random(ROWS, HEADS, sum(lengths) + 2, CHANNELS, seed=seed) for seed in (3, 4))
+    found = attention.attend(sdpa, LEVEL, query, keys, values, None, True)
+    each_key, each_value = (x[:, :, :9].split([*lengths], dim=2) for x in (keys, values))
+    own = in_regions(membership).cross(sdpa, LEVEL, query, each_key, each_value)
+    assert found.shape == own.shape
+    assert torch.allclose(found[0], own[0], atol=1e-6)
+    cells = attention.partitions[LEVEL].queries.cells
+    assert torch.allclose(found[1], sdpa(query, keys, values)[1][:, cells], atol=1e-6)
 
 
 def test_every_level_has_its_own_partition() -> None:

@@ -21,8 +21,9 @@ from krea2 import krea2_transformer
 from lora_compose.attention import Gates, Recorder, Site, install
 from lora_compose.attention.backbones import backbone_of
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
-from lora_compose.attention.backbones.joint import JointKernel, with_kernel
+from lora_compose.attention.backbones.joint import with_kernel
 from lora_compose.attention.forward_state import ForwardState
+from lora_compose.attention.joint_kernel import JointKernel
 from qwen_image import qwen_image_transformer
 from transformer_families import CALL, Family, plain_latents, random_lora_of_all
 from z_image import z_image_transformer

@@ -3,18 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lora_compose.attention import JointRegions, RegionAttention, Site
-from lora_compose.compose.comfyui.composition import Acting, Composition, Region
-from lora_compose.compose.comfyui.concepts import Concept, Request, boxes_of, drawn, with_boxes
+from lora_compose.compose.comfyui.composition import Acting, Composition, Places, Region
+from lora_compose.compose.comfyui.concepts import Concept, Request, boxes_of, drawn, subjects_of, with_boxes
 from lora_compose.compose.comfyui.families import Family
+from lora_compose.compose.comfyui.weights import read_weights
 from lora_compose.compose.comfyui.words import METHODS
 from lora_compose.compose.page.labels import METHOD_LABELS
+from lora_compose.pipelines.formats.triggers import Words as FileWords
+from lora_compose.pipelines.methods import choose_method, name_of
 
+TEXT = "a sks cat and a zwx dog on grass"
 CAT, DOG = Path("cat.safetensors"), Path("dog.safetensors")
 LAYERS = {"a": Site("text"), "b": Site("image"), "c": Site("image", level=1), "d": Site("row"), "e": Site("modulation")}
 
@@ -33,7 +39,8 @@ class Words:
         return {"l": self.tokenize_with_weights(text, return_word_ids)}
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, disable_weights: bool = False) -> Any:
-        words = [(word, 1.0, n) for n, word in enumerate(text.split(), start=1)]
+        plain = text if disable_weights else read_weights(text).text
+        words = [(word, 1.0, n) for n, word in enumerate(plain.split(), start=1)]
         return [[("<", 1.0, 0), *words, (">", 1.0, 0)]]
 
     def encode(self, text: str, which: Any) -> list[list[Any]]:
@@ -42,7 +49,7 @@ class Words:
 
 
 def composed(
-    concepts: list[Concept], text: str, method: str, *, texts: str = "auto", joint: bool = False
+    concepts: Sequence[Concept], text: str, method: str, *, texts: str = "auto", joint: bool = False
 ) -> tuple[Composition, Any, Words]:
     clip = Words()
     request = Request(concepts, [{}] * len(concepts), clip, clip.encode, text, texts, joint)
@@ -55,10 +62,11 @@ def two(first: str = "", second: str = "") -> list[Concept]:
 
 def acting(
     plan: Composition, ours: list[bool], grid: tuple[int, int], tokens: int, *images: Sequence[Region | None],
-    family: Family = UNET,
+    family: Family = UNET, step: int = 0,
 ) -> Acting:  # fmt: skip
-    lengths = [text[0][0].shape[1] for text in plan.texts]
-    return Acting(plan, family, images or [plan.regions], lengths, torch.tensor(ours), grid, tokens)
+    lengths, weights = [text[0][0].shape[1] for text in plan.texts], plan.step_weights(step, 4)
+    places = Places.of(images or [plan.regions], family, grid)
+    return Acting(plan, family, places, lengths, torch.tensor(ours), grid, tokens, weights)
 
 
 def test_the_methods_are_described_as_on_the_page() -> None:
@@ -94,6 +102,78 @@ def test_boxes_are_given_to_concepts_in_their_order() -> None:
     assert drawn(placed).mean(dim=(1, 2)).tolist() == [0.5, 1]
 
 
+def test_regions_are_shown_as_masks() -> None:
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :16] = 1
+    concepts = [*two("0,0,0.5,1"), Concept.of(Path("bird.safetensors"), "", "bird", 1.0, "", mask)]
+    shown = drawn(concepts)
+    assert shown.shape == (3, 256, 256)
+    assert shown.mean(dim=(1, 2)).tolist() == [0.5, 1, 0.25]
+    assert shown[2, :64].all()
+
+
+def test_a_schedule_is_the_weight_of_each_step() -> None:
+    cat = Concept.of(CAT, "sks", "cat", 0.3, "0,0,0.5,1", schedule=" 0:1..0.5:0.5 ")
+    plan = composed([cat, two()[1]], "a sks cat", "regional")[0]
+    assert plan.weights.tolist() == [1, 0.5]
+    rows = [acting(plan, [True], (1, 2), 7, step=step).gates for step in range(4)]
+    assert [gates.row[0].tolist() for gates in rows] == [[1, 0.5], [0.75, 0.5], [0.5, 0.5], [0.5, 0.5]]
+    assert rows[1].image[0][0].tolist() == [[0.75, 0.5], [0, 0.5]]
+    with pytest.raises(
+        ValueError, match=r"the schedule of cat.safetensors: expected a valid number, a list of numbers"
+    ):
+        Concept.of(CAT, "", "", 1.0, schedule="early")
+
+
+STYLE = Concept.of(Path("style.safetensors"), "", "", 1.0)
+
+
+def given(*boxes: str, nouns: tuple[str, str] = ("cat", "dog"), style: bool = False) -> list[Concept]:
+    boxes = (*boxes, "", "")
+    cat = Concept.of(CAT, "sks", nouns[0], 1.0, boxes[0])
+    return [cat, Concept.of(DOG, "zwx", nouns[1], 0.5, boxes[1]), *([STYLE] if style else [])]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize(
+    "concepts",
+    [
+        given(), given(style=True), given("0,0,0.5,1"), given("0,0,0.5,1", "0.5,0,1,1"),
+        given("0,0,0.5,1", "0.5,0,1,1", style=True), given(nouns=("cat", "")), given("0,0,0.5,1", nouns=("cat", "")),
+        given("0,0,0.5,1", "0.5,0,1,1", nouns=("", "")), given()[:1], given("0,0,0.5,1")[:1], [STYLE, STYLE],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_method_is_chosen_as_in_our_pipelines(
+    concepts: list[Concept], joint: bool, trained: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where these see the same concepts, of which some are styles."""
+    kind = "tara" if trained else None
+    concepts = [replace(one, path=tmp_path / one.path) for one in concepts]
+    for one in concepts:
+        save_file({"a": torch.zeros(1)}, one.path, {"method": "tara"} if trained else {})
+    caplog.set_level("INFO", "lora_compose")
+    text, subjects = TEXT, subjects_of(concepts)
+    boxed = [{"region": (0, 0, 8, 8)} if one.region is not None else {} for one in concepts]
+    roles = [{"role": "subject" if i in subjects else "style"} for i in range(len(concepts))]
+    same = [one.scene.model_copy(update={**b, **r}) for one, b, r in zip(concepts, boxed, roles, strict=True)]
+    described: Any = [SimpleNamespace(concept=one, trained_with=kind, words=FileWords()) for one in same]
+    wanted = name_of(choose_method(described, [text], region_attention=not joint).method)[0]
+    clip = Words()
+    plan, conditioning = Request(concepts, [{}] * len(concepts), clip, clip.encode, text, joint=joint).composed("auto")
+    assert f"method: {wanted}, because " in caplog.text
+    clip = Words()
+    expected, other = Request(concepts, [{}] * len(concepts), clip, clip.encode, text, joint=joint).composed(wanted)
+    assert torch.equal(plan.words, expected.words)
+    assert (plan.draft is None, plan.text_of_others) == (expected.draft is None, expected.text_of_others)
+    assert conditioning[0][1] == other[0][1]
+
+
+def test_in_tara_a_style_acts_on_all_words() -> None:
+    plan = composed([*two(), STYLE], TEXT, "tara")[0]
+    assert plan.words.sum(dim=0).tolist() == [1, 1, len(TEXT.split()) + 2]
+
+
 @pytest.mark.parametrize("box", ["0,0,1", "0,0,0,1", "0.5,0,0.2,1", "0,0,2,1", "a,b,c,d", "nan,0,1,1", "inf,0,1,1"])
 def test_a_box_that_is_none_is_refused(box: str) -> None:
     with pytest.raises(ValueError, match=r"for example 0,0\.1,0\.5,0\.9"):
@@ -126,9 +206,6 @@ def test_regions_that_contradict_each_other_are_refused() -> None:
         with_boxes(two("0,0,1,1"), [None, None])
     with pytest.raises(ValueError, match="1 boxes for 2 concepts"):
         with_boxes(two(), [None])
-
-
-TEXT = "a sks cat and a zwx dog on grass"
 
 
 def test_a_draft_looks_for_class_words_in_the_text_without_triggers() -> None:
@@ -187,6 +264,62 @@ def test_two_of_one_class_read_texts_of_their_own() -> None:
     assert text[1].sum() == 0
     assert text[0, :18].nonzero().tolist() == [[n, 0] for n in range(4, 11)] + [[n, 1] for n in range(11, 18)]
     assert torch.equal(text[0, :18], text[0, 18:]), "repeated as ComfyUI does it"
+
+
+@pytest.mark.parametrize(
+    ("text", "encoded"),
+    [
+        (
+            "a (sks cat:1.3) and a zwx dog on grass",
+            ["on grass", "a (sks cat:1.3) on grass", "a zwx dog on grass", "a (cat:1.3) and a dog on grass"],
+        ),
+        (
+            "a sks cat and a (zwx dog:1.2), (masterpiece:1.1)",
+            [
+                "(masterpiece)", "a sks cat, (masterpiece)", "a (zwx dog:1.2), (masterpiece)",
+                "a cat and a (dog:1.2), (masterpiece)",
+            ],
+        ),
+        (
+            "(a (sks:1.2) cat and a zwx dog) \\(film\\)",
+            [
+                "\\(film\\)", "(a) (sks:1.2) (cat) \\(film\\)", "(a zwx dog) \\(film\\)",
+                "(a cat and a dog) \\(film\\)",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_texts_that_are_derived_keep_the_weights_of_their_words(text: str, encoded: list[str]) -> None:
+    placed = with_boxes(two(), boxes_of("0,0,0.5,1\n0.5,0,1,1"))
+    clip = composed(placed, text, "regional", texts="regions")[2]
+    assert [said for said, _ in clip.encoded] == encoded
+
+
+def test_a_draft_finds_words_beside_weights() -> None:
+    text = "a (sks:1.2) cat and a (zwx dog:0.8)"
+    plan, _, clip = composed(two(), text, "draft")
+    assert [said for said, _ in clip.encoded] == [text, "a cat and a (dog:0.8)"]
+    assert plan.draft is not None
+    assert plan.phrases is not None
+    assert plan.draft.words.nonzero().tolist() == [[2, 0], [5, 1]]
+    assert plan.phrases.nonzero().tolist() == [[2, 0], [3, 0], [6, 1], [7, 1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "weights"),
+    [
+        ("a (b:2) c", "a b c", [1, 1, 2, 1, 1]),
+        ("(a) \\(b\\)", "a \\(b\\)", [1.1] + [1] * 6),
+        ("((a) b:2)", "a b", [2.2, 2, 2]),
+        ("((a:3) b:2)", "a b", [3, 2, 2]),
+        ("(16:9) )(", "16 )(", [9, 9, 1, 1, 1]),
+        ("(a: b)", "a: b", [1.1] * 4),
+    ],
+)
+def test_weights_are_read_as_comfyui_reads_them(text: str, plain: str, weights: list[float]) -> None:
+    read = read_weights(text)
+    assert read.text == plain
+    assert read.weights == pytest.approx(weights)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Concepts on ComfyUI's own models, tiny, sampled by its own KSampler: equal to dense deltas, and gone afterwards."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from torch import Tensor
 from lora_compose.compose.comfyui.composition import Composition, Draft
 from lora_compose.pipelines.scene.division import divided, nearest, strips
 from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.scene.strength import WeightSchedule
 
 pytestmark = pytest.mark.comfyui
 FAMILIES = ("sd", "sdxl", "flux", "flux2", "z_image", "qwen_image", "chroma", "krea2", "anima")
@@ -105,6 +107,12 @@ def compared(
 def test_every_method_equals_dense_deltas(core: ModuleType, patcher: Any, tmp_path: Path, method: str) -> None:
     plan = composition(core, patcher, tmp_path, method)
     assert compared(core, patcher, plan, core.text(2)) < 1e-5
+
+
+def test_weights_that_change_over_the_steps(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    plan = composition(core, patcher, tmp_path, "words in regions")
+    plan = replace(plan, schedules={0: WeightSchedule.of("1..0.2"), 1: WeightSchedule.of("0:0.5,0.5:0")})
+    assert compared(core, patcher, plan, core.text(2), steps=4) < 1e-5
 
 
 def texts_of_regions(core: ModuleType, patcher: Any, folder: Path, *, isolate: bool) -> Composition:
@@ -586,7 +594,8 @@ def test_the_nodes_run_from_files_to_an_image(
     import folder_paths  # pyright: ignore[reportMissingImports]
     from safetensors.torch import save_file
 
-    from lora_compose.compose.comfyui.nodes import BoxesNode, ComposeNode, ConceptNode, comfy_entrypoint
+    from lora_compose.compose.comfyui.entry import comfy_entrypoint
+    from lora_compose.compose.comfyui.nodes import BoxesNode, ComposeNode, ConceptNode
 
     patcher, clip = models["sd"], Text(core.WIDTH)
     for seed, name in ((1, "one"), (2, "two")):
@@ -606,14 +615,16 @@ def test_the_nodes_run_from_files_to_an_image(
     text, negative = "a sks cat beside a zwx dog", clip.encode_from_tokens_scheduled(clip.tokenize("blurry"))
     plain = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     base, found = core.drawn(patcher, plain, negative), {}
-    ways = {"regional": placed, "regions": placed, "draft": both, "tara": both, "merge": both}
+    ways = {"regional": placed, "regions": placed, "draft": both, "auto": both, "tara": both, "merge": both}
     for method, concepts in ways.items():
         given = ("regional", method) if method == "regions" else (method,)
-        model, positive = ComposeNode.execute(patcher, clip, concepts, text, *given).args
+        model, positive, masks = ComposeNode.execute(patcher, clip, concepts, text, *given).args
+        assert torch.equal(masks, shown) == (concepts is placed)
         found[method] = core.drawn(model, positive, negative)
         assert (found[method] - base).abs().max() > 0.01
     assert all((found["merge"] - found[method]).abs().max() > 0.01 for method in ways if method != "merge")
     assert (found["regional"] - found["regions"]).abs().max() > 0.01
+    assert torch.equal(found["auto"], found["draft"])
     assert torch.equal(base, core.drawn(patcher, plain, negative))
     with pytest.raises(ValueError, match="give at least one a box"):
         ComposeNode.execute(patcher, clip, both, text, "regional")
@@ -647,6 +658,90 @@ def test_nodes_that_replace_attention_are_refused_beside_a_draft(
     with pytest.raises(ValueError, match="set batch_size to 1"):
         core.drawn(compose(patcher, plan), marked(positive, plan), core.text(2), batch=2)
     assert left(patcher) == 0
+
+
+@pytest.mark.parametrize("own_texts", [False, True])
+def test_another_override_of_attention_is_called_by_ours(
+    core: ModuleType, patcher: Any, tmp_path: Path, own_texts: bool
+) -> None:
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan, calls = drafting(core, patcher, tmp_path, own_texts=own_texts), 0
+    positive, negative = marked(core.text(1), plan), core.text(2)
+
+    def override(function: Any, *arguments: Any, **options: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return function(*arguments, **options)
+
+    host = compose(patcher, plan)
+    wanted = core.drawn(host, positive, negative)
+    host = host.clone()
+    host.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert torch.equal(core.drawn(host, positive, negative), wanted)
+    assert calls > 10
+
+
+def patched(patcher: Any) -> Any:
+    """As nodes like FreeU do it."""
+    patcher = patcher.clone()
+    patcher.set_model_output_block_patch(lambda h, skip, options: (h * 1.1, skip))
+    patcher.set_model_attn1_output_patch(lambda out, options: out * 0.9)
+    return patcher
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_beside_patches_of_attention_and_blocks(
+    core: ModuleType, models: dict[str, Any], tmp_path: Path, texts: bool
+) -> None:
+    patcher = models["sd"]
+    plan = (
+        texts_of_regions(core, patcher, tmp_path, isolate=False)
+        if texts
+        else composition(core, patcher, tmp_path, "regional")
+    )
+    assert compared(core, patcher, plan, core.text(2), before=patched) < 1e-5
+    assert left(patcher) == 0
+
+
+def test_beside_a_controlnet(core: ModuleType, models: dict[str, Any], tmp_path: Path) -> None:
+    """On the positive conditioning, as a ControlNet gives it to the middle block."""
+    import comfy.controlnet  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    class Control(comfy.controlnet.ControlBase):
+        def get_control(self, x: Tensor, *_: Any) -> dict[str, list[Tensor]]:
+            return {"input": [], "middle": [torch.full((len(x), 64, 6, 8), 0.5)], "output": []}
+
+        def copy(self) -> Any:
+            return self
+
+    def controlled(conditioning: list[list[Any]]) -> list[list[Any]]:
+        more = {"control": Control(), "control_apply_to_uncond": False}
+        return [[text, {**options, **more}] for text, options in conditioning]
+
+    patcher, positive, negative = models["sd"], core.text(1), core.text(2)
+    plan = composition(core, patcher, tmp_path, "regional")
+    base = core.drawn(patcher, positive, negative)
+    assert (core.drawn(patcher, controlled(positive), negative) - base).abs().max() > 0.01
+    found = core.drawn(compose(patcher, plan), controlled(marked(positive, plan)), negative)
+    wanted = core.Reference(patcher, plan, positive, plan.regions).draw(controlled(positive), negative)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+    assert left(patcher) == 0
+
+
+def test_a_clone_with_another_copy_of_the_model(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    """Concepts act in the one that is sampled, whatever the model was when the node ran."""
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    plan, negative = composition(core, patcher, tmp_path, "regional"), core.text(2)
+    host, positive = compose(patcher, plan), marked(core.text(1), plan)
+    wanted = core.drawn(host, positive, negative)
+    other = host.clone()
+    other.model = deepcopy(patcher.model)
+    assert torch.equal(core.drawn(other, positive, negative), wanted)
+    assert left(patcher) == left(other) == 0
 
 
 @pytest.mark.parametrize("mistake", ["no mark", "another Compose", "two Compose nodes", "another text"])

@@ -57,6 +57,12 @@ def two(tmp_path: Path) -> list[Concept]:
     return [concept(tmp_path, "cat", 1.0, first), concept(tmp_path, "dog", 0.5, second)]
 
 
+def test_a_weight_that_changes_over_the_steps_is_refused(model: nn.Module, two: list[Concept], tmp_path: Path) -> None:
+    fading = Concept.of(two[0].path, "sks", "cat", 1.0, schedule="1..0")
+    with pytest.raises(ValueError, match=r"cat\.safetensors has a schedule, but a file has no steps; clear it"):
+        merge_concepts([fading, two[1]], [{}, {}], model, "cat", tmp_path / "out.safetensors")
+
+
 def merged(model: nn.Module, concepts: list[Concept], method: str, out: Path) -> Report:
     loras = [read_concept(one.path, model, NAMES, SITES, products=False)[0] for one in concepts]
     return merge_concepts(concepts, loras, model, method, out)

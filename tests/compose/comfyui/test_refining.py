@@ -26,7 +26,7 @@ class Painter:
         self.asked: list[tuple[list[str], str, torch.Size, Tensor]] = []
 
     def __call__(self, acting: Sequence[Concept], text: str, part: Tensor, mask: Tensor) -> Tensor:
-        assert not any(one.region is not None or one.prompt for one in acting)
+        assert not any(one.region is not None or one.scene.prompt for one in acting)
         self.asked.append(([one.path.stem for one in acting], text, part.shape, mask))
         return torch.ones_like(part)
 
@@ -71,6 +71,16 @@ def test_a_prompt_of_its_own_is_the_text_of_a_subject(images: Tensor) -> None:
     painter = Painter()
     refined(images, [cat], "two animals", 64, painter)
     assert painter.asked[0][1] == "a sks cat asleep"
+
+
+def test_words_keep_their_weights_and_prompts_have_their_own(images: Tensor) -> None:
+    cat, style, dog = concepts("0,0,0.2,0.5", "0.5,0,1,1")
+    asleep = Concept.of(Path("fox.safetensors"), "fxs", "fox", 1.0, "0,0,1,1", None, "a (fxs fox:0.9) asleep")
+    painter = Painter()
+    refined(images, [cat, style, dog, asleep], "a (sks cat:1.3) and a zwx dog on (grass:1.2)", 64, painter)
+    assert [asked[1] for asked in painter.asked] == [
+        "a (sks cat:1.3) on (grass:1.2)", "a zwx dog on (grass:1.2)", "a (fxs fox:0.9) asleep"
+    ]  # fmt: skip
 
 
 def test_what_cannot_be_repainted_is_refused(images: Tensor) -> None:

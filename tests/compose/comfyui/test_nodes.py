@@ -1,0 +1,143 @@
+"""What the nodes tell ComfyUI of themselves, on a stand-in; and what they need of it."""
+
+import ast
+import asyncio
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from comfy_stand_in import Recorded, standing_in
+from comfy_workflows import CORE_NODES, EXAMPLES, as_asked, example
+from lora_compose.compose.comfyui import needed, words
+
+FOLDER = Path(needed.__file__).parent
+DOCS = (Path(__file__).resolve().parents[3] / "docs/comfyui.md").read_text(encoding="utf-8")
+LABELS = {
+    "Concept": "Concept", "Boxes": "Boxes", "Compose": "Compose", "DraftPreview": "Draft preview",
+    "Refine": "Refine subject", "Merge": "Merge to file", "Inspect": "Inspect file",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ours() -> Iterator[ModuleType]:
+    with standing_in() as module:
+        yield module("nodes")
+
+
+@pytest.fixture(scope="module")
+def schemas(ours: ModuleType) -> dict[str, Any]:
+    nodes = asyncio.run(ours.Extension().get_node_list())
+    found = [node.define_schema() for node in nodes]
+    return {schema.node_id: schema for schema in found}
+
+
+def told(schema: Any) -> dict[str, Any]:
+    """A schema as ComfyUI's server tells it."""
+    about: dict[str, Any] = {"input": {}, "input_order": {}}
+    for one in schema.inputs:
+        side = "optional" if one.options.get("optional") else "required"
+        about["input"].setdefault(side, {})[one.id] = [one.kind, one.options]
+        about["input_order"].setdefault(side, []).append(one.id)
+    about["output"] = [output.kind for output in schema.outputs]
+    about["output_name"] = [output.options.get("display_name", output.kind) for output in schema.outputs]
+    return about
+
+
+def test_the_nodes_have_the_labels_and_the_inputs_of_the_guide(schemas: dict[str, Any]) -> None:
+    assert {name: schema.display_name for name, schema in schemas.items()} == {
+        f"LoraCompose{name}": label for name, label in LABELS.items()
+    }
+    for schema in schemas.values():
+        (row,) = re.findall(rf"^\| {schema.display_name} \| (.*)$", DOCS, re.MULTILINE)
+        for one in schema.inputs:
+            sampling = one.id in ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise", "latent_image")
+            plain = one.id in ("positive", "negative", "model") and "`" not in one.id
+            assert f"`{one.id}`" in row or sampling or plain, (schema.display_name, one.id)
+        assert schema.description
+        assert schema.category == "lora-compose"
+
+
+def test_what_is_optional_has_a_default_or_is_a_connection(schemas: dict[str, Any], ours: ModuleType) -> None:
+    """Workflows of before have no value for inputs that are newer than they are."""
+    concept = schemas["LoraComposeConcept"]
+    assert [one.id for one in concept.inputs] == [
+        "lora", "trigger", "class_word", "weight", "box", "prompt", "schedule", "mask", "concepts"
+    ]  # fmt: skip
+    required = [one.id for one in concept.inputs if not one.options.get("optional")]
+    assert required == ["lora", "trigger", "class_word", "weight", "box"]
+    (method,) = (one for one in schemas["LoraComposeCompose"].inputs if one.id == "method")
+    assert method.options["options"] == ["auto", *words.METHODS]
+    assert all(name in method.options["tooltip"] for name in words.METHODS)
+    outputs = [output.kind for output in schemas["LoraComposeCompose"].outputs]
+    assert outputs == ["MODEL", "CONDITIONING", "MASK"], "new ones come last"
+    assert isinstance(concept.inputs[0], Recorded)
+
+
+def test_a_chain_of_concepts_gets_boxes_and_masks(ours: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours.folder_paths, "get_full_path_or_raise", lambda kind, name: f"/{kind}/{name}")
+    given = {"trigger": "sks", "class_word": "cat", "weight": 1.0, "box": ""}
+    (one,) = ours.ConceptNode.execute("cat.safetensors", **given).args
+    (both,) = ours.ConceptNode.execute("dog.safetensors", one, **given, schedule="1..0", mask=None).args
+    assert [concept.path.as_posix() for concept in both] == ["/loras/cat.safetensors", "/loras/dog.safetensors"]
+    assert [concept.weight.constant for concept in both] == [1.0, None]
+    placed, masks = ours.BoxesNode.execute(both, "0,0,0.5,1\nnone").args
+    assert masks.mean(dim=(1, 2)).tolist() == [0.5, 1]
+    monkeypatch.setattr(ours, "composed", lambda *given: given[-2:])
+    *_, shown = ours.ComposeNode.execute("model", "clip", placed, "a sks cat", "regional").args
+    assert torch.equal(shown, masks)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_are_drawn_with_the_nodes_as_they_are(schemas: dict[str, Any], name: str) -> None:
+    known = {**CORE_NODES, **{kind: told(schema) for kind, schema in schemas.items()}}
+    asked, api = as_asked(example(name), known), example(f"{name}-api")
+    numbers = dict(zip(api, asked, strict=True))
+    linked = json.loads(json.dumps(api), object_hook=lambda found: renumbered(found, numbers))
+    assert asked == {numbers[node]: of for node, of in linked.items()}
+
+
+def renumbered(found: dict[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: [numbers[value[0]], value[1]] if isinstance(value, list) else value for key, value in found.items()}
+
+
+def test_all_that_is_used_of_comfyui_is_looked_up_first() -> None:
+    """Names that are imported from it, and attributes of its modules."""
+    for path in FOLDER.glob("*.py"):
+        tree, modules = ast.parse(path.read_text(encoding="utf-8")), {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [alias for alias in node.names if alias.name in needed.NEEDED]
+                modules |= {alias.asname or alias.name: alias.name for alias in names}
+            elif isinstance(node, ast.ImportFrom) and node.module in needed.NEEDED:
+                for alias in node.names:
+                    of = [name for name in needed.NEEDED[node.module] if name.split(".")[0] == alias.name]
+                    assert of, (path.name, alias.name)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                assert node.module.split(".")[0] not in ("comfy", "comfy_api", "comfy_extras"), path.name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and (module := modules.get(ast.unparse(node.value))):
+                found = [name.split(".")[0] for name in needed.NEEDED[module]]
+                assert node.attr in found, (path.name, node.attr)
+
+
+def test_an_older_comfyui_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_compose.compose.comfyui.entry import comfy_entrypoint
+
+    with standing_in():
+        assert type(asyncio.run(comfy_entrypoint())).__name__ == "Extension"
+        patcher = sys.modules["comfy.model_patcher"].ModelPatcher
+        without = {name: getattr(patcher, name) for name in ("clone", "set_attachments", "get_attachment")}
+        monkeypatch.setattr(sys.modules["comfy.model_patcher"], "ModelPatcher", SimpleNamespace(**without))
+        said = r"ComfyUI 0\.3\.64 or later: this one has no comfy\.model_patcher\.ModelPatcher\.set_additional_models"
+        with pytest.raises(RuntimeError, match=said):
+            asyncio.run(comfy_entrypoint())
+    monkeypatch.setitem(sys.modules, "comfy.lora", None)
+    with pytest.raises(RuntimeError, match=r"this one has no comfy\.lora\.model_lora_keys_unet; update ComfyUI"):
+        asyncio.run(comfy_entrypoint())
