@@ -20,8 +20,9 @@ def without_triggers(prompt: str, concepts: Sequence[Concept]) -> str:
     for concept in concepts:
         for start, end in reversed(find_words(concept.trigger or "", prompt)):
             before, after = prompt[:start], prompt[end:]
-            if first := re.match(r"\s*([a-z])", after, re.IGNORECASE):
-                before = _with_article(before, "an" if first[1].lower() in "aeiou" else "a")
+            first = re.match(r"\s*([a-tv-z])", after, re.IGNORECASE)  # with "u" it depends on the sound
+            if first and concept.class_word:
+                before = _with_article(before, "an" if first[1].lower() in "aeio" else "a")
             prompt = before + after
     return _tidy(prompt)
 
