@@ -150,10 +150,10 @@ class RegionAttention:
 
         if self.others is None:
             return by_region(query, key, value, bias)
-        found = []
+        outputs = []
         for rows, run in zip(self.others, (kernel, by_region), strict=True):
-            found.append(run(query[rows], key[rows], value[rows], None if bias is None else bias[rows]))
-        theirs, ours = found
+            outputs.append(run(query[rows], key[rows], value[rows], None if bias is None else bias[rows]))
+        theirs, ours = outputs
         if cross:
             theirs = self.at_queries(level, theirs.transpose(1, 2)).transpose(1, 2)
         out = ours.new_empty(len(query), *ours.shape[1:])

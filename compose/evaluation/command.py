@@ -139,7 +139,7 @@ def _try_out(suite: Suite, alone: Mapping[str, Alone], out: Path) -> None:
 
 def _without_references(suite: Suite, names: Collection[str]) -> Suite:
     """The suite with no references of some concepts: it can be opened, and images of these cannot be scored."""
-    concepts = [one.model_copy(update={"references": ()}) if one.name in names else one for one in suite.concepts]
+    concepts = [it.model_copy(update={"references": ()}) if it.name in names else it for it in suite.concepts]
     return suite.model_copy(update={"concepts": tuple(concepts)})
 
 

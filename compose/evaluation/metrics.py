@@ -85,13 +85,13 @@ def swap_rate(similarity: np.ndarray) -> float:
     return _mean(others > own) if len(similarity) > 1 else np.nan
 
 
-def present(found: np.ndarray, own: np.ndarray, other: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+def present(detected: np.ndarray, own: np.ndarray, other: np.ndarray, threshold: np.ndarray) -> np.ndarray:
     """Whether each concept is present with its own identity; an image in which all of them are is a success.
 
-    A concept was found, is nearer to its own references than to those of any other (NaN: there is no other), and
+    A concept was detected, is nearer to its own references than to those of any other (NaN: there is no other), and
     reaches its threshold (`presence_threshold`; NaN is none). True is better. Shapes: [concepts] each.
     """
-    return found & ~(own <= other) & ~(own < threshold)
+    return detected & ~(own <= other) & ~(own < threshold)
 
 
 def presence_threshold(without: np.ndarray, alone: np.ndarray) -> float:

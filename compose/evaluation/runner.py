@@ -65,9 +65,9 @@ def _check(opened: Workers, left: Mapping[str, Todo]) -> None:
     kinds = {(todo.planned.scene, todo.planned.arm, todo.planned.alone): todo for todo in left.values()}
     tasks = {todo.planned.key: (todo.batch,) for todo in kinds.values()}
     wrong = {
-        key: [one.error for one in results if isinstance(one, Failure)]
+        key: [result.error for result in results if isinstance(result, Failure)]
         for key, results in opened.map(Worker.check, tasks)
     }
     batches = [left[key].planned for key in tasks]
-    if texts := [f"scene {one.scene!r}, {one.arm}: {error}" for one in batches for error in wrong[one.key]]:
+    if texts := [f"scene {it.scene!r}, {it.arm}: {error}" for it in batches for error in wrong[it.key]]:
         raise ValueError("\n".join(["the suite cannot be evaluated:", *texts]))

@@ -129,7 +129,7 @@ def about(file: LoraFile) -> Inspection:
         file=str(file.path), sha256=file.sha256, size=file.path.stat().st_size if file.path.is_file() else 0,
         form=form([*file.tensors]), family=guess.family, why=guess.why, matched_with=None,
         trigger=file.trigger, class_word=file.class_word, triggers=tuple(_triggers(file)),
-        class_words=tuple((found.words, found.where) for found in file.words.class_words),
+        class_words=tuple((word.words, word.where) for word in file.words.class_words),
         facts=(*merge_facts(file.metadata), *_facts(file.metadata)),
     )  # fmt: skip
 

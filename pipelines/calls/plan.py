@@ -337,7 +337,7 @@ def _overlapping(concepts: ConceptSet, canvas: Canvas) -> Collection[tuple[int, 
     masks = torch.stack([region_mask(region, canvas.image_size, canvas.latent_grid) > 0.5 for region in regions])
     columns = masks.flatten(1).unique(dim=1).T.tolist()
     every = {tuple(i for i, inside in zip(concepts.subjects, column, strict=True) if inside) for column in columns}
-    return [one for one in sorted(every) if not any(set(one) < set(other) for other in every)]
+    return [group for group in sorted(every) if not any(set(group) < set(other) for other in every)]
 
 
 def _without_weights(loaded: LoadedConcept) -> LoadedConcept:

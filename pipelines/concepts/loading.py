@@ -363,7 +363,7 @@ def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | Non
 def _inside(grouped: Layers) -> Sequence[str]:
     """Keys of no known adapter that name a layer which other keys change."""
     parsed = {key: parse(key) for layer in grouped.layers for key in layer.keys}
-    stems = {key.removesuffix(found.suffix) for key, found in parsed.items() if found is not None}
+    stems = {key.removesuffix(name.suffix) for key, name in parsed.items() if name is not None}
     return [key for key in grouped.unknown if any(key[:at] in stems for at, it in enumerate(key) if it == ".")]
 
 

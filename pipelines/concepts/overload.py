@@ -109,7 +109,10 @@ def _weights(schedules: Sequence[Sequence[WeightSchedule]], steps: int) -> tuple
     Between the points of all schedules weights change evenly, and so the norm is a convex function of the step: it is
     largest at an end of such a stretch, or of the part of it in which two act.
     """
-    every = [tuple(max((one.at(step, steps) for one in each), key=abs) for each in schedules) for step in range(steps)]
+    every = [
+        tuple(max((schedule.at(step, steps) for schedule in each), key=abs) for each in schedules)
+        for step in range(steps)
+    ]
     last = len(every) - 1
 
     def bends(step: int) -> bool:
@@ -132,12 +135,12 @@ def _joint_change(
     for name in dict.fromkeys(name for lora in loras for name in lora):
         changes = {i: lora[name] for i, lora in enumerate(loras) if name in lora}
         if any(factors.transform for factors in changes.values()):
-            found = None if model is None else _dense(model, name, changes)
-            if model is not None and found is not None:
+            dense = None if model is None else _dense(model, name, changes)
+            if model is not None and dense is not None:
                 versions[name] = version_of(_layer(model, name))
-                for i, change in found.items():
+                for i, change in dense.items():
                     norms[i][name] = float(change.square().sum())
-                joint[name] = [_squared([each[i] * it for i, it in found.items()]) for each in weights]
+                joint[name] = [_squared([each[i] * it for i, it in dense.items()]) for each in weights]
                 continue
             changes = {i: factors for i, factors in changes.items() if factors.transform is None}
         if changes:

@@ -62,8 +62,8 @@ def _with_shared(own: str, shared: str, takes: Collection[str], *further: str) -
 
 def _section(docstring: str) -> str:
     """The entries of a docstring's arguments, without their indentation."""
-    found = _ARGUMENTS.search(docstring)
-    return cleandoc("\n" + found[1]) if found else ""
+    match = _ARGUMENTS.search(docstring)
+    return cleandoc("\n" + match[1]) if match else ""
 
 
 def _entries(section: str) -> Mapping[str, str]:

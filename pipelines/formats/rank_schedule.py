@@ -80,11 +80,11 @@ def rank_schedule(
     if not layers or not is_tlora(file.metadata, file.tensors):
         return None, ()
     (kind, *others), ranks = {layer.kind for layer in layers}, [rank_of(layer.shapes) or 0 for layer in layers]
-    found = _declared(file.metadata, max(ranks))
-    if found is None or others or kind not in (LOW_RANK, TLORA):
+    declared = _declared(file.metadata, max(ranks))
+    if declared is None or others or kind not in (LOW_RANK, TLORA):
         return None, (f"it is {ALL_RANKS}",)
     notes = ("its text conditioner runs once, so there all ranks of this T-LoRA act",) if conditioned else ()
-    return (replace(found, factors=2) if kind is TLORA else found), notes
+    return (replace(declared, factors=2) if kind is TLORA else declared), notes
 
 
 def _declared(metadata: Mapping[str, str], most: int) -> RankSchedule | None:

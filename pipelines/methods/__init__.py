@@ -140,7 +140,7 @@ def choose_method(
     name, reason = method_for(
         [(subject.name, bool(subject.region)) for subject in subjects],
         styles=len(subjects) < len(concepts), several=several, lacks=lacks, region_attention=region_attention,
-        trained=bool(relevant) and all(one.trained_with == "tara" and one.concept.trigger for one in relevant),
+        trained=bool(relevant) and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in relevant),
     )  # fmt: skip
     choice = Choice(METHODS[name](), reason)
     if name == "merge" and several:

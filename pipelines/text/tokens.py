@@ -119,10 +119,10 @@ class _Triggers:
     """Where the triggers of concepts are in a prompt."""
 
     def __init__(self, prompt: str, every: tuple[Words, ...]) -> None:
-        found = sorted((span, name) for name, trigger, _ in every for span in _find_words(trigger or "", prompt))
-        self._names = [name for _, name in found]
-        self._starts = [start for (start, _), _ in found]
-        self._ends = list(accumulate((end for (_, end), _ in found), max))  # the furthest of those that have begun
+        spans = sorted((span, name) for name, trigger, _ in every for span in _find_words(trigger or "", prompt))
+        self._names = [name for _, name in spans]
+        self._starts = [start for (start, _), _ in spans]
+        self._ends = list(accumulate((end for (_, end), _ in spans), max))  # the furthest of those that have begun
 
     def of_others(self, name: str, start: int, end: int) -> bool:
         """Whether a trigger of another concept begins from `start` on, before `end`."""

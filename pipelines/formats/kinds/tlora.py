@@ -26,8 +26,8 @@ def _sides(shapes: Shapes) -> tuple[int, int]:
         )
     rank, inputs, outputs = rows(shapes, "q"), columns(shapes, "q"), rows(shapes, "p")
     for q, p, factors in (_TRAINED, _BASE):
-        found = rows(shapes, q), columns(shapes, q), rows(shapes, p), columns(shapes, p), math.prod(shapes[factors])
-        if found != (rank, inputs, outputs, rank, rank) or 0 in found:
+        sizes = rows(shapes, q), columns(shapes, q), rows(shapes, p), columns(shapes, p), math.prod(shapes[factors])
+        if sizes != (rank, inputs, outputs, rank, rank) or 0 in sizes:
             listed = ", ".join(f"{slot} {list(shapes[slot])}" for slot in (*_TRAINED, *_BASE))
             raise ValueError(f"its tensors do not fit each other: {listed}")
     check_rank(rank, outputs, inputs)
