@@ -19,8 +19,9 @@ def without_triggers(prompt: str, concepts: Sequence[Concept]) -> str:
     for concept in concepts:
         for start, end in reversed(find_words(concept.trigger or "", prompt)):
             before, after = prompt[:start], prompt[end:]
-            if first := re.match(r"\s*([a-z])", after, re.IGNORECASE):
-                before = _with_article(before, "an" if first[1].lower() in "aeiou" else "a")
+            nouns = find_words(concept.class_word or "", after)
+            if nouns and not after[: nouns[0][0]].strip():
+                before = _with_article(before, "an" if after[nouns[0][0]].lower() in "aeiou" else "a")
             prompt = before + after
     return _tidy(prompt)
 
