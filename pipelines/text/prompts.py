@@ -20,9 +20,9 @@ def without_triggers(prompt: str, concepts: Sequence[Concept]) -> str:
     for concept in concepts:
         for start, end in reversed(find_words(concept.trigger or "", prompt)):
             before, after = prompt[:start], prompt[end:]
-            first = re.match(r"\s*([a-tv-z])", after, re.IGNORECASE)  # with "u" it depends on the sound
-            if first and concept.class_word:
-                before = _with_article(before, "an" if first[1].lower() in "aeio" else "a")
+            nouns = find_words(concept.class_word or "", after)
+            if nouns and not after[: nouns[0][0]].strip() and after[nouns[0][0]].lower() != "u":  # "an umbrella"
+                before = _with_article(before, "an" if after[nouns[0][0]].lower() in "aeio" else "a")
             prompt = before + after
     return _tidy(prompt)
 
