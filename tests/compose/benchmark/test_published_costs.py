@@ -43,9 +43,9 @@ def test_flops_in_the_docs_are_what_the_command_counts(method, number, place, ce
     found = count_cells([(method, number)], 25)
     said = [it.split(", ")[place if ", " in it else 0] for it in (sd, xl)]
     assert [f"{row.cost.flops / row.plain.flops:.3f}" for row in found] == said
-    for row in found:
-        counted = (row.cost.rows_forward, row.cost.rows_stopped, row.cost.rows_backward)
-        assert [f"{it:g}" if it else "" for it in counted] == rows
+    first = found[0].cost  # of SD 1.5, as the command prints them; canvases of regions may be others on SDXL
+    counted = (first.rows_forward, first.rows_stopped, first.rows_backward)
+    assert [f"{it:g}" if it else "" for it in counted] == rows
 
 
 def test_flops_of_a_plain_image_in_the_docs_are_what_the_command_counts():
