@@ -312,3 +312,11 @@ def test_suites_that_come_along_have_two_to_five_subjects_and_pairs_of_one_class
     suites = [read_published(path).suite for path in published_dir().glob("*.yaml")]
     kinds = {kind_of_scene(suite, scene).partition(",")[0] for suite in suites for scene in suite.scenes}
     assert {"2 subjects", "2 subjects of one class", "3 subjects", "4 subjects", "5 subjects of one class"} <= kinds
+
+
+def test_the_dreambooth_suites_have_the_same_subjects_and_scenes() -> None:
+    sdxl, krea2 = (read_published(published_dir() / f"dreambooth-{name}.yaml").suite for name in ("sdxl", "krea2"))
+    assert krea2.scenes == sdxl.scenes
+    assert [one.name for one in krea2.concepts] == [one.name for one in sdxl.concepts]
+    assert krea2.metrics == sdxl.metrics
+    assert {one.name for one in krea2.compared} == {one.name for one in sdxl.compared} - {"lora-composer"}
