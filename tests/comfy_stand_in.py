@@ -11,15 +11,18 @@ from copy import copy
 from functools import partial, reduce
 from importlib import import_module
 from itertools import pairwise
+from math import lcm
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from uuid import uuid4
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_compose.compose.comfyui.needed import NEEDED
+from lora_compose.compose.comfyui.weights import read_weights
 
 CPU = torch.device("cpu")
 OURS = "lora_compose.compose.comfyui"
@@ -206,6 +209,26 @@ def text(seed: int, tokens: int = 6) -> list[list[Any]]:
     return [[torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(seed)), {}]]
 
 
+class Clip:
+    """A tokenizer as ComfyUI's are asked: a token for each word, between a start and an end; and an encoder."""
+
+    def __init__(self) -> None:
+        self.tokenizer, self.l = self, self
+
+    def tokenize(self, text: str, return_word_ids: bool = False) -> Any:
+        return {"l": self.tokenize_with_weights(text, return_word_ids)}
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, disable_weights: bool = False) -> Any:
+        plain = text if disable_weights else read_weights(text).text
+        words = [(word, 1.0, n) for n, word in enumerate(plain.split(), start=1)]
+        return [[("<", 1.0, 0), *words, (">", 1.0, 0)]]
+
+    def encode_from_tokens_scheduled(self, tokens: Any) -> list[list[Any]]:
+        seeds = [crc32(word.encode()) for word, *_ in tokens["l"][0]]
+        each = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return [[torch.stack(each)[None], {}]]
+
+
 def sampled(
     model: ModelPatcher, positive: list[list[Any]], negative: list[list[Any]], steps: int = 5, batch: int = 1,
     cfg: float = 3.0, **options: Any,
@@ -230,9 +253,9 @@ def sampled(
         latents = noise
         every = [(one, kind) for kind, several in guider.conds.items() for one in several]
         for before, after in pairwise(sigmas):
-            longest = max(one["model_conds"]["c_crossattn"].cond.shape[1] for one, _ in every)
             read = [one["model_conds"]["c_crossattn"].cond for one, _ in every]
-            read = torch.cat([words.repeat(len(noise), longest // words.shape[1], 1) for words in read])
+            tokens = lcm(*[words.shape[1] for words in read])
+            read = torch.cat([words.repeat(len(noise), tokens // words.shape[1], 1) for words in read])
             rows, level = latents.repeat(len(every), 1, 1, 1), before.expand(len(read))
             asked = {**options, "uuids": [one["uuid"] for one, _ in every]}
             run = wrapped(model, WrappersMP.APPLY_MODEL, model.model.apply_model, model.model)

@@ -19,7 +19,6 @@ TYPES = re.findall(r"^\| `(\w+)` \| `([\w/.]+)` \|", TEXT, re.MULTILINE)
 _DECIDED = TEXT.partition("## Where things are decided")[2].partition("\n## ")[0]
 DECIDED = re.findall(r"^\| [\w ,`()'.]+ \| `([\w/]+\.py)` \| `(\w+)`", _DECIDED, re.MULTILINE)
 WALK = re.findall(r"^\| \d+ \| `([\w/.]+)` \| `(\w+)` \|", TEXT, re.MULTILINE)
-PIPELINES = {"pipe", "pipeline", "host"}
 PROMPT = "a sks cat and a zwx dog on grass"
 
 
@@ -53,27 +52,6 @@ def test_the_central_types_are_named():
 def test_what_is_decided_is_decided_there():
     assert len(DECIDED) >= 12
     assert [(path, name) for path, name in DECIDED if name not in defined_in(path)] == []
-
-
-def test_pipelines_are_no_any_to_those_that_are_given_them():
-    given = [
-        f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path in sorted((ROOT / "pipelines").rglob("*.py"))
-        for node in handed_over(ast.parse(path.read_text(encoding="utf-8")))
-        if (node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)) in PIPELINES
-        and node.annotation is not None
-        and ast.unparse(node.annotation) == "Any"
-    ]
-    assert given == [], "a protocol says what is needed of a pipeline: `Host`, `TaskPipeline`"
-
-
-def handed_over(tree: ast.Module) -> Iterator[ast.arg | ast.AnnAssign]:
-    """Arguments of functions, and fields of classes."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
-            yield node
-        elif isinstance(node, ast.ClassDef):
-            yield from (field for field in node.body if isinstance(field, ast.AnnAssign))
 
 
 def entered(pipe: Any) -> Iterator[tuple[str, str]]:

@@ -1,9 +1,9 @@
-"""Options with which diffusers opens a model in fewer bits: by a name such as nf4, or with a file of the denoiser."""
+"""Models in fewer bits, by a name or from a file of the denoiser: what diffusers is asked for, which does the work."""
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import diffusers
 import torch
@@ -67,19 +67,7 @@ def quantising_options(quantize: str | None, source: str, options: Mapping[str, 
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping), **given}
 
 
-class HasDenoiser(Protocol):
-    """A pipeline with a denoiser."""
-
-    @property
-    def model(self) -> Any:
-        """The UNet or transformer."""
-        ...
-
-
-_Pipe = TypeVar("_Pipe", bound=HasDenoiser)
-
-
-def cast(pipe: _Pipe, quantize: str | None) -> _Pipe:
+def cast(pipe: Any, quantize: str | None) -> Any:
     """A pipeline as it was opened; for fp8 its denoiser is in float8 while layers do not run (layerwise casting)."""
     if quantize == "fp8":
         _cast(pipe.model)

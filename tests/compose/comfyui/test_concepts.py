@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from comfy_stand_in import Clip
 from lora_compose.attention import JointRegions, RegionAttention, Site
 from lora_compose.compose.comfyui.composition import Acting, Composition, Places, Region
 from lora_compose.compose.comfyui.concepts import Concept, Request, boxes_of, drawn, subjects_of, with_boxes
@@ -28,20 +29,12 @@ UNET = Family(LAYERS, {"b.attn2": Site("image", reads_text=True), "b.attn1": Sit
 JOINT = Family(LAYERS, {"c": Site("text", "image", level=1)}, ["c"])
 
 
-class Words:
-    """A tokenizer as ComfyUI's are asked: a token for each word, between a start and an end; and an encoder."""
+class Words(Clip):
+    """It keeps what it has encoded."""
 
     def __init__(self) -> None:
-        self.tokenizer, self.l = self, self
+        super().__init__()
         self.encoded: list[tuple[str, tuple[int, ...]]] = []
-
-    def tokenize(self, text: str, return_word_ids: bool = False) -> Any:
-        return {"l": self.tokenize_with_weights(text, return_word_ids)}
-
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, disable_weights: bool = False) -> Any:
-        plain = text if disable_weights else read_weights(text).text
-        words = [(word, 1.0, n) for n, word in enumerate(plain.split(), start=1)]
-        return [[("<", 1.0, 0), *words, (">", 1.0, 0)]]
 
     def encode(self, text: str, which: Any) -> list[list[Any]]:
         self.encoded.append((text, tuple(which)))

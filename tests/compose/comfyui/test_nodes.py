@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from comfy_stand_in import Recorded, standing_in
+from comfy_stand_in import Clip, ModelPatcher, Recorded, patcher, sampled, standing_in, text
 from comfy_workflows import CORE_NODES, EXAMPLES, as_asked, example
 from lora_compose.compose.comfyui import needed, words
 
@@ -92,6 +93,69 @@ def test_a_chain_of_concepts_gets_boxes_and_masks(ours: ModuleType, monkeypatch:
     monkeypatch.setattr(ours, "composed", lambda *given: given[-2:])
     *_, shown = ours.ComposeNode.execute("model", "clip", placed, "a sks cat", "regional").args
     assert torch.equal(shown, masks)
+
+
+@pytest.fixture
+def two(ours: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A chain of two concepts, of files with LoRAs of all layers."""
+    torch.manual_seed(0)
+    for name in ("cat", "dog"):
+        tensors = {}
+        for layer, module in patcher().model.diffusion_model.named_modules():
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.dim() > 1:
+                tensors[f"diffusion_model.{layer}.lora_A.weight"] = torch.randn(2, *weight.shape[1:]) * 0.1
+                ones = [1] * (weight.dim() - 2)
+                tensors[f"diffusion_model.{layer}.lora_B.weight"] = torch.randn(len(weight), 2, *ones)
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    monkeypatch.setattr(ours.folder_paths, "get_full_path_or_raise", lambda kind, name: tmp_path / name)
+    given = {"weight": 1.0, "box": ""}
+    (one,) = ours.ConceptNode.execute("cat.safetensors", trigger="sks", class_word="cat", **given).args
+    return ours.ConceptNode.execute("dog.safetensors", one, trigger="zwx", class_word="dog", **given).args[0]
+
+
+TEXT = "a sks cat beside a (zwx dog:1.2)"
+
+
+def test_the_nodes_run_from_files_to_latents(ours: ModuleType, two: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lora_compose")
+    model, clip, negative = patcher(), Clip(), text(2)
+    base, found = sampled(model, clip.encode_from_tokens_scheduled(clip.tokenize(TEXT)), negative), {}
+    placed, _ = ours.BoxesNode.execute(two, "0,0,0.5,1\n0.5,0,1,1").args
+    ways = {"regional": placed, "regions": placed, "draft": two, "auto": two, "tara": two, "merge": two}
+    for method, concepts in ways.items():
+        given = ("regional", method) if method == "regions" else (method,)
+        ours_, positive, _ = ours.ComposeNode.execute(model, clip, concepts, TEXT, *given).args
+        found[method] = sampled(ours_, positive, negative)
+        assert (found[method] - base).abs().max() > 0.01
+    assert "method: draft, because the prompt names every concept by trigger and class word" in caplog.text
+    assert torch.equal(found["auto"], found["draft"])
+    del found["auto"]
+    assert all((one - other).abs().max() > 0.01 for a, one in found.items() for b, other in found.items() if a != b)
+
+
+def test_a_draft_is_shown_and_subjects_are_repainted(
+    ours: ModuleType, two: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[ModelPatcher] = []
+
+    def ksampler(model: ModelPatcher, positive: Any, negative: Any, latent: Any, **how: Any) -> Any:
+        made.append(model)
+        return ({"samples": sampled(model, positive, negative, **how)},)
+
+    monkeypatch.setattr(ours.core, "common_ksampler", ksampler)
+    model, clip, negative = patcher(), Clip(), text(2)
+    drafting, positive, _ = ours.ComposeNode.execute(model, clip, two, TEXT, "draft").args
+    shown = ours.DraftPreviewNode.execute(drafting, positive, negative, None, steps=5)
+    images, masks = shown.args
+    assert len(images) == 3, "the division, and a map of each subject"
+    assert masks.shape == (2, 64, 96), "as large as the image"
+    vae = SimpleNamespace(encode=lambda part: part, decode=lambda latents: latents.movedim(1, -1)[..., :3].sigmoid())
+    before = torch.rand(1, 64, 96, 3)
+    (after,) = ours.RefineNode.execute(before, model, clip, vae, negative, two, TEXT, 64, masks, steps=2).args
+    assert len(made) == 3
+    assert after.shape == before.shape
+    assert (after - before).abs().mean() > 0.01
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
