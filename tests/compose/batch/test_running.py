@@ -95,7 +95,7 @@ def test_images_are_those_of_a_run_and_can_be_reproduced(entries: tuple[Entry, .
     record = read_record(finished / "both-6.png")
     assert record.batch == SEEDS
     assert record.run.scene == entries[1].scene
-    assert (record.run.method, record.run.seed) == ("lora-composer", 6)
+    assert (record.run.method, record.run.seed) == ("draft", 6)
     for name in ("both-6.png", "bear-2.png"):
         assert replay_and_compare(read_record(finished / name), read_pixels(finished / name))
 
@@ -202,8 +202,8 @@ def test_the_command_makes_the_same_and_lists_it(
     assert {line["source"] for line in listed} == {f"{batch_file}, scenes[{i}]" for i in range(3)}
     ways = {line["name"]: (line["method"], line["reason"]) for line in listed}
     assert ways["plain"] == (None, None)
-    assert [ways[name][0] for name in ("bear", "both")] == ["merge", "lora-composer"]
-    assert f"2 by lora-composer, because {ways['both'][1]}" in said
+    assert [ways[name][0] for name in ("bear", "both")] == ["merge", "draft"]
+    assert f"2 by draft, because {ways['both'][1]}" in said
     table.write_text("prompt,name,width\na bear,plain,\na bear,wide,-1\n")
     options = ["--model", "playground", "--steps", 1, "--guidance", 4, "--threads", 1, "--device", "cpu"]
     said = call("batch", table, *options, "--seed", "5-6", "--batch-size", 2, "--out", copied, code=1).output

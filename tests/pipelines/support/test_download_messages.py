@@ -40,7 +40,8 @@ def another_file(hub: LocalHub, patch: pytest.MonkeyPatch) -> None:
     cat = {"name": "cat", "lora": "cat", "trigger": "sks", "class_word": "cat", "references": "playground:cat"}
     scene = {"name": "one", "prompt": "a sks cat", "concepts": ["cat"], "regions": {"cat": [0, 0, 64, 64]}}
     suite = Suite.model_validate({
-        "name": "small", "model": "playground", "concepts": [cat], "scenes": [scene], "methods": ["merge"], "seeds": [1]
+        "name": "small", "model": "playground", "encoder": "playground:judge", "detector": {"kind": "windows"},
+        "concepts": [cat], "scenes": [scene], "methods": ["merge"], "seeds": [1],
     })  # fmt: skip
     downloads = {"cat": Download(repository=LORA, file=FILE, sha256="0" * 64)}
     list(wanted(Published(downloads=downloads, suite=suite)))
