@@ -105,6 +105,7 @@ def test_concepts_have_boxes_only_where_a_method_needs_them():
     assert not boxed & {"draft", "clora", "tara", "merge", "freefuse"}
 
 
+@pytest.mark.slow
 def test_with_a_box_for_each_concept_draft_costs_what_regional_costs():
     output = bench("--method", "draft", "--method", "regional", "-n", 2, "--steps", 2, "--boxes")
     assert "Every concept has a box" in " ".join(output.split())

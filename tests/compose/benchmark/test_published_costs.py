@@ -27,7 +27,7 @@ PEAKS = [
     for number in numbers.split(", ")
 ]
 """Method, number of concepts, the cells of the row, and settings."""
-QUICK = {("regional", 2), ("draft", 2)}
+QUICK = {("regional", 2)}
 """Cells that are computed by default; the others need minutes."""
 
 
