@@ -147,8 +147,8 @@ ALL_STEPS = {
     ("docs/models.md", 6), ("docs/models.md", 7),  # Ideogram's scales of guidance are those of 48 steps
 }  # fmt: skip
 DEAR = {
-    "docs/batch.md", "docs/characters.md", "docs/control.md", "docs/image-to-image.md", "docs/memory.md", "docs/models.md",
-    "docs/tutorial.md",
+    "docs/batch.md", "docs/characters.md", "docs/control.md", "docs/image-to-image.md", "docs/memory.md",
+    "docs/models.md", "docs/tutorial.md",
 }  # fmt: skip
 
 
