@@ -254,7 +254,7 @@ def _folder(path: Path) -> Path:
 
 
 class _Cheaper(ast.NodeTransformer):
-    """The same code in few steps, and on the simulated device where it names a GPU.
+    """Rewrites code to few steps, and to the simulated device where it names a GPU.
 
     Without a GPU, code is run without offloading if `moves` is off.
     """

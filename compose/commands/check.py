@@ -69,6 +69,6 @@ def check(
 
 
 def _images_words(number: int, out: Path, *, maps: bool) -> str:
-    """Says what a run would write."""
+    """The files of a run: how many images, in which folder, and whether with sheets of attention maps."""
     images = f"{number} in {out}" if number == 1 else f"{number} and a contact sheet in {out}"
     return f"{images}, and for each a sheet of maps" if maps else images

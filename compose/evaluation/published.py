@@ -72,12 +72,12 @@ class Download(Frozen):
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Those of `files`."""
+        """Glob patterns of the files to download."""
         return (self.files,) if isinstance(self.files, str) else self.files or ()
 
     @property
     def pinned(self) -> str:
-        """What makes sure that everybody has the same files, in words."""
+        """The commit or SHA-256 that the files are pinned to, or "not pinned", as `--plan` prints it."""
         if self.revision is not None and _COMMIT.fullmatch(self.revision):
             return f"commit {self.revision[:12]}"
         if self.sha256 is not None:

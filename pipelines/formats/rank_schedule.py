@@ -16,7 +16,7 @@ from lora_compose.pipelines.formats.layers import Layer
 
 _LEAST, _EXPONENT, _LAST = "ss_tlora_min_rank", "ss_tlora_alpha_rank_scale", "ss_tlora_max_timestep"
 _ROUNDED = "ss_tlora_rank_schedule"
-"""Of trainers whose rounding of ranks differs from version to version."""
+"""Header key of trainers whose rounding of ranks differs from version to version."""
 _TIMESTEPS = 1000  # of the authors
 _ENDINGS = (".tlora_min_rank_state", ".tlora_rank_schedule_state", ".lambda_layer")
 _MOST = 2**16

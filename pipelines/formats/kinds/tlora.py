@@ -19,8 +19,8 @@ def _sides(shapes: Shapes) -> tuple[int, int]:
     if missing := [slot for slot in (*_TRAINED, *_BASE) if slot not in shapes]:
         base = set(missing) & set(_BASE)
         raise ValueError(
-            "it is a T-LoRA without the singular vectors that it began with (base_q, base_p, base_lambda), which are "
-            "subtracted from it; LyCORIS makes them again from the model's weights, which is not supported"
+            "it is a T-LoRA without its initial singular vectors (base_q, base_p, base_lambda), which have to be "
+            "subtracted; LyCORIS recomputes them from the model's weights, which is not supported"
             if base
             else f"it has {', '.join(sorted(shapes))}, but no {' or '.join(missing)}; the file is incomplete"
         )

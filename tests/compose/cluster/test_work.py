@@ -97,7 +97,7 @@ def test_results_of_a_piece_that_another_process_has_taken_over_are_not_kept(
         yield number
         (claims / "1.0").rename(claims / "1.1")
         yield 3
-        raise AssertionError("nobody asks for more")
+        raise AssertionError("a result was read after the claim was lost")
 
     ThisProcess(lambda node: None).work(overtaken, Claims(claims), pieces(tmp_path, 1))
     assert contents(tmp_path) == {"1": "1"}

@@ -30,7 +30,7 @@ JOINT = Family(LAYERS, {"c": Site("text", "image", level=1)}, ["c"])
 
 
 class Words(Clip):
-    """It keeps what it has encoded."""
+    """A CLIP stand-in that records the texts it has encoded."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -151,7 +151,7 @@ def test_inspect_tells_the_same(name: str) -> None:
     assert counted == known["layers"]
     if known["form"].startswith(("DoRA", "OFT")):  # their changes depend on weights, which are not there
         assert all(block.norm is None for block in found.blocks)
-    elif known["form"].startswith("T-LoRA"):  # with one number in all tensors it is what it began with
+    elif known["form"].startswith("T-LoRA"):  # with one number in all tensors the change is 0
         assert all(block.norm == 0 for block in found.blocks)
     else:
         assert all((block.norm or 0) > 0 for block in found.blocks)

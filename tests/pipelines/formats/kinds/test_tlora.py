@@ -69,7 +69,7 @@ def test_what_it_began_with_is_subtracted(pipe: Any, tmp_path: Path, name: str) 
 def test_without_what_it_began_with_it_is_refused(pipe: Any, tmp_path: Path) -> None:
     tensors, _ = begun_at_vectors(pipe, (LINEAR,))
     save_file({key: it for key, it in tensors.items() if "base" not in key}, tmp_path / "it.safetensors")
-    with pytest.raises(LoraError, match=r"without the singular vectors .* LyCORIS makes them again from the model's"):
+    with pytest.raises(LoraError, match=r"without its initial singular vectors .* LyCORIS recomputes them"):
         match(read_lora(tmp_path / "it.safetensors"), pipe)
 
 
@@ -79,7 +79,7 @@ def test_tensors_that_do_not_fit_each_other_are_refused(pipe: Any, tmp_path: Pat
     key = next(key for key in tensors if key.endswith(slot))
     whole = tensors.pop(key)
     for damaged, message in (
-        ({}, "incomplete|began with"),
+        ({}, "incomplete|initial singular vectors"),
         ({key: whole[:, 1:].contiguous()}, "do not fit each other"),
     ):
         save_file(tensors | damaged, tmp_path / "it.safetensors")
