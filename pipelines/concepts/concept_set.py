@@ -141,12 +141,12 @@ class ConceptSet:
             return None
         return KeptBanks(banks, tuple(loaded.handle(part) for loaded in self.loaded))
 
-    @property
+    @cached_property
     def subjects(self) -> tuple[int, ...]:
         """Indices of subjects."""
         return tuple(i for i, concept in enumerate(self.concepts) if not concept.is_style)
 
-    @property
+    @cached_property
     def styles(self) -> tuple[int, ...]:
         """Indices of styles."""
         return tuple(i for i, concept in enumerate(self.concepts) if concept.is_style)

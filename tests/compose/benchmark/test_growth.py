@@ -1,6 +1,5 @@
 """How costs grow: nothing quadratically with the number of concepts or of stored LoRAs."""
 
-import re
 from inspect import signature
 
 import pytest
@@ -139,7 +138,6 @@ def test_texts_about_all_concepts_take_calls_that_grow_linearly_with_them(of_one
         words = [(f"word{i}", "dog" if of_one_class else f"animal{i}") for i in range(number)]
         concepts = [Concept(name=trigger, trigger=trigger, class_word=noun) for trigger, noun in words]
         prompt = " and ".join(f"a {trigger} {noun}" for trigger, noun in words)
-        re.purge()  # patterns that are compiled already take fewer calls
         calls = python_calls(lambda concepts=concepts, prompt=prompt: [about(c, prompt, concepts) for c in concepts])
         points.append(Point(number, {"calls": calls}))
     assert Curve("concepts", points).exponents()["calls"] == pytest.approx(1, abs=0.1)
