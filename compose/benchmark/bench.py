@@ -173,7 +173,7 @@ def bench(
         out.print(needs_table(needs))
         out.print(seconds_table(needs))
         out.print(capacity_table(needs))
-        numbers["hardware"] = {name: asdict(one) for name, one in needs.items()}
+        numbers["hardware"] = {name: asdict(requirement) for name, requirement in needs.items()}
     if calls:
         worked = host_cells(cells, real)
         out.print(host_table(worked, f"{model} on {device}"))

@@ -74,40 +74,40 @@ def batch(
 ) -> None:
     """Generate images of many scenes and seeds. A rerun resumes; further processes join in."""
     concepts = reading.concepts_of(concept or [], lora or [], box or [])
-    found = read_entries(sources, template, concepts)
+    scenes = read_entries(sources, template, concepts)
     given = {
         "model": model, "method": method, "settings": reading.parse_settings(settings) if settings else None,
         "seeds": seed, "steps": steps, "guidance_scale": guidance, "scheduler": scheduler, "dtype": dtype,
         "quantize": quantize, "device": device, "save_memory": tuple(savers) if savers else None,
         "batch_size": batch_size, "threads": threads,
     }  # fmt: skip
-    asked = _settings(found, {name: value for name, value in given.items() if value is not None})
+    asked = _settings(scenes, {name: value for name, value in given.items() if value is not None})
     reading.check_ray(ray)
     with starting():
         from lora_compose.compose.batch.command import make_all
         from lora_compose.compose.batch.runner import run_batch
     if joins:  # what `--processes 2` starts twice
-        run_batch(found.entries, asked, out, replace=replace)
-    elif code := make_all(found, asked, out, processes, replace=replace, ray=ray):
+        run_batch(scenes.entries, asked, out, replace=replace)
+    elif code := make_all(scenes, asked, out, processes, replace=replace, ray=ray):
         raise typer.Exit(code)
 
 
-def _settings(found: Found, given: dict[str, Any]) -> BatchSettings:
+def _settings(scenes: Found, given: dict[str, Any]) -> BatchSettings:
     """The settings of a batch file, overridden by options.
 
     Raises:
         ValueError: For unusable settings and unknown names, one line each.
         typer.Exit: If there is no scene that can be made.
     """
-    fields = {**found.settings, **given}
+    fields = {**scenes.settings, **given}
     if "model" not in fields:
         raise ValueError("there is no model; give --model NAME, or a batch file with a model in it")
     settings = validated(BatchSettings, fields, "settings")
     check_method(settings.method)
     model_source(settings.model)
     check_quantize(settings.quantize)
-    if not found.entries:
-        for one in found.bad:
-            echo(f"error: {one.error}", style="red", to=err)
+    if not scenes.entries:
+        for entry in scenes.bad:
+            echo(f"error: {entry.error}", style="red", to=err)
         raise typer.Exit(BAD_INPUT)
     return settings

@@ -73,8 +73,8 @@ def make_plan(suite: Suite) -> Plan:
 
 
 def _scoring(suite: Suite) -> Any:
-    concepts = [[one.name, one.trigger, one.class_word, _references(one)] for one in suite.concepts]
-    chosen = [[one.name, fingerprint(one.model)] for one in suite.metrics]
+    concepts = [[concept.name, concept.trigger, concept.class_word, _references(concept)] for concept in suite.concepts]
+    chosen = [[metric.name, fingerprint(metric.model)] for metric in suite.metrics]
     return [SCORING, fingerprint(suite.encoder), detector_facts(suite), concepts, chosen]
 
 

@@ -87,8 +87,8 @@ class Download(Frozen):
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `huggingface_hub` that identify the repository."""
-        found = {"revision": self.revision, "repo_type": "dataset" if self.dataset else None}
-        return {name: value for name, value in found.items() if value is not None}
+        options = {"revision": self.revision, "repo_type": "dataset" if self.dataset else None}
+        return {name: value for name, value in options.items() if value is not None}
 
     @property
     def page(self) -> str:
@@ -135,18 +135,18 @@ class Published(Frozen):
             raise ValueError(f"nothing in the suite names the download {unread[0]!r}")
         if twice := sorted(self.downloads.keys() & self.references.keys()):
             raise ValueError(f"{twice[0]!r} is the name of a download and of references")
-        for name, one in self.references.items():
-            _check_alone(name, one, self.suite)
+        for name, alone in self.references.items():
+            _check_alone(name, alone, self.suite)
         return self
 
 
-def _check_alone(name: str, one: Alone, suite: Suite) -> None:
+def _check_alone(name: str, alone: Alone, suite: Suite) -> None:
     concepts = [concept for concept in suite.concepts if concept.references == name]
     if len(concepts) != 1:
         raise ValueError(f"the references {name!r} are those of {len(concepts)} concepts; one has to name them")
-    if not find_words(concepts[0].trigger, one.prompt):
+    if not find_words(concepts[0].trigger, alone.prompt):
         raise ValueError(f"references {name!r}: the prompt does not have the trigger {concepts[0].trigger!r}")
-    if both := sorted({*one.seeds} & {*suite.seeds}):
+    if both := sorted({*alone.seeds} & {*suite.seeds}):
         raise ValueError(f"references {name!r}: the seed {both[0]} is one of the suite's; choose others")
 
 
@@ -166,10 +166,10 @@ def read_published(path: Path) -> Published:
     Raises:
         FileError: If it is missing, unreadable or wrong; the message names the field.
     """
-    found, base = read_as(Published, path), path.parent.absolute()
-    named = found.downloads.keys() | found.references.keys()
-    suite = moved_suite(found.suite, lambda source: source if source in named else local_source(source, base))
-    return found.model_copy(update={"suite": suite})
+    published, base = read_as(Published, path), path.parent.absolute()
+    named = published.downloads.keys() | published.references.keys()
+    suite = moved_suite(published.suite, lambda source: source if source in named else local_source(source, base))
+    return published.model_copy(update={"suite": suite})
 
 
 def show_published(path: Path, folder: Path | None = None) -> tuple[Published, Path]:
@@ -185,15 +185,15 @@ def show_published(path: Path, folder: Path | None = None) -> tuple[Published, P
     published = read_published(path)
     to = folder or Path("outputs/evaluation") / published.suite.name
     images = sum(len(batch.seeds) for batch in batches(published.suite))
-    further = sum(len(one.seeds) for one in published.references.values())
+    further = sum(len(alone.seeds) for alone in published.references.values())
     references = f", and {further} to compare with" if further else ""
     echo(f"{published.suite.name}: {images} images{references}, in {to}")
-    for one in wanted(published):
-        licence = one.download.licence or f"see {one.download.page}"
+    for listed in wanted(published):
+        licence = listed.download.licence or f"see {listed.download.page}"
         size = "size not known without the hub"
-        if one.size is not None:
-            size = f"{gib(one.size)}, {gib(one.missing or 0)} to download"
-        echo(f"  {one.name}: {one.download.repository}, {one.download.pinned}, {size}; licence: {licence}")
+        if listed.size is not None:
+            size = f"{gib(listed.size)}, {gib(listed.missing or 0)} to download"
+        echo(f"  {listed.name}: {listed.download.repository}, {listed.download.pinned}, {size}; licence: {licence}")
     for source in published.elsewhere:
         echo(f"  {source}: none of the downloads, not pinned, read when it is opened; licence: see {page(source)}")
     return published, to
@@ -213,34 +213,34 @@ def wanted(published: Published) -> Iterator[Wanted]:
     """
     for source in published.elsewhere:
         _listed(Download(repository=source, files="*.json"))
-    for name, one in published.downloads.items():
-        files = _listed(one)
+    for name, download in published.downloads.items():
+        files = _listed(download)
         if files is None:
-            yield Wanted(name, one, None, None)
+            yield Wanted(name, download, None, None)
             continue
-        if one.sha256 is not None and files[0].lfs is not None and files[0].lfs.sha256 != one.sha256:
+        if download.sha256 is not None and files[0].lfs is not None and files[0].lfs.sha256 != download.sha256:
             raise HubError(
-                f"{one.repository}/{one.file} is another file than the suite names: its SHA-256 is "
-                f"{files[0].lfs.sha256}, expected {one.sha256}; give the revision that had it, or the new SHA-256"
+                f"{download.repository}/{download.file} is another file than the suite names: its SHA-256 is "
+                f"{files[0].lfs.sha256}, expected {download.sha256}; give the revision that had it, or the new SHA-256"
             )
-        cached = [try_to_load_from_cache(one.repository, file.path, **one.options) for file in files]
+        cached = [try_to_load_from_cache(download.repository, file.path, **download.options) for file in files]
         missing = sum(file.size for file, path in zip(files, cached, strict=True) if not isinstance(path, str))
-        yield Wanted(name, one, sum(file.size for file in files), missing)
+        yield Wanted(name, download, sum(file.size for file in files), missing)
 
 
-def _listed(one: Download) -> list[RepoFile] | None:
+def _listed(download: Download) -> list[RepoFile] | None:
     """The files of a download, which may be read; None without the hub, if the cache has a copy."""
-    if constants.HF_HUB_OFFLINE or reachable(one.repository, **one.options) != one.options:
+    if constants.HF_HUB_OFFLINE or reachable(download.repository, **download.options) != download.options:
         return None
-    with asking(one.repository, **one.options):
-        tree = list(list_repo_tree(one.repository, recursive=True, **one.options))
-        files = [file for file in tree if isinstance(file, RepoFile) and one.takes(file.path)]
+    with asking(download.repository, **download.options):
+        tree = list(list_repo_tree(download.repository, recursive=True, **download.options))
+        files = [file for file in tree if isinstance(file, RepoFile) and download.takes(file.path)]
         for file in files[:1]:  # anybody may list the files of a gated repository
-            get_hf_file_metadata(hf_hub_url(one.repository, file.path, **one.options))
-    lacking = [pattern for pattern in one.patterns if not any(fnmatch(file.path, pattern) for file in files)]
+            get_hf_file_metadata(hf_hub_url(download.repository, file.path, **download.options))
+    lacking = [pattern for pattern in download.patterns if not any(fnmatch(file.path, pattern) for file in files)]
     if not files or lacking:
-        there = one.file or ", ".join(lacking) or "a model of diffusers"
-        raise HubError(f"the repository {one.repository!r} has no {there}: see {one.page}")
+        there = download.file or ", ".join(lacking) or "a model of diffusers"
+        raise HubError(f"the repository {download.repository!r} has no {there}: see {download.page}")
     return files
 
 
@@ -250,22 +250,24 @@ def fetch(published: Published) -> Suite:
     Raises:
         HubError: If the hub does not give a file, or gives another one than the suite names.
     """
-    paths = {name: str(_fetched(one)) for name, one in published.downloads.items()}
+    paths = {name: str(_fetched(download)) for name, download in published.downloads.items()}
     return moved_suite(published.suite, lambda source: paths.get(source, source))
 
 
-def _fetched(one: Download) -> Path:
-    options = reachable(one.repository, **one.options)
-    with asking(one.repository, **options):
-        if one.file is not None:
-            path = Path(hf_hub_download(one.repository, one.file, **options))
-        elif one.files is not None:
-            folder = Path(snapshot_download(one.repository, allow_patterns=list(one.patterns), **options))
-            path = folder / os.path.commonpath([PurePosixPath(pattern).parent for pattern in one.patterns])
+def _fetched(download: Download) -> Path:
+    options = reachable(download.repository, **download.options)
+    with asking(download.repository, **options):
+        if download.file is not None:
+            path = Path(hf_hub_download(download.repository, download.file, **options))
+        elif download.files is not None:
+            folder = Path(snapshot_download(download.repository, allow_patterns=list(download.patterns), **options))
+            path = folder / os.path.commonpath([PurePosixPath(pattern).parent for pattern in download.patterns])
         else:
-            path = Path(str(DiffusionPipeline.download(one.repository, use_safetensors=True, **options)))
-    if one.sha256 is not None and (found := sha256_of(path)) != one.sha256:
-        raise HubError(f"{path} is another file than the suite names: its SHA-256 is {found}, expected {one.sha256}")
+            path = Path(str(DiffusionPipeline.download(download.repository, use_safetensors=True, **options)))
+    if download.sha256 is not None and (actual := sha256_of(path)) != download.sha256:
+        raise HubError(
+            f"{path} is another file than the suite names: its SHA-256 is {actual}, expected {download.sha256}"
+        )
     return path
 
 

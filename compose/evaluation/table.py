@@ -138,7 +138,9 @@ def load(out: Path) -> Evaluation:
         thresholds=thresholds,
         bounds=_bounds(plan.suite, concepts),
         confusion=_typed(
-            pd.DataFrame([cell for one in confused if one for cell in one.cells()], columns=_CELL_COLUMNS)
+            pd.DataFrame(
+                [cell for confusion in confused if confusion for cell in confusion.cells()], columns=_CELL_COLUMNS
+            )
         ),
         made=tuple({id(shot.made): shot.made for shot in shots}.values()),
         failed=tuple(failed),
@@ -177,11 +179,11 @@ def _with_styles(suite: Suite, shots: Sequence[Shot]) -> list[Shot]:
 
 def _with_outcomes(concepts: pd.DataFrame, shots: Sequence[Shot], confused: Sequence[Confused | None]) -> pd.DataFrame:
     """The table with the outcome of each concept; nothing of styles and of images of older versions."""
-    found: list[Mapping[str, str | None]] = []
-    for shot, one in zip(shots, confused, strict=True):
-        found += [{}] * len(shot.names) if one is None else one.subjects()
-        found += [{}] * len(shot.styles)
-    return concepts.assign(**{key: [row.get(key) for row in found] for key in ("outcome", "took")})
+    outcomes: list[Mapping[str, str | None]] = []
+    for shot, confusion in zip(shots, confused, strict=True):
+        outcomes += [{}] * len(shot.names) if confusion is None else confusion.subjects()
+        outcomes += [{}] * len(shot.styles)
+    return concepts.assign(**{key: [row.get(key) for row in outcomes] for key in ("outcome", "took")})
 
 
 def _concept_rows(suite: Suite, shot: Shot) -> list[dict[str, Any]]:
@@ -227,11 +229,11 @@ def _images(
 ) -> pd.DataFrame:
     own = _own_by(concepts)
     rows = []
-    for shot, one in zip(shots, confused, strict=True):
+    for shot, confusion in zip(shots, confused, strict=True):
         bound = bound_name(suite, shot.planned.arm)
         row = _image_row(shot, {name: own.get((bound, name), np.array([])) for name in shot.concepts})
         places = {"inside": _mean([_inside(suite, shot, name) for name in shot.names])}
-        rows.append({**row, **places, **(one.image() if one else {}), **_chosen(suite, shot)})
+        rows.append({**row, **places, **(confusion.image() if confusion else {}), **_chosen(suite, shot)})
     images = _typed(pd.DataFrame(rows, columns=_IMAGE_COLUMNS))
     present = concepts.groupby(list(_KEYS), dropna=False, sort=False)["present"].all()
     return images.assign(success=present.to_numpy(dtype=bool))
@@ -240,20 +242,20 @@ def _images(
 def _chosen(suite: Suite, shot: Shot) -> dict[str, float | None]:
     """The metrics that the user chose, as far as the image was scored by them."""
     row: dict[str, float | None] = {}
-    for one in suite.metrics:
-        if one.name not in shot.scores.chosen:
+    for metric in suite.metrics:
+        if metric.name not in shot.scores.chosen:
             continue
-        whole, found = shot.whole_by(one.name), shot.found_by(one.name)
-        if one.name == "clip-t":
-            row["clip_t"] = shot.scores.chosen[one.name].text
-        elif one.name == "clip-i":
-            seen = shot.scores.chosen[one.name].whole
+        whole, detected = shot.whole_by(metric.name), shot.found_by(metric.name)
+        if metric.name == "clip-t":
+            row["clip_t"] = shot.scores.chosen[metric.name].text
+        elif metric.name == "clip-i":
+            seen = shot.scores.chosen[metric.name].whole
             row["clip_i"] = _mean([*whole, *(seen[style] for style in shot.styles)])
-        elif one.name == "dino":
-            row |= {"dino": _mean(whole), "dino_found": _mean(np.nan_to_num(found, nan=0.0))}
+        elif metric.name == "dino":
+            row |= {"dino": _mean(whole), "dino_found": _mean(np.nan_to_num(detected, nan=0.0))}
         else:
-            threshold = COLLAPSED if one.threshold is None else one.threshold
-            row |= {"scr": collapse_rate(found, threshold), "scr_whole": collapse_rate(whole, threshold)}
+            threshold = COLLAPSED if metric.threshold is None else metric.threshold
+            row |= {"scr": collapse_rate(detected, threshold), "scr_whole": collapse_rate(whole, threshold)}
     return row
 
 

@@ -92,7 +92,7 @@ class Claims:
     def _free_number(self, name: str) -> int | None:
         """The number that a new claim would get; None while an owner may be alive."""
         matches = (_NUMBERED.fullmatch(path.name) for path in self._folder.iterdir())
-        numbers = [int(found[2]) for found in matches if found and found[1] == name]
+        numbers = [int(match[2]) for match in matches if match and match[1] == name]
         if not numbers:
             return 0
         number = max(numbers)

@@ -185,10 +185,10 @@ def load(pipe: Any, concept: Concept) -> LoadedConcept:
     if not same:
         pipe.library.check_new(pipe, file.name)
         pipe.library.load(pipe, file, [find_file(source) for source in files_of(file.lora)])
-    found = pipe.resolve_concepts([concept])[0]
+    loaded = pipe.resolve_concepts([concept])[0]
     if not same:
-        tell_words(found, concept)
-    return found
+        tell_words(loaded, concept)
+    return loaded
 
 
 def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
@@ -279,8 +279,8 @@ def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
 
 
 def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, Hashes]:
-    every = {found.concept.name: tuple(file.sha256 for file in found.files) for found in loaded if found.files}
-    return {name: found[0] if len(found) == 1 else found for name, found in every.items()}
+    every = {lora.concept.name: tuple(file.sha256 for file in lora.files) for lora in loaded if lora.files}
+    return {name: hashes[0] if len(hashes) == 1 else hashes for name, hashes in every.items()}
 
 
 def _finite(pipe: Any, on_step: OnStep | None) -> OnStep:

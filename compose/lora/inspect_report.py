@@ -53,22 +53,22 @@ def show_files(
         name = model or playground_of(file.metadata.get("base_model"))
         if name is not None and name not in pipes:
             pipes[name] = open_model(Run(scene=Scene(prompt="-"), model=name))
-        found, factors = inspect(file, pipes.get(name), name or "", alpha=alpha, max_rank=max_rank)
-        seen.append(found)
+        inspection, factors = inspect(file, pipes.get(name), name or "", alpha=alpha, max_rank=max_rank)
+        seen.append(inspection)
         if factors is not None and path is None:
-            usable.setdefault(found.matched_with, []).append((source, factors))
+            usable.setdefault(inspection.matched_with, []).append((source, factors))
         if not as_json:
-            _show(found, every_key)
+            _show(inspection, every_key)
     shared = [overlap for same in usable.values() for overlap in overlaps(same)]
     if as_json:
-        everything: dict[str, Any] = {"files": [found.model_dump() for found in seen]}
+        everything: dict[str, Any] = {"files": [inspection.model_dump() for inspection in seen]}
         everything |= {"overlaps": [overlap.model_dump() for overlap in shared], "unreadable": unreadable}
         typer.echo(json.dumps(everything, indent=2))
     elif shared:
         _show_overlaps(shared)
     for problem in unreadable:
         echo(f"problem: {problem}", style="red", to=err)
-    return not unreadable and not any(found.problem for found in seen)
+    return not unreadable and not any(inspection.problem for inspection in seen)
 
 
 def _paths(sources: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
@@ -82,35 +82,37 @@ def _paths(sources: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
             yield source, None
 
 
-def _show(found: Inspection, every_key: bool) -> None:
-    echo(found.file, style="bold")
-    lines = found.rows
-    if found.matched_with is not None and found.problem is None:
-        lines.append(("fits", f"{found.matched} keys fit {found.matched_with}, {len(found.unmatched)} do not"))
+def _show(inspection: Inspection, every_key: bool) -> None:
+    echo(inspection.file, style="bold")
+    lines = inspection.rows
+    if inspection.matched_with is not None and inspection.problem is None:
+        lines.append(
+            ("fits", f"{inspection.matched} keys fit {inspection.matched_with}, {len(inspection.unmatched)} do not")
+        )
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in lines:
         table.add_row(*_cells(label, text))
     out.print(table)
-    if found.blocks:
-        out.print(_blocks_table(found))
-    shown = found.unmatched if every_key else found.unmatched[:5]
+    if inspection.blocks:
+        out.print(_blocks_table(inspection))
+    shown = inspection.unmatched if every_key else inspection.unmatched[:5]
     for key in shown:
-        echo(f"{'no key of an adapter' if found.matched_with is None else 'fits no layer'}: {key}", style="yellow")
-    if len(shown) < len(found.unmatched):
-        echo(f"... and {len(found.unmatched) - len(shown)} more; --keys lists them", style="yellow")
-    for note in found.notes:
+        echo(f"{'no key of an adapter' if inspection.matched_with is None else 'fits no layer'}: {key}", style="yellow")
+    if len(shown) < len(inspection.unmatched):
+        echo(f"... and {len(inspection.unmatched) - len(shown)} more; --keys lists them", style="yellow")
+    for note in inspection.notes:
         echo(f"note: {note}", style="yellow")
-    if found.problem is not None:
-        echo(f"problem: {found.problem}", style="red")
+    if inspection.problem is not None:
+        echo(f"problem: {inspection.problem}", style="red")
     echo("")
 
 
-def _blocks_table(found: Inspection) -> Table:
-    matched = any(block.norm is not None for block in found.blocks)
+def _blocks_table(inspection: Inspection) -> Table:
+    matched = any(block.norm is not None for block in inspection.blocks)
     table = Table("block", "layers", "rank", "alpha", *(["norm"] if matched else []))
-    for block in found.blocks:
+    for block in inspection.blocks:
         norm = ["" if block.norm is None else f"{block.norm:.3g}"] if matched else []
         table.add_row(*_cells(f"{block.part} {block.name}", block.layers, block.rank, block.alpha, *norm))
     return table
@@ -118,8 +120,8 @@ def _blocks_table(found: Inspection) -> Table:
 
 def _show_overlaps(shared: Sequence[Overlap]) -> None:
     for overlap in shared:
-        one, other = overlap.files
-        echo(f"{one} and {other}", style="bold")
+        first, second = overlap.files
+        echo(f"{first} and {second}", style="bold")
         table = Table("block", "overlap of energy")
         for block, share in overlap.blocks:
             table.add_row(*_cells(block, f"{share:.2%}"))

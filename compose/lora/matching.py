@@ -40,35 +40,37 @@ def match_files(
         spelling = _spelling(given[0].file) if model_part(pipe) == "unet" else "diffusers"
     loras: list[Mapping[Name, LoraFactors]] = []
     notes: list[str] = []
-    for one in given:
-        found = match(one.file, pipe, alpha=needed_alpha(alpha, one.file))
-        parts = found.by_part
+    for given_lora in given:
+        factors = match(given_lora.file, pipe, alpha=needed_alpha(alpha, given_lora.file))
+        parts = factors.by_part
         named: dict[Name, LoraFactors] = {(part, name): f for part in PARTS for name, f in parts.get(part, {}).items()}
-        lora, note = expressed(pipe, named, one.source)
+        lora, note = expressed(pipe, named, given_lora.source)
         loras.append(lora)
-        notes += [] if note is None else [f"{one.source}: {note}"]
-        if found.unmatched:
-            keys = ", ".join(found.unmatched[:3])
-            notes.append(f"{one.source}: {len(found.unmatched)} keys fit no layer and are left out: {keys}")
-        notes += [f"{one.source}: {note}" for note in found.notes]
-        notes += [] if found.ranks is None else [f"{one.source}: it is {ALL_RANKS}"]
-        if found.embeddings:
-            words = ", ".join(found.embeddings)
-            notes.append(f"{one.source}: its words are left out ({words}); the result changes weights alone")
+        notes += [] if note is None else [f"{given_lora.source}: {note}"]
+        if factors.unmatched:
+            keys = ", ".join(factors.unmatched[:3])
+            notes.append(f"{given_lora.source}: {len(factors.unmatched)} keys fit no layer and are left out: {keys}")
+        notes += [f"{given_lora.source}: {note}" for note in factors.notes]
+        notes += [] if factors.ranks is None else [f"{given_lora.source}: it is {ALL_RANKS}"]
+        if factors.embeddings:
+            words = ", ".join(factors.embeddings)
+            notes.append(f"{given_lora.source}: its words are left out ({words}); the result changes weights alone")
     names = dict.fromkeys(name for lora in loras for name in lora)
     called = stems(spelling, pipe, {part: [name for p, name in names if p == part] for part in PARTS})
     kernels = {name: tuple(factors.down.shape[2:]) for lora in reversed(loras) for name, factors in lora.items()}
     sites = {name: FileLayer(called[name], kernels[name]) for name in names}
-    changes = side_by_side(loras, [one.weight for one in given], [one.source for one in given])
+    changes = side_by_side(
+        loras, [given_lora.weight for given_lora in given], [given_lora.source for given_lora in given]
+    )
     return Matched(given, changes, sites, spelling, tuple(notes))
 
 
 def _family(given: Sequence[Given]) -> Any:
     """Names and shapes of the model family of the files; None if it is unknown."""
     families = {}
-    for one in given:
-        shapes = {key: tensor.shape for key, tensor in one.file.tensors.items()}
-        families[one.source] = guess_family(shapes, one.file.metadata).family
+    for given_lora in given:
+        shapes = {key: tensor.shape for key, tensor in given_lora.file.tensors.items()}
+        families[given_lora.source] = guess_family(shapes, given_lora.file.metadata).family
     if len(set(families.values())) > 1:
         listed = "; ".join(f"{source} is for {family or 'an unknown family'}" for source, family in families.items())
         raise LoraError(f"only LoRAs for the same model are merged: {listed}; give --model if you know better")
@@ -83,12 +85,12 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
             f"{given[0].source} is for an unknown model, so its layers keep their names; "
             "leave --keys out, or give --model"
         )
-    found = [by_name(one.file, alpha=needed_alpha(alpha, one.file)) for one in given]
-    named = [dict(layers) for layers, _ in found]
-    for one, layers in zip(given[1:], named[1:], strict=True):
+    contents = [by_name(given_lora.file, alpha=needed_alpha(alpha, given_lora.file)) for given_lora in given]
+    named = [dict(layers) for layers, _ in contents]
+    for given_lora, layers in zip(given[1:], named[1:], strict=True):
         if not layers.keys() & named[0].keys():
             raise LoraError(
-                f"{one.source} and {given[0].source} have no layer in common, as they name them: "
+                f"{given_lora.source} and {given[0].source} have no layer in common, as they name them: "
                 f"{next(iter(layers.values())).stem} and {next(iter(named[0].values())).stem}; expected files for the "
                 "same model from the same kind of trainer"
             )
@@ -98,13 +100,19 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
             sites.setdefault(name, FileLayer(layer.stem, tuple(layer.factors.down.shape[2:])))
     loras = [{name: layer.factors for name, layer in layers.items()} for layers in named]
     notes = [
-        f"{one.source}: {len(left)} keys are left out: {', '.join(left[:3])}"
-        for one, (_, left) in zip(given, found, strict=True)
+        f"{given_lora.source}: {len(left)} keys are left out: {', '.join(left[:3])}"
+        for given_lora, (_, left) in zip(given, contents, strict=True)
         if left
     ]
-    notes += [f"{one.source}: it is {ALL_RANKS}" for one in given if is_tlora(one.file.metadata, one.file.tensors)]
+    notes += [
+        f"{given_lora.source}: it is {ALL_RANKS}"
+        for given_lora in given
+        if is_tlora(given_lora.file.metadata, given_lora.file.tensors)
+    ]
     notes.append("the model is unknown: layers were matched by their names in the files")
-    changes = side_by_side(loras, [one.weight for one in given], [one.source for one in given])
+    changes = side_by_side(
+        loras, [given_lora.weight for given_lora in given], [given_lora.source for given_lora in given]
+    )
     return Matched(given, changes, sites, own, tuple(notes))
 
 

@@ -29,18 +29,18 @@ class Described(Protocol):
         ...
 
 
-def missing_words(found: Described, prompt: str) -> str:
+def missing_words(described: Described, prompt: str) -> str:
     """What is missing if the prompt does not have the concept's trigger followed by its class word."""
-    concept = found.concept
+    concept = described.concept
     name, trigger, noun = concept.name, concept.trigger, concept.class_word
     if not trigger:
-        return missing_trigger(found, [prompt])
+        return missing_trigger(described, [prompt])
     if not noun and (last := divided(trigger)[1]):
         give = _give(name, "class_word", [Candidate(last, "in the trigger")], last)
         there = "the prompt stays as it is" if find_words(trigger, prompt) else f"write {trigger!r} in the prompt"
         return f"{name} has no class word of its own, but a trigger that ends with one: {give}; {there}"
     if not noun:
-        after = [*_after(trigger, prompt), *_in_prompt_first(found.words.class_words, [prompt])]
+        after = [*_after(trigger, prompt), *_in_prompt_first(described.words.class_words, [prompt])]
         return (
             f"{name} has no class word: {_give(name, 'class_word', after, 'cat')}, and write it after {trigger!r}"
             + (_listed(after))
@@ -50,21 +50,21 @@ def missing_words(found: Described, prompt: str) -> str:
     return f"the prompt has {trigger!r} without {noun!r} after it: write {concept.phrase!r}"
 
 
-def missing_trigger(found: Described, prompts: Sequence[str]) -> str:
+def missing_trigger(described: Described, prompts: Sequence[str]) -> str:
     """What to type for a concept without a trigger; candidates that are in the prompts come first."""
-    candidates, name = _in_prompt_first(found.words.triggers, prompts), found.concept.name
+    candidates, name = _in_prompt_first(described.words.triggers, prompts), described.concept.name
     give = _give(name, "trigger", candidates, "sks")
     return f"{name} has no trigger: {give}, and write it in the prompt{_listed(candidates)}"
 
 
-def tell_words(found: Described, given: Concept) -> None:
+def tell_words(described: Described, given: Concept) -> None:
     """Logs the trigger that a concept has from its file, and warns with candidates if it has none at all.
 
     Args:
-        found: The concept with all its words.
+        described: The concept with all its words.
         given: The concept as it was given.
     """
-    concept, words = found.concept, found.words
+    concept, words = described.concept, described.words
     if concept.trigger and not given.trigger and words.where:
         logger.info("concept %s: trigger %r, from its file (%s)", concept.name, concept.trigger, words.where)
     if concept.trigger or concept.is_style or not words.triggers:
@@ -88,7 +88,7 @@ def _listed(candidates: Sequence[Candidate]) -> str:
 
 
 def _in_prompt_first(candidates: Sequence[Candidate], prompts: Sequence[str]) -> list[Candidate]:
-    return sorted(candidates, key=lambda one: not any(find_words(one.words, prompt) for prompt in prompts))
+    return sorted(candidates, key=lambda candidate: not any(find_words(candidate.words, prompt) for prompt in prompts))
 
 
 def _after(trigger: str, prompt: str) -> list[Candidate]:
