@@ -84,10 +84,11 @@ class ForwardState:
         Shapes as for `Kernel`; keys and values of cross-attention have texts before rows, if there are several.
         """
         regions, bias = self.inputs.regions, self.inputs.bias(level) if cross else None
+        several_texts = self.inputs.texts is not None
         for recorder in self.recorders:
             isolated = regions is not None and regions.isolate and layer in recorder.self_layers
             allowed = regions.partitions[level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
-            recorder.take(layer, query, key, scale, allowed, bias=bias)
+            recorder.take(layer, query, key, scale, allowed, bias=bias, several_texts=several_texts)
         if regions is None:
             return kernel(query, key, value, bias)
         return regions.attend(kernel, level, query, key, value, bias, cross)

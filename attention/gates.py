@@ -31,7 +31,7 @@ class Gates:
     rows.
 
     Attributes:
-        text: For text tokens. Shape: [rows, tokens, concepts], or [texts, rows, tokens, concepts] with several texts.
+        text: For text tokens. Shape: [rows, tokens, concepts], or [texts, rows, tokens, concepts] with `several_texts`.
         image: For image cells, by level. Shape: [rows, cells, concepts], cells in row-major order.
         row: For layers with one vector per row (time embedding). Shape: [rows, concepts].
         latent_grid: Height and width of the latents.
@@ -45,6 +45,7 @@ class Gates:
         reference_modulation: For the modulation of reference images, where they have one of their own; None means 0.
             Shape: [rows, concepts].
         ranks: How many of the first ranks of each concept act (T-LoRA); None means all of one, nothing all of every.
+        several_texts: Whether cells read one of several texts, whose gates `text` has one after the other.
     """
 
     text: Tensor
@@ -56,6 +57,7 @@ class Gates:
     further: Mapping[SitePart, Tensor] = field(default_factory=dict)
     reference_modulation: Tensor | None = None
     ranks: tuple[int | None, ...] = ()
+    several_texts: bool = False
 
     def select(self, rows: slice | list[int]) -> "Gates":
         """The gates of some of the rows."""
@@ -107,6 +109,7 @@ class Gates:
             {part: change(gate) for part, gate in self.further.items()},
             None if self.reference_modulation is None else change_row(self.reference_modulation),
             self.ranks,
+            self.several_texts,
         )
 
     def expand(self, key: GateKey, lengths: Sequence[int]) -> Tensor:
@@ -147,7 +150,7 @@ class Gates:
             both = (gate, torch.zeros_like(gate) if of_references is None else of_references)
             return torch.cat([half.expand(len(lengths), -1) for half in both])
         gate = self._by_position(site, lengths)
-        if site.in_line and gate.dim() == 4:
+        if site.in_line and self.several_texts:
             gate = gate.expand(-1, -1, max(lengths), -1).transpose(0, 1).flatten(1, 2)
         if site.planar:
             grid = grid_at(self.latent_grid, site.level)

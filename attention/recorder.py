@@ -15,9 +15,9 @@ class Recorder:
 
     Args:
         layers: Names of the cross-attention layers to record.
-        token_weights: Weight of every token in every map. Shape: [rows, tokens, maps] or [texts, rows, tokens, maps]
-            where cells read one of several texts; then there is a map for every text, over all cells. If it has fewer
-            texts than the pass, they are the last ones.
+        token_weights: Weight of every token in every map. Shape: [rows, tokens, maps], or [texts, rows, tokens, maps]
+            in a pass with several texts; then there is a map for every text, over all cells. If it has fewer texts than
+            the pass, they are the last ones.
         self_layers: Names of the self-attention layers to record.
         output_layer: Name of a self-attention layer whose output is recorded.
 
@@ -56,6 +56,8 @@ class Recorder:
         allowed: Tensor | None = None,
         tokens: int | None = None,
         bias: Tensor | None = None,
+        *,
+        several_texts: bool = False,
     ) -> None:
         """Records a layer if it was asked for.
 
@@ -67,9 +69,10 @@ class Recorder:
                 against [rows, heads, cells, tokens].
             tokens: How many leading keys are text tokens, if cells follow; None means as many as `token_weights` has.
             bias: Added to the logits. Shape: broadcast against [rows, heads, cells, tokens].
+            several_texts: Whether `key` has the dimension of texts, as the weights of tokens do then.
         """
         if layer in self.layers:
-            if self.token_weights.dim() == 4:
+            if several_texts:
                 key = key[-len(self.token_weights) :]
             token_weights = self.token_weights[..., :tokens, :]  # a micro-batch of shorter texts has fewer tokens
             probabilities = _attention(query, key, scale, allowed, bias)[..., : token_weights.shape[-2]]

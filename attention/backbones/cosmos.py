@@ -105,7 +105,7 @@ class CrossKernel(JointKernel):
             raise ValueError("attention masks of the caller cannot be combined with concepts")
         inputs, level = self.state.inputs, self.site.level
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        if self.site.reads_text and inputs.texts is not None and inputs.texts.dim() == 4:
+        if self.site.reads_text and inputs.texts is not None:
             count = len(inputs.texts)
             key, value = (x.unflatten(2, (count, -1)).permute(2, 0, 1, 3, 4) for x in (key, value))
         out = self.state.attend(

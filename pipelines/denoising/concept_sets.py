@@ -131,17 +131,17 @@ def join_gates(gates: Sequence[Gates], texts: Sequence[Conditioning], images: Se
     """
 
     def join(parts: Sequence[Tensor]) -> Tensor:
-        positions = max(part.shape[1] for part in parts) if parts[0].dim() == 3 else None
-        rows = [
-            part.expand(text.rows, *(() if positions is None else (positions,)), -1)
-            for part, text in zip(parts, texts, strict=True)
-        ]
+        rows = [part.expand(text.rows, *part.shape[1:]) for part, text in zip(parts, texts, strict=True)]
         return join_rows_of_images(rows, images)
+
+    def join_positions(parts: Sequence[Tensor]) -> Tensor:
+        positions = max(part.shape[1] for part in parts)
+        return join([part.expand(-1, positions, -1) for part in parts])
 
     levels = gates[0].image
     return Gates(
-        join([gate.text for gate in gates]),
-        {level: join([gate.image[level] for gate in gates]) for level in levels},
+        join_positions([gate.text for gate in gates]),
+        {level: join_positions([gate.image[level] for gate in gates]) for level in levels},
         join([gate.row for gate in gates]),
         gates[0].latent_grid,
         modulation=join([gate.row if gate.modulation is None else gate.modulation for gate in gates]),

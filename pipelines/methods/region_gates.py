@@ -57,4 +57,5 @@ def region_gates(
         row=on_device(everywhere * here)[:, 0],
         latent_grid=regions.grid,
         read={level: on_device(gate) for level, gate in read.items()},
+        several_texts=True,
     )

@@ -202,5 +202,5 @@ def test_token_weights_of_fewer_texts_is_for_the_last_ones() -> None:
     token_weights = torch.rand(3, ROWS, TOKENS, 2, generator=generator)
     every, last = Recorder(["layer"], token_weights), Recorder(["layer"], token_weights[1:])
     for recorder in (every, last):
-        recorder.take("layer", query, keys, 0.5)
+        recorder.take("layer", query, keys, 0.5, several_texts=True)
     assert torch.equal(last.mean(), every.mean()[1:])

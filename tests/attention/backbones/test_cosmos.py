@@ -28,8 +28,9 @@ def drawn(*shape: int) -> Tensor:
 TEXTS = torch.randn(3, ROWS, TOKENS, 24, generator=DRAW)
 QUERIES = queries_of(MEMBERSHIP)
 GATES = Gates(
-    drawn(3, ROWS, TOKENS), {1: drawn(ROWS, CELLS)}, drawn(ROWS), GRID, {1: drawn(ROWS, len(QUERIES[0]))}, drawn(ROWS)
-)
+    drawn(3, ROWS, TOKENS), {1: drawn(ROWS, CELLS)}, drawn(ROWS), GRID, {1: drawn(ROWS, len(QUERIES[0]))}, drawn(ROWS),
+    several_texts=True,
+)  # fmt: skip
 
 
 def gated(layer: nn.Module, loras: list[Lora], name: str, x: Tensor, gate: Tensor) -> Tensor:
