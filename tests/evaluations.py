@@ -13,12 +13,12 @@ from lora_compose.compose.evaluation.results import (
     FAILED,
     MADE,
     PLAN,
+    BatchPlan,
     ConceptScore,
     Failed,
     ImageCost,
     ImageScores,
     Made,
-    Plan,
     Planned,
     Scores,
     batch_folder,
@@ -116,7 +116,7 @@ def store(
         seen = {seed: scores(batch.scene.concepts, one) for seed, one in found.items() if isinstance(one, Mapping)}
         if seen:
             write(batch_folder(out, key) / SCORES, Scores(images=seen, truth=truth or {}))
-    write(out / PLAN, Plan(suite=of, batches=tuple(planned)))
+    write(out / PLAN, BatchPlan(suite=of, batches=tuple(planned)))
     return out
 
 

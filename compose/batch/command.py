@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_compose.compose.batch.entries import Entry, Found
+from lora_compose.compose.batch.entries import BatchScenes, Entry
 from lora_compose.compose.batch.jobs import Job, make_jobs
 from lora_compose.compose.batch.results import Folder, Result
 from lora_compose.compose.batch.runner import check_names, results_of, run_batch, with_defaults
@@ -22,7 +22,7 @@ SHOWN = 20
 
 
 def make_all(
-    batch: Found,
+    batch: BatchScenes,
     settings: BatchSettings,
     out: Path,
     processes: int | None = None,

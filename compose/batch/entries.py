@@ -63,7 +63,7 @@ class InvalidEntry:
 
 
 @dataclass(frozen=True)
-class Found:
+class BatchScenes:
     """The scenes of all sources, the bad ones, and the fields of `BatchSettings` that a batch file gives."""
 
     entries: tuple[Entry, ...]
@@ -73,7 +73,7 @@ class Found:
 
 def read_entries(
     sources: Iterable[str | Path], template: str | Path | None = None, concepts: Sequence[Concept] = ()
-) -> Found:
+) -> BatchScenes:
     """Reads the scenes of scene files, folders of them, tables (CSV, TSV, JSONL), or one batch file.
 
     The rows of tables fill the placeholders of a template, a scene file, and have `concepts` in place of its own.
@@ -103,7 +103,7 @@ def read_entries(
         else:
             read.append(_scene_file(path, data))
     entries, bad = _distinct(read)
-    return Found(tuple(entries), tuple(bad), settings)
+    return BatchScenes(tuple(entries), tuple(bad), settings)
 
 
 def _existing(source: str | Path) -> Path:

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from typing import Any, Protocol
 
 from lora_compose.compose.cluster.packing import THIS_MACHINE, Node
-from lora_compose.compose.files.claims import Claim, Claims
+from lora_compose.compose.files.claims import Claims, FileClaim
 from lora_compose.compose.support.errors import error_text
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Workers(ABC):
         """
         on_progress, count = (None, lambda: None) if progress is None else (progress.share, progress.count)
         fresh, taken = deque(pieces), list[str]()
-        held: dict[str, tuple[ExitStack, Claim]] = {}
+        held: dict[str, tuple[ExitStack, FileClaim]] = {}
         with ExitStack() as stacks:
             stacks.callback(lambda: [stack.close() for stack, _ in held.values()])
             while fresh or taken or held:
@@ -187,7 +187,7 @@ def attempt(function: Function, *arguments: Any) -> Iterator[Any]:
         yield Failure(error_text(error))
 
 
-def keep(name: str, piece: Piece, results: Iterable[Any], claim: Claim) -> None:
+def keep(name: str, piece: Piece, results: Iterable[Any], claim: FileClaim) -> None:
     """Stores results as they come. If another process has taken the piece over meanwhile, its results stand."""
     for result in results:
         if not claim.held:

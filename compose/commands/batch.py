@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_compose.compose.batch.entries import Found, read_entries
+from lora_compose.compose.batch.entries import BatchScenes, read_entries
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.commands import asked as reading
 from lora_compose.compose.commands import options
@@ -92,7 +92,7 @@ def batch(
         raise typer.Exit(code)
 
 
-def _settings(scenes: Found, given: dict[str, Any]) -> BatchSettings:
+def _settings(scenes: BatchScenes, given: dict[str, Any]) -> BatchSettings:
     """The settings of a batch file, overridden by options.
 
     Raises:

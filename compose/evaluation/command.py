@@ -9,7 +9,7 @@ from lora_compose.compose.evaluation.alone import Alone, missing_references, wit
 from lora_compose.compose.evaluation.batches import Batch, batches
 from lora_compose.compose.evaluation.chosen import chosen
 from lora_compose.compose.evaluation.comparison import compare_runs
-from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.planning import plan_batches
 from lora_compose.compose.evaluation.published import fetch, gib, show_published, write_suite
 from lora_compose.compose.evaluation.report import write_report
 from lora_compose.compose.evaluation.results import CLAIMS, PLAN, is_done
@@ -47,7 +47,7 @@ def run_suite(
         evaluate(loaded, to)  # only the first process of the machine prints
         return 0
     check_chosen(loaded)
-    plan = make_plan(loaded)
+    plan = plan_batches(loaded)
     echo(f"{loaded.name}: {len(plan.batches)} batches of {loaded.batch_size} images, in {to}", to=err)
 
     def done() -> int:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.metrics import assign, clip_i
+from lora_compose.pipelines.scene.mask_images import Box
 
 OUTCOMES = {
     "kept": "has its own identity alone",

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.confusion import inside
 from lora_compose.compose.evaluation.encoders import Encoder
 from lora_compose.compose.evaluation.suite import WindowsConfig, ZeroShotConfig
 from lora_compose.compose.support.quiet import without_bars
+from lora_compose.pipelines.scene.mask_images import Box
 
 SHARED = 0.5  # two boxes of which the smaller one lies in the larger one by more than this are one object
 

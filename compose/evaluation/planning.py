@@ -17,9 +17,9 @@ from lora_compose.compose.evaluation.results import (
     FAILED,
     MADE,
     PLAN,
+    BatchPlan,
     Failed,
     Made,
-    Plan,
     Planned,
     Scores,
     batch_folder,
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 SCORING = 2  # incremented whenever the computation of scores changes
 
 
-def make_plan(suite: Suite) -> Plan:
+def plan_batches(suite: Suite) -> BatchPlan:
     """All batches of a suite.
 
     Images are kept under a hash of the run, the threads and the contents of model and LoRAs; scores under a hash of
@@ -69,7 +69,7 @@ def make_plan(suite: Suite) -> Plan:
                 arm=arm.name, alone=arm.alone, seeds=batch.seeds,
             )
         )  # fmt: skip
-    return Plan(suite=suite, batches=tuple(planned))
+    return BatchPlan(suite=suite, batches=tuple(planned))
 
 
 def _scoring(suite: Suite) -> Any:
@@ -214,7 +214,7 @@ def open_plan(suite: Suite, out: Path) -> dict[str, Todo]:
         ValueError: If files are missing.
         OSError: If it cannot be written.
     """
-    plan = make_plan(suite)
+    plan = plan_batches(suite)
     write(out / PLAN, plan)
     return {
         planned.key: Todo(

@@ -17,12 +17,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.suite import Name, Suite
 from lora_compose.compose.files.images import Machine, read_pixels, read_record
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import holds, read
 from lora_compose.compose.support.frozen import Frozen, shared
+from lora_compose.pipelines.scene.mask_images import Box
 
 BATCHES = "batches"
 
@@ -148,7 +148,7 @@ class Planned(Frozen):
     seeds: tuple[int, ...]
 
 
-class Plan(Frozen):
+class BatchPlan(Frozen):
     """All batches of an evaluation, and the suite that they come from."""
 
     suite: Suite

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.batches import without_triggers
 from lora_compose.compose.evaluation.confusion import by_place, truth_matrix
 from lora_compose.compose.evaluation.detectors import Detection, Detector, make_detector
@@ -19,7 +18,7 @@ from lora_compose.compose.evaluation.results import ConceptScore, Features, Imag
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene
 from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_references
-from lora_compose.pipelines.scene.mask_images import upright_image
+from lora_compose.pipelines.scene.mask_images import Box, upright_image
 from lora_compose.pipelines.support.regular import open_regular
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -84,7 +84,7 @@ def _matrix(rows: Mapping[str, Mapping[str, float]], names: tuple[str, ...] | li
     return np.array(values, dtype=np.float64).reshape(len(names), len(names))
 
 
-def stored_shots(out: Path, plan: results.Plan) -> tuple[list[Shot], list[results.Failed], int, int]:
+def stored_shots(out: Path, plan: results.BatchPlan) -> tuple[list[Shot], list[results.Failed], int, int]:
     """Images with scores, failures, how many batches are not made, and how many images are not scored."""
     shots: list[Shot] = []
     failed: list[results.Failed] = []

@@ -55,7 +55,7 @@ class Evaluation:
         unscored: Images that are made, but not scored yet.
     """
 
-    plan: results.Plan
+    plan: results.BatchPlan
     concepts: pd.DataFrame
     images: pd.DataFrame
     thresholds: pd.DataFrame
@@ -115,7 +115,7 @@ def load(out: Path) -> Evaluation:
     Raises:
         FileError: If there is no evaluation, or its plan is damaged. A damaged batch counts as not made.
     """
-    plan = read(out / results.PLAN, results.Plan)
+    plan = read(out / results.PLAN, results.BatchPlan)
     if plan is None:
         raise FileError(f"there is no evaluation in {out}: {results.PLAN} is missing")
     shots, failed, missing, unscored = stored_shots(out, plan)

@@ -24,7 +24,7 @@ PATIENCE = 60.0
 _NUMBERED = re.compile(r"(.+)\.(\d+)")
 
 
-class Claim:
+class FileClaim:
     """Work that this process has claimed."""
 
     def __init__(self, folder: Path, name: str, number: int) -> None:
@@ -52,7 +52,7 @@ class Claims:
         self._seen: dict[str, tuple[tuple[int, int], float]] = {}
 
     @contextmanager
-    def claim(self, name: str) -> Iterator[Claim | None]:
+    def claim(self, name: str) -> Iterator[FileClaim | None]:
         """Claims work by a file name until the block ends; None if another process has claimed it.
 
         Whether it has been done meanwhile is to be looked at under the claim.
@@ -74,12 +74,12 @@ class Claims:
             beat.join()
             taken.path.unlink(missing_ok=True)
 
-    def _take(self, name: str) -> Claim | None:
+    def _take(self, name: str) -> FileClaim | None:
         self._folder.mkdir(parents=True, exist_ok=True)
         number = self._free_number(name)
         if number is None:
             return None
-        taken = Claim(self._folder, name, number)
+        taken = FileClaim(self._folder, name, number)
         try:
             with taken.path.open("x", encoding="utf-8") as file:
                 file.write(f"{socket.gethostname()} {os.getpid()}\n")

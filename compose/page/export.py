@@ -13,7 +13,7 @@ from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
 from lora_compose.compose.support.savers import OFFLOADS, Saver
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile, Run, Scene
-from lora_compose.pipelines.scene.sources import Lora, moved_files, weighted
+from lora_compose.pipelines.scene.sources import LoraFiles, moved_files, weighted
 
 _ASSETS = "lora_compose.compose.playground.assets"
 _GUIDES = "lora_compose.compose.generate.guides"
@@ -89,7 +89,7 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
     )
 
 
-def _source(lora: Lora, imports: dict[str, set[str]]) -> str:
+def _source(lora: LoraFiles, imports: dict[str, set[str]]) -> str:
     """The file of a concept, or a list of those that are merged, as an argument of `load_concept`."""
     if not isinstance(lora, str) and lora is not None:
         return f"[{', '.join(_source_of(*weighed, imports) for weighed in weighted(lora))}]"

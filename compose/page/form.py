@@ -12,7 +12,7 @@ from lora_compose.compose.generate.model_facts import facts_of
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.page.boxes import template
 from lora_compose.compose.page.controls import controls
-from lora_compose.compose.page.open_models import Choice
+from lora_compose.compose.page.open_models import ModelChoice
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir, ordinary
 from lora_compose.compose.support.frozen import shared
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
@@ -47,7 +47,7 @@ class Form:
         mask_image: As in `Scene`; the page paints nothing outside of it.
     """
 
-    choice: Choice
+    choice: ModelChoice
     prompt: str
     size: tuple[int, int]
     negative_prompt: str = ""
@@ -115,7 +115,7 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
             raise ValueError(f"{control.name} is {value}; a browser counts to {_MOST_WHOLE}.")
     form = Form(**shared(
         (each.name for each in fields(Form)), run.scene, run,
-        choice=Choice(run.model, run.dtype, run.device, quantize=run.quantize),
+        choice=ModelChoice(run.model, run.dtype, run.device, quantize=run.quantize),
         boxed=any(concept.region is not None for concept in run.scene.concepts),
         size=(run.scene.width or size[0], run.scene.height or size[1]),
         method=method, settings=settings, seeds=(run.seed,),
@@ -214,6 +214,6 @@ def example() -> Form:
         for concept, box in zip(scene.concepts, boxes, strict=True)
     )
     return Form(
-        Choice(PLAYGROUND), scene.prompt, size, concepts=concepts, boxed=True, guidance_scale=4.0,
+        ModelChoice(PLAYGROUND), scene.prompt, size, concepts=concepts, boxed=True, guidance_scale=4.0,
         seeds=(seed,),
     )  # fmt: skip

@@ -37,7 +37,7 @@ class Busy(Exception):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModelChoice:
     """A model, and how it is opened."""
 
     model: str
@@ -68,7 +68,7 @@ class OpenModel:
         costs: What checks have counted, for all sessions.
     """
 
-    def __init__(self, choice: Choice, pipe: Any, defaults: tuple[int, float]) -> None:
+    def __init__(self, choice: ModelChoice, pipe: Any, defaults: tuple[int, float]) -> None:
         self.choice, self.defaults = choice, defaults
         self.scheduler = type(pipe.scheduler).__name__
         self.seconds_per_flop: float | None = None
@@ -171,10 +171,10 @@ class OpenModels:
     """The models that are open."""
 
     def __init__(self) -> None:
-        self._models: OrderedDict[Choice, OpenModel] = OrderedDict()
+        self._models: OrderedDict[ModelChoice, OpenModel] = OrderedDict()
         self._lock = threading.Lock()
 
-    def open(self, choice: Choice) -> OpenModel:
+    def open(self, choice: ModelChoice) -> OpenModel:
         """Opens a model, unless it is open already.
 
         Raises:

@@ -17,7 +17,7 @@ from lora_compose.pipelines.formats.files import read_words
 from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.scene.given import is_fields
 from lora_compose.pipelines.scene.scene import Concept, ConceptNames, concepts_of
-from lora_compose.pipelines.scene.sources import Lora, files_of, shown, weighted
+from lora_compose.pipelines.scene.sources import LoraFiles, files_of, shown, weighted
 from lora_compose.pipelines.support.hub import is_hub_name
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.support.spelling import did_you_mean
@@ -291,6 +291,6 @@ def _same_source(concept: Concept, loaded: Concept) -> bool:
     return _loras(concept) == _loras(loaded) and concept.alpha in (None, loaded.alpha)
 
 
-def _loras(concept: Concept) -> tuple[Lora, str | None]:
+def _loras(concept: Concept) -> tuple[LoraFiles, str | None]:
     """The files of a concept, and how they are merged."""
     return concept.lora, concept.merge

@@ -12,11 +12,11 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from lora_compose.attention.masks import Box
 from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.images.images import read_images
 from lora_compose.pipelines.scene.mask_images import (
+    Box,
     as_uri,
     each_mask,
     in_pixels,

@@ -27,6 +27,7 @@ BLUR = 0.05
 """Radius of the blend at its border, as a share of that side."""
 
 Box = tuple[int, int, int, int]
+"""Edges in pixels, as `attention.masks.Box`, which needs torch."""
 
 
 def read_mask_image(source: Any, size: tuple[int, int]) -> Image.Image:

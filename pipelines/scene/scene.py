@@ -20,7 +20,7 @@ from pydantic import (
 
 from lora_compose.pipelines.scene.given import is_fields, listed
 from lora_compose.pipelines.scene.mask_images import URI_PREFIX, Box, is_fractions, region_of
-from lora_compose.pipelines.scene.sources import Lora, weighted
+from lora_compose.pipelines.scene.sources import LoraFiles, weighted
 from lora_compose.pipelines.scene.strength import Weight, check_sane, read_blocks, read_weight
 from lora_compose.pipelines.support.field_errors import FieldError
 
@@ -252,7 +252,7 @@ class Concept(_Frozen):
     """
 
     name: Annotated[str, Field(min_length=1)]
-    lora: Annotated[Lora, BeforeValidator(_several)] = None
+    lora: Annotated[LoraFiles, BeforeValidator(_several)] = None
     merge: str | None = None
     trigger: str | None = None
     class_word: str | None = None

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
-Lora = str | tuple[str, ...] | list[str] | None
-"""A file as it is; or several, written as in "cat.safetensors:0.8". Concepts keep a list as a tuple."""
+LoraFiles = str | tuple[str, ...] | list[str] | None
+"""A file as it is, or several, written as in "cat.safetensors:0.8". Concepts keep a list as a tuple."""
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -27,24 +27,24 @@ def parse_lora(text: str) -> tuple[str, float]:
     return source, weight
 
 
-def weighted(lora: Lora) -> tuple[tuple[str, float], ...]:
+def weighted(lora: LoraFiles) -> tuple[tuple[str, float], ...]:
     """The files of a concept with their weights; an only file has none, so that its name may end in a number."""
     if lora is None or isinstance(lora, str):
         return ((lora, 1.0),) if lora else ()
     return tuple(map(parse_lora, lora))
 
 
-def files_of(lora: Lora) -> tuple[str, ...]:
+def files_of(lora: LoraFiles) -> tuple[str, ...]:
     """The files of a concept, without their weights."""
     return tuple(source for source, _ in weighted(lora))
 
 
-def moved_files(lora: Lora, move: Callable[[str], str]) -> Lora:
+def moved_files(lora: LoraFiles, move: Callable[[str], str]) -> LoraFiles:
     """A LoRA with every file moved."""
     return with_files(lora, [*map(move, files_of(lora))])
 
 
-def with_files(lora: Lora, files: Sequence[str]) -> Lora:
+def with_files(lora: LoraFiles, files: Sequence[str]) -> LoraFiles:
     """A LoRA with other files, in the same order and of the same weights."""
     if lora is None or isinstance(lora, str):
         return files[0] if files else lora
@@ -52,7 +52,7 @@ def with_files(lora: Lora, files: Sequence[str]) -> Lora:
     return tuple(f"{file}{_suffix(file, weight)}" for file, (_, weight) in pairs)
 
 
-def shown(lora: Lora) -> str:
+def shown(lora: LoraFiles) -> str:
     """All files in a line."""
     return lora or "" if lora is None or isinstance(lora, str) else " + ".join(lora)
 

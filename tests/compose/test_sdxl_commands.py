@@ -12,7 +12,7 @@ from lora_compose import Concept, Run, Scene
 from lora_compose.compose.check.report import check
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.page.open_models import Choice, OpenModels
+from lora_compose.compose.page.open_models import ModelChoice, OpenModels
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
@@ -81,7 +81,7 @@ def test_commands_take_a_folder_with_sdxl(folder, tmp_path):
 
 
 def test_the_page_opens_sdxl(folder, run_of):
-    slot = OpenModels().open(Choice(str(folder / "model"), device="cpu", memory=(Saver.TILING,)))
+    slot = OpenModels().open(ModelChoice(str(folder / "model"), device="cpu", memory=(Saver.TILING,)))
     assert slot.size == (128, 128)
     run = run_of("tara")
     with slot.turn(run.scene.concepts) as pipe:

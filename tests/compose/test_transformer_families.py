@@ -14,7 +14,7 @@ from lora_compose.compose.files.images import record_in
 from lora_compose.compose.generate.making import size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.page.form import Form
-from lora_compose.compose.page.open_models import Choice, OpenModels
+from lora_compose.compose.page.open_models import ModelChoice, OpenModels
 from lora_compose.compose.page.store import in_folder, named
 from lora_compose.compose.page.work import Job
 from lora_compose.compose.serve.app import make_app
@@ -62,7 +62,7 @@ def test_check_names_method_and_price(name, folder, references):
 
 
 def test_the_page_makes_an_image_with_two_concepts(folder, references):
-    model = OpenModels().open(Choice(str(folder / "model"), device="cpu"))
+    model = OpenModels().open(ModelChoice(str(folder / "model"), device="cpu"))
     concepts = [named(str(path)).concept(path.stem) for path in in_folder(folder / "loras")]
     assert [model.read(concept).unmatched for concept in concepts] == [(), ()]
     form = Form(model.choice, PROMPT, (SIDE, SIDE), concepts=tuple(concepts), steps=2, references=references)

@@ -8,7 +8,7 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 from lora_compose.compose.files.images import Record, save_image
 from lora_compose.compose.generate.machine import devices
 from lora_compose.compose.page.form import FACTORS, form_of, variations
-from lora_compose.compose.page.open_models import Busy, Choice
+from lora_compose.compose.page.open_models import Busy, ModelChoice
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.model import take_over
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, MOST_WAITING, PageSession, reading
@@ -75,7 +75,7 @@ def restore(session: PageSession, record: Record) -> None:
     with reading(FILE_PATIENCE):
         loras = located(record, session.store.uploads, session.options.loras, local=session.options.local)
     memory = session.model.choice.memory_for(run.model, device)
-    is_open = take_over(session, Choice(run.model, run.dtype, _same_device(session, device), memory, run.quantize))
+    is_open = take_over(session, ModelChoice(run.model, run.dtype, _same_device(session, device), memory, run.quantize))
     fields.fill(session, form, loras)
     for concept, row in zip(run.scene.concepts, session.rows, strict=True):
         row.sha256 = sha256 if isinstance(sha256 := record.sha256.get(concept.name), str) else ""

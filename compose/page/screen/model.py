@@ -13,7 +13,7 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.generate.defaults import complete
 from lora_compose.compose.generate.machine import devices
 from lora_compose.compose.page.catalog import OWN, PUBLISHED, KnownModel, cached_models, models_in
-from lora_compose.compose.page.open_models import Choice
+from lora_compose.compose.page.open_models import ModelChoice
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import MODELS, PageSession
 from lora_compose.compose.page.text import markdown
@@ -121,7 +121,7 @@ def _forget(session: PageSession, folder: Path) -> None:
     session.model_folders = [other for other in session.model_folders if other != folder]
 
 
-def show_choice(choice: Choice) -> None:
+def show_choice(choice: ModelChoice) -> None:
     """Fills the fields with the open model, where they are empty."""
     st.session_state.setdefault(_KIND, choice.model)
     st.session_state.setdefault(_NAME, "")
@@ -133,7 +133,7 @@ def show_choice(choice: Choice) -> None:
     st.session_state.setdefault(_WEIGHTS, "" if named else choice.quantize)
 
 
-def take_over(session: PageSession, choice: Choice) -> bool:
+def take_over(session: PageSession, choice: ModelChoice) -> bool:
     """Shows a model that an image names in the fields, and opens it if it is known here.
 
     Images are not trusted: another model, or the same one in another precision, is opened, and perhaps downloaded, only
@@ -161,11 +161,11 @@ def _short(model: str) -> str:
     return name if len(name) <= _SHORT else f"{name[: _SHORT - 3]}..."
 
 
-def _chosen() -> Choice:
+def _chosen() -> ModelChoice:
     kind, device, bits = (st.session_state[name] for name in (_KIND, _DEVICE, _BITS))
-    return Choice(
+    return ModelChoice(
         st.session_state[_NAME].strip() if kind == _OWN else kind,
-        Choice.dtype if st.session_state[_DTYPE] == fields.AUTOMATIC else st.session_state[_DTYPE],
+        ModelChoice.dtype if st.session_state[_DTYPE] == fields.AUTOMATIC else st.session_state[_DTYPE],
         None if device == fields.AUTOMATIC else device,
         in_order(st.session_state[_MEMORY]),
         {_WHOLE: None, _FILE: st.session_state[_WEIGHTS].strip()}.get(bits, bits),
@@ -179,7 +179,7 @@ def open_first(session: PageSession) -> None:
     _open(session, replace(session.model.choice, model=session.options.model))
 
 
-def _open(session: PageSession, choice: Choice) -> None:
+def _open(session: PageSession, choice: ModelChoice) -> None:
     session.problems[PLACE] = []
     before = session.model
     try:

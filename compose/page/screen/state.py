@@ -18,7 +18,7 @@ from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.page.form import Form
 from lora_compose.compose.page.launch import Options
 from lora_compose.compose.page.merging import Merged
-from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
+from lora_compose.compose.page.open_models import Busy, ModelChoice, OpenModel, OpenModels
 from lora_compose.compose.page.scores import Judge, Likeness
 from lora_compose.compose.page.store import ShownLora, StartImage, Store
 from lora_compose.compose.page.text import page_message
@@ -43,7 +43,7 @@ QUEUE = "queue"
 _OUTLOOKS = 64  # kept per session
 _RESULTS = 100  # kept per session
 
-Fit = tuple[Choice, str, str]
+Fit = tuple[ModelChoice, str, str]
 """The model that a LoRA was matched with, what fits, and what is wrong."""
 
 

@@ -9,7 +9,7 @@ import yaml
 from commands import call
 from lora_compose.compose.batch import tables
 from lora_compose.compose.batch.command import write_plan
-from lora_compose.compose.batch.entries import Entry, Found, read_entries
+from lora_compose.compose.batch.entries import BatchScenes, Entry, read_entries
 from lora_compose.compose.batch.settings import BatchSettings, parse_seeds
 from lora_compose.compose.files.reading import FileError
 from lora_compose.pipelines.scene.scene import Concept
@@ -42,7 +42,7 @@ def written(folder: Path, **texts: Any) -> list[Path]:
     return paths
 
 
-def of_table(folder: Path, text: str, suffix: str = "csv", template: Any = TEMPLATE) -> Found:
+def of_table(folder: Path, text: str, suffix: str = "csv", template: Any = TEMPLATE) -> BatchScenes:
     table, form = written(folder, **{f"rows_{suffix}": text, "form_yaml": template})
     return read_entries([table], form)
 

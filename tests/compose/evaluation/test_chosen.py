@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, BitImageProcessorPil, Dinov2Config,
 
 from commands import call, flat
 from lora_compose.compose.evaluation.chosen import MODELS, chosen
-from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.planning import plan_batches
 from lora_compose.compose.evaluation.scoring import open_scorer, reference_crops, squared
 from lora_compose.compose.evaluation.suite import Suite, SuiteScene, moved_suite, read_suite
 
@@ -79,7 +79,9 @@ def test_in_a_suite_they_are_names_or_have_settings() -> None:
 
 
 def test_other_metrics_need_other_scores_of_the_same_images() -> None:
-    plain, more, other = (make_plan(quick(*names)).batches[0] for names in ((), ("dino",), ("dino=facebook/another",)))
+    plain, more, other = (
+        plan_batches(quick(*names)).batches[0] for names in ((), ("dino",), ("dino=facebook/another",))
+    )
     assert plain.key == more.key == other.key
     assert len({plain.scores, more.scores, other.scores}) == 3
 

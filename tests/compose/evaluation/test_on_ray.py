@@ -11,7 +11,7 @@ from clusters import MARKS, kill_a_worker, one_node, two_nodes
 from evaluations import contents
 from lora_compose.compose.cluster.opening import Cluster
 from lora_compose.compose.evaluation import runner
-from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.planning import plan_batches
 from lora_compose.compose.evaluation.results import CLAIMS, MADE, batch_folder, is_done
 from lora_compose.compose.evaluation.runner import evaluate
 from lora_compose.compose.evaluation.suite import Suite, read_suite
@@ -69,7 +69,7 @@ def test_the_results_are_those_without_ray_though_something_dies(
 ) -> None:
     """No worker can read the driver's files, and images that are there already are only scored."""
     suite, killed = read(folder), []
-    plan = make_plan(suite).batches
+    plan = plan_batches(suite).batches
     shutil.copytree(batch_folder(finished, plan[0].key), batch_folder(tmp_path, plan[0].key))
     (batch_folder(tmp_path, plan[0].key) / plan[0].scores).unlink()
     hidden, pack = folder.with_name("hidden"), runner.pack
@@ -117,19 +117,19 @@ def test_what_is_wrong_is_found_before_anything_is_made_and_others_may_join(
         assert not list(tmp_path.rglob("*.png"))
 
         suite, out = read(folder), tmp_path / "out"
-        *_, last = make_plan(suite).batches
+        *_, last = plan_batches(suite).batches
         others = Claims(out / CLAIMS).claim(last.key)
 
         def another_process(done: float, text: str = "") -> None:
             """Has claimed the last batch all the time, and makes it when the others have been made."""
-            if done == len(make_plan(suite).batches) - 1:
+            if done == len(plan_batches(suite).batches) - 1:
                 shutil.copytree(batch_folder(finished, last.key), batch_folder(out, last.key))
                 others.__exit__(None, None, None)
 
         assert others.__enter__() is not None
         monkeypatch.setattr(pool, "LOOK_AGAIN", 0.1)
         evaluate(suite, out, another_process, cluster=Cluster("local"))
-    assert all(is_done(out, planned) for planned in make_plan(suite).batches)
+    assert all(is_done(out, planned) for planned in plan_batches(suite).batches)
     assert contents(out) == contents(finished)
     made = (folder / MADE for folder in (batch_folder(finished, last.key), batch_folder(out, last.key)))
     assert len({path.read_bytes() for path in made}) == 1, "that of the other process"

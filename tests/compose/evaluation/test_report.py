@@ -17,7 +17,7 @@ from evaluations import TRUTH, Seen, known, sanity, store, suite
 from lora_compose.compose.evaluation.batches import Batch
 from lora_compose.compose.evaluation.gallery import MANY, SIDE, SMALL_SIDE
 from lora_compose.compose.evaluation.report import marked, number, write_report
-from lora_compose.compose.evaluation.results import PLAN, Plan
+from lora_compose.compose.evaluation.results import PLAN, BatchPlan
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.evaluation.summary import METRICS, OUTCOME_METRICS, summary
 from lora_compose.compose.evaluation.table import load
@@ -292,7 +292,7 @@ def test_a_concept_that_the_encoder_does_not_recognise_is_reported(tmp_path: Pat
 
 def test_mixed_versions_and_machines_are_reported(tmp_path: Path) -> None:
     store(tmp_path, suite(seeds=[1]), known)
-    plan = Plan.model_validate_json((tmp_path / PLAN).read_text())
+    plan = BatchPlan.model_validate_json((tmp_path / PLAN).read_text())
     path = tmp_path / "batches" / plan.batches[0].key / "made.json"
     made = json.loads(path.read_text())
     other = Machine(device="cuda:0", name="a GPU", threads=1)

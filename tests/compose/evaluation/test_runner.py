@@ -29,7 +29,7 @@ from killing import kill_at_work
 from lora_compose.compose.cluster.work import keep
 from lora_compose.compose.evaluation import planning, worker
 from lora_compose.compose.evaluation.batches import batches
-from lora_compose.compose.evaluation.planning import make_plan, open_plan
+from lora_compose.compose.evaluation.planning import open_plan, plan_batches
 from lora_compose.compose.evaluation.results import (
     CLAIMS,
     FAILED,
@@ -125,7 +125,7 @@ def finished(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_batch_is_made_and_scored(suite: Suite, finished: Path) -> None:
-    plan = make_plan(suite)
+    plan = plan_batches(suite)
     assert len(plan.batches) == 2 * 5  # seeds 0 and 1, then 2; no LoRA, two alone, merge, regional
     assert all(is_done(finished, planned) for planned in plan.batches)
     assert not list(finished.rglob("*.part"))
@@ -136,7 +136,7 @@ def test_every_batch_is_made_and_scored(suite: Suite, finished: Path) -> None:
 
 
 def test_every_image_carries_its_run(suite: Suite, finished: Path) -> None:
-    planned = next(planned for planned in make_plan(suite).batches if planned.arm == "regional")
+    planned = next(planned for planned in plan_batches(suite).batches if planned.arm == "regional")
     record = read_record(image_path(finished, planned.key, 1))
     assert (record.run.method, record.run.seed, record.run.steps) == ("regional", 1, 1)
     assert record.run.scene.prompt == SCENE["prompt"]
@@ -144,20 +144,20 @@ def test_every_image_carries_its_run(suite: Suite, finished: Path) -> None:
 
 
 def test_images_of_other_defaults_are_not_taken_for_todays(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    today = {planned.arm: planned.key for planned in make_plan(suite).batches}
+    today = {planned.arm: planned.key for planned in plan_batches(suite).batches}
     monkeypatch.setitem(METHODS, "regional", partial(Regional, rows="all"))
-    other = {planned.arm: planned.key for planned in make_plan(suite).batches}
+    other = {planned.arm: planned.key for planned in plan_batches(suite).batches}
     assert {arm for arm in today if today[arm] != other[arm]} == {"regional"}
 
 
 def test_an_image_of_a_batch_can_be_made_again(suite: Suite, finished: Path) -> None:
-    planned = next(planned for planned in make_plan(suite).batches if planned.arm == "merge")
+    planned = next(planned for planned in plan_batches(suite).batches if planned.arm == "merge")
     assert "identical" in call("replay", image_path(finished, planned.key, 1)).output
 
 
 def test_cost_is_what_the_methods_take(suite: Suite, finished: Path) -> None:
     costs = {}
-    for planned in make_plan(suite).batches:
+    for planned in plan_batches(suite).batches:
         made = read(batch_folder(finished, planned.key) / MADE, Made)
         assert made is not None
         costs[planned.arm] = made.cost
@@ -188,7 +188,7 @@ def test_a_new_way_of_scoring_keeps_the_images(suite: Suite, finished: Path, tmp
         "bear": (32, 0, 64, 64), "robot": (0, 0, 32, 64)
     }}),), "methods": (suite.methods[0],), "seeds": (0, 1)})  # fmt: skip
     evaluate(other, out)
-    plain = next(planned for planned in make_plan(other).batches if planned.arm == "no LoRA")
+    plain = next(planned for planned in plan_batches(other).batches if planned.arm == "no LoRA")
     assert len(list(batch_folder(out, plain.key).glob("scores-*.json"))) == 2
     assert {path: path.stat().st_mtime_ns for path in (out / "batches").rglob("*.png")}.items() >= before.items()
 
@@ -205,7 +205,7 @@ def test_results_are_the_same_after_kills_at_random_moments(suite: Suite, finish
     fork = multiprocessing.get_context("fork")  # a new interpreter would take seconds to import everything
     kills = 0
     for _ in range(60):
-        if kills == 3 or all(is_done(out, planned) for planned in make_plan(suite).batches):
+        if kills == 3 or all(is_done(out, planned) for planned in plan_batches(suite).batches):
             break
         child = fork.Process(target=_evaluate_quietly, args=(suite, out))
         child.start()
@@ -253,7 +253,7 @@ def test_what_another_process_has_just_tried_in_vain_is_left_alone(
     suite: Suite, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
-    lost = make_plan(suite).batches[-1]
+    lost = plan_batches(suite).batches[-1]
     shutil.rmtree(batch_folder(out, lost.key))
 
     def another_fails(done: float, text: str = "") -> None:
@@ -326,7 +326,7 @@ def test_two_processes_report_an_error_once(tmp_path: Path) -> None:
 def test_a_failing_batch_is_written_down_and_tried_again(
     suite: Suite, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (lost,) = [planned for planned in make_plan(suite).batches if (planned.arm, planned.seeds) == ("regional", (2,))]
+    (lost,) = [planned for planned in plan_batches(suite).batches if (planned.arm, planned.seeds) == ("regional", (2,))]
     out = shutil.copytree(finished, tmp_path / "out")
     shutil.rmtree(batch_folder(out, lost.key))
     real = worker.make_batch
@@ -338,13 +338,13 @@ def test_a_failing_batch_is_written_down_and_tried_again(
 
     monkeypatch.setattr(worker, "make_batch", failing)
     evaluate(suite, out)
-    assert [planned.key for planned in make_plan(suite).batches if not is_done(out, planned)] == [lost.key]
+    assert [planned.key for planned in plan_batches(suite).batches if not is_done(out, planned)] == [lost.key]
     told = read(batch_folder(out, lost.key) / FAILED, Failed)
     assert told is not None
     assert told.error == "RuntimeError: no more memory\nfor anybody"
     monkeypatch.undo()
     evaluate(suite, out)
-    assert all(is_done(out, planned) for planned in make_plan(suite).batches)
+    assert all(is_done(out, planned) for planned in plan_batches(suite).batches)
     assert not list(out.rglob(FAILED))
 
 
@@ -356,7 +356,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_results(suite: Suite, finished:
 
     with ExitStack() as disk, pytest.raises(OSError, match=r"/batches/.*\.png"):
         evaluate(suite, tmp_path, fill)
-    assert sum(is_done(tmp_path, planned) for planned in make_plan(suite).batches) == 3
+    assert sum(is_done(tmp_path, planned) for planned in plan_batches(suite).batches) == 3
     assert not list(tmp_path.rglob("*.part"))
     evaluate(suite, tmp_path)
     assert contents(tmp_path) == contents(finished)
@@ -388,7 +388,7 @@ def test_only_what_is_damaged_is_made_again(
     suite: Suite, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
-    plan = make_plan(suite)
+    plan = plan_batches(suite)
     both = [planned for planned in plan.batches if planned.seeds == (0, 1)]
     last = [planned for planned in plan.batches if planned.seeds == (2,)]
     folders = [batch_folder(out, planned.key) for planned in (*both, *last)]

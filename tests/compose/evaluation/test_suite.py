@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lora_compose.compose.evaluation.batches import arms, batches, run_of, without_triggers
-from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.planning import plan_batches
 from lora_compose.compose.evaluation.shipped import suites_dir
 from lora_compose.compose.evaluation.suite import read_suite
 from lora_compose.compose.files.reading import FileError
@@ -235,13 +235,13 @@ def test_an_unknown_suite_lists_those_that_come_along() -> None:
 
 
 def test_a_plan_changes_only_where_something_changed(tmp_path: Path) -> None:
-    before = make_plan(read_suite(written(tmp_path)))
-    same = make_plan(read_suite(written(tmp_path)))
-    more = make_plan(read_suite(written(tmp_path, methods=["merge", "regional"], name="other", baseline="regional")))
-    slower = make_plan(read_suite(written(tmp_path, steps=3)))
-    judged = make_plan(read_suite(written(tmp_path, detector={"kind": "windows", "vocabulary": ["fox"]})))
+    before = plan_batches(read_suite(written(tmp_path)))
+    same = plan_batches(read_suite(written(tmp_path)))
+    more = plan_batches(read_suite(written(tmp_path, methods=["merge", "regional"], name="other", baseline="regional")))
+    slower = plan_batches(read_suite(written(tmp_path, steps=3)))
+    judged = plan_batches(read_suite(written(tmp_path, detector={"kind": "windows", "vocabulary": ["fox"]})))
     saving, again = (
-        make_plan(read_suite(written(tmp_path, save_memory=savers)))
+        plan_batches(read_suite(written(tmp_path, save_memory=savers)))
         for savers in (["tiling", "model-offload"], ["model-offload", "tiling", "tiling"])
     )
     assert again.batches == saving.batches
@@ -257,7 +257,7 @@ def test_a_plan_changes_only_where_something_changed(tmp_path: Path) -> None:
 def test_a_missing_reference_image_is_named(tmp_path: Path) -> None:
     suite = read_suite(written(tmp_path, concepts=[{**CAT, "references": ["lost.png"]}, DOG]))
     with pytest.raises(ValueError, match=r"concept 'cat': the reference image '.*lost.png' is missing"):
-        make_plan(suite)
+        plan_batches(suite)
 
 
 def test_methods_that_merge_files_get_the_whole_bundle_as_one_concept_or_in_every_region(tmp_path: Path) -> None:

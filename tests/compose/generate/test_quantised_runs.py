@@ -13,7 +13,7 @@ from lora_compose.compose.batch.entries import read_entries
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.generate.facts import run_facts
 from lora_compose.compose.page import export
-from lora_compose.compose.page.open_models import Choice, OpenModels
+from lora_compose.compose.page.open_models import ModelChoice, OpenModels
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir, lora_source
 from lora_compose.compose.serve import launch
 from lora_compose.compose.serve.recording import record_of
@@ -83,7 +83,7 @@ def test_facts_are_the_numbers_in_the_file_and_those_of_other_runs_stay(tmp_path
 
 
 def test_the_page_opens_and_exports_fewer_bits() -> None:
-    choice = Choice(PLAYGROUND, device="cpu", quantize="fp8")
+    choice = ModelChoice(PLAYGROUND, device="cpu", quantize="fp8")
     model = OpenModels().open(choice)
     assert torch.float8_e4m3fn in stored(model._pipe)
     assert model.read(BEAR.model_copy(update={"lora": lora_source("playground:bear")})).model

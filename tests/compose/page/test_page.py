@@ -50,7 +50,7 @@ from lora_compose.compose.page import (
     text,
     work,
 )
-from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels, Stopped
+from lora_compose.compose.page.open_models import Busy, ModelChoice, OpenModel, OpenModels, Stopped
 from lora_compose.compose.page.scores import Judge
 from lora_compose.compose.page.screen.canvas import what_next
 from lora_compose.compose.page.sessions import Sessions
@@ -71,12 +71,12 @@ ROBOT = Concept(name="robot", lora="playground:robot", trigger="qrt", class_word
 
 @pytest.fixture(scope="module")
 def model() -> OpenModel:
-    return OpenModels().open(Choice(PLAYGROUND, device="cpu"))
+    return OpenModels().open(ModelChoice(PLAYGROUND, device="cpu"))
 
 
 def short(**changes: Any) -> form.Form:
     """The example, in two steps."""
-    return replace(form.example(), choice=Choice(PLAYGROUND, device="cpu"), steps=2, **changes)
+    return replace(form.example(), choice=ModelChoice(PLAYGROUND, device="cpu"), steps=2, **changes)
 
 
 # --- the example, limits ---
@@ -87,7 +87,7 @@ def test_the_example_is_complete() -> None:
     (run,) = example.runs()
     assert [concept.name for concept in run.scene.concepts] == ["bear", "robot"]
     assert all(isinstance(concept.region, tuple) for concept in run.scene.concepts)
-    assert form.form_of(run, (SIZE, SIZE)) == replace(example, choice=Choice(PLAYGROUND, "float32", None))
+    assert form.form_of(run, (SIZE, SIZE)) == replace(example, choice=ModelChoice(PLAYGROUND, "float32", None))
 
 
 def test_settings_of_the_authors_are_shown_one_by_one() -> None:
@@ -831,7 +831,7 @@ def test_files_that_are_merged_when_loaded_are_exported_as_such() -> None:
 
 
 def test_what_saves_memory_is_kept_for_the_same_model_on_a_device_with_use_for_it() -> None:
-    choice = Choice("a", memory=(Saver.TILING, Saver.MODEL_OFFLOAD))
+    choice = ModelChoice("a", memory=(Saver.TILING, Saver.MODEL_OFFLOAD))
     assert choice.memory_for("a", None) == choice.memory_for("a", "cuda") == choice.memory
     assert choice.memory_for("a", "cpu") == (Saver.TILING,)
     assert choice.memory_for("b", "cuda") == ()
@@ -951,16 +951,16 @@ def test_failures_are_reported_in_words(model: OpenModel) -> None:
 
 def test_a_shelf_holds_few_models_and_opens_each_once() -> None:
     open_models = OpenModels()
-    first = open_models.open(Choice(PLAYGROUND, device="cpu"))
-    assert open_models.open(Choice(PLAYGROUND, device="cpu")) is first
-    tiled = open_models.open(Choice(PLAYGROUND, device="cpu", memory=(Saver.TILING,)))
+    first = open_models.open(ModelChoice(PLAYGROUND, device="cpu"))
+    assert open_models.open(ModelChoice(PLAYGROUND, device="cpu")) is first
+    tiled = open_models.open(ModelChoice(PLAYGROUND, device="cpu", memory=(Saver.TILING,)))
     assert tiled is not first
     with tiled.turn(()) as pipe:
         assert pipe.vae.use_tiling
-    open_models.open(Choice(PLAYGROUND, "bfloat16", "cpu"))
-    assert open_models.open(Choice(PLAYGROUND, device="cpu")) is not first
+    open_models.open(ModelChoice(PLAYGROUND, "bfloat16", "cpu"))
+    assert open_models.open(ModelChoice(PLAYGROUND, device="cpu")) is not first
     with pytest.raises(ValueError, match="no model 'nothing here'"):
-        open_models.open(Choice("nothing here"))
+        open_models.open(ModelChoice("nothing here"))
 
 
 def until(true: Callable[[], bool], seconds: float = 30) -> None:

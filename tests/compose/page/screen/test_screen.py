@@ -34,7 +34,7 @@ from lora_compose.compose.page.controls import sentence
 from lora_compose.compose.page.form import example
 from lora_compose.compose.page.labels import SHOWN_METHODS, full_name, methods
 from lora_compose.compose.page.launch import SCREEN
-from lora_compose.compose.page.open_models import Choice, OpenModel
+from lora_compose.compose.page.open_models import ModelChoice, OpenModel
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, MODELS, PageSession, reading
 from lora_compose.compose.page.screen.uploads import remove
@@ -490,7 +490,7 @@ def test_the_open_model_is_not_opened_again_in_another_precision_by_an_image(
 ) -> None:
     """The open one may be a repository, for which the hub would be asked."""
     open_session = session(at)
-    open_session.model = OpenModel(Choice("stranger/model"), open_session.model._pipe, open_session.model.defaults)
+    open_session.model = OpenModel(ModelChoice("stranger/model"), open_session.model._pipe, open_session.model.defaults)
     at.run()
     monkeypatch.setattr("lora_compose.compose.page.open_models.open_model", lambda *args: pytest.fail("it is opened"))
     drop(at, tmp_path, {}, model="stranger/model", dtype="bfloat16")
@@ -887,7 +887,7 @@ def test_a_part_of_an_image_is_repainted_and_the_rest_stays(at: AppTest) -> None
 
 def test_an_image_gets_a_size_at_which_the_model_works_on_it(at: AppTest, tmp_path: Path) -> None:
     flux_pipeline(ComposeFluxKontextPipeline).save_pretrained(tmp_path / "kontext")
-    session(at).model = MODELS.open(Choice(str(tmp_path / "kontext")))
+    session(at).model = MODELS.open(ModelChoice(str(tmp_path / "kontext")))
     session(at).rows.clear()
     start_from(at, encoded_as(Image.new("RGB", (160, 112)), "JPEG"))
     start = session(at).start
@@ -907,7 +907,7 @@ def test_what_is_no_image_to_start_from_is_refused(at: AppTest) -> None:
 
 def test_reference_images_are_offered_where_the_model_reads_them(at: AppTest, tmp_path: Path) -> None:
     assert not [field for field in at.file_uploader if (field.key or "").startswith("do.reference")]
-    session(at).model = MODELS.open(Choice(str(saved_klein(tmp_path / "klein"))))
+    session(at).model = MODELS.open(ModelChoice(str(saved_klein(tmp_path / "klein"))))
     session(at).rows.clear()
     at.run()
     for name, colour in (("room.jpg", "navy"), ("chair.jpg", "orange"), ("no.jpg", None)):
