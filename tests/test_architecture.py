@@ -54,6 +54,12 @@ def test_what_is_decided_is_decided_there():
     assert [(path, name) for path, name in DECIDED if name not in defined_in(path)] == []
 
 
+def test_no_function_of_pipelines_takes_a_pipeline_of_any_type():
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "pipelines").rglob("*.py"))}
+    assert len(texts) > 100
+    assert [path.name for path, text in texts.items() if re.search(r"\bpipe(line)?: Any\b", text)] == []
+
+
 def entered(pipe: Any) -> Iterator[tuple[str, str]]:
     """File and function of everything of ours that a call enters, in this order."""
     seen: list[tuple[str, str]] = []

@@ -14,6 +14,7 @@ import torch
 from diffusers import CosmosTransformer3DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import AnimaLoraLoaderMixin
+from diffusers.modular_pipelines import ModularPipeline
 from diffusers.modular_pipelines.anima import AnimaAutoBlocks, AnimaModularPipeline
 from diffusers.modular_pipelines.anima.before_denoise import get_timesteps
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
@@ -159,7 +160,7 @@ class ComposeAnimaPipeline(VideoVaePipeline, ModularFamilyPipeline, AnimaLoraLoa
             self.check_sides(*self._sides(arguments["width"], arguments["height"]))
         return super()._plain_arguments(arguments, start)
 
-    def _prepare_plain(self, pipe: Any) -> None:
+    def _prepare_plain(self, pipe: ModularPipeline) -> None:
         if not is_torchvision_available():
             pipe.update_components(transformer=_without_torchvision(uncompiled(self.transformer)))
 

@@ -60,7 +60,7 @@ def configuration(source: str, **options: Any) -> Mapping[str, Any]:
         raise
 
 
-def shared_dtype(pipeline: Any) -> torch.dtype:
+def shared_dtype(pipeline: DiffusionPipeline | ModularPipeline) -> torch.dtype:
     """The precision of all models of a pipeline; raises ValueError if they differ."""
     dtypes = {name: part.dtype for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     if len(set(dtypes.values())) > 1:

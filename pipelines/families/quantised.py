@@ -1,20 +1,22 @@
-"""Models in fewer bits, by a name or from a file of the denoiser: what diffusers is asked for, which does the work."""
+"""Options with which diffusers opens a model in fewer bits: by a name such as nf4, or with a file of the denoiser."""
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
 import transformers
-from diffusers import BFLQuantizationConfig, GGUFQuantizationConfig, PipelineQuantizationConfig
+from diffusers import BFLQuantizationConfig, DiffusionPipeline, GGUFQuantizationConfig, PipelineQuantizationConfig
 
 from lora_compose.pipelines.families.fp8_files import float8_checkpoint
 from lora_compose.pipelines.families.opening import configuration
+from lora_compose.pipelines.formats.models import model_part, models_by_part
 from lora_compose.pipelines.support.quantising import GGUF, check_quantize, is_file_of_weights
 
 logger = logging.getLogger(__name__)
+OpenedPipeline = TypeVar("OpenedPipeline", bound=DiffusionPipeline)
 
 SMALL_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 """Text encoders that are not quantised: of at most 1.4 GB in half precision."""
@@ -67,10 +69,10 @@ def quantising_options(quantize: str | None, source: str, options: Mapping[str, 
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping), **given}
 
 
-def cast(pipe: Any, quantize: str | None) -> Any:
+def cast(pipe: OpenedPipeline, quantize: str | None) -> OpenedPipeline:
     """A pipeline as it was opened; for fp8 its denoiser is in float8 while layers do not run (layerwise casting)."""
     if quantize == "fp8":
-        _cast(pipe.model)
+        _cast(models_by_part(pipe)[model_part(pipe)])
     return pipe
 
 
