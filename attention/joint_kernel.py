@@ -71,7 +71,7 @@ class JointKernel:
             mask = allowed if mask is None else seen_too(mask, allowed)
 
         def text_first(x: Tensor, dim: int) -> Tensor:
-            """In the order of `token_weights`."""
+            """The positions in the order of `token_weights`."""
             return torch.cat([x.narrow(dim, part.start, part.stop - part.start) for part in (text, *others)], dim=dim)
 
         keys, tokens, scale = text_first(key, 1).transpose(1, 2), text.stop - text.start, query.shape[-1] ** -0.5

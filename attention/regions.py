@@ -58,7 +58,7 @@ class RegionQueries:
 
     @classmethod
     def of(cls, membership: Tensor, device: torch.device | None = None) -> "RegionQueries":
-        """Makes the queries of the cells, one for each region that has the cell. Args: as for `Partition.of`."""
+        """Makes the queries of the cells, one for each region that has the cell. Args as for `Partition.of`."""
         texts, cells = queries_of(membership)
         by_text = tuple((text, to_device(cells[texts == text], device)) for text in texts.unique().tolist())
         order = to_device(texts.argsort(stable=True).argsort(), device)

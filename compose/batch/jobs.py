@@ -25,7 +25,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Its name, unique in the batch."""
+        """The job's name, unique in the batch."""
         return f"{self.entry.name}-{self.seeds[0]}"
 
 

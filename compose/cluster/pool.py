@@ -45,7 +45,7 @@ class RemoteWorker:
         self._opened: Any = None
 
     def place(self) -> tuple[str, str, dict[str, str]]:
-        """Its node, the node's folder, and the versions of its packages."""
+        """The worker's node, the node's folder, and the versions of its packages."""
         return self._at, str(self._node.folder), versions()
 
     def open(self, opening: Opening, threads: int) -> str | None:

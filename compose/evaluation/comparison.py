@@ -157,7 +157,7 @@ def _same_scale(a: Suite, b: Suite) -> bool:
 
 
 def _text_model(suite: Suite) -> str:
-    """What CLIP-T is measured by."""
+    """The model that measures CLIP-T."""
     return next((metric.model for metric in suite.metrics if metric.name == "clip-t"), suite.encoder)
 
 

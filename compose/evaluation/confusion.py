@@ -52,7 +52,7 @@ def truth_matrix(references: Sequence[torch.Tensor]) -> np.ndarray:
 
 
 def limits(truth: np.ndarray, thresholds: np.ndarray, reached: np.ndarray) -> np.ndarray:
-    """From which similarity on a crop counts as having an identity. Shape: [subjects, subjects].
+    """The lowest similarity at which a crop has an identity. Shape: [subjects, subjects].
 
     On the diagonal the threshold of the subject (`metrics.presence_threshold`); where there is none, halfway between
     its references among themselves and those of the subject most like it. Beside the diagonal, halfway between how

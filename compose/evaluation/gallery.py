@@ -82,7 +82,7 @@ def as_uri(data: bytes, kind: str) -> str:
 
 
 def _percent(concept: Mapping[str, Any], size: tuple[int, int]) -> dict[str, float] | None:
-    """Where a box is, in percent of the image."""
+    """The place and size of a concept's box, in percent of the image."""
     if concept["left"] is None:
         return None
     left, top, right, bottom = (concept[edge] for edge in ("left", "top", "right", "bottom"))

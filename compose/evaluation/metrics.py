@@ -140,7 +140,7 @@ def bound_ratio(method: np.ndarray, alone: np.ndarray) -> float:
 
 
 def _own_and_others(similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of the detected concepts: similarity to the own references, and the highest to another's (-inf if none)."""
+    """Similarities of the detected concepts to their own references, and the highest to another's (-inf if none)."""
     others = np.where(np.eye(len(similarity), dtype=bool), -np.inf, similarity).max(axis=1)
     detected = ~np.isnan(similarity).any(axis=1)
     return np.diagonal(similarity)[detected], others[detected]

@@ -95,7 +95,7 @@ def _label(
 
 
 def _ends(points: pd.DataFrame, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
-    """Of the intervals; a mean without one is its own."""
+    """Both ends of the intervals; a mean without an interval is both."""
     low, high = (points[f"{metric.key}_{end}"].fillna(points[metric.key]).to_numpy() for end in ("low", "high"))
     return low, high
 

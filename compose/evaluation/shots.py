@@ -36,7 +36,7 @@ class Shot:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """What names the image in tables."""
+        """The columns that identify the image in tables."""
         return {"scene": self.planned.scene, "arm": self.planned.arm, "alone": self.planned.alone, "seed": self.seed}
 
     @property

@@ -328,7 +328,7 @@ def _typed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
-    """Without the gaps; NaN if nothing is left."""
+    """The mean of the values that are not NaN; NaN if there are none."""
     kept = np.asarray(values, dtype=np.float64)
     kept = kept[~np.isnan(kept)]
     return float(kept.mean()) if len(kept) else np.nan

@@ -117,7 +117,7 @@ class Worker:
         return self._peaks[kind]
 
     def count(self, batch: Batch) -> Counted:
-        """What an image of a batch costs; nothing is made."""
+        """The cost of an image of a batch, counted once for each kind of call."""
         run = self._run(batch)
         width, height = size_of(self.pipe, run.scene)
         kind = batch.arm.name, run.method, len(run.scene.concepts), width, height

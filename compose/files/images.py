@@ -36,7 +36,7 @@ Hashes = _Sha256 | tuple[_Sha256, ...]
 
 
 class Machine(Frozen):
-    """Where an image was made: the device as torch names it, the processor, and torch's CPU threads."""
+    """The machine on which an image was made: the device as torch names it, the processor, and torch's CPU threads."""
 
     device: str
     name: str

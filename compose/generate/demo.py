@@ -47,7 +47,7 @@ class Job:
 
     @property
     def file_name(self) -> str:
-        """Where the image goes, inside the demo's folder."""
+        """The image's file in the demo's folder."""
         return f"{self.scene}-{self.part}-{self.run.seed}.png"
 
 

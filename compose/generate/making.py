@@ -141,7 +141,7 @@ def make_batch(
 
 
 def draft(pipe: Any, run: Run) -> Drafted:
-    """Where each LoRA of a run would act, without its image; the image of the run is divided in the same way.
+    """The masks in which each LoRA of a run would act, without its image; the image is divided in the same way.
 
     Raises:
         ValueError: Whatever `make` would raise; if the method of the run, given or chosen, is not draft.

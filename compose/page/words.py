@@ -162,7 +162,7 @@ def _doubts(concept: Concept, marks: Sequence[Mark]) -> list[str]:
 
 
 def _apart(marks: Sequence[Mark]) -> tuple[Mark, ...]:
-    """Without marks that begin inside an earlier one."""
+    """The marks that begin inside no earlier one."""
     kept: list[Mark] = []
     for mark in sorted(marks):
         if not kept or mark.start >= kept[-1].end:

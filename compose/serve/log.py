@@ -46,7 +46,7 @@ class BoundedLog(logging.Handler):
 
 @contextmanager
 def bounded_log(log: logging.Handler | None = None) -> Iterator[None]:
-    """In this block, what our packages and the libraries log goes to one bounded log."""
+    """Inside this block, what our packages and the libraries log goes to one bounded log."""
     log = log or BoundedLog()
     loggers = [logging.getLogger(name) for name in _LIBRARIES]
     before = [(logger.handlers, logger.propagate) for logger in loggers]

@@ -238,7 +238,7 @@ class Training(Frozen):
 
     @property
     def class_folder(self) -> Path:
-        """Where class images are."""
+        """The folder of class images."""
         return self.class_images or self.out.with_name(f"{self.out.stem}-class")
 
     @property

@@ -23,7 +23,7 @@ class ReadsImages(Protocol):
 
     @property
     def runs_on(self) -> torch.device:
-        """Where the UNet runs."""
+        """The device on which the UNet runs."""
         ...
 
 

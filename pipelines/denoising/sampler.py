@@ -69,7 +69,7 @@ class Sampler:
         return latents if scale is None else scale(latents, t)
 
     def step(self, model_output: Tensor, step: Step, latents: Tensor) -> Tensor:
-        """From model output and latents of a step to the next latents."""
+        """Makes the next latents of the model's output and the latents of a step."""
         latents = self.scheduler.step(model_output, step.t, latents, **self.arguments, return_dict=False)[0]
         return latents if self.task is None else self.task.after_step(latents, step, self.scheduler)
 

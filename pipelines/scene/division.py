@@ -152,7 +152,7 @@ def strips(centres: Tensor, free: Tensor, *, block: int = 1, side: int = 0) -> T
 
 
 def _extent(used: Tensor) -> slice:
-    """From the first to the last row or column that is used."""
+    """The slice from the first to the last row or column that is used."""
     indices = used.nonzero()[:, 0]
     return slice(int(indices[0]), int(indices[-1]) + 1)
 

@@ -25,7 +25,7 @@ class Described(Protocol):
 
     @property
     def words(self) -> Words:
-        """What its file tells about words."""
+        """The words that its file names."""
         ...
 
 

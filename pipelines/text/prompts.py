@@ -80,13 +80,13 @@ def _with_article(before: str, article: str) -> str:
 
 @lru_cache(maxsize=64)  # the text of every concept replaces the same list
 def _list_of(every: tuple[Words, ...], prompt: str) -> Span:
-    """From the first word that names a concept to the last; (0, 0) if there is none."""
+    """The span from the first word that names a concept to the last; (0, 0) if there is none."""
     spans = [span for words in every for span in _named(words, prompt, every)]
     return (min(spans)[0], max(end for _, end in spans)) if spans else (0, 0)
 
 
 def named_spans(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
-    """Where a prompt names a concept: from its trigger to its class word, or the class word alone."""
+    """The spans in which a prompt names a concept: from its trigger to its class word, or the class word alone."""
     (words,) = words_of([concept])
     return _named(words, prompt, words_of(concepts))
 

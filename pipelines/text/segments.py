@@ -30,7 +30,7 @@ class Segments:
     hidden: Tensor | None
 
     def of(self, n: int) -> slice:
-        """Where text n is."""
+        """The tokens of text n."""
         start = sum(self.lengths[:n])
         return slice(start, start + self.lengths[n])
 

@@ -40,7 +40,7 @@ class ReadsText(Protocol):
 
     @property
     def runs_on(self) -> torch.device:
-        """Where the text encoders run."""
+        """The device on which the text encoders run."""
         ...
 
 

@@ -116,7 +116,7 @@ def pairs_of(words: Words, prompt: str, every: tuple[Words, ...]) -> list[tuple[
 
 
 class _Triggers:
-    """Where the triggers of concepts are in a prompt."""
+    """The places of the concepts' triggers in a prompt."""
 
     def __init__(self, prompt: str, every: tuple[Words, ...]) -> None:
         spans = sorted((span, name) for name, trigger, _ in every for span in _find_words(trigger or "", prompt))

@@ -42,7 +42,7 @@ def _norms(shapes: Shapes) -> tuple[str, bool]:
 
 
 def _at(shape: Sequence[int]) -> int:
-    """The dimension that is not 1."""
+    """The only axis of the norms that is longer than 1."""
     return next((i for i, side in enumerate(shape) if side != 1), 0)
 
 
