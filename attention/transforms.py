@@ -38,10 +38,14 @@ class Rescaling:
     Attributes:
         values: The norms. Shape: [outputs] or [inputs].
         by_input: Whether they are of the inputs.
+        among: Names of the layers that have these norms of their inputs together, since they are one layer in the file.
+        found: The norms that the changed weights have, if they are of several layers (`fused_norms.with_norms`).
     """
 
     values: Tensor
     by_input: bool = False
+    among: tuple[str, ...] = ()
+    found: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -54,7 +58,10 @@ class Rescaling:
         Args:
             changed: W + D, in fp32. Shape: [outputs, inputs, ...].
         """
-        norms = changed.transpose(0, int(self.by_input)).flatten(1).norm(dim=1)
+        assert self.found is not None or not self.among, "one layer does not have the norms of several"
+        norms = self.found
+        if norms is None:
+            norms = changed.transpose(0, int(self.by_input)).flatten(1).norm(dim=1)
         # A row that is zero stays so, whatever it is multiplied by.
         return torch.where(norms > 0, to_device(self.values, norms.device).float() / norms, 0.0)
 
@@ -174,6 +181,8 @@ def dense_weight(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> 
         ValueError: If the weight is not to be had.
     """
     weight = _stored(layer, "weight")
+    if weight is not None and weight.is_meta and device.type != "meta":
+        raise ValueError("the model has no weights, but shapes alone")
     if weight is not None and has_plain_weight(layer, weight):
         return to_device(weight.detach(), device).float()
     if not is_linear(layer):

@@ -20,12 +20,7 @@ def placed(transform: Transform, layer: Layer, target: nn.Module) -> Transform:
             raise ValueError(f"its blocks of size {transform.values.shape[-1]} do not divide the layer's inputs")
         return replace(transform, values=transform.values.expand(count, -1, -1))
     if transform.by_input:
-        if layer.outputs is not None and isinstance(transform, Rescaling):
-            raise ValueError(
-                f"its norms are of the inputs of a layer that is {layer.shares} layers in the model; expected norms of "
-                "the outputs"
-            )
-        return transform
+        return replace(transform, among=layer.among) if isinstance(transform, Rescaling) else transform
     values = transform.values
     size = transform.size // len(values)
     if layer.outputs is not None:
