@@ -65,12 +65,12 @@ def inspect(
             return by_itself(known, file, str(error).replace("this model", f"{family} at full size")), None
         return known.model_copy(update={"matched_with": model, "problem": str(error)}), None
     grouped = by_layer(file)
-    layers, unmatched = assign(file, grouped, pipe)
+    layers, _ = assign(file, grouped, pipe)
     fitted = {
         "matched_with": model,
         "blocks": tuple(_blocks(file, layers, factors, pipe)),
-        "matched": len(file.tensors) - len(unmatched) - len(grouped.inexpressible),
-        "unmatched": unmatched,
+        "matched": len(file.tensors) - len(factors.unmatched) - len(grouped.inexpressible),
+        "unmatched": factors.unmatched,
         "notes": (*factors.notes, *_about_weights(factors)),
     }
     return known.model_copy(update=fitted), factors
@@ -97,11 +97,11 @@ def _fitting(file: LoraFile, alpha: float | None) -> str | None:
 
 
 def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: Factors, pipe: Any) -> Iterator[Block]:
-    loras = {part: _with_norms(getattr(pipe, part), lora) for part, lora in factors.by_part.items() if lora}
+    loras = {part: _with_norms(getattr(pipe, part), lora) for part, lora in factors.by_part.items()}
     own = Alphas(file).own
     for part, names in layers.items():
         blocks: dict[str, list[str]] = {}
-        for name in names:
+        for name in (name for name in names if name in loras[part]):
             blocks.setdefault(block_of(part, name), []).append(name)
         for key in sorted(blocks, key=_order):
             inside = [names[name] for name in blocks[key]]

@@ -14,13 +14,8 @@ from lora_compose.pipelines.formats.layers import Layer
 
 def placed(transform: Transform, layer: Layer, target: nn.Module) -> Transform:
     """The part of a transform that belongs to a layer of the model. Raises ValueError if it has none of its own."""
-    if isinstance(transform, Rotation) and transform.shared:
-        count, rest = divmod(weight_shape(target, "")[1], transform.values.shape[-1])
-        if rest or len(transform.values) != 1:
-            raise ValueError(f"its blocks of size {transform.values.shape[-1]} do not divide the layer's inputs")
-        return replace(transform, values=transform.values.expand(count, -1, -1))
     if transform.by_input:
-        return replace(transform, among=layer.among) if isinstance(transform, Rescaling) else transform
+        return replace(transform, among=layer.among) if isinstance(transform, Rescaling) else _turned(transform, target)
     values = transform.values
     size = transform.size // len(values)
     if layer.outputs is not None:
@@ -34,6 +29,17 @@ def placed(transform: Transform, layer: Layer, target: nn.Module) -> Transform:
             )
         values = torch.cat(values.chunk(2)[::-1])
     return Rescaling(values) if isinstance(transform, Rescaling) else Rotation(values)
+
+
+def _turned(rotation: Rotation, target: nn.Module) -> Rotation:
+    """A rotation of the inputs of a layer, with as many blocks and in the direction that it has there."""
+    values = rotation.values
+    if rotation.shared:
+        count, rest = divmod(math.prod(weight_shape(target, "")[1:]), values.shape[-1])
+        if rest:
+            raise ValueError(f"its blocks of size {values.shape[-1]} do not divide the layer's inputs")
+        values = values.expand(count, -1, -1)
+    return replace(rotation, values=values.mT if rotation.turned_back and isinstance(target, nn.Conv2d) else values)
 
 
 def rows_of(factors: LoraFactors, outputs: slice) -> LoraFactors | None:

@@ -16,10 +16,13 @@ from flux import FLUX
 from lora_compose import Concept
 from lora_compose.attention import BankCache, KeptBanks, install
 from lora_compose.attention.backbones import backbone_of
+from lora_compose.attention.device import modules_of
+from lora_compose.attention.fused_norms import with_norms
 from lora_compose.compose.lora.inspection import inspect
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.concepts.overload import joint_change
 from lora_compose.pipelines.merging.expressed import expressed
+from lora_compose.pipelines.scene.strength import in_blocks
 from reference import constant_gates, relative_error
 from transformer_families import CALL, CELLS, Family, plain_latents, shared_pipeline
 from z_image import Z_IMAGE
@@ -178,7 +181,7 @@ def test_norms_of_several_layers_are_those_of_the_weights_at_the_time(tmp_path: 
         torch.manual_seed(5)
         dense = written(case, "DoRA of inputs", transformer, path)
         name = next(name for name, module in transformer.named_modules() if module is layer)
-        return nn.functional.linear(x, dense[name].float(), layer.bias)
+        return nn.functional.linear(x, dense[name].float(), layer.get_parameter("bias"))
 
     first = run(query)
     assert relative_error(first, expected(query)) < 1e-5
@@ -189,6 +192,22 @@ def test_norms_of_several_layers_are_those_of_the_weights_at_the_time(tmp_path: 
     assert relative_error(run(query), expected(query)) < 1e-5
     assert relative_error(run(query), first) > 0.05, "the norms are of all parts"
     assert relative_error(run(key), expected(key)) < 1e-5
+
+
+def test_a_part_that_a_factor_of_0_leaves_out_counts_as_it_is_in_the_model(tmp_path: Path) -> None:
+    case = CASES["FLUX.1"]
+    pipe, path = shared_pipeline(case.family), tmp_path / "it.safetensors"
+    written(case, "DoRA of inputs", pipe.transformer, path)
+    names = case.layers["single_blocks.0.linear1"]
+    whole = match(read_lora(path), pipe).model
+    without = in_blocks(whole, {names[0]: 0.0})
+    weights = [pipe.transformer.get_submodule(name).weight.double() for name in names]
+    changed = [weights[0], *(w + whole[name].delta().double() for w, name in zip(weights[1:], names[1:], strict=True))]
+    known = with_norms(without, modules_of(pipe.transformer), torch.device("cpu"), torch.float32)
+    assert known.keys() == whole.keys() - {names[0]}
+    for name in names[1:]:
+        transform: Any = known[name].transform
+        assert relative_error(transform.found.double(), torch.cat(changed).norm(dim=0)) < 1e-6
 
 
 def test_merging_inspecting_and_the_joint_change_know_the_norms_of_several_layers(tmp_path: Path) -> None:
