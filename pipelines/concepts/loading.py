@@ -16,13 +16,12 @@ from lora_compose.attention.backbones import backbone_of
 from lora_compose.attention.device import is_linear, modules_of, uncompiled
 from lora_compose.attention.fitting import check_sides, shape_of, weight_shape
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
-from lora_compose.pipelines.concepts.placing import placed, reshaped, rows_of
+from lora_compose.pipelines.concepts.placing import SUMS_PATCHES, placed, reshaped, rows_of, sums_patches
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change, inner
 from lora_compose.pipelines.formats.files import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.keys import PARTS, Part, parse
-from lora_compose.pipelines.formats.kinds import OFT_INPUTS
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.models import MODEL_PARTS, TEXT_ENCODERS, Models, model_part, models_by_part
 from lora_compose.pipelines.formats.names import present_name, spellings
@@ -36,10 +35,6 @@ logger = logging.getLogger(__name__)
 
 _FITTING = 0.1  # the share of a file's layers below which it is for another model
 _EXACT = 1e-5  # relative errors below are rounding
-_SUMS_PATCHES = (
-    "PEFT's OFT of convolutions larger than 1 x 1 is not defined: as it is trained, overlapping patches are added up, "
-    "also where nothing is rotated; as it is merged, the weight is rotated"
-)
 Changes = Mapping[Part, Mapping[str, Change]]
 
 
@@ -114,7 +109,7 @@ def match(
     alphas, model = Alphas(file, alpha), model_part(pipe)
     unclear = _unclear(found, models, alphas)
     if unclear and unclear.keys() == {(part, name) for part, layers in found.items() for name in layers}:
-        raise LoraError(f"{file.path.name}: {_SUMS_PATCHES}")
+        raise LoraError(f"{file.path.name}: {SUMS_PATCHES}")
     assigned: Mapping[Part, Mapping[str, Layer]] = {
         part: {name: layer for name, layer in layers.items() if (part, name) not in unclear}
         for part, layers in found.items()
@@ -138,7 +133,7 @@ def match(
     text: dict[Part, Lora] = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
     ranks, unfollowed = rank_schedule(file, assigned[model].values(), bool(assigned["text_conditioner"]))
     notes = (*_notes(file, grouped, changes, alpha, max_rank), *unfollowed)
-    notes += (f"{len(unclear)} layers are left out: {_SUMS_PATCHES}",) if unclear else ()
+    notes += (f"{len(unclear)} layers are left out: {SUMS_PATCHES}",) if unclear else ()
     error = _error(made for changed in changes.values() for made in changed.values())
     return Factors(
         loras[model], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, model, ranks
@@ -178,8 +173,7 @@ def _unclear(
         (part, name): layer
         for part, layers in assigned.items()
         for name, layer in layers.items()
-        if not layer.refused and layer.kind is OFT_INPUTS and alphas.of_peft(layer)
-        if math.prod(getattr(base_layer(uncompiled(models[part]).get_submodule(name)), "kernel_size", ())) > 1
+        if sums_patches(layer, base_layer(uncompiled(models[part]).get_submodule(name)), alphas)
     }
 
 

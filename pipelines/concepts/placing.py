@@ -9,7 +9,20 @@ from torch import nn
 from lora_compose.attention.fitting import weight_shape
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.attention.transforms import Rescaling, Rotation, Transform
+from lora_compose.pipelines.formats.alphas import Alphas
+from lora_compose.pipelines.formats.kinds import OFT_INPUTS
 from lora_compose.pipelines.formats.layers import Layer
+
+SUMS_PATCHES = (
+    "PEFT's OFT of convolutions larger than 1 x 1 is not defined: as it is trained, overlapping patches are added up, "
+    "also where nothing is rotated; as it is merged, the weight is rotated"
+)
+
+
+def sums_patches(layer: Layer, target: nn.Module, alphas: Alphas) -> bool:
+    """Whether a layer's change is one thing in training and another in a merged weight (`SUMS_PATCHES`)."""
+    of_peft = not layer.refused and layer.kind is OFT_INPUTS and alphas.of_peft(layer)
+    return of_peft and isinstance(target, nn.Conv2d) and math.prod(target.kernel_size) > 1
 
 
 def placed(transform: Transform, layer: Layer, target: nn.Module) -> Transform:
