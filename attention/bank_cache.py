@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_compose.attention.device import as_outside_of_inference_mode
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
+from lora_compose.attention.fused_norms import with_norms
 from lora_compose.attention.lora_bank import BankLayer, LayerFactors, Lora, LoraFactors, base_layer, share_input
 from lora_compose.attention.sites import Site
 
@@ -166,6 +167,11 @@ def new_bank(
     known: Sequence[ByLayer | None] = [None] * len(loras)
     if kept:
         known = [kept.cache.factors(handle, key.device, key.dtype) for handle in key.loras]
+        known = [None if one is None or not _up_to_date(one, modules) else one for one in known]
+    loras = [
+        lora if of_lora else with_norms(lora, modules, key.device, key.dtype)
+        for lora, of_lora in zip(loras, known, strict=True)
+    ]
     state, layers = ForwardState(), {}
     with as_outside_of_inference_mode():
         for name in dict.fromkeys(name for lora in loras for name in lora):
@@ -181,9 +187,17 @@ def new_bank(
     return Bank(layers, state)
 
 
+def _up_to_date(lora: ByLayer, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether all layers still have the weights from which transforms were made."""
+    return all(
+        factors.transform is None or factors.transform.of.is_of(base_layer(modules[name]))
+        for name, factors in lora.items()
+    )
+
+
 def _factors(name: str, factors: LoraFactors, known: ByLayer | None, key: BankKey, layer: nn.Module) -> LayerFactors:
-    """The factors of one LoRA in one layer: those that are known, unless the layer has another weight now."""
-    if known is not None and ((transform := known[name].transform) is None or transform.of.is_of(base_layer(layer))):
+    """The factors of one LoRA in one layer: those that are known, if there are any."""
+    if known is not None:
         return known[name]
     try:
         return factors.in_model(key.device, key.dtype, layer)

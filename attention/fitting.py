@@ -1,5 +1,6 @@
 """Whether the factors of a LoRA fit the layers of a model."""
 
+import math
 from collections.abc import Mapping
 
 from torch import nn
@@ -7,6 +8,7 @@ from torch import nn
 from lora_compose.attention.device import is_linear
 from lora_compose.attention.lora_bank import LoraFactors, base_layer
 from lora_compose.attention.sites import Site
+from lora_compose.attention.transforms import Rotation
 
 
 def weight_shape(model: nn.Module, name: str) -> tuple[int, ...]:
@@ -53,8 +55,11 @@ def check_factors(model: nn.Module, name: str, factors: LoraFactors) -> None:
 
 def check_sides(name: str, factors: LoraFactors, outputs: int, *inputs: int) -> None:
     """Checks that factors fit a weight of this shape; the errors of `check_factors`."""
-    if (own := factors.transform) is not None and own.size != (inputs[0] if own.by_input else outputs):
-        side = f"{inputs[0]} inputs" if own.by_input else f"{outputs} outputs"
+    own, read = factors.transform, inputs[0]
+    if isinstance(own, Rotation):
+        read = math.prod(inputs)
+    if own is not None and own.size != (read if own.by_input else outputs):
+        side = f"{read} inputs" if own.by_input else f"{outputs} outputs"
         raise ValueError(f"{name}: the transform of the weight is of size {own.size}, the model's layer has {side}")
     down, up, left = factors.down.shape, factors.up.shape, factors.left
     if left is not None:

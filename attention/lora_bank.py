@@ -12,6 +12,7 @@ A Kronecker product K (x) (up down) (LoKr) has too much rank for that. It is app
 after the other. What DoRA and OFT do with the layer's own weight is gated beside it (`transforms.py`).
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,7 +26,15 @@ from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.gates import GateKey
 from lora_compose.attention.sites import Site
 from lora_compose.attention.swapped_forward import SwappedForward
-from lora_compose.attention.transforms import Applied, Transform, Transforms, applied, transformed
+from lora_compose.attention.transforms import (
+    Applied,
+    Rotation,
+    Transform,
+    Transforms,
+    applied,
+    dense_weight,
+    transformed,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +82,24 @@ class LoraFactors:
         if self.transform is None:
             return LayerFactors(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype))
         assert layer is not None
+        if isinstance(self.transform, Rotation) and self.transform.by_input and math.prod(self.down.shape[2:]) > 1:
+            return self._as_convolution(self.transform, device, dtype, base_layer(layer))
         matrix, transform = applied(self.transform, self.delta_on(device), base_layer(layer), dtype)
         if self.transform.by_input:
             down = transformed(matrix, down.float(), True)
         elif left is None:
             up = transformed(matrix, up, False)
         return LayerFactors(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype), transform)
+
+    def _as_convolution(
+        self, rotation: Rotation, device: torch.device, dtype: torch.dtype, layer: nn.Module
+    ) -> "LayerFactors":
+        """W T - W + D T of a convolution whose cells T mixes, as factors: itself, and 1 for each output."""
+        weight, delta = dense_weight(layer, device, dtype), self.delta_on(device)
+        matrix, transform = applied(rotation, delta, layer, dtype)
+        change = transformed(matrix, weight + delta, True) - weight
+        ones = torch.eye(len(change), device=device, dtype=dtype)[:, :, None, None]
+        return LayerFactors(change.to(dtype), ones, transform=transform._replace(change=None))
 
     def delta(self) -> Tensor:
         """The low-rank change of the weight, dense, in fp32 and in the weight's shape; without the transform."""
@@ -139,7 +160,8 @@ class Kronecker(nn.Module):
     def __init__(self, part: LayerFactors, key: GateKey) -> None:
         super().__init__()
         self.key = key
-        rescaled = None if part.transform is None else 1 + part.transform.change
+        change = None if part.transform is None else part.transform.change
+        rescaled = None if change is None else 1 + change
         named = {"down": part.down, "up": part.up, "left": part.left, "rescaled": rescaled}
         for name, tensor in named.items():
             self.register_buffer(name, tensor, persistent=False)

@@ -7,7 +7,8 @@ on the inputs. T is diagonal (DoRA) or orthogonal in blocks (OFT). A layer y = W
 
 and a gate on what is added to y is exact: by row, token and cell, for any number of concepts, each relative to W. The
 first form needs no more than the layer's output. The second changes the input, which is exact as long as an output has
-the gate of the one cell that it reads; other convolutions take one more product with W.
+the gate of the one cell that it reads; other convolutions take one more product with W. Where blocks mix the cells that
+a convolution reads, W T - W is one more convolution, behind the gate of the cell that is written.
 
 T of a DoRA is made from W once, when its bank is made. Sources: DoRA, arXiv 2402.09353; OFT, arXiv 2306.07280.
 """
@@ -38,10 +39,14 @@ class Rescaling:
     Attributes:
         values: The norms. Shape: [outputs] or [inputs].
         by_input: Whether they are of the inputs.
+        among: Names of the layers that have these norms of their inputs together, since they are one layer in the file.
+        found: The norms that the changed weights have, if they are of several layers (`fused_norms.with_norms`).
     """
 
     values: Tensor
     by_input: bool = False
+    among: tuple[str, ...] = ()
+    found: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -54,7 +59,10 @@ class Rescaling:
         Args:
             changed: W + D, in fp32. Shape: [outputs, inputs, ...].
         """
-        norms = changed.transpose(0, int(self.by_input)).flatten(1).norm(dim=1)
+        assert self.found is not None or not self.among, "one layer does not have the norms of several"
+        norms = self.found
+        if norms is None:
+            norms = changed.transpose(0, int(self.by_input)).flatten(1).norm(dim=1)
         # A row that is zero stays so, whatever it is multiplied by.
         return torch.where(norms > 0, to_device(self.values, norms.device).float() / norms, 0.0)
 
@@ -65,13 +73,15 @@ class Rotation:
 
     Attributes:
         values: The blocks. Shape: [blocks, size, size].
-        by_input: Whether T is on the inputs.
+        by_input: Whether T is on the inputs, in convolutions on all numbers that one output reads.
         shared: Whether a single block is repeated for a whole layer.
+        turned_back: Whether T is transposed in convolutions.
     """
 
     values: Tensor
     by_input: bool = False
     shared: bool = False
+    turned_back: bool = False
 
     @property
     def size(self) -> int:
@@ -90,12 +100,12 @@ class Applied(NamedTuple):
     """A transform as it is in the model.
 
     Attributes:
-        change: T - 1: its diagonal, or its blocks.
+        change: T - 1: its diagonal, or its blocks; None if the factors have it.
         bias: The layer's bias, which T leaves alone.
         of: The weight from which T was made.
     """
 
-    change: Tensor
+    change: Tensor | None
     by_input: bool
     bias: Tensor | None
     of: "Version"
@@ -174,6 +184,8 @@ def dense_weight(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> 
         ValueError: If the weight is not to be had.
     """
     weight = _stored(layer, "weight")
+    if weight is not None and weight.is_meta and device.type != "meta":
+        raise ValueError("the model has no weights, but shapes alone")
     if weight is not None and has_plain_weight(layer, weight):
         return to_device(weight.detach(), device).float()
     if not is_linear(layer):
@@ -206,11 +218,13 @@ def transformed(matrix: Tensor, weight: Tensor, by_input: bool) -> Tensor:
         weight: Shape: [outputs, inputs, ...].
         by_input: Whether T is on the inputs.
     """
+    if by_input and matrix.dim() == 3:
+        return _in_blocks(matrix.mT, weight.flatten(1)).view(weight.shape)
     axis = int(by_input)
     moved = weight.movedim(axis, -1)
     if matrix.dim() == 1:
         return (moved * matrix).movedim(-1, axis)
-    return _in_blocks(matrix.mT if by_input else matrix, moved).movedim(-1, axis)
+    return _in_blocks(matrix, moved).movedim(-1, axis)
 
 
 def _in_blocks(blocks: Tensor, values: Tensor) -> Tensor:
@@ -270,12 +284,13 @@ class Transforms(nn.Module):
         self, by_concept: Mapping[int, Applied], site: Site, convolution: bool, pointwise: bool, concepts: int
     ) -> None:
         super().__init__()
-        rescaled = [i for i, transform in by_concept.items() if transform.change.dim() == 1 and not transform.by_input]
-        groups = [*([rescaled] if rescaled else []), *([i] for i in by_concept if i not in rescaled)]
+        changes = {i: transform.change for i, transform in by_concept.items() if transform.change is not None}
+        rescaled = [i for i, change in changes.items() if change.dim() == 1 and not by_concept[i].by_input]
+        groups = [*([rescaled] if rescaled else []), *([i] for i in changes if i not in rescaled)]
         sides = []
         for group in groups:
             key = GateKey(site, convolution, tuple([int(i in group) for i in range(concepts)]))
-            sides.append(Side([by_concept[i].change for i in group], key))
+            sides.append(Side([changes[i] for i in group], key))
         self.sides = nn.ModuleList(sides)  # so that `.to()` reaches them
         self._sides = sides
         self._places = {i: (n, group.index(i)) for n, group in enumerate(groups) for i in group}
@@ -290,8 +305,10 @@ class Transforms(nn.Module):
 
     def get(self, index: int) -> Applied | None:
         """The transform of one concept, without copying it; None if it has none."""
-        if index not in self._places:
+        if index not in self.of:
             return None
+        if index not in self._places:
+            return Applied(None, True, self.bias, self.of[index])
         number, row = self._places[index]
         side = self._sides[number]
         change = side.change[row] if side.diagonal else side.change

@@ -48,9 +48,9 @@ def concept(kind: Kind | None, weight: Tensor, seed: int) -> tuple[LoraFactors, 
         turn = rotation(outputs)
         whole = torch.block_diag(*turn).double()
         return LoraFactors(down, up, transform=Rotation(turn)), torch.einsum("po,oi...->pi...", whole, weight)
-    turn = rotation(inputs)
-    whole = torch.block_diag(*turn).double()
-    return LoraFactors(down, up, transform=Rotation(turn, True)), torch.einsum("oi...,ij->oj...", weight, whole)
+    turn = rotation(weight[0].numel())
+    whole = weight.flatten(1) @ torch.block_diag(*turn).double()
+    return LoraFactors(down, up, transform=Rotation(turn, True)), whole.view_as(weight)
 
 
 def gates_by(what: str, concepts: int) -> Gates:

@@ -10,8 +10,9 @@ from pydantic import BaseModel
 from torch import nn
 
 from lora_compose.attention import LoraFactors
-from lora_compose.attention.device import uncompiled
-from lora_compose.attention.lora_bank import base_layer
+from lora_compose.attention.device import modules_of, uncompiled
+from lora_compose.attention.fused_norms import with_norms
+from lora_compose.attention.lora_bank import Lora, base_layer
 from lora_compose.attention.transforms import dense_weight
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
 from lora_compose.compose.lora.file_inspection import Block, Inspection, about, block, block_of, by_itself
@@ -64,12 +65,12 @@ def inspect(
             return by_itself(known, file, str(error).replace("this model", f"{family} at full size")), None
         return known.model_copy(update={"matched_with": model, "problem": str(error)}), None
     grouped = by_layer(file)
-    layers, unmatched = assign(file, grouped, pipe)
+    layers, _ = assign(file, grouped, pipe)
     fitted = {
         "matched_with": model,
         "blocks": tuple(_blocks(file, layers, factors, pipe)),
-        "matched": len(file.tensors) - len(unmatched) - len(grouped.inexpressible),
-        "unmatched": unmatched,
+        "matched": len(file.tensors) - len(factors.unmatched) - len(grouped.inexpressible),
+        "unmatched": factors.unmatched,
         "notes": (*factors.notes, *_about_weights(factors)),
     }
     return known.model_copy(update=fitted), factors
@@ -96,11 +97,11 @@ def _fitting(file: LoraFile, alpha: float | None) -> str | None:
 
 
 def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: Factors, pipe: Any) -> Iterator[Block]:
-    loras = factors.by_part
+    loras = {part: _with_norms(getattr(pipe, part), lora) for part, lora in factors.by_part.items()}
     own = Alphas(file).own
     for part, names in layers.items():
         blocks: dict[str, list[str]] = {}
-        for name in names:
+        for name in (name for name in names if name in loras[part]):
             blocks.setdefault(block_of(part, name), []).append(name)
         for key in sorted(blocks, key=_order):
             inside = [names[name] for name in blocks[key]]
@@ -109,6 +110,13 @@ def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: 
             norm = None if energy is None else math.sqrt(max(0.0, energy))
             alphas = [own(name, names[name]) for name in blocks[key]]
             yield block(part, key.removeprefix(f"{part}."), inside, alphas, norm)
+
+
+def _with_norms(model: nn.Module, lora: Lora) -> Lora:
+    """A LoRA with the norms that layers of a model have together, if its weights are there."""
+    if next(model.parameters()).is_meta:
+        return lora
+    return with_norms(lora, modules_of(model), torch.device("cpu"), torch.float32)
 
 
 def _energy(model: nn.Module, name: str, factors: LoraFactors) -> float | None:

@@ -110,6 +110,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "texts": "What the boxes read",
         "isolate": "Boxes do not see each other",
         "norm_apart": f"Contrast of each box apart until {_UNTIL}",
+        "limit": "Most that LoRAs change together",
     },
     "draft": {
         "length": "Length of the draft (share of the steps)",
@@ -121,6 +122,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "bias": "How strongly areas read their own words",
         "norm_apart": f"Contrast of each area apart until {_UNTIL}",
         "keep_regions": "Keep your boxes",
+        "limit": "Most that LoRAs change together",
     },
     "clora": {
         "fuse": "How concepts are joined",
@@ -153,7 +155,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "other_bias": "Draw areas to the words of others",
         "rows": "LoRAs act on",
     },
-    "tara": {"cfg_mask": "LoRAs act on", "scope": "What a LoRA changes"},
+    "tara": {"cfg_mask": "LoRAs act on", "scope": "What a LoRA changes", "limit": "Most that LoRAs change together"},
     "switch": {"interval": "Steps of a turn"},
     "composite": {"shares": "Share of each LoRA"},
     "merge": {"limit": "Most that LoRAs change together"},

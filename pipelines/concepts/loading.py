@@ -16,7 +16,7 @@ from lora_compose.attention.backbones import backbone_of
 from lora_compose.attention.device import is_linear, modules_of, uncompiled
 from lora_compose.attention.fitting import check_sides, shape_of, weight_shape
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
-from lora_compose.pipelines.concepts.placing import placed, reshaped, rows_of
+from lora_compose.pipelines.concepts.placing import SUMS_PATCHES, placed, reshaped, rows_of, sums_patches
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change, inner
@@ -105,8 +105,16 @@ def match(
     """
     _check_options(file, alpha, max_rank)
     grouped, models = by_layer(file), models_by_part(pipe)
-    assigned, unmatched = assign(file, grouped, pipe)
+    found, unmatched = assign(file, grouped, pipe)
     alphas, model = Alphas(file, alpha), model_part(pipe)
+    unclear = _unclear(found, models, alphas)
+    if unclear and unclear.keys() == {(part, name) for part, layers in found.items() for name in layers}:
+        raise LoraError(f"{file.path.name}: {SUMS_PATCHES}")
+    assigned: Mapping[Part, Mapping[str, Layer]] = {
+        part: {name: layer for name, layer in layers.items() if (part, name) not in unclear}
+        for part, layers in found.items()
+    }
+    unmatched += tuple(key for layer in unclear.values() for key in layer.keys)
     _check_embeddings(file, models, backbone_of(models[model]).text_layers)
     targets: dict[Part, dict[str, nn.Module]] = {}
     for part, layers in assigned.items():
@@ -125,6 +133,7 @@ def match(
     text: dict[Part, Lora] = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
     ranks, unfollowed = rank_schedule(file, assigned[model].values(), bool(assigned["text_conditioner"]))
     notes = (*_notes(file, grouped, changes, alpha, max_rank), *unfollowed)
+    notes += (f"{len(unclear)} layers are left out: {SUMS_PATCHES}",) if unclear else ()
     error = _error(made for changed in changes.values() for made in changed.values())
     return Factors(
         loras[model], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, model, ranks
@@ -154,6 +163,18 @@ def assign(file: LoraFile, grouped: Layers, pipe: object) -> tuple[Mapping[Part,
     if other or fitting < _FITTING * len(grouped.layers) or not fitting:
         raise LoraError(_nothing(file, fitting, len(grouped.layers)))
     return assigned, tuple(unmatched)
+
+
+def _unclear(
+    assigned: Mapping[Part, Mapping[str, Layer]], models: Models, alphas: Alphas
+) -> Mapping[tuple[Part, str], Layer]:
+    """Layers whose change is one thing in training and another in a merged weight."""
+    return {
+        (part, name): layer
+        for part, layers in assigned.items()
+        for name, layer in layers.items()
+        if sums_patches(layer, base_layer(uncompiled(models[part]).get_submodule(name)), alphas)
+    }
 
 
 def _is_of_another_family(file: LoraFile, model: nn.Module) -> bool:
@@ -234,7 +255,7 @@ def _shared_out(file: LoraFile, model: nn.Module, layer: Layer, names: Sequence[
         )
     ends = list(accumulate(sizes))
     return [
-        (name, replace(layer, outputs=slice(end - length, end), shares=len(names)))
+        (name, replace(layer, outputs=slice(end - length, end), among=tuple(names)))
         for name, end, length in zip(names, ends, sizes, strict=True)
     ]
 
@@ -299,7 +320,7 @@ def _change(file: LoraFile, target: nn.Module, name: str, layer: Layer, loads: _
             part = rows_of(made.factors, layer.outputs)
             made = loads.of(name, layer, products=False) if part is None else Change(part)
         if made.factors.left is None and layer.outputs is not None:
-            made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / layer.shares)
+            made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / len(layer.among))
         if layer.swapped:
             made = replace(made, factors=replace(made.factors, up=torch.cat(made.factors.up.chunk(2)[::-1])))
         made = replace(made, factors=replace(made.factors, transform=transform))

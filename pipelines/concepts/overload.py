@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_compose.attention.bank_cache import Handle
-from lora_compose.attention.device import dtype_of, has_plain_weight, uncompiled
-from lora_compose.attention.lora_bank import LoraFactors, base_layer
-from lora_compose.attention.transforms import Version, dense_weight, version_of
+from lora_compose.attention.device import dtype_of, has_plain_weight, modules_of, uncompiled
+from lora_compose.attention.fused_norms import with_norms
+from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
+from lora_compose.attention.transforms import Rescaling, Version, dense_weight, version_of
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.formats.change import inner
 from lora_compose.pipelines.scene.strength import WeightSchedule
@@ -128,7 +129,7 @@ def _joint_change(
     concepts: Sequence[LoadedConcept], weights: Sequence[tuple[float, ...]], model: nn.Module | None
 ) -> tuple[Joint, Sequence[tuple[str, Version]]]:
     """The joint change, and the weights of the model that it depends on."""
-    loras = [concept.lora for concept in concepts]
+    loras = [concept.lora if model is None else _with_norms(concept.lora, model) for concept in concepts]
     norms: list[dict[str, float]] = [dict(_norms_of(concept)) for concept in concepts]
     versions: dict[str, Version] = {}
     joint: dict[str, list[float]] = {}  # squared, in each step
@@ -163,12 +164,26 @@ def _squared(parts: Sequence[Tensor]) -> float:
 def _dense(model: nn.Module, name: str, changes: Mapping[int, LoraFactors]) -> dict[int, Tensor] | None:
     """The changes of a layer's own weight; None if that is not to be had."""
     layer = _layer(model, name)
-    device = next((it.device for it in layer.parameters() if not it.is_meta), torch.device("cpu"))
     try:
-        weight = dense_weight(layer, device, dtype_of(model))
+        weight = dense_weight(layer, _device_of(layer), dtype_of(model))
     except ValueError:
         return None
     return None if weight.is_meta else {i: factors.change_of(weight) for i, factors in changes.items()}
+
+
+def _with_norms(lora: Lora, model: nn.Module) -> Lora:
+    """A LoRA with the norms that layers of a model have together; without those layers, if they are not to be had."""
+    modules = modules_of(model)
+    try:
+        return with_norms(lora, modules, _device_of(modules[next(iter(lora))]), dtype_of(model))
+    except ValueError:
+        return {
+            name: it for name, it in lora.items() if not (isinstance(it.transform, Rescaling) and it.transform.among)
+        }
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    return next((it.device for it in layer.parameters() if not it.is_meta), torch.device("cpu"))
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module:

@@ -9,23 +9,26 @@ from torch import nn
 from lora_compose.attention.fitting import weight_shape
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.attention.transforms import Rescaling, Rotation, Transform
+from lora_compose.pipelines.formats.alphas import Alphas
+from lora_compose.pipelines.formats.kinds import OFT_INPUTS
 from lora_compose.pipelines.formats.layers import Layer
+
+SUMS_PATCHES = (
+    "PEFT's OFT of convolutions larger than 1 x 1 is not defined: as it is trained, overlapping patches are added up, "
+    "also where nothing is rotated; as it is merged, the weight is rotated"
+)
+
+
+def sums_patches(layer: Layer, target: nn.Module, alphas: Alphas) -> bool:
+    """Whether a layer's change is one thing in training and another in a merged weight (`SUMS_PATCHES`)."""
+    of_peft = not layer.refused and layer.kind is OFT_INPUTS and alphas.of_peft(layer)
+    return of_peft and isinstance(target, nn.Conv2d) and math.prod(target.kernel_size) > 1
 
 
 def placed(transform: Transform, layer: Layer, target: nn.Module) -> Transform:
     """The part of a transform that belongs to a layer of the model. Raises ValueError if it has none of its own."""
-    if isinstance(transform, Rotation) and transform.shared:
-        count, rest = divmod(weight_shape(target, "")[1], transform.values.shape[-1])
-        if rest or len(transform.values) != 1:
-            raise ValueError(f"its blocks of size {transform.values.shape[-1]} do not divide the layer's inputs")
-        return replace(transform, values=transform.values.expand(count, -1, -1))
     if transform.by_input:
-        if layer.outputs is not None and isinstance(transform, Rescaling):
-            raise ValueError(
-                f"its norms are of the inputs of a layer that is {layer.shares} layers in the model; expected norms of "
-                "the outputs"
-            )
-        return transform
+        return replace(transform, among=layer.among) if isinstance(transform, Rescaling) else _turned(transform, target)
     values = transform.values
     size = transform.size // len(values)
     if layer.outputs is not None:
@@ -39,6 +42,17 @@ def placed(transform: Transform, layer: Layer, target: nn.Module) -> Transform:
             )
         values = torch.cat(values.chunk(2)[::-1])
     return Rescaling(values) if isinstance(transform, Rescaling) else Rotation(values)
+
+
+def _turned(rotation: Rotation, target: nn.Module) -> Rotation:
+    """A rotation of the inputs of a layer, with as many blocks and in the direction that it has there."""
+    values = rotation.values
+    if rotation.shared:
+        count, rest = divmod(math.prod(weight_shape(target, "")[1:]), values.shape[-1])
+        if rest:
+            raise ValueError(f"its blocks of size {values.shape[-1]} do not divide the layer's inputs")
+        values = values.expand(count, -1, -1)
+    return replace(rotation, values=values.mT if rotation.turned_back and isinstance(target, nn.Conv2d) else values)
 
 
 def rows_of(factors: LoraFactors, outputs: slice) -> LoraFactors | None:

@@ -76,6 +76,12 @@ def check_choices(settings: Settings) -> None:
             raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, not {getattr(settings, name)!r}")
 
 
+def check_limit(limit: float | None) -> None:
+    """Raises ValueError for a limit of the joint change that is none."""
+    if limit is not None and not 0 < limit < math.inf:
+        raise ValueError(f"limit must be positive, or None for none, not {limit}")
+
+
 ActingRows = Literal["cond_only", "all"]
 """Where LoRAs act under guidance: on conditional rows, or on all rows."""
 

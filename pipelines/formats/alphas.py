@@ -60,9 +60,14 @@ class Alphas:
             raise LoraError(f"{self._name}: {where} gives {layer.part}.{name} no usable alpha: {error}") from error
 
     def settings(self, layer: Layer) -> Mapping[str, Any]:
-        """PEFT's settings of a layer, and the alpha of its key."""
-        own = {"alpha": float(layer.slots["alpha"])} if "alpha" in layer.slots else {}
-        return {**self._config[layer.part], **own}
+        """PEFT's settings of a layer, the alpha of its key, and whether PEFT wrote it and its rotation is scaled."""
+        own: dict[str, Any] = {"alpha": float(layer.slots["alpha"])} if "alpha" in layer.slots else {}
+        scaled = "oft_scaled" in layer.slots and bool(layer.slots["oft_scaled"])
+        return {**self._config[layer.part], **own, "peft": self.of_peft(layer), "scaled": scaled}
+
+    def of_peft(self, layer: Layer) -> bool:
+        """Whether PEFT wrote a layer: it has settings of PEFT, or PEFT's prefix."""
+        return bool(self._config[layer.part]) or layer.keys[0].startswith("base_model.model.")
 
     def scale(self, name: str, layer: Layer) -> float:
         """The scale of a layer, alpha / rank. Alpha is the file's, otherwise the given one, otherwise the rank.

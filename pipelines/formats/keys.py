@@ -40,8 +40,9 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
 NUMBERS = {
     "alpha": r"\.alpha", "scalar": r"\.scalar",
     "least_rank": r"\.tlora_min_rank_state", "rank_schedule": r"\.tlora_rank_schedule_state",
+    "oft_scaled": r"\.oft_R\.scaled_oft",
 }  # fmt: skip
-"""Single numbers beside the tensors of any kind. The last two are an early T-LoRA's."""
+"""Single numbers beside the tensors of any kind. `tlora_` are an early T-LoRA's, the last is OneTrainer's."""
 _PREFIX = re.compile("|".join(f"(?P<p{i}>^(?:{pattern}))" for i, (pattern, _) in enumerate(_PREFIXES)))
 _KEPT = 2**14  # keys of the last files, which are taken apart at each stage of reading them
 _EMBEDDING = re.compile(r"new_concept_embedding\.(.+)|bundle_emb\.(.+?)(?:\.(string_to_param\.\*|clip_[lg]))?")

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
-from lora_compose.attention.device import uncompiled
+from lora_compose.attention.device import modules_of
+from lora_compose.attention.fused_norms import with_norms
 from lora_compose.attention.lora_bank import LoraFactors, base_layer
 from lora_compose.attention.transforms import dense_weight
 from lora_compose.pipelines.formats.change import MAX_RANK, cut, inner, matrix, shaped
@@ -26,16 +27,21 @@ def expressed(
         LoraError: If the weights are not there.
     """
     by_layer, lost, whole = dict(lora), 0.0, 0.0
+    models, known, cpu = models_by_part(pipe), {}, torch.device("cpu")
     for (part, name), factors in lora.items():
         if factors.transform is None:
             continue
-        layer = base_layer(uncompiled(models_by_part(pipe)[part]).get_submodule(name))
+        modules = modules_of(models[part])
+        layer = base_layer(modules[name])
         if layer.get_parameter("weight").is_meta:
             raise LoraError(
                 f"{called} rescales or rotates the model's own weights (DoRA, OFT), so it is another change for each "
                 "model; give the model whose weights it was trained on (--model)"
             )
-        change = factors.change_of(dense_weight(layer, torch.device("cpu"), torch.float32))
+        if part not in known:
+            of_part = {layer: mine for (component, layer), mine in lora.items() if component == part}
+            known[part] = with_norms(of_part, modules, cpu, torch.float32)
+        change = known[part][name].change_of(dense_weight(layer, cpu, torch.float32))
         best = shaped(*cut(matrix(change), MAX_RANK), change.shape[1:])
         by_layer[part, name] = best.factors
         lost, whole = lost + best.lost, whole + best.lost + inner(best.factors, best.factors)

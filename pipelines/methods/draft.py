@@ -30,7 +30,14 @@ from lora_compose.attention import NORM_APART, Site, TextBias, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
-from lora_compose.pipelines.denoising.process import FixedPasses, Process, Settings, check_choices, constant_gates
+from lora_compose.pipelines.denoising.process import (
+    FixedPasses,
+    Process,
+    Settings,
+    check_choices,
+    check_limit,
+    constant_gates,
+)
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
 from lora_compose.pipelines.methods.drafted import drafted_maps
@@ -76,6 +83,8 @@ class Draft(Settings):
             image are one sequence.
         norm_apart: With the scene's prompt, as in `Regional`.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
+        limit: The most that LoRAs which act on the same cells may change a layer together, as a multiple of the largest
+            change of one alone at weight 1; those of a layer with more are scaled down to it. None is no limit.
     """
 
     length: float = LENGTH
@@ -87,9 +96,11 @@ class Draft(Settings):
     bias: float | None = None
     norm_apart: float = NORM_APART
     keep_regions: bool = True
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_limit(self.limit)
         if not 0 < self.length < math.inf:
             raise ValueError(f"length must be positive, not {self.length}")
         if not 0 <= self.threshold < 1:

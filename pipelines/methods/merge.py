@@ -5,13 +5,12 @@ subjects the deltas act on each other's tokens and cells, so identities blend or
 everywhere, so other methods do the same where a scene has no subjects.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_compose.attention import SitePart
 from lora_compose.pipelines.denoising.passes import Pass
-from lora_compose.pipelines.denoising.process import FixedPasses, Settings, constant_gates, one_text
+from lora_compose.pipelines.denoising.process import FixedPasses, Settings, check_limit, constant_gates, one_text
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.support.notes import warn_once
 
@@ -30,8 +29,7 @@ class Merge(Settings):
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        if self.limit is not None and not 0 < self.limit < math.inf:
-            raise ValueError(f"limit must be positive, or None for none, not {self.limit}")
+        check_limit(self.limit)
 
     def start(self, session: Session) -> FixedPasses:
         """Constant gates for everything; text encoders take part."""

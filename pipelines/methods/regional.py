@@ -31,6 +31,7 @@ from lora_compose.pipelines.denoising.process import (
     Process,
     Settings,
     check_choices,
+    check_limit,
 )
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, with_region_norm
@@ -59,6 +60,8 @@ class Regional(Settings):
             makes incoherent images. Needs a text for each region.
         norm_apart: On UNets, the part of the steps, from the first, in which group normalisation takes mean and
             variance region by region; 0 takes the whole canvas in all steps, and a LoRA weakens objects elsewhere.
+        limit: The most that LoRAs which act on the same cells may change a layer together, as a multiple of the largest
+            change of one alone at weight 1; those of a layer with more are scaled down to it. None is no limit.
     """
 
     rows: ActingRows = "cond_only"
@@ -66,9 +69,11 @@ class Regional(Settings):
     texts: Texts = "auto"
     isolate: bool = False
     norm_apart: float = NORM_APART
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_limit(self.limit)
         if not 0 <= self.norm_apart <= 1:
             raise ValueError(f"norm_apart must lie between 0 and 1, not {self.norm_apart}")
 

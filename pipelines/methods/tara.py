@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates
+from lora_compose.attention import Gates, SitePart
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.denoising.passes import Pass
-from lora_compose.pipelines.denoising.process import FixedPasses, Settings, check_choices, one_text
+from lora_compose.pipelines.denoising.process import FixedPasses, Settings, check_choices, check_limit, one_text
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -31,6 +31,8 @@ from lora_compose.pipelines.text.missing import missing_trigger
 
 CfgMask = Literal["cond_only", "broadcast"]
 Scope = Literal["all", "cross_kv"]
+SUMMED: Sequence[SitePart] = ("image", "reference", "row", "modulation")
+"""Parts of the sequence of layers in which all LoRAs act without a mask, unless `scope` is "cross_kv"."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,18 @@ class Tara(Settings):
             "broadcast": also at the same positions of the negative prompt, whatever its words, as in the authors' code.
         scope: Which layers a LoRA changes. "all": every layer it has factors for. "cross_kv": only keys and values of
             cross-attention, as in the paper's figure; complete isolation, but less of the identity.
+        limit: The most that LoRAs which act on the same cells or words may change a layer together, as a multiple of
+            the largest change of one alone at weight 1; those of a layer with more are scaled down to it. None is no
+            limit.
     """
 
     cfg_mask: CfgMask = "cond_only"
     scope: Scope = "all"
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_limit(self.limit)
 
     @classmethod
     def official(cls) -> "Tara":
@@ -74,7 +81,7 @@ class Tara(Settings):
         return FixedPasses(
             session,
             [[(Pass(text, gates), 1.0)]],
-            constant=("image", "reference", "row", "modulation"),
+            constant=SUMMED,
             constant_weights=constant,
         )
 

@@ -6,7 +6,9 @@ kohya and LyCORIS (`oft_blocks`, Q = blocks - blocks^T) rotate outputs by the tr
 bounds the norm of all Q together, 0 is no bound, and LyCORIS may multiply each output afterwards. For FLUX.1, kohya
 numbers the parts of a fused layer (`oft_blocks.0`, ...), each with blocks and a bound of its own. PEFT and OneTrainer
 (`oft_R`, the numbers above Q's diagonal) rotate inputs, by default with the first terms of a series in place of the
-inverse. PEFT's exact form turns the other way.
+inverse. PEFT's exact form turns the other way, and so does OneTrainer in convolutions. OneTrainer may divide Q by
+2 sqrt(size - 1). In convolutions larger than 1 x 1 OneTrainer rotates all numbers that an output reads; PEFT has no
+one meaning there (`concepts/loading.py`).
 """
 
 import math
@@ -96,6 +98,8 @@ def _of_inputs(tensors: Tensors, settings: Mapping[str, Any]) -> Rotation:
         raise ValueError("its rotation was constrained in training (coft), which is not supported")
     vectors = tensors["oft_vectors"].float()
     size = _size(vectors.shape[1])
+    if settings.get("scaled"):
+        vectors = vectors / (2 * math.sqrt(size - 1))
     above = torch.triu_indices(size, size, 1)
     skew = torch.zeros(len(vectors), size, size)
     skew[:, above[0], above[1]] = vectors
@@ -105,7 +109,7 @@ def _of_inputs(tensors: Tensors, settings: Mapping[str, Any]) -> Rotation:
     else:
         turned = torch.linalg.solve(identity - skew, identity + skew)
     check_finite(turned)
-    return Rotation(turned.contiguous(), by_input=True, shared=bool(settings.get("block_share")))
+    return Rotation(turned.contiguous(), by_input=True, shared=len(turned) == 1, turned_back=not settings.get("peft"))
 
 
 def _series(skew: Tensor, terms: Any) -> Tensor:

@@ -86,6 +86,19 @@ def test_a_dora_keeps_its_norms(model: nn.Module, tmp_path: Path) -> None:
         read_concept(written(tmp_path, tensors), model, NAMES, SITES)
 
 
+def test_rotations_of_convolutions_are_read_where_they_have_one_meaning(model: nn.Module, tmp_path: Path) -> None:
+    tensors = {
+        "diffusion_model.block.qkv.oft_R.weight": torch.rand(3, 1),
+        "down.to_out.0.oft_R.weight": torch.rand(27, 1),
+    }
+    found, notes = read_concept(written(tmp_path, tensors), model, NAMES, SITES)
+    assert (found.keys(), notes) == ({"block.qkv", "conv"}, [])
+    of_peft = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
+    found, notes = read_concept(written(tmp_path, of_peft), model, NAMES, SITES)
+    assert found.keys() == {"block.qkv"}
+    assert "1 layers are left out: PEFT's OFT of convolutions larger than 1 x 1 is not defined" in notes[0]
+
+
 def test_what_is_for_text_encoders_is_read_apart(tmp_path: Path) -> None:
     mine = lora("lora_te_text_model_encoder_layers_0_mlp_fc1", 8, 4)
     mine["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)

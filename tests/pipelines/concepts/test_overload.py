@@ -1,6 +1,8 @@
 """LoRAs that change more together than each was trained to are named with figures, and can be limited."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from components import lora_tensors, random_lora, seeded, tiny_pipeline
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts import overload
 from lora_compose.pipelines.concepts.overload import joint_change
-from lora_compose.pipelines.methods import Merge
+from lora_compose.pipelines.methods import Draft, Merge, Regional, Tara
 from lora_compose.pipelines.scene.scene import Concept
 
 PROMPT = "a cat, a dog, a kitten, a tom and a zwx"
@@ -168,10 +170,72 @@ def test_a_limit_keeps_the_change_of_each_layer_within_it(pipe: Any) -> None:
     torch.testing.assert_close(limited, expected, rtol=1e-3, atol=1e-3)
 
 
+KEYS = re.compile(r"attn2\.to_[kv]$")
+
+
+def scaled(pipe: Any, write_lora: Callable[..., Path], parts: Mapping[str, tuple[str, Mapping[str, float]]]) -> Any:
+    """Another pipeline, whose LoRAs are multiples of these, layer by layer."""
+    other = tiny_pipeline()
+    for name, (lora, by) in parts.items():
+        layers = {layer: replace(it, scale=it.scale * by.get(layer, 1.0)) for layer, it in pipe.loras[lora].items()}
+        other.load_concept(write_lora(f"{name}-scaled", unet=layers), name, trigger=name)
+    return other
+
+
+def scales_of(pipe: Any, *parts: str) -> dict[str, float]:
+    """By layer, what takes the sum of some LoRAs down to the largest of them."""
+    found = {}
+    for name in pipe.loras["cat"]:
+        each = [dense(pipe.loras[part], name) for part in parts]
+        found[name] = min(1.0, max(float(one.norm()) for one in each) / float(torch.stack(each).sum(dim=0).norm()))
+    return found
+
+
+@pytest.mark.parametrize(("limited", "free"), [(Regional(limit=1.0), Regional()), (Draft(limit=1.0), Draft())])
+def test_regions_that_overlap_are_kept_within_a_limit_and_others_are_as_they_were(
+    pipe: Any, write_lora: Callable[..., Path], limited: Any, free: Any
+) -> None:
+    boxes = {"cat": (0, 0, 20, 32), "kitten": (8, 0, 24, 32), "dog": (24, 0, 32, 32)}
+    given = [Concept(name=name, region=box, class_word="a") for name, box in boxes.items()]
+    assert warnings_of(pipe, *given, method=free)
+    assert not warnings_of(pipe, *given, method=limited)
+    by = scales_of(pipe, "cat", "kitten")
+    assert max(by.values()) == pytest.approx(0.5)
+    other = scaled(pipe, write_lora, {"cat": ("cat", by), "kitten": ("kitten", by), "dog": ("dog", {})})
+    expected = latents_of(other, *given, method=free)
+    torch.testing.assert_close(latents_of(pipe, *given, method=limited), expected, rtol=1e-4, atol=1e-4)
+    assert float((latents_of(pipe, *given, method=free) - expected).abs().max()) > 1e-2
+
+
+def test_a_style_beside_each_subject_is_kept_within_a_limit(pipe: Any, write_lora: Callable[..., Path]) -> None:
+    given = [Concept(name=name, region=(left, 0, left + 16, 32)) for name, left in (("cat", 0), ("dog", 16))]
+    given.append(Concept(name="tom", role="style"))
+    by, beside = scales_of(pipe, "cat", "tom"), scales_of(pipe, "dog", "tom")
+    parts = {"cat": ("cat", by), "dog": ("dog", beside), "tom": ("tom", {n: min(by[n], beside[n]) for n in by})}
+    expected = latents_of(scaled(pipe, write_lora, parts), *given, method=Regional())
+    torch.testing.assert_close(latents_of(pipe, *given, method=Regional(limit=1.0)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["all", "cross_kv"])
+def test_tara_is_limited_in_the_layers_in_which_loras_are_summed(
+    pipe: Any, write_lora: Callable[..., Path], scope: Any
+) -> None:
+    by = {name: 1.0 if KEYS.search(name) else scale for name, scale in scales_of(pipe, "cat", "kitten").items()}
+    assert sorted({round(scale, 4) for scale in by.values()}) == [0.5, 1.0]
+    other = scaled(pipe, write_lora, {"cat": ("cat", by), "kitten": ("kitten", by)})
+    expected = latents_of(other, "cat", "kitten", method=Tara(scope=scope))
+    limited = latents_of(pipe, "cat", "kitten", method=Tara(scope=scope, limit=1.0))
+    torch.testing.assert_close(limited, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [Merge, Regional, Draft, Tara])
+def test_a_limit_is_positive(method: Any) -> None:
+    with pytest.raises(ValueError, match="limit must be positive"):
+        method(limit=0)
+
+
 def test_a_limit_that_is_not_reached_changes_nothing(pipe: Any) -> None:
     assert torch.equal(latents_of(pipe, "cat", "dog"), latents_of(pipe, "cat", "dog", method=Merge(limit=9.0)))
-    with pytest.raises(ValueError, match="limit must be positive"):
-        Merge(limit=0)
 
 
 def test_the_norm_of_a_lora_is_computed_once_whatever_is_beside_it(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

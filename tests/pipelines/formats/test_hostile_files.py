@@ -110,7 +110,7 @@ UNFIT_TRANSFORMS: dict[str, tuple[dict[str, Tensor], str]] = {
     "blocks of nothing": ({"oft_blocks": half(8, 1, 1)}, "expected some of size 2 to 4096"),
     "no triangle": ({"oft_R.weight": half(2, 5)}, "no triangle of a square"),
     "blocks that do not divide": ({"oft_blocks": half(3, 3, 3)}, "its change is 9 x any, the model's weight 8 x 8"),
-    "one block that does not divide": ({"oft_R.weight": half(1, 3)}, "is of size 3, the model's layer has 8 inputs"),
+    "one block that does not divide": ({"oft_R.weight": half(1, 3)}, "size 3 do not divide the layer's inputs"),
     "rescaled outputs of another layer": (
         {"oft_blocks": half(2, 4, 4), "rescale": half(9, 1)}, "expected one number for each of 8 outputs",
     ),

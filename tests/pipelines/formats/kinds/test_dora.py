@@ -14,7 +14,7 @@ from torch import Tensor
 from components import random_lora, small_pipeline, tiny_pipeline, tiny_unet, unet_inputs, with_bank
 from layouts import file_of, layout
 from lora_compose.compose.benchmark.architectures import without_weights
-from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
+from lora_compose.pipelines.concepts.loading import match, read_lora
 from reference import constant_gates, relative_error
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_in", "conv1", "conv2"]
@@ -114,9 +114,12 @@ def test_norms_of_outputs_are_shared_out_over_the_layers_of_a_model() -> None:
     assert {one.transform.size for one in found.values() if one.transform} == {3072, 12288}
 
 
-def test_norms_of_inputs_of_a_layer_that_is_several_are_refused() -> None:
-    with pytest.raises(LoraError, match="norms are of the inputs of a layer that is 4 layers in the model"):
-        match(file_of(with_scales([1, 3072])), without_weights("FLUX.1"))
+def test_norms_of_inputs_are_those_of_all_layers_that_are_one_in_the_file() -> None:
+    found = match(file_of(with_scales([1, 3072])), without_weights("FLUX.1")).model
+    for start in {name.partition(".attn")[0].partition(".proj")[0] for name in found}:
+        mine: Any = [one.transform for name, one in found.items() if name.startswith(f"{start}.")]
+        layers = (*(f"{start}.attn.to_{x}" for x in "qkv"), f"{start}.proj_mlp")
+        assert [transform.among for transform in mine] == [layers] * 4
 
 
 def test_a_strength_is_a_share_of_the_change(pipe: Any, tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from components import tiny_pipeline, tiny_unet, unet_inputs, with_bank
 from flux import flux_transformer
 from layouts import file_of
 from lora_compose.compose.benchmark.architectures import without_weights
+from lora_compose.compose.lora.inspection import inspect
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
 from reference import constant_gates, relative_error
 
 LINEAR, CONVOLUTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "down_blocks.0.resnets.0.conv1"
 ONE = constant_gates((1.0,))[0]
+TARGETS = ["to_q", "to_k", "to_out.0", "ff.net.2", "proj_in"]  # the last is a convolution of 1 x 1
 Settings = dict[str, Any]
 
 
@@ -31,7 +33,7 @@ def saved(folder: Path, settings: Settings) -> tuple[Path, Any]:
     """A file as PEFT saves it, with its settings beside it; and the UNet with PEFT's layers."""
     torch.manual_seed(0)
     unet = tiny_unet()
-    given = {"r": 0, "oft_block_size": 4, "target_modules": ["to_q", "to_k", "to_out.0", "ff.net.2"], **settings}
+    given = {"r": 0, "oft_block_size": 4, "target_modules": [*TARGETS], **settings}
     config = OFTConfig(**given, module_dropout=0.0, init_weights=False)
     inject_adapter_in_model(config, unet, "cat")
     with torch.no_grad():
@@ -74,6 +76,71 @@ def test_what_peft_constrains_in_training_and_absurd_series_are_refused(pipe: An
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"num_cayley_neumann_terms": 10**9}))
     with pytest.raises(LoraError, match="num_cayley_neumann_terms is '1000000000'; expected a number from 1 to 32"):
         match(read_lora(path), pipe)
+
+
+@torch.no_grad()
+def test_convolutions_of_peft_are_left_out_where_they_have_no_one_meaning(pipe: Any, tmp_path: Path) -> None:
+    path, unet = saved(tmp_path, {"target_modules": [*TARGETS, "conv1"]})
+    layer, x = unet.get_submodule(CONVOLUTION), torch.randn(1, unet.get_submodule(CONVOLUTION).in_features, 6, 6)
+    layer.oft_R["cat"].weight.zero_()
+    assert relative_error(layer(x), layer.base_layer(x)) > 0.5, "PEFT's layer is another without any rotation"
+    factors = match(read_lora(path), pipe)
+    (note,) = factors.notes
+    assert "layers are left out: PEFT's OFT of convolutions larger than 1 x 1 is not defined" in note
+    assert factors.unmatched
+    assert all(".conv1." in key for key in factors.unmatched)
+    only, _ = saved(tmp_path, {})
+    assert factors.model.keys() == match(read_lora(only), pipe).model.keys()
+    found, _ = inspect(read_lora(saved(tmp_path, {"target_modules": [*TARGETS, "conv1"]})[0]), pipe, "small")
+    assert found.unmatched == factors.unmatched
+    assert sum(block.layers for block in found.blocks) == len(factors.model)
+    alone, _ = saved(tmp_path, {"target_modules": ["conv1"]})
+    with pytest.raises(LoraError, match="is not defined: as it is trained, overlapping patches are added up"):
+        match(read_lora(alone), pipe)
+
+
+@pytest.mark.parametrize("name", [LINEAR, "down_blocks.0.attentions.0.proj_in", CONVOLUTION])
+@pytest.mark.parametrize(("shared", "scaled"), [(False, False), (True, False), (False, True)])
+@torch.no_grad()
+def test_onetrainer_rotates_the_weights_of_convolutions_the_other_way(
+    pipe: Any, tmp_path: Path, name: str, shared: bool, scaled: bool
+) -> None:
+    torch.manual_seed(3)
+    layer = pipe.unet.get_submodule(name)
+    weight, size = layer.weight.detach().double(), 4
+    count = weight[0].numel() // size
+    vectors = torch.randn(1 if shared else count, size * (size - 1) // 2) / 10
+    tensors = {f"lora_unet_{name.replace('.', '_')}.oft_R.weight": vectors}
+    if scaled:
+        tensors[f"lora_unet_{name.replace('.', '_')}.oft_R.scaled_oft"] = torch.tensor(True)
+    save_file(tensors, tmp_path / "it.safetensors")
+    factors = match(read_lora(tmp_path / "it.safetensors"), pipe)
+    assert factors.complete
+
+    above = torch.triu_indices(size, size, 1)
+    skew = torch.zeros(len(vectors), size, size).double()
+    skew[:, above[0], above[1]] = vectors.double() / (2 * 3**0.5 if scaled else 1)
+    skew -= skew.mT.clone()
+    turns = torch.eye(size) + 2 * skew + 2 * skew @ skew + 2 * skew @ skew @ skew + skew @ skew @ skew @ skew
+    blocks = (turns if weight.dim() > 2 else turns.mT).repeat(count if shared else 1, 1, 1)
+    rotated = torch.einsum("ork,rkc->orc", weight.reshape(len(weight), count, size), blocks).reshape(weight.shape)
+    assert relative_error(factors.model[name].change_of(weight.float()).double(), rotated - weight) < 1e-5
+
+    inputs = unet_inputs(pipe.unet)
+    found = with_bank(pipe.unet, [factors.model], ONE, inputs)
+    before, layer.weight.data = layer.weight.data, rotated.float()
+    expected = pipe.unet(**inputs)[0]
+    layer.weight.data = before
+    assert relative_error(pipe.unet(**inputs)[0], expected) > 1e-3
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_a_scaled_rotation_of_another_formula_is_refused(pipe: Any, tmp_path: Path) -> None:
+    key = f"lora_unet_{LINEAR.replace('.', '_')}.oft_R"
+    tensors = {f"{key}.weight": torch.ones(2, 28), f"{key}.scaled_oft": torch.tensor(1)}
+    save_file(tensors, tmp_path / "it.safetensors")
+    with pytest.raises(LoraError, match=r"oft_R\.scaled_oft is stored as torch\.int64; expected torch\.bool"):
+        match(read_lora(tmp_path / "it.safetensors"), pipe)
 
 
 @pytest.mark.parametrize("prefix", ["oft_unet_", "lora_unet_"])

@@ -1,0 +1,45 @@
+"""Norms of the inputs of a layer that is one in a LoRA file and several in the model (DoRA of `qkv`)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_compose.attention.lora_bank import Lora, base_layer
+from lora_compose.attention.transforms import Rescaling, dense_weight
+
+
+def with_norms(lora: Lora, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> Lora:
+    """A LoRA in which norms of the inputs of several layers together are known; itself, if there are none.
+
+    Args:
+        modules: The modules of the model, whose weights have not been changed yet.
+        device: Where the norms are computed.
+        dtype: The precision of the layers' inputs.
+
+    Raises:
+        ValueError: If the weight of one of these layers is not to be had.
+    """
+    norms: dict[Sequence[str], Tensor] = {}
+    known = dict(lora)
+    for name, factors in lora.items():
+        transform = factors.transform
+        if isinstance(transform, Rescaling) and transform.among and transform.found is None:
+            if transform.among not in norms:
+                norms[transform.among] = _norms(transform.among, lora, modules, device, dtype)
+            known[name] = replace(factors, transform=replace(transform, found=norms[transform.among]))
+    return known if norms else lora
+
+
+def _norms(
+    names: Sequence[str], lora: Lora, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The norms of the columns of several changed weights, one below the other. Shape: [inputs]."""
+    squares = []
+    for name in names:
+        changed = dense_weight(base_layer(modules[name]), device, dtype)
+        if name in lora:  # otherwise its block has a factor of 0
+            changed = changed + lora[name].delta_on(device)
+        squares.append(changed.square().sum(dim=0))
+    return torch.stack(squares).sum(dim=0).sqrt()
