@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EMPTY = {"found", "one"}
 OLD = (
-    "compose/benchmark/bench.py", "compose/comfyui/", "compose/commands/batch.py", "compose/evaluation/planning.py",
+    "compose/benchmark/bench.py", "compose/commands/batch.py", "compose/evaluation/planning.py",
     "compose/evaluation/published.py", "compose/evaluation/table.py", "compose/files/claims.py",
     "compose/generate/making.py", "compose/lora/inspect_report.py", "compose/lora/matching.py",
     "pipelines/text/missing.py",

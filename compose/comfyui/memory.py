@@ -11,7 +11,7 @@ from lora_compose.attention import BankCache, KeptBanks, Lora, Site
 from lora_compose.attention.bank_cache import Bank, BankKey, new_bank
 from lora_compose.attention.device import modules_of
 from lora_compose.attention.forward_state import LayerInputs
-from lora_compose.attention.lora_bank import BankLayer, base_layer
+from lora_compose.attention.lora_bank import BankLayer
 
 OTHER_CELLS = (
     "another node changes the cells that layers see, as HyperTile and PatchModelAddDownscale do: take it out, or use "
@@ -105,15 +105,10 @@ class Brought:
             raise ValueError(OTHER_CELLS) from error
 
     def _fits(self, x: Tensor) -> bool:
-        """Whether gates have the rows and cells of an input, or one for all."""
-        (key, *_), sides = self.layer.keys, x.shape[:-1]
-        gate = self.layer.gates[key]
-        gated = gate.shape[:-1]
-        if key.convolution:
-            strides: Any = base_layer(self.layer.layer).stride
-            sides = len(x), *(-(-side // stride) for side, stride in zip(x.shape[2:], strides, strict=True))
-            gated = len(gate), *gate.shape[2:]
-        return all(of_gate in (1, side) for of_gate, side in zip(reversed(gated), reversed(sides), strict=False))
+        """Whether gates have the rows and cells of an output, or one for all."""
+        (key, *_), channels = self.layer.keys, 1 if self.layer.key.convolution else -1
+        gate, out = (values.select(channels, 0).shape for values in (self.layer.gates[key], self.layer.base(x)))
+        return all(of_gate in (1, side) for of_gate, side in zip(reversed(gate), reversed(out), strict=False))
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from lora_compose.compose.comfyui.words import METHODS
 from lora_compose.compose.page.labels import METHOD_LABELS
 from lora_compose.pipelines.formats.triggers import Words as FileWords
 from lora_compose.pipelines.methods import choose_method, name_of
+from lora_compose.pipelines.methods.draft import Draft as DraftMethod
 
 TEXT = "a sks cat and a zwx dog on grass"
 CAT, DOG = Path("cat.safetensors"), Path("dog.safetensors")
@@ -239,6 +240,8 @@ def test_the_bias_draws_cells_to_the_words_of_their_own_region() -> None:
     bias = drawn.scores()[0]
     cat, dog = [0, 0, 1, 1, 0, 0, -1, -1, 0, 0, 0], [0, 0, -1, -1, 0, 0, 1, 1, 0, 0, 0]
     assert bias.tolist() == [[[0] * 11] * 2, [cat, dog]]
+    unet: Any = SimpleNamespace(backbone=SimpleNamespace(joint=None))
+    assert DraftMethod().bias_in(unet) == bias.max()
     repeated = acting(plan, [True], (1, 2), 22, [left, 1 - left]).bias
     assert repeated is not None
     assert repeated.scores()[0].tolist() == [[cat * 2, dog * 2]]

@@ -683,16 +683,21 @@ def test_another_override_of_attention_is_called_by_ours(
     assert calls > 10
 
 
+def answer(output: Any) -> Any:
+    """The first output of a node, which is a tuple or has one."""
+    return getattr(output, "args", output)[0]
+
+
 def tiled(patcher: Any) -> Any:
     from comfy_extras.nodes_hypertile import HyperTile  # pyright: ignore[reportMissingImports]
 
-    return HyperTile.execute(patcher, 32, 1, 0, False).args[0]  # in 12 tiles of 4 x 4 cells
+    return answer(HyperTile.execute(patcher, 32, 1, 0, False))  # in 12 tiles of 4 x 4 cells
 
 
 def shrunk(patcher: Any, block: int) -> Any:
     from comfy_extras.nodes_model_downscale import PatchModelAddDownscale  # pyright: ignore[reportMissingImports]
 
-    return PatchModelAddDownscale.execute(patcher, block, 2.0, 0.0, 1.0, True, "bilinear", "bilinear").args[0]
+    return answer(PatchModelAddDownscale.execute(patcher, block, 2.0, 0.0, 1.0, True, "bilinear", "bilinear"))
 
 
 CELLS = {"tiles": tiled, "before a convolution": partial(shrunk, block=1), "before a norm": partial(shrunk, block=2)}
@@ -717,6 +722,9 @@ def test_nodes_that_change_the_cells_go_with_loras_everywhere_alone(
     loaded = comfy.sd.load_lora_for_models(patcher, None, tensors, 1.0, 0)[0]
     wanted = core.drawn(change(loaded), positive, negative)
     assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+    plan = composition(core, patcher, tmp_path, "tara")
+    found = core.drawn(change(compose(patcher, plan)), marked(positive, plan), negative)
+    assert (found - base).abs().max() > 0.01
     plan = composition(core, patcher, tmp_path, "regional")
     with pytest.raises(ValueError, match="as HyperTile and PatchModelAddDownscale do: take it out, or use merge or"):
         core.drawn(change(compose(patcher, plan)), marked(positive, plan), negative)
