@@ -148,7 +148,7 @@ class Passes:
     lengths: Sequence[int]
 
     @classmethod
-    def of(cls, plan: Composition, family: Family, grid: Grid, images: Images, lengths: Sequence[int] = ()) -> "Passes":
+    def of(cls, plan: Composition, family: Family, grid: Grid, images: Images, lengths: Sequence[int]) -> "Passes":
         """A composition in some images, whose latents have a grid."""
         everywhere = [region is None for region in images[0]]
         levels = {site.level for site in family.sites.values() if "image" in site.parts}

@@ -195,7 +195,7 @@ class Request:
 
     @cached_property
     def _prompted(self) -> Mapping[int, str]:
-        """The names of concepts with a prompt."""
+        """The names of the concepts with a prompt, by index."""
         return {i: concept.scene.name for i, concept in enumerate(self.concepts) if concept.scene.prompt}
 
     @cached_property

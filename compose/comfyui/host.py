@@ -211,6 +211,8 @@ class Sampling:
         steps: How many steps it has.
     """
 
+    _passes: Passes  # from `start` on
+
     def __init__(
         self, guider: Any, plan: Composition, factors: Factors, ours: Collection[Any], noise: Tensor, sigmas: Tensor,
         given: Mapping[str, Any],
@@ -222,7 +224,6 @@ class Sampling:
         self._conditionings, self._device = guider.conds, guider.model_patcher.load_device
         self._levels, self.steps = sigmas.tolist(), max(0, len(sigmas) - 1)
         self._family = family_of(self.model.diffusion_model)
-        self._passes = Passes.of(plan, self._family, self.grid, [plan.regions])
         self._inputs: dict[tuple[Any, ...], LayerInputs] = {}
         self._maps: list[Tensor] = []
         self._stack = ExitStack()

@@ -1,5 +1,6 @@
 """Factors move without the model's layers in which they act, or are copied to where these run."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +40,15 @@ def test_factors_that_lie_elsewhere_are_copied_in_each_call() -> None:
     (layer,) = factors.bank.layers.values()
     assert {tensor.device for tensor in layer.tensors} == {CPU}
     assert factors.bank.bytes == factors.bytes_in(torch.float32) == 64
+
+
+def test_an_error_of_the_layer_itself_is_not_put_down_to_other_nodes() -> None:
+    class Failing(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError(f"{len(input)} rows are too many")
+
+    with pytest.raises(torch.OutOfMemoryError, match="3 rows are too many"):
+        drawn(nn.Sequential(Failing(4, 4)), Factors([lora()], CPU), torch.zeros(3, 1, 4))
 
 
 def test_factors_move_without_the_layers_of_the_model_and_are_made_once() -> None:
