@@ -384,7 +384,7 @@ class Reference:
 
     def normalised(self, norm: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
         """By region in the first 0.4 of the steps."""
-        here = [i for i, mask in enumerate(self.images[0]) if mask is not None and self.plan.weights[i]]
+        here = [i for i, mask in enumerate(self.images[0]) if mask is not None and self.plan.weights[i].constant != 0]
         if not here or len(self.levels_of_noise) > math.ceil(0.4 * self.steps):
             return out
         (x,) = given
@@ -393,14 +393,14 @@ class Reference:
         return F.group_norm(by_region, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
     def added(self, name: str, layer: Any, x: Tensor, out: Tensor, deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        factors = self.plan.step_weights(len(self.levels_of_noise) - 1, self.steps)
+        weights = self.plan.weights_at(len(self.levels_of_noise) - 1, self.steps)
         for n, lora in enumerate(deltas):
             if name in lora:
                 delta = lora[name].to(x.dtype)
                 conv = delta.dim() == 4
                 change = F.conv2d(x, delta, None, layer.stride, layer.padding) if conv else F.linear(x, delta)
                 gate = self.gate(name, n, out)
-                out = out + (self.plan.weights[n] * factors[n] * gate * change).to(out.dtype)
+                out = out + (weights[n] * gate * change).to(out.dtype)
         return out
 
     def gate(self, name: str, n: int, out: Tensor) -> Tensor | float:

@@ -32,6 +32,7 @@ import comfyui_version  # pyright: ignore[reportMissingImports]
 
 from lora_compose.compose.comfyui.composition import Composition
 from lora_compose.compose.comfyui.host import compose, marked
+from lora_compose.pipelines.scene.strength import WeightSchedule
 
 TOKENS, RANK, CFG, SHARE = 77, 16, 7.0, 0.02
 
@@ -90,7 +91,7 @@ def ways(patcher: Any, side: int, folder: Path) -> Sequence[Way]:
         bypass = comfy.sd.load_bypass_lora_for_models(patcher, None, tensors[0], 1.0, 0)[0]
         found.append(Way("ComfyUI: one bypass LoRA", bypass, positive, negative))
     loras = [core.read(patcher, one, folder) for one in tensors]
-    plan = Composition(loras, torch.ones(2), halves, torch.ones(1, 2))
+    plan = Composition(loras, [WeightSchedule.of(1.0)] * 2, halves, torch.ones(1, 2))
     found.append(
         Way("ours: two LoRAs in regions (`regional`)", compose(patcher, plan), marked(positive, plan), negative)
     )

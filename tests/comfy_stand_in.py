@@ -133,14 +133,18 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Self- and cross-attention; another node may cut the cells of the former into tiles, as rows of their own."""
+
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(2, WIDTH)
         self.attn1, self.attn2 = Attention(WIDTH), Attention(WIDTH)
 
     def forward(self, x: Tensor, context: Tensor, options: Mapping[str, Any]) -> Tensor:
-        cells = self.norm(x).flatten(2).transpose(1, 2)
-        cells = cells + self.attn1(cells, cells, transformer_options=options)
+        cells, tiles = self.norm(x).flatten(2).transpose(1, 2), options.get("tiles", 1)
+        tiled = cells.unflatten(1, (tiles, -1)).flatten(0, 1)
+        tiled = self.attn1(tiled, tiled, transformer_options=options)
+        cells = cells + tiled.unflatten(0, (-1, tiles)).flatten(1, 2)
         cells = cells + self.attn2(cells, context, transformer_options=options)
         return x + cells.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -156,7 +160,7 @@ class Residual(nn.Module):
 
 
 class UNet(nn.Module):
-    """Two blocks and one between them, on one grid."""
+    """Two blocks and one between them, on one grid, which another node may halve at low noise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,14 +172,16 @@ class UNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(2, WIDTH), nn.SiLU(), nn.Conv2d(WIDTH, 4, 3, padding=1))
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, transformer_options: Mapping[str, Any]) -> Tensor:
+        halved = bool(time.max() < transformer_options.get("halved_below", 0))
         time = self.time_embed(torch.cos(time[:, None] * torch.arange(1, WIDTH + 1)))
         first, down = self.input_blocks
         (up,) = self.output_blocks
         modules: list[Any] = [*down.children(), *self.middle_block, *up.children()]
         x = next(first.children())(x)
+        x = F.avg_pool2d(x, 2) if halved else x
         for module in modules:
             x = module(x, time) if isinstance(module, Residual) else module(x, context, transformer_options)
-        return self.out(x)
+        return self.out(F.interpolate(x, scale_factor=2.0) if halved else x)
 
 
 class Model(nn.Module):

@@ -34,6 +34,8 @@ Conditioning = Sequence[Sequence[Any]]
 """ComfyUI's: texts, each with options."""
 Region = Box | Tensor
 """A box, or a mask with values in 0..1. Shape: [height, width]."""
+Images = Sequence[Sequence[Region | None]]
+"""The regions of all concepts, of each image if a draft has found some; None is everywhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,7 @@ class Draft:
 
     Attributes:
         conditioning: ComfyUI's, of the text without triggers.
-        words: Weight of every token of it in the map of each subject. Shape: [tokens, subjects].
+        words: Weight of every token of it in the map of each concept that is looked for. Shape: [tokens, concepts].
         subjects: As our pipelines know them, with the index of each among the concepts.
         strips: Whether the image is divided into columns or rows; otherwise every cell is of the nearest subject.
     """
@@ -56,16 +58,16 @@ class Draft:
         """The regions of all concepts in one image.
 
         Args:
-            maps: Attention to each subject. Shape: [subjects, height, width] of the map grid.
+            maps: Attention to each concept. Shape: [concepts, height, width] of the map grid.
             regions: Those that are given stay as they are.
             grid: Height and width of the latents.
         """
-        given = [regions[i] for i in self.subjects]
-        known = [torch.zeros(grid) if one is None else cells_of(on_grid(one, grid), HALF) for one in given]
+        given, of_subjects = [regions[i] for i in self.subjects], maps[[*self.subjects]]
+        known = [torch.zeros(grid) if region is None else cells_of(on_grid(region, grid), HALF) for region in given]
         divide = strips if self.strips else nearest
-        masks = iter(divided(maps, [*self.subjects.values()], known, divide, THRESHOLD))
-        found = {i: mask if regions[i] is None else regions[i] for i, mask in zip(self.subjects, masks, strict=True)}
-        return [found.get(i, region) for i, region in enumerate(regions)]
+        masks = divided(of_subjects, [*self.subjects.values()], known, divide, THRESHOLD)
+        divisions = dict(zip(self.subjects, masks, strict=True))
+        return [divisions.get(i) if region is None else region for i, region in enumerate(regions)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +82,6 @@ class Found:
     maps: Tensor
     cells: Tensor
 
-    @classmethod
-    def of(cls, draft: Draft, maps: Tensor, images: Sequence[Sequence[Region | None]], grid: Grid) -> "Found":
-        """What `Draft.divide` has made of maps [images, subjects, height, width]: the regions of each image."""
-        every = maps.new_zeros(len(maps), len(images[0]), *maps.shape[2:])
-        every[:, [*draft.subjects]] = maps
-        return cls(every, torch.stack([torch.stack([on_grid(one, grid) for one in regions]) for regions in images]))
-
 
 @dataclass(frozen=True, eq=False)
 class Composition:
@@ -94,7 +89,7 @@ class Composition:
 
     Attributes:
         loras: Factors of each concept by ComfyUI's names of layers.
-        weights: One for each concept; 1 with a schedule.
+        weights: That of each concept over the steps.
         regions: Where each acts on the image; None is everywhere, or is found by the draft.
         words: On which tokens of the text each acts, or on which of several texts. Shape: [tokens or texts, concepts];
             1 token stands for all.
@@ -107,12 +102,11 @@ class Composition:
         phrases: 1 at the words of each concept in the text, to which a bias draws the cells of its region. Shape:
             [tokens, concepts].
         draft: Finds regions.
-        schedules: Weights over the steps, of the concepts that have such.
         mark: Stands for this composition in conditionings.
     """
 
     loras: Sequence[Lora]
-    weights: Tensor
+    weights: Sequence[WeightSchedule]
     regions: Sequence[Region | None]
     words: Tensor
     text_of_others: bool = False
@@ -123,48 +117,47 @@ class Composition:
     isolate: bool = False
     phrases: Tensor | None = None
     draft: Draft | None = None
-    schedules: Mapping[int, WeightSchedule] = field(default_factory=dict)
     mark: str = field(init=False, default_factory=lambda: uuid4().hex)
 
-    def step_weights(self, step: int, steps: int) -> tuple[float, ...]:
-        """Factors on the weights in a step: those of schedules, 1 for other concepts."""
-        each = [self.schedules.get(i) for i in range(len(self.loras))]
-        return tuple(1.0 if schedule is None else schedule.at(step, steps) for schedule in each)
+    def weights_at(self, step: int, steps: int) -> tuple[float, ...]:
+        """The weights in a step out of so many."""
+        return tuple(weight.at(step, steps) for weight in self.weights)
 
     def drafted(self, draft: Draft) -> "Composition":
-        """As it is while a draft is made: concepts that are no subjects act everywhere, and all read one text."""
-        styles = torch.tensor([float(i not in draft.subjects) for i in range(len(self.loras))])
-        words = torch.ones(1, len(self.loras))
-        return replace(self, weights=self.weights * styles, words=words, texts=(), phrases=None)
+        """As it is while a draft is made: concepts that are no subjects act everywhere, and all read its text."""
+        off, words = WeightSchedule.of(0.0), torch.ones(1, len(self.loras))
+        weights = [off if i in draft.subjects else weight for i, weight in enumerate(self.weights)]
+        return replace(self, weights=weights, words=words, texts=[draft.conditioning], phrases=None)
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
-    """Where concepts act in the images of a sampling.
+class Passes:
+    """A composition on the grids of a model, for the passes of a sampling or of its draft.
 
     Attributes:
         shares: How much of each cell is in the region of each concept, by level. Shape: [images, cells, concepts]; 1
             image stands for all, and 1 cell where no concept has a region.
         everywhere: True for concepts without a region.
+        lengths: Tokens of each text, where there are several.
     """
 
+    plan: Composition
+    family: Family
     shares: Mapping[int, Tensor]
     everywhere: Sequence[bool]
+    lengths: Sequence[int]
 
     @classmethod
-    def of(cls, images: Sequence[Sequence[Region | None]], family: Family, grid: Grid) -> "Places":
-        """Regions on the grids of a model.
-
-        Args:
-            images: The regions of all concepts, of each image if a draft has found some.
-            grid: Height and width of the latents.
-        """
-        everywhere, shares = [region is None for region in images[0]], {}
-        for level in {site.level for site in family.sites.values() if "image" in site.parts}:
-            here: Grid = (1, 1) if all(everywhere) else grid_at(grid, level)
-            each = [torch.stack([on_grid(one, here).flatten() for one in regions], dim=-1) for regions in images]
-            shares[level] = torch.stack(each)
-        return cls(shares, everywhere)
+    def of(cls, plan: Composition, family: Family, grid: Grid, images: Images, lengths: Sequence[int]) -> "Passes":
+        """A composition in some images, whose latents have a grid."""
+        everywhere = [region is None for region in images[0]]
+        levels = {site.level for site in family.sites.values() if "image" in site.parts}
+        grids: dict[int, Grid] = {level: (1, 1) if all(everywhere) else grid_at(grid, level) for level in levels}
+        shares = {
+            level: torch.stack([on_grids(regions, here).flatten(1).t() for regions in images])
+            for level, here in grids.items()
+        }
+        return cls(plan, family, shares, everywhere, lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,30 +165,26 @@ class Acting:
     """What acts where in one pass.
 
     Attributes:
-        lengths: Tokens of each text, where there are several.
         ours: True for rows that are predicted for our conditioning. Shape: [rows].
         grid: Height and width of the latents.
         tokens: Tokens of the text in each row.
-        factors: Further factors on the weights (`Composition.step_weights`).
+        weights: Those of the step (`Composition.weights_at`).
     """
 
-    plan: Composition
-    family: Family
-    places: Places
-    lengths: Sequence[int]
+    passes: Passes
     ours: Tensor
     grid: Grid
     tokens: int
-    factors: Sequence[float]
+    weights: tuple[float, ...]
 
     @property
     def gates(self) -> Gates:
-        """The gates of all layers."""
-        plan, mine, shares = self.plan, self.ours.float()[:, None], self._shares
-        image = torch.ones_like(mine) if plan.image_of_others else mine
-        text = torch.ones_like(mine) if plan.text_of_others else mine
+        """The gates of all layers; 1 row stands for all where concepts act on every row."""
+        plan, mine, shares = self.passes.plan, self.ours.float()[:, None], self._shares
+        image = torch.ones(1, 1) if plan.image_of_others else mine
+        text = torch.ones(1, 1) if plan.text_of_others else mine
         read = None
-        if self._several and self.family.joint is None:
+        if self._several and self.passes.family.joint is None:
             queries = {level: queries_of(self._inside(level))[0] for level in shares}
             read = {level: image[:, None] * plan.words[texts] for level, texts in queries.items()}
         return Gates(
@@ -205,64 +194,65 @@ class Acting:
             latent_grid=self.grid,
             read=read,
             # A transformer's modulation scales all cells alike, so a region would leak into the others.
-            modulation=image * torch.tensor(self.places.everywhere).float(),
-        ).times(plan.weights * torch.tensor(self.factors))
+            modulation=image * torch.tensor(self.passes.everywhere).float(),
+        ).times(torch.tensor(self.weights))
 
     def regions(self, device: torch.device) -> tuple[RegionAttention | None, JointRegions | None]:
         """Region attention, where text is apart or in one sequence with the image; None if all cells read one text."""
         if not self._several:
             return None, None
-        isolate = self.plan.isolate
-        if (joint := self.family.joint) is not None:
+        isolate, family, lengths = self.passes.plan.isolate, self.passes.family, self.passes.lengths
+        if (joint := family.joint) is not None:
             inside, others = self._inside(joint.level), (~self.ours).tolist()
-            found = JointRegions.of(joint, inside, self.lengths, others, isolate=isolate, device=device)
-            return None, replace(found, base=None)  # the text of others is their own
-        levels = {site.level for site in self.family.attention.values()}
+            regions = JointRegions.of(joint, inside, lengths, others, isolate=isolate, device=device)
+            return None, replace(regions, base=None)  # the text of others is their own
+        levels = {site.level for site in family.attention.values()}
         partitions = {level: Partition.of(self._inside(level), device) for level in levels}
         others, mine = (row_index(rows.nonzero()[:, 0].tolist(), device) for rows in (~self.ours, self.ours))
         apart = None if others is None or mine is None else (others, mine)
-        return RegionAttention(partitions, True, isolate, self.lengths, apart), None
+        return RegionAttention(partitions, True, isolate, lengths, apart), None
 
     @property
     def bias(self) -> TextBias | None:
         """What is added to the scores of cross-attention: 1 between a region and its words, -1 for those of others."""
-        phrases = self.plan.phrases
+        phrases, family, shares = self.passes.plan.phrases, self.passes.family, self._shares
         if phrases is None or not self.ours.any():
             return None
-        levels = {site.level for site in self.family.attention.values() if site.reads_text}
-        cells = {level: self._shares[level].expand(len(self.ours), -1, -1) * phrases.any(dim=0) for level in levels}
-        tokens = self.ours.float()[:, None, None] * over(phrases, self.tokens, self.family)
+        levels = {site.level for site in family.attention.values() if site.reads_text}
+        cells = {level: shares[level].expand(len(self.ours), -1, -1) * phrases.any(dim=0) for level in levels}
+        tokens = self.ours.float()[:, None, None] * over(phrases, self.tokens, family)
         return TextBias.between(cells, tokens, 1, -1)
 
     @property
     def norm_regions(self) -> NormRegions | None:
         """The regions of group normalisation; None where no concept has one."""
-        here = [i for i, whole in enumerate(self.places.everywhere) if not whole and self.plan.weights[i]]
-        return NormRegions.by_level(self.places.shares, self.grid, here) if here else None
+        weights = zip(self.passes.plan.weights, self.passes.everywhere, strict=True)
+        here = [i for i, (weight, everywhere) in enumerate(weights) if not everywhere and weight.constant != 0]
+        return NormRegions.by_level(self.passes.shares, self.grid, here) if here else None
 
     @property
     def _several(self) -> bool:
         """Whether rows of the pass read several texts."""
-        return bool(self.lengths) and bool(self.ours.any())
+        return bool(self.passes.lengths) and bool(self.ours.any())
 
     @property
     def _words(self) -> Tensor:
         """Where concepts act in the text. Shape: [tokens or 1, concepts]."""
-        words = self.plan.words
+        words, lengths = self.passes.plan.words, self.passes.lengths
         if len(words) == 1 or not self.ours.any():  # a text of others has any length
             return words[:1]
-        if self.lengths:
-            words = words.repeat_interleave(torch.tensor(self.lengths), dim=0)
-        return over(words, self.tokens, self.family)
+        if lengths:
+            words = words.repeat_interleave(torch.tensor(lengths), dim=0)
+        return over(words, self.tokens, self.passes.family)
 
     def _inside(self, level: int) -> Tensor:
         """True where a cell reads the text of a region. Shape: [cells, texts of regions]."""
-        return cells_of(self.places.shares[level][0][:, [*self.plan.owners]], HALF)
+        return cells_of(self.passes.shares[level][0][:, [*self.passes.plan.owners]], HALF)
 
     @property
     def _shares(self) -> Mapping[int, Tensor]:
         """Shares by row; images are repeated by conditioning. Shape: [rows or 1, cells or 1, concepts] each."""
-        shares = self.places.shares
+        shares = self.passes.shares
         times = {level: len(self.ours) // len(share) if len(share) > 1 else 1 for level, share in shares.items()}
         return {level: share.repeat(times[level], 1, 1) for level, share in shares.items()}
 
@@ -280,3 +270,8 @@ def on_grid(region: Region | None, grid: Grid) -> Tensor:
     if region is None:
         return torch.ones(grid)
     return resize_mask(region, grid) if isinstance(region, Tensor) else box_mask(region, (UNIT, UNIT), grid)
+
+
+def on_grids(regions: Sequence[Region | None], grid: Grid) -> Tensor:
+    """How much of every cell is in each region. Shape: [regions, height, width]."""
+    return torch.stack([on_grid(region, grid) for region in regions])

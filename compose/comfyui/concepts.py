@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_compose.attention import Lora
 from lora_compose.attention.masks import Box
-from lora_compose.compose.comfyui.composition import UNIT, Composition, Conditioning, Draft, Region, on_grid
+from lora_compose.compose.comfyui.composition import UNIT, Composition, Conditioning, Draft, Region, on_grids
 from lora_compose.compose.comfyui.tokens import find_tokens, tokens_of
 from lora_compose.compose.comfyui.weights import derived, read_weights
 from lora_compose.pipelines.formats.files import trained_with
@@ -66,7 +66,7 @@ class Concept:
         Raises:
             ValueError: For a box and a mask, a box or schedule that is none, or an empty mask.
         """
-        region: Region | None = _box(box) if box.strip() else None
+        region: Region | None = _box(box)
         if mask is not None:
             if region is not None:
                 raise ValueError(f"{path.name} has a box and a mask; clear the box, or disconnect the mask")
@@ -87,7 +87,10 @@ class Concept:
         return WeightSchedule.of(1.0 if self.scene.weight is None else self.scene.weight)
 
 
-def _box(text: str) -> Box:
+def _box(text: str) -> Box | None:
+    """The box in a text; None for an empty one, and for "none"."""
+    if text.strip().lower() in ("", "none"):
+        return None
     sides = re.split(r"\s*,\s*", text.strip())
     try:
         left, top, right, bottom = (round(float(side) * UNIT) for side in sides)
@@ -103,8 +106,7 @@ def _box(text: str) -> Box:
 
 def boxes_of(text: str) -> Sequence[Box | None]:
     """The boxes in a text, one a line; "none" is one that acts everywhere. Raises ValueError as `Concept.of`."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return [None if line.strip().lower() == "none" else _box(line) for line in lines]
+    return [_box(line) for line in text.splitlines() if line.strip()]
 
 
 def with_boxes(concepts: Sequence[Concept], boxes: Sequence[Box | None]) -> Sequence[Concept]:
@@ -131,22 +133,22 @@ def with_masks(concepts: Sequence[Concept], masks: Tensor) -> Sequence[Concept]:
     """
     if len(masks) != len(concepts):
         raise ValueError(f"there are {len(masks)} masks for {len(concepts)} concepts; connect one for each")
-    subjects = subjects_of(concepts)
-    return [
-        replace(one, region=mask) if i in subjects else one
-        for i, (one, mask) in enumerate(zip(concepts, masks.detach().float().cpu(), strict=True))
-    ]
+    placed = {i: replace(concepts[i], region=masks[i].detach().float().cpu()) for i in subjects_of(concepts)}
+    return [placed.get(i, concept) for i, concept in enumerate(concepts)]
 
 
 def drawn(concepts: Sequence[Concept]) -> Tensor:
     """Regions as masks; white for concepts without one. Shape: [concepts, height, width]."""
-    return torch.stack([on_grid(concept.region, (_SIDE, _SIDE)) for concept in concepts])
+    return on_grids([concept.region for concept in concepts], (_SIDE, _SIDE))
 
 
 def subjects_of(concepts: Sequence[Concept]) -> Mapping[int, SceneConcept]:
     """The concepts that are no styles, as our pipelines know them, with the index of each."""
-    subjects = [bool(one.scene.phrase or one.scene.prompt) or one.region is not None for one in concepts]
-    return {i: one.scene for i, one in enumerate(concepts) if subjects[i]}
+    return {
+        i: concept.scene
+        for i, concept in enumerate(concepts)
+        if concept.scene.phrase or concept.scene.prompt or concept.region is not None
+    }
 
 
 def texts_about(concepts: Sequence[SceneConcept], text: Emphasis) -> Sequence[str]:
@@ -155,12 +157,13 @@ def texts_about(concepts: Sequence[SceneConcept], text: Emphasis) -> Sequence[st
         raise ValueError(
             f"no text can be made about {', '.join(unnamed)}: write its trigger in the text, or give it a prompt"
         )
-    return [one.prompt or derived(about(one, text.text, concepts), text) for one in concepts]
+    return [concept.prompt or derived(about(concept, text.text, concepts), text) for concept in concepts]
 
 
 def _unnamed(concepts: Sequence[SceneConcept], text: str) -> list[str]:
     """Concepts of which no text can be made: their words are not in the text."""
-    return [one.name for one in concepts if not (one.prompt or find_words(one.trigger or one.class_word or "", text))]
+    without = [concept for concept in concepts if not concept.prompt]
+    return [concept.name for concept in without if not find_words(concept.trigger or concept.class_word or "", text)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,8 +194,9 @@ class Request:
         return read_weights(self.text)
 
     @cached_property
-    def _scenes(self) -> Sequence[SceneConcept]:
-        return [one.scene for one in self.concepts]
+    def _prompted(self) -> Mapping[int, str]:
+        """The names of the concepts with a prompt, by index."""
+        return {i: concept.scene.name for i, concept in enumerate(self.concepts) if concept.scene.prompt}
 
     @cached_property
     def _subjects(self) -> Mapping[int, SceneConcept]:
@@ -207,146 +211,137 @@ class Request:
         Raises:
             ValueError: If the method needs regions or words that are not there, or has no use for some that are.
         """
-        concepts, regions = self.concepts, [one.region for one in self.concepts]
         if method == "auto":
             method, reason = self._chosen()
             blends = method == "merge" and len(self._subjects) > 1
             logger.log(logging.WARNING if blends else logging.INFO, "method: %s, because %s", method, reason)
-        constant = [one.weight.constant for one in concepts]
-        schedules = {i: concepts[i].weight for i, weight in enumerate(constant) if weight is None}
-        weights = torch.tensor([1.0 if weight is None else weight for weight in constant])
-        plan = Composition(self.loras, weights, regions, torch.ones(1, len(concepts)), schedules=schedules)
+        regions, weights = [concept.region for concept in self.concepts], [concept.weight for concept in self.concepts]
+        plan = Composition(self.loras, weights, regions, torch.ones(1, len(weights)))
         if method in ("draft", "regional"):
             return self._draft(plan) if method == "draft" else self._regional(plan)
         if any(region is not None for region in regions):
             raise ValueError(f"{method} does not use boxes and masks; take them away, or choose regional")
-        if self.texts == "regions" or any(one.prompt for one in self._scenes):
+        if self.texts == "regions" or self._prompted:
             raise ValueError(f"{method} reads one text; clear the prompts of concepts, or choose regional")
         if method == "merge":
             plan = replace(plan, text_of_others=True, image_of_others=True)
-            return plan, self.encode(self.text, range(len(concepts)))
+            return plan, self.encode(self.text, range(len(weights)))
         return self._tara(replace(plan, image_of_others=True))
 
     def _chosen(self) -> tuple[str, str]:
         """The method that our pipelines would choose, and the reason."""
         subjects, text = [*self._subjects.values()], self._read.text
-        lacking = ", ".join(one.name for one in subjects if not own_nouns(one, text, subjects))
+        lacking = ", ".join(subject.name for subject in subjects if not own_nouns(subject, text, subjects))
         deciding = [self.concepts[i] for i in self._subjects] or self.concepts
         return method_for(
-            [(one.name, self.concepts[i].region is not None) for i, one in self._subjects.items()],
+            [(subject.name, self.concepts[i].region is not None) for i, subject in self._subjects.items()],
             styles=len(subjects) < len(self.concepts), several=len(subjects) > 1, region_attention=not self.joint,
             lacks=f"the text has no trigger followed by its class word for {lacking}" if lacking else "",
-            trained=all(one.scene.trigger and trained_with(one.path) == "tara" for one in deciding),
+            trained=all(concept.scene.trigger and trained_with(concept.path) == "tara" for concept in deciding),
         )  # fmt: skip
 
     def _tara(self, plan: Composition) -> tuple[Composition, Conditioning]:
+        if nameless := [subject.name for subject in self._subjects.values() if not subject.trigger]:
+            raise ValueError(f"tara needs a trigger for {', '.join(nameless)}: type it in its Concept node")
         conditioning = self.encode(self.text, ())
-        words = torch.zeros(tokens_of(*conditioning[0]), len(self.concepts))
-        for n, one in self._subjects.items():
-            if not one.trigger:
-                raise ValueError(f"tara needs a trigger for {one.name}: type it in its Concept node")
-            try:
-                positions = find_tokens(self.clip, self.text, one.trigger, len(words))
-            except ValueError as error:
-                raise ValueError(f"{one.name}: {error}: {one.phrase!r}") from error
-            if words[positions].any():
-                raise ValueError(f"the trigger {one.trigger!r} shares words with another one; each needs its own")
-            words[positions, n] = 1
-        words[:, self._others([*self._subjects])] = 1
+        triggers = {i: [subject.trigger or ""] for i, subject in self._subjects.items()}
+        words = self._at(self.text, triggers, tokens_of(*conditioning[0]))
+        if (shared := words.sum(dim=1) > 1).any():
+            names = [self.concepts[i].scene.name for i in words[shared].any(dim=0).nonzero()[:, 0].tolist()]
+            raise ValueError(f"the triggers of {' and '.join(names)} share words; each needs its own")
+        words[:, self._others([*triggers])] = 1
         return replace(plan, words=words, tokens=len(words)), conditioning
 
     def _regional(self, plan: Composition) -> tuple[Composition, Conditioning]:
         owners = [i for i, concept in enumerate(self.concepts) if concept.region is not None]
         if not owners:
             raise ValueError("regional needs to know where concepts are: give at least one a box or a mask")
-        for i in self._others(owners):
-            if (one := self._scenes[i]).prompt:
-                raise ValueError(f"{one.name} has a prompt, and no region that reads it; give it a box or a mask")
-        unnamed = _unnamed([self._scenes[i] for i in owners], self._read.text)
+        if unread := [name for i, name in self._prompted.items() if i not in owners]:
+            raise ValueError(f"{unread[0]} has a prompt, and no region that reads it; give it a box or a mask")
+        unnamed = _unnamed([self.concepts[i].scene for i in owners], self._read.text)
         if self.texts == "auto" and self.joint and unnamed:
             logger.warning("all regions read one text, since none can be made about %s", ", ".join(unnamed))
-        if self._by_regions(self.joint and not unnamed):
-            return self._with_texts(plan, owners)
-        return plan, self._shared(owners)
+        return self._in_regions(plan, owners, auto=self.joint and not unnamed)
 
     def _draft(self, plan: Composition) -> tuple[Composition, Conditioning]:
         subjects = self._subjects
         if len(subjects) < 2:
             raise ValueError("draft divides the image between subjects: give two or more a trigger and a class word")
-        searched = [i for i in subjects if self.concepts[i].region is None]
-        for i in searched:
-            if not subjects[i].class_word:
-                raise ValueError(f"draft looks for the class word of {subjects[i].name}: type it in its Concept node")
-        classes = [(one.class_word or "").lower() for one in subjects.values()]
-        by_regions = self._by_regions(len({*classes}) < len(classes))
-        if by_regions:
-            plan, conditioning = self._with_texts(plan, [*subjects])
+        searched = {i: subject for i, subject in subjects.items() if self.concepts[i].region is None}
+        for subject in searched.values():
+            if not subject.class_word:
+                raise ValueError(f"draft looks for the class word of {subject.name}: type it in its Concept node")
+        classes = {(subject.class_word or "").lower() for subject in subjects.values()}
+        plan, conditioning = self._in_regions(plan, [*subjects], auto=len(classes) < len(subjects))
+        if plan.texts:
             plan = replace(plan, isolate=not self.joint)  # it tears the images of transformers apart
         else:
-            conditioning = self._shared([*subjects])
-            plan = replace(plan, tokens=tokens_of(*conditioning[0]))
-            if not self.joint:
-                plan = replace(plan, phrases=self._phrases(subjects, tokens_of(*conditioning[0])))
+            tokens = tokens_of(*conditioning[0])
+            plan = replace(plan, tokens=tokens, phrases=None if self.joint else self._phrases(tokens))
         if not searched:
             return plan, conditioning
         plain = derived(without_triggers(self._read.text, [*subjects.values()]), self._read)
         of_draft = self._once(plain, self._others([*subjects]))
-        words = torch.zeros(tokens_of(*of_draft[0]), len(subjects))
-        for n, i in enumerate(subjects):
-            if i in searched:
-                positions = find_tokens(self.clip, plain, subjects[i].class_word or "", len(words))
-                words[positions, n] = 1 / len(positions)
-        return replace(plan, draft=Draft(of_draft, words, subjects, by_regions)), conditioning
+        nouns = {i: [subject.class_word or ""] for i, subject in searched.items()}
+        words = self._at(plain, nouns, tokens_of(*of_draft[0]))
+        draft = Draft(of_draft, words / words.sum(dim=0).clamp(min=1), subjects, strips=bool(plan.texts))
+        return replace(plan, draft=draft), conditioning
 
     def _others(self, owners: Sequence[int]) -> Sequence[int]:
         """The concepts that act everywhere, beside those that have a region."""
         return [i for i in range(len(self.concepts)) if i not in owners]
 
-    def _by_regions(self, auto: bool) -> bool:
-        """Whether regions read texts of their own.
+    def _in_regions(self, plan: Composition, owners: Sequence[int], *, auto: bool) -> tuple[Composition, Conditioning]:
+        """Concepts whose regions read texts of their own, or all one.
 
         Args:
-            auto: Whether "auto" means that where no concept has a prompt.
+            auto: Whether "auto" means texts of their own where no concept has a prompt.
         """
-        if self.texts != "auto":
-            return self.texts == "regions"
-        return auto or any(one.prompt for one in self._scenes)
-
-    def _shared(self, owners: Sequence[int]) -> Conditioning:
-        """The conditioning of one text for all regions."""
-        for one in self._scenes:
-            if one.prompt:
-                raise ValueError(
-                    f"{one.name} has a prompt, and all regions read one text; clear it, or set texts to regions"
-                )
-        return self.encode(self.text, self._others(owners))
+        if self.texts == "regions" or (self.texts == "auto" and (auto or self._prompted)):
+            return self._with_texts(plan, owners)
+        if self._prompted:
+            name = next(iter(self._prompted.values()))
+            raise ValueError(f"{name} has a prompt, and all regions read one text; clear it, or set texts to regions")
+        return plan, self.encode(self.text, self._others(owners))
 
     def _with_texts(self, plan: Composition, owners: Sequence[int]) -> tuple[Composition, Conditioning]:
         """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
-        mine, styles, read = [self._scenes[i] for i in owners], self._others(owners), self._read
+        scenes, styles, read = [concept.scene for concept in self.concepts], self._others(owners), self._read
+        mine, others = [scenes[i] for i in owners], [scenes[i] for i in styles if scenes[i].trigger]
         texts, plain = texts_about(mine, read), without_triggers(read.text, mine)
-        others = [one for i in styles if (one := self._scenes[i]).trigger]
         # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
         first = plain if self.joint else surroundings(read.text, mine, others)
         every = [self._once(derived(first, read), styles)]
         every += [self._once(own, [*styles, i]) for i, own in zip(owners, texts, strict=True)]
-        everywhere = torch.tensor([float(i in styles) for i in range(len(self.concepts))])
-        words = torch.stack([everywhere, *(everywhere + torch.eye(len(everywhere))[list(owners)])])
+        everywhere = torch.tensor([float(i in styles) for i in range(len(scenes))])
+        words = torch.stack([everywhere, *(everywhere + torch.eye(len(scenes))[list(owners)])])
         # It is also what describes the image as a whole.
         whole = every[0] if first == plain else self._once(derived(plain, read), styles)
         return replace(plan, words=words, texts=every, owners=owners, tokens=tokens_of(*whole[0])), whole
 
     def _once(self, text: str, which: Sequence[int]) -> Conditioning:
-        found = self.encode(text, which)
-        if len(found) != 1:
+        conditioning = self.encode(text, which)
+        if len(conditioning) != 1:
             raise ValueError("the CLIP has LoRA hooks with a schedule; leave them out with draft and texts of regions")
-        return found
+        return conditioning
 
-    def _phrases(self, subjects: Mapping[int, SceneConcept], tokens: int) -> Tensor:
+    def _phrases(self, tokens: int) -> Tensor:
         """1 at the tokens from a trigger to its class word, or of the class word alone. Shape: [tokens, concepts]."""
-        phrases, text = torch.zeros(tokens, len(self.concepts)), self._read.text
-        for i, one in subjects.items():
-            said = {text[slice(*span)] for span in named_spans(one, text, [*subjects.values()])}
-            for words in said or {one.class_word or ""} - {""}:
-                phrases[find_tokens(self.clip, self.text, words, tokens), i] = 1
-        return phrases
+        text, subjects = self._read.text, [*self._subjects.values()]
+        phrases = {
+            i: {text[slice(*span)] for span in named_spans(subject, text, subjects)} or {subject.class_word or ""}
+            for i, subject in self._subjects.items()
+        }
+        return self._at(self.text, phrases, tokens)
+
+    def _at(self, text: str, words: Mapping[int, Collection[str]], tokens: int) -> Tensor:
+        """1 at the tokens of some words of each concept. Shape: [tokens, concepts]."""
+        gate = torch.zeros(tokens, len(self.concepts))
+        for i, phrases in words.items():
+            for phrase in filter(None, phrases):
+                try:
+                    gate[find_tokens(self.clip, text, phrase, tokens), i] = 1
+                except ValueError as error:
+                    scene = self.concepts[i].scene
+                    raise ValueError(f"{scene.name}: {error}: {scene.phrase!r}") from error
+        return gate

@@ -136,19 +136,20 @@ def _by(table: Sequence[tuple[str, Site]], layers: Sequence[str]) -> Mapping[str
 
 def _of(sites: Mapping[str, Site], layer: str, attends: Site | None = None) -> Family:
     """A family whose attention modules are those with a layer of this name, and attend on its site or another one."""
-    found = {
+    attention = {
         name.removesuffix(layer): attends or site
         for name, site in sites.items()
         if name.endswith(layer) and not site.flat
     }
-    return Family(sites, found, _last_third([name for name, site in found.items() if site.joint or site.reads_text]))
+    with_text = [name for name, site in attention.items() if site.joint or site.reads_text]
+    return Family(sites, attention, _last_third(with_text))
 
 
 def _flux(layers: Sequence[str], level: int) -> Family:
     """A block runs one attention; those of double-stream blocks have maps."""
     sites = {name: Site(*site.parts, level=level) if site.level else site for name, site in _by(_FLUX, layers).items()}
-    found = (re.match(r"(double|single)_blocks\.\d+", name) for name in layers)
-    blocks = dict.fromkeys((match[0] for match in found if match), Site("text", "image", level=level))
+    matches = (re.match(r"(double|single)_blocks\.\d+", name) for name in layers)
+    blocks = dict.fromkeys((match[0] for match in matches if match), Site("text", "image", level=level))
     return Family(sites, blocks, _last_third([name for name in blocks if name.startswith("double")]))
 
 

@@ -39,7 +39,8 @@ def schema(
 
 def choice(name: str, options: Mapping[str, str]) -> Any:
     """The input for one of some options, of which each is described."""
-    return io.Combo.Input(name, options=[*options], tooltip=" ".join(f"{one}: {said}" for one, said in options.items()))
+    tooltip = " ".join(f"{option}: {about}" for option, about in options.items())
+    return io.Combo.Input(name, options=[*options], tooltip=tooltip)
 
 
 class MergeNode(io.ComfyNode):

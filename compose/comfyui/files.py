@@ -74,10 +74,10 @@ def read_concept(
             mine[place.name].append((layer, place))
         elif not layer.part.startswith(_TEXT):
             left_out += layer.keys
-    found, lora, cut = sum(map(len, mine.values())), {}, 0
-    if not found or found < _FITTING * len(layers):
+    matched, lora, cut = sum(map(len, mine.values())), {}, 0
+    if not matched or matched < _FITTING * len(layers):
         raise LoraError(
-            f"{path.name} fits this model in {found} of its {len(layers)} layers; choose a LoRA that was trained for "
+            f"{path.name} fits this model in {matched} of its {len(layers)} layers; choose a LoRA that was trained for "
             f"it (its first keys are {', '.join([*file.tensors][:3])})"
         )
     for name, parts in mine.items():
@@ -105,14 +105,14 @@ def read_text_encoders(path: Path) -> Mapping[str, Tensor]:
 
 def _places(names: Mapping[str, Target], sites: Collection[str]) -> Mapping[str, _Place]:
     """Where layers of files act, by their names in `pipelines.formats`."""
-    found = {}
+    places = {}
     for spelled, target in names.items():
         key, window, change, *_ = (target, None, None) if isinstance(target, str) else (*target, None)
         name, parsed = key.removeprefix(_START).removesuffix(_END), parse(f"{spelled}.lora_A.weight")
         if parsed is not None and parsed.part in _DENOISERS and name in sites:
             rows = None if window is None else slice(window[1], window[1] + window[2])
-            found[present_name(parsed.module)] = _Place(name, rows, change)
-    return found
+            places[present_name(parsed.module)] = _Place(name, rows, change)
+    return places
 
 
 def _together(
@@ -121,12 +121,13 @@ def _together(
     """The changes of a layer's parts side by side, and how many have lost rank."""
     starts = {place.rows.start if place.rows else 0 for _, place in parts}
     made = [_factors(layer, place, model, alphas, products) for layer, place in parts]
-    factors, lost = made[0].factors, sum(one.lost > 0 for one in made)
+    factors, lost = made[0].factors, sum(change.lost > 0 for change in made)
     if len(made) > 1:
-        if len(starts) < len(made) or any(one.factors.left is not None or one.factors.transform for one in made):
+        each = [change.factors for change in made]
+        if len(starts) < len(each) or any(part.left is not None or part.transform for part in each):
             raise ValueError("it has more than one LoRA; expected one")
-        ups = [one.factors.up.float() * one.factors.scale for one in made]
-        factors = LoraFactors(torch.cat([one.factors.down.float() for one in made]), torch.cat(ups, dim=1))
+        ups = [part.up.float() * part.scale for part in each]
+        factors = LoraFactors(torch.cat([part.down.float() for part in each]), torch.cat(ups, dim=1))
     check_factors(model, name, factors)
     return factors, lost
 
@@ -138,9 +139,9 @@ def _factors(layer: Layer, place: _Place, model: nn.Module, alphas: Alphas, prod
     name, rows, whole = place.name, place.rows, place.rows is None and place.change is None
     outputs, *inputs = weight_shape(model, name)
     wanted = outputs if rows is None else rows.stop - rows.start
-    for found, side in zip(layer.kind.sides(layer.shapes), (wanted, math.prod(inputs)), strict=True):
-        if found not in (None, side):
-            raise ValueError(f"the change of {layer.module} has a side of {found}, the model's layer has {side}")
+    for of_file, of_model in zip(layer.kind.sides(layer.shapes), (wanted, math.prod(inputs)), strict=True):
+        if of_file not in (None, of_model):
+            raise ValueError(f"the change of {layer.module} has a side of {of_file}, the model's layer has {of_model}")
     module, settings = model.get_submodule(name), alphas.settings(layer)
     products, scale = products and whole and is_linear(module), alphas.scale(layer.module, layer)
     made = layer.kind.load(layer.parts, scale, MAX_RANK, products=products, settings=settings)

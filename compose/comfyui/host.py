@@ -6,9 +6,9 @@ the state dict stay, and are taken out at the end of the sampling, also after an
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,14 +16,23 @@ import comfy.model_patcher  # pyright: ignore[reportMissingImports]
 import comfy.patcher_extension as core  # pyright: ignore[reportMissingImports]
 import comfy.samplers  # pyright: ignore[reportMissingImports]
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_compose.attention import NORM_APART, Grid, Installation, KeptBanks, Recorder, grid_at, installed_layers
+from lora_compose.attention import NORM_APART, Grid, Installation, Recorder, grid_at, installed_layers
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.swapped_forward import SwappedForward
-from lora_compose.compose.comfyui.composition import Acting, Composition, Conditioning, Draft, Found, Places, over
+from lora_compose.compose.comfyui.composition import (
+    Acting,
+    Composition,
+    Conditioning,
+    Found,
+    Images,
+    Passes,
+    on_grids,
+    over,
+)
 from lora_compose.compose.comfyui.families import family_of
-from lora_compose.compose.comfyui.memory import Brought, CountedBank, Factors, bytes_of
+from lora_compose.compose.comfyui.memory import Brought, Factors, OnKnownGrid
 from lora_compose.compose.comfyui.steering import EachTextFromItsStart, SteeredAttention
 from lora_compose.compose.comfyui.tokens import tokens_of
 from lora_compose.pipelines.scene.canvas import steps_in
@@ -45,8 +54,8 @@ def compose(patcher: Any, composition: Composition) -> Any:
         raise ValueError(
             "this model has concepts already; connect that of your checkpoint, and all concepts as one chain"
         )
-    factors = Factors(patcher.offload_device)
-    size = bytes_of(composition.loras, _dtype(patcher.model))
+    factors = Factors(composition.loras, patcher.offload_device)
+    size = factors.bytes_in(_dtype(patcher.model))
     counted = comfy.model_patcher.ModelPatcher(factors, patcher.load_device, patcher.offload_device, size)
     clone, host = patcher.clone(), Host(composition, factors)
     clone.set_attachments(KEY, host)
@@ -76,15 +85,14 @@ def draft_alone(patcher: Any, sample: Callable[[], Any]) -> Found:
             "nothing is drafted with this model; connect that of Compose, with method draft and a subject without box "
             "and mask"
         )
-    before, host.found, host.only_draft = host.found, None, True
+    host.previews = previews = []
     try:
         sample()
-        found = host.found
     finally:
-        host.found, host.only_draft = before, False
-    if found is None:
+        host.previews = None
+    if not previews:
         raise ValueError("there are no steps to draft; set steps to 1 or more")
-    return found
+    return previews[-1]
 
 
 def _dtype(model: Any) -> torch.dtype:
@@ -104,14 +112,12 @@ class Host:
         factors: Its factors, which ComfyUI moves.
 
     Attributes:
-        found: What the last draft has found.
-        only_draft: Whether a sampling ends after its draft.
+        previews: What drafts have found, of samplings that end after them; None if samplings go on to images.
     """
 
     def __init__(self, composition: Composition, factors: Factors) -> None:
         self.composition, self.factors = composition, factors
-        self.found: Found | None = None
-        self.only_draft = False
+        self.previews: list[Found] | None = None
         self._sampling: Sampling | None = None
 
     def sample(
@@ -120,45 +126,44 @@ class Host:
     ) -> Tensor:  # fmt: skip
         """Around a whole sampling (SAMPLER_SAMPLE): LoRAs are in the model inside. Its arguments are the sampler's."""
         plan, conditionings = self.composition, guider.conds
-        ours = self._marked(conditionings)
-        device = guider.model_patcher.load_device
-        sampling = self._sampling = Sampling(guider.inner_model, plan, self.factors, ours, noise, sigmas, device)
         given = {"latent_image": latents, "denoise_mask": mask, "seed": extra.get("seed")}
-        regions = [plan.regions]
+        ours = self._ours(conditionings)
+        sampling = self._sampling = Sampling(guider, plan, self.factors, ours, noise, sigmas, given)
+        images = [plan.regions]
         try:
             sampling.put()
             if plan.draft is not None and sampling.steps:
-                guider.conds = sampling.reading(conditionings, [plan.draft.conditioning], given)
+                guider.conds = sampling.start(plan.drafted(plan.draft), images)
                 first = sigmas[: 1 + max(1, math.ceil(steps_in(LENGTH, sampling.steps)))]
                 start = {**extra}, None, noise.clone(), latents, mask
-                maps = sampling.maps(plan.draft, partial(executor, guider, first, *start, *further, **options))
-                regions = [plan.draft.divide(one, plan.regions, sampling.grid) for one in maps]
-                self.found = Found.of(plan.draft, maps, regions, sampling.grid)
-            if self.only_draft:
+                maps = sampling.maps(partial(executor, guider, first, *start, *further, **options))
+                images = [plan.draft.divide(image, plan.regions, sampling.grid) for image in maps]
+                if self.previews is not None:
+                    cells = torch.stack([on_grids(regions, sampling.grid) for regions in images])
+                    self.previews.append(Found(maps, cells))
+            if self.previews is not None:
                 return noise
-            guider.conds = sampling.reading(conditionings, plan.texts, given)
-            sampling.passes = Passes(plan, Places.of(regions, sampling.family, sampling.grid))
+            guider.conds = sampling.start(replace(plan, draft=None), images)
             return executor(guider, sigmas, extra, callback, noise, latents, mask, *further, **options)
         finally:
             guider.conds, self._sampling = conditionings, None
             sampling.take()
 
-    def _marked(self, conditionings: Mapping[str, Any]) -> frozenset[Any]:
-        """The conditionings that concepts act on."""
-        every = [one for several in conditionings.values() for one in several or ()]
-        marks = {one["uuid"]: one.get(KEY) for one in every}
-        ours = frozenset(uuid for uuid, mark in marks.items() if mark == self.composition.mark)
-        if not ours:
+    def _ours(self, conditionings: Mapping[str, Any]) -> Collection[Any]:
+        """The conditionings that concepts act on, by their identifiers."""
+        every = [conditioning for several in conditionings.values() for conditioning in several or ()]
+        mine = [conditioning for conditioning in every if conditioning.get(KEY) == self.composition.mark]
+        if not mine:
             raise ValueError("connect the CONDITIONING of the same Compose to the sampler, as the positive one")
-        for one in every:
-            if one["uuid"] in ours and self.composition.tokens not in (None, tokens_of(one["cross_attn"], one)):
+        for tokens in [tokens_of(conditioning["cross_attn"], conditioning) for conditioning in mine]:
+            if self.composition.tokens not in (None, tokens):
                 raise ValueError(
-                    f"the conditioning has {tokens_of(one['cross_attn'], one)} tokens, the text of the concepts has "
-                    f"{self.composition.tokens}: connect the CONDITIONING of Compose without joining it to other texts"
+                    f"the conditioning has {tokens} tokens, the text of the concepts has {self.composition.tokens}: "
+                    "connect the CONDITIONING of Compose without joining it to other texts"
                 )
-        if {*marks.values()} - {None, self.composition.mark}:
+        if any(conditioning.get(KEY) not in (None, self.composition.mark) for conditioning in every):
             raise ValueError("conditionings of several Compose nodes cannot be sampled together; chain the concepts")
-        return ours
+        return {conditioning["uuid"] for conditioning in mine}
 
     def eject(self, patcher: Any) -> None:
         """Removes the LoRAs after ComfyUI has ejected its own (ON_EJECT_MODEL)."""
@@ -187,80 +192,64 @@ class Host:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Passes:
-    """What acts in the passes of a sampling, or of its draft.
-
-    Attributes:
-        draft: The draft whose maps the passes record.
-        maps: Those, of each pass. Shape: [images, subjects, height, width] each.
-    """
-
-    plan: Composition
-    places: Places
-    draft: Draft | None = None
-    maps: list[Tensor] = field(default_factory=list)
-    inputs: dict[tuple[Any, ...], LayerInputs] = field(default_factory=dict)
-
-
 class Sampling:
     """A composition in a model during one sampling.
 
     Args:
-        model: ComfyUI's `BaseModel`.
+        guider: ComfyUI's, whose model samples.
         plan: What acts where.
         factors: Its factors.
         ours: The conditionings that concepts act on.
         noise: Shape: [images, channels, (frames,) height, width].
         sigmas: The noise level before each step, and after the last one.
-        device: Where the model runs.
+        given: What a model may make a part of its conditioning of.
 
     Attributes:
+        model: ComfyUI's `BaseModel`.
         steered: Whether attention is steered.
         grid: Height and width of the latents.
-        family: What is known of the model.
-        passes: What acts in the next passes.
+        steps: How many steps it has.
     """
 
+    _passes: Passes  # from `start` on
+
     def __init__(
-        self, model: Any, plan: Composition, factors: Factors, ours: frozenset[Any], noise: Tensor, sigmas: Tensor,
-        device: torch.device,
+        self, guider: Any, plan: Composition, factors: Factors, ours: Collection[Any], noise: Tensor, sigmas: Tensor,
+        given: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        self.model = model
+        self.model = guider.inner_model
         self.steered = plan.draft is not None or plan.phrases is not None or bool(plan.texts)
         self.grid: Grid = (noise.shape[-2], noise.shape[-1])
-        self._plan, self._factors, self._ours, self._noise, self._device = plan, factors, ours, noise, device
-        self._levels: list[float] = sigmas.tolist()
-        self.family = family_of(model.diffusion_model)
-        self.passes = Passes(plan, Places.of([plan.regions], self.family, self.grid))
-        self._kept = KeptBanks(CountedBank(factors), tuple((i,) for i in range(len(plan.loras))))
+        self._plan, self._factors, self._ours, self._noise, self._given = plan, factors, ours, noise, given
+        self._conditionings, self._device = guider.conds, guider.model_patcher.load_device
+        self._levels, self.steps = sigmas.tolist(), max(0, len(sigmas) - 1)
+        self._family = family_of(self.model.diffusion_model)
+        self._inputs: dict[tuple[Any, ...], LayerInputs] = {}
+        self._maps: list[Tensor] = []
         self._stack = ExitStack()
         self._installation: Installation | None = None
-        self._lengths: Sequence[int] = []
-
-    @property
-    def steps(self) -> int:
-        """How many steps it has."""
-        return max(0, len(self._levels) - 1)
 
     def put(self) -> None:
         """Puts the LoRAs in."""
-        model, dtype, family, loras = self.model.diffusion_model, _dtype(self.model), self.family, self._plan.loras
-        self._factors.make(loras, family.sites, model, dtype)
+        model, dtype, family, loras = self.model.diffusion_model, _dtype(self.model), self._family, self._plan.loras
+        self._factors.make(family.sites, model, dtype)
         layers = installed_layers(
-            model, loras, family.sites, device=self._device, dtype=dtype, kept=self._kept, how="forward"
+            model, loras, family.sites, device=self._device, dtype=dtype, kept=self._factors.kept, how="forward"
         )
         self._installation = self._stack.enter_context(layers)
         for name, layer in self._installation.bank.items():
             model.get_submodule(name).forward.layer = Brought(layer)
+        state = self._installation.state
         if self.steered:
-            state = self._installation.state
             for name, site in family.attention.items():
                 self._swap(name, partial(SteeredAttention, name, site, state))
             if family.positions is not None:
                 self._swap(family.positions, partial(EachTextFromItsStart, state))
         if family.joint is None:
             self._installation.normalise_by_region()
+            for name, module in model.named_modules():
+                if isinstance(module, nn.GroupNorm):
+                    self._swap(name, OnKnownGrid)
 
     def _swap(self, name: str, around: Callable[..., Any]) -> None:
         """Puts on a module what is made of its `forward`."""
@@ -274,39 +263,41 @@ class Sampling:
         self._installation = None
         self._stack.close()
 
-    def reading(
-        self, conditionings: Mapping[str, Any], texts: Sequence[Conditioning], given: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        """Conditionings of which ours read other texts, one after the other; each as the model reads one alone.
+    def start(self, plan: Composition, images: Images) -> Mapping[str, Any]:
+        """Lets a composition act in the next passes.
 
-        Args:
-            given: What a model may make a part of its conditioning of.
+        Returns:
+            Conditionings of which ours read its texts, one after the other; each as the model reads one alone.
         """
-        self._lengths = []
-        if not texts:
-            return conditionings
+        lengths: list[int] = []
 
-        def encoded(kind: str, one: dict[str, Any], text: Conditioning) -> Any:
+        def encoded(kind: str, conditioning: dict[str, Any], text: Conditioning) -> Any:
             ((tensor, others),) = text
-            other = {**one, "cross_attn": tensor, **{name: others.get(name) for name in OF_TEXT}}
-            function = self.model.extra_conds
-            return comfy.samplers.encode_model_conds(function, [other], self._noise, self._device, kind, **given)[0]
+            other = {**conditioning, "cross_attn": tensor, **{name: others.get(name) for name in OF_TEXT}}
+            encode, function = comfy.samplers.encode_model_conds, self.model.extra_conds
+            return encode(function, [other], self._noise, self._device, kind, **self._given)[0]
 
-        def told(kind: str, one: dict[str, Any]) -> dict[str, Any]:
-            if one["uuid"] not in self._ours:
-                return one
-            first, *more = [encoded(kind, one, text) for text in texts]
+        def reading(kind: str, conditioning: dict[str, Any]) -> dict[str, Any]:
+            if not plan.texts or conditioning["uuid"] not in self._ours:
+                return conditioning
+            first, *more = [encoded(kind, conditioning, text) for text in plan.texts]
             if not more:
                 return first
             every = [other["model_conds"]["c_crossattn"] for other in (first, *more)]
-            self._lengths = [other.cond.shape[1] for other in every]
+            lengths[:] = [other.cond.shape[1] for other in every]
             joined = type(every[0])(torch.cat([other.cond for other in every], dim=1))
-            return {**one, "model_conds": {**one["model_conds"], "c_crossattn": joined}}
+            return {**conditioning, "model_conds": {**conditioning["model_conds"], "c_crossattn": joined}}
 
-        return {kind: [told(kind, one) for one in several or ()] for kind, several in conditionings.items()}
+        read = {
+            kind: [reading(kind, conditioning) for conditioning in several or ()]
+            for kind, several in self._conditionings.items()
+        }
+        self._inputs.clear()
+        self._passes = Passes.of(plan, self._family, self.grid, images, lengths)
+        return read
 
-    def maps(self, draft: Draft, sample: Callable[[], Any]) -> Tensor:
-        """Attention to each subject in a few steps without subjects. Shape: [images, subjects, height, width].
+    def maps(self, sample: Callable[[], Any]) -> Tensor:
+        """Attention to each concept in a few steps without subjects. Shape: [images, concepts, height, width].
 
         Args:
             sample: Runs these steps; the sampler starts again from the same noise afterwards.
@@ -315,12 +306,11 @@ class Sampling:
             raise ValueError(
                 "where regions read texts of their own, images are drafted one by one; set batch_size to 1"
             )
-        self.passes = drafted = Passes(self._plan.drafted(draft), self.passes.places, draft)
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             sample()
-        if not drafted.maps:
+        if not self._maps:
             raise ValueError("the conditioning of Compose is not used in the first steps, where draft needs it")
-        return torch.stack(drafted.maps).sum(dim=0)
+        return torch.stack(self._maps).sum(dim=0)
 
     def run(self, uuids: Sequence[Any], x: Tensor, t: Tensor, text: Tensor, execute: Callable[[], Tensor]) -> Tensor:
         """Runs a pass.
@@ -333,34 +323,39 @@ class Sampling:
         """
         if self._installation is None:
             raise RuntimeError("ComfyUI runs the model while its changes are taken out; please report this")
-        now, grid, tokens = self.passes, (x.shape[-2], x.shape[-1]), text.shape[1]
-        if grid != self.grid and (self.steered or any(region is not None for region in now.plan.regions)):
+        grid, tokens = (x.shape[-2], x.shape[-1]), text.shape[1]
+        if grid != self.grid and (self.steered or not all(self._passes.everywhere)):
             raise ValueError("a conditioning with an area of its own cannot be combined with regions of concepts")
         ours = torch.tensor([uuid in self._ours for uuid in uuids]).repeat_interleave(len(x) // len(uuids))
         step = self._step(float(t.max()))
-        by_region = self.family.joint is None and step < steps_in(NORM_APART, self.steps)
-        weights = now.plan.step_weights(step, self.steps)
-        key = (*ours.tolist(), grid, tokens, by_region, weights)
-        if key not in now.inputs:
-            acting = Acting(now.plan, self.family, now.places, self._lengths, ours, grid, tokens, weights)
-            regions, joint = acting.regions(self._device)
-            for other in [other for other in now.inputs if other[-1] != weights]:  # those of all steps would be many
-                del now.inputs[other]
-            now.inputs[key] = self._installation.inputs(
-                acting.gates, regions=regions, joint_regions=joint, lengths=[tokens] * len(x), text_bias=acting.bias,
-                norm_regions=acting.norm_regions if by_region else None,
-            )  # fmt: skip
-        recorders = []
-        if now.draft is not None and ours.any():
-            words = over(now.draft.words, tokens, self.family).to(self._device)
-            recorders.append(Recorder(self.family.maps, words[None]))
-        self._installation.use(now.inputs[key], *recorders)
+        acting = Acting(self._passes, ours, grid, tokens, self._passes.plan.weights_at(step, self.steps))
+        inputs = self._inputs_of(self._installation, acting, by_region=step < steps_in(NORM_APART, self.steps))
+        draft = self._passes.plan.draft
+        if draft is None or not ours.any():
+            self._installation.use(inputs)
+            return execute()
+        words = over(draft.words, tokens, self._family).to(self._device)
+        recorder = Recorder(self._family.maps, words[None])
+        self._installation.use(inputs, recorder)
         out = execute()
-        for recorder in recorders:  # the images of each conditioning follow one another
-            maps = recorder.mean().cpu()[ours].unflatten(0, (-1, len(self._noise))).mean(dim=0)
-            now.maps.append(maps.transpose(1, 2).unflatten(2, grid_at(grid, self.family.map_level)))
+        # The images of each conditioning follow one another.
+        maps = recorder.mean().cpu()[ours].unflatten(0, (-1, len(self._noise))).mean(dim=0)
+        self._maps.append(maps.transpose(1, 2).unflatten(2, grid_at(grid, self._family.map_level)))
         return out
 
     def _step(self, level: float) -> int:
         """The step of a pass at a noise level; passes between two steps are of the one before."""
         return max(0, sum(begins >= level for begins in self._levels) - 1)
+
+    def _inputs_of(self, installation: Installation, acting: Acting, *, by_region: bool) -> LayerInputs:
+        """The inputs of the layers, made once for all passes in which the same acts."""
+        key = (*acting.ours.tolist(), acting.grid, acting.tokens, by_region, acting.weights)
+        if key not in self._inputs:
+            for other in [other for other in self._inputs if other[-1] != acting.weights]:
+                del self._inputs[other]  # those of all steps would be many
+            regions, joint = acting.regions(self._device)
+            self._inputs[key] = installation.inputs(
+                acting.gates, regions=regions, joint_regions=joint, lengths=[acting.tokens] * len(acting.ours),
+                text_bias=acting.bias, norm_regions=acting.norm_regions if by_region else None,
+            )  # fmt: skip
+        return self._inputs[key]

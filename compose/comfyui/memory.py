@@ -1,6 +1,5 @@
 """The factors of a composition as a model of ComfyUI: counted, moved and evicted by it beside the one they act in."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -8,42 +7,50 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention import BankCache, Lora, Site
+from lora_compose.attention import BankCache, KeptBanks, Lora, Site
 from lora_compose.attention.bank_cache import Bank, BankKey, new_bank
 from lora_compose.attention.device import modules_of
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.lora_bank import BankLayer
 
-
-def bytes_of(loras: Sequence[Lora], dtype: torch.dtype) -> int:
-    """The memory that factors take in a model."""
-    tensors = (tensor for lora in loras for factors in lora.values() for tensor in factors.tensors)
-    return sum(tensor.numel() for tensor in tensors) * dtype.itemsize
+OTHER_CELLS = (
+    "another node changes the cells that layers see, as HyperTile and PatchModelAddDownscale do: take it out, or use "
+    "merge or tara"
+)
 
 
 class Factors(nn.Module):
     """The bank of a composition. It has no parameters, so ComfyUI loads it as a whole, or leaves it where it is.
 
     Args:
-        device: Where it is until then.
+        loras: The factors of each concept.
+        device: Where it is until it is loaded.
 
     Attributes:
         bank: None until it is first used.
+        kept: Gives it to installations.
         place: Empty, and where the bank is or will be made.
     """
 
     place: Tensor
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, loras: Sequence[Lora], device: torch.device) -> None:
         super().__init__()
-        self.device, self.bank = device, None
+        self.device, self.loras = device, loras
+        self.bank: Bank | None = None
+        self.kept = KeptBanks(CountedBank(self), tuple((i,) for i in range(len(loras))))
         self.register_buffer("place", torch.empty(0, device=device), persistent=False)
 
-    def make(self, loras: Sequence[Lora], sites: Mapping[str, Site], model: nn.Module, dtype: torch.dtype) -> None:
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """The memory that it takes in a precision."""
+        tensors = (tensor for lora in self.loras for factors in lora.values() for tensor in factors.tensors)
+        return sum(tensor.numel() for tensor in tensors) * dtype.itemsize
+
+    def make(self, sites: Mapping[str, Site], model: nn.Module, dtype: torch.dtype) -> None:
         """Makes the bank, unless there is one of this precision."""
         if self.bank is None or any(layer.up.dtype != dtype for layer in self.bank.layers.values()):
             key = BankKey((), self.place.device, dtype)
-            self.bank: Bank | None = new_bank(loras, sites, key, None, (), modules_of(model))
+            self.bank = new_bank(self.loras, sites, key, None, (), modules_of(model))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to()` calls. An installed layer of the bank has a layer of the model inside, which stays."""
@@ -60,7 +67,7 @@ class CountedBank(BankCache):
     """Gives an installation the bank wherever it is, and keeps the one that it has used."""
 
     def __init__(self, factors: Factors) -> None:
-        super().__init__(sys.maxsize)
+        super().__init__(limit=0)
         self._factors = factors
 
     def take(self, key: BankKey) -> Bank | None:
@@ -82,12 +89,37 @@ class Brought:
     layer: BankLayer
 
     def __call__(self, x: Tensor) -> Any:
+        """The layer's output. Raises ValueError if gates are for other cells than those of the input."""
+        try:
+            if self.layer.up.device == x.device:
+                return self.layer(x)
+            factors = {
+                name: factor.to(x.device)
+                for name, factor in self.layer.named_buffers()
+                if not name.startswith("layer.")  # that of the model
+            }
+            return torch.func.functional_call(self.layer, factors, (x,))
+        except RuntimeError as error:
+            if self._fits(x):
+                raise
+            raise ValueError(OTHER_CELLS) from error
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether gates have the rows and cells of an output, or one for all."""
+        (key, *_), channels = self.layer.keys, 1 if self.layer.key.convolution else -1
+        gate, out = (values.select(channels, 0).shape for values in (self.layer.gates[key], self.layer.base(x)))
+        return all(of_gate in (1, side) for of_gate, side in zip(reversed(gate), reversed(out), strict=False))
+
+
+@dataclass(frozen=True, eq=False)
+class OnKnownGrid:
+    """The `forward` of a group normalisation by region; it says so where another node has changed its grid."""
+
+    original: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
         """The layer's output."""
-        if self.layer.up.device == x.device:
-            return self.layer(x)
-        factors = {
-            name: factor.to(x.device)
-            for name, factor in self.layer.named_buffers()
-            if not name.startswith("layer.")  # that of the model
-        }
-        return torch.func.functional_call(self.layer, factors, (x,))
+        try:
+            return self.original(x)
+        except KeyError as error:  # there are no regions for the grid
+            raise ValueError(OTHER_CELLS) from error

@@ -59,6 +59,6 @@ def merge_concepts(
         given.append(Given(called, file, weight or 0.0))
         every.append(named)
         notes += [] if note is None else [f"{called}: {note}"]
-    changes = side_by_side(every, [one.weight for one in given], [one.source for one in given])
+    changes = side_by_side(every, [file.weight for file in given], [file.source for file in given])
     matched = Matched(given, changes, layers, "diffusers", tuple(notes))
     return merge_files(matched, merger, out, method=method)

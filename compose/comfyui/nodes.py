@@ -70,8 +70,8 @@ class BoxesNode(io.ComfyNode):
     @classmethod
     def execute(cls, concepts: Sequence[Concept], boxes: str) -> Any:
         """The concepts with their boxes, and the boxes as masks."""
-        found = with_boxes(concepts, boxes_of(boxes))
-        return io.NodeOutput(found, drawn(found))
+        placed = with_boxes(concepts, boxes_of(boxes))
+        return io.NodeOutput(placed, drawn(placed))
 
 
 class ComposeNode(io.ComfyNode):
@@ -142,8 +142,8 @@ class DraftPreviewNode(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, positive: Any, negative: Any, latent_image: Any, **how: Any) -> Any:
         """The division of the first image, and the map of each subject; and the regions of all concepts as masks."""
-        found = draft_alone(model, lambda: _sample(model, positive, negative, latent_image, **how))
-        shown, masks = previewed(found)
+        draft = draft_alone(model, lambda: _sample(model, positive, negative, latent_image, **how))
+        shown, masks = previewed(draft)
         return io.NodeOutput(shown, masks, ui=ui.PreviewImage(shown, cls=cls))
 
 

@@ -35,9 +35,9 @@ def refined(images: Tensor, concepts: Sequence[Concept], text: str, size: int, r
         ValueError: If no subject has a region, or no text can be made about one.
     """
     subjects, images = subjects_of(concepts), images.clone()
-    styles = [one for i, one in enumerate(concepts) if i not in subjects]
+    styles = [concept for i, concept in enumerate(concepts) if i not in subjects]
     chosen = [concepts[i] for i in subjects]
-    if all(one.region is None for one in chosen):
+    if all(concept.region is None for concept in chosen):
         raise ValueError(
             "it is not known where the subjects are: connect the masks of Draft preview, or give the concepts boxes or "
             "masks"
@@ -52,7 +52,9 @@ def refined(images: Tensor, concepts: Sequence[Concept], text: str, size: int, r
             raise ValueError(f"the mask of {subject.path.name} is too thin to be seen in the image; make it wider")
         rows, columns = _around(share, round(PADDING * side_of(mask)))
         part, share = images[:, rows, columns], share[rows, columns, None]
-        acting = [Concept(one.path, one.scene.model_copy(update={"prompt": None})) for one in (subject, *styles)]
+        acting = [
+            Concept(concept.path, concept.scene.model_copy(update={"prompt": None})) for concept in (subject, *styles)
+        ]
         large = _enlarged(part.shape[1], part.shape[2], size)
         painted = repaint(acting, own, _resized(part, large), _resized(share[None], large)[0, ..., 0])
         painted = _resized(painted, (part.shape[1], part.shape[2])).to(part)
@@ -75,5 +77,5 @@ def _enlarged(height: int, width: int, size: int) -> tuple[int, int]:
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Shape: [images, height, width, channels]."""
-    found = F.interpolate(images.movedim(-1, 1).float(), size, mode="bicubic", antialias=True)
-    return found.movedim(1, -1).clamp(0, 1)
+    resized = F.interpolate(images.movedim(-1, 1).float(), size, mode="bicubic", antialias=True)
+    return resized.movedim(1, -1).clamp(0, 1)

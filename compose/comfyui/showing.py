@@ -17,31 +17,32 @@ _CELL = 8
 """Pixels of a cell of the latents, as most VAEs have it."""
 
 
-def previewed(found: Found) -> tuple[Tensor, Tensor]:
+def previewed(draft: Found) -> tuple[Tensor, Tensor]:
     """A draft as images: the division of the first image, and the map of each subject; and the regions as masks.
 
     Returns:
         Images, shape [images, height, width, 3]; masks of all concepts, shape [concepts, height, width].
     """
-    height, width = (side * _CELL for side in found.cells.shape[2:])
-    subjects = [i for i, cells in enumerate(found.cells[0]) if not cells.all()]
-    looked_for = [i for i in subjects if found.maps[0, i].any()]
-    divided = division((width, height), found.maps, cells_of(found.cells, HALF), subjects)
+    height, width = (side * _CELL for side in draft.cells.shape[2:])
+    subjects = [i for i, cells in enumerate(draft.cells[0]) if not cells.all()]
+    looked_for = [i for i in subjects if draft.maps[0, i].any()]
+    divided = division((width, height), draft.maps, cells_of(draft.cells, HALF), subjects)
     ground = Image.new("RGB", divided.size)
-    shown = [divided, *(draft_heat(ground, found.maps, i) for i in looked_for)]
-    masks = torch.nn.functional.interpolate(found.cells[:1].float(), scale_factor=_CELL, mode="nearest")[0]
-    return torch.stack([torch.from_numpy(np.array(one)) for one in shown]) / 255, masks
+    shown = [divided, *(draft_heat(ground, draft.maps, i) for i in looked_for)]
+    masks = torch.nn.functional.interpolate(draft.cells[:1].float(), scale_factor=_CELL, mode="nearest")[0]
+    return torch.stack([torch.from_numpy(np.array(image)) for image in shown]) / 255, masks
 
 
 def text_about(file: LoraFile) -> str:
     """What a LoRA file is and changes, line by line."""
-    found = by_itself(about(file), file)
-    lines = [*found.rows]
+    file_report = by_itself(about(file), file)
+    lines = [*file_report.rows]
     lines += [
-        (f"{one.part} {one.name}", f"{one.layers} layers, rank {one.rank}, alpha {one.alpha}") for one in found.blocks
+        (f"{block.part} {block.name}", f"{block.layers} layers, rank {block.rank}, alpha {block.alpha}")
+        for block in file_report.blocks
     ]
-    lines += [("no key of an adapter", key) for key in found.unmatched[:5]]
-    lines += [] if found.problem is None else [("problem", found.problem)]
+    lines += [("no key of an adapter", key) for key in file_report.unmatched[:5]]
+    lines += [] if file_report.problem is None else [("problem", file_report.problem)]
     return "\n".join(f"{label}: {said}" for label, said in lines)
 
 

@@ -25,19 +25,19 @@ class SteeredAttention:
     """The `forward` of a module that runs one attention.
 
     Attributes:
-        found: The `forward` that was there.
+        original: The `forward` that was there.
     """
 
     name: str
     site: Site
     state: ForwardState
-    found: Callable[..., Any]
+    original: Callable[..., Any]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """The module's output, with its attention steered; cells that have read several texts get the mean."""
         given = options.get("transformer_options") or {}
         override = partial(self._attend, given.get(OVERRIDE))
-        out = self.found(*arguments, **{**options, "transformer_options": {**given, OVERRIDE: override}})
+        out = self.original(*arguments, **{**options, "transformer_options": {**given, OVERRIDE: override}})
         regions = self.state.inputs.regions
         if regions is None or not self.site.reads_text:
             return out
@@ -92,7 +92,7 @@ class EachTextFromItsStart:
     """
 
     state: ForwardState
-    found: Callable[[Tensor], Tensor]
+    original: Callable[[Tensor], Tensor]
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Rotary embeddings. Shape of the positions: [rows, tokens and cells, dimensions]."""
@@ -100,4 +100,4 @@ class EachTextFromItsStart:
         if regions is not None and regions.positions is not None:
             (_, ours), ids = regions.rows, ids.clone()
             ids[ours, : len(regions.positions)] = ids[ours][:, regions.positions]
-        return self.found(ids)
+        return self.original(ids)

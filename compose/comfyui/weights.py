@@ -40,8 +40,7 @@ def _number_of(inside: list[tuple[str, float, bool]]) -> tuple[list[tuple[str, f
 
 def derived(text: str, whole: Emphasis) -> str:
     """A text that was made from another one, with the weights on the same words, as it is written for ComfyUI."""
-    found = whole.carried_to(text)
-    weights = list(found.weights)
+    weights = list(whole.carried_to(text).weights)
     for i, sign in enumerate(text):
         if i and sign.isspace():  # words of one weight stay together
             weights[i] = weights[i - 1]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from comfy_stand_in import Clip
 from lora_compose.attention import JointRegions, RegionAttention, Site
-from lora_compose.compose.comfyui.composition import Acting, Composition, Places, Region
+from lora_compose.compose.comfyui.composition import Acting, Composition, Passes, Region
 from lora_compose.compose.comfyui.concepts import Concept, Request, boxes_of, drawn, subjects_of, with_boxes
 from lora_compose.compose.comfyui.families import Family
 from lora_compose.compose.comfyui.weights import read_weights
@@ -20,6 +20,7 @@ from lora_compose.compose.comfyui.words import METHODS
 from lora_compose.compose.page.labels import METHOD_LABELS
 from lora_compose.pipelines.formats.triggers import Words as FileWords
 from lora_compose.pipelines.methods import choose_method, name_of
+from lora_compose.pipelines.methods.draft import Draft as DraftMethod
 
 TEXT = "a sks cat and a zwx dog on grass"
 CAT, DOG = Path("cat.safetensors"), Path("dog.safetensors")
@@ -57,9 +58,9 @@ def acting(
     plan: Composition, ours: list[bool], grid: tuple[int, int], tokens: int, *images: Sequence[Region | None],
     family: Family = UNET, step: int = 0,
 ) -> Acting:  # fmt: skip
-    lengths, weights = [text[0][0].shape[1] for text in plan.texts], plan.step_weights(step, 4)
-    places = Places.of(images or [plan.regions], family, grid)
-    return Acting(plan, family, places, lengths, torch.tensor(ours), grid, tokens, weights)
+    lengths = [text[0][0].shape[1] for text in plan.texts]
+    passes = Passes.of(plan, family, grid, images or [plan.regions], lengths)
+    return Acting(passes, torch.tensor(ours), grid, tokens, plan.weights_at(step, 4))
 
 
 def test_the_methods_are_described_as_on_the_page() -> None:
@@ -80,8 +81,8 @@ def test_regional_acts_in_boxes_on_our_rows_alone() -> None:
 def test_merge_acts_on_every_row() -> None:
     plan = composed(two(), "", "merge")[0]
     gates = acting(plan, [False, True], (2, 4), 7).gates
-    assert torch.equal(gates.text, torch.tensor([1, 0.5]).expand(2, 1, 2))
-    assert all(torch.equal(gate, torch.tensor([1, 0.5]).expand(2, 1, 2)) for gate in gates.image.values())
+    assert gates.text.tolist() == [[[1, 0.5]]], "1 row stands for all"
+    assert all(gate.tolist() == [[[1, 0.5]]] for gate in gates.image.values())
 
 
 def test_a_small_box_does_not_vanish_on_a_coarse_grid() -> None:
@@ -108,7 +109,7 @@ def test_regions_are_shown_as_masks() -> None:
 def test_a_schedule_is_the_weight_of_each_step() -> None:
     cat = Concept.of(CAT, "sks", "cat", 0.3, "0,0,0.5,1", schedule=" 0:1..0.5:0.5 ")
     plan = composed([cat, two()[1]], "a sks cat", "regional")[0]
-    assert plan.weights.tolist() == [1, 0.5]
+    assert plan.weights_at(0, 4) == (1, 0.5), "not the weight beside it"
     rows = [acting(plan, [True], (1, 2), 7, step=step).gates for step in range(4)]
     assert [gates.row[0].tolist() for gates in rows] == [[1, 0.5], [0.75, 0.5], [0.5, 0.5], [0.5, 0.5]]
     assert rows[1].image[0][0].tolist() == [[0.75, 0.5], [0, 0.5]]
@@ -183,6 +184,10 @@ def test_a_box_that_is_none_is_refused(box: str) -> None:
         ([*two("0,0,1,1")[:1], Concept.of(DOG, "", "", 1.0, prompt="a dog")], "regional", "no region that reads it"),
         (two("0,0,1,1"), "merge", "merge does not use boxes and masks"),
         ([Concept.of(CAT, "", "cat", 1.0)], "tara", "needs a trigger for cat.safetensors"),
+        ([Concept.of(CAT, "", "a", 1.0), Concept.of(DOG, "a", "", 1.0)], "tara", "needs a trigger for cat"),
+        ([Concept.of(name, "cat", "", 1.0) for name in (CAT, DOG)], "tara", "of cat.safetensors and dog.safetensors s"),
+        (two(), "tara", r"cat.safetensors: the words 'sks' are not in the text; .*: 'sks cat'"),
+        (two(), "draft", "dog.safetensors: the words 'dog' are not in the text"),
     ],
 )
 def test_what_a_method_needs_is_said(concepts: list[Concept], method: str, said: str) -> None:
@@ -235,6 +240,8 @@ def test_the_bias_draws_cells_to_the_words_of_their_own_region() -> None:
     bias = drawn.scores()[0]
     cat, dog = [0, 0, 1, 1, 0, 0, -1, -1, 0, 0, 0], [0, 0, -1, -1, 0, 0, 1, 1, 0, 0, 0]
     assert bias.tolist() == [[[0] * 11] * 2, [cat, dog]]
+    unet: Any = SimpleNamespace(backbone=SimpleNamespace(joint=None))
+    assert DraftMethod().bias_in(unet) == bias.max()
     repeated = acting(plan, [True], (1, 2), 22, [left, 1 - left]).bias
     assert repeated is not None
     assert repeated.scores()[0].tolist() == [[cat * 2, dog * 2]]

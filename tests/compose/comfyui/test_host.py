@@ -14,7 +14,7 @@ from comfy_stand_in import CPU, GRID, CallbacksMP, Model, ModelPatcher, patcher,
 from lora_compose.attention import Installation, Lora, LoraFactors, NormRegions
 from lora_compose.compose.comfyui.composition import Composition, Draft
 from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.scene.strength import WeightSchedule
+from lora_compose.pipelines.scene.strength import Weight, WeightSchedule
 
 STEPS = 5
 
@@ -43,18 +43,19 @@ def lora(model: ModelPatcher, seed: int) -> Lora:
     return found
 
 
-def merging(model: ModelPatcher, *weights: float, **options: Any) -> Composition:
+def merging(model: ModelPatcher, *weights: Weight) -> Composition:
     """LoRAs that act everywhere, also where other conditionings are predicted."""
     loras, everywhere = [lora(model, seed) for seed in range(len(weights))], [None] * len(weights)
     words = torch.ones(1, len(weights))
-    return Composition(loras, torch.tensor(weights), everywhere, words, True, True, **options)
+    return Composition(loras, [WeightSchedule.of(weight) for weight in weights], everywhere, words, True, True)
 
 
 def in_regions(model: ModelPatcher, **options: Any) -> Composition:
     """Two LoRAs in the halves of an image."""
     left = torch.zeros(GRID)
     left[:, :6] = 1
-    return Composition([lora(model, 0), lora(model, 1)], torch.ones(2), [left, 1 - left], torch.ones(1, 2), **options)
+    loras, weights = [lora(model, 0), lora(model, 1)], [WeightSchedule.of(1.0)] * 2
+    return Composition(loras, weights, [left, 1 - left], torch.ones(1, 2), **options)
 
 
 def drafting(model: ModelPatcher) -> Composition:
@@ -65,12 +66,12 @@ def drafting(model: ModelPatcher) -> Composition:
     return replace(in_regions(model), regions=[None, None], draft=draft, phrases=words)
 
 
-def dense(model: ModelPatcher, plan: Composition, factors: Sequence[float]) -> ModelPatcher:
+def dense(model: ModelPatcher, plan: Composition, weights: Sequence[float]) -> ModelPatcher:
     """The model with the LoRAs in its weights."""
     changed = deepcopy(model.model)
-    for one, weight, factor in zip(plan.loras, plan.weights.tolist(), factors, strict=True):
+    for one, weight in zip(plan.loras, weights, strict=True):
         for name, found in one.items():
-            changed.diffusion_model.get_submodule(name).weight += weight * factor * found.delta()
+            changed.diffusion_model.get_submodule(name).weight += weight * found.delta()
     return ModelPatcher(changed, CPU, CPU)
 
 
@@ -94,7 +95,7 @@ def watching(model: ModelPatcher, look: Any) -> ModelPatcher:
 def test_loras_act_as_in_the_weights_and_are_gone_afterwards(host: ModuleType, model: ModelPatcher) -> None:
     plan, keys, seen = merging(model, 1.0, 0.5), list(model.model.state_dict()), []
     base = sampled(model, text(1), text(2))
-    wanted = sampled(dense(model, plan, [1, 1]), text(1), text(2))
+    wanted = sampled(dense(model, plan, [1, 0.5]), text(1), text(2))
     ours = watching(host.compose(model, plan), lambda *_: seen.append((left(model), [*model.model.state_dict()])))
     found = sampled(ours, host.marked(text(1), plan), text(2))
     assert (wanted - base).abs().max() > 0.1
@@ -108,8 +109,8 @@ def test_loras_act_as_in_the_weights_and_are_gone_afterwards(host: ModuleType, m
 
 def test_weights_that_change_over_the_steps(host: ModuleType, model: ModelPatcher) -> None:
     """Against Euler's method with other weights in the model in each step."""
-    plan = merging(model, 1.0, 0.5, schedules={0: WeightSchedule.of("1..0.2")})
-    by_step = [dense(model, plan, [1 - 0.2 * step, 1]).model for step in range(STEPS)]
+    plan = merging(model, "1..0.2", 0.5)
+    by_step = [dense(model, plan, [1 - 0.2 * step, 0.5]).model for step in range(STEPS)]
 
     class Changing(Model):
         def apply_model(
@@ -120,7 +121,7 @@ def test_weights_that_change_over_the_steps(host: ModuleType, model: ModelPatche
     wanted = sampled(ModelPatcher(Changing(), CPU, CPU), text(1), text(2))
     found = sampled(host.compose(model, plan), host.marked(text(1), plan), text(2))
     assert torch.allclose(found, wanted, atol=1e-5)
-    constant = sampled(dense(model, plan, [1, 1]), text(1), text(2))
+    constant = sampled(dense(model, plan, [1, 0.5]), text(1), text(2))
     assert (found - constant).abs().max() > 0.01
 
 
@@ -197,15 +198,12 @@ def test_a_draft_begins_with_the_noise_of_the_image(host: ModuleType, model: Mod
     assert torch.equal(seen[0][0], seen[1][0])
     assert torch.equal(seen[0][2][0], text(6)[0][0][0])
     assert torch.equal(seen[1][2][0], text(1)[0][0][0])
-    divided = ours.get_attachment(host.KEY).found
-    assert divided.maps.shape == divided.cells.shape == (2, 2, *GRID)
-    assert torch.equal(divided.cells.sum(dim=1), torch.ones(2, *GRID)), "each cell is of one subject"
     seen.clear()
     alone = host.draft_alone(ours, lambda: sampled(ours, host.marked(text(1), plan), text(2), batch=2))
     assert len(seen) == 1
-    assert torch.equal(alone.maps, divided.maps)
-    assert torch.equal(alone.cells, divided.cells)
-    images = [[*image] for image in divided.cells]
+    assert alone.maps.shape == alone.cells.shape == (2, 2, *GRID)
+    assert torch.equal(alone.cells.sum(dim=1), torch.ones(2, *GRID)), "each cell is of one subject"
+    images = [[*image] for image in alone.cells]
     given = replace(plan, draft=None, regions=images[0])
     one = sampled(host.compose(model, given), host.marked(text(1), given), text(2), batch=2)
     assert torch.allclose(found[:1], one[:1], atol=1e-5), "as with these regions given, which have the bias, too"
@@ -255,12 +253,31 @@ MISTAKES = {
     "attention replaced": "another node replaces attention",
     "attention masked": "another node masks attention",
     "fewer cells": "another node changes the cells that attention sees",
+    "tiles": r"another node changes the cells that layers see, .* take it out, or use merge or tara",
+    "a smaller grid": r"another node changes the cells that layers see, .* take it out, or use merge or tara",
+    "a smaller grid later": r"another node changes the cells that layers see, .* take it out, or use merge or tara",
     "a batch": "set batch_size to 1",
     "unused": "the conditioning of Compose is not used in the first steps",
     "another copy": "concepts act in one copy of a model alone",
     "references": "reference images cannot be combined with concepts yet",
     "an area": "a conditioning with an area of its own cannot be combined with regions",
 }
+
+
+CELLS: dict[str, dict[str, Any]] = {
+    "tiles": {"tiles": 4}, "a smaller grid": {"halved_below": 2}, "a smaller grid later": {"halved_below": 0.5}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", CELLS.values(), ids=CELLS)
+def test_where_concepts_act_everywhere_another_node_may_change_the_cells(
+    host: ModuleType, model: ModelPatcher, options: dict[str, Any]
+) -> None:
+    plan = merging(model, 1.0, 0.5)
+    wanted = sampled(dense(model, plan, [1, 0.5]), text(1), text(2), **options)
+    found = sampled(host.compose(model, plan), host.marked(text(1), plan), text(2), **options)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert (wanted - sampled(dense(model, plan, [1, 0.5]), text(1), text(2))).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -280,6 +297,8 @@ def test_what_cannot_be_done_is_said(host: ModuleType, model: ModelPatcher, mist
         options = {"mask": torch.zeros(1)}
     elif mistake == "fewer cells":
         options = {"every": 2}
+    elif mistake in CELLS:
+        ours, mine, options = host.compose(model, other), host.marked(text(1), other), CELLS[mistake]
     elif mistake == "a batch":
         plan = replace(plan, texts=[text(n) for n in range(3)], owners=(0, 1), tokens=None)
         ours, mine, batch = host.compose(model, plan), host.marked(text(1), plan), 2

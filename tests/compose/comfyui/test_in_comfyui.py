@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,7 +54,7 @@ def words(core: ModuleType) -> Tensor:
 
 def composition(core: ModuleType, patcher: Any, folder: Path, method: str) -> Composition:
     loras = [core.read(patcher, core.tensors_of(patcher, seed), folder) for seed in (1, 2)]
-    weights = torch.tensor([1.0, 0.8])
+    weights = [WeightSchedule.of(weight) for weight in (1.0, 0.8)]
     if method == "regional":
         return Composition(loras, weights, masks(core), torch.ones(1, 2), False, False)
     if method == "words in regions":
@@ -111,7 +112,7 @@ def test_every_method_equals_dense_deltas(core: ModuleType, patcher: Any, tmp_pa
 
 def test_weights_that_change_over_the_steps(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
     plan = composition(core, patcher, tmp_path, "words in regions")
-    plan = replace(plan, schedules={0: WeightSchedule.of("1..0.2"), 1: WeightSchedule.of("0:0.5,0.5:0")})
+    plan = replace(plan, weights=[WeightSchedule.of("1..0.2"), WeightSchedule.of("0:0.4,0.5:0")])
     assert compared(core, patcher, plan, core.text(2), steps=4) < 1e-5
 
 
@@ -119,7 +120,8 @@ def texts_of_regions(core: ModuleType, patcher: Any, folder: Path, *, isolate: b
     """Two regions that overlap, with texts of 6 and 10 tokens, and a style that acts everywhere."""
     own = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     loras = [core.read(patcher, core.tensors_of(patcher, seed), folder) for seed in (1, 2, 3)]
-    weights, texts = torch.tensor([1.0, 0.8, 0.4]), [core.text(10 + n, tokens) for n, tokens in enumerate((8, 6, 10))]
+    weights = [WeightSchedule.of(weight) for weight in (1.0, 0.8, 0.4)]
+    texts = [core.text(10 + n, tokens) for n, tokens in enumerate((8, 6, 10))]
     regions = [*masks(core), None]
     return Composition(loras, weights, regions, own, texts=texts, owners=(0, 1), isolate=isolate)
 
@@ -178,7 +180,7 @@ def test_a_draft_finds_the_regions_and_the_sampler_starts_again(
 
 def test_a_draft_alone_finds_what_the_sampling_would(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
     """The preview runs 2 of 9 steps, and leaves the sampling after it as it was."""
-    from lora_compose.compose.comfyui.host import KEY, compose, draft_alone, marked
+    from lora_compose.compose.comfyui.host import compose, draft_alone, marked
 
     plan, negative = drafting(core, patcher, tmp_path), core.text(2)
     positive, passes = marked(core.text(1), plan), 0
@@ -193,16 +195,13 @@ def test_a_draft_alone_finds_what_the_sampling_would(core: ModuleType, patcher: 
     model = compose(watched, plan)
     wanted = core.drawn(model, positive, negative, steps=9, batch=2)
     assert passes == 11
-    whole = model.get_attachment(KEY).found
     found = draft_alone(model, lambda: core.drawn(model, positive, negative, steps=9, batch=2))
     assert passes == 13
-    assert model.get_attachment(KEY).found is whole
     with pytest.raises(ValueError, match="there are no steps to draft"):
         draft_alone(model, lambda: None)
-    assert model.get_attachment(KEY).found is whole
-    assert torch.equal(found.cells, whole.cells)
-    assert torch.equal(found.maps, whole.maps)
-    assert found.cells[0].any()
+    images = [[*image] for image in found.cells]
+    assert all(mask.any() for image in images for mask in image)
+    assert compared(core, patcher, plan, negative, images=images, steps=9, batch=2) < 1e-5
     assert torch.equal(core.drawn(model, positive, negative, steps=9, batch=2), wanted)
     assert left(patcher) == 0
 
@@ -515,7 +514,7 @@ def test_names_of_diffusers_and_parts_of_fused_layers(core: ModuleType, patcher:
             tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, 2, *[1] * (weight.dim() - 2)) * 0.3
     assert len(tensors) > 40
     lora = core.read(patcher, tensors, tmp_path)
-    plan = Composition([lora], torch.ones(1), [None], torch.ones(1, 1), True, True)
+    plan = Composition([lora], [WeightSchedule.of(1.0)], [None], torch.ones(1, 1), True, True)
     positive, negative = core.text(1), core.text(2)
     base = core.drawn(patcher, positive, negative)
     found = core.drawn(compose(patcher, plan), marked(positive, plan), negative)
@@ -682,6 +681,54 @@ def test_another_override_of_attention_is_called_by_ours(
     host.model_options["transformer_options"]["optimized_attention_override"] = override
     assert torch.equal(core.drawn(host, positive, negative), wanted)
     assert calls > 10
+
+
+def answer(output: Any) -> Any:
+    """The first output of a node, which is a tuple or has one."""
+    return getattr(output, "args", output)[0]
+
+
+def tiled(patcher: Any) -> Any:
+    from comfy_extras.nodes_hypertile import HyperTile  # pyright: ignore[reportMissingImports]
+
+    return answer(HyperTile.execute(patcher, 32, 1, 0, False))  # in 12 tiles of 4 x 4 cells
+
+
+def shrunk(patcher: Any, block: int) -> Any:
+    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale  # pyright: ignore[reportMissingImports]
+
+    return answer(PatchModelAddDownscale.execute(patcher, block, 2.0, 0.0, 1.0, True, "bilinear", "bilinear"))
+
+
+CELLS = {"tiles": tiled, "before a convolution": partial(shrunk, block=1), "before a norm": partial(shrunk, block=2)}
+
+
+@pytest.mark.parametrize("change", CELLS.values(), ids=CELLS)
+def test_nodes_that_change_the_cells_go_with_loras_everywhere_alone(
+    core: ModuleType, models: dict[str, Any], tmp_path: Path, change: Any
+) -> None:
+    """Against LoraLoader; with regions, the node is named in the error."""
+    import comfy.sd  # pyright: ignore[reportMissingImports]
+
+    from lora_compose.compose.comfyui.host import compose, marked
+
+    patcher, tensors = models["sd"], core.tensors_of(models["sd"], 1)
+    positive, negative = core.text(1), core.text(2)
+    lora = core.read(patcher, tensors, tmp_path)
+    plan = Composition([lora], [WeightSchedule.of(1.0)], [None], torch.ones(1, 1), True, True)
+    base = core.drawn(change(patcher), positive, negative)
+    assert (base - core.drawn(patcher, positive, negative)).abs().max() > 0.001
+    found = core.drawn(change(compose(patcher, plan)), marked(positive, plan), negative)
+    loaded = comfy.sd.load_lora_for_models(patcher, None, tensors, 1.0, 0)[0]
+    wanted = core.drawn(change(loaded), positive, negative)
+    assert (found - wanted).abs().max() < 1e-5 * (wanted - base).abs().max()
+    plan = composition(core, patcher, tmp_path, "tara")
+    found = core.drawn(change(compose(patcher, plan)), marked(positive, plan), negative)
+    assert (found - base).abs().max() > 0.01
+    plan = composition(core, patcher, tmp_path, "regional")
+    with pytest.raises(ValueError, match="as HyperTile and PatchModelAddDownscale do: take it out, or use merge or"):
+        core.drawn(change(compose(patcher, plan)), marked(positive, plan), negative)
+    assert left(patcher) == 0
 
 
 def patched(patcher: Any) -> Any:

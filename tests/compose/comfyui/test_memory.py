@@ -1,11 +1,12 @@
 """Factors move without the model's layers in which they act, or are copied to where these run."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention import Gates, KeptBanks, LoraFactors, Site, installed_layers
+from lora_compose.attention import Gates, LoraFactors, Site, installed_layers
 from lora_compose.attention.swapped_forward import SwappedForward
-from lora_compose.compose.comfyui.memory import Brought, CountedBank, Factors, bytes_of
+from lora_compose.compose.comfyui.memory import Brought, Factors
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -20,11 +21,10 @@ def lora() -> dict[str, LoraFactors]:
 
 def drawn(model: nn.Module, factors: Factors, x: Tensor) -> Tensor:
     """The output of a model with the LoRA, whose factors may be on another device."""
-    loras, where = [lora()], {"0": Site("image")}
-    factors.make(loras, where, model, torch.float32)
-    kept = KeptBanks(CountedBank(factors), ((0,),))
+    where = {"0": Site("image")}
+    factors.make(where, model, torch.float32)
     with installed_layers(
-        model, loras, where, device=x.device, dtype=torch.float32, kept=kept, how="forward"
+        model, factors.loras, where, device=x.device, dtype=torch.float32, kept=factors.kept, how="forward"
     ) as installed:
         swap = model.get_submodule("0").forward
         assert isinstance(swap, SwappedForward)
@@ -34,16 +34,25 @@ def drawn(model: nn.Module, factors: Factors, x: Tensor) -> Tensor:
 
 
 def test_factors_that_lie_elsewhere_are_copied_in_each_call() -> None:
-    factors, model = Factors(CPU), nn.Sequential(nn.Linear(4, 4, device=META))
+    factors, model = Factors([lora()], CPU), nn.Sequential(nn.Linear(4, 4, device=META))
     assert drawn(model, factors, torch.zeros(1, 1, 4, device=META)).shape == (1, 1, 4)
     assert factors.bank is not None
     (layer,) = factors.bank.layers.values()
     assert {tensor.device for tensor in layer.tensors} == {CPU}
-    assert factors.bank.bytes == bytes_of([lora()], torch.float32) == 64
+    assert factors.bank.bytes == factors.bytes_in(torch.float32) == 64
+
+
+def test_an_error_of_the_layer_itself_is_not_put_down_to_other_nodes() -> None:
+    class Failing(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError(f"{len(input)} rows are too many")
+
+    with pytest.raises(torch.OutOfMemoryError, match="3 rows are too many"):
+        drawn(nn.Sequential(Failing(4, 4)), Factors([lora()], CPU), torch.zeros(3, 1, 4))
 
 
 def test_factors_move_without_the_layers_of_the_model_and_are_made_once() -> None:
-    factors, model = Factors(CPU), nn.Sequential(nn.Linear(4, 4))
+    factors, model = Factors([lora()], CPU), nn.Sequential(nn.Linear(4, 4))
     drawn(model, factors, torch.zeros(1, 1, 4))
     bank = factors.bank
     assert bank is not None
@@ -54,9 +63,9 @@ def test_factors_move_without_the_layers_of_the_model_and_are_made_once() -> Non
     assert layer.layer is model[0]
     assert model[0].weight.device == CPU
     layer.let_go()
-    factors.make([lora()], {"0": Site("image")}, model, torch.float32)
+    factors.make({"0": Site("image")}, model, torch.float32)
     assert factors.bank is bank
-    factors.make([lora()], {"0": Site("image")}, model, torch.float16)
+    factors.make({"0": Site("image")}, model, torch.float16)
     other = factors.bank
     assert other is not None
     assert other is not bank

@@ -2,23 +2,20 @@
 
 import torch
 
-from lora_compose.compose.comfyui.composition import Draft, Found
+from lora_compose.compose.comfyui.composition import Found, on_grids
 from lora_compose.compose.comfyui.showing import previewed
 from lora_compose.compose.figures.overlay import PALETTE
-from lora_compose.pipelines.scene.scene import Concept
 
 
 def test_the_division_and_the_map_of_each_subject_are_shown() -> None:
     """The first of two images is shown; a style and a subject with a box have no map."""
-    style, boxed = 1, 3
-    cat, dog = Concept(name="cat", class_word="cat"), Concept(name="dog", class_word="dog")
-    draft = Draft([], torch.zeros(0, 0), {0: cat, 2: dog, boxed: Concept(name="boxed", class_word="fish")}, False)
-    maps = torch.zeros(2, 3, 2, 4)
-    maps[:, 0, :, 0] = maps[:, 1, :, 3] = 1
+    style, box = 1, (0, 0, 500, 1000)
+    maps = torch.zeros(2, 4, 2, 4)
+    maps[:, 0, :, 0] = maps[:, 2, :, 3] = 1
     left, right = torch.zeros(4, 8), torch.zeros(4, 8)
     left[:, :4], right[:, 4:] = 1, 1
-    found = Found.of(draft, maps, [[left, None, right, (0, 0, 500, 1000)]] * 2, (4, 8))
-    images, masks = previewed(found)
+    cells = torch.stack([on_grids([left, None, right, box], (4, 8))] * 2)
+    images, masks = previewed(Found(maps, cells))
     assert images.shape == (3, 192, 384, 3), "grown, as small images are on the page"
     assert images.max() <= 1
     assert masks.shape == (4, 32, 64)
