@@ -21,10 +21,11 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 
 
 @contextmanager
-def served(out: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A page of its own, with its temporary files in a folder that can be looked at."""
+def served(out: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A page of its own, with its temporary files in a folder that can be looked at, and further arguments of `ui`."""
     port = free_port()
-    command = [sys.executable, "-m", "lora_compose", "ui", "--port", str(port), "--no-browser", "--out", str(out)]
+    command = [sys.executable, "-m", "lora_compose", "ui", *arguments]
+    command += ["--port", str(port), "--no-browser", "--out", str(out)]
     (out / "temporary").mkdir(parents=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(out / "temporary")}
     said = out / "said.txt"

@@ -37,7 +37,7 @@ def anchors(page: Path) -> set[str]:
 def links(page: Path) -> Iterator[str]:
     text = words(page)
     yield from re.findall(r"\]\(([^()\s]+)\)", text)
-    yield from re.findall(r'<img src="([^"]+)"', text)
+    yield from re.findall(r'<(?:img|source)\b[^>]*? src(?:set)?="([^"]+)"', text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -49,6 +49,15 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
         there = (page.parent / path).resolve() if path else page
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
+
+
+def test_other_tools_are_named_with_the_version_that_was_read() -> None:
+    start, *sections = (ROOT / "docs/coming-from.md").read_text(encoding="utf-8").split("\n## ")
+    tools = {re.match(r"[\w-]+", section)[0]: section for section in sections}  # pyright: ignore[reportOptionalSubscript]
+    assert {"tool", *tools} == set(re.findall(r"^\| ([\w-]+)", start, re.MULTILINE))
+    for tool, section in tools.items():
+        there = section.partition("\nThere (")[2].partition("):")[0]
+        assert re.search(r"commit `[0-9a-f]{7}`|(version|diffusers) \d", there), tool
 
 
 def test_every_figure_is_shown_on_some_page() -> None:

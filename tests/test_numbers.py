@@ -27,6 +27,8 @@ def flops() -> Mapping[tuple[str, str], tuple[float, float]]:
 
 
 COSTS = [
+    ("README.md", r"What it costs\*\*: ([\d.]+) times the FLOPs of a plain image", ("draft", "2"), 0),
+    ("README.md", r"of a plain image, or ([\d.]+) times with a box", ("regional", "2"), 0),
     ("README.md", r"nothing is drafted \| ([\d.]+); with boxes", ("draft", "2"), 0),
     ("README.md", r"; with boxes ([\d.]+) \|", ("regional", "2"), 0),
     ("README.md", r"\| ([\d.]+); SDXL", ("lora-composer", "2"), 0),
@@ -55,6 +57,14 @@ def test_costs_in_sentences_are_those_of_the_table(page, sentence, row, model):
     assert f"{flops()[row][model]:.{digits}f}" == found[1] or abs(
         flops()[row][model] - float(found[1])
     ) <= 5.1 * 10 ** -(digits + 1)
+
+
+def test_memory_on_the_first_screen_is_that_of_the_table():
+    said = re.search(
+        r"then SDXL takes ([\d.]+) GiB in half precision, or ([\d.]+) with offloading", text_of("README.md")
+    )
+    assert said is not None
+    assert [*said.groups()] == rows_of("README.md", "## Hardware")["SDXL"][:2]
 
 
 def successes(page: str, after: str, column: int = 1) -> dict[str, float]:
@@ -123,6 +133,12 @@ def test_shares_of_three_subjects_are_those_of_the_tables(page):
     assert [float(number) for number in found.groups()] == [
         successes("docs/methods/draft.md", suite, column)["draft"] for suite, column in suites
     ]
+
+
+@pytest.mark.parametrize("page", ["docs/limits.md", "docs/faq.md"])
+def test_shares_of_three_and_of_two_subjects_are_those_of_the_full_suite(page):
+    said, suite = (re.findall(r"0\.\d\d to 0\.\d\d", text_of(text)) for text in (page, "docs/evaluation.md"))
+    assert said == suite
 
 
 def test_what_is_said_of_the_full_suite_is_in_its_table():

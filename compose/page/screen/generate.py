@@ -9,7 +9,7 @@ from lora_compose.compose.page.form import Form, check_canvas
 from lora_compose.compose.page.labels import label_of
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.cost import cost_help, cost_words, seconds_words
-from lora_compose.compose.page.screen.method import method_part, sampling_part, settings_part
+from lora_compose.compose.page.screen.method import method_part, sampling_part
 from lora_compose.compose.page.screen.state import MOST_WAITING, QUEUE, VIEW, PageSession
 from lora_compose.compose.page.text import markdown, page_message
 from lora_compose.compose.page.work import Division, DraftJob, Job
@@ -41,7 +41,6 @@ def generate_part(session: PageSession) -> None:
         if form is not None and not problems:
             _show_outlook(session, form, report)
             _trying(session, form, report)
-        settings_part(session)
 
 
 def read_form(session: PageSession) -> tuple[Form | None, list[str]]:

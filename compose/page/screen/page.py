@@ -7,6 +7,7 @@ from lora_compose.compose.page.screen.concepts import concepts_part
 from lora_compose.compose.page.screen.generate import generate_part
 from lora_compose.compose.page.screen.guides import guides_part, references_part
 from lora_compose.compose.page.screen.keep import restoring
+from lora_compose.compose.page.screen.method import settings_part
 from lora_compose.compose.page.screen.prompt import prompt_part
 from lora_compose.compose.page.screen.session import page_session
 from lora_compose.compose.page.screen.stage import stage_part
@@ -19,14 +20,20 @@ session = page_session()
 fields.keep(session)
 top_part(session)
 
-bench, stage = st.columns([1, 1], gap="medium")
-with bench, st.container(key="bench", gap="xsmall"):
+# In the order of a narrow screen, which has them below each other; style.css puts the stage beside the other two.
+with st.container(key="parts"):
+    bench = st.container(key="bench", gap="xsmall")
+    stage = st.container(key="stage")
+    more = st.container(key="more", gap="xsmall")
+with bench:
     prompt_part(session)
     concepts_part(session)
     generate_part(session)
+with more:
+    settings_part(session)
     references_part(session)
     start_part(session)
     guides_part(session)
     restoring(session)
-with stage, st.container(key="stage"):
+with stage:
     stage_part(session)

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from browsing import CHROMIUM, FLAGS, served, settled
+from components import kohya_tensors, random_lora, tiny_xl_pipeline
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
 from small_world import SIZE, STYLE, STYLE_WORDS
@@ -139,6 +140,50 @@ def test_one_click_from_the_first_visit_to_an_image_that_carries_its_run(page: P
     record = read_record(downloaded(page, tmp_path / "result.png"))
     assert [concept.name for concept in record.run.scene.concepts] == ["bear", "robot"]
     assert record.run.method == "draft"
+
+
+def test_six_presses_from_a_folder_of_two_loras_to_a_downloaded_image(
+    chromium: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The user's own SDXL, and two files as kohya's scripts write them: nothing is typed on the page."""
+    pipe, loras = tiny_xl_pipeline(), tmp_path / "loras"
+    pipe.save_pretrained(tmp_path / "model")
+    loras.mkdir()
+    for seed, words in enumerate(("sks cat", "zwx dog")):
+        metadata = {"ss_tag_frequency": json.dumps({f"10_{words}": {words: 20}})}
+        tensors = kohya_tensors(unet=random_lora(pipe.unet, seed, size=0.05))
+        save_file(tensors, loras / f"{words[-3:]}.safetensors", metadata=metadata)
+    presses = []
+    with served(tmp_path / "out", str(tmp_path / "model"), "--loras", str(loras)) as (address, _):
+        page = chromium.new_context(viewport={"width": 1280, "height": 800}).new_page()
+        page.set_default_timeout(2 * MINUTE)
+
+        def press(name: Any) -> None:
+            button = page.get_by_role("button", name=name)
+            expect(button).to_be_enabled(timeout=2 * MINUTE)
+            button.click()
+            presses.append(name)
+            settled(page)
+
+        started = time.monotonic()
+        page.goto(address)
+        press("Choose LoRAs")
+        ready = time.monotonic()
+        for name in ("Add these 2", "Insert “sks cat”", "Insert “zwx dog”", MAKE):
+            press(name)
+        expect(page.get_by_role("button", name="Download")).to_be_visible(timeout=3 * MINUTE)
+        with page.expect_download() as download:
+            press("Download")
+        seconds = time.monotonic() - started
+        download.value.save_as(tmp_path / "result.png")
+        page.context.close()
+    run = read_record(tmp_path / "result.png").run
+    assert run.scene.prompt == "a sks cat and a zwx dog"
+    assert [concept.name for concept in run.scene.concepts] == ["cat", "dog"]
+    assert run.method == "draft"
+    assert len(presses) <= 6
+    with capsys.disabled():
+        print(f"\n{len(presses)} presses, {seconds:.0f} s, {ready - started:.0f} s of them until the first press")
 
 
 def test_two_loras_uploaded_named_from_their_metadata_and_composed(page: Page, tmp_path: Path) -> None:
@@ -470,6 +515,29 @@ def test_all_for_a_first_image_is_in_sight(chromium: Browser, address: str) -> N
         place = card.bounding_box()
         assert place is not None
         assert place["y"] + place["height"] <= 800
+    page.context.close()
+
+
+def place_of(element: Locator) -> tuple[float, float, float, float]:
+    """The left, upper, right and lower edge of an element."""
+    place = element.bounding_box()
+    assert place is not None
+    return place["x"], place["y"], place["x"] + place["width"], place["y"] + place["height"]
+
+
+def test_on_a_narrow_screen_the_image_is_right_under_the_button(chromium: Browser, address: str) -> None:
+    size: Any = {"width": 390, "height": 844}
+    page = visited(chromium, address, viewport=size)
+    _, button, _, _ = place_of(page.get_by_role("button", name=MAKE))
+    _, top, _, bottom = place_of(page.get_by_role("group", name="Canvas"))
+    assert button < top
+    assert bottom - button <= size["height"]  # in sight together
+    assert bottom < place_of(page.get_by_text("Advanced: other methods"))[1]
+    upload, choose = (place_of(page.get_by_role("button", name=f"{verb} LoRAs")) for verb in ("Upload", "Choose"))
+    assert upload[1] == choose[1], "in one line"
+    for card in page.locator('[class*="st-key-card_"]').all():
+        field = place_of(card.get_by_label("Name", exact=True))
+        assert place_of(card.get_by_test_id("stSliderThumbValue"))[1] >= field[3], "the weight is below the name"
     page.context.close()
 
 
