@@ -167,7 +167,7 @@ def new_bank(
     known: Sequence[ByLayer | None] = [None] * len(loras)
     if kept:
         known = [kept.cache.factors(handle, key.device, key.dtype) for handle in key.loras]
-        known = [None if one is None or not _up_to_date(one, modules) else one for one in known]
+        known = [lora if lora is not None and _up_to_date(lora, modules) else None for lora in known]
     loras = [
         lora if of_lora else with_norms(lora, modules, key.device, key.dtype)
         for lora, of_lora in zip(loras, known, strict=True)

@@ -334,11 +334,11 @@ def _guarded(
                             mine = limits.setdefault(column if each.columns is None else each.columns[column], {})
                             mine[name] = min(scale, mine.get(name, 1.0))
             elif joint.ratio > WARNED:
-                about = tuple(one.concept.name for one in loaded), joint.weights, joint.ratio
+                about = tuple(entry.concept.name for entry in loaded), joint.weights, joint.ratio
                 warn_first(about, partial(overload_warning, loaded, joint, model, group.otherwise))
     if not limits:
         return concepts
-    return ConceptSet(tuple(replace(one, limits=limits.get(i, {})) for i, one in enumerate(concepts.loaded)))
+    return ConceptSet(tuple(replace(entry, limits=limits.get(i, {})) for i, entry in enumerate(concepts.loaded)))
 
 
 def _acting_together(concepts: ConceptSet, method: Settings, canvas: Canvas) -> Iterator[Together]:

@@ -105,14 +105,14 @@ def match(
     """
     _check_options(file, alpha, max_rank)
     grouped, models = by_layer(file), models_by_part(pipe)
-    found, unmatched = assign(file, grouped, pipe)
+    matched, unmatched = assign(file, grouped, pipe)
     alphas, model = Alphas(file, alpha), model_part(pipe)
-    unclear = _unclear(found, models, alphas)
-    if unclear and unclear.keys() == {(part, name) for part, layers in found.items() for name in layers}:
+    unclear = _unclear(matched, models, alphas)
+    if unclear and unclear.keys() == {(part, name) for part, layers in matched.items() for name in layers}:
         raise LoraError(f"{file.path.name}: {SUMS_PATCHES}")
     assigned: Mapping[Part, Mapping[str, Layer]] = {
         part: {name: layer for name, layer in layers.items() if (part, name) not in unclear}
-        for part, layers in found.items()
+        for part, layers in matched.items()
     }
     unmatched += tuple(key for layer in unclear.values() for key in layer.keys)
     _check_embeddings(file, models, backbone_of(models[model]).text_layers)
