@@ -245,8 +245,7 @@ WITH_TENSORS = ("maps of clora", "controls of lora-composer", "latents", "embedd
 """What brings tensors of its own, which half precision meets."""
 
 OF_SDXL = (
-    "maps of clora", "controls of lora-composer", "own prompts of clora", "embeddings", "with_words",
-    "with_words_of_a_file", "with_heun",
+    "own prompts of clora", "embeddings", "with_words", "with_words_of_a_file",
 )  # fmt: skip
 """What differs between the families, or has to be seen once for both; the rest is tried with the smaller one."""
 

@@ -220,6 +220,7 @@ def test_requests_of_a_transformer_swap_concepts_too(tmp_path):
     assert all(one["passes"] > 0 for one in found["ways"])
 
 
+@pytest.mark.slow
 def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(model, tmp_path):
     given = ("--swap", "--model", model, "--loaded", 6, "--pairs", 1)
     output = bench(*given, "--json", tmp_path / "it.json")
@@ -272,6 +273,7 @@ def test_wrong_options_end_with_2():
     bench("--steps", 0, code=2)
 
 
+@pytest.mark.slow
 def test_a_later_call_needs_far_less_of_the_host_than_the_first(model, tmp_path):
     given = ("--calls", "--model", model, "--method", "merge", "-n", 2, "--json", tmp_path / "it.json")
     row = cells(bench(*given))["merge", "2"]

@@ -108,6 +108,7 @@ def test_repeated_passes_count_as_if_they_were_run(family, settings, guidance_sc
     assert counted.flops > 0
 
 
+@pytest.mark.slow
 def test_schedules_of_weights_count_as_if_every_pass_were_run(monkeypatch):
     """Every other weight makes keys and values of the text anew."""
     unet = small("sd")
@@ -141,6 +142,7 @@ class Updating(FixedPasses):
         return super().step(latents, step)
 
 
+@pytest.mark.slow
 def test_methods_of_ones_own_are_counted_with_their_gradients_and_maps(monkeypatch):
     unet = small("sd")
     concepts = with_lora(columns(2, 64, 64), attention_lora(unet))
@@ -305,6 +307,7 @@ def kv_flops(unet: UNet2DConditionModel, rows: int) -> int:
     return sum(2 * 2 * rows * 77 * 2048 * width for width in widths)
 
 
+@pytest.mark.slow
 def test_keys_and_values_of_the_text_are_made_once_on_sdxl(xl) -> None:
     plain, merged = counted_on_xl(xl, None, 0), counted_on_xl(xl, Merge(), 2)
     assert merged.flops - merged.preparation_flops == plain.flops - 3 * kv_flops(xl, rows=2)

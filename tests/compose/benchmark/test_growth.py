@@ -31,8 +31,8 @@ DEARER = {
     ("Qwen-Image-Edit-Plus", 1): {4: 1.085, 8: 1.164},
 }
 """FLOPs of those models that need more, by model and number of reference images."""
-USUAL = ("FLUX.1", "FLUX.3", "Krea 2", "Qwen-Image", "Z-Image")
-"""Models of each kind: two streams and one, padding that is read or masked, one stream, two streams, lists."""
+USUAL = ("FLUX.1", "Krea 2", "Z-Image")
+"""Models of each kind: two streams and one, one stream, lists."""
 
 
 def test_exponents_are_those_of_a_power_with_a_constant():

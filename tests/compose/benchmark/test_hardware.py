@@ -45,6 +45,7 @@ def test_sizes_of_models_are_those_of_their_published_numbers_of_parameters():
     assert found["Z-Image"].text / 2 == pytest.approx(4.02e9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_less_memory_is_needed_one_model_at_a_time_and_with_fewer_bits():
     for model, it in needs().items():
         assert it.apart_nf4 <= it.apart_fp8 <= it.apart < it.together, model

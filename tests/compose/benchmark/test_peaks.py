@@ -99,6 +99,7 @@ def test_decoding_takes_what_is_worked_out(tiled):
     assert decoding_bytes(without_numbers, (side, side)) == pytest.approx(taken, rel=0.05)
 
 
+@pytest.mark.slow
 def test_tiles_of_sdxl_need_much_less():
     whole, tiled = decoding_bytes_by_architecture()["SDXL"]
     assert whole > 3 * GIB

@@ -27,17 +27,10 @@ PEAKS = [
     for number in numbers.split(", ")
 ]
 """Method, number of concepts, the cells of the row, and settings."""
-QUICK = {("regional", 2)}
-"""Cells that are computed by default; the others need minutes."""
 
 
-def cell(name, number, *rest):
-    """A cell of a table as a parameter of tests."""
-    marks = () if (name, number) in QUICK else pytest.mark.slow
-    return pytest.param(name, number, *rest, marks=marks)
-
-
-@pytest.mark.parametrize(("method", "number", "place", "cells"), [cell(*row) for row in COUNTED])
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "number", "place", "cells"), COUNTED)
 def test_flops_in_the_docs_are_what_the_command_counts(method, number, place, cells):
     *rows, sd, xl = cells
     found = count_cells([(method, number)], 25)
@@ -48,6 +41,7 @@ def test_flops_in_the_docs_are_what_the_command_counts(method, number, place, ce
     assert [f"{it:g}" if it else "" for it in counted] == rows
 
 
+@pytest.mark.slow
 def test_flops_of_a_plain_image_in_the_docs_are_what_the_command_counts():
     said = table("docs/costs.md", "## FLOPs")[2]
     assert said == ["plain", "0", "50", "", "", "1.000", "1.000"]
@@ -55,7 +49,8 @@ def test_flops_of_a_plain_image_in_the_docs_are_what_the_command_counts():
     assert f"({plain[0]} on SD 1.5, {plain[1]} on SDXL)" in text_of("docs/costs.md")
 
 
-@pytest.mark.parametrize(("method", "number", "cells", "settings"), [cell(*row) for row in PEAKS])
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "number", "cells", "settings"), PEAKS)
 def test_memory_of_methods_in_the_docs_is_what_the_command_computes(method, number, cells, settings):
     found = [row for row in peak_cells([(method, number)], 25, settings) if row.method is not None]
     shown = []

@@ -249,6 +249,7 @@ def test_processes_join_at_any_time_and_do_the_work_of_one_that_was_killed_twice
     assert not list((out / CLAIMS).iterdir())
 
 
+@pytest.mark.slow
 def test_what_another_process_has_just_tried_in_vain_is_left_alone(
     suite: Suite, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -388,6 +388,7 @@ def test_verdicts_of_clear_cases(tmp_path: Path, better: bool) -> None:
     assert (row["leak_wins"], row["leak_losses"]) == ((24, 0) if better else (0, 24))
 
 
+@pytest.mark.slow
 def test_another_baseline_turns_the_verdict_around(tmp_path: Path) -> None:
     scenes, seen = many_scenes(True)
     out = store(tmp_path, suite(scenes, batch_size=2), lambda batch, seed: sanity(batch) or seen[batch.arm.name])

@@ -95,6 +95,7 @@ def test_the_order_in_which_they_are_given_makes_no_difference() -> None:
     assert in_order([one, two, one]) == in_order([two, one]) == (two, one)
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_the_same_image_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     concepts = []
     for name, (trigger, box) in BOXES.items():

@@ -653,6 +653,7 @@ def test_the_model_paints_missing_class_images(begin: Callable[..., Training]) -
     assert any(not torch.equal(first[key], without[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_samples_are_painted_and_change_nothing(begin: Callable[..., Training], tmp_path: Path) -> None:
     plain = train(begin("xl", tara=TARA, out=tmp_path / "plain.safetensors"))
     prompts = ("a sks cat", "a red sks cat")

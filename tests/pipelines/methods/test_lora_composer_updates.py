@@ -499,6 +499,7 @@ def check_schedule(method: Losses, images: int, steps: int) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_the_official_schedule_updates_6_to_26_of_50_steps(composer):
     method = Losses(LoraComposer.official())
     compose(composer, method, num_inference_steps=50, num_images_per_prompt=4)

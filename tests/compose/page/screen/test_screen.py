@@ -643,6 +643,7 @@ def test_another_model_brings_its_steps_and_guidance_which_stay_as_they_are_chan
     assert (at.number_input(key=fields.STEPS).value, at.number_input(key=fields.GUIDANCE).value) == (STEPS, 1.0)
 
 
+@pytest.mark.slow
 def test_the_playgrounds_transformer_composes_with_loras_of_its_own(at: AppTest) -> None:
     at.selectbox(key="set.model.kind").set_value("playground-flux").run()
     next(button for button in at.button if button.label == "Open this model").click().run()
@@ -752,6 +753,7 @@ def test_stop_and_waiting_are_shown(at: AppTest) -> None:
     assert "Your settings are unchanged" in said(at)
 
 
+@pytest.mark.slow
 def test_variations_share_the_seed_and_differ_in_weight(at: AppTest) -> None:
     choose(at, "merge")
     at.slider(key=row_key(at, 1, "weight")).set_value(0.5).run()
