@@ -1,6 +1,6 @@
 """A call, checked and resolved: everything that can be checked before anything is changed."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -28,19 +28,7 @@ from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.denoising.session import Runner, Session, SetRunner
 from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.images.from_image import region_in_pixels
-from lora_compose.pipelines.methods import (
-    Choice,
-    Described,
-    Draft,
-    Merge,
-    Regional,
-    Settings,
-    Tara,
-    choose_method,
-    make_method,
-    name_of,
-)
-from lora_compose.pipelines.methods.tara import SUMMED
+from lora_compose.pipelines.methods import Choice, Described, Settings, choose_method, make_method, name_of
 from lora_compose.pipelines.scene.canvas import Canvas, images_of
 from lora_compose.pipelines.scene.given import is_set
 from lora_compose.pipelines.scene.regions import region_mask
@@ -54,8 +42,6 @@ from lora_compose.pipelines.text.textual_inversion import TextualInversions
 from lora_compose.pipelines.text.tokens import Tokenizer
 
 CPU = torch.device("cpu")
-LIMITED = (Merge, Regional, Draft, Tara)
-"""Methods with a limit of the joint change."""
 
 
 @dataclass(frozen=True)
@@ -300,80 +286,34 @@ def _controls(
     return [control for control in ready if not control.control.is_off] + of_images
 
 
-@dataclass(frozen=True)
-class Together:
-    """Concepts that act on the same positions.
-
-    Attributes:
-        columns: Their indices in the concept set.
-        otherwise: What can be done about it other than to lower their weights.
-        layers: The layers in which they do; None is all.
-    """
-
-    columns: Sequence[int]
-    otherwise: str = ""
-    layers: Collection[str] | None = None
-
-
 def _guarded(
     concepts: ConceptSet, sets: Sequence[ConceptSet], method: Settings, canvas: Canvas, steps: int
 ) -> ConceptSet:
     """Warns of LoRAs that together change more than each was trained to, and keeps them to the method's limit."""
-    limit = method.limit if isinstance(method, LIMITED) else None
     limits: dict[int, dict[str, float]] = {}
     model = canvas.backbone.model
     for each in sets:
-        for group in _acting_together(each, method, canvas):
+        for group in method.acting_together(each, canvas):
             loaded = [each.loaded[i] for i in group.columns]
             if (joint := joint_change(loaded, model, steps)) is None:
                 continue
-            if limit is not None:
-                for name, scale in joint.scales(limit).items():
-                    if group.layers is None or name in group.layers:
-                        for column in group.columns:
-                            mine = limits.setdefault(column if each.columns is None else each.columns[column], {})
-                            mine[name] = min(scale, mine.get(name, 1.0))
-            elif joint.ratio > WARNED:
+            otherwise = group.otherwise
+            if group.limit is not None:
+                for name, scale in joint.scales(group.limit, group.layers).items():
+                    for column in group.columns:
+                        mine = limits.setdefault(column if each.columns is None else each.columns[column], {})
+                        mine[name] = min(scale, mine.get(name, 1.0))
+                joint = joint.within(group.limit)
+                if not joint.of_weights:
+                    continue
+            elif group.has_limit and not joint.of_weights.issuperset(joint.by_layer):
+                otherwise = f", or {type(method).__name__}(limit=1){otherwise}"
+            if joint.ratio > WARNED:
                 about = tuple(entry.concept.name for entry in loaded), joint.weights, joint.ratio
-                warn_first(about, partial(overload_warning, loaded, joint, model, group.otherwise))
+                warn_first(about, partial(overload_warning, loaded, joint, model, otherwise))
     if not limits:
         return concepts
     return ConceptSet(tuple(replace(entry, limits=limits.get(i, {})) for i, entry in enumerate(concepts.loaded)))
-
-
-def _acting_together(concepts: ConceptSet, method: Settings, canvas: Canvas) -> Iterator[Together]:
-    """The concepts that act on the same positions, for each set of them that is in no other."""
-    every, styles = range(len(concepts.loaded)), concepts.styles
-    limited = f", or {type(method).__name__}(limit=1)" if isinstance(method, LIMITED) else ""
-    if isinstance(method, Merge) or len(concepts.subjects) < 2:
-        apart = f"{limited}, or keep them apart: method='regional' with a region for each"
-        yield Together(every, apart if len(concepts.subjects) > 1 or isinstance(method, Merge) else limited)
-        return
-    groups = _overlapping(concepts, method, canvas) if isinstance(method, (Regional, Draft)) else ()
-    alone = [(i,) for i in concepts.subjects if not any(i in group for group in groups)]
-    layers = None
-    if isinstance(method, Tara):
-        sites = canvas.backbone.sites
-        layers = {name for name, site in sites.items() if not set(SUMMED).issuperset(site.parts)}
-        if method.scope == "all" and method.limit is not None:
-            yield Together(every, layers=sites.keys() - layers)
-    for subjects in (*groups, *alone):
-        if len(subjects) > 1 or styles:
-            apart = ", or give each a region that does not overlap the others" if len(subjects) > 1 else ""
-            yield Together((*subjects, *styles), limited + apart, layers)
-
-
-def _overlapping(concepts: ConceptSet, method: Regional | Draft, canvas: Canvas) -> Collection[tuple[int, ...]]:
-    """The subjects that act on one cell of the canvas, for each set of them that is in no other."""
-    regions = {i: concepts.concepts[i].region for i in concepts.subjects}
-    if isinstance(method, Draft):  # subjects without a region get what is left
-        regions = {i: region for i, region in regions.items() if region is not None and method.keep_regions}
-    if not regions:
-        return ()
-    masks = [region_mask(region, canvas.image_size, canvas.latent_grid) > 0.5 for region in regions.values()]
-    columns = torch.stack(masks).flatten(1).unique(dim=1).T.tolist()
-    every = {tuple(i for i, inside in zip(regions, column, strict=True) if inside) for column in columns}
-    return [group for group in sorted(every) if group and not any(set(group) < set(other) for other in every)]
 
 
 def _without_weights(loaded: LoadedConcept) -> LoadedConcept:

@@ -8,8 +8,8 @@ common adds up. Changes that depend on the model's weights (DoRA, OFT) are made 
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,26 @@ class Joint:
     ratio: float
     of_weights: frozenset[str] = frozenset()
 
-    def scales(self, limit: float) -> dict[str, float]:
+    def scales(self, limit: float, layers: Collection[str] | None = None) -> dict[str, float]:
         """By layer, the factor that takes the joint change down to a multiple of the largest alone, if it is more.
 
         Layers with a change that depends on the model's weights have none: it is no multiple of its factors.
+
+        Args:
+            layers: The layers that are limited; None is all.
         """
-        limited = {name: it for name, it in self.by_layer.items() if name not in self.of_weights}
-        return {name: limit * alone / joint for name, (joint, alone) in limited.items() if joint > limit * alone}
+        return {
+            name: limit * alone / joint
+            for name, (joint, alone) in self.by_layer.items()
+            if name not in self.of_weights and (layers is None or name in layers) and joint > limit * alone
+        }
+
+    def within(self, limit: float) -> "Joint":
+        """What a limit leaves of the joint change; layers whose change depends on the model's weights keep theirs."""
+        scales = self.scales(limit)
+        by_layer = {name: (joint * scales.get(name, 1.0), alone) for name, (joint, alone) in self.by_layer.items()}
+        before, after = (sum(joint**2 for joint, _ in each.values()) for each in (self.by_layer, by_layer))
+        return replace(self, by_layer=by_layer, ratio=self.ratio * math.sqrt(after / before) if before else 0.0)
 
     def share_of(self, model: nn.Module) -> float | None:
         """The joint change relative to the weights of the layers; None if these cannot be read as they are."""

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import Gates, SitePart
+from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.passes import Pass, weighted_mean
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.session import Session
-from lora_compose.pipelines.scene.canvas import Step, steps_in
+from lora_compose.pipelines.denoising.together import Together, each_subject
+from lora_compose.pipelines.scene.canvas import Canvas, Step, steps_in
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -59,6 +61,10 @@ class Settings(Protocol):
     def needs(self) -> Needs:
         """What the method needs with these settings; by default nothing."""
         return Needs()
+
+    def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
+        """The concepts that act on the same positions; by default each subject with all styles."""
+        return each_subject(concepts)
 
     def start(self, session: Session) -> Process:
         """Checks what the method needs, encodes the prompts and returns the process for one concept set.

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lora_compose.attention import NORM_APART, Site, TextBias, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
+from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
@@ -39,6 +40,7 @@ from lora_compose.pipelines.denoising.process import (
     constant_gates,
 )
 from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.denoising.together import Together, each_subject, limited, overlapping
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
 from lora_compose.pipelines.methods.drafted import drafted_maps
 from lora_compose.pipelines.methods.gated_pass import gated_pass, with_region_norm
@@ -110,6 +112,11 @@ class Draft(Settings):
         for name in ("apart", "norm_apart"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+
+    def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
+        """Subjects whose given regions overlap, and each of the others, with all styles."""
+        regions = {i: region for i in concepts.subjects if (region := concepts.concepts[i].region) is not None}
+        return limited(each_subject(concepts, overlapping(regions if self.keep_regions else {}, canvas)), self.limit)
 
     def start(self, session: Session) -> Process:
         """Encodes the texts of the draft and of the regions. A single subject acts in its region, or everywhere."""

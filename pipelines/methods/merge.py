@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_compose.attention import SitePart
+from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.process import FixedPasses, Settings, check_limit, constant_gates, one_text
 from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.denoising.together import Together, limited
+from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.support.notes import warn_once
 
 EVERYWHERE: Sequence[SitePart] = ("text", "image", "reference", "other", "row", "modulation")
@@ -30,6 +33,11 @@ class Merge(Settings):
 
     def __post_init__(self) -> None:
         check_limit(self.limit)
+
+    def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
+        """All of them."""
+        apart = ", or keep them apart: method='regional' with a region for each"
+        return limited([Together(range(len(concepts.loaded)), apart)], self.limit)
 
     def start(self, session: Session) -> FixedPasses:
         """Constant gates for everything; text encoders take part."""

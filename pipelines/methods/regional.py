@@ -16,6 +16,7 @@ region has its own text, about its concept alone, and the image has a text witho
 (`attention/joint_regions.py`); the LoRA changes its own text and its own cells.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import NORM_APART, Site, grid_at
+from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.process import (
     ActingRows,
     FixedPasses,
@@ -34,9 +36,11 @@ from lora_compose.pipelines.denoising.process import (
     check_limit,
 )
 from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.denoising.together import Together, each_subject, limited, overlapping
 from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, with_region_norm
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_texts import GatedText, SegmentedTexts, segment_texts, shared_text
+from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.tokens import find_words
@@ -76,6 +80,11 @@ class Regional(Settings):
         check_limit(self.limit)
         if not 0 <= self.norm_apart <= 1:
             raise ValueError(f"norm_apart must lie between 0 and 1, not {self.norm_apart}")
+
+    def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
+        """Subjects whose regions overlap, and each of the others, with all styles."""
+        regions = {i: concepts.concepts[i].region for i in concepts.subjects}
+        return limited(each_subject(concepts, overlapping(regions, canvas)), self.limit)
 
     def start(self, session: Session) -> Process:
         """Gates by region, token and row. A concept without a region acts everywhere. Styles alone are merged."""

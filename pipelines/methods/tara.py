@@ -14,17 +14,19 @@ mask.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_compose.attention import Gates, SitePart
-from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.process import FixedPasses, Settings, check_choices, check_limit, one_text
 from lora_compose.pipelines.denoising.session import Session
+from lora_compose.pipelines.denoising.together import Together, each_subject, limited
+from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_trigger
@@ -61,6 +63,17 @@ class Tara(Settings):
     def official(cls) -> "Tara":
         """The settings of the authors' inference code."""
         return cls(cfg_mask="broadcast")
+
+    def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
+        """Each subject with all styles where gates are masked; all in summed layers, if there is a limit."""
+        if len(concepts.subjects) < 2:
+            return limited(each_subject(concepts), self.limit)
+        sites = canvas.backbone.sites
+        summed = {name for name, site in sites.items() if set(SUMMED).issuperset(site.parts)}
+        groups = [replace(group, layers=sites.keys() - summed) for group in each_subject(concepts)]
+        if self.scope == "all" and self.limit is not None:
+            groups.append(Together(range(len(concepts.loaded)), layers=summed))
+        return limited(groups, self.limit)
 
     def start(self, session: Session) -> FixedPasses:
         """Makes one pass with token masks on the text and constant gates elsewhere."""

@@ -144,6 +144,21 @@ def test_changes_of_the_models_own_weights_count(pipe: Any, tmp_path: Path) -> N
     assert again.ratio != pytest.approx(joint.ratio, rel=1e-3)
 
 
+def test_changes_that_no_limit_reaches_are_warned_of_with_a_limit_too(pipe: Any, tmp_path: Path) -> None:
+    for trigger, magnitude in (("tom", 1.5), ("zwx", 1.6)):
+        tensors = lora_tensors(unet=pipe.loras["cat"])
+        for layer in pipe.loras["cat"]:
+            tensors[f"unet.{layer}.lora_magnitude_vector"] = magnitude * pipe.unet.get_submodule(layer).weight.norm(
+                dim=1
+            )
+        path = tmp_path / f"{trigger}.safetensors"
+        save_file(tensors, path)
+        pipe.load_concept(path, f"dora-{trigger}", trigger=trigger)
+    for method in (Merge(), Merge(limit=1)):
+        (text,) = warnings_of(pipe, "dora-tom", "dora-zwx", method=method)
+        assert "limit" not in text
+
+
 def test_one_file_under_two_names_counts_once(pipe: Any) -> None:
     lora = pipe.concepts["cat"].lora
     assert not warnings_of(pipe, "cat", Concept(name="other", lora=lora, trigger="zwx"))
