@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_compose.attention.column_norms import with_column_norms
 from lora_compose.attention.device import as_outside_of_inference_mode
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
-from lora_compose.attention.fused_norms import with_norms
 from lora_compose.attention.lora_bank import BankLayer, LayerFactors, Lora, LoraFactors, base_layer, share_input
 from lora_compose.attention.sites import Site
 
@@ -169,7 +169,7 @@ def new_bank(
         known = [kept.cache.factors(handle, key.device, key.dtype) for handle in key.loras]
         known = [lora if lora is not None and _up_to_date(lora, modules) else None for lora in known]
     loras = [
-        lora if of_lora else with_norms(lora, modules, key.device, key.dtype)
+        lora if of_lora else with_column_norms(lora, modules, key.device, key.dtype)
         for lora, of_lora in zip(loras, known, strict=True)
     ]
     state, layers = ForwardState(), {}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lora_compose.attention.backbones import Backbone
 from lora_compose.attention.bank_cache import Bank, BankKey, KeptBanks, new_bank
 from lora_compose.attention.claims import Journal, claimed, undoing
+from lora_compose.attention.column_norms import with_column_norms
 from lora_compose.attention.device import (
     as_outside_of_inference_mode,
     hooked,
@@ -19,7 +20,6 @@ from lora_compose.attention.device import (
 )
 from lora_compose.attention.fitting import check_sides, shape_at, shape_of
 from lora_compose.attention.forward_state import LayerInputs
-from lora_compose.attention.fused_norms import with_norms
 from lora_compose.attention.gates import Gates, strongest
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import BankLayer, Lora, base_layer
@@ -151,7 +151,7 @@ class Installation:
         if self.columns:
             weights = strongest(torch.tensor(weights), self.columns).tolist()
             stay = {self.columns[index] for index in stay}
-        self._loras = [with_norms(lora, self._modules, self._device, self._dtype) for lora in self._loras]
+        self._loras = [with_column_norms(lora, self._modules, self._device, self._dtype) for lora in self._loras]
         parts = set(parts)
         names = [name for name, layer in self.bank.items() if parts.issuperset(layer.key.site.parts)]
         names = [name for name in names if _foldable(base_layer(self.bank[name].layer), self._dtype)]

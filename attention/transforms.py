@@ -5,10 +5,13 @@ on the inputs. T is diagonal (DoRA) or orthogonal in blocks (OFT). A layer y = W
 
     T (W + D) x + b = y + (T - 1) (y - b) + T D x        (W + D) T x + b = y + W (T - 1) x + D T x
 
-and a gate on what is added to y is exact: by row, token and cell, for any number of concepts, each relative to W. The
-first form needs no more than the layer's output. The second changes the input, which is exact as long as an output has
-the gate of the one cell that it reads; other convolutions take one more product with W. Where blocks mix the cells that
-a convolution reads, W T - W is one more convolution, behind the gate of the cell that is written.
+and a gate on what is added to y is exact: by row, token and cell, for any number of concepts, each relative to W.
+
+- T on the outputs needs no more than the layer's output, in layers of every kind.
+- T on the inputs of linear layers and of 1 x 1 convolutions changes the input: x + gate (T - 1) x, from which the layer
+  makes y with the change. An output has the gate of the one cell that it reads.
+- T on the inputs of larger convolutions, whose outputs read several cells, takes one more convolution for each concept,
+  behind the gate of the cell that is written: with W of (T - 1) x, or with W T - W where blocks of T mix cells.
 
 T of a DoRA is made from W once, when its bank is made. Sources: DoRA, arXiv 2402.09353; OFT, arXiv 2306.07280.
 """
@@ -39,14 +42,14 @@ class Rescaling:
     Attributes:
         values: The norms. Shape: [outputs] or [inputs].
         by_input: Whether they are of the inputs.
-        among: Names of the layers that have these norms of their inputs together, since they are one layer in the file.
-        found: The norms that the changed weights have, if they are of several layers (`fused_norms.with_norms`).
+        fused: Names of the layers that are one layer in the file, whose columns have these norms together.
+        current: The norms of those columns of W + D, once they are known (`column_norms.with_column_norms`).
     """
 
     values: Tensor
     by_input: bool = False
-    among: tuple[str, ...] = ()
-    found: Tensor | None = None
+    fused: tuple[str, ...] = ()
+    current: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -59,8 +62,8 @@ class Rescaling:
         Args:
             changed: W + D, in fp32. Shape: [outputs, inputs, ...].
         """
-        assert self.found is not None or not self.among, "one layer does not have the norms of several"
-        norms = self.found
+        assert self.current is not None or not self.fused, "one layer does not have the norms of several"
+        norms = self.current
         if norms is None:
             norms = changed.transpose(0, int(self.by_input)).flatten(1).norm(dim=1)
         # A row that is zero stays so, whatever it is multiplied by.
@@ -130,7 +133,9 @@ class Version(NamedTuple):
         same = now.weight() is self.weight()
         if now.sample is None or self.sample is None:
             return same and now.number == self.number
-        return torch.equal(now.sample, self.sample) and (now.number == self.number or not same)
+        if not torch.equal(now.sample, self.sample):
+            return False
+        return now.number == self.number or not same  # the count of another tensor, moved or offloaded, says nothing
 
 
 def version_of(layer: nn.Module) -> Version:
@@ -315,7 +320,7 @@ class Transforms(nn.Module):
         return Applied(change, index in self._by_input, self.bias, self.of[index])
 
     def moved(self, x: Tensor, gates: Mapping[GateKey, Tensor]) -> Tensor:
-        """The input from which the layer makes the gated change with its own output; where all are `in_the_input`."""
+        """X + gate (T - 1) x: the layer's output for it already has the change. Only where all are `in_the_input`."""
         moved = x
         for side in self._inputs:
             moved = side(moved, x, gates[side.key])

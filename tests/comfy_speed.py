@@ -31,7 +31,7 @@ import comfy.supported_models  # pyright: ignore[reportMissingImports]
 import comfyui_version  # pyright: ignore[reportMissingImports]
 
 from lora_compose.compose.comfyui.composition import Composition
-from lora_compose.compose.comfyui.host import compose, marked
+from lora_compose.compose.comfyui.hooks import compose, marked
 from lora_compose.pipelines.scene.strength import WeightSchedule
 
 TOKENS, RANK, CFG, SHARE = 77, 16, 7.0, 0.02

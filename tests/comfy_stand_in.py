@@ -26,7 +26,7 @@ from lora_compose.compose.comfyui.weights import read_weights
 
 CPU = torch.device("cpu")
 OURS = "lora_compose.compose.comfyui"
-IMPORTING = ("host", "composing", "nodes", "file_nodes")
+IMPORTING = ("hooks", "composing", "nodes", "file_nodes")
 """Modules of ours that import ComfyUI."""
 GRID, WIDTH = (8, 12), 8
 CallbacksMP = SimpleNamespace(ON_EJECT_MODEL="on_eject_model", ON_INJECT_MODEL="on_inject_model")

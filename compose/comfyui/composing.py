@@ -11,7 +11,7 @@ from lora_compose.attention import Lora
 from lora_compose.compose.comfyui.concepts import Concept, Request
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
-from lora_compose.compose.comfyui.host import compose, marked
+from lora_compose.compose.comfyui.hooks import compose, marked
 
 logger = logging.getLogger("lora_compose")
 

@@ -34,7 +34,7 @@ Conditioning = Sequence[Sequence[Any]]
 """ComfyUI's: texts, each with options."""
 Region = Box | Tensor
 """A box, or a mask with values in 0..1. Shape: [height, width]."""
-Images = Sequence[Sequence[Region | None]]
+RegionsByImage = Sequence[Sequence[Region | None]]
 """The regions of all concepts, of each image if a draft has found some; None is everywhere."""
 
 
@@ -141,14 +141,16 @@ class Passes:
         lengths: Tokens of each text, where there are several.
     """
 
-    plan: Composition
+    composition: Composition
     family: Family
     shares: Mapping[int, Tensor]
     everywhere: Sequence[bool]
     lengths: Sequence[int]
 
     @classmethod
-    def of(cls, plan: Composition, family: Family, grid: Grid, images: Images, lengths: Sequence[int]) -> "Passes":
+    def of(
+        cls, composition: Composition, family: Family, grid: Grid, images: RegionsByImage, lengths: Sequence[int]
+    ) -> "Passes":
         """A composition in some images, whose latents have a grid."""
         everywhere = [region is None for region in images[0]]
         levels = {site.level for site in family.sites.values() if "image" in site.parts}
@@ -157,7 +159,7 @@ class Passes:
             level: torch.stack([on_grids(regions, here).flatten(1).t() for regions in images])
             for level, here in grids.items()
         }
-        return cls(plan, family, shares, everywhere, lengths)
+        return cls(composition, family, shares, everywhere, lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,17 +182,17 @@ class Acting:
     @property
     def gates(self) -> Gates:
         """The gates of all layers; 1 row stands for all where concepts act on every row."""
-        plan, mine, shares = self.passes.plan, self.ours.float()[:, None], self._shares
-        image = torch.ones(1, 1) if plan.image_of_others else mine
-        text = torch.ones(1, 1) if plan.text_of_others else mine
+        composition, mine, shares = self.passes.composition, self.ours.float()[:, None], self._shares
+        image = torch.ones(1, 1) if composition.image_of_others else mine
+        text = torch.ones(1, 1) if composition.text_of_others else mine
         read = None
         if self._several and self.passes.family.joint is None:
             queries = {level: queries_of(self._inside(level))[0] for level in shares}
-            read = {level: image[:, None] * plan.words[texts] for level, texts in queries.items()}
+            read = {level: image[:, None] * composition.words[texts] for level, texts in queries.items()}
         return Gates(
             text=text[:, None] * self._words,
             image={level: image[:, None] * share for level, share in shares.items()},
-            row=image * torch.ones(len(plan.loras)),
+            row=image * torch.ones(len(composition.loras)),
             latent_grid=self.grid,
             read=read,
             # A transformer's modulation scales all cells alike, so a region would leak into the others.
@@ -201,7 +203,7 @@ class Acting:
         """Region attention, where text is apart or in one sequence with the image; None if all cells read one text."""
         if not self._several:
             return None, None
-        isolate, family, lengths = self.passes.plan.isolate, self.passes.family, self.passes.lengths
+        isolate, family, lengths = self.passes.composition.isolate, self.passes.family, self.passes.lengths
         if (joint := family.joint) is not None:
             inside, others = self._inside(joint.level), (~self.ours).tolist()
             regions = JointRegions.of(joint, inside, lengths, others, isolate=isolate, device=device)
@@ -215,7 +217,7 @@ class Acting:
     @property
     def bias(self) -> TextBias | None:
         """What is added to the scores of cross-attention: 1 between a region and its words, -1 for those of others."""
-        phrases, family, shares = self.passes.plan.phrases, self.passes.family, self._shares
+        phrases, family, shares = self.passes.composition.phrases, self.passes.family, self._shares
         if phrases is None or not self.ours.any():
             return None
         levels = {site.level for site in family.attention.values() if site.reads_text}
@@ -226,7 +228,7 @@ class Acting:
     @property
     def norm_regions(self) -> NormRegions | None:
         """The regions of group normalisation; None where no concept has one."""
-        weights = zip(self.passes.plan.weights, self.passes.everywhere, strict=True)
+        weights = zip(self.passes.composition.weights, self.passes.everywhere, strict=True)
         here = [i for i, (weight, everywhere) in enumerate(weights) if not everywhere and weight.constant != 0]
         return NormRegions.by_level(self.passes.shares, self.grid, here) if here else None
 
@@ -238,7 +240,7 @@ class Acting:
     @property
     def _words(self) -> Tensor:
         """Where concepts act in the text. Shape: [tokens or 1, concepts]."""
-        words, lengths = self.passes.plan.words, self.passes.lengths
+        words, lengths = self.passes.composition.words, self.passes.lengths
         if len(words) == 1 or not self.ours.any():  # a text of others has any length
             return words[:1]
         if lengths:
@@ -247,7 +249,7 @@ class Acting:
 
     def _inside(self, level: int) -> Tensor:
         """True where a cell reads the text of a region. Shape: [cells, texts of regions]."""
-        return cells_of(self.passes.shares[level][0][:, [*self.passes.plan.owners]], HALF)
+        return cells_of(self.passes.shares[level][0][:, [*self.passes.composition.owners]], HALF)
 
     @property
     def _shares(self) -> Mapping[int, Tensor]:

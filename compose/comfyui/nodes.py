@@ -14,7 +14,7 @@ from lora_compose.compose.comfyui import words
 from lora_compose.compose.comfyui.composing import composed
 from lora_compose.compose.comfyui.concepts import Concept, boxes_of, drawn, with_boxes, with_masks
 from lora_compose.compose.comfyui.file_nodes import Concepts, InspectNode, MergeNode, choice, schema
-from lora_compose.compose.comfyui.host import draft_alone
+from lora_compose.compose.comfyui.hooks import draft_alone
 from lora_compose.compose.comfyui.refining import refined
 from lora_compose.compose.comfyui.showing import previewed
 

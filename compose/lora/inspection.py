@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from torch import nn
 
 from lora_compose.attention import LoraFactors
+from lora_compose.attention.column_norms import with_column_norms
 from lora_compose.attention.device import modules_of, uncompiled
-from lora_compose.attention.fused_norms import with_norms
 from lora_compose.attention.lora_bank import Lora, base_layer
 from lora_compose.attention.transforms import dense_weight
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
@@ -97,7 +97,7 @@ def _fitting(file: LoraFile, alpha: float | None) -> str | None:
 
 
 def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: Factors, pipe: Any) -> Iterator[Block]:
-    loras = {part: _with_norms(getattr(pipe, part), lora) for part, lora in factors.by_part.items()}
+    loras = {part: _with_column_norms(getattr(pipe, part), lora) for part, lora in factors.by_part.items()}
     own = Alphas(file).own
     for part, names in layers.items():
         blocks: dict[str, list[str]] = {}
@@ -112,11 +112,11 @@ def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: 
             yield block(part, key.removeprefix(f"{part}."), inside, alphas, norm)
 
 
-def _with_norms(model: nn.Module, lora: Lora) -> Lora:
+def _with_column_norms(model: nn.Module, lora: Lora) -> Lora:
     """A LoRA with the norms that layers of a model have together, if its weights are there."""
     if next(model.parameters()).is_meta:
         return lora
-    return with_norms(lora, modules_of(model), torch.device("cpu"), torch.float32)
+    return with_column_norms(lora, modules_of(model), torch.device("cpu"), torch.float32)
 
 
 def _energy(model: nn.Module, name: str, factors: LoraFactors) -> float | None:

@@ -255,7 +255,7 @@ def _shared_out(file: LoraFile, model: nn.Module, layer: Layer, names: Sequence[
         )
     ends = list(accumulate(sizes))
     return [
-        (name, replace(layer, outputs=slice(end - length, end), among=tuple(names)))
+        (name, replace(layer, outputs=slice(end - length, end), fused=tuple(names)))
         for name, end, length in zip(names, ends, sizes, strict=True)
     ]
 
@@ -320,7 +320,7 @@ def _change(file: LoraFile, target: nn.Module, name: str, layer: Layer, loads: _
             part = rows_of(made.factors, layer.outputs)
             made = loads.of(name, layer, products=False) if part is None else Change(part)
         if made.factors.left is None and layer.outputs is not None:
-            made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / len(layer.among))
+            made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / len(layer.fused))
         if layer.swapped:
             made = replace(made, factors=replace(made.factors, up=torch.cat(made.factors.up.chunk(2)[::-1])))
         made = replace(made, factors=replace(made.factors, transform=transform))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_compose.attention.bank_cache import Handle
+from lora_compose.attention.column_norms import with_column_norms
 from lora_compose.attention.device import dtype_of, has_plain_weight, modules_of, uncompiled
-from lora_compose.attention.fused_norms import with_norms
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
 from lora_compose.attention.transforms import Rescaling, Version, dense_weight, version_of
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
@@ -142,7 +142,7 @@ def _joint_change(
     concepts: Sequence[LoadedConcept], weights: Sequence[tuple[float, ...]], model: nn.Module | None
 ) -> tuple[Joint, Sequence[tuple[str, Version]]]:
     """The joint change, and the weights of the model that it depends on."""
-    loras = [concept.lora if model is None else _with_norms(concept.lora, model) for concept in concepts]
+    loras = [concept.lora if model is None else _with_column_norms(concept.lora, model) for concept in concepts]
     norms: list[dict[str, float]] = [dict(_norms_of(concept)) for concept in concepts]
     versions: dict[str, Version] = {}
     joint: dict[str, list[float]] = {}  # squared, in each step
@@ -184,14 +184,14 @@ def _dense(model: nn.Module, name: str, changes: Mapping[int, LoraFactors]) -> d
     return None if weight.is_meta else {i: factors.change_of(weight) for i, factors in changes.items()}
 
 
-def _with_norms(lora: Lora, model: nn.Module) -> Lora:
+def _with_column_norms(lora: Lora, model: nn.Module) -> Lora:
     """A LoRA with the norms that layers of a model have together; without those layers, if they are not to be had."""
     modules = modules_of(model)
     try:
-        return with_norms(lora, modules, _device_of(modules[next(iter(lora))]), dtype_of(model))
+        return with_column_norms(lora, modules, _device_of(modules[next(iter(lora))]), dtype_of(model))
     except ValueError:
         return {
-            name: it for name, it in lora.items() if not (isinstance(it.transform, Rescaling) and it.transform.among)
+            name: it for name, it in lora.items() if not (isinstance(it.transform, Rescaling) and it.transform.fused)
         }
 
 

@@ -28,7 +28,7 @@ def sums_patches(layer: Layer, target: nn.Module, alphas: Alphas) -> bool:
 def placed(transform: Transform, layer: Layer, target: nn.Module) -> Transform:
     """The part of a transform that belongs to a layer of the model. Raises ValueError if it has none of its own."""
     if transform.by_input:
-        return replace(transform, among=layer.among) if isinstance(transform, Rescaling) else _turned(transform, target)
+        return replace(transform, fused=layer.fused) if isinstance(transform, Rescaling) else _turned(transform, target)
     values = transform.values
     size = transform.size // len(values)
     if layer.outputs is not None:

@@ -8,7 +8,7 @@ import torch
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.scene.regions import region_mask
-from lora_compose.pipelines.scene.scene import Region
+from lora_compose.pipelines.scene.scene import BoxOrMask
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def limited(groups: Iterable[Together], limit: float | None) -> list[Together]:
     return [replace(group, limit=limit, has_limit=True) for group in groups]
 
 
-def overlapping(regions: Mapping[int, Region | None], canvas: Canvas) -> list[tuple[int, ...]]:
+def overlapping(regions: Mapping[int, BoxOrMask | None], canvas: Canvas) -> list[tuple[int, ...]]:
     """The subjects that act on one cell of the canvas, for each set of them that is in no other.
 
     Args:

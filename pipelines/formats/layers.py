@@ -21,7 +21,7 @@ class Layer:
         slots: The tensors by what they are (`Key.slot`).
         keys: The keys of the tensors in the file.
         outputs: Slice of the change's outputs that this layer has; None means all.
-        among: Names of the layers of the model that are this one in the file; empty if it is one layer there as well.
+        fused: Names of the layers of the model that are this one in the file; empty if it is one layer there as well.
         swapped: Whether the halves of the change's outputs are the other way round in the model.
     """
 
@@ -30,7 +30,7 @@ class Layer:
     slots: Mapping[str, Tensor]
     keys: tuple[str, ...]
     outputs: slice | None = None
-    among: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
     swapped: bool = False
 
     @property

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
+from lora_compose.attention.column_norms import with_column_norms
 from lora_compose.attention.device import modules_of
-from lora_compose.attention.fused_norms import with_norms
 from lora_compose.attention.lora_bank import LoraFactors, base_layer
 from lora_compose.attention.transforms import dense_weight
 from lora_compose.pipelines.formats.change import MAX_RANK, cut, inner, matrix, shaped
@@ -40,7 +40,7 @@ def expressed(
             )
         if part not in known:
             of_part = {layer: mine for (component, layer), mine in lora.items() if component == part}
-            known[part] = with_norms(of_part, modules, cpu, torch.float32)
+            known[part] = with_column_norms(of_part, modules, cpu, torch.float32)
         change = known[part][name].change_of(dense_weight(layer, cpu, torch.float32))
         best = shaped(*cut(matrix(change), MAX_RANK), change.shape[1:])
         by_layer[part, name] = best.factors

@@ -87,7 +87,7 @@ def compared(
     Args:
         images: The masks of each image, where the plan has none.
     """
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     patcher = patcher if before is None else before(patcher)
     positive = core.text(1)
@@ -180,7 +180,7 @@ def test_a_draft_finds_the_regions_and_the_sampler_starts_again(
 
 def test_a_draft_alone_finds_what_the_sampling_would(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
     """The preview runs 2 of 9 steps, and leaves the sampling after it as it was."""
-    from lora_compose.compose.comfyui.host import compose, draft_alone, marked
+    from lora_compose.compose.comfyui.hooks import compose, draft_alone, marked
 
     plan, negative = drafting(core, patcher, tmp_path), core.text(2)
     positive, passes = marked(core.text(1), plan), 0
@@ -207,7 +207,7 @@ def test_a_draft_alone_finds_what_the_sampling_would(core: ModuleType, patcher: 
 
 
 def test_a_model_without_a_draft_has_none_to_show(core: ModuleType, models: dict[str, Any], tmp_path: Path) -> None:
-    from lora_compose.compose.comfyui.host import compose, draft_alone
+    from lora_compose.compose.comfyui.hooks import compose, draft_alone
 
     patcher = models["sd"]
     for model in (patcher, compose(patcher, composition(core, patcher, tmp_path, "regional"))):
@@ -242,7 +242,7 @@ def test_beside_loras_of_comfyui_loaded_before(core: ModuleType, patcher: Any, t
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_beside_loras_of_comfyui_loaded_after(core: ModuleType, patcher: Any, tmp_path: Path, loader: str) -> None:
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     plan = composition(core, patcher, tmp_path, "words in regions")
     positive, negative = core.text(1), core.text(2)
@@ -261,7 +261,7 @@ def test_beside_a_lora_hook_that_changes_weights_in_the_middle(
     """ComfyUI takes a bypass LoRA out for each such change, in the order in which LoRAs came, and puts it in again."""
     import comfy.hooks  # pyright: ignore[reportMissingImports]
 
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     plan = composition(core, patcher, tmp_path, "words in regions")
     positive, negative = core.text(1), core.text(2)
@@ -284,7 +284,7 @@ def test_beside_a_lora_hook_that_changes_weights_in_the_middle(
 def test_a_conditioning_without_concepts_stays_that_of_the_base_model(
     core: ModuleType, patcher: Any, tmp_path: Path, order: str
 ) -> None:
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     plan = composition(core, patcher, tmp_path, "words in regions")
     positive, other, negative = core.text(1), core.text(5), core.text(2)
@@ -303,7 +303,7 @@ def test_a_guider_that_counts_its_conditionings_otherwise(core: ModuleType, patc
     import comfy.samplers  # pyright: ignore[reportMissingImports]
     from comfy_extras.nodes_custom_sampler import Guider_DualCFG  # pyright: ignore[reportMissingImports]
 
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     plan = composition(core, patcher, tmp_path, "words in regions")
     positive, middle, negative = core.text(1), core.text(5), core.text(2)
@@ -391,7 +391,7 @@ def test_factors_are_counted_moved_and_evicted_by_comfyui(
     """Beside the model; one that is loaded by halves has factors that stay where they are, and are brought in."""
     import comfy.model_management as management  # pyright: ignore[reportMissingImports]
 
-    from lora_compose.compose.comfyui.host import KEY, compose, marked
+    from lora_compose.compose.comfyui.hooks import KEY, compose, marked
 
     patcher = models["sd"]
     plan, positive, negative = composition(core, patcher, tmp_path, "regional"), core.text(1), core.text(2)
@@ -422,7 +422,7 @@ def test_one_conditioning_a_pass_where_memory_is_short(
 
 
 def test_nothing_is_left_and_keys_stay(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     plan = composition(core, patcher, tmp_path, "regional")
     before = {key: weight.clone() for key, weight in patcher.model.state_dict().items()}
@@ -441,7 +441,7 @@ def test_nothing_is_left_and_keys_stay(core: ModuleType, patcher: Any, tmp_path:
 
 
 def test_the_base_model_is_as_before_after_an_exception(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     plan = composition(core, patcher, tmp_path, "regional")
     positive, negative, passes = core.text(1), core.text(2), []
@@ -469,7 +469,7 @@ def test_compiled_and_not_in_turn(core: ModuleType, models: dict[str, Any], tmp_
     """As the node TorchCompileModel does it: a graph without LoRAs is not used with them, nor the other way round."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper  # pyright: ignore[reportMissingImports]
 
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     patcher = models["flux"]
 
@@ -497,7 +497,7 @@ def test_names_of_diffusers_and_parts_of_fused_layers(core: ModuleType, patcher:
     import comfy.lora  # pyright: ignore[reportMissingImports]
     import comfy.sd  # pyright: ignore[reportMissingImports]
 
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     if hasattr(patcher.model.diffusion_model, "llm_adapter"):
         pytest.skip("ComfyUI knows no names of diffusers for Anima")
@@ -635,7 +635,7 @@ def test_the_nodes_run_from_files_to_an_image(
 
 def test_areas_of_conditionings_are_refused_beside_regions(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
     """The grid of a part does not say where it lies."""
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     plan = composition(core, patcher, tmp_path, "regional")
     ((text, options),) = marked(core.text(1), plan)
@@ -647,7 +647,7 @@ def test_areas_of_conditionings_are_refused_beside_regions(core: ModuleType, pat
 def test_nodes_that_replace_attention_are_refused_beside_a_draft(
     core: ModuleType, models: dict[str, Any], tmp_path: Path
 ) -> None:
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     patcher = models["sd"]
     plan, positive = drafting(core, patcher, tmp_path), core.text(1)
@@ -665,7 +665,7 @@ def test_nodes_that_replace_attention_are_refused_beside_a_draft(
 def test_another_override_of_attention_is_called_by_ours(
     core: ModuleType, patcher: Any, tmp_path: Path, own_texts: bool
 ) -> None:
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     plan, calls = drafting(core, patcher, tmp_path, own_texts=own_texts), 0
     positive, negative = marked(core.text(1), plan), core.text(2)
@@ -710,7 +710,7 @@ def test_nodes_that_change_the_cells_go_with_loras_everywhere_alone(
     """Against LoraLoader; with regions, the node is named in the error."""
     import comfy.sd  # pyright: ignore[reportMissingImports]
 
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     patcher, tensors = models["sd"], core.tensors_of(models["sd"], 1)
     positive, negative = core.text(1), core.text(2)
@@ -757,7 +757,7 @@ def test_beside_a_controlnet(core: ModuleType, models: dict[str, Any], tmp_path:
     """On the positive conditioning, as a ControlNet gives it to the middle block."""
     import comfy.controlnet  # pyright: ignore[reportMissingImports]
 
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     class Control(comfy.controlnet.ControlBase):
         def get_control(self, x: Tensor, *_: Any) -> dict[str, list[Tensor]]:
@@ -782,7 +782,7 @@ def test_beside_a_controlnet(core: ModuleType, models: dict[str, Any], tmp_path:
 
 def test_a_clone_with_another_copy_of_the_model(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
     """Concepts act in the one that is sampled, whatever the model was when the node ran."""
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     plan, negative = composition(core, patcher, tmp_path, "regional"), core.text(2)
     host, positive = compose(patcher, plan), marked(core.text(1), plan)
@@ -795,7 +795,7 @@ def test_a_clone_with_another_copy_of_the_model(core: ModuleType, patcher: Any, 
 
 @pytest.mark.parametrize("mistake", ["no mark", "another Compose", "two Compose nodes", "another text"])
 def test_what_cannot_be_done_is_said(core: ModuleType, patcher: Any, tmp_path: Path, mistake: str) -> None:
-    from lora_compose.compose.comfyui.host import compose, marked
+    from lora_compose.compose.comfyui.hooks import compose, marked
 
     plan, other = (composition(core, patcher, tmp_path, "tara") for _ in range(2))
     positive, negative, host = core.text(1), core.text(2), compose(patcher, plan)

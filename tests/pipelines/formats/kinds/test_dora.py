@@ -119,7 +119,7 @@ def test_norms_of_inputs_are_those_of_all_layers_that_are_one_in_the_file() -> N
     for start in {name.partition(".attn")[0].partition(".proj")[0] for name in found}:
         mine: Any = [one.transform for name, one in found.items() if name.startswith(f"{start}.")]
         layers = (*(f"{start}.attn.to_{x}" for x in "qkv"), f"{start}.proj_mlp")
-        assert [transform.among for transform in mine] == [layers] * 4
+        assert [transform.fused for transform in mine] == [layers] * 4
 
 
 def test_a_strength_is_a_share_of_the_change(pipe: Any, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from flux import FLUX
 from lora_compose import Concept
 from lora_compose.attention import BankCache, KeptBanks, install
 from lora_compose.attention.backbones import backbone_of
+from lora_compose.attention.column_norms import with_column_norms
 from lora_compose.attention.device import modules_of
-from lora_compose.attention.fused_norms import with_norms
 from lora_compose.compose.lora.inspection import inspect
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.concepts.overload import joint_change
@@ -203,7 +203,7 @@ def test_a_part_that_a_factor_of_0_leaves_out_counts_as_it_is_in_the_model(tmp_p
     without = in_blocks(whole, {names[0]: 0.0})
     weights = [pipe.transformer.get_submodule(name).weight.double() for name in names]
     changed = [weights[0], *(w + whole[name].delta().double() for w, name in zip(weights[1:], names[1:], strict=True))]
-    known = with_norms(without, modules_of(pipe.transformer), torch.device("cpu"), torch.float32)
+    known = with_column_norms(without, modules_of(pipe.transformer), torch.device("cpu"), torch.float32)
     assert known.keys() == whole.keys() - {names[0]}
     for name in names[1:]:
         transform: Any = known[name].transform

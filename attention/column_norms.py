@@ -1,4 +1,4 @@
-"""Norms of the inputs of a layer that is one in a LoRA file and several in the model (DoRA of `qkv`)."""
+"""DoRA's norms of the columns of W + D, where one layer of the file is several of the model (`qkv`)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,8 +10,8 @@ from lora_compose.attention.lora_bank import Lora, base_layer
 from lora_compose.attention.transforms import Rescaling, dense_weight
 
 
-def with_norms(lora: Lora, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> Lora:
-    """A LoRA in which norms of the inputs of several layers together are known; itself, if there are none.
+def with_column_norms(lora: Lora, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> Lora:
+    """Fills in `Rescaling.current`; returns the same LoRA if no layer needs it.
 
     Args:
         modules: The modules of the model, whose weights have not been changed yet.
@@ -25,10 +25,10 @@ def with_norms(lora: Lora, modules: Mapping[str, nn.Module], device: torch.devic
     known = dict(lora)
     for name, factors in lora.items():
         transform = factors.transform
-        if isinstance(transform, Rescaling) and transform.among and transform.found is None:
-            if transform.among not in norms:
-                norms[transform.among] = _norms(transform.among, lora, modules, device, dtype)
-            known[name] = replace(factors, transform=replace(transform, found=norms[transform.among]))
+        if isinstance(transform, Rescaling) and transform.fused and transform.current is None:
+            if transform.fused not in norms:
+                norms[transform.fused] = _norms(transform.fused, lora, modules, device, dtype)
+            known[name] = replace(factors, transform=replace(transform, current=norms[transform.fused]))
     return known if norms else lora
 
 

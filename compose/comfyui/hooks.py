@@ -26,8 +26,8 @@ from lora_compose.compose.comfyui.composition import (
     Composition,
     Conditioning,
     Found,
-    Images,
     Passes,
+    RegionsByImage,
     on_grids,
     over,
 )
@@ -57,20 +57,20 @@ def compose(patcher: Any, composition: Composition) -> Any:
     factors = Factors(composition.loras, patcher.offload_device)
     size = factors.bytes_in(_dtype(patcher.model))
     counted = comfy.model_patcher.ModelPatcher(factors, patcher.load_device, patcher.offload_device, size)
-    clone, host = patcher.clone(), Host(composition, factors)
-    clone.set_attachments(KEY, host)
+    clone, hooks = patcher.clone(), Hooks(composition, factors)
+    clone.set_attachments(KEY, hooks)
     clone.set_additional_models(KEY, [counted])
-    clone.add_callback_with_key(core.CallbacksMP.ON_EJECT_MODEL, KEY, host.eject)
-    clone.add_callback_with_key(core.CallbacksMP.ON_INJECT_MODEL, KEY, host.inject)
-    clone.add_wrapper_with_key(core.WrappersMP.SAMPLER_SAMPLE, KEY, host.sample)
-    clone.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, KEY, host.apply_model)
+    clone.add_callback_with_key(core.CallbacksMP.ON_EJECT_MODEL, KEY, hooks.eject)
+    clone.add_callback_with_key(core.CallbacksMP.ON_INJECT_MODEL, KEY, hooks.inject)
+    clone.add_wrapper_with_key(core.WrappersMP.SAMPLER_SAMPLE, KEY, hooks.sample)
+    clone.add_wrapper_with_key(core.WrappersMP.APPLY_MODEL, KEY, hooks.apply_model)
     return clone
 
 
 def draft_alone(patcher: Any, sample: Callable[[], Any]) -> Found:
     """What `draft` finds in a sampling, which ends after the drafted steps.
 
-    Clones of a model share its `Host`: no other sampling with one of them may overlap.
+    Clones of a model share its `Hooks`: no other sampling with one of them may overlap.
 
     Args:
         patcher: A model of Compose.
@@ -79,17 +79,17 @@ def draft_alone(patcher: Any, sample: Callable[[], Any]) -> Found:
     Raises:
         ValueError: If nothing is drafted with the model.
     """
-    host = patcher.get_attachment(KEY)
-    if host is None or host.composition.draft is None:
+    hooks = patcher.get_attachment(KEY)
+    if hooks is None or hooks.composition.draft is None:
         raise ValueError(
             "nothing is drafted with this model; connect that of Compose, with method draft and a subject without box "
             "and mask"
         )
-    host.previews = previews = []
+    hooks.previews = previews = []
     try:
         sample()
     finally:
-        host.previews = None
+        hooks.previews = None
     if not previews:
         raise ValueError("there are no steps to draft; set steps to 1 or more")
     return previews[-1]
@@ -104,8 +104,8 @@ def marked(conditioning: Conditioning, composition: Composition) -> list[list[An
     return [[text, {**options, KEY: composition.mark}] for text, options in conditioning]
 
 
-class Host:
-    """What ComfyUI calls.
+class Hooks:
+    """The callbacks that ComfyUI calls around a sampling and around each of its passes.
 
     Args:
         composition: What acts where.
@@ -125,25 +125,25 @@ class Host:
         latents: Tensor | None = None, mask: Tensor | None = None, *further: Any, **options: Any,
     ) -> Tensor:  # fmt: skip
         """Around a whole sampling (SAMPLER_SAMPLE): LoRAs are in the model inside. Its arguments are the sampler's."""
-        plan, conditionings = self.composition, guider.conds
+        composition, conditionings = self.composition, guider.conds
         given = {"latent_image": latents, "denoise_mask": mask, "seed": extra.get("seed")}
         ours = self._ours(conditionings)
-        sampling = self._sampling = Sampling(guider, plan, self.factors, ours, noise, sigmas, given)
-        images = [plan.regions]
+        sampling = self._sampling = Sampling(guider, composition, self.factors, ours, noise, sigmas, given)
+        images = [composition.regions]
         try:
             sampling.put()
-            if plan.draft is not None and sampling.steps:
-                guider.conds = sampling.start(plan.drafted(plan.draft), images)
+            if composition.draft is not None and sampling.steps:
+                guider.conds = sampling.start(composition.drafted(composition.draft), images)
                 first = sigmas[: 1 + max(1, math.ceil(steps_in(LENGTH, sampling.steps)))]
                 start = {**extra}, None, noise.clone(), latents, mask
                 maps = sampling.maps(partial(executor, guider, first, *start, *further, **options))
-                images = [plan.draft.divide(image, plan.regions, sampling.grid) for image in maps]
+                images = [composition.draft.divide(image, composition.regions, sampling.grid) for image in maps]
                 if self.previews is not None:
                     cells = torch.stack([on_grids(regions, sampling.grid) for regions in images])
                     self.previews.append(Found(maps, cells))
             if self.previews is not None:
-                return noise
-            guider.conds = sampling.start(replace(plan, draft=None), images)
+                return noise  # `draft_alone` asks for what was found, not for an image
+            guider.conds = sampling.start(replace(composition, draft=None), images)
             return executor(guider, sigmas, extra, callback, noise, latents, mask, *further, **options)
         finally:
             guider.conds, self._sampling = conditionings, None
@@ -197,7 +197,7 @@ class Sampling:
 
     Args:
         guider: ComfyUI's, whose model samples.
-        plan: What acts where.
+        composition: What acts where.
         factors: Its factors.
         ours: The conditionings that concepts act on.
         noise: Shape: [images, channels, (frames,) height, width].
@@ -214,13 +214,19 @@ class Sampling:
     _passes: Passes  # from `start` on
 
     def __init__(
-        self, guider: Any, plan: Composition, factors: Factors, ours: Collection[Any], noise: Tensor, sigmas: Tensor,
-        given: Mapping[str, Any],
+        self, guider: Any, composition: Composition, factors: Factors, ours: Collection[Any], noise: Tensor,
+        sigmas: Tensor, given: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self.model = guider.inner_model
-        self.steered = plan.draft is not None or plan.phrases is not None or bool(plan.texts)
+        self.steered = composition.draft is not None or composition.phrases is not None or bool(composition.texts)
         self.grid: Grid = (noise.shape[-2], noise.shape[-1])
-        self._plan, self._factors, self._ours, self._noise, self._given = plan, factors, ours, noise, given
+        self._composition, self._factors, self._ours, self._noise, self._given = (
+            composition,
+            factors,
+            ours,
+            noise,
+            given,
+        )
         self._conditionings, self._device = guider.conds, guider.model_patcher.load_device
         self._levels, self.steps = sigmas.tolist(), max(0, len(sigmas) - 1)
         self._family = family_of(self.model.diffusion_model)
@@ -231,7 +237,12 @@ class Sampling:
 
     def put(self) -> None:
         """Puts the LoRAs in."""
-        model, dtype, family, loras = self.model.diffusion_model, _dtype(self.model), self._family, self._plan.loras
+        model, dtype, family, loras = (
+            self.model.diffusion_model,
+            _dtype(self.model),
+            self._family,
+            self._composition.loras,
+        )
         self._factors.make(family.sites, model, dtype)
         layers = installed_layers(
             model, loras, family.sites, device=self._device, dtype=dtype, kept=self._factors.kept, how="forward"
@@ -263,7 +274,7 @@ class Sampling:
         self._installation = None
         self._stack.close()
 
-    def start(self, plan: Composition, images: Images) -> Mapping[str, Any]:
+    def start(self, composition: Composition, images: RegionsByImage) -> Mapping[str, Any]:
         """Lets a composition act in the next passes.
 
         Returns:
@@ -278,9 +289,9 @@ class Sampling:
             return encode(function, [other], self._noise, self._device, kind, **self._given)[0]
 
         def reading(kind: str, conditioning: dict[str, Any]) -> dict[str, Any]:
-            if not plan.texts or conditioning["uuid"] not in self._ours:
+            if not composition.texts or conditioning["uuid"] not in self._ours:
                 return conditioning
-            first, *more = [encoded(kind, conditioning, text) for text in plan.texts]
+            first, *more = [encoded(kind, conditioning, text) for text in composition.texts]
             if not more:
                 return first
             every = [other["model_conds"]["c_crossattn"] for other in (first, *more)]
@@ -293,7 +304,7 @@ class Sampling:
             for kind, several in self._conditionings.items()
         }
         self._inputs.clear()
-        self._passes = Passes.of(plan, self._family, self.grid, images, lengths)
+        self._passes = Passes.of(composition, self._family, self.grid, images, lengths)
         return read
 
     def maps(self, sample: Callable[[], Any]) -> Tensor:
@@ -302,7 +313,7 @@ class Sampling:
         Args:
             sample: Runs these steps; the sampler starts again from the same noise afterwards.
         """
-        if self._plan.texts and len(self._noise) > 1:
+        if self._composition.texts and len(self._noise) > 1:
             raise ValueError(
                 "where regions read texts of their own, images are drafted one by one; set batch_size to 1"
             )
@@ -328,9 +339,9 @@ class Sampling:
             raise ValueError("a conditioning with an area of its own cannot be combined with regions of concepts")
         ours = torch.tensor([uuid in self._ours for uuid in uuids]).repeat_interleave(len(x) // len(uuids))
         step = self._step(float(t.max()))
-        acting = Acting(self._passes, ours, grid, tokens, self._passes.plan.weights_at(step, self.steps))
+        acting = Acting(self._passes, ours, grid, tokens, self._passes.composition.weights_at(step, self.steps))
         inputs = self._inputs_of(self._installation, acting, by_region=step < steps_in(NORM_APART, self.steps))
-        draft = self._passes.plan.draft
+        draft = self._passes.composition.draft
         if draft is None or not ours.any():
             self._installation.use(inputs)
             return execute()

@@ -20,9 +20,9 @@ STEPS = 5
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[ModuleType]:
+def hooks() -> Iterator[ModuleType]:
     with standing_in() as ours:
-        yield ours("host")
+        yield ours("hooks")
 
 
 @pytest.fixture
@@ -92,22 +92,22 @@ def watching(model: ModelPatcher, look: Any) -> ModelPatcher:
     return clone
 
 
-def test_loras_act_as_in_the_weights_and_are_gone_afterwards(host: ModuleType, model: ModelPatcher) -> None:
+def test_loras_act_as_in_the_weights_and_are_gone_afterwards(hooks: ModuleType, model: ModelPatcher) -> None:
     plan, keys, seen = merging(model, 1.0, 0.5), list(model.model.state_dict()), []
     base = sampled(model, text(1), text(2))
     wanted = sampled(dense(model, plan, [1, 0.5]), text(1), text(2))
-    ours = watching(host.compose(model, plan), lambda *_: seen.append((left(model), [*model.model.state_dict()])))
-    found = sampled(ours, host.marked(text(1), plan), text(2))
+    ours = watching(hooks.compose(model, plan), lambda *_: seen.append((left(model), [*model.model.state_dict()])))
+    found = sampled(ours, hooks.marked(text(1), plan), text(2))
     assert (wanted - base).abs().max() > 0.1
     assert torch.allclose(found, wanted, atol=1e-5)
     assert all(swapped > 20 and names == keys for swapped, names in seen)
     assert len(seen) == STEPS
     assert left(model) == 0
     assert torch.equal(sampled(model, text(1), text(2)), base)
-    assert torch.equal(sampled(ours, host.marked(text(1), plan), text(2)), found)
+    assert torch.equal(sampled(ours, hooks.marked(text(1), plan), text(2)), found)
 
 
-def test_weights_that_change_over_the_steps(host: ModuleType, model: ModelPatcher) -> None:
+def test_weights_that_change_over_the_steps(hooks: ModuleType, model: ModelPatcher) -> None:
     """Against Euler's method with other weights in the model in each step."""
     plan = merging(model, "1..0.2", 0.5)
     by_step = [dense(model, plan, [1 - 0.2 * step, 0.5]).model for step in range(STEPS)]
@@ -119,14 +119,14 @@ def test_weights_that_change_over_the_steps(host: ModuleType, model: ModelPatche
             return by_step[round(STEPS * (1 - float(t[0])))].apply_model(x, t, concat, text, control, options)
 
     wanted = sampled(ModelPatcher(Changing(), CPU, CPU), text(1), text(2))
-    found = sampled(host.compose(model, plan), host.marked(text(1), plan), text(2))
+    found = sampled(hooks.compose(model, plan), hooks.marked(text(1), plan), text(2))
     assert torch.allclose(found, wanted, atol=1e-5)
     constant = sampled(dense(model, plan, [1, 0.5]), text(1), text(2))
     assert (found - constant).abs().max() > 0.01
 
 
 def test_inputs_are_made_once_and_norms_are_by_region_in_the_first_steps(
-    host: ModuleType, model: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+    hooks: ModuleType, model: ModelPatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In 2 of 5 steps, in each of 6 layers."""
     made, normed, make, normalise = [], [], Installation.inputs, NormRegions.normalised
@@ -142,16 +142,16 @@ def test_inputs_are_made_once_and_norms_are_by_region_in_the_first_steps(
     monkeypatch.setattr(Installation, "inputs", counted)
     monkeypatch.setattr(NormRegions, "normalised", by_region)
     plan, levels = in_regions(model), []
-    ours = watching(host.compose(model, plan), lambda x, t, *_: levels.append(float(t[0])))
-    sampled(ours, host.marked(text(1), plan), text(2))
+    ours = watching(hooks.compose(model, plan), lambda x, t, *_: levels.append(float(t[0])))
+    sampled(ours, hooks.marked(text(1), plan), text(2))
     assert normed == [1] * 6 + [2] * 6
     assert made == [True, False]
 
 
-def test_in_the_middle_of_a_sampling_comfyui_may_take_them_out(host: ModuleType, model: ModelPatcher) -> None:
+def test_in_the_middle_of_a_sampling_comfyui_may_take_them_out(hooks: ModuleType, model: ModelPatcher) -> None:
     plan, out, passes = in_regions(model), [], []
-    ours = host.compose(model, plan)
-    mine = host.marked(text(1), plan)
+    ours = hooks.compose(model, plan)
+    mine = hooks.marked(text(1), plan)
     wanted = sampled(ours, mine, text(2))
 
     def change(run: Any, *arguments: Any) -> Tensor:
@@ -171,9 +171,9 @@ def test_in_the_middle_of_a_sampling_comfyui_may_take_them_out(host: ModuleType,
     assert left(model) == 0, "outside of a sampling nothing is put in"
 
 
-def test_an_exception_leaves_nothing_behind(host: ModuleType, model: ModelPatcher) -> None:
+def test_an_exception_leaves_nothing_behind(hooks: ModuleType, model: ModelPatcher) -> None:
     plan = in_regions(model)
-    ours, mine, passes = host.compose(model, plan), host.marked(text(1), plan), []
+    ours, mine, passes = hooks.compose(model, plan), hooks.marked(text(1), plan), []
     base, good = sampled(model, text(1), text(2)), sampled(ours, mine, text(2))
 
     def fail(*_: Any) -> None:
@@ -189,53 +189,53 @@ def test_an_exception_leaves_nothing_behind(host: ModuleType, model: ModelPatche
     assert torch.equal(sampled(ours, mine, text(2)), good)
 
 
-def test_a_draft_begins_with_the_noise_of_the_image(host: ModuleType, model: ModelPatcher) -> None:
+def test_a_draft_begins_with_the_noise_of_the_image(hooks: ModuleType, model: ModelPatcher) -> None:
     """One of 5 steps is drafted, with the draft's text and without the LoRAs of subjects."""
     plan, seen = drafting(model), []
-    ours = watching(host.compose(model, plan), lambda x, t, concat, read, *_: seen.append((x, float(t[0]), read)))
-    found = sampled(ours, host.marked(text(1), plan), text(2), batch=2)
+    ours = watching(hooks.compose(model, plan), lambda x, t, concat, read, *_: seen.append((x, float(t[0]), read)))
+    found = sampled(ours, hooks.marked(text(1), plan), text(2), batch=2)
     assert [level for _, level, _ in seen] == pytest.approx([1, 1, 0.8, 0.6, 0.4, 0.2])
     assert torch.equal(seen[0][0], seen[1][0])
     assert torch.equal(seen[0][2][0], text(6)[0][0][0])
     assert torch.equal(seen[1][2][0], text(1)[0][0][0])
     seen.clear()
-    alone = host.draft_alone(ours, lambda: sampled(ours, host.marked(text(1), plan), text(2), batch=2))
+    alone = hooks.draft_alone(ours, lambda: sampled(ours, hooks.marked(text(1), plan), text(2), batch=2))
     assert len(seen) == 1
     assert alone.maps.shape == alone.cells.shape == (2, 2, *GRID)
     assert torch.equal(alone.cells.sum(dim=1), torch.ones(2, *GRID)), "each cell is of one subject"
     images = [[*image] for image in alone.cells]
     given = replace(plan, draft=None, regions=images[0])
-    one = sampled(host.compose(model, given), host.marked(text(1), given), text(2), batch=2)
+    one = sampled(hooks.compose(model, given), hooks.marked(text(1), given), text(2), batch=2)
     assert torch.allclose(found[:1], one[:1], atol=1e-5), "as with these regions given, which have the bias, too"
     with pytest.raises(ValueError, match="nothing is drafted with this model"):
-        host.draft_alone(host.compose(model, given), lambda: None)
+        hooks.draft_alone(hooks.compose(model, given), lambda: None)
     with pytest.raises(ValueError, match="there are no steps to draft"):
-        host.draft_alone(ours, lambda: None)
+        hooks.draft_alone(ours, lambda: None)
 
 
-def test_texts_of_regions_are_read_one_after_the_other(host: ModuleType, model: ModelPatcher) -> None:
+def test_texts_of_regions_are_read_one_after_the_other(hooks: ModuleType, model: ModelPatcher) -> None:
     """The conditioning is longer in passes, and what the guider has is as before afterwards."""
     words, seen = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), []
     plan = in_regions(model, texts=[text(n, 4) for n in range(3)], owners=(0, 1))
     plan = replace(plan, words=words)
-    ours = watching(host.compose(model, plan), lambda x, t, concat, read, *_: seen.append(read))
-    found = sampled(ours, host.marked(text(1), plan), text(2))
+    ours = watching(hooks.compose(model, plan), lambda x, t, concat, read, *_: seen.append(read))
+    found = sampled(ours, hooks.marked(text(1), plan), text(2))
     assert {read.shape[1] for read in seen} == {12}
     assert torch.equal(seen[0][0], torch.cat([text(n, 4)[0][0][0] for n in range(3)]))
     assert torch.equal(seen[0][1], text(2)[0][0][0].repeat(2, 1)), "of others, repeated as ComfyUI does it"
     same = replace(plan, texts=[text(0, 4)] * 3)
-    other = sampled(host.compose(model, same), host.marked(text(1), same), text(2))
+    other = sampled(hooks.compose(model, same), hooks.marked(text(1), same), text(2))
     assert (found - other)[..., :6].abs().max() > 0.01
 
 
-def test_another_override_of_attention_is_called_by_ours(host: ModuleType, model: ModelPatcher) -> None:
+def test_another_override_of_attention_is_called_by_ours(hooks: ModuleType, model: ModelPatcher) -> None:
     plan, calls = drafting(model), []
 
     def override(core: Any, *arguments: Any, **options: Any) -> Tensor:
         calls.append(arguments[0].shape)
         return core(*arguments, **options)
 
-    ours, mine = host.compose(model, plan), host.marked(text(1), plan)
+    ours, mine = hooks.compose(model, plan), hooks.marked(text(1), plan)
     wanted = sampled(ours, mine, text(2))
     found = sampled(ours, mine, text(2), optimized_attention_override=override)
     assert len(calls) == 4 * (1 + STEPS)
@@ -271,26 +271,26 @@ CELLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", CELLS.values(), ids=CELLS)
 def test_where_concepts_act_everywhere_another_node_may_change_the_cells(
-    host: ModuleType, model: ModelPatcher, options: dict[str, Any]
+    hooks: ModuleType, model: ModelPatcher, options: dict[str, Any]
 ) -> None:
     plan = merging(model, 1.0, 0.5)
     wanted = sampled(dense(model, plan, [1, 0.5]), text(1), text(2), **options)
-    found = sampled(host.compose(model, plan), host.marked(text(1), plan), text(2), **options)
+    found = sampled(hooks.compose(model, plan), hooks.marked(text(1), plan), text(2), **options)
     assert torch.allclose(found, wanted, atol=1e-5)
     assert (wanted - sampled(dense(model, plan, [1, 0.5]), text(1), text(2))).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_cannot_be_done_is_said(host: ModuleType, model: ModelPatcher, mistake: str) -> None:
+def test_what_cannot_be_done_is_said(hooks: ModuleType, model: ModelPatcher, mistake: str) -> None:
     plan, other = replace(drafting(model), tokens=6), in_regions(model)
-    ours, mine, batch = host.compose(model, plan), host.marked(text(1), plan), 1
+    ours, mine, batch = hooks.compose(model, plan), hooks.marked(text(1), plan), 1
     options: dict[str, Any] = {}
     if mistake == "no mark":
         mine = text(1)
     elif mistake == "another Compose":
-        mine += host.marked(text(3), other)
+        mine += hooks.marked(text(3), other)
     elif mistake == "another text":
-        mine = host.marked(text(1, 12), plan)
+        mine = hooks.marked(text(1, 12), plan)
     elif mistake == "attention replaced":
         options = {"patches_replace": {"attn2": {}}}
     elif mistake == "attention masked":
@@ -298,10 +298,10 @@ def test_what_cannot_be_done_is_said(host: ModuleType, model: ModelPatcher, mist
     elif mistake == "fewer cells":
         options = {"every": 2}
     elif mistake in CELLS:
-        ours, mine, options = host.compose(model, other), host.marked(text(1), other), CELLS[mistake]
+        ours, mine, options = hooks.compose(model, other), hooks.marked(text(1), other), CELLS[mistake]
     elif mistake == "a batch":
         plan = replace(plan, texts=[text(n) for n in range(3)], owners=(0, 1), tokens=None)
-        ours, mine, batch = host.compose(model, plan), host.marked(text(1), plan), 2
+        ours, mine, batch = hooks.compose(model, plan), hooks.marked(text(1), plan), 2
     if mistake in ("unused", "another copy", "references", "an area"):
         wrapper = {"unused": unused, "another copy": on_another_copy, "references": with_references, "an area": cut}
         ours.wrappers.insert(1, ("apply_model", wrapper[mistake]))  # around what concepts do
@@ -309,7 +309,7 @@ def test_what_cannot_be_done_is_said(host: ModuleType, model: ModelPatcher, mist
         sampled(ours, mine, text(2), batch=batch, **options)
     assert left(model) == 0
     with pytest.raises(ValueError, match="this model has concepts already"):
-        host.compose(ours, other)
+        hooks.compose(ours, other)
 
 
 def unused(run: Any, *arguments: Any) -> Tensor:
