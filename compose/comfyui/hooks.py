@@ -131,7 +131,7 @@ class Hooks:
         sampling = self._sampling = Sampling(guider, composition, self.factors, ours, noise, sigmas, given)
         images = [composition.regions]
         try:
-            sampling.put()
+            sampling.install()
             if composition.draft is not None and sampling.steps:
                 guider.conds = sampling.start(composition.drafted(composition.draft), images)
                 first = sigmas[: 1 + max(1, math.ceil(steps_in(LENGTH, sampling.steps)))]
@@ -147,7 +147,7 @@ class Hooks:
             return executor(guider, sigmas, extra, callback, noise, latents, mask, *further, **options)
         finally:
             guider.conds, self._sampling = conditionings, None
-            sampling.take()
+            sampling.remove()
 
     def _ours(self, conditionings: Mapping[str, Any]) -> Collection[Any]:
         """The conditionings that concepts act on, by their identifiers."""
@@ -168,12 +168,12 @@ class Hooks:
     def eject(self, patcher: Any) -> None:
         """Removes the LoRAs after ComfyUI has ejected its own (ON_EJECT_MODEL)."""
         if self._sampling is not None and patcher.model is self._sampling.model:
-            self._sampling.take()
+            self._sampling.remove()
 
     def inject(self, patcher: Any) -> None:
         """Installs the LoRAs again after ComfyUI has injected its own (ON_INJECT_MODEL)."""
         if self._sampling is not None and patcher.model is self._sampling.model:
-            self._sampling.put()
+            self._sampling.install()
 
     def apply_model(
         self, executor: Any, x: Tensor, t: Tensor, concat: Any = None, text: Any = None, control: Any = None,
@@ -202,7 +202,7 @@ class Sampling:
         ours: The conditionings that concepts act on.
         noise: Shape: [images, channels, (frames,) height, width].
         sigmas: The noise level before each step, and after the last one.
-        given: What a model may make a part of its conditioning of.
+        given: Start latents, mask and seed, which a model may make a part of its conditioning of.
 
     Attributes:
         model: ComfyUI's `BaseModel`.
@@ -220,13 +220,8 @@ class Sampling:
         self.model = guider.inner_model
         self.steered = composition.draft is not None or composition.phrases is not None or bool(composition.texts)
         self.grid: Grid = (noise.shape[-2], noise.shape[-1])
-        self._composition, self._factors, self._ours, self._noise, self._given = (
-            composition,
-            factors,
-            ours,
-            noise,
-            given,
-        )
+        self._composition, self._factors, self._ours = composition, factors, ours
+        self._noise, self._given = noise, given
         self._conditionings, self._device = guider.conds, guider.model_patcher.load_device
         self._levels, self.steps = sigmas.tolist(), max(0, len(sigmas) - 1)
         self._family = family_of(self.model.diffusion_model)
@@ -235,17 +230,18 @@ class Sampling:
         self._stack = ExitStack()
         self._installation: Installation | None = None
 
-    def put(self) -> None:
-        """Puts the LoRAs in."""
-        model, dtype, family, loras = (
-            self.model.diffusion_model,
-            _dtype(self.model),
-            self._family,
-            self._composition.loras,
-        )
+    def install(self) -> None:
+        """Installs the LoRAs."""
+        model, dtype, family = self.model.diffusion_model, _dtype(self.model), self._family
         self._factors.make(family.sites, model, dtype)
         layers = installed_layers(
-            model, loras, family.sites, device=self._device, dtype=dtype, kept=self._factors.kept, how="forward"
+            model,
+            self._composition.loras,
+            family.sites,
+            device=self._device,
+            dtype=dtype,
+            kept=self._factors.kept,
+            how="forward",
         )
         self._installation = self._stack.enter_context(layers)
         for name, layer in self._installation.bank.items():
@@ -269,8 +265,8 @@ class Sampling:
         self._stack.callback(swap.take_off)
         swap.put_on()
 
-    def take(self) -> None:
-        """Takes them out; may be called twice."""
+    def remove(self) -> None:
+        """Removes the LoRAs; may be called twice."""
         self._installation = None
         self._stack.close()
 

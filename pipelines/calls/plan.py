@@ -68,7 +68,7 @@ class Plan:
         controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
         sampler: A copy of the scheduler with its timesteps, on the CPU.
         reading: How texts with weights, and long ones, are read; None if there are none.
-        row_factor: FLOPs of a row, relative to one without reference images, both with the padding of texts.
+        row_factor: How much dearer reference images make a row, in FLOPs.
     """
 
     call: Call
@@ -158,7 +158,7 @@ def make_plan(host: Host, call: Call) -> Plan:
     Raises:
         ValueError: For anything that does not fit together.
     """
-    backbone, device = host.backbone_of(call), host.runs_on  # diffusers looks through all models for the device
+    backbone, device = host.backbone_of(call), host.runs_on  # asked once: diffusers looks through all models for it
     images = len(call.prompts) * call.size.images_per_prompt
     check_size(host, device, call.size.width, call.size.height, images, backbone)
     loaded, concepts_of = resolve_sets(host, call.composition.concepts, len(call.prompts))
@@ -194,7 +194,7 @@ def _plan(
         _check_painted(concepts.loaded, canvas, canvas.painted)
     host.check_start(plain, canvas)
     controls = _controls(host, call, canvas, sets)
-    steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))
+    steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))  # raises for others
     return Plan(
         plain, choice, concepts, of_sets, canvas, textual_inversions, tokenizers, controls, sampler,
         reading, reference_factor(backbone, canvas.latent_grid, of_sets[0].token_masks.trigger.shape[1]),
