@@ -151,10 +151,11 @@ class Installation:
         if self.columns:
             weights = strongest(torch.tensor(weights), self.columns).tolist()
             stay = {self.columns[index] for index in stay}
-        self._loras = [with_column_norms(lora, self._modules, self._device, self._dtype) for lora in self._loras]
         parts = set(parts)
         names = [name for name, layer in self.bank.items() if parts.issuperset(layer.key.site.parts)]
         names = [name for name in names if _foldable(base_layer(self.bank[name].layer), self._dtype)]
+        if any(self.bank[name].transforms is not None for name in names):
+            self._loras = [with_column_norms(lora, self._modules, self._device, self._dtype) for lora in self._loras]
         gates = [0.0 if index in stay else gate for index, gate in enumerate(weights)]
         columns: dict[tuple[int, ...], Tensor | None] = {}
         folded = 0

@@ -68,6 +68,20 @@ class LoraFactors:
         optional = self.left, None if self.transform is None else self.transform.values
         return (self.down, self.up, *(tensor for tensor in optional if tensor is not None))
 
+    @property
+    def _mixes_cells(self) -> bool:
+        """Whether its transform mixes the cells that a convolution reads."""
+        rotates = isinstance(self.transform, Rotation) and self.transform.by_input
+        return rotates and math.prod(self.down.shape[2:]) > 1
+
+    @property
+    def size_in_model(self) -> int:
+        """How many numbers it has in a model (`in_model`)."""
+        if self._mixes_cells:
+            outputs = self.up.shape[0]
+            return outputs * (math.prod(self.down.shape[1:]) + outputs)
+        return sum(tensor.numel() for tensor in self.tensors)
+
     def in_model(self, device: torch.device, dtype: torch.dtype, layer: nn.Module | None = None) -> "LayerFactors":
         """The factors where and as the model runs; the scale is in `up`, multiplied in fp32.
 
@@ -82,7 +96,7 @@ class LoraFactors:
         if self.transform is None:
             return LayerFactors(down.to(dtype), up.to(dtype), None if left is None else left.to(dtype))
         assert layer is not None
-        if isinstance(self.transform, Rotation) and self.transform.by_input and math.prod(self.down.shape[2:]) > 1:
+        if self._mixes_cells and isinstance(self.transform, Rotation):
             return self._as_convolution(self.transform, device, dtype, base_layer(layer))
         matrix, transform = applied(self.transform, self.delta_on(device), base_layer(layer), dtype)
         if self.transform.by_input:

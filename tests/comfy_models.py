@@ -390,7 +390,8 @@ class Reference:
         (x,) = given
         masks = torch.stack([torch.stack([self.small(each[i], x.shape[2:]) for i in here]) for each in self.images])
         by_region = region_normalised(x, shares_by_hand(masks), norm.num_groups, norm.eps)
-        return F.group_norm(by_region, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)  # ComfyUI may store them in less
+        return F.group_norm(by_region, norm.num_groups, weight, bias, norm.eps)
 
     def added(self, name: str, layer: Any, x: Tensor, out: Tensor, deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:
         weights = self.plan.weights_at(len(self.levels_of_noise) - 1, self.steps)

@@ -43,8 +43,7 @@ class Factors(nn.Module):
 
     def bytes_in(self, dtype: torch.dtype) -> int:
         """The memory that it takes in a precision."""
-        tensors = (tensor for lora in self.loras for factors in lora.values() for tensor in factors.tensors)
-        return sum(tensor.numel() for tensor in tensors) * dtype.itemsize
+        return sum(factors.size_in_model for lora in self.loras for factors in lora.values()) * dtype.itemsize
 
     def make(self, sites: Mapping[str, Site], model: nn.Module, dtype: torch.dtype) -> None:
         """Makes the bank, unless there is one of this precision."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import Backbone, StepCaches, backbone_of, check_caches, install, reference_factor
+from lora_compose.attention.bank_cache import Handle
 from lora_compose.attention.device import dtype_of
 from lora_compose.pipelines.calls.call import Call, Concepts, check_call, steps_to_record
 from lora_compose.pipelines.calls.host import Host
@@ -290,7 +291,7 @@ def _guarded(
     concepts: ConceptSet, sets: Sequence[ConceptSet], method: Settings, canvas: Canvas, steps: int
 ) -> ConceptSet:
     """Warns of LoRAs that together change more than each was trained to, and keeps them to the method's limit."""
-    limits: dict[int, dict[str, float]] = {}
+    limits: dict[Handle, dict[str, float]] = {}  # concepts with one LoRA keep one, of which the strongest counts
     model = canvas.backbone.model
     for each in sets:
         for group in method.acting_together(each, canvas):
@@ -300,8 +301,8 @@ def _guarded(
             otherwise = group.otherwise
             if group.limit is not None:
                 for name, scale in joint.scales(group.limit, group.layers).items():
-                    for column in group.columns:
-                        mine = limits.setdefault(column if each.columns is None else each.columns[column], {})
+                    for entry in loaded:
+                        mine = limits.setdefault(entry.handle(entry.factors.part), {})
                         mine[name] = min(scale, mine.get(name, 1.0))
                 joint = joint.within(group.limit)
                 if not joint.of_weights:
@@ -313,7 +314,10 @@ def _guarded(
                 warn_first(about, partial(overload_warning, loaded, joint, model, otherwise))
     if not limits:
         return concepts
-    return ConceptSet(tuple(replace(entry, limits=limits.get(i, {})) for i, entry in enumerate(concepts.loaded)))
+    of_each = (limits.get(entry.handle(entry.factors.part), {}) for entry in concepts.loaded)
+    return ConceptSet(
+        tuple(replace(entry, limits=of_it) for entry, of_it in zip(concepts.loaded, of_each, strict=True))
+    )
 
 
 def _without_weights(loaded: LoadedConcept) -> LoadedConcept:

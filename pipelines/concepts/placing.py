@@ -10,7 +10,7 @@ from lora_compose.attention.fitting import weight_shape
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.attention.transforms import Rescaling, Rotation, Transform
 from lora_compose.pipelines.formats.alphas import Alphas
-from lora_compose.pipelines.formats.kinds import OFT_INPUTS
+from lora_compose.pipelines.formats.kinds import OFT_INPUTS, readable
 from lora_compose.pipelines.formats.layers import Layer
 
 SUMS_PATCHES = (
@@ -21,7 +21,7 @@ SUMS_PATCHES = (
 
 def sums_patches(layer: Layer, target: nn.Module, alphas: Alphas) -> bool:
     """Whether a layer's change is one thing in training and another in a merged weight (`SUMS_PATCHES`)."""
-    of_peft = not layer.refused and layer.kind is OFT_INPUTS and alphas.of_peft(layer)
+    of_peft = not layer.refused and readable(layer.shapes) is OFT_INPUTS and alphas.of_peft(layer)
     return of_peft and isinstance(target, nn.Conv2d) and math.prod(target.kernel_size) > 1
 
 

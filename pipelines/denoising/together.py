@@ -53,6 +53,15 @@ def limited(groups: Iterable[Together], limit: float | None) -> list[Together]:
     return [replace(group, limit=limit, has_limit=True) for group in groups]
 
 
+def of_one_text(concepts: ConceptSet, canvas: Canvas) -> Together:
+    """All concepts in layers without cells, where they act together whatever their regions: on a text that all read."""
+    sites = canvas.backbone.sites
+    return Together(
+        range(len(concepts.loaded)),
+        layers={name for name, site in sites.items() if {"text", "row"}.issuperset(site.parts)},
+    )
+
+
 def overlapping(regions: Mapping[int, BoxOrMask | None], canvas: Canvas) -> list[tuple[int, ...]]:
     """The subjects that act on one cell of the canvas, for each set of them that is in no other.
 

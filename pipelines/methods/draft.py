@@ -40,7 +40,7 @@ from lora_compose.pipelines.denoising.process import (
     constant_gates,
 )
 from lora_compose.pipelines.denoising.session import Session
-from lora_compose.pipelines.denoising.together import Together, each_subject, limited, overlapping
+from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
 from lora_compose.pipelines.methods.drafted import drafted_maps
 from lora_compose.pipelines.methods.gated_pass import gated_pass, with_region_norm
@@ -116,7 +116,10 @@ class Draft(Settings):
     def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
         """Subjects whose given regions overlap, and each of the others, with all styles."""
         regions = {i: region for i in concepts.subjects if (region := concepts.concepts[i].region) is not None}
-        return limited(each_subject(concepts, overlapping(regions if self.keep_regions else {}, canvas)), self.limit)
+        groups = each_subject(concepts, overlapping(regions if self.keep_regions else {}, canvas))
+        if self.limit is not None and canvas.backbone.joint is None:
+            groups.append(of_one_text(concepts, canvas))
+        return limited(groups, self.limit)
 
     def start(self, session: Session) -> Process:
         """Encodes the texts of the draft and of the regions. A single subject acts in its region, or everywhere."""

@@ -36,7 +36,7 @@ from lora_compose.pipelines.denoising.process import (
     check_limit,
 )
 from lora_compose.pipelines.denoising.session import Session
-from lora_compose.pipelines.denoising.together import Together, each_subject, limited, overlapping
+from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
 from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, with_region_norm
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_texts import GatedText, SegmentedTexts, segment_texts, shared_text
@@ -84,7 +84,10 @@ class Regional(Settings):
     def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
         """Subjects whose regions overlap, and each of the others, with all styles."""
         regions = {i: concepts.concepts[i].region for i in concepts.subjects}
-        return limited(each_subject(concepts, overlapping(regions, canvas)), self.limit)
+        groups = each_subject(concepts, overlapping(regions, canvas))
+        if self.limit is not None and (self.texts == "shared" or canvas.backbone.joint is None):
+            groups.append(of_one_text(concepts, canvas))
+        return limited(groups, self.limit)
 
     def start(self, session: Session) -> Process:
         """Gates by region, token and row. A concept without a region acts everywhere. Styles alone are merged."""

@@ -65,11 +65,11 @@ class Tara(Settings):
         return cls(cfg_mask="broadcast")
 
     def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
-        """Each subject with all styles where gates are masked; all in summed layers, if there is a limit."""
+        """Each subject with all styles where gates are masked; with a limit, all where cells have every LoRA."""
         if len(concepts.subjects) < 2:
             return limited(each_subject(concepts), self.limit)
         sites = canvas.backbone.sites
-        summed = {name for name, site in sites.items() if set(SUMMED).issuperset(site.parts)}
+        summed = {name for name, site in sites.items() if not set(SUMMED).isdisjoint(site.parts)}
         groups = [replace(group, layers=sites.keys() - summed) for group in each_subject(concepts)]
         if self.scope == "all" and self.limit is not None:
             groups.append(Together(range(len(concepts.loaded)), layers=summed))

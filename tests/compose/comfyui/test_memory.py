@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lora_compose.attention import Gates, LoraFactors, Site, installed_layers
 from lora_compose.attention.swapped_forward import SwappedForward
+from lora_compose.attention.transforms import Rotation
 from lora_compose.compose.comfyui.memory import Brought, Factors
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -40,6 +41,15 @@ def test_factors_that_lie_elsewhere_are_copied_in_each_call() -> None:
     (layer,) = factors.bank.layers.values()
     assert {tensor.device for tensor in layer.tensors} == {CPU}
     assert factors.bank.bytes == factors.bytes_in(torch.float32) == 64
+
+
+def test_rotations_that_mix_the_cells_of_a_convolution_are_counted_as_they_are_made() -> None:
+    rotation = Rotation(torch.linalg.qr(torch.randn(3, 12, 12)).Q, by_input=True)
+    lora = {"0": LoraFactors(torch.zeros(1, 4, 3, 3), torch.zeros(5, 1, 1, 1), transform=rotation)}
+    factors, model = Factors([lora], CPU), nn.Sequential(nn.Conv2d(4, 5, 3, bias=False))
+    factors.make({"0": Site("image")}, model, torch.float32)
+    assert factors.bank is not None
+    assert factors.bank.bytes == factors.bytes_in(torch.float32) == 4 * (5 * 4 * 9 + 5 * 5)
 
 
 def test_an_error_of_the_layer_itself_is_not_put_down_to_other_nodes() -> None:

@@ -653,14 +653,13 @@ def test_the_model_paints_missing_class_images(begin: Callable[..., Training]) -
     assert any(not torch.equal(first[key], without[key]) for key in first)
 
 
-@pytest.mark.slow
 def test_samples_are_painted_and_change_nothing(begin: Callable[..., Training], tmp_path: Path) -> None:
-    plain = train(begin("xl", tara=TARA, out=tmp_path / "plain.safetensors"))
-    prompts = ("a sks cat", "a red sks cat")
-    settings = begin("xl", tara=TARA, sample_every=3, sample_prompts=prompts)
+    plain = train(begin("sd", tara=TARA, out=tmp_path / "plain.safetensors"))
+    prompts = ("a sks cat",)
+    settings = begin("sd", tara=TARA, sample_every=3, sample_prompts=prompts)
     train(settings)
     names = sorted(path.name for path in (tmp_path / "cat-samples").iterdir())
-    assert names == ["000003-0.png", "000003-1.png", "000004-0.png", "000004-1.png"]
+    assert names == ["000003-0.png", "000004-0.png"]
     assert same(plain, settings.out)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from components import lora_tensors, random_lora, seeded, tiny_pipeline
+from flux import flux_pipeline
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts import overload
 from lora_compose.pipelines.concepts.overload import joint_change
@@ -186,6 +187,7 @@ def test_a_limit_keeps_the_change_of_each_layer_within_it(pipe: Any) -> None:
 
 
 KEYS = re.compile(r"attn2\.to_[kv]$")
+WITHOUT_CELLS = re.compile(r"attn2\.to_[kv]$|time_emb")
 
 
 def scaled(pipe: Any, write_lora: Callable[..., Path], parts: Mapping[str, tuple[str, Mapping[str, float]]]) -> Any:
@@ -214,9 +216,11 @@ def test_regions_that_overlap_are_kept_within_a_limit_and_others_are_as_they_wer
     given = [Concept(name=name, region=box, class_word="a") for name, box in boxes.items()]
     assert warnings_of(pipe, *given, method=free)
     assert not warnings_of(pipe, *given, method=limited)
-    by = scales_of(pipe, "cat", "kitten")
+    by, everywhere = scales_of(pipe, "cat", "kitten"), scales_of(pipe, "cat", "kitten", "dog")
     assert max(by.values()) == pytest.approx(0.5)
-    other = scaled(pipe, write_lora, {"cat": ("cat", by), "kitten": ("kitten", by), "dog": ("dog", {})})
+    of_text = {name: scale for name, scale in everywhere.items() if WITHOUT_CELLS.search(name)}
+    by |= {name: min(by[name], scale) for name, scale in of_text.items()}
+    other = scaled(pipe, write_lora, {"cat": ("cat", by), "kitten": ("kitten", by), "dog": ("dog", of_text)})
     expected = latents_of(other, *given, method=free)
     torch.testing.assert_close(latents_of(pipe, *given, method=limited), expected, rtol=1e-4, atol=1e-4)
     assert float((latents_of(pipe, *given, method=free) - expected).abs().max()) > 1e-2
@@ -226,6 +230,10 @@ def test_a_style_beside_each_subject_is_kept_within_a_limit(pipe: Any, write_lor
     given = [Concept(name=name, region=(left, 0, left + 16, 32)) for name, left in (("cat", 0), ("dog", 16))]
     given.append(Concept(name="tom", role="style"))
     by, beside = scales_of(pipe, "cat", "tom"), scales_of(pipe, "dog", "tom")
+    everywhere = scales_of(pipe, "cat", "dog", "tom")
+    for name, scale in everywhere.items():
+        if WITHOUT_CELLS.search(name):
+            by[name], beside[name] = min(by[name], scale), min(beside[name], scale)
     parts = {"cat": ("cat", by), "dog": ("dog", beside), "tom": ("tom", {n: min(by[n], beside[n]) for n in by})}
     expected = latents_of(scaled(pipe, write_lora, parts), *given, method=Regional())
     torch.testing.assert_close(latents_of(pipe, *given, method=Regional(limit=1.0)), expected, rtol=1e-4, atol=1e-4)
@@ -241,6 +249,33 @@ def test_tara_is_limited_in_the_layers_in_which_loras_are_summed(
     expected = latents_of(other, "cat", "kitten", method=Tara(scope=scope))
     limited = latents_of(pipe, "cat", "kitten", method=Tara(scope=scope, limit=1.0))
     torch.testing.assert_close(limited, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tara_is_limited_in_layers_with_text_and_image_too(write_lora: Callable[..., Path]) -> None:
+    pipe = flux_pipeline()
+    lora = random_lora(pipe.transformer, 1)
+    for name in ("cat", "dog"):
+        pipe.load_concept(write_lora(name, transformer=lora), name, trigger=name)
+    plan = pipe.plan("a cat and a dog", concepts=["cat", "dog"], method=Tara(limit=1.0), width=32, height=32)
+    sites = plan.resolved.canvas.backbone.sites
+    joined = [name for name in lora if {"text", "image"} <= set(sites[name].parts)]
+    limits = plan.resolved.concepts.loaded[0].limits
+    assert joined
+    assert [limits[name] for name in joined] == pytest.approx([0.5] * len(joined))
+
+
+def test_concepts_with_one_file_keep_one_lora_within_a_limit(pipe: Any) -> None:
+    boxes = {"cat": (0, 0, 20, 32), "again": (8, 0, 32, 32)}
+    cat, again = (
+        Concept(name=name, lora=pipe.concepts["cat"].lora, trigger=trigger, weight=weight, region=boxes[name])
+        for name, trigger, weight in (("cat", "cat", 1.0), ("again", "zwx", 0.8))
+    )
+    beside = Concept(name="tom", role="style", lora=pipe.concepts["dog"].lora)
+    for method in (Tara(limit=0.5), Regional(limit=0.5)):
+        plan = pipe.plan(PROMPT, concepts=[cat, again, beside], method=method, width=32, height=32)
+        first, second, _ = plan.resolved.concepts.loaded
+        assert first.limits
+        assert first.handle(first.factors.part) == second.handle(second.factors.part)
 
 
 @pytest.mark.parametrize("method", [Merge, Regional, Draft, Tara])

@@ -207,7 +207,7 @@ def test_a_part_that_a_factor_of_0_leaves_out_counts_as_it_is_in_the_model(tmp_p
     assert known.keys() == whole.keys() - {names[0]}
     for name in names[1:]:
         transform: Any = known[name].transform
-        assert relative_error(transform.found.double(), torch.cat(changed).norm(dim=0)) < 1e-6
+        assert relative_error(transform.current.double(), torch.cat(changed).norm(dim=0)) < 1e-6
 
 
 def test_merging_inspecting_and_the_joint_change_know_the_norms_of_several_layers(tmp_path: Path) -> None:
