@@ -73,6 +73,10 @@ def left(patcher: Any) -> int:
     return sum(f is not None and getattr(f, "__func__", None) is not type(module).forward for module, f in own)
 
 
+OF_DRAFTS = 5e-5
+"""Norms over the few cells that a drafted region has on a coarse grid amplify rounding, ten times in two images."""
+
+
 def compared(
     core: ModuleType,
     patcher: Any,
@@ -175,7 +179,7 @@ def test_a_draft_finds_the_regions_and_the_sampler_starts_again(
     free, divide = [torch.zeros(options.get("grid", core.GRID))] * 2, strips if own else nearest
     images = [divided(one, [*plan.draft.subjects.values()], free, divide, 0.3) for one in maps]
     assert all(mask.any() for image in images for mask in image)
-    assert compared(core, patcher, plan, negative, images=images, **options) < 1e-5
+    assert compared(core, patcher, plan, negative, images=images, **options) < OF_DRAFTS
 
 
 def test_a_draft_alone_finds_what_the_sampling_would(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
@@ -201,7 +205,7 @@ def test_a_draft_alone_finds_what_the_sampling_would(core: ModuleType, patcher: 
         draft_alone(model, lambda: None)
     images = [[*image] for image in found.cells]
     assert all(mask.any() for image in images for mask in image)
-    assert compared(core, patcher, plan, negative, images=images, steps=9, batch=2) < 1e-5
+    assert compared(core, patcher, plan, negative, images=images, steps=9, batch=2) < OF_DRAFTS
     assert torch.equal(core.drawn(model, positive, negative, steps=9, batch=2), wanted)
     assert left(patcher) == 0
 
