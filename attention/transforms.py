@@ -320,7 +320,7 @@ class Transforms(nn.Module):
         return Applied(change, index in self._by_input, self.bias, self.of[index])
 
     def moved(self, x: Tensor, gates: Mapping[GateKey, Tensor]) -> Tensor:
-        """X + gate (T - 1) x: the layer's output for it already has the change. Only where all are `in_the_input`."""
+        """Returns x + gate (T - 1) x, whose output already has the change; only where all are `in_the_input`."""
         moved = x
         for side in self._inputs:
             moved = side(moved, x, gates[side.key])

@@ -1,4 +1,4 @@
-"""Python of README and docs, and small models under the names of those that it opens: `from snippets import Shelf`."""
+"""Python of README and docs, and folders of small models under the names that it opens (`ModelFolders`)."""
 
 import ast
 import importlib.util
@@ -156,7 +156,7 @@ PUBLISHED: Mapping[str, Published] = {
 }
 
 
-class Shelf:
+class ModelFolders:
     """A folder for each family, in which the names that the docs use lead to small models, LoRAs and images."""
 
     def __init__(self, root: Path) -> None:

@@ -22,7 +22,7 @@ from components import lora_tensors, random_lora, tiny_xl_pipeline
 from lora_compose.compose.files.images import read_record
 from lora_compose.compose.playground.assets import assets_dir
 from small_world import SIZE
-from snippets import CODE_BLOCK, PAGES, PUBLISHED, ROOT, Shelf, blocks, name_of, named, typed
+from snippets import CODE_BLOCK, PAGES, PUBLISHED, ROOT, ModelFolders, blocks, name_of, named, typed
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -88,7 +88,7 @@ def test_a_command_of_the_docs_does_what_it_says(
     line = [word for word in line if word != "..."]
     if {"SCENE", "MODEL", "FOLDER", "FILE"} & set(line) and line[0] != "run":
         pytest.skip("a form, not a command")
-    folder = Shelf(tmp_path).folder(family_of(line))
+    folder = ModelFolders(tmp_path).folder(family_of(line))
     monkeypatch.chdir(folder)
     known = {"MODEL": SD, "FOLDER": "loras", "SCENE": SCENE}
     words = [known.get(word, word) for word in line]
@@ -135,7 +135,7 @@ def run_page(page: str, folder_of: Callable[[str], Path], monkeypatch: pytest.Mo
 def test_commands_of_a_page_make_the_images_that_it_names(
     page: str, images: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Shelf(tmp_path).folder("sd")
+    folder = ModelFolders(tmp_path).folder("sd")
     small_images(folder)
     printed = run_page(page, lambda _: folder, monkeypatch)
     assert images <= {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
@@ -146,17 +146,17 @@ def test_commands_of_a_page_make_the_images_that_it_names(
 def test_the_page_about_characters_runs_from_the_first_to_the_last_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf = Shelf(tmp_path)
+    folders = ModelFolders(tmp_path)
     for family in ("sdxl", "flux"):
-        scenes(shelf.folder(family))
-    printed = run_page("docs/characters.md", shelf.folder, monkeypatch)
+        scenes(folders.folder(family))
+    printed = run_page("docs/characters.md", folders.folder, monkeypatch)
     about, (plain, *others) = printed["inspect"][0], printed["check"]
     assert "word hatsune miku: in 40 captions" in about
     assert "word 1girl: in 38 captions" in about
     assert "method merge, because miku has no class word: give it one, class=1girl in --concept" in plain
     assert len(others) == 3
     assert all("method draft, because the prompt names every concept" in text for text in others)
-    sdxl, flux = (shelf.folder(family) / "outputs" for family in ("sdxl", "flux"))
+    sdxl, flux = (folders.folder(family) / "outputs" for family in ("sdxl", "flux"))
     for folder in (sdxl / "girls", sdxl / "women", flux / "flux"):
         assert {path.name for path in folder.iterdir()} == {"0.png", "1.png", "2.png", "3.png", "sheet.png"}
         assert read_record(folder / "3.png").run.method == "draft"
@@ -187,7 +187,7 @@ def test_the_tutorial_runs_from_the_first_to_the_last_command(tmp_path: Path, mo
 @pytest.mark.slow
 def test_commands_of_many_scenes_make_their_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one step; a folder of one scene, a table of one prompt, and the files that the page shows."""
-    folder, page = Shelf(tmp_path).folder("sd"), page_of("docs/batch.md")
+    folder, page = ModelFolders(tmp_path).folder("sd"), page_of("docs/batch.md")
     monkeypatch.chdir(folder)
     Path("scenes").mkdir()
     shutil.copy(assets_dir() / "scenes/cat-dog.yaml", "scenes")

@@ -25,7 +25,7 @@ from lora_compose.attention import Gates
 from lora_compose.compose.evaluation.table import load
 from lora_compose.compose.playground.assets import assets_dir
 from small_world import SIZE
-from snippets import CODE_BLOCK, PAGES, PUBLISHED, STEPS, Shelf, blocks, name_of, run_snippet
+from snippets import CODE_BLOCK, PAGES, PUBLISHED, STEPS, ModelFolders, blocks, name_of, run_snippet
 
 Names = dict[str, Any]
 
@@ -153,8 +153,8 @@ DEAR = {
 
 
 @pytest.fixture(scope="session")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return Shelf(tmp_path_factory.mktemp("shelf"))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> ModelFolders:
+    return ModelFolders(tmp_path_factory.mktemp("folders"))
 
 
 def marked(page: Path) -> Any:
@@ -164,11 +164,11 @@ def marked(page: Path) -> Any:
 
 
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page, "python")])
-def test_python_of_a_page_runs(page: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_a_page_runs(page: Path, folders: ModelFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     names: Names = {}
     family, name = "sd", name_of(page)
     exec(START, names)
-    monkeypatch.chdir(shelf.folder(family))
+    monkeypatch.chdir(folders.folder(family))
     for number, code in enumerate(blocks(page, "python")):
         if 'quantize="nf4"' in code and not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")):
             compile(code, name, "exec")
@@ -182,7 +182,7 @@ def test_python_of_a_page_runs(page: Path, shelf: Shelf, monkeypatch: pytest.Mon
         before = BEFORE.get((name, number))
         family = next((published.family for model, published in PUBLISHED.items() if f'"{model}"' in code), family)
         family = FAMILY.get((name, number), family)
-        monkeypatch.chdir(shelf.folder(family))
+        monkeypatch.chdir(folders.folder(family))
         if before:
             before(names)
         elif number == 0 and "from_pretrained" not in code:
@@ -213,10 +213,10 @@ def whole_calls(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "docs" in page.parts and whole_calls(page)], ids=name_of)
-def test_calls_in_sentences_and_tables_run(page: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_in_sentences_and_tables_run(page: Path, folders: ModelFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     names: Names = {}
     exec(START, names)
-    monkeypatch.chdir(shelf.folder("sd"))
+    monkeypatch.chdir(folders.folder("sd"))
     composing(names)
     names["pipe"].load_concept("alice.safetensors", trigger="alc", class_word="woman")
     names["pipe"].load_concept("berta.safetensors", trigger="brt", class_word="woman")

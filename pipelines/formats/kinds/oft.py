@@ -8,7 +8,7 @@ numbers the parts of a fused layer (`oft_blocks.0`, ...), each with blocks and a
 (`oft_R`, the numbers above Q's diagonal) rotate inputs, by default with the first terms of a series in place of the
 inverse. PEFT's exact form turns the other way, and so does OneTrainer in convolutions. OneTrainer may divide Q by
 2 sqrt(size - 1). In convolutions larger than 1 x 1 OneTrainer rotates all numbers that an output reads; PEFT has no
-one meaning there (`concepts/loading.py`).
+one meaning there (`SUMS_PATCHES` in `concepts/placing.py`).
 """
 
 import math
