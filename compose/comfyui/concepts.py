@@ -216,17 +216,17 @@ class Request:
             blends = method == "merge" and len(self._subjects) > 1
             logger.log(logging.WARNING if blends else logging.INFO, "method: %s, because %s", method, reason)
         regions, weights = [concept.region for concept in self.concepts], [concept.weight for concept in self.concepts]
-        plan = Composition(self.loras, weights, regions, torch.ones(1, len(weights)))
+        composition = Composition(self.loras, weights, regions, torch.ones(1, len(weights)))
         if method in ("draft", "regional"):
-            return self._draft(plan) if method == "draft" else self._regional(plan)
+            return self._draft(composition) if method == "draft" else self._regional(composition)
         if any(region is not None for region in regions):
             raise ValueError(f"{method} does not use boxes and masks; take them away, or choose regional")
         if self.texts == "regions" or self._prompted:
             raise ValueError(f"{method} reads one text; clear the prompts of concepts, or choose regional")
         if method == "merge":
-            plan = replace(plan, text_of_others=True, image_of_others=True)
-            return plan, self.encode(self.text, range(len(weights)))
-        return self._tara(replace(plan, image_of_others=True))
+            composition = replace(composition, text_of_others=True, image_of_others=True)
+            return composition, self.encode(self.text, range(len(weights)))
+        return self._tara(replace(composition, image_of_others=True))
 
     def _chosen(self) -> tuple[str, str]:
         """The method that our pipelines would choose, and the reason."""
@@ -240,7 +240,7 @@ class Request:
             trained=all(concept.scene.trigger and trained_with(concept.path) == "tara" for concept in deciding),
         )  # fmt: skip
 
-    def _tara(self, plan: Composition) -> tuple[Composition, Conditioning]:
+    def _tara(self, composition: Composition) -> tuple[Composition, Conditioning]:
         if nameless := [subject.name for subject in self._subjects.values() if not subject.trigger]:
             raise ValueError(f"tara needs a trigger for {', '.join(nameless)}: type it in its Concept node")
         conditioning = self.encode(self.text, ())
@@ -250,9 +250,9 @@ class Request:
             names = [self.concepts[i].scene.name for i in words[shared].any(dim=0).nonzero()[:, 0].tolist()]
             raise ValueError(f"the triggers of {' and '.join(names)} share words; each needs its own")
         words[:, self._others([*triggers])] = 1
-        return replace(plan, words=words, tokens=len(words)), conditioning
+        return replace(composition, words=words, tokens=len(words)), conditioning
 
-    def _regional(self, plan: Composition) -> tuple[Composition, Conditioning]:
+    def _regional(self, composition: Composition) -> tuple[Composition, Conditioning]:
         owners = [i for i, concept in enumerate(self.concepts) if concept.region is not None]
         if not owners:
             raise ValueError("regional needs to know where concepts are: give at least one a box or a mask")
@@ -261,9 +261,9 @@ class Request:
         unnamed = _unnamed([self.concepts[i].scene for i in owners], self._read.text)
         if self.texts == "auto" and self.joint and unnamed:
             logger.warning("all regions read one text, since none can be made about %s", ", ".join(unnamed))
-        return self._in_regions(plan, owners, auto=self.joint and not unnamed)
+        return self._in_regions(composition, owners, auto=self.joint and not unnamed)
 
-    def _draft(self, plan: Composition) -> tuple[Composition, Conditioning]:
+    def _draft(self, composition: Composition) -> tuple[Composition, Conditioning]:
         subjects = self._subjects
         if len(subjects) < 2:
             raise ValueError("draft divides the image between subjects: give two or more a trigger and a class word")
@@ -272,39 +272,41 @@ class Request:
             if not subject.class_word:
                 raise ValueError(f"draft looks for the class word of {subject.name}: type it in its Concept node")
         classes = {(subject.class_word or "").lower() for subject in subjects.values()}
-        plan, conditioning = self._in_regions(plan, [*subjects], auto=len(classes) < len(subjects))
-        if plan.texts:
-            plan = replace(plan, isolate=not self.joint)  # it tears the images of transformers apart
+        composition, conditioning = self._in_regions(composition, [*subjects], auto=len(classes) < len(subjects))
+        if composition.texts:
+            composition = replace(composition, isolate=not self.joint)  # it tears the images of transformers apart
         else:
             tokens = tokens_of(*conditioning[0])
-            plan = replace(plan, tokens=tokens, phrases=None if self.joint else self._phrases(tokens))
+            composition = replace(composition, tokens=tokens, phrases=None if self.joint else self._phrases(tokens))
         if not searched:
-            return plan, conditioning
+            return composition, conditioning
         plain = derived(without_triggers(self._read.text, [*subjects.values()]), self._read)
         of_draft = self._once(plain, self._others([*subjects]))
         nouns = {i: [subject.class_word or ""] for i, subject in searched.items()}
         words = self._at(plain, nouns, tokens_of(*of_draft[0]))
-        draft = Draft(of_draft, words / words.sum(dim=0).clamp(min=1), subjects, strips=bool(plan.texts))
-        return replace(plan, draft=draft), conditioning
+        draft = Draft(of_draft, words / words.sum(dim=0).clamp(min=1), subjects, strips=bool(composition.texts))
+        return replace(composition, draft=draft), conditioning
 
     def _others(self, owners: Sequence[int]) -> Sequence[int]:
         """The concepts that act everywhere, beside those that have a region."""
         return [i for i in range(len(self.concepts)) if i not in owners]
 
-    def _in_regions(self, plan: Composition, owners: Sequence[int], *, auto: bool) -> tuple[Composition, Conditioning]:
+    def _in_regions(
+        self, composition: Composition, owners: Sequence[int], *, auto: bool
+    ) -> tuple[Composition, Conditioning]:
         """Concepts whose regions read texts of their own, or all one.
 
         Args:
             auto: Whether "auto" means texts of their own where no concept has a prompt.
         """
         if self.texts == "regions" or (self.texts == "auto" and (auto or self._prompted)):
-            return self._with_texts(plan, owners)
+            return self._with_texts(composition, owners)
         if self._prompted:
             name = next(iter(self._prompted.values()))
             raise ValueError(f"{name} has a prompt, and all regions read one text; clear it, or set texts to regions")
-        return plan, self.encode(self.text, self._others(owners))
+        return composition, self.encode(self.text, self._others(owners))
 
-    def _with_texts(self, plan: Composition, owners: Sequence[int]) -> tuple[Composition, Conditioning]:
+    def _with_texts(self, composition: Composition, owners: Sequence[int]) -> tuple[Composition, Conditioning]:
         """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
         scenes, styles, read = [concept.scene for concept in self.concepts], self._others(owners), self._read
         mine, others = [scenes[i] for i in owners], [scenes[i] for i in styles if scenes[i].trigger]
@@ -317,7 +319,7 @@ class Request:
         words = torch.stack([everywhere, *(everywhere + torch.eye(len(scenes))[list(owners)])])
         # It is also what describes the image as a whole.
         whole = every[0] if first == plain else self._once(derived(plain, read), styles)
-        return replace(plan, words=words, texts=every, owners=owners, tokens=tokens_of(*whole[0])), whole
+        return replace(composition, words=words, texts=every, owners=owners, tokens=tokens_of(*whole[0])), whole
 
     def _once(self, text: str, which: Sequence[int]) -> Conditioning:
         conditioning = self.encode(text, which)
