@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_compose.compose.evaluation.encoders import load_encoder
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX
+from lora_compose.compose.playground.words import WORDS
 from recipe.clock import Clocked, shares
 from recipe.concepts import BESIDE, REFERENCES, SHOWN, SHOWN_BESIDE, STYLE, STYLED, groups, inked, references
+from recipe.first import world as first
 from recipe.judge import JudgeTrainer, new_judge
 from recipe.judge_data import SHOWN as SHOWN_TO_JUDGE
 from recipe.judge_data import Artist, JudgeBatch, JudgeBatches
@@ -46,6 +49,11 @@ def drawings():
     alpha = np.where(np.hypot(xs, ys) < SIZE / 2, 255, 0).astype("u1")[..., None]
     names = [*base_drawings(), *character_drawings()]
     return {name: np.concatenate([np.ones_like(alpha) * rng.integers(0, 255, 3, "u1"), alpha], 2) for name in names}
+
+
+def test_class_images_are_prompted_by_the_words_of_the_world():
+    assert WORDS[PLAYGROUND] == (CLASSES, PLACES)
+    assert WORDS[PLAYGROUND_FLUX] == (first.BASE_CLASSES, first.PLACES)
 
 
 def test_every_class_place_and_character_is_drawn_of_known_drawings(drawings):
