@@ -53,7 +53,7 @@ def drawings():
 
 def test_class_images_are_prompted_by_the_words_of_the_world():
     assert WORDS[PLAYGROUND] == (CLASSES, PLACES)
-    assert WORDS[PLAYGROUND_FLUX] == (first.BASE_CLASSES, first.PLACES)
+    assert WORDS[PLAYGROUND_FLUX] == (first.BASE_CLASSES, tuple(first.PLACES))
 
 
 def test_every_class_place_and_character_is_drawn_of_known_drawings(drawings):
