@@ -289,13 +289,13 @@ def _bundles() -> list[Place]:
 SUITES = (
     Suite(
         "playground-quick",
-        "Eight pairs; a few minutes on two cores.",
+        "Eight pairs, and the methods that are chosen automatically.",
         _pairs(QUICK, HALVES),
         f"merge\n{FREE_DRAFT}\n{{method: tara, lora: tara}}\nregional\nlora-composer",
     ),
     Suite(
         "playground-full",
-        "Twenty pairs, three scenes of one class and five threesomes, two seeds each; an hour on two cores.",
+        "Twenty pairs, three scenes of one class and five scenes of three, two seeds each; all methods.",
         [*_pairs(FULL, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
         f"""merge
 {{name: "merge, tara LoRAs", method: merge, lora: tara}}
@@ -312,8 +312,7 @@ lora-composer
     ),
     Suite(
         "playground-alone",
-        "Every LoRA by itself, and beside something plain: what composing can at best keep. A quarter of an hour "
-        "on two cores.",
+        "Every LoRA by itself, and beside something plain: what composing can at best keep.",
         _alone(),
         'merge\n{name: "merge, tara LoRAs", method: merge, lora: tara}',
         seeds=range(5),
@@ -364,7 +363,7 @@ lora-composer
     ),
     Suite(
         "playground-words",
-        "Pairs, one class and a threesome by words alone, without boxes: CLoRA, the authors' settings, and every "
+        "Pairs, two of one class and a scene of three by words alone, without boxes: CLoRA, the authors' settings, and every "
         "part of it changed.",
         [*_pairs(TEN), *_pairs(ONE_CLASS), *_threes("cat dog rabbit on grass", size=WIDE)],
         """merge
@@ -414,7 +413,7 @@ freefuse
     ),
     Suite(
         "playground-ablations",
-        "What makes a LoRA composable: pairs, one class and threesomes, with LoRAs that were trained in nine ways. "
+        "What makes a LoRA composable: pairs, two of one class and three concepts, with LoRAs that were trained in nine ways. "
         "First make seven of them: PYTHONPATH=assets python -m recipe.loras references prior outputs/ablations "
         f"{' '.join(f'--kind {kind}' for kind in TRAINED)}; assets/recipe/README.md says how references and prior are "
         "made.",
@@ -464,7 +463,7 @@ freefuse
 
 TRANSFORMER = Suite(
     "playground-flux",
-    "The transformer of the playground: pairs, one class and threesomes, with LoRAs of its own, ordinary ones.",
+    "The transformer of the playground: pairs, two of one class and three concepts, with LoRAs of its own, ordinary ones.",
     [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
     f"merge\ntara\nregional\nswitch\ncomposite\n{FREE_DRAFT}",
     model="playground-flux",

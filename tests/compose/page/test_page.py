@@ -808,7 +808,7 @@ def test_the_exported_python_is_that_of_the_readme() -> None:
         '    method="clora",\n'
         f"    **pipe.sized({SIZE}, {SIZE}),\n"
         "    num_inference_steps=2,\n"
-        "    **pipe.guided(4.0, None),\n"
+        "    **pipe.guided(5.0, None),\n"
         "    generator=torch.Generator().manual_seed(2),\n"
         ").images[0]\n"
         'image.save("result.png")\n'
