@@ -363,8 +363,8 @@ lora-composer
     ),
     Suite(
         "playground-words",
-        "Pairs, two of one class and a scene of three by words alone, without boxes: CLoRA, the authors' settings, and every "
-        "part of it changed.",
+        "Pairs, two of one class and a scene of three by words alone, without boxes: CLoRA, the authors' settings, and "
+        "every part of it changed.",
         [*_pairs(TEN), *_pairs(ONE_CLASS), *_threes("cat dog rabbit on grass", size=WIDE)],
         """merge
 clora
@@ -413,8 +413,8 @@ freefuse
     ),
     Suite(
         "playground-ablations",
-        "What makes a LoRA composable: pairs, two of one class and three concepts, with LoRAs that were trained in nine ways. "
-        "First make seven of them: PYTHONPATH=assets python -m recipe.loras references prior outputs/ablations "
+        "What makes a LoRA composable: pairs, two of one class and three concepts, with LoRAs that were trained in nine "
+        "ways. First make seven of them: PYTHONPATH=assets python -m recipe.loras references prior outputs/ablations "
         f"{' '.join(f'--kind {kind}' for kind in TRAINED)}; assets/recipe/README.md says how references and prior are "
         "made.",
         [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
@@ -463,7 +463,7 @@ freefuse
 
 TRANSFORMER = Suite(
     "playground-flux",
-    "The transformer of the playground: pairs, two of one class and three concepts, with LoRAs of its own, ordinary ones.",
+    "The transformer of the playground: pairs, two of one class and three concepts, with ordinary LoRAs of its own.",
     [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
     f"merge\ntara\nregional\nswitch\ncomposite\n{FREE_DRAFT}",
     model="playground-flux",
