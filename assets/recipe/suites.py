@@ -413,10 +413,10 @@ freefuse
     ),
     Suite(
         "playground-ablations",
-        "What makes a LoRA composable: pairs, two of one class and three concepts, with LoRAs that were trained in nine "
-        "ways. First make seven of them: PYTHONPATH=assets python -m recipe.loras references prior outputs/ablations "
-        f"{' '.join(f'--kind {kind}' for kind in TRAINED)}; assets/recipe/README.md says how references and prior are "
-        "made.",
+        "What makes a LoRA composable: pairs, two of one class and three concepts, with LoRAs that were trained in "
+        "nine ways. First make seven of them: PYTHONPATH=assets python -m recipe.loras references prior "
+        f"outputs/ablations {' '.join(f'--kind {kind}' for kind in TRAINED)}; assets/recipe/README.md says how "
+        "references and prior are made.",
         [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
         "\n".join(
             [
