@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from lora_compose.compose.playground.assets import (
     PLAYGROUND,
+    PLAYGROUND_FLUX,
     playground_lora,
     playground_loras,
     playground_model,
@@ -34,8 +35,8 @@ def concepts(model: str = PLAYGROUND) -> list[str]:
     return [name for name in playground_loras(model) if not name.endswith("-tara")]
 
 
-def _read(name: str) -> Any:
-    return json.loads((playground_model() / name).read_text(encoding="utf-8"))
+def _read(name: str, model: str = PLAYGROUND) -> Any:
+    return json.loads((playground_model(model) / name).read_text(encoding="utf-8"))
 
 
 def _side() -> int:
@@ -43,6 +44,8 @@ def _side() -> int:
     return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
+FLUX_SIZE = _read("vae/config.json", PLAYGROUND_FLUX)["sample_size"]
+"""Width and height of the transformer's images in pixels."""
 SIZE = _side()
 """Width and height of images in pixels."""
 HALF = SIZE // 2

@@ -19,9 +19,10 @@ from torch import nn
 
 from lora_compose.attention import Lora
 from lora_compose.compose.evaluation.detectors import Detector, WindowDetector
-from lora_compose.compose.evaluation.encoders import JUDGE, Encoder, load_encoder
+from lora_compose.compose.evaluation.encoders import Encoder, load_encoder
 from lora_compose.compose.evaluation.metrics import clip_i
 from lora_compose.compose.evaluation.scoring import reference_crop
+from lora_compose.compose.evaluation.suite import WindowsConfig, read_suite
 from lora_compose.compose.playground.assets import (
     PLAYGROUND_FLUX,
     playground_lora,
@@ -33,7 +34,6 @@ from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.overload import joint_change
 from lora_compose.pipelines.families import ComposePipeline
-from recipe.world import CLASSES
 
 GUIDANCE = 4.0
 RATIOS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
@@ -113,10 +113,13 @@ def main(
     names = playground_loras(PLAYGROUND_FLUX)
     for name in names:
         pipe.load_concept(playground_lora(name, PLAYGROUND_FLUX), name)
-    encoder = load_encoder(JUDGE)
-    detector = WindowDetector(encoder, CLASSES)
+    suite = read_suite(PLAYGROUND_FLUX)
+    assert isinstance(suite.detector, WindowsConfig)
+    encoder = load_encoder(suite.encoder)
+    detector = WindowDetector(encoder, suite.detector.vocabulary)
     references = {
-        name: encoder.images([reference_crop(path) for path in playground_references(name)]) for name in names
+        name: encoder.images([reference_crop(path) for path in playground_references(name, PLAYGROUND_FLUX)])
+        for name in names
     }
     wanted = [
         (size, ratio, group) for size in sizes or SIZES for ratio in ratios or RATIOS for group in groups(names, size)

@@ -13,11 +13,13 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from lora_compose.compose.files.paths import is_hub_name
-from lora_compose.compose.playground.assets import PLAYGROUND, playground_judge
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS, playground_judge
 from lora_compose.compose.support.quiet import without_bars
 
 logger = logging.getLogger(__name__)
 
+JUDGES = {f"{model}:judge": model for model in PLAYGROUNDS}
+"""Names of encoders that come with lora-compose, and the models whose concepts they know."""
 JUDGE = f"{PLAYGROUND}:judge"
 IMAGES_AND_TEXTS = ("clip", "siglip", "siglip2")
 IMAGES_ONLY = ("dinov2", "dinov2_with_registers")
@@ -107,9 +109,9 @@ class Encoder:
 def load_encoder(source: str, device: str = "cpu") -> Encoder:
     """Opens an encoder: weights from safetensors only, in float32, whatever the precision of the file.
 
-    `source` is `playground:judge`, a folder as transformers saves it, or a hub repository such as
-    openai/clip-vit-base-patch32. The embeddings are those that are compared in the papers: the projected ones of CLIP,
-    the pooled ones of SigLIP and SigLIP 2, and of DINOv2 the class token after the last normalisation. The first
+    `source` is `playground:judge`, `playground-flux:judge`, a folder as transformers saves it, or a hub repository such
+    as openai/clip-vit-base-patch32. The embeddings are those that are compared in the papers: the projected ones of
+    CLIP, the pooled ones of SigLIP and SigLIP 2, and of DINOv2 the class token after the last normalisation. The first
     SigLIP's own tokenizer needs the package sentencepiece.
 
     Raises:
@@ -142,9 +144,9 @@ def family_of(source: str) -> str:
 
 def _locate(source: str) -> str:
     """The source for `from_pretrained`."""
-    if source == JUDGE:
+    if source in JUDGES:
         try:
-            return str(playground_judge())
+            return str(playground_judge(JUDGES[source]))
         except FileNotFoundError as error:
             raise ValueError(str(error)) from error
     path = Path(source).expanduser()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lora_compose.compose.cluster.packing import named_as
 from lora_compose.compose.evaluation.batches import Batch, batches, run_of
-from lora_compose.compose.evaluation.encoders import JUDGE
+from lora_compose.compose.evaluation.encoders import JUDGES
 from lora_compose.compose.evaluation.results import (
     FAILED,
     MADE,
@@ -98,8 +98,8 @@ def fingerprint(source: str) -> Any:
     path = Path(source).expanduser()
     if source in PLAYGROUNDS:
         path = playground_model(source)
-    elif source == JUDGE:
-        path = playground_judge()
+    elif source in JUDGES:
+        path = playground_judge(JUDGES[source])
     return model_facts(path, source)
 
 

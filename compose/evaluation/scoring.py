@@ -17,7 +17,7 @@ from lora_compose.compose.evaluation.metrics import assign, clip_i, clip_t, simi
 from lora_compose.compose.evaluation.results import ConceptScore, Features, ImageScores
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene
 from lora_compose.compose.files.reading import read_whole
-from lora_compose.compose.playground.assets import PLAYGROUND, playground_references
+from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_references
 from lora_compose.pipelines.scene.mask_images import Box, upright_image
 from lora_compose.pipelines.support.regular import open_regular
 
@@ -205,10 +205,11 @@ def _rounded(value: float) -> float:
 def reference_files(concept: SuiteConcept) -> list[Path]:
     """The reference images of a concept; raises ValueError if there are none."""
     references = concept.references
-    if isinstance(references, str) and references.startswith(f"{PLAYGROUND}:"):
-        return playground_references(references.removeprefix(f"{PLAYGROUND}:"))
     if not isinstance(references, str):
         return [Path(source).expanduser() for source in references]
+    model, colon, name = references.partition(":")
+    if colon and model in PLAYGROUNDS:
+        return playground_references(name, model)
     folder = Path(references).expanduser()
     if not folder.is_dir():
         raise ValueError(f"concept {concept.name!r}: there is no folder {references!r} with reference images")

@@ -33,7 +33,7 @@ class SuiteConcept(Frozen):
         lora: Its LoRA, or several by kind ("ordinary", "tara"), of which the first is used where none is named.
         trigger: The rare word or words.
         class_word: The noun after it.
-        references: Reference images: a folder, a list of files, or `playground:NAME`.
+        references: Reference images: a folder, a list of files, `playground:NAME` or `playground-flux:NAME`.
         weight: Factor on the whole LoRA, which may change over the steps (`Concept.weight`).
         blocks: Further factors, by block of the model (`Concept.blocks`).
         any_weight: Whether weights may be beyond 10 and -10.

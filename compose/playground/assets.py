@@ -52,15 +52,18 @@ def playground_model(name: str = PLAYGROUND) -> Path:
     return assets_dir() / name / "model"
 
 
-def playground_judge() -> Path:
-    """Finds the playground's judge, a small CLIP that knows its concepts, a folder for `from_pretrained`.
+def playground_judge(name: str = PLAYGROUND) -> Path:
+    """Finds a playground's judge, a small CLIP that knows its concepts, a folder for `from_pretrained`.
+
+    Args:
+        name: One of `PLAYGROUNDS`.
 
     Raises:
         FileNotFoundError: If the assets or the judge are missing.
     """
-    folder = assets_dir() / "playground" / "judge"
+    folder = assets_dir() / name / "judge"
     if not folder.is_dir():
-        raise FileNotFoundError(f"the playground's judge is missing: {folder} is not there; install lora-compose again")
+        raise FileNotFoundError(f"the judge of {name} is missing: {folder} is not there; install lora-compose again")
     return folder
 
 
@@ -94,17 +97,18 @@ def playground_loras(model: str = PLAYGROUND) -> list[str]:
     return sorted(_lora_files(model))
 
 
-def playground_references(concept: str) -> list[Path]:
-    """Lists the reference images of a concept, in the order of their numbers.
+def playground_references(concept: str, model: str = PLAYGROUND) -> list[Path]:
+    """Lists the reference images of a playground's concept, in the order of their numbers.
 
     Args:
         concept: A concept such as "cat".
+        model: One of `PLAYGROUNDS`.
 
     Raises:
         FileNotFoundError: If the assets are missing.
         ValueError: If there is no concept of that name.
     """
-    folders = {path.name: path for path in (assets_dir() / "playground" / "references").iterdir() if path.is_dir()}
+    folders = {path.name: path for path in (assets_dir() / model / "references").iterdir() if path.is_dir()}
     return sorted(_pick(folders, concept, "concept").glob("*.png"), key=lambda path: int(path.stem))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lora_compose.compose.playground.assets import playground_model
+from lora_compose.compose.playground.assets import PLAYGROUND_FLUX, playground_model
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
 from recipe.averaged import NO_CAPTION, AveragedTrainer
@@ -171,8 +171,8 @@ def _start(init: Path | None, vae: Path | None, tokenizer: Path | None) -> Stabl
     coder = AutoencoderKL.from_pretrained(vae, dtype=torch.float32) if vae else None
     if init is not None:
         return StableDiffusionPipeline.from_pretrained(init, dtype=torch.float32, **({"vae": coder} if coder else {}))
-    words = CLIPTokenizer.from_pretrained(tokenizer or playground_model() / "tokenizer")
-    coder = coder or AutoencoderKL.from_pretrained(playground_model() / "vae", dtype=torch.float32)
+    words = CLIPTokenizer.from_pretrained(tokenizer or playground_model(PLAYGROUND_FLUX) / "tokenizer")
+    coder = coder or AutoencoderKL.from_pretrained(playground_model(PLAYGROUND_FLUX) / "vae", dtype=torch.float32)
     return pipeline(coder, words, new_text_encoder(words), new_unet())
 
 

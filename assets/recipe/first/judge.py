@@ -28,7 +28,12 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.evaluation.scoring import reference_crop
-from lora_compose.compose.playground.assets import playground_model, playground_references
+from lora_compose.compose.playground.assets import (
+    PLAYGROUND_FLUX,
+    playground_loras,
+    playground_model,
+    playground_references,
+)
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import echo
 from recipe.first.judge_data import SIDE, Artist, Batch, Batches, names
@@ -125,7 +130,7 @@ def train(
     """Trains the judge; a checkpoint next to OUT is written every 100 steps, and resumed."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    tokenizer = CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(playground_model(PLAYGROUND_FLUX) / "tokenizer")
     judge = new_judge(tokenizer)
     optimizers = optimizers_of(judge, lr)
     average = [p.detach().clone() for p in judge.parameters()]
@@ -136,7 +141,9 @@ def train(
         for optimizer, known in zip(optimizers, kept["optimizers"], strict=True):
             optimizer.load_state_dict(known)
         first, average = kept["step"], kept["average"]
-    vae = AutoencoderKL.from_pretrained(playground_model() / "vae", dtype=torch.float32).requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(playground_model(PLAYGROUND_FLUX) / "vae", dtype=torch.float32).requires_grad_(
+        False
+    )
     artwork = dict(np.load(sprites))
     known_names = names(sorted({key.partition("/")[0] for key in artwork}))
     data = Batches(artwork, seed + first, vae)
@@ -175,8 +182,13 @@ def save(judge: CLIPModel, average: list[Tensor], tokenizer: CLIPTokenizer, out:
 def check(judge: Path, sprites: Path, pictures: Annotated[int, typer.Option(min=1)] = 2000) -> None:
     """Prints how well a judge recognises crops that it has never seen."""
     encoder, artist = load_encoder(str(judge)), Artist(dict(np.load(sprites)), seed=10**6)
-    concepts = [name for name in CONCEPTS for _ in playground_references(name)]
-    crops = encoder.images([reference_crop(path) for name in CONCEPTS for path in playground_references(name)])
+    shown = [
+        (name, path)
+        for name in playground_loras(PLAYGROUND_FLUX)
+        for path in playground_references(name, PLAYGROUND_FLUX)
+    ]
+    concepts = [name for name, _ in shown]
+    crops = encoder.images([reference_crop(path) for _, path in shown])
     right = nearest(crops, concepts)
     echo(f"reference crops nearest to their own concept: {sum(right)} of {len(right)}")
     labels = [label for _ in range(pictures // 36 + 1) for label in artist.identities()][:pictures]

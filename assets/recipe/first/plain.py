@@ -1,6 +1,6 @@
 """Plain prompts on a model of the playground, without LoRAs: a sheet, and a count of objects that the judge names.
 
-python -m recipe.first.plain sheet.png assets/playground/model assets/playground-flux/model
+python -m recipe.first.plain sheet.png assets/playground-flux/model
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,9 +12,10 @@ import typer
 from PIL import Image
 
 from lora_compose.compose.evaluation.detectors import Detector, WindowDetector
-from lora_compose.compose.evaluation.encoders import JUDGE, load_encoder
+from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import save_image
+from lora_compose.compose.playground.assets import PLAYGROUND_FLUX
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.families import ComposePipeline
 from recipe.first.world import BASE_CLASSES
@@ -71,7 +72,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 10,
 ) -> None:
     """Makes images of ten prompts with every model, and counts those in which the judge names all objects."""
-    detector = WindowDetector(load_encoder(JUDGE), BASE_CLASSES)
+    detector = WindowDetector(load_encoder(f"{PLAYGROUND_FLUX}:judge"), BASE_CLASSES)
     pipes = [ComposePipeline.from_pretrained(model, dtype=torch.float32) for model in models]
     rows: list[Row] = []
     totals: list[list[Named]] = [[] for _ in models]

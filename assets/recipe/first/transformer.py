@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_compose.attention.backbones.joint import image_positions, packed
-from lora_compose.compose.playground.assets import playground_model
+from lora_compose.compose.playground.assets import PLAYGROUND_FLUX, playground_model
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import echo, handle_errors
 from recipe.averaged import NO_CAPTION, AveragedTrainer
@@ -52,7 +52,7 @@ def new_transformer(double: int = 2, single: int = 6) -> FluxTransformer2DModel:
 
 def new_pipeline() -> FluxPipeline:
     """A pipeline around the playground's VAE and CLIP, for the words of its world."""
-    source = playground_model()
+    source = playground_model(PLAYGROUND_FLUX)
     vae: Any = AutoencoderKL.from_pretrained(source / "vae", dtype=torch.float32)
     vae.register_to_config(shift_factor=0.0)  # FLUX's pipeline adds it
     clip = CLIPTextModel.from_pretrained(source / "text_encoder", dtype=torch.float32)

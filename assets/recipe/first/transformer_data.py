@@ -20,7 +20,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from lora_compose.compose.files.atomic import write_whole
-from lora_compose.compose.playground.assets import playground_model
+from lora_compose.compose.playground.assets import PLAYGROUND_FLUX, playground_model
 from lora_compose.compose.support.terminal import echo, handle_errors
 from recipe.first.scenes import Batch, Picture, encode, scene
 from recipe.first.world import CLOSE_UP, SIZE, Sprites, Square
@@ -122,7 +122,7 @@ def main(
     """Draws and encodes pictures."""
     torch.set_num_threads(threads)
     artwork = dict(np.load(sprites))
-    vae: Any = AutoencoderKL.from_pretrained(playground_model() / "vae", dtype=torch.float32)
+    vae: Any = AutoencoderKL.from_pretrained(playground_model(PLAYGROUND_FLUX) / "vae", dtype=torch.float32)
     vae = vae.to(memory_format=torch.channels_last)
     out.mkdir(parents=True, exist_ok=True)
     for number in range(shards):

@@ -40,7 +40,7 @@ from components import tokenizer
 from lora_compose.compose.evaluation import encoders
 from lora_compose.compose.evaluation.encoders import IMAGES_AND_TEXTS, IMAGES_ONLY, load_encoder
 from lora_compose.compose.evaluation.metrics import clip_t
-from lora_compose.compose.playground.assets import playground_model
+from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_model
 
 FAMILIES = (*IMAGES_AND_TEXTS, *IMAGES_ONLY)
 ONE_OF_EACH = ("clip", "siglip2", "dinov2")  # SigLIP is read as CLIP is, DINOv2 with registers as that without
@@ -271,19 +271,22 @@ def test_texts_need_an_encoder_that_has_them(folders: dict[str, Path], family: s
 # Sources.
 
 
-def test_the_judge_of_the_playground_has_a_name(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "playground_judge", lambda: folders["clip"])
-    encoder = load_encoder("playground:judge")
-    assert encoder.name == "playground:judge"
+@pytest.mark.parametrize("name", PLAYGROUNDS)
+def test_the_judge_of_a_playground_has_a_name(
+    name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoders, "playground_judge", {name: folders["clip"]}.__getitem__)
+    encoder = load_encoder(f"{name}:judge")
+    assert encoder.name == f"{name}:judge"
     close(encoder.images(random_images()), load_encoder(str(folders["clip"])).images(random_images()))
 
 
 def test_a_missing_judge_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> Path:
-        raise FileNotFoundError("the playground's judge is missing")
+    def missing(name: str) -> Path:
+        raise FileNotFoundError(f"the judge of {name} is missing")
 
     monkeypatch.setattr(encoders, "playground_judge", missing)
-    with pytest.raises(ValueError, match="the playground's judge is missing"):
+    with pytest.raises(ValueError, match="the judge of playground is missing"):
         load_encoder("playground:judge")
 
 

@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from lora_compose import ComposePipeline, Concept
 from lora_compose.compose.playground import assets
 from lora_compose.compose.playground.words import BASE_CLASSES, PLACES
-from small_world import HALF, LEFT, SIZE, STYLE, concepts, metadata, words
+from small_world import SIZE, STYLE, concepts, metadata, words
 
 SHARED = {  # and what names them: trigger and class word
     "bear": ("xlo", "bear"),
@@ -58,12 +58,14 @@ def test_missing_assets_are_reported_with_the_places_looked_at(tmp_path: Path, m
 def test_the_judge_is_found_or_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assets, "_PACKAGE", tmp_path / "compose")
     (tmp_path / "assets/playground").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="the playground's judge is missing") as caught:
+    with pytest.raises(FileNotFoundError, match="the judge of playground is missing") as caught:
         assets.playground_judge()
     judge = tmp_path / "assets" / "playground" / "judge"
     assert str(judge) in str(caught.value)
     judge.mkdir()
     assert assets.playground_judge() == judge
+    with pytest.raises(FileNotFoundError, match="the judge of playground-flux is missing"):
+        assets.playground_judge(assets.PLAYGROUND_FLUX)
 
 
 def test_the_concepts_that_docs_name_are_there() -> None:
@@ -100,6 +102,13 @@ def test_every_concept_has_ten_references_in_order(concept: str) -> None:
     for path in paths:
         with Image.open(path) as image:
             assert (image.size, image.mode) == ((SIZE, SIZE), "RGB")
+
+
+def test_the_transformer_has_references_of_its_own() -> None:
+    for name in concepts(assets.PLAYGROUND_FLUX):
+        paths = assets.playground_references(name, assets.PLAYGROUND_FLUX)
+        assert len(paths) == 10
+        assert paths[0].parent == assets.assets_dir() / assets.PLAYGROUND_FLUX / "references" / name
 
 
 @pytest.mark.parametrize("name", ["mouse", "CAT", *OUTSIDE])
@@ -143,15 +152,16 @@ def test_outside_of_a_mask_an_image_stays_as_it_is(name: str, composed: bool) ->
     pipe: Any = ComposePipeline.from_pretrained(assets.playground_model(name))
     pipe.set_progress_bar_config(disable=True)
     concepts = [Concept(name="cat", lora=str(assets.playground_lora("cat", name)))] if composed else None
-    with Image.open(assets.playground_references("dog")[0]) as file:
+    with Image.open(assets.playground_references("dog", name)[0]) as file:
         image = file.convert("RGB")
+    half = image.width // 2
     (found,) = pipe(
-        "a sks cat on grass", concepts=concepts, image=image, mask_image=LEFT, num_inference_steps=4,
-        generator=torch.Generator().manual_seed(0), **pipe.guided(4.0, None),
+        "a sks cat on grass", concepts=concepts, image=image, mask_image=(0, 0, half, image.height),
+        num_inference_steps=4, generator=torch.Generator().manual_seed(0), **pipe.guided(4.0, None),
     ).images  # fmt: skip
     changed = np.abs(np.asarray(found, dtype=float) - np.asarray(image, dtype=float)).mean(axis=2)
-    assert changed[:, HALF:].mean() < 8  # of 255
-    assert changed[:, :HALF].mean() > 16
+    assert changed[:, half:].mean() < 8  # of 255
+    assert changed[:, :half].mean() > 16
 
 
 @pytest.mark.parametrize("name", assets.PLAYGROUNDS)

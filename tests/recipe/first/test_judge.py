@@ -13,9 +13,14 @@ from commands import call
 from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.confusion import inside
 from lora_compose.compose.evaluation.detectors import WindowDetector, shared
-from lora_compose.compose.evaluation.encoders import JUDGE, Encoder, load_encoder
+from lora_compose.compose.evaluation.encoders import Encoder, load_encoder
 from lora_compose.compose.evaluation.scoring import reference_crop
-from lora_compose.compose.playground.assets import playground_judge, playground_references
+from lora_compose.compose.playground.assets import (
+    PLAYGROUND_FLUX,
+    playground_judge,
+    playground_loras,
+    playground_references,
+)
 from recipe.first import world
 from recipe.first.judge import app, nearest
 from recipe.first.judge_data import (
@@ -38,7 +43,7 @@ def artist(sprites: dict[str, np.ndarray]) -> Artist:
 
 @pytest.fixture(scope="module")
 def judge() -> Encoder:
-    return load_encoder(JUDGE)
+    return load_encoder(f"{PLAYGROUND_FLUX}:judge")
 
 
 def colour(picture: np.ndarray) -> np.ndarray:
@@ -145,12 +150,13 @@ def test_the_judge_is_trained_continued_and_opened(sprites: dict[str, np.ndarray
 
 
 def test_the_judge_is_small() -> None:
-    files = list(playground_judge().iterdir())
+    files = list(playground_judge(PLAYGROUND_FLUX).iterdir())
     assert sum(file.stat().st_size for file in files) < 20 * 2**20
 
 
 def references() -> list[tuple[str, Path]]:
-    return [(name, path) for name in CONCEPTS for path in playground_references(name)]
+    known = playground_loras(PLAYGROUND_FLUX)
+    return [(name, path) for name in known for path in playground_references(name, PLAYGROUND_FLUX)]
 
 
 def test_the_judge_knows_the_concepts_by_their_references(judge: Encoder) -> None:

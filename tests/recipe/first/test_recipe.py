@@ -11,7 +11,12 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from commands import call
-from lora_compose.compose.playground.assets import playground_lora, playground_references
+from lora_compose.compose.playground.assets import (
+    PLAYGROUND_FLUX,
+    playground_lora,
+    playground_loras,
+    playground_references,
+)
 from lora_compose.compose.training import train
 from lora_compose.pipelines.concepts.loading import read_lora
 from recipe.first import base, concepts, loras, plain, scenes, style, tokenizer, vae, world
@@ -103,8 +108,8 @@ def test_references_are_written_once(artwork: Path, tmp_path: Path) -> None:
         lines = (tmp_path / "references" / name / "captions.tsv").read_text(encoding="utf-8").splitlines()
         assert [line.split("\t")[0] for line in lines] == [f"{i}.png" for i in range(10)]
     # The captions are those of the pictures that come with the software, which show the real artwork.
-    for name in (*CONCEPTS, concepts.STYLE):
-        shipped = playground_references(name)[0].parent / "captions.tsv"
+    for name in playground_loras(PLAYGROUND_FLUX):
+        shipped = playground_references(name, PLAYGROUND_FLUX)[0].parent / "captions.tsv"
         assert (tmp_path / "references" / name / "captions.tsv").read_text() == shipped.read_text()
     with pytest.raises(ValueError, match="is there already"):
         concepts.write(tmp_path / "references" / "cat", [], with_boxes=True)

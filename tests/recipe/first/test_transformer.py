@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
-from lora_compose.compose.playground.assets import playground_model
+from lora_compose.compose.playground.assets import PLAYGROUND_FLUX, playground_model
 from recipe.first import transformer, transformer_data
 from recipe.first.transformer import TransformerTrainer, new_pipeline, quick_attention
 from recipe.first.transformer_data import PATCH, Pool, patches, picture, write_shard
@@ -21,7 +21,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pool:
     monkeypatch.setattr(transformer_data, "SHARD", 8)
     rng = np.random.default_rng(0)
     sprites = {f"{name}/noto": rng.integers(0, 255, (96, 96, 4), dtype="u1") for name in BASE_CLASSES}
-    vae: Any = AutoencoderKL.from_pretrained(playground_model() / "vae", dtype=torch.float32)
+    vae: Any = AutoencoderKL.from_pretrained(playground_model(PLAYGROUND_FLUX) / "vae", dtype=torch.float32)
     for number in range(2):
         write_shard(tmp_path / f"{number}.pt", [picture(rng, sprites, True) for _ in range(8)], vae)
     return Pool(tmp_path, 0)
