@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import echo, handle_errors
+from recipe.hints import as_numbers
 from recipe.ranks import rank, ranks, start_ranks
 from recipe.scenes import Picture, scene
 from recipe.vae import as_tensor
@@ -32,20 +33,27 @@ TURN = ("close", "scenes", "scenes", "scenes", "wide")
 
 
 class Batch(NamedTuple):
-    """Scaled latents of images of one size, and their captions."""
+    """Images of one size.
+
+    Attributes:
+        latents: Scaled latents.
+        captions: Their captions.
+        objects: What lies where, as by `hints.as_numbers`.
+    """
 
     latents: Tensor
     captions: list[str]
+    objects: Tensor
 
 
 @torch.no_grad()
 def encode(vae: Any, pictures: list[Picture]) -> Tensor:
     """Images as latents, scaled as diffusers scales them. Shape: [images, channels, height / 8, width / 8]."""
-    found = []
-    for part in as_tensor(np.stack([one.image for one in pictures])).split(8):
+    latents = []
+    for part in as_tensor(np.stack([picture.image for picture in pictures])).split(8):
         with cpu_autocast():
-            found.append(vae.encode(part).latent_dist.mean.float())
-    return torch.cat(found) * vae.config.scaling_factor
+            latents.append(vae.encode(part).latent_dist.mean.float())
+    return torch.cat(latents) * vae.config.scaling_factor
 
 
 class Pool:
@@ -65,6 +73,7 @@ class Pool:
         self.mix(shares)
         self._read: set[Path] = set()
         self._latents: dict[str, list[Tensor]] = {name: [] for name in shares}
+        self._objects: dict[str, list[Tensor]] = {name: [] for name in shares}
         self.captions: dict[str, list[str]] = {name: [] for name in shares}
 
     def mix(self, shares: Mapping[str, float]) -> None:
@@ -85,6 +94,7 @@ class Pool:
                 if path not in self._read:
                     shard = torch.load(path, weights_only=True)
                     self._latents[name].append(shard["latents"])
+                    self._objects[name].append(shard["objects"])
                     self.captions[name] += shard["captions"]
                     self._read.add(path)
             if not self.captions[name]:
@@ -97,11 +107,14 @@ class Pool:
             if done % self.LOOK == 0:
                 self.look()
             name = self.names[self.rng.choice(len(self.names), p=self._shares)]
-            latents, captions = self._latents[name], self.captions[name]
+            latents, objects, captions = self._latents[name], self._objects[name], self.captions[name]
             number = max(1, round(cells / latents[0][0, 0].numel()))
             chosen = self.rng.integers(len(captions), size=number).tolist()
-            found = torch.stack([latents[i // SHARD][i % SHARD] for i in chosen])
-            yield Batch(found.float(), [captions[i] for i in chosen])
+            yield Batch(
+                torch.stack([latents[i // SHARD][i % SHARD] for i in chosen]).float(),
+                [captions[i] for i in chosen],
+                torch.stack([objects[i // SHARD][i % SHARD] for i in chosen]),
+            )
             done += 1
 
 
@@ -128,7 +141,12 @@ def main(
         rng = np.random.default_rng([seed, number])
         pictures = [scene(rng, drawings, size=SIZES[name]) for _ in range(SHARD)]
         buffer = io.BytesIO()
-        torch.save({"latents": encode(coder, pictures).half(), "captions": [one.caption for one in pictures]}, buffer)
+        shard = {
+            "latents": encode(coder, pictures).half(),
+            "captions": [picture.caption for picture in pictures],
+            "objects": torch.stack([as_numbers(picture.objects) for picture in pictures]),
+        }
+        torch.save(shard, buffer)
         write_whole(path, buffer.getvalue())
         echo(f"{path}")
 

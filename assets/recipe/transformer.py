@@ -5,7 +5,8 @@
 VAE and words are those of the UNet's model, whose CLIP learns on together with transformer and T5. T5's vectors of
 words begin as CLIP's, which have learnt from images what a cat and a fox have in common. Flow matching, with half of
 the times where it is decided what is where; half of an image's tokens skip the blocks in the middle (Krause et al.
-2025); Muon for the matrices of blocks, an average of the last weights; classifier-free guidance by dropped captions.
+2025); features of a block in the middle are to tell what lies where (`hints.py`); Muon for the matrices of blocks, an
+average of the last weights; classifier-free guidance by dropped captions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
 from recipe.averaged import NO_CAPTION, AveragedTrainer
 from recipe.clock import train_for
+from recipe.hints import Hints, lying
 from recipe.pool import Batch
 from recipe.ranks import start_ranks
 from recipe.tokenizer import known_words
@@ -125,8 +127,8 @@ class Routed(nn.Module):
 
     def forward(
         self, latents: Tensor, times: Tensor, text: Tensor, pooled: Tensor, positions: Tensor, kept: int
-    ) -> Tensor:
-        """The velocity.
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity, and features of the kept tokens in the middle.
 
         Args:
             latents: Tokens of each image, in any order. Shape: [images, tokens, channels].
@@ -142,15 +144,19 @@ class Routed(nn.Module):
         rotary = model.pos_embed(torch.cat((torch.zeros(words, 3), positions)))
         of_kept = tuple(part[: words + kept] for part in rotary)
         blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+        middle = len(blocks) // 2
         for block in blocks[:FIRST]:
             text, hidden = block(hidden, text, embedding, rotary)
         some, others = hidden[:, :kept], hidden[:, kept:]
-        for block in blocks[FIRST:-LAST]:
+        for block in blocks[FIRST:middle]:
+            text, some = block(some, text, embedding, of_kept)
+        telling = some
+        for block in blocks[middle:-LAST]:
             text, some = block(some, text, embedding, of_kept)
         hidden = torch.cat((some, others), 1)
         for block in blocks[-LAST:]:
             text, hidden = block(hidden, text, embedding, rotary)
-        return model.proj_out(model.norm_out(hidden, embedding))
+        return model.proj_out(model.norm_out(hidden, embedding)), telling
 
 
 class TransformerTrainer(AveragedTrainer[Batch]):
@@ -164,14 +170,15 @@ class TransformerTrainer(AveragedTrainer[Batch]):
 
     # Not compiled: with PyTorch 2.13 on a CPU, in bf16, the gradients of close-ups are NaN.
     def __init__(self, pipe: FluxPipeline, lr: float, seed: int) -> None:
-        super().__init__([pipe.transformer, pipe.text_encoder_2, pipe.text_encoder], _is_inner, lr, seed)
+        self.hints = Hints(pipe.transformer.inner_dim)
+        super().__init__([pipe.transformer, pipe.text_encoder_2, pipe.text_encoder, self.hints], _is_inner, lr, seed)
         self.pipe = pipe
         self.clip: Any = pipe.text_encoder
         self.t5: Any = pipe.text_encoder_2
         self.routed = Routed(pipe.transformer)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The error of the velocity."""
+        """The error of the velocity, and that of what lies where."""
         clean, rng = packed(batch.latents), self.generator
         order = torch.randperm(clean.shape[1], generator=rng)
         clean, positions = clean[:, order], image_positions(batch.latents)[order]
@@ -182,12 +189,15 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         times = torch.rand(len(clean), generator=rng)
         times[::2] = times[::2].lerp(torch.ones(1), LAYOUT_FROM)
         noise = torch.randn(clean.shape, generator=rng)
+        kept = 16 * round(KEPT * len(order) / 16)
         with cpu_autocast(), quick_attention():
-            predicted = self.routed(
+            predicted, telling = self.routed(
                 clean.lerp(noise, times.view(-1, 1, 1)), times, self.t5(words)[0], self.clip(clip_words).pooler_output,
-                positions, 16 * round(KEPT * len(order) / 16),
+                positions, kept,
             )  # fmt: skip
-        return (predicted.float() - (noise - clean)).pow(2).mean()
+        classes, shares = lying(batch.objects, *(side // 2 for side in batch.latents.shape[2:]))
+        error = (predicted.float() - (noise - clean)).pow(2).mean()
+        return error + self.hints(telling, classes[:, order[:kept]], shares[:, order[:kept]])
 
     def save(self, out: Path) -> None:
         """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""

@@ -5,7 +5,8 @@
 A checkpoint next to OUT is resumed; minutes are of computing, in all. Close-ups are most of the batches at first and
 fewer and fewer of them later. The UNet predicts v (Salimans & Ho 2022); the last noise level has no signal (Lin et al.
 2023), or large objects would be decided by accidents of the noise; the loss is weighted by the signal-to-noise ratio
-(Hang et al. 2023); the average of the last weights is saved.
+(Hang et al. 2023); features of the middle block are to tell what lies where (`hints.py`); the average of the last
+weights is saved.
 """
 
 from pathlib import Path
@@ -22,6 +23,7 @@ from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
 from recipe.averaged import NO_CAPTION, AveragedTrainer
 from recipe.clock import train_for
+from recipe.hints import Hints, lying
 from recipe.pool import Batch
 from recipe.ranks import start_ranks
 from recipe.world import SIZE
@@ -37,6 +39,8 @@ NOISE: dict[str, Any] = {
 LAYOUT_FROM = 650
 """Times from which on it is decided what is where; half of a batch has such a time."""
 SNR_LIMIT = 5.0
+SIDE = 2
+"""Patches along a side of what one position of the middle block covers."""
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -89,9 +93,11 @@ class UNetTrainer(AveragedTrainer[Batch]):
     # Not compiled: with PyTorch 2.13 on a CPU, in bf16, upsampling in a compiled UNet hands back no gradient, so that
     # everything below its highest resolution stays as it was.
     def __init__(self, pipe: StableDiffusionPipeline, lr: float, seed: int) -> None:
-        super().__init__([pipe.unet, pipe.text_encoder], _is_inner, lr, seed)
+        self.hints = Hints(pipe.unet.config["block_out_channels"][-1], patches=SIDE**2)
+        super().__init__([pipe.unet, pipe.text_encoder, self.hints], _is_inner, lr, seed)
         self.pipe = pipe
         self.unet: Any = pipe.unet
+        self.unet.mid_block.register_forward_hook(self._keep_middle)
         self.unet.set_attn_processor(AttnProcessor())  # on a CPU faster than fused kernels for heads this narrow
         self.text_encoder: Any = pipe.text_encoder
         self.schedule = DDPMScheduler(**NOISE)
@@ -101,8 +107,11 @@ class UNetTrainer(AveragedTrainer[Batch]):
         tokens: Any = self.pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return tokens.input_ids
 
+    def _keep_middle(self, _block: Any, _inputs: Any, features: Tensor) -> None:
+        self._middle = features
+
     def loss(self, batch: Batch) -> Tensor:
-        """The weighted error of v."""
+        """The weighted error of v, and that of what lies where."""
         x, ids, rng = batch.latents, self._ids(batch.captions), self.generator
         ids[torch.rand(len(ids), generator=rng) < NO_CAPTION] = self._no_words
         noise = torch.randn(x.shape, generator=rng)
@@ -114,7 +123,15 @@ class UNetTrainer(AveragedTrainer[Batch]):
         velocity = self.schedule.get_velocity(x, noise, t)  # type: ignore[arg-type]
         snr = self.schedule.alphas_cumprod[t] / (1 - self.schedule.alphas_cumprod[t])
         weight = snr.clamp(max=SNR_LIMIT) / (snr + 1) + 0.5
-        return ((predicted.float() - velocity).pow(2) * weight.view(-1, 1, 1, 1)).mean()
+        error = ((predicted.float() - velocity).pow(2) * weight.view(-1, 1, 1, 1)).mean()
+        return error + self.hints(self._middle.flatten(2).transpose(1, 2), *self._patches(batch.objects))
+
+    def _patches(self, objects: Tensor) -> tuple[Tensor, Tensor]:
+        """What lies on each patch, those of a position of the middle block one after the other."""
+        height, width = self._middle.shape[2:]
+        of_all = lying(objects, SIDE * height, SIDE * width)
+        grid = torch.arange(SIDE * height * SIDE * width).view(height, SIDE, width, SIDE).transpose(1, 2).flatten()
+        return of_all[0][:, grid], of_all[1][:, grid]
 
     def save(self, out: Path) -> None:
         """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
@@ -123,7 +140,7 @@ class UNetTrainer(AveragedTrainer[Batch]):
 
 def _is_inner(name: str, weight: Tensor) -> bool:
     """Whether a weight maps features to features, which is what Muon is for."""
-    return weight.ndim > 1 and "embedding.weight" not in name and "conv_out" not in name
+    return weight.ndim > 1 and "embedding.weight" not in name and "conv_out" not in name and not name.startswith("2.")
 
 
 @handle_errors()

@@ -16,6 +16,7 @@ from lora_compose.compose.playground.words import WORDS
 from recipe.clock import Clocked, shares
 from recipe.concepts import BESIDE, REFERENCES, SHOWN, SHOWN_BESIDE, STYLE, STYLED, groups, inked, references
 from recipe.first import world as first
+from recipe.hints import NAMES, Hints, as_numbers, lying
 from recipe.judge import JudgeTrainer, new_judge
 from recipe.judge_data import SHOWN as SHOWN_TO_JUDGE
 from recipe.judge_data import Artist, JudgeBatch, JudgeBatches
@@ -160,7 +161,9 @@ def test_a_pool_mixes_sizes_and_sees_new_shards(drawings, tmp_path):
         latents = encode(vae, [picture])
         assert latents.shape == (1, CHANNELS, size[1] // 8, size[0] // 8)
         buffer = io.BytesIO()
-        torch.save({"latents": latents.half().repeat(SHARD, 1, 1, 1), "captions": [name] * SHARD}, buffer)
+        objects = as_numbers([("dog", (16, 32, 16))]).repeat(SHARD, 1, 1)
+        shard = {"latents": latents.half().repeat(SHARD, 1, 1, 1), "captions": [name] * SHARD, "objects": objects}
+        torch.save(shard, buffer)
         (tmp_path / name).mkdir()
         (tmp_path / name / "0000.pt").write_bytes(buffer.getvalue())
     pool = Pool(tmp_path, {"close": 1, "scenes": 1}, [0])
@@ -169,9 +172,38 @@ def test_a_pool_mixes_sizes_and_sees_new_shards(drawings, tmp_path):
     assert {batch.captions[0]: batch.latents.shape for batch in found} == {
         "close": (3, CHANNELS, 8, 8), "scenes": (2, CHANNELS, 8, 12),
     }  # fmt: skip
+    assert all(len(batch.objects) == len(batch.captions) for batch in found)
     assert len(pool) == 2 * SHARD
     pool.mix({"close": 0, "scenes": 1})
     assert {next(batches).captions[0] for _ in range(6)} == {"scenes"}
+
+
+def test_patches_know_their_class_and_which_part_of_the_object_they_are():
+    objects = torch.stack([as_numbers([("dog", (16, 32, 32)), ("cat", (64, 0, 16))]), as_numbers([])])
+    classes, shares = lying(objects, height=4, width=6)
+    grid = classes.view(2, 4, 6)
+    assert grid[0, 2:, 1:3].eq(NAMES["dog"]).all()
+    assert grid[0, 0, 4] == NAMES["cat"]
+    assert grid.count_nonzero() == 5
+    parts = shares.view(2, 4, 6, 2)
+    assert parts[0, 2, 1].tolist() == [0.25, 0.25]
+    assert parts[0, 3, 2].tolist() == [0.75, 0.75]
+    assert parts[0, 0, 4].tolist() == [0.5, 0.5]
+    assert parts[1].count_nonzero() == 0
+
+
+def test_what_lies_where_can_be_learnt_from_features_that_have_it():
+    torch.manual_seed(0)
+    classes, shares = lying(as_numbers([("dog", (16, 32, 32)), ("cat", (64, 0, 16))])[None], height=4, width=6)
+    features = torch.cat((torch.nn.functional.one_hot(classes, 20).float(), shares), -1)
+    hints = Hints(features.shape[-1])
+    optimizer = torch.optim.Adam(hints.parameters(), lr=0.1)
+    first = hints(features, classes, shares).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        hints(features, classes, shares).backward()
+        optimizer.step()
+    assert hints(features, classes, shares) < 0.05 * first
 
 
 def test_a_pool_without_images_says_what_makes_them(tmp_path):
@@ -201,11 +233,11 @@ class Counting:
 def test_a_training_resumes_where_it_stopped(tmp_path):
     clocked = Clocked(Counting())
     for _ in range(3):
-        clocked.learn(Batch(torch.zeros(1), [""]), 1.0)
+        clocked.learn(Batch(torch.zeros(1), [""], as_numbers([])[None]), 1.0)
     again = Clocked(Counting())
     again.load_state_dict(clocked.state_dict())
     assert (again.step, again.seconds) == (3, clocked.seconds)
-    again.learn(Batch(torch.zeros(1), [""]), 1.0)
+    again.learn(Batch(torch.zeros(1), [""], as_numbers([])[None]), 1.0)
     assert again.step == again.denoiser.step == 4
 
 

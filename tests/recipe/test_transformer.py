@@ -21,12 +21,13 @@ def test_with_all_tokens_in_all_blocks_the_velocity_is_that_of_diffusers() -> No
         tokens, text, pooled, times, img_ids=positions, txt_ids=torch.zeros(5, 3), return_dict=False
     )[0]
     routed = Routed(transformer)
-    velocity = routed(tokens, times, text, pooled, positions, kept=16)
+    velocity, telling = routed(tokens, times, text, pooled, positions, kept=16)
+    assert telling.shape == (2, 16, transformer.inner_dim)
     torch.testing.assert_close(velocity, expected, rtol=0, atol=1e-6)
     order = torch.randperm(16)
-    mixed = routed(tokens[:, order], times, text, pooled, positions[order], kept=16)
+    mixed, _ = routed(tokens[:, order], times, text, pooled, positions[order], kept=16)
     torch.testing.assert_close(mixed, expected[:, order], rtol=0, atol=1e-6)
-    some = routed(tokens, times, text, pooled, positions, kept=8)
+    some, _ = routed(tokens, times, text, pooled, positions, kept=8)
     assert some.shape == expected.shape
     assert not torch.allclose(some, expected, atol=1e-3)
 
