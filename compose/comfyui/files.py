@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.attention.device import is_linear
 from lora_compose.attention.fitting import check_factors, weight_shape
-from lora_compose.pipelines.concepts.placing import SUMS_PATCHES, placed, reshaped, sums_patches
+from lora_compose.pipelines.concepts.placing import FITTING, SUMS_PATCHES, placed, reshaped, sums_patches
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change
 from lora_compose.pipelines.formats.files import LoraError, read_lora
@@ -28,8 +28,6 @@ what ComfyUI does with a weight of the file before it is added."""
 
 _DENOISERS, _TEXT = ("unet", "transformer"), "text_encoder"
 _START, _END = "diffusion_model.", ".weight"
-_FITTING = 0.1
-"""The share of a file's layers below which it is for another model, as in our pipelines."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def read_concept(
         elif not layer.part.startswith(_TEXT):
             left_out += layer.keys
     matched, lora, cut = sum(map(len, mine.values())), {}, 0
-    if not matched or matched < _FITTING * len(layers):
+    if not matched or matched < FITTING * len(layers):
         raise LoraError(
             f"{path.name} fits this model in {matched} of its {len(layers)} layers; choose a LoRA that was trained for "
             f"it (its first keys are {', '.join([*file.tensors][:3])})"

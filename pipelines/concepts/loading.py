@@ -16,7 +16,7 @@ from lora_compose.attention.backbones import backbone_of
 from lora_compose.attention.device import is_linear, modules_of, uncompiled
 from lora_compose.attention.fitting import check_sides, shape_of, weight_shape
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
-from lora_compose.pipelines.concepts.placing import SUMS_PATCHES, placed, reshaped, rows_of, sums_patches
+from lora_compose.pipelines.concepts.placing import FITTING, SUMS_PATCHES, placed, reshaped, rows_of, sums_patches
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change, inner
@@ -33,7 +33,6 @@ __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read
 
 logger = logging.getLogger(__name__)
 
-_FITTING = 0.1  # the share of a file's layers below which it is for another model
 _EXACT = 1e-5  # relative errors below are rounding
 Changes = Mapping[Part, Mapping[str, Change]]
 
@@ -160,7 +159,7 @@ def assign(file: LoraFile, grouped: Layers, pipe: object) -> tuple[Mapping[Part,
     # Families share the names of a few layers, and some of them a text encoder.
     other = not assigned[model] and any(component == model for component, _ in meant)
     other = other or (bool(unmatched) and _is_of_another_family(file, models[model]))
-    if other or fitting < _FITTING * len(grouped.layers) or not fitting:
+    if other or fitting < FITTING * len(grouped.layers) or not fitting:
         raise LoraError(_nothing(file, fitting, len(grouped.layers)))
     return assigned, tuple(unmatched)
 

@@ -13,6 +13,8 @@ from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.kinds import OFT_INPUTS, readable
 from lora_compose.pipelines.formats.layers import Layer
 
+FITTING = 0.1
+"""The share of a file's layers below which it is for another model."""
 SUMS_PATCHES = (
     "PEFT's OFT of convolutions larger than 1 x 1 is not defined: as it is trained, overlapping patches are added up, "
     "also where nothing is rotated; as it is merged, the weight is rotated"

@@ -9,9 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_compose.attention.transforms import Rescaling
-from lora_compose.compose.comfyui import files
 from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
-from lora_compose.pipelines.concepts import loading
 from lora_compose.pipelines.formats.files import LoraError
 
 NAMES = {
@@ -140,7 +138,3 @@ def test_a_t_lora_whose_ranks_do_not_follow_the_noise_is_said(model: nn.Module, 
 def test_what_does_not_fit_is_refused(model: nn.Module, tmp_path: Path, tensors: dict, said: str) -> None:
     with pytest.raises(LoraError, match=re.escape(said)):
         read_concept(written(tmp_path, tensors), model, NAMES, SITES)
-
-
-def test_a_file_is_for_another_model_where_it_is_so_in_our_pipelines() -> None:
-    assert files._FITTING == loading._FITTING
