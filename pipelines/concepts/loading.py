@@ -16,7 +16,7 @@ from lora_compose.attention.backbones import backbone_of
 from lora_compose.attention.device import is_linear, modules_of, uncompiled
 from lora_compose.attention.fitting import check_sides, shape_of, weight_shape
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
-from lora_compose.pipelines.concepts.placing import FITTING, SUMS_PATCHES, placed, reshaped, rows_of, sums_patches
+from lora_compose.pipelines.concepts.placing import FITTING, SUMS_PATCHES, fitted, rows_of, sums_patches
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change, inner
@@ -314,7 +314,6 @@ def _change(file: LoraFile, target: nn.Module, name: str, layer: Layer, loads: _
     try:
         products = loads.products and is_linear(target) and not layer.swapped
         made = loads.of(name, layer, products=products)
-        transform = None if made.factors.transform is None else placed(made.factors.transform, layer, target)
         if made.factors.left is not None and layer.outputs is not None:
             part = rows_of(made.factors, layer.outputs)
             made = loads.of(name, layer, products=False) if part is None else Change(part)
@@ -322,14 +321,13 @@ def _change(file: LoraFile, target: nn.Module, name: str, layer: Layer, loads: _
             made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / len(layer.fused))
         if layer.swapped:
             made = replace(made, factors=replace(made.factors, up=torch.cat(made.factors.up.chunk(2)[::-1])))
-        made = replace(made, factors=replace(made.factors, transform=transform))
-        factors = reshaped(made.factors, target)
-        check_sides(name, factors, *shape_of(name, target))
+        made = fitted(made, layer, target)
+        check_sides(name, made.factors, *shape_of(name, target))
     except LoraError:
         raise
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
-    return Change(factors, made.lost)
+    return made
 
 
 def _check_embeddings(file: LoraFile, models: Models, reading: int) -> None:
