@@ -7,11 +7,11 @@ imported when a model of it is used.
 from typing import TYPE_CHECKING, Any
 
 from lora_compose.attention.backbones import Backbone, backbone_of
-from lora_compose.attention.bank_cache import BankCache, KeptBanks
+from lora_compose.attention.bank_cache import Bank, BankCache, KeptBanks
 from lora_compose.attention.claims import Claim
 from lora_compose.attention.gates import Gates, scatter_concepts
 from lora_compose.attention.gradients import frozen, weights_kept
-from lora_compose.attention.install import Installation, install, installed_layers
+from lora_compose.attention.install import Installation, bank_for, install, installed_bank, installed_layers
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import Lora, LoraFactors
 from lora_compose.attention.norm_regions import NORM_APART, NormRegions
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NORM_APART",
     "Backbone",
+    "Bank",
     "BankCache",
     "Claim",
     "Gates",
@@ -47,11 +48,13 @@ __all__ = [
     "StepCaches",
     "TextBias",
     "backbone_of",
+    "bank_for",
     "check_caches",
     "coarser",
     "frozen",
     "grid_at",
     "install",
+    "installed_bank",
     "installed_layers",
     "reference_factor",
     "scatter_concepts",

@@ -43,6 +43,10 @@ class Bank:
     state: ForwardState
     exact: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    def rest(self) -> None:
+        """Holds nothing of a call any more."""
+        self.state.inputs, self.state.recorders = LayerInputs(), ()
+
     @property
     def bytes(self) -> int:
         """The memory that it takes."""
@@ -85,7 +89,7 @@ class BankCache:
         It replaces banks of the same LoRAs on another device or in another precision, and beside other LoRAs of one
         call alone. A bank that was moved or converted with its model during the call is dropped.
         """
-        bank.state.inputs, bank.state.recorders = LayerInputs(), ()
+        bank.rest()
         if not all(_as_made(tensor, key) for layer in bank.layers.values() for tensor in layer.tensors):
             return
         lasting = _lasting(key)

@@ -24,7 +24,7 @@ from lora_compose.attention.gates import Gates, strongest
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import BankLayer, Lora, base_layer
 from lora_compose.attention.norm_regions import NormRegions
-from lora_compose.attention.placing import How, check_how, put_in, replace_module
+from lora_compose.attention.placing import Around, How, check_how, put_in, replace_module
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.region_norm import RegionNorm
 from lora_compose.attention.regions import RegionAttention
@@ -119,11 +119,15 @@ class Installation:
         self.state.inputs = inputs
         self.state.recorders = recorders
 
-    def normalise_by_region(self) -> None:
-        """Lets group normalisation follow `LayerInputs.norm_regions` until the installation ends."""
+    def normalise_by_region(self, around: Around | None = None) -> None:
+        """Lets group normalisation follow `LayerInputs.norm_regions` until the installation ends.
+
+        Args:
+            around: Calls a region norm, where layers act on `forward`.
+        """
         if not self._by_region:
             norms = [name for name, module in self._modules.items() if isinstance(module, nn.GroupNorm)]
-            put_in(self._modules, {name: RegionNorm(self.state) for name in norms}, self._undo, self._how)
+            put_in(self._modules, {name: RegionNorm(self.state) for name in norms}, self._undo, self._how, around)
             self._by_region = True
 
     def fold(self, parts: Iterable[SitePart], weights: Sequence[float], stay: Collection[int] = ()) -> int:
@@ -294,6 +298,49 @@ def install(
         yield _put_in(modules, loras, bank, key, silence, undo, how, columns)
 
 
+def bank_for(
+    model: nn.Module,
+    loras: Sequence[Lora],
+    where: Mapping[str, Site],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    known: Bank | None = None,
+) -> Bank:
+    """A bank for `installed_bank`: the known one if it fits the model in this precision, otherwise a new one.
+
+    Args:
+        device: Where a new one is made.
+
+    Raises:
+        ValueError: For layers that the model does not have or whose shape differs.
+    """
+    if known is not None and any(layer.up.dtype != dtype for layer in known.layers.values()):
+        known = None
+    return _fitting(known, modules_of(uncompiled(model)), loras, where, BankKey((), device, dtype), None, ())
+
+
+@contextmanager
+def installed_bank(
+    model: nn.Module, bank: Bank, *, device: torch.device, dtype: torch.dtype, around: Around
+) -> Iterator[Installation]:
+    """Lets a bank of `bank_for` act on the `forward` of a model's layers; it stays the caller's, who may move it.
+
+    Args:
+        device: That of the passes; the bank may be on another one.
+        around: Calls a bank layer, e.g. with its factors on the device of the input.
+
+    Raises:
+        RuntimeError: As for `installed_layers`.
+    """
+    model = uncompiled(model)
+    with claimed([model], "install"), undoing(model) as undo:
+        modules = modules_of(model)
+        undo.callback(bank.rest)
+        put_in(modules, bank.layers, undo, "forward", around)
+        yield Installation(modules, (), bank, BankKey((), device, dtype), undo, "forward")
+
+
 def _each_once(
     loras: Sequence[Lora], kept: KeptBanks | None
 ) -> tuple[Sequence[Lora], KeptBanks | None, tuple[int, ...]]:
@@ -318,16 +365,29 @@ def _bank(
     same_input: Iterable[Sequence[str]] = (),
 ) -> Bank:
     """A bank that was kept, if it fits the model, or a new one. Nothing is installed yet."""
-    bank = kept.cache.take(key) if kept else None
-    if bank is None or not all(_fits(modules, name, layer, where) for name, layer in bank.layers.items()):
-        shapes = {name: shape_at(name, modules.get(name), where) for lora in loras for name in lora}
-        for lora in loras:
-            for name, factors in lora.items():
-                check_sides(name, factors, *shapes[name])
-        bank = new_bank(loras, where, key, kept, same_input, modules)
+    bank = _fitting(kept.cache.take(key) if kept else None, modules, loras, where, key, kept, same_input)
     if kept:
         undo.callback(kept.cache.put, key, bank)
     return bank
+
+
+def _fitting(
+    known: Bank | None,
+    modules: Mapping[str, nn.Module],
+    loras: Sequence[Lora],
+    where: Mapping[str, Site],
+    key: BankKey,
+    kept: KeptBanks | None,
+    same_input: Iterable[Sequence[str]],
+) -> Bank:
+    """A known bank if it fits the model, or a new one."""
+    if known is not None and all(_fits(modules, name, layer, where) for name, layer in known.layers.items()):
+        return known
+    shapes = {name: shape_at(name, modules.get(name), where) for lora in loras for name in lora}
+    for lora in loras:
+        for name, factors in lora.items():
+            check_sides(name, factors, *shapes[name])
+    return new_bank(loras, where, key, kept, same_input, modules)
 
 
 def _fits(modules: Mapping[str, nn.Module], name: str, layer: BankLayer, where: Mapping[str, Site]) -> bool:

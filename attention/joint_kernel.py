@@ -86,9 +86,10 @@ class JointKernel:
             recorder.take(self.layer, query[:, image].transpose(1, 2), keys, scale, allowed, tokens, bias)
 
     def _parts(self, positions: int) -> tuple[slice, slice, Sequence[slice]]:
-        """Slices of text, image, and all but the text in a joint sequence, without the padding of the image.
+        """Slices of text, of image without what it is filled up with, and of all but the text in a joint sequence.
 
-        The lengths of text and image are known; what else there is lies side by side, and has the rest.
+        The lengths of text and image are known; what else there is lies side by side, and has the rest. The model
+        attends to what fills up the image, so that this counts among all but the text.
         """
         inputs, parts = self.state.inputs, self.site.parts
         cells = prod(grid_at(inputs.latent_grid, self.site.level))
@@ -99,9 +100,10 @@ class JointKernel:
             length = lengths.get(part)
             if length is None:
                 length, rest = rest, 0
-            slices[part] = slice(start, start + (cells if part == "image" else length))
+            slices[part] = slice(start, start + length)
             start += length
-        return slices["text"], slices["image"], [where for part, where in slices.items() if part != "text"]
+        image = slice(slices["image"].start, slices["image"].start + cells)
+        return slices["text"], image, [where for part, where in slices.items() if part != "text"]
 
 
 def _extended(x: Tensor, channels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Two ways to put bank layers and region norms into a model: in place of its modules, or on their `forward`."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -17,6 +17,8 @@ where they are when the model moves, `torch.compile` makes new graphs for each i
 refused."""
 
 Placed = BankLayer | RegionNorm
+Around = Callable[[Any], Callable[..., Any]]
+"""Makes of a layer what is called in its stead, on the `forward` of a module."""
 
 
 def check_how(how: How) -> None:
@@ -25,10 +27,21 @@ def check_how(how: How) -> None:
         raise ValueError(f"how is {how!r}; expected {' or '.join(map(repr, get_args(How)))}")
 
 
-def put_in(modules: Mapping[str, nn.Module], layers: Mapping[str, Placed], undo: Journal, how: How) -> None:
-    """Lets layers act on the modules of the same names."""
+def put_in(
+    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, Placed],
+    undo: Journal,
+    how: How,
+    around: Around | None = None,
+) -> None:
+    """Lets layers act on the modules of the same names.
+
+    Args:
+        around: What is called instead of a layer on `forward`.
+    """
     if how == "forward":
-        swaps = [(SwappedForward(modules[name], layer), layer, modules[name]) for name, layer in layers.items()]
+        calls = {name: layer if around is None else around(layer) for name, layer in layers.items()}
+        swaps = [(SwappedForward(modules[name], calls[name]), layer, modules[name]) for name, layer in layers.items()]
         undo.callback(_take_off, swaps)
         for swap, layer, module in swaps:
             layer.act_on(module, swap.original)

@@ -106,7 +106,7 @@ def _trained(family: Any) -> str:
 
 
 def refused(family: Any) -> list[str]:
-    """Methods in their default form that need what the model does not have (`make_plan`)."""
+    """Methods in their default form that need what the model does not have (`resolve_call`)."""
     return [name for name, kind in METHODS.items() if kind().needs.region_attention and not _reads_regions(family)]
 
 

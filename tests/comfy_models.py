@@ -38,6 +38,7 @@ import comfy.supported_models  # pyright: ignore[reportMissingImports]
 from lora_compose.compose.comfyui.composition import Composition
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.files import read_concept
+from lora_compose.pipelines.formats.files import read_lora
 from norm_reference import region_normalised, shares_by_hand
 
 logging.getLogger().setLevel(logging.ERROR)  # ComfyUI's log
@@ -217,7 +218,7 @@ def read(patcher: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
     path = folder / f"{len([*folder.iterdir()])}.safetensors"
     save_file(dict(tensors), path)
     model, names = patcher.model.diffusion_model, comfy.lora.model_lora_keys_unet(patcher.model, {})
-    return read_concept(path, model, names, family_of(model).sites)[0]
+    return read_concept(read_lora(path), model, names, family_of(model).sites)[0]
 
 
 def text(seed: int, tokens: int = TOKENS) -> list[list[Any]]:

@@ -152,6 +152,15 @@ def activated(model: nn.Module, *, size: float, seed: int = 0) -> Any:
     return model.eval()
 
 
+def filled(model: nn.Module, seed: int = 0) -> Any:
+    """A text encoder with random numbers of our own: each version of transformers fills CLIP and T5 in its own way."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
+    return model
+
+
 def tokenizer() -> CLIPTokenizer:
     """A small vocabulary by CLIP's rules, with common triggers as words; reads 32 tokens."""
     return CLIPTokenizer.from_pretrained(Path(__file__).with_name("fixtures") / "tokenizer")

@@ -313,14 +313,16 @@ def parameters_that_move() -> Iterator[None]:
 def autocast_switched_off() -> Iterator[None]:
     """Inside this block `torch.autocast` may be switched off for the device, on which it is never on.
 
-    PyTorch refuses the name of a device type that has no autocast.
+    PyTorch refuses the name of a device type that has no autocast, also when it is asked whether that is on, as text
+    encoders of older versions of transformers do.
     """
-    before = torch.autocast
+    autocast, asked = torch.autocast, torch.is_autocast_enabled
     torch.autocast = _Autocast
+    torch.is_autocast_enabled = lambda *device_type: DEVICE.type not in device_type and asked(*device_type)
     try:
         yield
     finally:
-        torch.autocast = before
+        torch.autocast, torch.is_autocast_enabled = autocast, asked
 
 
 class _Autocast(torch.autocast):

@@ -44,7 +44,7 @@ def test_a_central_type_is_in_its_file(name, path):
 
 
 def test_the_central_types_are_named():
-    assert {"Backbone", "Gates", "Pass", "Denoiser", "Session", "Process", "Plan", "Task"} <= {
+    assert {"Backbone", "Gates", "Pass", "Denoiser", "Session", "Process", "ResolvedCall", "Task"} <= {
         name for name, _ in TYPES
     }
 

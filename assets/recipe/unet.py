@@ -149,6 +149,9 @@ def train(
     out: Path,
     vae: Annotated[Path, typer.Option(help="For a new model.")],
     tokenizer: Annotated[Path, typer.Option(help="For a new model.")],
+    init: Annotated[
+        Path | None, typer.Option(help="An earlier model to go on from; its VAE and tokenizer stay.")
+    ] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Of computing, in all; the rate falls to their end.")] = 480,
     images: Annotated[int, typer.Option(min=1, help="Of the usual size in a batch.")] = 32,
     lr: float = 0.01,
@@ -159,7 +162,9 @@ def train(
     start_ranks()
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    train_for(minutes, UNetTrainer(new_pipeline(vae, tokenizer), lr, seed), pool, out, images, seed)
+    known: dict[str, Any] = {"dtype": torch.float32, "safety_checker": None}
+    pipe = new_pipeline(vae, tokenizer) if init is None else StableDiffusionPipeline.from_pretrained(init, **known)
+    train_for(minutes, UNetTrainer(pipe, lr, seed), pool, out, images, seed)
 
 
 if __name__ == "__main__":

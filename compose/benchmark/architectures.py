@@ -25,6 +25,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3Model,
     T5Config,
@@ -86,6 +88,20 @@ QWEN3: Mapping[str, Any] = {
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
 }  # fmt: skip
 """Qwen3-0.6B, Anima's text encoder."""
+QWEN3_4B: Mapping[str, Any] = dict(QWEN3) | {
+    "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+}  # fmt: skip
+"""The text encoder of Z-Image and FLUX.2-klein 4B."""
+_QWEN3_8B: Mapping[str, Any] = dict(QWEN3_4B) | {"hidden_size": 4096, "intermediate_size": 12288}
+"""The text encoder of FLUX.2-klein 9B."""
+_QWEN2_5_VL: Mapping[str, Any] = {
+    "text_config": {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4,
+    },
+    "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584},
+}  # fmt: skip
+"""Qwen2.5-VL 7B, the text encoder of Qwen-Image."""
 T5_XXL: Mapping[str, Any] = {
     "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
@@ -120,6 +136,19 @@ github.com/black-forest-labs/flux2. Anima: the 2B model of Cosmos Predict2, as d
 `scripts/convert_cosmos_to_diffusers.py` has it.
 """
 FAMILIES = (*_FAMILIES, *TRANSFORMERS)
+_TEXT_MODELS: Mapping[str, Callable[[], Mapping[str, nn.Module]]] = {
+    "Anima": lambda: {"text_encoder": Qwen3Model(Qwen3Config(**QWEN3)), "text_conditioner": AnimaTextConditioner()},
+    "Chroma": lambda: {"text_encoder": T5EncoderModel(T5Config(**T5_XXL))},
+    "FLUX.1": lambda: {
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L)),
+        "text_encoder_2": T5EncoderModel(T5Config(**T5_XXL)),
+    },
+    "FLUX.2-klein 4B": lambda: {"text_encoder": Qwen3Model(Qwen3Config(**QWEN3_4B))},
+    "FLUX.2-klein 9B": lambda: {"text_encoder": Qwen3Model(Qwen3Config(**_QWEN3_8B))},
+    "Qwen-Image": lambda: {"text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**_QWEN2_5_VL))},
+    "Z-Image": lambda: {"text_encoder": Qwen3Model(Qwen3Config(**QWEN3_4B))},
+}
+"""The models of transformers' texts, for families whose LoRA files may change them."""
 
 RANK = 8
 # Words of one token for every CLIP tokenizer.
@@ -133,17 +162,9 @@ def without_weights(family: str) -> SimpleNamespace:
     if family in TRANSFORMERS:
         build, config = TRANSFORMERS[family]
         with torch.device("meta"):
-            parts = SimpleNamespace(transformer=build(**config))
-            if family == "Chroma":  # files of these families may change text encoders
-                parts.text_encoder = T5EncoderModel(T5Config(**T5_XXL))
-            if family == "FLUX.1":
-                parts.text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L))
-                parts.text_encoder_2 = T5EncoderModel(T5Config(**T5_XXL))
+            parts = SimpleNamespace(transformer=build(**config), **_TEXT_MODELS.get(family, dict)())
             if family == "Ideogram 4":
                 parts.transformer.rotary_emb.forward = partial(_rotations, parts.transformer.rotary_emb.head_dim)
-            if family == "Anima":
-                parts.text_encoder = Qwen3Model(Qwen3Config(**QWEN3))
-                parts.text_conditioner = AnimaTextConditioner()
             return parts
     unet, text, second = _FAMILIES[family]
     with torch.device("meta"):

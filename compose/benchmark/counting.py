@@ -119,32 +119,32 @@ def _counted(
     unet = host.unet
     host.library.loaded.update({loaded.concept.name: _without_values(loaded) for loaded in concepts})
     with kept():  # warnings are for those who make images
-        plan = host.plan(
+        resolved = host.plan(
             " ".join(loaded.concept.phrase for loaded in concepts), concepts=[loaded.concept for loaded in concepts],
             method=settings, num_inference_steps=steps, guidance_scale=guidance_scale, height=image_size[0],
             width=image_size[1], num_images_per_prompt=images,
         ).resolved  # fmt: skip
-        operations, backbone = Operations(), plan.canvas.backbone
-        loras = [loaded.lora for loaded in plan.concepts.loaded]
+        operations, backbone = Operations(), resolved.canvas.backbone
+        loras = [loaded.lora for loaded in resolved.concepts.loaded]
         with (
             torch.no_grad(),
             watched or nullcontext(),
             install(backbone, loras, device=META, dtype=unet.dtype) as installed,
         ):
-            counting = CountingRunner.of(plan)
+            counting = CountingRunner.of(resolved)
             # Everything except the model has values, on the CPU.
             inputs = {name: ByImage(value) for name, value in _unet_kwargs(unet, images).items()}
             denoiser = Denoiser(
-                backbone, installed, counting.sampler, counting.canvas, plan.concepts, (), inputs, counting.log,
+                backbone, installed, counting.sampler, counting.canvas, resolved.concepts, (), inputs, counting.log,
                 StepCaches(backbone.model),
             )  # fmt: skip
             runner = PricingRunner(
-                plan, counting.canvas, counting.sampler, counting.log, denoiser=denoiser, operations=operations
+                resolved, counting.canvas, counting.sampler, counting.log, denoiser=denoiser, operations=operations
             )
-            process = settings.start(plan.session(plan.sets[0], runner, runner.encode))
-            schedule = plan.sampler.schedule
-            all_steps = [schedule.step(index, plan.cfg_scale) for index in range(len(schedule.timesteps))]
-            latents = torch.zeros(images, unet.config["in_channels"], *plan.canvas.latent_grid, dtype=unet.dtype)
+            process = settings.start(resolved.session(resolved.sets[0], runner, runner.encode))
+            schedule = resolved.sampler.schedule
+            all_steps = [schedule.step(index, resolved.cfg_scale) for index in range(len(schedule.timesteps))]
+            latents = torch.zeros(images, unet.config["in_channels"], *resolved.canvas.latent_grid, dtype=unet.dtype)
             latents = process.prepare(latents, all_steps[0])
             preparation = operations.flops
             for step in all_steps:

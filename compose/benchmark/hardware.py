@@ -12,12 +12,12 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from rich.table import Table
 from torch import nn
-from transformers import Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
+from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from lora_compose.compose.benchmark import counting
 from lora_compose.compose.benchmark.architectures import (
     ARCHITECTURES,
-    QWEN3,
+    QWEN3_4B,
     RANK,
     VAE,
     attention_lora,
@@ -35,16 +35,12 @@ CONCEPTS, SIDE = 2, 1024
 NF4_BITS, INT8_BITS = 4.5, 8.5
 """Bits of a weight with its scale: a float32 for 64 weights (bitsandbytes' nf4), a float16 for 32 (GGUF's Q8_0)."""
 
-_QWEN3_4B: Mapping[str, Any] = dict(QWEN3) | {
-    "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-}  # fmt: skip
 _QWEN3_VL_4B: Mapping[str, Any] = {
     "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560,
     "deepstack_visual_indexes": [5, 11, 17],
 }  # fmt: skip
 _MORE_TEXT: Mapping[str, Callable[[], nn.Module]] = {
-    "Krea 2": lambda: Qwen3VLModel(Qwen3VLConfig(text_config=dict(_QWEN3_4B), vision_config=dict(_QWEN3_VL_4B))),
-    "Z-Image": lambda: Qwen3Model(Qwen3Config(**_QWEN3_4B)),
+    "Krea 2": lambda: Qwen3VLModel(Qwen3VLConfig(text_config=dict(QWEN3_4B), vision_config=dict(_QWEN3_VL_4B))),
 }
 """Text encoders that LoRA files leave alone. Sources: `text_encoder/config.json` and `text_encoder_2/config.json` of
 FLUX.1-dev (T5 v1.1 XXL), Z-Image-Turbo (Qwen3-4B) and Krea-2-Turbo (Qwen3-VL-4B)."""

@@ -12,17 +12,18 @@ from lora_compose.compose.comfyui.concepts import Concept, Request
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
 from lora_compose.compose.comfyui.hooks import compose, marked
+from lora_compose.pipelines.formats.files import LoraFile, read_lora
 
 logger = logging.getLogger("lora_compose")
 
 
-def factors_in(model: Any, concept: Concept, *, products: bool = True) -> Lora:
-    """The factors of a concept's file for a model; what is left out is said in the log. Arguments: `read_concept`."""
+def factors_in(model: Any, file: LoraFile, *, products: bool = True) -> Lora:
+    """The factors of a file for a model; what is left out is said in the log. Arguments: `read_concept`."""
     network = model.model.diffusion_model
     names, sites = comfy.lora.model_lora_keys_unet(model.model, {}), family_of(network).sites
-    lora, notes = read_concept(concept.path, network, names, sites, products=products)
+    lora, notes = read_concept(file, network, names, sites, products=products)
     for note in notes:
-        logger.warning("%s: %s", concept.path.name, note)
+        logger.warning("%s: %s", file.path.name, note)
     return lora
 
 
@@ -30,8 +31,9 @@ def composed(
     model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
 ) -> tuple[Any, Any]:
     """A model in which concepts act, and the conditioning for it. Arguments: `Request`; errors: `Request.composed`."""
-    loras, names = [factors_in(model, concept) for concept in concepts], [concept.path.name for concept in concepts]
-    parts, used = [read_text_encoders(concept.path) for concept in concepts], set()
+    files, used = [read_lora(concept.path) for concept in concepts], set()
+    loras, names = [factors_in(model, file) for file in files], [file.path.name for file in files]
+    parts = [read_text_encoders(file) for file in files]
 
     def encode(text: str, which: Sequence[int]) -> Any:
         encoder = clip

@@ -66,7 +66,7 @@ class MergeNode(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, concepts: Sequence[Concept], method: str, filename_prefix: str) -> Any:
         """Writes the file, and says how much of each concept is in it."""
-        loras = [factors_in(model, concept, products=False) for concept in concepts]
+        loras = [factors_in(model, read_lora(concept.path), products=False) for concept in concepts]
         given = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         out = Path(given[0]) / f"{given[1]}_{given[2]:05}_.safetensors"
         said = merged_text(merge_concepts(concepts, loras, model.model.diffusion_model, method, out))
@@ -94,11 +94,11 @@ class InspectNode(io.ComfyNode):
     @classmethod
     def execute(cls, lora: str, model: Any = None) -> Any:
         """The content of the file, in words."""
-        path = Path(folder_paths.get_full_path_or_raise("loras", lora))
-        said = text_about(read_lora(path))
+        file = read_lora(Path(folder_paths.get_full_path_or_raise("loras", lora)))
+        said = text_about(file)
         if model is not None:
             try:
-                fitting = factors_in(model, Concept.of(path, "", "", 1.0))
+                fitting = factors_in(model, file)
                 said += f"\nfits: {len(fitting)} layers of this model are changed"
             except LoraError as error:
                 said += f"\nproblem: {error}"

@@ -1,10 +1,9 @@
-"""Loads a LoRA file for a ComfyUI model: `pipelines.formats` parses it, ComfyUI's key map finds the modules."""
+"""Loads a LoRA file into a ComfyUI model: `pipelines.formats` parses it, ComfyUI's key map finds the modules."""
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.attention.device import is_linear
 from lora_compose.attention.fitting import check_factors, weight_shape
-from lora_compose.pipelines.concepts.placing import SUMS_PATCHES, placed, reshaped, sums_patches
+from lora_compose.pipelines.concepts.placing import FITTING, SUMS_PATCHES, fitted, sums_patches
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change
-from lora_compose.pipelines.formats.files import LoraError, read_lora
+from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import parse
 from lora_compose.pipelines.formats.layers import Layer, by_layer
 from lora_compose.pipelines.formats.names import present_name
@@ -28,8 +27,6 @@ what ComfyUI does with a weight of the file before it is added."""
 
 _DENOISERS, _TEXT = ("unet", "transformer"), "text_encoder"
 _START, _END = "diffusion_model.", ".weight"
-_FITTING = 0.1
-"""The share of a file's layers below which it is for another model, as in our pipelines."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +44,19 @@ class _Place:
 
 
 def read_concept(
-    path: Path, model: nn.Module, names: Mapping[str, Target], sites: Collection[str], *, products: bool = True
+    file: LoraFile, model: nn.Module, names: Mapping[str, Target], sites: Collection[str], *, products: bool = True
 ) -> tuple[Lora, Sequence[str]]:
     """The factors of a file for a model, and notes about what is left out.
 
     Args:
-        path: A safetensors file.
         model: ComfyUI's `diffusion_model`.
         names: What ComfyUI calls each layer in files (`comfy.lora.model_lora_keys_unet`).
         sites: Layers that concepts can act in; not e.g. those that read reference images.
         products: Whether a LoKr of a whole layer may stay a Kronecker product, which is exact.
 
     Raises:
-        LoraError: If the file cannot be read, is for another model, or has a change that cannot act in this one.
+        LoraError: If the file is for another model, or has a change that cannot act in this one.
     """
-    file = read_lora(path)
     grouped, alphas, places = by_layer(file), Alphas(file), _places(names, sites)
     mine: dict[str, list[tuple[Layer, _Place]]] = defaultdict(list)
     left_out, unclear = [*grouped.unknown, *grouped.inexpressible], []
@@ -75,10 +70,10 @@ def read_concept(
         elif not layer.part.startswith(_TEXT):
             left_out += layer.keys
     matched, lora, cut = sum(map(len, mine.values())), {}, 0
-    if not matched or matched < _FITTING * len(layers):
+    if not matched or matched < FITTING * len(layers):
         raise LoraError(
-            f"{path.name} fits this model in {matched} of its {len(layers)} layers; choose a LoRA that was trained for "
-            f"it (its first keys are {', '.join([*file.tensors][:3])})"
+            f"{file.path.name} fits this model in {matched} of its {len(layers)} layers; choose a LoRA that was "
+            f"trained for it (its first keys are {', '.join([*file.tensors][:3])})"
         )
     for name, parts in mine.items():
         try:
@@ -86,7 +81,7 @@ def read_concept(
         except LoraError:
             raise
         except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-            raise LoraError(f"{path.name}: {name}: {error}") from error
+            raise LoraError(f"{file.path.name}: {name}: {error}") from error
         cut += lost
     notes = [f"{len(left_out)} keys fit no layer and are left out: {', '.join(left_out[:3])}"] if left_out else []
     notes += [f"{len(unclear)} layers are left out: {SUMS_PATCHES}"] if unclear else []
@@ -96,9 +91,8 @@ def read_concept(
     return lora, notes
 
 
-def read_text_encoders(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a file that change text encoders, which ComfyUI reads itself. Errors as for `read_concept`."""
-    file = read_lora(path)
+def read_text_encoders(file: LoraFile) -> Mapping[str, Tensor]:
+    """The tensors of a file that change text encoders, which ComfyUI reads itself."""
     layers = (layer for layer in by_layer(file).layers if layer.part.startswith(_TEXT))
     return {key: file.tensors[key] for layer in layers for key in layer.keys}
 
@@ -145,17 +139,15 @@ def _factors(layer: Layer, place: _Place, model: nn.Module, alphas: Alphas, prod
     module, settings = model.get_submodule(name), alphas.settings(layer)
     products, scale = products and whole and is_linear(module), alphas.scale(layer.module, layer)
     made = layer.kind.load(layer.parts, scale, MAX_RANK, products=products, settings=settings)
-    transform = made.factors.transform
-    if transform is not None and not whole:
+    if made.factors.transform is not None and not whole:
         raise ValueError(
             f"it is a {layer.kind.name} of a part of {name}, whose weight is one matrix in ComfyUI; only one of whole "
             "layers can be read here"
         )
-    factors = replace(made.factors, transform=transform and placed(transform, layer, module))
-    factors = reshaped(factors, module)
-    if not whole:
-        up = factors.up if place.change is None else place.change(factors.up)
-        padded = up.new_zeros(outputs, *up.shape[1:])
-        padded[rows or slice(None)] = up
-        factors = replace(factors, up=padded)
-    return replace(made, factors=factors)
+    made = fitted(made, layer, module)
+    if whole:
+        return made
+    up = made.factors.up if place.change is None else place.change(made.factors.up)
+    padded = up.new_zeros(outputs, *up.shape[1:])
+    padded[rows or slice(None)] = up
+    return replace(made, factors=replace(made.factors, up=padded))

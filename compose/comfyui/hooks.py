@@ -16,9 +16,9 @@ import comfy.model_patcher  # pyright: ignore[reportMissingImports]
 import comfy.patcher_extension as core  # pyright: ignore[reportMissingImports]
 import comfy.samplers  # pyright: ignore[reportMissingImports]
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_compose.attention import NORM_APART, Grid, Installation, Recorder, grid_at, installed_layers
+from lora_compose.attention import NORM_APART, Grid, Installation, Recorder, grid_at, installed_bank
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.swapped_forward import SwappedForward
 from lora_compose.compose.comfyui.composition import (
@@ -233,30 +233,16 @@ class Sampling:
     def install(self) -> None:
         """Installs the LoRAs."""
         model, dtype, family = self.model.diffusion_model, _dtype(self.model), self._family
-        self._factors.make(family.sites, model, dtype)
-        layers = installed_layers(
-            model,
-            self._composition.loras,
-            family.sites,
-            device=self._device,
-            dtype=dtype,
-            kept=self._factors.kept,
-            how="forward",
-        )
+        bank = self._factors.bank_for(model, family.sites, dtype)
+        layers = installed_bank(model, bank, device=self._device, dtype=dtype, around=Brought)
         self._installation = self._stack.enter_context(layers)
-        for name, layer in self._installation.bank.items():
-            model.get_submodule(name).forward.layer = Brought(layer)
-        state = self._installation.state
         if self.steered:
             for name, site in family.attention.items():
-                self._swap(name, partial(SteeredAttention, name, site, state))
+                self._swap(name, partial(SteeredAttention, name, site, bank.state))
             if family.positions is not None:
-                self._swap(family.positions, partial(EachTextFromItsStart, state))
+                self._swap(family.positions, partial(EachTextFromItsStart, bank.state))
         if family.joint is None:
-            self._installation.normalise_by_region()
-            for name, module in model.named_modules():
-                if isinstance(module, nn.GroupNorm):
-                    self._swap(name, OnKnownGrid)
+            self._installation.normalise_by_region(OnKnownGrid)
 
     def _swap(self, name: str, around: Callable[..., Any]) -> None:
         """Puts on a module what is made of its `forward`."""

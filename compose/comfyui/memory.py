@@ -7,10 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention import BankCache, KeptBanks, Lora, Site
-from lora_compose.attention.bank_cache import Bank, BankKey, new_bank
-from lora_compose.attention.device import modules_of
-from lora_compose.attention.forward_state import LayerInputs
+from lora_compose.attention import Bank, Lora, Site, bank_for
 from lora_compose.attention.lora_bank import BankLayer
 
 OTHER_CELLS = (
@@ -28,7 +25,6 @@ class Factors(nn.Module):
 
     Attributes:
         bank: None until it is first used.
-        kept: Gives it to installations.
         place: Empty, and where the bank is or will be made.
     """
 
@@ -38,18 +34,16 @@ class Factors(nn.Module):
         super().__init__()
         self.device, self.loras = device, loras
         self.bank: Bank | None = None
-        self.kept = KeptBanks(CountedBank(self), tuple((i,) for i in range(len(loras))))
         self.register_buffer("place", torch.empty(0, device=device), persistent=False)
 
     def bytes_in(self, dtype: torch.dtype) -> int:
         """The memory that it takes in a precision."""
         return sum(factors.size_in_model for lora in self.loras for factors in lora.values()) * dtype.itemsize
 
-    def make(self, sites: Mapping[str, Site], model: nn.Module, dtype: torch.dtype) -> None:
-        """Makes the bank, unless there is one of this precision."""
-        if self.bank is None or any(layer.up.dtype != dtype for layer in self.bank.layers.values()):
-            key = BankKey((), self.place.device, dtype)
-            self.bank = new_bank(self.loras, sites, key, None, (), modules_of(model))
+    def bank_for(self, model: nn.Module, sites: Mapping[str, Site], dtype: torch.dtype) -> Bank:
+        """The bank; a new one if the precision, or a weight that DoRA needs, has changed."""
+        self.bank = bank_for(model, self.loras, sites, device=self.place.device, dtype=dtype, known=self.bank)
+        return self.bank
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to()` calls. An installed layer of the bank has a layer of the model inside, which stays."""
@@ -60,25 +54,6 @@ class Factors(nn.Module):
             if inside is not None:
                 layer._modules["layer"] = inside
         return self
-
-
-class CountedBank(BankCache):
-    """Gives an installation the bank wherever it is, and keeps the one that it has used."""
-
-    def __init__(self, factors: Factors) -> None:
-        super().__init__(limit=0)
-        self._factors = factors
-
-    def take(self, key: BankKey) -> Bank | None:
-        """The bank; `key` names the only one there is."""
-        return self._factors.bank
-
-    def put(self, key: BankKey, bank: Bank) -> None:
-        """Keeps a bank; a new one if a weight that DoRA needs has changed."""
-        bank.state.inputs, bank.state.recorders = LayerInputs(), ()
-        if bank is not self._factors.bank:
-            self._factors.bank = bank
-            self._factors.to(self._factors.place.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +87,13 @@ class Brought:
 
 @dataclass(frozen=True, eq=False)
 class OnKnownGrid:
-    """The `forward` of a group normalisation by region; it says so where another node has changed its grid."""
+    """A group normalisation by region that says so where another node has changed its grid."""
 
-    original: Callable[[Tensor], Tensor]
+    norm: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output."""
         try:
-            return self.original(x)
+            return self.norm(x)
         except KeyError as error:  # there are no regions for the grid
             raise ValueError(OTHER_CELLS) from error

@@ -50,7 +50,7 @@ def merge_concepts(
         called, file = concept.path.name, read_lora(concept.path)
         named: Mapping[Name, LoraFactors] = {("transformer", name): factors for name, factors in lora.items()}
         named, note = expressed(SimpleNamespace(transformer=network), named, called)
-        texts, _ = by_name(replace(file, tensors=read_text_encoders(concept.path)))
+        texts, _ = by_name(replace(file, tensors=read_text_encoders(file)))
         stems = {name: f"diffusion_model.{name[1]}" for name in named}
         stems |= {name: layer.stem for name, layer in texts.items()}
         named = {**named, **{name: layer.factors for name, layer in texts.items()}}

@@ -1,1 +1,1 @@
-"""A call and its plan: arguments, checks, what it would do and cost, and its outcome."""
+"""A call: its arguments, what they are checked and resolved to, what it would do and cost, and its outcome."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.pipelines.calls.counting import CountingRunner
-from lora_compose.pipelines.calls.plan import Plan
+from lora_compose.pipelines.calls.resolved_call import ResolvedCall
 from lora_compose.pipelines.denoising import concept_sets
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.images.output import Cost
@@ -33,7 +33,7 @@ class PlannedConcept:
 
 @dataclass(frozen=True)
 class CallPlan:
-    """A call that has been checked and can be run; making it has changed nothing.
+    """The method, regions, steps, cost and warnings of a call, known before it runs; making it has changed nothing.
 
     Attributes:
         choice: The method with its settings, and the reason for the choice.
@@ -55,10 +55,10 @@ class CallPlan:
     steps: int
     passes: int
     warnings: tuple[str, ...]
-    resolved: Plan = field(repr=False)
+    resolved: ResolvedCall = field(repr=False)
 
     @classmethod
-    def of(cls, plan: Plan, warnings: list[str]) -> "CallPlan":
+    def of(cls, resolved: ResolvedCall, warnings: list[str]) -> "CallPlan":
         """From a resolved call, on which the method is started without models.
 
         Args:
@@ -67,12 +67,12 @@ class CallPlan:
         Raises:
             ValueError: If the concepts lack something the method needs.
         """
-        _started(plan)
-        canvas, schedule = plan.canvas, plan.sampler.schedule
-        concepts = tuple(_planned(plan, column) for column in range(len(plan.concepts.loaded)))
+        _started(resolved)
+        canvas, schedule = resolved.canvas, resolved.sampler.schedule
+        concepts = tuple(_planned(resolved, column) for column in range(len(resolved.concepts.loaded)))
         return cls(
-            plan.choice, concepts, canvas.image_size, canvas.latent_grid, canvas.images, schedule.steps,
-            len(schedule.timesteps), tuple(warnings), plan,
+            resolved.choice, concepts, canvas.image_size, canvas.latent_grid, canvas.images, schedule.steps,
+            len(schedule.timesteps), tuple(warnings), resolved,
         )  # fmt: skip
 
     @property
@@ -97,33 +97,34 @@ class CallPlan:
 
         Where the number depends on values, as with updates that end when a loss is small, it is the most.
         """
-        plan, (process, runner) = self.resolved, _started(self.resolved)
-        schedule, latents = plan.sampler.schedule, torch.zeros(self.images, 1, *self.latent_grid)
+        resolved, (process, runner) = self.resolved, _started(self.resolved)
+        schedule, latents = resolved.sampler.schedule, torch.zeros(self.images, 1, *self.latent_grid)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            latents = process.prepare(latents, schedule.step(0, plan.cfg_scale))
+            latents = process.prepare(latents, schedule.step(0, resolved.cfg_scale))
             for index in range(len(schedule.timesteps)):
-                latents, _ = process.step(latents, schedule.step(index, plan.cfg_scale))
+                latents, _ = process.step(latents, schedule.step(index, resolved.cfg_scale))
         return runner.cost
 
 
-def _started(plan: Plan) -> tuple[Process, CountingRunner]:
+def _started(resolved: ResolvedCall) -> tuple[Process, CountingRunner]:
     """The method, started on texts without values."""
-    runner = CountingRunner.of(plan)
+    runner = CountingRunner.of(resolved)
     with torch.no_grad():
-        sessions = [plan.session(part, runner, runner.encode) for part in plan.sets]
-        return concept_sets.start(plan.choice.method.start, sessions, runner), runner
+        sessions = [resolved.session(part, runner, runner.encode) for part in resolved.sets]
+        return concept_sets.start(resolved.choice.method.start, sessions, runner), runner
 
 
-def _planned(plan: Plan, column: int) -> PlannedConcept:
+def _planned(resolved: ResolvedCall, column: int) -> PlannedConcept:
     trigger: dict[int, tuple[int, ...]] = {}
     phrase: dict[int, tuple[int, ...]] = {}
-    for part in plan.sets:
+    for part in resolved.sets:
         columns = part.concepts.columns or tuple(range(len(part.concepts.loaded)))
         if column not in columns:
             continue
         for positions, masks in ((trigger, part.token_masks.trigger), (phrase, part.token_masks.phrase)):
             positions.update(_positions(masks[..., columns.index(column)], part.indices))
-    return PlannedConcept(plan.concepts.concepts[column], dict(sorted(trigger.items())), dict(sorted(phrase.items())))
+    concept = resolved.concepts.concepts[column]
+    return PlannedConcept(concept, dict(sorted(trigger.items())), dict(sorted(phrase.items())))
 
 
 def _positions(masks: Tensor, prompts: Sequence[int]) -> dict[int, tuple[int, ...]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import SitePart, grid_at
-from lora_compose.pipelines.calls.plan import CPU, Plan
+from lora_compose.pipelines.calls.resolved_call import CPU, ResolvedCall
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.control.prepared import PreparedControlNet
 from lora_compose.pipelines.denoising.attention_log import AttentionLog
@@ -31,26 +31,26 @@ class CountingRunner:
         log: Records nothing.
     """
 
-    plan: Plan
+    resolved: ResolvedCall
     canvas: Canvas
     sampler: Sampler
     log: AttentionLog
     cost: Cost = field(default_factory=Cost)
 
     @classmethod
-    def of(cls, plan: Plan) -> "CountingRunner":
+    def of(cls, resolved: ResolvedCall) -> "CountingRunner":
         """The runner of all concept sets of a call."""
-        canvas = plan.canvas.on(CPU)
-        with plan.sampler.ahead() as sampler:
-            return cls(plan, canvas, sampler, AttentionLog(canvas, ()), Cost(row_factor=plan.row_factor))
+        canvas = resolved.canvas.on(CPU)
+        with resolved.sampler.ahead() as sampler:
+            return cls(resolved, canvas, sampler, AttentionLog(canvas, ()), Cost(row_factor=resolved.row_factor))
 
     def encode(
         self, weights: Tensor | None, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None
     ) -> EncodedText:
         """Texts of the right length, without values."""
-        tokens = self.plan.sets[0].token_masks.trigger.shape[1]
-        text = torch.zeros(self.plan.canvas.images, tokens, 1)
-        return EncodedText(text, text if self.plan.cfg_scale > 1 else None)
+        tokens = self.resolved.sets[0].token_masks.trigger.shape[1]
+        text = torch.zeros(self.resolved.canvas.images, tokens, 1)
+        return EncodedText(text, text if self.resolved.cfg_scale > 1 else None)
 
     def of_set(self, concepts: ConceptSet, images: Sequence[int]) -> "CountingRunner":
         """The runner of one of several concept sets; costs are counted together."""
@@ -64,7 +64,7 @@ class CountingRunner:
     @property
     def has_controlnet(self) -> bool:
         """Whether there is a ControlNet."""
-        return any(isinstance(control, PreparedControlNet) for control in self.plan.controls)
+        return any(isinstance(control, PreparedControlNet) for control in self.resolved.controls)
 
     def fold(self, parts: Sequence[SitePart], weights: Sequence[float]) -> None:
         """Nothing is folded."""
@@ -118,7 +118,7 @@ class CountingRunner:
     def _rows(self, latents: Tensor, step: Step, text: Conditioning) -> float:
         """The rows of a pass, in latents of the whole canvas; those of ControlNets are counted."""
         fraction = latents.shape[-2] * latents.shape[-1] / math.prod(self.canvas.latent_grid)
-        for control in self.plan.controls:
+        for control in self.resolved.controls:
             if isinstance(control, PreparedControlNet) and control.acts(step.index, step.count):
                 self.cost.control_rows += len(text.roles.select(control.read_by(text))) * fraction
         return text.rows * fraction

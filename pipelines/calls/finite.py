@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention.device import dtype_of
-from lora_compose.pipelines.calls.plan import Plan
+from lora_compose.pipelines.calls.resolved_call import ResolvedCall
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import largest_factor
 
@@ -38,15 +38,15 @@ def check_decoded(images: Tensor) -> None:
         )
 
 
-def likely_causes(plan: Plan) -> Iterable[str]:
+def likely_causes(resolved: ResolvedCall) -> Iterable[str]:
     """What may have made the latents of a call with concepts NaN or infinite, the likeliest first."""
-    embeds, concepts = plan.call.prompts.embeds, plan.concepts.concepts
+    embeds, concepts = resolved.call.prompts.embeds, resolved.concepts.concepts
     if embeds is not None and not torch.isfinite(embeds).all():
         yield "prompt_embeds has NaN or infinite values"
     strongest = max(concepts, key=_strength)
     if _strength(strongest) > _USUAL:
         yield f"the weight of concept {strongest.name!r} reaches {_strength(strongest):g}; usual are -1 to {_USUAL:g}"
-    yield from causes_of_precision(dtype_of(plan.canvas.backbone.model))
+    yield from causes_of_precision(dtype_of(resolved.canvas.backbone.model))
     yield f"very large numbers in the LoRA of {' or '.join(repr(concept.name) for concept in concepts)}"
 
 

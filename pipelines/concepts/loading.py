@@ -16,7 +16,7 @@ from lora_compose.attention.backbones import backbone_of
 from lora_compose.attention.device import is_linear, modules_of, uncompiled
 from lora_compose.attention.fitting import check_sides, shape_of, weight_shape
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
-from lora_compose.pipelines.concepts.placing import SUMS_PATCHES, placed, reshaped, rows_of, sums_patches
+from lora_compose.pipelines.concepts.placing import FITTING, SUMS_PATCHES, fitted, rows_of, sums_patches
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change, inner
@@ -33,7 +33,6 @@ __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read
 
 logger = logging.getLogger(__name__)
 
-_FITTING = 0.1  # the share of a file's layers below which it is for another model
 _EXACT = 1e-5  # relative errors below are rounding
 Changes = Mapping[Part, Mapping[str, Change]]
 
@@ -160,7 +159,7 @@ def assign(file: LoraFile, grouped: Layers, pipe: object) -> tuple[Mapping[Part,
     # Families share the names of a few layers, and some of them a text encoder.
     other = not assigned[model] and any(component == model for component, _ in meant)
     other = other or (bool(unmatched) and _is_of_another_family(file, models[model]))
-    if other or fitting < _FITTING * len(grouped.layers) or not fitting:
+    if other or fitting < FITTING * len(grouped.layers) or not fitting:
         raise LoraError(_nothing(file, fitting, len(grouped.layers)))
     return assigned, tuple(unmatched)
 
@@ -315,7 +314,6 @@ def _change(file: LoraFile, target: nn.Module, name: str, layer: Layer, loads: _
     try:
         products = loads.products and is_linear(target) and not layer.swapped
         made = loads.of(name, layer, products=products)
-        transform = None if made.factors.transform is None else placed(made.factors.transform, layer, target)
         if made.factors.left is not None and layer.outputs is not None:
             part = rows_of(made.factors, layer.outputs)
             made = loads.of(name, layer, products=False) if part is None else Change(part)
@@ -323,14 +321,13 @@ def _change(file: LoraFile, target: nn.Module, name: str, layer: Layer, loads: _
             made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / len(layer.fused))
         if layer.swapped:
             made = replace(made, factors=replace(made.factors, up=torch.cat(made.factors.up.chunk(2)[::-1])))
-        made = replace(made, factors=replace(made.factors, transform=transform))
-        factors = reshaped(made.factors, target)
-        check_sides(name, factors, *shape_of(name, target))
+        made = fitted(made, layer, target)
+        check_sides(name, made.factors, *shape_of(name, target))
     except LoraError:
         raise
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
-    return Change(factors, made.lost)
+    return made
 
 
 def _check_embeddings(file: LoraFile, models: Models, reading: int) -> None:

@@ -10,9 +10,12 @@ from lora_compose.attention.fitting import weight_shape
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.attention.transforms import Rescaling, Rotation, Transform
 from lora_compose.pipelines.formats.alphas import Alphas
+from lora_compose.pipelines.formats.change import Change
 from lora_compose.pipelines.formats.kinds import OFT_INPUTS, readable
 from lora_compose.pipelines.formats.layers import Layer
 
+FITTING = 0.1
+"""The share of a file's layers below which it is for another model."""
 SUMS_PATCHES = (
     "PEFT's OFT of convolutions larger than 1 x 1 is not defined: as it is trained, overlapping patches are added up, "
     "also where nothing is rotated; as it is merged, the weight is rotated"
@@ -42,6 +45,13 @@ def placed(transform: Transform, layer: Layer, target: nn.Module) -> Transform:
             )
         values = torch.cat(values.chunk(2)[::-1])
     return Rescaling(values) if isinstance(transform, Rescaling) else Rotation(values)
+
+
+def fitted(made: Change, layer: Layer, target: nn.Module) -> Change:
+    """A file's change with the transform and in the shapes that a layer of the model needs; the errors of `placed`."""
+    transform = made.factors.transform
+    factors = replace(made.factors, transform=None if transform is None else placed(transform, layer, target))
+    return replace(made, factors=reshaped(factors, target))
 
 
 def _turned(rotation: Rotation, target: nn.Module) -> Rotation:

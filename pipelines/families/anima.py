@@ -25,7 +25,7 @@ from lora_compose.attention.backbones.cosmos import with_padding_mask
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.calls.call import Call
 from lora_compose.pipelines.calls.front import Begun, Request, arguments_with, front
-from lora_compose.pipelines.calls.plan import Plan
+from lora_compose.pipelines.calls.resolved_call import ResolvedCall
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.sampler import Schedule
 from lora_compose.pipelines.families.flow_matching import Shape, for_images
@@ -196,13 +196,13 @@ class ComposeAnimaPipeline(VideoVaePipeline, ModularFamilyPipeline, AnimaLoraLoa
     def _cells(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         return latents if latents.dim() == 4 else latents[:, :, 0]
 
-    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        return super()._noise(call, plan, torch.float32)  # in any precision of the model
+    def _noise(self, call: Call, resolved: ResolvedCall, dtype: torch.dtype) -> Tensor:
+        return super()._noise(call, resolved, torch.float32)  # in any precision of the model
 
-    def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
+    def _from_image(self, call: Call, source: Source, resolved: ResolvedCall, schedule: Schedule) -> ImageToImage:
         """As diffusers' blocks do it: in fp32."""
-        latents = self.latents_of(source.pixels.to(plan.canvas.device)).float()
-        noise = self._noise(call, plan, torch.float32)
+        latents = self.latents_of(source.pixels.to(resolved.canvas.device)).float()
+        noise = self._noise(call, resolved, torch.float32)
         image, first = self._by_image(call, latents).expand_as(noise), schedule.timesteps[0]
         return ImageToImage(self.scheduler.scale_noise(image, first.repeat(len(noise)), noise))
 

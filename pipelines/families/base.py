@@ -21,8 +21,8 @@ from lora_compose.pipelines.calls.call_plan import CallPlan
 from lora_compose.pipelines.calls.finite import check_finite, likely_causes
 from lora_compose.pipelines.calls.front import request_of
 from lora_compose.pipelines.calls.outcome import Outcome
-from lora_compose.pipelines.calls.plan import Plan, make_plan, resolve_choice
 from lora_compose.pipelines.calls.refine import Origin
+from lora_compose.pipelines.calls.resolved_call import ResolvedCall, resolve_call, resolve_choice
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.denoising import concept_sets
@@ -288,26 +288,27 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             ValueError: For anything that does not fit together, before anything is changed.
             NotFiniteError: If the final latents are NaN or infinite.
         """
-        plan = make_plan(self, call)
+        resolved = resolve_call(self, call)
         # Refuses a second call on this model before the scheduler and the properties of the first are touched.
-        with plan.installed(self) as sessions:
+        with resolved.installed(self) as installed:
             self.__dict__.update(call.properties, _interrupt=False)
-            schedule = self.schedule(self.scheduler, call.sampling, plan.canvas, call.source)
-            task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
+            schedule = self.schedule(self.scheduler, call.sampling, resolved.canvas, call.source)
+            task = None if call.source is None else self._from_image(call, call.source, resolved, schedule)
             sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling), task)
-            opened = sessions(encode, sampler, self._further_inputs(call, schedule) if task is None else task.inputs)
-            process = concept_sets.start(plan.choice.method.start, opened.each, opened.denoiser)
+            inputs = self._further_inputs(call, schedule) if task is None else task.inputs
+            opened = installed.sessions(encode, sampler, inputs)
+            process = concept_sets.start(resolved.choice.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
                 self._before_step, lambda step, latents: self._after_step(call, process, step, latents, task),
                 lambda: self.interrupt, self.progress_bar,
             )  # fmt: skip
-            start = task or TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype))
+            start = task or TextToImage(lambda: self._noise(call, resolved, process.text.prompt_embeds.dtype))
             latents = denoise(
-                process, start, sampler, plan.cfg_scale, hooks, cost=opened.denoiser.cost, started=call.started
+                process, start, sampler, resolved.cfg_scale, hooks, cost=opened.denoiser.cost, started=call.started
             )
-            check_finite(latents, likely_causes(plan))
-            return latents, process, Outcome(opened.denoiser, plan.choice, self._origin(call, plan))
+            check_finite(latents, likely_causes(resolved))
+            return latents, process, Outcome(opened.denoiser, resolved.choice, self._origin(call, resolved))
 
     def plan(self, *args: Any, **kwargs: Any) -> CallPlan:
         """The plan of a call with these arguments; changes nothing, and claims no model. LoRA files may be read.
@@ -316,7 +317,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             ValueError: As the call, for anything that does not fit together; and for calls without concepts.
         """
         with kept() as warnings, torch.no_grad():
-            return CallPlan.of(make_plan(self, request_of(self, args, kwargs).call), warnings)
+            return CallPlan.of(resolve_call(self, request_of(self, args, kwargs).call), warnings)
 
     @property
     def model(self) -> Any:
@@ -344,7 +345,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """The backbone of a call."""
         return backbone_of(self.model)
 
-    def _origin(self, call: Call, plan: Plan) -> Origin | None:
+    def _origin(self, call: Call, resolved: ResolvedCall) -> Origin | None:
         """The inputs of `refine`; None where the images of the call cannot be repainted."""
         return None
 
@@ -358,11 +359,11 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def check_start(self, call: Call, canvas: Canvas) -> None:
         """Raises ValueError if the latents that a call is to start from have a shape that `_noise` cannot use."""
 
-    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
+    def _noise(self, call: Call, resolved: ResolvedCall, dtype: torch.dtype) -> Tensor:
         """The start noise. Shape: [images, channels, height, width]."""
         raise NotImplementedError
 
-    def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
+    def _from_image(self, call: Call, source: Source, resolved: ResolvedCall, schedule: Schedule) -> ImageToImage:
         """The task of a call that starts from an image."""
         raise NotImplementedError
 

@@ -20,7 +20,7 @@ from lora_compose.pipelines.calls.call import (
     listed,
 )
 from lora_compose.pipelines.calls.front import Begun, Request
-from lora_compose.pipelines.calls.plan import Plan
+from lora_compose.pipelines.calls.resolved_call import ResolvedCall
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.denoising.guidance import Guider
 from lora_compose.pipelines.denoising.inputs import ByImage
@@ -133,8 +133,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         shape = self._latent_shape(canvas)
         check_latents(call.sampling.latents, shape, *self._other_shapes(shape))
 
-    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        canvas, latents = plan.canvas, call.sampling.latents
+    def _noise(self, call: Call, resolved: ResolvedCall, dtype: torch.dtype) -> Tensor:
+        canvas, latents = resolved.canvas, call.sampling.latents
         if latents is None:
             shape, generator = self._drawn(self._latent_shape(canvas)), call.sampling.generator
             latents = randn_tensor(shape, generator=generator, device=canvas.device, dtype=dtype)
@@ -270,8 +270,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
                 "FlowMatchEulerDiscreteScheduler"
             )
 
-    def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
-        canvas, generator, pixels = plan.canvas, call.sampling.generator, self._by_image(call, source.pixels)
+    def _from_image(self, call: Call, source: Source, resolved: ResolvedCall, schedule: Schedule) -> ImageToImage:
+        canvas, generator, pixels = resolved.canvas, call.sampling.generator, self._by_image(call, source.pixels)
         encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.transformer
         first: Any = schedule.timesteps[:1]
         height, width = canvas.image_size

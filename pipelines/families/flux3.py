@@ -27,7 +27,7 @@ from lora_compose.attention.backbones.joint import PATCH, packed
 from lora_compose.attention.device import dtype_of, uncompiled
 from lora_compose.pipelines.calls.call import Call, listed
 from lora_compose.pipelines.calls.front import Begun, Request, arguments_with, front
-from lora_compose.pipelines.calls.plan import Plan, resolve_sets
+from lora_compose.pipelines.calls.resolved_call import ResolvedCall, resolve_sets
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.inputs import ByImage
 from lora_compose.pipelines.denoising.sampler import Schedule
@@ -188,8 +188,8 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
     def _shift(self, tokens: int, steps: int) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None  # the scheduler's own, whatever the size
 
-    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        return super()._noise(call, plan, torch.float32).to(dtype)  # drawn in fp32, as in diffusers
+    def _noise(self, call: Call, resolved: ResolvedCall, dtype: torch.dtype) -> Tensor:
+        return super()._noise(call, resolved, torch.float32).to(dtype)  # drawn in fp32, as in diffusers
 
     def _returned(self, latents: Tensor) -> Tensor:
         return pixel_unshuffle(latents, PATCH)

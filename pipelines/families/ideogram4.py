@@ -21,7 +21,7 @@ from lora_compose.pipelines.calls.call import (
     listed,
 )
 from lora_compose.pipelines.calls.front import Begun, Request, front
-from lora_compose.pipelines.calls.plan import Plan
+from lora_compose.pipelines.calls.resolved_call import ResolvedCall
 from lora_compose.pipelines.denoising.guidance import ScaleByStep
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, for_images
 from lora_compose.pipelines.scene.canvas import Canvas, Step
@@ -192,8 +192,8 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         (of_tokens,) = self._other_shapes(shape)
         return of_tokens
 
-    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        return super()._noise(call, plan, torch.float32)  # in any precision of the model
+    def _noise(self, call: Call, resolved: ResolvedCall, dtype: torch.dtype) -> Tensor:
+        return super()._noise(call, resolved, torch.float32)  # in any precision of the model
 
     def _before_step(self, step: Step) -> None:
         """Sets the scale that callbacks may read."""

@@ -25,8 +25,8 @@ from lora_compose.pipelines.calls.call import (
 from lora_compose.pipelines.calls.finite import check_decoded
 from lora_compose.pipelines.calls.front import OF_OURS, OF_START_IMAGE, Begun, Plain, Request
 from lora_compose.pipelines.calls.outcome import output_of
-from lora_compose.pipelines.calls.plan import Plan
 from lora_compose.pipelines.calls.refine import Origin
+from lora_compose.pipelines.calls.resolved_call import ResolvedCall
 from lora_compose.pipelines.control.spec import controls_of
 from lora_compose.pipelines.families.base import ComposePipeline
 from lora_compose.pipelines.images.from_image import FromImage, Source, TaskPipeline, check_steps, steps_left
@@ -329,7 +329,7 @@ class ImageTasksPipeline(ComposePipeline):
             return images
         return source.given.pasted(images, source.pipeline.image_processor, source.crop)
 
-    def _origin(self, call: Call, plan: Plan) -> Origin | None:
+    def _origin(self, call: Call, resolved: ResolvedCall) -> Origin | None:
         prompts, sampling = call.prompts.first, call.sampling
         if prompts is None or call.source is not None or sampling.has_schedule or self.inpainting is None:
             return None
@@ -337,8 +337,8 @@ class ImageTasksPipeline(ComposePipeline):
             return None
         if call.image_prompts is not None and not call.image_prompts.for_any_part:
             return None
-        names = [concept.name for concept in plan.concepts.concepts]
-        sets = {index: of_set.concepts.concepts for of_set in plan.sets for index in of_set.indices}
+        names = [concept.name for concept in resolved.concepts.concepts]
+        sets = {index: of_set.concepts.concepts for of_set in resolved.sets for index in of_set.indices}
         each = [sets[index] for index in range(len(prompts))]
         options = {"num_inference_steps": sampling.num_inference_steps, **call.repaint}
         columns = [[names.index(concept.name) for concept in concepts] for concepts in each]

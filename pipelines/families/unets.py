@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_compose.pipelines.calls.call import Call, GivenPrompts, Sampling, check_latents, listed
 from lora_compose.pipelines.calls.front import Begun
-from lora_compose.pipelines.calls.plan import Plan
+from lora_compose.pipelines.calls.resolved_call import ResolvedCall
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.control.image_prompts import prepare_image_prompts
 from lora_compose.pipelines.denoising.guidance import Embedded, Guider, Rescaled
@@ -90,10 +90,10 @@ class UNetPipeline(ImageTasksPipeline):
         channels = self.unet.config.in_channels if source is None else self.vae.config.latent_channels
         check_latents(given, (canvas.images, channels, *canvas.latent_grid))
 
-    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
+    def _noise(self, call: Call, resolved: ResolvedCall, dtype: torch.dtype) -> Tensor:
         return self.prepare_latents(
-            plan.canvas.images, num_channels_latents=self.unet.config.in_channels, height=call.size.height,
-            width=call.size.width, dtype=dtype, device=plan.canvas.device, generator=call.sampling.generator,
+            resolved.canvas.images, num_channels_latents=self.unet.config.in_channels, height=call.size.height,
+            width=call.size.width, dtype=dtype, device=resolved.canvas.device, generator=call.sampling.generator,
             latents=call.sampling.latents,
         )  # fmt: skip
 
@@ -287,8 +287,8 @@ class UNetPipeline(ImageTasksPipeline):
         """Latents decoded by the VAE, from -1 to 1."""
         return self.vae.decode(cells / self.vae.config.scaling_factor, return_dict=False)[0]
 
-    def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
-        canvas, generator = plan.canvas, call.sampling.generator
+    def _from_image(self, call: Call, source: Source, resolved: ResolvedCall, schedule: Schedule) -> ImageToImage:
+        canvas, generator = resolved.canvas, call.sampling.generator
         encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.unet
         dtype, device = encoder.dtype, canvas.device  # as diffusers' text
         first = schedule.timesteps[:1].repeat(canvas.images)  # pyright: ignore[reportAttributeAccessIssue]

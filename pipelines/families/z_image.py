@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from lora_compose.pipelines.calls.call import Call, GivenPrompts
 from lora_compose.pipelines.calls.front import Begun, Request, front
-from lora_compose.pipelines.calls.plan import Plan
+from lora_compose.pipelines.calls.resolved_call import ResolvedCall
 from lora_compose.pipelines.denoising.guidance import NormLimited
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline
 from lora_compose.pipelines.families.image_tasks import ImageTask
@@ -121,8 +121,8 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
     def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
         return []
 
-    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        return super()._noise(call, plan, torch.float32)  # in any precision of the model
+    def _noise(self, call: Call, resolved: ResolvedCall, dtype: torch.dtype) -> Tensor:
+        return super()._noise(call, resolved, torch.float32)  # in any precision of the model
 
     def _returned(self, latents: Tensor) -> Tensor:
         return latents

@@ -33,6 +33,8 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     (r"text_encoders\.(?:clip_l|qwen\w+)\.transformer\.", "text_encoder"),
     (r"(?:clip_g|t5)\.", "text_encoder_2"),  # of the Open Model Initiative, as OneTrainer may write
     (r"clip_l\.", "text_encoder"),
+    (r"net\.llm_adapter\.", "text_conditioner"),  # Anima's checkpoint has its models in a `net`
+    (r"net\.", "unet"),
     (r"(?:base_model\.model\.)?(?=text_model\.|encoder\.layers\.)", "text_encoder"),
     (r"base_model\.model\.|", "unet"),
 )

@@ -27,12 +27,14 @@ _OUTSIDE = {
     "conv_in": "input_blocks_0_0",
     "conv_out": "out_2",
 }
-# Attention processors and old text encoders have other names for the projections.
+# Attention processors and old text encoders have other names for the projections; the last one is of LoRAs for FLUX.2,
+# whose export cut off a part of the name.
 _OLDER = (
     (r"_self_attn_to_([qkv])$", r"_self_attn_\1_proj"),
     (r"_self_attn_to_out(?:_0)?$", "_self_attn_out_proj"),
     (r"_processor_(to_[qkv])$", r"_\1"),
     (r"(?:_processor)?_to_out$", "_to_out_0"),
+    (r"^sformer_blocks_", "transformer_blocks_"),
 )
 
 
@@ -68,9 +70,8 @@ def spellings(model: nn.Module, part: Part) -> Mapping[str, tuple[str, ...]]:
         return _each(_original(model, own) | own)
     # CLIP had an outer `text_model` module until transformers 5; other text encoders may be in a `model`.
     bare = {_OUTER.sub("", name).replace(".", "_"): name for name in layers}
-    return _each(
-        bare | {f"{outer}_{spelled}": name for outer in ("text_model", "model") for spelled, name in bare.items()}
-    )
+    outer = {f"{outer}_{spelled}": name for outer in ("text_model", "model") for spelled, name in bare.items()}
+    return _each(bare | outer | own)
 
 
 def _each(names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -89,6 +89,7 @@ _ARCHITECTURES = (
     (r"stable-diffusion-v1|^sd_?v?1|^sd1", "SD 1.x"),
 )
 _WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+_READ_TEXT: Sequence[Part] = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -143,15 +144,17 @@ def _spelling(keys: Sequence[str], parsed: Sequence[Key]) -> str:
     if any(prefix.startswith("base_model.model.") for prefix in prefixes):
         return "PEFT"
     if any(suffix.startswith((".lora_down", ".lora_up")) for suffix in suffixes):
-        return "ED-LoRA (Mix-of-Show, newer)"
+        own = "transformer." in prefixes  # which Mix-of-Show's models do not have
+        return "diffusers, with kohya's endings (OneTrainer)" if own else "ED-LoRA (Mix-of-Show, newer)"
     return "diffusers (PEFT's names)"
 
 
 def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[str, str]) -> Guess:
     """The family of models that a file is for."""
-    text = "\n".join(shapes)
-    reasons = _reasons(metadata)
-    if not re.search(f"{_UNET_BLOCKS}|{_NOT_THESE}", text) and (guess := _transformer(text, shapes, metadata)):
+    text, reasons = "\n".join(shapes), _reasons(metadata)
+    # Text encoders that also read images have blocks named as in some transformers.
+    denoiser = "\n".join(key for key in shapes if (parsed := parse(key)) is None or parsed.part not in _READ_TEXT)
+    if not re.search(f"{_UNET_BLOCKS}|{_NOT_THESE}", denoiser) and (guess := _transformer(denoiser, shapes, metadata)):
         return guess
     foreign = _FOREIGN if re.search(_UNET_BLOCKS, text) else (*_FOREIGN, *_FOREIGN_WITHOUT_UNET)
     for pattern, name in foreign:
@@ -214,7 +217,8 @@ def _by_width(shapes: Mapping[str, Size | Sequence[int]], reasons: tuple[str, ..
         outputs, inputs = sides = _sides(tensors)
         if re.search(r"transformer_blocks[._]\d+[._]attn2[._]to_[kv]$", module) and sides == _ANIMA_SIDES:
             return Guess("Anima", True, ("cross-attention of width 2048 reads text of width 1024", *reasons))
-        joint = re.search(r"transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj$", module)
+        # The first letters may be missing (`names.present_name`).
+        joint = re.search(r"sformer_blocks[._]\d+[._]attn[._](?:add_[qkv]_proj|to_[kv])$", module)
         if joint and inputs == outputs and inputs in _FLUX2_WIDTHS:
             name = _SIZES["FLUX.2-klein"][inputs]
             return Guess(name, True, (f"attention to text and image of width {inputs}", *reasons))

@@ -22,10 +22,12 @@ from lora_compose.attention import (
     LoraFactors,
     Site,
     backbone_of,
+    bank_for,
     install,
+    installed_bank,
     installed_layers,
 )
-from lora_compose.attention.lora_bank import outputs_of
+from lora_compose.attention.lora_bank import BankLayer, outputs_of
 from model_snapshot import Snapshot
 from reference import constant_gates, random_gates, relative_error
 from transformer_families import TOKENS
@@ -156,6 +158,36 @@ def group() -> tuple[nn.ModuleDict, Lora, Tensor, Callable[[], list[Tensor]]]:
     }
     x = torch.randn(1, 5, 6, generator=generator)
     return model, lora, x, lambda: outputs_of(list(model.values()), x)
+
+
+@torch.no_grad()
+def test_a_bank_that_is_given_acts_through_what_the_caller_calls_and_stays_the_callers() -> None:
+    model, lora, x, _ = group()
+    where, before = {name: Site("text") for name in model}, Snapshot(model)
+    gates, called = constant_gates((0.5,))[0], []
+    with installed_layers(model, [lora], where, **ON, how="forward") as there:
+        there.use(there.inputs(gates))
+        expected = [layer(x) for layer in model.values()]
+
+    def around(layer: BankLayer) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            called.append(layer)
+            return layer(x)
+
+        return call
+
+    bank = bank_for(model, [lora], where, **ON)
+    with installed_bank(model, bank, **ON, around=around) as there:
+        there.use(there.inputs(gates))
+        assert all(torch.equal(layer(x), wanted) for layer, wanted in zip(model.values(), expected, strict=True))
+    assert called == [*bank.layers.values()]
+    assert not bank.state.inputs.gates
+    before.assert_unchanged(model)
+    assert bank_for(model, [lora], where, **ON, known=bank) is bank
+    assert bank_for(model, [lora], where, **{**ON, "dtype": torch.float16}, known=bank) is not bank
+    wider = nn.ModuleDict({name: nn.Linear(6, 8) for name in "kv"})
+    with pytest.raises(ValueError, match=r"k: the factors have shapes \[2, 6\] and \[4, 2\]"):
+        bank_for(wider, [lora], where, **ON, known=bank)
 
 
 @torch.no_grad()

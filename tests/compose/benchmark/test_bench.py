@@ -35,7 +35,7 @@ from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.compose.benchmark.structures import pipeline_of, scheduler
 from lora_compose.compose.benchmark.timing import PEFT_WAYS, Job, open_with_concepts, peak_bytes, time_rows, time_ways
 from lora_compose.compose.benchmark.transformers import REGION_TOKENS, block_lora, pass_cost
-from lora_compose.pipelines.calls.plan import find_in
+from lora_compose.pipelines.calls.resolved_call import find_in
 from lora_compose.pipelines.families import ComposeFlux3DistilledPipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import METHODS, Regional, make_method

@@ -9,10 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_compose.attention.transforms import Rescaling
-from lora_compose.compose.comfyui import files
 from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
-from lora_compose.pipelines.concepts import loading
-from lora_compose.pipelines.formats.files import LoraError
+from lora_compose.pipelines.formats.files import LoraError, LoraFile, read_lora
 
 NAMES = {
     "lora_unet_block_qkv": "diffusion_model.block.qkv.weight",
@@ -49,9 +47,9 @@ def product(tensors: dict[str, Tensor], stem: str) -> Tensor:
     return tensors[f"{stem}.lora_B.weight"].flatten(1) @ tensors[f"{stem}.lora_A.weight"].flatten(1)
 
 
-def written(folder: Path, tensors: dict[str, Tensor]) -> Path:
+def written(folder: Path, tensors: dict[str, Tensor]) -> LoraFile:
     save_file(tensors, folder / "a.safetensors")
-    return folder / "a.safetensors"
+    return read_lora(folder / "a.safetensors")
 
 
 def test_parts_of_a_fused_layer_are_put_into_their_rows(model: nn.Module, tmp_path: Path) -> None:
@@ -119,7 +117,7 @@ def test_what_is_left_out_is_said(model: nn.Module, tmp_path: Path) -> None:
 
 def test_a_t_lora_whose_ranks_do_not_follow_the_noise_is_said(model: nn.Module, tmp_path: Path) -> None:
     save_file(lora("lora_unet_block_qkv", 12, 6), tmp_path / "a.safetensors", {"ss_tlora_min_rank": "1"})
-    found, notes = read_concept(tmp_path / "a.safetensors", model, NAMES, SITES)
+    found, notes = read_concept(read_lora(tmp_path / "a.safetensors"), model, NAMES, SITES)
     assert found["block.qkv"].rank == 2
     assert "it is a T-LoRA, trained with fewer ranks where there is more noise" in notes[0]
 
@@ -140,7 +138,3 @@ def test_a_t_lora_whose_ranks_do_not_follow_the_noise_is_said(model: nn.Module, 
 def test_what_does_not_fit_is_refused(model: nn.Module, tmp_path: Path, tensors: dict, said: str) -> None:
     with pytest.raises(LoraError, match=re.escape(said)):
         read_concept(written(tmp_path, tensors), model, NAMES, SITES)
-
-
-def test_a_file_is_for_another_model_where_it_is_so_in_our_pipelines() -> None:
-    assert files._FITTING == loading._FITTING

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention import Gates, LoraFactors, Site, installed_layers
-from lora_compose.attention.swapped_forward import SwappedForward
+from lora_compose.attention import Gates, LoraFactors, Site, installed_bank
 from lora_compose.attention.transforms import Rotation
 from lora_compose.compose.comfyui.memory import Brought, Factors
 
@@ -22,14 +21,8 @@ def lora() -> dict[str, LoraFactors]:
 
 def drawn(model: nn.Module, factors: Factors, x: Tensor) -> Tensor:
     """The output of a model with the LoRA, whose factors may be on another device."""
-    where = {"0": Site("image")}
-    factors.make(where, model, torch.float32)
-    with installed_layers(
-        model, factors.loras, where, device=x.device, dtype=torch.float32, kept=factors.kept, how="forward"
-    ) as installed:
-        swap = model.get_submodule("0").forward
-        assert isinstance(swap, SwappedForward)
-        swap.layer = Brought(installed.bank["0"])
+    bank = factors.bank_for(model, {"0": Site("image")}, torch.float32)
+    with installed_bank(model, bank, device=x.device, dtype=torch.float32, around=Brought) as installed:
         installed.use(installed.inputs(gates(), lengths=[1]))
         return model(x)
 
@@ -47,9 +40,8 @@ def test_rotations_that_mix_the_cells_of_a_convolution_are_counted_as_they_are_m
     rotation = Rotation(torch.linalg.qr(torch.randn(3, 12, 12)).Q, by_input=True)
     lora = {"0": LoraFactors(torch.zeros(1, 4, 3, 3), torch.zeros(5, 1, 1, 1), transform=rotation)}
     factors, model = Factors([lora], CPU), nn.Sequential(nn.Conv2d(4, 5, 3, bias=False))
-    factors.make({"0": Site("image")}, model, torch.float32)
-    assert factors.bank is not None
-    assert factors.bank.bytes == factors.bytes_in(torch.float32) == 4 * (5 * 4 * 9 + 5 * 5)
+    bank = factors.bank_for(model, {"0": Site("image")}, torch.float32)
+    assert bank.bytes == factors.bytes_in(torch.float32) == 4 * (5 * 4 * 9 + 5 * 5)
 
 
 def test_an_error_of_the_layer_itself_is_not_put_down_to_other_nodes() -> None:
@@ -73,10 +65,7 @@ def test_factors_move_without_the_layers_of_the_model_and_are_made_once() -> Non
     assert layer.layer is model[0]
     assert model[0].weight.device == CPU
     layer.let_go()
-    factors.make({"0": Site("image")}, model, torch.float32)
-    assert factors.bank is bank
-    factors.make({"0": Site("image")}, model, torch.float16)
-    other = factors.bank
-    assert other is not None
-    assert other is not bank
+    assert factors.bank_for(model, {"0": Site("image")}, torch.float32) is bank
+    other = factors.bank_for(model, {"0": Site("image")}, torch.float16)
+    assert other is factors.bank is not bank
     assert other.layers["0"].up.device == META

@@ -64,12 +64,12 @@ def test_a_weight_that_changes_over_the_steps_is_refused(model: nn.Module, two: 
 
 
 def merged(model: nn.Module, concepts: list[Concept], method: str, out: Path) -> Report:
-    loras = [read_concept(one.path, model, NAMES, SITES, products=False)[0] for one in concepts]
+    loras = [read_concept(read_lora(one.path), model, NAMES, SITES, products=False)[0] for one in concepts]
     return merge_concepts(concepts, loras, model, method, out)
 
 
 def read(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    return {name: factors.delta() for name, factors in read_concept(path, model, NAMES, SITES)[0].items()}
+    return {name: factors.delta() for name, factors in read_concept(read_lora(path), model, NAMES, SITES)[0].items()}
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
@@ -79,7 +79,7 @@ def test_the_file_is_the_weighted_sum(model: nn.Module, two: list[Concept], tmp_
     both = read(tmp_path / "out/both.safetensors", model)
     assert torch.allclose(both["blocks.0.qkv"], cat["blocks.0.qkv"] + 0.5 * dog["blocks.0.qkv"], atol=1e-5)
     assert torch.allclose(both["blocks.0.conv"], 0.5 * dog["blocks.0.conv"], atol=1e-5)
-    own, found = read_text_encoders(two[0].path), load_file(tmp_path / "out/both.safetensors")
+    own, found = read_text_encoders(read_lora(two[0].path)), load_file(tmp_path / "out/both.safetensors")
     wanted = own[f"{TEXT}.lora_up.weight"] @ own[f"{TEXT}.lora_down.weight"] / 2
     product = found[f"{TEXT}.lora_B.weight"] @ found[f"{TEXT}.lora_A.weight"]
     assert torch.allclose(product, wanted, atol=1e-5)

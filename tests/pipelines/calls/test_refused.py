@@ -10,6 +10,7 @@ from PIL import Image
 
 from components import FAMILIES, State, seeded
 from composing import BOTH, BOXED, POSITIONS, PROMPT, UPDATES, compose, composer_of, encoded, one_step
+from lora_compose.pipelines.calls import resolved_call
 from lora_compose.pipelines.methods import Tara
 from lora_compose.pipelines.scene.scene import Concept
 from pairs import in_pairs
@@ -129,7 +130,7 @@ def test_steps_and_latents_are_checked_before_the_model_and_the_scheduler_are_to
     composer = composer_of(family)
     arguments, message = REFUSED.get(case, ({"denoising_end": 0.001}, "denoising_end=0.001 leaves none of the 2 steps"))
     entered, scheduler = [], dict(vars(composer.scheduler))
-    monkeypatch.setattr("lora_compose.pipelines.calls.plan.install", lambda *args, **kwargs: entered.append(args))
+    monkeypatch.setattr(resolved_call, "install", lambda *args, **kwargs: entered.append(args))
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         compose(composer, **arguments)
     assert not entered
@@ -139,7 +140,7 @@ def test_steps_and_latents_are_checked_before_the_model_and_the_scheduler_are_to
 @BOTH
 def test_updates_are_refused_in_inference_mode_before_anything_is_installed(family: str, monkeypatch) -> None:
     composer, entered = composer_of(family), []
-    monkeypatch.setattr("lora_compose.pipelines.calls.plan.install", lambda *args, **kwargs: entered.append(args))
+    monkeypatch.setattr(resolved_call, "install", lambda *args, **kwargs: entered.append(args))
     with torch.inference_mode(), pytest.raises(ValueError, match=r"lora-composer takes gradients.*use draft, regional"):
         one_step(composer, method=UPDATES)
     assert not entered

@@ -15,7 +15,7 @@ from ideogram4 import IDEOGRAM4
 from lora_compose import Clora, ComposePipeline, Concept
 from lora_compose.attention.backbones.ideogram4 import Ideogram4Backbone, from_tokens, tokens_of
 from lora_compose.pipelines.families import ComposeIdeogram4Pipeline
-from simulated_device import DEVICE, numbers, parameters_that_move
+from simulated_device import DEVICE, autocast_switched_off, numbers, parameters_that_move
 from transformer_families import (
     BOXES,
     CALL,
@@ -54,7 +54,7 @@ def test_every_step_has_its_own_scale_and_no_second_pass_where_it_is_1(pipe: Any
 def test_a_text_encoder_that_is_offloaded_by_layers_reads_the_same() -> None:
     pipe, given = IDEOGRAM4.pipeline(), {"grid_h": 4, "grid_w": 4, "max_sequence_length": TOKENS}
     expected = pipe.encode_prompt([PROMPT], **given, device=torch.device("cpu"))
-    with parameters_that_move():
+    with parameters_that_move(), autocast_switched_off():
         pipe.enable_sequential_cpu_offload(device=DEVICE)
         found = pipe.encode_prompt([PROMPT], **given, device=DEVICE)
     assert pipe.text_encoder.device.type == "meta"

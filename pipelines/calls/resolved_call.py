@@ -1,6 +1,6 @@
 """A call, checked and resolved: everything that can be checked before anything is changed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Backbone, StepCaches, backbone_of, check_caches, install, reference_factor
+from lora_compose.attention import (
+    Backbone,
+    Installation,
+    StepCaches,
+    backbone_of,
+    check_caches,
+    install,
+    reference_factor,
+)  # fmt: skip
 from lora_compose.attention.bank_cache import Handle
 from lora_compose.attention.device import dtype_of
 from lora_compose.pipelines.calls.call import Call, Concepts, check_call, steps_to_record
@@ -60,8 +68,8 @@ class PromptsOfSet:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A call that can be run.
+class ResolvedCall:
+    """A call, checked and resolved, as the denoising loop runs it.
 
     Attributes:
         sets: The concept sets, each with its prompts.
@@ -85,13 +93,8 @@ class Plan:
     row_factor: float = 1.0
 
     @contextmanager
-    def installed(self, host: Host) -> Iterator[Callable[[FamilyEncoder, Sampler, Mapping[str, Any]], "Sessions"]]:
-        """Installs the LoRAs in the model inside this block.
-
-        Yields:
-            Opens the sessions of the call, given the pipeline's encoder, the scheduler with its timesteps, and what the
-            task adds to the arguments of every forward pass.
-        """
+    def installed(self, host: Host) -> Iterator["InstalledCall"]:
+        """Installs the LoRAs in the model inside this block."""
         model: Any = self.canvas.backbone.model
         names = [concept.name for concept in self.concepts.concepts]
         with (
@@ -105,27 +108,7 @@ class Plan:
             ) as installation,
             StepCaches.opened(model) as caches,
         ):
-
-            def sessions(encode: FamilyEncoder, sampler: Sampler, inputs: Mapping[str, Any]) -> Sessions:
-                steps = len(sampler.schedule.timesteps)
-                log = AttentionLog(self.canvas, steps_to_record(self.call.composition.record_attention, steps))
-                denoiser = Denoiser(
-                    self.canvas.backbone, installation, sampler, self.canvas, self.concepts, self.controls,
-                    {**self.call.inputs, **inputs}, log, caches,
-                )  # fmt: skip
-                denoiser.cost.row_factor = self.row_factor
-                reading = {} if self.reading is None else {"reading": self.reading}
-
-                def here(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
-                    return encode(prompts, negative_prompts, self.canvas.device, **reading)
-
-                encoder = PromptEncoder(
-                    self.concepts, host.components, self.textual_inversions.read_by(host, here), self.canvas, steps,
-                    host.banks,
-                )  # fmt: skip
-                return Sessions(denoiser, [self.session(part, denoiser, encoder) for part in self.sets])
-
-            yield sessions
+            yield InstalledCall(self, host, installation, caches)
 
     @property
     def cfg_scale(self) -> float:
@@ -146,6 +129,35 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class InstalledCall:
+    """A resolved call whose LoRAs are in the model of its host."""
+
+    resolved: ResolvedCall
+    host: Host
+    installation: Installation
+    caches: StepCaches
+
+    def sessions(self, encode: FamilyEncoder, sampler: Sampler, inputs: Mapping[str, Any]) -> "Sessions":
+        """The sessions of the call; the task adds `inputs` to the arguments of every forward pass."""
+        resolved, host, steps = self.resolved, self.host, len(sampler.schedule.timesteps)
+        canvas, concepts = resolved.canvas, resolved.concepts
+        log = AttentionLog(canvas, steps_to_record(resolved.call.composition.record_attention, steps))
+        denoiser = Denoiser(
+            canvas.backbone, self.installation, sampler, canvas, concepts, resolved.controls,
+            {**resolved.call.inputs, **inputs}, log, self.caches,
+        )  # fmt: skip
+        denoiser.cost.row_factor = resolved.row_factor
+        reading = {} if resolved.reading is None else {"reading": resolved.reading}
+
+        def here(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+            return encode(prompts, negative_prompts, canvas.device, **reading)
+
+        read = resolved.textual_inversions.read_by(host, here)
+        encoder = PromptEncoder(concepts, host.components, read, canvas, steps, host.banks)
+        return Sessions(denoiser, [resolved.session(part, denoiser, encoder) for part in resolved.sets])
+
+
+@dataclass(frozen=True)
 class Sessions:
     """The sessions of a call, one for each concept set, and the denoiser that runs all of them."""
 
@@ -153,7 +165,7 @@ class Sessions:
     each: Sequence[Session]
 
 
-def make_plan(host: Host, call: Call) -> Plan:
+def resolve_call(host: Host, call: Call) -> ResolvedCall:
     """Checks and resolves a call; changes nothing of the host.
 
     Raises:
@@ -163,19 +175,19 @@ def make_plan(host: Host, call: Call) -> Plan:
     images = len(call.prompts) * call.size.images_per_prompt
     check_size(host, device, call.size.width, call.size.height, images, backbone)
     loaded, concepts_of = resolve_sets(host, call.composition.concepts, len(call.prompts))
-    return _plan(host, call, backbone, device, loaded, concepts_of)
+    return _resolved(host, call, backbone, device, loaded, concepts_of)
 
 
 @held()  # a call that is refused has no warnings
-def _plan(
+def _resolved(
     host: Host,
     call: Call,
     backbone: Backbone,
     device: torch.device,
     asked: tuple[LoadedConcept, ...],
     concepts_of: list[list[int]],
-) -> Plan:
-    """The plan of a call with these concepts, by prompt the indices of its own."""
+) -> ResolvedCall:
+    """The call with these concepts; by prompt the indices of its own."""
     warn_of_size(host, call.size.width, call.size.height)
     placed = _placed(host, call, asked)
     sets = [placed.subset(columns) for columns in concepts_of]
@@ -196,7 +208,7 @@ def _plan(
     host.check_start(plain, canvas)
     controls = _controls(host, call, canvas, sets)
     steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))  # raises for others
-    return Plan(
+    return ResolvedCall(
         plain, choice, concepts, of_sets, canvas, textual_inversions, tokenizers, controls, sampler,
         reading, reference_factor(backbone, canvas.latent_grid, of_sets[0].token_masks.trigger.shape[1]),
     )  # fmt: skip
