@@ -544,6 +544,7 @@ def test_latents_are_updated_only_where_the_scheduler_goes_on_from_them(composer
     {"reinit": "swap", "rows": "all"}, {"reinit": "copy", "step_rule": "raw", "step_size": 20.0},
 ], ids=["rms", "raw"])  # fmt: skip
 def test_images_of_a_batch_equal_single_images_also_where_they_stop(composer, changes):
+    filled(composer.text_encoder)
     options = {"least_updates": 0.0, "most_updates": 1.0, "apart": 0.3, "step_size": 0.3} | changes
     prompts = [PROMPT, "the zwx by the sks cat in the water"]
     arguments = {"num_inference_steps": 6, "guidance_scale": 4.0}
