@@ -1,8 +1,8 @@
-"""What lies where: an auxiliary target for features inside a denoiser, with which it learns faster.
+"""What lies where: an auxiliary target for features inside a denoiser in training.
 
-Representation alignment (REPA, Yu et al. 2025; U-REPA, Tian et al. 2025, for UNets) compares a denoiser's features with
-those of another network. Images that are drawn need none: of each patch it is known which class lies there, and which
-part of the object. The head exists in training alone.
+Representation alignment (REPA, Yu et al. 2025; U-REPA, Tian et al. 2025, for UNets), by which denoisers learn faster,
+compares their features with those of another network. Images that are drawn need none: of each patch it is known which
+class lies there, and which part of the object. The head exists in training alone.
 """
 
 import torch

@@ -148,7 +148,11 @@ _TEXT_MODELS: Mapping[str, Callable[[], Mapping[str, nn.Module]]] = {
     "Qwen-Image": lambda: {"text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**_QWEN2_5_VL))},
     "Z-Image": lambda: {"text_encoder": Qwen3Model(Qwen3Config(**QWEN3_4B))},
 }
-"""The models of transformers' texts, for families whose LoRA files may change them."""
+"""The models of transformers' texts, for families whose LoRA files may change them.
+
+Sources: `text_encoder/config.json` and `text_encoder_2/config.json` of FLUX.1-dev (T5 v1.1 XXL) and Z-Image-Turbo
+(Qwen3-4B).
+"""
 
 RANK = 8
 # Words of one token for every CLIP tokenizer.

@@ -42,8 +42,7 @@ _QWEN3_VL_4B: Mapping[str, Any] = {
 _MORE_TEXT: Mapping[str, Callable[[], nn.Module]] = {
     "Krea 2": lambda: Qwen3VLModel(Qwen3VLConfig(text_config=dict(QWEN3_4B), vision_config=dict(_QWEN3_VL_4B))),
 }
-"""Text encoders that LoRA files leave alone. Sources: `text_encoder/config.json` and `text_encoder_2/config.json` of
-FLUX.1-dev (T5 v1.1 XXL), Z-Image-Turbo (Qwen3-4B) and Krea-2-Turbo (Qwen3-VL-4B)."""
+"""Text encoders that LoRA files leave alone. Source: `text_encoder/config.json` of Krea-2-Turbo (Qwen3-VL-4B)."""
 _STEPS = {"SD 1.5": (50, 2), "SDXL": (50, 2), "FLUX.1": (28, 1), "Krea 2": (28, 2), "Z-Image": (50, 2)}
 """Steps of diffusers' default call, and passes of each: two with classifier-free guidance."""
 MODELS = tuple(_STEPS)
