@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,7 +73,8 @@ def test_nothing_is_opened_for_pieces_that_others_have_done(tmp_path: Path) -> N
 def test_what_others_have_claimed_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, others, opened = tmp_path / "claims", ExitStack(), list[float]()
     assert others.enter_context(Claims(folder).claim("1")) is not None
-    monkeypatch.setattr(work.time, "sleep", lambda seconds: others.close())  # then the other process ends
+    sleeping = SimpleNamespace(sleep=lambda seconds: others.close())  # then the other process ends
+    monkeypatch.setattr(work, "time", sleeping)  # of this module alone: threads of other tests sleep too
     ThisProcess(lambda node: opened).work(double, Claims(folder), pieces(tmp_path, 1, 2, 3), Progress([].append, 0))
     assert opened == [2, 3, 1]
 
