@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lora_compose.compose.support.precision import cpu_has_bf16
+from recipe.ranks import add_up, rank, ranks
 
 POLYNOMIALS = (
     (8.0660, -22.0342, 15.1010),
@@ -53,18 +54,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step along the orthogonalised momentum."""
+        """One step along the orthogonalised momentum; processes that train together share that work."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._move(weight, group)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            updates = [
+                self._update(weight, group["momentum"], mine=number % ranks() == rank())
+                for number, weight in enumerate(weights)
+            ]
+            add_up(updates)
+            for weight, update in zip(weights, updates, strict=True):
+                rows, columns = update.shape
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update.view_as(weight), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
-    def _move(self, weight: Tensor, group: dict) -> None:
-        gradient = weight.grad
-        assert gradient is not None
+    def _update(self, weight: Tensor, momentum: float, mine: bool) -> Tensor:
+        """The update of a weight as a matrix; zeros where another process computes it."""
+        assert weight.grad is not None
         average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-        average.lerp_(gradient, 1 - group["momentum"])
-        update = orthogonalised(gradient.lerp(average, group["momentum"]).flatten(1))
-        rows, columns = update.shape
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(update.view_as(weight), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        average.lerp_(weight.grad, 1 - momentum)
+        matrix = weight.grad.lerp(average, momentum).flatten(1)
+        return orthogonalised(matrix) if mine else torch.zeros_like(matrix)

@@ -3,10 +3,11 @@
 On a CPU two processes of one thread are faster than one of two threads, since small convolutions do not share well.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import Parameter
 
 
@@ -29,14 +30,20 @@ def ranks() -> int:
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Parameter]) -> None:
     """Replaces gradients by their mean over all processes."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    add_up(gradients)
+    if ranks() > 1:
+        torch._foreach_div_(gradients, ranks())
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replaces tensors by their sums over all processes, in one message."""
     if ranks() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([each.flatten() for each in gradients])
+    flat = torch.cat([each.flatten() for each in tensors])
     dist.all_reduce(flat)
-    flat /= ranks()
-    for each, mean in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
-        each.copy_(mean.view_as(each))
+    for each, total in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
+        each.copy_(total.view_as(each))
 
 
 def of_first(value: float) -> float:

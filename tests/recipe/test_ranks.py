@@ -13,6 +13,7 @@ from recipe.ranks import average_gradients, of_first, rank, ranks
 SCRIPT = """
 import torch
 from torch.nn import Parameter
+from recipe.muon import Muon, orthogonalised
 from recipe.ranks import average_gradients, of_first, rank, ranks, start_ranks
 start_ranks()
 one, other, frozen = Parameter(torch.zeros(2, 3)), Parameter(torch.zeros(4)), Parameter(torch.zeros(1))
@@ -22,7 +23,12 @@ assert frozen.grad is None
 torch.testing.assert_close(one.grad, torch.full((2, 3), 0.5))
 torch.testing.assert_close(other.grad, torch.arange(4.0) * 2)
 assert (ranks(), of_first(7.0 + rank())) == (2, 7.0)
-print("fine", rank())
+matrix, kernel = Parameter(torch.zeros(3, 5)), Parameter(torch.zeros(4, 2, 3, 3))
+matrix.grad, kernel.grad = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.ones(4, 2, 3, 3)
+Muon([matrix, kernel], lr=0.5, momentum=0.0).step()
+torch.testing.assert_close(matrix.detach(), -0.5 * orthogonalised(matrix.grad))
+torch.testing.assert_close(kernel.detach().flatten(1), -0.5 * orthogonalised(kernel.grad.flatten(1)))
+print(f"fine {rank()}\\n", end="")  # in one piece: both write to one pipe
 """
 
 
@@ -35,7 +41,7 @@ def test_a_process_alone_keeps_its_gradients() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_mean_gradient_and_the_first_ones_clock(tmp_path: Path) -> None:
+def test_two_processes_have_the_mean_gradient_the_same_step_and_the_first_ones_clock(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(SCRIPT, "utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
