@@ -60,6 +60,9 @@ WAYS = {
         "--prompt", PROMPT, "--concept", f"{BEAR},region=0:0:{HALF}:{SIZE}", "--concept",
         f"{ROBOT},region={HALF}:0:{SIZE}:{SIZE},weight=0.7", "--method", "regional", "--set", "token_mask=none",
     ],
+    "beside an ordinary robot": [
+        "--prompt", "a xlo bear and a robot on grass", "--concept", BEAR, "--concept", "role=bystander,class=robot",
+    ],
     "plain": ["--prompt", "a red cat on grass"],
     "plain and flat": ["--prompt", "a red cat on grass", "--height", "64"],
     "scene": ["--scene", str(SCENES / "cat-dog.yaml"), "--prompt", "a zwx dog and a sks cat in snow"],
