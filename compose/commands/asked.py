@@ -61,6 +61,8 @@ def parse_concept(text: str) -> Concept:
     bystander = not paths and fields.get("role") == "bystander"
     if not bystander and not all(paths or [""]):
         raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
+    if bystander and not fields.keys() & {"class_word", "name"}:
+        raise ValueError(f"--concept {text}: class is missing: the word that names it in the prompt, such as class=man")
     if not bystander:
         fields["lora"] = paths[0] if len(paths) == 1 else tuple(paths)
     if "region" in fields:

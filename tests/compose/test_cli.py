@@ -262,6 +262,8 @@ def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
         ("path=a.safetensors,wieght=2", "unknown field 'wieght'"),
         ("trigger=sks", "path is missing"),
         ("path=", "path is missing"),
+        ("role=bystander", "class is missing"),
+        ("role=bystander,path=a.safetensors,name=a", "is a bystander, which has no LoRA"),
         ("path=a.safetensors,weight=1,weight=2", "weight is given twice"),
         ("path=a.safetensors,weight=much", "weight: expected a valid number"),
         ("path=a.safetensors,weight=inf", "weight: expected a finite number"),
