@@ -139,7 +139,7 @@ def _entry(
                 check_lora(file)
         except ValueError as error:
             return InvalidEntry(source, f"{source}: concept {concept.name!r}: {error}")
-        if not concept.lora:
+        if not (concept.lora or concept.is_bystander):
             return InvalidEntry(source, f"{source}: concept {concept.name!r} has no LoRA: give it a field lora")
     return Entry(named.name, valid_scene, named.seeds, source)
 

@@ -207,9 +207,9 @@ def _concept_facts(loaded: LoadedConcept) -> list[tuple[str, str]]:
     trained = f", trained with {loaded.trained_with}" if loaded.trained_with else ""
     facts = [
         *[(f"{concept.name}: file", f"{file.path}, SHA-256 {file.sha256}{trained}") for file in loaded.files],
-        *([] if loaded.files else [(f"{concept.name}: file", "a loaded adapter")]),
+        *([] if loaded.files else [(f"{concept.name}: file", "none" if concept.is_bystander else "a loaded adapter")]),
         *([(f"{concept.name}: merged", f"{concept.merge or DEFAULT}, in this order")] if len(loaded.files) > 1 else []),
-        (f"{concept.name}: layers", factors.report.partition(";")[0]),
+        (f"{concept.name}: layers", "none" if concept.is_bystander else factors.report.partition(";")[0]),
     ]
     if factors.unmatched:
         facts.append((f"{concept.name}: left out", f"{len(factors.unmatched)} keys: {', '.join(factors.unmatched)}"))
@@ -217,6 +217,8 @@ def _concept_facts(loaded: LoadedConcept) -> list[tuple[str, str]]:
         facts.append((f"{concept.name}: region", _region(concept.region)))
     if concept.is_style:
         facts.append((f"{concept.name}: role", "style, everywhere"))
+    if concept.is_bystander:
+        facts.append((f"{concept.name}: role", "bystander, without a LoRA"))
     if concept.references:
         facts.append((f"{concept.name}: references", "acts on reference images, too"))
     facts.append((f"{concept.name}: weight", weight_text(concept.weight)))
@@ -231,6 +233,8 @@ def _region(region: tuple[float, float, float, float] | str) -> str:
 
 
 def _words(concept: Concept, place: Positions | None) -> str:
+    if concept.is_bystander:
+        return f"named by its class word {concept.class_word!r}"
     if not concept.trigger:
         return "no trigger given, so " + ("it acts on all" if concept.is_style else "no token belongs to it")
     if place is None:

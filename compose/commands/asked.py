@@ -50,20 +50,27 @@ def parse_concept(text: str) -> Concept:
     """Reads a concept as it is written on the command line.
 
     Args:
-        text: Such as "path=cat.safetensors,trigger=sks,class=cat,weight=0.8". Commas in values are kept.
+        text: Such as "path=cat.safetensors,trigger=sks,class=cat,weight=0.8", or "role=bystander,class=man". Commas in
+            values are kept.
 
     Raises:
         ValueError: For unknown and missing fields and unusable values.
     """
     fields = _fields("--concept", text, _CONCEPT_FIELDS, several="path")
     paths = fields.pop("lora", [])
-    if not all(paths or [""]):
+    bystander = not paths and fields.get("role") == "bystander"
+    if not bystander and not all(paths or [""]):
         raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
-    fields["lora"] = paths[0] if len(paths) == 1 else tuple(paths)
+    if bystander and not fields.keys() & {"class_word", "name"}:
+        raise ValueError(f"--concept {text}: class is missing: the word that names it in the prompt, such as class=man")
+    if not bystander:
+        fields["lora"] = paths[0] if len(paths) == 1 else tuple(paths)
     if "region" in fields:
         fields["region"] = mask_or_box(fields["region"], f"--concept {text}: region")
     try:
-        fields.setdefault("name", "+".join(map(_name_of, files_of(fields["lora"]))))
+        if bystander and "class_word" in fields:  # a LoRA of this class may have its name
+            fields.setdefault("name", f"other {fields['class_word']}")
+        fields.setdefault("name", "+".join(map(_name_of, files_of(fields.get("lora")))))
         return Concept(**fields)
     except FieldError as error:
         raise ValueError(f"--concept {text}: {'; '.join(error.messages)}") from error

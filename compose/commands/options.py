@@ -24,8 +24,9 @@ LORAS_HELP = (
 CONCEPT_HELP = (
     "A concept in full, repeatable: path=cat.safetensors,trigger=sks,class=cat. Further fields: weight=0.8, name=cat, "
     "region=64,32,128,96. Only path is required; region is left,top,right,bottom in pixels or as fractions of the "
-    "image (0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere. Several files, "
-    "path=cat.safetensors,path=style.safetensors:0.7, are merged; merge names the method. weight may change over "
+    "image (0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere; "
+    "role=bystander,class=man, without path, is a subject that LoRAs keep off. Several files, path="
+    "cat.safetensors,path=style.safetensors:0.7, are merged; merge names the method. weight may change over "
     "the steps: 0:1,0.5:0 (off in the second half), 1..0.4 (linear ramp), 1,0.5,0 (equal parts); "
     "blocks=down:0.5,up.1:0 are factors by block; any_weight=true allows weights beyond 10; prompt and negative are "
     "its own; references=true makes it act on reference images, too; alpha is for files without one."

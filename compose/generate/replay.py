@@ -154,7 +154,7 @@ def difference(first: Image.Image, second: Image.Image) -> str | None:
 
 def _recorded(record: Record, concept: Concept) -> list[tuple[str, str | None]]:
     """The files of a concept, each with its recorded SHA-256."""
-    files = files_of(concept.lora) or ("",)
+    files = files_of(concept.lora) or (() if concept.is_bystander else ("",))
     recorded = record.sha256.get(concept.name, ())
     hashes: tuple[str | None, ...] = (recorded,) if isinstance(recorded, str) else recorded
     return list(zip(files, hashes if len(hashes) == len(files) else [None] * len(files), strict=True))

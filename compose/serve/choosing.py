@@ -60,6 +60,8 @@ def chosen(pipe: Any, request: ImageRequest) -> tuple[ImageRequest, str | None]:
 
 
 def _header(pipe: Any, index: int, asked: RequestedConcept) -> Header:
+    if asked.concept.is_bystander:
+        return Header(asked.concept, None, Words())
     known = pipe.concepts.get(asked.name)
     if known is None:
         raise ValueError(f"concepts[{index}]: there is no LoRA of this name; GET /loras lists those that there are")

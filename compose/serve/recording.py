@@ -33,6 +33,9 @@ def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, to
     """
     concepts, hashes = [], {}
     for asked in listed(request):
+        if asked.concept.is_bystander:
+            concepts.append(asked.concept)
+            continue
         path = Path(files_of(pipe.concepts[asked.name].lora)[0]).expanduser()
         concepts.append(asked.concept.model_copy(update={"lora": path.name}))
         status = path.stat()

@@ -56,16 +56,16 @@ class RequestedConcept(_Asked):
     """A LoRA of the server, and how it acts.
 
     Attributes:
-        name: Of the LoRA.
+        name: Of the LoRA; the class word of a bystander.
         weight: Factor on it; None is 1.
         region: A box in pixels or in fractions of the image; None is none.
-        role: A style acts everywhere.
+        role: A style acts everywhere; a bystander is no LoRA, but a subject without one, named by its class word.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=MOST_NAME)]
     weight: Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)] | None = None
     region: Annotated[Region | Fractions, BeforeValidator(_four_sides)] | None = None
-    role: Literal["subject", "style"] | None = None
+    role: Literal["subject", "style", "bystander"] | None = None
 
     @property
     def concept(self) -> Concept:

@@ -110,7 +110,8 @@ def refine(
     """
     how = how or Detailer()
     everyone = [loaded.concept for loaded in pipe.resolve_concepts(concepts)]
-    subjects, styles = [c for c in everyone if not c.is_style], [c for c in everyone if c.is_style]
+    named, styles = [c for c in everyone if not c.is_style], [c for c in everyone if c.is_style]
+    subjects = [c for c in named if not c.is_bystander]
     if unknown := (masks or {}).keys() - {c.name for c in subjects}:
         raise ValueError(f"masks name {sorted(unknown)}; the subjects are {', '.join(c.name for c in subjects)}")
     mask_of = {c.name: _mask(c, masks or {}, image.size) for c in subjects}
@@ -122,7 +123,7 @@ def refine(
         mask = mask_of[subject.name]
         if mask is None:
             continue
-        text = whole.carried_to(about(subject, whole.text, subjects)).written()
+        text = whole.carried_to(about(subject, whole.text, named)).written()
         acting = [c.model_copy(update={"region": None, "prompt": None}) for c in (subject, *styles)]
         output = pipe(
             prompt=text, concepts=acting, method=how.method or _method_for(pipe, acting), image=image,

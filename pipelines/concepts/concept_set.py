@@ -19,16 +19,19 @@ from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import TEXT, WeightSchedule, check_block, in_blocks, is_in
 from lora_compose.pipelines.support.notes import warn_once
 
+NO_LORA = Factors({})
+"""The factors of a bystander."""
+
 
 @dataclass(frozen=True)
 class LoadedConcept:
     """A concept with the factors of its LoRA.
 
     Attributes:
-        concept: All its fields; weight is set.
+        concept: All its fields; weight is set, to 0 for a bystander.
         factors: Its LoRA, matched to the pipeline's models.
         files: Where it came from: a file, or several that were merged; none for an adapter loaded by
-            `load_lora_weights`.
+            `load_lora_weights`, and for a bystander.
         limits: Factors on layers of the model, which keep a joint change within a limit.
     """
 
@@ -59,7 +62,7 @@ class LoadedConcept:
     def handle(self, part: Part) -> Handle:
         """A key for its LoRA of one model, good for one call, since an adapter may be changed before the next."""
         blocks = self.concept.blocks or {}
-        if not self.files:
+        if not self.files and not self.concept.is_bystander:
             return PASSING, self.factors.handle
         if part != self.factors.part:
             return self.factors.handle, part, ()
@@ -137,7 +140,7 @@ class ConceptSet:
 
     def kept(self, part: Part, banks: BankCache) -> KeptBanks | None:
         """Where the LoRAs of one model are kept between calls; None if all are adapters, which are read anew."""
-        if all(not loaded.files for loaded in self.loaded):
+        if all(not loaded.files for loaded in self.loaded if not loaded.concept.is_bystander):
             return None
         return KeptBanks(banks, tuple(loaded.handle(part) for loaded in self.loaded))
 
@@ -145,6 +148,11 @@ class ConceptSet:
     def subjects(self) -> tuple[int, ...]:
         """Indices of subjects."""
         return tuple(i for i, concept in enumerate(self.concepts) if not concept.is_style)
+
+    @cached_property
+    def with_loras(self) -> tuple[int, ...]:
+        """Indices of subjects that have a LoRA."""
+        return tuple(i for i in self.subjects if not self.concepts[i].is_bystander)
 
     @cached_property
     def styles(self) -> tuple[int, ...]:

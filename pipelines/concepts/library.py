@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.concept_set import NO_LORA, LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, adapter_factors, match, read_lora
 from lora_compose.pipelines.concepts.lru import Read, Recent, file_key
@@ -142,6 +142,8 @@ class ConceptLibrary:
         return resolved
 
     def _resolve(self, pipe: LoadsConcepts, concept: Concept) -> LoadedConcept:
+        if concept.is_bystander:
+            return LoadedConcept(concept.model_copy(update={"weight": 0.0}), NO_LORA)
         loaded, added = self.loaded.get(concept.name), self.added.get(concept.name)
         if added is not None and (concept.lora is None or _loras(concept) == _loras(added.given)):
             concept = concept.completed(added.given)

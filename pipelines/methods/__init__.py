@@ -136,7 +136,8 @@ def choose_method(
     if concept_sets:
         subjects_of = [[concept_set.loaded[i] for i in concept_set.subjects] for concept_set in concept_sets]
     several, lacks = max(map(len, subjects_of)) > 1, _lacking(prompts, subjects_of)
-    relevant = loaded_subjects or (concepts if prompts is not None else ())  # with styles alone, they decide
+    trained = [loaded for loaded in loaded_subjects if not loaded.concept.is_bystander]
+    relevant = trained or (concepts if prompts is not None else ())  # with styles alone, they decide
     name, reason = method_for(
         [(subject.name, bool(subject.region)) for subject in subjects],
         styles=len(subjects) < len(concepts), several=several, lacks=lacks, region_attention=region_attention,

@@ -42,7 +42,7 @@ class Composite(Settings):
         concepts = session.concepts
         if any(concept.region for concept in concepts.concepts):
             warn_once("composite ignores regions; use method='regional'")
-        chosen = [(subject,) for subject in concepts.subjects] or [()]
+        chosen = [(subject,) for subject in concepts.with_loras] or [()]
         shares = [1.0] * len(chosen) if self.shares is None else self.shares
         if len(shares) != len(chosen):
             passes = "passes: styles have none of their own" if concepts.styles else "concepts"

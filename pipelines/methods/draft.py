@@ -129,7 +129,7 @@ class Draft(Settings):
             return (Regional(norm_apart=self.norm_apart) if boxed else Merge()).start(session)
         if prompts.texts is None:
             raise ValueError("draft reads the prompt without triggers, so it needs prompts, not prompt_embeds")
-        for i in concepts.subjects:
+        for i in concepts.with_loras:
             if not (concepts.concepts[i].trigger and concepts.concepts[i].class_word):
                 raise ValueError(f"draft looks for class words: {missing_words(concepts.loaded[i], prompts.texts[0])}")
         base = branch_of(None, prompts.texts, concepts.concepts, concepts.subjects)

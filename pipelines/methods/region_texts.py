@@ -169,7 +169,8 @@ def segment_texts(session: Session, indices: Sequence[int]) -> SegmentedTexts:
     base = encode(concepts.weights_of(concepts.styles), plain, names=named)
     texts = []
     for i in indices:
-        region_prompts, named = [about(scene[i], prompt, placed) for prompt in prompts], scene[i].trigger
+        region_prompts = [about(scene[i], prompt, placed) for prompt in prompts]
+        named = scene[i].trigger or scene[i].is_bystander
         texts.append(encode(concepts.with_styles([i]), region_prompts, names=[scene[i].name] if named else []))
     of = [None if concept.is_style else 1 + indices.index(i) if i in indices else 0 for i, concept in enumerate(scene)]
     return SegmentedTexts(base, tuple(texts), tuple(of))

@@ -42,8 +42,9 @@ from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_texts import GatedText, SegmentedTexts, segment_texts, shared_text
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn_once
-from lora_compose.pipelines.text.tokens import find_words
+from lora_compose.pipelines.text.tokens import find_words, own_nouns
 
 Texts = Literal["auto", "shared", "regions"]
 
@@ -174,5 +175,11 @@ def _unnamed(session: Session) -> list[str]:
     return [
         concept.name
         for concept in owners
-        if concept.prompt is None and not all(find_words(concept.trigger or "", text) for text in texts)
+        if concept.prompt is None and not all(_is_named(concept, text, owners) for text in texts)
     ]
+
+
+def _is_named(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> bool:
+    if concept.is_bystander:
+        return bool(own_nouns(concept, prompt, concepts))
+    return bool(find_words(concept.trigger or "", prompt))

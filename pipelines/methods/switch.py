@@ -36,5 +36,5 @@ class Switch(Settings):
         if any(concept.region for concept in session.concepts.concepts):
             warn_once("switch ignores regions; use method='regional'")
         warn_unread_by_passes(session)
-        chosen = [(subject,) for subject in session.concepts.subjects] or [()]
+        chosen = [(subject,) for subject in session.concepts.with_loras] or [()]
         return FixedPasses(session, [[(subject_pass(session, subject), 1.0)] for subject in chosen], self.interval)

@@ -124,7 +124,7 @@ def _everywhere(loaded: LoadedConcept) -> bool:
 def _check(session: Session) -> None:
     present = session.prompts.token_masks.trigger.sum(dim=1) > 0
     for i, loaded in enumerate(session.concepts.loaded):
-        if not _everywhere(loaded):
+        if not (_everywhere(loaded) or loaded.concept.is_bystander):
             _check_masked(loaded, bool(present[:, i].all()))
 
 

@@ -243,7 +243,9 @@ class Concept(_Frozen):
         prompt: The text of the region, for methods that read a text per concept; it contains the trigger. None
             derives it from the scene's prompt.
         negative_prompt: What to avoid in the region; None means the scene's.
-        role: "subject", or "style" for a concept that acts everywhere and has no region; None means a subject.
+        role: "subject"; "style" for a concept that acts everywhere and has no region; or "bystander" for a subject of
+            the base model, without a LoRA, which is named by its class word: LoRAs of others keep off its region. None
+            means a subject.
         references: Whether the LoRA acts on the cells of reference images, too, as strongly as anywhere in the image:
             for LoRAs that were trained to read them. None means that the file says so, as those of
             `lora-compose train --references` do; otherwise no.
@@ -262,14 +264,18 @@ class Concept(_Frozen):
     region: BoxOrMask | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
     negative_prompt: str | None = None
-    role: Literal["subject", "style"] | None = None
+    role: Literal["subject", "style", "bystander"] | None = None
     references: bool | None = None
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _keeps_words_apart(cls, data: Any) -> Any:
-        return with_bare_trigger(data) if isinstance(data, Mapping) else data
+        if not isinstance(data, Mapping):
+            return data
+        if data.get("role") == "bystander" and not data.get("class_word"):
+            return {**data, "class_word": data.get("name")}
+        return with_bare_trigger(data)
 
     @model_validator(mode="after")
     def _merges_several(self) -> Self:
@@ -293,10 +299,25 @@ class Concept(_Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _bystanders_have_no_lora(self) -> Self:
+        given = [name for name in _OF_A_LORA if getattr(self, name) not in (None, "", 0.0)]
+        if self.is_bystander and given:
+            raise ValueError(
+                f"the concept {self.name!r} is a bystander, which has no LoRA and is named by its class word: leave "
+                f"out {' and '.join(given)}, or its role"
+            )
+        return self
+
     @property
     def is_style(self) -> bool:
         """Whether the concept is a style."""
         return self.role == "style"
+
+    @property
+    def is_bystander(self) -> bool:
+        """Whether the concept is a subject of the base model, without a LoRA."""
+        return self.role == "bystander"
 
     @property
     def phrase(self) -> str:
@@ -308,6 +329,10 @@ class Concept(_Frozen):
         given = {name: value for name, value in self if value is not None}
         words = {name: given.get(name, getattr(known, name)) for name in ("trigger", "class_word")}
         return known.model_copy(update={**given, **with_bare_trigger(words)})
+
+
+_OF_A_LORA = ("lora", "merge", "trigger", "weight", "blocks", "any_weight", "references", "alpha")
+"""Fields that a concept without a LoRA has no use for."""
 
 
 def with_bare_trigger(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lora_compose.pipelines.text.tokens import (
     find_words,
     locate,
     locate_mention,
+    own_nouns,
     token_mask,
 )
 
@@ -241,7 +242,7 @@ class TokenMasks:
         optional: Container[str] = (),
         mentions: Sequence[Mapping[str, Mention]] | None = None,
     ) -> "TokenMasks":
-        """Finds triggers and class words; concepts without a trigger have an empty mask.
+        """Finds triggers and class words; without a trigger masks are empty, but for the phrase of a bystander.
 
         Args:
             concepts: Concepts whose words are looked for.
@@ -260,10 +261,11 @@ class TokenMasks:
             check_disjoint(named, list(positions.values()), prompt)
             trigger.append([positions[c.name].trigger if c.name in positions else () for c in concepts])
             phrases = {name: place.phrase for name, place in positions.items()}
+            others = {**_bystanders(prompt, concepts, names), **mentioned}
             phrases |= {
-                c.name: locate_mention(tokenizer, prompt, c, mentioned[c.name], concepts)
+                c.name: locate_mention(tokenizer, prompt, c, others[c.name], concepts)
                 for c in concepts
-                if c.name in mentioned
+                if c.name in others
             }
             phrase.append([phrases.get(c.name, ()) for c in concepts])
         tokens = tokenizer.model_max_length
@@ -309,6 +311,13 @@ class TokenMasks:
         if (mask.sum(dim=2) > 1).any():
             raise ValueError("token_positions of two concepts share a token")
         return cls(mask, mask)
+
+
+def _bystanders(prompt: str, concepts: Sequence[Concept], names: Container[str] | None) -> dict[str, Mention]:
+    """How a prompt names the bystanders that are looked for and are in it."""
+    wanted = [c for c in concepts if c.is_bystander and (names is None or c.name in names)]
+    which = {c.name: own_nouns(c, prompt, concepts) for c in wanted}
+    return {c.name: Mention((c.class_word or "",), which[c.name]) for c in wanted if which[c.name]}
 
 
 def agreed(masks: Sequence[TokenMasks], concepts: Sequence[Concept]) -> TokenMasks:

@@ -33,6 +33,8 @@ def missing_words(described: Described, prompt: str) -> str:
     """What is missing if the prompt does not have the concept's trigger followed by its class word."""
     concept = described.concept
     name, trigger, noun = concept.name, concept.trigger, concept.class_word
+    if concept.is_bystander:
+        return f"the prompt does not name the bystander {name}: write {noun!r} in it, beside those that have a trigger"
     if not trigger:
         return missing_trigger(described, [prompt])
     if not noun and (last := divided(trigger)[1]):

@@ -274,10 +274,17 @@ def free_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> li
 def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tuple[int, ...]:
     """Indices of the free nouns that belong to the concept (`class_words`).
 
-    In "a sks cat and a zwx cat" it is (0,) for sks, and (1,) for zwx.
+    In "a sks cat and a zwx cat" it is (0,) for sks, and (1,) for zwx. A bystander has those that belong to no trigger.
     """
     nouns = free_nouns(concept, prompt, concepts)
+    if concept.is_bystander:
+        owned = {noun for other in concepts for _, noun in class_words(other, prompt, concepts) if noun}
+        return tuple(k for k, noun in enumerate(nouns) if not any(_overlap(noun, other) for other in owned))
     return tuple(sorted({nouns.index(noun) for _, noun in class_words(concept, prompt, concepts) if noun}))
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
 
 
 def locate_mention(

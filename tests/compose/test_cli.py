@@ -60,6 +60,9 @@ WAYS = {
         "--prompt", PROMPT, "--concept", f"{BEAR},region=0:0:{HALF}:{SIZE}", "--concept",
         f"{ROBOT},region={HALF}:0:{SIZE}:{SIZE},weight=0.7", "--method", "regional", "--set", "token_mask=none",
     ],
+    "beside an ordinary robot": [
+        "--prompt", "a xlo bear and a robot on grass", "--concept", BEAR, "--concept", "role=bystander,class=robot",
+    ],
     "plain": ["--prompt", "a red cat on grass"],
     "plain and flat": ["--prompt", "a red cat on grass", "--height", "64"],
     "scene": ["--scene", str(SCENES / "cat-dog.yaml"), "--prompt", "a zwx dog and a sks cat in snow"],
@@ -259,6 +262,8 @@ def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
         ("path=a.safetensors,wieght=2", "unknown field 'wieght'"),
         ("trigger=sks", "path is missing"),
         ("path=", "path is missing"),
+        ("role=bystander", "class is missing"),
+        ("role=bystander,path=a.safetensors,name=a", "is a bystander, which has no LoRA"),
         ("path=a.safetensors,weight=1,weight=2", "weight is given twice"),
         ("path=a.safetensors,weight=much", "weight: expected a valid number"),
         ("path=a.safetensors,weight=inf", "weight: expected a finite number"),

@@ -104,6 +104,12 @@ def test_boxes_belong_to_the_loras_in_their_order() -> None:
         concepts_of(["path=a.safetensors"], [], ["0,0,8,8"])
 
 
+def test_a_bystander_has_no_path_and_is_called_by_its_class() -> None:
+    other = parse_concept("role=bystander,class=old man,region=0,0,.5,1")
+    assert other == Concept(name="other old man", role="bystander", class_word="old man", region=(0.0, 0.0, 0.5, 1.0))
+    assert parse_concept("role=bystander,name=man").class_word == "man"
+
+
 def test_several_paths_are_a_concept_whose_files_are_merged() -> None:
     found = parse_concept(f"path=loras/a.safetensors,path=playground:{STYLE}:0.7,merge=np,trigger=sks")
     files = ("loras/a.safetensors", f"playground:{STYLE}:0.7")

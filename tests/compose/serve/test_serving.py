@@ -207,8 +207,17 @@ def test_headers_name_the_method_and_the_reason(
     assert (code, headers.get("x-method"), headers.get("x-method-reason")) == (200, method, reason)
 
 
-def test_a_served_image_stores_how_it_was_made_without_paths_and_can_be_replayed(port: int, tmp_path: Path) -> None:
-    asked = {**SIZE, "prompt": "a xlo bear and a qrt robot", "concepts": "auto", "seed": 3}
+@pytest.mark.parametrize(
+    ("prompt", "concepts"),
+    [
+        ("a xlo bear and a qrt robot", "auto"),
+        ("a xlo bear and a robot", {"bear": 1.0, "robot": {"role": "bystander"}}),
+    ],
+)
+def test_a_served_image_stores_how_it_was_made_without_paths_and_can_be_replayed(
+    port: int, tmp_path: Path, prompt: str, concepts: Any
+) -> None:
+    asked = {**SIZE, "prompt": prompt, "concepts": concepts, "seed": 3}
     code, data, _ = answer(port, "/images", asked)
     assert code == 200, data
     (tmp_path / "it.png").write_bytes(data)

@@ -599,6 +599,14 @@ def drop(
     assert not at.exception
 
 
+def test_an_image_with_a_subject_without_a_lora_is_loaded_without_it(at: AppTest, tmp_path: Path) -> None:
+    known = replace(example(), method="merge", boxed=False).runs()[0].scene.concepts[0]
+    drop(at, tmp_path, {"concepts": (known, Concept(name="passer-by", role="bystander", class_word="man"))})
+    assert [at.text_input(key=row_key(at, 0, "name")).value] == [known.name]
+    assert len(session(at).rows) == 1
+    assert "subjects without a LoRA, which this page has not: passer-by" in said(at)
+
+
 def test_another_model_is_opened_from_a_folder(at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     at.text_input(key="do.model.folder.name").set_value(str(tmp_path))

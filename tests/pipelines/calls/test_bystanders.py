@@ -1,0 +1,122 @@
+"""Bystanders: subjects of the base model, without a LoRA, which the LoRAs of others keep off."""
+
+import pytest
+import torch
+
+from composing import BOTH, PROMPT, SD_AND_SLOWLY_XL, compose, latents_of
+from flux import FLUX
+from lora_compose import Concept
+from lora_compose.pipelines.methods import choose_method
+from lora_compose.pipelines.methods.draft import Draft, draft_only
+from lora_compose.pipelines.text.tokens import own_nouns
+from transformer_families import CALL, shared_pipeline
+from transformer_families import latents_of as latents_on_transformer
+
+PLAIN = "a sks cat and a dog"
+LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
+CAT, DOG = Concept(name="cat", region=LEFT), Concept(name="dog", role="bystander")
+IN_ITS_BOX = DOG.model_copy(update={"region": RIGHT})
+
+
+@SD_AND_SLOWLY_XL
+def test_in_boxes_it_is_a_concept_whose_lora_has_no_weight(composer):
+    weightless = Concept(name="dog", trigger="", weight=0.0, region=RIGHT)
+    expected = latents_of(composer, prompt=PLAIN, concepts=[CAT, weightless], method="regional")
+    found = latents_of(composer, prompt=PLAIN, concepts=[CAT, IN_ITS_BOX], method="regional")
+    assert torch.equal(found, expected)
+
+
+@SD_AND_SLOWLY_XL
+def test_a_draft_finds_it_by_its_class_word(composer):
+    """Where it finds the dog that a LoRA was trained on: a draft reads no trigger."""
+    given = {"prompt": PLAIN, "num_inference_steps": 4, "output_type": "latent"}
+    found, known = (
+        draft_only(
+            composer, Draft(), prompt=prompt, concepts=["cat", dog], num_inference_steps=4,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for prompt, dog in ((PLAIN, DOG), (PROMPT, "dog"))
+    )  # fmt: skip
+    assert torch.equal(found.maps, known.maps)
+    assert torch.equal(found.masks, known.masks)
+    assert found.masks.flatten(2).any(dim=2).all()
+    output = compose(composer, concepts=["cat", DOG], method=None, **given)
+    assert output.method == "draft"
+    assert output.images.isfinite().all()
+
+
+@BOTH
+@pytest.mark.parametrize("method", ["merge", "switch", "composite", "tara"])
+def test_methods_that_know_no_places_make_the_image_without_it(composer, method):
+    found = latents_of(composer, prompt=PLAIN, concepts=["cat", DOG], method=method)
+    assert torch.equal(found, latents_of(composer, prompt=PLAIN, concepts=["cat"], method=method))
+
+
+@pytest.mark.parametrize("family", ["sd"])
+@pytest.mark.parametrize("method", ["lora-composer", "clora", "freefuse"])
+def test_methods_that_find_or_draw_subjects_find_it_by_its_class_word(composer, method):
+    concepts = [CAT, IN_ITS_BOX] if method == "lora-composer" else ["cat", DOG]
+    found = latents_of(composer, prompt=PLAIN, concepts=concepts, method=method)
+    assert found.isfinite().all()
+    assert not torch.equal(found, latents_of(composer, prompt=PLAIN, concepts=concepts[:1], method=method))
+
+
+def test_on_a_transformer_its_region_reads_a_text_of_its_own():
+    pipe = shared_pipeline(FLUX)
+    weightless = Concept(name="dog", trigger="", weight=0.0, region=RIGHT, prompt="a dog")
+    found, known = (
+        latents_on_transformer(
+            pipe, **{**CALL, "prompt": PLAIN}, **FLUX.unguided, concepts=[CAT, other], method="regional"
+        )
+        for other in (IN_ITS_BOX, weightless)
+    )
+    assert torch.equal(found, known)
+
+
+@pytest.mark.parametrize("family", ["sd"])
+def test_its_bank_is_kept_for_the_next_call(composer):
+    call = {"prompt": PLAIN, "concepts": [CAT, IN_ITS_BOX], "method": "regional"}
+    first = latents_of(composer, **call)
+    kept = composer.banks.bytes
+    assert kept > 0
+    assert torch.equal(latents_of(composer, **call), first)
+    assert composer.banks.bytes == kept
+
+
+@pytest.mark.parametrize("family", ["sd"])
+def test_without_a_method_the_prompt_has_to_name_it(composer):
+    loaded = composer.resolve_concepts(["cat", DOG])
+    assert isinstance(choose_method(loaded, [PLAIN]).method, Draft)
+    choice = choose_method(loaded, ["a sks cat on grass"])
+    assert not isinstance(choice.method, Draft)
+    assert "the prompt does not name the bystander dog: write 'dog' in it" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("prompt", "nouns"),
+    [
+        ("a sks woman and a woman", (1,)),
+        ("a woman and a sks woman", (0,)),
+        ("a sks woman alone", ()),
+        ("a sks woman and a blond woman", (1,)),
+    ],
+)
+def test_it_has_the_nouns_that_belong_to_no_trigger(prompt, nouns):
+    mira = Concept(name="mira", trigger="sks", class_word="woman")
+    other = Concept(name="other", role="bystander", class_word="woman")
+    assert own_nouns(other, prompt, [mira, other]) == nouns
+    described = Concept(name="other", role="bystander", class_word="blond woman")
+    assert bool(own_nouns(described, prompt, [mira, described])) == ("blond" in prompt)
+
+
+def test_its_class_word_is_its_name_unless_another_is_given():
+    assert DOG.class_word == "dog"
+    assert Concept(name="passer-by", role="bystander", class_word="man").class_word == "man"
+
+
+@pytest.mark.parametrize(
+    "field", [{"lora": "dog.safetensors"}, {"trigger": "sks"}, {"weight": 0.5}, {"blocks": {"down": 0.5}}]
+)
+def test_what_only_a_lora_has_is_refused(field):
+    with pytest.raises(ValueError, match=f"is a bystander, which has no LoRA .* leave out {next(iter(field))}"):
+        Concept(name="dog", role="bystander", **field)
