@@ -7,7 +7,7 @@ def pack(src, dst):
     for k,v in load_file(src).items():
         v=v.float()
         if v.ndim<2: out[k]=v.half(); continue
-        m=v.flatten(1); s=m.abs().amax(1,keepdim=True).clamp(min=1e-12)/127
+        m=v.flatten(1); s=m.abs().amax(1,keepdim=True).clamp(min=1e-12)/31
         out[k]=(m/s).round().to(torch.int8).view_as(v); out[k+'.scale']=s.squeeze(1)
     save_file(out,dst)
 def unpack(src,dst):
