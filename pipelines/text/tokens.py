@@ -283,8 +283,8 @@ def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tup
     return tuple(sorted({nouns.index(noun) for _, noun in class_words(concept, prompt, concepts) if noun}))
 
 
-def _overlap(one: Span, other: Span) -> bool:
-    return one[0] < other[1] and other[0] < one[1]
+def _overlap(first: Span, second: Span) -> bool:
+    return first[0] < second[1] and second[0] < first[1]
 
 
 def locate_mention(
