@@ -84,8 +84,8 @@ def restore(session: PageSession, record: Record) -> None:
         row.sha256 = sha256 if isinstance(sha256 := record.sha256.get(concept.name), str) else ""
     notes = fields.changed_from(session, run)
     if bystanders:
-        notes.append(f"It has subjects without a LoRA, which this page has not: {', '.join(bystanders)}. lora-compose "
-                     "replay makes it again.")  # fmt: skip
+        notes.append(f"It has subjects without a LoRA, which this page does not have: {', '.join(bystanders)}. "
+                     "lora-compose replay reproduces it.")  # fmt: skip
     gone = {concept.name: shown(concept.lora) for concept in run.scene.concepts if loras[concept.name] is None}
     if missing := [name for name, source in gone.items() if not is_on_hub(source)]:
         notes.append(f"The settings are loaded, but LoRAs are missing: {', '.join(missing)}.")

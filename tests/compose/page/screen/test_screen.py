@@ -604,7 +604,7 @@ def test_an_image_with_a_subject_without_a_lora_is_loaded_without_it(at: AppTest
     drop(at, tmp_path, {"concepts": (known, Concept(name="passer-by", role="bystander", class_word="man"))})
     assert [at.text_input(key=row_key(at, 0, "name")).value] == [known.name]
     assert len(session(at).rows) == 1
-    assert "subjects without a LoRA, which this page has not: passer-by" in said(at)
+    assert "subjects without a LoRA, which this page does not have: passer-by" in said(at)
 
 
 def test_another_model_is_opened_from_a_folder(at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
