@@ -234,7 +234,7 @@ def _region(region: tuple[float, float, float, float] | str) -> str:
 
 def _words(concept: Concept, place: Positions | None) -> str:
     if concept.is_bystander:
-        return f"named by its class word {concept.class_word!r}"
+        return f"looked for by its class word {concept.class_word!r}"
     if not concept.trigger:
         return "no trigger given, so " + ("it acts on all" if concept.is_style else "no token belongs to it")
     if place is None:

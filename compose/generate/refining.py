@@ -43,7 +43,7 @@ def refine_and_save(
     """
     run = runnable(record, loras)
     run = run if model is None else run.model_copy(update={"model": model})
-    known = [concept.name for concept in run.scene.concepts if not concept.is_style]
+    known = [c.name for c in run.scene.concepts if not (c.is_style or c.is_bystander)]
     if unknown := sorted(set(subjects) - set(known)):
         raise ValueError(f"--subject {', '.join(unknown)}: the subjects of this image are {', '.join(known) or 'none'}")
     with bar(f"opening {run.model}"):

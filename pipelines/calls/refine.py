@@ -190,7 +190,7 @@ def subject_masks(masks: Tensor, concepts: Sequence[Concept], size: tuple[int, i
     """
     by_name = {}
     for concept, mask in zip(concepts, masks.cpu(), strict=True):
-        if concept.is_style or not mask.any():
+        if concept.is_style or concept.is_bystander or not mask.any():
             continue
         rows, columns = bounds(mask)
         height, width = mask.shape

@@ -78,6 +78,8 @@ def test_rows_of_json_have_values_of_their_kind_and_may_be_whole_scenes(tmp_path
     assert (other.scene.prompt, other.seeds) == ("a qrt robot on 7", (3, 5))
     (path,) = written(tmp_path, whole_jsonl='{"prompt": "a", "concepts": [{"name": "b", "lora": "playground:bear"}]}')
     assert read_entries([path]).entries[0].scene.concepts[0].lora == "playground:bear"
+    (path,) = written(tmp_path, other_jsonl='{"prompt": "a", "concepts": [{"name": "man", "role": "bystander"}]}')
+    assert read_entries([path]).entries[0].scene.concepts[0].is_bystander
 
 
 def test_concepts_of_all_rows_beside_a_column_of_prompts(tmp_path: Path) -> None:

@@ -74,6 +74,13 @@ def test_on_a_transformer_its_region_reads_a_text_of_its_own():
 
 
 @pytest.mark.parametrize("family", ["sd"])
+def test_an_image_is_repainted_without_it(composer):
+    steps = {"num_inference_steps": 2, "guidance_scale": 4.0}
+    output = composer(PLAIN, concepts=[CAT, IN_ITS_BOX], method="draft", record_attention=True, **steps)
+    assert output.refine().subjects == ("cat",)
+
+
+@pytest.mark.parametrize("family", ["sd"])
 def test_its_bank_is_kept_for_the_next_call(composer):
     call = {"prompt": PLAIN, "concepts": [CAT, IN_ITS_BOX], "method": "regional"}
     first = latents_of(composer, **call)

@@ -523,13 +523,16 @@ def test_check_says_weights_blocks_and_roles_and_finds_unknown_blocks(playground
     bear = Concept(name="my bear", lora="playground:bear", trigger="xlo", class_word="bear", weight="1..0.4",
                    blocks={"down": 0.5})  # fmt: skip
     ink = Concept(name="ink", lora="playground:robot", trigger="", role="style", weight=(1, 0))
-    scene = Scene(prompt="a xlo bear on grass", concepts=(bear, ink))
+    robot = Concept(name="robot", role="bystander")
+    scene = Scene(prompt="a xlo bear and a robot on grass", concepts=(bear, ink, robot))
     report = check(Run(scene=scene, model="playground", method="merge", steps=2), playground)
     facts = dict(report.facts)
     assert report.problems == ()
     assert (facts["my bear: weight"], facts["my bear: blocks"]) == ("1..0.4", "down:0.5")
     assert (facts["ink: weight"], facts["ink: role"]) == ("1,0", "style, everywhere")
     assert facts["ink: words"] == "no trigger given, so it acts on all"
+    of_robot = [facts[f"robot: {name}"] for name in ("file", "role", "words")]
+    assert of_robot == ["none", "bystander, without a LoRA", "looked for by its class word 'robot'"]
     wrong = scene.model_copy(update={"concepts": (bear.model_copy(update={"blocks": {"up.9": 1.0}}),)})
     report = check(Run(scene=wrong, model="playground", method="merge", steps=2), playground)
     assert any("'my bear' has a factor for 'up.9'" in problem for problem in report.problems)
