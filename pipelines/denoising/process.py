@@ -15,7 +15,7 @@ from lora_compose.pipelines.denoising.passes import Pass, weighted_mean
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject
-from lora_compose.pipelines.scene.canvas import Canvas, Step, steps_in
+from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -136,7 +136,7 @@ class FixedPasses:
     def turn(self, step: Step) -> int:
         """Index of the turn that a step belongs to."""
         if self.first is not None:
-            return int(step.index >= math.ceil(steps_in(self.first, step.count)))
+            return int(not step.within(self.first))
         return step.index // self.interval % len(self.turns)
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
