@@ -26,6 +26,11 @@ class MethodLabel:
     decides: Decides
     keeps_boxes: bool = False
 
+    @property
+    def knows_places(self) -> bool:
+        """Whether each subject has a place, which the LoRAs of others keep off."""
+        return self.decides in ("boxes", "found areas")
+
 
 MERGER_LABELS: Mapping[str, tuple[str, str]] = {
     "cat": ("Add up", "The exact sum: as with all of them loaded, in one file."),

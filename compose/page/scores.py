@@ -42,16 +42,20 @@ class Judge:
     """The playground's judge, opened at first use."""
 
     def judges(self, run: Run) -> bool:
-        """Whether there are reference images for every concept of a run."""
-        return run.model in PLAYGROUNDS and bool(run.scene.concepts) and self._names(run.scene) is not None
+        """Whether there are reference images for every LoRA of a run, and it has some."""
+        return run.model in PLAYGROUNDS and bool(run.scene.concepts) and bool(self._names(run.scene))
 
     def score(self, image: Image.Image, scene: Scene) -> dict[str, Likeness]:
-        """Scores an image of the playground; raises ValueError if there are no reference images for some concept."""
+        """Scores the concepts with a LoRA in an image of the playground.
+
+        Raises:
+            ValueError: If there are no reference images for some of them.
+        """
         from lora_compose.compose.evaluation.suite import SuiteScene
 
         names = self._names(scene)
         if names is None:
-            raise ValueError("there are no reference images for every concept of this scene")
+            raise ValueError("there are no reference images for every LoRA of this scene")
         suite_scene = SuiteScene(name="page", prompt=scene.prompt, concepts=tuple(names.values()))
         scores = self._scorer.score(image.convert("RGB"), suite_scene)
         return {ours: _likeness(scores.concepts[theirs], theirs) for ours, theirs in names.items()}
@@ -69,9 +73,10 @@ class Judge:
         return open_scorer(self._suite)
 
     def _names(self, scene: Scene) -> Mapping[str, str] | None:
-        """The suite's concepts by ours; None if one of ours has no counterpart, or two have the same."""
+        """The suite's concepts by ours with a LoRA; None if one of these has no counterpart, or two have the same."""
         theirs = {lora: concept.name for concept in self._suite.concepts for lora in concept.loras.values()}
-        names = {concept.name: theirs.get(_of_unet(shown(concept.lora))) for concept in scene.concepts}
+        ours = [concept for concept in scene.concepts if not concept.is_bystander]
+        names = {concept.name: theirs.get(_of_unet(shown(concept.lora))) for concept in ours}
         classes = [name for name in names.values() if name is not None]
         if len(classes) < len(names) or len(set(classes)) < len(classes):
             return None

@@ -99,6 +99,13 @@ def test_without_a_method_the_prompt_has_to_name_it(composer):
     assert "the prompt does not name the bystander dog: write 'dog' in it" in choice.reason
 
 
+@pytest.mark.parametrize("family", ["sd"])
+@pytest.mark.parametrize("method", ["draft", "clora", "freefuse"])
+def test_methods_that_find_it_say_what_the_prompt_lacks(composer, method):
+    with pytest.raises(ValueError, match="the prompt does not name the bystander dog: write 'dog' in it"):
+        composer.plan("a sks cat on grass", concepts=["cat", DOG], method=method)
+
+
 @pytest.mark.parametrize(
     ("prompt", "nouns"),
     [
