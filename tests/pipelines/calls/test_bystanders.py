@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from comparisons import assert_close
 from composing import BOTH, PROMPT, SD_AND_SLOWLY_XL, compose, latents_of
 from flux import FLUX
 from lora_compose import Concept
@@ -23,7 +24,7 @@ def test_in_boxes_it_is_a_concept_whose_lora_has_no_weight(composer):
     weightless = Concept(name="dog", trigger="", weight=0.0, region=RIGHT)
     expected = latents_of(composer, prompt=PLAIN, concepts=[CAT, weightless], method="regional")
     found = latents_of(composer, prompt=PLAIN, concepts=[CAT, IN_ITS_BOX], method="regional")
-    assert torch.equal(found, expected)
+    assert_close(found, expected)  # the bank has fewer ranks, so products round in another order
 
 
 @SD_AND_SLOWLY_XL
@@ -70,7 +71,7 @@ def test_on_a_transformer_its_region_reads_a_text_of_its_own():
         )
         for other in (IN_ITS_BOX, weightless)
     )
-    assert torch.equal(found, known)
+    assert_close(found, known)
 
 
 @pytest.mark.parametrize("family", ["sd"])
