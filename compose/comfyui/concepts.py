@@ -340,7 +340,7 @@ class Request:
         for subject in searched.values():
             if not subject.class_word:
                 raise ValueError(f"draft looks for the class word of {subject.name}: type it in its Concept node")
-        classes = {(subject.class_word or "").lower() for subject in subjects.values()}
+        classes = {subject.head_noun for subject in subjects.values()}
         composition, conditioning = self._in_regions(composition, [*subjects], auto=len(classes) < len(subjects))
         if composition.texts:
             composition = replace(composition, isolate=not self.joint)  # it tears the images of transformers apart

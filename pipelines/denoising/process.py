@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
+from types import NoneType
 from typing import Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
@@ -76,10 +78,16 @@ class Settings(Protocol):
 
 
 def check_choices(settings: Settings) -> None:
-    """Raises ValueError for a setting that is none of the words its type lists."""
+    """Raises ValueError for settings that are none of the words that their types list, or no number."""
     for name, hint in get_type_hints(type(settings)).items():
-        if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, not {getattr(settings, name)!r}")
+        value = getattr(settings, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, not {value!r}")
+        if hint is bool and not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, not {value!r}")
+        may_lack = get_args(hint) == (float, NoneType)
+        if (hint is float or may_lack) and not (isinstance(value, Real) or (may_lack and value is None)):
+            raise ValueError(f"{name} must be a number, not {value!r}")
 
 
 def check_limit(limit: float | None) -> None:

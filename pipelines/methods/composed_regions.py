@@ -1,6 +1,7 @@
 """Regions that each read a text of their own, in one pass; in the first steps each can have a canvas of its own."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -80,17 +81,16 @@ def compose_regions(
         image: Index of the image, if each image has its own regions.
     """
 
-    def make_pass(
-        text: Conditioning, regions: Regions, window: Window | None = None, isolated: bool = isolate > 0
-    ) -> Pass:
+    def make_pass(text: Conditioning, regions: Regions, window: Window | None = None, *, isolated: bool) -> Pass:
         cells = {level: cells.flatten(0, 1) for level, cells in regions.cells.items()}
         partitions = {level: Partition.of(inside, session.canvas.device) for level, inside in cells.items()}
         attention = RegionAttention(partitions, inject != "off", isolated)
         return Pass(text, region_gates(session, text, regions, rows=rows, inject=inject), attention, window, image)
 
-    whole = later = session.denoiser.prepare(make_pass(texts.together, regions))
+    whole = later = session.denoiser.prepare(make_pass(texts.together, regions, isolated=isolate > 0))
     if 0 < isolate < 1:
         later = session.denoiser.prepare(make_pass(texts.together, regions, isolated=False), whole)
+    part_of = partial(make_pass, isolated=isolate > 0)
     side = session.canvas.backbone.native_side * apart_side
-    canvases = canvases_of(session, texts.alone, regions, side, whole, make_pass) if apart > 0 else None
+    canvases = canvases_of(session, texts.alone, regions, side, whole, part_of) if apart > 0 else None
     return ComposedRegions(session, texts.background, whole, later, canvases, apart, isolate)

@@ -77,8 +77,8 @@ class Draft(Settings):
         apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: With texts of their own, the part of the steps, from the first, in which the cells of a region see no
-            other region in self-attention. None is 1, or 0 where text and image are one sequence, since that tears the
-            images of transformers apart.
+            other region in self-attention. None is 1 on UNets and Anima, and 0 on other transformers, whose images it
+            tears apart.
         bias: With the scene's prompt: added to the attention scores between the cells of a region and the words of its
             subject, and subtracted for the words of other subjects. None is 1 in cross-attention, and 0 where text and
             image are one sequence.
@@ -108,8 +108,10 @@ class Draft(Settings):
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
         if self.bias is not None and not 0 <= self.bias < math.inf:
             raise ValueError(f"bias must be at least 0, not {self.bias}")
-        for name in ("apart", "isolate", "norm_apart"):
-            if not 0 <= (getattr(self, name) or 0) <= 1:
+        if self.isolate is not None and not 0 <= self.isolate <= 1:
+            raise ValueError(f"isolate must lie between 0 and 1, not {self.isolate}")
+        for name in ("apart", "norm_apart"):
+            if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
 
     def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
@@ -160,16 +162,13 @@ class Draft(Settings):
         subjects = [session.concepts.concepts[i] for i in session.concepts.subjects]
         prompted = any(concept.prompt is not None or concept.negative_prompt is not None for concept in subjects)
         room = len(subjects) * _side(session.canvas) <= max(session.canvas.latent_grid)
-        return prompted or len(set(map(_class_of, subjects))) < len(subjects) or (len(subjects) > 2 and room)
+        alike = len({subject.head_noun for subject in subjects}) < len(subjects)
+        return prompted or alike or (len(subjects) > 2 and room)
 
 
 def _side(canvas: Canvas) -> int:
     """Least side of a region's own canvas, in latent cells."""
     return math.ceil(canvas.backbone.native_side * APART_SIDE)
-
-
-def _class_of(concept: Concept) -> str:
-    return (concept.class_word or "").lower()
 
 
 @dataclass(frozen=True)
@@ -255,9 +254,9 @@ def _by_segments(settings: Draft, session: Session, joint: Site) -> Restart:
         for image, image_masks in enumerate(masks):
             cells = Regions.of_masks(indices, image_masks, [joint.level], HALF).cells[joint.level]
             of_image = {level: shares[image : image + 1] for level, shares in by_level.items()}
-            gated = partial(gated_pass, session, masks=of_image, everywhere=everywhere, image=image)
+            pass_of = partial(gated_pass, session, masks=of_image, everywhere=everywhere, image=image)
             isolate = settings.isolate_in(canvas)
-            processes.append(isolated_at_first(session, texts.of_image(image), cells, joint, gated, isolate))
+            processes.append(isolated_at_first(session, texts.of_image(image), cells, joint, pass_of, isolate))
         return processes
 
     return Restart(texts.base, strips if settings.division == "strips" else nearest, start)

@@ -90,7 +90,7 @@ def isolated_at_first(
     texts: SegmentedTexts,
     cells: Tensor,
     joint: Site,
-    gated: Callable[[GatedText], Pass],
+    pass_of: Callable[[GatedText], Pass],
     part: float,
 ) -> FixedPasses:
     """The process of one pass with texts of regions, which are isolated in a part of the steps, from the first.
@@ -98,13 +98,16 @@ def isolated_at_first(
     Args:
         cells: As for `SegmentedTexts.read_in`.
         joint: As for `SegmentedTexts.read_in`.
-        gated: The pass that reads a text.
+        pass_of: The pass that reads a text.
     """
     canvas = session.canvas
     read = partial(texts.read_in, cells, joint, hides_padding=canvas.backbone.hides_padding, device=canvas.device)
-    in_turn = (True, False) if 0 < part < 1 else (part == 1,)
-    turns = [[(gated(read(isolate=isolated)), 1.0)] for isolated in in_turn]
-    return FixedPasses(session, turns, first=part if len(turns) > 1 else None, text_for_callbacks=texts.base)
+    closed, opened = (partial(read, isolate=isolated) for isolated in (True, False))
+    if part in (0, 1):
+        only = pass_of(closed() if part else opened())
+        return FixedPasses(session, [[(only, 1.0)]], text_for_callbacks=texts.base)
+    turns = [[(pass_of(closed()), 1.0)], [(pass_of(opened()), 1.0)]]
+    return FixedPasses(session, turns, first=part, text_for_callbacks=texts.base)
 
 
 def _keeps_to_its_words(loaded: LoadedConcept, token_mask: TokenMask) -> bool:

@@ -101,20 +101,23 @@ class Regional(Settings):
                 "regional needs to know where the concepts are: give at least one a region, for example "
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
+        wide = [concepts.concepts[i].name for i in concepts.with_loras if concepts.concepts[i].region is None]
+        if wide and any(concept.is_bystander and concept.region is not None for concept in concepts.concepts):
+            warn_once(f"without a region, {', '.join(wide)} acts on the whole image, also where bystanders are")
         masks = {level: region_masks(session, level)[None] for level in canvas.levels}
         everywhere = [concept.region is None for concept in concepts.concepts]
 
-        gated = partial(gated_pass, session, masks=masks, everywhere=everywhere, rows=self.rows,
+        pass_of = partial(gated_pass, session, masks=masks, everywhere=everywhere, rows=self.rows,
                         token_mask=self.token_mask)  # fmt: skip
         joint = self._own_site(session)
         if joint is None:
             shared = shared_text(session)
-            return with_region_norm(session, gated(shared), masks, everywhere, self.norm_apart, shared.base)
+            return with_region_norm(session, pass_of(shared), masks, everywhere, self.norm_apart, shared.base)
         owners = [i for i, whole in enumerate(everywhere) if not whole]
         texts, cells = segment_texts(session, owners), given_cells(session, joint)
 
         def passes(texts: SegmentedTexts, image: int | None = None) -> FixedPasses:
-            return isolated_at_first(session, texts, cells, joint, partial(gated, image=image), self.isolate)
+            return isolated_at_first(session, texts, cells, joint, partial(pass_of, image=image), self.isolate)
 
         if joint.multiple == 1 or texts.alike:
             return passes(texts)
@@ -135,10 +138,15 @@ class Regional(Settings):
         if self.texts == "regions" and unnamed:
             raise ValueError(
                 f"texts='regions' needs a text about each concept that has a region, and {', '.join(unnamed)} is not "
-                "named in every prompt: write its trigger there, or give it a prompt of its own"
+                "named in every prompt: write its words there, or give it a prompt of its own"
             )
         if joint is not None and self.texts != "shared" and not unnamed:
             return joint
+        if self.isolate and joint is not None and unnamed:
+            raise ValueError(
+                f"isolate needs a text for each region, and {', '.join(unnamed)} is not named in every prompt: write "
+                "its words there, or give it a prompt of its own"
+            )
         if self.isolate:
             raise ValueError(
                 "isolate needs texts of regions (texts='regions'), which only transformers have that attend to text "

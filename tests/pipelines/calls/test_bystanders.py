@@ -9,6 +9,7 @@ from flux import FLUX
 from lora_compose import Concept
 from lora_compose.pipelines.methods import choose_method
 from lora_compose.pipelines.methods.draft import Draft, draft_only
+from lora_compose.pipelines.text.prompts import about
 from lora_compose.pipelines.text.tokens import own_nouns
 from transformer_families import CALL, shared_pipeline
 from transformer_families import latents_of as latents_on_transformer
@@ -72,6 +73,35 @@ def test_on_a_transformer_its_region_reads_a_text_of_its_own():
         for other in (IN_ITS_BOX, weightless)
     )
     assert_close(found, known)
+
+
+@pytest.mark.parametrize("family", ["sd"])
+def test_a_lora_without_a_region_is_named_where_a_bystander_has_one(composer, caplog):
+    latents_of(composer, prompt=PLAIN, concepts=["cat", IN_ITS_BOX], method="regional")
+    assert "without a region, cat acts on the whole image" in caplog.text
+
+
+def test_several_of_one_class_word_are_its_nouns_in_their_order():
+    mine = Concept(name="mine", trigger="sks", class_word="cat")
+    others = [Concept(name=name, role="bystander", class_word="cat") for name in ("first", "second", "third")]
+    prompt = "a sks cat, a cat and a cat"
+    assert [own_nouns(other, prompt, [mine, *others]) for other in others] == [(1,), (2,), ()]
+    assert own_nouns(others[0], prompt, [mine, others[0]]) == (1, 2)
+
+
+def test_the_text_about_it_has_its_own_article():
+    mine, other = Concept(name="mine", trigger="alc", class_word="cat"), Concept(name="cat", role="bystander")
+    assert about(other, "an alc cat and a cat on grass", [mine, other]) == "a cat on grass"
+
+
+@pytest.mark.parametrize("family", ["sd"])
+def test_an_old_cat_is_of_the_class_of_a_cat(composer):
+    old = Concept(name="other", role="bystander", class_word="old cat")
+    found, regions = (
+        latents_of(composer, prompt="a sks cat and an old cat", concepts=["cat", old], method=Draft(reading=reading))
+        for reading in ("auto", "regions")
+    )
+    assert torch.equal(found, regions)
 
 
 @pytest.mark.parametrize("family", ["sd"])
