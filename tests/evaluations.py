@@ -28,10 +28,10 @@ from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine, read_pixels, read_record
 from lora_compose.compose.files.stored import read, write
 
-Found = tuple[float, float] | float | ConceptScore | None
+Found = tuple[float, float] | float | ConceptScore | Mapping[str, float] | None
 Seen = Mapping[str, Found]
 """By concept: similarity to its own references and to all others'; or to its own alone; None if it was not found; or a
-score as it is."""
+score as it is. By bystander: similarity to the references of each concept, of nothing if it was not found."""
 
 SCORES = "scores-1.json"
 BOXES = ((2, 8, 62, 120), (66, 8, 126, 120), (0, 0, 16, 16))
@@ -65,7 +65,9 @@ def suite(scenes: Mapping[str, tuple[str, ...]] | Sequence[Any] | None = None, *
 
 def scores(concepts: tuple[str, ...], seen: Seen) -> ImageScores:
     """What was measured on an image of concepts."""
-    return ImageScores(clip_t=25.0, extra=0, concepts={name: _score(concepts, name, seen[name]) for name in concepts})
+    of_concepts = {name: _score(concepts, name, seen[name]) for name in concepts}
+    bystanders = {name: of for name, of in seen.items() if name not in concepts and isinstance(of, Mapping)}
+    return ImageScores(clip_t=25.0, extra=0, concepts=of_concepts, bystanders=bystanders)
 
 
 def success(similarity: np.ndarray, thresholds: np.ndarray) -> bool:
@@ -78,6 +80,7 @@ def success(similarity: np.ndarray, thresholds: np.ndarray) -> bool:
 def _score(concepts: tuple[str, ...], name: str, found: Found) -> ConceptScore:
     if isinstance(found, ConceptScore):
         return found
+    assert not isinstance(found, Mapping), "that is a bystander's"
     if found is None:
         return ConceptScore(whole=0.5)
     own, other = found if isinstance(found, tuple) else (found, 0.1)

@@ -31,9 +31,10 @@ def composed(
     model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
 ) -> tuple[Any, Any]:
     """A model in which concepts act, and the conditioning for it. Arguments: `Request`; errors: `Request.composed`."""
-    files, used = [read_lora(concept.path) for concept in concepts], set()
-    loras, names = [factors_in(model, file) for file in files], [file.path.name for file in files]
-    parts = [read_text_encoders(file) for file in files]
+    files = [None if concept.path is None else read_lora(concept.path) for concept in concepts]
+    loras = [{} if file is None else factors_in(model, file) for file in files]
+    parts = [{} if file is None else read_text_encoders(file) for file in files]
+    names, used = [concept.scene.name for concept in concepts], set()
 
     def encode(text: str, which: Sequence[int]) -> Any:
         encoder = clip

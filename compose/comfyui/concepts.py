@@ -22,41 +22,46 @@ from lora_compose.pipelines.scene.scene import Concept as SceneConcept
 from lora_compose.pipelines.scene.strength import WeightSchedule, read_weight
 from lora_compose.pipelines.text.emphasis import Emphasis
 from lora_compose.pipelines.text.prompts import about, named_spans, surroundings, without_triggers
-from lora_compose.pipelines.text.tokens import find_words, own_nouns
+from lora_compose.pipelines.text.tokens import find_words, free_nouns, own_nouns
 
 logger = logging.getLogger("lora_compose")
 Encode = Callable[[str, Sequence[int]], Conditioning]
 """Encodes a text with the text-encoder LoRAs of some concepts."""
 
+Phrases = Mapping[str, Collection[int] | None]
+"""Words in a text, with the indices of those of their occurrences that are meant; None is all."""
+
+_WRITE = "write it where the subject without a LoRA is meant"
 _SIDE = 256
 """Rows and columns of a region that is shown as a mask."""
 
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """One LoRA, as given.
+    """One LoRA, or a subject without one (a bystander), as given.
 
     Attributes:
-        path: The LoRA.
-        scene: Its words and weight, as our pipelines know them; its name is that of the file.
+        path: The LoRA; None for a bystander.
+        scene: Its words and weight, as our pipelines know them; its name is that of the file, or the class word of a
+            bystander, whose weight is 0.
         region: Where it acts; None is everywhere, or where a draft finds it.
     """
 
-    path: Path
+    path: Path | None
     scene: SceneConcept
     region: Region | None = None
 
     @classmethod
     def of(
-        cls, path: Path, trigger: str, class_word: str, weight: float, box: str = "", mask: Tensor | None = None,
-        prompt: str = "", schedule: str = "",
+        cls, path: Path | None, trigger: str, class_word: str, weight: float, box: str = "",
+        mask: Tensor | None = None, prompt: str = "", schedule: str = "",
     ) -> "Concept":  # fmt: skip
         """A concept of what a node has.
 
         Args:
-            path: The LoRA.
+            path: The LoRA; None for a bystander.
             trigger: The trigger, if it has one.
-            class_word: The noun after it.
+            class_word: The noun after it; that of a bystander follows no trigger.
             weight: Factor on the LoRA.
             box: left,top,right,bottom as fractions of the image, or nothing.
             mask: ComfyUI's masks, of which the first counts. Shape: [(masks,) height, width].
@@ -64,27 +69,51 @@ class Concept:
             schedule: The weight over the steps, in place of `weight`, as `read_weight` reads it; or nothing.
 
         Raises:
-            ValueError: For a box and a mask, a box or schedule that is none, or an empty mask.
+            ValueError: For a box and a mask, a box or schedule that is none, or an empty mask; for a bystander without
+                a class word, or with what only a LoRA has.
         """
-        region: Region | None = _box(box)
+        name, region = _without_lora(trigger, class_word, weight, schedule) if path is None else path.name, _box(box)
         if mask is not None:
             if region is not None:
-                raise ValueError(f"{path.name} has a box and a mask; clear the box, or disconnect the mask")
+                raise ValueError(f"{name} has a box and a mask; clear the box, or disconnect the mask")
             region = mask.reshape(-1, *mask.shape[-2:])[0].detach().float().cpu()
             if not region.any():
-                raise ValueError(f"the mask of {path.name} is empty; paint where the concept is meant")
+                raise ValueError(f"the mask of {name} is empty; paint where the concept is meant")
         try:
             over_steps = read_weight(schedule) if schedule.strip() else weight
         except ValueError as error:
-            raise ValueError(f"the schedule of {path.name}: {error}") from error
+            raise ValueError(f"the schedule of {name}: {error}") from error
         given = {"trigger": trigger, "class_word": class_word, "prompt": prompt}
         words: dict[str, Any] = {name: said.strip() for name, said in given.items() if said.strip()}
-        return cls(path, SceneConcept(name=path.name, weight=over_steps, any_weight=True, **words), region)
+        if path is None:
+            return cls(path, SceneConcept(name=name, role="bystander", weight=0.0, **words), region)
+        return cls(path, SceneConcept(name=name, weight=over_steps, any_weight=True, **words), region)
 
     @property
     def weight(self) -> WeightSchedule:
         """Its weight in every step."""
         return WeightSchedule.of(1.0 if self.scene.weight is None else self.scene.weight)
+
+
+def _without_lora(trigger: str, class_word: str, weight: float, schedule: str) -> str:
+    """The name of a bystander. Raises ValueError if it has no class word, or what only a LoRA has."""
+    noun = class_word.strip()
+    if trigger.strip():
+        raise ValueError(
+            f"the Concept with the trigger {trigger.strip()!r} has no LoRA: choose its file, or clear the trigger; a "
+            "subject without a LoRA has a class word alone"
+        )
+    if not noun:
+        raise ValueError(
+            "a Concept has neither a LoRA nor a class word: choose a file, or type what the subject without a LoRA is, "
+            "for example cat"
+        )
+    if schedule.strip() or weight != 1:
+        wrong, right = ("a schedule", "clear it") if schedule.strip() else ("a weight", "set it to 1")
+        raise ValueError(
+            f"the subject {noun!r} has {wrong}, but no LoRA that it would change: {right}, or choose a file"
+        )
+    return noun
 
 
 def _box(text: str) -> Box | None:
@@ -118,7 +147,7 @@ def with_boxes(concepts: Sequence[Concept], boxes: Sequence[Box | None]) -> Sequ
         )
     for concept in concepts:
         if concept.region is not None:
-            raise ValueError(f"{concept.path.name} has a box or a mask in its Concept node already; clear it there")
+            raise ValueError(f"{concept.scene.name} has a box or a mask in its Concept node already; clear it there")
     return tuple(replace(concept, region=box) for concept, box in zip(concepts, boxes, strict=True))
 
 
@@ -151,19 +180,49 @@ def subjects_of(concepts: Sequence[Concept]) -> Mapping[int, SceneConcept]:
     }
 
 
-def texts_about(concepts: Sequence[SceneConcept], text: Emphasis) -> Sequence[str]:
-    """A text about each of some subjects. Raises ValueError if none can be made."""
-    if unnamed := _unnamed(concepts, text.text):
-        raise ValueError(
-            f"no text can be made about {', '.join(unnamed)}: write its trigger in the text, or give it a prompt"
-        )
-    return [concept.prompt or derived(about(concept, text.text, concepts), text) for concept in concepts]
+def texts_about(
+    concepts: Sequence[SceneConcept], text: Emphasis, named: Sequence[SceneConcept] | None = None
+) -> Sequence[str]:
+    """A text about each of some subjects.
+
+    Args:
+        named: All subjects that the text may name; None if these are all.
+
+    Raises:
+        ValueError: If none can be made.
+    """
+    every = concepts if named is None else named
+    if unnamed := _unnamed(concepts, text.text, every):
+        trained = [concept.name for concept in unnamed if not concept.is_bystander]
+        names = ", ".join(trained or [concept.name for concept in unnamed])
+        write = "write its trigger in the text" if trained else f"{_lacking(unnamed)}; {_WRITE}"
+        raise ValueError(f"no text can be made about {names}: {write}, or give it a prompt")
+    return [concept.prompt or derived(about(concept, text.text, every), text) for concept in concepts]
 
 
-def _unnamed(concepts: Sequence[SceneConcept], text: str) -> list[str]:
-    """Concepts of which no text can be made: their words are not in the text."""
+def _unnamed(concepts: Sequence[SceneConcept], text: str, named: Sequence[SceneConcept]) -> Sequence[SceneConcept]:
+    """Those of some concepts of which no text can be made: their words are not in the text."""
     without = [concept for concept in concepts if not concept.prompt]
-    return [concept.name for concept in without if not find_words(concept.trigger or concept.class_word or "", text)]
+    return [concept for concept in without if not _is_named(concept, text, named)]
+
+
+def _is_named(concept: SceneConcept, text: str, named: Sequence[SceneConcept]) -> bool:
+    if concept.is_bystander:
+        return bool(own_nouns(concept, text, named))
+    return bool(find_words(concept.trigger or concept.class_word or "", text))
+
+
+def _lacking(subjects: Sequence[SceneConcept]) -> str:
+    """What a text lacks that does not name some subjects by their words; empty if there are none."""
+    trained = ", ".join(subject.name for subject in subjects if not subject.is_bystander)
+    others = [f"no {subject.class_word!r} that follows no trigger" for subject in subjects if subject.is_bystander]
+    lacking = [f"no trigger followed by its class word for {trained}", *others] if trained else others
+    return f"the text has {', and '.join(lacking)}" if lacking else ""
+
+
+def _trained_with_tara(concept: Concept) -> bool:
+    """Whether a concept has a trigger and a LoRA that was trained with token masks."""
+    return concept.path is not None and bool(concept.scene.trigger) and trained_with(concept.path) == "tara"
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +231,7 @@ class Request:
 
     Attributes:
         concepts: The concepts.
-        loras: Their factors.
+        loras: Their factors; none for a bystander.
         clip: ComfyUI's CLIP, whose tokenizer finds words.
         encode: Encodes texts.
         text: The text.
@@ -201,6 +260,11 @@ class Request:
     @cached_property
     def _subjects(self) -> Mapping[int, SceneConcept]:
         return subjects_of(self.concepts)
+
+    @property
+    def _trained(self) -> Mapping[int, SceneConcept]:
+        """The subjects that have a LoRA."""
+        return {i: subject for i, subject in self._subjects.items() if not subject.is_bystander}
 
     def composed(self, method: str) -> tuple[Composition, Conditioning]:
         """What the concepts do in a model by a method, and the conditioning for it.
@@ -231,20 +295,20 @@ class Request:
     def _chosen(self) -> tuple[str, str]:
         """The method that our pipelines would choose, and the reason."""
         subjects, text = [*self._subjects.values()], self._read.text
-        lacking = ", ".join(subject.name for subject in subjects if not own_nouns(subject, text, subjects))
-        deciding = [self.concepts[i] for i in self._subjects] or self.concepts
+        lacking = [subject for subject in subjects if not own_nouns(subject, text, subjects)]
+        deciding = [self.concepts[i] for i in self._trained] or self.concepts
         return method_for(
             [(subject.name, self.concepts[i].region is not None) for i, subject in self._subjects.items()],
             styles=len(subjects) < len(self.concepts), several=len(subjects) > 1, region_attention=not self.joint,
-            lacks=f"the text has no trigger followed by its class word for {lacking}" if lacking else "",
-            trained=all(concept.scene.trigger and trained_with(concept.path) == "tara" for concept in deciding),
+            lacks=_lacking(lacking), trained=all(map(_trained_with_tara, deciding)),
         )  # fmt: skip
 
     def _tara(self, composition: Composition) -> tuple[Composition, Conditioning]:
-        if nameless := [subject.name for subject in self._subjects.values() if not subject.trigger]:
+        trained = self._trained
+        if nameless := [subject.name for subject in trained.values() if not subject.trigger]:
             raise ValueError(f"tara needs a trigger for {', '.join(nameless)}: type it in its Concept node")
         conditioning = self.encode(self.text, ())
-        triggers = {i: [subject.trigger or ""] for i, subject in self._subjects.items()}
+        triggers = {i: {subject.trigger or "": None} for i, subject in trained.items()}
         words = self._at(self.text, triggers, tokens_of(*conditioning[0]))
         if (shared := words.sum(dim=1) > 1).any():
             names = [self.concepts[i].scene.name for i in words[shared].any(dim=0).nonzero()[:, 0].tolist()]
@@ -258,9 +322,14 @@ class Request:
             raise ValueError("regional needs to know where concepts are: give at least one a box or a mask")
         if unread := [name for i, name in self._prompted.items() if i not in owners]:
             raise ValueError(f"{unread[0]} has a prompt, and no region that reads it; give it a box or a mask")
-        unnamed = _unnamed([self.concepts[i].scene for i in owners], self._read.text)
+        scenes = [self.concepts[i].scene for i in owners]
+        unnamed = [concept.name for concept in _unnamed(scenes, self._read.text, scenes)]
         if self.texts == "auto" and self.joint and unnamed:
             logger.warning("all regions read one text, since none can be made about %s", ", ".join(unnamed))
+        everywhere = [subject.name for i, subject in self._trained.items() if i not in owners]
+        if everywhere and any(concept.is_bystander for concept in scenes):
+            names = ", ".join(everywhere)
+            logger.warning("without a box or mask, %s acts on the whole image, also in the regions of others", names)
         return self._in_regions(composition, owners, auto=self.joint and not unnamed)
 
     def _draft(self, composition: Composition) -> tuple[Composition, Conditioning]:
@@ -271,7 +340,7 @@ class Request:
         for subject in searched.values():
             if not subject.class_word:
                 raise ValueError(f"draft looks for the class word of {subject.name}: type it in its Concept node")
-        classes = {(subject.class_word or "").lower() for subject in subjects.values()}
+        classes = {subject.head_noun for subject in subjects.values()}
         composition, conditioning = self._in_regions(composition, [*subjects], auto=len(classes) < len(subjects))
         if composition.texts:
             composition = replace(composition, isolate=not self.joint)  # it tears the images of transformers apart
@@ -280,9 +349,10 @@ class Request:
             composition = replace(composition, tokens=tokens, phrases=None if self.joint else self._phrases(tokens))
         if not searched:
             return composition, conditioning
-        plain = derived(without_triggers(self._read.text, [*subjects.values()]), self._read)
+        bare = without_triggers(self._read.text, [*subjects.values()])
+        plain = derived(bare, self._read)
         of_draft = self._once(plain, self._others([*subjects]))
-        nouns = {i: [subject.class_word or ""] for i, subject in searched.items()}
+        nouns = {i: {subject.class_word or "": self._own(subject, bare)} for i, subject in searched.items()}
         words = self._at(plain, nouns, tokens_of(*of_draft[0]))
         draft = Draft(of_draft, words / words.sum(dim=0).clamp(min=1), subjects, strips=bool(composition.texts))
         return replace(composition, draft=draft), conditioning
@@ -330,19 +400,40 @@ class Request:
     def _phrases(self, tokens: int) -> Tensor:
         """1 at the tokens from a trigger to its class word, or of the class word alone. Shape: [tokens, concepts]."""
         text, subjects = self._read.text, [*self._subjects.values()]
-        phrases = {
-            i: {text[slice(*span)] for span in named_spans(subject, text, subjects)} or {subject.class_word or ""}
-            for i, subject in self._subjects.items()
-        }
+        phrases: dict[int, Phrases] = {}
+        for i, subject in self._subjects.items():
+            noun = subject.class_word or ""
+            spans = [] if subject.is_bystander else named_spans(subject, text, subjects)
+            phrases[i] = {text[slice(*span)]: None for span in spans} or {noun: self._own(subject, text)}
         return self._at(self.text, phrases, tokens)
 
-    def _at(self, text: str, words: Mapping[int, Collection[str]], tokens: int) -> Tensor:
+    def _own(self, subject: SceneConcept, text: str) -> Collection[int] | None:
+        """Which occurrences of its class word in a text are those of a subject; None is all.
+
+        Args:
+            text: That of Compose, or the same without triggers.
+
+        Raises:
+            ValueError: For a bystander that the text does not name.
+        """
+        subjects, whole = [*self._subjects.values()], self._read.text
+        own, free = own_nouns(subject, whole, subjects), free_nouns(subject, text, subjects)
+        if subject.is_bystander and not own:
+            raise ValueError(f"{_lacking([subject])}; {_WRITE}")
+        if not own or len(free) != len(free_nouns(subject, whole, subjects)):
+            return None
+        places = find_words(subject.class_word or "", text)
+        return [places.index(free[k]) for k in own]
+
+    def _at(self, text: str, words: Mapping[int, Phrases], tokens: int) -> Tensor:
         """1 at the tokens of some words of each concept. Shape: [tokens, concepts]."""
         gate = torch.zeros(tokens, len(self.concepts))
         for i, phrases in words.items():
-            for phrase in filter(None, phrases):
+            for phrase, which in phrases.items():
+                if not phrase:
+                    continue
                 try:
-                    gate[find_tokens(self.clip, text, phrase, tokens), i] = 1
+                    gate[find_tokens(self.clip, text, phrase, tokens, which), i] = 1
                 except ValueError as error:
                     scene = self.concepts[i].scene
                     raise ValueError(f"{scene.name}: {error}: {scene.phrase!r}") from error

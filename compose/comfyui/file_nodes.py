@@ -66,7 +66,8 @@ class MergeNode(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, concepts: Sequence[Concept], method: str, filename_prefix: str) -> Any:
         """Writes the file, and says how much of each concept is in it."""
-        loras = [factors_in(model, read_lora(concept.path), products=False) for concept in concepts]
+        files = [read_lora(concept.path) for concept in concepts if concept.path is not None]
+        loras = [factors_in(model, file, products=False) for file in files]
         given = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         out = Path(given[0]) / f"{given[1]}_{given[2]:05}_.safetensors"
         said = merged_text(merge_concepts(concepts, loras, model.model.diffusion_model, method, out))

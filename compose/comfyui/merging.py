@@ -25,8 +25,8 @@ def merge_concepts(
     """Merges the files of concepts, with their weights, into a new one.
 
     Args:
-        concepts: Two or more.
-        loras: Their factors in the model, without products.
+        concepts: Two or more; bystanders, which have no LoRA, are left out.
+        loras: The factors of the others in the model, without products.
         network: ComfyUI's `diffusion_model`, whose weights DoRA and OFT need.
         method: A name of `MERGERS` that needs no images.
         out: The file.
@@ -35,19 +35,21 @@ def merge_concepts(
         ValueError: If they cannot be merged; nothing is written then.
     """
     merger = make_merger(method)
+    paths = [concept.path for concept in concepts if concept.path is not None]
+    concepts = [concept for concept in concepts if concept.path is not None]
     if len(concepts) < 2:
-        raise ValueError("there is nothing to merge: chain two concepts or more")
+        raise ValueError("there is nothing to merge: chain two concepts with LoRAs or more")
     check_number(merger, method, len(concepts))
     weights = [concept.weight.constant for concept in concepts]
     for concept, weight in zip(concepts, weights, strict=True):
         if weight is None:
-            raise ValueError(f"{concept.path.name} has a schedule, but a file has no steps; clear it in its Concept")
+            raise ValueError(f"{concept.scene.name} has a schedule, but a file has no steps; clear it in its Concept")
     if not any(weights):
         raise ValueError("every weight is 0; there is nothing to merge")
     given, every, notes = [], [], []
     layers: dict[Name, FileLayer] = {}
-    for concept, lora, weight in zip(concepts, loras, weights, strict=True):
-        called, file = concept.path.name, read_lora(concept.path)
+    for path, lora, weight in zip(paths, loras, weights, strict=True):
+        called, file = path.name, read_lora(path)
         named: Mapping[Name, LoraFactors] = {("transformer", name): factors for name, factors in lora.items()}
         named, note = expressed(SimpleNamespace(transformer=network), named, called)
         texts, _ = by_name(replace(file, tensors=read_text_encoders(file)))

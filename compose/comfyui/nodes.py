@@ -20,7 +20,7 @@ from lora_compose.compose.comfyui.showing import previewed
 
 
 class ConceptNode(io.ComfyNode):
-    """A LoRA with its trigger, class word, weight and region."""
+    """A LoRA with its trigger, class word, weight and region; or a subject without a LoRA."""
 
     @classmethod
     def define_schema(cls) -> Any:
@@ -30,7 +30,9 @@ class ConceptNode(io.ComfyNode):
             "Concept",
             words.CONCEPT,
             inputs=[
-                io.Combo.Input("lora", options=folder_paths.get_filename_list("loras")),
+                io.Combo.Input(
+                    "lora", options=[words.NO_LORA, *folder_paths.get_filename_list("loras")], tooltip=words.LORA
+                ),
                 io.String.Input("trigger", default="", tooltip=words.TRIGGER),
                 io.String.Input("class_word", default="", tooltip=words.CLASS_WORD),
                 io.Float.Input("weight", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip=words.WEIGHT),
@@ -46,7 +48,7 @@ class ConceptNode(io.ComfyNode):
     @classmethod
     def execute(cls, lora: str, concepts: Sequence[Concept] = (), **given: Any) -> Any:
         """Adds a concept to those before it. Further arguments: `Concept.of`."""
-        path = Path(folder_paths.get_full_path_or_raise("loras", lora))
+        path = None if lora == words.NO_LORA else Path(folder_paths.get_full_path_or_raise("loras", lora))
         return io.NodeOutput((*concepts, Concept.of(path, **given)))
 
 

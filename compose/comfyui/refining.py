@@ -27,29 +27,31 @@ def refined(images: Tensor, concepts: Sequence[Concept], text: str, size: int, r
 
     Args:
         images: Shape: [images, height, width, 3], in 0..1.
-        concepts: Subjects without a region are left as they are; styles act on every subject.
+        concepts: Subjects without a region or without a LoRA are left as they are; styles act on every subject.
         text: That of the images; each subject's text is made of it.
         size: The longer side at which a subject is repainted.
 
     Raises:
-        ValueError: If no subject has a region, or no text can be made about one.
+        ValueError: If no subject with a LoRA has a region, or no text can be made about one.
     """
     subjects, images = subjects_of(concepts), images.clone()
     styles = [concept for i, concept in enumerate(concepts) if i not in subjects]
-    chosen = [concepts[i] for i in subjects]
+    chosen = [concepts[i] for i in subjects if concepts[i].path is not None]
     if all(concept.region is None for concept in chosen):
+        left = ", ".join(concept.name for concept in subjects.values() if concept.is_bystander)
         raise ValueError(
             "it is not known where the subjects are: connect the masks of Draft preview, or give the concepts boxes or "
-            "masks"
+            "masks" + (f"; {left} has no LoRA, and stays as it is" if left else "")
         )
-    for subject, own in zip(chosen, texts_about([*subjects.values()], read_weights(text)), strict=True):
+    texts = texts_about([concept.scene for concept in chosen], read_weights(text), [*subjects.values()])
+    for subject, own in zip(chosen, texts, strict=True):
         if subject.region is None:
             continue
         mask = on_grid(subject.region, (images.shape[1], images.shape[2]))
         mask = Image.fromarray((mask * 255).round().byte().numpy())
         share = torch.from_numpy(np.array(softened(mask, BLUR))) / 255
         if not share.any():
-            raise ValueError(f"the mask of {subject.path.name} is too thin to be seen in the image; make it wider")
+            raise ValueError(f"the mask of {subject.scene.name} is too thin to be seen in the image; make it wider")
         rows, columns = _around(share, round(PADDING * side_of(mask)))
         part, share = images[:, rows, columns], share[rows, columns, None]
         acting = [

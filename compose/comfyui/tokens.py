@@ -1,6 +1,6 @@
 """Where the words of a concept are in a text, by ComfyUI's tokenizers."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ def tokens_of(text: Tensor, options: Mapping[str, Any]) -> int:
     return text.shape[1] if ids is None else ids.shape[-1]
 
 
-def find_tokens(clip: Any, text: str, words: str, tokens: int) -> list[int]:
+def find_tokens(clip: Any, text: str, words: str, tokens: int, which: Collection[int] | None = None) -> list[int]:
     """The positions of words among the tokens of a text, as its conditioning has them.
 
     Weights in brackets are parsed, and texts are cut into parts, as ComfyUI does it.
@@ -25,6 +25,7 @@ def find_tokens(clip: Any, text: str, words: str, tokens: int) -> list[int]:
         text: The text.
         words: For example a trigger.
         tokens: How many tokens the conditioning has; those of a chat template may be cut off in front of it.
+        which: Indices of the occurrences that are meant; None is all.
 
     Raises:
         ValueError: If the words are not in the text, or are joined to other signs there.
@@ -42,7 +43,8 @@ def find_tokens(clip: Any, text: str, words: str, tokens: int) -> list[int]:
             i for i in range(len(read) - len(wanted) + 1) if [token for _, token in read[i : i + len(wanted)]] == wanted
         ]
         if times and len(starts) == times:
-            return [read[i + k][0] for i in starts for k in range(len(wanted))]
+            meant = [start for n, start in enumerate(starts) if which is None or n in which]
+            return [read[i + k][0] for i in meant for k in range(len(wanted))]
     if not times:
         raise ValueError(f"the words {words!r} are not in the text; write them where the concept is meant")
     raise ValueError(f"the words {words!r} do not keep their own tokens in the text; put spaces around them")

@@ -42,6 +42,12 @@ MERGED_NAME = "Name in ComfyUI's output folder; a number is added. Files in lora
 INSPECT = "Shows what a LoRA file is: its format, the model it is for, its words and ranks."
 
 CONCEPT = "A LoRA with the words and the place of its subject. Chain concepts, then connect the last one to Compose."
+NO_LORA = "none (a subject without a LoRA)"
+"""The choice of a concept that has no file; workflows keep it, so it stays as it is."""
+LORA = (
+    "The LoRA of the subject. none: a subject of the model itself, named in the text by its class word; the LoRAs of "
+    "other subjects keep off its place."
+)
 TRIGGER = "The word that the LoRA was trained with. Write it in the text where its subject is meant."
 CLASS_WORD = "What the subject is, for example cat; it follows the trigger in the text."
 WEIGHT = "How strongly the LoRA acts."

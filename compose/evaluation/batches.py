@@ -69,6 +69,11 @@ def run_of(suite: Suite, batch: Batch) -> Run:
     concepts = [_concept(suite.concept(name), arm.lora, scene.regions.get(name)) for name in acting]
     if arm.method is not None and arm.method.merge is not None:
         concepts = _merged(suite, scene, arm.method, concepts)
+    if arm.method is not None:  # without LoRAs there is nothing to keep off, and one alone acts everywhere
+        concepts += [
+            Concept(name=name, role="bystander", class_word=word, region=scene.regions.get(name))
+            for name, word in scene.bystanders.items()
+        ]
     silent = [suite.concept(name) for name in scene.concepts if name not in acting]
     prompt = without_triggers(scene.prompt, silent)
     described = Scene(**shared(Scene.model_fields, scene, prompt=prompt, concepts=tuple(concepts)))

@@ -163,7 +163,7 @@ def _text_model(suite: Suite) -> str:
 
 def _shared_scenes(a: Suite, b: Suite) -> list[str]:
     """Scenes that are equal in both, ignoring their boxes."""
-    fields = ("prompt", "negative_prompt", "concepts", "width", "height")
+    fields = ("prompt", "negative_prompt", "concepts", "bystanders", "width", "height")
     others = {scene.name: scene for scene in b.scenes}
     return [
         scene.name

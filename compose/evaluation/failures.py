@@ -18,6 +18,7 @@ KINDS = {
     "missing": "a subject was not detected",
     "mixed": "a subject resembles another subject's references more than its own",
     "weak": "a subject does not resemble its references enough",
+    "bystander": "a bystander was not detected, or has the identity of a concept",
 }
 """Kinds of failure. An image that fails in several ways counts for the first of them."""
 
@@ -55,8 +56,9 @@ def kinds_of_failure(evaluation: Evaluation, method: str) -> pd.DataFrame:
     mixed = ~missing & (concepts["own"] <= concepts["other"])
     weak = ~missing & ~mixed & (concepts["own"] < concepts["threshold"])
     marks = pd.DataFrame(concepts[keys]).assign(missing=missing, mixed=mixed, weak=weak)
-    of_image = marks.groupby(keys, sort=False)[list(KINDS)].any().reset_index()
+    of_image = marks.groupby(keys, sort=False)[["missing", "mixed", "weak"]].any().reset_index()
     images = evaluation.arm(method).fillna({"alone": ""}).merge(of_image, on=keys)
+    images["bystander"] = images["bystanders"] < 1
     failure = pd.Series("", index=images.index)
     for kind in reversed(KINDS):
         failure = failure.mask(images[kind].astype(bool), kind)

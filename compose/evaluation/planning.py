@@ -62,7 +62,8 @@ def plan_batches(suite: Suite) -> BatchPlan:
         scene, arm = batch.scene, batch.arm
         made_key = digest(run_facts(run_of(suite, batch), batch.seeds, suite.threads, suite.save_memory), model)
         names = [scene.name, arm.name, *([arm.alone] if arm.alone else []), str(batch.seeds[0])]
-        scored_key = digest(scene.model_dump(mode="json", exclude={"bundle"}), scoring)
+        unread = {"bundle"} if scene.bystanders else {"bundle", "bystanders"}  # as in facts of versions without them
+        scored_key = digest(scene.model_dump(mode="json", exclude=unread), scoring)
         planned.append(
             Planned(
                 key=f"{'-'.join(map(_slug, names))}-{made_key}", scores=f"scores-{scored_key}.json", scene=scene.name,

@@ -108,12 +108,14 @@ class ImageScores(Frozen):
 
     `clip_t` is 100 x similarity to the prompt without triggers, None if the encoder reads no text; `extra` counts
     findings that belong to no concept, such as a second cat, None without a detector. `chosen` has the metrics that the
-    user chose, by name.
+    user chose, by name. `bystanders` has, by name, the similarity of what was found of a bystander to the references of
+    every concept of the scene; nothing if it was not found.
     """
 
     clip_t: float | None
     concepts: Mapping[str, ConceptScore]
     extra: int | None = None
+    bystanders: Mapping[str, Mapping[str, float]] = {}
     chosen: Mapping[str, Features] = {}
 
 

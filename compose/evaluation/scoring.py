@@ -61,18 +61,21 @@ class Scorer:
         all_concepts = [self.suite.concept(name) for name in scene.concepts]
         concepts = [concept for concept in all_concepts if not concept.is_style]
         names = [concept.name for concept in concepts]
+        nouns = [*(concept.class_word for concept in concepts), *scene.bystanders.values()]
+        regions = [scene.regions[name] for name in (*names, *scene.bystanders) if scene.regions]
         references = [self.references[name] for name in names]
         whole = self.encoder.images([image])
-        detections = self._detected(image, scene, concepts)
+        detections = self._detected(image, nouns, regions)
         crops = [squared(image.crop(detection.box)) for detection in detections]
         similarity = similarity_matrix(self.encoder.images(crops), references)  # [findings, concepts]
         rows = [dict(zip(names, map(_rounded, row), strict=True)) for row in similarity]
-        allowed = np.array(
-            [[detection.word == concept.class_word for detection in detections] for concept in concepts], dtype=bool
-        )
-        allowed = allowed.reshape(len(concepts), len(detections))
-        chosen = self._chosen(similarity, allowed)
-        slots = self._slots(detections, [scene.regions[name] for name in names if scene.regions], chosen, allowed)
+        allowed = np.array([[detection.word == noun for detection in detections] for noun in nouns], dtype=bool)
+        allowed = allowed.reshape(len(nouns), len(detections))
+        # A bystander has no references: of its class, it gets what is least like a concept, after the concepts.
+        unlike = np.repeat(-2 - similarity.max(axis=1, keepdims=True), len(scene.bystanders), axis=1)
+        every = self._chosen(np.hstack([similarity, unlike]), allowed)
+        slots = self._slots(detections, regions, every, allowed)[: len(concepts)]
+        chosen, others = every[: len(concepts)], every[len(concepts) :]
         scores = {}
         for concept, i, slot, own_references in zip(concepts, chosen, slots, references, strict=True):
             of_crop = {} if i is None else self._found(detections[i], rows[i], scene.regions.get(concept.name))
@@ -81,32 +84,34 @@ class Scorer:
         for style in (concept for concept in all_concepts if concept.is_style):
             alike = _rounded(clip_i(whole, self.references[style.name])[0])
             scores[style.name] = ConceptScore(whole=alike, colours=colours_of(image))
-        extra = None if self.detector is None else len(detections) - sum(i is not None for i in chosen)
+        extra = None if self.detector is None else len(detections) - sum(i is not None for i in every)
         prompt = without_triggers(scene.prompt, all_concepts)
         own_crops = {concept.name: crops[i] for concept, i in zip(concepts, chosen, strict=True) if i is not None}
-        every = [concept.name for concept in all_concepts]
-        by_model = {id(metric): _features(metric, image, prompt, every, own_crops) for metric in self.chosen.values()}
+        by_model = {
+            id(metric): _features(metric, image, prompt, scene.concepts, own_crops) for metric in self.chosen.values()
+        }
         return ImageScores(
             clip_t=_clip_t(self.encoder, whole, prompt),
             concepts=scores,
             extra=extra,
+            bystanders={name: {} if i is None else rows[i] for name, i in zip(scene.bystanders, others, strict=True)},
             chosen={name: by_model[id(metric)] for name, metric in self.chosen.items()},
         )
 
-    def _detected(self, image: Image.Image, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> list[Detection]:
-        """Findings of the detector; without one, each concept's region, in the order of the concepts."""
+    def _detected(self, image: Image.Image, nouns: Sequence[str], regions: Sequence[Box]) -> list[Detection]:
+        """Findings of the detector; without one, each subject's region, in the order of their nouns."""
         if self.detector is not None:
-            return self.detector.detect(image, [concept.class_word for concept in concepts])
-        return [Detection(concept.class_word, scene.regions[concept.name], 1.0) for concept in concepts]
+            return self.detector.detect(image, nouns)
+        return [Detection(noun, region, 1.0) for noun, region in zip(nouns, regions, strict=True)]
 
     def _chosen(self, similarity: np.ndarray, allowed: np.ndarray) -> list[int | None]:
-        """The finding of each concept: at most one, of its own class, by likeness to its references."""
+        """The finding of each subject: at most one, of its own class, by likeness to its references."""
         return list(range(len(allowed))) if self.detector is None else assign(similarity.T, allowed)
 
     def _slots(
         self, detections: Sequence[Detection], regions: Sequence[Box], chosen: list[int | None], allowed: np.ndarray
     ) -> list[int | None]:
-        """The findings of the concepts; those of one class go to the concepts in whose places they are.
+        """The findings of the subjects; those of one class go to the subjects in whose places they are.
 
         By likeness, two subjects of one class would never be swapped. Where there are no places, it has to do.
         """

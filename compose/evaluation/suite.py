@@ -14,9 +14,9 @@ from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.savers import Savers
 from lora_compose.pipelines.merging import make_merger
 from lora_compose.pipelines.methods import make_method
-from lora_compose.pipelines.scene.scene import Region, Start
+from lora_compose.pipelines.scene.scene import Concept, Region, Start
 from lora_compose.pipelines.scene.strength import Weight, check_sane, read_blocks, read_weight
-from lora_compose.pipelines.text.tokens import find_words
+from lora_compose.pipelines.text.tokens import find_words, own_nouns
 
 SANITY = ("no LoRA", "alone", "merge")
 """Reference rows of every evaluation: no LoRA, each LoRA alone (`method_alone`), and the sum of all."""
@@ -78,7 +78,10 @@ class SuiteScene(Start):
         concepts: Names of concepts of the suite.
         bundle: Further concepts, which the prompt does not name. Their LoRAs are merged with those of the scene by
             methods that merge files.
-        regions: Boxes in pixels by concept, for methods that take a layout; all of the scene's subjects or none.
+        bystanders: Class words of subjects without a LoRA, by name. The prompt names each by it, where it follows no
+            trigger.
+        regions: Boxes in pixels by concept or bystander, for methods that take a layout; all of the scene's subjects or
+            none.
         negative_prompt: What to avoid.
         width: In pixels; None is the model's own.
         height: In pixels; None is the model's own.
@@ -90,6 +93,7 @@ class SuiteScene(Start):
     prompt: Annotated[str, Field(min_length=1)]
     concepts: Annotated[tuple[str, ...], Field(min_length=1)]
     bundle: tuple[str, ...] = ()
+    bystanders: Mapping[Name, Annotated[str, Field(min_length=1)]] = {}
     regions: Mapping[str, Region] = {}
     negative_prompt: str = ""
     width: Annotated[int, Field(gt=0)] | None = None
@@ -272,6 +276,7 @@ def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
     subjects = [name for name in scene.concepts if not suite.concept(name).is_style]
     if not subjects:
         raise ValueError(f"{where} has no subject; a style is seen in an image of something")
+    subjects += _bystanders(scene, known, suite)
     if scene.regions and set(scene.regions) != set(subjects):
         raise ValueError(f"{where} needs a region for each of {', '.join(subjects)}, or none at all")
     if suite.detector is None and not scene.regions:
@@ -280,6 +285,28 @@ def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
         concept = suite.concept(name)
         if not find_words(concept.trigger, scene.prompt):
             raise ValueError(f"{where}: the prompt does not name {name!r} by its trigger {concept.trigger!r}")
+
+
+def _bystanders(scene: SuiteScene, known: Sequence[str], suite: Suite) -> Sequence[str]:
+    """The names of a scene's bystanders. Raises ValueError if one is a concept's, or the prompt does not name it."""
+    where = f"scene {scene.name!r}"
+    bystanders = [Concept(name=n, role="bystander", class_word=word) for n, word in scene.bystanders.items()]
+    if taken := [name for name in scene.bystanders if name in known]:
+        raise ValueError(
+            f"{where}: the bystander {taken[0]!r} has the name of a concept of the suite; give it another one, such as "
+            f"'other {taken[0]}'"
+        )
+    named = [
+        *(Concept(name=c.name, trigger=c.trigger, class_word=c.class_word) for c in map(suite.concept, scene.concepts)),
+        *bystanders,
+    ]
+    for bystander in bystanders:
+        if not own_nouns(bystander, scene.prompt, named):
+            raise ValueError(
+                f"{where}: the prompt does not name the bystander {bystander.name!r}; write {bystander.class_word!r} "
+                "where it follows no trigger"
+            )
+    return [*scene.bystanders]
 
 
 def read_suite(name: str) -> Suite:

@@ -28,7 +28,8 @@ METRICS = (
     Metric(
         "success", "Success", True, 2, "0 to 1",
         "Share of images in which every concept was found, is nearer to its own "
-        "references than to those of any other, and reaches its threshold; of a style, half of it.",
+        "references than to those of any other, and reaches its threshold; of a style, half of it. Bystanders have to "
+        "be there, too, without the identity of a concept.",
     ),
     Metric(
         "region_min", "Worst concept", True, 3, "-1 to 1, in practice above 0",
@@ -67,7 +68,13 @@ METRICS = (
     ),
     Metric(
         "extra", "Extra objects", False, 2, "0 and more",
-        "Objects of the concepts' classes beyond one for each concept, such as a second cat.",
+        "Objects of the subjects' classes beyond one for each subject, such as a second cat.",
+    ),
+    Metric(
+        "bystanders", "Bystanders", True, 2, "0 to 1",
+        "Share of the subjects without a LoRA that were found and have no concept's identity: less similarity to its "
+        "references than halfway between the model's own objects of that class and what the concept's LoRA reaches "
+        "alone.",
     ),
     Metric(
         "style", "Style", True, 2, "about 0 to 1",
@@ -211,9 +218,11 @@ def _summary_columns() -> list[str]:
 def kind_of_scene(suite: Suite, scene: SuiteScene) -> str:
     """How many subjects a scene has, whether two of them have one class word, and how they interact, if it says so."""
     words = [(suite.concept(name).class_word or name).lower() for name in scene.concepts]
+    words += [word.lower() for word in scene.bystanders.values()]
     alike = " of one class" if len(set(words)) < len(words) else ""
     how = "" if scene.interaction is None else f", {scene.interaction}"
-    return f"{len(words)} subject{'s' if len(words) > 1 else ''}{alike}{how}"
+    without = f", {len(scene.bystanders)} without a LoRA" if scene.bystanders else ""
+    return f"{len(words)} subject{'s' if len(words) > 1 else ''}{alike}{without}{how}"
 
 
 def success_by_kind(evaluation: Evaluation) -> pd.DataFrame:

@@ -28,12 +28,12 @@ _CONCEPT_COLUMNS = (
 )  # fmt: skip
 _IMAGE_COLUMNS = (
     *_KEYS, "file", "clip_t", "clip_i", "region", "region_min", "ratio", "leak", "swap", "success", "found", "placed",
-    "inside", "extra", "style", *CONFUSION, *_CHOSEN, *COSTS,
+    "inside", "extra", "bystanders", "style", *CONFUSION, *_CHOSEN, *COSTS,
 )  # fmt: skip
 _CELL_COLUMNS = (*_KEYS, "concept", "reference", *CELLS)
 _NUMBERS = (
     "own", "other", "whole", "inside", "detection", "threshold", "clip_t", "clip_i", "region", "region_min", "ratio",
-    "leak", "swap", "extra", "style", *CONFUSION, *_CHOSEN, *CELLS, *COSTS,
+    "leak", "swap", "extra", "bystanders", "style", *CONFUSION, *_CHOSEN, *CELLS, *COSTS,
 )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def load(out: Path) -> Evaluation:
     return Evaluation(
         plan=plan,
         concepts=concepts,
-        images=_images(plan.suite, shots, confused, concepts),
+        images=_images(plan.suite, shots, confused, concepts, _bystander_limits(plan.suite, shots, thresholds)),
         thresholds=thresholds,
         bounds=_bounds(plan.suite, concepts),
         confusion=_typed(
@@ -224,8 +224,44 @@ def _inside(suite: Suite, shot: Shot, concept: str) -> float:
     return np.nan if region is None or box is None or suite.detector is None else inside(box, region)
 
 
+def _bystander_limits(suite: Suite, shots: Sequence[Shot], thresholds: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """The similarity from which on a bystander has the identity of a concept, by its class word and the concept.
+
+    Halfway between the model's own objects of that class, without any LoRA, and what the concept's LoRA reaches alone.
+    """
+    reached = dict(zip(thresholds["concept"], thresholds["alone"], strict=True))
+    own: dict[tuple[str, str], list[float]] = {}
+    for shot in (shot for shot in shots if shot.planned.arm == SANITY[0]):
+        words = suite.scene(shot.planned.scene).bystanders
+        for name, similarity in shot.scores.bystanders.items():
+            for concept, alike in similarity.items():
+                own.setdefault((words[name], concept), []).append(alike)
+    return {
+        (word, concept): metrics.presence_threshold(np.array(alike), np.array([reached[concept]]))
+        for (word, concept), alike in own.items()
+    }
+
+
+def _bystanders(suite: Suite, shot: Shot, limits: Mapping[tuple[str, str], float]) -> float:
+    """The share of bystanders that were found and have no concept's identity.
+
+    NaN if there are none, and where a LoRA acts alone, which nothing keeps off.
+    """
+    words = suite.scene(shot.planned.scene).bystanders if shot.planned.alone is None else {}
+    right = []
+    for name, word in words.items():
+        similarity = shot.scores.bystanders.get(name, {})
+        taken = any(alike >= limits.get((word, concept), np.nan) for concept, alike in similarity.items())
+        right.append(bool(similarity) and not taken)
+    return _mean(right)
+
+
 def _images(
-    suite: Suite, shots: Sequence[Shot], confused: Sequence[Confused | None], concepts: pd.DataFrame
+    suite: Suite,
+    shots: Sequence[Shot],
+    confused: Sequence[Confused | None],
+    concepts: pd.DataFrame,
+    limits: Mapping[tuple[str, str], float],
 ) -> pd.DataFrame:
     own = _own_by(concepts)
     rows = []
@@ -233,10 +269,11 @@ def _images(
         bound = bound_name(suite, shot.planned.arm)
         row = _image_row(shot, {name: own.get((bound, name), np.array([])) for name in shot.concepts})
         places = {"inside": _mean([_inside(suite, shot, name) for name in shot.names])}
+        places["bystanders"] = _bystanders(suite, shot, limits)
         rows.append({**row, **places, **(confusion.image() if confusion else {}), **_chosen(suite, shot)})
     images = _typed(pd.DataFrame(rows, columns=_IMAGE_COLUMNS))
     present = concepts.groupby(list(_KEYS), dropna=False, sort=False)["present"].all()
-    return images.assign(success=present.to_numpy(dtype=bool))
+    return images.assign(success=present.to_numpy(dtype=bool) & ~(images["bystanders"] < 1).to_numpy())
 
 
 def _chosen(suite: Suite, shot: Shot) -> dict[str, float | None]:

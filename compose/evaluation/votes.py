@@ -91,7 +91,9 @@ def _chosen(evaluation: Evaluation, methods: Sequence[str], images: int) -> list
     keys = zip(table["scene"], table["arm"], table["seed"], strict=True)
     files: dict[tuple[str, str, int], str] = dict(zip(keys, table["file"], strict=True))
     by_scene = {
-        scene.name: _of_all(files, scene.name, methods) for scene in evaluation.suite.scenes if len(scene.concepts) == 2
+        scene.name: _of_all(files, scene.name, methods)
+        for scene in evaluation.suite.scenes
+        if len(scene.concepts) == 2 and not scene.bystanders  # voters are asked about two subjects
     }
     # Seed by seed, so that any number of images is spread over the scenes.
     turns = max((len(seeds) for seeds in by_scene.values()), default=0)
@@ -174,7 +176,7 @@ def _judged(folder: Path, images: Mapping[int, tuple[tuple[str, str], Image.Imag
     evaluation = load(folder)
     suite = evaluation.suite
     limits = dict(zip(evaluation.thresholds["concept"], evaluation.thresholds["threshold"], strict=True))
-    scenes = {frozenset(scene.concepts): scene for scene in suite.scenes}
+    scenes = {frozenset(scene.concepts): scene for scene in suite.scenes if not scene.bystanders}
     if suite.detector is None:
         raise ValueError(f"the evaluation in {folder} has no detector, so it cannot locate concepts")
     scorer = open_scorer(suite)

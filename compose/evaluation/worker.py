@@ -109,7 +109,7 @@ class Worker:
     def _probed_peak(self, batch: Batch, run: Run) -> int:
         """Measures memory in a short run of its own, once for each kind of call, since it is slow on a CPU."""
         scene = run.scene
-        kind = batch.arm.name, run.method, len(scene.concepts), len(batch.seeds), scene.width, scene.height
+        kind = batch.arm.name, run.method, _loras(run), len(batch.seeds), scene.width, scene.height
         if kind not in self._peaks:
             with peak_memory("cpu") as memory:
                 make_batch(self.pipe, run.model_copy(update={"steps": min(run.steps, PROBE_STEPS)}), batch.seeds)
@@ -120,7 +120,7 @@ class Worker:
         """The cost of an image of a batch, counted once for each kind of call."""
         run = self._run(batch)
         width, height = size_of(self.pipe, run.scene)
-        kind = batch.arm.name, run.method, len(run.scene.concepts), width, height
+        kind = batch.arm.name, run.method, _loras(run), width, height
         if kind not in self._counted and needs_running(self.pipe):
             self._counted[kind] = count_by_running(self.pipe, run)
         elif kind not in self._counted:
@@ -134,3 +134,8 @@ class Worker:
                 self.pipe, method, loaded, run.steps, run.guidance_scale, width, height, scheduler=scheduler
             )
         return self._counted[kind]
+
+
+def _loras(run: Run) -> Sequence[bool]:
+    """Whether each concept of a run has a LoRA."""
+    return tuple(not concept.is_bystander for concept in run.scene.concepts)

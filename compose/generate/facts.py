@@ -73,8 +73,10 @@ def file_hash(path: str) -> str:
     return sha256_of(Path(path).expanduser())
 
 
-def _lora_hashes(lora: str | list[str]) -> Any:
-    """The hash of a file, or those of files that are merged with their weights."""
+def _lora_hashes(lora: str | list[str] | None) -> Any:
+    """The hash of a file, or those of files that are merged with their weights; None without a LoRA (a bystander)."""
+    if lora is None:
+        return None
     if isinstance(lora, str):
         return _lora_hash(lora)
     return [[_lora_hash(source), weight] for source, weight in weighted(tuple(lora))]

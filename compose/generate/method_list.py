@@ -11,12 +11,13 @@ from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.support.terminal import echo
 from lora_compose.pipelines.methods import METHODS, PRESETS, make_method, name_of
 
+_WORDS = "a trigger and a class word for each subject with a LoRA, a class word for each bystander"
 NEEDS: Mapping[str, str] = {
     "lora-composer": "a region for at least one subject, and a trigger for each",
     "regional": "a region for at least one subject",
-    "draft": "a trigger and a class word for each subject",
-    "clora": "a trigger and a class word for each subject",
-    "freefuse": "a trigger and a class word for each subject",
+    "draft": _WORDS,
+    "clora": _WORDS,
+    "freefuse": _WORDS,
     "tara": "a trigger for each concept",
 }
 """What a method needs of the concepts; the others need nothing."""

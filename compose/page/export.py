@@ -17,6 +17,8 @@ from lora_compose.pipelines.scene.sources import LoraFiles, moved_files, weighte
 
 _ASSETS = "lora_compose.compose.playground.assets"
 _GUIDES = "lora_compose.compose.generate.guides"
+_LOADED = {"merge", "trigger", "class_word", "alpha"}
+"""Fields, beside its name, that a concept keeps from `load_concept` on."""
 _SAVING = {
     Saver.TILING: "enable_tiling(pipe.vae)",
     Saver.MODEL_OFFLOAD: "pipe.enable_model_cpu_offload()",
@@ -71,8 +73,10 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
         imports.setdefault("diffusers", set()).add(run.scheduler)
         lines.append(f"pipe.scheduler = {run.scheduler}.from_config(pipe.scheduler.config)")
     for concept in run.scene.concepts:
+        if concept.is_bystander:
+            continue
         source = _source(concept.lora, imports)
-        loaded = concept.model_dump(include={"name", "merge", "trigger", "class_word", "alpha"}, exclude_none=True)
+        loaded = concept.model_dump(include={"name", *_LOADED}, exclude_none=True)
         lines.append(f"pipe.load_concept({source}, {_arguments(loaded)})")
     if run.scene.ip_adapters:
         imports.setdefault(_GUIDES, set()).add("fit_ip_adapters")
@@ -135,7 +139,7 @@ def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     lines = [f"prompt={_value(scene.prompt)}"]
     if scene.concepts:
         listed = [
-            concept.model_dump(exclude={"lora", "merge", "trigger", "class_word", "alpha"}, exclude_none=True)
+            concept.model_dump(exclude={"lora"} if concept.is_bystander else {"lora", *_LOADED}, exclude_none=True)
             for concept in scene.concepts
         ]
         listed = [

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any
 
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.generate.defaults import OF_SHIPPED
@@ -179,10 +179,10 @@ def variations(run: Run) -> list[Run]:
     """Runs from the start noise of an image, with other weights of its LoRAs; none if no weight is one number."""
 
     def times(concept: Concept, factor: float) -> Concept:
-        weight = 1.0 if concept.weight is None else concept.weight
-        return concept.model_copy(update={"weight": round(weight * factor, 4)} if _is_number(weight) else {})
+        weight = constant_weight(concept)
+        return concept if weight is None else concept.model_copy(update={"weight": round(weight * factor, 4)})
 
-    if not any(concept.weight is None or _is_number(concept.weight) for concept in run.scene.concepts):
+    if all(constant_weight(concept) is None for concept in run.scene.concepts):
         return []
     scenes = [
         run.scene.model_copy(update={"concepts": tuple(times(concept, factor) for concept in run.scene.concepts)})
@@ -191,8 +191,12 @@ def variations(run: Run) -> list[Run]:
     return [run.model_copy(update={"scene": scene}) for scene in scenes]
 
 
-def _is_number(weight: Any) -> TypeGuard[float]:
-    return isinstance(weight, int | float)
+def constant_weight(concept: Concept) -> float | None:
+    """The weight of a concept's LoRA; None if it changes over the steps, and for a bystander, which has no LoRA."""
+    if concept.is_bystander:
+        return None
+    weight = 1.0 if concept.weight is None else concept.weight
+    return weight if isinstance(weight, int | float) else None
 
 
 def free_name(wanted: str, taken: Sequence[str]) -> str:

@@ -26,6 +26,11 @@ class MethodLabel:
     decides: Decides
     keeps_boxes: bool = False
 
+    @property
+    def knows_places(self) -> bool:
+        """Whether each subject has a place, which the LoRAs of others keep off."""
+        return self.decides in ("boxes", "found areas")
+
 
 MERGER_LABELS: Mapping[str, tuple[str, str]] = {
     "cat": ("Add up", "The exact sum: as with all of them loaded, in one file."),
@@ -108,7 +113,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "rows": "LoRAs act on",
         "token_mask": "Keep a LoRA to its trigger",
         "texts": "What the boxes read",
-        "isolate": "Boxes do not see each other",
+        "isolate": f"Boxes do not see each other at first {_UNTIL}",
         "norm_apart": f"Contrast of each box apart until {_UNTIL}",
         "limit": "Most that LoRAs change together",
     },
@@ -118,7 +123,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "division": "How the image is divided",
         "reading": "What each place reads",
         "apart": f"Make each area alone until {_UNTIL}",
-        "isolate": "Areas do not see each other",
+        "isolate": f"Areas do not see each other at first {_UNTIL}",
         "bias": "How strongly areas read their own words",
         "norm_apart": f"Contrast of each area apart until {_UNTIL}",
         "keep_regions": "Keep your boxes",

@@ -45,17 +45,21 @@ class Judge:
         self._scorers: dict[str, Any] = {}
 
     def judges(self, run: Run) -> bool:
-        """Whether there are reference images for every concept of a run."""
-        return run.model in SUITES and bool(run.scene.concepts) and self._names(run.model, run.scene) is not None
+        """Whether there are reference images for every LoRA of a run, and it has some."""
+        return run.model in SUITES and bool(run.scene.concepts) and bool(self._names(run.model, run.scene))
 
     def score(self, image: Image.Image, run: Run) -> dict[str, Likeness]:
-        """Scores an image of a playground; raises ValueError if there are no reference images for some concept."""
+        """Scores the concepts with a LoRA in an image of a playground.
+
+        Raises:
+            ValueError: If there are no reference images for some of them.
+        """
         from lora_compose.compose.evaluation.scoring import open_scorer
         from lora_compose.compose.evaluation.suite import SuiteScene
 
         names = self._names(run.model, run.scene)
         if names is None:
-            raise ValueError("there are no reference images for every concept of this scene")
+            raise ValueError("there are no reference images for every LoRA of this scene")
         if run.model not in self._scorers:
             self._scorers[run.model] = open_scorer(self._suite(run.model))
         scene = SuiteScene(name="page", prompt=run.scene.prompt, concepts=tuple(names.values()))
@@ -70,9 +74,10 @@ class Judge:
         return self._suites[model]
 
     def _names(self, model: str, scene: Scene) -> Mapping[str, str] | None:
-        """The suite's concepts by ours; None if one of ours has no counterpart, or two have the same."""
+        """The suite's concepts by ours with a LoRA; None if one of these has no counterpart, or two have the same."""
         theirs = {lora: concept.name for concept in self._suite(model).concepts for lora in concept.loras.values()}
-        names = {concept.name: theirs.get(shown(concept.lora)) for concept in scene.concepts}
+        ours = [concept for concept in scene.concepts if not concept.is_bystander]
+        names = {concept.name: theirs.get(shown(concept.lora)) for concept in ours}
         classes = [name for name in names.values() if name is not None]
         if len(classes) < len(names) or len(set(classes)) < len(classes):
             return None

@@ -275,7 +275,7 @@ def is_on_hub(source: str) -> bool:
 def located(
     record: Record, uploads: Sequence[ShownLora], folder: Path | None, *, local: bool
 ) -> dict[str, ShownLora | None]:
-    """The LoRAs of a record, by concept: those with the recorded content, wherever they are; None for missing ones.
+    """The LoRAs of a record, by concept: those with the recorded content, wherever they are; None for others.
 
     Images are not trusted: a path in one is followed only if the page is local, and its file is used only if the
     content is the recorded one. A repository counts as missing until the user asks for its download.

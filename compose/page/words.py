@@ -11,7 +11,17 @@ from lora_compose.pipelines.text.emphasis import plain_text
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
-from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate
+from lora_compose.pipelines.text.tokens import (
+    Mention,
+    Positions,
+    check_disjoint,
+    class_words,
+    find_words,
+    free_nouns,
+    locate,
+    locate_mention,
+    own_nouns,
+)
 
 WordKind = Literal["trigger", "class word"]
 
@@ -56,21 +66,26 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Mar
         return MarkedPrompt((), (str(error),), (), True, None)
     located: list[tuple[Concept, Positions]] = []
     for i, concept in enumerate(concepts):
-        if not concept.trigger:
+        if not (concept.trigger or concept.is_bystander):
             if not concept.is_style:
                 flags.append(f"{concept.name} needs a trigger word: type it in its card.")
             continue
-        own = _marks(i, concept, prompt)
+        own = _marks(i, concepts, prompt)
         marks += own
         if not own:
             missing.append(i)
             if concept.prompt is None:
-                unready = True
-                flags.append(f"{concept.name} is missing in the prompt: write “{concept.phrase}”.")
+                unready |= not concept.is_bystander  # methods that do not look for it need no word of it
+                where = " where it follows no trigger" if concept.is_bystander else ""
+                flags.append(f"{concept.name} is missing in the prompt: write “{concept.phrase}”{where}.")
             continue
         flags += _doubts(concept, own)
         try:
-            located.append((concept, locate(tokenizer, text, concept)))
+            if concept.is_bystander:
+                named = Mention((), own_nouns(concept, text, concepts))
+                locate_mention(tokenizer, text, concept, named, concepts)
+            else:
+                located.append((concept, locate(tokenizer, text, concept)))
         except ValueError:
             unready = True
             flags.append(f"The words of {concept.name} are joined to other signs: put spaces around them.")
@@ -102,22 +117,25 @@ def cut_off(prompt: str, tokenizer: Any) -> int | None:
 
 
 def with_phrase(prompt: str, concept: Concept, others: Sequence[Concept]) -> str:
-    """The prompt with a concept's phrase in it.
+    """The prompt with the phrase of a concept that it lacks.
 
     A bare class word becomes the phrase; otherwise the phrase follows the last concept that the prompt names.
     """
+    marks = [mark for i in range(len(others)) for mark in _marks(i, [*others, concept], prompt)]
     nouns = [
         (start, end)
         for start, end in find_words(concept.class_word or "", prompt)
-        if not any(mark.start == start for other in others for mark in _marks(0, other, prompt))
+        if not any(start < mark.end and mark.start < end for mark in marks)
     ]
     if nouns:
         start, end = nouns[0]
         return prompt[:start] + concept.phrase + prompt[end:]
-    ends = [mark.end for i, other in enumerate(others) for mark in _marks(i, other, prompt)]
-    if not ends:
-        return f"{prompt.rstrip()}, a {concept.phrase}" if prompt.strip() else f"a {concept.phrase}"
-    return f"{prompt[: max(ends)]} and a {concept.phrase}{prompt[max(ends) :]}"
+    # How a trigger is spoken is not known.
+    article = "an" if concept.is_bystander and concept.phrase[0].lower() in "aeio" else "a"
+    if not marks:
+        return ", ".join(filter(None, [prompt.rstrip(), f"{article} {concept.phrase}"]))
+    end = max(mark.end for mark in marks)
+    return f"{prompt[:end]} and {article} {concept.phrase}{prompt[end:]}"
 
 
 def as_html(prompt: str, reading: MarkedPrompt) -> str:
@@ -143,12 +161,15 @@ def _piece(prompt: str, start: int, end: int, cut: int | None) -> str:
     return f"{seen}<del>{unseen}</del>" if unseen else seen
 
 
-def _marks(i: int, concept: Concept, prompt: str) -> list[Mark]:
-    triggers = find_words(concept.trigger or "", prompt)
-    nouns = find_words(concept.class_word or "", prompt)
-    marks = [Mark(start, end, i, "trigger") for start, end in triggers]
-    bound = {noun for _, end in triggers for noun in [noun for noun in nouns if noun[0] >= end][:1]}
-    return marks + [Mark(start, end, i, "class word") for start, end in bound]
+def _marks(i: int, concepts: Sequence[Concept], prompt: str) -> list[Mark]:
+    """The words of the concept with an index: trigger and class word; those of a bystander belong to no trigger."""
+    concept = concepts[i]
+    if concept.is_bystander:
+        nouns = free_nouns(concept, prompt, concepts)
+        return [Mark(*nouns[k], i, "class word") for k in own_nouns(concept, prompt, concepts)]
+    pairs = class_words(concept, prompt, concepts)
+    bound = {noun for _, noun in pairs if noun is not None}
+    return [Mark(*trigger, i, "trigger") for trigger, _ in pairs] + [Mark(*noun, i, "class word") for noun in bound]
 
 
 def _doubts(concept: Concept, marks: Sequence[Mark]) -> list[str]:

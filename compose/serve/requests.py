@@ -56,16 +56,24 @@ class RequestedConcept(_Asked):
     """A LoRA of the server, and how it acts.
 
     Attributes:
-        name: Of the LoRA; the class word of a bystander.
+        name: Of the LoRA, or any other one for a bystander.
         weight: Factor on it; None is 1.
         region: A box in pixels or in fractions of the image; None is none.
         role: A style acts everywhere; a bystander is no LoRA, but a subject without one, named by its class word.
+        class_word: Of a bystander; None is its name. A LoRA has its own.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=MOST_NAME)]
     weight: Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)] | None = None
     region: Annotated[Region | Fractions, BeforeValidator(_four_sides)] | None = None
     role: Literal["subject", "style", "bystander"] | None = None
+    class_word: Annotated[str, Field(min_length=1, max_length=MOST_NAME)] | None = None
+
+    @model_validator(mode="after")
+    def _loras_have_words(self) -> Self:
+        if self.class_word is not None and self.role != "bystander":
+            raise ValueError("class_word is for bystanders; a LoRA has its own")
+        return self
 
     @property
     def concept(self) -> Concept:
@@ -145,7 +153,9 @@ class ImageRequest(_Asked):
         if len(named) > MOST_CONCEPTS:
             raise ValueError(f"there are {len(named)} concepts, tags in the prompt included; at most {MOST_CONCEPTS}")
         if len({concept.name for concept in named}) < len(named):
-            raise ValueError("a LoRA stands twice in concepts and tags of the prompt; name it once")
+            raise ValueError(
+                "a name stands twice in concepts and tags of the prompt; name a LoRA once, and a bystander otherwise"
+            )
         for i, concept in enumerate(named):
             try:
                 check_box(concept.concept, self.width, self.height)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
+from types import NoneType
 from typing import Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
@@ -15,7 +17,7 @@ from lora_compose.pipelines.denoising.passes import Pass, weighted_mean
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject
-from lora_compose.pipelines.scene.canvas import Canvas, Step, steps_in
+from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -76,10 +78,16 @@ class Settings(Protocol):
 
 
 def check_choices(settings: Settings) -> None:
-    """Raises ValueError for a setting that is none of the words its type lists."""
+    """Raises ValueError for settings that are none of the words that their types list, or no number."""
     for name, hint in get_type_hints(type(settings)).items():
-        if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, not {getattr(settings, name)!r}")
+        value = getattr(settings, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, not {value!r}")
+        if hint is bool and not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, not {value!r}")
+        may_lack = get_args(hint) == (float, NoneType)
+        if (hint is float or may_lack) and not (isinstance(value, Real) or (may_lack and value is None)):
+            raise ValueError(f"{name} must be a number, not {value!r}")
 
 
 def check_limit(limit: float | None) -> None:
@@ -136,7 +144,7 @@ class FixedPasses:
     def turn(self, step: Step) -> int:
         """Index of the turn that a step belongs to."""
         if self.first is not None:
-            return int(step.index >= math.ceil(steps_in(self.first, step.count)))
+            return int(not step.within(self.first))
         return step.index // self.interval % len(self.turns)
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:

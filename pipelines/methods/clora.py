@@ -262,8 +262,7 @@ class Contrasting:
     def _updates(self, step: Step) -> int:
         """Number of updates in a step."""
         settings = self.settings
-        last = math.ceil(steps_in(settings.update_until, step.count))
-        if settings.step_size == 0 or step.index >= last or step.second_order:
+        if settings.step_size == 0 or not step.within(settings.update_until) or step.second_order:
             return 0
         refined = step.index in (int(steps_in(part, step.count)) for part in settings.refine_at)
         return 1 + settings.refinements if refined else 1
@@ -294,7 +293,7 @@ class Contrasting:
     def _shares(self, step: Step) -> Tensor:
         """The share of each branch in a cell. Shape: [branches, images, 1, height, width]."""
         branches, canvas = len(self.subjects) + 1, self.session.canvas
-        if self.masks is None or step.index < math.ceil(steps_in(self.settings.mask_from, step.count)):
+        if self.masks is None or step.within(self.settings.mask_from):
             return torch.full((branches, 1, 1, 1, 1), 1 / branches, device=canvas.device)
         unclaimed = ~self.masks.any(dim=1, keepdim=True)
         masks = F.interpolate(torch.cat([unclaimed, self.masks], dim=1).float(), canvas.latent_grid)
@@ -367,7 +366,7 @@ class Contrasting:
         return session.denoiser.prepare(spec, same_text_as=self.regions[image] if self.regions else None)
 
     def _masks_due(self, step: Step) -> bool:
-        return self.masks is None or step.index < math.ceil(steps_in(self.settings.mask_until, step.count))
+        return self.masks is None or step.within(self.settings.mask_until)
 
     def _all_rows(self, step: Step) -> MapRequest:
         """The request for all rows. A shared unconditional branch has no maps; others have those of their branch."""

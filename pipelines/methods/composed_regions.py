@@ -1,7 +1,7 @@
 """Regions that each read a text of their own, in one pass; in the first steps each can have a canvas of its own."""
 
-import math
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.apart import RegionCanvases, canvases_of
 from lora_compose.pipelines.methods.region_gates import Inject, region_gates
 from lora_compose.pipelines.methods.region_texts import RegionTexts
-from lora_compose.pipelines.scene.canvas import Step, steps_in
+from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.scene.regions import Regions, Window
 from lora_compose.pipelines.text.conditioning import Conditioning
 
@@ -27,16 +27,20 @@ class ComposedRegions:
 
     Attributes:
         text: Text 0, of the canvas.
-        whole: The pass of the whole canvas.
+        whole: The pass of the whole canvas, in which regions are isolated if they ever are.
+        later: The same where regions are open to each other.
         canvases: The canvases on which regions are denoised apart; None if they are not.
         apart: In this fraction of the steps, from the first, regions are denoised apart.
+        isolate: In this fraction of the steps, from the first, regions are isolated.
     """
 
     session: Session
     text: Conditioning
     whole: PreparedPass
+    later: PreparedPass
     canvases: RegionCanvases | None
     apart: float
+    isolate: float
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
         """The latents as they are."""
@@ -44,12 +48,13 @@ class ComposedRegions:
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The prediction with guidance, of the whole canvas or of each region on its own."""
-        if self.canvases is not None and step.index < math.ceil(steps_in(self.apart, step.count)):
+        if self.canvases is not None and step.within(self.apart):
             return latents, self.canvases.predict(self.session, latents, step, lambda: self._together(latents, step))
         return latents, self._together(latents, step)
 
     def _together(self, latents: Tensor, step: Step) -> Tensor:
-        return self.session.guider.combine(self.session.denoiser.predict(latents, step, self.whole), step)
+        whole = self.whole if step.within(self.isolate) else self.later
+        return self.session.guider.combine(self.session.denoiser.predict(latents, step, whole), step)
 
 
 def compose_regions(
@@ -57,7 +62,7 @@ def compose_regions(
     regions: Regions,
     texts: RegionTexts,
     *,
-    isolate: bool,
+    isolate: float,
     apart: float,
     apart_side: float = APART_SIDE,
     inject: Inject = "full",
@@ -68,7 +73,7 @@ def compose_regions(
 
     Args:
         regions: On all grids.
-        isolate: Whether the cells of a region see no other region in self-attention.
+        isolate: In this fraction of the steps, from the first, the cells of a region see no other in self-attention.
         apart: In this fraction of the steps, from the first, every region is denoised on a canvas of its own.
         apart_side: Least side of those canvases, as a fraction of the model's native resolution.
         inject: Where LoRAs act in their regions.
@@ -76,13 +81,16 @@ def compose_regions(
         image: Index of the image, if each image has its own regions.
     """
 
-    def make_pass(text: Conditioning, regions: Regions, window: Window | None = None) -> Pass:
+    def make_pass(text: Conditioning, regions: Regions, window: Window | None = None, *, isolated: bool) -> Pass:
         cells = {level: cells.flatten(0, 1) for level, cells in regions.cells.items()}
         partitions = {level: Partition.of(inside, session.canvas.device) for level, inside in cells.items()}
-        attention = RegionAttention(partitions, inject != "off", isolate)
+        attention = RegionAttention(partitions, inject != "off", isolated)
         return Pass(text, region_gates(session, text, regions, rows=rows, inject=inject), attention, window, image)
 
-    whole = session.denoiser.prepare(make_pass(texts.together, regions))
+    whole = later = session.denoiser.prepare(make_pass(texts.together, regions, isolated=isolate > 0))
+    if 0 < isolate < 1:
+        later = session.denoiser.prepare(make_pass(texts.together, regions, isolated=False), whole)
+    part_of = partial(make_pass, isolated=isolate > 0)
     side = session.canvas.backbone.native_side * apart_side
-    canvases = canvases_of(session, texts.alone, regions, side, whole, make_pass) if apart > 0 else None
-    return ComposedRegions(session, texts.background, whole, canvases, apart)
+    canvases = canvases_of(session, texts.alone, regions, side, whole, part_of) if apart > 0 else None
+    return ComposedRegions(session, texts.background, whole, later, canvases, apart, isolate)

@@ -32,7 +32,6 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
-    FixedPasses,
     Process,
     Settings,
     check_choices,
@@ -43,7 +42,7 @@ from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
 from lora_compose.pipelines.methods.drafted import drafted_maps
-from lora_compose.pipelines.methods.gated_pass import gated_pass, with_region_norm
+from lora_compose.pipelines.methods.gated_pass import gated_pass, isolated_at_first, with_region_norm
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.methods.region_texts import region_texts, segment_texts, shared_text
@@ -59,7 +58,6 @@ from lora_compose.pipelines.text.prompts import about
 
 ReadingMode = Literal["auto", "scene", "regions"]
 Division = Literal["auto", "strips", "nearest"]
-Isolation = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,9 @@ class Draft(Settings):
             subjects fit side by side.
         apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
-        isolate: With texts of their own, whether the cells of a region see no other region in self-attention; "auto",
-            where text and image are not one sequence, since it tears the images of transformers apart.
+        isolate: With texts of their own, the part of the steps, from the first, in which the cells of a region see no
+            other region in self-attention. None is 1 on UNets and Anima, and 0 on other transformers, whose images it
+            tears apart.
         bias: With the scene's prompt: added to the attention scores between the cells of a region and the words of its
             subject, and subtracted for the words of other subjects. None is 1 in cross-attention, and 0 where text and
             image are one sequence.
@@ -94,7 +93,7 @@ class Draft(Settings):
     division: Division = "auto"
     reading: ReadingMode = "auto"
     apart: float = 0.4
-    isolate: Isolation = "auto"
+    isolate: float | None = None
     bias: float | None = None
     norm_apart: float = NORM_APART
     keep_regions: bool = True
@@ -109,6 +108,8 @@ class Draft(Settings):
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
         if self.bias is not None and not 0 <= self.bias < math.inf:
             raise ValueError(f"bias must be at least 0, not {self.bias}")
+        if self.isolate is not None and not 0 <= self.isolate <= 1:
+            raise ValueError(f"isolate must lie between 0 and 1, not {self.isolate}")
         for name in ("apart", "norm_apart"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
@@ -145,6 +146,10 @@ class Draft(Settings):
         """The size of the bias with a model."""
         return self.bias if self.bias is not None else 1.0 if canvas.backbone.joint is None else 0.0
 
+    def isolate_in(self, canvas: Canvas) -> float:
+        """The part of the steps in which regions are isolated with a model."""
+        return self.isolate if self.isolate is not None else float(canvas.backbone.joint is None)
+
     def _restart(self, session: Session) -> "Restart":
         if not self._texts_by_region(session):
             return _by_scene(self, session)
@@ -157,16 +162,13 @@ class Draft(Settings):
         subjects = [session.concepts.concepts[i] for i in session.concepts.subjects]
         prompted = any(concept.prompt is not None or concept.negative_prompt is not None for concept in subjects)
         room = len(subjects) * _side(session.canvas) <= max(session.canvas.latent_grid)
-        return prompted or len(set(map(_class_of, subjects))) < len(subjects) or (len(subjects) > 2 and room)
+        alike = len({subject.head_noun for subject in subjects}) < len(subjects)
+        return prompted or alike or (len(subjects) > 2 and room)
 
 
 def _side(canvas: Canvas) -> int:
     """Least side of a region's own canvas, in latent cells."""
     return math.ceil(canvas.backbone.native_side * APART_SIDE)
-
-
-def _class_of(concept: Concept) -> str:
-    return (concept.class_word or "").lower()
 
 
 @dataclass(frozen=True)
@@ -229,8 +231,8 @@ def _by_regions(settings: Draft, session: Session) -> Restart:
         by_image = [Regions.of_masks(indices, image, session.canvas.levels, HALF) for image in masks]
         return [
             compose_regions(
-                session, regions, texts.of_image(image), isolate=settings.isolate != "never", apart=settings.apart,
-                image=image,
+                session, regions, texts.of_image(image), isolate=settings.isolate_in(session.canvas),
+                apart=settings.apart, image=image,
             )
             for image, regions in enumerate(by_image)
         ]  # fmt: skip
@@ -244,19 +246,17 @@ def _by_regions(settings: Draft, session: Session) -> Restart:
 def _by_segments(settings: Draft, session: Session, joint: Site) -> Restart:
     """Every region of a transformer reads a text of its own, as in `regional`."""
     indices, canvas = session.concepts.subjects, session.canvas
-    texts, hides_padding = segment_texts(session, indices), canvas.backbone.hides_padding
-    everywhere, isolate = [concept.is_style for concept in session.concepts.concepts], settings.isolate == "always"
+    texts = segment_texts(session, indices)
+    everywhere = [concept.is_style for concept in session.concepts.concepts]
 
     def start(masks: Tensor) -> Sequence[Process]:
         by_level, processes = _by_level(session, masks), []
         for image, image_masks in enumerate(masks):
             cells = Regions.of_masks(indices, image_masks, [joint.level], HALF).cells[joint.level]
-            read = texts.of_image(image).read_in(
-                cells, joint, hides_padding=hides_padding, isolate=isolate, device=canvas.device
-            )
             of_image = {level: shares[image : image + 1] for level, shares in by_level.items()}
-            spec = gated_pass(session, read, of_image, everywhere, image=image)
-            processes.append(FixedPasses(session, [[(spec, 1.0)]]))
+            pass_of = partial(gated_pass, session, masks=of_image, everywhere=everywhere, image=image)
+            isolate = settings.isolate_in(canvas)
+            processes.append(isolated_at_first(session, texts.of_image(image), cells, joint, pass_of, isolate))
         return processes
 
     return Restart(texts.base, strips if settings.division == "strips" else nearest, start)

@@ -1,18 +1,19 @@
 """A pass in which every LoRA acts in its own region, whose cells read what all cells read, or a text of their own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, NormRegions
+from lora_compose.attention import Gates, NormRegions, Site
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.process import ActingRows, FixedPasses, acting_rows
 from lora_compose.pipelines.denoising.session import Session
-from lora_compose.pipelines.methods.region_texts import GatedText
+from lora_compose.pipelines.methods.region_texts import GatedText, SegmentedTexts
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 TokenMask = Literal["tara", "all", "none"]
@@ -82,6 +83,31 @@ def with_region_norm(
     early = replace(spec, norm_regions=NormRegions.by_level(masks, canvas.latent_grid, here))
     turns = [[(early, 1.0)], [(spec, 1.0)]]
     return FixedPasses(session, turns, first=part, text_for_callbacks=text_for_callbacks)
+
+
+def isolated_at_first(
+    session: Session,
+    texts: SegmentedTexts,
+    cells: Tensor,
+    joint: Site,
+    pass_of: Callable[[GatedText], Pass],
+    part: float,
+) -> FixedPasses:
+    """The process of one pass with texts of regions, which are isolated in a part of the steps, from the first.
+
+    Args:
+        cells: As for `SegmentedTexts.read_in`.
+        joint: As for `SegmentedTexts.read_in`.
+        pass_of: The pass that reads a text.
+    """
+    canvas = session.canvas
+    read = partial(texts.read_in, cells, joint, hides_padding=canvas.backbone.hides_padding, device=canvas.device)
+    closed, opened = (partial(read, isolate=isolated) for isolated in (True, False))
+    if part in (0, 1):
+        only = pass_of(closed() if part else opened())
+        return FixedPasses(session, [[(only, 1.0)]], text_for_callbacks=texts.base)
+    turns = [[(pass_of(closed()), 1.0)], [(pass_of(opened()), 1.0)]]
+    return FixedPasses(session, turns, first=part, text_for_callbacks=texts.base)
 
 
 def _keeps_to_its_words(loaded: LoadedConcept, token_mask: TokenMask) -> bool:

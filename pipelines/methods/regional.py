@@ -37,9 +37,9 @@ from lora_compose.pipelines.denoising.process import (
 )
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
-from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, with_region_norm
+from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, isolated_at_first, with_region_norm
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.region_texts import GatedText, SegmentedTexts, segment_texts, shared_text
+from lora_compose.pipelines.methods.region_texts import SegmentedTexts, segment_texts, shared_text
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
@@ -61,8 +61,8 @@ class Regional(Settings):
             other words); "all"; or "none". A style, or a concept without a trigger, changes them at all tokens.
         texts: "regions", each region has its own text; "shared", all read the prompt; "auto", regions on transformers,
             if a text can be made for each concept with a region, otherwise shared.
-        isolate: Whether cells of a region do not attend to cells of other regions. It separates identities best but
-            makes incoherent images. Needs a text for each region.
+        isolate: The part of the steps, from the first, in which cells of a region do not attend to cells of other
+            regions. All steps (1) separate identities best but make incoherent images. Needs a text for each region.
         norm_apart: On UNets, the part of the steps, from the first, in which group normalisation takes mean and
             variance region by region; 0 takes the whole canvas in all steps, and a LoRA weakens objects elsewhere.
         limit: The most that LoRAs which act on the same cells may change a layer together, as a multiple of the largest
@@ -72,15 +72,16 @@ class Regional(Settings):
     rows: ActingRows = "cond_only"
     token_mask: TokenMask = "tara"
     texts: Texts = "auto"
-    isolate: bool = False
+    isolate: float = 0.0
     norm_apart: float = NORM_APART
     limit: float | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_limit(self.limit)
-        if not 0 <= self.norm_apart <= 1:
-            raise ValueError(f"norm_apart must lie between 0 and 1, not {self.norm_apart}")
+        for name in ("isolate", "norm_apart"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
 
     def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
         """Subjects whose regions overlap, and each of the others, with all styles."""
@@ -100,28 +101,28 @@ class Regional(Settings):
                 "regional needs to know where the concepts are: give at least one a region, for example "
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
+        wide = [concepts.concepts[i].name for i in concepts.with_loras if concepts.concepts[i].region is None]
+        if wide and any(concept.is_bystander and concept.region is not None for concept in concepts.concepts):
+            warn_once(f"without a region, {', '.join(wide)} acts on the whole image, also where bystanders are")
         masks = {level: region_masks(session, level)[None] for level in canvas.levels}
         everywhere = [concept.region is None for concept in concepts.concepts]
 
-        def passes(texts: GatedText, image: int | None = None) -> FixedPasses:
-            spec = gated_pass(
-                session, texts, masks, everywhere, rows=self.rows, token_mask=self.token_mask, image=image
-            )
-            return with_region_norm(session, spec, masks, everywhere, self.norm_apart, texts.base)
-
+        pass_of = partial(gated_pass, session, masks=masks, everywhere=everywhere, rows=self.rows,
+                        token_mask=self.token_mask)  # fmt: skip
         joint = self._own_site(session)
         if joint is None:
-            return passes(shared_text(session))
+            shared = shared_text(session)
+            return with_region_norm(session, pass_of(shared), masks, everywhere, self.norm_apart, shared.base)
         owners = [i for i, whole in enumerate(everywhere) if not whole]
         texts, cells = segment_texts(session, owners), given_cells(session, joint)
-        read = partial(
-            SegmentedTexts.read_in, cells=cells, joint=joint, hides_padding=canvas.backbone.hides_padding,
-            isolate=self.isolate, device=canvas.device,
-        )  # fmt: skip
+
+        def passes(texts: SegmentedTexts, image: int | None = None) -> FixedPasses:
+            return isolated_at_first(session, texts, cells, joint, partial(pass_of, image=image), self.isolate)
+
         if joint.multiple == 1 or texts.alike:
-            return passes(read(texts))
+            return passes(texts)
         # Where a text is not padded, the positions of all that follows depend on its length.
-        by_image = [passes(read(texts.of_image(image)), image) for image in range(canvas.images)]
+        by_image = [passes(texts.of_image(image), image) for image in range(canvas.images)]
         return ImageByImage(by_image, texts.base)
 
     def _own_site(self, session: Session) -> Site | None:
@@ -137,10 +138,15 @@ class Regional(Settings):
         if self.texts == "regions" and unnamed:
             raise ValueError(
                 f"texts='regions' needs a text about each concept that has a region, and {', '.join(unnamed)} is not "
-                "named in every prompt: write its trigger there, or give it a prompt of its own"
+                "named in every prompt: write its words there, or give it a prompt of its own"
             )
         if joint is not None and self.texts != "shared" and not unnamed:
             return joint
+        if self.isolate and joint is not None and unnamed:
+            raise ValueError(
+                f"isolate needs a text for each region, and {', '.join(unnamed)} is not named in every prompt: write "
+                "its words there, or give it a prompt of its own"
+            )
         if self.isolate:
             raise ValueError(
                 "isolate needs texts of regions (texts='regions'), which only transformers have that attend to text "

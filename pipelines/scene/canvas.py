@@ -1,5 +1,6 @@
 """The sizes of a call: pixels, latents, the grids of the model, images in the batch; and one step of its loop."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -77,6 +78,10 @@ class Step:
     cfg_scale: float = 1.0
     second_order: bool = False
     unguided: bool = False
+
+    def within(self, part: float) -> bool:
+        """Whether it belongs to a part of the steps, from the first: a share of them, or above 1 a number."""
+        return self.index < math.ceil(steps_in(part, self.count))
 
     @property
     def guided(self) -> bool:

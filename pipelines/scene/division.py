@@ -53,7 +53,7 @@ def divided(
             "give smaller regions, a larger image, or fewer concepts"
         )
     here = F.adaptive_avg_pool2d(free[None], (maps.shape[1], maps.shape[2]))[0]
-    classes = [(subjects[n].class_word or "").lower() for n in wanted]
+    classes = [subjects[n].head_noun for n in wanted]
     centres = centres_of(smooth(maps[wanted]) * here, classes, threshold)
     masks[wanted] = _seated(divide(centres, free), centres, free)
     return masks

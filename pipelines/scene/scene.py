@@ -320,6 +320,11 @@ class Concept(_Frozen):
         return self.role == "bystander"
 
     @property
+    def head_noun(self) -> str:
+        """What it is, the last word of its class word in lower case: "cat" of "old cat"; empty without one."""
+        return (self.class_word or "").lower().rpartition(" ")[2]
+
+    @property
     def phrase(self) -> str:
         """Trigger and class word: "sks cat"."""
         return " ".join(word for word in (self.trigger, self.class_word) if word)

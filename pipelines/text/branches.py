@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.spelling import shortened
+from lora_compose.pipelines.text.missing import missing_noun
 from lora_compose.pipelines.text.prompts import without_triggers
 from lora_compose.pipelines.text.tokens import Mention, free_nouns, own_nouns
 
@@ -89,6 +90,8 @@ def _mention(
     if concept.name in words:
         return Mention(tuple(words[concept.name]))
     which = own_nouns(concept, prompt, subjects)
+    if concept.is_bystander and not which:
+        raise ValueError(missing_noun(concept))
     if not concept.class_word or not which:
         missing = (
             f"write {concept.phrase!r} in the prompt" if concept.class_word else "give it a class word, such as 'cat'"

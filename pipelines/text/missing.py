@@ -33,8 +33,6 @@ def missing_words(described: Described, prompt: str) -> str:
     """What is missing if the prompt does not have the concept's trigger followed by its class word."""
     concept = described.concept
     name, trigger, noun = concept.name, concept.trigger, concept.class_word
-    if concept.is_bystander:
-        return f"the prompt does not name the bystander {name}: write {noun!r} in it, beside those that have a trigger"
     if not trigger:
         return missing_trigger(described, [prompt])
     if not noun and (last := divided(trigger)[1]):
@@ -52,8 +50,16 @@ def missing_words(described: Described, prompt: str) -> str:
     return f"the prompt has {trigger!r} without {noun!r} after it: write {concept.phrase!r}"
 
 
+def missing_noun(bystander: Concept) -> str:
+    """What is missing if the prompt does not have the class word of a bystander where it belongs to no trigger."""
+    name, noun = bystander.name, bystander.class_word
+    return f"the prompt does not name the bystander {name}: write {noun!r} in it, beside those that have a trigger"
+
+
 def missing_trigger(described: Described, prompts: Sequence[str]) -> str:
     """What to type for a concept without a trigger; candidates that are in the prompts come first."""
+    if described.concept.is_bystander:
+        return missing_noun(described.concept)
     candidates, name = _in_prompt_first(described.words.triggers, prompts), described.concept.name
     give = _give(name, "trigger", candidates, "sks")
     return f"{name} has no trigger: {give}, and write it in the prompt{_listed(candidates)}"

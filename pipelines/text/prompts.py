@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.spelling import shortened
-from lora_compose.pipelines.text.tokens import Span, Words, find_words, pairs_of, words_of
+from lora_compose.pipelines.text.tokens import Span, Words, find_words, free_nouns, own_nouns, pairs_of, words_of
 
 _LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|her|its|our|their))?\s*$", re.IGNORECASE)
 """Words before a list of concepts that have no meaning without it: "a photo of a"."""
@@ -86,7 +86,13 @@ def _list_of(every: tuple[Words, ...], prompt: str) -> Span:
 
 
 def named_spans(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
-    """The spans in which a prompt names a concept: from its trigger to its class word, or the class word alone."""
+    """The spans in which a prompt names a concept: from its trigger to its class word, or the class word alone.
+
+    Those of a bystander belong to no trigger.
+    """
+    if concept.is_bystander:
+        nouns = free_nouns(concept, prompt, concepts)
+        return [nouns[k] for k in own_nouns(concept, prompt, concepts)]
     (words,) = words_of([concept])
     return _named(words, prompt, words_of(concepts))
 

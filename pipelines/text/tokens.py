@@ -274,12 +274,18 @@ def free_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> li
 def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tuple[int, ...]:
     """Indices of the free nouns that belong to the concept (`class_words`).
 
-    In "a sks cat and a zwx cat" it is (0,) for sks, and (1,) for zwx. A bystander has those that belong to no trigger.
+    In "a sks cat and a zwx cat" it is (0,) for sks, and (1,) for zwx. A bystander has those that belong to no trigger;
+    of several with one class word each has one of them, in their order.
     """
     nouns = free_nouns(concept, prompt, concepts)
     if concept.is_bystander:
         owned = {noun for other in concepts for _, noun in class_words(other, prompt, concepts) if noun}
-        return tuple(k for k, noun in enumerate(nouns) if not any(_overlap(noun, other) for other in owned))
+        left = [k for k, noun in enumerate(nouns) if not any(_overlap(noun, other) for other in owned)]
+        word = (concept.class_word or "").lower()
+        alike = [c.name for c in concepts if c.is_bystander and (c.class_word or "").lower() == word]
+        if len(alike) > 1:
+            left = left[alike.index(concept.name) :][:1]
+        return tuple(left)
     return tuple(sorted({nouns.index(noun) for _, noun in class_words(concept, prompt, concepts) if noun}))
 
 

@@ -91,7 +91,7 @@ def _table(session: PageSession) -> None:
         st.caption("Likeness, up to 1: of the detected object to the reference images of its concept, and the "
                    "highest to those of another concept.")  # fmt: skip
     else:
-        st.caption("Likeness is measured where there are reference images of every concept: on the playground.")
+        st.caption("Likeness is measured where there are reference images of what every LoRA shows: on the playground.")
 
 
 def _cell(session: PageSession, result: Result) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from lora_compose.compose.figures.overlay import colour
@@ -17,6 +18,7 @@ from lora_compose.compose.page.screen.uploads import remove, show_problems
 from lora_compose.compose.page.store import UPLOAD_LIMIT, ShownLora, is_on_hub, named, tile
 from lora_compose.compose.page.text import markdown, markup
 from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.scene.scene import Concept
 
 logger = logging.getLogger(__name__)
 
@@ -36,39 +38,64 @@ def concepts_part(session: PageSession) -> None:
 
 
 def _card(session: PageSession, i: int, row: Row) -> None:
-    lora = row.lora
     with st.container(border=True, key=f"card_{row.number}", gap="xsmall"):
         st.html(f"<style>.st-key-card_{row.number} {{ border-left: 5px solid {colour(i)} !important; }}</style>")
-        result, name, trigger, noun = st.columns([1, 2, 2, 2], vertical_alignment="center", wrap=False)
-        result.image((lora.thumbnail if lora else None) or tile(i), width=64, alt="What it was trained on")
-        name.text_input("Name", key=fields.of_row(row, "name"), max_chars=MOST_NAME)
-        trigger.text_input("Trigger", key=fields.of_row(row, "trigger"), max_chars=MOST_NAME, help=(
-            "The rare word or words that the LoRA was trained with, without the class word."
-        ))  # fmt: skip
-        noun.text_input("Class word", key=fields.of_row(row, "class_word"), max_chars=MOST_NAME, help=(
-            "The plain noun that follows the trigger in the prompt."
-        ))  # fmt: skip
-        if lora is not None and not fields.is_style(row):
-            _proposals(row, lora)
-        with st.container(horizontal=True, vertical_alignment="center", wrap=False):
-            st.slider("Weight", 0.0, fields.MOST_WEIGHT, step=fields.WEIGHT_STEP, key=fields.of_row(row, "weight"),
-                      format="weight %.2f", label_visibility="collapsed",
-                      disabled=fields.has_schedule(row))  # fmt: skip
-            with st.popover("More"):
-                _details(session, row)
-            st.button("Remove", key=f"do.remove.{row.number}", on_click=remove, args=(session.rows, row),
-                      icon=":material/delete:")  # fmt: skip
-        if about := _about(session, row):
-            st.html(f'<div class="lc-file">{about}</div>')
-        if row.lora is None and is_on_hub(row.wanted):
-            st.warning(f"This LoRA is in a repository on the hub: {markdown(row.wanted)}. Download it if you trust it.",
-                       icon=":material/cloud_download:")  # fmt: skip
-            st.button("Download it from the hub", key=f"do.hub.{row.number}", on_click=_picked,
-                      args=(session, [row.wanted]), icon=":material/download:")  # fmt: skip
-        elif row.lora is None:
-            st.error(f"This LoRA is missing: {markdown(row.wanted)}. Upload it, or remove the concept.")
-        elif (fit := session.fit(row)) is not None and fit[2]:
-            st.error("This LoRA does not fit the open model.", icon=":material/error:")  # reason: at the button
+        if row.bystander:
+            _bystander(session, i, row)
+        else:
+            _with_lora(session, i, row)
+
+
+def _bystander(session: PageSession, i: int, row: Row) -> None:
+    result, name, noun = st.columns([1, 3, 3], vertical_alignment="center", wrap=False)
+    result.image(tile(i), width=64, alt="Its colour")
+    _text(name, row, "name")
+    _text(noun, row, "class_word", "The noun that names it in the prompt, where it follows no trigger.")
+    with st.container(horizontal=True, vertical_alignment="center", wrap=False):
+        st.caption("A bystander: it has no LoRA, and those of others keep off.")
+        with st.popover("More"):
+            _own_prompts(row, "Prompt of its box, with the class word, for methods with a text per box. Empty: made "
+                              "from the prompt.")  # fmt: skip
+        _remove_button(session, row)
+
+
+def _with_lora(session: PageSession, i: int, row: Row) -> None:
+    lora = row.lora
+    result, name, trigger, noun = st.columns([1, 2, 2, 2], vertical_alignment="center", wrap=False)
+    result.image((lora.thumbnail if lora else None) or tile(i), width=64, alt="What it was trained on")
+    _text(name, row, "name")
+    _text(trigger, row, "trigger", "The rare word or words that the LoRA was trained with, without the class word.")
+    _text(noun, row, "class_word", "The plain noun that follows the trigger in the prompt.")
+    if lora is not None and not fields.is_style(row):
+        _proposals(row, lora)
+    with st.container(horizontal=True, vertical_alignment="center", wrap=False):
+        st.slider("Weight", 0.0, fields.MOST_WEIGHT, step=fields.WEIGHT_STEP, key=fields.of_row(row, "weight"),
+                  format="weight %.2f", label_visibility="collapsed",
+                  disabled=fields.has_schedule(row))  # fmt: skip
+        with st.popover("More"):
+            _details(session, row)
+        _remove_button(session, row)
+    if about := _about(session, row):
+        st.html(f'<div class="lc-file">{about}</div>')
+    if row.lora is None and is_on_hub(row.wanted):
+        st.warning(f"This LoRA is in a repository on the hub: {markdown(row.wanted)}. Download it if you trust it.",
+                   icon=":material/cloud_download:")  # fmt: skip
+        st.button("Download it from the hub", key=f"do.hub.{row.number}", on_click=_picked,
+                  args=(session, [row.wanted]), icon=":material/download:")  # fmt: skip
+    elif row.lora is None:
+        st.error(f"This LoRA is missing: {markdown(row.wanted)}. Upload it, or remove the concept.")
+    elif (fit := session.fit(row)) is not None and fit[2]:
+        st.error("This LoRA does not fit the open model.", icon=":material/error:")  # reason: at the button
+
+
+def _text(column: DeltaGenerator, row: Row, field: str, text: str | None = None) -> None:
+    label = field.replace("_", " ").capitalize()
+    column.text_input(label, key=fields.of_row(row, field), max_chars=MOST_NAME, help=text)
+
+
+def _remove_button(session: PageSession, row: Row) -> None:
+    st.button("Remove", key=f"do.remove.{row.number}", on_click=remove, args=(session.rows, row),
+              icon=":material/delete:")  # fmt: skip
 
 
 def _proposals(row: Row, lora: ShownLora) -> None:
@@ -103,10 +130,12 @@ def _details(session: PageSession, row: Row) -> None:
         st.selectbox("Acts on reference images, too", fields.REFERENCES, key=fields.of_row(row, "references"), help=(
             "For LoRAs that were trained to read them, such as control and edit LoRAs."
         ))  # fmt: skip
-    st.text_area("Own prompt", key=fields.of_row(row, "prompt"), height=68, help=(
-        "Prompt of its box, with the trigger, for methods with a text per box. Empty: made from the "
-        "prompt."
-    ))  # fmt: skip
+    _own_prompts(row, "Prompt of its box, with the trigger, for methods with a text per box. Empty: made from the "
+                      "prompt.")  # fmt: skip
+
+
+def _own_prompts(row: Row, text: str) -> None:
+    st.text_area("Own prompt", key=fields.of_row(row, "prompt"), height=68, help=text)
     st.text_area("Own negative prompt", key=fields.of_row(row, "negative_prompt"), height=68)
 
 
@@ -130,10 +159,14 @@ def _about(session: PageSession, row: Row) -> str:
 
 def _adding(session: PageSession) -> None:
     full = is_full(session)
-    with st.container(horizontal=True, vertical_alignment="center", key="adding"):
+    with st.container(horizontal=True, vertical_alignment="center", gap="xsmall", key="adding"):
         st.header("Concepts", anchor=False)
         upload = st.popover("Upload LoRAs", icon=":material/upload:", disabled=full)
         ready = st.popover("Choose LoRAs", icon=":material/folder:", disabled=full)
+        st.button("Without a LoRA", key="do.bystander", on_click=_add_bystander, args=(session,),
+                  icon=":material/person_add:", disabled=len(session.rows) >= MOST_CONCEPTS, help=(
+            "Adds a bystander: a subject without a LoRA, such as a second cat beside yours. The LoRAs keep off it."
+        ))  # fmt: skip
     with upload:
         key = f"do.upload.{session.uploads}"
         st.file_uploader("safetensors files", type=["safetensors"], accept_multiple_files=True, key=key,
@@ -192,12 +225,11 @@ def _add_all(session: PageSession, wanted: list[tuple[str, Callable[[], ShownLor
 
 def add_lora(session: PageSession, lora: ShownLora) -> str:
     """Adds a concept, or fills one that waits for its LoRA; returns a warning, if there is one."""
-    waiting = [row for row in session.rows if row.lora is None]  # an image has named them
+    waiting = [row for row in session.rows if row.missing]  # an image has named them
     alike = [row for row in waiting if _stem(row.wanted) == _stem(lora.shown)]
     row = next((row for row in waiting if row.wanted == lora.source), alike[0] if alike else None)
     if row is None:
-        names = [st.session_state[fields.of_row(row, "name")] for row in session.rows]
-        concept = lora.concept(free_name(_stem(lora.shown), names))
+        concept = lora.concept(free_name(_stem(lora.shown), _names(session)))
         fields.place_anew(session, fields.add(session, concept, lora, fields.size()))
         return ""
     row.lora = lora
@@ -207,9 +239,23 @@ def add_lora(session: PageSession, lora: ShownLora) -> str:
     return "" if same else f"{lora.shown} is not the file that the image was made with."
 
 
+def _add_bystander(session: PageSession) -> None:
+    """Adds a card whose class word is still to be typed."""
+    if len(session.rows) >= MOST_CONCEPTS:  # the button may be pressed twice before the page is drawn anew
+        return
+    concept = Concept(name=free_name("bystander", _names(session)), role="bystander")
+    row = fields.add(session, concept, None, fields.size())
+    st.session_state[fields.of_row(row, "class_word")] = ""
+    fields.place_anew(session, row)
+
+
+def _names(session: PageSession) -> list[str]:
+    return [st.session_state[fields.of_row(row, "name")] for row in session.rows]
+
+
 def is_full(session: PageSession) -> bool:
     """Whether there is room for no further LoRA."""
-    return len(session.rows) >= MOST_CONCEPTS and all(row.lora is not None for row in session.rows)
+    return len(session.rows) >= MOST_CONCEPTS and not any(row.missing for row in session.rows)
 
 
 def _stem(name: str) -> str:

@@ -107,7 +107,7 @@ def add(
     mask: str | None = None,
 ) -> Row:
     """Adds a concept with its fields filled in."""
-    row = session.new_row(lora, wanted, mask, concept.alpha)
+    row = session.new_row(lora, wanted, mask, concept.alpha, bystander=concept.is_bystander)
     known = {"trigger": lora.trigger, "class_word": lora.class_word} if lora is not None else {}
     for field in _TEXTS:
         value = getattr(concept, field)
@@ -208,23 +208,33 @@ def has_box(row: Row) -> bool:
 
 
 def concept_of(row: Row) -> Concept:
-    """A concept from its fields; raises ValueError if it has no name, or a weight that cannot be read."""
+    """A concept from its fields.
+
+    Raises:
+        ValueError: If it has no name, a weight that cannot be read, or is a bystander without a class word.
+    """
     texts = {field: str(st.session_state[of_row(row, field)]).strip() for field in (*_TEXTS, "schedule")}
     if not texts["name"]:
         raise ValueError("A concept has no name. Give it one.")
+    if row.bystander and not texts["class_word"]:
+        raise ValueError(f"{texts['name']} has no class word. Type the noun that names it in the prompt.")
+    of_all = {
+        "name": texts["name"],
+        "class_word": texts["class_word"],
+        "region": None if is_style(row) else row.mask or box_of(row),
+        "prompt": texts["prompt"] or None,
+        "negative_prompt": texts["negative_prompt"] or None,
+    }
     try:
+        if row.bystander:
+            return Concept(**of_all, role="bystander")
         return Concept(
-            name=texts["name"],
+            **of_all,
             lora=None if row.lora is None else row.lora.source,
             trigger=texts["trigger"],
-            class_word=texts["class_word"],
-            weight=st.session_state[of_row(row, "schedule")].strip()
-            or round(st.session_state[of_row(row, "weight")], 4),
+            weight=texts["schedule"] or round(st.session_state[of_row(row, "weight")], 4),
             blocks=st.session_state[of_row(row, "blocks")].strip() or None,
             any_weight=bool(st.session_state[of_row(row, "any_weight")]) or None,
-            region=None if is_style(row) else row.mask or box_of(row),
-            prompt=texts["prompt"] or None,
-            negative_prompt=texts["negative_prompt"] or None,
             role="style" if is_style(row) else None,
             references=REFERENCES[st.session_state[of_row(row, "references")]],
             alpha=row.alpha,
@@ -235,7 +245,7 @@ def concept_of(row: Row) -> Concept:
 
 def form(session: PageSession) -> Form:
     """The form from the fields; raises ValueError if they say nothing that can be used; the message says where."""
-    missing = [row.wanted for row in session.rows if row.lora is None]
+    missing = [row.wanted for row in session.rows if row.missing]
     if missing:
         raise ValueError(f"LoRAs are missing: {', '.join(missing)}. Upload or download them, or remove these concepts.")
     if unfit := [fit[2] for row in session.rows if (fit := session.fit(row)) is not None and fit[2]]:

@@ -13,7 +13,7 @@ from lora_compose.compose.page.screen.method import method_part, sampling_part
 from lora_compose.compose.page.screen.state import MOST_WAITING, QUEUE, VIEW, PageSession
 from lora_compose.compose.page.text import markdown, page_message
 from lora_compose.compose.page.work import Division, DraftJob, Job
-from lora_compose.pipelines.methods import Draft
+from lora_compose.pipelines.methods import Draft, name_of
 from lora_compose.pipelines.scene.scene import Run
 
 NOISES = 4
@@ -78,7 +78,8 @@ def drafts_part(session: PageSession) -> None:
     drafts = drafts_of(session, form) if form is not None else []
     if not drafts:
         return
-    st.caption("Where each LoRA would act with each seed, brighter where the model puts a subject. Make one of them:")
+    st.caption("The part of each subject with each seed, brighter where the model puts it. A LoRA acts in the part of "
+               "its subject. Make one of them:")  # fmt: skip
     for column, draft in zip(st.columns(len(drafts), wrap=False), drafts, strict=True):
         seed = draft.run.seed
         column.image(draft.image, width="stretch", alt=f"The division with seed {seed}")
@@ -144,6 +145,7 @@ def _show_outlook(session: PageSession, form: Form, report: Report | None) -> No
     if report.cost is not None:
         each = " for each image" if len(form.seeds) > 1 else ""
         st.caption(f"{cost_words(session, report.cost)}{each}.", help=cost_help(report.cost, form.steps))
+    _tell_of_bystanders(form, report)
     if form.boxed and form.method:
         label = label_of(form.method)
         if label.decides != "boxes" and not label.keeps_boxes:
@@ -151,6 +153,17 @@ def _show_outlook(session: PageSession, form: Form, report: Report | None) -> No
     for note in report.notes:
         if "ignores" not in note:  # unused boxes are noted above
             st.caption(f":material/info: {markdown(page_message(note, form.method, session.store.names))}")
+
+
+def _tell_of_bystanders(form: Form, report: Report) -> None:
+    """Says so where the method has no places that LoRAs could keep off."""
+    names = [concept.name for concept in form.concepts if concept.is_bystander]
+    if not names or report.choice is None:
+        return
+    label = label_of(name_of(report.choice.method)[0])
+    if not label.knows_places:
+        st.caption(f":material/info: “{label.name}” knows no places: it does not keep LoRAs off "
+                   f"{markdown(', '.join(names))}.")  # fmt: skip
 
 
 def _working(session: PageSession) -> None:

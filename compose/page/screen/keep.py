@@ -1,6 +1,5 @@
 """Buttons of an image: save it, enlarge it, vary it, and load its settings."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import streamlit as st
@@ -69,8 +68,6 @@ def restore(session: PageSession, record: Record) -> None:
     Raises:
         ValueError: If it is beyond the page's limits, or its model cannot be opened; nothing has changed then.
     """
-    bystanders = [concept.name for concept in record.run.scene.concepts if concept.is_bystander]
-    record = _without(record, bystanders)
     run = record.run
     references = located_references(record, session.store.images, local=session.options.local)
     form = replace(form_of(run, session.model.size), references=references)
@@ -83,10 +80,8 @@ def restore(session: PageSession, record: Record) -> None:
     for concept, row in zip(run.scene.concepts, session.rows, strict=True):
         row.sha256 = sha256 if isinstance(sha256 := record.sha256.get(concept.name), str) else ""
     notes = fields.changed_from(session, run)
-    if bystanders:
-        notes.append(f"It has subjects without a LoRA, which this page does not have: {', '.join(bystanders)}. "
-                     "lora-compose replay reproduces it.")  # fmt: skip
-    gone = {concept.name: shown(concept.lora) for concept in run.scene.concepts if loras[concept.name] is None}
+    pairs = zip(run.scene.concepts, session.rows, strict=True)
+    gone = {concept.name: shown(concept.lora) for concept, row in pairs if row.missing}
     if missing := [name for name, source in gone.items() if not is_on_hub(source)]:
         notes.append(f"The settings are loaded, but LoRAs are missing: {', '.join(missing)}.")
     if on_hub := [f"{name} ({source})" for name, source in gone.items() if is_on_hub(source)]:
@@ -110,13 +105,6 @@ def restore(session: PageSession, record: Record) -> None:
         for row in session.rows:
             row.mask = None
     session.problems[_PLACE] = notes
-
-
-def _without(record: Record, names: Sequence[str]) -> Record:
-    """A record without some concepts."""
-    concepts = tuple(concept for concept in record.run.scene.concepts if concept.name not in names)
-    scene = record.run.scene.model_copy(update={"concepts": concepts})
-    return record.model_copy(update={"run": record.run.model_copy(update={"scene": scene})})
 
 
 def _same_device(session: PageSession, device: str | None) -> str | None:

@@ -6,6 +6,7 @@ import streamlit as st
 from PIL import Image
 
 from lora_compose.compose.page import export
+from lora_compose.compose.page.form import constant_weight
 from lora_compose.compose.page.labels import label_of
 from lora_compose.compose.page.screen.canvas import canvas, position_part
 from lora_compose.compose.page.screen.compare import compare_view
@@ -76,7 +77,10 @@ def _siblings(session: PageSession, result: Result) -> None:
         run = together[key].run
         if len(methods) > 1:
             return f"{label_of(run.method or '').name}, {run.seed}"
-        return f"Seed {run.seed}" if len(seeds) > 1 else f"Weight {weight_text(run.scene.concepts[0].weight)}"
+        if len(seeds) > 1:
+            return f"Seed {run.seed}"
+        varied = (weight for concept in run.scene.concepts if (weight := constant_weight(concept)) is not None)
+        return f"Weight {weight_text(next(varied))}"
 
     st.session_state[_TOGETHER] = result.key
     st.segmented_control("Images of this run", list(together), key=_TOGETHER, format_func=label, on_change=_switch,

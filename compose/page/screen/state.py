@@ -57,9 +57,10 @@ class Row:
 
     Attributes:
         number: Unique in the user's session; never used again.
-        lora: Its LoRA; None if an image named one that is missing.
+        lora: Its LoRA; None for a bystander, and if an image named one that is missing.
         wanted: Name of the missing LoRA.
         mask: The path of a mask that an image named as its region.
+        bystander: Whether it is a subject without a LoRA.
         sha256: Digest of the file that an image was made with.
     """
 
@@ -68,8 +69,14 @@ class Row:
     wanted: str = ""
     mask: str | None = None
     alpha: float | None = None
+    bystander: bool = False
     sha256: str = ""
     fit: Fit | None = None
+
+    @property
+    def missing(self) -> bool:
+        """Whether its LoRA is missing."""
+        return self.lora is None and not self.bystander
 
 
 @dataclass(eq=False)
@@ -130,11 +137,17 @@ class PageSession:
         return next((result for result in self.results if result.key == self.shown), None)
 
     def new_row(
-        self, lora: ShownLora | None, wanted: str = "", mask: str | None = None, alpha: float | None = None
+        self,
+        lora: ShownLora | None,
+        wanted: str = "",
+        mask: str | None = None,
+        alpha: float | None = None,
+        *,
+        bystander: bool = False,
     ) -> Row:
         """Adds a concept."""
         self._numbers += 1
-        self.rows.append(Row(self._numbers, lora, wanted, mask, alpha))
+        self.rows.append(Row(self._numbers, lora, wanted, mask, alpha, bystander))
         return self.rows[-1]
 
     def begin(self, runs: list[Run], flops: list[int | None], *, comparing: bool, record_attention: bool) -> None:

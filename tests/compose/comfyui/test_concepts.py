@@ -21,8 +21,10 @@ from lora_compose.compose.page.labels import METHOD_LABELS
 from lora_compose.pipelines.formats.triggers import Words as FileWords
 from lora_compose.pipelines.methods import choose_method, name_of
 from lora_compose.pipelines.methods.draft import Draft as DraftMethod
+from lora_compose.pipelines.text.branches import branch_of
 
 TEXT = "a sks cat and a zwx dog on grass"
+PLAIN = "a sks cat and a dog on grass"
 CAT, DOG = Path("cat.safetensors"), Path("dog.safetensors")
 LAYERS = {"a": Site("text"), "b": Site("image"), "c": Site("image", level=1), "d": Site("row"), "e": Site("modulation")}
 
@@ -119,7 +121,13 @@ def test_a_schedule_is_the_weight_of_each_step() -> None:
         Concept.of(CAT, "", "", 1.0, schedule="early")
 
 
+def beside(box: str = "", noun: str = "dog") -> Concept:
+    """A subject without a LoRA."""
+    return Concept.of(None, "", noun, 1.0, box)
+
+
 STYLE = Concept.of(Path("style.safetensors"), "", "", 1.0)
+OTHER, LOST = beside(), beside(noun="bird")
 
 
 def given(*boxes: str, nouns: tuple[str, str] = ("cat", "dog"), style: bool = False) -> list[Concept]:
@@ -132,6 +140,8 @@ def given(*boxes: str, nouns: tuple[str, str] = ("cat", "dog"), style: bool = Fa
 @pytest.mark.parametrize(
     "concepts",
     [
+        [*given()[:1], OTHER], [*given("0,0,0.5,1")[:1], OTHER], [*given()[:1], beside("0.5,0,1,1")],
+        [*given("0,0,0.5,1")[:1], beside("0.5,0,1,1"), STYLE], [*given()[:1], LOST], [OTHER, STYLE],
         given(), given(style=True), given("0,0,0.5,1"), given("0,0,0.5,1", "0.5,0,1,1"),
         given("0,0,0.5,1", "0.5,0,1,1", style=True), given(nouns=("cat", "")), given("0,0,0.5,1", nouns=("cat", "")),
         given("0,0,0.5,1", "0.5,0,1,1", nouns=("", "")), given()[:1], given("0,0,0.5,1")[:1], [STYLE, STYLE],
@@ -143,15 +153,20 @@ def test_a_method_is_chosen_as_in_our_pipelines(
 ) -> None:
     """Where these see the same concepts, of which some are styles."""
     kind = "tara" if trained else None
-    concepts = [replace(one, path=tmp_path / one.path) for one in concepts]
-    for one in concepts:
-        save_file({"a": torch.zeros(1)}, one.path, {"method": "tara"} if trained else {})
+    for path in {one.path for one in concepts if one.path is not None}:
+        save_file({"a": torch.zeros(1)}, tmp_path / path, {"method": "tara"} if trained else {})
+    concepts = [one if one.path is None else replace(one, path=tmp_path / one.path) for one in concepts]
     caplog.set_level("INFO", "lora_compose")
-    text, subjects = TEXT, subjects_of(concepts)
+    text, subjects = TEXT if any(one.path == tmp_path / DOG for one in concepts) else PLAIN, subjects_of(concepts)
     boxed = [{"region": (0, 0, 8, 8)} if one.region is not None else {} for one in concepts]
-    roles = [{"role": "subject" if i in subjects else "style"} for i in range(len(concepts))]
+    roles = [
+        {"role": "style" if i not in subjects else "bystander" if one.path is None else "subject"}
+        for i, one in enumerate(concepts)
+    ]
     same = [one.scene.model_copy(update={**b, **r}) for one, b, r in zip(concepts, boxed, roles, strict=True)]
-    described: Any = [SimpleNamespace(concept=one, trained_with=kind, words=FileWords()) for one in same]
+    described: Any = [
+        SimpleNamespace(concept=one, trained_with=None if one.is_bystander else kind, words=FileWords()) for one in same
+    ]
     wanted = name_of(choose_method(described, [text], region_attention=not joint).method)[0]
     clip = Words()
     plan, conditioning = Request(concepts, [{}] * len(concepts), clip, clip.encode, text, joint=joint).composed("auto")
@@ -380,3 +395,94 @@ def test_texts_that_cannot_be_made_or_read_are_refused() -> None:
     asleep = Concept.of(CAT, "sks", "cat", 1.0, "0,0,0.5,1", prompt="a sks cat asleep")
     with pytest.raises(ValueError, match="all regions read one text; clear it, or set texts to regions"):
         composed([asleep], TEXT, "regional", texts="shared")
+
+
+def test_loras_keep_off_the_box_of_a_subject_without_one() -> None:
+    """The gates are those of a LoRA in that box whose weight is 0."""
+    cat, boxes = two("0,0,0.5,1")[0], "0.5,0,1,1"
+    plans = [
+        composed([cat, other], PLAIN, "regional")[0] for other in (beside(boxes), Concept.of(DOG, "", "dog", 0, boxes))
+    ]
+    ours, weightless = (acting(plan, [True, False], (2, 4), 9) for plan in plans)
+    assert ours.gates.image[0][0].tolist() == [[1, 0], [1, 0], [0, 0], [0, 0]] * 2
+    assert all(torch.equal(ours.gates.image[level], weightless.gates.image[level]) for level in (0, 1))
+    assert torch.equal(ours.gates.text, weightless.gates.text)
+    read = composed([cat, beside(boxes)], PLAIN, "regional", joint=True)[2].encoded
+    assert [text for text, _ in read][:3] == ["a cat and a dog on grass", "a sks cat on grass", "a dog on grass"]
+
+
+def test_a_lora_without_a_region_is_said_to_act_in_that_of_a_subject_without_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    composed([two()[0], beside("0.5,0,1,1")], PLAIN, "regional")
+    assert (
+        "without a box or mask, cat.safetensors acts on the whole image, also in the regions of others" in caplog.text
+    )
+    caplog.clear()
+    composed([two("0,0,0.5,1")[0], beside("0.5,0,1,1"), STYLE], PLAIN, "regional")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("method", ["merge", "tara"])
+def test_methods_without_places_make_the_image_without_a_subject_that_has_no_lora(method: str) -> None:
+    """The words of "cat" are those of the trigger alone, and those of the other cat are not looked for."""
+    plan, conditioning, _ = composed([two()[0], beside(noun="cat")], "a sks cat and a cat", method)
+    alone, same, _ = composed([two()[0]], "a sks cat and a cat", method)
+    assert torch.equal(plan.words[:, :1], alone.words)
+    assert torch.equal(conditioning[0][0], same[0][0])
+    assert (plan.weights_at(0, 4), plan.loras[1]) == ((1, 0), {})
+    assert (plan.text_of_others, plan.image_of_others) == (alone.text_of_others, alone.image_of_others)
+
+
+def test_a_draft_finds_a_subject_without_a_lora_by_the_class_word_that_follows_no_trigger() -> None:
+    """As the masks of tokens of our pipelines do."""
+    cat, text = two()[0], "a cat beside a sks cat on (grass:1.2)"
+    plan, _, clip = composed([cat, beside(noun="cat")], text, "draft")
+    assert [said for said, _ in clip.encoded] == [
+        "on (grass:1.2)", "a sks cat on (grass:1.2)", "a cat on (grass:1.2)", "a cat beside a cat on (grass:1.2)",
+        "a cat beside a cat on (grass:1.2)",
+    ]  # fmt: skip
+    assert plan.draft is not None
+    assert plan.draft.words.nonzero().tolist() == [[2, 1], [5, 0]]
+    both = [cat.scene, beside(noun="cat").scene]
+    base = branch_of(None, ["a cat beside a sks cat on grass"], both, [0, 1])
+    assert base.prompts == ("a cat beside a cat on grass",)
+    assert [base.mentions[0][scene.name].which for scene in both] == [(1,), (0,)]
+    masks = plan.draft.divide(torch.rand(2, 4, 8), plan.regions, (4, 8))
+    assert all(isinstance(mask, torch.Tensor) and mask.any() for mask in masks)
+
+
+def test_the_words_of_a_subject_without_a_lora_are_its_own_where_all_read_one_text() -> None:
+    man, text = Concept.of(CAT, "sks", "man", 1.0), "an old man beside a sks man on grass"
+    plan, _, clip = composed([man, beside(noun="old man")], text, "draft")
+    assert [said for said, _ in clip.encoded] == [text, "an old man beside a man on grass"]
+    assert plan.draft is not None
+    assert plan.phrases is not None
+    assert plan.draft.words[:, 1].nonzero()[:, 0].tolist() == [2, 3]
+    assert plan.phrases.nonzero().tolist() == [[2, 1], [3, 1], [6, 0], [7, 0]]
+    plan, *_ = composed([man, beside(noun="man")], "a man beside a sks man on grass", "draft", texts="shared")
+    assert plan.phrases is not None
+    assert plan.phrases.nonzero().tolist() == [[2, 1], [5, 0], [6, 0]]
+
+
+@pytest.mark.parametrize("texts", ["shared", "regions"])
+def test_a_subject_without_a_lora_that_the_text_does_not_name_is_asked_for(texts: str) -> None:
+    said = "the text has no 'cat' that follows no trigger; write it where the subject without a LoRA is meant"
+    with pytest.raises(ValueError, match=said):
+        composed([two()[0], beside(noun="cat")], "a sks cat on grass", "draft", texts=texts)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "neither a LoRA nor a class word: choose a file, or type what the subject without a LoRA is"),
+        ({"trigger": "sks"}, "the Concept with the trigger 'sks' has no LoRA: choose its file, or clear the trigger"),
+        ({"trigger": "sks", "class_word": "cat"}, "a subject without a LoRA has a class word alone"),
+        ({"class_word": "cat", "weight": 0.8}, "the subject 'cat' has a weight, but no LoRA .* set it to 1, or choose"),
+        ({"class_word": "cat", "schedule": "1..0"}, "'cat' has a schedule, but no LoRA that it would change: clear it"),
+        ({"class_word": "cat", "box": "0,0,1,1", "mask": torch.ones(1, 4, 4)}, "cat has a box and a mask"),
+    ],
+)
+def test_what_a_subject_without_a_lora_lacks_or_has_too_much_is_said(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Concept.of(None, **{"trigger": "", "class_word": "", "weight": 1.0, **given})

@@ -601,6 +601,7 @@ def test_the_nodes_run_from_files_to_an_image(
 
     from lora_compose.compose.comfyui.entry import comfy_entrypoint
     from lora_compose.compose.comfyui.nodes import BoxesNode, ComposeNode, ConceptNode
+    from lora_compose.compose.comfyui.words import NO_LORA
 
     patcher, clip = models["sd"], Text(core.WIDTH)
     for seed, name in ((1, "one"), (2, "two")):
@@ -610,7 +611,7 @@ def test_the_nodes_run_from_files_to_an_image(
     nodes = asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list())
     ids = [node.GET_SCHEMA().node_id for node in nodes]
     assert ids[:3] == ["LoraComposeConcept", "LoraComposeBoxes", "LoraComposeCompose"]
-    assert ConceptNode.define_schema().inputs[0].options == ["one.safetensors", "two.safetensors"]
+    assert ConceptNode.define_schema().inputs[0].options == [NO_LORA, "one.safetensors", "two.safetensors"]
     cat = {"trigger": "sks", "class_word": "cat", "weight": 1.0, "box": ""}
     dog = {"trigger": "zwx", "class_word": "dog", "weight": 0.8, "box": "", "prompt": "", "mask": None}
     one = ConceptNode.execute("one.safetensors", **cat).args[0]
@@ -630,6 +631,14 @@ def test_the_nodes_run_from_files_to_an_image(
     assert all((found["merge"] - found[method]).abs().max() > 0.01 for method in ways if method != "merge")
     assert (found["regional"] - found["regions"]).abs().max() > 0.01
     assert torch.equal(found["auto"], found["draft"])
+    beside = ConceptNode.execute(NO_LORA, one, **{**cat, "trigger": "", "class_word": "dog"}).args[0]
+    for method in ("draft", "merge"):
+        model, positive, _ = ComposeNode.execute(patcher, clip, beside, "a sks cat beside a dog", method).args
+        found[method] = core.drawn(model, positive, negative)
+    alone, positive, _ = ComposeNode.execute(patcher, clip, one, "a sks cat beside a dog", "merge").args
+    alone = core.drawn(alone, positive, negative)
+    assert (found["merge"] - alone).abs().max() < 1e-5 * (alone - base).abs().max()
+    assert (found["draft"] - alone).abs().max() > 0.01
     assert torch.equal(base, core.drawn(patcher, plain, negative))
     with pytest.raises(ValueError, match="give at least one a box"):
         ComposeNode.execute(patcher, clip, both, text, "regional")

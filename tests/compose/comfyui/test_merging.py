@@ -39,6 +39,11 @@ def concept(folder: Path, name: str, weight: float, tensors: dict[str, Tensor]) 
     return Concept.of(folder / f"{name}.safetensors", "sks", "cat", weight)
 
 
+def path_of(concept: Concept) -> Path:
+    assert concept.path is not None
+    return concept.path
+
+
 def of_trainer(start: str, *inputs: int, outputs: int, rank: int = 2) -> dict[str, Tensor]:
     ones = [1] * (len(inputs) - 1)
     return {
@@ -64,7 +69,7 @@ def test_a_weight_that_changes_over_the_steps_is_refused(model: nn.Module, two: 
 
 
 def merged(model: nn.Module, concepts: list[Concept], method: str, out: Path) -> Report:
-    loras = [read_concept(read_lora(one.path), model, NAMES, SITES, products=False)[0] for one in concepts]
+    loras = [read_concept(read_lora(path_of(one)), model, NAMES, SITES, products=False)[0] for one in concepts]
     return merge_concepts(concepts, loras, model, method, out)
 
 
@@ -75,11 +80,11 @@ def read(path: Path, model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_the_file_is_the_weighted_sum(model: nn.Module, two: list[Concept], tmp_path: Path, method: str) -> None:
     report = merged(model, two, method, tmp_path / "out/both.safetensors")
-    cat, dog = (read(one.path, model) for one in two)
+    cat, dog = (read(path_of(one), model) for one in two)
     both = read(tmp_path / "out/both.safetensors", model)
     assert torch.allclose(both["blocks.0.qkv"], cat["blocks.0.qkv"] + 0.5 * dog["blocks.0.qkv"], atol=1e-5)
     assert torch.allclose(both["blocks.0.conv"], 0.5 * dog["blocks.0.conv"], atol=1e-5)
-    own, found = read_text_encoders(read_lora(two[0].path)), load_file(tmp_path / "out/both.safetensors")
+    own, found = read_text_encoders(read_lora(path_of(two[0]))), load_file(tmp_path / "out/both.safetensors")
     wanted = own[f"{TEXT}.lora_up.weight"] @ own[f"{TEXT}.lora_down.weight"] / 2
     product = found[f"{TEXT}.lora_B.weight"] @ found[f"{TEXT}.lora_A.weight"]
     assert torch.allclose(product, wanted, atol=1e-5)
@@ -117,7 +122,7 @@ def test_a_dora_is_merged_as_the_change_that_it_makes(model: nn.Module, tmp_path
 @pytest.mark.parametrize(
     ("number", "weight", "method", "said"),
     [
-        (1, 1.0, "cat", "there is nothing to merge: chain two concepts or more"),
+        (1, 1.0, "cat", "there is nothing to merge: chain two concepts with LoRAs or more"),
         (3, 1.0, "np", "np takes two files, a subject and then a style; 3 were given"),
         (2, 0.0, "cat", "every weight is 0; there is nothing to merge"),
     ],
@@ -132,7 +137,7 @@ def test_what_cannot_be_merged_is_refused(
 
 
 def test_a_file_is_told_by_its_own_keys(two: list[Concept]) -> None:
-    said = text_about(read_lora(two[1].path)).splitlines()
+    said = text_about(read_lora(path_of(two[1]))).splitlines()
     assert said[0] == "format: LoRA, keys of ComfyUI"
     assert said[1].startswith("made for: unknown")
     assert said[3:] == ["unet blocks: 2 layers, rank 2/3, alpha 1"]

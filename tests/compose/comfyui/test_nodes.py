@@ -6,17 +6,19 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from comfy_stand_in import Clip, ModelPatcher, Recorded, patcher, sampled, standing_in, text
+from comfy_stand_in import OURS, Clip, ModelPatcher, Recorded, patcher, sampled, standing_in, text
 from comfy_workflows import CORE_NODES, EXAMPLES, as_asked, example
 from lora_compose.compose.comfyui import needed, words
+from lora_compose.compose.comfyui.concepts import Concept
 
 FOLDER = Path(needed.__file__).parent
 DOCS = (Path(__file__).resolve().parents[3] / "docs/comfyui.md").read_text(encoding="utf-8")
@@ -78,6 +80,8 @@ def test_what_is_optional_has_a_default_or_is_a_connection(schemas: dict[str, An
     assert all(name in method.options["tooltip"] for name in words.METHODS)
     outputs = [output.kind for output in schemas["LoraComposeCompose"].outputs]
     assert outputs == ["MODEL", "CONDITIONING", "MASK"], "new ones come last"
+    files = concept.inputs[0].options["options"]
+    assert files[:2] == ["none (a subject without a LoRA)", "bird.safetensors"], "workflows keep the words"
     assert isinstance(concept.inputs[0], Recorded)
 
 
@@ -114,6 +118,13 @@ def two(ours: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     return ours.ConceptNode.execute("dog.safetensors", one, trigger="zwx", class_word="dog", **given).args[0]
 
 
+@pytest.fixture
+def beside(ours: ModuleType, two: Any) -> Any:
+    """The first of them, and a dog without a LoRA."""
+    given = {"trigger": "", "class_word": "dog", "weight": 1.0, "box": ""}
+    return ours.ConceptNode.execute(words.NO_LORA, two[:1], **given).args[0]
+
+
 TEXT = "a sks cat beside a (zwx dog:1.2)"
 
 
@@ -132,6 +143,31 @@ def test_the_nodes_run_from_files_to_latents(ours: ModuleType, two: Any, caplog:
     assert torch.equal(found["auto"], found["draft"])
     del found["auto"]
     assert all((one - other).abs().max() > 0.01 for a, one in found.items() for b, other in found.items() if a != b)
+
+
+def test_loras_keep_off_a_subject_without_one(ours: ModuleType, two: Any, beside: Any) -> None:
+    """The latents are those with a LoRA of weight 0 in its place."""
+    model, clip, negative, plain = patcher(), Clip(), text(2), "a sks cat beside a dog"
+
+    def made(concepts: Any, *how: str) -> Any:
+        ours_, positive, _ = ours.ComposeNode.execute(model, clip, concepts, plain, *how).args
+        return sampled(ours_, positive, negative)
+
+    weightless = [two[0], Concept.of(two[1].path, "", "dog", 0.0)]
+    for texts in ("shared", "regions"):
+        found, known = (
+            made(ours.BoxesNode.execute(concepts, "0,0,0.5,1\n0.5,0,1,1").args[0], "regional", texts)
+            for concepts in (beside, weightless)
+        )
+        assert torch.equal(found, known)
+        alone = made(ours.BoxesNode.execute(two[:1], "0,0,0.5,1").args[0], "regional", texts)
+        assert torch.equal(found, alone) == (texts == "shared"), "its region reads a text of its own"
+    assert torch.equal(made(beside, "draft"), made(weightless, "draft"))
+    assert torch.equal(made(beside, "auto"), made(beside, "draft"))
+    for method in ("merge", "tara"):
+        assert torch.allclose(made(beside, method), made(two[:1], method), atol=1e-5)
+    nothing = made([beside[1]], "merge")
+    assert torch.equal(nothing, sampled(model, clip.encode_from_tokens_scheduled(clip.tokenize(plain)), negative))
 
 
 def test_a_draft_is_shown_and_subjects_are_repainted(
@@ -156,6 +192,23 @@ def test_a_draft_is_shown_and_subjects_are_repainted(
     assert len(made) == 3
     assert after.shape == before.shape
     assert (after - before).abs().mean() > 0.01
+
+
+def test_a_file_is_merged_of_the_loras_of_a_chain(
+    ours: ModuleType, two: Any, beside: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A subject without one adds nothing."""
+    files = import_module(f"{OURS}.file_nodes")
+    monkeypatch.setattr(files.folder_paths, "get_output_directory", lambda: tmp_path)
+    monkeypatch.setattr(files.folder_paths, "get_save_image_path", lambda name, folder: (str(folder), name, 1))
+    said = []
+    for name, concepts in (("plain", two), ("beside", [two[0], beside[1], two[1]])):
+        said.append(files.MergeNode.execute(patcher(), concepts, "cat", name).args[0].replace(name, ""))
+    assert said[0] == said[1]
+    merged = [load_file(tmp_path / f"{name}_00001_.safetensors") for name in ("plain", "beside")]
+    assert all(torch.equal(tensor, merged[1][key]) for key, tensor in merged[0].items())
+    with pytest.raises(ValueError, match="there is nothing to merge: chain two concepts with LoRAs or more"):
+        files.MergeNode.execute(patcher(), beside, "cat", "none")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -27,7 +27,7 @@ class Painter:
 
     def __call__(self, acting: Sequence[Concept], text: str, part: Tensor, mask: Tensor) -> Tensor:
         assert not any(one.region is not None or one.scene.prompt for one in acting)
-        self.asked.append(([one.path.stem for one in acting], text, part.shape, mask))
+        self.asked.append(([Path(one.scene.name).stem for one in acting], text, part.shape, mask))
         return torch.ones_like(part)
 
 
@@ -66,6 +66,19 @@ def test_masks_are_in_the_order_of_the_concepts_and_styles_need_none(images: Ten
     assert [asked[0] for asked in painter.asked] == [["cat", "style"], ["dog", "style"]]
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_subject_without_a_lora_stays_as_it_is(images: Tensor, given: bool) -> None:
+    """Also where a draft has found it, and where its words are not in the text."""
+    cat, bird = concepts("", "")[0], Concept.of(None, "", "bird", 1.0)
+    masks, painter = torch.zeros(2, 6, 10), Painter()
+    masks[0, :, :2], masks[1, :, 5:] = 1, 1
+    after = refined(
+        images, with_masks([cat, bird], masks), "a sks cat and a bird" if given else "a sks cat", 64, painter
+    )
+    assert [asked[:2] for asked in painter.asked] == [(["cat"], "a sks cat")]
+    assert torch.equal(after[:, :, 40:], images[:, :, 40:])
+
+
 def test_a_prompt_of_its_own_is_the_text_of_a_subject(images: Tensor) -> None:
     cat = Concept.of(Path("cat.safetensors"), "sks", "cat", 1.0, "0,0,1,1", None, "a sks cat asleep")
     painter = Painter()
@@ -87,6 +100,9 @@ def test_what_cannot_be_repainted_is_refused(images: Tensor) -> None:
     painter = Painter()
     with pytest.raises(ValueError, match="not known where the subjects are: connect the masks of Draft preview"):
         refined(images, concepts("", ""), TEXT, 64, painter)
+    bird = Concept.of(None, "", "bird", 1.0, "0,0,1,1")
+    with pytest.raises(ValueError, match=r"give the concepts boxes or masks; bird has no LoRA, and stays as it is"):
+        refined(images, [*concepts("", ""), bird], TEXT, 64, painter)
     with pytest.raises(ValueError, match=r"no text can be made about dog.safetensors: write its trigger"):
         refined(images, concepts("0,0,1,1", "0,0,1,1"), "a sks cat", 64, painter)
     with pytest.raises(ValueError, match="there are 2 masks for 3 concepts"):

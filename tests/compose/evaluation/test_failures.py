@@ -32,6 +32,21 @@ def test_scenes_are_told_apart_by_the_number_of_subjects_and_by_class(tmp_path) 
     }
 
 
+def test_a_bystander_that_is_missing_or_taken_is_a_failure_of_its_own(tmp_path) -> None:
+    scene = {"name": "beside", "prompt": "a sks cat and a cat", "concepts": ["cat"], "bystanders": {"other": "cat"}}
+
+    def measured(batch, seed):
+        right = {1: {"cat": 0.3}, 2: {"cat": 0.7}, 3: {}, 4: {}}[seed] if batch.arm.method else {"cat": 0.2}
+        cat = 0.2 if batch.arm.name == "no LoRA" else 0.8
+        return {"cat": None if batch.arm.method and seed == 4 else cat, "other": right}
+
+    folder = store(tmp_path, suite([scene], methods=["merge"], seeds=[1, 2, 3, 4]), measured)
+    images = kinds_of_failure(load(folder), "merge")
+    assert images["failure"].tolist() == ["", "bystander", "bystander", "missing"]
+    assert set(images["kind"]) == {"2 subjects of one class, 1 without a LoRA"}
+    assert kinds_of_failure(load(folder), "alone")["failure"].tolist() == [""] * 4
+
+
 def known_of_all(batch, seed):
     found = known(batch, seed)
     return {name: found[name] for name in batch.scene.concepts if name in found}

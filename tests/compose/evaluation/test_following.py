@@ -42,6 +42,27 @@ def test_the_interval_draws_whole_groups() -> None:
     assert np.isnan(follows(values, votes.tolist(), [0] * 60).low)
 
 
+def test_scenes_with_a_bystander_are_not_voted_on(tmp_path: Path) -> None:
+    """Voters are asked about two subjects."""
+    scenes = [
+        {"name": name, "prompt": "a sks cat, a zwx dog and a fox", "concepts": ["cat", "dog"], "bystanders": beside}
+        for name, beside in (("two", {}), ("three", {"fox": "fox"}))
+    ]
+
+    def measured(batch: Batch, seed: int) -> Seen:
+        foxes = {name: {"cat": 0.1, "dog": 0.1} for name in batch.scene.bystanders}
+        return {"cat": 0.5, "dog": 0.5, **foxes}
+
+    folder = store(tmp_path / "run", suite(scenes, methods=["merge"]), measured, draw=True)
+    out = tmp_path / "votes"
+    call("blind", "from", folder, "--method", "merge", "--images", "2", "--out", out)
+    assert {Path(file).parts[1].split("-")[0] for file in json.loads((out / "images.json").read_text()).values()} == {
+        "two"
+    }
+    few = call("blind", "from", folder, "--method", "merge", "--images", "3", "--out", tmp_path / "more", code=2)
+    assert "have made 2 images of two subjects, not 3" in " ".join(few.output.split())
+
+
 def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> None:
     seeds = list(range(1, 7))
 

@@ -180,6 +180,24 @@ def test_an_offloaded_model_is_measured_where_it_runs(suite: Suite) -> None:
     assert made.cost.peak_bytes
 
 
+def test_a_scene_with_a_bystander_is_made_and_scored(suite: Suite, finished: Path, tmp_path: Path) -> None:
+    """Images without it, of no LoRA and of one alone, are those of the scene with two concepts."""
+    scene = suite.scenes[0].model_copy(update={
+        "prompt": "a xlo bear and a robot on grass", "concepts": ("bear",), "bystanders": {"other": "robot"},
+        "regions": {"bear": (0, 0, 32, 64), "other": (32, 0, 64, 64)},
+    })  # fmt: skip
+    beside = suite.model_copy(update={"scenes": (scene,), "seeds": (0, 1)})
+    evaluate(beside, tmp_path)
+    known = {planned.key for planned in plan_batches(suite).batches}
+    for planned in plan_batches(beside).batches:
+        scores = read(batch_folder(tmp_path, planned.key) / planned.scores, Scores)
+        assert scores is not None, planned.arm
+        assert [[*image.bystanders["other"]] for image in scores.images.values()] == [["bear"]] * 2
+        assert (planned.key in known) == (planned.arm in ("no LoRA", "alone"))
+    record = read_record(image_path(tmp_path, plan_batches(beside).batches[-1].key, 1))
+    assert [concept.is_bystander for concept in record.run.scene.concepts] == [False, True]
+
+
 def test_a_new_way_of_scoring_keeps_the_images(suite: Suite, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)

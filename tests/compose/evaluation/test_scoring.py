@@ -79,6 +79,60 @@ def test_a_second_one_is_one_too_many(scorer: Scorer) -> None:
     assert scores.extra == 1
 
 
+def beside(word: str, **options: Any) -> SuiteScene:
+    """A bear, and a subject without a LoRA."""
+    prompt = f"a xlo bear and a {word} on a white background"
+    return SuiteScene(name="beside", prompt=prompt, concepts=("bear",), bystanders={"other": word}, **options)
+
+
+def test_a_bystander_is_looked_for_by_its_class_word_and_compared_with_the_concepts(scorer: Scorer) -> None:
+    both = scorer.score(pasted(("bear", 8, 40), ("dog", 72, 40)), beside("dog"))
+    pair = scorer.score(pasted(("bear", 8, 40), ("dog", 72, 40)), scene())
+    assert both.bystanders == {"other": {"bear": pair.concepts["dog"].similarity["bear"]}}
+    assert both.concepts["bear"].box == pair.concepts["bear"].box
+    assert both.extra == 0
+    assert scorer.score(pasted(("bear", 8, 40)), beside("dog")).bystanders == {"other": {}}
+    assert pair.bystanders == {}
+
+
+def test_a_bystander_of_the_class_of_a_concept_gets_what_is_least_like_it(suite: Suite, judge: Encoder) -> None:
+    """Of three bears that are found, two of which are dogs, and of one alone nothing."""
+    places = [(0, 0, 48, 48), (76, 0, 124, 48), (40, 76, 88, 124)]
+
+    class Bears:
+        def detect(self, image: Image.Image, words: Any) -> list[Detection]:
+            assert words == ["bear", "bear"]
+            return [Detection("bear", box, 0.9) for box in places]
+
+    scorer = Scorer(suite, judge, Bears(), {"bear": judge.images(reference_crops(suite.concept("bear")))})
+    image = pasted(("dog", 0, 0), ("bear", 76, 0), ("bear", 40, 76))
+    scores = scorer.score(image, beside("bear"))
+    dog = scorer.score(pasted(("dog", 0, 0), ("dog", 76, 0), ("dog", 40, 76)), beside("bear"))
+    assert scores.concepts["bear"].box in places[1:]
+    assert scores.bystanders["other"] == dog.bystanders["other"]
+    assert scores.bystanders["other"]["bear"] < scores.concepts["bear"].similarity["bear"]
+    assert scores.extra == 1
+    places[:] = places[1:]
+    assert scorer.score(image, beside("bear")).bystanders["other"]["bear"] > scores.bystanders["other"]["bear"] + 0.1
+    placed = scorer.score(pasted(("bear", 76, 0)), beside("bear", regions={
+        "bear": (0, 64, 128, 128), "other": (64, 0, 128, 64),
+    })).concepts["bear"]  # fmt: skip
+    assert placed.box == places[0], "by likeness"
+    assert placed.slot != placed.similarity, "by place it is the other one"
+    places[:] = places[:1]
+    alone = scorer.score(pasted(("cat", 76, 0)), beside("bear"))
+    assert alone.concepts["bear"].similarity["bear"] < 0, "it is the concept's, as unlike as it is"
+    assert alone.bystanders == {"other": {}}
+
+
+def test_without_a_detector_the_region_of_a_bystander_is_cut_out(suite: Suite, scorer: Scorer, judge: Encoder) -> None:
+    blind = Scorer(suite.model_copy(update={"detector": None}), judge, None, scorer.references)
+    tight = {"bear": (8, 40, 56, 88), "other": (72, 40, 120, 88)}
+    scores = blind.score(pasted(("bear", 8, 40), ("dog", 72, 40)), beside("dog", regions=tight))
+    taken = blind.score(pasted(("bear", 8, 40), ("bear", 72, 40)), beside("dog", regions=tight))
+    assert scores.bystanders["other"]["bear"] < taken.bystanders["other"]["bear"]
+
+
 def test_without_a_detector_the_regions_are_cut_out(suite: Suite, scorer: Scorer, judge: Encoder) -> None:
     blind = Scorer(suite.model_copy(update={"detector": None}), judge, None, scorer.references)
     tight = {"bear": HERE, "dog": THERE}

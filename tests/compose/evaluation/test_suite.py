@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lora_compose.compose.evaluation import planning
 from lora_compose.compose.evaluation.batches import arms, batches, run_of, without_triggers
 from lora_compose.compose.evaluation.planning import plan_batches
 from lora_compose.compose.evaluation.shipped import suites_dir
@@ -33,6 +34,13 @@ SCENE = {
     "prompt": "a sks cat and a zwx dog on grass",
     "concepts": ["cat", "dog"],
     "regions": {"cat": [0, 0, 64, 128], "dog": [64, 0, 128, 128]},
+}
+BESIDE = {
+    "name": "beside",
+    "prompt": "a sks cat and a cat on grass",
+    "concepts": ["cat"],
+    "bystanders": {"other cat": "cat"},
+    "regions": {"cat": [0, 0, 64, 128], "other cat": [64, 0, 128, 128]},
 }
 SUITE: dict[str, Any] = {
     "name": "small",
@@ -112,6 +120,30 @@ def test_prompts_name_only_the_acting_concepts(tmp_path: Path) -> None:
     assert prompts["no LoRA", None] == "a cat and a dog on grass"
     assert prompts["alone", "dog"] == "a cat and a zwx dog on grass"
     assert prompts["merge", None] == SCENE["prompt"]
+
+
+def test_methods_keep_off_bystanders_and_loras_alone_do_not_know_of_them(tmp_path: Path) -> None:
+    methods = ["regional", {"name": "file", "method": "regional", "merge": "tsv"}]
+    suite = read_suite(written(tmp_path, scenes=[{**BESIDE, "bundle": ["dog"]}], methods=["merge", *methods]))
+    runs = {batch.arm.name: run_of(suite, batch).scene for batch in batches(suite)}
+    assert {name: len(scene.concepts) for name, scene in runs.items()} == {
+        "no LoRA": 0, "alone": 1, "merge": 2, "regional": 2, "file": 2,
+    }  # fmt: skip
+    other = Concept(name="other cat", role="bystander", class_word="cat", region=(64, 0, 128, 128))
+    assert [runs[name].concepts[-1] for name in ("merge", "regional", "file")] == [other] * 3
+    assert {runs[name].prompt for name in ("merge", "alone")} == {BESIDE["prompt"]}
+    assert runs["no LoRA"].prompt == "a cat and a cat on grass"
+
+
+def test_scores_of_suites_without_bystanders_stay_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(planning, "digest", lambda *facts: kept.append(facts[0]) or "0")
+    plan_batches(read_suite(written(tmp_path)))
+    scenes = [facts for facts in kept if isinstance(facts, dict)]
+    assert len(scenes) > 5
+    assert not any("bystanders" in scene for scene in scenes)
+    plan_batches(read_suite(written(tmp_path, scenes=[BESIDE])))
+    assert kept[-1]["bystanders"] == {"other cat": "cat"}
 
 
 def test_methods_get_the_loras_of_their_kind(tmp_path: Path) -> None:
@@ -211,6 +243,11 @@ def test_paths_are_relative_to_the_suite(tmp_path: Path) -> None:
         ({"scenes": [{**SCENE, "prompt": "a sks cat and a dog"}]}, "does not name 'dog' by its trigger 'zwx'"),
         ({"scenes": [{**SCENE, "regions": {"cat": [0, 0, 9, 9]}}]}, "needs a region for each of cat, dog"),
         ({"scenes": [{**SCENE, "regions": {}}]}, "no regions and the suite has no detector"),
+        ({"scenes": [{**SCENE, "bystanders": {"man": "man"}}]}, "'both': the prompt does not name the bystander 'man'"),
+        ({"scenes": [{**BESIDE, "prompt": "a sks cat"}]}, "write 'cat' where it follows no trigger"),
+        ({"scenes": [{**BESIDE, "bystanders": {"dog": "cat"}}]}, "'dog' has the name of a concept of the suite"),
+        ({"scenes": [{**BESIDE, "regions": {"cat": [0, 0, 9, 9]}}]}, "needs a region for each of cat, other cat"),
+        ({"scenes": [{**BESIDE, "bystanders": {"other cat": ""}}]}, "scenes[0].bystanders"),
         ({"scenes": [SCENE, SCENE]}, "'both' stands twice"),
         ({"scenes": [{**SCENE, "name": "../../etc"}]}, "scenes[0].name"),
         ({"scenes": [{**SCENE, "sizes": 3}]}, "scenes[0].sizes: unknown field; fields are name, prompt"),

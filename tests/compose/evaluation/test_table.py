@@ -434,3 +434,50 @@ def test_costs_are_relative_to_no_lora(evaluation: Evaluation) -> None:
     table = arms(evaluation)
     assert values(table["tara"], "rows rows_ratio flops_ratio seconds seconds_ratio") == [100, 2, 2, 4, 2]
     assert values(table["no LoRA"], "rows_ratio flops_ratio seconds_ratio") == [1, 1, 1]
+
+
+# --- bystanders ---
+
+
+def beside(folder: Path, right: dict[int, Any], draw: bool = False) -> Path:
+    """A cat, and another one without a LoRA, which is 0.4 like the cat without LoRAs; `right` is of merge, by seed.
+
+    The LoRA of the cat reaches 0.8 alone, so the limit of the other one is 0.6.
+    """
+    scene = {"name": "beside", "prompt": "a sks cat and a cat", "concepts": ["cat"], "bystanders": {"other": "cat"}}
+
+    def measured(batch: Batch, seed: int) -> Seen:
+        if batch.arm.name == "no LoRA":
+            return {"cat": 0.4, "other": {"cat": 0.3 + 0.2 * (seed % 2)}}
+        return {"cat": 0.8, "other": right[seed] if batch.arm.name == "merge" else {"cat": 0.8}}
+
+    of = suite([scene], methods=["merge", "regional"], seeds=[*right])
+    return store(folder, of, measured, draw=draw)
+
+
+RIGHT = {1: {"cat": 0.59}, 2: {"cat": 0.61}, 3: {}, 4: {"cat": 0.0}}
+
+
+def test_an_image_is_right_if_its_bystander_is_there_without_the_identity_of_a_concept(tmp_path: Path) -> None:
+    images = load(beside(tmp_path, RIGHT)).images.set_index(["arm", "seed"])
+    assert images.loc["merge", "bystanders"].tolist() == [1, 0, 0, 1]
+    assert images.loc["merge", "success"].tolist() == [True, False, False, True]
+    assert images.loc["regional", "success"].tolist() == [False] * 4
+    assert images.loc["no LoRA", "bystanders"].tolist() == [1] * 4
+    assert [np.isnan(share) for share in images.loc["alone", "bystanders"]] == [True] * 4, "nothing keeps it off"
+    assert images.loc["alone", "success"].tolist() == [True] * 4
+
+
+def test_without_bystanders_there_is_no_number_of_them(evaluation: Evaluation) -> None:
+    assert evaluation.images[["bystanders"]].isna().to_numpy().all()
+    assert all(np.isnan(row["bystanders"]) for row in arms(evaluation).values())
+
+
+def test_a_report_says_what_is_wrong_with_bystanders(tmp_path: Path) -> None:
+    report = write_report(beside(tmp_path, RIGHT, draw=True))
+    assert "| Bystanders ↑ |" in report.markdown.read_text()
+    page = report.html.read_text()
+    assert page.count("a bystander is missing, or has a concept") >= 2 + 4
+    without = write_report(store(tmp_path / "without", suite(), known, draw=True))
+    assert "ystander" not in without.markdown.read_text()
+    assert "a bystander is missing" not in without.html.read_text()

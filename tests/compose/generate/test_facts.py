@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lora_compose.compose.generate.facts import digest, run_facts
-from lora_compose.pipelines.scene.scene import Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 
 GUIDES = {
     "controls": {},
@@ -30,3 +30,12 @@ def test_models_and_images_that_guide_a_scene_count_by_content(tmp_path: Path, f
     assert facts("there", "red", b"1") == first
     assert facts("other image", "blue", b"1") != first
     assert facts("other weights", "red", b"2") != first
+
+
+def test_a_bystander_has_no_file_and_counts_by_its_class_word() -> None:
+    def facts(*concepts: Concept) -> str:
+        run = Run(scene=Scene(prompt="a cat and a dog", concepts=concepts), model="playground", method="draft")
+        return digest(run_facts(run, [0], 1, ()))
+
+    cat, dog = (Concept(name="other", role="bystander", class_word=word) for word in ("cat", "dog"))
+    assert len({facts(), facts(cat), facts(dog)}) == 3

@@ -67,6 +67,8 @@ from small_world import SIZE, STYLE
 
 BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear")
 ROBOT = Concept(name="robot", lora="playground:robot", trigger="qrt", class_word="robot")
+OTHER = Concept(name="other bear", role="bystander", class_word="bear")
+"""A bystander of the class of a LoRA."""
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,25 @@ def test_variations_leave_weights_that_change_over_the_steps() -> None:
     assert {run.scene.concepts[1].weight for run in varied} == {"1..0.4"}
     (run,) = short(concepts=(robot,), method="merge").runs()
     assert form.variations(run) == []
+
+
+def test_variations_leave_bystanders_without_a_weight() -> None:
+    (run,) = short(concepts=(OTHER, BEAR), method="draft").runs()
+    varied = form.variations(run)
+    assert [[concept.weight for concept in run.scene.concepts] for run in varied] == [
+        [None, factor] for factor in form.FACTORS
+    ]
+    (run,) = short(concepts=(OTHER,), method="draft").runs()
+    assert form.variations(run) == []
+
+
+def test_a_bystander_is_kept_with_its_box_and_without_a_lora() -> None:
+    boxed = OTHER.model_copy(update={"region": (64, 0, 128, 128)})
+    (run,) = short(concepts=(BEAR, boxed)).runs()
+    assert run.scene.concepts[1] == boxed
+    assert form.form_of(run, (SIZE, SIZE)).concepts[1] == boxed
+    (run,) = short(concepts=(BEAR, boxed), boxed=False).runs()
+    assert run.scene.concepts[1] == OTHER
 
 
 def test_seeds_as_they_are_typed() -> None:
@@ -369,6 +390,33 @@ def test_what_is_wrong_with_words_is_flagged(model: OpenModel) -> None:
     assert flags("a xlo bear", BEAR, own) == ""  # named in its own prompt
 
 
+def test_a_bystander_has_the_class_words_that_follow_no_trigger(model: OpenModel) -> None:
+    prompt = "a bear beside a xlo bear and a big bear"
+    reading = read_prompt(prompt, [BEAR, OTHER], model.tokenizer)
+    assert [(mark.start, prompt[mark.start : mark.end], mark.concept, mark.kind) for mark in reading.marks] == [
+        (2, "bear", 1, "class word"),
+        (16, "xlo", 0, "trigger"),
+        (20, "bear", 0, "class word"),
+        (35, "bear", 1, "class word"),
+    ]
+    assert (reading.flags, reading.missing, reading.unready) == ((), (), False)
+    reading = read_prompt("a (xlo bear:1.2) on grass", [BEAR, OTHER], model.tokenizer)
+    assert reading.flags == ("other bear is missing in the prompt: write “bear” where it follows no trigger.",)
+    assert (reading.missing, reading.unready) == ((1,), False), "boxes need no word of it"
+    own = OTHER.model_copy(update={"prompt": "a bear"})
+    assert read_prompt("a xlo bear", [BEAR, own], model.tokenizer).flags == ()  # named in its own prompt
+
+
+def test_a_trigger_has_no_class_word_behind_another_trigger(model: OpenModel) -> None:
+    prompt = "a xlo beside a qrt bear"
+    second = ROBOT.model_copy(update={"class_word": "bear"})
+    reading = read_prompt(prompt, [BEAR, second], model.tokenizer)
+    assert [(prompt[mark.start : mark.end], mark.concept) for mark in reading.marks] == [
+        ("xlo", 0), ("qrt", 1), ("bear", 1),
+    ]  # fmt: skip
+    assert reading.flags == ("Write “bear” after the trigger “xlo” of bear.",)
+
+
 def test_what_the_model_does_not_read_is_struck_through(model: OpenModel) -> None:
     prompt = "a bear " + "cat " * 60 + "and a robot"
     cut = cut_off(prompt, model.tokenizer)
@@ -398,6 +446,24 @@ def test_a_phrase_is_inserted_where_it_belongs() -> None:
     assert with_phrase("in snow", BEAR, []) == "in snow, a xlo bear"
     second = BEAR.model_copy(update={"name": "other", "trigger": "sks"})
     assert with_phrase("a xlo bear", second, [BEAR]) == "a xlo bear and a sks bear"
+
+
+@pytest.mark.parametrize(
+    ("before", "concept", "others", "after"),
+    [
+        ("a xlo bear on grass", OTHER, [BEAR], "a xlo bear and a bear on grass"),
+        ("in snow", OTHER, [], "in snow, a bear"),
+        ("a bear on grass", BEAR, [OTHER], "a bear and a xlo bear on grass"),
+        ("an old bear", BEAR, [OTHER.model_copy(update={"class_word": "old bear"})], "an old bear and a xlo bear"),
+        ("a xlo old bear", OTHER.model_copy(update={"class_word": "old bear"}), [BEAR],
+         "a xlo old bear and an old bear"),
+    ],
+)  # fmt: skip
+def test_a_bystander_keeps_a_class_word_of_its_own(
+    model: OpenModel, before: str, concept: Concept, others: list[Concept], after: str
+) -> None:
+    assert with_phrase(before, concept, others) == after
+    assert read_prompt(after, [concept, *others], model.tokenizer).missing == ()
 
 
 # --- boxes ---
@@ -773,6 +839,32 @@ def test_page_command_and_python_text_give_the_same_image(
     assert np.array_equal(ours, np.asarray(read_pixels("result.png")))
 
 
+def test_a_bystander_is_exported_as_a_concept_that_is_not_loaded(
+    model: OpenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    concepts = (
+        BEAR.model_copy(update={"region": (0, 0, 64, 128)}),
+        OTHER.model_copy(update={"region": (64, 0, 128, 128)}),
+    )
+    given = short(concepts=concepts, prompt="a xlo bear and a bear on grass", method="draft")
+    job = finished(model, given)
+    assert job.error == ""
+    (result,) = job.results
+    monkeypatch.chdir(tmp_path)
+    run = export.portable(result.run, {})
+    Path("scene.yaml").write_text(export.scene_file(run.scene), encoding="utf-8")
+    call(*shlex.split(export.command(run))[1:], "--out", "cli")
+    python = export.python(run)
+    assert python.count("pipe.load_concept(") == 1
+    assert 'Concept(name="other bear", class_word="bear", region=(64, 0, 128, 128), role="bystander"),' in python
+    exec(compile(python, "it.py", "exec"), {})
+    ours = np.asarray(result.made.image)
+    assert np.array_equal(ours, np.asarray(read_pixels("cli/2.png")))
+    assert np.array_equal(ours, np.asarray(read_pixels("result.png")))
+    (alone,) = finished(model, replace(given, concepts=concepts[:1])).results
+    assert not np.array_equal(ours, np.asarray(alone.made.image)), "it keeps the LoRA off"
+
+
 def test_exports_save_memory_as_the_page_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = short(method="merge", seeds=(2,)).runs()
     savers = (Saver.TILING, Saver.GRADIENT_CHECKPOINTING)
@@ -1006,6 +1098,14 @@ def test_each_playground_has_a_judge_of_its_own() -> None:
     assert not judge.judges(flux), "the LoRAs are of the other"
     bear = BEAR.model_copy(update={"lora": f"{PLAYGROUND_FLUX}:bear"})
     assert judge.judges(flux.model_copy(update={"scene": run.scene.model_copy(update={"concepts": (bear,)})}))
+
+
+def test_the_judge_scores_no_bystander() -> None:
+    judge = Judge()
+    (run,) = short(concepts=(BEAR, OTHER)).runs()
+    assert judge.judges(run)
+    assert judge.score(Image.new("RGB", (128, 128), "white"), run).keys() == {"bear"}
+    assert not judge.judges(short(concepts=(OTHER,)).runs()[0])
 
 
 def test_the_command_explains_itself_and_refuses_what_cannot_be() -> None:

@@ -200,6 +200,23 @@ def test_two_of_one_class_read_texts_of_their_own_and_start_apart(composer, divi
     assert far_apart(found, call(composer, ("cat", "kitten"), CATS, method=replace(settings, reading="scene")).images)
 
 
+def test_regions_are_isolated_in_a_part_of_the_steps_from_the_first(composer):
+    def steps(isolate: float) -> list[Tensor]:
+        kept: list[Tensor] = []
+
+        def keep(_pipe: Any, _step: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
+            kept.append(values["latents"])
+            return values
+
+        call(composer, method=Draft(reading="regions", apart=0, isolate=isolate), callback_on_step_end=keep)
+        return kept
+
+    always, half, never = steps(1), steps(0.5), steps(0)
+    assert torch.equal(torch.stack(half[:2]), torch.stack(always[:2]))
+    assert far_apart(half[2], always[2])
+    assert far_apart(half[0], never[0])
+
+
 def test_a_prompt_of_its_own_is_read(composer):
     own = Concept(name="cat", prompt="a sks cat with a hat")
     found = call(composer, (own, "dog")).images

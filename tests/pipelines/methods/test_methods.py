@@ -255,6 +255,20 @@ def test_methods_are_made_by_name_with_their_settings():
     assert {type(make_method(name)) for name in METHODS} == set(METHODS.values())
 
 
+@pytest.mark.parametrize(
+    ("method", "value", "error"),
+    [
+        ("draft", "always", "isolate must be a number, not 'always'"),
+        ("draft", 2, "isolate must lie between 0 and 1, not 2"),
+        ("regional", None, "isolate must be a number, not None"),
+        ("clora", 0.5, "isolate must be true or false, not 0.5"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(method: str, value: Any, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        make_method(method, {"isolate": value})
+
+
 def test_settings_of_the_authors_have_names() -> None:
     assert make_method("clora:official") == Clora.official()
     assert make_method("lora-composer:paper", {"apart": 0.5}) == replace(LoraComposer.paper(), apart=0.5)

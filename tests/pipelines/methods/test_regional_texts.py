@@ -161,6 +161,15 @@ def test_a_pass_equals_dense_masks_and_dense_deltas(family, pipe, boxes, isolate
     check_pass(family, pipe, calls[0], [inside(box) for box in BOXES[boxes]], isolate=isolate)
 
 
+def test_regions_are_isolated_in_a_part_of_the_steps_from_the_first(family, pipe):
+    method, mine = Regional(texts="regions", isolate=0.5), [inside(box) for box in BOXES["apart"]]
+    with observed(pipe.transformer) as calls:
+        steps = {**CALL, "num_inference_steps": 2}
+        pipe(**steps, **family.unguided, concepts=concepts("apart"), method=method, generator=seeded(3))
+    for call, isolated in zip(calls, (True, False), strict=True):
+        check_pass(family, pipe, call, mine, isolate=isolated)
+
+
 @pytest.mark.parametrize("isolate", [False, True])
 def test_a_reference_image_has_the_regions_of_the_image(tmp_path, isolate):
     pipe, image = pipeline_with_concepts(FLUX2, tmp_path), torch.rand(3, 160, 128, generator=seeded(0))

@@ -599,12 +599,152 @@ def drop(
     assert not at.exception
 
 
-def test_an_image_with_a_subject_without_a_lora_is_loaded_without_it(at: AppTest, tmp_path: Path) -> None:
-    known = replace(example(), method="merge", boxed=False).runs()[0].scene.concepts[0]
-    drop(at, tmp_path, {"concepts": (known, Concept(name="passer-by", role="bystander", class_word="man"))})
-    assert [at.text_input(key=row_key(at, 0, "name")).value] == [known.name]
-    assert len(session(at).rows) == 1
-    assert "subjects without a LoRA, which this page does not have: passer-by" in said(at)
+# --- subjects without a LoRA ---
+
+
+def with_bystander(at: AppTest, class_word: str = "bear") -> AppTest:
+    """The example with a bystander, which the prompt names."""
+    at.button(key="do.bystander").click().run()
+    at.text_input(key=row_key(at, 2, "class_word")).set_value(class_word).run()
+    at.button(key="do.insert.2").click().run()
+    assert not at.exception
+    return at
+
+
+def keys_of_card(at: AppTest, index: int) -> set[str]:
+    """What can be set on a card, without its box."""
+    prefix = fields.of_row(session(at).rows[index], "")
+    kinds = (at.text_input, at.text_area, at.checkbox, at.slider, at.selectbox)
+    return {
+        str(field.key).removeprefix(prefix) for kind in kinds for field in kind if str(field.key).startswith(prefix)
+    }
+
+
+def test_a_card_of_a_subject_without_a_lora_asks_for_its_words_alone(at: AppTest) -> None:
+    at.run()
+    assert at.button(key="do.bystander").label == "Without a LoRA"
+    at.button(key="do.bystander").click().run()
+    assert not at.exception
+    assert keys_of_card(at, 2) == {"name", "class_word", "prompt", "negative_prompt"}
+    assert {"trigger", "weight", "schedule", "style"} < keys_of_card(at, 0)
+    assert at.text_input(key=row_key(at, 2, "name")).value == "bystander"
+    assert "A bystander: it has no LoRA, and those of others keep off." in said(at)
+    assert "bystander has no class word. Type the noun that names it in the prompt." in said(at)
+    assert at.button(key="do.make").disabled
+    boxes = [fields_box(at, i) for i in range(3)]
+    assert all(a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for a, b in combinations(boxes, 2))
+    at.text_input(key=row_key(at, 2, "class_word")).set_value("bear").run()
+    assert "bystander is missing in the prompt: write “bear” where it follows no trigger." in said(at)
+    assert "needs a trigger word" not in said(at)
+    at.button(key="do.insert.2").click().run()
+    assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot and a bear on a white background"
+    assert not at.warning
+    assert not at.button(key="do.make").disabled
+    at.button(key="do.bystander").click().run()
+    assert at.text_input(key=row_key(at, 3, "name")).value == "bystander 2"
+
+
+def test_an_image_with_a_bystander_is_made_exported_and_comes_back_as_a_card(at: AppTest) -> None:
+    with_bystander(at)
+    at.text_area(key=row_key(at, 2, "negative_prompt")).set_value("snow").run()
+    at.segmented_control(key=fields.BOXED).set_value(fields.BOXES).run()
+    box = fields_box(at, 2)
+    made(at)
+    (result,) = session(at).results
+    bystander = result.run.scene.concepts[2]
+    assert bystander == Concept(
+        name="bystander",
+        role="bystander",
+        class_word="bear",
+        region=(box[0], box[1], box[2], box[3]),
+        negative_prompt="snow",
+    )
+    (python,) = (code.value for code in at.code if code.language == "python")
+    assert python.count("pipe.load_concept(") == 2
+    assert 'role="bystander"' in python
+    png = session(at).png(result)
+    for row in session(at).rows[1:]:
+        at.button(key=f"do.remove.{row.number}").click().run()
+    at.file_uploader(key=f"do.restore.{session(at).uploads}").set_value([("2.png", png, "image/png")]).run()
+    assert not at.exception
+    assert not at.warning
+    assert [row.bystander for row in session(at).rows] == [False, False, True]
+    assert keys_of_card(at, 2) == {"name", "class_word", "prompt", "negative_prompt"}
+    assert fields_of(at) == result.run.model_copy(update={"device": None})
+
+
+def test_variations_of_an_image_with_a_bystander_are_told_apart_by_the_weight_of_a_lora(
+    at: AppTest, tmp_path: Path
+) -> None:
+    bear, _ = example().concepts
+    other = Concept(name="passer-by", role="bystander", class_word="bear", region=(0, 0, 64, 128))
+    drop(at, tmp_path, {"concepts": (other, bear), "prompt": "a bear and a xlo bear"}, steps=STEPS)
+    assert not at.warning
+    made(at)
+    at.button(key=f"do.vary.{session(at).results[0].key}").click().run()
+    after(at)
+    assert at.segmented_control(key="do.together").options == ["Weight 0.7", "Weight 0.85", "Weight 1.15", "Weight 1.3"]
+
+
+def test_a_method_without_places_says_that_it_does_not_keep_off_a_bystander(at: AppTest) -> None:
+    with_bystander(at)
+    words = "“{}” knows no places: it does not keep LoRAs off bystander."
+    for method, name in (
+        ("merge", "Added up"), ("switch", "Taking turns"), ("composite", "Averaged"), ("tara", "By trained words"),
+    ):  # fmt: skip
+        choose(at, method)
+        assert words.format(name) in said(at)
+        assert not at.button(key="do.make").disabled
+    for method in ("regional", "draft", "freefuse", fields.AUTOMATIC):
+        choose(at, method)
+        assert "knows no places" not in said(at)
+    at.segmented_control(key=fields.BOXED).set_value(fields.ANYWHERE).run()
+    assert "Takes By subjects · draft" in said(at)
+    at.text_area(key=fields.PROMPT).set_value(example().prompt).run()
+    assert "Takes Added up · merge, because the prompt does not name the bystander bystander" in said(at)
+    assert words.format("Added up") in said(at)
+
+
+def test_a_bystander_is_looked_for_by_drafts_compared_and_not_scored(at: AppTest) -> None:
+    with_bystander(at)
+    at.button(key=f"do.remove.{session(at).rows[1].number}").click().run()
+    at.text_area(key=fields.PROMPT).set_value("a xlo bear and a bear").run()
+    at.segmented_control(key=fields.BOXED).set_value(fields.ANYWHERE).run()
+    at.button(key="do.noises").click().run()
+    after(at)
+    assert len(session(at).divisions) == 4
+    at.session_state["set.view"] = "Compare"
+    at.run()
+    at.multiselect(key="set.compared").set_value(["draft"]).run()
+    at.button(key="do.compare").click().run()
+    after(at)
+    (cell,) = (caption.value for caption in at.caption if caption.value.startswith("**By subjects**"))
+    assert "bear:" in cell.replace("\\", "")
+    assert "bystander" not in cell
+    session(at).look_at(session(at).compared[0])
+    at.session_state["set.view"] = "Understand"
+    at.run()
+    assert "Where the model looked for bystander, “bear”" in said(at)
+
+
+def test_a_bystander_waits_for_no_lora_and_takes_one_of_the_places(at: AppTest) -> None:
+    with_bystander(at)
+    upload(at, "cat.safetensors", playground_lora("cat").read_bytes())
+    assert [row.bystander for row in session(at).rows] == [False, False, True, False]
+    at.button(key="do.add.shown").click().run()
+    assert len(session(at).rows) == 12
+    assert at.button(key="do.bystander").disabled
+
+
+def test_a_reloaded_page_has_its_bystander(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_bystander(at)
+    monkeypatch.setattr("lora_compose.compose.page.screen.session._SESSIONS._is_there", lambda session_id: False)
+    again = AppTest.from_file(str(SCREEN), default_timeout=60)
+    again.query_params["session"] = at.query_params["session"]
+    again.run()
+    assert not again.exception
+    assert again.text_input(key=row_key(again, 2, "class_word")).value == "bear"
+    assert fields_of(again).scene.concepts[2].is_bystander
 
 
 def test_another_model_is_opened_from_a_folder(at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
