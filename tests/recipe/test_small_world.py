@@ -265,7 +265,7 @@ def test_the_style_draws_lines_at_borders_and_fades_colours():
 
 
 def test_a_batch_of_the_judge_has_each_character_beside_near_misses(drawings):
-    artist = Artist({**drawings, "other:noto:x": drawings["noto:cat"]}, 0)
+    artist = Artist({**drawings, "other:noto:x": drawings["noto:cat-face"]}, 0)
     things = artist.things()
     identities = [thing.identity for thing in things]
     assert len(set(identities)) == len(identities)
@@ -283,7 +283,7 @@ def test_a_batch_of_the_judge_has_each_character_beside_near_misses(drawings):
 @pytest.mark.slow
 def test_the_judge_learns_and_resumes(drawings, tmp_path):
     words, vae = build(), new_vae()
-    batches = JudgeBatches({**drawings, "other:noto:x": drawings["noto:cat"]}, 0, vae)
+    batches = JudgeBatches({**drawings, "other:noto:x": drawings["noto:cat-face"]}, 0, vae)
     batch = next(iter(batches))
     assert batch.truth.shape == (len(batch.captions),) * 2
     assert (batch.truth.diagonal()[[bool(caption) for caption in batch.captions]] == 1).all()

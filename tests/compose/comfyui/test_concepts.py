@@ -454,7 +454,7 @@ def test_a_draft_finds_a_subject_without_a_lora_by_the_class_word_that_follows_n
 
 def test_the_words_of_a_subject_without_a_lora_are_its_own_where_all_read_one_text() -> None:
     man, text = Concept.of(CAT, "sks", "man", 1.0), "an old man beside a sks man on grass"
-    plan, _, clip = composed([man, beside(noun="old man")], text, "draft")
+    plan, _, clip = composed([man, beside(noun="old man")], text, "draft", texts="shared")
     assert [said for said, _ in clip.encoded] == [text, "an old man beside a man on grass"]
     assert plan.draft is not None
     assert plan.phrases is not None
