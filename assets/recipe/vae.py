@@ -269,7 +269,8 @@ def train(
     if not minutes:
         return
     trainer.swap()
-    scale_of(vae, drawings)
+    if not decoder_only:  # a denoiser may have been trained on the latents as they are scaled
+        scale_of(vae, drawings)
     vae.half().save_pretrained(out)
 
 
