@@ -321,7 +321,7 @@ class Concept(_Frozen):
 
     @property
     def head_noun(self) -> str:
-        """What it is, the last word of its class word in lower case: "cat" of "old cat"; empty without one."""
+        """The last word of the class word, in lower case: "cat" of "old cat"; empty without one."""
         return (self.class_word or "").lower().rpartition(" ")[2]
 
     @property
