@@ -201,7 +201,7 @@ def texts_about(
 
 
 def _unnamed(concepts: Sequence[SceneConcept], text: str, named: Sequence[SceneConcept]) -> Sequence[SceneConcept]:
-    """Those of some concepts of which no text can be made: their words are not in the text."""
+    """The concepts of which no text can be made, since their words are not in the text."""
     without = [concept for concept in concepts if not concept.prompt]
     return [concept for concept in without if not _is_named(concept, text, named)]
 
@@ -408,7 +408,7 @@ class Request:
         return self._at(self.text, phrases, tokens)
 
     def _own(self, subject: SceneConcept, text: str) -> Collection[int] | None:
-        """Which occurrences of its class word in a text are those of a subject; None is all.
+        """The occurrences of a class word in a text that are meant by a subject, by index; None is all.
 
         Args:
             text: That of Compose, or the same without triggers.

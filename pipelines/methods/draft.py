@@ -246,7 +246,7 @@ def _by_regions(settings: Draft, session: Session) -> Restart:
 def _by_segments(settings: Draft, session: Session, joint: Site) -> Restart:
     """Every region of a transformer reads a text of its own, as in `regional`."""
     indices, canvas = session.concepts.subjects, session.canvas
-    texts = segment_texts(session, indices)
+    texts, isolate = segment_texts(session, indices), settings.isolate_in(canvas)
     everywhere = [concept.is_style for concept in session.concepts.concepts]
 
     def start(masks: Tensor) -> Sequence[Process]:
@@ -255,7 +255,6 @@ def _by_segments(settings: Draft, session: Session, joint: Site) -> Restart:
             cells = Regions.of_masks(indices, image_masks, [joint.level], HALF).cells[joint.level]
             of_image = {level: shares[image : image + 1] for level, shares in by_level.items()}
             pass_of = partial(gated_pass, session, masks=of_image, everywhere=everywhere, image=image)
-            isolate = settings.isolate_in(canvas)
             processes.append(isolated_at_first(session, texts.of_image(image), cells, joint, pass_of, isolate))
         return processes
 

@@ -102,11 +102,10 @@ def isolated_at_first(
     """
     canvas = session.canvas
     read = partial(texts.read_in, cells, joint, hides_padding=canvas.backbone.hides_padding, device=canvas.device)
-    closed, opened = (partial(read, isolate=isolated) for isolated in (True, False))
     if part in (0, 1):
-        only = pass_of(closed() if part else opened())
+        only = pass_of(read(isolate=part == 1))
         return FixedPasses(session, [[(only, 1.0)]], text_for_callbacks=texts.base)
-    turns = [[(pass_of(closed()), 1.0)], [(pass_of(opened()), 1.0)]]
+    turns = [[(pass_of(read(isolate=isolated)), 1.0)] for isolated in (True, False)]
     return FixedPasses(session, turns, first=part, text_for_callbacks=texts.base)
 
 

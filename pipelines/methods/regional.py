@@ -107,8 +107,9 @@ class Regional(Settings):
         masks = {level: region_masks(session, level)[None] for level in canvas.levels}
         everywhere = [concept.region is None for concept in concepts.concepts]
 
-        pass_of = partial(gated_pass, session, masks=masks, everywhere=everywhere, rows=self.rows,
-                        token_mask=self.token_mask)  # fmt: skip
+        pass_of = partial(
+            gated_pass, session, masks=masks, everywhere=everywhere, rows=self.rows, token_mask=self.token_mask
+        )
         joint = self._own_site(session)
         if joint is None:
             shared = shared_text(session)

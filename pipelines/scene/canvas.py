@@ -80,7 +80,7 @@ class Step:
     unguided: bool = False
 
     def within(self, part: float) -> bool:
-        """Whether it belongs to a part of the steps, from the first: a share of them, or above 1 a number."""
+        """Whether the step belongs to a part of all steps, from the first: a share of them, or above 1 a number."""
         return self.index < math.ceil(steps_in(part, self.count))
 
     @property

@@ -283,7 +283,7 @@ def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tup
         left = [k for k, noun in enumerate(nouns) if not any(_overlap(noun, other) for other in owned)]
         word = (concept.class_word or "").lower()
         alike = [c.name for c in concepts if c.is_bystander and (c.class_word or "").lower() == word]
-        if len(alike) > 1:
+        if len(alike) > 1 and concept.name in alike:
             left = left[alike.index(concept.name) :][:1]
         return tuple(left)
     return tuple(sorted({nouns.index(noun) for _, noun in class_words(concept, prompt, concepts) if noun}))

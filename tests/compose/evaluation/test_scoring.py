@@ -92,7 +92,7 @@ def test_a_bystander_is_looked_for_by_its_class_word_and_compared_with_the_conce
 
 
 def test_a_bystander_of_the_class_of_a_concept_gets_what_is_least_like_it(suite: Suite, judge: Encoder) -> None:
-    """Of three bears that are found, two of which are dogs, and of one alone nothing."""
+    """Three bears are detected, two of which are dogs; one alone says nothing."""
     places = [(0, 0, 48, 48), (76, 0, 124, 48), (40, 76, 88, 124)]
 
     class Bears:
