@@ -161,6 +161,11 @@ def warnings(evaluation: Evaluation) -> list[str]:
             f"No threshold for {', '.join(unmeasured)}: not found without LoRA, or not with the LoRA alone. Success "
             "only asks whether their own references are the nearest."
         )
+    if unlimited := [f"{word} beside {concept}" for word, concept in evaluation.unlimited]:
+        texts.append(
+            f"No limit for bystanders: {', '.join(unlimited)}. Without LoRAs the bystander was not found, or looks as "
+            "much like the concept as its LoRA alone does. Success only asks whether it is there."
+        )
     if (scenes := len(set(evaluation.images["scene"]))) < MINIMUM_SCENES:
         texts.append(
             f"{_count(scenes, 'scene')}: intervals of so few say little about other scenes, and there is no verdict "

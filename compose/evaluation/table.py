@@ -49,6 +49,8 @@ class Evaluation:
         bounds: A row per arm and concept: mean similarity, and its ratio to that with the LoRA alone.
         confusion: A row per cell of the confusion matrix of each image: the crop of which concept, compared with the
             references of which; nothing of images that older versions scored.
+        bystander_limits: The similarity from which on a bystander has the identity of a concept, by class word and
+            concept; NaN where none could be measured.
         made: How the batches with scores were made.
         failed: Batches that failed.
         missing: Batches that are not made yet.
@@ -61,6 +63,7 @@ class Evaluation:
     thresholds: pd.DataFrame
     bounds: pd.DataFrame
     confusion: pd.DataFrame
+    bystander_limits: Mapping[tuple[str, str], float]
     made: tuple[results.Made, ...]
     failed: tuple[results.Failed, ...]
     missing: int
@@ -93,6 +96,12 @@ class Evaluation:
     def unmeasured(self) -> list[str]:
         """Concepts that were not found in any image without LoRA, or in none with their LoRA alone."""
         return self.thresholds.loc[self.thresholds[["without", "alone"]].isna().any(axis=1), "concept"].tolist()
+
+    @property
+    def unlimited(self) -> list[tuple[str, str]]:
+        """Class words of bystanders with a concept whose identity on them could not be told from their own look."""
+        limits = self.bystander_limits.items()
+        return [pair for pair, limit in limits if np.isnan(limit)]
 
 
 def arm_names(suite: Suite) -> list[str]:
@@ -131,10 +140,11 @@ def load(out: Path) -> Evaluation:
     concepts["present"] = metrics.present(concepts["found"].to_numpy(dtype=bool), *columns)
     confused = [Confused.of(shot, thresholds) for shot in shots]
     concepts = _with_outcomes(concepts, shots, confused)
+    of_bystanders = _bystander_limits(plan.suite, shots, thresholds)
     return Evaluation(
         plan=plan,
         concepts=concepts,
-        images=_images(plan.suite, shots, confused, concepts, _bystander_limits(plan.suite, shots, thresholds)),
+        images=_images(plan.suite, shots, confused, concepts, of_bystanders),
         thresholds=thresholds,
         bounds=_bounds(plan.suite, concepts),
         confusion=_typed(
@@ -142,6 +152,7 @@ def load(out: Path) -> Evaluation:
                 [cell for confusion in confused if confusion for cell in confusion.cells()], columns=_CELL_COLUMNS
             )
         ),
+        bystander_limits=of_bystanders,
         made=tuple({id(shot.made): shot.made for shot in shots}.values()),
         failed=tuple(failed),
         missing=missing,
@@ -228,17 +239,24 @@ def _bystander_limits(suite: Suite, shots: Sequence[Shot], thresholds: pd.DataFr
     """The similarity from which on a bystander has the identity of a concept, by its class word and the concept.
 
     Halfway between the model's own objects of that class, without any LoRA, and what the concept's LoRA reaches alone.
+    NaN where one of the two is not known, or the LoRA is no more alike.
     """
     reached = dict(zip(thresholds["concept"], thresholds["alone"], strict=True))
-    own: dict[tuple[str, str], list[float]] = {}
+    without: dict[tuple[str, str], list[float]] = {
+        (word, name): []
+        for scene in suite.scenes
+        for word in scene.bystanders.values()
+        for name in scene.concepts
+        if not suite.concept(name).is_style
+    }
     for shot in (shot for shot in shots if shot.planned.arm == SANITY[0]):
         words = suite.scene(shot.planned.scene).bystanders
         for name, similarity in shot.scores.bystanders.items():
             for concept, alike in similarity.items():
-                own.setdefault((words[name], concept), []).append(alike)
+                without[words[name], concept].append(alike)
     return {
-        (word, concept): metrics.presence_threshold(np.array(alike), np.array([reached[concept]]))
-        for (word, concept), alike in own.items()
+        (word, concept): metrics.presence_threshold(np.array(alike), np.array([reached.get(concept, np.nan)]))
+        for (word, concept), alike in without.items()
     }
 
 
@@ -251,7 +269,7 @@ def _bystanders(suite: Suite, shot: Shot, limits: Mapping[tuple[str, str], float
     right = []
     for name, word in words.items():
         similarity = shot.scores.bystanders.get(name, {})
-        taken = any(alike >= limits.get((word, concept), np.nan) for concept, alike in similarity.items())
+        taken = any(alike >= limits[word, concept] for concept, alike in similarity.items())
         right.append(bool(similarity) and not taken)
     return _mean(right)
 

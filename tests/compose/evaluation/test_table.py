@@ -439,16 +439,17 @@ def test_costs_are_relative_to_no_lora(evaluation: Evaluation) -> None:
 # --- bystanders ---
 
 
-def beside(folder: Path, right: dict[int, Any], draw: bool = False) -> Path:
-    """A cat, and another one without a LoRA, which is 0.4 like the cat without LoRAs; `right` is of merge, by seed.
+def beside(folder: Path, right: dict[int, Any], draw: bool = False, plain: Any = None) -> Path:
+    """A cat, and another one without a LoRA, which is 0.4 like the cat without LoRAs.
 
-    The LoRA of the cat reaches 0.8 alone, so the limit of the other one is 0.6.
+    `right` is of merge, by seed, and `plain` of images without LoRAs. The LoRA of the cat reaches 0.8 alone, so the
+    limit of the other one is 0.6.
     """
     scene = {"name": "beside", "prompt": "a sks cat and a cat", "concepts": ["cat"], "bystanders": {"other": "cat"}}
 
     def measured(batch: Batch, seed: int) -> Seen:
         if batch.arm.name == "no LoRA":
-            return {"cat": 0.4, "other": {"cat": 0.3 + 0.2 * (seed % 2)}}
+            return {"cat": 0.4, "other": {"cat": 0.3 + 0.2 * (seed % 2)} if plain is None else plain}
         return {"cat": 0.8, "other": right[seed] if batch.arm.name == "merge" else {"cat": 0.8}}
 
     of = suite([scene], methods=["merge", "regional"], seeds=[*right])
@@ -466,6 +467,14 @@ def test_an_image_is_right_if_its_bystander_is_there_without_the_identity_of_a_c
     assert images.loc["no LoRA", "bystanders"].tolist() == [1] * 4
     assert [np.isnan(share) for share in images.loc["alone", "bystanders"]] == [True] * 4, "nothing keeps it off"
     assert images.loc["alone", "success"].tolist() == [True] * 4
+
+
+@pytest.mark.parametrize("plain", [{}, {"cat": 0.85}])
+def test_a_bystander_without_a_limit_is_named(tmp_path: Path, plain: dict[str, float]) -> None:
+    """Without LoRAs it was never found, or it is as much like the cat as the cat's LoRA."""
+    report = write_report(beside(tmp_path, RIGHT, plain=plain)).markdown.read_text()
+    assert "No limit for bystanders: cat beside cat." in report
+    assert "No limit for bystanders" not in write_report(beside(tmp_path / "limited", RIGHT)).markdown.read_text()
 
 
 def test_without_bystanders_there_is_no_number_of_them(evaluation: Evaluation) -> None:
