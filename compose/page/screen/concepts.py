@@ -243,7 +243,7 @@ def _add_bystander(session: PageSession) -> None:
     """Adds a card whose class word is still to be typed."""
     if len(session.rows) >= MOST_CONCEPTS:  # the button may be pressed twice before the page is drawn anew
         return
-    concept = Concept(name=free_name("bystander", _names(session)), role="bystander")
+    concept = Concept(name=free_name("other", _names(session)), role="bystander")
     row = fields.add(session, concept, None, fields.size())
     st.session_state[fields.of_row(row, "class_word")] = ""
     fields.place_anew(session, row)

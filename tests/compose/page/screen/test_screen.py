@@ -627,21 +627,21 @@ def test_a_card_of_a_subject_without_a_lora_asks_for_its_words_alone(at: AppTest
     assert not at.exception
     assert keys_of_card(at, 2) == {"name", "class_word", "prompt", "negative_prompt"}
     assert {"trigger", "weight", "schedule", "style"} < keys_of_card(at, 0)
-    assert at.text_input(key=row_key(at, 2, "name")).value == "bystander"
+    assert at.text_input(key=row_key(at, 2, "name")).value == "other"
     assert "A bystander: it has no LoRA, and those of others keep off." in said(at)
-    assert "bystander has no class word. Type the noun that names it in the prompt." in said(at)
+    assert "other has no class word. Type the noun that names it in the prompt." in said(at)
     assert at.button(key="do.make").disabled
     boxes = [fields_box(at, i) for i in range(3)]
     assert all(a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for a, b in combinations(boxes, 2))
     at.text_input(key=row_key(at, 2, "class_word")).set_value("bear").run()
-    assert "bystander is missing in the prompt: write “bear” where it follows no trigger." in said(at)
+    assert "other is missing in the prompt: write “bear” where it follows no trigger." in said(at)
     assert "needs a trigger word" not in said(at)
     at.button(key="do.insert.2").click().run()
     assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot and a bear on a white background"
     assert not at.warning
     assert not at.button(key="do.make").disabled
     at.button(key="do.bystander").click().run()
-    assert at.text_input(key=row_key(at, 3, "name")).value == "bystander 2"
+    assert at.text_input(key=row_key(at, 3, "name")).value == "other 2"
 
 
 def test_an_image_with_a_bystander_is_made_exported_and_comes_back_as_a_card(at: AppTest) -> None:
@@ -653,7 +653,7 @@ def test_an_image_with_a_bystander_is_made_exported_and_comes_back_as_a_card(at:
     (result,) = session(at).results
     bystander = result.run.scene.concepts[2]
     assert bystander == Concept(
-        name="bystander",
+        name="other",
         role="bystander",
         class_word="bear",
         region=(box[0], box[1], box[2], box[3]),
@@ -688,7 +688,7 @@ def test_variations_of_an_image_with_a_bystander_are_told_apart_by_the_weight_of
 
 def test_a_method_without_places_says_that_it_does_not_keep_off_a_bystander(at: AppTest) -> None:
     with_bystander(at)
-    words = "“{}” knows no places: it does not keep LoRAs off bystander."
+    words = "“{}” knows no places: it does not keep LoRAs off other."
     for method, name in (
         ("merge", "Added up"), ("switch", "Taking turns"), ("composite", "Averaged"), ("tara", "By trained words"),
     ):  # fmt: skip
@@ -701,7 +701,7 @@ def test_a_method_without_places_says_that_it_does_not_keep_off_a_bystander(at: 
     at.segmented_control(key=fields.BOXED).set_value(fields.ANYWHERE).run()
     assert "Takes By subjects · draft" in said(at)
     at.text_area(key=fields.PROMPT).set_value(example().prompt).run()
-    assert "Takes Added up · merge, because the prompt does not name the bystander bystander" in said(at)
+    assert "Takes Added up · merge, because the prompt does not name the bystander other" in said(at)
     assert words.format("Added up") in said(at)
 
 
@@ -720,11 +720,11 @@ def test_a_bystander_is_looked_for_by_drafts_compared_and_not_scored(at: AppTest
     after(at)
     (cell,) = (caption.value for caption in at.caption if caption.value.startswith("**By subjects**"))
     assert "bear:" in cell.replace("\\", "")
-    assert "bystander" not in cell
+    assert "other" not in cell
     session(at).look_at(session(at).compared[0])
     at.session_state["set.view"] = "Understand"
     at.run()
-    assert "Where the model looked for bystander, “bear”" in said(at)
+    assert "Where the model looked for other, “bear”" in said(at)
 
 
 def test_a_bystander_waits_for_no_lora_and_takes_one_of_the_places(at: AppTest) -> None:
