@@ -22,6 +22,7 @@ from flux import flux_pipeline
 from lora_compose.compose.files.images import read_record
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import assets_dir
+from lora_compose.compose.serve.choosing import chosen
 from lora_compose.compose.serve.engine import Busy, Engine, call_pipe
 from lora_compose.compose.serve.requests import ImageRequest, Limits
 from lora_compose.pipelines.families import ComposeFluxKontextPipeline
@@ -181,6 +182,19 @@ def test_a_file_that_goes_while_its_image_is_made_takes_neither_image_nor_server
             assert engine.facts.alive
     finally:
         pipe.unload_concept("gone")
+
+
+def test_the_method_is_chosen_by_the_file_as_it_is_now(pipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "new.safetensors"
+    shutil.copy(LORAS / "bear.safetensors", file)
+    pipe.add_concepts(tmp_path)
+    try:
+        request = asked({**BEAR, "concepts": ["new"]})
+        assert chosen(pipe, request)[0].method == "merge"
+        shutil.copy(LORAS / "bear-tara.safetensors", file)
+        assert chosen(pipe, request)[0].method == "tara"
+    finally:
+        pipe.unload_concept("new")
 
 
 # --- over HTTP ---
