@@ -61,7 +61,7 @@ class ConceptLibrary:
         self.loaded: dict[str, LoadedConcept] = {}
         self.added: dict[str, Added] = {}
         self.recent = Recent()
-        self._reads: dict[str, tuple[Hashable, Read]] = {}
+        self._reads: dict[str, tuple[tuple[Hashable, ...], Read]] = {}
 
     @property
     def concepts(self) -> Mapping[str, Concept]:
@@ -125,6 +125,17 @@ class ConceptLibrary:
         self.loaded.pop(name, None)
         self._reads.pop(name, None)
         self.added.pop(name, None)
+
+    def is_outdated(self, name: str) -> bool:
+        """Whether a file of a loaded concept has changed since it was read; one that is gone has not."""
+        if name not in self._reads:
+            return False
+        (*before, _), read = self._reads[name]
+        try:
+            *now, _ = file_key([file.path for file in read.files], None)
+        except OSError:
+            return False
+        return now != before
 
     def resolve(self, pipe: LoadsConcepts, concepts: ConceptNames, memory: int) -> tuple[LoadedConcept, ...]:
         """The concepts of a call with their factors; given fields override loaded ones.
