@@ -60,6 +60,34 @@ def test_images_that_an_evaluation_does_not_have_are_not_shown(tmp_path, argumen
     assert not (tmp_path / "votes").exists()
 
 
+VOTES = {
+    "as UTF-8 with a mark": "\ufeffnumber,verdict\n1,both\n2,one\n",
+    "with semicolons": "number;verdict\n1;both\n2;one\n",
+    "with spaces": "number, verdict\n1, both\n2, one\n",
+}
+
+
+@pytest.mark.parametrize("how", VOTES)
+def test_votes_are_read_as_spreadsheets_write_them(tmp_path: Path, how: str) -> None:
+    (tmp_path / "key.json").write_text('{"1": "merge", "2": "regional"}')
+    (tmp_path / "votes.csv").write_text(VOTES[how], encoding="utf-8")
+    assert read_votes(tmp_path)[1] == {"1": "both", "2": "one"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("number,verdict\n1,both\n2\n", "votes.csv, line 3: 1 cells, but the header has 2 columns"),
+        ("image,verdict\n1,both\n", "votes.csv, line 1: there is no column 'number'; expected number,verdict"),
+        ("number,verdict\n1,both\n2,\n", "image 2: expected one of both, one, none, found ''"),
+    ],
+)
+def test_votes_that_cannot_be_read_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "key.json").write_text('{"1": "merge", "2": "regional"}')
+    (tmp_path / "votes.csv").write_text(text, encoding="utf-8")
+    assert message in " ".join(call("blind", "score", tmp_path, code=2).output.split())
+
+
 def read_votes_of(out: Path) -> tuple[dict[str, str], list[str]]:
     return json.loads((out / "key.json").read_text()), (out / "votes.csv").read_text().splitlines()
 
