@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from commands import call
 from evaluations import known, store, suite
@@ -58,6 +59,17 @@ def test_images_that_an_evaluation_does_not_have_are_not_shown(tmp_path, argumen
     result = call("blind", "from", folder, "--out", tmp_path / "votes", *arguments, code=2)
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "votes").exists()
+
+
+def test_photographs_are_shown_as_references(tmp_path: Path) -> None:
+    own = suite()
+    for concept in own.concepts:
+        (tmp_path / concept.name).mkdir()
+        Image.new("RGB", (8, 8), "red").save(tmp_path / concept.name / "it.jpg")
+    concepts = tuple(it.model_copy(update={"references": str(tmp_path / it.name)}) for it in own.concepts)
+    folder = store(tmp_path / "run", own.model_copy(update={"concepts": concepts}), known, draw=True)
+    call("blind", "from", folder, "--method", "merge", "--images", "2", "--out", tmp_path / "votes")
+    assert (tmp_path / "votes" / "0.png").is_file()
 
 
 VOTES = {
