@@ -19,6 +19,7 @@ from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScen
 from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_references
 from lora_compose.pipelines.scene.mask_images import Box, upright_image
+from lora_compose.pipelines.scene.scene import head_noun_of
 from lora_compose.pipelines.support.regular import open_regular
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -69,7 +70,8 @@ class Scorer:
         crops = [squared(image.crop(detection.box)) for detection in detections]
         similarity = similarity_matrix(self.encoder.images(crops), references)  # [findings, concepts]
         rows = [dict(zip(names, map(_rounded, row), strict=True)) for row in similarity]
-        allowed = np.array([[detection.word == noun for detection in detections] for noun in nouns], dtype=bool)
+        classes, seen = map(head_noun_of, nouns), [head_noun_of(detection.word) for detection in detections]
+        allowed = np.array([[word == of_subject for word in seen] for of_subject in classes], dtype=bool)
         allowed = allowed.reshape(len(nouns), len(detections))
         # A bystander has no references: of its class, it gets what is least like a concept, after the concepts.
         unlike = np.repeat(-2 - similarity.max(axis=1, keepdims=True), len(scene.bystanders), axis=1)

@@ -155,6 +155,27 @@ def test_two_concepts_of_one_class_get_one_finding_each(suite: Suite, judge: Enc
     assert scores.concepts["dog"].box == (72, 40, 120, 88)
 
 
+@pytest.mark.parametrize(
+    "seen", [("old animal", "old animal"), ("Animal", "Animal"), ("old animal", "Animal")], ids=" and ".join
+)
+def test_class_words_that_end_in_one_noun_are_one_class(suite: Suite, judge: Encoder, seen: tuple[str, ...]) -> None:
+    """A detector takes both for old animals, or neither: which of them is old is for the references to say."""
+    places = {"bear": (8, 40, 56, 88), "dog": (72, 40, 120, 88)}
+    word_of = {"bear": "Animal", "dog": "old animal"}
+
+    class Animals:
+        def detect(self, image: Image.Image, words: Any) -> list[Detection]:
+            assert words == [*word_of.values()]
+            return [Detection(word, box, 0.9) for word, box in zip(seen, places.values(), strict=True)]
+
+    concepts = tuple(suite.concept(name).model_copy(update={"class_word": word}) for name, word in word_of.items())
+    references = {one.name: judge.images(reference_crops(one)) for one in concepts}
+    scorer = Scorer(suite.model_copy(update={"concepts": concepts}), judge, Animals(), references)
+    scores = scorer.score(pasted(("bear", 8, 40), ("dog", 72, 40)), scene())
+    assert {name: score.box for name, score in scores.concepts.items()} == places
+    assert scores.extra == 0
+
+
 def test_two_of_one_class_in_each_others_places_keep_their_places_in_the_confusion_matrix(
     suite: Suite, judge: Encoder
 ) -> None:
