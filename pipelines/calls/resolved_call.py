@@ -406,13 +406,16 @@ def resolve_sets(host: Host, asked: Concepts, prompts: int) -> tuple[tuple[Loade
         )
     if len(entries) != prompts:
         raise ValueError(f"there are concepts for {len(entries)} prompts, but {prompts} prompts")
-    known: dict[Concept, LoadedConcept] = {}
+    known: list[LoadedConcept] = []
+    concepts: list[Concept] = []
     columns = []
     for concept_set in map(host.resolve_concepts, entries):
         for loaded in concept_set:
-            known.setdefault(loaded.concept, loaded)
-        columns.append([list(known).index(loaded.concept) for loaded in concept_set])
-    return tuple(known.values()), columns
+            if loaded.concept not in concepts:  # compared one by one: factors on blocks have no hash
+                known.append(loaded)
+                concepts.append(loaded.concept)
+        columns.append([concepts.index(loaded.concept) for loaded in concept_set])
+    return tuple(known), columns
 
 
 def _token_masks(
