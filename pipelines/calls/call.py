@@ -133,7 +133,7 @@ class Call:
         properties: Attributes that diffusers' pipeline has during a call.
         source: The image to start from; None means text-to-image.
         references: Reference images, prepared for the VAE, of any sizes. Shape: [1, 3, height, width] each.
-        repaint: Further arguments of calls that repaint the subjects of the images (`refine`).
+        repaint: Further arguments of calls that repaint the subjects of the images (`Origin.options`).
     """
 
     composition: Composition

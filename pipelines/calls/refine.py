@@ -145,7 +145,8 @@ class Origin:
         prompts: The prompts, as they were written.
         concepts: The concept set of each.
         columns: For each prompt, the indices of those concepts among the masks.
-        options: Arguments of every call that repaints.
+        options: Arguments of every call that repaints; negative prompts in a list are for one prompt each, or
+            for all.
     """
 
     pipe: Repaints
@@ -174,7 +175,10 @@ class Origin:
             raise ValueError(
                 "nothing says where the subjects are: make the image with record_attention=True, or give regions"
             )
-        return refine(self.pipe, image, self.prompts[prompt], concepts, masks, how, **{**self.options, **options})
+        given = dict(self.options)
+        if isinstance(negative := given.get("negative_prompt"), list):
+            given["negative_prompt"] = negative[min(prompt, len(negative) - 1)]
+        return refine(self.pipe, image, self.prompts[prompt], concepts, masks, how, **{**given, **options})
 
 
 def subject_masks(masks: Tensor, concepts: Sequence[Concept], size: tuple[int, int]) -> dict[str, Image.Image]:

@@ -337,12 +337,13 @@ class ImageTasksPipeline(ComposePipeline):
             return None
         if call.image_prompts is not None and not call.image_prompts.for_any_part:
             return None
-        names = [concept.name for concept in resolved.concepts.concepts]
-        sets = {index: of_set.concepts.concepts for of_set in resolved.sets for index in of_set.indices}
+        sets = {index: of_set.concepts for of_set in resolved.sets for index in of_set.indices}
         each = [sets[index] for index in range(len(prompts))]
         options = {"num_inference_steps": sampling.num_inference_steps, **call.repaint}
-        columns = [[names.index(concept.name) for concept in concepts] for concepts in each]
-        return Origin(self, prompts, each, columns, call.size.images_per_prompt, options)
+        columns = [range(len(concepts.loaded)) if concepts.columns is None else concepts.columns for concepts in each]
+        return Origin(
+            self, prompts, [concepts.concepts for concepts in each], columns, call.size.images_per_prompt, options
+        )
 
 
 _OF_A_CALL = (
