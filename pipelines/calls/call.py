@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -232,6 +233,13 @@ def check_changed(offered: Mapping[str, Any], returned: Mapping[str, Any], *, cu
 def listed(prompt: str | list[str] | None) -> list[str]:
     """One prompt or several as a list."""
     return [prompt] if isinstance(prompt, str) else prompt or []
+
+
+def composed(prompt: Any) -> Any:
+    """A prompt or a list of them in NFC, as tokenizers read text, and as the words of concepts are; others as given."""
+    if isinstance(prompt, list):
+        return list(map(composed, prompt))
+    return normalize("NFC", prompt) if isinstance(prompt, str) else prompt
 
 
 def images_of_each(number: int | None) -> int:

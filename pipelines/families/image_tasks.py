@@ -17,6 +17,7 @@ from lora_compose.pipelines.calls.call import (
     Composition,
     check_arguments,
     check_plain,
+    composed,
     listed,
     no_concepts,
     refuse_unknown,
@@ -113,6 +114,7 @@ class ImageTasksPipeline(ComposePipeline):
             if start is None or not start.inpaints or self.inpaints_as_diffusers:
                 return Plain(partial(self._as_diffusers, arguments, start, unknown))
         check_arguments(given, self.attention_settings, image_prompts=self.reads_image_prompts)
+        given |= {name: composed(given[name]) for name in ("prompt", "prompt_2") if name in given}
         return Begun(given, composition, start, started)
 
     def _read(self, given: dict[str, Any]) -> dict[str, Any]:
