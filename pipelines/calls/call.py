@@ -62,6 +62,8 @@ class GivenPrompts:
         negative: The negative prompts for each tokenizer: one for each prompt, one for all, or none.
         tokenizers: Tokenizers of this call, where they depend on more than the length, such as reference images in the
             text; None means the host's.
+        negative_embeds: Embeddings, instead of negative prompts, for models that read texts in chunks. Shape: as
+            `embeds`.
     """
 
     texts: Sequence[Sequence[str]] | None
@@ -69,6 +71,7 @@ class GivenPrompts:
     length: int | None = None
     negative: Sequence[Sequence[str]] = ()
     tokenizers: Sequence[Tokenizer] | None = None
+    negative_embeds: Tensor | None = None
 
     @property
     def first(self) -> Sequence[str] | None:

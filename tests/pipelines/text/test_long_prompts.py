@@ -179,6 +179,8 @@ REFUSED = [
     ({"prompt": "a (sks cat:-1) and a zwx dog"}, "is -1; expected 0 to 10"),
     ({"prompt": "a (sks cat:1.3)like and a zwx dog"}, "a weight ends inside a word"),
     ({"prompt": WEIGHTED, "clip_skip": 1}, "do not go with clip_skip"),
+    ({"prompt": WEIGHTED, "negative_prompt_embeds": torch.zeros(1, 32, 24)}, "negative_prompt_embeds do not go with"),
+    ({"prompt": LONG, "negative_prompt_embeds": torch.zeros(1, 32, 24)}, "nor with prompts that are longer"),
     ({"negative_prompt": "<lora:cat:1>"}, "tags such as <lora:cat:0.8> are read in prompt alone"),
     ({"prompt": "a sks cat <lora:cat:1>"}, "'cat' is in concepts and has a tag in the prompt"),
     ({"prompt": "a sks cat <lora:cart:1>"}, "there is no concept 'cart'; there are cat, dog.*did you mean 'cat'"),
