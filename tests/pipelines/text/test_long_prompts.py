@@ -186,6 +186,7 @@ REFUSED = [
     ({"prompt": "a sks cat <lora:cart:1>"}, "there is no concept 'cart'; there are cat, dog.*did you mean 'cat'"),
     ({"prompt": "a sks cat <lora:cat:high>"}, "expected a name and one number"),
     ({"prompt": "a sks cat <lora:cat"}, "without '>'"),
+    ({"prompt": ["a sks cat <lora:cat:1>"] * 2, "concepts": [["dog"]]}, "concepts for 1 prompts, but 2 prompts"),
 ]
 
 
