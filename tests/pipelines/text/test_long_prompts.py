@@ -122,6 +122,19 @@ def test_prompts_of_concepts_may_have_weights():
     assert_close(of("a (sks cat:1) asleep"), of("a sks cat asleep"), 0)
 
 
+@pytest.mark.slow
+def test_equal_texts_of_two_subjects_have_their_own_weights():
+    pipe, dog = composer_of("sd"), BOXED[1]
+    boxes = {"left": (0, 0, 64, 64), "right": (0, 64, 64, 128)}
+    others = [Concept(name=name, role="bystander", class_word="bird", region=box) for name, box in boxes.items()]
+
+    def of(text):
+        return latents_of(pipe, prompt=f"a sks cat, a zwx dog, {text}", concepts=[dog, *others], method="lora-composer")
+
+    assert differ(of("a (bird:2) and a bird"), of("a (bird:2) and a (bird:2)"))
+    assert differ(of("a (bird:2) and a bird"), of("a bird and a (bird:2)"))
+
+
 @EITHER
 def test_a_long_prompt_is_read_in_chunks(family):
     pipe = composer_of(family)
