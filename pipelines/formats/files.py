@@ -313,11 +313,14 @@ def _other_format(start: bytes) -> str:
 
 
 def _header_config(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration as diffusers writes it into the header, under keys that start with the component's name."""
+    """PEFT's configuration as diffusers writes it into the header.
+
+    Keys start with the component's name, but where a model has saved its adapter itself (`save_lora_adapter`).
+    """
     settings = _json(path, "lora_adapter_metadata", metadata.get("lora_adapter_metadata", "{}"))
     config: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
-        part, _, name = key.partition(".")
+        part, _, name = key.rpartition(".")
         config.setdefault(part, {})[name] = value
     return config
 

@@ -181,6 +181,19 @@ def test_alphas_from_the_configuration_that_diffusers_saves(pipe: Any, tmp_path:
     assert (scales == {8 / 3}) == (config == {}), "the settings are to change something"
 
 
+def test_a_file_that_a_model_of_diffusers_has_saved_itself(pipe: Any, tmp_path: Path) -> None:
+    """`save_lora_adapter` writes keys and settings without a component's name."""
+    plain = small_pipeline(StableDiffusionPipeline)
+    settings = LoraConfig(
+        r=2, lora_alpha=8, alpha_pattern={"attn2.to_k": 3}, target_modules=["to_q", "to_k"], init_lora_weights=False
+    )
+    plain.unet.add_adapter(settings, "default")
+    plain.unet.save_lora_adapter(tmp_path, adapter_name="default")
+    factors = loaded(pipe, tmp_path / "pytorch_lora_weights.safetensors")
+    assert factors.complete
+    assert_same(deltas(factors), deltas_of_peft(plain, "default"))
+
+
 # Spellings that diffusers does not read: the same tensors under diffusers' keys say what is right.
 
 
