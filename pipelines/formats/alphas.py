@@ -43,7 +43,7 @@ class Alphas:
             raise LoraError(f"{self._name}: {_CONFIGURED}: {error}") from error
 
     def own(self, name: str, layer: Layer) -> float | None:
-        """The alpha that the file has for a layer: in a key, or in PEFT's configuration; None if it has none.
+        """The alpha that the file has for a layer: in a key, or in PEFT's configuration; None if none has an effect.
 
         Raises:
             LoraError: If it is not a positive number.
@@ -51,6 +51,8 @@ class Alphas:
         kind = readable(layer.shapes)
         if kind is not None and kind.transform is not None and not kind.scaled:
             return None  # it bounds a rotation, and 0 means no bound
+        if rank_of(layer.shapes) is None and "r" not in self._config[layer.part]:
+            return None
         try:
             if "alpha" in layer.slots:
                 return _positive(layer.slots["alpha"])
