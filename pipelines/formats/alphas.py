@@ -9,6 +9,7 @@ from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import PARTS, Part
 from lora_compose.pipelines.formats.kinds import rank_of, readable
 from lora_compose.pipelines.formats.layers import Layer
+from lora_compose.pipelines.formats.models import MODEL_PARTS
 
 MAX_SCALE = 1000.0
 """The largest alpha / rank that is accepted; trainers write at most a few tens."""
@@ -16,6 +17,7 @@ MAX_SCALE = 1000.0
 # PEFT reads patterns as regular expressions that match a layer's name, or its end after a dot. A regular expression
 # from an unknown file is never run: trainers write names, or ends of names, with dots escaped or not.
 _NAME = re.compile(r"(?P<whole>\^)?(?P<inside>\.\*\\\.)?(?P<name>[\w-]+(?:\\?\.[\w-]+)*)\$?")
+_OUTER = "text_model."  # around the layers of CLIP until transformers 5, and so in patterns
 _SHOWN = 80
 _CONFIGURED = "lora_adapter_metadata or adapter_config.json"
 
@@ -99,7 +101,9 @@ class Alphas:
     def _configured(self, name: str, part: Part) -> float | None:
         """PEFT's alpha of a layer; None where there is none. LoHa and LoKr call it "alpha"."""
         patterns, config = self._patterns[part], self._config[part]
-        matching = [patterns[spelled] for spelled in _spellings(name) if spelled in patterns]
+        bare = name.removeprefix(_OUTER)
+        names = [name] if part in MODEL_PARTS else [bare, f"{_OUTER}{bare}"]
+        matching = [patterns[spelled] for known in names for spelled in _spellings(known) if spelled in patterns]
         if matching:
             return _positive(min(matching)[1])  # of several that match, the first one counts
         return next((_positive(config[key]) for key in ("lora_alpha", "alpha") if key in config), None)

@@ -228,6 +228,26 @@ def test_alpha_keys_beside_diffusers_keys_and_over_the_configuration(
     assert {found.scale for name, found in factors.model.items() if name != TO_Q} == {3.0}
 
 
+@pytest.mark.parametrize("outer", ["text_model.", ""])
+@pytest.mark.parametrize("start", ["", "^"])
+def test_patterns_of_alphas_with_and_without_the_outer_name_of_text_encoders(
+    pipe: Any, text_lora: Lora, tmp_path: Path, outer: str, start: str
+) -> None:
+    """Files of transformers 4 have it, those of transformers 5 have not."""
+    bare = {name.removeprefix("text_model."): name for name in text_lora}
+    first, *others = bare
+    tensors = {
+        f"text_encoder.{outer}{name}.lora_{side}.weight": tensor
+        for name, own in bare.items()
+        for side, tensor in (("A", text_lora[own].down), ("B", text_lora[own].up))
+    }
+    config = {"text_encoder.r": 4, "text_encoder.lora_alpha": 4}
+    config |= {"text_encoder.alpha_pattern": {f"{start}{outer}{first}": 20}}
+    path = write(tmp_path / "cat.safetensors", tensors, lora_adapter_metadata=json.dumps(config))
+    scales = {name: found.scale for name, found in loaded(pipe, path).text_encoders["text_encoder"].items()}
+    assert scales == {bare[first]: 5.0, **{bare[name]: 1.0 for name in others}}
+
+
 @pytest.mark.parametrize("alpha", [torch.tensor(6), torch.tensor([6.0]), torch.tensor(6.0, dtype=torch.float16)])
 def test_alphas_may_be_whole_numbers(pipe: Any, attention_lora: Lora, tmp_path: Path, alpha: Tensor) -> None:
     tensors = spelled(attention_lora, kohya, ".lora_down.weight", ".lora_up.weight", alpha=1.0)

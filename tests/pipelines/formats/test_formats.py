@@ -252,7 +252,7 @@ def test_an_alpha_that_has_an_effect_is_finite(tmp_path: Path, alpha: float) -> 
     path = FORMATS["kohya"].write({"unet": random_lora(parts.unet, 1, targets=("attn1.to_q",))}, parts, tmp_path)
     tensors = {k: torch.tensor(alpha) if k.endswith(".alpha") else t for k, t in read_lora(path).tensors.items()}
     save_file(tensors, path)
-    with pytest.raises(LoraError, match="NaN or infinite|no usable alpha: alpha is inf"):
+    with pytest.raises(LoraError, match=r"NaN or infinite|no usable alpha: alpha is inf"):
         match(read_lora(path), parts)
 
 
