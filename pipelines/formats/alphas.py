@@ -18,6 +18,7 @@ MAX_SCALE = 1000.0
 # from an unknown file is never run: trainers write names, or ends of names, with dots escaped or not.
 _NAME = re.compile(r"(?P<whole>\^)?(?P<inside>\.\*\\\.)?(?P<name>[\w-]+(?:\\?\.[\w-]+)*)\$?")
 _OUTER = "text_model."  # around the layers of CLIP until transformers 5, and so in patterns
+_TAKEN_OUT = ("pissa", "olora", "corda", "lora_ga", "loftq")  # how PEFT calls starts that change the model's weights
 _SHOWN = 80
 _CONFIGURED = "lora_adapter_metadata or adapter_config.json"
 
@@ -29,7 +30,8 @@ class Alphas:
         given: Alpha for a file without one; None if the caller gave none.
 
     Raises:
-        LoraError: If a pattern in PEFT's configuration is a regular expression.
+        LoraError: If a pattern in PEFT's configuration is a regular expression, or the factors began as a part of the
+            model's weights, which was taken out of these for training.
     """
 
     def __init__(self, file: LoraFile, given: float | None = None) -> None:
@@ -39,6 +41,13 @@ class Alphas:
         self._config: dict[Part, Mapping[str, Any]] = {
             part: {**everywhere, **file.config.get(part, {})} for part in PARTS
         }
+        starts = (str(config.get("init_lora_weights")) for config in self._config.values())
+        if taken := next((start for start in starts if start.lower().startswith(_TAKEN_OUT)), None):
+            raise LoraError(
+                f"{self._name} is a LoRA that began as a part of the model's weights (init_lora_weights is "
+                f"{taken[:_SHOWN]!r}), which training took out of them; here they have it still. Save it as an "
+                "ordinary LoRA: PEFT's save_pretrained does, with path_initial_model_for_weight_conversion"
+            )
         try:
             self._patterns = {part: _patterns(config.get("alpha_pattern")) for part, config in self._config.items()}
         except ValueError as error:

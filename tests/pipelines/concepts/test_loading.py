@@ -194,6 +194,26 @@ def test_a_file_that_a_model_of_diffusers_has_saved_itself(pipe: Any, tmp_path: 
     assert_same(deltas(factors), deltas_of_peft(plain, "default"))
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "orthogonal"])
+def test_a_lora_that_began_as_a_part_of_the_weights_is_refused(pipe: Any, tmp_path: Path, start: Any) -> None:
+    """Its factors alone are not the change that was trained; those of other starts are."""
+    plain, name = small_pipeline(StableDiffusionPipeline), TO_Q
+    before = plain.unet.get_submodule(name).weight.detach().clone()
+    plain.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=start), "default")
+    layer = plain.unet.get_submodule(name)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.add_(0.1)
+    plain.unet.save_lora_adapter(tmp_path, adapter_name="default")
+    file = read_lora(tmp_path / "pytorch_lora_weights.safetensors")
+    trained = layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach() - before
+    if start == "orthogonal":
+        torch.testing.assert_close(match(file, pipe).model[name].delta(), trained, atol=1e-5, rtol=1e-4)
+        return
+    assert float((layer.get_delta_weight("default").detach() - trained).norm()) > float(trained.norm())
+    with pytest.raises(LoraError, match=f"began as a part of the model's weights .init_lora_weights is '{start}'"):
+        match(file, pipe)
+
+
 # Spellings that diffusers does not read: the same tensors under diffusers' keys say what is right.
 
 
