@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 _MOST = 5  # candidates from captions
 _MANY = 200  # the most characters of a candidate
@@ -219,7 +219,7 @@ class _Captions:
                     mine = counts.setdefault(folder, {})
                     mine[tag.strip()] = mine.get(tag.strip(), 0) + count
         images = [entry.get("img_count") for entry in dirs.values() if isinstance(entry, dict)]
-        return cls(counts, tuple(dict.fromkeys([*dirs, *counts])), sum(filter(_is_count, images)))
+        return cls(counts, tuple(dict.fromkeys([*dirs, *counts])), sum(n for n in images if _is_count(n)))
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -284,7 +284,7 @@ class _Captions:
         return sums
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     """Whether a value of metadata is a number of images."""
     return isinstance(value, int) and 0 < value <= _LARGEST
 

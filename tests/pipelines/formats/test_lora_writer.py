@@ -123,11 +123,12 @@ def test_kohyas_keys_of_sdxl_have_the_original_names_of_blocks() -> None:
 
 def test_only_layers_of_clip_have_an_outer_name() -> None:
     pipe = anima_pipeline()
-    own = {"text_conditioner": "blocks.0.mlp.0", "text_encoder": "layers.0.self_attn.q_proj"}
-    called = stems("diffusers", pipe, {part: [name] for part, name in own.items()})
-    assert [*called.values()] == [f"{part}.{name}" for part, name in own.items()]
-    clip = {"text_encoder": [FC1, f"text_model.{FC1}"]}  # transformers 5, and 4
-    assert {*stems("diffusers", pipe, clip).values()} == {f"text_encoder.text_model.{FC1}"}
+    called = stems(
+        "diffusers", pipe, {"text_conditioner": ["blocks.0.mlp.0"], "text_encoder": ["layers.0.mlp.up_proj"]}
+    )
+    assert [*called.values()] == ["text_conditioner.blocks.0.mlp.0", "text_encoder.layers.0.mlp.up_proj"]
+    called = stems("diffusers", pipe, {"text_encoder": [FC1, f"text_model.{FC1}"]})  # transformers 5, and 4
+    assert {*called.values()} == {f"text_encoder.text_model.{FC1}"}
     with pytest.raises(ValueError, match="write those of diffusers"):
         stems("kohya", pipe, {"text_conditioner": ["blocks.0.mlp.0"]})
 
