@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from lora_compose.compose.evaluation.results import (
     read_scores,
 )
 from lora_compose.compose.evaluation.scoring import reference_files
-from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene, ZeroShotConfig
+from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, ZeroShotConfig
 from lora_compose.compose.evaluation.worker import Images
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.images import png_bytes, read_pixels
@@ -41,11 +40,10 @@ from lora_compose.compose.files.stored import changed, write
 from lora_compose.compose.generate.facts import digest, file_hash, model_facts, run_facts
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_judge, playground_model
 from lora_compose.compose.support.frozen import shared
-from lora_compose.pipelines.scene.scene import head_noun_of
 
 logger = logging.getLogger(__name__)
 
-SCORING = 2  # incremented whenever the computation of scores changes
+SCORING = 3  # incremented whenever the computation of scores changes
 
 
 def plan_batches(suite: Suite) -> BatchPlan:
@@ -65,7 +63,7 @@ def plan_batches(suite: Suite) -> BatchPlan:
         made_key = digest(run_facts(run_of(suite, batch), batch.seeds, suite.threads, suite.save_memory), model)
         names = [scene.name, arm.name, *([arm.alone] if arm.alone else []), str(batch.seeds[0])]
         unread = {"bundle"} if scene.bystanders else {"bundle", "bystanders"}  # as in facts of versions without them
-        scored_key = digest(scene.model_dump(mode="json", exclude=unread), scoring, *_shared_nouns(suite, scene))
+        scored_key = digest(scene.model_dump(mode="json", exclude=unread), scoring)
         planned.append(
             Planned(
                 key=f"{'-'.join(map(_slug, names))}-{made_key}", scores=f"scores-{scored_key}.json", scene=scene.name,
@@ -73,12 +71,6 @@ def plan_batches(suite: Suite) -> BatchPlan:
             )
         )  # fmt: skip
     return BatchPlan(suite=suite, batches=tuple(planned))
-
-
-def _shared_nouns(suite: Suite, scene: SuiteScene) -> list[str]:
-    """Nouns that several class words of a scene end in; earlier versions took these for different classes."""
-    words = {*(suite.concept(name).class_word for name in scene.concepts), *scene.bystanders.values()}
-    return sorted(noun for noun, times in Counter(map(head_noun_of, words)).items() if times > 1)
 
 
 def _scoring(suite: Suite) -> Any:

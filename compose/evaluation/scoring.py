@@ -18,7 +18,7 @@ from lora_compose.compose.evaluation.results import ConceptScore, Features, Imag
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene
 from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_references
-from lora_compose.pipelines.scene.mask_images import Box, upright_image
+from lora_compose.pipelines.scene.mask_images import Box, on_white, upright_image
 from lora_compose.pipelines.scene.scene import head_noun_of
 from lora_compose.pipelines.support.regular import open_regular
 
@@ -252,7 +252,7 @@ def reference_crop(path: Path, concept: str = "") -> Image.Image:
 def _opened(path: Path, where: str) -> Image.Image:
     try:
         with open_regular(path) as file:
-            return upright_image(file).convert("RGB")
+            return on_white(upright_image(file))
     except FileNotFoundError as error:
         raise ValueError(f"{where} is missing") from error
     except Exception as error:  # Pillow raises many kinds of errors for damaged images

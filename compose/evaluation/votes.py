@@ -38,7 +38,7 @@ from lora_compose.compose.files.images import read_pixels
 from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.support.terminal import echo
 from lora_compose.compose.support.terminal import out as console
-from lora_compose.pipelines.scene.mask_images import open_image
+from lora_compose.pipelines.scene.mask_images import on_white, open_image
 from lora_compose.pipelines.support.spelling import did_you_mean
 
 FILES = "images.json"
@@ -130,7 +130,7 @@ def _sheet(evaluation: Evaluation, folder: Path, images: Mapping[int, Shown]) ->
 
 
 def _reference(evaluation: Evaluation, concept: str) -> Image.Image:
-    return open_image(reference_files(evaluation.suite.concept(concept))[0], "reference image").convert("RGB")
+    return on_white(open_image(reference_files(evaluation.suite.concept(concept))[0], "reference image"))
 
 
 # --- the judge's votes ---

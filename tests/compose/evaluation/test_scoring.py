@@ -257,6 +257,15 @@ def test_references_are_rotated_as_their_exif_data_say(tmp_path: Path) -> None:
     assert np.asarray(reference_crop(tmp_path / "a.jpg")).shape == (40, 40, 3)
 
 
+def test_what_is_transparent_in_a_reference_is_white(tmp_path: Path) -> None:
+    cut_out = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    cut_out.putpixel((3, 3), (0, 0, 255, 255))
+    cut_out.save(tmp_path / "a.png")
+    pixels = np.asarray(reference_crop(tmp_path / "a.png"))
+    assert pixels[3, 3].tolist() == [0, 0, 255]
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+
+
 def test_a_style_is_not_looked_for_but_its_colours_are_kept(scorer: Scorer, judge: Encoder) -> None:
     style = SuiteConcept(
         name=STYLE,
