@@ -15,7 +15,7 @@ from lora_compose.attention import Lora
 from lora_compose.attention.masks import Box
 from lora_compose.compose.comfyui.composition import UNIT, Composition, Conditioning, Draft, Region, on_grids
 from lora_compose.compose.comfyui.tokens import find_tokens, tokens_of
-from lora_compose.compose.comfyui.weights import derived, read_weights
+from lora_compose.compose.comfyui.weights import read_weights, written
 from lora_compose.pipelines.formats.files import trained_with
 from lora_compose.pipelines.scene.method_choice import method_for
 from lora_compose.pipelines.scene.scene import Concept as SceneConcept
@@ -197,7 +197,7 @@ def texts_about(
         names = ", ".join(trained or [concept.name for concept in unnamed])
         write = "write its trigger in the text" if trained else f"{_lacking(unnamed)}; {_WRITE}"
         raise ValueError(f"no text can be made about {names}: {write}, or give it a prompt")
-    return [concept.prompt or derived(about(concept, text.text, every), text) for concept in concepts]
+    return [concept.prompt or written(about(concept, text.weighted, every)) for concept in concepts]
 
 
 def _unnamed(concepts: Sequence[SceneConcept], text: str, named: Sequence[SceneConcept]) -> Sequence[SceneConcept]:
@@ -349,8 +349,8 @@ class Request:
             composition = replace(composition, tokens=tokens, phrases=None if self.joint else self._phrases(tokens))
         if not searched:
             return composition, conditioning
-        bare = without_triggers(self._read.text, [*subjects.values()])
-        plain = derived(bare, self._read)
+        bare = without_triggers(self._read.weighted, [*subjects.values()])
+        plain = written(bare)
         of_draft = self._once(plain, self._others([*subjects]))
         nouns = {i: {subject.class_word or "": self._own(subject, bare)} for i, subject in searched.items()}
         words = self._at(plain, nouns, tokens_of(*of_draft[0]))
@@ -380,15 +380,15 @@ class Request:
         """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
         scenes, styles, read = [concept.scene for concept in self.concepts], self._others(owners), self._read
         mine, others = [scenes[i] for i in owners], [scenes[i] for i in styles if scenes[i].trigger]
-        texts, plain = texts_about(mine, read), without_triggers(read.text, mine)
+        texts, plain = texts_about(mine, read), without_triggers(read.weighted, mine)
         # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
-        first = plain if self.joint else surroundings(read.text, mine, others)
-        every = [self._once(derived(first, read), styles)]
+        first = plain if self.joint else surroundings(read.weighted, mine, others)
+        every = [self._once(written(first), styles)]
         every += [self._once(own, [*styles, i]) for i, own in zip(owners, texts, strict=True)]
         everywhere = torch.tensor([float(i in styles) for i in range(len(scenes))])
         words = torch.stack([everywhere, *(everywhere + torch.eye(len(scenes))[list(owners)])])
         # It is also what describes the image as a whole.
-        whole = every[0] if first == plain else self._once(derived(plain, read), styles)
+        whole = every[0] if first == plain else self._once(written(plain), styles)
         return replace(composition, words=words, texts=every, owners=owners, tokens=tokens_of(*whole[0])), whole
 
     def _once(self, text: str, which: Sequence[int]) -> Conditioning:

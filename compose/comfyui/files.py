@@ -80,7 +80,7 @@ def read_concept(
             lora[name], lost = _together(name, parts, model, alphas, products)
         except LoraError:
             raise
-        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             raise LoraError(f"{file.path.name}: {name}: {error}") from error
         cut += lost
     notes = [f"{len(left_out)} keys fit no layer and are left out: {', '.join(left_out[:3])}"] if left_out else []

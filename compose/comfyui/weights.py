@@ -2,7 +2,7 @@
 
 import re
 
-from lora_compose.pipelines.text.emphasis import Emphasis
+from lora_compose.pipelines.text.emphasis import Emphasis, weights_of
 
 BARE = 1.1
 """The factor of brackets without a number."""
@@ -38,9 +38,9 @@ def _number_of(inside: list[tuple[str, float, bool]]) -> tuple[list[tuple[str, f
         return inside, None
 
 
-def derived(text: str, whole: Emphasis) -> str:
-    """A text that was made from another one, with the weights on the same words, as it is written for ComfyUI."""
-    weights = list(whole.carried_to(text).weights)
+def written(text: str) -> str:
+    """A plain text with its weights as it is written for ComfyUI."""
+    weights = list(weights_of(text))
     for i, sign in enumerate(text):
         if i and sign.isspace():  # words of one weight stay together
             weights[i] = weights[i - 1]

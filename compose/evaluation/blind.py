@@ -4,13 +4,11 @@
 numbered sheets and a `votes.csv` to fill in; `lora-compose blind score` reads the votes and counts them by method.
 """
 
-import csv
 import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from lora_compose.compose.batch.tables import read_table
 from lora_compose.compose.figures.sheets import Row, sheet
-from lora_compose.compose.files.reading import read_whole
+from lora_compose.compose.files.reading import FileError, read_whole
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_references
 from lora_compose.compose.support.terminal import bar_over
@@ -34,6 +33,7 @@ VERDICTS = {
     "none": "no subject has its own look unmixed",
 }
 COLUMNS, ROWS, SIDE = 5, 4, 192
+_COLUMNS_OF_VOTES = ("number", "verdict")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def write_key(out: Path, key: Mapping[int, str]) -> None:
     (out / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
     votes = out / "votes.csv"
     if not votes.exists():
-        votes.write_text("number,verdict\n" + "".join(f"{n},\n" for n in key), encoding="utf-8")
+        votes.write_text(f"{','.join(_COLUMNS_OF_VOTES)}\n" + "".join(f"{n},\n" for n in key), encoding="utf-8")
     meaning = "\n".join(f"  [bold]{verdict}[/]: {text}" for verdict, text in VERDICTS.items())
     Console().print(f"Look at the sheets in {out}, write a verdict for every number into {votes}:\n{meaning}")
 
@@ -112,11 +112,16 @@ def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Method and verdict by image number.
 
     Raises:
+        FileError: If a file is missing, or is no table with these columns, as spreadsheets write one.
         ValueError: For unknown verdicts.
     """
-    key = json.loads(read_whole(out / "key.json"))
-    table = StringIO(read_whole(out / "votes.csv").decode(), newline="")
-    votes = {row["number"]: row["verdict"].strip() for row in csv.DictReader(table)}
+    key, path = json.loads(read_whole(out / "key.json")), out / "votes.csv"
+    table = read_table(path)
+    if missing := [column for column in _COLUMNS_OF_VOTES if column not in (table.columns or ())]:
+        raise FileError(f"{path}, line 1: there is no column {missing[0]!r}; expected {','.join(_COLUMNS_OF_VOTES)}")
+    if bad := [row for row in table.rows if row.error is not None]:
+        raise FileError(f"{path}, line {bad[0].line}: {bad[0].error}")
+    votes = {row.values["number"].strip(): row.values["verdict"].strip() for row in table.rows}
     wrong = {number: verdict for number, verdict in votes.items() if verdict not in VERDICTS or number not in key}
     if wrong:
         number, verdict = next(iter(wrong.items()))

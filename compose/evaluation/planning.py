@@ -43,7 +43,7 @@ from lora_compose.compose.support.frozen import shared
 
 logger = logging.getLogger(__name__)
 
-SCORING = 2  # incremented whenever the computation of scores changes
+SCORING = 3  # incremented whenever the computation of scores changes
 
 
 def plan_batches(suite: Suite) -> BatchPlan:

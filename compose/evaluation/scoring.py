@@ -18,7 +18,8 @@ from lora_compose.compose.evaluation.results import ConceptScore, Features, Imag
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene
 from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_references
-from lora_compose.pipelines.scene.mask_images import Box, upright_image
+from lora_compose.pipelines.scene.mask_images import Box, on_white, upright_image
+from lora_compose.pipelines.scene.scene import head_noun_of
 from lora_compose.pipelines.support.regular import open_regular
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -69,7 +70,8 @@ class Scorer:
         crops = [squared(image.crop(detection.box)) for detection in detections]
         similarity = similarity_matrix(self.encoder.images(crops), references)  # [findings, concepts]
         rows = [dict(zip(names, map(_rounded, row), strict=True)) for row in similarity]
-        allowed = np.array([[detection.word == noun for detection in detections] for noun in nouns], dtype=bool)
+        classes, seen = map(head_noun_of, nouns), [head_noun_of(detection.word) for detection in detections]
+        allowed = np.array([[word == of_subject for word in seen] for of_subject in classes], dtype=bool)
         allowed = allowed.reshape(len(nouns), len(detections))
         # A bystander has no references: of its class, it gets what is least like a concept, after the concepts.
         unlike = np.repeat(-2 - similarity.max(axis=1, keepdims=True), len(scene.bystanders), axis=1)
@@ -250,7 +252,7 @@ def reference_crop(path: Path, concept: str = "") -> Image.Image:
 def _opened(path: Path, where: str) -> Image.Image:
     try:
         with open_regular(path) as file:
-            return upright_image(file).convert("RGB")
+            return on_white(upright_image(file))
     except FileNotFoundError as error:
         raise ValueError(f"{where} is missing") from error
     except Exception as error:  # Pillow raises many kinds of errors for damaged images

@@ -10,6 +10,7 @@ from lora_compose.compose.evaluation.confusion import OUTCOMES
 from lora_compose.compose.evaluation.statistics import bootstrap, compare
 from lora_compose.compose.evaluation.suite import SANITY, Suite, SuiteScene
 from lora_compose.compose.evaluation.table import COSTS, Evaluation, arm_names
+from lora_compose.pipelines.scene.scene import head_noun_of
 
 
 @dataclass(frozen=True)
@@ -216,10 +217,12 @@ def _summary_columns() -> list[str]:
 
 
 def kind_of_scene(suite: Suite, scene: SuiteScene) -> str:
-    """How many subjects a scene has, whether two of them have one class word, and how they interact, if it says so."""
-    words = [(suite.concept(name).class_word or name).lower() for name in scene.concepts]
-    words += [word.lower() for word in scene.bystanders.values()]
-    alike = " of one class" if len(set(words)) < len(words) else ""
+    """How many subjects a scene has, whether two of them are of one class, and how they interact, if it says so.
+
+    "cat" and "old cat" are of one class.
+    """
+    words = [*(suite.concept(name).class_word for name in scene.concepts), *scene.bystanders.values()]
+    alike = " of one class" if len(set(map(head_noun_of, words))) < len(words) else ""
     how = "" if scene.interaction is None else f", {scene.interaction}"
     without = f", {len(scene.bystanders)} without a LoRA" if scene.bystanders else ""
     return f"{len(words)} subject{'s' if len(words) > 1 else ''}{alike}{without}{how}"

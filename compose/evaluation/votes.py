@@ -38,6 +38,7 @@ from lora_compose.compose.files.images import read_pixels
 from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.support.terminal import echo
 from lora_compose.compose.support.terminal import out as console
+from lora_compose.pipelines.scene.mask_images import on_white, open_image
 from lora_compose.pipelines.support.spelling import did_you_mean
 
 FILES = "images.json"
@@ -123,9 +124,13 @@ def _sheet(evaluation: Evaluation, folder: Path, images: Mapping[int, Shown]) ->
     """References of the subjects on the sheet, and numbered images below."""
     names = dict.fromkeys(name for shown in images.values() for name in shown.concepts)
     return vote_sheet(
-        [(name, read_pixels(reference_files(evaluation.suite.concept(name))[0])) for name in names],
+        [(name, _reference(evaluation, name)) for name in names],
         [(f"{n}: {' and '.join(shown.concepts)}", read_pixels(folder / shown.file)) for n, shown in images.items()],
     )
+
+
+def _reference(evaluation: Evaluation, concept: str) -> Image.Image:
+    return on_white(open_image(reference_files(evaluation.suite.concept(concept))[0], "reference image"))
 
 
 # --- the judge's votes ---

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lora_compose.compose.playground.assets import lora_source
-from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.finding import find_file, local_path
+from lora_compose.pipelines.concepts.lru import file_key
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene.mask_images import URI_PREFIX
 from lora_compose.pipelines.scene.scene import Run
@@ -67,10 +68,15 @@ def model_facts(path: Path, name: str) -> Any:
     return name
 
 
-@lru_cache(maxsize=4096)
 def file_hash(path: str) -> str:
-    """The SHA-256 of a file, read once in a process."""
-    return sha256_of(Path(path).expanduser())
+    """The SHA-256 of a file, read again in a process only if it has changed."""
+    file = Path(path).expanduser()
+    return _hash(file, file_key([file], None))
+
+
+@lru_cache(maxsize=4096)
+def _hash(file: Path, state: Hashable) -> str:
+    return sha256_of(file)
 
 
 def _lora_hashes(lora: str | list[str] | None) -> Any:
@@ -82,9 +88,14 @@ def _lora_hashes(lora: str | list[str] | None) -> Any:
     return [[_lora_hash(source), weight] for source, weight in weighted(tuple(lora))]
 
 
-@lru_cache(maxsize=4096)  # a hub repository needs a request
 def _lora_hash(lora: str) -> str:
-    return file_hash(str(find_file(lora_source(lora))))
+    source = lora_source(lora)
+    return file_hash(str(find_file(source) if local_path(source).exists() else _on_hub(source)))
+
+
+@lru_cache(maxsize=4096)  # needs a request
+def _on_hub(source: str) -> Path:
+    return find_file(source)
 
 
 def _content(named: Any) -> Any:

@@ -20,7 +20,7 @@ from lora_compose.compose.files.paths import ModelError, is_hub_name
 from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.references import ReferencesPipeline
-from lora_compose.pipelines.scene.mask_images import from_uri, greys, in_pixels, mask_of_box, open_image
+from lora_compose.pipelines.scene.mask_images import from_uri, greys, in_pixels, mask_of_box, on_white, open_image
 from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile, Scene
 
 _KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
@@ -45,7 +45,7 @@ def references_of(pipe: Any, scene: Scene) -> list[Image.Image]:
             family.family for family in ComposePipeline.families if issubclass(family, ReferencesPipeline)
         )
         raise ValueError(f"reference images are read by {reading}, not by {pipe.family}; leave them out")
-    return [open_image(path, "reference image").convert("RGB") for path in scene.references]
+    return [on_white(open_image(path, "reference image")) for path in scene.references]
 
 
 def controls_of(pipe: Any, given: Sequence[ControlFile], size: tuple[int, int]) -> list[Control]:
@@ -141,7 +141,7 @@ def ip_adapter_arguments(given: Sequence[IPAdapterFile], size: tuple[int, int]) 
     """
     if not given:
         return {}
-    images = [open_image(adapter.image, "IP-Adapter image").convert("RGB") for adapter in given]
+    images = [on_white(open_image(adapter.image, "IP-Adapter image")) for adapter in given]
     arguments: dict[str, Any] = {"ip_adapter_image": images}
     if any(adapter.region is not None for adapter in given):
         processor = IPAdapterMaskProcessor()

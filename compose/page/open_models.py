@@ -136,6 +136,8 @@ class OpenModel:
     ) -> Iterator[Any]:
         """The pipeline, for this thread alone inside the block; only these concepts' LoRAs stay loaded in it.
 
+        A LoRA whose file has changed is read again.
+
         Args:
             on_wait: Called with the number of calls ahead.
 
@@ -217,5 +219,5 @@ def _without_weights(pipe: Any) -> SimpleNamespace:
 def _unload_others(pipe: Any, concepts: Sequence[Concept]) -> None:
     wanted = {(concept.name, moved_files(concept.lora, lora_source), concept.merge) for concept in concepts}
     for name, known in list(pipe.concepts.items()):
-        if (name, known.lora, known.merge) not in wanted:
+        if (name, known.lora, known.merge) not in wanted or pipe.library.is_outdated(name):
             pipe.unload_concept(name)

@@ -31,7 +31,7 @@ from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.formats.triggers import Candidate, Words
-from lora_compose.pipelines.scene.mask_images import FORMATS, from_uri, greys, upright_image
+from lora_compose.pipelines.scene.mask_images import FORMATS, from_uri, greys, on_white, upright_image
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.regular import sha256_of
 
@@ -191,7 +191,7 @@ class Store:
             raise FileError(f"{shown} is larger than {PNG_LIMIT // 2**20} MB, which is the maximum")
         data.seek(0)
         try:
-            image = upright_image(data).convert("RGB")
+            image = on_white(upright_image(data))
         except Exception as error:  # images are not trusted, and Pillow raises many kinds of errors for damaged ones
             raise FileError(f"{shown} cannot be read as an image; expected {', '.join(FORMATS)}") from error
         share = min(1.0, side / max(image.size))
@@ -394,7 +394,7 @@ def _embedded(uri: str | None) -> bytes | None:
     if not comma or not head.startswith("data:image/") or len(text) > _THUMBNAIL_LIMIT:
         return None
     try:
-        return _small(upright_image(BytesIO(base64.b64decode(text)), ("PNG", "JPEG", "WEBP")).convert("RGB"))
+        return _small(on_white(upright_image(BytesIO(base64.b64decode(text)), ("PNG", "JPEG", "WEBP"))))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, binascii.Error, Image.DecompressionBombError):
         return None
 

@@ -1,12 +1,13 @@
 """What a request leaves open: the concepts of "auto", and the method, by the rule of a call in Python."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lora_compose.compose.serve.requests import AUTO, MOST_CONCEPTS, ImageRequest, RequestedConcept
+from lora_compose.pipelines.concepts.lru import file_key
 from lora_compose.pipelines.formats.files import LoraError, read_words, trained_with
 from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.methods import name_of
@@ -70,10 +71,15 @@ def _header(pipe: Any, index: int, asked: RequestedConcept) -> Header:
     return Header(asked.concept.completed(known), trained if len(files) == 1 else None, words)
 
 
-@lru_cache(maxsize=4096)
 def _in_file(source: str) -> tuple[str | None, Words]:
     path = Path(source).expanduser()
     try:
-        return trained_with(path), read_words(path)
+        return _read(path, file_key([path], None))
     except (LoraError, OSError):  # the call that needs the file says so
         return None, Words()
+
+
+@lru_cache(maxsize=4096)
+def _read(path: Path, state: Hashable) -> tuple[str | None, Words]:
+    """What the header of a file says, read again when the file has changed."""
+    return trained_with(path), read_words(path)

@@ -232,6 +232,7 @@ class Engine:
         if not batch:
             return
         try:
+            records = [self._record(waiting, len(batch)) for waiting in batch]
             images = self.make([waiting.request for waiting in batch])
         except _GivenUp:
             self._note_pace(batch, complete=False)
@@ -247,11 +248,13 @@ class Engine:
                 batch[0].future.set_exception(error)
             return
         self._note_pace(batch, complete=True)
-        for waiting, image in zip(batch, images, strict=True):
+        for waiting, image, record in zip(batch, images, records, strict=True):
             if waiting.future.set_running_or_notify_cancel():
-                request, reason, together = waiting.request, waiting.reason, len(batch)
-                record = self._run and record_of(self._pipe, self._run, request, reason, together)
-                waiting.future.set_result(Served(image, request, together, reason, record))
+                waiting.future.set_result(Served(image, waiting.request, len(batch), waiting.reason, record))
+
+    def _record(self, waiting: _Waiting, together: int) -> Record | None:
+        """How the image of a request will be made; made before it, while its LoRA files are those that it reads."""
+        return self._run and record_of(self._pipe, self._run, waiting.request, waiting.reason, together)
 
     def make(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
         """The images of requests of one shape, in one call of the pipeline.

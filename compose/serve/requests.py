@@ -217,7 +217,9 @@ def reasons(errors: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _reason(error: Mapping[str, Any]) -> str:
-    place = [step for step in error["loc"][1:] if step != _LIST]  # the first is "body"
+    place = list(error["loc"][1:])  # the first is "body"
+    if place[:2] == ["concepts", _LIST]:  # how they were read, no field
+        del place[1]
     text = str(error.get("ctx", {}).get("error", error["msg"]))
     if error["type"] == "extra_forbidden":
         kind = RequestedConcept if "concepts" in place[:-1] else ImageRequest

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_compose.pipelines.scene.mask_images import upright_image
+from lora_compose.pipelines.scene.mask_images import on_white, upright_image
 from lora_compose.pipelines.support.regular import open_regular, sha256_of
 
 logger = logging.getLogger(__name__)
@@ -120,11 +120,7 @@ def load_image(path: Path) -> Image.Image:
     """
     try:
         with open_regular(path) as file:
-            image = upright_image(file)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+            return on_white(upright_image(file))
     except Exception as error:  # what a broken image raises depends on its format
         raise DataError(f"{path} is not a readable image (truncated or damaged?): {error}") from error
 

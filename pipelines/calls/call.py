@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -61,6 +62,8 @@ class GivenPrompts:
         negative: The negative prompts for each tokenizer: one for each prompt, one for all, or none.
         tokenizers: Tokenizers of this call, where they depend on more than the length, such as reference images in the
             text; None means the host's.
+        negative_embeds: Embeddings, instead of negative prompts, for models that read texts in chunks. Shape: as
+            `embeds`.
     """
 
     texts: Sequence[Sequence[str]] | None
@@ -68,6 +71,7 @@ class GivenPrompts:
     length: int | None = None
     negative: Sequence[Sequence[str]] = ()
     tokenizers: Sequence[Tokenizer] | None = None
+    negative_embeds: Tensor | None = None
 
     @property
     def first(self) -> Sequence[str] | None:
@@ -133,7 +137,7 @@ class Call:
         properties: Attributes that diffusers' pipeline has during a call.
         source: The image to start from; None means text-to-image.
         references: Reference images, prepared for the VAE, of any sizes. Shape: [1, 3, height, width] each.
-        repaint: Further arguments of calls that repaint the subjects of the images (`refine`).
+        repaint: Further arguments of calls that repaint the subjects of the images (`Origin.options`).
     """
 
     composition: Composition
@@ -232,6 +236,13 @@ def check_changed(offered: Mapping[str, Any], returned: Mapping[str, Any], *, cu
 def listed(prompt: str | list[str] | None) -> list[str]:
     """One prompt or several as a list."""
     return [prompt] if isinstance(prompt, str) else prompt or []
+
+
+def composed(prompt: Any) -> Any:
+    """A prompt or a list of them in NFC, as tokenizers read text, and as the words of concepts are; others as given."""
+    if isinstance(prompt, list):
+        return list(map(composed, prompt))
+    return normalize("NFC", prompt) if isinstance(prompt, str) else prompt
 
 
 def images_of_each(number: int | None) -> int:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lora_compose.attention.masks import bounds
+from lora_compose.pipelines.calls.call import composed
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.images.output import ComposeOutput, Cost
 from lora_compose.pipelines.methods import Settings
@@ -28,7 +29,7 @@ from lora_compose.pipelines.scene.mask_images import (
 )
 from lora_compose.pipelines.scene.regions import read_mask
 from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.text.emphasis import read_emphasis
+from lora_compose.pipelines.text.emphasis import plain_text, written
 from lora_compose.pipelines.text.prompts import about
 
 
@@ -117,13 +118,13 @@ def refine(
     mask_of = {c.name: _mask(c, masks or {}, image.size) for c in subjects}
     if not any(mask_of.values()):
         raise ValueError("it is not known where the subjects are: give masks={name: mask}, or concepts with regions")
-    cost, done, whole = Cost(), [], read_emphasis(prompt)
+    cost, done, plain = Cost(), [], plain_text(composed(prompt))
     width, height = pipe.own_size
     for subject in subjects:
         mask = mask_of[subject.name]
         if mask is None:
             continue
-        text = whole.carried_to(about(subject, whole.text, named)).written()
+        text = written(about(subject, plain, named))
         acting = [c.model_copy(update={"region": None, "prompt": None}) for c in (subject, *styles)]
         output = pipe(
             prompt=text, concepts=acting, method=how.method or _method_for(pipe, acting), image=image,
@@ -145,7 +146,8 @@ class Origin:
         prompts: The prompts, as they were written.
         concepts: The concept set of each.
         columns: For each prompt, the indices of those concepts among the masks.
-        options: Arguments of every call that repaints.
+        options: Arguments of every call that repaints; negative prompts in a list are for one prompt each, or
+            for all.
     """
 
     pipe: Repaints
@@ -174,7 +176,10 @@ class Origin:
             raise ValueError(
                 "nothing says where the subjects are: make the image with record_attention=True, or give regions"
             )
-        return refine(self.pipe, image, self.prompts[prompt], concepts, masks, how, **{**self.options, **options})
+        given = dict(self.options)
+        if isinstance(negative := given.get("negative_prompt"), list):
+            given["negative_prompt"] = negative[min(prompt, len(negative) - 1)]
+        return refine(self.pipe, image, self.prompts[prompt], concepts, masks, how, **{**given, **options})
 
 
 def subject_masks(masks: Tensor, concepts: Sequence[Concept], size: tuple[int, int]) -> dict[str, Image.Image]:

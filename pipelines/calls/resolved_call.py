@@ -344,7 +344,13 @@ def _reading(host: Host, call: Call, tokenizers: Sequence[Tokenizer], others: Se
     all_texts = [*(text for column in (*prompts, *negative) for text in column), *others]
     check_no_tags(all_texts)
     if host.reads_weights and prompts:
-        return Reading.of(tokenizers, prompts, negative, others, in_chunks=host.reads_in_chunks)
+        reading = Reading.of(tokenizers, prompts, negative, others, in_chunks=host.reads_in_chunks)
+        if reading is not None and call.prompts.negative_embeds is not None and call.sampling.guider.scale > 1:
+            raise ValueError(
+                "negative_prompt_embeds do not go with weights in prompts, nor with prompts that are longer than a "
+                "text encoder reads at once; give negative_prompt"
+            )
+        return reading
     refuse_weights(all_texts, "go with a prompt, and this call has embeddings" if host.reads_weights else None)
     return None
 
@@ -406,13 +412,16 @@ def resolve_sets(host: Host, asked: Concepts, prompts: int) -> tuple[tuple[Loade
         )
     if len(entries) != prompts:
         raise ValueError(f"there are concepts for {len(entries)} prompts, but {prompts} prompts")
-    known: dict[Concept, LoadedConcept] = {}
+    known: list[LoadedConcept] = []
+    concepts: list[Concept] = []
     columns = []
     for concept_set in map(host.resolve_concepts, entries):
         for loaded in concept_set:
-            known.setdefault(loaded.concept, loaded)
-        columns.append([list(known).index(loaded.concept) for loaded in concept_set])
-    return tuple(known.values()), columns
+            if loaded.concept not in concepts:  # compared one by one: factors on blocks have no hash
+                known.append(loaded)
+                concepts.append(loaded.concept)
+        columns.append([concepts.index(loaded.concept) for loaded in concept_set])
+    return tuple(known), columns
 
 
 def _token_masks(

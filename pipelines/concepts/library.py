@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+from unicodedata import normalize
 
 from lora_compose.pipelines.concepts.concept_set import NO_LORA, LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
@@ -61,7 +62,7 @@ class ConceptLibrary:
         self.loaded: dict[str, LoadedConcept] = {}
         self.added: dict[str, Added] = {}
         self.recent = Recent()
-        self._reads: dict[str, tuple[Hashable, Read]] = {}
+        self._reads: dict[str, tuple[tuple[Hashable, ...], Read]] = {}
 
     @property
     def concepts(self) -> Mapping[str, Concept]:
@@ -126,6 +127,17 @@ class ConceptLibrary:
         self._reads.pop(name, None)
         self.added.pop(name, None)
 
+    def is_outdated(self, name: str) -> bool:
+        """Whether a file of a loaded concept has changed since it was read; one that is gone has not."""
+        if name not in self._reads:
+            return False
+        (*before, _), read = self._reads[name]
+        try:
+            *now, _ = file_key([file.path for file in read.files], None)
+        except OSError:
+            return False
+        return now != before
+
     def resolve(self, pipe: LoadsConcepts, concepts: ConceptNames, memory: int) -> tuple[LoadedConcept, ...]:
         """The concepts of a call with their factors; given fields override loaded ones.
 
@@ -137,7 +149,7 @@ class ConceptLibrary:
             ValueError: For unknown names and names given twice.
         """
         given = concepts_of(concepts)
-        resolved = tuple(self._resolve(pipe, concept) for concept in given)
+        resolved = tuple(_with_composed_words(self._resolve(pipe, concept)) for concept in given)
         self.recent.trim(memory, keep=len(given))
         return resolved
 
@@ -286,6 +298,15 @@ def _loaded_concept(concept: Concept, read: Read) -> LoadedConcept:
         weight=1.0,
     )  # fmt: skip
     return LoadedConcept(concept.completed(known), read.factors, read.files)
+
+
+def _with_composed_words(loaded: LoadedConcept) -> LoadedConcept:
+    """A concept whose words are in NFC, as the prompts of calls are."""
+    words = {name: getattr(loaded.concept, name) for name in ("trigger", "class_word", "prompt")}
+    composed = {name: normalize("NFC", text) for name, text in words.items() if text}
+    if composed.items() <= words.items():
+        return loaded
+    return replace(loaded, concept=loaded.concept.model_copy(update=composed))
 
 
 def _same_source(concept: Concept, loaded: Concept) -> bool:

@@ -325,7 +325,7 @@ def _change(file: LoraFile, target: nn.Module, name: str, layer: Layer, loads: _
         check_sides(name, made.factors, *shape_of(name, target))
     except LoraError:
         raise
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
     return made
 

@@ -99,7 +99,7 @@ class Recent:
             logger.debug("%s leaves the memory (%.1f MiB); its next use reads it again", names, size)
 
 
-def file_key(paths: Sequence[Path], options: Hashable) -> Hashable:
+def file_key(paths: Sequence[Path], options: Hashable) -> tuple[Hashable, ...]:
     """Stands for the content of files, as they are on disk now, read with these options."""
     return *map(_identity, paths), options
 

@@ -38,7 +38,9 @@ from lora_compose.pipelines.text.textual_inversion import TextualInversions
 
 Shape = tuple[int, ...]
 
-_REPEATED = ("guidance_scale", "true_cfg_scale", "max_sequence_length", "text_encoder_out_layers")
+_REPEATED = (
+    "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length", "text_encoder_out_layers",
+)  # fmt: skip
 """Arguments with which the subjects of the images of a call are repainted."""
 
 UNSTATED = 32
@@ -190,8 +192,6 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         if hasattr(type(self), "current_timestep"):
             known["_current_timestep"] = None
         repaint = {name: given[name] for name in _REPEATED if name in given}
-        if "negative_prompt" in given:
-            repaint["negative_prompt"] = (listed(given["negative_prompt"]) or [None])[0]
         call = begun.call(
             prompts, size, guider, inputs=inputs or {}, properties={**known, **(properties or {})}, source=source,
             repaint=repaint, references=references,

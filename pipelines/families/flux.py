@@ -67,9 +67,9 @@ class FluxCalls(FlowMatchingPipeline):
             first, second, embeds, pooled = own if prompts is None else (prompts, None, None, None)
             read = None
             if reading is not None and embeds is None:
-                texts_read = enumerate(listed(second or first))
-                read = [reading.emphasis(text, i, derived=not negative) for i, text in texts_read]
-                first, second = list(map(plain_text, listed(first))), [emphasis.text for emphasis in read]
+                read = list(map(read_emphasis, listed(second or first)))
+                first = [read_emphasis(text).text for text in listed(first)]
+                second = [emphasis.text for emphasis in read]
             encode_prompt: Any = self.encode_prompt  # its annotations know no plain tensors
             text, pooled, _ = encode_prompt(
                 first, prompt_2=second, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,

@@ -17,6 +17,7 @@ from lora_compose.pipelines.calls.call import (
     Composition,
     check_arguments,
     check_plain,
+    composed,
     listed,
     no_concepts,
     refuse_unknown,
@@ -113,6 +114,7 @@ class ImageTasksPipeline(ComposePipeline):
             if start is None or not start.inpaints or self.inpaints_as_diffusers:
                 return Plain(partial(self._as_diffusers, arguments, start, unknown))
         check_arguments(given, self.attention_settings, image_prompts=self.reads_image_prompts)
+        given |= {name: composed(given[name]) for name in ("prompt", "prompt_2") if name in given}
         return Begun(given, composition, start, started)
 
     def _read(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -337,12 +339,13 @@ class ImageTasksPipeline(ComposePipeline):
             return None
         if call.image_prompts is not None and not call.image_prompts.for_any_part:
             return None
-        names = [concept.name for concept in resolved.concepts.concepts]
-        sets = {index: of_set.concepts.concepts for of_set in resolved.sets for index in of_set.indices}
+        sets = {index: of_set.concepts for of_set in resolved.sets for index in of_set.indices}
         each = [sets[index] for index in range(len(prompts))]
         options = {"num_inference_steps": sampling.num_inference_steps, **call.repaint}
-        columns = [[names.index(concept.name) for concept in concepts] for concepts in each]
-        return Origin(self, prompts, each, columns, call.size.images_per_prompt, options)
+        columns = [range(len(concepts.loaded)) if concepts.columns is None else concepts.columns for concepts in each]
+        return Origin(
+            self, prompts, [concepts.concepts for concepts in each], columns, call.size.images_per_prompt, options
+        )
 
 
 _OF_A_CALL = (

@@ -211,6 +211,8 @@ class ConceptLoaderMixin:
         taken = [take_tags(text, {*self.concepts, *adapters_of(self)}) for text in texts]
         given: Any = [concepts] if isinstance(concepts, str | Concept) else concepts or []
         each = given if any(map(is_set, given)) else [given] * len(texts)
+        if len(each) != len(texts):
+            raise ValueError(f"there are concepts for {len(each)} prompts, but {len(texts)} prompts")
         sets = []
         for (_, weights), concept_set in zip(taken, each, strict=True):
             named = concepts_of(concept_set)

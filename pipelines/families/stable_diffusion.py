@@ -66,7 +66,10 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         self._check_inputs(begun, size)
         texts = None if given["prompt_embeds"] is not None else [listed(given["prompt"])]
         negatives = [listed(given["negative_prompt"])]
-        call = self._call(begun, GivenPrompts(texts, given["prompt_embeds"], negative=negatives), size, source)
+        prompts = GivenPrompts(
+            texts, given["prompt_embeds"], negative=negatives, negative_embeds=given["negative_prompt_embeds"]
+        )
+        call = self._call(begun, prompts, size, source)
 
         def encode(
             prompts: Sequence[str] | None,

@@ -75,7 +75,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         self._check_model(given["pooled_prompt_embeds"])
         prompts_given = GivenPrompts(
             None if embeds is not None else self._texts(prompt, prompt_2), embeds,
-            negative=list(map(listed, negative_prompts_given)),
+            negative=list(map(listed, negative_prompts_given)), negative_embeds=given["negative_prompt_embeds"],
         )  # fmt: skip
         sizes, negative_sizes = self._sizes(given, size)
 

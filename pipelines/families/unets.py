@@ -132,7 +132,7 @@ class UNetPipeline(ImageTasksPipeline):
             },
             source=source,
             repaint={
-                "guidance_scale": scale, "negative_prompt": prompts.negative[0][0] if prompts.negative[0] else None,
+                "guidance_scale": scale, "negative_prompt": given["negative_prompt"],
                 "ip_adapter_image": adapters, "ip_adapter_image_embeds": embeds,
             },
             image_prompts=prepare_image_prompts(

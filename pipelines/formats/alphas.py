@@ -9,6 +9,7 @@ from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import PARTS, Part
 from lora_compose.pipelines.formats.kinds import rank_of, readable
 from lora_compose.pipelines.formats.layers import Layer
+from lora_compose.pipelines.formats.models import MODEL_PARTS
 
 MAX_SCALE = 1000.0
 """The largest alpha / rank that is accepted; trainers write at most a few tens."""
@@ -16,6 +17,8 @@ MAX_SCALE = 1000.0
 # PEFT reads patterns as regular expressions that match a layer's name, or its end after a dot. A regular expression
 # from an unknown file is never run: trainers write names, or ends of names, with dots escaped or not.
 _NAME = re.compile(r"(?P<whole>\^)?(?P<inside>\.\*\\\.)?(?P<name>[\w-]+(?:\\?\.[\w-]+)*)\$?")
+_OUTER = "text_model."  # around the layers of CLIP until transformers 5, and so in patterns
+_TAKEN_OUT = ("pissa", "olora", "corda", "lora_ga", "loftq")  # how PEFT calls starts that change the model's weights
 _SHOWN = 80
 _CONFIGURED = "lora_adapter_metadata or adapter_config.json"
 
@@ -27,7 +30,8 @@ class Alphas:
         given: Alpha for a file without one; None if the caller gave none.
 
     Raises:
-        LoraError: If a pattern in PEFT's configuration is a regular expression.
+        LoraError: If a pattern in PEFT's configuration is a regular expression, or the factors began as a part of the
+            model's weights, which was taken out of these for training.
     """
 
     def __init__(self, file: LoraFile, given: float | None = None) -> None:
@@ -37,13 +41,20 @@ class Alphas:
         self._config: dict[Part, Mapping[str, Any]] = {
             part: {**everywhere, **file.config.get(part, {})} for part in PARTS
         }
+        starts = (str(config.get("init_lora_weights")) for config in self._config.values())
+        if taken := next((start for start in starts if start.lower().startswith(_TAKEN_OUT)), None):
+            raise LoraError(
+                f"{self._name} is a LoRA that began as a part of the model's weights (init_lora_weights is "
+                f"{taken[:_SHOWN]!r}), which training took out of them; here they have it still. Save it as an "
+                "ordinary LoRA: PEFT's save_pretrained does, with path_initial_model_for_weight_conversion"
+            )
         try:
             self._patterns = {part: _patterns(config.get("alpha_pattern")) for part, config in self._config.items()}
         except ValueError as error:
             raise LoraError(f"{self._name}: {_CONFIGURED}: {error}") from error
 
     def own(self, name: str, layer: Layer) -> float | None:
-        """The alpha that the file has for a layer: in a key, or in PEFT's configuration; None if it has none.
+        """The alpha that the file has for a layer: in a key, or in PEFT's configuration; None if none has an effect.
 
         Raises:
             LoraError: If it is not a positive number.
@@ -51,6 +62,8 @@ class Alphas:
         kind = readable(layer.shapes)
         if kind is not None and kind.transform is not None and not kind.scaled:
             return None  # it bounds a rotation, and 0 means no bound
+        if rank_of(layer.shapes) is None and "r" not in self._config[layer.part]:
+            return None
         try:
             if "alpha" in layer.slots:
                 return _positive(layer.slots["alpha"])
@@ -97,7 +110,9 @@ class Alphas:
     def _configured(self, name: str, part: Part) -> float | None:
         """PEFT's alpha of a layer; None where there is none. LoHa and LoKr call it "alpha"."""
         patterns, config = self._patterns[part], self._config[part]
-        matching = [patterns[spelled] for spelled in _spellings(name) if spelled in patterns]
+        bare = name.removeprefix(_OUTER)
+        names = [name] if part in MODEL_PARTS else [bare, f"{_OUTER}{bare}"]
+        matching = [patterns[spelled] for known in names for spelled in _spellings(known) if spelled in patterns]
         if matching:
             return _positive(min(matching)[1])  # of several that match, the first one counts
         return next((_positive(config[key]) for key in ("lora_alpha", "alpha") if key in config), None)

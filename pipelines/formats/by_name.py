@@ -46,7 +46,7 @@ def by_name(file: LoraFile, *, alpha: float | None = None) -> tuple[Mapping[tupl
             layers[where] = Named(stem, _factors(layer, alphas.scale(name, layer)))
         except LoraError:
             raise
-        except (ValueError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             raise LoraError(f"{file.path.name}: {name}: {error}") from error
     return layers, (*grouped.unknown, *grouped.inexpressible)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import warnings
@@ -303,7 +304,8 @@ def _check_keys(path: Path, entries: Mapping[str, Tensor]) -> None:
             raise LoraError(f"{path.name}: {key} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
         if number and tensor.numel() != 1:
             raise LoraError(f"{path.name}: {key} has shape {list(tensor.shape)}; expected one number")
-        if not all_finite(tensor):
+        # ai-toolkit's alpha of a LoKr of whole matrices, which has no effect, is more than fp16 can hold
+        if not all_finite(tensor) and not (key.endswith(".alpha") and tensor.item() == math.inf):
             raise LoraError(f"{path.name}: {key} has values that are NaN or infinite; the file is damaged")
 
 
@@ -313,11 +315,14 @@ def _other_format(start: bytes) -> str:
 
 
 def _header_config(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration as diffusers writes it into the header, under keys that start with the component's name."""
+    """PEFT's configuration as diffusers writes it into the header.
+
+    Keys start with the component's name, but where a model has saved its adapter itself (`save_lora_adapter`).
+    """
     settings = _json(path, "lora_adapter_metadata", metadata.get("lora_adapter_metadata", "{}"))
     config: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
-        part, _, name = key.partition(".")
+        part, _, name = key.rpartition(".")
         config.setdefault(part, {})[name] = value
     return config
 

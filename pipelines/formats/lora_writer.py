@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.pipelines.formats.keys import Part
-from lora_compose.pipelines.formats.models import MODEL_PARTS, models_by_part
+from lora_compose.pipelines.formats.models import TEXT_ENCODERS, models_by_part
 from lora_compose.pipelines.formats.names import original_names
 
 Spelling = Literal["diffusers", "kohya"]
@@ -44,9 +44,9 @@ def stems(spelling: Spelling, pipe: object, names: Mapping[Part, list[str]]) -> 
         names: The layers, as the models have them, by part.
 
     Raises:
-        ValueError: For kohya's spelling of a transformer.
+        ValueError: For kohya's spelling of a transformer, or of what prepares its text.
     """
-    if spelling == "kohya" and names.get("transformer"):
+    if spelling == "kohya" and (names.get("transformer") or names.get("text_conditioner")):
         raise ValueError("the keys of kohya for transformers join layers that are apart here; write those of diffusers")
     models = models_by_part(pipe)
     two = "text_encoder_2" in models
@@ -56,8 +56,9 @@ def stems(spelling: Spelling, pipe: object, names: Mapping[Part, list[str]]) -> 
     written = {}
     for part, layers in names.items():
         for name in layers:
-            # transformers 5 removed the outer name that all files have
-            own = name if part in MODEL_PARTS else f"text_model.{name.removeprefix('text_model.')}"
+            # transformers 5 removed the outer name of CLIP's layers, which all files have
+            outer = "text_model." if part in TEXT_ENCODERS and name.startswith("encoder.layers.") else ""
+            own = f"{outer}{name}"
             own = blocks.get(name, own) if part == "unet" else own
             written[part, name] = f"{kohya[part]}{own.replace('.', '_')}" if spelling == "kohya" else f"{part}.{own}"
     return written

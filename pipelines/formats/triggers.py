@@ -9,11 +9,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 _MOST = 5  # candidates from captions
 _MANY = 200  # the most characters of a candidate
 _LONG = 4  # words of a tag; a longer one is a sentence
+_LARGEST = 10**9  # images; more is no count
 _HALF = 0.5  # the share of captions that confirms the name of a folder
 
 _NOUNS = frozenset(
@@ -214,11 +215,11 @@ class _Captions:
             if folder in regular or not isinstance(tags, dict):
                 continue
             for tag, count in tags.items():
-                if isinstance(count, int) and tag.strip():
+                if _is_count(count) and tag.strip():
                     mine = counts.setdefault(folder, {})
                     mine[tag.strip()] = mine.get(tag.strip(), 0) + count
         images = [entry.get("img_count") for entry in dirs.values() if isinstance(entry, dict)]
-        return cls(counts, tuple(dict.fromkeys([*dirs, *counts])), sum(n for n in images if isinstance(n, int)))
+        return cls(counts, tuple(dict.fromkeys([*dirs, *counts])), sum(n for n in images if _is_count(n)))
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -281,6 +282,11 @@ class _Captions:
                 if wanted(word):
                     sums[word] = sums.get(word, 0) + count
         return sums
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value of metadata is a number of images."""
+    return isinstance(value, int) and 0 < value <= _LARGEST
 
 
 def _begins(tag: str, name: str) -> bool:

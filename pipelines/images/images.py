@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_compose.pipelines.scene.mask_images import PIXEL_LIMIT, bounded, open_image
+from lora_compose.pipelines.scene.mask_images import PIXEL_LIMIT, bounded, on_white, open_image
 
 
 def read_images(value: Any, latent_channels: int | None = None) -> list[Image.Image] | Tensor:
@@ -45,9 +45,9 @@ def read_images(value: Any, latent_channels: int | None = None) -> list[Image.Im
 
 def _image(value: Any, latent_channels: int | None) -> Image.Image | Tensor:
     if isinstance(value, str | Path):
-        return _rgb(open_image(value, "image"))
+        return on_white(open_image(value, "image"))
     if isinstance(value, Image.Image):
-        return _rgb(bounded(value, "image"))
+        return on_white(bounded(value, "image"))
     if isinstance(value, np.ndarray):
         return _of_array(value)
     if isinstance(value, Tensor):
@@ -57,16 +57,12 @@ def _image(value: Any, latent_channels: int | None) -> Image.Image | Tensor:
     )
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def _of_array(array: np.ndarray) -> Image.Image | Tensor:
     if array.dtype == np.uint8 and array.ndim in (2, 3) and array.size:
         if array.ndim == 2 or array.shape[2] in (3, 4):
-            return _rgb(bounded(Image.fromarray(array), "image"))
+            return on_white(bounded(Image.fromarray(array), "image"))
         if array.shape[2] == 1:
-            return _rgb(bounded(Image.fromarray(array[..., 0]), "image"))
+            return on_white(bounded(Image.fromarray(array[..., 0]), "image"))
     if array.dtype.kind != "f" or array.ndim not in (3, 4) or array.shape[-1] != 3:
         raise ValueError(
             f"image is an array of {array.dtype} with the shape {list(array.shape)}; expected 8 bits [height, width, "

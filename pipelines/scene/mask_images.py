@@ -124,6 +124,14 @@ def upright_image(file: BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Ima
         return ImageOps.exif_transpose(bounded(image, "it"))
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """An image in RGB, on white where it is transparent; the colours that transparency hides are of no account."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def greys(image: Image.Image) -> Image.Image:
     """A mask image in greyscale: its opacity if a pixel is transparent, otherwise its brightness."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -322,7 +322,7 @@ class Concept(_Frozen):
     @property
     def head_noun(self) -> str:
         """The last word of the class word, in lower case: "cat" of "old cat"; empty without one."""
-        return (self.class_word or "").lower().rpartition(" ")[2]
+        return head_noun_of(self.class_word)
 
     @property
     def phrase(self) -> str:
@@ -348,6 +348,11 @@ def with_bare_trigger(fields: Mapping[str, Any]) -> dict[str, Any]:
         if last and len(words) > len(last) and [word.lower() for word in words[-len(last) :]] == last:
             return {**fields, "trigger": " ".join(words[: -len(last)]).rstrip(" ,")}
     return dict(fields)
+
+
+def head_noun_of(class_word: str | None) -> str:
+    """The last word of a class word, in lower case: "cat" of "old cat"; empty without one."""
+    return (class_word or "").lower().rpartition(" ")[2]
 
 
 ConceptNames = Sequence[str | Concept | Mapping[str, Any]] | Mapping[str, Any]

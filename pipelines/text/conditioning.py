@@ -314,9 +314,15 @@ class TokenMasks:
 
 
 def _bystanders(prompt: str, concepts: Sequence[Concept], names: Container[str] | None) -> dict[str, Mention]:
-    """How a prompt names the bystanders that are looked for and are in it."""
+    """How a prompt names the bystanders that are looked for and are in it.
+
+    The text about one of several with one class word has a single noun, which is its own.
+    """
     wanted = [c for c in concepts if c.is_bystander and (names is None or c.name in names)]
     which = {c.name: own_nouns(c, prompt, concepts) for c in wanted}
+    if names is not None:
+        others = [c for c in concepts if not c.is_bystander]
+        which |= {c.name: own_nouns(c, prompt, [*others, c]) for c in wanted if not which[c.name]}
     return {c.name: Mention((c.class_word or "",), which[c.name]) for c in wanted if which[c.name]}
 
 

@@ -1,14 +1,14 @@
 """Weights in prompts, as people write them: in "a (striped:1.3) cat" one word counts more.
 
-Everything else works with the plain text. What a method derives from a prompt keeps the weights of its words, which are
-found again by comparing the two texts word by word.
+Everything else works with the plain text. What a method derives from a prompt keeps the weights of its words: the parts
+of a plain text have them (`Weighted`).
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from itertools import groupby
+from typing import Any
 
 from lora_compose.pipelines.support.spelling import shortened
 
@@ -16,7 +16,60 @@ MOST = 10.0
 """The largest weight."""
 
 _TAIL = re.compile(r"(?<!\d)\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")  # "(16:9)" is no weight
-_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class Weighted(str):
+    """A plain text whose characters have weights; its slices, and sums that begin or end with it, keep them.
+
+    Attributes:
+        weights: One for each character.
+    """
+
+    weights: tuple[float, ...]
+
+    def __new__(cls, text: str, weights: Iterable[float]) -> "Weighted":
+        """A text with a weight for each of its characters."""
+        made = super().__new__(cls, text)
+        made.weights = tuple(weights)
+        return made
+
+    def __getnewargs__(self) -> tuple[str, tuple[float, ...]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return str(self), self.weights
+
+    def __getitem__(self, key: Any) -> str:
+        part = super().__getitem__(key)
+        return Weighted(part, self.weights[key]) if isinstance(key, slice) else part
+
+    def __add__(self, other: str) -> "Weighted":
+        return Weighted(super().__add__(other), self.weights + weights_of(other))
+
+    def __radd__(self, other: str) -> "Weighted":
+        return Weighted(str(other) + str(self), weights_of(other) + self.weights)
+
+
+def weights_of(text: str) -> tuple[float, ...]:
+    """The weight of each character of a plain text."""
+    return text.weights if isinstance(text, Weighted) else (1.0,) * len(text)
+
+
+def substituted(pattern: re.Pattern[str], words: str, text: str) -> str:
+    """A plain text with other words in place of each match, which have the weight of its first character."""
+    if not isinstance(text, Weighted):
+        return pattern.sub(words, text)
+    weights: list[float] = []
+    end = 0
+    for match in pattern.finditer(text):
+        start = match.start()
+        weights += text.weights[end:start] + text.weights[start : start + 1] * len(words)
+        end = match.end()
+    return Weighted(pattern.sub(words, text), (*weights, *text.weights[end:]))
+
+
+def replaced(text: str, start: int, end: int, words: str) -> str:
+    """A plain text with other words in place of a span, which have the weight of its first character."""
+    if isinstance(text, Weighted):
+        words = Weighted(words, text.weights[start : start + 1] * len(words))
+    return text[:start] + words + text[end:]
 
 
 @dataclass(frozen=True)
@@ -35,16 +88,10 @@ class Emphasis:
         """A span of the text, with its weights."""
         return Emphasis(self.text[start:end], self.weights[start:end])
 
-    def carried_to(self, text: str) -> "Emphasis":
-        """The weights on the same words of a text that was derived from this one."""
-        ours, theirs = (list(_WORD.finditer(source)) for source in (self.text, text))
-        weights = [1.0] * len(text)
-        matcher = SequenceMatcher(None, [word[0] for word in ours], [word[0] for word in theirs], autojunk=False)
-        for block in matcher.get_matching_blocks():
-            for i in range(block.size):
-                (a, b), (c, d) = ours[block.a + i].span(), theirs[block.b + i].span()
-                weights[c:d] = self.weights[a:b]
-        return Emphasis(text, tuple(weights))
+    @property
+    def weighted(self) -> Weighted:
+        """The text, whose parts keep their weights."""
+        return Weighted(self.text, self.weights)
 
     def fragments(self) -> tuple[list[str], list[float]]:
         """Texts in their order, each with one weight; blanks between two go with neither."""
@@ -57,7 +104,7 @@ class Emphasis:
 
     def written(self) -> str:
         """The text as it is written, with the signs of the weights."""
-        if self.is_even:
+        if self.is_even and not has_weights(self.text):
             return self.text
         escaped = [(re.sub(r"([()])", r"\\\1", text), weight) for text, weight in zip(*self.fragments(), strict=True)]
         return " ".join(text if weight == 1 else f"({text}:{weight:g})" for text, weight in escaped)
@@ -72,9 +119,13 @@ class Emphasis:
 def read_emphasis(text: str) -> Emphasis:
     r"""Reads weights: "(words:1.3)". They may be nested, and then multiply; "\(" is a parenthesis and no weight.
 
+    A plain text that has weights (`Weighted`) has been read already.
+
     Raises:
         ValueError: For weights outside of 0 to `MOST`.
     """
+    if isinstance(text, Weighted):
+        return Emphasis(str(text), text.weights)
     written: list[tuple[str, float]] = []
     opened: list[int] = []
     weighted = False
@@ -116,8 +167,14 @@ def has_weights(text: str) -> bool:
 
 
 def plain_text(text: str) -> str:
-    """A prompt without the signs of its weights."""
-    return read_emphasis(text).text
+    """A prompt without the signs of its weights, which its parts keep (`Weighted`)."""
+    read = read_emphasis(text)
+    return text if read.text == text else read.weighted
+
+
+def written(text: str) -> str:
+    """A text as it is written: one that has weights (`Weighted`) gets their signs."""
+    return read_emphasis(text).written() if isinstance(text, Weighted) else text
 
 
 def refuse_weights(texts: Iterable[str], why: str | None = None) -> None:

@@ -18,6 +18,7 @@ from lora_compose.pipelines.scene.canvas import Canvas, images_of
 from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenMasks, join_rows
+from lora_compose.pipelines.text.emphasis import weights_of
 from lora_compose.pipelines.text.tokens import Mention
 
 
@@ -127,8 +128,9 @@ class PromptEncoder:
             yield
 
 
-def _value(texts: Sequence[str] | None) -> tuple[str, ...] | None:
-    return None if texts is None else tuple(texts)
+def _value(texts: Sequence[str] | None) -> tuple[tuple[str, tuple[float, ...]], ...] | None:
+    """What an encoder reads of texts; equal ones may differ in weights."""
+    return None if texts is None else tuple((text, weights_of(text)) for text in texts)
 
 
 @dataclass(frozen=True)

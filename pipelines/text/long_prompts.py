@@ -95,14 +95,10 @@ class Reading:
     Attributes:
         tokenizers: Tokenizers of one chunk, one for each text encoder.
         chunks: How many chunks the texts of each prompt have; those of shorter ones are repeated.
-        origins: The prompts, from which other texts are derived.
-        known: Further texts with weights, by their plain text.
     """
 
     tokenizers: Sequence[Any]
     chunks: Sequence[int]
-    origins: Sequence[Emphasis]
-    known: Mapping[str, Emphasis]
 
     @classmethod
     def of(
@@ -135,8 +131,7 @@ class Reading:
         chunk_counts = tuple(chunks(prompt) for prompt in range(len(prompts[0])))
         if set(chunk_counts) == {1} and plain == {text for texts in columns for text in texts}:
             return None
-        derived = (entry for texts in read[len(prompts) :] for entry in texts)
-        return cls(tokenizers, chunk_counts, read[0], {entry.text: entry for entry in derived if not entry.is_even})
+        return cls(tokenizers, chunk_counts)
 
     @property
     def longest(self) -> int:
@@ -154,14 +149,6 @@ class Reading:
             return {}
         tokens = torch.tensor(self.chunks) * self.tokenizers[0].model_max_length
         return {"lengths": tokens.repeat_interleave(images_per_prompt).repeat(sides)}
-
-    def emphasis(self, text: str, prompt: int, *, derived: bool) -> Emphasis:
-        """The weights of a text that belongs to a prompt, from which it may have been derived."""
-        written = read_emphasis(text)
-        if not written.is_even or text in self.known:
-            return self.known.get(text, written)
-        origin = self.origins[prompt]
-        return origin.carried_to(text) if derived and not origin.is_even else written
 
     def encode(
         self,
@@ -182,8 +169,7 @@ class Reading:
             What `encode` gives, with the tokens of all chunks. What is pooled is of the first.
         """
         split = [
-            None if column is None else [self._split(text, i, derived=k == 0) for i, text in enumerate(column)]
-            for k, column in enumerate(columns)
+            None if column is None else [self._split(text, i) for i, text in enumerate(column)] for column in columns
         ]
         parts = [
             encode([None if texts is None else [text[chunk].text for text in texts] for texts in split])
@@ -205,8 +191,8 @@ class Reading:
             joined[side] = torch.cat(chunks, dim=1)
         return [*joined, *parts[0][2:]]
 
-    def _split(self, text: str, prompt: int, *, derived: bool) -> list[Emphasis]:
-        whole = self.emphasis(text, prompt, derived=derived)
+    def _split(self, text: str, prompt: int) -> list[Emphasis]:
+        whole = read_emphasis(text)
         spans, chunks = chunks_of(self.tokenizers[0], whole.text), self.chunks[prompt]
         if len(spans) > chunks:
             raise ValueError(

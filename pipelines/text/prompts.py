@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.spelling import shortened
+from lora_compose.pipelines.text.emphasis import replaced, substituted
 from lora_compose.pipelines.text.tokens import Span, Words, find_words, free_nouns, own_nouns, pairs_of, words_of
 
 _LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|her|its|our|their))?\s*$", re.IGNORECASE)
@@ -35,7 +36,7 @@ def surroundings(prompt: str, concepts: Sequence[Concept], others: Sequence[Conc
             plain words.
     """
     start, end = _list_of(words_of(concepts), prompt)
-    bare = _tidy(f"{_LEADING_UP.sub('', prompt[:start])} {prompt[end:]}") if end else prompt
+    bare = _tidy(substituted(_LEADING_UP, "", prompt[:start]) + " " + prompt[end:]) if end else prompt
     kept = all(find_words(other.trigger or "", bare) for other in others)
     return bare if kept else without_triggers(prompt, concepts)
 
@@ -75,7 +76,7 @@ def _with_article(before: str, article: str) -> str:
     match = _ARTICLE.search(before)
     if match is None:
         return before
-    return before[: match.start(1)] + match[1][0] + article[1:].lower() + before[match.end(1) :]
+    return replaced(before, *match.span(1), match[1][0] + article[1:].lower())
 
 
 @lru_cache(maxsize=64)  # the text of every concept replaces the same list
@@ -105,8 +106,16 @@ def _named(words: Words, prompt: str, every: tuple[Words, ...]) -> list[Span]:
     return [(start, (noun or (start, end))[1]) for (start, end), noun in pairs_of(words, prompt, every)]
 
 
+_TIDY = (
+    (re.compile(r"\s*([,;:])[\s,;:]*(?=[,.;:!?]|$)"), ""),
+    (re.compile(r"\s+(?=[,.;:!?])"), ""),
+    (re.compile(r"\s+"), " "),
+)
+
+
 def _tidy(prompt: str) -> str:
     """Removes double spaces, and punctuation that has lost its words."""
-    prompt = re.sub(r"\s*([,;:])[\s,;:]*(?=[,.;:!?]|$)", "", prompt)
-    prompt = re.sub(r"\s+(?=[,.;:!?])", "", prompt)
-    return re.sub(r"\s+", " ", prompt).lstrip(" ,.;:!?").rstrip(" ,;:")
+    for pattern, words in _TIDY:
+        prompt = substituted(pattern, words, prompt)
+    prompt = prompt[len(prompt) - len(prompt.lstrip(" ,.;:!?")) :]
+    return prompt[: len(prompt.rstrip(" ,;:"))]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from commands import call
 from evaluations import known, store, suite
@@ -60,6 +61,45 @@ def test_images_that_an_evaluation_does_not_have_are_not_shown(tmp_path, argumen
     result = call("blind", "from", folder, "--out", tmp_path / "votes", *arguments, code=2)
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "votes").exists()
+
+
+def test_photographs_are_shown_as_references(tmp_path: Path) -> None:
+    own = suite()
+    for concept in own.concepts:
+        (tmp_path / concept.name).mkdir()
+        Image.new("RGB", (8, 8), "red").save(tmp_path / concept.name / "it.jpg")
+    concepts = tuple(it.model_copy(update={"references": str(tmp_path / it.name)}) for it in own.concepts)
+    folder = store(tmp_path / "run", own.model_copy(update={"concepts": concepts}), known, draw=True)
+    call("blind", "from", folder, "--method", "merge", "--images", "2", "--out", tmp_path / "votes")
+    assert (tmp_path / "votes" / "0.png").is_file()
+
+
+VOTES = {
+    "as UTF-8 with a mark": "\ufeffnumber,verdict\n1,both\n2,one\n",
+    "with semicolons": "number;verdict\n1;both\n2;one\n",
+    "with spaces": "number, verdict\n1, both\n2, one\n",
+}
+
+
+@pytest.mark.parametrize("how", VOTES)
+def test_votes_are_read_as_spreadsheets_write_them(tmp_path: Path, how: str) -> None:
+    (tmp_path / "key.json").write_text('{"1": "merge", "2": "regional"}')
+    (tmp_path / "votes.csv").write_text(VOTES[how], encoding="utf-8")
+    assert read_votes(tmp_path)[1] == {"1": "both", "2": "one"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("number,verdict\n1,both\n2\n", "votes.csv, line 3: 1 cells, but the header has 2 columns"),
+        ("image,verdict\n1,both\n", "votes.csv, line 1: there is no column 'number'; expected number,verdict"),
+        ("number,verdict\n1,both\n2,\n", "image 2: expected one of both, one, none, found ''"),
+    ],
+)
+def test_votes_that_cannot_be_read_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "key.json").write_text('{"1": "merge", "2": "regional"}')
+    (tmp_path / "votes.csv").write_text(text, encoding="utf-8")
+    assert message in " ".join(call("blind", "score", tmp_path, code=2).output.split())
 
 
 def read_votes_of(out: Path) -> tuple[dict[str, str], list[str]]:

@@ -159,6 +159,27 @@ def test_two_concepts_of_one_class_get_one_finding_each(suite: Suite, judge: Enc
     assert scores.concepts["dog"].box == THERE
 
 
+@pytest.mark.parametrize(
+    "seen", [("old animal", "old animal"), ("Animal", "Animal"), ("old animal", "Animal")], ids=" and ".join
+)
+def test_class_words_that_end_in_one_noun_are_one_class(suite: Suite, judge: Encoder, seen: tuple[str, ...]) -> None:
+    """A detector takes both for old animals, or neither: which of them is old is for the references to say."""
+    places = {"bear": (8, 40, 56, 88), "dog": (72, 40, 120, 88)}
+    word_of = {"bear": "Animal", "dog": "old animal"}
+
+    class Animals:
+        def detect(self, image: Image.Image, words: Any) -> list[Detection]:
+            assert words == [*word_of.values()]
+            return [Detection(word, box, 0.9) for word, box in zip(seen, places.values(), strict=True)]
+
+    concepts = tuple(suite.concept(name).model_copy(update={"class_word": word}) for name, word in word_of.items())
+    references = {one.name: judge.images(reference_crops(one)) for one in concepts}
+    scorer = Scorer(suite.model_copy(update={"concepts": concepts}), judge, Animals(), references)
+    scores = scorer.score(pasted(("bear", 8, 40), ("dog", 72, 40)), scene())
+    assert {name: score.box for name, score in scores.concepts.items()} == places
+    assert scores.extra == 0
+
+
 def test_two_of_one_class_in_each_others_places_keep_their_places_in_the_confusion_matrix(
     suite: Suite, judge: Encoder
 ) -> None:
@@ -238,6 +259,15 @@ def test_references_are_rotated_as_their_exif_data_say(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turned by a quarter
     image.save(tmp_path / "a.jpg", exif=exif)
     assert np.asarray(reference_crop(tmp_path / "a.jpg")).shape == (40, 40, 3)
+
+
+def test_what_is_transparent_in_a_reference_is_white(tmp_path: Path) -> None:
+    cut_out = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    cut_out.putpixel((3, 3), (0, 0, 255, 255))
+    cut_out.save(tmp_path / "a.png")
+    pixels = np.asarray(reference_crop(tmp_path / "a.png"))
+    assert pixels[3, 3].tolist() == [0, 0, 255]
+    assert pixels[0, 0].tolist() == [255, 255, 255]
 
 
 def test_a_style_is_not_looked_for_but_its_colours_are_kept(scorer: Scorer, judge: Encoder) -> None:

@@ -39,3 +39,15 @@ def test_a_bystander_has_no_file_and_counts_by_its_class_word() -> None:
 
     cat, dog = (Concept(name="other", role="bystander", class_word=word) for word in ("cat", "dog"))
     assert len({facts(), facts(cat), facts(dog)}) == 3
+
+
+def test_a_file_that_has_changed_since_counts_as_it_is_now(tmp_path: Path) -> None:
+    """A program may train a LoRA again and make the images of a batch again."""
+    lora = tmp_path / "cat.safetensors"
+    scene = Scene(prompt="a sks cat", concepts=(Concept(name="cat", lora=str(lora)),))
+
+    def facts(weights: bytes) -> str:
+        lora.write_bytes(weights)
+        return digest(run_facts(Run(scene=scene, model="playground"), [0], 1, ()))
+
+    assert facts(b"1") != facts(b"one more")

@@ -62,6 +62,7 @@ from lora_compose.pipelines.concepts.loading import LoraError
 from lora_compose.pipelines.merging import MERGERS
 from lora_compose.pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from lora_compose.pipelines.support.regular import sha256_of
 from pairs import in_pairs
 from small_world import SIZE, STYLE
 
@@ -1031,6 +1032,22 @@ def test_nothing_of_one_visitors_call_is_left_in_the_next(model: OpenModel) -> N
     assert all(np.array_equal(one, other) for one, other in zip(made, (*alone, alone[0]), strict=True))
     with model.turn(()) as pipe:
         assert dict(pipe.concepts) == {}
+
+
+def test_a_lora_whose_file_has_changed_is_read_again(model: OpenModel, tmp_path: Path) -> None:
+    """As after a training that replaces its own file; one that is gone stays as it was read."""
+    file = tmp_path / "it.safetensors"
+    concept = BEAR.model_copy(update={"name": "it", "lora": str(file)})
+    example = short(concepts=(concept,), prompt="a xlo bear", method="merge")
+    hashes = []
+    for source in ("bear", "robot", None):
+        if source is None:
+            file.unlink()
+        else:
+            shutil.copy(playground_lora(source), file)
+        (result,) = finished(model, example).results
+        hashes.append(result.made.record.sha256["it"])
+    assert hashes == [sha256_of(playground_lora(name)) for name in ("bear", "robot", "robot")]
 
 
 def test_failures_are_reported_in_words(model: OpenModel) -> None:

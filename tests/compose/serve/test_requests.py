@@ -105,3 +105,14 @@ def test_messages_name_the_place_and_what_was_expected() -> None:
     assert "did you mean 'weight'?" in text
     assert "concepts[1].weight: Input should be less than or equal to 10" in text
     assert "steps: Input should be a valid integer" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [({"list": 1}, "there is an unknown field"), ({"concepts": [{"name": "cat", "list": 1}]}, "concepts[0]: there is")],
+)
+def test_an_unknown_field_may_have_any_name(wrong: dict[str, Any], where: str) -> None:
+    """Also that by which errors tell a list of concepts from "auto"."""
+    with pytest.raises(ValidationError) as raised:
+        ImageRequest.model_validate({"prompt": "a", **wrong})
+    assert reasons([{**error, "loc": ("body", *error["loc"])} for error in raised.value.errors()]).startswith(where)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -21,10 +22,12 @@ from flux import flux_pipeline
 from lora_compose.compose.files.images import read_record
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import assets_dir
+from lora_compose.compose.serve.choosing import chosen
 from lora_compose.compose.serve.engine import Busy, Engine, call_pipe
 from lora_compose.compose.serve.requests import ImageRequest, Limits
 from lora_compose.pipelines.families import ComposeFluxKontextPipeline
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from lora_compose.pipelines.support.regular import sha256_of
 from served import answer, server
 from z_image import z_image_pipeline
 
@@ -152,6 +155,46 @@ def test_a_bad_request_spoils_no_other_of_its_batch(pipe: Any) -> None:
         with pytest.raises(ValueError, match=r"trigger|prompt"):
             bad.result(120)
         assert engine.facts.alive
+
+
+def test_a_file_that_goes_while_its_image_is_made_takes_neither_image_nor_server_with_it(
+    pipe: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "gone.safetensors"
+
+    class Removing(Engine):
+        def make(self, requests: Any) -> Any:
+            made = super().make(requests)
+            file.unlink(missing_ok=True)
+            return made
+
+    shutil.copy(LORAS / "bear.safetensors", file)
+    pipe.add_concepts(tmp_path)
+    gone = {**BEAR, "concepts": ["gone"]}
+    try:
+        with running(Removing(pipe, wait=0.0, run=Run(scene=Scene(prompt="-"), model="playground"))) as engine:
+            record = engine.submit(asked(gone)).result(60).record
+            assert record is not None
+            assert record.sha256 == {"gone": sha256_of(LORAS / "bear.safetensors")}
+            with pytest.raises(FileNotFoundError):
+                engine.submit(asked(gone)).result(60)
+            assert engine.submit(asked(BEAR)).result(60).record is not None
+            assert engine.facts.alive
+    finally:
+        pipe.unload_concept("gone")
+
+
+def test_the_method_is_chosen_by_the_file_as_it_is_now(pipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "new.safetensors"
+    shutil.copy(LORAS / "bear.safetensors", file)
+    pipe.add_concepts(tmp_path)
+    try:
+        request = asked({**BEAR, "concepts": ["new"]})
+        assert chosen(pipe, request)[0].method == "merge"
+        shutil.copy(LORAS / "bear-tara.safetensors", file)
+        assert chosen(pipe, request)[0].method == "tara"
+    finally:
+        pipe.unload_concept("new")
 
 
 # --- over HTTP ---

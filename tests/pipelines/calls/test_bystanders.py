@@ -89,6 +89,17 @@ def test_several_of_one_class_word_are_its_nouns_in_their_order():
     assert own_nouns(others[0], prompt, [mine, others[0]]) == (1, 2)
 
 
+@pytest.mark.parametrize("family", ["sd"])
+@pytest.mark.parametrize("method", ["lora-composer", "clora"])
+def test_each_of_several_of_one_class_word_is_found_in_the_text_of_its_own(composer, method):
+    boxes = {"first": (64, 0, 128, 64), "second": (64, 64, 128, 128)}
+    others = [Concept(name=name, role="bystander", class_word="dog", region=box) for name, box in boxes.items()]
+    found = latents_of(
+        composer, prompt="a sks cat, a dog and a dog", concepts=[CAT, *others], method=method, num_inference_steps=1
+    )
+    assert found.isfinite().all()
+
+
 def test_the_text_about_it_has_its_own_article():
     mine, other = Concept(name="mine", trigger="alc", class_word="cat"), Concept(name="cat", role="bystander")
     assert about(other, "an alc cat and a cat on grass", [mine, other]) == "a cat on grass"

@@ -53,6 +53,18 @@ def test_there_are_as_many_images_as_asked_for(family: str, prompts: Any, images
     assert found.cost.rows_forward == 2 * count
 
 
+@pytest.mark.parametrize("method", ["draft", "clora", UPDATES, "regional", None])
+@pytest.mark.parametrize(("trigger", "written"), [("caf\xe9", "cafe\u0301"), ("cafe\u0301", "caf\xe9")])
+def test_a_letter_and_its_accent_may_be_one_character_or_two(composer, method, trigger, written):
+    concepts = [BOXED[0].model_copy(update={"trigger": trigger, "region": None}), BOXED[1]]
+    plan = composer.plan(f"a {written} cat and a zwx dog", concepts=concepts, method=method)
+    same = composer.plan("a caf\xe9 cat and a zwx dog", concepts=[concepts[0].model_copy(update={"trigger": "caf\xe9"}),
+                                                                 BOXED[1]], method=method)  # fmt: skip
+    assert plan.method == same.method
+    assert plan.concepts == same.concepts
+    assert plan.concepts[0].phrase
+
+
 def test_one_generator_serves_all_images_in_turn(composer):
     start = torch.randn(2, 4, 16, 16, generator=seeded(3))
     drawn = latents_of(composer, num_images_per_prompt=2, generator=seeded(3))

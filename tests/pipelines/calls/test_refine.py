@@ -80,3 +80,22 @@ def test_an_output_repaints_its_own_subjects():
         pipe(PROMPT, concepts=["cat", "dog"], method="merge", **one).refine()
     with pytest.raises(ValueError, match="not of an image"):
         pipe(PROMPT, concepts=["cat", "dog"], method="merge", image=IMAGE, strength=1.0, **one).refine()
+
+
+def test_an_output_of_several_prompts_repaints_each_image_by_its_own_prompts_concepts_and_masks():
+    pipe = composer_of("sd")
+    prompts, negative = [PROMPT, "a sks cat"], ["blurry", "dark"]
+    sets = [[Concept(name="cat", weight=0.5), "dog"], [Concept(name="cat", weight=0.9)]]
+    output = pipe(
+        prompts, concepts=sets, method="merge", negative_prompt=negative, record_attention=True, generator=seeded(1),
+        **STEPS,
+    )  # fmt: skip
+    (mask,) = subject_masks(output.masks[1, 1, 2:], [Concept(name="cat")], (128, 128)).values()
+    how = Detailer(strength=1.0)
+    found = output.refine(how, image=1, generator=seeded(3))
+    expected = refine(
+        pipe, output.images[1], prompts[1], sets[1], {"cat": mask}, how, negative_prompt="dark", generator=seeded(3),
+        **STEPS,
+    )  # fmt: skip
+    assert found.subjects == ("cat",)
+    assert np.array_equal(pixels(found.image), pixels(expected.image))

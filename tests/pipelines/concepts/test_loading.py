@@ -181,6 +181,39 @@ def test_alphas_from_the_configuration_that_diffusers_saves(pipe: Any, tmp_path:
     assert (scales == {8 / 3}) == (config == {}), "the settings are to change something"
 
 
+def test_a_file_that_a_model_of_diffusers_has_saved_itself(pipe: Any, tmp_path: Path) -> None:
+    """`save_lora_adapter` writes keys and settings without a component's name."""
+    plain = small_pipeline(StableDiffusionPipeline)
+    settings = LoraConfig(
+        r=2, lora_alpha=8, alpha_pattern={"attn2.to_k": 3}, target_modules=["to_q", "to_k"], init_lora_weights=False
+    )
+    plain.unet.add_adapter(settings, "default")
+    plain.unet.save_lora_adapter(tmp_path, adapter_name="default")
+    factors = loaded(pipe, tmp_path / "pytorch_lora_weights.safetensors")
+    assert factors.complete
+    assert_same(deltas(factors), deltas_of_peft(plain, "default"))
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "orthogonal"])
+def test_a_lora_that_began_as_a_part_of_the_weights_is_refused(pipe: Any, tmp_path: Path, start: Any) -> None:
+    """Its factors alone are not the change that was trained; those of other starts are."""
+    plain, name = small_pipeline(StableDiffusionPipeline), TO_Q
+    before = plain.unet.get_submodule(name).weight.detach().clone()
+    plain.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=start), "default")
+    layer = plain.unet.get_submodule(name)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.add_(0.1)
+    plain.unet.save_lora_adapter(tmp_path, adapter_name="default")
+    file = read_lora(tmp_path / "pytorch_lora_weights.safetensors")
+    trained = layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach() - before
+    if start == "orthogonal":
+        torch.testing.assert_close(match(file, pipe).model[name].delta(), trained, atol=1e-5, rtol=1e-4)
+        return
+    assert float((layer.get_delta_weight("default").detach() - trained).norm()) > float(trained.norm())
+    with pytest.raises(LoraError, match=f"began as a part of the model's weights .init_lora_weights is '{start}'"):
+        match(file, pipe)
+
+
 # Spellings that diffusers does not read: the same tensors under diffusers' keys say what is right.
 
 
@@ -213,6 +246,26 @@ def test_alpha_keys_beside_diffusers_keys_and_over_the_configuration(
     factors = loaded(pipe, write(tmp_path / "cat.safetensors", tensors, lora_adapter_metadata=config))
     assert factors.model[TO_Q].scale == 20.0
     assert {found.scale for name, found in factors.model.items() if name != TO_Q} == {3.0}
+
+
+@pytest.mark.parametrize("outer", ["text_model.", ""])
+@pytest.mark.parametrize("start", ["", "^"])
+def test_patterns_of_alphas_with_and_without_the_outer_name_of_text_encoders(
+    pipe: Any, text_lora: Lora, tmp_path: Path, outer: str, start: str
+) -> None:
+    """Files of transformers 4 have it, those of transformers 5 have not."""
+    bare = {name.removeprefix("text_model."): name for name in text_lora}
+    first, *others = bare
+    tensors = {
+        f"text_encoder.{outer}{name}.lora_{side}.weight": tensor
+        for name, own in bare.items()
+        for side, tensor in (("A", text_lora[own].down), ("B", text_lora[own].up))
+    }
+    config = {"text_encoder.r": 4, "text_encoder.lora_alpha": 4}
+    config |= {"text_encoder.alpha_pattern": {f"{start}{outer}{first}": 20}}
+    path = write(tmp_path / "cat.safetensors", tensors, lora_adapter_metadata=json.dumps(config))
+    scales = {name: found.scale for name, found in loaded(pipe, path).text_encoders["text_encoder"].items()}
+    assert scales == {bare[first]: 5.0, **{bare[name]: 1.0 for name in others}}
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor(6), torch.tensor([6.0]), torch.tensor(6.0, dtype=torch.float16)])

@@ -113,6 +113,11 @@ def test_the_same_concept_may_have_another_region_in_every_image(pipe):
     assert_as_one_by_one(pipe, sets, "merge", prompts)
 
 
+def test_the_same_concept_may_have_other_factors_on_blocks_in_every_image(pipe):
+    sets = [[Concept(name="cat", blocks={"down": 0.5, "text": 0.0}), "dog"], [Concept(name="cat", blocks={"up": 0.2})]]
+    assert_as_one_by_one(pipe, sets, "merge", ["a sks cat and a zwx dog", "a sks cat"])
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_regions_in_one_prompt_leave_one_without_concepts_alone(pipe, first):
     order = slice(None) if first else slice(None, None, -1)

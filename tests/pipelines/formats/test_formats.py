@@ -1,6 +1,7 @@
 """One change, written in every format, is read as the same change; other kinds are what their formulas say."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,14 +235,25 @@ def test_the_relative_error_of_a_file_is_reported(tmp_path: Path) -> None:
     assert f"2 layers have more rank than max_rank=4 and are cut to it: relative error {cut.error:.2%}" in cut.report
 
 
-def test_a_lokr_of_two_whole_matrices_is_not_scaled_by_alpha(tmp_path: Path) -> None:
-    """LyCORIS writes an alpha beside them that has no meaning."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_lokr_of_two_whole_matrices_is_not_scaled_by_alpha(tmp_path: Path, dtype: torch.dtype) -> None:
+    """LyCORIS writes an alpha beside them that has no meaning; ai-toolkit's is infinite in fp16."""
     parts, name = sd_parts(), "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     small, large = numbers(2, 2, seed=1).float(), numbers(4, 4, seed=2).float()
-    tensors = {"lokr_w1": small, "lokr_w2": large, "alpha": torch.tensor(1e9)}
+    tensors = {"lokr_w1": small, "lokr_w2": large, "alpha": torch.tensor(9_999_999_999).to(dtype)}
     save_file({f"{kohya(parts, 'unet', name)}.{key}": t for key, t in tensors.items()}, tmp_path / "it.safetensors")
     factors = match(read_lora(tmp_path / "it.safetensors"), parts)
     assert_close(deltas(factors), {f"unet.{name}": torch.kron(small, large)})
+
+
+@pytest.mark.parametrize("alpha", [math.inf, -math.inf, math.nan])
+def test_an_alpha_that_has_an_effect_is_finite(tmp_path: Path, alpha: float) -> None:
+    parts = sd_parts()
+    path = FORMATS["kohya"].write({"unet": random_lora(parts.unet, 1, targets=("attn1.to_q",))}, parts, tmp_path)
+    tensors = {k: torch.tensor(alpha) if k.endswith(".alpha") else t for k, t in read_lora(path).tensors.items()}
+    save_file(tensors, path)
+    with pytest.raises(LoraError, match=r"NaN or infinite|no usable alpha: alpha is inf"):
+        match(read_lora(path), parts)
 
 
 @pytest.mark.parametrize("missing", ["hada_w1_a", "hada_w2_b", "lokr_w1", "lokr_w2_b", "down", "up"])

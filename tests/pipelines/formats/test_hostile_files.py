@@ -31,6 +31,7 @@ from lora_compose.pipelines.formats.safetensors_reader import read_header, read_
 from lora_compose.pipelines.scene.regions import read_mask
 
 SECONDS, MIB = 2.0, 200
+HUGE = 10**400
 NAME = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 KOHYA = f"lora_unet_{NAME.replace('.', '_')}"
 
@@ -202,6 +203,19 @@ def test_alphas_out_of_all_proportion_are_refused(pipe: Any, tmp_path: Path, whe
     save_file(tensors, path, metadata)
     with pytest.raises(LoraError, match=r"would be multiplied by .* expected at most 1000"):
         pipe.load_concept(path, name="it", alpha=alpha if where == "given" else None)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings"),
+    [({"diff": half(8, 8)}, {"unet.lora_alpha": 4, "unet.r": HUGE}), ({"oft_blocks": half(2, 4, 4)}, {"alpha": HUGE})],
+)
+def test_settings_that_no_float_holds_are_refused(
+    pipe: Any, tmp_path: Path, tensors: dict[str, Tensor], settings: dict[str, int]
+) -> None:
+    path = tmp_path / "it.safetensors"
+    given = {f"{KOHYA}.{key}": tensor for key, tensor in tensors.items()}
+    save_file(given, path, {"lora_adapter_metadata": json.dumps(settings)})
+    assert "int too large to convert to float" in refused(pipe, path)
 
 
 # What is no file.

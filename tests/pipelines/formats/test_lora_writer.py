@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 from torch import Tensor
 
+from anima import anima_pipeline
 from components import EVERYTHING, FAMILIES, random_lora, text_loras
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts.loading import match, read_lora
@@ -20,6 +21,7 @@ from lora_compose.pipelines.formats.lora_writer import SPELLINGS, FileLayer, Spe
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
 from reference import dense
 
+FC1 = "encoder.layers.0.mlp.fc1"
 PLAIN = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
@@ -115,8 +117,20 @@ def test_layers_of_all_kinds_are_what_diffusers_and_we_read(family: str, spellin
 
 def test_kohyas_keys_of_sdxl_have_the_original_names_of_blocks() -> None:
     pipe = FAMILIES["sdxl"]()
-    called = stems("kohya", pipe, {"unet": ["down_blocks.1.attentions.0.proj_in"], "text_encoder_2": ["layers.0.fc1"]})
-    assert [*called.values()] == ["lora_unet_input_blocks_3_1_proj_in", "lora_te2_text_model_layers_0_fc1"]
+    called = stems("kohya", pipe, {"unet": ["down_blocks.1.attentions.0.proj_in"], "text_encoder_2": [FC1]})
+    assert [*called.values()] == ["lora_unet_input_blocks_3_1_proj_in", "lora_te2_text_model_encoder_layers_0_mlp_fc1"]
+
+
+def test_only_layers_of_clip_have_an_outer_name() -> None:
+    pipe = anima_pipeline()
+    called = stems(
+        "diffusers", pipe, {"text_conditioner": ["blocks.0.mlp.0"], "text_encoder": ["layers.0.mlp.up_proj"]}
+    )
+    assert [*called.values()] == ["text_conditioner.blocks.0.mlp.0", "text_encoder.layers.0.mlp.up_proj"]
+    called = stems("diffusers", pipe, {"text_encoder": [FC1, f"text_model.{FC1}"]})  # transformers 5, and 4
+    assert {*called.values()} == {f"text_encoder.text_model.{FC1}"}
+    with pytest.raises(ValueError, match="write those of diffusers"):
+        stems("kohya", pipe, {"text_conditioner": ["blocks.0.mlp.0"]})
 
 
 def test_a_change_of_rank_0_is_not_written() -> None:

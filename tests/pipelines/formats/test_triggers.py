@@ -107,3 +107,13 @@ def test_metadata_may_be_anything(key: str, value: str) -> None:
     words = words_of({key: value, "trigger": "x" * 500})
     assert len(words.triggers) == 1
     assert len(words.triggers[0].words) <= 204
+
+
+@pytest.mark.parametrize("count", [10**400, -(10**400), 0, -3], ids=["huge", "below", "none", "negative"])
+def test_counts_that_are_none_do_not_count(count: int) -> None:
+    """No float holds the first ones."""
+    for own in (count, 20):
+        tags = {"10_ohwx man": {"ohwx man": own, "solo": count}}
+        words = words_of(header(tags, ss_dataset_dirs={"10_ohwx man": {"img_count": count}}))
+        assert words.trigger == "ohwx"
+        assert [candidate.words for candidate in words.triggers] == ["ohwx man"]

@@ -439,6 +439,17 @@ def test_regions_are_in_the_coordinates_of_the_image():
     assert np.array_equal(np.asarray(found.crop(part)), np.asarray(expected.resize((64, 64), Image.Resampling.LANCZOS)))
 
 
+def test_an_image_is_on_white_where_it_is_transparent():
+    pipe = composer_of("sd")
+    red, white = Image.new("RGB", IMAGE.size, "red"), Image.new("RGB", IMAGE.size, "white")
+    hidden, shown = red.copy(), Image.composite(IMAGE, white, MASK)
+    hidden.paste(IMAGE, mask=MASK)
+    hidden.putalpha(MASK)  # its red cannot be seen
+    expected = run(pipe, **task(True) | {"image": shown}).images
+    for given in (hidden, np.asarray(hidden)):
+        assert same_bits(run(pipe, **task(True) | {"image": given}).images, expected)
+
+
 @pytest.mark.parametrize("given", [
     PAINTED,
     [0.25, 0.3125, 0.75, 1.0],

@@ -122,6 +122,19 @@ def test_prompts_of_concepts_may_have_weights():
     assert_close(of("a (sks cat:1) asleep"), of("a sks cat asleep"), 0)
 
 
+@pytest.mark.slow
+def test_equal_texts_of_two_subjects_have_their_own_weights():
+    pipe, dog = composer_of("sd"), BOXED[1]
+    boxes = {"left": (0, 0, 64, 64), "right": (0, 64, 64, 128)}
+    others = [Concept(name=name, role="bystander", class_word="bird", region=box) for name, box in boxes.items()]
+
+    def of(text):
+        return latents_of(pipe, prompt=f"a sks cat, a zwx dog, {text}", concepts=[dog, *others], method="lora-composer")
+
+    assert differ(of("a (bird:2) and a bird"), of("a (bird:2) and a (bird:2)"))
+    assert differ(of("a (bird:2) and a bird"), of("a bird and a (bird:2)"))
+
+
 @EITHER
 def test_a_long_prompt_is_read_in_chunks(family):
     pipe = composer_of(family)
@@ -179,11 +192,14 @@ REFUSED = [
     ({"prompt": "a (sks cat:-1) and a zwx dog"}, "is -1; expected 0 to 10"),
     ({"prompt": "a (sks cat:1.3)like and a zwx dog"}, "a weight ends inside a word"),
     ({"prompt": WEIGHTED, "clip_skip": 1}, "do not go with clip_skip"),
+    ({"prompt": WEIGHTED, "negative_prompt_embeds": torch.zeros(1, 32, 24)}, "negative_prompt_embeds do not go with"),
+    ({"prompt": LONG, "negative_prompt_embeds": torch.zeros(1, 32, 24)}, "nor with prompts that are longer"),
     ({"negative_prompt": "<lora:cat:1>"}, "tags such as <lora:cat:0.8> are read in prompt alone"),
     ({"prompt": "a sks cat <lora:cat:1>"}, "'cat' is in concepts and has a tag in the prompt"),
     ({"prompt": "a sks cat <lora:cart:1>"}, "there is no concept 'cart'; there are cat, dog.*did you mean 'cat'"),
     ({"prompt": "a sks cat <lora:cat:high>"}, "expected a name and one number"),
     ({"prompt": "a sks cat <lora:cat"}, "without '>'"),
+    ({"prompt": ["a sks cat <lora:cat:1>"] * 2, "concepts": [["dog"]]}, "concepts for 1 prompts, but 2 prompts"),
 ]
 
 
