@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -153,19 +154,21 @@ def test_loras_keep_off_a_subject_without_one(ours: ModuleType, two: Any, beside
         ours_, positive, _ = ours.ComposeNode.execute(model, clip, concepts, plain, *how).args
         return sampled(ours_, positive, negative)
 
+    # Factors of two LoRAs and of one lie apart otherwise in memory, and some processors then add up in another order.
+    same = partial(torch.allclose, atol=1e-5)
     weightless = [two[0], Concept.of(two[1].path, "", "dog", 0.0)]
     for texts in ("shared", "regions"):
         found, known = (
             made(ours.BoxesNode.execute(concepts, "0,0,0.5,1\n0.5,0,1,1").args[0], "regional", texts)
             for concepts in (beside, weightless)
         )
-        assert torch.equal(found, known)
+        assert same(found, known)
         alone = made(ours.BoxesNode.execute(two[:1], "0,0,0.5,1").args[0], "regional", texts)
-        assert torch.equal(found, alone) == (texts == "shared"), "its region reads a text of its own"
-    assert torch.equal(made(beside, "draft"), made(weightless, "draft"))
+        assert same(found, alone) == (texts == "shared"), "its region reads a text of its own"
+    assert same(made(beside, "draft"), made(weightless, "draft"))
     assert torch.equal(made(beside, "auto"), made(beside, "draft"))
     for method in ("merge", "tara"):
-        assert torch.allclose(made(beside, method), made(two[:1], method), atol=1e-5)
+        assert same(made(beside, method), made(two[:1], method))
     nothing = made([beside[1]], "merge")
     assert torch.equal(nothing, sampled(model, clip.encode_from_tokens_scheduled(clip.tokenize(plain)), negative))
 
