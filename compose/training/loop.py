@@ -77,7 +77,10 @@ def _accelerator(settings: Training) -> Accelerator:
         mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulate, cpu=settings.cpu
     )
     if settings.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not cpu_has_bf16():
-        logger.warning("bf16 is slower than float32 on this CPU; use --mixed-precision no")
+        logger.warning(
+            "this CPU has no instructions for bf16, which makes it many times slower than float32; use "
+            "--mixed-precision no"
+        )
     return accelerator
 
 
