@@ -19,19 +19,8 @@ from lora_compose.compose.training import TaraTraining, Training, train
 from recipe.concepts import STYLE
 from recipe.world import CHARACTERS, STYLE_TRIGGER
 
-KINDS: Mapping[str, Mapping[str, Any]] = {
-    "ordinary": {},
-    "tara": {"tara": TaraTraining()},
-    "attention": {"scope": "attention"},
-    "kv": {"tara": TaraTraining(), "scope": "cross_kv"},
-    "transformer": {"tara": TaraTraining(), "scope": "transformer"},
-    "unaligned": {"tara": TaraTraining(align_weight=0, start_aligned=False)},
-    "unmasked": {"tara": TaraTraining(token_mask="inference")},
-    "tied": {"tara": TaraTraining(keys="tied")},
-    "clean": {"tara": TaraTraining(class_target="clean")},
-}
-"""Kinds of training. The first two come with the small models; the others show the effect of each part."""
-SHIPPED = ("ordinary", "tara")
+KINDS: Mapping[str, Mapping[str, Any]] = {"ordinary": {}, "tara": {"tara": TaraTraining()}}
+"""Kinds of training."""
 WORDS = {name: (known.trigger, known.class_word) for name, known in CHARACTERS.items()} | {
     STYLE: (STYLE_TRIGGER, "style")
 }
@@ -52,7 +41,7 @@ def main(
     out: Path,
     model: Annotated[str, typer.Option(help="The base model.")] = PLAYGROUND,
     preset: Annotated[str, typer.Option(help="playground, or playground-flux for the transformer.")] = PLAYGROUND,
-    kind: Annotated[list[str] | None, typer.Option(help="ordinary and tara by default; repeatable.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="ordinary or tara; both by default.")] = None,
     concept: Annotated[list[str] | None, typer.Option(help="All by default; repeatable.")] = None,
     preserve: Annotated[Preserve, typer.Option(help="Prior preservation, of subjects.")] = Preserve.IMAGES,
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the preset's.")] = None,
@@ -65,7 +54,7 @@ def main(
     for name in concept or WORDS:
         trigger, class_word = WORDS[name]
         how = Preserve.NONE if name == STYLE else preserve
-        for each in kind or SHIPPED:
+        for each in kind or KINDS:
             settings = Training.preset(
                 preset, images=references / name, class_images=prior / class_word if how is Preserve.IMAGES else None,
                 class_count=0, preserve_class=how is Preserve.CAPTIONS, trigger=trigger, class_word=class_word,

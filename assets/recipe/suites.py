@@ -15,7 +15,6 @@ import typer
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.support.terminal import echo, handle_errors
 from recipe.concepts import STYLE
-from recipe.loras import KINDS, SHIPPED
 from recipe.scenes import enumerate_words
 from recipe.world import CHARACTERS, CLASSES, SIZE, STYLE_TRIGGER, WIDE, article
 
@@ -101,7 +100,6 @@ class Suite(NamedTuple):
     baseline: str = "merge"
     steps: int = 25
     model: str = "playground"
-    trained: Sequence[str] = ()
 
     def text(self) -> str:
         """The file."""
@@ -137,7 +135,6 @@ class Suite(NamedTuple):
         loras = {"ordinary": f"{self.model}:{name}"}
         if self.model == "playground":
             loras["tara"] = f"playground:{name}-tara"
-        loras |= {kind: f"../../outputs/ablations/{name}-{kind}.safetensors" for kind in self.trained}
         yield f"  - name: {name}"
         yield "    lora:"
         yield from (f'      {kind}: "{source}"' for kind, source in loras.items())
@@ -254,7 +251,6 @@ MERGES = """
 CALIBRATED = """{name: soups, method: merge, merge: soups}
 {name: ssr, method: merge, merge: ssr}
 {name: iteris, method: merge, merge: iteris}"""
-TRAINED = [kind for kind in KINDS if kind not in SHIPPED]
 FREE_DRAFT = "{method: draft, settings: {keep_regions: false}}  # finds the regions itself"
 
 
@@ -410,25 +406,6 @@ freefuse
 {name: no normalisation by region, method: draft, settings: {norm_apart: 0}}""",
         seeds=(10, 11),
         baseline="draft",
-    ),
-    Suite(
-        "playground-ablations",
-        "What makes a LoRA composable: pairs, two of one class and three concepts, with LoRAs that were trained in "
-        "nine ways. First make seven of them: PYTHONPATH=assets python -m recipe.loras references prior "
-        f"outputs/ablations {' '.join(f'--kind {kind}' for kind in TRAINED)}; assets/recipe/README.md says how "
-        "references and prior are made.",
-        [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
-        "\n".join(
-            [
-                "merge",
-                "{name: ordinary, method: tara, lora: ordinary}",
-                "{name: tara, method: tara, lora: tara}",
-                "{name: tara merged, method: merge, lora: tara}",
-                *(f"{{name: {kind}, method: tara, lora: {kind}}}" for kind in TRAINED),
-                "regional",
-            ]
-        ),
-        trained=TRAINED,
     ),
     Suite(
         "playground-merged-styles",
