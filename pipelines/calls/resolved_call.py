@@ -244,8 +244,8 @@ def _check_needs(call: Call, method: Settings, backbone: Backbone) -> None:
     check_caches(backbone.model, differentiates=needs.gradients or needs.region_attention)
     if call.source is not None and call.source.strength < 1 and needs.start_noise:
         raise ValueError(
-            "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
-            "it reinit='off', or strength=1"
+            f"{name_of(method)[0]} changes the start noise with these settings, and with an image the latents are the "
+            f"image; give it {needs.start_noise}, or strength=1"
         )
 
 
