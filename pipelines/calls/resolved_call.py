@@ -286,7 +286,10 @@ def _canvas(host: Host, call: Call, backbone: Backbone, device: torch.device) ->
     size, scale = call.size, host.vae_scale_factor
     grid = size.height // scale, size.width // scale
     painted = None if call.source is None else call.source.painted(grid)
-    return Canvas((size.height, size.width), grid, len(call.prompts), size.images_per_prompt, device, backbone, painted)
+    any_noise = call.source is None and call.sampling.latents is None
+    return Canvas(
+        (size.height, size.width), grid, len(call.prompts), size.images_per_prompt, device, backbone, painted, any_noise
+    )
 
 
 def _controls(

@@ -86,7 +86,7 @@ def check_choices(settings: Settings) -> None:
             raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, not {value!r}")
         if hint is bool and not isinstance(value, bool):
             raise ValueError(f"{name} must be true or false, not {value!r}")
-        if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
+        if hint in (int, int | None) and (isinstance(value, bool) or not isinstance(value, hint)):
             raise ValueError(f"{name} must be a whole number, not {value!r}")
         may_lack = get_args(hint) == (float, NoneType)
         if (hint is float or may_lack) and not (isinstance(value, Real) or (may_lack and value is None)):

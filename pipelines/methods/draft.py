@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,8 @@ from lora_compose.pipelines.text.prompts import about
 
 ReadingMode = Literal["auto", "scene", "regions"]
 Division = Literal["auto", "strips", "nearest"]
+DRAFTS = 4
+"""How many noises are drafted for three or more subjects."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Draft(Settings):
             step stops after the last attention map.
         drafts: How many start noises are drafted for an image, which is made from the one whose maps show each subject
             most clearly in a place of its own. The first is the noise of the call, the others have its values in
-            another order.
+            another order. None is 4 for three or more subjects, whose noise is drawn for the call; otherwise 1.
         threshold: A cell counts for a subject's centre if the map is above this share of its maximum.
         division: "nearest" gives every cell to the subject whose centre is nearest; "strips" divides the canvas into
             columns or rows, along the axis on which subjects are further apart; "auto" uses strips where regions have
@@ -93,7 +96,7 @@ class Draft(Settings):
     """
 
     length: float = LENGTH
-    drafts: int = 1
+    drafts: int | None = None
     threshold: float = THRESHOLD
     division: Division = "auto"
     reading: ReadingMode = "auto"
@@ -109,7 +112,7 @@ class Draft(Settings):
         check_limit(self.limit)
         if not 0 < self.length < math.inf:
             raise ValueError(f"length must be positive, not {self.length}")
-        if self.drafts < 1:
+        if self.drafts is not None and self.drafts < 1:
             raise ValueError(f"drafts must be at least 1, not {self.drafts}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
@@ -124,7 +127,7 @@ class Draft(Settings):
     @property
     def needs(self) -> Needs:
         """Start noise, if it is drafted with its values in other orders."""
-        return Needs(start_noise="drafts=1" if self.drafts > 1 else None)
+        return Needs(start_noise="drafts=1" if self.drafts is not None and self.drafts > 1 else None)
 
     def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
         """Subjects whose given regions overlap, and each of the others, with all styles."""
@@ -153,6 +156,10 @@ class Draft(Settings):
         words = words.repeat_interleave(canvas.images_per_prompt, dim=0).to(canvas.device)
         draft = session.denoiser.prepare(Pass(text, constant_gates(session, styles)))
         return Drafting(self, session, draft, words, self._restart(session))
+
+    def drafts_of(self, subjects: int, canvas: Canvas) -> int:
+        """The number of drafts of a call with so many subjects to be found."""
+        return self.drafts if self.drafts is not None else DRAFTS if subjects > 2 and canvas.any_noise else 1
 
     def bias_in(self, canvas: Canvas) -> float:
         """The size of the bias with a model."""
@@ -308,7 +315,7 @@ class Drafting:
         nothing = all(region.any() for region in regions)
         maps = torch.zeros(canvas.images, len(regions), *map_grid)
         if not nothing:
-            latents, maps = self._best_draft(latents, first, [subject.head_noun for subject in subjects])
+            latents, maps = self._best_draft(latents, first, [not region.any() for region in regions])
             by_concept = torch.zeros(len(maps), len(concepts.loaded), *map_grid)
             by_concept[:, list(concepts.subjects)] = maps
             self.maps = by_concept
@@ -324,16 +331,19 @@ class Drafting:
         self.masks[:, list(concepts.subjects)] = F.interpolate(masks, maps.shape[2:], mode="area") >= 0.5
         return latents
 
-    def _best_draft(self, latents: Tensor, first: Step, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Of each image, the start noise whose draft shows the subjects best, and the maps of that draft."""
-        noises = [_reordered(latents, number) for number in range(self.settings.drafts)]
+    def _best_draft(self, latents: Tensor, first: Step, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Of each image, the start noise whose draft shows the wanted subjects best, and the maps of that draft."""
+        concepts, threshold = self.session.concepts, self.settings.threshold
+        count = self.settings.drafts_of(sum(wanted), self.session.canvas)
+        noises = [_reordered(latents, number) for number in range(count)]
         maps = [self._maps(noise, first).cpu() for noise in noises]
-        if len(noises) == 1:
+        if count == 1:
             return noises[0], maps[0]
-        threshold, best = self.settings.threshold, []
+        classes = [concepts.concepts[i].head_noun for i in compress(concepts.subjects, wanted)]
+        best = []
         for of_image in zip(*maps, strict=True):
-            scores = [separation(smooth(each), classes, threshold) for each in of_image]
-            best.append(max(range(len(scores)), key=scores.__getitem__))
+            scores = [separation(smooth(each[list(wanted)]), classes, threshold) for each in of_image]
+            best.append(max(range(count), key=scores.__getitem__))
         chosen = [torch.stack([each[n][i] for i, n in enumerate(best)]) for each in (noises, maps)]
         return chosen[0], chosen[1]
 

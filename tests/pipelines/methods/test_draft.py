@@ -516,6 +516,18 @@ def test_each_image_of_a_call_has_the_best_of_its_own_drafts(composer):
         assert_close(image, alone)
 
 
+def test_three_subjects_have_four_drafts_if_their_noise_is_drawn(composer):
+    three: Any = {"concepts": ("cat", "dog", "bear"), "prompt": f"{PROMPT} beside a xlo bear"}
+    noise = torch.randn(1, 4, 16, 16, generator=seeded())
+    drawn = call(composer, **three).images
+    assert torch.equal(drawn, call(composer, **three, method=Draft(drafts=4)).images)
+    given = call(composer, **three, latents=noise).images
+    assert torch.equal(given, call(composer, **three, method=Draft(drafts=1)).images)
+    assert far_apart(drawn, given)
+    boxed = [Concept(name="cat", region=(0, 0, 64, 64)), "dog", "bear"]
+    assert torch.equal(*(call(composer, boxed, three["prompt"], method=Draft(drafts=n)).images for n in (None, 1)))
+
+
 def test_several_drafts_are_counted_and_take_nothing_from_generators(composer):
     one, three = (call(composer, method=Draft(drafts=n), guidance_scale=4.0).cost for n in (1, 3))
     assert three.rows_forward - one.rows_forward == 2 * (one.rows_forward - 8)  # 4 steps with guidance are 8 rows
