@@ -226,7 +226,7 @@ class _Trainer:
 def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
     base = base_of(open_base(settings.model))
     base.check(settings)
-    noising, texts = base.noising(), read_texts(base, settings)
+    noising, texts = base.noising(settings.high_noise), read_texts(base, settings)
     base.pipe.to(accelerator.device)
     cast(base.network, _PRECISIONS[settings.mixed_precision])  # text encoders and VAE, used once, stay in float32
     data = encode(base, texts, settings, accelerator)

@@ -117,6 +117,8 @@ class Training(Frozen):
         prior_batch: Rows of the class added to a batch; None is as many as `batch_size`.
         prior_weight: Weight of their loss.
         min_snr: Gamma of min-SNR weighting (Hang et al. 2023); None is none.
+        high_noise: The share of the rows that are noised the most, where shapes and places are decided; the others have
+            any timestep.
         gradient_checkpointing: Recompute activations to save memory.
         mixed_precision: "no", "fp16" or "bf16"; the LoRA itself is float32.
         save_dtype: Precision of the file.
@@ -159,6 +161,7 @@ class Training(Frozen):
     prior_batch: Positive | None = None
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
     min_snr: Annotated[float, Field(gt=0)] | None = None
+    high_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -278,7 +281,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "sdxl": {"learning_rate": 5e-5, "gradient_checkpointing": True, "mixed_precision": "bf16"},
         "transformer": {"rank": 16, "gradient_checkpointing": True, "mixed_precision": "bf16"},
         PLAYGROUND: _small(
-            PLAYGROUND, scope="convolutions", rank=16, steps=1000, batch_size=4, learning_rate=1e-2, sample_guidance=5.0
+            PLAYGROUND,
+            scope="convolutions",
+            rank=16,
+            steps=800,
+            batch_size=4,
+            prior_batch=2,
+            learning_rate=5e-3,
+            high_noise=0.5,
+            sample_guidance=5.0,
         ),
         PLAYGROUND_FLUX: _small(
             PLAYGROUND_FLUX,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from commands import call
 from evaluations import known, store, suite
-from lora_compose.compose.evaluation.blind import ARMS, HALVES, PAIRS, BlindImage, generate, numbered
+from lora_compose.compose.evaluation.blind import ARMS, HALVES, PAIRS, BlindImage, generate, numbered, read_votes
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene.scene import Concept
