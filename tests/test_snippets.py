@@ -176,6 +176,9 @@ def test_python_of_a_page_runs(page: Path, folders: ModelFolders, monkeypatch: p
         if ".gguf" in code and not importlib.util.find_spec("gguf"):
             compile(code, name, "exec")
             continue
+        if "Training.preset(" in code and not hasattr(torch.optim, "Muon"):  # the playground's preset needs it
+            compile(code, name, "exec")
+            continue
         if "snapshot_download" in code:  # from the hub, which tests do not reach
             compile(code, name, "exec")
             continue

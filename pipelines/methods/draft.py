@@ -332,7 +332,7 @@ class Drafting:
         return latents
 
     def _best_draft(self, latents: Tensor, first: Step, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Of each image, the start noise whose draft shows the wanted subjects best, and the maps of that draft."""
+        """The start noise of each image whose draft shows the wanted subjects best, and the maps of that draft."""
         concepts, threshold = self.session.concepts, self.settings.threshold
         count = self.settings.drafts_of(sum(wanted), self.session.canvas)
         noises = [_reordered(latents, number) for number in range(count)]
