@@ -163,6 +163,16 @@ def marked(page: Path) -> Any:
     return pytest.param(page, id=name, marks=[pytest.mark.slow] if name in DEAR else [])
 
 
+def cannot_run(code: str) -> bool:
+    """Whether a snippet needs what is not here: a GPU, a library, a newer PyTorch, the hub."""
+    return (
+        ('quantize="nf4"' in code and not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")))
+        or (".gguf" in code and not importlib.util.find_spec("gguf"))
+        or ("Training.preset(" in code and not hasattr(torch.optim, "Muon"))  # the playground's preset has Muon
+        or "snapshot_download" in code
+    )
+
+
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page, "python")])
 def test_python_of_a_page_runs(page: Path, folders: ModelFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     names: Names = {}
@@ -170,16 +180,7 @@ def test_python_of_a_page_runs(page: Path, folders: ModelFolders, monkeypatch: p
     exec(START, names)
     monkeypatch.chdir(folders.folder(family))
     for number, code in enumerate(blocks(page, "python")):
-        if 'quantize="nf4"' in code and not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")):
-            compile(code, name, "exec")
-            continue
-        if ".gguf" in code and not importlib.util.find_spec("gguf"):
-            compile(code, name, "exec")
-            continue
-        if "Training.preset(" in code and not hasattr(torch.optim, "Muon"):  # the playground's preset needs it
-            compile(code, name, "exec")
-            continue
-        if "snapshot_download" in code:  # from the hub, which tests do not reach
+        if cannot_run(code):
             compile(code, name, "exec")
             continue
         before = BEFORE.get((name, number))
