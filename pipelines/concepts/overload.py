@@ -7,9 +7,11 @@ common adds up. Changes that depend on the model's weights (DoRA, OFT) are made 
 """
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ Measured on the playground's transformer (`docs/methods/merge.md`): the largest 
 """
 _MOST = 256  # LoRAs whose norms are kept, and sets of them
 
+_lock = threading.Lock()  # models of several threads share these
 _norms: OrderedDict[Handle, Mapping[str, float]] = OrderedDict()
 _joint: "OrderedDict[Hashable, tuple[Joint, Sequence[tuple[str, Version]]]]" = OrderedDict()
 
@@ -111,10 +114,9 @@ def joint_change(loaded: Sequence[LoadedConcept], model: nn.Module | None = None
     key = tuple(acting), weights, rescaled
     known = _joint.get(key)
     if known is None or (model is not None and not all(of.is_of(_layer(model, name)) for name, of in known[1])):
-        _joint[key] = _joint_change(concepts, weights, model if rescaled else None)
-        while len(_joint) > _MOST:
-            _joint.popitem(last=False)
-    return _joint[key][0]
+        known = _joint_change(concepts, weights, model if rescaled else None)
+        _keep(_joint, key, known)
+    return known[0]
 
 
 def _weights(schedules: Sequence[Sequence[WeightSchedule]], steps: int) -> tuple[tuple[float, ...], ...]:
@@ -238,11 +240,17 @@ def _has_values(loaded: LoadedConcept) -> bool:
 def _norms_of(loaded: LoadedConcept) -> Mapping[str, float]:
     """The squared norm of each layer's change that does not depend on the model's weights, kept for the next call."""
     key = loaded.handle(loaded.factors.part)
-    if key in _norms:
-        _norms.move_to_end(key)
-        return _norms[key]
-    norms = {name: inner(part, part) for name, part in loaded.lora.items() if part.transform is None}
-    _norms[key] = norms
-    while len(_norms) > _MOST:
-        _norms.popitem(last=False)
+    norms = _norms.get(key)
+    if norms is None:
+        norms = {name: inner(part, part) for name, part in loaded.lora.items() if part.transform is None}
+    _keep(_norms, key, norms)
     return norms
+
+
+def _keep(cache: OrderedDict[Any, Any], key: Hashable, value: object) -> None:
+    """Keeps a value as the most recently used one, and no more than `_MOST`."""
+    with _lock:
+        cache[key] = value
+        cache.move_to_end(key)
+        while len(cache) > _MOST:
+            cache.popitem(last=False)

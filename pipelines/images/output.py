@@ -95,6 +95,7 @@ class ComposeOutput(StableDiffusionPipelineOutput):
         if self.origin is None:
             raise ValueError(
                 "refine() repaints images that a model with inpainting made of a prompt with concepts, not of an "
-                "image, nor with ip_adapter_masks; for your own images there is lora_compose.refine(pipe, image, ...)"
+                "image, nor with ip_adapter_masks, timesteps or sigmas; for your own images there is "
+                "lora_compose.refine(pipe, image, ...)"
             )
         return self.origin.refine(self, image, how, options)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_compose.pipelines.scene.strength import SANE_WEIGHT, is_box, largest_factor
+from lora_compose.pipelines.support.numbers import as_plain
 
 
 def is_fields(given: Any) -> bool:
@@ -29,6 +30,7 @@ def fields_of(name: str, given: Any) -> dict[str, Any]:
         if given.get("name", name) != name:
             raise ValueError("a concept that is given by name has another name among its fields; leave that out")
         return {**given, "name": name}
+    given = as_plain(given)
     if not is_box(given):
         return {"name": name, "weight": given}
     if largest_factor(given) <= SANE_WEIGHT:

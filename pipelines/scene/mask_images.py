@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
+from lora_compose.pipelines.support.numbers import as_plain
 from lora_compose.pipelines.support.regular import open_regular
 
 PIXEL_LIMIT = 64 * 2**20
@@ -44,6 +45,7 @@ def read_mask_image(source: Any, size: tuple[int, int]) -> Image.Image:
     Raises:
         ValueError: For what cannot be a mask, and masks that are black all over.
     """
+    source = as_plain(source)
     if isinstance(source, list | tuple) and len(source) == 4 and all(isinstance(side, int | float) for side in source):
         mask = mask_of_box(in_pixels(source, *size), *size)
     elif isinstance(source, list | tuple):
@@ -154,6 +156,7 @@ def region_of(region: Any) -> Any:
     """
     if isinstance(region, Path):
         return str(region)
+    region = as_plain(region)
     if isinstance(region, Image.Image) or hasattr(region, "__array__"):
         return as_uri(read_mask_image(region, (1, 1)))
     numbers = isinstance(region, list | tuple) and all(isinstance(side, float | int) for side in region)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from lora_compose.pipelines.support.numbers import as_plain
+
 if TYPE_CHECKING:  # scenes are read without torch
     from lora_compose.attention.lora_bank import Lora
 
@@ -101,6 +103,7 @@ def read_weight(value: Any) -> Weight:
     Raises:
         ValueError: For anything else; the message says what was expected.
     """
+    value = as_plain(value)
     if isinstance(value, str):
         return _read_text(value)
     if isinstance(value, list | tuple):

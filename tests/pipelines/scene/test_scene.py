@@ -3,12 +3,14 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lora_compose.pipelines.scene.scene import Concept, Run, Scene, check_box, check_names
+from lora_compose.pipelines.scene.scene import Concept, Run, Scene, check_box, check_names, concepts_of
 from lora_compose.pipelines.support.field_errors import FieldError
 
 SCENE = Scene(prompt="a sks cat")
@@ -147,6 +149,26 @@ def test_names_of_concepts_differ():
 def test_bad_values_are_refused(kind, fields, message):
     with pytest.raises(FieldError, match=message):
         kind(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "plain"),
+    [
+        ({"weight": np.float32(0.5)}, {"weight": 0.5}),
+        ({"weight": torch.tensor(0.5)}, {"weight": 0.5}),
+        ({"weight": (np.float32(1), 0)}, {"weight": (1.0, 0.0)}),
+        ({"region": np.array([0, 8, 64, 72])}, {"region": (0, 8, 64, 72)}),
+        ({"region": tuple(torch.tensor([0, 8, 64, 72]))}, {"region": (0, 8, 64, 72)}),
+        ({"region": tuple(np.float32([0, 0, 0.5, 1]))}, {"region": (0.0, 0.0, 0.5, 1.0)}),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_weights_and_boxes(fields, plain):
+    assert Concept(name="cat", **fields) == Concept(name="cat", **plain)
+
+
+def test_a_box_of_numpy_by_name_is_a_region():
+    (cat,) = concepts_of({"cat": np.array([0, 8, 64, 72])})
+    assert cat.region == (0, 8, 64, 72)
 
 
 def test_any_weight_is_taken_if_it_is_asked_for():
