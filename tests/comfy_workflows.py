@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ("two-in-boxes", "two-without-boxes", "texts-of-regions", "two-and-a-style", "three-in-boxes", "refined")
+EXAMPLES = (
+    "two-in-boxes", "two-without-boxes", "texts-of-regions", "beside-a-bystander", "two-and-a-style", "three-in-boxes",
+    "refined",
+)  # fmt: skip
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 
