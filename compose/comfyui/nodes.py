@@ -7,6 +7,7 @@ from typing import Any
 import comfy.samplers  # pyright: ignore[reportMissingImports]
 import folder_paths  # pyright: ignore[reportMissingImports]
 import nodes as core  # ComfyUI's, which it has loaded under this name
+import torch
 from comfy_api.latest import ComfyExtension, io, ui  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
@@ -184,7 +185,9 @@ class RefineNode(io.ComfyNode):
 
         def repaint(acting: Sequence[Concept], own: str, part: Tensor, mask: Tensor) -> Tensor:
             clone, positive = composed(model, clip, acting, own, "merge")
-            latent = {"samples": vae.encode(part), "noise_mask": mask[None]}
+            # One by one: VAEs of videos take several images as the frames of one video.
+            samples = torch.cat([vae.encode(image) for image in part.split(1)])
+            latent = {"samples": samples, "noise_mask": mask[None]}
             made = vae.decode(_sample(clone, positive, negative, latent, **how))
             return made.flatten(0, -4)  # VAEs of videos add a dimension of frames
 

@@ -197,6 +197,22 @@ def test_a_draft_is_shown_and_subjects_are_repainted(
     assert (after - before).abs().mean() > 0.01
 
 
+def test_each_image_keeps_its_own_subject_with_a_vae_of_videos(
+    ours: ModuleType, two: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a batch of images as frames, and makes one latent of the first ones."""
+    vae = SimpleNamespace(
+        encode=lambda images: images[:1].movedim(-1, 0)[None],
+        decode=lambda latents: latents.movedim(1, -1),  # with a dimension of frames
+    )
+    monkeypatch.setattr(ours, "composed", lambda *given: (None, None))
+    monkeypatch.setattr(ours, "_sample", lambda model, positive, negative, latent: latent["samples"])
+    before = torch.arange(3).reshape(3, 1, 1, 1).expand(-1, 64, 64, 3) / 4
+    masks = torch.ones(2, 64, 64)
+    (after,) = ours.RefineNode.execute(before, None, Clip(), vae, None, two, TEXT, 64, masks).args
+    assert torch.allclose(after, before, atol=1e-3), "what is painted is what was there"
+
+
 def test_a_file_is_merged_of_the_loras_of_a_chain(
     ours: ModuleType, two: Any, beside: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
