@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_compose.compose.comfyui import words
 from lora_compose.compose.comfyui.composing import composed
-from lora_compose.compose.comfyui.concepts import Concept, boxes_of, drawn, with_boxes, with_masks
+from lora_compose.compose.comfyui.concepts import Concept, boxes_of, chained, drawn, with_boxes, with_masks
 from lora_compose.compose.comfyui.file_nodes import Concepts, InspectNode, MergeNode, choice, schema
 from lora_compose.compose.comfyui.hooks import draft_alone
 from lora_compose.compose.comfyui.refining import refined
@@ -50,7 +50,7 @@ class ConceptNode(io.ComfyNode):
     def execute(cls, lora: str, concepts: Sequence[Concept] = (), **given: Any) -> Any:
         """Adds a concept to those before it. Further arguments: `Concept.of`."""
         path = None if lora == words.NO_LORA else Path(folder_paths.get_full_path_or_raise("loras", lora))
-        return io.NodeOutput((*concepts, Concept.of(path, **given)))
+        return io.NodeOutput(chained(concepts, Concept.of(path, **given)))
 
 
 class BoxesNode(io.ComfyNode):

@@ -93,6 +93,8 @@ def test_a_chain_of_concepts_gets_boxes_and_masks(ours: ModuleType, monkeypatch:
     (both,) = ours.ConceptNode.execute("dog.safetensors", one, **given, schedule="1..0", mask=None).args
     assert [concept.path.as_posix() for concept in both] == ["/loras/cat.safetensors", "/loras/dog.safetensors"]
     assert [concept.weight.constant for concept in both] == [1.0, None]
+    (more,) = ours.ConceptNode.execute("other/cat.safetensors", both, **given).args
+    assert [concept.scene.name for concept in more] == ["cat.safetensors", "dog.safetensors", "cat.safetensors (2)"]
     placed, masks = ours.BoxesNode.execute(both, "0,0,0.5,1\nnone").args
     assert masks.mean(dim=(1, 2)).tolist() == [0.5, 1]
     monkeypatch.setattr(ours, "composed", lambda *given: given[-2:])
