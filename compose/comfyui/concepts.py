@@ -397,7 +397,8 @@ class Request:
         words = torch.stack([everywhere, *(everywhere + torch.eye(len(scenes))[list(owners)])])
         # It is also what describes the image as a whole.
         whole = every[0] if first == plain else self._once(written(plain), styles)
-        return replace(composition, words=words, texts=every, owners=owners, tokens=tokens_of(*whole[0])), whole
+        tokens = tokens_of(*whole[0])
+        return replace(composition, words=words, texts=every, whole=whole, owners=owners, tokens=tokens), whole
 
     def _once(self, text: str, which: Sequence[int]) -> Conditioning:
         conditioning = self.encode(text, which)

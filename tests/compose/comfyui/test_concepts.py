@@ -274,6 +274,7 @@ def test_two_of_one_class_read_texts_of_their_own() -> None:
     assert plan.draft is not None
     assert plan.draft.strips
     assert conditioning[0][1]["pooled_output"] == "a cat and a cat on grass", "that of the whole image"
+    assert plan.whole is conditioning
     assert plan.words.tolist() == [[0, 0], [1, 0], [0, 1]]
     masks = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     text = acting(plan, [True, False], (1, 2), 36, masks).gates.text
