@@ -303,6 +303,7 @@ def modules() -> dict[str, Any]:
     found = {
         "comfy": {},
         "comfy.lora": {"model_lora_keys_unet": names_of_layers},
+        "comfy.model_management": {"unload_all_models": None},
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy.patcher_extension": {"CallbacksMP": CallbacksMP, "WrappersMP": WrappersMP},
         "comfy.samplers": {

@@ -232,6 +232,33 @@ def test_a_file_is_merged_of_the_loras_of_a_chain(
         files.MergeNode.execute(patcher(), beside, "cat", "none")
 
 
+def test_a_dora_is_merged_as_its_change_of_the_weights_of_the_checkpoint(
+    two: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ComfyUI has left those of a LoRA loader in the model, and takes them out where it unloads that."""
+    files, model = import_module(f"{OURS}.file_nodes"), patcher()
+    name, path = "input_blocks.1.1.attn1.to_q", tmp_path / "cat.safetensors"
+    layer, unloaded = model.model.diffusion_model.get_submodule(name), []
+    before = layer.weight.clone()
+
+    def unload() -> None:
+        unloaded.append(len(unloaded))
+        layer.weight.copy_(before)
+
+    monkeypatch.setattr(files.comfy.model_management, "unload_all_models", unload)
+    monkeypatch.setattr(files.folder_paths, "get_output_directory", lambda: tmp_path)
+    monkeypatch.setattr(files.folder_paths, "get_save_image_path", lambda name, folder: (str(folder), name, 1))
+    files.MergeNode.execute(model, two, "cat", "low rank")
+    assert not unloaded, "low-rank changes are the same for all weights"
+    save_file({**load_file(path), f"diffusion_model.{name}.dora_scale": torch.rand(8, 1) + 0.5}, path)
+    for called, change in (("plain", 0.0), ("patched", 0.3)):
+        layer.weight.add_(change)
+        files.MergeNode.execute(model, two, "cat", called)
+    assert len(unloaded) == 2
+    merged = [load_file(tmp_path / f"{name}_00001_.safetensors") for name in ("plain", "patched")]
+    assert all(torch.equal(tensor, merged[1][key]) for key, tensor in merged[0].items())
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_are_drawn_with_the_nodes_as_they_are(schemas: dict[str, Any], name: str) -> None:
     known = {**CORE_NODES, **{kind: told(schema) for kind, schema in schemas.items()}}
