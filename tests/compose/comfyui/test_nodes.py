@@ -148,6 +148,11 @@ def test_the_nodes_run_from_files_to_latents(ours: ModuleType, two: Any, caplog:
     assert all((one - other).abs().max() > 0.01 for a, one in found.items() for b, other in found.items() if a != b)
 
 
+def test_a_checkpoint_without_a_clip_is_told_in_words(ours: ModuleType, two: Any) -> None:
+    with pytest.raises(ValueError, match=r"the checkpoint has no CLIP, .* connect that of a CLIP loader"):
+        ours.ComposeNode.execute(patcher(), None, two, TEXT, "merge")
+
+
 def test_loras_keep_off_a_subject_without_one(ours: ModuleType, two: Any, beside: Any) -> None:
     """The latents are those with a LoRA of weight 0 in its place."""
     model, clip, negative, plain = patcher(), Clip(), text(2), "a sks cat beside a dog"
