@@ -1,9 +1,14 @@
 """Attention maps of chosen attention layers, as they are computed."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_AT_ONCE = 2**26
+"""Bytes of scores that are computed together. Where text and image are in one sequence, all heads need gigabytes."""
 
 
 class Recorder:
@@ -130,12 +135,31 @@ def _joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[int]) -> dict[
 
 
 def _attention(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Mean over heads, of which some at a time are computed. Shape: [(texts,) rows, cells, tokens or cells]."""
+    heads, of_head = query.shape[-3], key[..., 0, :, 0].numel() * query.shape[-2] * torch.float32.itemsize
+    at_once = max(1, _AT_ONCE // max(1, of_head))
+    if at_once >= heads:
+        return _probabilities(query, key, scale, allowed, bias).mean(dim=-3)
+
+    def summed(first: int) -> Tensor:
+        queries, keys, seen, added = (_heads(x, slice(first, first + at_once)) for x in (query, key, allowed, bias))
+        return _probabilities(queries, keys, scale, seen, added).sum(dim=-3)
+
+    return reduce(torch.add, map(summed, range(0, heads, at_once))) / heads
+
+
+def _heads(x: Any, heads: slice) -> Any:
+    """Some heads of queries or keys, or of a mask, if it has not the same for all. Shape: [..., heads, cells, any]."""
+    return x if x is None or x.dim() < 3 or x.shape[-3] == 1 else x[..., heads, :, :]
+
+
+def _probabilities(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None, bias: Tensor | None) -> Tensor:
     logits = query.float() @ key.float().transpose(-1, -2) * scale
     if bias is not None:
         logits = logits + bias.float()
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
-    return torch.softmax(logits, dim=-1).mean(dim=-3)
+    return torch.softmax(logits, dim=-1)
 
 
 def _mean(maps: Mapping[str, Tensor]) -> Tensor:

@@ -226,12 +226,11 @@ class Clip:
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, disable_weights: bool = False) -> Any:
         plain = text if disable_weights else read_weights(text).text
-        words = [(word, 1.0, n) for n, word in enumerate(plain.split(), start=1)]
-        return [[("<", 1.0, 0), *words, (">", 1.0, 0)]]
+        words = [(crc32(word.encode()), 1.0, n) for n, word in enumerate(plain.split(), start=1)]
+        return [[(crc32(b"<"), 1.0, 0), *words, (crc32(b">"), 1.0, 0)]]
 
     def encode_from_tokens_scheduled(self, tokens: Any) -> list[list[Any]]:
-        seeds = [crc32(word.encode()) for word, *_ in tokens["l"][0]]
-        each = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        each = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(number)) for number, *_ in tokens["l"][0]]
         return [[torch.stack(each)[None], {}]]
 
 
@@ -304,6 +303,7 @@ def modules() -> dict[str, Any]:
     found = {
         "comfy": {},
         "comfy.lora": {"model_lora_keys_unet": names_of_layers},
+        "comfy.model_management": {"unload_all_models": None},
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy.patcher_extension": {"CallbacksMP": CallbacksMP, "WrappersMP": WrappersMP},
         "comfy.samplers": {

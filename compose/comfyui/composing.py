@@ -31,6 +31,8 @@ def composed(
     model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
 ) -> tuple[Any, Any]:
     """A model in which concepts act, and the conditioning for it. Arguments: `Request`; errors: `Request.composed`."""
+    if clip is None:  # ComfyUI gives it where a checkpoint has none
+        raise ValueError("the checkpoint has no CLIP, which reads the text; connect that of a CLIP loader")
     files = [None if concept.path is None else read_lora(concept.path) for concept in concepts]
     loras = [{} if file is None else factors_in(model, file) for file in files]
     parts = [{} if file is None else read_text_encoders(file) for file in files]

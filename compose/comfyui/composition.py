@@ -97,6 +97,7 @@ class Composition:
         image_of_others: Whether they also act on the image where other conditionings are predicted.
         tokens: Tokens of the conditioning, which must not be joined to another one; None if it may be.
         texts: ComfyUI's conditionings of the text of the image and of those of regions; empty if all read one text.
+        whole: The conditioning, if it must not be changed, since these texts are read in its place.
         owners: Index of the concept that each regional prompt describes.
         isolate: Whether cells of a region see no other region; with texts of regions.
         phrases: 1 at the words of each concept in the text, to which a bias draws the cells of its region. Shape:
@@ -113,6 +114,7 @@ class Composition:
     image_of_others: bool = False
     tokens: int | None = None
     texts: Sequence[Conditioning] = ()
+    whole: Conditioning | None = None
     owners: Sequence[int] = ()
     isolate: bool = False
     phrases: Tensor | None = None

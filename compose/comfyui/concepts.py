@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Concept:
     Attributes:
         path: The LoRA; None for a bystander.
         scene: Its words and weight, as our pipelines know them; its name is that of the file, or the class word of a
-            bystander, whose weight is 0.
+            bystander, whose weight is 0; with a number where an earlier concept has that (`chained`).
         region: Where it acts; None is everywhere, or where a draft finds it.
     """
 
@@ -93,6 +94,13 @@ class Concept:
     def weight(self) -> WeightSchedule:
         """Its weight in every step."""
         return WeightSchedule.of(1.0 if self.scene.weight is None else self.scene.weight)
+
+
+def chained(before: Sequence[Concept], concept: Concept) -> Sequence[Concept]:
+    """A chain with one more concept, whose name gets a number if it is there already: words are shared out by name."""
+    names, name = {other.scene.name for other in before}, concept.scene.name
+    free = next(called for called in chain([name], (f"{name} ({n})" for n in count(2))) if called not in names)
+    return *before, replace(concept, scene=concept.scene.model_copy(update={"name": free}))
 
 
 def _without_lora(trigger: str, class_word: str, weight: float, schedule: str) -> str:
@@ -389,7 +397,8 @@ class Request:
         words = torch.stack([everywhere, *(everywhere + torch.eye(len(scenes))[list(owners)])])
         # It is also what describes the image as a whole.
         whole = every[0] if first == plain else self._once(written(plain), styles)
-        return replace(composition, words=words, texts=every, owners=owners, tokens=tokens_of(*whole[0])), whole
+        tokens = tokens_of(*whole[0])
+        return replace(composition, words=words, texts=every, whole=whole, owners=owners, tokens=tokens), whole
 
     def _once(self, text: str, which: Sequence[int]) -> Conditioning:
         conditioning = self.encode(text, which)

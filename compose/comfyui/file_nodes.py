@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management  # pyright: ignore[reportMissingImports]
 import folder_paths  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import io, ui  # pyright: ignore[reportMissingImports]
 
@@ -68,6 +69,9 @@ class MergeNode(io.ComfyNode):
         """Writes the file, and says how much of each concept is in it."""
         files = [read_lora(concept.path) for concept in concepts if concept.path is not None]
         loras = [factors_in(model, file, products=False) for file in files]
+        if any(factors.transform is not None for lora in loras for factors in lora.values()):
+            # A DoRA or OFT is read from the weights, and as long as they are loaded, LoRA loaders are in them.
+            comfy.model_management.unload_all_models()
         given = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         out = Path(given[0]) / f"{given[1]}_{given[2]:05}_.safetensors"
         said = merged_text(merge_concepts(concepts, loras, model.model.diffusion_model, method, out))

@@ -104,6 +104,13 @@ def marked(conditioning: Conditioning, composition: Composition) -> list[list[An
     return [[text, {**options, KEY: composition.mark}] for text, options in conditioning]
 
 
+def _is(conditioning: Mapping[str, Any], given: Conditioning) -> bool:
+    """Whether a conditioning, as samplers have it, has the text that is given, also as a whole (pooled)."""
+    ((text, options),) = given
+    pairs = (conditioning["cross_attn"], text), (conditioning.get("pooled_output"), options.get("pooled_output"))
+    return all(a is b or (a is not None and b is not None and torch.equal(a.to(b), b)) for a, b in pairs)
+
+
 class Hooks:
     """The callbacks that ComfyUI calls around a sampling and around each of its passes.
 
@@ -161,6 +168,11 @@ class Hooks:
                     f"the conditioning has {tokens} tokens, the text of the concepts has {self.composition.tokens}: "
                     "connect the CONDITIONING of Compose without joining it to other texts"
                 )
+        if (whole := self.composition.whole) is not None and not all(_is(conditioning, whole) for conditioning in mine):
+            raise ValueError(
+                "another node has changed the conditioning of Compose, where regions read texts of their own: connect "
+                "it as it is, and make a negative one of a text of its own; or set texts to shared"
+            )
         if any(conditioning.get(KEY) not in (None, self.composition.mark) for conditioning in every):
             raise ValueError("conditionings of several Compose nodes cannot be sampled together; chain the concepts")
         return {conditioning["uuid"] for conditioning in mine}

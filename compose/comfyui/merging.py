@@ -37,6 +37,7 @@ def merge_concepts(
     merger = make_merger(method)
     paths = [concept.path for concept in concepts if concept.path is not None]
     concepts = [concept for concept in concepts if concept.path is not None]
+    names = [concept.scene.name for concept in concepts]
     if len(concepts) < 2:
         raise ValueError("there is nothing to merge: chain two concepts with LoRAs or more")
     check_number(merger, method, len(concepts))
@@ -48,8 +49,8 @@ def merge_concepts(
         raise ValueError("every weight is 0; there is nothing to merge")
     given, every, notes = [], [], []
     layers: dict[Name, FileLayer] = {}
-    for path, lora, weight in zip(paths, loras, weights, strict=True):
-        called, file = path.name, read_lora(path)
+    for called, path, lora, weight in zip(names, paths, loras, weights, strict=True):
+        file = read_lora(path)
         named: Mapping[Name, LoraFactors] = {("transformer", name): factors for name, factors in lora.items()}
         named, note = expressed(SimpleNamespace(transformer=network), named, called)
         texts, _ = by_name(replace(file, tensors=read_text_encoders(file)))

@@ -8,6 +8,7 @@ OLDEST = "0.3.64"
 
 NEEDED = {
     "comfy.lora": ("model_lora_keys_unet",),
+    "comfy.model_management": ("unload_all_models",),
     "comfy.model_patcher": tuple(
         f"ModelPatcher.{name}"
         for name in (

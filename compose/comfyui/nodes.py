@@ -7,12 +7,13 @@ from typing import Any
 import comfy.samplers  # pyright: ignore[reportMissingImports]
 import folder_paths  # pyright: ignore[reportMissingImports]
 import nodes as core  # ComfyUI's, which it has loaded under this name
+import torch
 from comfy_api.latest import ComfyExtension, io, ui  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from lora_compose.compose.comfyui import words
 from lora_compose.compose.comfyui.composing import composed
-from lora_compose.compose.comfyui.concepts import Concept, boxes_of, drawn, with_boxes, with_masks
+from lora_compose.compose.comfyui.concepts import Concept, boxes_of, chained, drawn, with_boxes, with_masks
 from lora_compose.compose.comfyui.file_nodes import Concepts, InspectNode, MergeNode, choice, schema
 from lora_compose.compose.comfyui.hooks import draft_alone
 from lora_compose.compose.comfyui.refining import refined
@@ -49,7 +50,7 @@ class ConceptNode(io.ComfyNode):
     def execute(cls, lora: str, concepts: Sequence[Concept] = (), **given: Any) -> Any:
         """Adds a concept to those before it. Further arguments: `Concept.of`."""
         path = None if lora == words.NO_LORA else Path(folder_paths.get_full_path_or_raise("loras", lora))
-        return io.NodeOutput((*concepts, Concept.of(path, **given)))
+        return io.NodeOutput(chained(concepts, Concept.of(path, **given)))
 
 
 class BoxesNode(io.ComfyNode):
@@ -184,7 +185,9 @@ class RefineNode(io.ComfyNode):
 
         def repaint(acting: Sequence[Concept], own: str, part: Tensor, mask: Tensor) -> Tensor:
             clone, positive = composed(model, clip, acting, own, "merge")
-            latent = {"samples": vae.encode(part), "noise_mask": mask[None]}
+            # One by one: VAEs of videos take several images as the frames of one video.
+            samples = torch.cat([vae.encode(image) for image in part.split(1)])
+            latent = {"samples": samples, "noise_mask": mask[None]}
             made = vae.decode(_sample(clone, positive, negative, latent, **how))
             return made.flatten(0, -4)  # VAEs of videos add a dimension of frames
 

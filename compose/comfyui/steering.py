@@ -1,7 +1,7 @@
 """Attention that is steered: its maps are recorded, cells read the text of their region, or are drawn to words.
 
 It acts on the `forward` of the modules that run attention, and there as an override of ComfyUI's attention function,
-on top of one that another node has set.
+on top of one that another node has set; with a bias, PyTorch's kernel takes the place of both.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_compose.attention import Site, grid_at
 from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.joint_kernel import JointKernel
-from lora_compose.attention.kernels import Kernel
+from lora_compose.attention.kernels import Kernel, sdpa
 
 OVERRIDE = "optimized_attention_override"
 
@@ -58,8 +58,11 @@ class SteeredAttention:
         run = core if before is None else partial(before, core)
 
         def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+            if bias is not None:
+                # Some kernels, as SageAttention, drop it in silence, whether ComfyUI or another node has chosen them.
+                return sdpa(query, key, value, bias)
             shapes = {"skip_reshape": True, "skip_output_reshape": True}
-            return run(query, key, value, heads, bias, *further, **shapes, **options)
+            return run(query, key, value, heads, None, *further, **shapes, **options)
 
         if not skip_reshape:
             q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))

@@ -11,6 +11,7 @@ from torch import Tensor
 from components import attention_layers, installed, random_lora, sd_unet, shallow_sdxl_unet, unet_inputs
 from lora_compose.attention import Gates, Lora, Recorder
 from lora_compose.attention.backbones.unet import UNetBackbone
+from lora_compose.compose.benchmark.memory import added_memory
 from reference import random_gates, relative_error
 
 ROWS, TOKENS = 2, 7
@@ -204,3 +205,37 @@ def test_token_weights_of_fewer_texts_is_for_the_last_ones() -> None:
     for recorder in (every, last):
         recorder.take("layer", query, keys, 0.5, several_texts=True)
     assert torch.equal(last.mean(), every.mean()[1:])
+
+
+@pytest.mark.parametrize("several_texts", [False, True])
+@pytest.mark.parametrize("of_mask", [None, 1, 5])
+def test_heads_one_after_the_other_give_the_maps_of_all_at_once(
+    several_texts: bool, of_mask: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With masks for all heads, and for each."""
+    generator, texts = torch.Generator().manual_seed(0), [3] if several_texts else []
+    query, key = (torch.randn(*shape, 4, generator=generator) for shape in ((ROWS, 5, 6), (*texts, ROWS, 5, TOKENS)))
+    token_weights = torch.rand(*texts, ROWS, TOKENS, 2, generator=generator)
+    given: dict[str, Any] = {"several_texts": several_texts}
+    if of_mask is not None:
+        given["bias"] = torch.randn(ROWS, of_mask, 6, TOKENS, generator=generator)
+        given["allowed"] = torch.rand(1, of_mask, 6, TOKENS, generator=generator) < 0.8
+        given["allowed"][..., 0] = True
+    maps = []
+    for heads in (5, 2, 1):
+        monkeypatch.setattr("lora_compose.attention.recorder._AT_ONCE", heads * key[..., 0, :, 0].numel() * 6 * 4)
+        recording = Recorder(["layer"], token_weights)
+        recording.take("layer", query, key, 0.5, **given)
+        maps.append(recording.mean())
+    assert all(torch.allclose(other, maps[0], atol=1e-6) for other in maps[1:])
+
+
+def test_recording_a_large_sequence_needs_a_few_times_the_scores_of_one_head() -> None:
+    """FLUX.1 at 1024 x 1024, of tensors without numbers."""
+    heads, cells, positions = 24, 4096, 4608
+    query, key = (torch.empty(1, heads, n, 128, dtype=torch.bfloat16, device="meta") for n in (cells, positions))
+    recording = Recorder(["layer"], torch.empty(1, 512, 2, device="meta"))
+    with added_memory("meta") as memory:
+        recording.take("layer", query, key, 0.1)
+    assert recording.maps["layer"].shape == (1, cells, 2)
+    assert memory.peak_bytes < 6 * cells * positions * 4

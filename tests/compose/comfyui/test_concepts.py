@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from comfy_stand_in import Clip
 from lora_compose.attention import JointRegions, RegionAttention, Site
 from lora_compose.compose.comfyui.composition import Acting, Composition, Passes, Region
-from lora_compose.compose.comfyui.concepts import Concept, Request, boxes_of, drawn, subjects_of, with_boxes
+from lora_compose.compose.comfyui.concepts import Concept, Request, boxes_of, chained, drawn, subjects_of, with_boxes
 from lora_compose.compose.comfyui.families import Family
 from lora_compose.compose.comfyui.weights import read_weights
 from lora_compose.compose.comfyui.words import METHODS
@@ -273,6 +274,7 @@ def test_two_of_one_class_read_texts_of_their_own() -> None:
     assert plan.draft is not None
     assert plan.draft.strips
     assert conditioning[0][1]["pooled_output"] == "a cat and a cat on grass", "that of the whole image"
+    assert plan.whole is conditioning
     assert plan.words.tolist() == [[0, 0], [1, 0], [0, 1]]
     masks = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     text = acting(plan, [True, False], (1, 2), 36, masks).gates.text
@@ -463,6 +465,31 @@ def test_the_words_of_a_subject_without_a_lora_are_its_own_where_all_read_one_te
     plan, *_ = composed([man, beside(noun="man")], "a man beside a sks man on grass", "draft", texts="shared")
     assert plan.phrases is not None
     assert plan.phrases.nonzero().tolist() == [[2, 1], [5, 0], [6, 0]]
+
+
+def in_a_chain(*concepts: Concept) -> Sequence[Concept]:
+    return reduce(chained, concepts, ())
+
+
+def test_subjects_of_one_class_word_without_a_lora_have_one_of_its_places_each() -> None:
+    sks = Concept.of(CAT, "sks", "woman", 1.0)
+    every = in_a_chain(sks, *[beside(noun="woman")] * 3)
+    assert [one.scene.name for one in every] == ["cat.safetensors", "woman", "woman (2)", "woman (3)"]
+    plan, *_ = composed(every[:3], "a sks woman beside a woman and a woman", "draft")
+    assert plan.draft is not None
+    assert plan.draft.words.nonzero().tolist() == [[2, 0], [5, 1], [8, 2]]
+
+
+def test_files_of_one_name_in_two_folders_have_triggers_of_their_own() -> None:
+    """As two files with names of their own: the cat belongs to zwx."""
+    text = "a portrait of sks, and a zwx cat on grass"
+    sks = Concept.of(CAT, "sks", "cat", 1.0)
+    other, named = (in_a_chain(sks, Concept.of(path, "zwx", "cat", 1.0)) for path in (DOG, Path("zwx", CAT)))
+    said = [composed(concepts, text, "draft")[2].encoded for concepts in (named, other)]
+    assert said[0] == said[1]
+    assert "a portrait of sks on grass" in [text for text, _ in said[0]]
+    with pytest.raises(ValueError, match=r"no text can be made about cat\.safetensors \(2\): write its trigger"):
+        composed(with_boxes(named, boxes_of("0,0,0.5,1\n0.5,0,1,1")), "a sks cat", "regional", texts="regions")
 
 
 @pytest.mark.parametrize("texts", ["shared", "regions"])

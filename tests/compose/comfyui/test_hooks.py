@@ -229,17 +229,21 @@ def test_texts_of_regions_are_read_one_after_the_other(hooks: ModuleType, model:
 
 
 def test_another_override_of_attention_is_called_by_ours(hooks: ModuleType, model: ModelPatcher) -> None:
+    """Save in the 2 cross-attentions with a bias, which this one drops as SageAttention does."""
     plan, calls = drafting(model), []
 
-    def override(core: Any, *arguments: Any, **options: Any) -> Tensor:
-        calls.append(arguments[0].shape)
-        return core(*arguments, **options)
+    def override(core: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any, **options: Any) -> Tensor:
+        calls.append(q.shape)
+        return core(q, k, v, heads, **options)
 
     ours, mine = hooks.compose(model, plan), hooks.marked(text(1), plan)
     wanted = sampled(ours, mine, text(2))
     found = sampled(ours, mine, text(2), optimized_attention_override=override)
-    assert len(calls) == 4 * (1 + STEPS)
+    assert len(calls) == 4 * (1 + STEPS) - 2 * STEPS
     assert torch.equal(found, wanted)
+    unbiased = replace(plan, phrases=None)
+    without = sampled(hooks.compose(model, unbiased), hooks.marked(text(1), unbiased), text(2))
+    assert (without - wanted).abs().max() > 0.001
 
 
 def area(mine: list[list[Any]]) -> list[list[Any]]:
@@ -250,6 +254,8 @@ MISTAKES = {
     "no mark": "connect the CONDITIONING of the same Compose to the sampler",
     "another Compose": "conditionings of several Compose nodes cannot be sampled together",
     "another text": "the conditioning has 12 tokens, the text of the concepts has 6",
+    "a changed text": "another node has changed the conditioning of Compose, where regions read texts of their own",
+    "another pooled text": "another node has changed the conditioning of Compose",
     "attention replaced": "another node replaces attention",
     "attention masked": "another node masks attention",
     "fewer cells": "another node changes the cells that attention sees",
@@ -291,6 +297,14 @@ def test_what_cannot_be_done_is_said(hooks: ModuleType, model: ModelPatcher, mis
         mine += hooks.marked(text(3), other)
     elif mistake == "another text":
         mine = hooks.marked(text(1, 12), plan)
+    elif mistake in ("a changed text", "another pooled text"):
+        plan = replace(in_regions(model), texts=[text(n) for n in range(3)], owners=(0, 1), whole=text(1))
+        plan = replace(plan, words=torch.ones(3, 2))
+        ours, mine = hooks.compose(model, plan), hooks.marked(text(1), plan)
+        sampled(ours, mine, text(2))
+        ((words, more),) = mine
+        pooled = {"pooled_output": torch.ones(1, 4)}
+        mine = [[words * 0.5, more]] if mistake == "a changed text" else [[words, {**more, **pooled}]]
     elif mistake == "attention replaced":
         options = {"patches_replace": {"attn2": {}}}
     elif mistake == "attention masked":

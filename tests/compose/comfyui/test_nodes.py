@@ -93,6 +93,8 @@ def test_a_chain_of_concepts_gets_boxes_and_masks(ours: ModuleType, monkeypatch:
     (both,) = ours.ConceptNode.execute("dog.safetensors", one, **given, schedule="1..0", mask=None).args
     assert [concept.path.as_posix() for concept in both] == ["/loras/cat.safetensors", "/loras/dog.safetensors"]
     assert [concept.weight.constant for concept in both] == [1.0, None]
+    (more,) = ours.ConceptNode.execute("other/cat.safetensors", both, **given).args
+    assert [concept.scene.name for concept in more] == ["cat.safetensors", "dog.safetensors", "cat.safetensors (2)"]
     placed, masks = ours.BoxesNode.execute(both, "0,0,0.5,1\nnone").args
     assert masks.mean(dim=(1, 2)).tolist() == [0.5, 1]
     monkeypatch.setattr(ours, "composed", lambda *given: given[-2:])
@@ -146,6 +148,11 @@ def test_the_nodes_run_from_files_to_latents(ours: ModuleType, two: Any, caplog:
     assert all((one - other).abs().max() > 0.01 for a, one in found.items() for b, other in found.items() if a != b)
 
 
+def test_a_checkpoint_without_a_clip_is_told_in_words(ours: ModuleType, two: Any) -> None:
+    with pytest.raises(ValueError, match=r"the checkpoint has no CLIP, .* connect that of a CLIP loader"):
+        ours.ComposeNode.execute(patcher(), None, two, TEXT, "merge")
+
+
 def test_loras_keep_off_a_subject_without_one(ours: ModuleType, two: Any, beside: Any) -> None:
     """The latents are those with a LoRA of weight 0 in its place."""
     model, clip, negative, plain = patcher(), Clip(), text(2), "a sks cat beside a dog"
@@ -197,6 +204,22 @@ def test_a_draft_is_shown_and_subjects_are_repainted(
     assert (after - before).abs().mean() > 0.01
 
 
+def test_each_image_keeps_its_own_subject_with_a_vae_of_videos(
+    ours: ModuleType, two: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a batch of images as frames, and makes one latent of the first ones."""
+    vae = SimpleNamespace(
+        encode=lambda images: images[:1].movedim(-1, 0)[None],
+        decode=lambda latents: latents.movedim(1, -1),  # with a dimension of frames
+    )
+    monkeypatch.setattr(ours, "composed", lambda *given: (None, None))
+    monkeypatch.setattr(ours, "_sample", lambda model, positive, negative, latent: latent["samples"])
+    before = torch.arange(3).reshape(3, 1, 1, 1).expand(-1, 64, 64, 3) / 4
+    masks = torch.ones(2, 64, 64)
+    (after,) = ours.RefineNode.execute(before, None, Clip(), vae, None, two, TEXT, 64, masks).args
+    assert torch.allclose(after, before, atol=1e-3), "what is painted is what was there"
+
+
 def test_a_file_is_merged_of_the_loras_of_a_chain(
     ours: ModuleType, two: Any, beside: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -212,6 +235,33 @@ def test_a_file_is_merged_of_the_loras_of_a_chain(
     assert all(torch.equal(tensor, merged[1][key]) for key, tensor in merged[0].items())
     with pytest.raises(ValueError, match="there is nothing to merge: chain two concepts with LoRAs or more"):
         files.MergeNode.execute(patcher(), beside, "cat", "none")
+
+
+def test_a_dora_is_merged_as_its_change_of_the_weights_of_the_checkpoint(
+    two: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ComfyUI has left those of a LoRA loader in the model, and takes them out where it unloads that."""
+    files, model = import_module(f"{OURS}.file_nodes"), patcher()
+    name, path = "input_blocks.1.1.attn1.to_q", tmp_path / "cat.safetensors"
+    layer, unloaded = model.model.diffusion_model.get_submodule(name), []
+    before = layer.weight.clone()
+
+    def unload() -> None:
+        unloaded.append(len(unloaded))
+        layer.weight.copy_(before)
+
+    monkeypatch.setattr(files.comfy.model_management, "unload_all_models", unload)
+    monkeypatch.setattr(files.folder_paths, "get_output_directory", lambda: tmp_path)
+    monkeypatch.setattr(files.folder_paths, "get_save_image_path", lambda name, folder: (str(folder), name, 1))
+    files.MergeNode.execute(model, two, "cat", "low rank")
+    assert not unloaded, "low-rank changes are the same for all weights"
+    save_file({**load_file(path), f"diffusion_model.{name}.dora_scale": torch.rand(8, 1) + 0.5}, path)
+    for called, change in (("plain", 0.0), ("patched", 0.3)):
+        layer.weight.add_(change)
+        files.MergeNode.execute(model, two, "cat", called)
+    assert len(unloaded) == 2
+    merged = [load_file(tmp_path / f"{name}_00001_.safetensors") for name in ("plain", "patched")]
+    assert all(torch.equal(tensor, merged[1][key]) for key, tensor in merged[0].items())
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -108,8 +108,8 @@ STAND_INS = """
 from importlib.util import module_from_spec, spec_from_file_location
 from unittest.mock import MagicMock
 
-for name in ("comfy", "comfy.lora", "comfy.model_patcher", "comfy.patcher_extension", "comfy.samplers", "comfy.sd",
-             "comfy_api", "comfy_api.latest", "folder_paths", "nodes"):
+for name in ("comfy", "comfy.lora", "comfy.model_management", "comfy.model_patcher", "comfy.patcher_extension",
+             "comfy.samplers", "comfy.sd", "comfy_api", "comfy_api.latest", "folder_paths", "nodes"):
     sys.modules[name] = MagicMock()
 sys.modules["comfy_api.latest"].ComfyExtension = sys.modules["comfy_api.latest"].io.ComfyNode = object
 """
