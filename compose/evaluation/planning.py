@@ -44,6 +44,7 @@ from lora_compose.compose.support.frozen import shared
 logger = logging.getLogger(__name__)
 
 SCORING = 3  # incremented whenever the computation of scores changes
+ZERO_SHOT = 2  # incremented whenever what zero-shot detectors find changes
 _SHIPPED = tuple(f"{name}:" for name in PLAYGROUNDS)
 
 
@@ -85,7 +86,9 @@ def detector_facts(suite: Suite) -> Any:
     if suite.detector is None:
         return None
     settings = suite.detector.model_dump(mode="json", exclude={"model"})
-    return [settings, fingerprint(suite.detector.model)] if isinstance(suite.detector, ZeroShotConfig) else settings
+    if isinstance(suite.detector, ZeroShotConfig):
+        return [ZERO_SHOT, settings, fingerprint(suite.detector.model)]
+    return settings
 
 
 def _concept_facts(concept: SuiteConcept) -> list[Any]:
