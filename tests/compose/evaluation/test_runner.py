@@ -359,6 +359,17 @@ def test_two_processes_report_an_error_once(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_rerun_writes_the_report_that_a_killed_process_began(
+    suite_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / CLAIMS).mkdir(exist_ok=True)
+    (out / CLAIMS / "report.0").write_text("host 1\n")
+    told = call("evaluate", "run", suite_file, "--out", out).output
+    assert "The report: " in told
+    assert (out / "report.html").is_file()
+
+
 def test_a_failing_batch_is_written_down_and_tried_again(
     suite: Suite, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
