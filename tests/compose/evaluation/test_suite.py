@@ -259,6 +259,17 @@ def test_paths_are_relative_to_the_suite(tmp_path: Path) -> None:
         ({"encodr": "clip"}, "encodr: unknown field; fields are name, model, encoder"),
         ({"concepts": [{**CAT, "trigger": ""}, DOG]}, "concepts[0].trigger"),
         ({"guidance_scale": "much"}, "guidance_scale"),
+        (
+            {"concepts": [{**CAT, "blocks": {"mid": 0}}, DOG], "methods": [{"method": "merge", "merge": "tsv"}]},
+            "'merge' merges LoRAs into one file, which takes each with one number as its weight, and 'cat' has",
+        ),
+        (
+            {
+                "concepts": [CAT, {**DOG, "weight": "1..0.5"}],
+                "methods": ["merge", {"method": "regional", "merge": "tsv"}],
+            },
+            "and 'dog' has a weight that changes over the steps; give it a number",
+        ),
     ],
 )
 def test_mistakes_are_named_with_their_place(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
