@@ -360,6 +360,23 @@ def test_the_lora_stays_in_single_precision_whatever_the_model_is_in(
     assert same(half, undisturbed)
 
 
+def test_the_network_is_cast_before_it_is_moved(
+    begin: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU may have no room for it in single precision."""
+
+    class MovedError(Exception):
+        pass
+
+    def to(pipe: Any, device: torch.device) -> None:
+        raise MovedError(pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "to", to)
+    with pytest.raises(MovedError) as moved:
+        train(begin(mixed_precision="bf16"))
+    assert moved.value.args == (torch.bfloat16, torch.float32, torch.float32)
+
+
 def test_batches_may_be_split_and_accumulated(begin: Callable[..., Training], tmp_path: Path) -> None:
     together = train(begin(batch_size=4, tara=APART, out=tmp_path / "together.safetensors"))
     split = train(begin(batch_size=1, accumulate=4, tara=APART))
