@@ -188,6 +188,8 @@ class Training(Frozen):
         own = overrides.get("class_images") is not None or others
         if own and "class_count" not in overrides:
             fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
+            if overrides.get("class_images") is not None and "class_prompts" not in overrides:
+                fields.pop("class_prompts", None)  # the preset's say what the model would make, not what is there
         return cls(**fields)
 
     @model_validator(mode="after")

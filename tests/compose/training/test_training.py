@@ -719,7 +719,12 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     assert (small.scope, Training.preset("playground", **words, tara=TARA).scope) == ("transformer", "attention")
     assert Training.preset("playground", **words, tara=TARA, scope="cross_kv").scope == "cross_kv"
     assert len(small.class_prompts) == small.class_count
-    assert Training.preset("playground", **words, class_images=tmp_path).class_count == 0
+    own = Training.preset("playground", **words, class_images=tmp_path)
+    assert (own.class_count, own.class_prompts) == (0, ("a photo of {class_word}",))
+    added = Training.preset("playground", **words, class_images=tmp_path, class_count=40)
+    assert added.class_prompts == small.class_prompts
+    told = Training.preset("playground", **words, class_images=tmp_path, class_prompts=("a fox",))
+    assert (told.class_count, told.class_prompts) == (0, ("a fox",))
     assert Training.preset("playground", **words, preserve_class=True).class_count == 0
     with pytest.raises(ValueError, match="unknown preset 'flux'; there are sd, sdxl, transformer, playground"):
         Training.preset("flux", model="m", **words)
