@@ -219,6 +219,11 @@ class Training(Frozen):
                 f"a warm-up of {self.warmup} steps leaves nothing of {self.steps} steps; "
                 "set --warmup (in Python, warmup) below that"
             )
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed_precision fp16 scales gradients for one optimizer, and muon takes AdamW beside it for what is "
+                "no matrix; use bf16, or adamw"
+            )
         if self.cpu and self.mixed_precision == "fp16":
             raise ValueError("mixed_precision fp16 needs a GPU; bf16 works on the CPU as well")
         return self
