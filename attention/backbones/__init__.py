@@ -1,6 +1,6 @@
 """Backbones: what has to be known of each model class. One model family, one file."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, Protocol
@@ -24,6 +24,11 @@ class Backbone(Protocol):
     @property
     def sites(self) -> Mapping[str, Site]:
         """Every layer that a LoRA may adapt, by name."""
+        ...
+
+    @property
+    def unread(self) -> Collection[str]:
+        """Names of layers of `sites` whose output nothing reads: a LoRA has no effect there and learns nothing."""
         ...
 
     @property

@@ -7,7 +7,7 @@ before and after it stays diffusers' own.
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import FunctionType, MappingProxyType
@@ -57,6 +57,11 @@ class JointBackbone:
         self.model, self._reference, self._cells = model, reference, cells
         sites = _sites(self.table, tuple(modules_of(model)))
         self.sites = {name: site.with_references(cells) for name, site in sites.items()} if reference else sites
+
+    @property
+    def unread(self) -> Collection[str]:
+        """No layers."""
+        return ()
 
     @property
     def map_layers(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Qwen-Image: text and image in one sequence, in double-stream blocks alone; text has rotary positions of its own."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,13 @@ class QwenImageBackbone(JointBackbone):
         if config["zero_cond_t"]:
             both = Site("modulation", "reference")
             self.sites = {name: both if _OF_EACH_TIME.fullmatch(name) else site for name, site in self.sites.items()}
+
+    @property
+    def unread(self) -> Collection[str]:
+        """The text's own way through the last block, which ends there: the image reads its keys and values alone."""
+        blocks: Any = uncompiled(self.model).get_submodule("transformer_blocks")
+        last = rf"transformer_blocks\.{len(blocks) - 1}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..+)"
+        return [name for name in self.sites if re.fullmatch(last, name)]
 
     @property
     def joint(self) -> Site:

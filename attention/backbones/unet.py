@@ -27,6 +27,7 @@ Stage = Literal["down", "mid", "up"]
 class UNetBackbone:
     """A `UNet2DConditionModel`."""
 
+    unread = ()
     reads_regions = True
     joint = None
     has_group_norms = True

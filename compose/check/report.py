@@ -10,7 +10,7 @@ from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.running import needs_running
 from lora_compose.compose.generate.defaults import complete, words
 from lora_compose.compose.generate.images import named_in
-from lora_compose.compose.generate.making import choice_of, load, plan, size_of
+from lora_compose.compose.generate.making import choice_of, load, plan, size_of, steps_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
@@ -311,11 +311,7 @@ def _priced(concept: Concept) -> Concept:
 
 def _steps(pipe: Any, run: Run, planned: CallPlan | None) -> int:
     """Number of steps that are run."""
-    if planned is not None:
-        return planned.steps
-    if run.scene.image is None:
-        return run.steps
-    return pipe.steps_from_image(run.steps, run.scene.strength, run.scene.mask_image is not None)
+    return steps_of(pipe, run) if planned is None else planned.steps
 
 
 def _cost_words(pipe: Any, run: Run, planned: CallPlan | None, cost: RunCost | None) -> str:

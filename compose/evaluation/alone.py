@@ -49,7 +49,8 @@ def with_references(suite: Suite, alone: Mapping[str, Alone], out: Path) -> Suit
         OSError: If the images cannot be written.
     """
     batches = {name: _batch(suite, suite.concept(name), each) for name, each in _named(suite, alone)}
-    folders = {name: out / FOLDER / _folder_name(suite, batch) for name, batch in batches.items()}
+    references = out.absolute() / FOLDER  # the suite is written into a file, whose relative paths begin at its folder
+    folders = {name: references / _folder_name(suite, batch) for name, batch in batches.items()}
     if missing := {name: batches[name] for name, folder in folders.items() if not folder.is_dir()}:
         _make(suite, missing, folders)
     concepts = [

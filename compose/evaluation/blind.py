@@ -34,6 +34,7 @@ VERDICTS = {
     "none": "no subject has its own look unmixed",
 }
 COLUMNS, ROWS, SIDE = 5, 4, 192
+KEY, VOTES = "key.json", "votes.csv"
 _COLUMNS_OF_VOTES = ("number", "verdict")
 
 
@@ -79,10 +80,15 @@ def numbered(seeds: int) -> dict[int, BlindImage]:
 
 
 def make(out: Path, seeds: int) -> None:
-    """Generates and shuffles images, of so many seeds, and writes sheets, `votes.csv` and `key.json`."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Generates and shuffles images, of so many seeds, and writes sheets, `votes.csv` and `key.json`.
+
+    Raises:
+        ValueError: If the folder has votes on other images.
+    """
     jobs = numbered(seeds)
     key = {number: job.arm.label for number, job in jobs.items()}
+    check_votes(out, {KEY: key})
+    out.mkdir(parents=True, exist_ok=True)
     images = generated(jobs, out)
     for pair in PAIRS:
         numbers = [number for number, job in jobs.items() if job.pair == pair]
@@ -93,10 +99,27 @@ def make(out: Path, seeds: int) -> None:
     write_key(out, key)
 
 
+def check_votes(out: Path, files: Mapping[str, Mapping[int, str]]) -> None:
+    """Raises ValueError if a folder has votes on other images than those that `files` will be about, by file name."""
+    votes = out / VOTES
+    if not votes.exists():
+        return
+    for path, by_number in ((out / name, by_number) for name, by_number in files.items()):
+        if not path.is_file() or path.read_text(encoding="utf-8") != as_json(by_number):
+            raise ValueError(
+                f"{votes} is about other images; give another folder with --out, or delete it if its votes may be lost"
+            )
+
+
+def as_json(by_number: Mapping[int, str]) -> str:
+    """What `key.json` and its like have, by image number."""
+    return json.dumps(by_number, indent=1)
+
+
 def write_key(out: Path, key: Mapping[int, str]) -> None:
     """Writes `key.json`, what made each image by number, and `votes.csv` to be filled in unless there is one."""
-    (out / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
-    votes = out / "votes.csv"
+    (out / KEY).write_text(as_json(key), encoding="utf-8")
+    votes = out / VOTES
     if not votes.exists():
         votes.write_text(f"{','.join(_COLUMNS_OF_VOTES)}\n" + "".join(f"{n},\n" for n in key), encoding="utf-8")
     meaning = "\n".join(f"  [bold]{verdict}[/]: {text}" for verdict, text in VERDICTS.items())
@@ -121,7 +144,7 @@ def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
         FileError: If a file is missing, or is no table with these columns, as spreadsheets write one.
         ValueError: For unknown verdicts.
     """
-    key, path = json.loads(read_whole(out / "key.json")), out / "votes.csv"
+    key, path = json.loads(read_whole(out / KEY)), out / VOTES
     table = read_table(path)
     if missing := [column for column in _COLUMNS_OF_VOTES if column not in (table.columns or ())]:
         raise FileError(f"{path}, line 1: there is no column {missing[0]!r}; expected {','.join(_COLUMNS_OF_VOTES)}")

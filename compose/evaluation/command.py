@@ -12,13 +12,12 @@ from lora_compose.compose.evaluation.comparison import compare_runs
 from lora_compose.compose.evaluation.planning import plan_batches
 from lora_compose.compose.evaluation.published import fetch, gib, show_published, write_suite
 from lora_compose.compose.evaluation.report import write_report
-from lora_compose.compose.evaluation.results import CLAIMS, PLAN, is_done
+from lora_compose.compose.evaluation.results import PLAN, is_done
 from lora_compose.compose.evaluation.runner import evaluate
 from lora_compose.compose.evaluation.scoring import check_chosen
 from lora_compose.compose.evaluation.suite import Suite, read_suite
 from lora_compose.compose.evaluation.worker import Images, Worker
 from lora_compose.compose.files.atomic import write_whole
-from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.generate.processes import default_number, launch, local_rank, own_device
 from lora_compose.compose.support.terminal import FAILED, bar, echo, err, out
@@ -63,11 +62,7 @@ def run_suite(
         else:
             cluster = None if ray is None else Cluster(ray, processes)
             evaluate(loaded, to, on_progress, cluster=cluster)
-    with Claims(to / CLAIMS).claim("report") as claim:
-        if claim is None:
-            echo(f"Another process of this evaluation writes the report, in {to}.")
-        else:
-            show_report(to)
+    show_report(to)  # each process that was started by hand writes it: of the same results, they write the same files
     if left := len(plan.batches) - done():
         echo(f"{left} batches failed; the report lists why. The same command retries them.", style="red", to=err)
     return FAILED if left else 0

@@ -1,7 +1,9 @@
 """Detectors that find concepts in an image by nouns."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,7 +94,11 @@ class ZeroShotDetector:
                 model: Any = AutoModelForZeroShotObjectDetection.from_pretrained(source, use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"the detector {source!r} cannot be opened: {str(error)[:400]}") from error
-        self._model, self._threshold, self._device = model.to(device).eval(), threshold, device
+        self._model, self._device = model.to(device).eval(), device
+        self._options: dict[str, Any] = {"threshold": threshold}
+        # Grounding DINO names an object by the tokens above a threshold of their own, which would leave some without.
+        if "text_threshold" in signature(self._processor.post_process_grounded_object_detection).parameters:
+            self._options["text_threshold"] = threshold
 
     @torch.no_grad()
     def detect(self, image: Image.Image, words: Sequence[str]) -> list[Detection]:
@@ -102,12 +108,13 @@ class ZeroShotDetector:
         inputs = self._processor(text=[queries], images=image, return_tensors="pt").to(self._device)
         output = self._model(**inputs)
         (result,) = self._processor.post_process_grounded_object_detection(
-            output, threshold=self._threshold, target_sizes=[(image.height, image.width)], text_labels=[queries]
+            output, target_sizes=[(image.height, image.width)], text_labels=[queries], **self._options
         )
+        named = [words[queries.index(it)] if it in queries else word_of(it, words) for it in result["text_labels"]]
         detections = [
-            Detection(words[queries.index(label)], box, round(float(score), 4))
-            for label, score, edges in zip(result["text_labels"], result["scores"], result["boxes"], strict=True)
-            if label in queries and (box := _clipped(edges.tolist(), image.size)) is not None
+            Detection(word, box, round(float(score), 4))
+            for word, score, edges in zip(named, result["scores"], result["boxes"], strict=True)
+            if word is not None and (box := _clipped(edges.tolist(), image.size)) is not None
         ]
         return distinct(detections)
 
@@ -167,6 +174,20 @@ def _clipped(edges: Sequence[float], size: tuple[int, int]) -> Box | None:
     left, top, right, bottom = (round(edge) for edge in edges)
     box = max(0, left), max(0, top), min(size[0], right), min(size[1], bottom)
     return box if box[0] < box[2] and box[1] < box[3] else None
+
+
+def word_of(label: str, words: Sequence[str]) -> str | None:
+    """The word that a detector means by a label with some of its parts, whose noun comes last; None if it names none.
+
+    Of several, the one of which the label has most, and then the one with the fewest others: "a teddy bear" is no bear.
+    """
+    seen, parts = _parts(label), {word: _parts(word) for word in words}
+    named = [word for word in words if not {*parts[word][-1:]}.isdisjoint(seen)]
+    return max(named, key=lambda word: (sum(it in seen for it in parts[word]), -len(parts[word])), default=None)
+
+
+def _parts(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def _article(word: str) -> str:

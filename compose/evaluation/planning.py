@@ -30,7 +30,7 @@ from lora_compose.compose.evaluation.results import (
     read_made,
     read_scores,
 )
-from lora_compose.compose.evaluation.scoring import reference_files
+from lora_compose.compose.evaluation.scoring import recorded_box, reference_files
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, ZeroShotConfig
 from lora_compose.compose.evaluation.worker import Images
 from lora_compose.compose.files.atomic import write_whole
@@ -44,6 +44,8 @@ from lora_compose.compose.support.frozen import shared
 logger = logging.getLogger(__name__)
 
 SCORING = 3  # incremented whenever the computation of scores changes
+ZERO_SHOT = 2  # incremented whenever what zero-shot detectors find changes
+_SHIPPED = tuple(f"{name}:" for name in PLAYGROUNDS)
 
 
 def plan_batches(suite: Suite) -> BatchPlan:
@@ -74,7 +76,7 @@ def plan_batches(suite: Suite) -> BatchPlan:
 
 
 def _scoring(suite: Suite) -> Any:
-    concepts = [[concept.name, concept.trigger, concept.class_word, _references(concept)] for concept in suite.concepts]
+    concepts = [_concept_facts(concept) for concept in suite.concepts]
     chosen = [[metric.name, fingerprint(metric.model)] for metric in suite.metrics]
     return [SCORING, fingerprint(suite.encoder), detector_facts(suite), concepts, chosen]
 
@@ -84,14 +86,26 @@ def detector_facts(suite: Suite) -> Any:
     if suite.detector is None:
         return None
     settings = suite.detector.model_dump(mode="json", exclude={"model"})
-    return [settings, fingerprint(suite.detector.model)] if isinstance(suite.detector, ZeroShotConfig) else settings
+    if isinstance(suite.detector, ZeroShotConfig):
+        return [ZERO_SHOT, settings, fingerprint(suite.detector.model)]
+    return settings
 
 
-def _references(concept: SuiteConcept) -> list[str]:
+def _concept_facts(concept: SuiteConcept) -> list[Any]:
+    facts = [concept.name, concept.trigger, concept.class_word, _references(concept)]
+    return [*facts, concept.role] if concept.is_style else facts  # subjects as in facts of versions without roles
+
+
+def _references(concept: SuiteConcept) -> list[Any]:
+    """The contents of reference images, each with the box that cuts it, if there is one."""
     paths = reference_files(concept)
     if missing := [path for path in paths if not path.is_file()]:
         raise ValueError(f"concept {concept.name!r}: the reference image {str(missing[0])!r} is missing")
-    return [file_hash(str(path)) for path in paths]
+    hashes = [file_hash(str(path)) for path in paths]
+    if isinstance(concept.references, str) and concept.references.startswith(_SHIPPED):
+        return hashes  # nobody edits their boxes, and scores of versions that did not hash these stay valid
+    boxes = map(recorded_box, paths)
+    return [content if box is None else [content, box] for content, box in zip(hashes, boxes, strict=True)]
 
 
 def fingerprint(source: str) -> Any:

@@ -245,8 +245,13 @@ def reference_crop(path: Path, concept: str = "") -> Image.Image:
         ValueError: If it is missing or unreadable.
     """
     image = _opened(path, f"{concept}: the reference image {str(path)!r}".removeprefix(": "))
-    box = _recorded_boxes(path.parent).get(path.name)
+    box = recorded_box(path)
     return squared(image if box is None else image.crop(box))
+
+
+def recorded_box(path: Path) -> Box | None:
+    """Where in a reference image its concept is, if its folder says that."""
+    return _recorded_boxes(path.parent).get(path.name)
 
 
 def _opened(path: Path, where: str) -> Image.Image:

@@ -227,6 +227,8 @@ class Suite(Frozen):
         for scene in self.scenes:
             _check_scene(scene, known, self)
         for method in self.methods:
+            if method.merge is not None:
+                _check_merged(method, self.concepts)
             missing = [c.name for c in self.concepts if method.lora is not None and method.lora not in c.loras]
             if missing:
                 raise ValueError(
@@ -285,6 +287,16 @@ def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
         concept = suite.concept(name)
         if not find_words(concept.trigger, scene.prompt):
             raise ValueError(f"{where}: the prompt does not name {name!r} by its trigger {concept.trigger!r}")
+
+
+def _check_merged(method: SuiteMethod, concepts: Sequence[SuiteConcept]) -> None:
+    for concept in concepts:
+        if concept.blocks or not isinstance(concept.weight, float | int):
+            what = "factors by block" if concept.blocks else "a weight that changes over the steps"
+            raise ValueError(
+                f"method {method.name!r} merges LoRAs into one file, which takes each with one number as its weight, "
+                f"and {concept.name!r} has {what}; give it a number, or leave the method out"
+            )
 
 
 def _bystanders(scene: SuiteScene, known: Sequence[str], suite: Suite) -> Sequence[str]:

@@ -19,10 +19,13 @@ from rich.table import Table
 from lora_compose.compose.evaluation.blind import (
     ARMS,
     COLUMNS,
+    KEY,
     PAIRS,
     ROWS,
     VERDICTS,
     BlindImage,
+    as_json,
+    check_votes,
     generated,
     numbered,
     read_votes,
@@ -58,7 +61,8 @@ def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> N
     """Shuffles images of two subjects of some rows of an evaluation and writes sheets and the files of votes.
 
     Raises:
-        ValueError: If a method is not in the evaluation, or there are too few images that all of them made.
+        ValueError: If a method is not in the evaluation, there are too few images that all of them made, or the folder
+            has votes on other images.
     """
     evaluation = load(folder)
     known = [method.name for method in evaluation.suite.compared]
@@ -69,12 +73,15 @@ def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> N
                 f"{did_you_mean(method, known)}"
             )
     shown = dict(enumerate(_chosen(evaluation, methods, images), start=1))
+    key = {number: image.method for number, image in shown.items()}
+    files = {number: image.file for number, image in shown.items()}
+    check_votes(out, {KEY: key, FILES: files})
     out.mkdir(parents=True, exist_ok=True)
     for page, start in enumerate(range(1, len(shown) + 1, COLUMNS * ROWS)):
         part = {number: shown[number] for number in range(start, min(start + COLUMNS * ROWS, len(shown) + 1))}
         _sheet(evaluation, folder, part).save(out / f"{page}.png")
-    write_key(out, {number: image.method for number, image in shown.items()})
-    (out / FILES).write_text(json.dumps({number: image.file for number, image in shown.items()}, indent=1))
+    (out / FILES).write_text(as_json(files), encoding="utf-8")
+    write_key(out, key)
 
 
 def read_files(out: Path) -> dict[str, str]:

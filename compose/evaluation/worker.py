@@ -18,7 +18,7 @@ from lora_compose.compose.evaluation.scoring import Scorer, open_scorer
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine
 from lora_compose.compose.generate.machine import machine, versions
-from lora_compose.compose.generate.making import Made, choice_of, load, make_batch, plan, size_of
+from lora_compose.compose.generate.making import Made, choice_of, load, make_batch, plan, size_of, steps_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.pipelines.scene.scene import Run
@@ -111,8 +111,11 @@ class Worker:
         scene = run.scene
         kind = batch.arm.name, run.method, _loras(run), len(batch.seeds), scene.width, scene.height
         if kind not in self._peaks:
+            # From a start image, the first ones of so many steps are left out.
+            shorter = (run.model_copy(update={"steps": steps}) for steps in range(PROBE_STEPS, run.steps))
+            short = next((it for it in shorter if steps_of(self.pipe, it) >= PROBE_STEPS), run)
             with peak_memory("cpu") as memory:
-                make_batch(self.pipe, run.model_copy(update={"steps": min(run.steps, PROBE_STEPS)}), batch.seeds)
+                make_batch(self.pipe, short, batch.seeds)
             self._peaks[kind] = memory.peak_bytes
         return self._peaks[kind]
 
@@ -120,7 +123,8 @@ class Worker:
         """The cost of an image of a batch, counted once for each kind of call."""
         run = self._run(batch)
         width, height = size_of(self.pipe, run.scene)
-        kind = batch.arm.name, run.method, _loras(run), width, height
+        steps = steps_of(self.pipe, run)
+        kind = batch.arm.name, run.method, _loras(run), width, height, steps
         if kind not in self._counted and needs_running(self.pipe):
             self._counted[kind] = count_by_running(self.pipe, run)
         elif kind not in self._counted:
@@ -131,7 +135,7 @@ class Worker:
             if run.scheduler is not None:
                 scheduler = scheduler_class(run.scheduler).from_config(scheduler.config)
             self._counted[kind] = count_run(
-                self.pipe, method, loaded, run.steps, run.guidance_scale, width, height, scheduler=scheduler
+                self.pipe, method, loaded, steps, run.guidance_scale, width, height, scheduler=scheduler
             )
         return self._counted[kind]
 

@@ -191,6 +191,17 @@ def load(pipe: Any, concept: Concept) -> LoadedConcept:
     return loaded
 
 
+def steps_of(pipe: Any, run: Run) -> int:
+    """How many of a run's steps are run: from a start image, a part of them.
+
+    Raises:
+        ValueError: If the model does not start from images.
+    """
+    if run.scene.image is None:
+        return run.steps
+    return pipe.steps_from_image(run.steps, run.scene.strength, run.scene.mask_image is not None)
+
+
 def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     """Width and height of a scene's images in pixels.
 

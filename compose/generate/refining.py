@@ -69,8 +69,9 @@ def refine_and_save(
 
 
 def _masks(pipe: Any, record: Record, run: Run, image: Image.Image) -> dict[str, Any]:
-    """Masks of the subjects: their regions, or the masks of the same run, which is repeated."""
-    regions = {concept.name: concept.region for concept in run.scene.concepts if concept.region is not None}
+    """Masks of the subjects with a LoRA: their regions, or the masks of the same run, which is repeated."""
+    subjects = [concept for concept in run.scene.concepts if not concept.is_bystander]
+    regions = {concept.name: concept.region for concept in subjects if concept.region is not None}
     if regions:
         return regions
     seeds = record.batch or (run.seed,)

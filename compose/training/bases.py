@@ -226,9 +226,11 @@ class _Transformer(Base):
     def targets(self, settings: Training) -> list[str]:
         pattern = {"attention": _ATTENTION, "cross_kv": _CROSS_KV}.get(settings.scope, f"{_IN_BLOCK}.+")
         left_out = {"modulation"} if settings.references else {"modulation", "reference"}
+        backbone = self._flow.backbone
+        unread = set(backbone.unread)  # without a gradient there, processes would wait for each other
         return [
-            name for name, site in self._flow.backbone.sites.items()
-            if left_out.isdisjoint(site.parts) and re.fullmatch(pattern, name)
+            name for name, site in backbone.sites.items()
+            if name not in unread and left_out.isdisjoint(site.parts) and re.fullmatch(pattern, name)
             and isinstance(self.network.get_submodule(name), nn.Linear)
         ]  # fmt: skip
 

@@ -224,8 +224,9 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
     base = base_of(open_base(settings.model))
     base.check(settings)
     noising, texts = base.noising(), read_texts(base, settings)
+    # Text encoders and VAE, used once, stay in float32. A GPU may have no room for the network in it.
+    cast(base.network, _PRECISIONS[settings.mixed_precision])
     base.pipe.to(accelerator.device)
-    cast(base.network, _PRECISIONS[settings.mixed_precision])  # text encoders and VAE, used once, stay in float32
     data = encode(base, texts, settings, accelerator)
     adapter = adapt(base, settings, data.rows)
     trained = [parameter for parameter in lora_parameters(base.network).values() if parameter.requires_grad]

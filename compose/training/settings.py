@@ -188,6 +188,8 @@ class Training(Frozen):
         own = overrides.get("class_images") is not None or others
         if own and "class_count" not in overrides:
             fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
+            if overrides.get("class_images") is not None and "class_prompts" not in overrides:
+                fields.pop("class_prompts", None)  # the preset's say what the model would make, not what is there
         return cls(**fields)
 
     @model_validator(mode="after")
@@ -216,6 +218,11 @@ class Training(Frozen):
             raise ValueError(
                 f"a warm-up of {self.warmup} steps leaves nothing of {self.steps} steps; "
                 "set --warmup (in Python, warmup) below that"
+            )
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed_precision fp16 scales gradients for one optimizer, and muon takes AdamW beside it for what is "
+                "no matrix; use bf16, or adamw"
             )
         if self.cpu and self.mixed_precision == "fp16":
             raise ValueError("mixed_precision fp16 needs a GPU; bf16 works on the CPU as well")

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from lora_compose.compose.evaluation.alone import Alone, missing_references, with_references
+from lora_compose.compose.evaluation.published import write_suite
 from lora_compose.compose.evaluation.scoring import reference_files
-from lora_compose.compose.evaluation.suite import Suite
+from lora_compose.compose.evaluation.suite import Suite, read_suite
 from lora_compose.compose.playground.assets import playground_model
 from small_world import SIZE
 
@@ -67,6 +68,21 @@ def test_references_are_found_again_where_the_model_is_in_another_folder(tmp_pat
     (tmp_path / "here").rename(tmp_path / "there")
     assert missing_references(small("there"), {"cat alone": ALONE}, tmp_path) == {}
     assert with_references(small("there"), {"cat alone": ALONE}, tmp_path).concepts == made.concepts
+
+
+def test_references_in_a_relative_folder_are_those_of_the_suite_that_is_written_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(suite: Suite, batches: Any, folders: Any) -> None:
+        folders["cat"].mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folders["cat"] / "7.png")
+
+    monkeypatch.setattr("lora_compose.compose.evaluation.alone._make", make)
+    monkeypatch.chdir(tmp_path)
+    out = Path("outputs/small")
+    write_suite(with_references(suite(), {"cat alone": ALONE}, out), out / "suite.yaml")
+    files = reference_files(read_suite(str(out / "suite.yaml")).concept("cat"))
+    assert [file.name for file in files] == ["7.png"]
 
 
 def test_a_subject_that_the_detector_does_not_find_has_no_references(tmp_path: Path) -> None:

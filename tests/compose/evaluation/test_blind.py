@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from commands import call
+from commands import call, flat
 from evaluations import known, store, suite
 from lora_compose.compose.evaluation.blind import ARMS, HALVES, BlindImage, generate, numbered, read_votes
 from lora_compose.compose.playground.assets import playground_model
@@ -59,6 +59,27 @@ def test_images_that_an_evaluation_does_not_have_are_not_shown(tmp_path, argumen
     result = call("blind", "from", folder, "--out", tmp_path / "votes", *arguments, code=2)
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "votes").exists()
+
+
+def test_votes_are_not_given_to_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = store(tmp_path / "run", suite(), known, draw=True)
+    out = tmp_path / "votes"
+    same = ("blind", "from", folder, "--method", "merge", "--images", "2", "--out", out)
+    call(*same)
+    votes = "number,verdict\n1,both\n2,none\n"
+    (out / "votes.csv").write_text(votes)
+    call(*same)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    at, refused = out / "images.json", []
+    refused.append(call("blind", "from", folder, "--method", "regional", "--images", "2", "--out", out, code=2))
+    monkeypatch.setattr("lora_compose.compose.evaluation.blind.generated", None)
+    refused.append(call("blind", "make", "--seeds", "1", "--out", out, code=2))
+    at.write_text(at.read_text().replace("2.png", "9.png"))
+    refused.append(call(*same, code=2))
+    assert all("is about other images; give another folder with --out" in flat(it.output) for it in refused)
+    at.write_bytes(before[at.name])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert before["votes.csv"].decode() == votes
 
 
 def test_photographs_are_shown_as_references(tmp_path: Path) -> None:

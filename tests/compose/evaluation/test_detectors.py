@@ -1,6 +1,8 @@
 """Finding objects in images, and what becomes of findings."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import OwlViTConfig, OwlViTForObjectDetection, OwlViTProcessor
+from transformers import BatchFeature, GroundingDinoProcessor, OwlViTConfig, OwlViTForObjectDetection, OwlViTProcessor
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
 from components import tokenizer
 from lora_compose.attention.masks import Box
+from lora_compose.compose.evaluation import detectors
 from lora_compose.compose.evaluation.detectors import (
     SHARED,
     Detection,
@@ -22,6 +25,7 @@ from lora_compose.compose.evaluation.detectors import (
     distinct,
     make_detector,
     shared,
+    word_of,
 )
 from lora_compose.compose.evaluation.encoders import Encoder, load_encoder
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crops, squared
@@ -135,6 +139,58 @@ def test_findings_below_the_threshold_are_left_out(owl: Path, image: Image.Image
     )
     assert sure == [one for one in everything if one.score > limit]
     assert len(sure) < len(everything)
+
+
+class Dino(GroundingDinoProcessor):
+    """The processor of Grounding DINO, with a vocabulary of a few words."""
+
+    VOCABULARY = ("[CLS]", "a", "cat", ".", "teddy", "bear", "[SEP]")
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return BatchFeature({})
+
+    def batch_decode(self, rows: Any) -> list[str]:
+        return [" ".join(self.VOCABULARY[int(i)] for i in row) for row in rows]
+
+
+def test_what_grounding_dino_names_by_parts_of_the_words_is_kept(
+    image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the noun without its article, in small letters, and below the processor's own threshold for names."""
+    probabilities = torch.zeros(1, 5, len(Dino.VOCABULARY) + 1)
+    for row, tokens in enumerate(({1: 0.3, 2: 0.6}, {2: 0.5}, {1: 0.1, 2: 0.22}, {4: 0.3, 5: 0.4}, {3: 0.9})):
+        for token, probability in tokens.items():
+            probabilities[0, row, token] = probability
+    boxes = torch.tensor([[[x, 0.5, 0.1, 0.1] for x in (0.1, 0.3, 0.5, 0.7, 0.9)]])
+    ids = torch.arange(len(Dino.VOCABULARY))[None]
+    output = SimpleNamespace(logits=torch.logit(probabilities), pred_boxes=boxes, input_ids=ids)
+
+    class Model:
+        def to(self, device: str) -> "Model":
+            return self
+
+        def eval(self) -> Any:
+            return lambda **given: output
+
+    monkeypatch.setattr(detectors.AutoProcessor, "from_pretrained", lambda source: Dino())
+    monkeypatch.setattr(
+        detectors.AutoModelForZeroShotObjectDetection, "from_pretrained", lambda source, use_safetensors: Model()
+    )
+    found = ZeroShotDetector("dino", threshold=0.2).detect(image, ["Cat", "teddy bear"])
+    assert [(one.word, one.score) for one in found] == [
+        ("Cat", 0.6), ("Cat", 0.5), ("teddy bear", 0.4), ("Cat", 0.22),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("label", "word"),
+    [("a bear", "bear"), ("a teddy bear", "teddy bear"), ("old cat.", "Old Cat"), ("a", None), ("teddy", None)],
+)
+def test_a_label_means_the_longest_word_that_is_in_it(label: str, word: str | None) -> None:
+    assert word_of(label, ["bear", "teddy bear", "Old Cat", "!"]) == word
 
 
 def test_a_folder_without_a_detection_model_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from accelerate import cpu_offload
+from PIL import Image
 
 from commands import call
 from disks import files_of_at_most
@@ -164,6 +165,22 @@ def test_cost_is_what_the_methods_take(suite: Suite, finished: Path) -> None:
     assert {name: cost.rows_forward for name, cost in costs.items()} == dict.fromkeys(costs, 2.0)  # guided
     assert all(0 < cost.flops < 1e12 and cost.seconds > 0 for cost in costs.values())
     assert all(cost.peak_bytes and cost.peak_bytes > 50e6 for cost in costs.values())  # the weights alone in fp32
+
+
+def test_scenes_with_a_start_image_cost_the_steps_that_are_run(suite: Suite, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "gray").save(tmp_path / "start.png")
+    start = {"name": "from an image", "image": str(tmp_path / "start.png"), "strength": 0.4}
+    scenes = (suite.scenes[0].model_copy(update=start), *suite.scenes)
+    both = suite.model_copy(update={"scenes": scenes, "methods": suite.methods[:1], "seeds": (0,), "steps": 5})
+    opened, rows, flops = Worker.open(both, "cpu"), {}, {}
+    for batch in batches(both):
+        made = next(opened.do(batch))
+        assert isinstance(made, Images)
+        which = batch.scene.name, batch.arm.name
+        rows[which], flops[which] = made.cost.rows_forward, made.cost.flops
+    for arm in ("no LoRA", "alone", "merge"):
+        assert (rows["from an image", arm], rows["both", arm]) == (4, 10)  # two of five steps, guided
+        assert flops["from an image", arm] == pytest.approx(0.4 * flops["both", arm], rel=0.1)  # texts are read once
 
 
 def test_an_offloaded_model_is_measured_where_it_runs(suite: Suite) -> None:
@@ -340,6 +357,17 @@ def test_two_processes_report_an_error_once(tmp_path: Path) -> None:
     assert done.stderr.count("error:") == 1, done.stderr
     assert "nothing" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_rerun_writes_the_report_that_a_killed_process_began(
+    suite_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / CLAIMS).mkdir(exist_ok=True)
+    (out / CLAIMS / "report.0").write_text("host 1\n")
+    told = call("evaluate", "run", suite_file, "--out", out).output
+    assert "The report: " in told
+    assert (out / "report.html").is_file()
 
 
 def test_a_failing_batch_is_written_down_and_tried_again(

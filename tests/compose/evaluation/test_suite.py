@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lora_compose.compose.evaluation import planning
 from lora_compose.compose.evaluation.batches import arms, batches, run_of, without_triggers
@@ -258,6 +259,17 @@ def test_paths_are_relative_to_the_suite(tmp_path: Path) -> None:
         ({"encodr": "clip"}, "encodr: unknown field; fields are name, model, encoder"),
         ({"concepts": [{**CAT, "trigger": ""}, DOG]}, "concepts[0].trigger"),
         ({"guidance_scale": "much"}, "guidance_scale"),
+        (
+            {"concepts": [{**CAT, "blocks": {"mid": 0}}, DOG], "methods": [{"method": "merge", "merge": "tsv"}]},
+            "'merge' merges LoRAs into one file, which takes each with one number as its weight, and 'cat' has",
+        ),
+        (
+            {
+                "concepts": [CAT, {**DOG, "weight": "1..0.5"}],
+                "methods": ["merge", {"method": "regional", "merge": "tsv"}],
+            },
+            "and 'dog' has a weight that changes over the steps; give it a number",
+        ),
     ],
 )
 def test_mistakes_are_named_with_their_place(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
@@ -289,6 +301,35 @@ def test_a_plan_changes_only_where_something_changed(tmp_path: Path) -> None:
     assert not {planned.key for planned in saving.batches} & keys
     assert {planned.key for planned in judged.batches} == keys
     assert not {planned.scores for planned in judged.batches} & {planned.scores for planned in before.batches}
+
+
+def test_scores_change_with_the_role_of_a_concept_and_images_of_no_lora_do_not(tmp_path: Path) -> None:
+    scene = {key: value for key, value in SCENE.items() if key != "regions"}
+    plans = {}
+    for role in (None, "subject", "style"):
+        changes = {"concepts": [CAT, {**DOG, "role": role}], "scenes": [scene], "detector": {"kind": "windows"}}
+        plans[role] = plan_batches(read_suite(written(tmp_path, **changes)))
+    assert {planned.scores for planned in plans["subject"].batches} == {plans[None].batches[0].scores}
+    assert plans["style"].batches[0].key == plans[None].batches[0].key
+    assert plans["style"].batches[0].scores != plans[None].batches[0].scores
+
+
+def test_scores_change_with_the_boxes_that_cut_own_references(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "0.png")
+
+    def scores(table: str | None) -> str:
+        if table is not None:
+            (folder / "captions.tsv").write_text(table)
+        concepts = [{**CAT, "references": str(folder)}, DOG]
+        return plan_batches(read_suite(written(tmp_path, concepts=concepts))).batches[0].scores
+
+    plain = scores(None)
+    assert scores("0.png\ta sks cat") == plain
+    cut = scores("0.png\ta sks cat\t0 0 8")
+    assert len({plain, cut, scores("0.png\ta sks cat\t4 4 8")}) == 3
+    assert scores("0.png\ta cat\t0 0 8") == cut
 
 
 def test_a_missing_reference_image_is_named(tmp_path: Path) -> None:

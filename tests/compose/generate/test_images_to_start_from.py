@@ -54,6 +54,16 @@ def test_an_image_is_painted_from_a_scene_file_reproduced_and_refined(tmp_path, 
     assert np.array_equal(np.asarray(read_pixels(tmp_path / "0-refined.png"))[:, HALF:], np.asarray(before)[:, HALF:])
 
 
+def test_an_image_with_a_bystander_is_refined_where_the_subject_is(tmp_path):
+    bystander = Concept(name="fox", role="bystander", class_word="fox", region=(0.5, 0.0, 1.0, 1.0))
+    scene = Scene(prompt="a sks cat and a fox", concepts=(Concept(**CAT, region=(0.0, 0.0, 0.5, 1.0)), bystander))
+    write_scene(scene, tmp_path / "scene.yaml")
+    call("run", "playground", "--scene", tmp_path / "scene.yaml", "--steps", "2", "--out", tmp_path)
+    assert "repainted cat:" in flat(call("refine", tmp_path / "0.png").output)
+    refused = call("refine", tmp_path / "0.png", "--subject", "fox", code=2)
+    assert "--subject fox: the subjects of this image are cat" in flat(refused.output)
+
+
 def test_anima_starts_from_an_image(tmp_path, start):
     anima_pipeline().save_pretrained(tmp_path / "anima")
     save_file(dict(as_file(random_lora_of_all(cosmos_transformer(), 0))), tmp_path / "cat.safetensors")

@@ -360,6 +360,23 @@ def test_the_lora_stays_in_single_precision_whatever_the_model_is_in(
     assert same(half, undisturbed)
 
 
+def test_the_network_is_cast_before_it_is_moved(
+    begin: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU may have no room for it in single precision."""
+
+    class MovedError(Exception):
+        pass
+
+    def to(pipe: Any, device: torch.device) -> None:
+        raise MovedError(pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "to", to)
+    with pytest.raises(MovedError) as moved:
+        train(begin(mixed_precision="bf16"))
+    assert moved.value.args == (torch.bfloat16, torch.float32, torch.float32)
+
+
 def test_batches_may_be_split_and_accumulated(begin: Callable[..., Training], tmp_path: Path) -> None:
     together = train(begin(batch_size=4, tara=APART, out=tmp_path / "together.safetensors"))
     split = train(begin(batch_size=1, accumulate=4, tara=APART))
@@ -679,6 +696,7 @@ def test_samples_are_painted_and_change_nothing(begin: Callable[..., Training], 
         ({"resolution": 100}, "multiple of 8"),
         ({"warmup": 4}, "a warm-up of 4 steps leaves nothing of 4 steps"),
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
+        ({"mixed_precision": "fp16", "optimizer": "muon", "cpu": False}, "fp16 scales gradients for one optimizer"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"steps": 0}, "steps"),
         ({"preserve_class": True, "class_count": 3}, "preserve_class needs no class images"),
@@ -702,7 +720,12 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     assert (small.scope, Training.preset("playground", **words, tara=TARA).scope) == ("transformer", "attention")
     assert Training.preset("playground", **words, tara=TARA, scope="cross_kv").scope == "cross_kv"
     assert len(small.class_prompts) == small.class_count
-    assert Training.preset("playground", **words, class_images=tmp_path).class_count == 0
+    own = Training.preset("playground", **words, class_images=tmp_path)
+    assert (own.class_count, own.class_prompts) == (0, ("a photo of {class_word}",))
+    added = Training.preset("playground", **words, class_images=tmp_path, class_count=40)
+    assert added.class_prompts == small.class_prompts
+    told = Training.preset("playground", **words, class_images=tmp_path, class_prompts=("a fox",))
+    assert (told.class_count, told.class_prompts) == (0, ("a fox",))
     assert Training.preset("playground", **words, preserve_class=True).class_count == 0
     with pytest.raises(ValueError, match="unknown preset 'flux'; there are sd, sdxl, transformer, playground"):
         Training.preset("flux", model="m", **words)

@@ -93,6 +93,21 @@ def test_the_loss_is_that_of_flow_matching(family: str, folder: Path) -> None:
     assert losses.prior == 0
 
 
+def test_every_layer_that_gets_a_lora_learns(family: str, folder: Path) -> None:
+    """Several processes wait for the gradient of each parameter."""
+    base = base_of(opened(family))
+    settings = training(folder, "unused", resolution=SIDE, prior_weight=0.0, scope="transformer")
+    material = encode(base, read_texts(base, settings), settings, Accelerator(cpu=True))
+    batches = batches_of(material.concept, None, None, seed=0, sizes=(2, 0), noising=base.noising())
+    adapt(base, settings, None)
+    parameters = {name: it for name, it in lora_parameters(base.network).items() if it.requires_grad}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1)
+    Learner(base.network, base.noising(), Weights())(batches.of(0, 0)).total.backward()
+    assert [name for name, it in parameters.items() if it.grad is None or not it.grad.any()] == []
+
+
 @pytest.mark.parametrize("family", ["Anima", "FLUX.3"], indirect=True)
 def test_the_loss_is_that_of_what_the_modular_pipeline_gets_of_its_transformer(family: str, folder: Path) -> None:
     """In the second of three steps of diffusers' own call, with a LoRA that changes something."""
