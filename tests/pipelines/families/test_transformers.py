@@ -94,6 +94,14 @@ def test_negative_embeddings_of_another_shape_are_refused(family, pipe):
         pipe(**CALL, **guided, concepts=["cat"], method="merge")
 
 
+def test_other_numbers_of_negative_prompts_than_of_prompts_are_refused(family, pipe):
+    if "negative_prompt" not in family.guided:
+        return
+    given = {**CALL, **family.guided, "negative_prompt": ["a photo", "grass"], "concepts": ["cat"], "method": "merge"}
+    with pytest.raises(ValueError, match="there are 2 negative prompts and 1 prompts; give one, or one for each"):
+        pipe(**given)
+
+
 def test_embeddings_of_z_image_may_be_single_tensors_shorter_than_the_padded_text():
     pipe = shared_pipeline(Z_IMAGE)
     given = {**CALL, "prompt": None, "guidance_scale": 2.0, "concepts": ["cat"], "method": "merge"}
