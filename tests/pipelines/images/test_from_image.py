@@ -346,6 +346,15 @@ def test_every_method_does_what_it_does_from_the_same_latents(family, method, in
 # --- outside of the mask ---
 
 
+@pytest.mark.parametrize("box", [(32, 40, 96, 128), (0.25, 0.3125, 0.75, 1.0)])
+def test_a_box_is_in_pixels_also_where_the_image_is_latents(box: Any) -> None:
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (32, 40, 96, 128))
+    given = {**SHORT, "image": torch.randn(1, 4, 16, 16, generator=seeded(5)), "concepts": BOXED}
+    found = run(composer_of("sd"), **given, mask_image=box).images
+    assert same_bits(found, run(composer_of("sd"), **given, mask_image=mask).images)
+
+
 @SDXL_SLOW
 @pytest.mark.parametrize("method", ["regional", "lora-composer"])
 def test_outside_of_the_mask_the_latents_of_the_image_are_put_back(family, method):
