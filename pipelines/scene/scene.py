@@ -352,7 +352,8 @@ def with_bare_trigger(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def head_noun_of(class_word: str | None) -> str:
     """The last word of a class word, in lower case: "cat" of "old cat"; empty without one."""
-    return (class_word or "").lower().rpartition(" ")[2]
+    words = (class_word or "").lower().split()
+    return words[-1] if words else ""
 
 
 ConceptNames = Sequence[str | Concept | Mapping[str, Any]] | Mapping[str, Any]

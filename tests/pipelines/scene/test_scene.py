@@ -210,6 +210,14 @@ def test_a_class_word_at_the_end_of_a_trigger_is_no_part_of_it(trigger: str, nou
         assert Concept(name="a", **one).completed(Concept(name="a", **other)) == whole
 
 
+@pytest.mark.parametrize(
+    ("class_word", "noun"),
+    [("cat", "cat"), ("old Cat", "cat"), ("cat ", "cat"), ("old\tcat\n", "cat"), (" ", ""), ("", ""), (None, "")],
+)
+def test_the_head_noun_is_the_last_word(class_word: str | None, noun: str) -> None:
+    assert Concept(name="a", class_word=class_word).head_noun == noun
+
+
 def test_a_concept_is_shown_without_the_fields_that_were_not_given() -> None:
     assert repr(Concept(name="cat", region=(0, 0, 64, 64))) == "Concept(name='cat', region=(0, 0, 64, 64))"
     assert repr(SCENE) == "Scene(prompt='a sks cat')"
