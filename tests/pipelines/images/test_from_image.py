@@ -253,11 +253,15 @@ def test_without_concepts_a_unet_of_other_channels_does_what_diffusers_does_with
     assert_close(found, expected)
 
 
-def test_a_unet_whose_other_channels_are_no_latents_is_not_for_inpainting():
+def test_a_unet_whose_other_channels_are_no_latents_is_refused():
+    """As InstructPix2Pix's."""
     pipe = small_pipeline(unet=sd_unet(**TINY, in_channels=8))
     for concepts in (None, [Concept(name="cat", lora=str(lora_file("sd", "cat")))]):
         with pytest.raises(ValueError, match="8 input channels cannot inpaint with a VAE of 4 channels; expected 4"):
             run(pipe, **task(True), concepts=concepts)
+        for given in ({}, task(False)):
+            with pytest.raises(ValueError, match="8 input channels cannot be used with a VAE of 4 channels; expected"):
+                run(pipe, **given, concepts=concepts)
 
 
 # --- with concepts ---
