@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones.processors import replace_processor
-from lora_compose.attention.backbones.truncation import replace_children
+from lora_compose.attention.backbones.truncation import Kept, replace_children
 from lora_compose.attention.claims import Journal, undoing
 from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
@@ -106,9 +106,10 @@ class JointBackbone:
         each = [(kind, i) for kind in self.blocks for i in range(len(getattr(model, kind)))]
         needed = [n for n, (kind, i) in enumerate(each, 1) if any(name.startswith(f"{kind}.{i}.") for name in layers)]
         kept = each[: max(needed, default=0)]
+        whole = {kind: getattr(model, kind) for kind in self.blocks}
         cut = {
-            kind: nn.ModuleList(block for i, block in enumerate(getattr(model, kind)) if (kind, i) in kept)
-            for kind in self.blocks
+            kind: Kept((block for i, block in enumerate(blocks) if (kind, i) in kept), len(blocks))
+            for kind, blocks in whole.items()
         }
         with undoing(model) as undo:
             replace_children(model, undo, **cut)

@@ -3,9 +3,30 @@
 Leaving the pass by an exception instead would break `torch.compile` and offloading hooks.
 """
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from lora_compose.attention.claims import Journal
+
+
+class Kept(nn.ModuleList):
+    """The blocks of a list that are left; its length stays that of the whole, by which Chroma finds their modulation.
+
+    Args:
+        blocks: Those that run.
+        length: The number of all of them.
+    """
+
+    _length = 0  # while the blocks are added, which are counted
+
+    def __init__(self, blocks: Iterable[nn.Module], length: int) -> None:
+        super().__init__(blocks)
+        self._length = length
+
+    def __len__(self) -> int:
+        """The number of blocks in the whole model."""
+        return self._length
 
 
 def replace_children(module: nn.Module, undo: Journal, **children: nn.Module | None) -> None:

@@ -253,11 +253,11 @@ def images_of_each(number: int | None) -> int:
 
 
 def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
-    """Checks sizes, steps, generators, images and regions, which diffusers does not check.
+    """Checks sizes, steps, generators, negative prompts, images and regions, which diffusers does not check.
 
     Raises:
-        ValueError: For sizes and step numbers below 1, another number of generators than images, and regions outside
-            the canvas.
+        ValueError: For sizes and step numbers below 1, another number of generators than images or of negative prompts
+            than prompts, and regions outside the canvas.
     """
     size, sampling = call.size, call.sampling
     if size.width < 1 or size.height < 1:
@@ -270,11 +270,17 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
         raise ValueError("num_inference_steps may be None only with timesteps or sigmas")
     elif sampling.num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, not {sampling.num_inference_steps}")
-    images = len(call.prompts) * size.images_per_prompt
+    prompts = len(call.prompts)
+    images = prompts * size.images_per_prompt
     if isinstance(sampling.generator, list) and len(sampling.generator) != images:
         raise ValueError(
             f"there are {len(sampling.generator)} generators for {images} images; give one, or one for each"
         )
+    for negatives in call.prompts.negative:  # for each tokenizer
+        if len(negatives) not in (0, 1, prompts):
+            raise ValueError(
+                f"there are {len(negatives)} negative prompts and {prompts} prompts; give one, or one for each prompt"
+            )
     width, height = (size.width, size.height) if call.source is None else call.source.image_size
     for loaded in concepts:
         check_region(loaded.concept, width, height)
@@ -282,8 +288,8 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
         schedule = sampling.timesteps if sampling.timesteps is not None else sampling.sigmas
         steps = (sampling.num_inference_steps or 1) if schedule is None else len(schedule)
         check_steps(steps, call.source.strength, rounds_up=call.source.rounds_up)
-        call.source.given.check_masks(len(call.prompts))
-        images, prompts = len(call.source.pixels), len(call.prompts)
+        call.source.given.check_masks(prompts)
+        images = len(call.source.pixels)
         if images not in (1, prompts):
             raise ValueError(f"there are {images} images and {prompts} prompts; give one image, or one for each prompt")
 

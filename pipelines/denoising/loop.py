@@ -47,7 +47,9 @@ def denoise(
     warmup = number - schedule.steps * schedule.order
     latents = task.start()
     with hooks.progress_bar(total=schedule.steps) as progress_bar:
-        latents = process.prepare(latents, schedule.step(0, cfg_scale))
+        first = schedule.step(0, cfg_scale)
+        hooks.before_step(first)  # a method may run the model to prepare, and caches ask for the timestep
+        latents = process.prepare(latents, first)
         cost.preparation_seconds = time.perf_counter() - started
         for index in range(number):
             if hooks.interrupted():

@@ -208,6 +208,12 @@ class FlowMatchingPipeline(ImageTasksPipeline):
                 return EncodedText(text, None, added)
             negatives = None if negative_prompts is None else list(negative_prompts)
             negative, of_negative = encode(negatives, True, device, **reading)
+            if negative.shape[1] != text.shape[1]:
+                raise ValueError(
+                    f"`prompt_embeds` have {text.shape[1]} tokens, and the negative prompt is read as "
+                    f"{negative.shape[1]}, but both are read in one batch: give max_sequence_length={text.shape[1]}, "
+                    "or negative_prompt_embeds"
+                )
             return EncodedText(text, negative, {name: torch.cat([of_negative[name], of]) for name, of in added.items()})
 
         def decoded(latents: Tensor, process: Process) -> tuple[Any]:

@@ -101,7 +101,7 @@ class ImageTasksPipeline(ComposePipeline):
         channels = self.vae.config.get("latent_channels") if self.starts_from_latents else None
         start = FromImage.of(
             given["image"], given["mask_image"], given["strength"], given["padding_mask_crop"],
-            given["paste_original"], channels,
+            given["paste_original"], channels, self.vae_scale_factor,
         )  # fmt: skip
         if start is not None:
             self._task(start.inpaints)  # refuses tasks that the family does not have

@@ -1,6 +1,7 @@
 """Qwen-Image with concepts: the prompt in a chat template whose beginning is dropped, guidance that keeps norms."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,8 +56,9 @@ class QwenImageCalls(VideoVaePipeline, TemplatePipeline):
             encoded: From texts and their number of tokens to the input of the model; options as for `encode_prompt`.
             tokenizers: Tokenizers of this call; None means the pipeline's.
         """
-        given = begun.given
         self._check_inputs(begun, size)
+        begun = _with_padded_embeds(begun, tokens)
+        given = begun.given
 
         def encode(words: Any, embeds: Any, mask: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             return encoded(
@@ -68,6 +70,13 @@ class QwenImageCalls(VideoVaePipeline, TemplatePipeline):
             begun, begun.prompts(tokens, tokenizers=tokenizers), TokenNorms(self._guidance(given), PATCH), encode,
             size=size, source=source, references=references, inputs={"attention_kwargs": given["attention_kwargs"]},
         )  # fmt: skip
+
+    def _tokens(self, given: Mapping[str, Any], length: int) -> int:
+        """Tokens of every text: so many; with embeddings as many as these have, or as a negative text may have."""
+        embeds = given["prompt_embeds"]
+        if embeds is None:
+            return length
+        return embeds.shape[1] if given["negative_prompt"] is None else max(embeds.shape[1], length)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
         """As `FlowMatchingPipeline.guided`; nothing to avoid is a space, as in diffusers' examples."""
@@ -87,6 +96,15 @@ class QwenImageCalls(VideoVaePipeline, TemplatePipeline):
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
         return {"prompt_embeds": text.conditional().prompt_embeds}
+
+
+def _with_padded_embeds(begun: Begun, tokens: int) -> Begun:
+    """The call with its embeddings padded to a number of tokens."""
+    embeds, mask = begun.given["prompt_embeds"], begun.given["prompt_embeds_mask"]
+    if embeds is None or embeds.shape[1] == tokens:
+        return begun
+    text, further = padded(embeds, mask, tokens)
+    return replace(begun, given={**begun.given, "prompt_embeds": text, "prompt_embeds_mask": further["text_mask"]})
 
 
 def padded(text: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -119,8 +137,7 @@ class ComposeQwenImagePipeline(QwenImageCalls, QwenImagePipeline):  # pyright: i
             record_attention: Maps come from the last third of the blocks.
         """
         source, size = self._source(begun)
-        embeds = begun.given["prompt_embeds"]
-        tokens = begun.given["max_sequence_length"] if embeds is None else embeds.shape[1]
+        tokens = self._tokens(begun.given, begun.given["max_sequence_length"])
         return self._qwen_request(begun, size, tokens, self._encoded, source=source)
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -52,12 +52,10 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         own_width, own_height = self.size_from(images)
         size = self._rounded(given["width"] or own_width), self._rounded(given["height"] or own_height)
         read = [self._resized(image, plain.CONDITION_IMAGE_SIZE) for image in images]
-        if given["prompt_embeds"] is None:
-            shown, of_images = self._shown(read)
-            tokens = given["max_sequence_length"] + of_images
-            tokenizers = [self._template(tokens, shown)]
-        else:
-            tokens, tokenizers = given["prompt_embeds"].shape[1], None
+        reads_prompt, reads_negative = given["prompt_embeds"] is None, given["negative_prompt"] is not None
+        shown, of_images = self._shown(read) if reads_prompt or reads_negative else ("", 0)
+        tokens = self._tokens(given, given["max_sequence_length"] + of_images)
+        tokenizers = [self._template(tokens, shown)] if reads_prompt else None
         return self._qwen_request(
             begun, size, tokens, partial(self._encoded, images=read), tokenizers=tokenizers,
             references=[self._prepared(image) for image in images],

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from lora_compose.pipelines.scene.mask_images import URI_PREFIX
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.sources import moved_files
 
@@ -28,8 +29,16 @@ pipe = ComposePipeline.from_pretrained("THIS FOLDER")
 
 
 def _load(concept: Concept) -> str:
+    """The call that loads a concept, with the fields that are not at their defaults."""
     lora = moved_files(concept.lora, lambda source: Path(source).name)
     file = list(lora) if isinstance(lora, tuple) else lora or ""
-    given = {"name": concept.name, "merge": concept.merge, "trigger": concept.trigger, "class_word": concept.class_word}
-    fields = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+    given = {name: value for name, value in concept if name != "lora" and value not in (None, _DEFAULTS.get(name))}
+    region = concept.region
+    if isinstance(region, str) and not region.startswith(URI_PREFIX):
+        given["region"] = Path(region).name
+    fields = "".join(f", {name}={value!r}" for name, value in given.items())
     return f"pipe.load_concept({file!r}{fields})"
+
+
+_DEFAULTS = {"weight": 1.0, "role": "subject", "any_weight": False}
+"""Values that say nothing, beside None."""

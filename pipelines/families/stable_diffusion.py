@@ -44,8 +44,11 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Whether a checkpoint is of this family: as in diffusers, if it has no keys of another one."""
-        return not any(key.startswith(("conditioner.", "double_blocks.")) for key in keys)
+        """Whether a checkpoint is of this family: it has a UNet, and no text encoders as SDXL names its own."""
+        bare = [key.removeprefix("model.diffusion_model.") for key in keys]
+        return any(key.startswith("input_blocks.") for key in bare) and not any(
+            key.startswith("conditioner.") for key in keys
+        )
 
     @wraps(StableDiffusionPipeline.encode_prompt, assigned=())  # its signature
     def encode_prompt(  # pyright: ignore[reportIncompatibleMethodOverride]

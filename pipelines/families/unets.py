@@ -228,6 +228,8 @@ class UNetPipeline(ImageTasksPipeline):
 
     def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
         """The arguments of a call without concepts, in which prompts with weights are embeddings."""
+        if start is None:
+            self._check_start(None)
         names = [name for name in TEXTS if isinstance(arguments.get(name), str | list)]  # others are for diffusers
         texts = {name: listed(arguments[name]) for name in names}
         check_no_tags([text for column in texts.values() for text in column])
@@ -255,16 +257,23 @@ class UNetPipeline(ImageTasksPipeline):
         return self.unet.config.in_channels in _DIFFUSERS_INPAINTS
 
     def _check_start(self, given: FromImage | None) -> None:
-        """Raises ValueError for UNets made for inpainting where there is no mask, and for those that cannot inpaint."""
+        """Raises ValueError for UNets made for inpainting where there is no mask, and for those of other tasks."""
         channels, latents = self.unet.config.in_channels, self.vae.config.latent_channels
-        if given is None or not given.inpaints:
-            if channels == _FOR_INPAINTING:
-                raise ValueError("this UNet was made for inpainting: give image=... and mask_image=...")
-        elif channels not in (latents, _FOR_INPAINTING):
+        inpaints = given is not None and given.inpaints
+        if channels == _FOR_INPAINTING and not inpaints:
+            raise ValueError("this UNet was made for inpainting: give image=... and mask_image=...")
+        if channels in (latents, _FOR_INPAINTING):
+            return
+        if inpaints:
             raise ValueError(
                 f"a UNet with {channels} input channels cannot inpaint with a VAE of {latents} channels; expected "
-                f"{latents}, or {_FOR_INPAINTING} for a UNet made for inpainting: leave out mask_image"
+                f"{latents}, or {_FOR_INPAINTING} for a UNet made for inpainting"
             )
+        raise ValueError(
+            f"a UNet with {channels} input channels cannot be used with a VAE of {latents} channels; expected "
+            f"{latents}: this one reads more than the noisy image, as InstructPix2Pix's does, for which diffusers has "
+            "another pipeline"
+        )
 
     def _check_composed(self, given: FromImage) -> None:
         if not given.inpaints:

@@ -54,6 +54,7 @@ class FromImage:
         padding_mask_crop: int | None,
         paste_original: bool,
         latent_channels: int | None = None,
+        scale: int = 1,
     ) -> "FromImage | None":
         """The start image from the arguments of a call; None means text-to-image.
 
@@ -62,6 +63,7 @@ class FromImage:
             mask_image: As for `read_mask_image`, or a list of such, one for each image.
             padding_mask_crop: Pixels around the mask.
             latent_channels: Channels of latents of the model; None takes no latents.
+            scale: Pixels of a latent cell on each side; boxes are in pixels.
 
         Raises:
             ValueError: For images, masks and numbers that cannot be used.
@@ -83,11 +85,13 @@ class FromImage:
             if padding_mask_crop is not None or paste_original:
                 raise ValueError("padding_mask_crop and paste_original need a mask: give mask_image=... as well")
             return cls(images, (), strength)
-        masks = [read_mask_image(mask, _size(images)) for mask in each_mask(mask_image)]
+        width, height = _size(images)
+        size = (width * scale, height * scale) if _are_latents(images) else (width, height)
+        masks = [read_mask_image(mask, size) for mask in each_mask(mask_image)]
         for mask in masks:
             if mask.getextrema()[1] < 128:  # pyright: ignore[reportOperatorIssue]
                 raise ValueError(_PALE)
-            _check_sizes(_size(images), mask.size, exactly=padding_mask_crop is not None or paste_original)
+            _check_sizes(size, mask.size, exactly=padding_mask_crop is not None or paste_original)
         whole = isinstance(padding_mask_crop, int) and not isinstance(padding_mask_crop, bool)
         if padding_mask_crop is not None and (not whole or padding_mask_crop < 0):
             raise ValueError(f"padding_mask_crop is a number of pixels, at least 0, not {padding_mask_crop!r}")
@@ -120,7 +124,7 @@ class FromImage:
     @property
     def is_latents(self) -> bool:
         """Whether the images are given as latents."""
-        return isinstance(self.images, Tensor) and self.images.shape[1] != 3
+        return _are_latents(self.images)
 
     def cells(self, scale: int) -> tuple[int, int]:
         """Width and height of the images in pixels, rounded down to whole latent cells of so many pixels."""
@@ -311,6 +315,10 @@ def _for_each(values: Any, images: int) -> list[Any]:
 
 def _size(images: list[Image.Image] | Tensor) -> tuple[int, int]:
     return (images.shape[-1], images.shape[-2]) if isinstance(images, Tensor) else images[0].size
+
+
+def _are_latents(images: list[Image.Image] | Tensor) -> bool:
+    return isinstance(images, Tensor) and images.shape[1] != 3
 
 
 def _check_sizes(image: tuple[int, int], mask: tuple[int, int], *, exactly: bool) -> None:

@@ -293,10 +293,7 @@ class Concept(_Frozen):
 
     @model_validator(mode="after")
     def _styles_are_everywhere(self) -> Self:
-        if self.is_style and self.region is not None:
-            raise ValueError(
-                f"the concept {self.name!r} is a style, which acts everywhere: leave out its region or its role"
-            )
+        _check_style(self)
         return self
 
     @model_validator(mode="after")
@@ -330,14 +327,28 @@ class Concept(_Frozen):
         return " ".join(word for word in (self.trigger, self.class_word) if word)
 
     def completed(self, known: "Concept") -> "Concept":
-        """This concept, whose missing fields are taken from another."""
+        """This concept, whose missing fields are taken from another.
+
+        Raises:
+            ValueError: If one of the two is a style, and the other has a region.
+        """
         given = {name: value for name, value in self if value is not None}
         words = {name: given.get(name, getattr(known, name)) for name in ("trigger", "class_word")}
-        return known.model_copy(update={**given, **with_bare_trigger(words)})
+        made = known.model_copy(update={**given, **with_bare_trigger(words)})
+        _check_style(made)  # copies are not validated
+        return made
 
 
 _OF_A_LORA = ("lora", "merge", "trigger", "weight", "blocks", "any_weight", "references", "alpha")
 """Fields that a concept without a LoRA has no use for."""
+
+
+def _check_style(concept: Concept) -> None:
+    """Raises ValueError for a style with a region."""
+    if concept.is_style and concept.region is not None:
+        raise ValueError(
+            f"the concept {concept.name!r} is a style, which acts everywhere: leave out its region or its role"
+        )
 
 
 def with_bare_trigger(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,7 +363,8 @@ def with_bare_trigger(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def head_noun_of(class_word: str | None) -> str:
     """The last word of a class word, in lower case: "cat" of "old cat"; empty without one."""
-    return (class_word or "").lower().rpartition(" ")[2]
+    words = (class_word or "").lower().split()
+    return words[-1] if words else ""
 
 
 ConceptNames = Sequence[str | Concept | Mapping[str, Any]] | Mapping[str, Any]

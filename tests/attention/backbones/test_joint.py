@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -124,6 +124,31 @@ def test_every_layer_attends_through_our_kernel_once_in_a_pass_with_the_same_bit
         assert dimensions == 4, "rows, positions, heads, channels"
         chosen = set() if family == "anima" else {"backend"}  # diffusers does not offer it for Cosmos
         assert {"attn_mask"} | chosen <= options
+
+
+@torch.no_grad()
+def test_a_pass_that_stops_after_a_layer_computes_the_same_up_to_it(family):
+    described: Family = TRANSFORMERS[family]
+    pipe, given, outputs = described.pipeline(), [], {}
+    model, backbone = pipe.transformer, cast(Any, backbone_of(pipe.transformer))
+    hook = model.register_forward_pre_hook(lambda _, args, named: given.append((args, named)), with_kwargs=True)
+    plain_latents(described, pipe, **{**CALL, "num_inference_steps": 1, **described.unguided})
+    hook.remove()
+    kinds = tuple(f"{kind}." for kind in backbone.blocks)
+    layers = [name for name in attention_layers(model) if name.startswith(kinds)]
+    for name in layers:
+        model.get_submodule(name).register_forward_hook(lambda _, __, made, name=name: outputs.update({name: made}))
+    args, named = given[0]
+    model(*args, **named)
+    whole = dict(outputs)
+    assert whole.keys() == set(layers)
+    for last in layers:
+        outputs.clear()
+        with backbone.truncated_after([last]):
+            model(*args, **named)
+        assert last in outputs
+        for name, made in outputs.items():
+            torch.testing.assert_close(made, whole[name], atol=0, rtol=0)
 
 
 class WithoutDispatch:

@@ -14,8 +14,9 @@ from diffusers import (
 from diffusers.hooks import apply_pyramid_attention_broadcast
 
 from components import tiny_unet
-from flux import flux_pipeline, flux_transformer
+from flux import FLUX, flux_pipeline, flux_transformer
 from lora_compose.attention.backbones.step_caches import StepCaches, check_caches
+from transformer_families import latents_of, pipeline_with_concepts
 
 # All of them use what they have kept in the second step.
 CONFIGS: dict[str, Any] = {
@@ -121,3 +122,21 @@ def test_a_call_with_concepts_caches_as_one_of_diffusers_does(name: str, tmp_pat
     expected = latents()
     torch.testing.assert_close(latents(concepts=["cat"], method="merge"), expected, atol=1e-4, rtol=0)
     assert (expected - uncached).abs().max() > 1e-3
+
+
+def test_a_cache_that_asks_for_the_timestep_is_told_before_a_method_drafts(tmp_path: Any) -> None:
+    pipe, times = pipeline_with_concepts(FLUX, tmp_path), []
+
+    def timestep() -> Any:
+        times.append(pipe.current_timestep)
+        return times[-1]
+
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_block_identifiers=("transformer_blocks",),
+        current_timestep_callback=timestep,
+    )  # fmt: skip
+    pipe.transformer.enable_cache(config)
+    latents_of(pipe, concepts=["cat", "dog"], method="draft")
+    assert times
+    assert None not in times
+    assert pipe.current_timestep is None

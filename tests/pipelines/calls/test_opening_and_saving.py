@@ -4,6 +4,7 @@ import inspect
 import json
 import pydoc
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
+from PIL import Image
 
 from components import FAMILIES, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from composing import (
@@ -300,16 +302,44 @@ def test_help_of_an_opened_pipeline_names_methods_and_boxes(family: type[Compose
     assert takes_masks == ("White where the image is painted" in described)
 
 
-def test_the_folder_of_a_saved_model_says_how_to_load_its_concepts(write_lora: Any, tmp_path: Path) -> None:
-    composer = tiny_pipeline()
+FIELDS: dict[str, tuple[Mapping[str, Any], Sequence[str]]] = {
+    "words": ({"trigger": "sks", "class_word": "cat"}, ("name", "trigger", "class_word")),
+    "a subject": (
+        {
+            "trigger": "sks", "class_word": "cat", "weight": (11.0, 0.5), "any_weight": True, "alpha": 2.0,
+            "blocks": {"down": 0.5}, "region": (0, 0, 64, 128), "prompt": "a sks cat", "negative_prompt": "blurry",
+            "references": True,
+        },
+        (
+            "name", "trigger", "class_word", "weight", "blocks", "any_weight", "region", "prompt", "negative_prompt",
+            "references", "alpha",
+        ),
+    ),
+    "a style": ({"role": "style", "weight": "0:1..0.5:0.2"}, ("name", "weight", "role")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_the_folder_of_a_saved_model_says_how_to_load_its_concepts(case: str, write_lora: Any, tmp_path: Path) -> None:
+    composer, (fields, named) = tiny_pipeline(), FIELDS[case]
     cat = write_lora("cat", unet=random_lora(composer.unet, 1))
-    composer.load_concept(cat, "tom", trigger="sks", class_word="cat")
+    composer.load_concept(cat, "tom", **fields)
     composer.save_pretrained(tmp_path / "model")
     text = (tmp_path / "model/README.md").read_text(encoding="utf-8")
     (load,) = re.findall(r"^pipe\.load_concept\(.*\)$", text, re.MULTILINE)
+    assert tuple(re.findall(r", (\w+)=", load)) == named, "and no defaults"
     opened = ComposePipeline.from_pretrained(tmp_path / "model")
     eval(load.replace("'cat.safetensors'", repr(str(cat))), {"pipe": opened})
     assert dict(opened.concepts) == dict(composer.concepts)
+
+
+def test_a_mask_image_is_named_in_the_folder_without_its_own_folders(write_lora: Any, tmp_path: Path) -> None:
+    composer = tiny_pipeline()
+    cat, mask = write_lora("cat", unet=random_lora(composer.unet, 1)), tmp_path / "mask.png"
+    Image.new("L", (8, 8), 255).save(mask)
+    composer.load_concept(cat, trigger="sks", class_word="cat", region=mask)
+    composer.save_pretrained(tmp_path / "model")
+    assert "region='mask.png')" in (tmp_path / "model/README.md").read_text(encoding="utf-8")
 
 
 def test_a_model_without_concepts_and_a_readme_that_is_there_are_left_alone(write_lora: Any, tmp_path: Path) -> None:

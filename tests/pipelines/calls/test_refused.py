@@ -73,6 +73,9 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
         {"latents": torch.zeros(1, 4, 8, 8)}, r"latents have the shape \[1, 4, 8, 8\]; expected \[1, 4, 16, 16\]",
     ),
     "fewer negative prompts": ({"prompt": [PROMPT] * 2, "negative_prompt": ["dark"]}, "has batch size 1, but `prompt`"),
+    "more negative prompts": (
+        {"negative_prompt": ["dark", "blurry"]}, "are 2 negative prompts and 1 prompts; give one, or one for each",
+    ),
     "timesteps for a scheduler that takes none": ({"timesteps": [900, 1]}, "does not support custom timestep"),
     "IP-Adapter images without an adapter": (
         {"ip_adapter_image": Image.new("RGB", (8, 8))}, "ip_adapter_image needs an IP-Adapter in the model",

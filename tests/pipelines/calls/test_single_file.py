@@ -32,3 +32,23 @@ def test_the_refiner_in_one_file_is_refused_before_it_is_read(tmp_path):
     save_file({key: torch.zeros(1)}, tmp_path / "refiner.safetensors")
     with pytest.raises(ValueError, match="this is SDXL's refiner"):
         ComposePipeline.from_single_file(tmp_path / "refiner.safetensors")
+
+
+UNET = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+@pytest.mark.parametrize("key", [UNET, UNET.removeprefix("model.diffusion_model.")])
+def test_a_unet_without_text_encoders_of_sdxl_is_stable_diffusion(key):
+    assert ComposePipeline.family_of_keys(["cond_stage_model.x", key]) is OURS["sd"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias", "patchify_proj.weight",
+        "control_model.input_blocks.0.0.weight", "decoder.conv_in.weight",
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_model_is_refused(key):
+    with pytest.raises(ValueError, match="is not of a supported model: its first tensors are"):
+        ComposePipeline.family_of_keys([key])

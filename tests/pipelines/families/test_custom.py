@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from safetensors.torch import save_file
 
-from all_transformers import FEW, MODULAR, TRANSFORMERS
+from all_transformers import EVERY, FEW, MODULAR, OF_THE_SAME_MODEL, TRANSFORMERS
 from components import lora_tensors, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.pipelines.families.base import ComposePipeline
@@ -69,6 +69,51 @@ def test_a_model_with_the_file_in_its_own_repository_opens_without_naming_it(tmp
     index.write_text(json.dumps({**config, "_class_name": ["pipeline", "CustomComposePipeline"]}))
     opened = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     assert isinstance(opened, type(tiny_xl_pipeline()))
+
+
+def opened_by_its_file(family: str, folder: Path, **index: Any) -> Any:
+    """A model in whose folder lies the file, and whose index names it."""
+    EVERY[family].pipeline().save_pretrained(folder)
+    shutil.copy(FOLDER / "pipeline.py", folder)
+    config = json.loads((folder / "model_index.json").read_text())
+    named = {"_class_name": ["pipeline", "CustomComposePipeline"], **index}
+    (folder / "model_index.json").write_text(json.dumps({**config, **named}))
+    return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("family", [name for name in OF_THE_SAME_MODEL if name not in MODULAR])
+def test_a_model_whose_components_another_family_has_too_opens_as_its_own(family: str, tmp_path: Path) -> None:
+    pipe = EVERY[family].pipeline()
+    pipe.save_pretrained(tmp_path)
+    opened = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(FOLDER), trust_remote_code=True)
+    assert type(opened) is type(pipe)
+
+
+@pytest.mark.parametrize(("family", "other"), [("kontext", "FLUX.1 or FLUX.1 Kontext"), ("flux2-dev", "FLUX.2-dev")])
+def test_where_nothing_says_which_family_it_is_a_warning_says_how_to(
+    family: str, other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened_by_its_file(family, tmp_path)
+    expected = type(EVERY[family].pipeline())
+    (warning,) = [text for text in caplog.messages if text.startswith("nothing in this model says whether it is")]
+    assert f"{other}; it opens as" in warning
+    assert f'write "model_class": "{expected.__name__}" into its model_index.json' in warning
+    caplog.clear()
+    assert type(opened_by_its_file(family, tmp_path, model_class=expected.__name__)) is expected
+    assert "nothing in this model" not in caplog.text
+
+
+def test_an_edit_model_of_qwen_image_is_known_by_its_processor(tmp_path: Path) -> None:
+    opened = opened_by_its_file("qwen-image-edit", tmp_path)
+    assert type(opened) is type(EVERY["qwen-image-edit"].pipeline())
+
+
+def test_a_model_of_another_pipeline_is_refused_as_elsewhere(tmp_path: Path) -> None:
+    MAKERS["flux"]().save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "FluxControlPipeline"}))
+    with pytest.raises(ValueError, match="this is a model for FluxControlPipeline; supported are"):
+        DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(FOLDER), trust_remote_code=True)
 
 
 def test_options_and_components_that_are_given_are_used(tmp_path: Path) -> None:

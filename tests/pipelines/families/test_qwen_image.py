@@ -41,6 +41,17 @@ def test_no_more_tokens_are_run_than_in_diffusers(pipe, method):
     assert max(counts) == most < GUIDED["max_sequence_length"]
 
 
+def test_a_negative_prompt_beside_embeddings_is_read_whole(pipe):
+    long = " and ".join(["a dog on grass"] * 4)
+    given = {**GUIDED, "negative_prompt": long, "concepts": ["cat"], "method": "merge"}
+    text, mask = pipe.encode_prompt(CALL["prompt"], device="cpu")
+    negative, _ = pipe.encode_prompt(long, device="cpu")
+    assert text.shape[1] < negative.shape[1] < CALL["max_sequence_length"]
+    expected = latents_of(pipe, **given)
+    found = latents_of(pipe, **{**given, "prompt": None, "prompt_embeds": text, "prompt_embeds_mask": mask})
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_without_a_negative_prompt_there_is_no_guidance(pipe):
     given = {**CALL, "true_cfg_scale": 3.0}
     found = latents_of(pipe, concepts=NOTHING, method="merge", **given)

@@ -264,6 +264,16 @@ def test_embeddings_alone_need_no_processor(reading, pipe, monkeypatch):
     torch.testing.assert_close(latents_of(pipe, **call, prompt=None), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("reading", ["qwen-2511"], indirect=True)
+def test_a_negative_prompt_beside_shorter_embeddings_is_read_whole(reading, pipe):
+    given = {**reading.call, "negative_prompt": " and ".join(["a dog on grass"] * 2), "true_cfg_scale": 2.0}
+    given |= {"concepts": ["cat"], "method": Merge()}
+    text, further = pipe.read_beside(["a sks cat"], reading.image)
+    embeds = text[:, : further["text_mask"].sum()]  # without the padding
+    found = latents_of(pipe, **{**given, "prompt": None, "prompt_embeds": embeds})
+    torch.testing.assert_close(found, latents_of(pipe, **{**given, "prompt": "a sks cat"}), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("adds_special", [True, False], ids=["added-by-the-tokenizer", "in-the-template"])
 @pytest.mark.parametrize("reading", ["dev"], indirect=True)
 def test_dev_finds_words_as_its_processor_reads_them(reading, pipe, monkeypatch, adds_special):

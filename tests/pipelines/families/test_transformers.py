@@ -94,6 +94,28 @@ def test_negative_embeddings_of_another_shape_are_refused(family, pipe):
         pipe(**CALL, **guided, concepts=["cat"], method="merge")
 
 
+@pytest.mark.parametrize(
+    ("name", "further", "place"),
+    [("flux", "pooled_prompt_embeds", 1), ("chroma", "prompt_attention_mask", 2), ("krea2", "prompt_embeds_mask", 1)],
+)
+def test_a_negative_prompt_of_another_length_than_the_embeddings_is_refused(name, further, place):
+    family = TRANSFORMERS[name]
+    pipe, given = shared_pipeline(family), {**CALL, **family.guided, "prompt": None}
+    encoded = pipe.encode_prompt(CALL["prompt"], device="cpu", max_sequence_length=TOKENS)
+    given |= {"prompt_embeds": encoded[0], further: encoded[place], "concepts": ["cat"], "method": "merge"}
+    latents_of(pipe, **given)
+    with pytest.raises(ValueError, match="give max_sequence_length=48, or negative_prompt_embeds"):
+        pipe(**{**given, "max_sequence_length": 32})
+
+
+def test_other_numbers_of_negative_prompts_than_of_prompts_are_refused(family, pipe):
+    if "negative_prompt" not in family.guided:
+        return
+    given = {**CALL, **family.guided, "negative_prompt": ["a photo", "grass"], "concepts": ["cat"], "method": "merge"}
+    with pytest.raises(ValueError, match="there are 2 negative prompts and 1 prompts; give one, or one for each"):
+        pipe(**given)
+
+
 def test_embeddings_of_z_image_may_be_single_tensors_shorter_than_the_padded_text():
     pipe = shared_pipeline(Z_IMAGE)
     given = {**CALL, "prompt": None, "guidance_scale": 2.0, "concepts": ["cat"], "method": "merge"}

@@ -253,11 +253,15 @@ def test_without_concepts_a_unet_of_other_channels_does_what_diffusers_does_with
     assert_close(found, expected)
 
 
-def test_a_unet_whose_other_channels_are_no_latents_is_not_for_inpainting():
+def test_a_unet_whose_other_channels_are_no_latents_is_refused():
+    """As InstructPix2Pix's."""
     pipe = small_pipeline(unet=sd_unet(**TINY, in_channels=8))
     for concepts in (None, [Concept(name="cat", lora=str(lora_file("sd", "cat")))]):
         with pytest.raises(ValueError, match="8 input channels cannot inpaint with a VAE of 4 channels; expected 4"):
             run(pipe, **task(True), concepts=concepts)
+        for given in ({}, task(False)):
+            with pytest.raises(ValueError, match="8 input channels cannot be used with a VAE of 4 channels; expected"):
+                run(pipe, **given, concepts=concepts)
 
 
 # --- with concepts ---
@@ -344,6 +348,15 @@ def test_every_method_does_what_it_does_from_the_same_latents(family, method, in
 
 
 # --- outside of the mask ---
+
+
+@pytest.mark.parametrize("box", [(32, 40, 96, 128), (0.25, 0.3125, 0.75, 1.0)])
+def test_a_box_is_in_pixels_also_where_the_image_is_latents(box: Any) -> None:
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (32, 40, 96, 128))
+    given = {**SHORT, "image": torch.randn(1, 4, 16, 16, generator=seeded(5)), "concepts": BOXED}
+    found = run(composer_of("sd"), **given, mask_image=box).images
+    assert same_bits(found, run(composer_of("sd"), **given, mask_image=mask).images)
 
 
 @SDXL_SLOW

@@ -210,6 +210,22 @@ def test_a_class_word_at_the_end_of_a_trigger_is_no_part_of_it(trigger: str, nou
         assert Concept(name="a", **one).completed(Concept(name="a", **other)) == whole
 
 
+def test_a_style_that_was_loaded_takes_no_region_and_a_concept_with_a_region_is_no_style() -> None:
+    style, box = Concept(name="ink", role="style"), Concept(name="ink", region=(0, 0, 64, 64))
+    for asked, known in ((box, style), (style, box)):
+        with pytest.raises(ValueError, match="'ink' is a style, which acts everywhere: leave out its region or its"):
+            asked.completed(known)
+    assert box.completed(Concept(name="ink", role="subject")).region == (0, 0, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("class_word", "noun"),
+    [("cat", "cat"), ("old Cat", "cat"), ("cat ", "cat"), ("old\tcat\n", "cat"), (" ", ""), ("", ""), (None, "")],
+)
+def test_the_head_noun_is_the_last_word(class_word: str | None, noun: str) -> None:
+    assert Concept(name="a", class_word=class_word).head_noun == noun
+
+
 def test_a_concept_is_shown_without_the_fields_that_were_not_given() -> None:
     assert repr(Concept(name="cat", region=(0, 0, 64, 64))) == "Concept(name='cat', region=(0, 0, 64, 64))"
     assert repr(SCENE) == "Scene(prompt='a sks cat')"
