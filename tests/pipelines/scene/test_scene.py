@@ -159,7 +159,7 @@ def test_bad_values_are_refused(kind, fields, message):
         ({"weight": (np.float32(1), 0)}, {"weight": (1.0, 0.0)}),
         ({"region": np.array([0, 8, 64, 72])}, {"region": (0, 8, 64, 72)}),
         ({"region": tuple(torch.tensor([0, 8, 64, 72]))}, {"region": (0, 8, 64, 72)}),
-        ({"region": tuple(np.float32([0, 0, 0.5, 1]))}, {"region": (0.0, 0.0, 0.5, 1.0)}),
+        ({"region": tuple(np.array([0, 0, 0.5, 1], np.float32))}, {"region": (0.0, 0.0, 0.5, 1.0)}),
     ],
 )
 def test_numbers_of_numpy_and_torch_are_weights_and_boxes(fields, plain):
