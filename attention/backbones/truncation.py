@@ -11,7 +11,7 @@ from lora_compose.attention.claims import Journal
 
 
 class Kept(nn.ModuleList):
-    """The blocks of a list that are left; its length stays that of the whole, by which Chroma finds their modulation.
+    """The blocks of a list that are left; its length stays that of the whole, by which a model may find modulations.
 
     Args:
         blocks: Those that run.
