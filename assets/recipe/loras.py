@@ -6,6 +6,7 @@
 `references` and `prior` are made by `recipe.concepts`. Existing LoRAs are left alone, an interrupted one is resumed.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,12 @@ from lora_compose.compose.training import TaraTraining, Training, train
 from recipe.concepts import STYLE
 from recipe.world import CHARACTERS, STYLE_TRIGGER
 
-KINDS = {"ordinary": None, "tara": TaraTraining()}
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "ordinary": {},
+    # With convolutions too: attention alone, where the paper has its LoRA, does not learn the shape of a character.
+    "tara": {"tara": TaraTraining(), "scope": "convolutions", "rank": 8},
+}
+"""Kinds of training."""
 WORDS = {name: (known.trigger, known.class_word) for name, known in CHARACTERS.items()} | {
     STYLE: (STYLE_TRIGGER, "style")
 }
@@ -39,13 +45,15 @@ def main(
     out: Path,
     model: Annotated[str, typer.Option(help="The base model.")] = PLAYGROUND,
     preset: Annotated[str, typer.Option(help="playground, or playground-flux for the transformer.")] = PLAYGROUND,
-    kind: Annotated[list[str] | None, typer.Option(help="ordinary or tara; both by default; repeatable.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="ordinary or tara; both by default.")] = None,
     concept: Annotated[list[str] | None, typer.Option(help="All by default; repeatable.")] = None,
     preserve: Annotated[Preserve, typer.Option(help="Prior preservation, of subjects.")] = Preserve.IMAGES,
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the preset's.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
-    """Trains all LoRAs that do not exist yet: NAME.safetensors, and NAME-tara.safetensors by TARA."""
+    """Trains all LoRAs that do not exist yet: NAME.safetensors for ordinary ones, NAME-KIND.safetensors for others."""
+    if unknown := [each for each in kind or () if each not in KINDS]:
+        raise ValueError(f"there is no kind {', '.join(unknown)}; there are {', '.join(KINDS)}")
     given: dict[str, Any] = {"threads": threads} | ({} if steps is None else {"steps": steps})
     for name in concept or WORDS:
         trigger, class_word = WORDS[name]
@@ -54,8 +62,8 @@ def main(
             settings = Training.preset(
                 preset, images=references / name, class_images=prior / class_word if how is Preserve.IMAGES else None,
                 class_count=0, preserve_class=how is Preserve.CAPTIONS, trigger=trigger, class_word=class_word,
-                model=model, tara=KINDS[each],
-                out=out / f"{name if each == 'ordinary' else f'{name}-{each}'}.safetensors", **given,
+                model=model, out=out / f"{name if each == 'ordinary' else f'{name}-{each}'}.safetensors",
+                **KINDS[each], **given,
             )  # fmt: skip
             if settings.out.exists():
                 continue

@@ -119,6 +119,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
     },
     "draft": {
         "length": "Length of the draft (share of the steps)",
+        "drafts": "Noises to choose from",
         "threshold": "How sure a cell of a subject has to be",
         "division": "How the image is divided",
         "reading": "What each place reads",

@@ -244,8 +244,8 @@ def _check_needs(call: Call, method: Settings, backbone: Backbone) -> None:
     check_caches(backbone.model, differentiates=needs.gradients or needs.region_attention)
     if call.source is not None and call.source.strength < 1 and needs.start_noise:
         raise ValueError(
-            "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
-            "it reinit='off', or strength=1"
+            f"{name_of(method)[0]} changes the start noise with these settings, and with an image the latents are the "
+            f"image; give it {needs.start_noise}, or strength=1"
         )
 
 
@@ -286,7 +286,10 @@ def _canvas(host: Host, call: Call, backbone: Backbone, device: torch.device) ->
     size, scale = call.size, host.vae_scale_factor
     grid = size.height // scale, size.width // scale
     painted = None if call.source is None else call.source.painted(grid)
-    return Canvas((size.height, size.width), grid, len(call.prompts), size.images_per_prompt, device, backbone, painted)
+    any_noise = call.source is None and call.sampling.latents is None
+    return Canvas(
+        (size.height, size.width), grid, len(call.prompts), size.images_per_prompt, device, backbone, painted, any_noise
+    )
 
 
 def _controls(

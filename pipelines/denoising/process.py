@@ -47,12 +47,13 @@ class Needs:
     Attributes:
         region_attention: Cross-attention that reads a text for each region, or gets a bias: that of UNets and Anima.
         gradients: Gradients of the latents, which `torch.inference_mode` has not.
-        start_noise: Latents that are noise at the start, since the method moves patches of it.
+        start_noise: Latents that are noise at the start, since the method changes it; the setting with which it does
+            not. None if it does not.
     """
 
     region_attention: bool = False
     gradients: bool = False
-    start_noise: bool = False
+    start_noise: str | None = None
 
 
 @runtime_checkable
@@ -85,6 +86,8 @@ def check_choices(settings: Settings) -> None:
             raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, not {value!r}")
         if hint is bool and not isinstance(value, bool):
             raise ValueError(f"{name} must be true or false, not {value!r}")
+        if hint in (int, int | None) and (isinstance(value, bool) or not isinstance(value, hint)):
+            raise ValueError(f"{name} must be a whole number, not {value!r}")
         may_lack = get_args(hint) == (float, NoneType)
         if (hint is float or may_lack) and not (isinstance(value, Real) or (may_lack and value is None)):
             raise ValueError(f"{name} must be a number, not {value!r}")

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -27,11 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_compose.attention import NORM_APART, Site, TextBias, grid_at
-from lora_compose.attention.masks import cells_of, coarse_mask
+from lora_compose.attention.masks import cells_of, coarse_mask, smooth
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
+    Needs,
     Process,
     Settings,
     check_choices,
@@ -48,7 +50,7 @@ from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.methods.region_texts import region_texts, segment_texts, shared_text
 from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.scene.canvas import Canvas, Step
-from lora_compose.pipelines.scene.division import LENGTH, THRESHOLD, divided, nearest, strips
+from lora_compose.pipelines.scene.division import LENGTH, THRESHOLD, divided, nearest, separation, strips
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.branches import branch_of
@@ -58,6 +60,8 @@ from lora_compose.pipelines.text.prompts import about
 
 ReadingMode = Literal["auto", "scene", "regions"]
 Division = Literal["auto", "strips", "nearest"]
+DRAFTS = 4
+"""How many noises are drafted for three or more subjects."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class Draft(Settings):
     Attributes:
         length: Fraction of the steps that is drafted, at least one step; above 1 a number of steps. The last drafted
             step stops after the last attention map.
+        drafts: How many start noises are drafted for an image, which is made from the one whose maps show each subject
+            most clearly in a place of its own. The first is the noise of the call, the others have its values in
+            another order. None is 4 for three or more subjects, whose noise is drawn for the call; otherwise 1.
         threshold: A cell counts for a subject's centre if the map is above this share of its maximum.
         division: "nearest" gives every cell to the subject whose centre is nearest; "strips" divides the canvas into
             columns or rows, along the axis on which subjects are further apart; "auto" uses strips where regions have
@@ -89,6 +96,7 @@ class Draft(Settings):
     """
 
     length: float = LENGTH
+    drafts: int | None = None
     threshold: float = THRESHOLD
     division: Division = "auto"
     reading: ReadingMode = "auto"
@@ -104,6 +112,8 @@ class Draft(Settings):
         check_limit(self.limit)
         if not 0 < self.length < math.inf:
             raise ValueError(f"length must be positive, not {self.length}")
+        if self.drafts is not None and self.drafts < 1:
+            raise ValueError(f"drafts must be at least 1, not {self.drafts}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
         if self.bias is not None and not 0 <= self.bias < math.inf:
@@ -113,6 +123,11 @@ class Draft(Settings):
         for name in ("apart", "norm_apart"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+
+    @property
+    def needs(self) -> Needs:
+        """Start noise, if it is drafted with its values in other orders."""
+        return Needs(start_noise="drafts=1" if self.drafts is not None and self.drafts > 1 else None)
 
     def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
         """Subjects whose given regions overlap, and each of the others, with all styles."""
@@ -141,6 +156,10 @@ class Draft(Settings):
         words = words.repeat_interleave(canvas.images_per_prompt, dim=0).to(canvas.device)
         draft = session.denoiser.prepare(Pass(text, constant_gates(session, styles)))
         return Drafting(self, session, draft, words, self._restart(session))
+
+    def drafts_of(self, subjects: int, canvas: Canvas) -> int:
+        """The number of drafts of a call with so many subjects to be found."""
+        return self.drafts if self.drafts is not None else DRAFTS if subjects > 2 and canvas.any_noise else 1
 
     def bias_in(self, canvas: Canvas) -> float:
         """The size of the bias with a model."""
@@ -287,7 +306,7 @@ class Drafting:
         return self.restart.text
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
-        """Drafts the image and divides the canvas; the latents stay as they are."""
+        """Drafts the image and divides the canvas; returns the noise to start from."""
         canvas, concepts = self.session.canvas, self.session.concepts
         subjects = [concepts.concepts[i] for i in concepts.subjects]
         regions = [_given(subject if self.settings.keep_regions else None, canvas) for subject in subjects]
@@ -296,7 +315,7 @@ class Drafting:
         nothing = all(region.any() for region in regions)
         maps = torch.zeros(canvas.images, len(regions), *map_grid)
         if not nothing:
-            maps = self._maps(latents, first).cpu()
+            latents, maps = self._best_draft(latents, first, [not region.any() for region in regions])
             by_concept = torch.zeros(len(maps), len(concepts.loaded), *map_grid)
             by_concept[:, list(concepts.subjects)] = maps
             self.maps = by_concept
@@ -311,6 +330,22 @@ class Drafting:
         self.masks = torch.ones(len(maps), len(concepts.loaded), *maps.shape[2:], dtype=torch.bool)
         self.masks[:, list(concepts.subjects)] = F.interpolate(masks, maps.shape[2:], mode="area") >= 0.5
         return latents
+
+    def _best_draft(self, latents: Tensor, first: Step, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """The start noise of each image whose draft shows the wanted subjects best, and the maps of that draft."""
+        concepts, threshold = self.session.concepts, self.settings.threshold
+        count = self.settings.drafts_of(sum(wanted), self.session.canvas)
+        noises = [_reordered(latents, number) for number in range(count)]
+        maps = [self._maps(noise, first).cpu() for noise in noises]
+        if count == 1:
+            return noises[0], maps[0]
+        classes = [concepts.concepts[i].head_noun for i in compress(concepts.subjects, wanted)]
+        best = []
+        for of_image in zip(*maps, strict=True):
+            scores = [separation(smooth(each[list(wanted)]), classes, threshold) for each in of_image]
+            best.append(max(range(count), key=scores.__getitem__))
+        chosen = [torch.stack([each[n][i] for i, n in enumerate(best)]) for each in (noises, maps)]
+        return chosen[0], chosen[1]
 
     def _maps(self, latents: Tensor, first: Step) -> Tensor:
         """The mean attention to each subject over the draft. Shape: [images, subjects, height, width]."""
@@ -327,6 +362,18 @@ class Drafting:
             return self.processes[0].step(latents, step)
         outputs = [process.step(latents[i : i + 1], step)[1] for i, process in enumerate(self.processes)]
         return latents, torch.cat(outputs)
+
+
+def _reordered(noise: Tensor, number: int) -> Tensor:
+    """The noise with the values of each image in another order, which is noise as well; number 0 as it is.
+
+    So a seed still decides the image, and no generator is asked for more.
+    """
+    if number == 0:
+        return noise
+    flat = noise.flatten(1)
+    order = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(number))
+    return flat[:, order.to(noise.device)].view_as(noise)
 
 
 def _given(subject: Concept | None, canvas: Canvas) -> Tensor:

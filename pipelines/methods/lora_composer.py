@@ -143,7 +143,9 @@ class LoraComposer(Settings):
     @property
     def needs(self) -> Needs:
         """Region attention, for updates gradients, and with a latent re-initialisation start noise."""
-        return Needs(region_attention=True, gradients=self.updates, start_noise=self.moves_noise)
+        return Needs(
+            region_attention=True, gradients=self.updates, start_noise="reinit='off'" if self.moves_noise else None
+        )
 
     @property
     def updates(self) -> bool:

@@ -20,6 +20,7 @@ class Canvas:
         images_per_prompt: How many images each prompt gets.
         painted: For inpainting: 1 at latent cells that are repainted, on the CPU. Shape: [height, width]; None means
             all.
+        any_noise: Whether other start noise would do as well: there is no image, and the caller gives no latents.
     """
 
     image_size: Grid
@@ -29,6 +30,7 @@ class Canvas:
     device: torch.device
     backbone: Backbone
     painted: Tensor | None = None
+    any_noise: bool = False
 
     @property
     def images(self) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,35 @@ def centres_of(maps: Tensor, classes: Sequence[str], threshold: float) -> Tensor
         members = [n for n, c in enumerate(classes) if c == word]
         centres[members] = clusters(cells[owned], of_class[k][owned], len(members))
     return centres
+
+
+def separation(maps: Tensor, classes: Sequence[str], threshold: float) -> float:
+    """How clearly the maps of an image show each subject in a place of its own; higher is better.
+
+    The least distinct subject counts: by how much attention to it exceeds that to every other class, at the cell where
+    this is most; two subjects of one class, by how much the attention falls between their centres. It is relative to
+    the mean attention to all subjects, which is high in images with objects too many.
+
+    Args: as for `centres_of`.
+    """
+    words = list(dict.fromkeys(classes))
+    of_class = torch.stack([maps[classes.index(word)] for word in words])
+    least = torch.inf
+    for k in range(len(words)) if len(words) > 1 else ():
+        others = of_class[[j for j in range(len(words)) if j != k]].amax(dim=0)
+        least = min(least, float((of_class[k] - others).max()))
+    sides = torch.tensor(maps.shape[1:])
+    centres = centres_of(maps, classes, threshold)
+    for a, b in combinations(range(len(classes)), 2):
+        if classes[a] == classes[b]:
+            ends, middle = maps[a][_cell_at(centres[[a, b]], sides)], maps[a][_cell_at(centres[[a, b]].mean(0), sides)]
+            least = min(least, float(ends.min() - middle))
+    return least / max(float(of_class.mean(dim=(1, 2)).sum()), 1e-20)
+
+
+def _cell_at(places: Tensor, sides: Tensor) -> tuple[Tensor, ...]:
+    """The indices of the cells at some places, given in parts of the canvas."""
+    return tuple((places * sides).long().clamp(max=sides - 1).unbind(dim=-1))
 
 
 def clusters(points: Tensor, weights: Tensor, count: int) -> Tensor:

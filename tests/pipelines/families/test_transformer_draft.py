@@ -12,7 +12,8 @@ from components import seeded
 from flux import FLUX
 from krea2 import KREA2
 from lora_compose import Concept, Draft, Regional
-from lora_compose.pipelines.scene.division import divided
+from lora_compose.attention.masks import smooth
+from lora_compose.pipelines.scene.division import divided, separation
 from pairs import in_pairs, slow_but
 from transformer_families import CELLS, TOKENS, Family, shared_pipeline
 from z_image import Z_IMAGE
@@ -84,6 +85,17 @@ def test_two_of_one_class_read_texts_of_their_own(family, pipe, division):
         **call | {"generator": seeded(3)}, **family.unguided, concepts=both, method=Draft(reading="regions")
     ).images
     assert torch.equal(auto, own)
+
+
+@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
+def test_of_several_drafts_the_image_is_that_of_the_noise_that_separates_the_subjects_best(family, pipe):
+    noise = torch.randn(1, 4, 16, 16, generator=seeded(1))
+    given = CALL | {"concepts": ["cat", "dog"], "record_attention": [0]} | family.unguided
+    orders = [torch.randperm(noise.numel(), generator=torch.Generator().manual_seed(n)) for n in range(1, 3)]
+    noises = [noise, *(noise.flatten()[order].view_as(noise) for order in orders)]
+    each = [pipe(**given, method="draft", latents=values) for values in noises]
+    best = max(each, key=lambda output: separation(smooth(output.draft_maps[0]), ["cat", "dog"], 0.3))
+    assert torch.equal(pipe(**given, method=Draft(drafts=3), latents=noise).images, best.images)
 
 
 @pytest.mark.parametrize(("steps", "rows"), [(4, "4 + 1 stopped"), (8, "8 + 1 stopped"), (9, "10 + 1 stopped")])

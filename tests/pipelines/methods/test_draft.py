@@ -22,10 +22,11 @@ from torch import Tensor
 from comparisons import assert_close, far_apart
 from components import random_lora, save_lora, seeded, small_pipeline, text_loras, tiny_pipeline, with_library
 from composing import ALL_LEVELS
+from lora_compose.attention.masks import smooth
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
 from lora_compose.pipelines.methods.draft import draft_only
 from lora_compose.pipelines.methods.region_bias import region_bias
-from lora_compose.pipelines.scene.division import centres_of, clusters, divided, nearest, strips
+from lora_compose.pipelines.scene.division import centres_of, clusters, divided, nearest, separation, strips
 from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -455,3 +456,90 @@ def test_a_draft_without_its_image_is_that_of_the_image_and_ends_with_the_drafte
 def test_what_cannot_be_drafted_alone_is_refused(composer, prompt, concepts, message):
     with pytest.raises(ValueError, match=message):
         draft_only(composer, Draft(), prompt=prompt, concepts=concepts, num_inference_steps=2)
+
+
+def blob(down: int, across: int, height: float = 1.0) -> Tensor:
+    """A map with one hill. Shape: [12, 12]."""
+    places = torch.arange(12)
+    return height * torch.exp(-((places[:, None] - down) ** 2 + (places[None] - across) ** 2) / 8)
+
+
+def test_maps_separate_subjects_that_have_places_of_their_own():
+    apart, near = torch.stack([blob(6, 2), blob(6, 9)]), torch.stack([blob(6, 4), blob(6, 6)])
+    missing, doubled = torch.stack([blob(6, 2), blob(6, 2, 0.5)]), torch.stack([blob(6, 2) + blob(1, 2), blob(6, 9)])
+    scores = [separation(maps, ["cat", "dog"], 0.3) for maps in (apart, doubled, near, missing)]
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) == 4
+    assert scores[-1] <= 0
+    assert separation(5 * apart, ["cat", "dog"], 0.3) == pytest.approx(scores[0])
+
+
+def test_maps_separate_two_of_one_class_that_have_places_of_their_own():
+    both, single = blob(6, 2) + blob(6, 9), blob(6, 5)
+    apart, alike = (separation(torch.stack([m, m]), ["cat", "cat"], 0.3) for m in (both, single))
+    assert apart > 0 > alike
+    dog = blob(1, 5)
+    assert separation(torch.stack([both, dog, both]), ["cat", "dog", "cat"], 0.3) > 0
+    assert separation(torch.stack([single, dog, single]), ["cat", "dog", "cat"], 0.3) < 0
+
+
+def reordered(number: int) -> Tensor:
+    """The start noise with its values in another order, as documented: by a generator with this seed."""
+    noise = torch.randn(1, 4, 16, 16, generator=seeded())
+    order = torch.randperm(noise.numel(), generator=torch.Generator().manual_seed(number))
+    return noise.flatten()[order].view_as(noise) if number else noise
+
+
+@pytest.mark.parametrize("concepts", [("cat", "dog"), ("cat", "kitten")])
+def test_of_several_drafts_the_image_is_that_of_the_noise_that_separates_the_subjects_best(composer, concepts):
+    prompt = PROMPT if "dog" in concepts else CATS
+    each = [
+        call(composer, concepts, prompt, latents=reordered(n), record_attention=[0], guidance_scale=4.0)
+        for n in range(4)
+    ]
+    classes = ["cat", "dog"] if "dog" in concepts else ["cat", "cat"]
+    scores = [separation(smooth(output.draft_maps[0]), classes, 0.3) for output in each]
+    best = max(range(4), key=scores.__getitem__)
+    several = call(
+        composer, concepts, prompt, method=Draft(drafts=4), record_attention=[0], guidance_scale=4.0
+    )  # fmt: skip
+    assert torch.equal(several.images, each[best].images)
+    assert torch.equal(several.draft_maps, each[best].draft_maps)
+    assert len({float(score) for score in scores}) == 4
+
+
+def test_each_image_of_a_call_has_the_best_of_its_own_drafts(composer):
+    generators = [seeded(seed) for seed in range(3)]
+    together = call(composer, method=Draft(drafts=3), num_images_per_prompt=3, generator=generators).images
+    for seed, image in enumerate(together):
+        alone = call(composer, method=Draft(drafts=3), generator=seeded(seed)).images[0]
+        assert_close(image, alone)
+
+
+def test_three_subjects_have_four_drafts_if_their_noise_is_drawn(composer):
+    three: Any = {"concepts": ("cat", "dog", "bear"), "prompt": f"{PROMPT} beside a xlo bear"}
+    noise = torch.randn(1, 4, 16, 16, generator=seeded())
+    drawn = call(composer, **three).images
+    assert torch.equal(drawn, call(composer, **three, method=Draft(drafts=4)).images)
+    given = call(composer, **three, latents=noise).images
+    assert torch.equal(given, call(composer, **three, method=Draft(drafts=1)).images)
+    assert far_apart(drawn, given)
+    boxed = [Concept(name="cat", region=(0, 0, 64, 64)), "dog", "bear"]
+    assert torch.equal(*(call(composer, boxed, three["prompt"], method=Draft(drafts=n)).images for n in (None, 1)))
+
+
+def test_several_drafts_are_counted_and_take_nothing_from_generators(composer):
+    one, three = (call(composer, method=Draft(drafts=n), guidance_scale=4.0).cost for n in (1, 3))
+    assert three.rows_forward - one.rows_forward == 2 * (one.rows_forward - 8)  # 4 steps with guidance are 8 rows
+
+
+@pytest.mark.parametrize("drafts", [0, 1.5, True])
+def test_a_number_of_drafts_that_is_none_is_refused(drafts):
+    with pytest.raises(ValueError, match="drafts must be"):
+        Draft(drafts=drafts)
+
+
+def test_several_drafts_need_noise_to_start_from(composer):
+    image = Image.new("RGB", (128, 128), "white")
+    with pytest.raises(ValueError, match=r"draft changes the start noise .*; give it drafts=1, or strength=1"):
+        call(composer, method=Draft(drafts=2), image=image, strength=0.5)

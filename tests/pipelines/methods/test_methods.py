@@ -227,7 +227,7 @@ NEEDS = {
     "switch": Needs(),
     "composite": Needs(),
     "lora-composer": Needs(region_attention=True, gradients=True),
-    "lora-composer:official": Needs(region_attention=True, gradients=True, start_noise=True),
+    "lora-composer:official": Needs(region_attention=True, gradients=True, start_noise="reinit='off'"),
     "clora": Needs(region_attention=True, gradients=True),
     "clora:official": Needs(gradients=True),
     "draft": Needs(),
