@@ -66,7 +66,7 @@ def _tokens(clip: Any, text: str) -> tuple[str, list[tuple[Any, float, int]]]:
 
 
 def _of_words(tokens: Sequence[tuple[Any, float, int]]) -> list[Word]:
-    """Those that are of words, and neither special nor padding."""
+    """The tokens of words, without special ones and padding."""
     return [(place, token if isinstance(token, int) else None) for place, (token, _, word) in enumerate(tokens) if word]
 
 

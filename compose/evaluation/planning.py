@@ -103,7 +103,7 @@ def _references(concept: SuiteConcept) -> list[Any]:
         raise ValueError(f"concept {concept.name!r}: the reference image {str(missing[0])!r} is missing")
     hashes = [file_hash(str(path)) for path in paths]
     if isinstance(concept.references, str) and concept.references.startswith(_SHIPPED):
-        return hashes  # nobody edits their boxes, and scores of versions that did not hash these stay valid
+        return hashes  # their boxes never change, and scores that were stored before boxes counted stay valid
     boxes = map(recorded_box, paths)
     return [content if box is None else [content, box] for content, box in zip(hashes, boxes, strict=True)]
 

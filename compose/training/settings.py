@@ -189,7 +189,7 @@ class Training(Frozen):
         if own and "class_count" not in overrides:
             fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
             if overrides.get("class_images") is not None and "class_prompts" not in overrides:
-                fields.pop("class_prompts", None)  # the preset's say what the model would make, not what is there
+                fields.pop("class_prompts", None)  # the preset's prompts describe generated images
         return cls(**fields)
 
     @model_validator(mode="after")

@@ -207,7 +207,7 @@ def test_a_draft_is_shown_and_subjects_are_repainted(
 def test_each_image_keeps_its_own_subject_with_a_vae_of_videos(
     ours: ModuleType, two: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes a batch of images as frames, and makes one latent of the first ones."""
+    """Such a VAE takes a batch of images as frames, and makes one latent of the first ones."""
     vae = SimpleNamespace(
         encode=lambda images: images[:1].movedim(-1, 0)[None],
         decode=lambda latents: latents.movedim(1, -1),  # with a dimension of frames
