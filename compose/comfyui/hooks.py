@@ -108,7 +108,7 @@ def _is(conditioning: Mapping[str, Any], given: Conditioning) -> bool:
     """Whether a conditioning, as samplers have it, has the text that is given, also as a whole (pooled)."""
     ((text, options),) = given
     pairs = (conditioning["cross_attn"], text), (conditioning.get("pooled_output"), options.get("pooled_output"))
-    return all(a is b or (a is not None and b is not None and torch.equal(a.to(b), b)) for a, b in pairs)
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b.to(a))) for a, b in pairs)
 
 
 class Hooks:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import reprlib
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -115,7 +116,8 @@ def read_weight(value: Any) -> Weight:
 
 def _finite(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"expected {_HINT}; found {str(value)[:80]!r}")
+        shown = value if isinstance(value, str) else reprlib.repr(value)  # which follows lists in lists a few levels
+        raise ValueError(f"expected {_HINT}; found {shown[:80]!r}")
     try:
         number = float(value)
     except OverflowError:

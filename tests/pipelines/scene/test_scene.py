@@ -166,6 +166,14 @@ def test_numbers_of_numpy_and_torch_are_weights_and_boxes(fields, plain):
     assert Concept(name="cat", **fields) == Concept(name="cat", **plain)
 
 
+def test_a_weight_in_many_lists_is_refused_in_words():
+    nested: Any = 1.0
+    for _ in range(5000):
+        nested = [nested]
+    with pytest.raises(FieldError, match="expected a valid number"):
+        Concept(name="cat", weight=nested)
+
+
 def test_a_box_of_numpy_by_name_is_a_region():
     (cat,) = concepts_of({"cat": np.array([0, 8, 64, 72])})
     assert cat.region == (0, 8, 64, 72)
