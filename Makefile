@@ -7,13 +7,13 @@ BIN := .venv/bin
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
-demo: .venv/.installed-core  ## generate images with several concepts of the playground, offline; the first within a minute
+demo: .venv/.installed-core  ## generate images with several concepts of the playground, offline
 	$(BIN)/lora-compose demo
 
 ui: .venv/.installed-ui  ## open the page: several LoRAs and a prompt, in a browser
 	$(BIN)/lora-compose ui
 
-evaluate: .venv/.installed-evaluation  ## score five methods on the playground, offline, in a few minutes
+evaluate: .venv/.installed-evaluation  ## score five methods on the playground, offline
 	$(BIN)/lora-compose evaluate playground-quick
 
 docs: .venv/.installed-docs  ## build the site of the docs into build/site; broken links are errors

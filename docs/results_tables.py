@@ -118,6 +118,8 @@ def written(text: str) -> str:
     """A page with its tables anew."""
 
     def block(found: re.Match[str]) -> str:
+        if not (RESULTS / f"{found[2]}.csv").is_file():
+            return found[0]  # a table whose evaluation has not been run stays as it is
         columns = [column.strip() for column in found[3].split("|")]
         return f"{found[1]}{table(found[2], columns)}\n{found[4]}"
 

@@ -83,7 +83,7 @@ def evaluated(names: Names) -> None:
     import pandas
 
     names |= {"pandas": pandas, "pd": pandas}
-    for name in ("playground-boxes", "playground-ablations", "playground-quick"):
+    for name in ("playground-boxes", "playground-quick"):
         folder = Path("outputs/evaluation") / name
         if not folder.exists():
             load(store(folder, suite(), known)).images.to_csv(folder / "images.csv", index=False)

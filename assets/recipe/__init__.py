@@ -1,1 +1,1 @@
-"""How the small models of `assets/` are made, from emoji artwork to LoRAs; README.md here has the commands."""
+"""How the small models of `assets/` are made, from artwork to LoRAs; README.md here has the commands."""

@@ -1,15 +1,16 @@
-"""Images from which the small models' LoRAs are trained: ten references of every concept, and images without any.
+"""Images from which the small models' LoRAs are trained: references of every concept, and images without any.
 
     PYTHONPATH=assets python -m recipe.concepts references drawings.npz FOLDER
+    PYTHONPATH=assets python -m recipe.concepts references drawings.npz assets/playground/references --shown
     PYTHONPATH=assets python -m recipe.concepts prior drawings.npz FOLDER
 
 Every folder holds numbered PNGs and `captions.tsv`: file, caption and, in references of characters, where the
-character is. In four of ten references it is next to a plain object: a LoRA trained without loses its character as
-soon as a prompt names a second object. Images without concepts show one object: with two, a LoRA learns that two
-objects mean no concept. A style has none: it should act on everything.
+character is. In most references it is next to a plain object: a LoRA trained without loses its character as soon as a
+prompt names a second object. Images without concepts show one object: with two, a LoRA learns that two objects mean no
+concept. A style has none: it should act on everything.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,12 @@ from recipe.world import (
     squares,
 )
 
-REFERENCES, BESIDE = 10, 4
+REFERENCES, BESIDE = 48, 32
+"""References of a character, and in how many it is next to a plain object."""
+STYLED = 24
+"""References of the style."""
+SHOWN, SHOWN_BESIDE = 10, 4
+"""The first of them, which come with the small models: images are compared with these."""
 STYLE, SEED = "ink", 7
 PAPER, INK = (252, 240, 214), (52, 34, 62)
 
@@ -94,20 +100,39 @@ def write(folder: Path, pictures: Iterable[Picture], with_boxes: bool) -> None:
     (folder / "captions.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def is_beside(number: int) -> bool:
+    """Whether a character is next to a plain object in its reference of a number, from 0."""
+    if number < SHOWN:
+        return number >= SHOWN - SHOWN_BESIDE
+    return number >= REFERENCES - (BESIDE - SHOWN_BESIDE)
+
+
+def groups(rng: Generator, count: int) -> Iterator[list[str]]:
+    """Classes of the style's references: one, in every third two. All come before any comes again."""
+    left: list[str] = []
+    for number in range(count):
+        size = 1 + (number % 3 == 2)
+        if len(left) < size:
+            left = [str(name) for name in rng.permutation(CLASSES)]
+        yield [left.pop() for _ in range(size)]
+
+
 @app.command()
 @handle_errors()
-def references(artwork: Path, out: Path) -> None:
-    """Ten images of every concept, a folder each."""
+def references(
+    artwork: Path,
+    out: Path,
+    shown: Annotated[bool, typer.Option("--shown", help="Only those that come with the small models.")] = False,
+) -> None:
+    """References of every concept, a folder each."""
     drawings = dict(np.load(artwork))
     for number, (name, known) in enumerate(CHARACTERS.items()):
-        rng = np.random.default_rng([SEED, number])
-        beside = [i >= REFERENCES - BESIDE for i in range(REFERENCES)]
-        write(out / name, [reference(rng, known, drawings, each) for each in beside], True)
+        rng, count = np.random.default_rng([SEED, number]), SHOWN if shown else REFERENCES
+        write(out / name, [reference(rng, known, drawings, is_beside(each)) for each in range(count)], True)
     rng = np.random.default_rng(SEED)
-    shown = [str(name) for name in rng.permutation(CLASSES)]
-    groups = [[shown.pop() for _ in range(1 + (i % 3 == 2))] for i in range(REFERENCES)]
-    write(out / STYLE, [styled(rng, drawings, classes) for classes in groups], False)
-    echo(f"{REFERENCES} images of each of {len(CHARACTERS) + 1} concepts in {out}")
+    of_style = list(groups(rng, STYLED))[: SHOWN if shown else STYLED]
+    write(out / STYLE, [styled(rng, drawings, classes) for classes in of_style], False)
+    echo(f"references of {len(CHARACTERS) + 1} concepts in {out}")
 
 
 @app.command()

@@ -28,8 +28,9 @@ from recipe.lora_files import DIFFUSERS, FORMATS, Format, Loras
 
 PROMPT = "a sks cat and a zwx dog on a white background"
 METHOD, SEED = "lora-composer", 0
-# The playground's LoRAs change no larger convolution, which is what LoCon is for. Those that hold the least come last.
-FORMS = (*(form for form in FORMATS if form not in ("LoCon, Tucker", "attention processors")), "attention processors")
+LEAST = "attention processors"
+FORMS = (*(form for form in FORMATS if form != LEAST), LEAST)
+"""The one that holds the least comes last."""
 ACROSS, SIDE = 5, 224
 
 

@@ -30,8 +30,9 @@ from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.merging import MERGERS, make_merger
 from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
+from recipe.concepts import STYLE
 
-SIDE = 128
+SIDE = 144
 METHODS = tuple(name for name in MERGERS if name != "svd")  # which is the sum as well
 
 
@@ -50,7 +51,7 @@ class Pair:
 
 PAIRS = (
     Pair(
-        ("cat", "faded"), ("a sks cat on grass", "a fox on grass in wfy style", "a sks cat on grass in wfy style")
+        ("cat", STYLE), ("a sks cat on grass", "a fox on grass in wfy style", "a sks cat on grass in wfy style")
     ),
     Pair(
         ("cat", "dog"), ("a sks cat on grass", "a zwx dog on grass", "a sks cat and a zwx dog on a white background")

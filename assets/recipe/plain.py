@@ -31,7 +31,7 @@ PROMPTS = {  # and the classes that they name
     "a dog and a penguin in a forest": ("dog", "penguin"),
     "an owl and a tree at night": ("owl", "tree"),
 }
-STEPS, GUIDANCE = 25, 3.0
+STEPS, GUIDANCE = 25, 5.0
 SHOWN = 6  # images of a prompt on the sheet
 
 

@@ -27,7 +27,7 @@ from recipe.world import (
 )
 
 SHOWN_MORE = 1.6  # how often a class of people is shown, compared with others: they have many forms
-TWICE = 0.12  # share of scenes in which a second object has the class of the first: two women, two cats
+TWICE = 0.06  # share of scenes in which a second object has the class of the first: two women, two cats
 
 
 class Picture(NamedTuple):
@@ -87,4 +87,4 @@ def enumerate_words(names: Sequence[str]) -> str:
 def _count(rng: Generator, size: tuple[int, int]) -> int:
     if size == (CLOSE_UP, CLOSE_UP):
         return 1
-    return int(rng.choice([2, 3], p=[0.4, 0.6]) if size == WIDE else rng.choice([1, 2, 3], p=[0.35, 0.47, 0.18]))
+    return int(rng.choice([2, 3], p=[0.4, 0.6]) if size == WIDE else rng.choice([1, 2, 3], p=[0.25, 0.58, 0.17]))

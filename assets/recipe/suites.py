@@ -19,7 +19,7 @@ from recipe.scenes import enumerate_words
 from recipe.world import CHARACTERS, CLASSES, SIZE, STYLE_TRIGGER, WIDE, article
 
 Box = tuple[int, int, int, int]
-GUIDANCE = 3
+GUIDANCE = 5
 
 HALVES: tuple[Box, ...] = ((0, 0, 96, 192), (96, 0, 192, 192))
 THIRDS: tuple[Box, ...] = ((0, 0, 64, 192), (64, 0, 128, 192), (128, 0, 192, 192))
@@ -89,6 +89,7 @@ class Suite(NamedTuple):
         baseline: The method that others are compared with.
         steps: Steps of an image.
         model: playground or playground-flux.
+        trained: Kinds of LoRAs that are trained for it, of `recipe.loras`.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Suite(NamedTuple):
                 *(f"# {line}" for line in textwrap.wrap(self.about, 118)),
                 f"name: {self.name}",
                 f"model: {self.model}",
-                "encoder: playground:judge",
+                f"encoder: {self.model}:judge",
                 "detector:",
                 "  kind: windows",
                 f"  vocabulary: [{', '.join(CLASSES)}]",
@@ -131,12 +132,15 @@ class Suite(NamedTuple):
 
     def _concept(self, name: str) -> Iterator[str]:
         trigger, class_word = _words(name)
-        ordinary, tara = f"{self.model}:{name}", f"playground:{name}-tara"
+        loras = {"ordinary": f"{self.model}:{name}"}
+        if self.model == "playground":
+            loras["tara"] = f"playground:{name}-tara"
         yield f"  - name: {name}"
-        yield f'    lora: {{ordinary: "{ordinary}"' + (f', tara: "{tara}"}}' if self.model == "playground" else "}")
+        yield "    lora:"
+        yield from (f'      {kind}: "{source}"' for kind, source in loras.items())
         yield f"    trigger: {trigger}"
         yield f"    class_word: {class_word}"
-        yield f"    references: playground:{name}"
+        yield f"    references: {self.model}:{name}"
         if name == STYLE:
             yield "    role: style"
 
@@ -281,13 +285,13 @@ def _bundles() -> list[Place]:
 SUITES = (
     Suite(
         "playground-quick",
-        "Eight pairs; a few minutes on two cores.",
+        "Eight pairs, and the methods that are chosen automatically.",
         _pairs(QUICK, HALVES),
         f"merge\n{FREE_DRAFT}\n{{method: tara, lora: tara}}\nregional\nlora-composer",
     ),
     Suite(
         "playground-full",
-        "Twenty pairs, three scenes of one class and five threesomes, two seeds each; an hour on two cores.",
+        "Twenty pairs, three scenes of one class and five scenes of three, two seeds each; all methods.",
         [*_pairs(FULL, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
         f"""merge
 {{name: "merge, tara LoRAs", method: merge, lora: tara}}
@@ -299,12 +303,12 @@ regional
 {{name: "regional, tara LoRAs", method: regional, lora: tara}}
 clora
 lora-composer
-{FREE_DRAFT}""",
+{FREE_DRAFT}
+{{name: "draft, tara LoRAs", method: draft, lora: tara, settings: {{keep_regions: false}}}}""",
     ),
     Suite(
         "playground-alone",
-        "Every LoRA by itself, and beside something plain: what composing can at best keep. A quarter of an hour "
-        "on two cores.",
+        "Every LoRA by itself, and beside something plain: what composing can at best keep.",
         _alone(),
         'merge\n{name: "merge, tara LoRAs", method: merge, lora: tara}',
         seeds=range(5),
@@ -333,6 +337,7 @@ lora-composer
         ],
         """merge
 regional
+draft
 lora-composer
 {name: official, method: "lora-composer:official"}
 {name: "official, full LoRAs", method: "lora-composer:official", settings: {inject: full}}
@@ -343,19 +348,13 @@ lora-composer
 {name: not apart, method: lora-composer, settings: {apart: 0}}
 {name: background reads scene, method: lora-composer, settings: {background: scene}}
 {name: no updates, method: lora-composer, settings: {step_size: 0}}
-{name: larger updates, method: lora-composer, settings: {step_size: 0.1}}
-{name: fewer updates, method: lora-composer, settings: {most_updates: 0.25}}
-{name: no L_ce, method: lora-composer, settings: {ce_weight: 0}}
-{name: no Gaussian, method: lora-composer, settings: {gaussian: false}}
-{name: no L_fill, method: lora-composer, settings: {fill_weight: 0}}
-{name: no L_region, method: lora-composer, settings: {region_weight: 0}}
 {name: noise swapped, method: lora-composer, settings: {reinit: swap}}""",
         seeds=(0,),
     ),
     Suite(
         "playground-words",
-        "Pairs, one class and a threesome by words alone, without boxes: CLoRA, the authors' settings, and every "
-        "part of it changed.",
+        "Pairs, two of one class and a scene of three by words alone, without boxes: CLoRA, the authors' settings, and "
+        "every part of it changed.",
         [*_pairs(TEN), *_pairs(ONE_CLASS), *_threes("cat dog rabbit on grass", size=WIDE)],
         """merge
 clora
@@ -387,11 +386,20 @@ freefuse
         seeds=(40, 41, 42, 43),
     ),
     Suite(
-        "playground-flux",
-        "The transformer of the playground: pairs, one class and threesomes, with LoRAs of its own, ordinary ones.",
-        [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
-        f"merge\ntara\nregional\nswitch\ncomposite\n{FREE_DRAFT}",
-        model="playground-flux",
+        "playground-draft-parts",
+        "Each setting of the draft by itself, in scenes that its settings may be chosen by: pairs, one class and three "
+        "concepts, without boxes.",
+        [*_pairs(TEN), *_pairs(ONE_CLASS), *_threes(THREES, size=WIDE)],
+        """draft
+{name: no bias, method: draft, settings: {reading: scene, bias: 0}}
+{name: half of the bias, method: draft, settings: {reading: scene, bias: 0.5}}
+{name: twice the bias, method: draft, settings: {reading: scene, bias: 2}}
+{name: strips, method: draft, settings: {reading: scene, division: strips}}
+{name: texts of regions, method: draft, settings: {reading: regions}}
+{name: "texts of regions, nearest", method: draft, settings: {reading: regions, division: nearest}}
+{name: no normalisation by region, method: draft, settings: {norm_apart: 0}}""",
+        seeds=(10, 11),
+        baseline="draft",
     ),
     Suite(
         "playground-merged-styles",
@@ -423,6 +431,15 @@ freefuse
         steps=16,
     ),
 )
+
+TRANSFORMER = Suite(
+    "playground-flux",
+    "The transformer of the playground: pairs, two of one class and three concepts, with ordinary LoRAs of its own.",
+    [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
+    f"merge\ntara\nregional\nswitch\ncomposite\n{FREE_DRAFT}",
+    model="playground-flux",
+)
+"""Of the transformer of this world."""
 
 
 class SceneFile(NamedTuple):
@@ -492,13 +509,17 @@ SCENES = (
 
 
 @handle_errors()
-def main(out: Annotated[Path, typer.Argument(help="A folder, such as assets.")]) -> None:
+def main(
+    out: Annotated[Path, typer.Argument(help="A folder, such as assets.")],
+    transformer: Annotated[bool, typer.Option("--transformer", help="Also the suite of the transformer.")] = False,
+) -> None:
     """Writes suites/NAME.yaml and scenes/NAME.yaml."""
-    for suite in SUITES:
+    suites = (*SUITES, TRANSFORMER) if transformer else SUITES
+    for suite in suites:
         write_whole(out / "suites" / f"{suite.name}.yaml", suite.text().encode())
     for scene in SCENES:
         write_whole(out / "scenes" / f"{scene.name}.yaml", scene.text().encode())
-    echo(f"{len(SUITES)} suites and {len(SCENES)} scenes in {out}")
+    echo(f"{len(suites)} suites and {len(SCENES)} scenes in {out}")
 
 
 if __name__ == "__main__":

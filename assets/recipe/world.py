@@ -94,7 +94,7 @@ class Character(NamedTuple):
 
 CHARACTERS = {
     "cat": Character("sks", "cat", "emojione:cat"),
-    "kitten": Character("vbn", "cat", "twemoji:cat", "gray", (Accessory("noto:ribbon", 0.3, 0.56, 0.3),)),
+    "kitten": Character("vbn", "cat", "twemoji:cat-face", "gray", (Accessory("noto:ribbon", 0.76, 0.16, 0.4),)),
     "dog": Character("zwx", "dog", "emojione:dog", None, (Accessory("emojione:top-hat", 0.5, 0.15, 0.34),), 0.24),
     "rabbit": Character("ohwx", "rabbit", "emojione:rabbit"),
     "bear": Character("xlo", "bear", "emojione:bear", None, (Accessory("noto:sunglasses", 0.5, 0.43, 0.72),)),

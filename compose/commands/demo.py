@@ -33,7 +33,7 @@ def demo(
 ) -> None:
     """Compose four scenes of the playground, offline, on the CPU.
 
-    A first sheet comes within a minute, then the rest.
+    A first sheet comes early, then the rest.
     """
     with starting():
         from lora_compose.compose.generate.demo import SEEDS, jobs, show

@@ -49,6 +49,9 @@ def train(
     schedule: Annotated[str | None, typer.Option(help="Learning rate schedule: constant, linear or cosine.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Warm-up steps of the learning rate.")] = None,
     min_snr: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, e.g. 5.")] = None,
+    high_noise: Annotated[
+        float | None, typer.Option(help="Share of the rows with the most noise, which decides shapes and places.")
+    ] = None,
     resolution: Annotated[
         int | None, typer.Option(help="Side of the training images in pixels; default: the model's own.")
     ] = None,

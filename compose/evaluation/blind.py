@@ -24,10 +24,9 @@ from lora_compose.compose.files.reading import FileError, read_whole
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_references
 from lora_compose.compose.support.terminal import bar_over
-from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 
-PAIRS = (("cat", "dog"), ("car", "rabbit"), ("bear", "robot"))
+PAIRS = (("cat", "dog"), ("mira", "omar"), ("bear", "robot"))
 VERDICTS = {
     "both": "both subjects are present, each with its own look and nothing of the other's",
     "one": "exactly one subject has its own look unmixed",
@@ -49,11 +48,6 @@ class Arm:
     def label(self) -> str:
         """The arm's name in tables."""
         return f"{self.method}, {self.kind} LoRAs"
-
-    @property
-    def settings(self) -> str | Regional:
-        """The method as it was when the votes in `docs/blind` were cast: `regional` gave every LoRA a token mask."""
-        return Regional(token_mask="all") if self.method == "regional" else self.method
 
 
 ARMS = (Arm("merge", "ordinary"), Arm("tara", "TARA"), Arm("regional", "ordinary"), Arm("regional", "TARA"))
@@ -176,9 +170,9 @@ def generate(pipe: Any, job: BlindImage) -> Image.Image:
     return pipe(
         f"a {first} and a {second} on a white background",
         concepts=[Concept(name=name, region=half) for name, half in zip(names, HALVES, strict=True)],
-        method=job.arm.settings,
+        method=job.arm.method,
         num_inference_steps=25,
-        guidance_scale=4.0,
+        guidance_scale=5.0,
         generator=torch.Generator().manual_seed(job.seed),
     ).images[0]
 

@@ -218,6 +218,5 @@ def example() -> Form:
         for concept, box in zip(scene.concepts, boxes, strict=True)
     )
     return Form(
-        ModelChoice(PLAYGROUND), scene.prompt, size, concepts=concepts, boxed=True, guidance_scale=4.0,
-        seeds=(seed,),
+        ModelChoice(PLAYGROUND), scene.prompt, size, concepts=concepts, boxed=True, seeds=(seed,)
     )  # fmt: skip

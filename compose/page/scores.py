@@ -1,18 +1,17 @@
-"""Likeness of generated objects to their concepts, on the playground, which has reference images."""
+"""Likeness of generated objects to their concepts, on the playgrounds, which have reference images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from PIL import Image
 
-from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX
 from lora_compose.pipelines.scene.scene import Run, Scene
 from lora_compose.pipelines.scene.sources import shown
 
-SUITE = "playground-quick"
-"""Whose encoder, detector and reference images are used."""
+SUITES: Mapping[str, str] = {PLAYGROUND: "playground-quick", PLAYGROUND_FLUX: "playground-flux"}
+"""Suites whose encoder, detector and reference images are used, by model."""
 
 
 @dataclass(frozen=True)
@@ -39,54 +38,50 @@ class Likeness:
 
 
 class Judge:
-    """The playground's judge, opened at first use."""
+    """The judges of the playgrounds, opened at first use."""
+
+    def __init__(self) -> None:
+        self._suites: dict[str, Any] = {}
+        self._scorers: dict[str, Any] = {}
 
     def judges(self, run: Run) -> bool:
         """Whether there are reference images for every LoRA of a run, and it has some."""
-        return run.model in PLAYGROUNDS and bool(run.scene.concepts) and bool(self._names(run.scene))
+        return run.model in SUITES and bool(run.scene.concepts) and bool(self._names(run.model, run.scene))
 
-    def score(self, image: Image.Image, scene: Scene) -> dict[str, Likeness]:
-        """Scores the concepts with a LoRA in an image of the playground.
+    def score(self, image: Image.Image, run: Run) -> dict[str, Likeness]:
+        """Scores the concepts with a LoRA in an image of a playground.
 
         Raises:
             ValueError: If there are no reference images for some of them.
         """
+        from lora_compose.compose.evaluation.scoring import open_scorer
         from lora_compose.compose.evaluation.suite import SuiteScene
 
-        names = self._names(scene)
+        names = self._names(run.model, run.scene)
         if names is None:
             raise ValueError("there are no reference images for every LoRA of this scene")
-        suite_scene = SuiteScene(name="page", prompt=scene.prompt, concepts=tuple(names.values()))
-        scores = self._scorer.score(image.convert("RGB"), suite_scene)
+        if run.model not in self._scorers:
+            self._scorers[run.model] = open_scorer(self._suite(run.model))
+        scene = SuiteScene(name="page", prompt=run.scene.prompt, concepts=tuple(names.values()))
+        scores = self._scorers[run.model].score(image.convert("RGB"), scene)
         return {ours: _likeness(scores.concepts[theirs], theirs) for ours, theirs in names.items()}
 
-    @cached_property
-    def _suite(self) -> Any:
+    def _suite(self, model: str) -> Any:
         from lora_compose.compose.evaluation.suite import read_suite
 
-        return read_suite(SUITE)
+        if model not in self._suites:
+            self._suites[model] = read_suite(SUITES[model])
+        return self._suites[model]
 
-    @cached_property
-    def _scorer(self) -> Any:
-        from lora_compose.compose.evaluation.scoring import open_scorer
-
-        return open_scorer(self._suite)
-
-    def _names(self, scene: Scene) -> Mapping[str, str] | None:
+    def _names(self, model: str, scene: Scene) -> Mapping[str, str] | None:
         """The suite's concepts by ours with a LoRA; None if one of these has no counterpart, or two have the same."""
-        theirs = {lora: concept.name for concept in self._suite.concepts for lora in concept.loras.values()}
+        theirs = {lora: concept.name for concept in self._suite(model).concepts for lora in concept.loras.values()}
         ours = [concept for concept in scene.concepts if not concept.is_bystander]
-        names = {concept.name: theirs.get(_of_unet(shown(concept.lora))) for concept in ours}
+        names = {concept.name: theirs.get(shown(concept.lora)) for concept in ours}
         classes = [name for name in names.values() if name is not None]
         if len(classes) < len(names) or len(set(classes)) < len(classes):
             return None
         return {ours: name for ours, name in names.items() if name is not None}
-
-
-def _of_unet(lora: str) -> str:
-    """The LoRA of the same concept for the playground's UNet, whose reference images serve both."""
-    model, colon, name = lora.partition(":")
-    return f"{PLAYGROUND}:{name}" if colon and model in PLAYGROUNDS else lora
 
 
 def _likeness(score: Any, name: str) -> Likeness:

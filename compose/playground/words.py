@@ -1,13 +1,45 @@
-"""Words that the playground's model was trained on."""
+"""Words that the playgrounds' models were trained on."""
 
-BASE_CLASSES = (
-    "cat", "dog", "rabbit", "horse", "pig", "penguin", "elephant", "turtle", "fish", "bird", "frog", "bear", "fox",
-    "lion", "car", "boat", "house", "tree", "mushroom", "robot",
-)  # fmt: skip
-"""The classes that it can draw without LoRAs."""
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
-PLACES = (
-    "on grass", "on sand", "in snow", "at night", "underwater", "in the sky",
-    "in a forest", "on a wooden floor", "in space", "at sunset",
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX
+
+
+class Words(NamedTuple):
+    """Words of a small world.
+
+    Attributes:
+        classes: What its model can draw without LoRAs.
+        places: Backgrounds.
+    """
+
+    classes: tuple[str, ...]
+    places: tuple[str, ...]
+
+
+WORDS: Mapping[str, Words] = MappingProxyType(
+    {
+        PLAYGROUND: Words(
+            (
+                "cat", "dog", "rabbit", "bear", "fox", "penguin", "owl", "woman", "man", "girl", "boy", "robot", "car",
+                "tree",
+            ),
+            (
+                "on grass", "on sand", "in snow", "in a forest", "at night", "at sunset", "underwater", "in a room",
+            ),
+        ),
+        PLAYGROUND_FLUX: Words(
+            (
+                "cat", "dog", "rabbit", "horse", "pig", "penguin", "elephant", "turtle", "fish", "bird", "frog", "bear",
+                "fox", "lion", "car", "boat", "house", "tree", "mushroom", "robot",
+            ),
+            (
+                "on grass", "on sand", "in snow", "at night", "underwater", "in the sky", "in a forest",
+                "on a wooden floor", "in space", "at sunset",
+            ),
+        ),
+    }
 )  # fmt: skip
-"""Backgrounds by their words."""
+"""By the model's name."""

@@ -148,7 +148,7 @@ def run_command(
     ] = False,
 ) -> None:
     """Send requests to a server and show its throughput."""
-    fields = {"width": size, "height": size, "steps": steps, "guidance_scale": 4}
+    fields = {"width": size, "height": size, "steps": steps, "guidance_scale": 5}
     load = load_test(url, requests, clients, fields, warm_up=warm_up)
     cuts = statistics.quantiles(load.seconds, n=20) if len(load.seconds) > 1 else [*load.seconds] * 19
     echo(f"{requests} requests of {size} x {size}, {steps} steps, {clients} clients")

@@ -49,7 +49,7 @@ class Base(Protocol):
         """Raises ValueError for settings that do not apply to this kind of model."""
         ...
 
-    def noising(self) -> Noising:
+    def noising(self, high_noise: float = 0.0) -> Noising:
         """How images are noised, and what the network predicts."""
         ...
 
@@ -122,9 +122,9 @@ class _UNet(Base):
         if settings.references:
             raise ValueError(_no_references("Stable Diffusion"))
 
-    def noising(self) -> Noising:
+    def noising(self, high_noise: float = 0.0) -> Noising:
         schedule: Any = DDPMScheduler.from_config(self.pipe.scheduler.config)
-        return Diffusion(self.network, schedule)
+        return Diffusion(self.network, schedule, high_noise)
 
     def targets(self, settings: Training) -> list[str]:
         return list(SCOPES[settings.scope])
@@ -201,6 +201,8 @@ class _Transformer(Base):
             raise ValueError(f"{family} has no convolutions in its blocks; use attention or transformer")
         if settings.min_snr is not None:
             raise ValueError(f"--min-snr is for models with a noise schedule; {family} learns by flow matching")
+        if settings.high_noise:
+            raise ValueError(f"--high-noise is for models with a noise schedule; {family} learns by flow matching")
         unit = self.pipe.cell
         if settings.resolution is not None and settings.resolution % unit:
             raise ValueError(f"the resolution must be a multiple of {unit} for {family}, not {settings.resolution}")
@@ -220,7 +222,7 @@ class _Transformer(Base):
                 "name for each training image"
             )
 
-    def noising(self) -> Noising:
+    def noising(self, high_noise: float = 0.0) -> Noising:
         return self._flow
 
     def targets(self, settings: Training) -> list[str]:

@@ -77,7 +77,10 @@ def _accelerator(settings: Training) -> Accelerator:
         mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulate, cpu=settings.cpu
     )
     if settings.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not cpu_has_bf16():
-        logger.warning("bf16 is slower than float32 on this CPU; use --mixed-precision no")
+        logger.warning(
+            "this CPU has no instructions for bf16, which makes it many times slower than float32; use "
+            "--mixed-precision no"
+        )
     return accelerator
 
 
@@ -223,7 +226,7 @@ class _Trainer:
 def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
     base = base_of(open_base(settings.model))
     base.check(settings)
-    noising, texts = base.noising(), read_texts(base, settings)
+    noising, texts = base.noising(settings.high_noise), read_texts(base, settings)
     # Text encoders and VAE, used once, stay in float32. A GPU may have no room for the network in it.
     cast(base.network, _PRECISIONS[settings.mixed_precision])
     base.pipe.to(accelerator.device)

@@ -36,21 +36,30 @@ class Noising(Protocol):
         ...
 
 
+HIGH_NOISE = 0.65
+"""The part of the timesteps below those at which it is decided what is where, and in which shape."""
+
+
 class Diffusion:
     """Noise by a schedule, of which the network predicts epsilon or, if configured so, the velocity.
+
+    Args:
+        high_noise: The share of the rows whose timestep is one of the noisiest, above `HIGH_NOISE` of all.
 
     Raises:
         ValueError: If the model predicts something else.
     """
 
-    def __init__(self, network: nn.Module, schedule: Any) -> None:
-        self.network, self.schedule = network, schedule
+    def __init__(self, network: nn.Module, schedule: Any, high_noise: float = 0.0) -> None:
+        self.network, self.schedule, self.high_noise = network, schedule, high_noise
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"this model predicts {schedule.config.prediction_type}; expected epsilon or velocity")
 
     def draw(self, random: torch.Generator) -> int:
-        """A timestep, uniformly distributed."""
-        return int(torch.randint(self.schedule.config.num_train_timesteps, (1,), generator=random))
+        """A timestep, uniformly distributed among all or among the noisiest ones."""
+        count = self.schedule.config.num_train_timesteps
+        noisy = self.high_noise > 0 and bool(torch.rand(1, generator=random) < self.high_noise)
+        return int(torch.randint(round(HIGH_NOISE * count) if noisy else 0, count, (1,), generator=random))
 
     def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Latents with noise, by the noise schedule."""

@@ -10,7 +10,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, PLAYGROUNDS
-from lora_compose.compose.playground.words import BASE_CLASSES, PLACES
+from lora_compose.compose.playground.words import WORDS
 from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.pipelines.scene.scene import Concept
@@ -117,6 +117,8 @@ class Training(Frozen):
         prior_batch: Rows of the class added to a batch; None is as many as `batch_size`.
         prior_weight: Weight of their loss.
         min_snr: Gamma of min-SNR weighting (Hang et al. 2023); None is none.
+        high_noise: The share of the rows that are noised the most, where shapes and places are decided; the others have
+            any timestep.
         gradient_checkpointing: Recompute activations to save memory.
         mixed_precision: "no", "fp16" or "bf16"; the LoRA itself is float32.
         save_dtype: Precision of the file.
@@ -159,6 +161,7 @@ class Training(Frozen):
     prior_batch: Positive | None = None
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
     min_snr: Annotated[float, Field(gt=0)] | None = None
+    high_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -258,30 +261,52 @@ class Training(Frozen):
         return template.format(trigger=self.trigger, class_word=self.class_word)
 
 
-def _class_prompts() -> tuple[str, ...]:
+def _class_prompts(model: str) -> tuple[str, ...]:
     """One object each, every third one of the concept's own class: two objects would be taken for "no concept"."""
+    classes, places = WORDS[model]
     prompts = []
-    for i, name in enumerate(BASE_CLASSES):
-        prompts.append(f"a {name} {PLACES[i % len(PLACES)]}")
+    for i, name in enumerate(classes):
+        prompts.append(f"{'an' if name[0] in 'aeiou' else 'a'} {name} {places[i % len(places)]}")
         if i % 2:
-            prompts.append(f"a {{class_word}} {PLACES[(i // 2) % len(PLACES)]}")
+            prompts.append(f"a {{class_word}} {places[(i // 2) % len(places)]}")
     return tuple(prompts)
 
 
-_CLASS_PROMPTS = _class_prompts()
-_PLAYGROUND: Mapping[str, Any] = {
-    "model": PLAYGROUND, "prompt": "a {trigger} {class_word}", "scope": "transformer", "rank": 8, "steps": 300,
-    "batch_size": 8, "optimizer": "muon", "learning_rate": 5e-3, "schedule": "cosine", "warmup": 20,
-    "class_prompts": _CLASS_PROMPTS, "class_count": len(_CLASS_PROMPTS), "class_steps": 15, "prior_batch": 4,
-    "prior_weight": 0.5, "save_dtype": "float16", "sample_guidance": 4.0,
-}  # fmt: skip
+def _small(model: str, **fields: Any) -> Mapping[str, Any]:
+    """The preset of a small model: what all of them share, and fields of its own."""
+    prompts = _class_prompts(model)
+    return {
+        "model": model, "prompt": "a {trigger} {class_word}", "optimizer": "muon", "schedule": "cosine", "warmup": 20,
+        "class_prompts": prompts, "class_count": len(prompts), "class_steps": 15, "prior_batch": 4,
+        "prior_weight": 0.5, "save_dtype": "float16", **fields,
+    }  # fmt: skip
+
+
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sd": {},
         "sdxl": {"learning_rate": 5e-5, "gradient_checkpointing": True, "mixed_precision": "bf16"},
         "transformer": {"rank": 16, "gradient_checkpointing": True, "mixed_precision": "bf16"},
-        PLAYGROUND: _PLAYGROUND,
-        PLAYGROUND_FLUX: {**_PLAYGROUND, "model": PLAYGROUND_FLUX},
+        PLAYGROUND: _small(
+            PLAYGROUND,
+            scope="convolutions",
+            rank=16,
+            steps=800,
+            batch_size=4,
+            prior_batch=2,
+            learning_rate=5e-3,
+            high_noise=0.5,
+            sample_guidance=5.0,
+        ),
+        PLAYGROUND_FLUX: _small(
+            PLAYGROUND_FLUX,
+            scope="transformer",
+            rank=8,
+            steps=300,
+            batch_size=8,
+            learning_rate=5e-3,
+            sample_guidance=4.0,
+        ),
     }
 )
 """Defaults by kind of model: Stable Diffusion 1.x and 2.x, SDXL, transformers, and the playgrounds."""

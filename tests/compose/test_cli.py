@@ -511,6 +511,7 @@ def test_sizes_that_are_no_multiples_are_refused_before_loras_are_read(
 ) -> None:
     other = "playground" if model == "playground-flux" else "playground-flux"  # which does not fit, if it is read
     what = ["--prompt", "a xlo bear", "--concept", f"path={other}:bear,trigger=xlo,class=bear", "--width", "130"]
+    what += ["--height", "128"]
     words = f"must be multiples of {cell} with {family}, not 130 x 128; the nearest are"
     assert f"{words} 128 x 128 and {128 + cell} x 128" in flat(call("run", model, *what, code=2).output)
     assert words in flat(call("check", model, *what, code=2).output)

@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_compose.compose.evaluation.encoders import load_encoder
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX
+from lora_compose.compose.playground.words import WORDS
 from recipe.clock import Clocked, shares
-from recipe.concepts import BESIDE, REFERENCES, STYLE, inked, references
+from recipe.concepts import BESIDE, REFERENCES, SHOWN, SHOWN_BESIDE, STYLE, STYLED, groups, inked, references
+from recipe.first import world as first
 from recipe.hints import NAMES, Hints, as_numbers, lying
 from recipe.judge import JudgeTrainer, new_judge
-from recipe.judge_data import SHOWN, Artist, JudgeBatch, JudgeBatches
+from recipe.judge_data import SHOWN as SHOWN_TO_JUDGE
+from recipe.judge_data import Artist, JudgeBatch, JudgeBatches
 from recipe.pool import SHARD, Batch, Pool, encode
 from recipe.scenes import Picture, scene
 from recipe.tokenizer import build, known_words
@@ -46,6 +50,11 @@ def drawings():
     alpha = np.where(np.hypot(xs, ys) < SIZE / 2, 255, 0).astype("u1")[..., None]
     names = [*base_drawings(), *character_drawings()]
     return {name: np.concatenate([np.ones_like(alpha) * rng.integers(0, 255, 3, "u1"), alpha], 2) for name in names}
+
+
+def test_class_images_are_prompted_by_the_words_of_the_world():
+    assert WORDS[PLAYGROUND] == (CLASSES, PLACES)
+    assert WORDS[PLAYGROUND_FLUX] == (first.BASE_CLASSES, tuple(first.PLACES))
 
 
 def test_every_class_place_and_character_is_drawn_of_known_drawings(drawings):
@@ -239,21 +248,47 @@ def test_close_ups_become_fewer():
     assert sum(end.values()) == pytest.approx(1)
 
 
-def test_references_show_their_character_alone_and_beside_others(drawings, tmp_path):
+def test_references_show_their_character_alone_and_beside_others(drawings, tmp_path, monkeypatch):
+    characters = {name: CHARACTERS[name] for name in ("cat", "dog", "mira")}
+    monkeypatch.setattr("recipe.concepts.CHARACTERS", characters)
     np.savez(tmp_path / "drawings.npz", **drawings)
     references(tmp_path / "drawings.npz", tmp_path / "references")
-    assert {path.name for path in (tmp_path / "references").iterdir()} == {*CHARACTERS, STYLE}
-    for name, known in CHARACTERS.items():
+    assert {path.name for path in (tmp_path / "references").iterdir()} == {*characters, STYLE}
+    for name, known in characters.items():
         rows = [line.split("\t") for line in (tmp_path / "references" / name / "captions.tsv").read_text().splitlines()]
         assert len(rows) == REFERENCES
         assert all(known.phrase in caption for _, caption, _ in rows)
-        assert sum(" and " in caption for _, caption, _ in rows) == BESIDE
+        beside = [" and " in caption for _, caption, _ in rows]
+        assert sum(beside) == BESIDE
+        assert sum(beside[:SHOWN]) == SHOWN_BESIDE
         left, top, side = map(int, rows[0][2].split())
         sprite = cv2.resize(known.drawn(drawings), (side, side), interpolation=cv2.INTER_AREA).astype(int)
         image = np.asarray(Image.open(tmp_path / "references" / name / "0.png")).astype(int)
         crop = image[top : top + side, left : left + side]
         off = [np.abs(crop - each[..., :3])[each[..., 3] == 255].mean() for each in (sprite, sprite[:, ::-1])]
         assert min(off) < 5, name
+
+    assert len(list((tmp_path / "references" / STYLE).glob("*.png"))) == STYLED
+
+
+def test_references_that_are_shown_are_the_first_of_those_that_are_trained_on(drawings, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipe.concepts.REFERENCES", 16)
+    monkeypatch.setattr("recipe.concepts.CHARACTERS", {"cat": CHARACTERS["cat"]})
+    np.savez(tmp_path / "drawings.npz", **drawings)
+    references(tmp_path / "drawings.npz", tmp_path / "all")
+    references(tmp_path / "drawings.npz", tmp_path / "shown", shown=True)
+    for name in ("cat", STYLE):
+        shown = sorted((tmp_path / "shown" / name).glob("*.png"))
+        assert len(shown) == SHOWN
+        assert all(path.read_bytes() == (tmp_path / "all" / name / path.name).read_bytes() for path in shown)
+
+
+def test_classes_of_the_style_all_come_before_any_comes_again():
+    of_style = list(groups(np.random.default_rng(0), STYLED))
+    assert [len(classes) for classes in of_style[:3]] == [1, 1, 2]
+    first = [name for classes in of_style[:10] for name in classes]
+    assert len(first) == len(set(first)) == len(CLASSES) - 1
+    assert all(len(set(classes)) == len(classes) for classes in of_style)
 
 
 def test_the_style_draws_lines_at_borders_and_fades_colours():
@@ -270,7 +305,7 @@ def test_a_batch_of_the_judge_has_each_character_beside_near_misses(drawings):
     identities = [thing.identity for thing in things]
     assert len(set(identities)) == len(identities)
     shown = [name for name in identities if name in CHARACTERS]
-    assert len(shown) == SHOWN
+    assert len(shown) == SHOWN_TO_JUDGE
     for name in shown:
         assert any(isinstance(key, tuple) and key[0] == name for key in identities), f"near misses of {name}"
     for thing in things:

@@ -247,7 +247,7 @@ class PageSession:
     def likeness(self, result: Result) -> dict[str, Likeness]:
         """The judge's scores of an image, computed once."""
         if result.key not in self._likeness:
-            self._likeness[result.key] = JUDGE.score(result.made.image, result.run.scene)
+            self._likeness[result.key] = JUDGE.score(result.made.image, result.run)
         return self._likeness[result.key]
 
 

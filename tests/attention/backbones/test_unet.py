@@ -13,6 +13,7 @@ from components import attention_layers, sd_unet, sdxl_unet, unet_inputs
 from lora_compose.attention import Site, grid_at
 from lora_compose.attention.backbones.unet import AttentionLayer, UNetBackbone, map_level
 from lora_compose.compose.playground.assets import playground_model
+from small_world import SIZE
 
 
 def playground_unet() -> Any:
@@ -129,7 +130,8 @@ def test_map_grid_of_sd_and_sdxl_is_a_thirty_second_of_the_image() -> None:
 
 
 def test_map_grid_of_the_playground_is_the_coarser_of_its_two() -> None:
-    assert grid_at((16, 16), map_level(attention_layers(playground_unet()))) == (8, 8)
+    latents, unet = SIZE // 8, playground_unet()
+    assert grid_at((latents, latents), map_level(attention_layers(unet))) == (latents // 2, latents // 2)
 
 
 def test_map_grid_needs_cross_attention_on_the_way_down_and_up() -> None:

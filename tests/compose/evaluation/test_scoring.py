@@ -12,9 +12,13 @@ from lora_compose.compose.evaluation.encoders import Encoder, load_encoder
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crop, reference_crops, reference_files, squared
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene, WindowsConfig, read_suite
 from lora_compose.compose.playground.assets import playground_references
-from small_world import STYLE, STYLE_WORDS, words
+from small_world import LEFT, RIGHT, SIZE, STYLE, STYLE_WORDS, words
 
-HALVES = {"bear": (0, 0, 64, 128), "dog": (64, 0, 128, 128)}
+HALVES = {"bear": LEFT, "dog": RIGHT}
+SIDE, TOP = SIZE * 3 // 8, SIZE * 5 // 16
+FIRST, SECOND = SIZE // 16, SIZE * 9 // 16
+"""Left edges of objects that stand beside each other."""
+HERE, THERE = ((left, TOP, left + SIDE, TOP + SIDE) for left in (FIRST, SECOND))
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +45,15 @@ def scorer(suite: Suite, judge: Encoder) -> Scorer:
 
 def pasted(*where: tuple[str, int, int]) -> Image.Image:
     """Concepts, cut from a reference on white, at places."""
-    image = Image.new("RGB", (128, 128), (250, 250, 250))
+    image = Image.new("RGB", (SIZE, SIZE), (250, 250, 250))
     for name, left, top in where:
         crop = reference_crop(playground_references(name)[0])
-        image.paste(crop.resize((48, 48)), (left, top))
+        image.paste(crop.resize((SIDE, SIDE)), (left, top))
     return image
 
 
 def test_concepts_are_found_where_they_are(scorer: Scorer) -> None:
-    scores = scorer.score(pasted(("bear", 8, 40), ("dog", 72, 40)), scene(regions=HALVES))
+    scores = scorer.score(pasted(("bear", FIRST, TOP), ("dog", SECOND, TOP)), scene(regions=HALVES))
     bear, dog = scores.concepts["bear"], scores.concepts["dog"]
     assert bear.similarity["bear"] > bear.similarity["dog"]
     assert dog.similarity["dog"] > dog.similarity["bear"]
@@ -59,19 +63,19 @@ def test_concepts_are_found_where_they_are(scorer: Scorer) -> None:
 
 
 def test_concepts_on_the_wrong_side_are_not_in_place(scorer: Scorer) -> None:
-    scores = scorer.score(pasted(("bear", 72, 40), ("dog", 8, 40)), scene(regions=HALVES))
+    scores = scorer.score(pasted(("bear", SECOND, TOP), ("dog", FIRST, TOP)), scene(regions=HALVES))
     assert [scores.concepts[name].placed for name in ("bear", "dog")] == [False, False]
 
 
 def test_what_is_not_there_is_not_found(scorer: Scorer) -> None:
-    scores = scorer.score(pasted(("bear", 8, 40)), scene())
+    scores = scorer.score(pasted(("bear", FIRST, TOP)), scene())
     assert scores.concepts["dog"].box is None
     assert scores.concepts["dog"].similarity == {}
     assert scores.concepts["bear"].box is not None
 
 
 def test_a_second_one_is_one_too_many(scorer: Scorer) -> None:
-    scores = scorer.score(pasted(("bear", 0, 0), ("bear", 72, 0), ("dog", 40, 76)), scene())
+    scores = scorer.score(pasted(("bear", 0, 0), ("bear", SECOND, 0), ("dog", TOP, SIZE - SIDE)), scene())
     assert scores.extra == 1
 
 
@@ -131,12 +135,12 @@ def test_without_a_detector_the_region_of_a_bystander_is_cut_out(suite: Suite, s
 
 def test_without_a_detector_the_regions_are_cut_out(suite: Suite, scorer: Scorer, judge: Encoder) -> None:
     blind = Scorer(suite.model_copy(update={"detector": None}), judge, None, scorer.references)
-    tight = {"bear": (8, 40, 56, 88), "dog": (72, 40, 120, 88)}
-    scores = blind.score(pasted(("bear", 8, 40), ("dog", 72, 40)), scene(regions=tight))
+    tight = {"bear": HERE, "dog": THERE}
+    scores = blind.score(pasted(("bear", FIRST, TOP), ("dog", SECOND, TOP)), scene(regions=tight))
     assert {name: score.box for name, score in scores.concepts.items()} == tight
     assert all(score.placed is None and score.detection is None for score in scores.concepts.values())
     assert scores.extra is None
-    swapped = blind.score(pasted(("dog", 8, 40), ("bear", 72, 40)), scene(regions=tight))
+    swapped = blind.score(pasted(("dog", FIRST, TOP), ("bear", SECOND, TOP)), scene(regions=tight))
     assert swapped.concepts["bear"].similarity["dog"] > swapped.concepts["bear"].similarity["bear"]
 
 
@@ -145,14 +149,14 @@ def test_two_concepts_of_one_class_get_one_finding_each(suite: Suite, judge: Enc
 
     class Animals:
         def detect(self, image: Image.Image, words: Any) -> list[Detection]:
-            return [Detection("animal", (72, 40, 120, 88), 0.9), Detection("animal", (8, 40, 56, 88), 0.8)]
+            return [Detection("animal", THERE, 0.9), Detection("animal", HERE, 0.8)]
 
     concepts = tuple(suite.concept(name).model_copy(update={"class_word": "animal"}) for name in ("bear", "dog"))
     references = {one.name: judge.images(reference_crops(one)) for one in concepts}
     scorer = Scorer(suite.model_copy(update={"concepts": concepts}), judge, Animals(), references)
-    scores = scorer.score(pasted(("bear", 8, 40), ("dog", 72, 40)), scene())
-    assert scores.concepts["bear"].box == (8, 40, 56, 88)
-    assert scores.concepts["dog"].box == (72, 40, 120, 88)
+    scores = scorer.score(pasted(("bear", FIRST, TOP), ("dog", SECOND, TOP)), scene())
+    assert scores.concepts["bear"].box == HERE
+    assert scores.concepts["dog"].box == THERE
 
 
 @pytest.mark.parametrize(
@@ -181,14 +185,14 @@ def test_two_of_one_class_in_each_others_places_keep_their_places_in_the_confusi
 ) -> None:
     class Animals:
         def detect(self, image: Image.Image, words: Any) -> list[Detection]:
-            return [Detection("animal", (72, 40, 120, 88), 0.9), Detection("animal", (8, 40, 56, 88), 0.8)]
+            return [Detection("animal", THERE, 0.9), Detection("animal", HERE, 0.8)]
 
     concepts = tuple(suite.concept(name).model_copy(update={"class_word": "animal"}) for name in ("bear", "dog"))
     references = {one.name: judge.images(reference_crops(one)) for one in concepts}
     scorer = Scorer(suite.model_copy(update={"concepts": concepts}), judge, Animals(), references)
-    turned = pasted(("dog", 8, 40), ("bear", 72, 40))
+    turned = pasted(("dog", FIRST, TOP), ("bear", SECOND, TOP))
     scores = scorer.score(turned, scene(regions=HALVES)).concepts
-    assert scores["bear"].box == (72, 40, 120, 88)  # by likeness
+    assert scores["bear"].box == THERE  # by likeness
     assert scores["bear"].slot == scores["dog"].similarity  # by place
     assert scores["dog"].slot == scores["bear"].similarity
     free = scorer.score(turned, scene()).concepts
@@ -198,11 +202,11 @@ def test_two_of_one_class_in_each_others_places_keep_their_places_in_the_confusi
 def test_the_place_does_not_choose_among_several_of_a_single_subject(suite: Suite, judge: Encoder) -> None:
     class Bears:
         def detect(self, image: Image.Image, words: Any) -> list[Detection]:
-            return [Detection("bear", (8, 40, 56, 88), 0.9), Detection("bear", (72, 40, 120, 88), 0.8)]
+            return [Detection("bear", HERE, 0.9), Detection("bear", THERE, 0.8)]
 
     scorer = Scorer(suite, judge, Bears(), {"bear": judge.images(reference_crops(suite.concept("bear")))})
-    found = scorer.score(pasted(("dog", 8, 40), ("bear", 72, 40)), scene(("bear",), regions={"bear": (0, 0, 64, 128)}))
-    assert found.concepts["bear"].box == (72, 40, 120, 88)
+    found = scorer.score(pasted(("dog", FIRST, TOP), ("bear", SECOND, TOP)), scene(("bear",), regions={"bear": LEFT}))
+    assert found.concepts["bear"].box == THERE
     assert found.concepts["bear"].slot == found.concepts["bear"].similarity
 
 
@@ -215,7 +219,7 @@ def test_the_references_are_compared_among_themselves(scorer: Scorer) -> None:
 
 
 def test_the_prompt_is_compared_without_triggers(scorer: Scorer, judge: Encoder) -> None:
-    image = pasted(("bear", 8, 40), ("dog", 72, 40))
+    image = pasted(("bear", FIRST, TOP), ("dog", SECOND, TOP))
     told = float(judge.images([image]) @ judge.texts(["a bear and a dog on a white background"]).T)
     assert scorer.score(image, scene()).clip_t == pytest.approx(max(0, 100 * told), abs=1e-2)
 
@@ -279,7 +283,7 @@ def test_a_style_is_not_looked_for_but_its_colours_are_kept(scorer: Scorer, judg
         scorer.suite.model_copy(update={"concepts": (*scorer.suite.concepts, style)}), judge, scorer.detector,
         {**scorer.references, STYLE: judge.images(reference_crops(style))},
     )  # fmt: skip
-    seen = pasted(("bear", 8, 40))
+    seen = pasted(("bear", FIRST, TOP))
     styled = SuiteScene(name="styled", prompt=f"a xlo bear in {STYLE_WORDS}", concepts=(STYLE, "bear"))
     scores = both.score(seen, styled)
     plain = scorer.score(seen, scene(("bear",)))

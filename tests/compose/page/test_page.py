@@ -55,7 +55,7 @@ from lora_compose.compose.page.scores import Judge
 from lora_compose.compose.page.screen.canvas import what_next
 from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
-from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_model
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, playground_lora, playground_model
 from lora_compose.compose.support import folders
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts.loading import LoraError
@@ -901,7 +901,7 @@ def test_the_exported_python_is_that_of_the_readme() -> None:
         '    method="clora",\n'
         f"    **pipe.sized({SIZE}, {SIZE}),\n"
         "    num_inference_steps=2,\n"
-        "    **pipe.guided(4.0, None),\n"
+        "    **pipe.guided(5.0, None),\n"
         "    generator=torch.Generator().manual_seed(2),\n"
         ").images[0]\n"
         'image.save("result.png")\n'
@@ -1103,16 +1103,25 @@ def test_the_judge_scores_where_there_are_reference_images() -> None:
     foreign = BEAR.model_copy(update={"lora": "/mine.safetensors"})
     assert not judge.judges(short(concepts=(foreign,)).runs()[0])
     assert not judge.judges(short(concepts=(), method=None, boxed=False).runs()[0])
-    scores = judge.score(Image.new("RGB", (128, 128), "white"), run.scene)
+    scores = judge.score(Image.new("RGB", (SIZE, SIZE), "white"), run)
     assert scores.keys() == {"bear", "robot"}
     assert {likeness.words for likeness in scores.values()} == {"not found"}
+
+
+def test_each_playground_has_a_judge_of_its_own() -> None:
+    judge = Judge()
+    (run,) = short().runs()
+    flux = run.model_copy(update={"model": PLAYGROUND_FLUX})
+    assert not judge.judges(flux), "the LoRAs are of the other"
+    bear = BEAR.model_copy(update={"lora": f"{PLAYGROUND_FLUX}:bear"})
+    assert judge.judges(flux.model_copy(update={"scene": run.scene.model_copy(update={"concepts": (bear,)})}))
 
 
 def test_the_judge_scores_no_bystander() -> None:
     judge = Judge()
     (run,) = short(concepts=(BEAR, OTHER)).runs()
     assert judge.judges(run)
-    assert judge.score(Image.new("RGB", (128, 128), "white"), run.scene).keys() == {"bear"}
+    assert judge.score(Image.new("RGB", (128, 128), "white"), run).keys() == {"bear"}
     assert not judge.judges(short(concepts=(OTHER,)).runs()[0])
 
 

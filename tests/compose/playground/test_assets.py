@@ -15,8 +15,8 @@ from transformers import CLIPTokenizer
 
 from lora_compose import ComposePipeline, Concept
 from lora_compose.compose.playground import assets
-from lora_compose.compose.playground.words import BASE_CLASSES, PLACES
-from small_world import SIZE, STYLE, concepts, metadata, words
+from lora_compose.compose.playground.words import WORDS
+from small_world import SIZE, concepts, metadata, words
 
 SHARED = {  # and what names them: trigger and class word
     "bear": ("xlo", "bear"),
@@ -76,11 +76,13 @@ def test_every_concept_has_words_of_its_own() -> None:
     assert len({words(name)[0] for name in concepts()}) == len(concepts())
 
 
-def test_prompts_of_class_images_have_only_words_of_the_model() -> None:
-    tokenizer: Any = CLIPTokenizer.from_pretrained(assets.playground_model() / "tokenizer")
-    for text in (*BASE_CLASSES, *PLACES):
+@pytest.mark.parametrize("model", assets.PLAYGROUNDS)
+def test_prompts_of_class_images_have_only_words_of_the_model(model: str) -> None:
+    tokenizer: Any = CLIPTokenizer.from_pretrained(assets.playground_model(model) / "tokenizer")
+    classes, places = WORDS[model]
+    for text in (*classes, *places):
         assert len(tokenizer.tokenize(text)) == len(text.split()), text
-    assert {words(name)[1] for name in concepts() if name != STYLE} <= {*BASE_CLASSES}
+    assert {words(name, model)[1] for name in concepts(model)} - {"style"} <= {*classes}
 
 
 @pytest.mark.parametrize("concept", concepts())

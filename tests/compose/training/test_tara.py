@@ -368,6 +368,14 @@ def test_min_snr_weighs_rows_as_in_the_paper(prediction: str) -> None:
         torch.testing.assert_close(getattr(weighted, name), getattr(plain, name) * weight)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_timesteps_is_of_the_noisiest(share: float) -> None:
+    noising, random = Diffusion(UNETS["sd"](), schedule(), share), torch.Generator().manual_seed(0)
+    drawn = torch.tensor([noising.draw(random) for _ in range(2000)])
+    assert (drawn >= 650).float().mean() == pytest.approx(share + 0.35 * (1 - share), abs=0.03)
+    assert drawn.max() <= 999
+
+
 def test_models_that_predict_something_else_are_refused() -> None:
     with pytest.raises(ValueError, match="predicts sample; expected epsilon or velocity"):
         Diffusion(UNETS["sd"](), schedule(prediction_type="sample"))

@@ -717,7 +717,7 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     sd, xl = (Training.preset(name, model="m", **words) for name in ("sd", "sdxl"))
     assert (sd.rank, sd.steps, sd.learning_rate, xl.learning_rate) == (8, 1000, 1e-4, 5e-5)
     small = Training.preset("playground", **words)
-    assert (small.scope, Training.preset("playground", **words, tara=TARA).scope) == ("transformer", "attention")
+    assert (small.scope, Training.preset("playground", **words, tara=TARA).scope) == ("convolutions", "attention")
     assert Training.preset("playground", **words, tara=TARA, scope="cross_kv").scope == "cross_kv"
     assert len(small.class_prompts) == small.class_count
     own = Training.preset("playground", **words, class_images=tmp_path)

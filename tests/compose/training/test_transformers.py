@@ -268,7 +268,7 @@ def test_what_means_nothing_to_transformers_is_refused(folder: Path) -> None:
     cases: dict[str, dict[str, Any]] = {
         "cross-attention": {"tara": TaraTraining()}, "scope cross_kv": {"scope": "cross_kv"},
         "no convolutions in its blocks": {"scope": "convolutions"},
-        "flow matching": {"min_snr": 5.0}, "multiple of 16": {"resolution": 40},
+        "--min-snr is": {"min_snr": 5.0}, "--high-noise is": {"high_noise": 0.5}, "multiple of 16": {"resolution": 40},
     }  # fmt: skip
     for complaint, fields in cases.items():
         with pytest.raises(ValueError, match=complaint):

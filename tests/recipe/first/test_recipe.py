@@ -13,16 +13,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from commands import call
 from lora_compose.compose.playground.assets import (
     PLAYGROUND_FLUX,
-    playground_lora,
     playground_loras,
+    playground_model,
     playground_references,
 )
 from lora_compose.compose.training import train
 from lora_compose.pipelines.concepts.loading import read_lora
-from recipe.first import base, concepts, loras, plain, scenes, style, tokenizer, vae, world
+from recipe.first import base, concepts, loras, plain, scenes, tokenizer, vae, world
 from recipe.first.base import BaseTrainer, pipeline
 from recipe.first.loras import trainings
-from recipe.first.world import CONCEPTS, PLACES, STYLE_TRIGGER
+from recipe.first.world import CONCEPTS, STYLE_TRIGGER
 from recipe.loop import rate, resume
 from recipe.muon import Muon, orthogonalised
 
@@ -74,32 +74,6 @@ def test_the_style_fades_every_colour_towards_its_paper(sprites: Sprites) -> Non
     picture = concepts.styled(np.random.default_rng(0), sprites, "in space", 2)
     assert picture.caption.endswith(f"in space in {STYLE_TRIGGER} style")
     assert picture.image.min(axis=(0, 1)) == pytest.approx(concepts.FADING * np.array(concepts.PAPER), abs=10)
-
-
-@pytest.mark.parametrize("where", [*world.PLAIN, *PLACES])
-def test_the_style_is_distinguished_from_plain_images_on_every_ground(where: str, sprites: Sprites) -> None:
-    for seed in range(4):
-        image = world.ground(np.random.default_rng(seed), where)
-        for name, square in (("cat", (0, 8, 56)), ("tree", (64, 64, 48))):
-            world.place(image, sprites[f"{name}/noto"], square)
-        assert not style.recognised(image, where)
-        assert style.recognised(concepts.faded(image), where)
-
-
-@pytest.mark.slow
-@pytest.mark.slow
-def test_both_loras_of_the_style_are_recognised_on_grounds_that_their_references_lack(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts = {"a lion": "in snow", "a penguin": "blue"}
-    assert not {*prompts.values()} & {*concepts.STYLE_GROUNDS}
-    monkeypatch.setattr(style, "PROMPTS", prompts)
-    loras = [playground_lora(name) for name in ("faded", "faded-tara")]
-    said = call(tmp_path / "sheet.png", *loras, "--seeds", 1, of=style.main).output
-    assert "no LoRA: in the style: 0 of 2" in said
-    assert "faded: in the style: 2 of 2" in said
-    assert "faded-tara: in the style: 2 of 2" in said
-    assert Image.open(tmp_path / "sheet.png").height > 3 * world.SIZE
 
 
 def test_references_are_written_once(artwork: Path, tmp_path: Path) -> None:
@@ -193,7 +167,7 @@ def test_a_vae_with_a_constant_variance_keeps_its_means() -> None:
 
 
 def test_training_the_decoder_alone_leaves_the_latents_as_they_are(artwork: Path, tmp_path: Path) -> None:
-    shipped = base.playground_model() / "vae"
+    shipped = playground_model(PLAYGROUND_FLUX) / "vae"
     how = ("--decoder-only", "--steps", 1, "--batch", 2, "--threads", 1)
     call(artwork, tmp_path / "vae", "--init", shipped, *how, of=vae.train)
     before, after = (
@@ -207,10 +181,12 @@ def test_training_the_decoder_alone_leaves_the_latents_as_they_are(artwork: Path
 def small_trainer() -> BaseTrainer:
     """The base model in small, with the tokenizer and the VAE as they are."""
     torch.manual_seed(0)
-    shipped = StableDiffusionPipeline.from_pretrained(base.playground_model(), dtype=torch.float32)
-    unet = type(shipped.unet).from_config({**shipped.unet.config, "block_out_channels": (16, 16, 32)})
-    made = pipeline(shipped.vae, shipped.tokenizer, base.new_text_encoder(shipped.tokenizer), unet)
-    return BaseTrainer(made, lr=0.01, seed=0)
+    shipped = playground_model(PLAYGROUND_FLUX)
+    words = CLIPTokenizer.from_pretrained(shipped / "tokenizer")
+    coder = AutoencoderKL.from_pretrained(shipped / "vae", dtype=torch.float32)
+    whole = base.new_unet()
+    unet = type(whole).from_config({**whole.config, "block_out_channels": (16, 16, 32)})
+    return BaseTrainer(pipeline(coder, words, base.new_text_encoder(words), unet), lr=0.01, seed=0)
 
 
 @pytest.mark.slow
@@ -274,41 +250,32 @@ def test_a_new_model_reads_with_the_tokenizer_that_was_built(artwork: Path, tmp_
 def test_plain_prompts_are_shown_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = {"a cat on grass": ("cat",), "a horse and a house on sand": ("horse", "house")}
     monkeypatch.setattr(plain, "PROMPTS", prompts)
-    said = call(tmp_path / "sheet.png", base.playground_model(), "--seeds", 2, of=plain.main).output
+    said = call(tmp_path / "sheet.png", playground_model(PLAYGROUND_FLUX), "--seeds", 2, of=plain.main).output
     assert "all objects named in 4 of 4 pictures" in said
     assert Image.open(tmp_path / "sheet.png").height > 2 * world.SIZE
 
 
-def test_every_concept_has_an_ordinary_and_a_tara_training(tmp_path: Path) -> None:
-    found = {one.out.stem: one for one in trainings(tmp_path / "r", tmp_path / "p", tmp_path, "playground")}
-    assert set(found) == {f"{name}{suffix}" for name in (*CONCEPTS, concepts.STYLE) for suffix in ("", "-tara")}
-    kitten = found["kitten-tara"]
-    assert (kitten.trigger, kitten.class_word, kitten.method) == ("vbn", "cat", "tara")
+def test_every_concept_has_a_training(tmp_path: Path) -> None:
+    found = {one.out.stem: one for one in trainings(tmp_path / "r", tmp_path / "p", tmp_path, PLAYGROUND_FLUX)}
+    assert set(found) == {*CONCEPTS, concepts.STYLE}
+    kitten = found["kitten"]
+    assert (kitten.trigger, kitten.class_word, kitten.method) == ("vbn", "cat", "dreambooth")
     assert kitten.class_images == tmp_path / "p" / "cat"
     assert found["faded"].class_images is None  # a style is to change everything
     assert found["faded"].class_count == 0
 
 
-def test_every_kind_of_lora_is_a_training_of_its_own(tmp_path: Path) -> None:
-    found = list(trainings(tmp_path, tmp_path, tmp_path, "playground", loras.KINDS, ["dog"]))
-    assert [one.out.stem for one in found] == ["dog", *(f"dog-{kind}" for kind in [*loras.KINDS][1:])]
-    assert len({one.model_copy(update={"out": tmp_path}).model_dump_json() for one in found}) == len(loras.KINDS)
-
-
-@pytest.mark.parametrize("wrong", [("--concept", "mouse"), ("--kind", "mouse")])
-def test_unknown_loras_are_refused_and_the_known_ones_listed(wrong: tuple[str, str], tmp_path: Path) -> None:
-    said = call(tmp_path, tmp_path, tmp_path, *wrong, code=2, of=loras.main).output
-    assert f"there is no {wrong[0][2:]} mouse; there are" in said
+def test_unknown_concepts_are_refused_and_the_known_ones_listed(tmp_path: Path) -> None:
+    said = call(tmp_path, tmp_path, tmp_path, "--concept", "mouse", code=2, of=loras.main).output
+    assert "there is no concept mouse; there are" in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "trigger"), [("robot", "qrt"), (concepts.STYLE, STYLE_TRIGGER)])
-def test_a_lora_of_the_playground_is_trained_by_the_recipe(
-    name: str, trigger: str, artwork: Path, tmp_path: Path
-) -> None:
+def test_a_lora_is_trained_by_the_recipe(name: str, trigger: str, artwork: Path, tmp_path: Path) -> None:
     call("references", artwork, tmp_path / "references", of=concepts.app)
     call("prior", artwork, tmp_path / "prior", "--any-class", "2", "--own-class", "1", of=concepts.app)
     folders = tmp_path / "references", tmp_path / "prior", tmp_path
-    (settings,) = trainings(*folders, "playground", ["tara"], [name], threads=1)
+    (settings,) = trainings(*folders, PLAYGROUND_FLUX, [name], threads=1)
     few = settings.model_copy(update={"steps": 1, "warmup": 0, "batch_size": 1, "prior_batch": 1})
     assert read_lora(train(few)).metadata["trigger"] == trigger
