@@ -3,8 +3,8 @@
     PYTHONPATH=assets python -m recipe.transformer POOL MODEL --base UNET_MODEL --minutes 480
 
 VAE and words are those of the UNet's model, whose CLIP learns on together with transformer and T5. T5's vectors of
-words begin as CLIP's, which have learnt from images what a cat and a fox have in common. Flow matching, with half of
-the times where it is decided what is where; half of an image's tokens skip the blocks in the middle (Krause et al.
+words begin as CLIP's, which have learnt from images what a cat and a fox have in common. Flow matching, mostly with the
+velocity that the UNet expects (`teacher.py`), and half of the times where it is decided what is where; half of an image's tokens skip the blocks in the middle (Krause et al.
 2025); features of a block in the middle are to tell what lies where (`hints.py`); Muon for the matrices of blocks, an
 average of the last weights; classifier-free guidance by dropped captions.
 """
@@ -29,6 +29,7 @@ from recipe.clock import train_for
 from recipe.hints import Hints, lying
 from recipe.pool import Batch
 from recipe.ranks import start_ranks
+from recipe.teacher import Teacher
 from recipe.tokenizer import known_words
 
 WIDTH = 192
@@ -36,6 +37,7 @@ MAX_TOKENS = 32
 SHIFT = 1.0  # of the timesteps, when images are made
 LAYOUT_FROM = 0.7
 """Times from which on it is decided what is where; half of a batch has such a time."""
+TAUGHT = 0.75  # share of the velocity that is the teacher's; the rest is that of the image and its noise
 KEPT = 0.5  # share of an image's tokens that go through all blocks in training, in whole sixteens
 FIRST, LAST = 1, 2  # blocks at both ends that all tokens go through
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'-"
@@ -84,9 +86,8 @@ def new_transformer(channels: int, double: int = 3, single: int = 8) -> FluxTran
     return model
 
 
-def new_pipeline(base: Path) -> FluxPipeline:
+def new_pipeline(parts: Any) -> FluxPipeline:
     """An untrained model around VAE, CLIP and words of the UNet's."""
-    parts: Any = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     parts.vae.register_to_config(shift_factor=0.0)  # FLUX's pipeline adds it
     tokenizer = new_tokenizer()
     return FluxPipeline(
@@ -163,13 +164,15 @@ class TransformerTrainer(AveragedTrainer[Batch]):
     """Trains transformer, T5 and CLIP.
 
     Args:
-        pipe: The pipeline, trained in place.
+        base: The UNet's pipeline, which teaches; its CLIP is trained in the new pipeline, a copy of it teaches.
         lr: Learning rate of Muon.
         seed: Seed of noise, times and dropped captions.
     """
 
     # Not compiled: with PyTorch 2.13 on a CPU, in bf16, the gradients of close-ups are NaN.
-    def __init__(self, pipe: FluxPipeline, lr: float, seed: int) -> None:
+    def __init__(self, base: StableDiffusionPipeline, lr: float, seed: int) -> None:
+        self.teacher = Teacher(base)
+        pipe = new_pipeline(base)
         self.hints = Hints(pipe.transformer.inner_dim)
         super().__init__([pipe.transformer, pipe.text_encoder_2, pipe.text_encoder, self.hints], _is_inner, lr, seed)
         self.pipe = pipe
@@ -179,9 +182,8 @@ class TransformerTrainer(AveragedTrainer[Batch]):
 
     def loss(self, batch: Batch) -> Tensor:
         """The error of the velocity, and that of what lies where."""
-        clean, rng = packed(batch.latents), self.generator
-        order = torch.randperm(clean.shape[1], generator=rng)
-        clean, positions = clean[:, order], image_positions(batch.latents)[order]
+        clean, rng = batch.latents, self.generator
+        order = torch.randperm(clean.shape[2] * clean.shape[3] // 4, generator=rng)
         left_out = (torch.rand(len(clean), generator=rng) < NO_CAPTION).tolist()
         captions = ["" if out else text for text, out in zip(batch.captions, left_out, strict=True)]
         words = _ids(self.pipe.tokenizer_2, captions, MAX_TOKENS)
@@ -189,14 +191,16 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         times = torch.rand(len(clean), generator=rng)
         times[::2] = times[::2].lerp(torch.ones(1), LAYOUT_FROM)
         noise = torch.randn(clean.shape, generator=rng)
+        mixed = clean.lerp(noise, times.view(-1, 1, 1, 1))
+        velocity = (noise - clean).lerp(self.teacher.velocity(mixed, times, captions), TAUGHT)
         kept = 16 * round(KEPT * len(order) / 16)
         with cpu_autocast(), quick_attention():
             predicted, telling = self.routed(
-                clean.lerp(noise, times.view(-1, 1, 1)), times, self.t5(words)[0], self.clip(clip_words).pooler_output,
-                positions, kept,
+                packed(mixed)[:, order], times, self.t5(words)[0], self.clip(clip_words).pooler_output,
+                image_positions(clean)[order], kept,
             )  # fmt: skip
         classes, shares = lying(batch.objects, *(side // 2 for side in batch.latents.shape[2:]))
-        error = (predicted.float() - (noise - clean)).pow(2).mean()
+        error = (predicted.float() - packed(velocity)[:, order]).pow(2).mean()
         return error + self.hints(telling, classes[:, order[:kept]], shares[:, order[:kept]])
 
     def save(self, out: Path) -> None:
@@ -218,7 +222,7 @@ def _is_inner(name: str, weight: Tensor) -> bool:
 def train(
     pool: Path,
     out: Path,
-    base: Annotated[Path, typer.Option(help="The UNet's model, for VAE, CLIP and its words.")],
+    base: Annotated[Path, typer.Option(help="The UNet's model: VAE, CLIP, its words, and the teacher.")],
     minutes: Annotated[float, typer.Option(min=0.1, help="Of computing, in all; the rate falls to their end.")] = 480,
     images: Annotated[int, typer.Option(min=1, help="Of the usual size in a batch.")] = 32,
     lr: float = 0.01,
@@ -229,7 +233,9 @@ def train(
     start_ranks()
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    train_for(minutes, TransformerTrainer(new_pipeline(base), lr, seed), pool, out, images, seed)
+    known: dict[str, Any] = {"dtype": torch.float32, "safety_checker": None}
+    teacher = StableDiffusionPipeline.from_pretrained(base, **known)
+    train_for(minutes, TransformerTrainer(teacher, lr, seed), pool, out, images, seed)
 
 
 if __name__ == "__main__":

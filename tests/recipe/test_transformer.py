@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
+from components import small_pipeline
 from flux import flux_pipeline
 from lora_compose.attention.backbones.joint import image_positions, packed
 from recipe.averaged import CHECKED_AT, AveragedTrainer
+from recipe.teacher import Teacher
 from recipe.transformer import Routed
+from recipe.unet import NOISE
 
 
 def test_with_all_tokens_in_all_blocks_the_velocity_is_that_of_diffusers() -> None:
@@ -44,3 +48,27 @@ def test_a_weight_that_gets_no_gradient_is_named() -> None:
         trainer.learn(torch.randn(3, 2), 1.0)
     with pytest.raises(ValueError, match=r"2 weights get no gradient, e\.g\. 1\.weight"):
         trainer.learn(torch.randn(3, 2), 1.0)
+
+
+def test_the_teacher_expects_the_image_that_its_scheduler_predicts_at_the_same_noise() -> None:
+    pipe = small_pipeline(StableDiffusionPipeline)
+    pipe.scheduler = DDIMScheduler(**NOISE, clip_sample=False)
+    pipe.scheduler.set_timesteps(1000)
+    teacher = Teacher(pipe)
+    step = 600
+    clean, noise = (torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(n)) for n in range(2))
+    time = teacher.times[step]
+    velocity = teacher.velocity(clean.lerp(noise, time), time.expand(2), ["a cat", ""])
+    noisy = pipe.scheduler.add_noise(clean, noise, torch.tensor([step, step]))
+    text = pipe.encode_prompt(["a cat", ""], "cpu", 1, do_classifier_free_guidance=False)[0]
+    with torch.no_grad():
+        predicted = pipe.unet(noisy, step, text).sample
+    expected = pipe.scheduler.step(predicted, step, noisy).pred_original_sample
+    torch.testing.assert_close(clean.lerp(noise, time) - time * velocity, expected, rtol=0, atol=0.05)
+
+
+def test_the_copy_of_the_text_encoder_that_teaches_is_not_trained() -> None:
+    pipe = small_pipeline(StableDiffusionPipeline)
+    teacher = Teacher(pipe)
+    assert not any(weight.requires_grad for weight in [*teacher.unet.parameters(), *teacher.words.parameters()])
+    assert all(weight.requires_grad for weight in pipe.text_encoder.parameters())
