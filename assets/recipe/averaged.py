@@ -100,7 +100,7 @@ class AveragedTrainer(ABC, Generic[Batch]):
         for model in parts:
             model.half()
         pipe.save_pretrained(out)
-        _forget_origin(out)
+        forget_origin(out)
         # Otherwise text encoders alone are opened in the precision of the file.
         for path in out.glob("text_encoder*/config.json"):
             path.write_text(path.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
@@ -114,7 +114,7 @@ class AveragedTrainer(ABC, Generic[Batch]):
             parameter.copy_(value)
 
 
-def _forget_origin(folder: Path) -> None:
+def forget_origin(folder: Path) -> None:
     """Removes the paths of the original models from a saved pipeline."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import echo, handle_errors
+from recipe.averaged import forget_origin
 from recipe.loop import Optimizers, keep, resume, share
 from recipe.ranks import of_first, rank, ranks, start_ranks
 from recipe.world import CHARACTERS, CLASSES, SIZE, Drawings, Pixels, background, look, place, squares
@@ -272,6 +273,7 @@ def train(
     if not decoder_only:  # a denoiser may have been trained on the latents as they are scaled
         scale_of(vae, drawings)
     vae.half().save_pretrained(out)
+    forget_origin(out)
 
 
 @torch.no_grad()
