@@ -4,9 +4,10 @@
 
 VAE and words are those of the UNet's model, whose CLIP learns on together with transformer and T5. T5's vectors of
 words begin as CLIP's, which have learnt from images what a cat and a fox have in common. Flow matching, mostly with the
-velocity that the UNet expects (`teacher.py`), and half of the times where it is decided what is where; half of an image's tokens skip the blocks in the middle (Krause et al.
-2025); features of a block in the middle are to tell what lies where (`hints.py`); Muon for the matrices of blocks, an
-average of the last weights; classifier-free guidance by dropped captions.
+velocity that the UNet expects (`teacher.py`), and half of the times where it is decided what is where; half of an
+image's tokens skip the blocks in the middle (Krause et al. 2025); features of a block in the middle are to tell what
+lies where (`hints.py`); Muon for the matrices of blocks, an average of the last weights; classifier-free guidance by
+dropped captions.
 """
 
 from collections.abc import Iterator, Sequence
