@@ -69,33 +69,18 @@ def successes(page: str, after: str, column: int = 1) -> dict[str, float]:
     return {row[0]: float(number[0]) for row in rows if (number := re.match(r"[\d.]+", row[column]))}
 
 
-def test_shares_of_the_overview_of_methods_are_those_of_the_suites():
-    rows = table("docs/methods/README.md", "## What to expect")[2:]
-    unboxed = successes("docs/methods/draft.md", "**`playground-draft`**")
-    for _, _, name, said in rows:
-        known = unboxed["alone" if "alone" in name else name]
-        assert said == f"{known:.0%}".replace("%", " %"), name
-
-
-def test_shares_of_the_overview_with_boxes_are_those_of_the_suite():
-    rows = table("docs/methods/README.md", "## What to expect")[2:]
-    boxes = successes("docs/methods/lora-composer.md", "## Results")
-    others = {
-        "one LoRA alone, same scenes": "alone",
-        "LoRA-Composer with the authors' settings": "official",
-    }
-    for name, said, *_ in rows:
-        assert said == f"{boxes[others.get(name, name)]:.0%}".replace("%", " %"), name
+def test_shares_of_the_overview_of_methods_are_those_of_the_full_suite():
+    full = successes("docs/methods/draft.md", "**`playground-full`**")
+    for name, (said, *_) in rows_of("docs/methods/README.md", "## What to expect").items():
+        method = "alone" if "alone" in name else re.split("[,:]", name)[0]
+        assert said == f"{full[method]:.0%}".replace("%", " %"), name
 
 
 @pytest.mark.parametrize("page", ["docs/limits.md", "docs/faq.md"])
-def test_shares_of_three_subjects_are_those_of_the_tables(page):
-    found = re.search(r"`draft` (?:gets three in )?([\d.]+) and ([\d.]+) on \[two suites\]", text_of(page))
+def test_the_share_of_three_subjects_is_that_of_the_table(page):
+    found = re.search(r"`draft` (?:gets three in )?([\d.]+) \(\[table\]", text_of(page))
     assert found is not None
-    suites = [("**`playground-full`**", 5), ("**`playground-draft`**", 5)]
-    assert [float(number) for number in found.groups()] == [
-        successes("docs/methods/draft.md", suite, column)["draft"] for suite, column in suites
-    ]
+    assert float(found[1]) == successes("docs/methods/draft.md", "**`playground-full`**", 5)["draft"]
 
 
 @pytest.mark.parametrize("page", ["docs/limits.md", "docs/faq.md"])
@@ -117,4 +102,4 @@ def test_costs_of_adapters_beside_ours_are_those_of_the_table():
         r"PEFT's `set_adapters` \| no \| no \| no \| ([\d.]+) to ([\d.]+) \|", text_of("docs/coming-from.md")
     )
     assert said is not None
-    assert [*said.groups()] == [row[1], row[4]]
+    assert [*said.groups()] == [row[1], row[5]]
