@@ -148,16 +148,15 @@ def tara(lora: LoraFactors) -> Tensors:
 
 
 def locon_tucker(lora: LoraFactors) -> Tensors:
-    """The factors of a larger convolution in three: every tap of every rank has a channel of its own in the middle."""
+    """The factors of a larger convolution in three: the first hands every input on."""
     if lora.down.ndim == 2 or lora.down.shape[2:] == (1, 1):
         return with_alpha(lora)
-    rank, inputs, height, width = lora.down.shape
-    taps = rank * height * width
+    inputs = lora.down.shape[1]
     return {
-        ".lora_down.weight": lora.scale * lora.down.permute(0, 2, 3, 1).reshape(taps, inputs, 1, 1),
-        ".lora_mid.weight": torch.eye(taps).view(rank, height, width, taps).permute(0, 3, 1, 2),
+        ".lora_down.weight": torch.eye(inputs)[:, :, None, None],
+        ".lora_mid.weight": lora.scale * lora.down,
         ".lora_up.weight": lora.up,
-        ".alpha": torch.tensor(float(taps)),
+        ".alpha": torch.tensor(float(inputs)),
     }
 
 
