@@ -24,7 +24,16 @@ from lora_compose.compose.evaluation.table import load
 from lora_compose.compose.files.images import Machine
 
 FILES = ["report.html", "report.md", "images.csv", "concepts.csv", "confusion.csv", "summary.json"]
-ABSENT = ("style", "bystanders", "inside", "dino", "dino_found", "scr", "scr_whole")  # nothing measured, no column
+ABSENT = (
+    "style",
+    "bystanders",
+    "inside",
+    "dino",
+    "dino_found",
+    "scr",
+    "scr_whole",
+    "arcface",
+)  # nothing measured, no column
 EVIL = (
     'a <script>alert("x")</script> sks cat & a zwx dog | *bold* \x1b[31m\u202e " onmouseover="alert(1)" '
     "' onload='alert(1)' </script></style></title><svg/onload=alert(1)> {{ 7 * 7 }} ]]> -->"
