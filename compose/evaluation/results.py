@@ -160,7 +160,7 @@ class BatchPlan(Frozen):
 
 PLAN, MADE, FAILED = "plan.json", "made.json", "failed.json"
 CLAIMS = "claims"
-"""The folder in which processes claim batches."""
+"""The folder in which processes claim batches and trainings."""
 
 
 def batch_folder(out: Path, key: str) -> Path:

@@ -185,9 +185,10 @@ def check_chosen(suite: Suite) -> None:
             FaceEncoder(metric.model, metric.faces)
             if metric.faces is None:
                 logger.warning(
-                    "the metric arcface takes what was found of a subject for its face; where that is more than a face, "
-                    "name a network that finds faces: arcface=%s+FACES.onnx", metric.model
-                )  # fmt: skip
+                    "the metric arcface takes what was found of a subject for its face; where that is more than a "
+                    "face, name a network that finds faces: arcface=%s+FACES.onnx",
+                    metric.model,
+                )
             continue
         try:
             family = family_of(metric.model)

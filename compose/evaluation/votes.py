@@ -239,8 +239,8 @@ def show_following(votes: Path, folder: Path) -> None:
     echo("The number to read is the one that follows best. Two whose intervals overlap may be equally good.")
     if unmeasured := agreement.loc[agreement["images"] == 0, "title"].tolist():
         echo(
-            f"No voted image has {', '.join(unmeasured)}: evaluate run --metrics measures those of further models on the "
-            "same images; the others need styles, bystanders or regions in the scenes."
+            f"No voted image has {', '.join(unmeasured)}: evaluate run --metrics measures those of further models on "
+            "the same images; the others need styles, bystanders or regions in the scenes."
         )
     echo(f"As a table: {to}")
 
