@@ -78,13 +78,13 @@ def with_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suite
     """
     planned, claims = list(_planned(suite, trained, out)), Claims(out / CLAIMS)
     while left := [one for one in planned if one.is_left]:
-        if not any([_train_claimed(one, claims) for one in left]):
+        if not any(_train_claimed(one, claims) for one in left):
             time.sleep(_WAIT)  # others train what is left
     return _located(suite, {one.name: one.settings.out for one in planned})
 
 
 def tried_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suite:
-    """The suite with LoRAs of a few steps in place of those that are not there, and shows how long their training takes.
+    """The suite with LoRAs of a few steps in place of those that are not there; shows how long their training takes.
 
     Raises:
         ValueError: As `with_loras`.

@@ -256,6 +256,17 @@ def test_numbers_are_short_and_signed() -> None:
     assert number(float("nan")) == number(None) == "\u2013"
 
 
+def test_the_page_begins_with_how_many_images_of_each_row_succeed(written: Path) -> None:
+    words = _Page(written / "report.html").words
+    first = words[words.index("Images Seed 1 of the first scenes") : words.index("Outcomes Every subject")]
+    shares = re.findall(r"(\d+) of (\d+) images? succeeds?", first)
+    rows = json.loads((written / "summary.json").read_text())
+    shown = [row for row in rows if row["images"] and not row["arm"].startswith("alone")]
+    assert shares == [(str(round(row["success"] * row["images"])), str(row["images"])) for row in shown]
+    assert ("1", "2") in shares
+    assert "its similarity to its own references, 1 at most" in first
+
+
 def test_facts_about_images(written: Path) -> None:
     words = _Page(written / "report.html").words
     assert "dog 0.300 dominance: cat" in words
