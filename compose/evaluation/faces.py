@@ -74,10 +74,10 @@ class FaceEncoder:
         factor = _FOUND_AT / max(image.size)
         width, height = (max(1, round(factor * side)) for side in image.size)
         self._finder.setInputSize((width, height))
-        found = self._finder.detect(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA))[1]
-        if found is None:
+        faces = self._finder.detect(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA))[1]
+        if faces is None:
             return None
-        largest = found[np.argmax(found[:, 2] * found[:, 3])]
+        largest = faces[np.argmax(faces[:, 2] * faces[:, 3])]
         points = largest[4:14].reshape(5, 2) / (width / image.width, height / image.height)
         return cv2.warpAffine(pixels, _onto_template(points), (SIDE, SIDE))
 
@@ -91,8 +91,8 @@ class FaceEncoder:
 def _onto_template(points: np.ndarray) -> np.ndarray:
     """The rotation, scale and shift that bring five points nearest to `POINTS`. Shapes: [5, 2] to [2, 3]."""
     x, y = points.T
-    one, none = np.ones_like(x), np.zeros_like(x)
-    rows = np.concatenate([np.stack([x, -y, one, none], axis=1), np.stack([y, x, none, one], axis=1)])
+    ones, zeros = np.ones_like(x), np.zeros_like(x)
+    rows = np.concatenate([np.stack([x, -y, ones, zeros], axis=1), np.stack([y, x, zeros, ones], axis=1)])
     a, b, right, down = np.linalg.lstsq(rows, np.array(POINTS).T.reshape(-1), rcond=None)[0]
     return np.array([[a, -b, right], [b, a, down]])
 

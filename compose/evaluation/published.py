@@ -130,10 +130,13 @@ class Published(Frozen):
     def moved(self, move: Callable[[str], str]) -> "Published":
         """The same with every path of the suite and its trainings changed by a function."""
         trainings = {
-            name: one.model_copy(
-                update={"images": move(one.images), "model": one.model if one.model is None else move(one.model)}
+            name: trained.model_copy(
+                update={
+                    "images": move(trained.images),
+                    "model": trained.model if trained.model is None else move(trained.model),
+                }
             )
-            for name, one in self.trainings.items()
+            for name, trained in self.trainings.items()
         }
         return self.model_copy(update={"suite": moved_suite(self.suite, move), "trainings": trainings})
 
@@ -211,8 +214,9 @@ def show_published(path: Path, folder: Path | None = None) -> tuple[Published, P
         if listed.size is not None:
             size = f"{gib(listed.size)}, {gib(listed.missing or 0)} to download"
         echo(f"  {listed.name}: {listed.download.repository}, {listed.download.pinned}, {size}; licence: {licence}")
-    for name, one in published.trainings.items():
-        echo(f"  {name}: trained, {one.steps} steps on {one.model or published.suite.model}, with {one.images}")
+    for name, trained in published.trainings.items():
+        model = trained.model or published.suite.model
+        echo(f"  {name}: trained, {trained.steps} steps on {model}, with {trained.images}")
     for source in published.elsewhere:
         echo(f"  {source}: none of the downloads, not pinned, read when it is opened; licence: see {page(source)}")
     return published, to

@@ -169,13 +169,13 @@ def _of_faces(metric: Chosen, crops: Mapping[str, Sequence[Image.Image]]) -> Emb
     encoder = FaceEncoder(metric.model, metric.faces)
     embedded = {name: encoder.images(images) for name, images in crops.items()}
     faces = {name: rows[rows.any(dim=1)] for name, rows in embedded.items()}
-    found = {name: rows for name, rows in faces.items() if len(rows)}
-    if not found:
+    shown = {name: rows for name, rows in faces.items() if len(rows)}
+    if not shown:
         raise ValueError(
             f"the metric arcface: {metric.faces!r} finds no face in the references of any concept "
             f"({', '.join(crops)}); leave the metric out, or choose references that show faces"
         )
-    return Embedded(encoder, found)
+    return Embedded(encoder, shown)
 
 
 def check_chosen(suite: Suite) -> None:

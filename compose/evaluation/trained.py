@@ -77,10 +77,10 @@ def with_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suite
         OSError: If a LoRA cannot be written.
     """
     planned, claims = list(_planned(suite, trained, out)), Claims(out / CLAIMS)
-    while left := [one for one in planned if one.is_left]:
-        if not any(_train_claimed(one, claims) for one in left):
+    while left := [plan for plan in planned if plan.is_left]:
+        if not any(_train_claimed(plan, claims) for plan in left):
             time.sleep(_WAIT)  # others train what is left
-    return _located(suite, {one.name: one.settings.out for one in planned})
+    return _located(suite, {plan.name: plan.settings.out for plan in planned})
 
 
 def tried_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suite:
@@ -91,19 +91,19 @@ def tried_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suit
         OSError: As `with_loras`.
     """
     paths, seconds, steps = {}, 0.0, 0
-    for one in _planned(suite, trained, out):
-        paths[one.name] = one.settings.out
-        if not one.is_left:
+    for plan in _planned(suite, trained, out):
+        paths[plan.name] = plan.settings.out
+        if not plan.is_left:
             continue
-        tried = one.settings.model_copy(update={
-            "out": out / "smoke" / FOLDER / one.settings.out.name, "steps": TRIED, "warmup": 0, "sample_every": 0,
+        tried = plan.settings.model_copy(update={
+            "out": out / "smoke" / FOLDER / plan.settings.out.name, "steps": TRIED, "warmup": 0, "sample_every": 0,
         })  # fmt: skip
         moments: list[float] = []
-        _train(tried, f"trying the training of {one.name}", moments, fresh=True)
+        _train(tried, f"trying the training of {plan.name}", moments, fresh=True)
         pace = (moments[-1] - moments[0]) / (TRIED - 1)
-        echo(f"  {one.name}: {pace:.2g} s for each of {one.settings.steps} steps of its training")
-        paths[one.name] = tried.out
-        seconds, steps = seconds + pace * one.settings.steps, steps + one.settings.steps
+        echo(f"  {plan.name}: {pace:.2g} s for each of {plan.settings.steps} steps of its training")
+        paths[plan.name] = tried.out
+        seconds, steps = seconds + pace * plan.settings.steps, steps + plan.settings.steps
     if steps:
         echo(f"Training, {steps} steps in all: about {seconds / 3600:.2g} h at this pace, one LoRA after the other")
     return _located(suite, paths)
@@ -143,11 +143,11 @@ def _settings(name: str, trained: Trained, suite: Suite, concept: SuiteConcept, 
     )
 
 
-def _train_claimed(one: _Planned, claims: Claims) -> bool:
+def _train_claimed(plan: _Planned, claims: Claims) -> bool:
     """Trains a LoRA unless another process does; whether this process was free to."""
-    with claims.claim(one.settings.out.name) as claim:
-        if claim is not None and one.is_left:
-            _train(one.settings, f"training {one.name}")
+    with claims.claim(plan.settings.out.name) as claim:
+        if claim is not None and plan.is_left:
+            _train(plan.settings, f"training {plan.name}")
         return claim is not None
 
 
