@@ -81,16 +81,16 @@ def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> No
     files = json.loads((out / "images.json").read_text())
     verdicts = {n: ("none", "one", "both")[(int(Path(file).stem) - 1) // 2] for n, file in files.items()}
     (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},{verdict}\n" for n, verdict in verdicts.items()))
-    measured = following(out, folder)
-    assert measured["metric"].tolist()[-1] == "arcface", "what no image has comes last"
-    assert sorted(measured["metric"]) == sorted(metric.key for metric in (*METRICS, *OUTCOME_METRICS)), (
+    agreement = following(out, folder)
+    assert agreement["metric"].tolist()[-1] == "arcface", "what no image has comes last"
+    assert sorted(agreement["metric"]) == sorted(metric.key for metric in (*METRICS, *OUTCOME_METRICS)), (
         "none is left out"
     )
-    found = measured.set_index("metric")["follows"].to_dict()
+    found = agreement.set_index("metric")["follows"].to_dict()
     assert found["region_min"] == found["region"] == found["lost"] == 1
     assert found["clip_t"] == found["found"] == 0.5  # the same in all images
     assert np.isnan(found["dino"])
-    assert dict(zip(measured["metric"], measured["images"], strict=True))["dino"] == 0
+    assert dict(zip(agreement["metric"], agreement["images"], strict=True))["dino"] == 0
     printed = call("blind", "follow", out, "--evaluation", folder).output
     assert "Worst concept" in printed
     assert "1.00 (1.00 … 1.00)" in " ".join(printed.replace("│", " ").split())
@@ -106,10 +106,10 @@ def test_the_table_in_the_docs_is_what_the_command_wrote() -> None:
     folder = ROOT / "docs" / "votes"
     written = pd.read_csv(folder / "following.csv")
     rows = table("docs/evaluation.md", "Which one follows an eye here?")[2:]
-    measured = written[written["images"] > 0]
-    assert [(name.lower(), shown, int(images)) for name, shown, images in rows] == [
-        (str(row.title).lower(), f"{row.follows:.2f} ({row.low:.2f} … {row.high:.2f})", row.images)
-        for row in measured.itertuples()
+    shown = pd.DataFrame(written[written["images"] > 0]).to_dict("records")
+    assert [(name.lower(), follows, int(images)) for name, follows, images in rows] == [
+        (row["title"].lower(), f"{row['follows']:.2f} ({row['low']:.2f} … {row['high']:.2f})", row["images"])
+        for row in shown
     ]
     key, votes = read_votes(folder)
     assert len(votes) == len(key) == written["images"].max()
