@@ -26,7 +26,7 @@ FOLDERS = {
     ),
     "compose": (
         "support", "playground", "files", "figures", "generate", "cluster", "batch", "serve", "benchmark", "lora",
-        "check", "evaluation", "training", "page", "comfyui", "commands", "cli",
+        "check", "training", "evaluation", "page", "comfyui", "commands", "cli",
     ),
 }  # fmt: skip
 """The parts of a ring; each may import those before it."""

@@ -108,16 +108,17 @@ def _sharing_weights(pipe: Any) -> Any:
 
 def _load(ours: Any, theirs: Any, loaded: int) -> None:
     """Loads random LoRAs into both pipelines, each under the name of its number."""
-    part = model_part(ours)
+    part, dtype = model_part(ours), ours.model.dtype  # diffusers looks through all modules for it
     denoiser = getattr(theirs, part)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lora.safetensors"
         with bar("loading", loaded) as on_progress:
             for number in range(loaded):
-                tensors = {name: it.to(ours.model.dtype) for name, it in lora_tensors(ours, RANK, number).items()}
+                tensors = {name: it.to(dtype) for name, it in lora_tensors(ours, RANK, number).items()}
                 save_file(tensors, path)
                 ours.load_concept(path, name=_name(number))
-                denoiser.load_lora_adapter(tensors, adapter_name=_name(number), prefix=part)
+                # as load_lora_weights does it: no numbers are drawn for factors that are read right after
+                denoiser.load_lora_adapter(tensors, adapter_name=_name(number), prefix=part, low_cpu_mem_usage=True)
                 path.unlink()
                 on_progress(number + 1)
 

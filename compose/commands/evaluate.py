@@ -28,7 +28,7 @@ MetricsOption = Annotated[
     typer.Option(
         "--metrics",
         help="Further metrics, instead of the suite's: clip-t, clip-i, dino, scr, parted by commas; NAME=MODEL for "
-        "another model, a folder or hub repository.",
+        "another model, a folder or hub repository; arcface=FILE.onnx+FACES.onnx for networks of faces.",
     ),
 ]
 

@@ -16,6 +16,7 @@ from lora_compose.compose.evaluation.results import PLAN, is_done
 from lora_compose.compose.evaluation.runner import evaluate
 from lora_compose.compose.evaluation.scoring import check_chosen
 from lora_compose.compose.evaluation.suite import Suite, read_suite
+from lora_compose.compose.evaluation.trained import tried_loras, with_loras
 from lora_compose.compose.evaluation.worker import Images, Worker
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.images import png_bytes
@@ -69,7 +70,7 @@ def run_suite(
 
 
 def run_published(
-    suite: Path,
+    path: Path,
     folder: Path | None = None,
     processes: int | None = None,
     ray: str | None = None,
@@ -77,6 +78,8 @@ def run_published(
     smoke: bool = False,
 ) -> int:
     """Shows what a published suite downloads, downloads it, makes two images, shows the cost, and then runs it.
+
+    LoRAs that are trained for it are tried for a few steps before the two images, and trained after the cost.
 
     Args:
         folder: For the results.
@@ -88,13 +91,14 @@ def run_published(
         ValueError: For suites that cannot be read, or whose images cannot be made.
         OSError: If the hub does not give what is needed.
     """
-    published, to = show_published(suite, folder)
+    published, to = show_published(path, folder)
     fetched = fetch(published)
     if smoke or not (to / PLAN).exists():
-        _try_out(fetched, published.references, to)
+        _try_out(tried_loras(fetched.suite, fetched.trainings, to), published.references, to)
     if smoke:
         return 0
-    write_suite(with_references(fetched, published.references, to), to / "suite.yaml")
+    suite = with_loras(fetched.suite, fetched.trainings, to)
+    write_suite(with_references(suite, published.references, to), to / "suite.yaml")
     return run_suite(str(to / "suite.yaml"), to, processes, ray)
 
 

@@ -77,7 +77,10 @@ def plan_batches(suite: Suite) -> BatchPlan:
 
 def _scoring(suite: Suite) -> Any:
     concepts = [_concept_facts(concept) for concept in suite.concepts]
-    chosen = [[metric.name, fingerprint(metric.model)] for metric in suite.metrics]
+    chosen = [
+        [metric.name, fingerprint(metric.model), *([] if metric.faces is None else [fingerprint(metric.faces)])]
+        for metric in suite.metrics
+    ]
     return [SCORING, fingerprint(suite.encoder), detector_facts(suite), concepts, chosen]
 
 

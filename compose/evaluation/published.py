@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from lora_compose.compose.evaluation.alone import Alone
 from lora_compose.compose.evaluation.batches import batches
 from lora_compose.compose.evaluation.suite import Name, Suite, moved_suite
+from lora_compose.compose.evaluation.trained import Trained
 from lora_compose.compose.files.paths import local_source
 from lora_compose.compose.files.scenes import read_as
 from lora_compose.compose.files.stored import write_text
@@ -110,19 +111,34 @@ class Published(Frozen):
     Attributes:
         downloads: What is downloaded, by the names that the suite uses as sources.
         references: References that the LoRA of a concept makes alone, by the name that the concept uses as its own.
+        trainings: LoRAs that are trained first, by the name that the concept uses as its own.
         suite: The suite.
     """
 
     downloads: Annotated[Mapping[Name, Download], Field(min_length=1)]
     references: Mapping[Name, Alone] = {}
+    trainings: Mapping[Name, Trained] = {}
     suite: Suite
 
     @property
     def sources(self) -> list[str]:
-        """All that the suite reads, by the names that it uses."""
+        """All that the suite and its trainings read, by the names that they use."""
         used: dict[str, None] = {}
-        moved_suite(self.suite, lambda source: (used.setdefault(source), source)[1])
+        self.moved(lambda source: (used.setdefault(source), source)[1])
         return list(used)
+
+    def moved(self, move: Callable[[str], str]) -> "Published":
+        """The same with every path of the suite and its trainings changed by a function."""
+        trainings = {
+            name: trained.model_copy(
+                update={
+                    "images": move(trained.images),
+                    "model": trained.model if trained.model is None else move(trained.model),
+                }
+            )
+            for name, trained in self.trainings.items()
+        }
+        return self.model_copy(update={"suite": moved_suite(self.suite, move), "trainings": trainings})
 
     @property
     def elsewhere(self) -> list[str]:
@@ -133,10 +149,15 @@ class Published(Frozen):
     def _used(self) -> Self:
         if unread := sorted(self.downloads.keys() - set(self.sources)):
             raise ValueError(f"nothing in the suite names the download {unread[0]!r}")
-        if twice := sorted(self.downloads.keys() & self.references.keys()):
-            raise ValueError(f"{twice[0]!r} is the name of a download and of references")
+        for kind, named in (("references", self.references), ("a training", self.trainings)):
+            if twice := sorted(self.downloads.keys() & named.keys()):
+                raise ValueError(f"{twice[0]!r} is the name of a download and of {kind}")
         for name, alone in self.references.items():
             _check_alone(name, alone, self.suite)
+        for name in self.trainings:
+            concepts = [concept for concept in self.suite.concepts if name in concept.loras.values()]
+            if len(concepts) != 1:
+                raise ValueError(f"the training {name!r} is that of {len(concepts)} concepts; one has to name it")
         return self
 
 
@@ -167,9 +188,8 @@ def read_published(path: Path) -> Published:
         FileError: If it is missing, unreadable or wrong; the message names the field.
     """
     published, base = read_as(Published, path), path.parent.absolute()
-    named = published.downloads.keys() | published.references.keys()
-    suite = moved_suite(published.suite, lambda source: source if source in named else local_source(source, base))
-    return published.model_copy(update={"suite": suite})
+    named = published.downloads.keys() | published.references.keys() | published.trainings.keys()
+    return published.moved(lambda source: source if source in named else local_source(source, base))
 
 
 def show_published(path: Path, folder: Path | None = None) -> tuple[Published, Path]:
@@ -194,6 +214,9 @@ def show_published(path: Path, folder: Path | None = None) -> tuple[Published, P
         if listed.size is not None:
             size = f"{gib(listed.size)}, {gib(listed.missing or 0)} to download"
         echo(f"  {listed.name}: {listed.download.repository}, {listed.download.pinned}, {size}; licence: {licence}")
+    for name, trained in published.trainings.items():
+        model = trained.model or published.suite.model
+        echo(f"  {name}: trained, {trained.steps} steps on {model}, with {trained.images}")
     for source in published.elsewhere:
         echo(f"  {source}: none of the downloads, not pinned, read when it is opened; licence: see {page(source)}")
     return published, to
@@ -244,14 +267,14 @@ def _listed(download: Download) -> list[RepoFile] | None:
     return files
 
 
-def fetch(published: Published) -> Suite:
-    """Downloads what is missing, with progress, and returns the suite with the paths of the files.
+def fetch(published: Published) -> Published:
+    """Downloads what is missing, with progress, and returns the suite and its trainings with the paths of the files.
 
     Raises:
         HubError: If the hub does not give a file, or gives another one than the suite names.
     """
     paths = {name: str(_fetched(download)) for name, download in published.downloads.items()}
-    return moved_suite(published.suite, lambda source: paths.get(source, source))
+    return published.moved(lambda source: paths.get(source, source))
 
 
 def _fetched(download: Download) -> Path:

@@ -94,7 +94,8 @@ class Features(Frozen):
 
     Attributes:
         text: 100 x similarity of the image to the prompt without triggers; None if the model reads no text.
-        whole: Similarity of the whole image to the references of each concept.
+        whole: Similarity of the whole image to the references of each concept; those of which the model has none are
+            left out, such as faces of a teapot.
         found: Similarity of what was found of each subject to its references; those that were not found are left out.
     """
 
@@ -159,7 +160,7 @@ class BatchPlan(Frozen):
 
 PLAN, MADE, FAILED = "plan.json", "made.json", "failed.json"
 CLAIMS = "claims"
-"""The folder in which processes claim batches."""
+"""The folder in which processes claim batches and trainings."""
 
 
 def batch_folder(out: Path, key: str) -> Path:

@@ -1,5 +1,6 @@
 """Raw scores of an image: finds the concepts, crops them, and compares them with their references."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lora_compose.compose.evaluation.batches import without_triggers
+from lora_compose.compose.evaluation.chosen import Chosen
 from lora_compose.compose.evaluation.confusion import by_place, truth_matrix
 from lora_compose.compose.evaluation.detectors import Detection, Detector, make_detector
 from lora_compose.compose.evaluation.encoders import IMAGES_AND_TEXTS, Encoder, family_of, load_encoder
+from lora_compose.compose.evaluation.faces import FaceEncoder
 from lora_compose.compose.evaluation.metrics import assign, clip_i, clip_t, similarity_matrix
 from lora_compose.compose.evaluation.results import ConceptScore, Features, ImageScores
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene
@@ -22,6 +25,8 @@ from lora_compose.pipelines.scene.mask_images import Box, on_white, upright_imag
 from lora_compose.pipelines.scene.scene import head_noun_of
 from lora_compose.pipelines.support.regular import open_regular
 
+logger = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTIONS = "captions.tsv"
 """The file beside reference images that may say where in them the concept is."""
@@ -29,9 +34,12 @@ CAPTIONS = "captions.tsv"
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """An encoder, and the reference images by concept as it embeds them. Shape: [images, channels] each."""
+    """An encoder, and the reference images by concept as it embeds them. Shape: [images, channels] each.
 
-    encoder: Encoder
+    There are none of a concept whose references show no face, if the encoder reads faces.
+    """
+
+    encoder: Encoder | FaceEncoder
     references: Mapping[str, Tensor]
 
 
@@ -145,16 +153,43 @@ def open_scorer(suite: Suite, device: str = "cpu") -> Scorer:
             opened[source] = Embedded(encoder, {name: encoder.images(images) for name, images in crops.items()})
         return opened[source]
 
-    main = embedded(suite.encoder)
-    detector = None if suite.detector is None else make_detector(suite.detector, main.encoder, device)
+    encoder = load_encoder(suite.encoder, device)
+    main = opened[suite.encoder] = Embedded(encoder, {name: encoder.images(images) for name, images in crops.items()})
+    detector = None if suite.detector is None else make_detector(suite.detector, encoder, device)
     check_chosen(suite)
-    chosen = {metric.name: embedded(metric.model) for metric in suite.metrics}
-    return Scorer(suite, main.encoder, detector, main.references, chosen)
+    chosen = {
+        metric.name: _of_faces(metric, crops) if metric.name == "arcface" else embedded(metric.model)
+        for metric in suite.metrics
+    }
+    return Scorer(suite, encoder, detector, main.references, chosen)
+
+
+def _of_faces(metric: Chosen, crops: Mapping[str, Sequence[Image.Image]]) -> Embedded:
+    """The networks of the metric arcface, and the faces of the references."""
+    encoder = FaceEncoder(metric.model, metric.faces)
+    embedded = {name: encoder.images(images) for name, images in crops.items()}
+    faces = {name: rows[rows.any(dim=1)] for name, rows in embedded.items()}
+    shown = {name: rows for name, rows in faces.items() if len(rows)}
+    if not shown:
+        raise ValueError(
+            f"the metric arcface: {metric.faces!r} finds no face in the references of any concept "
+            f"({', '.join(crops)}); leave the metric out, or choose references that show faces"
+        )
+    return Embedded(encoder, shown)
 
 
 def check_chosen(suite: Suite) -> None:
     """Raises ValueError if the model of a metric that the user chose is not there, or cannot measure it."""
     for metric in suite.metrics:
+        if metric.name == "arcface":
+            FaceEncoder(metric.model, metric.faces)
+            if metric.faces is None:
+                logger.warning(
+                    "the metric arcface takes what was found of a subject for its face; where that is more than a "
+                    "face, name a network that finds faces: arcface=%s+FACES.onnx",
+                    metric.model,
+                )
+            continue
         try:
             family = family_of(metric.model)
         except ValueError as error:
@@ -172,11 +207,12 @@ def check_chosen(suite: Suite) -> None:
 def _features(
     by: Embedded, image: Image.Image, prompt: str, concepts: Sequence[str], detected: Mapping[str, Image.Image]
 ) -> Features:
-    """What a model says of an image of concepts, in which crops of some were found."""
+    """What a model says of an image of concepts, in which crops of some were found, as far as it has references."""
+    detected = {name: crop for name, crop in detected.items() if name in by.references}
     whole, crops = by.encoder.images([image]), by.encoder.images(list(detected.values()))
     return Features(
         text=_clip_t(by.encoder, whole, prompt),
-        whole={name: _rounded(clip_i(whole, by.references[name])[0]) for name in concepts},
+        whole={name: _rounded(clip_i(whole, by.references[name])[0]) for name in concepts if name in by.references},
         found={
             name: _rounded(clip_i(crop[None], by.references[name])[0])
             for name, crop in zip(detected, crops, strict=True)
@@ -184,7 +220,7 @@ def _features(
     )
 
 
-def _clip_t(encoder: Encoder, whole: Tensor, prompt: str) -> float | None:
+def _clip_t(encoder: Encoder | FaceEncoder, whole: Tensor, prompt: str) -> float | None:
     return _rounded(clip_t(whole, encoder.texts([prompt]))[0]) if encoder.has_text else None
 
 

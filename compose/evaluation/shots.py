@@ -75,8 +75,12 @@ class Shot:
         return np.array([similarity.get(name, np.nan) for name in self.names], dtype=np.float64)
 
     def whole_by(self, metric: str) -> np.ndarray:
-        """Similarity of the whole image to the references of each subject, by that model. Shape: [acting]."""
-        return np.array([self.scores.chosen[metric].whole[name] for name in self.names], dtype=np.float64)
+        """Similarity of the whole image to the references of each subject, by that model; NaN without references.
+
+        Shape: [acting].
+        """
+        similarity = self.scores.chosen[metric].whole
+        return np.array([similarity.get(name, np.nan) for name in self.names], dtype=np.float64)
 
 
 def _matrix(rows: Mapping[str, Mapping[str, float]], names: tuple[str, ...] | list[str]) -> np.ndarray:

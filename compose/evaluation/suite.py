@@ -175,7 +175,7 @@ class Suite(Frozen):
         model: A folder, a checkpoint file, a hub repository or `playground`.
         encoder: The encoder for similarity: `playground:judge`, a folder or a hub repository of CLIP, SigLIP or DINOv2.
         detector: How concepts are found in images; None crops the regions of the scenes.
-        metrics: Further metrics by name, each with a model of its own: clip-t, clip-i, dino, scr.
+        metrics: Further metrics by name, each with a model of its own: clip-t, clip-i, dino, scr, arcface.
         concepts: The concepts.
         scenes: The scenes.
         methods: The methods to compare; `merge` is added if it is missing and no method merges files.
@@ -343,8 +343,13 @@ def moved_suite(suite: Suite, move: Callable[[str], str]) -> Suite:
     if isinstance(suite.detector, ZeroShotConfig):
         moved["detector"] = suite.detector.model_copy(update={"model": move(suite.detector.model)})
     if suite.metrics:
-        moved["metrics"] = tuple(metric.model_copy(update={"model": move(metric.model)}) for metric in suite.metrics)
+        moved["metrics"] = tuple(_moved_metric(metric, move) for metric in suite.metrics)
     return suite.model_copy(update=moved)
+
+
+def _moved_metric(metric: Chosen, move: Callable[[str], str]) -> Chosen:
+    faces = metric.faces if metric.faces is None else move(metric.faces)
+    return metric.model_copy(update={"model": move(metric.model), "faces": faces})
 
 
 def _moved_concept(concept: SuiteConcept, move: Callable[[str], str]) -> SuiteConcept:

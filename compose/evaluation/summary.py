@@ -108,6 +108,12 @@ METRICS = (
         "scr_whole", "SCR, whole image", False, 2, "0 to 1",
         "Subject collapse rate of the whole image instead of crops, as in the paper.",
     ),
+    Metric(
+        "arcface", "ArcFace", True, 3, "-1 to 1, in practice above 0",
+        "Similarity of the face of each subject that was found to the faces of its references, by a network that "
+        "recognises faces. A subject that was not found, or without a face, counts as 0; one whose references show no "
+        "face is left out.",
+    ),
 )  # fmt: skip
 """All metrics, the main ones among them; tables show them in this order."""
 

@@ -19,7 +19,7 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import read
 
 COSTS = ("rows_forward", "rows_stopped", "rows_backward", "flops", "seconds", "preparation_seconds", "peak_bytes")
-_CHOSEN = ("dino", "dino_found", "scr", "scr_whole")
+_CHOSEN = ("dino", "dino_found", "scr", "scr_whole", "arcface")
 _KEYS = ("scene", "arm", "alone", "seed")
 _EDGES = ("left", "top", "right", "bottom")
 _CONCEPT_COLUMNS = (
@@ -308,6 +308,8 @@ def _chosen(suite: Suite, shot: Shot) -> dict[str, float | None]:
             row["clip_i"] = _mean([*whole, *(seen[style] for style in shot.styles)])
         elif metric.name == "dino":
             row |= {"dino": _mean(whole), "dino_found": _mean(np.nan_to_num(detected, nan=0.0))}
+        elif metric.name == "arcface":
+            row["arcface"] = _mean(np.nan_to_num(detected[~np.isnan(whole)], nan=0.0))
         else:
             threshold = COLLAPSED if metric.threshold is None else metric.threshold
             row |= {"scr": collapse_rate(detected, threshold), "scr_whole": collapse_rate(whole, threshold)}

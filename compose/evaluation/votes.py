@@ -39,12 +39,14 @@ from lora_compose.compose.evaluation.summary import METRICS, OUTCOME_METRICS
 from lora_compose.compose.evaluation.table import Evaluation, load
 from lora_compose.compose.files.images import read_pixels
 from lora_compose.compose.files.reading import read_whole
+from lora_compose.compose.files.stored import write_text
 from lora_compose.compose.support.terminal import echo
 from lora_compose.compose.support.terminal import out as console
 from lora_compose.pipelines.scene.mask_images import on_white, open_image
 from lora_compose.pipelines.support.spelling import did_you_mean
 
 FILES = "images.json"
+FOLLOWING = "following.csv"
 _ORDER = tuple(reversed(VERDICTS))  # from the worst to the best
 
 
@@ -212,7 +214,7 @@ def _is_there(scores: ImageScores, name: str, threshold: float) -> bool:
 
 
 def show_following(votes: Path, folder: Path) -> None:
-    """Prints how well each metric follows the votes on images of an evaluation, the best first.
+    """Prints how well each metric follows the votes on images of an evaluation, the best first, and writes a table.
 
     Raises:
         ValueError: If the votes are not on images of this evaluation, or all of them are the same.
@@ -227,14 +229,26 @@ def show_following(votes: Path, folder: Path) -> None:
     for column in ("metric", "follows", "", "images"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for row in agreement.to_dict("records"):
+        if np.isnan(row["follows"]):
+            table.add_row(row["title"], "-", "", str(row["images"]))
+            continue
         interval = f"({row['low']:.2f} … {row['high']:.2f})"
         table.add_row(row["title"], f"{row['follows']:.2f}", interval, str(row["images"]))
     console.print(table)
+    write_text(to := votes / FOLLOWING, str(agreement.to_csv(index=False, lineterminator="\n")))
     echo("The number to read is the one that follows best. Two whose intervals overlap may be equally good.")
+    if unmeasured := agreement.loc[agreement["images"] == 0, "title"].tolist():
+        echo(
+            f"No voted image has {', '.join(unmeasured)}: evaluate run --metrics measures those of further models on "
+            "the same images; the others need styles, bystanders or regions in the scenes."
+        )
+    echo(f"As a table: {to}")
 
 
 def following(votes: Path, folder: Path) -> pd.DataFrame:
     """A row per metric, the best first: `metric`, `title`, `follows` with `low` and `high`, and `images`.
+
+    Metrics that no image has come last, with 0 images and NaN.
 
     Raises:
         ValueError: If the votes are not on images of this evaluation, or all of them are the same.
@@ -252,11 +266,12 @@ def following(votes: Path, folder: Path) -> pd.DataFrame:
     rows = []
     for metric in (*METRICS, *OUTCOME_METRICS):
         values = voted[metric.key].to_numpy(float) * (1 if metric.higher_is_better else -1)
-        if (there := ~np.isnan(values)).any():
-            kept = np.flatnonzero(there)
+        kept = np.flatnonzero(~np.isnan(values))
+        agreement = Interval(np.nan, np.nan, np.nan, 0)
+        if len(kept):
             agreement = follows(values[kept], [eye[i] for i in kept], [groups[i] for i in kept])
-            ends = {"follows": agreement.mean, "low": agreement.low, "high": agreement.high, "images": len(kept)}
-            rows.append({"metric": metric.key, "title": metric.title, **ends})
+        ends = {"follows": agreement.mean, "low": agreement.low, "high": agreement.high, "images": len(kept)}
+        rows.append({"metric": metric.key, "title": metric.title, **ends})
     return pd.DataFrame(rows).sort_values("follows", ascending=False, kind="stable").reset_index(drop=True)
 
 

@@ -19,7 +19,7 @@ from lora_compose.pipelines.support.quantising import QUANTISED
 _PICKLES = (".ckpt", ".bin", ".pt")
 INDEXES = ("model_index.json", "modular_model_index.json")
 """The index in a model's folder: of diffusers' pipelines, and of its modular pipelines."""
-_FILES = (".safetensors", ".gguf", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FILES = (".safetensors", ".gguf", ".onnx", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _Model = TypeVar("_Model", bound=BaseModel)

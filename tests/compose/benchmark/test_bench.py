@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import Flux3Transformer2DModel
+from diffusers.models.modeling_utils import get_parameter_dtype
 
 from commands import call
 from components import tiny_pipeline
@@ -258,6 +259,22 @@ def test_requests_with_peft_and_with_methods_have_the_same_loras_which_are_other
     assert 0 < peft.changing_cpu < peft.cpu
     with pytest.raises(ValueError, match="at least 5"):
         many_loaded.measure_requests(Job(str(model), "cpu", 1), 4, 1)
+
+
+def test_loading_many_looks_through_the_model_a_few_times_for_each_and_not_for_each_of_its_tensors(model, monkeypatch):
+    looks: list[None] = []
+
+    def watched(module: Any) -> torch.dtype:
+        looks.append(None)
+        return get_parameter_dtype(module)
+
+    monkeypatch.setattr("diffusers.models.modeling_utils.get_parameter_dtype", watched)
+    counts = []
+    for loaded in (5, 7):
+        looks.clear()
+        many_loaded.measure_requests(Job(str(model), "cpu", 1), loaded, 1)
+        counts.append(len(looks))
+    assert counts[1] - counts[0] <= 2 * 3
 
 
 @pytest.mark.slow

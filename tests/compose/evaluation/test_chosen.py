@@ -50,9 +50,11 @@ def test_names_have_models_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["lpips"], "there is no metric 'lpips'; choose from clip-t, clip-i, dino, scr"),
+        (["lpips"], "there is no metric 'lpips'; choose from clip-t, clip-i, dino, scr, arcface"),
         (["dino", "dino=folder"], "the metric 'dino' stands twice"),
         (["dino="], "names no model: write dino=FOLDER, or only dino"),
+        (["arcface"], "^arcface needs a network of yours that recognises faces"),
+        (["arcface="], "^arcface needs a network of yours"),
     ],
 )
 def test_what_is_no_metric_is_refused(names: list[str], message: str) -> None:

@@ -1,18 +1,24 @@
 """How well numbers follow votes, against Somers' D and votes of a known rule."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import somersd
 
 from commands import call
+from doc_tables import table
 from evaluations import TRUTH, Seen, sanity, store, suite
 from lora_compose.compose.evaluation.batches import Batch
-from lora_compose.compose.evaluation.votes import following, follows
+from lora_compose.compose.evaluation.blind import read_votes
+from lora_compose.compose.evaluation.summary import METRICS, OUTCOME_METRICS
+from lora_compose.compose.evaluation.votes import following, follows, read_files
+from snippets import ROOT
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=2, max_size=30))
@@ -75,13 +81,36 @@ def test_a_metric_that_the_votes_were_made_by_follows_them(tmp_path: Path) -> No
     files = json.loads((out / "images.json").read_text())
     verdicts = {n: ("none", "one", "both")[(int(Path(file).stem) - 1) // 2] for n, file in files.items()}
     (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},{verdict}\n" for n, verdict in verdicts.items()))
-    found = following(out, folder).set_index("metric")["follows"].to_dict()
+    agreement = following(out, folder)
+    assert agreement["metric"].tolist()[-1] == "arcface", "what no image has comes last"
+    assert sorted(agreement["metric"]) == sorted(metric.key for metric in (*METRICS, *OUTCOME_METRICS)), (
+        "none is left out"
+    )
+    found = agreement.set_index("metric")["follows"].to_dict()
     assert found["region_min"] == found["region"] == found["lost"] == 1
     assert found["clip_t"] == found["found"] == 0.5  # the same in all images
-    assert "dino" not in found
+    assert np.isnan(found["dino"])
+    assert dict(zip(agreement["metric"], agreement["images"], strict=True))["dino"] == 0
     printed = call("blind", "follow", out, "--evaluation", folder).output
     assert "Worst concept" in printed
     assert "1.00 (1.00 … 1.00)" in " ".join(printed.replace("│", " ").split())
+    assert re.search(r"No voted image has .*Style, .*ArcFace: evaluate run --metrics", " ".join(printed.split()))
+    written = pd.read_csv(out / "following.csv")
+    assert written.set_index("metric")["follows"].to_dict() == pytest.approx(found, nan_ok=True)
     (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},both\n" for n in files))
     refused = call("blind", "follow", out, "--evaluation", folder, code=2).output
     assert "are the same, so no number can follow them" in " ".join(refused.split())
+
+
+def test_the_table_in_the_docs_is_what_the_command_wrote() -> None:
+    folder = ROOT / "docs" / "votes"
+    written = pd.read_csv(folder / "following.csv")
+    rows = table("docs/evaluation.md", "Which one follows an eye here?")[2:]
+    shown = pd.DataFrame(written[written["images"] > 0]).to_dict("records")
+    assert [(name.lower(), follows, int(images)) for name, follows, images in rows] == [
+        (row["title"].lower(), f"{row['follows']:.2f} ({row['low']:.2f} … {row['high']:.2f})", row["images"])
+        for row in shown
+    ]
+    key, votes = read_votes(folder)
+    assert len(votes) == len(key) == written["images"].max()
+    assert read_files(folder).keys() == key.keys()

@@ -225,7 +225,7 @@ def test_photographs_of_a_data_set_are_downloaded_as_references(
     (one,) = (one for one in wanted(published) if one.name == "photographs")
     assert one.size == one.missing == sum(map(len, photographs))
     assert one.download.page == f"{hub.endpoint}/datasets/somebody/photographs"
-    ready = fetch(published)
+    ready = fetch(published).suite
     assert len(reference_crops(ready.concept("cat"))) == 2
     assert hub.bytes_of("dog/0.png") == 0
     assert {one.missing for one in wanted(published) if one.name == "photographs"} == {0}
@@ -248,7 +248,7 @@ def test_models_that_score_are_downloads_as_well(hub: LocalHub, suite: dict[str,
     judge = hub.repositories[JUDGE].files
     (one,) = (one for one in wanted(published) if one.name == "clip")
     assert one.size == one.missing == sum(len(data) for name, data in judge.items() if not name.endswith(".bin"))
-    ready = fetch(published)
+    ready = fetch(published).suite
     assert ready.encoder == ready.metrics[0].model
     assert load_encoder(ready.encoder).has_text
     assert hub.bytes_of("pytorch_model.bin") == 0
@@ -320,3 +320,67 @@ def test_the_dreambooth_suites_have_the_same_subjects_and_scenes() -> None:
     assert [one.name for one in krea2.concepts] == [one.name for one in sdxl.concepts]
     assert krea2.metrics == sdxl.metrics
     assert {one.name for one in krea2.compared} == {one.name for one in sdxl.compared} - {"lora-composer"}
+
+
+# --- trainings ---
+
+
+@pytest.fixture
+def with_training(hub: LocalHub, suite: dict[str, Any]) -> dict[str, Any]:
+    """The suite, whose LoRA of the cat is trained on photographs of the hub."""
+    photographs = {f"cat/{path.name}": path.read_bytes() for path in playground_references("cat")[:2]}
+    hub.repositories["datasets/somebody/photographs"] = Repository(photographs)
+    del suite["downloads"]["cat"]
+    suite["downloads"]["photographs"] = {"repository": "somebody/photographs", "dataset": True, "files": "cat/*.png"}
+    settings = {"resolution": 64, "rank": 2, "mixed_precision": "no"}
+    suite["trainings"] = {"cat": {"images": "photographs", "steps": 4, "settings": settings}}
+    return suite
+
+
+def test_a_plan_names_what_is_trained(with_training: dict[str, Any], hub: LocalHub, tmp_path: Path) -> None:
+    told = flat(call("evaluate", "published", written(with_training, tmp_path), "--plan").output)
+    assert "cat: trained, 4 steps on sdxl, with photographs" in told
+    assert "photographs: somebody/photographs, the main branch, not pinned, " in told
+    assert not hub.served
+
+
+@pytest.mark.slow
+def test_what_is_trained_is_tried_before_the_images_and_trained_after_the_cost(
+    with_training: dict[str, Any], tmp_path: Path
+) -> None:
+    path, out = written(with_training, tmp_path), tmp_path / "out"
+    told = flat(call("evaluate", "published", path, "--out", out, "--smoke").output)
+    assert "s for each of 4 steps of its training" in told
+    assert told.index("Training, 4 steps in all: about ") < told.rindex("5 images, ")
+    assert not (out / "loras").exists()
+    told = flat(call("evaluate", "published", path, "--out", out, "--processes", 1).output)
+    assert told.index("Training, 4 steps in all: about ") < told.index("The report: ")
+    (lora,) = (out / "loras").glob("*.safetensors")
+    assert str(lora) in (out / "suite.yaml").read_text()
+    before = lora.stat().st_mtime_ns
+    assert "Training" not in flat(call("evaluate", "published", path, "--out", out, "--processes", 1).output)
+    assert lora.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("trainings", "message"),
+    [
+        ({"unused": {"images": "photographs"}}, "the training 'unused' is that of 0 concepts; one has to name it"),
+        ({"dog": {"images": "photographs"}}, "'dog' is the name of a download and of a training"),
+        ({"cat": {"images": "photographs", "steps": 1}}, "trainings.cat.steps"),
+        ({"cat": {"images": "/elsewhere"}}, "nothing in the suite names the download 'photographs'"),
+    ],
+)
+def test_trainings_that_cannot_be_are_refused(
+    with_training: dict[str, Any], tmp_path: Path, trainings: dict[str, Any], message: str
+) -> None:
+    with_training["trainings"] = trainings
+    with pytest.raises(FileError, match=message):
+        read_published(written(with_training, tmp_path))
+
+
+def test_every_subject_of_the_dreambooth_suites_is_trained_on_its_photographs() -> None:
+    for path in published_dir().glob("dreambooth-*.yaml"):
+        published = read_published(path)
+        for concept in published.suite.concepts:
+            assert published.trainings[str(concept.lora)].images == concept.references

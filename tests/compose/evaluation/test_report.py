@@ -24,7 +24,16 @@ from lora_compose.compose.evaluation.table import load
 from lora_compose.compose.files.images import Machine
 
 FILES = ["report.html", "report.md", "images.csv", "concepts.csv", "confusion.csv", "summary.json"]
-ABSENT = ("style", "bystanders", "inside", "dino", "dino_found", "scr", "scr_whole")  # nothing measured, no column
+ABSENT = (
+    "style",
+    "bystanders",
+    "inside",
+    "dino",
+    "dino_found",
+    "scr",
+    "scr_whole",
+    "arcface",
+)  # nothing measured, no column
 EVIL = (
     'a <script>alert("x")</script> sks cat & a zwx dog | *bold* \x1b[31m\u202e " onmouseover="alert(1)" '
     "' onload='alert(1)' </script></style></title><svg/onload=alert(1)> {{ 7 * 7 }} ]]> -->"
@@ -245,6 +254,17 @@ def test_numbers_are_short_and_signed() -> None:
     assert number(-0.5, digits=1) == "\u22120.5"
     assert number(0.5, METRICS[0], sign=True) == "+0.50"
     assert number(float("nan")) == number(None) == "\u2013"
+
+
+def test_the_page_begins_with_how_many_images_of_each_row_succeed(written: Path) -> None:
+    words = _Page(written / "report.html").words
+    first = words[words.index("Images Seed 1 of the first scenes") : words.index("Outcomes Every subject")]
+    shares = re.findall(r"(\d+) of (\d+) images? succeeds?", first)
+    rows = json.loads((written / "summary.json").read_text())
+    shown = [row for row in rows if row["images"] and not row["arm"].startswith("alone")]
+    assert shares == [(str(round(row["success"] * row["images"])), str(row["images"])) for row in shown]
+    assert ("1", "2") in shares
+    assert "its similarity to its own references, 1 at most" in first
 
 
 def test_facts_about_images(written: Path) -> None:

@@ -270,6 +270,24 @@ def test_chosen_metrics_are_computed_from_their_own_models(tmp_path: Path) -> No
     assert pd.isna(plain["dino"])
 
 
+def test_arcface_leaves_out_what_has_no_face_in_its_references(tmp_path: Path) -> None:
+    of = suite(methods=["merge"], seeds=[1], metrics=["arcface=a.onnx"])
+    out = store(tmp_path, of, lambda batch, seed: sanity(batch) or {"cat": 0.6, "dog": 0.6})
+    path = out / "batches/both-merge-None-1" / SCORES
+    scores = Scores.model_validate_json(path.read_text())
+    both = {"cat": 0.1, "dog": 0.2}
+    for whole, found, expected in (
+        (both, {"cat": 0.7, "dog": 0.5}, 0.6),
+        (both, {"cat": 0.7}, 0.35),  # the dog was not found
+        ({"cat": 0.1}, {"cat": 0.7}, 0.7),  # no face in the references of the dog
+        ({"dog": 0.1}, {}, 0.0),
+    ):
+        features = {"arcface": Features(whole=whole, found=found)}
+        images = {1: scores.images[1].model_copy(update={"chosen": features})}
+        path.write_text(scores.model_copy(update={"images": images}).model_dump_json())
+        assert image(load(out), "merge", 1)["arcface"] == pytest.approx(expected)
+
+
 def test_only_an_encoder_that_reads_texts_gives_clip_i(tmp_path: Path) -> None:
     of = suite(methods=["merge"], seeds=[1])
     out = store(tmp_path, of, lambda batch, seed: sanity(batch) or {"cat": 0.6, "dog": 0.6})
