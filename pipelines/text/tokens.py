@@ -25,6 +25,7 @@ from lora_compose.pipelines.text.templates import TemplateTokenizer
 _BRACKET = re.compile(r"\\[()\[\]]")  # in a pattern of `re.escape`
 _ESCAPED = re.compile(r"\\([()\[\]])")
 _EDGES = "()[]\\"
+_LETTERS = re.compile(r"[^\W_]+")
 _BETWEEN = re.compile(r"(?<=[^\s_])[\s_]+(?=[^\s_])")  # between the words of a tag: "hatsune_miku"
 
 
@@ -71,6 +72,9 @@ def find_words(words: str, prompt: str) -> list[tuple[int, int]]:
 @lru_cache(maxsize=1024)  # every concept of a call asks where the words of all others are
 def _find_words(words: str, prompt: str) -> tuple[tuple[int, int], ...]:
     words = unescaped(words).strip()
+    # Of thousands of stored concepts few are in a prompt: letters are compared before a pattern is made.
+    if words.isascii() and not all(letters in prompt.lower() for letters in _LETTERS.findall(words.lower())):
+        return ()
     return _spans(words, words.split(), r"\s+", prompt) or _spans(words, _BETWEEN.split(words), r"(?:\s+|_+)", prompt)
 
 
