@@ -212,7 +212,8 @@ class PackedWeight(Tensor):
     def detach(self) -> Tensor:
         return self
 
-    clone = detach
+    def clone(self, *, memory_format: torch.memory_format | None = None) -> Tensor:
+        return self
 
     def to(self, *arguments: Any, **options: Any) -> Tensor:
         moved = super().to(*arguments, **options)
