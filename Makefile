@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui evaluate docs test slowest comfyui comfyui-speed matrix engines lint format lines wheel clean
+.PHONY: help demo ui evaluate docs test slowest comfyui comfyui-speed matrix engines quantised lint format lines wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -37,6 +37,10 @@ comfyui-speed: .venv/.installed-dev  ## print seconds per step beside ComfyUI's 
 matrix: build/matrix/newest/.installed build/matrix/lowest/.installed  ## run the tests on the newest and the lowest versions that pyproject.toml allows
 	build/matrix/newest/bin/python -m pytest -n 2 $(TESTS)
 	build/matrix/lowest/bin/python -m pytest -n 2 --ignore tests/test_goldens.py $(TESTS)
+
+# In an environment of their own, since diffusers behaves otherwise where they are installed.
+quantised: build/quantised/.installed  ## run the tests of quantised models with each library: bitsandbytes, torchao, gguf, quanto, SDNQ
+	build/quantised/bin/python -m pytest -rs -m "slow or not slow" $(or $(TESTS),$(QUANTISED_TESTS))
 
 # Their own versions of diffusers are too old for lora-compose, and their kernels need a GPU.
 engines: build/engines/sglang/.installed build/engines/vllm-omni/.installed  ## run the diffusers back ends of SGLang and vLLM-Omni on the CPU
@@ -114,6 +118,14 @@ build/engines/vllm-omni/.installed: INSTALL_ENGINE = \
   $(ENGINE_INSTALL) jinja2 packaging setuptools setuptools-rust setuptools-scm wheel && \
   VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.30.0 $(ENGINE_INSTALL) --no-build-isolation-package vllm \
     --no-binary vllm vllm==0.30.0 vllm-omni==0.30.0 --editable '.[dev]'
+
+QUANTISED_TESTS := tests/attention/test_quantised_layers.py tests/pipelines/families/test_quantised.py \
+  tests/pipelines/families/test_transformer_memory.py tests/compose/generate/test_quantised_runs.py
+
+build/quantised/.installed: pyproject.toml | .venv/.installed-dev
+	$(BIN)/uv venv --clear --python $(BIN)/python $(@D)
+	$(BIN)/uv pip install --python $(@D)/bin/python --editable '.[dev,quantize]' optimum-quanto sdnq
+	@touch $@
 
 # Environments of their own, of the newest and the lowest versions that pyproject.toml allows.
 build/matrix/newest/.installed: RESOLUTION = highest

@@ -32,6 +32,7 @@ args.cpu = True  # before anything else of ComfyUI looks for a device
 
 import comfy.lora  # pyright: ignore[reportMissingImports]
 import comfy.model_patcher  # pyright: ignore[reportMissingImports]
+import comfy.ops  # pyright: ignore[reportMissingImports]
 import comfy.sample  # pyright: ignore[reportMissingImports]
 import comfy.supported_models  # pyright: ignore[reportMissingImports]
 
@@ -197,6 +198,67 @@ def quantised(name: str) -> Any:
     assert not missing
     assert not unexpected
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
+class PackedWeight(Tensor):
+    """A weight as ComfyUI-GGUF has it: bytes that say that they have the weight's shape, and stay as they are."""
+
+    sides: torch.Size
+
+    @property
+    def shape(self) -> torch.Size:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return getattr(self, "sides", self.size())
+
+    def detach(self) -> Tensor:
+        return self
+
+    def clone(self, *, memory_format: torch.memory_format | None = None) -> Tensor:
+        return self
+
+    def to(self, *arguments: Any, **options: Any) -> Tensor:
+        moved = super().to(*arguments, **options)
+        moved.sides = self.shape  # pyright: ignore[reportAttributeAccessIssue]
+        return moved
+
+
+class PackedLinear(comfy.ops.manual_cast.Linear):
+    """Stands for ComfyUI-GGUF's linear layer, which makes numbers of its bytes in each call: four bits, one scale."""
+
+    comfy_cast_weights = True
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.scale = layer.weight.abs().max() / 7
+        codes = ((layer.weight / self.scale).round() + 8).to(torch.uint8).flatten()
+        packed = (codes[::2] + 16 * codes[1::2]).as_subclass(PackedWeight)
+        packed.sides = layer.weight.shape
+        self.weight, self.bias = nn.Parameter(packed, requires_grad=False), layer.bias
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Sizes alone, by which ComfyUI counts memory."""
+        destination[f"{prefix}weight"] = torch.empty(self.weight.size(), dtype=torch.uint8, device="meta")
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias.to("meta")
+
+    def dense(self) -> Tensor:
+        packed = self.weight.as_subclass(Tensor)
+        codes = torch.stack([packed % 16, packed // 16], dim=-1).float() - 8
+        return codes.flatten().view(self.weight.shape) * self.scale
+
+    def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.dense().to(input.dtype), bias)
+
+
+def packed(name: str) -> Any:
+    """A model whose linear layers are like those of ComfyUI-GGUF's loader."""
+    patcher = FAMILIES[name]()
+    model = patcher.model.diffusion_model
+    for at, layer in [*model.named_modules()]:
+        if isinstance(layer, nn.Linear) and layer.weight.numel() % 2 == 0:
+            model.set_submodule(at, PackedLinear(layer))
+    return patcher
 
 
 def tensors_of(patcher: Any, seed: int, rank: int = 3) -> dict[str, Tensor]:

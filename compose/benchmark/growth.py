@@ -6,7 +6,7 @@ The host's work is that of real calls on the playground.
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -33,10 +33,12 @@ from lora_compose.compose.support.terminal import bar, echo, out
 from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
+from lora_compose.pipelines.text.selection import NamedConcepts, choose_concepts
 
 CONCEPTS, IMAGES, SIZES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), (512, 1024, 2048)
 STORED = (10, 100, 1000, 10_000)
 _WORDS = "abcdefghijklmnopqrstuvwxyz0123456789"  # each a token of its own for CLIP's tokenizers
+_NOUNS = ("cat", "dog", "girl", "man")  # class words of stored LoRAs
 _STEPS, _GUIDANCE, _SIDE = 1, 5.0, 512
 _UNUSED = "789"  # words for prompts that no call had before; of as many timed calls the quickest counts
 
@@ -121,25 +123,38 @@ def of_host(numbers: Sequence[int]) -> Iterator[Point]:
 
 
 def of_stored(numbers: Sequence[int]) -> Iterator[Point]:
-    """CPU seconds and MiB of registering files by their headers, each into a new library."""
+    """CPU seconds and MiB of registering files by their headers, each into a new library, and of choosing two of them.
+
+    A quarter of the files share a class word, so the two are chosen by their triggers.
+    """
     pipe = pipeline_of(counting.meta_unet(SD15), scheduler())
     with tempfile.TemporaryDirectory() as folder:
         written = 0
         for number in numbers:
             for i in range(written, number):
                 save_file({"unet.x.lora_A.weight": torch.zeros(1, 1)}, Path(folder) / f"{i}.safetensors",
-                          metadata={"trigger": f"word{i}"})  # fmt: skip
+                          metadata={"trigger": f"word{i}", "class_word": _NOUNS[i % len(_NOUNS)]})  # fmt: skip
             written = number
             library = ConceptLibrary()
-            start = time.process_time()
-            library.add(pipe, folder)
-            seconds = time.process_time() - start
+            seconds = _cpu_seconds(partial(library.add, pipe, folder))
             tracemalloc.start()
             library = ConceptLibrary()
             library.add(pipe, folder)
             kept, _ = tracemalloc.get_traced_memory()
             tracemalloc.stop()
-            yield Point(number, {"CPU s": seconds, "MiB": kept / 2**20})
+            chosen = [_cpu_seconds(partial(choose_two, library.concepts, word)) for word in _UNUSED]
+            yield Point(number, {"CPU s": seconds, "MiB": kept / 2**20, "CPU ms to choose": 1000 * min(chosen)})
+
+
+def choose_two(known: Mapping[str, Concept], word: str) -> NamedConcepts:
+    """Chooses two of the stored concepts by a prompt with some word."""
+    return choose_concepts(f"a word3 {_NOUNS[3]} and a word7 {_NOUNS[7 % len(_NOUNS)]} on {word}", known)
+
+
+def _cpu_seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def curves() -> list[Curve]:
@@ -204,8 +219,8 @@ def growth_table(drawn: Sequence[Curve]) -> Table:
     table = new_table(
         "Counted: one step of SD 1.5 in half precision with regional, LoRAs of rank 8 on all attention layers; of the "
         "host: Python calls, and measured CPU time outside of the model's passes, of a call of one step with new "
-        "concepts on the playground; stored LoRAs: CPU time and memory to register them by their headers. p: cost = "
-        "a + b n^p, by the last three numbers",
+        "concepts on the playground; stored LoRAs: CPU time and memory to register them by their headers, and CPU time "
+        "to choose two of them by a prompt. p: cost = a + b n^p, by the last three numbers",
         ["what", "by", "from", "to", "first", "last", "p"],
     )
     for curve in drawn:

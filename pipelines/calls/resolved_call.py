@@ -25,7 +25,13 @@ from lora_compose.pipelines.calls.call import Call, Concepts, check_call, steps_
 from lora_compose.pipelines.calls.host import Host
 from lora_compose.pipelines.calls.memory import check_size, warn_of_size
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
-from lora_compose.pipelines.concepts.overload import WARNED, joint_change
+from lora_compose.pipelines.concepts.overload import (
+    FEW_STEPS,
+    HELD_IN_FEW_STEPS,
+    WARNED,
+    WARNED_IN_FEW_STEPS,
+    joint_change,
+)
 from lora_compose.pipelines.concepts.overload import warning as overload_warning
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.control.image_prompts import PreparedImagePrompts
@@ -195,7 +201,10 @@ def _resolved(
     _check_needs(call, choice.method, backbone)
     canvas, scheduler = _canvas(host, call, backbone, device), deepcopy(host.scheduler)
     sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
-    concepts = _guarded(placed, sets, choice.method, canvas, len(sampler.schedule.timesteps))
+    sampling = call.sampling  # of an image to start from, fewer steps than these are run
+    steps = sampler.schedule.steps if sampling.has_schedule else sampling.num_inference_steps or 1
+    few_steps = sampling.guider.scale <= 1 and steps <= FEW_STEPS
+    concepts = _guarded(placed, sets, choice.method, canvas, len(sampler.schedule.timesteps), few_steps)
     sets = [concepts.subset(columns) for columns in concepts_of]
 
     textual_inversions = TextualInversions.of(concepts.loaded, host.components)
@@ -300,9 +309,13 @@ def _controls(
 
 
 def _guarded(
-    concepts: ConceptSet, sets: Sequence[ConceptSet], method: Settings, canvas: Canvas, steps: int
+    concepts: ConceptSet, sets: Sequence[ConceptSet], method: Settings, canvas: Canvas, steps: int, few_steps: bool
 ) -> ConceptSet:
-    """Warns of LoRAs that together change more than each was trained to, and keeps them to the method's limit."""
+    """Warns of LoRAs that together change more than each was trained to, and keeps them to the method's limit.
+
+    Args:
+        few_steps: Whether the call is one of a few-step model, which may take less.
+    """
     limits: dict[Handle, dict[str, float]] = {}  # concepts with one LoRA keep one, of which the strongest counts
     model = canvas.backbone.model
     for each in sets:
@@ -320,10 +333,11 @@ def _guarded(
                 if not joint.of_weights:
                     continue
             elif group.has_limit and not joint.of_weights.issuperset(joint.by_layer):
-                otherwise = f", or {type(method).__name__}(limit=1){otherwise}"
-            if joint.ratio > WARNED:
-                about = tuple(entry.concept.name for entry in loaded), joint.weights, joint.ratio
-                warn_first(about, partial(overload_warning, loaded, joint, model, otherwise))
+                limit = HELD_IN_FEW_STEPS if few_steps else 1
+                otherwise = f", or {type(method).__name__}(limit={limit}){otherwise}"
+            if joint.ratio > (WARNED_IN_FEW_STEPS if few_steps else WARNED):
+                about = tuple(entry.concept.name for entry in loaded), joint.weights, joint.ratio, few_steps
+                warn_first(about, partial(overload_warning, loaded, joint, model, otherwise, few_steps=few_steps))
     if not limits:
         return concepts
     of_each = (limits.get(entry.handle(entry.factors.part), {}) for entry in concepts.loaded)

@@ -30,6 +30,14 @@ WARNED = 1.5
 
 Measured on the playground's transformer (`docs/methods/merge.md`): the largest at which nothing was clearly lost.
 """
+FEW_STEPS = 10
+"""The most steps of a call without guidance that is taken for one of a few-step model."""
+WARNED_IN_FEW_STEPS, HELD_IN_FEW_STEPS = 0.5, 0.42
+"""The same threshold there, and the joint change that is proposed; not measured here.
+
+From https://github.com/Haoming02/sd-webui-forge-classic/issues/534 (Z-Image-Turbo): two LoRAs at weight 0.5, so 0.71 if
+they are unrelated, break the image, and hold at 0.3, so 0.42.
+"""
 _MOST = 256  # LoRAs whose norms are kept, and sets of them
 
 _lock = threading.Lock()  # models of several threads share these
@@ -217,19 +225,26 @@ def _norm(parts: Sequence[tuple[LoraFactors, float]]) -> float:
     return math.sqrt(max(0.0, float(((ups.T @ ups) * (downs @ downs.T)).sum())))
 
 
-def warning(loaded: Sequence[LoadedConcept], joint: Joint, model: nn.Module, otherwise: str) -> str:
-    """Figures and a proposal for LoRAs that change more together than each was trained to.
+def warning(
+    loaded: Sequence[LoadedConcept], joint: Joint, model: nn.Module, otherwise: str, *, few_steps: bool = False
+) -> str:
+    """Figures and a proposal for LoRAs that change more together than each was trained to, or than few steps may take.
 
     Args:
         otherwise: What else to do than to lower weights.
+        few_steps: Whether the call is one of a few-step model.
     """
     names = ", ".join(concept.concept.name for concept in loaded)
-    lower = ", ".join(f"{weight / joint.ratio:.2g}" for weight in joint.weights)
+    aim, why = 1.0, ""
+    if few_steps:
+        aim = HELD_IN_FEW_STEPS
+        why = f" Few-step models may take less than others: in a report one broke at 0.71 times and held at {aim}."
+    lower = ", ".join(f"{weight * min(1.0, aim / joint.ratio):.2g}" for weight in joint.weights)
     share = joint.share_of(model)
     weights = "" if share is None else f", {share:.1%} of the weights that they change"
     return (
         f"{names} act on the same places: together their change is {joint.ratio:.2g} times the larger one as it was "
-        f"trained{weights}. If the image breaks, use weights such as {lower}{otherwise}"
+        f"trained{weights}.{why} If the image breaks, use weights such as {lower}{otherwise}"
     )
 
 

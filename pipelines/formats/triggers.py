@@ -1,7 +1,8 @@
 """The words that a file was trained with: those that it declares, and candidates from captions and folder names.
 
-Sources: the public metadata of sd-scripts (`ss_tag_frequency`, `ss_dataset_dirs`), modelspec (`trigger_phrase`),
-ai-toolkit, which writes its trigger word as the name of a folder with one caption, and OneTrainer (`ot_config`).
+Sources: the public metadata of sd-scripts (`ss_tag_frequency`, `ss_dataset_dirs`, and the `class_tokens` of
+`ss_datasets`, where folders have any name), modelspec (`trigger_phrase`), ai-toolkit, which writes its trigger word as
+the name of a folder with one caption, and OneTrainer (`ot_config`). Booru tags are written with spaces or underscores.
 Metadata are not trusted: they may be anything.
 """
 
@@ -14,6 +15,7 @@ from typing import Any, TypeGuard
 _MOST = 5  # candidates from captions
 _MANY = 200  # the most characters of a candidate
 _LONG = 4  # words of a tag; a longer one is a sentence
+_FOLDERS = 100  # of training images whose class tokens are read
 _LARGEST = 10**9  # images; more is no count
 _HALF = 0.5  # the share of captions that confirms the name of a folder
 
@@ -157,7 +159,7 @@ def words_of(metadata: Mapping[str, str], bundled: Iterable[str] = ()) -> Words:
     """Reads the words of a file from its metadata; `bundled` are words with vectors of their own."""
     captions, own = _Captions.of(metadata), list(bundled)
     declared = list(_declared(metadata, captions))
-    folders = [Candidate(name, "name of a folder of training images") for name in captions.folders]
+    folders = [Candidate(name, where) for name, where in captions.folders.items()]
     tags = [Candidate(_short(tag), _in_captions(count)) for tag, count in captions.ranked()[:_MOST]]
     named = captions.named()
     own_words = [Candidate(_short(word), "a word with vectors of its own") for word in own]
@@ -173,7 +175,7 @@ def words_of(metadata: Mapping[str, str], bundled: Iterable[str] = ()) -> Words:
     elif own:
         trigger, where = " ".join(own), "its bundled words"
     elif named:
-        trigger, where = named, f"the folder of its training images, {captions.folder_of(captions.folders[0])!r}"
+        trigger, where = named, captions.named_by
     if trigger and not noun and not own:
         trigger, noun = divided(trigger)
     nouns = tuple(Candidate(word, _in_captions(count)) for word, count in captions.nouns())
@@ -200,15 +202,22 @@ class _Captions:
         counts: How many captions have a tag, by folder; in the order of the captions.
         dirs: Names of folders, as they were.
         images: How many images there are, if that is known.
+        class_tokens: What the captions of folders are without files of their own.
     """
 
     counts: Mapping[str, Mapping[str, int]]
     dirs: tuple[str, ...]
     images: int
+    class_tokens: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, metadata: Mapping[str, str]) -> "_Captions":
-        regular = parsed(metadata.get("ss_reg_dataset_dirs")).keys()
+        subsets = list(_subsets(metadata))
+        regular = {
+            *parsed(metadata.get("ss_reg_dataset_dirs")),
+            *(_text(it, "image_dir") for it in subsets if _is_regular(it)),
+        }
+        tokens = (_short(text) for it in subsets if not _is_regular(it) and (text := _text(it, "class_tokens")))
         dirs = {name: entry for name, entry in parsed(metadata.get("ss_dataset_dirs")).items() if name not in regular}
         counts: dict[str, dict[str, int]] = {}
         for folder, tags in parsed(metadata.get("ss_tag_frequency")).items():
@@ -219,31 +228,38 @@ class _Captions:
                     mine = counts.setdefault(folder, {})
                     mine[tag.strip()] = mine.get(tag.strip(), 0) + count
         images = [entry.get("img_count") for entry in dirs.values() if isinstance(entry, dict)]
-        return cls(counts, tuple(dict.fromkeys([*dirs, *counts])), sum(n for n in images if _is_count(n)))
+        whole = sum(n for n in images if _is_count(n))
+        return cls(counts, tuple(dict.fromkeys([*dirs, *counts])), whole, tuple(dict.fromkeys(tokens)))
 
     @property
-    def folders(self) -> tuple[str, ...]:
-        """What folders are called after their number of repeats: "ohwx man" for "10_ohwx man"."""
+    def folders(self) -> dict[str, str]:
+        """What folders stand for, and where that is: their class tokens, or "ohwx man" for "10_ohwx man"."""
+        if self.class_tokens:
+            return dict.fromkeys(self.class_tokens, "class_tokens of the training images")
         matches = (re.fullmatch(r"\d+_(.+?)(?: \(\d+\))?", name) for name in self.dirs)
-        return tuple(dict.fromkeys(_short(name[1].strip()) for name in matches if name))
+        return dict.fromkeys((_short(it[1].strip()) for it in matches if it), "name of a folder of training images")
 
-    def folder_of(self, name: str) -> str:
-        """The folder of that name, with its number of repeats."""
-        return next((folder for folder in self.dirs if name in folder), name)
+    @property
+    def named_by(self) -> str:
+        """What names the only folder: class tokens, or itself, with its number of repeats."""
+        (name,) = self.folders
+        if self.class_tokens:
+            return f"class_tokens of its training images, {name!r}"
+        return f"the folder of its training images, {next(folder for folder in self.dirs if name in folder)!r}"
 
     def named(self) -> str | None:
         """The name of the only folder, if it can be a trigger and captions have it; None otherwise."""
         if len(self.folders) != 1:
             return None
-        name = self.folders[0]
+        (name,) = self.folders
         trigger, noun = divided(name)
-        if trigger.lower() in _NOUNS or trigger.lower() in _GENERAL:
+        if _spaced(trigger) in _NOUNS | _GENERAL:
             return None
         every = self._tags()
         if not every:
             return name if noun else None
-        has = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
-        captions = sum(count for tag, count in every.items() if has.search(tag))
+        has = re.compile(rf"(?<!\w){re.escape(_spaced(trigger))}(?!\w)")
+        captions = sum(count for tag, count in every.items() if has.search(_spaced(tag)))
         whole = self.images or max(every.values())
         if captions < _HALF * whole:
             return None
@@ -253,7 +269,7 @@ class _Captions:
 
     def has(self, tag: str) -> bool:
         """Whether captions have a tag."""
-        return any(known.lower() == tag.lower() for known in self._tags())
+        return any(_spaced(known) == _spaced(tag) for known in self._tags())
 
     def ranked(self) -> list[tuple[str, int]]:
         """Tags by how many captions have them, those that say little last; of sentences, their words."""
@@ -261,24 +277,26 @@ class _Captions:
         if every and all(len(tag.split()) > _LONG for tag in every):
             every = self._spelled(lambda word: word not in _STOP and len(word) > 1)
         general = _NOUNS | _GENERAL
-        return sorted(every.items(), key=lambda item: (item[0].lower() in general, -item[1]))
+        return sorted(every.items(), key=lambda item: (_spaced(item[0]) in general, -item[1]))
 
     def nouns(self) -> list[tuple[str, int]]:
         """Usual class words in the captions, the most frequent first."""
         return sorted(self._spelled(is_usual_noun).items(), key=lambda item: -item[1])[:_MOST]
 
     def _tags(self) -> dict[str, int]:
-        sums: dict[str, int] = {}
+        """How many captions have each tag, in the spelling that most of them have."""
+        spellings: dict[str, dict[str, int]] = {}
         for counts in self.counts.values():
             for tag, count in counts.items():
-                sums[tag] = sums.get(tag, 0) + count
-        return sums
+                mine = spellings.setdefault(tag.replace("_", " "), {})
+                mine[tag] = mine.get(tag, 0) + count
+        return {max(mine, key=mine.__getitem__): sum(mine.values()) for mine in spellings.values()}
 
     def _spelled(self, wanted: Callable[[str], bool]) -> dict[str, int]:
         """How many tags have each of the words that are wanted."""
         sums: dict[str, int] = {}
         for tag, count in self._tags().items():
-            for word in dict.fromkeys(re.findall(r"\w+", tag.lower())):
+            for word in dict.fromkeys(re.findall(r"[^\W_]+", tag.lower())):
                 if wanted(word):
                     sums[word] = sums.get(word, 0) + count
         return sums
@@ -292,7 +310,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
 def _begins(tag: str, name: str) -> bool:
     """Whether a tag of few words begins with the name of a folder: "saber (fate)" with "saber"."""
     long = len(tag.split()) > _LONG
-    return not long and re.match(rf"{re.escape(name)}(?!\w)", tag, re.IGNORECASE) is not None
+    return not long and re.match(rf"{re.escape(_spaced(name))}(?!\w)", _spaced(tag)) is not None
 
 
 def _declared(metadata: Mapping[str, str], captions: _Captions) -> Iterator[Candidate]:
@@ -307,12 +325,43 @@ def _declared(metadata: Mapping[str, str], captions: _Captions) -> Iterator[Cand
             yield Candidate(_short(word), key)
 
 
+def _subsets(metadata: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
+    """The folders of sd-scripts, where its settings name them."""
+    datasets = _loaded(metadata.get("ss_datasets"))
+    for dataset in datasets[:_FOLDERS] if isinstance(datasets, list) else ():
+        subsets = dataset.get("subsets") if isinstance(dataset, dict) else None
+        yield from (it for it in (subsets[:_FOLDERS] if isinstance(subsets, list) else ()) if isinstance(it, dict))
+
+
+def _is_regular(subset: Mapping[str, Any]) -> bool:
+    """Whether a folder has regularisation images."""
+    return subset.get("is_reg") is True
+
+
+def _text(entry: Mapping[str, Any], key: str) -> str:
+    value = entry.get(key)
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _spaced(tag: str) -> str:
+    """A tag in small letters, with spaces for underscores."""
+    return tag.replace("_", " ").lower()
+
+
 def _of_onetrainer(metadata: Mapping[str, str]) -> Iterator[Candidate]:
     concepts = parsed(metadata.get("ot_config")).get("concepts")
     for concept in concepts[:_MOST] if isinstance(concepts, list) else ():
-        name = concept.get("name") if isinstance(concept, dict) else None
-        if isinstance(name, str) and name.strip():
-            yield Candidate(_short(name.strip()), "name of a concept in OneTrainer")
+        if isinstance(concept, dict) and _is_trained(concept) and (name := _text(concept, "name")):
+            yield Candidate(_short(name), "name of a concept in OneTrainer")
+
+
+def _is_trained(concept: Mapping[str, Any]) -> bool:
+    """Whether OneTrainer trained on a concept: it may be off, for validation, or to keep what the model had."""
+    elsewhere = concept.get("validation_concept") is True or _text(concept, "type") in (
+        "VALIDATION",
+        "PRIOR_PREDICTION",
+    )
+    return concept.get("enabled") is not False and not elsewhere
 
 
 def _in_captions(count: int) -> str:
@@ -324,9 +373,13 @@ def _short(text: str) -> str:
 
 
 def parsed(text: str | None) -> dict[str, Any]:
-    """JSON inside metadata, which may be anything."""
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {}
+    """A JSON object inside metadata, which may be anything."""
+    value = _loaded(text)
     return value if isinstance(value, dict) else {}
+
+
+def _loaded(text: str | None) -> Any:
+    try:
+        return json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return None

@@ -12,7 +12,7 @@ from unicodedata import normalize
 
 from lora_compose.pipelines.concepts.tags import take_tags
 from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.text.tokens import Span, class_words, find_words, unescaped
+from lora_compose.pipelines.text.tokens import Span, class_words, find_words, spaced
 
 _ALIKE = 0.75
 """Two words with at least this share of letters in common, in order, may be the same word mistyped."""
@@ -107,7 +107,7 @@ def _by_trigger(prompt: str, known: Mapping[str, Concept]) -> dict[str, Span]:
     groups: dict[str, list[str]] = {}
     for name, places in outermost.items():
         if places:
-            groups.setdefault(" ".join(unescaped(known[name].trigger or "").lower().split()), []).append(name)
+            groups.setdefault(spaced(known[name].trigger or ""), []).append(name)
     return {(name := _only(prompt, group, known)): outermost[name][0] for group in groups.values()}
 
 
@@ -139,7 +139,7 @@ def _by_class_word(
     groups: dict[str, list[str]] = {}
     for name, concept in known.items():
         if concept.class_word:
-            groups.setdefault(" ".join(concept.class_word.lower().split()), []).append(name)
+            groups.setdefault(spaced(concept.class_word), []).append(name)
     spans, notes = {}, []
     for word, group in groups.items():
         free = [span for span in find_words(word, prompt) if span not in owned and not _inside(span, triggers)]

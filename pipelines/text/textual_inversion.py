@@ -93,7 +93,7 @@ class TextualInversions:
             for word in self.words:
                 names = [word, *takewhile(added.__contains__, (_further(word, i) for i in count(1)))]
                 written.update(names)
-                if len(names) > 1:
+                if len(names) > 1 or "_" in word:  # the prompt may have spaces for underscores
                     spelled[word] = " ".join(names)
             return spelled, any(name.endswith("_1") and name not in written for name in added)
 

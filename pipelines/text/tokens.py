@@ -25,6 +25,8 @@ from lora_compose.pipelines.text.templates import TemplateTokenizer
 _BRACKET = re.compile(r"\\[()\[\]]")  # in a pattern of `re.escape`
 _ESCAPED = re.compile(r"\\([()\[\]])")
 _EDGES = "()[]\\"
+_LETTERS = re.compile(r"[^\W_]+")
+_BETWEEN = re.compile(r"(?<=[^\s_])[\s_]+(?=[^\s_])")  # between the words of a tag: "hatsune_miku"
 
 
 class Tokenizer(Protocol):
@@ -59,20 +61,37 @@ class Positions:
 
 
 def find_words(words: str, prompt: str) -> list[tuple[int, int]]:
-    """Character spans of whole words in a prompt, ignoring case and spacing."""
+    """Character spans of whole words in a prompt, ignoring case and spacing.
+
+    Words that are not there as they are written are found with spaces for underscores, or the other way round: booru
+    tags have both spellings.
+    """
     return list(_find_words(words, prompt))
 
 
 @lru_cache(maxsize=1024)  # every concept of a call asks where the words of all others are
 def _find_words(words: str, prompt: str) -> tuple[tuple[int, int], ...]:
-    words = unescaped(words)
-    pattern = r"\s+".join(_BRACKET.sub(r"\\\\?\g<0>", re.escape(word)) for word in words.split())
+    words = unescaped(words).strip()
+    # Of thousands of stored concepts few are in a prompt: letters are compared before a pattern is made.
+    if words.isascii() and not all(letters in prompt.lower() for letters in _LETTERS.findall(words.lower())):
+        return ()
+    return _spans(words, words.split(), r"\s+", prompt) or _spans(words, _BETWEEN.split(words), r"(?:\s+|_+)", prompt)
+
+
+def _spans(words: str, parts: Sequence[str], between: str, prompt: str) -> tuple[tuple[int, int], ...]:
+    """Spans of words by a pattern between their parts."""
+    pattern = between.join(_BRACKET.sub(r"\\\\?\g<0>", re.escape(part)) for part in parts)
     # A boundary is needed only beside letters, digits and underscores: "<V1>" has its own.
-    before = r"(?<!\w)" if re.match(r"\w", words.strip()) else ""
-    after = r"(?!\w)" if re.search(r"\w$", words.strip()) else ""
+    before = r"(?<!\w)" if re.match(r"\w", words) else ""
+    after = r"(?!\w)" if re.search(r"\w$", words) else ""
     matches = re.finditer(before + pattern + after, prompt, re.IGNORECASE) if pattern else ()
     # To `re` the long s is an s, to tokenizers it is another letter.
-    return tuple(match.span() for match in matches if unescaped(match[0]).lower().split() == words.lower().split())
+    return tuple(match.span() for match in matches if spaced(match[0]) == spaced(words))
+
+
+def spaced(words: str) -> str:
+    """Words in small letters, with single spaces and no signs of weights: the same for all spellings of a booru tag."""
+    return " ".join(_BETWEEN.split(unescaped(words).strip().lower()))
 
 
 def unescaped(text: str) -> str:

@@ -1,5 +1,6 @@
 """How costs grow: nothing quadratically with the number of concepts or of stored LoRAs."""
 
+from functools import partial
 from inspect import signature
 
 import pytest
@@ -13,12 +14,14 @@ from lora_compose.compose.benchmark.architectures import SD15, TRANSFORMERS, wit
 from lora_compose.compose.benchmark.bench import PassRow, pass_cells, passes_table
 from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.compose.benchmark.flops import Operations
-from lora_compose.compose.benchmark.growth import Curve, Point, draw, of_call, of_host, of_stored
+from lora_compose.compose.benchmark.growth import _NOUNS as NOUNS
+from lora_compose.compose.benchmark.growth import Curve, Point, choose_two, draw, of_call, of_host, of_stored
 from lora_compose.compose.benchmark.host import python_calls
 from lora_compose.compose.benchmark.tables import GIB
 from lora_compose.compose.benchmark.transformers import READING, SHOWN, PassCost, pass_cost
 from lora_compose.pipelines.concepts import overload
 from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.text import tokens
 from lora_compose.pipelines.text.prompts import about
 
 MOST = 1.05
@@ -112,8 +115,28 @@ def test_of_blocks_that_are_alike_two_are_run_and_count_for_all(model, monkeypat
 
 
 def test_memory_of_stored_loras_grows_at_most_linearly():
-    growth = Curve("stored", list(of_stored((50, 100, 200)))).exponents()["MiB"]
-    assert 0.5 < growth < 1.2  # dictionaries grow in jumps
+    stored = Curve("stored", list(of_stored((50, 100, 200))))
+    assert 0.5 < stored.exponents()["MiB"] < 1.2  # dictionaries grow in jumps
+    assert all(point.costs["CPU ms to choose"] > 0 for point in stored.points)
+
+
+def test_choosing_of_stored_loras_looks_at_each_once():
+    points = []
+    for number, unused in ((1000, "snow"), (2000, "sand"), (4000, "grass")):
+        known = {f"{i}": Concept(name=f"{i}", trigger=f"word{i}", class_word=NOUNS[i % 4]) for i in range(number)}
+        assert choose_two(known, "stone").names == ("3", "7")
+        points.append(Point(number, {"calls": python_calls(partial(choose_two, known, unused))}))
+    assert Curve("stored", points).exponents()["calls"] == pytest.approx(1, abs=0.05)
+
+
+def test_concepts_that_a_prompt_does_not_name_are_passed_over_before_patterns_are_made(monkeypatch):
+    looked_for = []
+    monkeypatch.setattr(tokens, "_spans", lambda words, *_: looked_for.append(words) or ())
+    for words in ("word1234", "red hat", r"saber \(fate\)", "hatsune_miku"):
+        assert tokens.find_words(words, "a word1 in a hat by the sea") == []
+    assert looked_for == []
+    tokens.find_words("\N{GREEK SMALL LETTER OMEGA}", "\N{GREEK CAPITAL LETTER OMEGA} alone")
+    assert looked_for, "letters that are not of ASCII are left to the pattern"
 
 
 def test_the_joint_change_of_many_concepts_grows_linearly():

@@ -360,6 +360,18 @@ def test_layers_that_are_quantised_by_comfyui(core: ModuleType, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_layers_like_those_of_comfyui_gguf(core: ModuleType, tmp_path: Path, family: str) -> None:
+    """Their weights are bytes with the shape of a weight, which are dequantised for each product."""
+    if family not in core.FAMILIES:
+        pytest.skip(f"this version of ComfyUI has no {family}")
+    patcher = core.packed(family)
+    assert sum(type(layer) is core.PackedLinear for layer in patcher.model.modules()) > 4
+    for method in ("regional", "words in regions"):
+        plan = composition(core, patcher, tmp_path, method)
+        assert compared(core, patcher, plan, core.text(2)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_weights_that_are_brought_in_for_each_layer(
     core: ModuleType, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

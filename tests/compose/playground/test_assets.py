@@ -94,6 +94,13 @@ def test_every_concept_has_its_loras(concept: str) -> None:
         assert words(name) == words(concept)
 
 
+@pytest.mark.parametrize("model", assets.PLAYGROUNDS)
+def test_every_lora_names_its_playground(model: str) -> None:
+    for name in assets.playground_loras(model):
+        title = metadata(name, model)["base_model"]
+        assert assets.playground_of(title) == model, name
+
+
 @pytest.mark.parametrize("concept", concepts())
 def test_every_concept_has_ten_references_in_order(concept: str) -> None:
     paths = assets.playground_references(concept)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from components import lora_tensors, random_lora, seeded, tiny_pipeline
@@ -39,8 +40,8 @@ def latents_of(pipe: Any, *concepts: Concept | str, method: Any = "merge") -> to
     ).images  # fmt: skip
 
 
-def warnings_of(pipe: Any, *concepts: Concept | str, method: Any = "merge") -> list[str]:
-    plan = pipe.plan(PROMPT, concepts=list(concepts), method=method, width=32, height=32)
+def warnings_of(pipe: Any, *concepts: Concept | str, method: Any = "merge", **options: Any) -> list[str]:
+    plan = pipe.plan(PROMPT, concepts=list(concepts), method=method, width=32, height=32, **options)
     return [warning for warning in plan.warnings if "act on the same places" in warning]
 
 
@@ -76,6 +77,24 @@ def test_what_adds_up_is_a_warning_with_figures_and_weights(pipe: Any) -> None:
     assert not warnings_of(pipe, *half)
     assert not warnings_of(pipe, "cat", "dog"), "unrelated changes add up to 1.4 times"
     assert not warnings_of(pipe, Concept(name="cat", weight=2.0)), "alone it is what was asked for"
+
+
+def test_few_steps_without_guidance_are_warned_of_earlier(pipe: Any) -> None:
+    def halves(**options: Any) -> list[str]:
+        return warnings_of(pipe, *(Concept(name=name, weight=0.5) for name in ("cat", "dog")), **options)
+
+    few: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 1.0}
+    (said,) = halves(**few)
+    assert re.search(r"their change is 0\.69 times the larger one as it was trained, \d+\.\d% of the weights", said)
+    assert "Few-step models may take less" in said
+    assert "use weights such as 0.31, 0.31, or Merge(limit=0.42), or keep them apart: method='regional'" in said
+    assert not halves(**few | {"guidance_scale": 4.0})
+    assert not halves(**few | {"num_inference_steps": 30})
+    assert not halves(**few, method=Merge(limit=0.42))
+    assert not halves(guidance_scale=1.0, num_inference_steps=30, image=Image.new("RGB", (32, 32)), strength=0.2)
+    assert not warnings_of(pipe, *(Concept(name=name, weight=0.3) for name in ("cat", "dog")), **few)
+    regions = [Concept(name=name, region=(left, 0, left + 16, 32)) for name, left in (("cat", 0), ("dog", 16))]
+    assert not warnings_of(pipe, *regions, method="regional", **few), "what is kept apart does not add up"
 
 
 def test_styles_act_beside_each_subject_and_subjects_apart(pipe: Any) -> None:

@@ -10,6 +10,13 @@ from lora_compose.pipelines.formats.triggers import Candidate, words_of
 
 BOORU = {"mikudress": 40, "1girl": 40, "solo": 40, "twintails": 31}
 
+SUBSETS = [{"subsets": [
+    {"image_dir": "hoge", "class_tokens": "hoge girl", "is_reg": False, "img_count": 20},
+    {"image_dir": "reg", "class_tokens": "human", "is_reg": True, "img_count": 400},
+    {"image_dir": "captions", "class_tokens": None, "is_reg": False},
+]}]  # fmt: skip
+"""What sd-scripts writes if its settings have class tokens."""
+
 
 def header(tags: Mapping[str, Any] | None = None, **metadata: Any) -> dict[str, str]:
     given = metadata if tags is None else {"ss_tag_frequency": tags, **metadata}
@@ -34,6 +41,20 @@ DECLARED = {
     "sentences with the folder's words": (
         header({"10_ohwx man": {"a photo of ohwx man": 1, "ohwx man, smiling": 1, "a tree": 1}}), ("ohwx", "man")
     ),
+    "a folder with an underscore, captions with a space": (
+        header({"10_hatsune_miku": {"hatsune miku": 20, "1girl": 20}}), ("hatsune miku", None)
+    ),
+    "a folder with a space, captions with an underscore": (
+        header({"10_hatsune miku": {"hatsune_miku": 20, "long_hair": 20}}), ("hatsune_miku", None)
+    ),
+    "a folder with an underscore, captions with the noun": (
+        header({"10_ohwx_man": {"ohwx man": 20}}), ("ohwx", "man")
+    ),
+    "class tokens": (
+        header({"hoge": {"hoge girl": 20}, "reg": {"human": 400}}, ss_datasets=SUBSETS, ss_dataset_dirs={"hoge": {}}),
+        ("hoge", "girl"),
+    ),
+    "class tokens, no captions": (header(ss_datasets=SUBSETS), ("hoge", "girl")),
     "ai-toolkit": (header({"1_TOK": {"TOK": 1}}), ("TOK", None)),
     "a bundled word": (header(), ("<v1> <v2>", None)),
 }  # fmt: skip
@@ -93,16 +114,57 @@ def test_regularisation_images_do_not_count() -> None:
     assert words_of(metadata).class_words == (Candidate("man", "in 20 captions"),)
 
 
-def test_concepts_of_onetrainer_are_candidates() -> None:
-    words = words_of(header(ot_config={"concepts": [{"name": "ohwx"}, {"name": ""}, {}, 3]}))
-    assert words.triggers == (Candidate("ohwx", "name of a concept in OneTrainer"),)
+def test_class_tokens_of_several_folders_are_candidates() -> None:
+    subsets = [{"class_tokens": words, "is_reg": False} for words in ("alc woman", "brt woman")]
+    words = words_of(header({"women": {"alc woman": 9, "brt woman": 9}}, ss_datasets=[{"subsets": subsets}]))
+    assert words.trigger is None
+    assert {one.words for one in words.triggers} == {"alc woman", "brt woman"}
+    assert words_of(header(ss_datasets=[{"subsets": subsets}])).triggers == (
+        Candidate("alc woman", "class_tokens of the training images"),
+        Candidate("brt woman", "class_tokens of the training images"),
+    )
+
+
+def test_both_spellings_of_a_tag_are_one_candidate() -> None:
+    tags = {"hatsune_miku": 12, "hatsune miku": 28, "aqua_hair": 30, "looking_at_viewer": 40, "ohwx_woman": 5}
+    words = words_of(header({"img": tags}))
+    assert [(one.words, one.where) for one in words.triggers[:2]] == [
+        ("hatsune miku", "in 40 captions"), ("aqua_hair", "in 30 captions")
+    ]  # fmt: skip
+    assert words.triggers[-1].words == "looking_at_viewer"
+    assert words.class_words == (Candidate("woman", "in 5 captions"),)
+
+
+def test_concepts_of_onetrainer_are_candidates_if_they_were_trained() -> None:
+    off: list[dict[str, Any]] = [
+        {"enabled": False}, {"validation_concept": True}, {"type": "VALIDATION"}, {"type": "PRIOR_PREDICTION"}
+    ]  # fmt: skip
+    for other in off:
+        trained = {"name": "ohwx", "enabled": True, "validation_concept": False, "type": "STANDARD"}
+        words = words_of(header(ot_config={"concepts": [{"name": "other", **other}, trained, {"name": ""}, {}, 3]}))
+        assert words.triggers == (Candidate("ohwx", "name of a concept in OneTrainer"),)
 
 
 @pytest.mark.parametrize(
     "value",
-    ["[", "[]", "3", '{"a": 3}', '{"a": {"b": "c"}}', '{"a": {"": 3}}', "[" * 9999, '{"concepts": {}}', "1" * 9999],
+    [
+        "[",
+        "[]",
+        "3",
+        "[3]",
+        '[{"subsets": 3}]',
+        '[{"subsets": [3, {"class_tokens": 3, "image_dir": []}]}]',
+        '{"a": 3}',
+        '{"a": {"b": "c"}}',
+        '{"a": {"": 3}}',
+        "[" * 9999,
+        '{"concepts": {}}',
+        "1" * 9999,
+    ],
 )
-@pytest.mark.parametrize("key", ["ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ot_config"])
+@pytest.mark.parametrize(
+    "key", ["ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_datasets", "ot_config"]
+)
 def test_metadata_may_be_anything(key: str, value: str) -> None:
     words = words_of({key: value, "trigger": "x" * 500})
     assert len(words.triggers) == 1

@@ -67,6 +67,12 @@ def test_of_versions_of_one_lora_the_shortest_name_is_meant_or_the_one_with_a_ta
     assert (tagged.names, tagged.weights) == (("bear-tara",), {"bear-tara": 0.8})
 
 
+@pytest.mark.parametrize("prompt", ["a hatsune_miku girl", "a hatsune miku girl"])
+def test_both_spellings_of_a_tag_are_one_trigger(prompt: str) -> None:
+    both = known(miku=("hatsune_miku", "girl"), other=("hatsune miku", "cat"))
+    assert choose_concepts(prompt, both).names == ("miku",)
+
+
 def test_a_trigger_inside_a_longer_one_names_nothing() -> None:
     chosen = choose_concepts("a sks tall man", known(short=("sks", "woman"), tall=("sks tall", "man")))
     assert chosen.names == ("tall",)

@@ -138,6 +138,24 @@ def test_brackets_are_found_escaped_or_not(tokenizer: Any, trigger: str, written
     assert words_at(tokenizer, prompt, found).replace("\\", "").replace(" ", "").startswith("saber(fate")
 
 
+@pytest.mark.parametrize("trigger", ["hatsune miku", "hatsune_miku", "Hatsune  Miku"])
+@pytest.mark.parametrize("written", ["hatsune miku", "hatsune_miku", "hatsune\nmiku"])
+def test_tags_are_found_with_underscores_or_spaces(tokenizer: Any, trigger: str, written: str) -> None:
+    prompt = f"1girl, {written}, stage"
+    assert find_words(trigger, prompt) == [(7, 7 + len(written))]
+    found = locate(tokenizer, prompt, concept(trigger)).trigger
+    assert words_at(tokenizer, prompt, found).replace(" ", "").replace("_", "") == "hatsunemiku"
+
+
+def test_words_as_they_are_written_come_before_other_spellings() -> None:
+    prompt = "a red_hat cat with a red hat"
+    assert [prompt[a:b] for a, b in find_words("red_hat", prompt)] == ["red_hat"]
+    assert [prompt[a:b] for a, b in find_words("red hat", prompt)] == ["red hat"]
+    for edge in ("_red", "red_", "__"):
+        assert find_words(edge, "a red hat") == []
+    assert find_words(r"saber_(fate)", r"a saber \(fate\)") == [(2, 16)]
+
+
 @pytest.mark.parametrize("trigger", ["", "  ", "\n"])
 def test_empty_triggers_are_in_no_prompt(tokenizer: Any, trigger: str) -> None:
     assert find_words(trigger, "a sks cat") == []
