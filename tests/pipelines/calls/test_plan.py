@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from diffusers import EulerAncestralDiscreteScheduler
 
-from golden import BOXES, PIPELINES, PROMPT, TRANSFORMERS
+from all_transformers import TRANSFORMERS
+from golden import BOXES, PIPELINES, PROMPT
 from lora_compose import Concept
 from lora_compose.attention import Claim
 from lora_compose.pipelines.formats.models import models_of
