@@ -322,6 +322,7 @@ class Denoiser:
                 inputs = {
                     **for_rows(self.inputs, view, text.rows),
                     **self._control_inputs(latents, step, text, view, fraction),
+                    **({"several_texts": True} if text.several_texts else {}),
                 }
                 with self.caches.of((spec, total, batch.rows.start) if whole else None, anew=bool(wanted) or not whole):
                     outputs.append(self.backbone.forward(latents, step.t, text.prompt_embeds, text.added, **inputs))

@@ -138,17 +138,16 @@ class Reading:
         """How many chunks every text gets."""
         return max(self.chunks)
 
-    def lengths(self, images_per_prompt: int, sides: int) -> Mapping[str, Tensor]:
+    def lengths(self, images_per_prompt: int) -> Mapping[str, Tensor]:
         """Tokens of the rows without those that are repeated, if rows differ; as a further input of the model.
 
         Args:
             images_per_prompt: Rows of each prompt.
-            sides: 2 if there are negative prompts, too.
         """
         if len(set(self.chunks)) == 1:
             return {}
         tokens = torch.tensor(self.chunks) * self.tokenizers[0].model_max_length
-        return {"lengths": tokens.repeat_interleave(images_per_prompt).repeat(sides)}
+        return {"lengths": tokens.repeat_interleave(images_per_prompt)}
 
     def encode(
         self,
