@@ -8,8 +8,7 @@ from torch import Tensor
 
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
-from lora_compose.pipelines.formats.keys import NUMBERS, Part, parse
-from lora_compose.pipelines.formats.kinds import DIFFERENCE
+from lora_compose.pipelines.formats.keys import Part, parse
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +35,7 @@ class Layer:
     @property
     def parts(self) -> Mapping[str, Tensor]:
         """The tensors whose product is the change, without single numbers."""
-        return {slot: tensor for slot, tensor in self.slots.items() if slot not in NUMBERS}
+        return {slot: tensor for slot, tensor in self.slots.items() if slot not in kinds.numbers()}
 
     @property
     def shapes(self) -> kinds.Shapes:
@@ -105,8 +104,8 @@ def by_layer(file: LoraFile) -> Layers:
         key = parse(name)
         if key is None:
             unknown.append(name)
-        elif key.kind is not None and (key.kind.left_out or (key.kind is DIFFERENCE and file.tensors[name].dim() == 1)):
-            inexpressible.append(name)  # a norm has a difference with one dimension
+        elif key.kind is not None and (key.kind.left_out or (key.kind.of_norms and file.tensors[name].dim() == 1)):
+            inexpressible.append(name)
         else:
             slots = slots_by_layer.setdefault((key.part, key.module), {})
             if key.slot in slots and not (key.kind and key.kind.refused):  # those have several tensors in one slot
