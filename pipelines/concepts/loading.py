@@ -168,7 +168,7 @@ def _unread(
     assigned: Mapping[Part, Mapping[str, Layer]], models: Models, alphas: Alphas
 ) -> Mapping[tuple[Part, str], str]:
     """Layers whose change is one thing in training and another in a merged weight, and why."""
-    reasons = {
+    reasons: dict[tuple[Part, str], str] = {
         (part, name): unclear(layer, base_layer(uncompiled(models[part]).get_submodule(name)), alphas)
         for part, layers in assigned.items()
         for name, layer in layers.items()

@@ -297,10 +297,8 @@ def _flat(path: Path, content: Any, prefix: str = "", depth: int = 0) -> Iterato
 def _check_keys(path: Path, entries: Mapping[str, Tensor]) -> None:
     for key, tensor in entries.items():
         parsed = parse(key)
-        number = parsed is not None and parsed.kind is None
-        flag = (
-            number and parsed.slot in kinds.flags()
-        )  # before OneTrainer's release, a whole number meant another formula
+        number = parsed.slot if parsed is not None and parsed.kind is None else ""
+        flag = number in kinds.flags()  # OneTrainer stored them as whole numbers while it had another formula
         if flag and tensor.dtype is not torch.bool:
             raise LoraError(f"{path.name}: {key} is stored as {tensor.dtype}; expected torch.bool, as OneTrainer does")
         if tensor.dtype not in (*_DTYPES, *(_WHOLE if number else ()), *((torch.bool,) if flag else ())):
