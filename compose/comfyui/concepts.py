@@ -21,7 +21,7 @@ from lora_compose.pipelines.formats.files import trained_with
 from lora_compose.pipelines.scene.method_choice import method_for
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import WeightSchedule, read_weight
-from lora_compose.pipelines.text.emphasis import Emphasis
+from lora_compose.pipelines.text.emphasis import Weighted
 from lora_compose.pipelines.text.prompts import about, named_spans, surroundings, without_triggers
 from lora_compose.pipelines.text.tokens import find_words, free_nouns, own_nouns
 
@@ -188,7 +188,7 @@ def subjects_of(concepts: Sequence[NodeConcept]) -> Mapping[int, Concept]:
     }
 
 
-def texts_about(concepts: Sequence[Concept], text: Emphasis, named: Sequence[Concept] | None = None) -> Sequence[str]:
+def texts_about(concepts: Sequence[Concept], text: Weighted, named: Sequence[Concept] | None = None) -> Sequence[str]:
     """A text about each of some subjects.
 
     Args:
@@ -203,7 +203,7 @@ def texts_about(concepts: Sequence[Concept], text: Emphasis, named: Sequence[Con
         names = ", ".join(trained or [concept.name for concept in unnamed])
         write = "write its trigger in the text" if trained else f"{_lacking(unnamed)}; {_WRITE}"
         raise ValueError(f"no text can be made about {names}: {write}, or give it a prompt")
-    return [concept.prompt or written(about(concept, text.weighted, every)) for concept in concepts]
+    return [concept.prompt or written(about(concept, text, every)) for concept in concepts]
 
 
 def _unnamed(concepts: Sequence[Concept], text: str, named: Sequence[Concept]) -> Sequence[Concept]:
@@ -254,7 +254,7 @@ class ComposeRequest:
     joint: bool = False
 
     @cached_property
-    def _read(self) -> Emphasis:
+    def _read(self) -> Weighted:
         """The text without the signs of weights, and its weights."""
         return read_weights(self.text)
 
@@ -355,7 +355,7 @@ class ComposeRequest:
             composition = replace(composition, tokens=tokens, phrases=None if self.joint else self._phrases(tokens))
         if not searched:
             return composition, conditioning
-        bare = without_triggers(self._read.weighted, [*subjects.values()])
+        bare = without_triggers(self._read, [*subjects.values()])
         plain = written(bare)
         of_draft = self._once(plain, self._others([*subjects]))
         nouns = {i: {subject.class_word or "": self._own(subject, bare)} for i, subject in searched.items()}
@@ -388,9 +388,9 @@ class ComposeRequest:
         """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
         scenes, styles, read = [concept.scene for concept in self.concepts], self._others(owners), self._read
         mine, others = [scenes[i] for i in owners], [scenes[i] for i in styles if scenes[i].trigger]
-        texts, plain = texts_about(mine, read), without_triggers(read.weighted, mine)
+        texts, plain = texts_about(mine, read), without_triggers(read, mine)
         # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
-        first = plain if self.joint else surroundings(read.weighted, mine, others)
+        first = plain if self.joint else surroundings(read, mine, others)
         every = [self._once(written(first), styles)]
         every += [self._once(own, [*styles, i]) for i, own in zip(owners, texts, strict=True)]
         everywhere = torch.tensor([float(i in styles) for i in range(len(scenes))])
