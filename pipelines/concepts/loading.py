@@ -26,7 +26,7 @@ from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.models import MODEL_PARTS, TEXT_ENCODERS, Models, model_part, models_by_part
 from lora_compose.pipelines.formats.names import present_name, spellings
 from lora_compose.pipelines.formats.rank_schedule import RankSchedule, rank_schedule
-from lora_compose.pipelines.formats.recognise import OF_CLASS, guess_family
+from lora_compose.pipelines.formats.recognise import guess_family, is_of
 from lora_compose.pipelines.formats.transformer_names import swaps_halves
 
 __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read_lora"]
@@ -178,9 +178,8 @@ def _unread(
 
 def _is_of_another_family(file: LoraFile, model: nn.Module) -> bool:
     """Whether a file is for another transformer, some of whose layers have the names and sizes of the model's."""
-    own = OF_CLASS.get(type(uncompiled(model)).__name__)
     guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, file.metadata)
-    return own is not None and guess.supported and not (guess.family or "").startswith(own)
+    return guess.supported and not is_of(guess, type(uncompiled(model)).__name__)
 
 
 def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
