@@ -236,11 +236,9 @@ class ComposeRequest:
     """What a Compose node is asked for.
 
     Attributes:
-        concepts: The concepts.
         loras: Their factors; none for a bystander.
         clip: ComfyUI's CLIP, whose tokenizer finds words.
         encode: Encodes texts.
-        text: The text.
         texts: What the cells of a region read: "shared", the text; "regions", one of its own; or "auto".
         joint: Whether the model has text and image in one sequence.
     """

@@ -210,7 +210,6 @@ class ActiveSampling:
     Args:
         guider: ComfyUI's, whose model samples.
         composition: What acts where.
-        factors: Its factors.
         ours: The conditionings that concepts act on.
         noise: Shape: [images, channels, (frames,) height, width].
         sigmas: The noise level before each step, and after the last one.

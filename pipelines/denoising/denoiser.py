@@ -186,7 +186,6 @@ class Denoiser:
         twice. The host waits for the device once.
 
         Args: as for `maps`, and
-            loss: The loss.
             whole: Whether to run the whole model, also on unconditional rows, for a prediction. The request is for all
                 rows then.
             readout: Further values of the maps for the host. They come with the losses, so that the host waits once.

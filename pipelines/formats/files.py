@@ -147,7 +147,7 @@ def lora_file(path: Path, sha256: str, metadata: Mapping[str, str], entries: Map
     _check_keys(path, entries)
     tensors = {key: tensor for key, tensor in entries.items() if bundled_embedding(key) is None}
     config = {**_header_config(path, metadata), **_neighbour_config(path)}
-    return LoraFile(path, sha256, metadata, tensors, config, _embeddings(path, entries))
+    return LoraFile(path, sha256, metadata, tensors, config, _embeddings(entries))
 
 
 def refuse_format(path: Path) -> None:
@@ -354,7 +354,7 @@ def _json(path: Path, what: str, text: str | bytes) -> dict[str, Any]:
     return config
 
 
-def _embeddings(path: Path, entries: Mapping[str, Tensor]) -> dict[str, dict[Part, Tensor]]:
+def _embeddings(entries: Mapping[str, Tensor]) -> dict[str, dict[Part, Tensor]]:
     """Bundled words and their vectors: those of an ED-LoRA, and textual inversions."""
     words: dict[str, dict[Part, Tensor]] = {}
     for key, tensor in entries.items():
