@@ -9,28 +9,23 @@ from torch import Tensor
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import Part, parse
+from lora_compose.pipelines.formats.kinds.kind import Placement
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class Layer(Placement):
     """The tensors of a file for one layer.
 
     Attributes:
         module: The layer as the file spells it, with underscores for dots.
         slots: The tensors by what they are (`Key.slot`).
         keys: The keys of the tensors in the file.
-        outputs: Slice of the change's outputs that this layer has; None means all.
-        fused: Names of the layers of the model that are this one in the file; empty if it is one layer there as well.
-        swapped: Whether the halves of the change's outputs are the other way round in the model.
     """
 
     part: Part
     module: str
     slots: Mapping[str, Tensor]
     keys: tuple[str, ...]
-    outputs: slice | None = None
-    fused: tuple[str, ...] = ()
-    swapped: bool = False
 
     @property
     def parts(self) -> Mapping[str, Tensor]:

@@ -51,53 +51,37 @@ class Transformer:
 
 
 TRANSFORMERS: Sequence[Transformer] = (
-    Transformer(
-        "Anima", "CosmosTransformer3DModel",
+    Transformer("Anima", "CosmosTransformer3DModel",
         r"(?<![a-z])blocks[._]\d+[._](?:cross_attn[._]output_proj|adaln_modulation_(?:self_attn|cross_attn|mlp))"
         r"|(?<![a-z])blocks[._]\d+[._](?:(?:self|cross)_attn[._][qkv]_proj|mlp[._]layer[12])|llm_adapter"
         r"|text_conditioner[._]"
         r"|transformer_blocks[._]\d+[._]norm[123][._]linear_[12]",
-        {2048: "Anima"},
-    ),
+        {2048: "Anima"}),
     # Its single blocks have the layers of FLUX.2's double ones, and no others have blocks for each mode.
-    Transformer(
-        "FLUX.3", "Flux3Transformer2DModel",
+    Transformer("FLUX.3", "Flux3Transformer2DModel",
         r"mode_blocks|(?:early|single)_stream_modulations"
         r"|single_transformer_blocks[._]\d+[._](?:attn[._]to_out[._]0|ff)[._]"
-        r"|single_blocks[._]\d+[._](?:[qkv]_proj|attn_out|mlp_(?:in|out))",
-    ),
-    Transformer(
-        "FLUX.2", "Flux2Transformer2DModel",
+        r"|single_blocks[._]\d+[._](?:[qkv]_proj|attn_out|mlp_(?:in|out))"),
+    Transformer("FLUX.2", "Flux2Transformer2DModel",
         r"to_qkv_mlp_proj|(?:single|double)_stream_modulation|ff(?:_context)?[._]linear_in",
-        {3072: "FLUX.2-klein 4B", 4096: "FLUX.2-klein 9B", 6144: "FLUX.2-dev"},
-    ),
-    Transformer(
-        "Krea 2", "Krea2Transformer2DModel",
-        r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate",
-    ),
-    Transformer(
-        "Ideogram 4", "Ideogram4Transformer2DModel",
-        r"layers[._]\d+[._](?:attention[._]o[._]|adaln_modulation)|llm_cond_proj|^conditional_transformer",
-    ),
-    Transformer(
-        "Z-Image", "ZImageTransformer2DModel",
+        {3072: "FLUX.2-klein 4B", 4096: "FLUX.2-klein 9B", 6144: "FLUX.2-dev"}),
+    Transformer("Krea 2", "Krea2Transformer2DModel",
+        r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate"),
+    Transformer("Ideogram 4", "Ideogram4Transformer2DModel",
+        r"layers[._]\d+[._](?:attention[._]o[._]|adaln_modulation)|llm_cond_proj|^conditional_transformer"),
+    Transformer("Z-Image", "ZImageTransformer2DModel",
         r"layers[._]\d+[._](?:attention[._](?:to_[qkv]|to_out|qkv|out)|feed_forward[._]w[123])",
-        {3840: "Z-Image"}, {2304: "Lumina 2", 4608: "Ideogram 4"},
-    ),
+        {3840: "Z-Image"}, {2304: "Lumina 2", 4608: "Ideogram 4"}),
     # Attention alone is named as FLUX.1's and SD3's, which have no block 40.
-    Transformer(
-        "Qwen-Image", "QwenImageTransformer2DModel",
+    Transformer("Qwen-Image", "QwenImageTransformer2DModel",
         r"transformer_blocks[._]\d+[._](?:img|txt)_m(?:lp|od)[._]"
         r"|(?<!single_)transformer_blocks[._][45]\d[._]attn[._](?:add_[qkv]_proj|to_(?:[qkv]|out|add_out))",
-        {3072: "Qwen-Image"},
-    ),
+        {3072: "Qwen-Image"}),
     Transformer("Chroma", "ChromaTransformer2DModel", r"distilled_guidance_layer", architecture=r"^chroma"),
     # Only kohya's OFT for FLUX.1 numbers the parts of a layer.
-    Transformer(
-        "FLUX.1", "FluxTransformer2DModel",
+    Transformer("FLUX.1", "FluxTransformer2DModel",
         r"(?:double|single)_blocks[._]\d+[._]processor|(?:double|single)_blocks_\d+_\w+\.oft_blocks\.\d"
-        r"|img_mod[._]lin|norm1_context|single_transformer_blocks[._]\d+[._]proj_(?:mlp|out)|modulation[._]lin",
-    ),
+        r"|img_mod[._]lin|norm1_context|single_transformer_blocks[._]\d+[._]proj_(?:mlp|out)|modulation[._]lin"),
 )  # fmt: skip
 """Supported transformers, the first that fits counts."""
 _FLUX = r"single_transformer_blocks|double_blocks|single_blocks"  # of several families

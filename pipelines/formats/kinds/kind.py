@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,19 @@ Tensors = Mapping[str, Tensor]
 """A layer's tensors, by slot."""
 
 
-class Placement(Protocol):
-    """What of a file's layer belongs to one layer of the model (`formats.layers.Layer`)."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Placement:
+    """What of a file's layer belongs to one layer of the model.
 
-    @property
-    def outputs(self) -> slice | None:
-        """The outputs of the change that are this layer's; None means all."""
-        ...
+    Attributes:
+        outputs: Slice of the change's outputs that this layer has; None means all.
+        fused: Names of the layers of the model that are this one in the file; empty if it is one layer there as well.
+        swapped: Whether the halves of the change's outputs are the other way round in the model.
+    """
 
-    @property
-    def fused(self) -> tuple[str, ...]:
-        """Names of the layers of the model that are this one in the file; empty if it is one layer there as well."""
-        ...
-
-    @property
-    def swapped(self) -> bool:
-        """Whether the halves of the outputs are the other way round in the model."""
-        ...
+    outputs: slice | None = None
+    fused: tuple[str, ...] = ()
+    swapped: bool = False
 
 
 def _unread(given: Shapes | Tensors) -> NoReturn:
