@@ -17,6 +17,7 @@ from lora_compose.compose.playground.assets import lora_source
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.calls.call_plan import CallPlan, PlannedConcept
 from lora_compose.pipelines.calls.memory import check_size
+from lora_compose.pipelines.calls.resolved_call import resolve_choice
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import read_lora
@@ -125,7 +126,7 @@ def _facts(
     width, height = _attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
     _attempt(problems, pipe.check_sides, width, height)
     _attempt(problems, check_size, pipe, pipe.runs_on, width, height)
-    _attempt(problems, method_of, run)
+    method = _attempt(problems, method_of, run)
     concepts, of_concepts = [], []
     for asked, loaded in zip(run.scene.concepts, all_loaded, strict=True):
         of_concepts.append(_attempt(problems, _file_facts, asked) or [] if loaded is None else _concept_facts(loaded))
@@ -138,6 +139,8 @@ def _facts(
     for warning in () if planned is None else planned.warnings:
         warn(warning)
     choice = None if planned is None else planned.choice
+    if planned is None and run.scene.concepts and all(all_loaded) and (method is None) == (run.method is None):
+        choice = _attempt(problems, resolve_choice, pipe, method, all_loaded, [run.scene.prompt])
     if planned is None:
         tokenizer = _tokenizer(pipe, all_loaded, prompt, problems)
         places = _located(tokenizer, prompt, concepts, problems)
