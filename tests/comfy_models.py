@@ -36,7 +36,7 @@ import comfy.ops  # pyright: ignore[reportMissingImports]
 import comfy.sample  # pyright: ignore[reportMissingImports]
 import comfy.supported_models  # pyright: ignore[reportMissingImports]
 
-from lora_compose.compose.comfyui.composition import Composition
+from lora_compose.compose.comfyui.composition import ComposedConcepts
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.files import read_concept
 from lora_compose.pipelines.formats.files import read_lora
@@ -354,7 +354,7 @@ class Reference:
         images: The masks of all concepts; of each image if there are several.
     """
 
-    def __init__(self, patcher: Any, plan: Composition, positive: list, *images: Masks) -> None:
+    def __init__(self, patcher: Any, plan: ComposedConcepts, positive: list, *images: Masks) -> None:
         self.plan, self.images, self.mine = plan, images, seen_text(patcher, positive)
         self.model, self.patcher = patcher.model.diffusion_model, patcher.clone()
         self.patcher.set_model_unet_function_wrapper(self.each)

@@ -30,7 +30,7 @@ import comfy.sd  # pyright: ignore[reportMissingImports]
 import comfy.supported_models  # pyright: ignore[reportMissingImports]
 import comfyui_version  # pyright: ignore[reportMissingImports]
 
-from lora_compose.compose.comfyui.composition import Composition
+from lora_compose.compose.comfyui.composition import ComposedConcepts
 from lora_compose.compose.comfyui.hooks import compose, marked
 from lora_compose.pipelines.scene.strength import WeightSchedule
 
@@ -91,7 +91,7 @@ def ways(patcher: Any, side: int, folder: Path) -> Sequence[Way]:
         bypass = comfy.sd.load_bypass_lora_for_models(patcher, None, tensors[0], 1.0, 0)[0]
         found.append(Way("ComfyUI: one bypass LoRA", bypass, positive, negative))
     loras = [core.read(patcher, one, folder) for one in tensors]
-    plan = Composition(loras, [WeightSchedule.of(1.0)] * 2, halves, torch.ones(1, 2))
+    plan = ComposedConcepts(loras, [WeightSchedule.of(1.0)] * 2, halves, torch.ones(1, 2))
     found.append(
         Way("ours: two LoRAs in regions (`regional`)", compose(patcher, plan), marked(positive, plan), negative)
     )

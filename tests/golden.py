@@ -8,11 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from all_transformers import TRANSFORMERS
+from all_transformers import EVERY
 from components import EVERYTHING, FAMILIES, lora_tensors, random_lora, seeded, text_loras
 from lora_compose import ComposePipeline, Concept
 from lora_compose.compose.playground.assets import playground_lora, playground_model
@@ -53,9 +54,9 @@ class Golden:
             "prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent",
             "generator": seeded(3), "height": 128, "width": 128,
         }  # fmt: skip
-        if self.family in TRANSFORMERS:
+        if self.family in EVERY:
             del given["guidance_scale"]  # which each family means in its own way
-            given |= {"max_sequence_length": TOKENS, **TRANSFORMERS[self.family].unguided}
+            given |= {"max_sequence_length": TOKENS, **EVERY[self.family].unguided}
         made = {name: value(pipe) if callable(value) else value for name, value in self.arguments.items()}
         concepts = [Concept(name=name, **fields) for name, fields in self.fields.items()]
         method = make_method(self.method, self.settings) if self.method else None
@@ -79,6 +80,8 @@ def small(family: str) -> Any:
             path = Path(folder) / f"{name}.safetensors"
             save_file(lora_tensors(**loras), path)
             pipe.load_concept(path, trigger=trigger, class_word=class_word)
+    if family == "sd":
+        load_kinds(pipe, pipe.unet)
     return pipe
 
 
@@ -93,7 +96,7 @@ def playground() -> Any:
 
 def transformer(family: str) -> Any:
     """A tiny pipeline with three concepts of random LoRAs on every linear layer, and with a LoKr."""
-    pipe = TRANSFORMERS[family].pipeline()
+    pipe = EVERY[family].pipeline()
     words = {"cat": ("sks", "cat"), "dog": ("zwx", "dog"), "style": (None, None), "kron": ("sks", "cat")}
     with TemporaryDirectory() as folder:
         for seed, (name, (trigger, class_word)) in enumerate(words.items()):
@@ -101,7 +104,59 @@ def transformer(family: str) -> Any:
             low_rank = as_file(random_lora_of_all(pipe.transformer, seed))
             save_file(lokr_of_all(pipe.transformer) if name == "kron" else dict(low_rank), path)
             pipe.load_concept(path, trigger=trigger, class_word=class_word)
+    if family == "flux":
+        load_kinds(pipe, pipe.transformer)
     return pipe
+
+
+KINDS = ("loha", "lokr", "difference", "dora", "oft", "t-lora")
+"""Further concepts of the smallest UNet and of FLUX.1, whose LoRAs are of these kinds."""
+
+
+def load_kinds(pipe: Any, model: nn.Module) -> None:
+    """Loads a concept for each of `KINDS`, named after it: a cat for every second, a dog for the others."""
+    prefix = "unet" if model is getattr(pipe, "unet", None) else "transformer"
+    linear = {name: layer.weight.detach() for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    with TemporaryDirectory() as folder:
+        for seed, kind in enumerate(KINDS):
+            generator, tensors = seeded(20 + seed), {}
+            for name, weight in linear.items():
+                named = _of_kind(kind, weight, generator) if min(weight.shape) % 4 == 0 else {}
+                tensors |= {f"{prefix}.{name}.{slot}": tensor.contiguous() for slot, tensor in named.items()}
+            path = Path(folder) / f"{kind}.safetensors"
+            save_file(tensors, path)
+            pipe.load_concept(path, **dict(zip(("trigger", "class_word"), WORDS[seed % 2], strict=True)))
+
+
+WORDS = (("sks", "cat"), ("zwx", "dog"))
+
+
+def _of_kind(kind: str, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """The tensors of a layer in a file of this kind; its change is far from zero."""
+    outputs, inputs = weight.shape
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * 0.06
+
+    if kind == "loha":
+        return {f"hada_w{i}_{side}": 2 * values(*shape) for i in (1, 2)
+                for side, shape in (("a", (outputs, 2)), ("b", (2, inputs)))}  # fmt: skip
+    if kind == "lokr":
+        return {"lokr_w1": 5 * values(2, 2), "lokr_w2": values(outputs // 2, inputs // 2)}
+    if kind == "difference":
+        return {"diff": values(outputs, inputs)}
+    if kind == "oft":
+        turn = values(outputs // 4, 4, 4)
+        return {"oft_blocks": turn - turn.mT, "alpha": torch.tensor(0.0)}
+    down, up = 2 * values(4, inputs), 2 * values(outputs, 4)
+    if kind == "dora":
+        norms = (weight + up @ down).norm(dim=1, keepdim=True)
+        return {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": norms * (1 + values(outputs, 1).abs())}
+    return {
+        "q_layer.weight": down, "p_layer.weight": up, "lambda_layer": 1 + values(1, 4),
+        "base_q.weight": 2 * values(4, inputs), "base_p.weight": 2 * values(outputs, 4),
+        "base_lambda_buf": 1 + values(1, 4),
+    }  # fmt: skip
 
 
 def copies(make: Callable[[], Any]) -> Callable[[], Any]:
@@ -114,7 +169,7 @@ PIPELINES: Mapping[str, Callable[[], Any]] = {
     "sd": copies(lambda: small("sd")),
     "sdxl": copies(lambda: small("sdxl")),
     "playground": copies(playground),
-    **{name: copies(partial(transformer, name)) for name in TRANSFORMERS},
+    **{name: copies(partial(transformer, name)) for name in EVERY},
 }
 
 

@@ -121,6 +121,11 @@ def _sd() -> dict[str, Golden]:
             "sd", "lora-composer", fields={"cat": {"region": LEFT}, "dog": {"region": WIDE}, "bear": {"region": RIGHT}},
             arguments={"prompt": f"{PROMPT} beside a xlo bear"},
         ),
+        "LoHa and LoKr": Golden("sd", "tara", fields={"loha": {}, "lokr": {}}, cheap=True),
+        "difference and DoRA": Golden(
+            "sd", "regional", fields={"difference": {"region": RIGHT}, "dora": {"region": LEFT}}, cheap=True
+        ),
+        "OFT and T-LoRA": Golden("sd", "merge", fields={"oft": {}, "t-lora": {}}, cheap=True),
         "style": Golden("sd", "tara", fields={"cat": {}, "dog": {}, "style": {"role": "style"}}),
         "style, clora": Golden("sd", "clora", fields={"cat": {}, "dog": {}, "style": {"role": "style"}}),
         "weight schedule": Golden("sd", "merge", fields={"cat": {"weight": "0:1..0.5:0.2"}, "dog": {"weight": [1, 0]}}),
@@ -172,6 +177,20 @@ def _sd() -> dict[str, Golden]:
     return {f"sd: {name}": run for name, run in runs.items()}
 
 
+def _from_images() -> dict[str, Golden]:
+    """Image-to-image and inpainting on UNets."""
+    found = {}
+    for family in FAMILIES:
+        start: dict[str, Any] = {"image": squares(), "strength": 0.6}
+        inside = {"cat": (32, 32, 80, 112), "dog": (80, 32, 128, 112)}
+        found[f"{family}: image-to-image"] = Golden(family, "draft", arguments=start)
+        found[f"{family}: inpainting"] = Golden(
+            family, "regional", fields={name: {"region": box} for name, box in inside.items()},
+            arguments={**start, "mask_image": (32, 32, 128, 112)}, cheap=family == "sd",
+        )  # fmt: skip
+    return found
+
+
 def _others() -> dict[str, Golden]:
     """What SDXL alone has, and the trained model."""
     sizes = {"original_size": (100, 120), "crops_coords_top_left": (4, 8), "target_size": (128, 96)}
@@ -192,7 +211,7 @@ def _others() -> dict[str, Golden]:
     }
 
 
-GOLDENS: Mapping[str, Golden] = {**_by_family(), **_sd(), **_others(), **transformer_goldens()}
+GOLDENS: Mapping[str, Golden] = {**_by_family(), **_sd(), **_from_images(), **_others(), **transformer_goldens()}
 """All runs, by name."""
 
 

@@ -8,9 +8,11 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
+from all_transformers import EVERY, FEW, TRANSFORMERS
 from components import seeded
-from golden import BOXES, LEFT, PROMPT, RIGHT, TRANSFORMERS, Golden, boxed, mask_file, squares
+from golden import BOXES, LEFT, PROMPT, RIGHT, Golden, boxed, mask_file, squares
 from lora_compose import Concept
+from qwen_image_edit import NAVY, ORANGE
 
 PROMPTS = [PROMPT, "in the photo, a zwx dog", "a dog on grass"]
 SETS: dict[str, Any] = {"prompt": PROMPTS, "concepts": [["cat", Concept(name="dog", weight=0.6)], ["dog"], []]}
@@ -25,7 +27,7 @@ BOXED_SETS: dict[str, Any] = {
 
 def transformer_goldens() -> dict[str, Golden]:
     """All of them, by name."""
-    return {**_by_family(), **_flux(), **_from_images()}
+    return {**_by_family(), **_flux(), **_from_images(), **_with_references(), **_freefuse()}
 
 
 def _by_family() -> dict[str, Golden]:
@@ -92,6 +94,10 @@ def _flux() -> dict[str, Golden]:
         "weight schedule": Golden("flux", "merge", fields={"cat": {"weight": "0:1..0.5:0.2"}, "dog": {}}),
         "own prompts": Golden("flux", "regional", fields=own, arguments=guided),
         "own prompts, clora": Golden("flux", "clora", each, fields=branches, arguments=guided),
+        "LoHa and DoRA, regional": Golden(
+            "flux", "regional", fields={"dora": {"region": RIGHT}, "loha": {"region": LEFT}}, cheap=True
+        ),
+        "OFT and T-LoRA": Golden("flux", "tara", fields={"oft": {}, "t-lora": {}}, arguments=guided),
         "LoKr": Golden("flux", "tara", fields={"kron": {}, "dog": {}}, arguments=guided),
         "LoKr, regional": Golden("flux", "regional", fields={"kron": {"region": LEFT}, "dog": {"region": RIGHT}}),
         "a region for one, draft": Golden("flux", "draft", {"length": 0.5}, fields=one),
@@ -113,6 +119,35 @@ def _from_images() -> dict[str, Golden]:
             found[name] = Golden(family, "draft", arguments=start, cheap=family == "flux")
             found[f"{name}, regional"] = Golden(family, "regional", fields=boxed(), arguments=start)
     return found
+
+
+def _with_references() -> dict[str, Golden]:
+    """Reference images: LoRAs act in the cells of the image alone, or on the references, too."""
+    both = [NAVY, ORANGE]
+    acting = {name: {"region": box, "references": name == "dog"} for name, box in BOXES.items()}
+    runs = {
+        "flux2": Golden("flux2", "regional", fields=boxed(), arguments={"image": both}, cheap=True),
+        "flux2, acting on them": Golden("flux2", "regional", fields=acting, arguments={"image": both}),
+        "flux2-dev": Golden("flux2-dev", "merge", arguments={"image": both}),
+        "flux3": Golden("flux3", "regional", fields=boxed(), arguments={**_guided("flux3"), "image": both}),
+        "kontext": Golden("kontext", "draft", arguments={"image": NAVY, "_auto_resize": False}, cheap=True),
+        "qwen-image-edit": Golden("qwen-image-edit", "regional", fields=boxed(), arguments=_guided("qwen-image-edit")),
+        "qwen-image-edit-2511": Golden(
+            "qwen-image-edit-2511", "draft", arguments=_guided("qwen-image-edit-2511"), cheap=True
+        ),
+    }
+    return {f"references: {name}": run for name, run in runs.items()}
+
+
+def _freefuse() -> dict[str, Golden]:
+    """FreeFuse, which looks at the outputs of attention, on families that have these in different ways."""
+    runs = {name: Golden(name, "freefuse", arguments=_guided(name), cheap=name == "z-image") for name in FEW}
+    official = Golden("flux", "freefuse:official-flux", {"length": 2})
+    return {**{f"{name}: freefuse": run for name, run in runs.items()}, "flux: freefuse official": official}
+
+
+def _guided(family: str) -> dict[str, Any]:
+    return dict(EVERY[family].guided)
 
 
 def _noise(pipe: Any) -> Tensor:

@@ -102,7 +102,7 @@ class Backbone(Protocol):
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
     ) -> Tensor:
-        """One forward pass.
+        """One forward pass. Backbones that read regions are told by `several_texts` that there are several texts.
 
         Args:
             latents: Scaled for the model. Shape: [rows, channels, height, width].

@@ -52,7 +52,13 @@ class CosmosBackbone(JointBackbone):
         return _finished(with_kernel(processor, CrossKernel, layer, site, state), layer, site, state)
 
     def forward(
-        self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
+        self,
+        latents: Tensor,
+        t: Tensor,
+        text: Tensor,
+        added: Mapping[str, Tensor] | None,
+        several_texts: bool = False,
+        **inputs: Any,
     ) -> Tensor:
         """As `Backbone.forward`; the text is that of the conditioner, [(texts,) rows, tokens, channels]."""
         model: Any = uncompiled(self.model)
@@ -60,7 +66,7 @@ class CosmosBackbone(JointBackbone):
             return self.model(
                 hidden_states=with_padding_mask(model, latents.to(text.dtype)[:, :, None]),
                 timestep=t.expand(len(latents)).to(text.dtype) / 1000,
-                encoder_hidden_states=text if text.dim() == 3 else text.transpose(0, 1).flatten(1, 2),
+                encoder_hidden_states=text.transpose(0, 1).flatten(1, 2) if several_texts else text,
                 return_dict=False,
                 **inputs,
             )[0][:, :, 0]

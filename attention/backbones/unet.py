@@ -101,6 +101,7 @@ class UNetBackbone:
         channels: Tensor | None = None,
         image_embeds: Sequence[Tensor] | None = None,
         ip_adapter_masks: Sequence[Tensor] | None = None,
+        several_texts: bool = False,
         **inputs: Any,
     ) -> Tensor:
         """As `Backbone.forward`.
@@ -119,7 +120,7 @@ class UNetBackbone:
             given = inputs.get("cross_attention_kwargs") or {}
             inputs["cross_attention_kwargs"] = {**given, "ip_adapter_masks": list(ip_adapter_masks)}
         latents = latents if channels is None else cat([latents, channels], dim=1)
-        text = text if text.dim() == 3 else text[0]  # processors read the others from the state
+        text = text[0] if several_texts else text  # processors read the others from the state
         return self.model(
             latents, t, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False, **inputs
         )[0]

@@ -320,10 +320,10 @@ def _text(unet: UNet2DConditionModel, images: int, tokens: int, guided: bool) ->
     embeds = _empty(unet, images, tokens, unet.config["cross_attention_dim"])
     added = None
     if unet.config["addition_embed_type"] == "text_time":
-        rows, sizes = images * (2 if guided else 1), 6  # original size, crop, target size
+        sizes = 6  # original size, crop, target size
         width = unet.config["projection_class_embeddings_input_dim"] - sizes * unet.config["addition_time_embed_dim"]
-        added = {"text_embeds": _empty(unet, rows, width), "time_ids": _empty(unet, rows, sizes)}
-    return EncodedText(embeds, torch.empty_like(embeds) if guided else None, added)
+        added = {"text_embeds": _empty(unet, images, width), "time_ids": _empty(unet, images, sizes)}
+    return EncodedText(embeds, torch.empty_like(embeds), added, added) if guided else EncodedText(embeds, None, added)
 
 
 def _unet_kwargs(unet: UNet2DConditionModel, images: int) -> dict[str, Any]:

@@ -10,18 +10,19 @@ from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.running import needs_running
 from lora_compose.compose.generate.defaults import complete, words
 from lora_compose.compose.generate.images import named_in
-from lora_compose.compose.generate.making import choice_of, load, plan, size_of, steps_of
+from lora_compose.compose.generate.making import load, method_of, plan, size_of, steps_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.calls.call_plan import CallPlan, PlannedConcept
 from lora_compose.pipelines.calls.memory import check_size
+from lora_compose.pipelines.calls.resolved_call import resolve_choice
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.concepts.merged import DEFAULT
-from lora_compose.pipelines.methods import Choice, Settings, make_method, name_of
+from lora_compose.pipelines.methods import Choice, Settings, name_of
 from lora_compose.pipelines.scene.mask_images import mask_name
 from lora_compose.pipelines.scene.regions import check_region
 from lora_compose.pipelines.scene.scene import Concept, Run
@@ -125,6 +126,7 @@ def _facts(
     width, height = _attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
     _attempt(problems, pipe.check_sides, width, height)
     _attempt(problems, check_size, pipe, pipe.runs_on, width, height)
+    method = _attempt(problems, method_of, run)
     concepts, of_concepts = [], []
     for asked, loaded in zip(run.scene.concepts, all_loaded, strict=True):
         of_concepts.append(_attempt(problems, _file_facts, asked) or [] if loaded is None else _concept_facts(loaded))
@@ -133,14 +135,12 @@ def _facts(
             _attempt(problems, check_region, concept, width, height)
         if loaded is not None:
             _attempt(problems, check_blocks, loaded, pipe.model)
-    choice = None
-    if all(all_loaded):
-        choice = _attempt(problems, choice_of, pipe, run, all_loaded)
-    elif run.method is not None:
-        _attempt(problems, make_method, run.method, run.settings)
     planned = None if problems else _attempt(problems, plan, pipe, run)
     for warning in () if planned is None else planned.warnings:
         warn(warning)
+    choice = None if planned is None else planned.choice
+    if planned is None and run.scene.concepts and all(all_loaded) and (method is None) == (run.method is None):
+        choice = _attempt(problems, resolve_choice, pipe, method, all_loaded, [run.scene.prompt])
     if planned is None:
         tokenizer = _tokenizer(pipe, all_loaded, prompt, problems)
         places = _located(tokenizer, prompt, concepts, problems)
@@ -330,7 +330,7 @@ def _cost_words(pipe: Any, run: Run, planned: CallPlan | None, cost: RunCost | N
 def _method_words(run: Run, choice: Choice | None) -> str:
     """The method; one that was not asked for has the reason for the choice."""
     if choice is None:
-        return "none"
+        return "none" if not run.scene.concepts else run.method or "not known"
     name, _ = name_of(choice.method)
     return name if run.method is not None else f"{name}, because {choice.reason}"
 

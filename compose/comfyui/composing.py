@@ -8,7 +8,7 @@ import comfy.lora  # pyright: ignore[reportMissingImports]
 import comfy.sd  # pyright: ignore[reportMissingImports]
 
 from lora_compose.attention import Lora
-from lora_compose.compose.comfyui.concepts import Concept, Request
+from lora_compose.compose.comfyui.concepts import ComposeRequest, NodeConcept
 from lora_compose.compose.comfyui.families import family_of
 from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
 from lora_compose.compose.comfyui.hooks import compose, marked
@@ -28,9 +28,9 @@ def factors_in(model: Any, file: LoraFile, *, products: bool = True) -> Lora:
 
 
 def composed(
-    model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
+    model: Any, clip: Any, concepts: Sequence[NodeConcept], text: str, method: str, texts: str = "auto"
 ) -> tuple[Any, Any]:
-    """A model in which concepts act, and the conditioning for it. Arguments: `Request`; errors: `Request.composed`."""
+    """A model in which concepts act, and the conditioning for it. Arguments and errors: `ComposeRequest`."""
     if clip is None:  # ComfyUI gives it where a checkpoint has none
         raise ValueError("the checkpoint has no CLIP, which reads the text; connect that of a CLIP loader")
     files = [None if concept.path is None else read_lora(concept.path) for concept in concepts]
@@ -50,7 +50,7 @@ def composed(
         return encoder.encode_from_tokens_scheduled(encoder.tokenize(text))
 
     joint = family_of(model.model.diffusion_model).joint is not None
-    composition, conditioning = Request(concepts, loras, clip, encode, text, texts, joint).composed(method)
+    composition, conditioning = ComposeRequest(concepts, loras, clip, encode, text, texts, joint).composed(method)
     for i, part in enumerate(parts):
         if part and i not in used:
             logger.warning("%s: its LoRA of text encoders is left out, since all read one text", names[i])

@@ -39,7 +39,7 @@ RegionsByImage = Sequence[Sequence[Region | None]]
 
 
 @dataclass(frozen=True, eq=False)
-class Draft:
+class DraftSteps:
     """The first steps, without subjects: they show where the base model puts these; then sampling starts again.
 
     Attributes:
@@ -84,7 +84,7 @@ class Found:
 
 
 @dataclass(frozen=True, eq=False)
-class Composition:
+class ComposedConcepts:
     """Concepts that act together.
 
     Attributes:
@@ -118,14 +118,14 @@ class Composition:
     owners: Sequence[int] = ()
     isolate: bool = False
     phrases: Tensor | None = None
-    draft: Draft | None = None
+    draft: DraftSteps | None = None
     mark: str = field(init=False, default_factory=lambda: uuid4().hex)
 
     def weights_at(self, step: int, steps: int) -> tuple[float, ...]:
         """The weights in a step out of so many."""
         return tuple(weight.at(step, steps) for weight in self.weights)
 
-    def drafted(self, draft: Draft) -> "Composition":
+    def drafted(self, draft: DraftSteps) -> "ComposedConcepts":
         """As it is while a draft is made: concepts that are no subjects act everywhere, and all read its text."""
         off, words = WeightSchedule.of(0.0), torch.ones(1, len(self.loras))
         weights = [off if i in draft.subjects else weight for i, weight in enumerate(self.weights)]
@@ -143,7 +143,7 @@ class Passes:
         lengths: Tokens of each text, where there are several.
     """
 
-    composition: Composition
+    composition: ComposedConcepts
     family: Family
     shares: Mapping[int, Tensor]
     everywhere: Sequence[bool]
@@ -151,7 +151,7 @@ class Passes:
 
     @classmethod
     def of(
-        cls, composition: Composition, family: Family, grid: Grid, images: RegionsByImage, lengths: Sequence[int]
+        cls, composition: ComposedConcepts, family: Family, grid: Grid, images: RegionsByImage, lengths: Sequence[int]
     ) -> "Passes":
         """A composition in some images, whose latents have a grid."""
         everywhere = [region is None for region in images[0]]
@@ -172,7 +172,7 @@ class Acting:
         ours: True for rows that are predicted for our conditioning. Shape: [rows].
         grid: Height and width of the latents.
         tokens: Tokens of the text in each row.
-        weights: Those of the step (`Composition.weights_at`).
+        weights: Those of the step (`ComposedConcepts.weights_at`).
     """
 
     passes: Passes

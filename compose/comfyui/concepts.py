@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lora_compose.attention import Lora
 from lora_compose.attention.masks import Box
-from lora_compose.compose.comfyui.composition import UNIT, Composition, Conditioning, Draft, Region, on_grids
+from lora_compose.compose.comfyui.composition import UNIT, ComposedConcepts, Conditioning, DraftSteps, Region, on_grids
 from lora_compose.compose.comfyui.tokens import find_tokens, tokens_of
 from lora_compose.compose.comfyui.weights import read_weights, written
 from lora_compose.pipelines.formats.files import trained_with
 from lora_compose.pipelines.scene.method_choice import method_for
-from lora_compose.pipelines.scene.scene import Concept as SceneConcept
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import WeightSchedule, read_weight
-from lora_compose.pipelines.text.emphasis import Emphasis
+from lora_compose.pipelines.text.emphasis import Weighted
 from lora_compose.pipelines.text.prompts import about, named_spans, surroundings, without_triggers
 from lora_compose.pipelines.text.tokens import find_words, free_nouns, own_nouns
 
@@ -38,7 +38,7 @@ _SIDE = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Concept:
+class NodeConcept:
     """One LoRA, or a subject without one (a bystander), as given.
 
     Attributes:
@@ -49,14 +49,14 @@ class Concept:
     """
 
     path: Path | None
-    scene: SceneConcept
+    scene: Concept
     region: Region | None = None
 
     @classmethod
     def of(
         cls, path: Path | None, trigger: str, class_word: str, weight: float, box: str = "",
         mask: Tensor | None = None, prompt: str = "", schedule: str = "",
-    ) -> "Concept":  # fmt: skip
+    ) -> "NodeConcept":  # fmt: skip
         """A concept of what a node has.
 
         Args:
@@ -87,8 +87,8 @@ class Concept:
         given = {"trigger": trigger, "class_word": class_word, "prompt": prompt}
         words: dict[str, Any] = {name: said.strip() for name, said in given.items() if said.strip()}
         if path is None:
-            return cls(path, SceneConcept(name=name, role="bystander", weight=0.0, **words), region)
-        return cls(path, SceneConcept(name=name, weight=over_steps, any_weight=True, **words), region)
+            return cls(path, Concept(name=name, role="bystander", weight=0.0, **words), region)
+        return cls(path, Concept(name=name, weight=over_steps, any_weight=True, **words), region)
 
     @property
     def weight(self) -> WeightSchedule:
@@ -96,7 +96,7 @@ class Concept:
         return WeightSchedule.of(1.0 if self.scene.weight is None else self.scene.weight)
 
 
-def chained(before: Sequence[Concept], concept: Concept) -> Sequence[Concept]:
+def chained(before: Sequence[NodeConcept], concept: NodeConcept) -> Sequence[NodeConcept]:
     """A chain with one more concept, whose name gets a number if it is there already: words are shared out by name."""
     names, name = {other.scene.name for other in before}, concept.scene.name
     free = next(called for called in chain([name], (f"{name} ({n})" for n in count(2))) if called not in names)
@@ -142,11 +142,11 @@ def _box(text: str) -> Box | None:
 
 
 def boxes_of(text: str) -> Sequence[Box | None]:
-    """The boxes in a text, one a line; "none" is one that acts everywhere. Raises ValueError as `Concept.of`."""
+    """The boxes in a text, one a line; "none" is one that acts everywhere. Raises ValueError as `NodeConcept.of`."""
     return [_box(line) for line in text.splitlines() if line.strip()]
 
 
-def with_boxes(concepts: Sequence[Concept], boxes: Sequence[Box | None]) -> Sequence[Concept]:
+def with_boxes(concepts: Sequence[NodeConcept], boxes: Sequence[Box | None]) -> Sequence[NodeConcept]:
     """Concepts with boxes, in their order. Raises ValueError if there are not as many, or a concept has a region."""
     if len(boxes) != len(concepts):
         raise ValueError(
@@ -159,7 +159,7 @@ def with_boxes(concepts: Sequence[Concept], boxes: Sequence[Box | None]) -> Sequ
     return tuple(replace(concept, region=box) for concept, box in zip(concepts, boxes, strict=True))
 
 
-def with_masks(concepts: Sequence[Concept], masks: Tensor) -> Sequence[Concept]:
+def with_masks(concepts: Sequence[NodeConcept], masks: Tensor) -> Sequence[NodeConcept]:
     """Concepts in which subjects have masks as their regions, in the order of all concepts.
 
     Args:
@@ -174,12 +174,12 @@ def with_masks(concepts: Sequence[Concept], masks: Tensor) -> Sequence[Concept]:
     return [placed.get(i, concept) for i, concept in enumerate(concepts)]
 
 
-def drawn(concepts: Sequence[Concept]) -> Tensor:
+def drawn(concepts: Sequence[NodeConcept]) -> Tensor:
     """Regions as masks; white for concepts without one. Shape: [concepts, height, width]."""
     return on_grids([concept.region for concept in concepts], (_SIDE, _SIDE))
 
 
-def subjects_of(concepts: Sequence[Concept]) -> Mapping[int, SceneConcept]:
+def subjects_of(concepts: Sequence[NodeConcept]) -> Mapping[int, Concept]:
     """The concepts that are no styles, as our pipelines know them, with the index of each."""
     return {
         i: concept.scene
@@ -188,9 +188,7 @@ def subjects_of(concepts: Sequence[Concept]) -> Mapping[int, SceneConcept]:
     }
 
 
-def texts_about(
-    concepts: Sequence[SceneConcept], text: Emphasis, named: Sequence[SceneConcept] | None = None
-) -> Sequence[str]:
+def texts_about(concepts: Sequence[Concept], text: Weighted, named: Sequence[Concept] | None = None) -> Sequence[str]:
     """A text about each of some subjects.
 
     Args:
@@ -205,22 +203,22 @@ def texts_about(
         names = ", ".join(trained or [concept.name for concept in unnamed])
         write = "write its trigger in the text" if trained else f"{_lacking(unnamed)}; {_WRITE}"
         raise ValueError(f"no text can be made about {names}: {write}, or give it a prompt")
-    return [concept.prompt or written(about(concept, text.weighted, every)) for concept in concepts]
+    return [concept.prompt or written(about(concept, text, every)) for concept in concepts]
 
 
-def _unnamed(concepts: Sequence[SceneConcept], text: str, named: Sequence[SceneConcept]) -> Sequence[SceneConcept]:
+def _unnamed(concepts: Sequence[Concept], text: str, named: Sequence[Concept]) -> Sequence[Concept]:
     """The concepts of which no text can be made, since their words are not in the text."""
     without = [concept for concept in concepts if not concept.prompt]
     return [concept for concept in without if not _is_named(concept, text, named)]
 
 
-def _is_named(concept: SceneConcept, text: str, named: Sequence[SceneConcept]) -> bool:
+def _is_named(concept: Concept, text: str, named: Sequence[Concept]) -> bool:
     if concept.is_bystander:
         return bool(own_nouns(concept, text, named))
     return bool(find_words(concept.trigger or concept.class_word or "", text))
 
 
-def _lacking(subjects: Sequence[SceneConcept]) -> str:
+def _lacking(subjects: Sequence[Concept]) -> str:
     """What a text lacks that does not name some subjects by their words; empty if there are none."""
     trained = ", ".join(subject.name for subject in subjects if not subject.is_bystander)
     others = [f"no {subject.class_word!r} that follows no trigger" for subject in subjects if subject.is_bystander]
@@ -228,26 +226,24 @@ def _lacking(subjects: Sequence[SceneConcept]) -> str:
     return f"the text has {', and '.join(lacking)}" if lacking else ""
 
 
-def _trained_with_tara(concept: Concept) -> bool:
+def _trained_with_tara(concept: NodeConcept) -> bool:
     """Whether a concept has a trigger and a LoRA that was trained with token masks."""
     return concept.path is not None and bool(concept.scene.trigger) and trained_with(concept.path) == "tara"
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class ComposeRequest:
     """What a Compose node is asked for.
 
     Attributes:
-        concepts: The concepts.
         loras: Their factors; none for a bystander.
         clip: ComfyUI's CLIP, whose tokenizer finds words.
         encode: Encodes texts.
-        text: The text.
         texts: What the cells of a region read: "shared", the text; "regions", one of its own; or "auto".
         joint: Whether the model has text and image in one sequence.
     """
 
-    concepts: Sequence[Concept]
+    concepts: Sequence[NodeConcept]
     loras: Sequence[Lora]
     clip: Any
     encode: Encode
@@ -256,7 +252,7 @@ class Request:
     joint: bool = False
 
     @cached_property
-    def _read(self) -> Emphasis:
+    def _read(self) -> Weighted:
         """The text without the signs of weights, and its weights."""
         return read_weights(self.text)
 
@@ -266,15 +262,15 @@ class Request:
         return {i: concept.scene.name for i, concept in enumerate(self.concepts) if concept.scene.prompt}
 
     @cached_property
-    def _subjects(self) -> Mapping[int, SceneConcept]:
+    def _subjects(self) -> Mapping[int, Concept]:
         return subjects_of(self.concepts)
 
     @property
-    def _trained(self) -> Mapping[int, SceneConcept]:
+    def _trained(self) -> Mapping[int, Concept]:
         """The subjects that have a LoRA."""
         return {i: subject for i, subject in self._subjects.items() if not subject.is_bystander}
 
-    def composed(self, method: str) -> tuple[Composition, Conditioning]:
+    def composed(self, method: str) -> tuple[ComposedConcepts, Conditioning]:
         """What the concepts do in a model by a method, and the conditioning for it.
 
         Args:
@@ -288,7 +284,7 @@ class Request:
             blends = method == "merge" and len(self._subjects) > 1
             logger.log(logging.WARNING if blends else logging.INFO, "method: %s, because %s", method, reason)
         regions, weights = [concept.region for concept in self.concepts], [concept.weight for concept in self.concepts]
-        composition = Composition(self.loras, weights, regions, torch.ones(1, len(weights)))
+        composition = ComposedConcepts(self.loras, weights, regions, torch.ones(1, len(weights)))
         if method in ("draft", "regional"):
             return self._draft(composition) if method == "draft" else self._regional(composition)
         if any(region is not None for region in regions):
@@ -311,7 +307,7 @@ class Request:
             lacks=_lacking(lacking), trained=all(map(_trained_with_tara, deciding)),
         )  # fmt: skip
 
-    def _tara(self, composition: Composition) -> tuple[Composition, Conditioning]:
+    def _tara(self, composition: ComposedConcepts) -> tuple[ComposedConcepts, Conditioning]:
         trained = self._trained
         if nameless := [subject.name for subject in trained.values() if not subject.trigger]:
             raise ValueError(f"tara needs a trigger for {', '.join(nameless)}: type it in its Concept node")
@@ -324,7 +320,7 @@ class Request:
         words[:, self._others([*triggers])] = 1
         return replace(composition, words=words, tokens=len(words)), conditioning
 
-    def _regional(self, composition: Composition) -> tuple[Composition, Conditioning]:
+    def _regional(self, composition: ComposedConcepts) -> tuple[ComposedConcepts, Conditioning]:
         owners = [i for i, concept in enumerate(self.concepts) if concept.region is not None]
         if not owners:
             raise ValueError("regional needs to know where concepts are: give at least one a box or a mask")
@@ -340,7 +336,7 @@ class Request:
             logger.warning("without a box or mask, %s acts on the whole image, also in the regions of others", names)
         return self._in_regions(composition, owners, auto=self.joint and not unnamed)
 
-    def _draft(self, composition: Composition) -> tuple[Composition, Conditioning]:
+    def _draft(self, composition: ComposedConcepts) -> tuple[ComposedConcepts, Conditioning]:
         subjects = self._subjects
         if len(subjects) < 2:
             raise ValueError("draft divides the image between subjects: give two or more a trigger and a class word")
@@ -357,12 +353,12 @@ class Request:
             composition = replace(composition, tokens=tokens, phrases=None if self.joint else self._phrases(tokens))
         if not searched:
             return composition, conditioning
-        bare = without_triggers(self._read.weighted, [*subjects.values()])
+        bare = without_triggers(self._read, [*subjects.values()])
         plain = written(bare)
         of_draft = self._once(plain, self._others([*subjects]))
         nouns = {i: {subject.class_word or "": self._own(subject, bare)} for i, subject in searched.items()}
         words = self._at(plain, nouns, tokens_of(*of_draft[0]))
-        draft = Draft(of_draft, words / words.sum(dim=0).clamp(min=1), subjects, strips=bool(composition.texts))
+        draft = DraftSteps(of_draft, words / words.sum(dim=0).clamp(min=1), subjects, strips=bool(composition.texts))
         return replace(composition, draft=draft), conditioning
 
     def _others(self, owners: Sequence[int]) -> Sequence[int]:
@@ -370,8 +366,8 @@ class Request:
         return [i for i in range(len(self.concepts)) if i not in owners]
 
     def _in_regions(
-        self, composition: Composition, owners: Sequence[int], *, auto: bool
-    ) -> tuple[Composition, Conditioning]:
+        self, composition: ComposedConcepts, owners: Sequence[int], *, auto: bool
+    ) -> tuple[ComposedConcepts, Conditioning]:
         """Concepts whose regions read texts of their own, or all one.
 
         Args:
@@ -384,13 +380,15 @@ class Request:
             raise ValueError(f"{name} has a prompt, and all regions read one text; clear it, or set texts to regions")
         return composition, self.encode(self.text, self._others(owners))
 
-    def _with_texts(self, composition: Composition, owners: Sequence[int]) -> tuple[Composition, Conditioning]:
+    def _with_texts(
+        self, composition: ComposedConcepts, owners: Sequence[int]
+    ) -> tuple[ComposedConcepts, Conditioning]:
         """A text for the image, and one for each region; and the conditioning of the whole text, without triggers."""
         scenes, styles, read = [concept.scene for concept in self.concepts], self._others(owners), self._read
         mine, others = [scenes[i] for i in owners], [scenes[i] for i in styles if scenes[i].trigger]
-        texts, plain = texts_about(mine, read), without_triggers(read.weighted, mine)
+        texts, plain = texts_about(mine, read), without_triggers(read, mine)
         # On UNets, cells outside of regions read of the surroundings alone, as in our pipelines.
-        first = plain if self.joint else surroundings(read.weighted, mine, others)
+        first = plain if self.joint else surroundings(read, mine, others)
         every = [self._once(written(first), styles)]
         every += [self._once(own, [*styles, i]) for i, own in zip(owners, texts, strict=True)]
         everywhere = torch.tensor([float(i in styles) for i in range(len(scenes))])
@@ -416,7 +414,7 @@ class Request:
             phrases[i] = {text[slice(*span)]: None for span in spans} or {noun: self._own(subject, text)}
         return self._at(self.text, phrases, tokens)
 
-    def _own(self, subject: SceneConcept, text: str) -> Collection[int] | None:
+    def _own(self, subject: Concept, text: str) -> Collection[int] | None:
         """The occurrences of a class word in a text that are meant by a subject, by index; None is all.
 
         Args:

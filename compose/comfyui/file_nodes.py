@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui  # pyright: ignore[reportMissingImports]
 
 from lora_compose.compose.comfyui import words
 from lora_compose.compose.comfyui.composing import factors_in
-from lora_compose.compose.comfyui.concepts import Concept
+from lora_compose.compose.comfyui.concepts import NodeConcept
 from lora_compose.compose.comfyui.merging import merge_concepts
 from lora_compose.compose.comfyui.showing import merged_text, text_about
 from lora_compose.pipelines.formats.files import LoraError, read_lora
@@ -65,7 +65,7 @@ class MergeNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, concepts: Sequence[Concept], method: str, filename_prefix: str) -> Any:
+    def execute(cls, model: Any, concepts: Sequence[NodeConcept], method: str, filename_prefix: str) -> Any:
         """Writes the file, and says how much of each concept is in it."""
         files = [read_lora(concept.path) for concept in concepts if concept.path is not None]
         loras = [factors_in(model, file, products=False) for file in files]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.attention.device import is_linear
 from lora_compose.attention.fitting import check_factors, weight_shape
-from lora_compose.pipelines.concepts.placing import FITTING, SUMS_PATCHES, fitted, sums_patches
+from lora_compose.pipelines.concepts.placing import FITTING, fitted, notes_on, unclear
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
@@ -59,12 +59,12 @@ def read_concept(
     """
     grouped, alphas, places = by_layer(file), Alphas(file), _places(names, sites)
     mine: dict[str, list[tuple[Layer, _Place]]] = defaultdict(list)
-    left_out, unclear = [*grouped.unknown, *grouped.inexpressible], []
+    left_out, unread = [*grouped.unknown, *grouped.inexpressible], []
     layers = [layer for layer in grouped.layers if layer.part in _DENOISERS]
     for layer in grouped.layers:
         place = places.get(present_name(layer.module)) if layer.part in _DENOISERS else None
-        if place is not None and sums_patches(layer, model.get_submodule(place.name), alphas):
-            unclear.append(layer)
+        if place is not None and (why := unclear(layer, model.get_submodule(place.name), alphas)):
+            unread.append(why)
         elif place is not None:
             mine[place.name].append((layer, place))
         elif not layer.part.startswith(_TEXT):
@@ -84,7 +84,7 @@ def read_concept(
             raise LoraError(f"{file.path.name}: {name}: {error}") from error
         cut += lost
     notes = [f"{len(left_out)} keys fit no layer and are left out: {', '.join(left_out[:3])}"] if left_out else []
-    notes += [f"{len(unclear)} layers are left out: {SUMS_PATCHES}"] if unclear else []
+    notes += notes_on(unread)
     notes += [f"{cut} layers are cut to rank {MAX_RANK}"] if cut else []
     notes += [f"its words {', '.join(file.embeddings)} are left out"] if file.embeddings else []
     notes += [f"it is {ALL_RANKS}"] if is_tlora(file.metadata, file.tensors) else []

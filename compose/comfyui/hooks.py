@@ -23,7 +23,7 @@ from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.swapped_forward import SwappedForward
 from lora_compose.compose.comfyui.composition import (
     Acting,
-    Composition,
+    ComposedConcepts,
     Conditioning,
     Found,
     Passes,
@@ -32,7 +32,7 @@ from lora_compose.compose.comfyui.composition import (
     over,
 )
 from lora_compose.compose.comfyui.families import family_of
-from lora_compose.compose.comfyui.memory import Brought, Factors, OnKnownGrid
+from lora_compose.compose.comfyui.memory import Brought, MovableFactors, OnKnownGrid
 from lora_compose.compose.comfyui.steering import EachTextFromItsStart, SteeredAttention
 from lora_compose.compose.comfyui.tokens import tokens_of
 from lora_compose.pipelines.scene.canvas import steps_in
@@ -44,7 +44,7 @@ OF_TEXT = ("pooled_output", "attention_mask", "t5xxl_ids", "t5xxl_weights")
 """What encoders give beside a text."""
 
 
-def compose(patcher: Any, composition: Composition) -> Any:
+def compose(patcher: Any, composition: ComposedConcepts) -> Any:
     """A clone of a model (`ModelPatcher`) in which a composition acts wherever ComfyUI samples with it.
 
     Raises:
@@ -54,10 +54,10 @@ def compose(patcher: Any, composition: Composition) -> Any:
         raise ValueError(
             "this model has concepts already; connect that of your checkpoint, and all concepts as one chain"
         )
-    factors = Factors(composition.loras, patcher.offload_device)
+    factors = MovableFactors(composition.loras, patcher.offload_device)
     size = factors.bytes_in(_dtype(patcher.model))
     counted = comfy.model_patcher.ModelPatcher(factors, patcher.load_device, patcher.offload_device, size)
-    clone, hooks = patcher.clone(), Hooks(composition, factors)
+    clone, hooks = patcher.clone(), SamplingHooks(composition, factors)
     clone.set_attachments(KEY, hooks)
     clone.set_additional_models(KEY, [counted])
     clone.add_callback_with_key(core.CallbacksMP.ON_EJECT_MODEL, KEY, hooks.eject)
@@ -70,7 +70,7 @@ def compose(patcher: Any, composition: Composition) -> Any:
 def draft_alone(patcher: Any, sample: Callable[[], Any]) -> Found:
     """What `draft` finds in a sampling, which ends after the drafted steps.
 
-    Clones of a model share its `Hooks`: no other sampling with one of them may overlap.
+    Clones of a model share its `SamplingHooks`: no other sampling with one of them may overlap.
 
     Args:
         patcher: A model of Compose.
@@ -99,7 +99,7 @@ def _dtype(model: Any) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
-def marked(conditioning: Conditioning, composition: Composition) -> list[list[Any]]:
+def marked(conditioning: Conditioning, composition: ComposedConcepts) -> list[list[Any]]:
     """A conditioning of ComfyUI as one of a composition, whose concepts act on its rows."""
     return [[text, {**options, KEY: composition.mark}] for text, options in conditioning]
 
@@ -111,7 +111,7 @@ def _is(conditioning: Mapping[str, Any], given: Conditioning) -> bool:
     return all(a is b or (a is not None and b is not None and torch.equal(a, b.to(a))) for a, b in pairs)
 
 
-class Hooks:
+class SamplingHooks:
     """The callbacks that ComfyUI calls around a sampling and around each of its passes.
 
     Args:
@@ -122,10 +122,10 @@ class Hooks:
         previews: What drafts have found, of samplings that end after them; None if samplings go on to images.
     """
 
-    def __init__(self, composition: Composition, factors: Factors) -> None:
+    def __init__(self, composition: ComposedConcepts, factors: MovableFactors) -> None:
         self.composition, self.factors = composition, factors
         self.previews: list[Found] | None = None
-        self._sampling: Sampling | None = None
+        self._sampling: ActiveSampling | None = None
 
     def sample(
         self, executor: Any, guider: Any, sigmas: Tensor, extra: dict[str, Any], callback: Any, noise: Tensor,
@@ -135,7 +135,7 @@ class Hooks:
         composition, conditionings = self.composition, guider.conds
         given = {"latent_image": latents, "denoise_mask": mask, "seed": extra.get("seed")}
         ours = self._ours(conditionings)
-        sampling = self._sampling = Sampling(guider, composition, self.factors, ours, noise, sigmas, given)
+        sampling = self._sampling = ActiveSampling(guider, composition, self.factors, ours, noise, sigmas, given)
         images = [composition.regions]
         try:
             sampling.install()
@@ -204,13 +204,12 @@ class Hooks:
         )
 
 
-class Sampling:
+class ActiveSampling:
     """A composition in a model during one sampling.
 
     Args:
         guider: ComfyUI's, whose model samples.
         composition: What acts where.
-        factors: Its factors.
         ours: The conditionings that concepts act on.
         noise: Shape: [images, channels, (frames,) height, width].
         sigmas: The noise level before each step, and after the last one.
@@ -226,7 +225,7 @@ class Sampling:
     _passes: Passes  # from `start` on
 
     def __init__(
-        self, guider: Any, composition: Composition, factors: Factors, ours: Collection[Any], noise: Tensor,
+        self, guider: Any, composition: ComposedConcepts, factors: MovableFactors, ours: Collection[Any], noise: Tensor,
         sigmas: Tensor, given: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self.model = guider.inner_model
@@ -268,7 +267,7 @@ class Sampling:
         self._installation = None
         self._stack.close()
 
-    def start(self, composition: Composition, images: RegionsByImage) -> Mapping[str, Any]:
+    def start(self, composition: ComposedConcepts, images: RegionsByImage) -> Mapping[str, Any]:
         """Lets a composition act in the next passes.
 
         Returns:

@@ -16,7 +16,7 @@ OTHER_CELLS = (
 )
 
 
-class Factors(nn.Module):
+class MovableFactors(nn.Module):
     """The bank of a composition. It has no parameters, so ComfyUI loads it as a whole, or leaves it where it is.
 
     Args:

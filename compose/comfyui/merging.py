@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from torch import nn
 
 from lora_compose.attention import Lora, LoraFactors
-from lora_compose.compose.comfyui.concepts import Concept
+from lora_compose.compose.comfyui.concepts import NodeConcept
 from lora_compose.compose.comfyui.files import read_text_encoders
 from lora_compose.compose.lora.merging import Given, Matched, Report, merge_files
 from lora_compose.pipelines.formats.by_name import by_name
@@ -20,7 +20,7 @@ from lora_compose.pipelines.merging.expressed import expressed
 
 
 def merge_concepts(
-    concepts: Sequence[Concept], loras: Sequence[Lora], network: nn.Module, method: str, out: Path
+    concepts: Sequence[NodeConcept], loras: Sequence[Lora], network: nn.Module, method: str, out: Path
 ) -> Report:
     """Merges the files of concepts, with their weights, into a new one.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_compose.compose.comfyui import words
 from lora_compose.compose.comfyui.composing import composed
-from lora_compose.compose.comfyui.concepts import Concept, boxes_of, chained, drawn, with_boxes, with_masks
+from lora_compose.compose.comfyui.concepts import NodeConcept, boxes_of, chained, drawn, with_boxes, with_masks
 from lora_compose.compose.comfyui.file_nodes import Concepts, InspectNode, MergeNode, choice, schema
 from lora_compose.compose.comfyui.hooks import draft_alone
 from lora_compose.compose.comfyui.refining import refined
@@ -47,10 +47,10 @@ class ConceptNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, lora: str, concepts: Sequence[Concept] = (), **given: Any) -> Any:
-        """Adds a concept to those before it. Further arguments: `Concept.of`."""
+    def execute(cls, lora: str, concepts: Sequence[NodeConcept] = (), **given: Any) -> Any:
+        """Adds a concept to those before it. Further arguments: `NodeConcept.of`."""
         path = None if lora == words.NO_LORA else Path(folder_paths.get_full_path_or_raise("loras", lora))
-        return io.NodeOutput(chained(concepts, Concept.of(path, **given)))
+        return io.NodeOutput(chained(concepts, NodeConcept.of(path, **given)))
 
 
 class BoxesNode(io.ComfyNode):
@@ -71,7 +71,7 @@ class BoxesNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concepts: Sequence[Concept], boxes: str) -> Any:
+    def execute(cls, concepts: Sequence[NodeConcept], boxes: str) -> Any:
         """The concepts with their boxes, and the boxes as masks."""
         placed = with_boxes(concepts, boxes_of(boxes))
         return io.NodeOutput(placed, drawn(placed))
@@ -104,7 +104,7 @@ class ComposeNode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, clip: Any, concepts: Sequence[Concept], text: str, method: str, texts: str = "auto"
+        cls, model: Any, clip: Any, concepts: Sequence[NodeConcept], text: str, method: str, texts: str = "auto"
     ) -> Any:
         """Reads the files, finds the words, and encodes the texts."""
         return io.NodeOutput(*composed(model, clip, concepts, text, method, texts), drawn(concepts))
@@ -178,12 +178,12 @@ class RefineNode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image: Tensor, model: Any, clip: Any, vae: Any, negative: Any, concepts: Sequence[Concept], text: str,
+        cls, image: Tensor, model: Any, clip: Any, vae: Any, negative: Any, concepts: Sequence[NodeConcept], text: str,
         size: int, masks: Tensor | None = None, **how: Any,
     ) -> Any:  # fmt: skip
         """The images, with each subject repainted."""
 
-        def repaint(acting: Sequence[Concept], own: str, part: Tensor, mask: Tensor) -> Tensor:
+        def repaint(acting: Sequence[NodeConcept], own: str, part: Tensor, mask: Tensor) -> Tensor:
             clone, positive = composed(model, clip, acting, own, "merge")
             # One by one: VAEs of videos take several images as the frames of one video.
             samples = torch.cat([vae.encode(image) for image in part.split(1)])

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lora_compose.attention.masks import bounds
 from lora_compose.compose.comfyui.composition import on_grid
-from lora_compose.compose.comfyui.concepts import Concept, subjects_of, texts_about
+from lora_compose.compose.comfyui.concepts import NodeConcept, subjects_of, texts_about
 from lora_compose.compose.comfyui.weights import read_weights
 from lora_compose.pipelines.scene.mask_images import BLUR, PADDING, side_of, softened
 
-Repaint = Callable[[Sequence[Concept], str, Tensor, Tensor], Tensor]
+Repaint = Callable[[Sequence[NodeConcept], str, Tensor, Tensor], Tensor]
 """Repaints parts of images with concepts and a text, inside of a mask. Shapes: [images, height, width, 3] and [height,
 width]."""
 
@@ -22,7 +22,7 @@ _MULTIPLE = 16
 """Sides of what is repainted are multiples of this; models halve them, VAEs three or four times."""
 
 
-def refined(images: Tensor, concepts: Sequence[Concept], text: str, size: int, repaint: Repaint) -> Tensor:
+def refined(images: Tensor, concepts: Sequence[NodeConcept], text: str, size: int, repaint: Repaint) -> Tensor:
     """Images whose subjects have been repainted, one after the other; nothing outside of their regions changes.
 
     Args:
@@ -55,7 +55,8 @@ def refined(images: Tensor, concepts: Sequence[Concept], text: str, size: int, r
         rows, columns = _around(share, round(PADDING * side_of(mask)))
         part, share = images[:, rows, columns], share[rows, columns, None]
         acting = [
-            Concept(concept.path, concept.scene.model_copy(update={"prompt": None})) for concept in (subject, *styles)
+            NodeConcept(concept.path, concept.scene.model_copy(update={"prompt": None}))
+            for concept in (subject, *styles)
         ]
         large = _enlarged(part.shape[1], part.shape[2], size)
         painted = repaint(acting, own, _resized(part, large), _resized(share[None], large)[0, ..., 0])

@@ -26,7 +26,6 @@ def find_tokens(clip: Any, text: str, words: str, tokens: int, which: Collection
 
     Args:
         clip: ComfyUI's CLIP.
-        text: The text.
         words: For example a trigger.
         tokens: How many tokens the conditioning has; those of a chat template may be cut off in front of it.
         which: Indices of the occurrences that are meant; None is all.

@@ -2,14 +2,14 @@
 
 import re
 
-from lora_compose.pipelines.text.emphasis import Emphasis, weights_of
+from lora_compose.pipelines.text.emphasis import Weighted, weights_of
 
 BARE = 1.1
 """The factor of brackets without a number."""
 _SIGN = re.compile(r"\\[()]|.", re.DOTALL)
 
 
-def read_weights(text: str) -> Emphasis:
+def read_weights(text: str) -> Weighted:
     r"""Reads weights: "(words:1.3)", or "(words)" for 1.1. Of nested ones, the innermost number counts.
 
     Brackets that are part of the text, "\(" and "\)", stay as they are written.
@@ -26,7 +26,7 @@ def read_weights(text: str) -> Emphasis:
             factor = BARE if weight is None else weight
             read[start:] = [(s, w if said else w * factor, said or weight is not None) for s, w, said in inside]
     weights = tuple(weight for sign, weight, _ in read for _ in sign)
-    return Emphasis("".join(sign for sign, *_ in read), weights)
+    return Weighted("".join(sign for sign, *_ in read), weights)
 
 
 def _number_of(inside: list[tuple[str, float, bool]]) -> tuple[list[tuple[str, float, bool]], float | None]:

@@ -2,60 +2,32 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from lora_compose.compose.commands import options
 from lora_compose.compose.commands.asked import asked_run, seeds_of
+from lora_compose.compose.commands.options import with_options_of
+from lora_compose.compose.commands.run import run
 from lora_compose.compose.support.spelling import as_options
 from lora_compose.compose.support.terminal import BAD_INPUT, echo, handle_errors, starting
 
 
 @handle_errors(logging.ERROR)
-def check(
-    model: options.ModelArgument,
-    prompt: options.PromptOption = None,
-    lora: options.LoraOption = None,
-    box: options.BoxOption = None,
-    concept: options.ConceptOption = None,
-    loras: options.LorasOption = None,
-    scene: options.SceneOption = None,
-    method: options.MethodOption = None,
-    settings: options.SetOption = None,
-    seed: options.SeedsOption = None,
-    steps: options.StepsOption = None,
-    guidance: options.GuidanceOption = None,
-    negative_prompt: options.NegativeOption = None,
-    width: options.WidthOption = None,
-    height: options.HeightOption = None,
-    image: options.ImageOption = None,
-    reference: options.ReferenceOption = None,
-    mask_image: options.MaskImageOption = None,
-    strength: options.StrengthOption = None,
-    padding_mask_crop: options.PaddingOption = None,
-    paste_original: options.PasteOption = None,
-    control: options.ControlOption = None,
-    ip_adapter: options.IPAdapterOption = None,
-    scheduler: options.SchedulerOption = None,
-    dtype: options.DtypeOption = None,
-    quantize: options.QuantizeOption = None,
-    variant: options.VariantOption = None,
-    device: options.DeviceOption = None,
-    savers: options.SaversOption = None,
-    out: options.OutOption = options.OUT,
-    maps: options.MapsOption = False,
-) -> None:
+@with_options_of(run)
+def check(**given: Any) -> None:
     """Show what a run matches, what it costs, and all its problems. Takes what `run` takes.
 
     Generates nothing.
     """
-    asked = asked_run(locals(), looked_up=False)
-    seeds = seeds_of(seed)
+    asked = asked_run(given, looked_up=False)
+    seeds, savers, out = seeds_of(given["seed"]), given["savers"], given["out"]
     with starting():
         from lora_compose.compose.check.report import check as check_run
-    report = check_run(asked, loras=loras, variant=variant, savers=savers or ())
+    report = check_run(asked, loras=given["loras"], variant=given["variant"], savers=savers or ())
     facts = (*report.facts, ("saved memory", ", ".join(savers))) if savers else report.facts
-    facts = (*facts, ("seeds", ", ".join(map(str, seeds))), ("images", _images_words(len(seeds), out, maps=maps)))
+    images = _images_words(len(seeds), out, maps=given["maps"])
+    facts = (*facts, ("seeds", ", ".join(map(str, seeds))), ("images", images))
     wide = max(len(label) for label, _ in facts)
     for label, text in facts:
         echo(f"{label:{wide}}  {as_options(text) if label == 'method' else text}")

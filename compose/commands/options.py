@@ -1,5 +1,7 @@
 """Options that several commands share; `asked` reads what they say."""
 
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -184,3 +186,13 @@ IPAdapterOption = Annotated[
         "Further fields: subfolder, image_encoder, scale, region (a mask image, or left,top,right,bottom).",
     ),
 ]
+
+
+def with_options_of(command: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command, which takes them by name, all options of another one."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        function.__dict__["__signature__"] = signature(command)
+        return function
+
+    return decorate

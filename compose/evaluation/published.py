@@ -112,7 +112,6 @@ class Published(Frozen):
         downloads: What is downloaded, by the names that the suite uses as sources.
         references: References that the LoRA of a concept makes alone, by the name that the concept uses as its own.
         trainings: LoRAs that are trained first, by the name that the concept uses as its own.
-        suite: The suite.
     """
 
     downloads: Annotated[Mapping[Name, Download], Field(min_length=1)]

@@ -84,7 +84,7 @@ def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> 
     environment.filters |= {"plain": plain, "number": number, "bytes": _bytes, "amount": _amount}
     environment.globals |= {"verdict": verdict}
     gallery = Gallery(out, evaluation)
-    concepts = _concepts(evaluation, gallery)
+    concepts = _concepts(evaluation)
     plots = [Markup(against_cost(arms_table, metric)) for metric in METRICS if metric.key in ("success", "region_min")]
     return environment.get_template("report.html.j2").render(
         suite=evaluation.suite,
@@ -359,7 +359,7 @@ def _cases(evaluation: Evaluation, gallery: Gallery) -> list[dict[str, Any]]:
     return cases
 
 
-def _concepts(evaluation: Evaluation, gallery: Gallery) -> list[dict[str, Any]]:
+def _concepts(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Concepts with their references and thresholds."""
     rows = []
     for row in evaluation.thresholds.to_dict("records"):

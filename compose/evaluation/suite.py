@@ -29,7 +29,6 @@ class SuiteConcept(Frozen):
     """A concept with its reference images.
 
     Attributes:
-        name: Its name.
         lora: Its LoRA, or several by kind ("ordinary", "tara"), of which the first is used where none is named.
         trigger: The rare word or words.
         class_word: The noun after it.
@@ -73,7 +72,6 @@ class SuiteScene(Start):
     """A prompt with concepts, and an optional start image.
 
     Attributes:
-        name: Its name.
         prompt: Names every concept by its trigger.
         concepts: Names of concepts of the suite.
         bundle: Further concepts, which the prompt does not name. Their LoRAs are merged with those of the scene by
@@ -106,7 +104,6 @@ class SuiteMethod(Frozen):
 
     Attributes:
         name: Its name in tables.
-        method: The method.
         settings: Those that differ from its defaults.
         lora: The kind of LoRAs it uses; None is each concept's first.
         merge: How the LoRAs of the scene and of its `bundle` are merged into one, a name of `MERGERS`. With the method
@@ -171,13 +168,10 @@ class Suite(Frozen):
     """An evaluation.
 
     Attributes:
-        name: Its name.
         model: A folder, a checkpoint file, a hub repository or `playground`.
         encoder: The encoder for similarity: `playground:judge`, a folder or a hub repository of CLIP, SigLIP or DINOv2.
         detector: How concepts are found in images; None crops the regions of the scenes.
         metrics: Further metrics by name, each with a model of its own: clip-t, clip-i, dino, scr, arcface.
-        concepts: The concepts.
-        scenes: The scenes.
         methods: The methods to compare; `merge` is added if it is missing and no method merges files.
         baseline: The method that the others are compared with.
         seeds: Of the start noise, for every scene and method.

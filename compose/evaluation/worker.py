@@ -18,7 +18,7 @@ from lora_compose.compose.evaluation.scoring import Scorer, open_scorer
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine
 from lora_compose.compose.generate.machine import machine, versions
-from lora_compose.compose.generate.making import Made, choice_of, load, make_batch, plan, size_of, steps_of
+from lora_compose.compose.generate.making import Made, load, make_batch, plan, size_of, steps_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.pipelines.scene.scene import Run
@@ -129,8 +129,8 @@ class Worker:
             self._counted[kind] = count_by_running(self.pipe, run)
         elif kind not in self._counted:
             loaded = [load(self.pipe, concept) for concept in run.scene.concepts]
-            choice = choice_of(self.pipe, run, loaded)
-            method = choice and choice.method
+            planned = plan(self.pipe, run)
+            method = None if planned is None else planned.choice.method
             scheduler = self.pipe.scheduler
             if run.scheduler is not None:
                 scheduler = scheduler_class(run.scheduler).from_config(scheduler.config)

@@ -31,8 +31,8 @@ from lora_compose.pipelines.calls.memory import check_size, warn_of_size
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.formats.models import models_of
-from lora_compose.pipelines.images.output import Cost
-from lora_compose.pipelines.methods import METHODS, Choice, Draft, Settings, make_method, name_of
+from lora_compose.pipelines.images.output import ComposeOutput, Cost
+from lora_compose.pipelines.methods import METHODS, Draft, Settings, make_method
 from lora_compose.pipelines.methods.draft import Drafted, draft_only
 from lora_compose.pipelines.scene.mask_images import open_image
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
@@ -104,14 +104,13 @@ def make_batch(
         ValueError: For anything that does not fit together, before any work is done.
     """
     seeds = tuple(seeds)
-    with _prepared(pipe, run) as (loaded, choice, arguments):
+    with _prepared(pipe, run) as (loaded, arguments):
         record = Record(
-            run=_as_used(pipe, run, choice and choice.method),
+            run=_as_used(pipe, run),
             versions=versions(),
             sha256=_hashes(loaded),
             images={name: sha256_of(Path(path).expanduser()) for name, path in run.scene.image_files.items()},
             machine=machine(pipe._execution_device),  # an offloaded model may be on another device now
-            method_reason=choice.reason if choice is not None and run.method is None else None,
         )
         arguments |= {
             "num_images_per_prompt": len(seeds),
@@ -120,6 +119,7 @@ def make_batch(
         }
         if loaded:
             output = pipe(**arguments, record_attention=record_attention)
+            record = _with_method(record, output, chosen=run.method is None)
         else:
             told = _callback(on_progress, _finite(pipe, on_step)) if pipe.tells_steps else None
             arguments["callback_on_step_end"] = told
@@ -146,10 +146,11 @@ def draft(pipe: Any, run: Run) -> Drafted:
     Raises:
         ValueError: Whatever `make` would raise; if the method of the run, given or chosen, is not draft.
     """
-    with _prepared(pipe, run) as (_, choice, arguments):
-        settings = arguments.pop("method")
-        if choice is None or not isinstance(settings, Draft):
+    with _prepared(pipe, run) as (loaded, arguments):
+        settings = pipe.plan(**arguments).choice.method if loaded else None
+        if not isinstance(settings, Draft):
             raise ValueError("only the method draft looks at the noise before it makes an image; choose it")
+        del arguments["method"]
         return draft_only(pipe, settings, **arguments, generator=[torch.Generator().manual_seed(run.seed)])
 
 
@@ -161,7 +162,7 @@ def plan(pipe: Any, run: Run) -> CallPlan | None:
     Raises:
         ValueError: Whatever `make` would raise.
     """
-    with _prepared(pipe, run) as (loaded, _, arguments):
+    with _prepared(pipe, run) as (loaded, arguments):
         return pipe.plan(**arguments) if loaded else None
 
 
@@ -220,8 +221,8 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     return scene.width or width, scene.height or height
 
 
-def choice_of(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choice | None:
-    """A run's method; without one it is chosen, and the log says why. None without concepts.
+def method_of(run: Run) -> Settings | None:
+    """The method that a run asks for; None if it asks for none.
 
     Raises:
         ValueError: For unknown methods and settings, and for settings without a method.
@@ -229,16 +230,14 @@ def choice_of(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choice | 
     if run.settings and run.method is None:
         raise ValueError(f"the settings {', '.join(run.settings)} need a method; there are {', '.join(METHODS)}")
     method = None if run.method is None else make_method(run.method, run.settings)
-    if not loaded:
-        if method is not None:
-            raise ValueError(f"the method {run.method} needs concepts, and the scene has none")
-        return None
-    return pipe.resolve_choice(method, loaded, [run.scene.prompt])
+    if method is not None and not run.scene.concepts:
+        raise ValueError(f"the method {run.method} needs concepts, and the scene has none")
+    return method
 
 
 @contextmanager
-def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice | None, dict[str, Any]]]:
-    """Concepts, method and the arguments of the call, with the run's scheduler in the pipeline inside this block."""
+def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], dict[str, Any]]]:
+    """Concepts and the arguments of the call, with the run's scheduler in the pipeline inside this block."""
     if (dtype := dtype_of(pipe.model)) != getattr(torch, run.dtype):
         raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {dtype}; open it again")
     size = size_of(pipe, run.scene)
@@ -247,8 +246,8 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
     if not run.scene.concepts:  # otherwise its plan warns
         warn_of_size(pipe, *size)
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
-    check_all_named((concept.concept for concept in loaded), plain_text(run.scene.prompt))  # before the choice warns
-    choice = choice_of(pipe, run, loaded)
+    check_all_named((concept.concept for concept in loaded), plain_text(run.scene.prompt))
+    method = method_of(run)
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
     fit_ip_adapters(pipe, run.scene.ip_adapters)
     arguments = {
@@ -257,7 +256,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
         "num_inference_steps": run.steps,
         **pipe.guided(run.guidance_scale, run.scene.negative_prompt or None),
         "concepts": [concept.concept for concept in loaded],
-        "method": choice and choice.method,
+        "method": method,
         **run.scene.start,
         **ip_adapter_arguments(run.scene.ip_adapters, size),
     }
@@ -267,7 +266,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
         arguments["control"] = controls_of(pipe, run.scene.controls, size)
     pipe.scheduler = scheduler
     try:
-        yield loaded, choice, arguments
+        yield loaded, arguments
     finally:
         pipe.scheduler = before
 
@@ -282,11 +281,14 @@ def _plain(pipe: Any, scene: Scene, arguments: dict[str, Any]) -> Any:
         return plain(**{name: it for name, it in arguments.items() if name not in ("concepts", "method")}, **more)
 
 
-def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
-    used: dict[str, Any] = {"scheduler": type(pipe.scheduler).__name__, "device": str(pipe._execution_device)}
-    if settings is not None:
-        used["method"], used["settings"] = name_of(settings)
-    return run.model_copy(update=used)
+def _as_used(pipe: Any, run: Run) -> Run:
+    return run.model_copy(update={"scheduler": type(pipe.scheduler).__name__, "device": str(pipe._execution_device)})
+
+
+def _with_method(record: Record, output: ComposeOutput, *, chosen: bool) -> Record:
+    """The record of a call with the method that ran, and with the reason if the call has chosen it."""
+    run = record.run.model_copy(update={"method": output.method, "settings": output.settings})
+    return record.model_copy(update={"run": run, "method_reason": output.method_reason if chosen else None})
 
 
 def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, Hashes]:

@@ -151,7 +151,7 @@ def merge_files(
         for done, (name, changes) in enumerate(layers, 1):
             merged = merge(changes, None if moments is None else moments.get(name))
             merged, kept = (merged, 1.0) if rank is None else _cut(merged, rank)
-            tally.add(_block(matched, name), changes, merged, kept)
+            tally.add(_block(name), changes, merged, kept)
             up, down = matrices(merged)
             for key, tensor in tensors(matched.spelling, matched.sites[name], LoraFactors(down, up), dtype, alpha):
                 writer.add(key, tensor)
@@ -203,7 +203,7 @@ def _dtype(given: Sequence[Given]) -> torch.dtype:
     return only if not more and only in (torch.float16, torch.bfloat16) else torch.float32
 
 
-def _block(matched: Matched, name: Name) -> str:
+def _block(name: Name) -> str:
     part, layer = name
     if part != "unet" or "." in layer:
         return block_of(part, layer)

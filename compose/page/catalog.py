@@ -21,7 +21,6 @@ class KnownModel:
 
     Attributes:
         source: As a run names it.
-        family: The model family.
         where: Where it is, in words.
     """
 

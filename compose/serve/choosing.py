@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_compose.compose.serve.requests import AUTO, MOST_CONCEPTS, ImageRequest, RequestedConcept
+from lora_compose.pipelines.calls.resolved_call import resolve_choice
 from lora_compose.pipelines.concepts.lru import file_key
 from lora_compose.pipelines.formats.files import LoraError, read_words, trained_with
 from lora_compose.pipelines.formats.triggers import Words
-from lora_compose.pipelines.methods import name_of
+from lora_compose.pipelines.methods import ASKED_FOR, name_of
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.sources import files_of
 from lora_compose.pipelines.support.notes import kept
@@ -54,9 +55,9 @@ def chosen(pipe: Any, request: ImageRequest) -> tuple[ImageRequest, str | None]:
     if not headers:
         return request, None
     if request.method is not None:
-        return request, "it was asked for"
+        return request, ASKED_FOR
     with kept():  # the reason goes into the answer
-        choice = pipe.resolve_choice(None, headers, [request.prompt])
+        choice = resolve_choice(pipe, None, headers, [request.prompt])
     return request.model_copy(update={"method": name_of(choice.method)[0]}), choice.reason
 
 

@@ -11,6 +11,7 @@ from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.serve.choosing import listed
 from lora_compose.compose.serve.requests import ImageRequest
 from lora_compose.compose.support.frozen import shared
+from lora_compose.pipelines.methods import ASKED_FOR
 from lora_compose.pipelines.scene.scene import Run, Scene
 from lora_compose.pipelines.scene.sources import files_of
 from lora_compose.pipelines.support.regular import sha256_of
@@ -50,7 +51,7 @@ def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, to
     )  # fmt: skip
     return Record(
         run=run.model_copy(update=used), versions=versions(), sha256=hashes, machine=machine(pipe._execution_device),
-        together=together, method_reason=None if reason == "it was asked for" else reason,
+        together=together, method_reason=None if reason == ASKED_FOR else reason,
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ def check_packages(what: str, names: tuple[str, ...], extra: str) -> None:
 
     Args:
         what: The beginning of the message: what needs them.
-        names: The packages.
         extra: The extra of lora-compose that installs them.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]

@@ -157,7 +157,7 @@ class Begun:
 
 
 class _Answer(BaseException):
-    """Ends a call that is only planned, and carries its request past an overriding `__call__`."""
+    """Ends a call of a class that overrides `__call__`, and carries its request past what overrides it."""
 
     def __init__(self, made: Request | Plain) -> None:
         super().__init__()
@@ -165,6 +165,9 @@ class _Answer(BaseException):
 
 
 _asking: ContextVar[bool] = ContextVar("a call is planned, not run", default=False)
+
+_requests: dict[Any, Callable[..., Request | Plain]] = {}
+"""By `__call__` of a family, what makes the request of the same arguments."""
 
 
 def front(
@@ -204,12 +207,15 @@ def front(
                 raise ValueError(f"{', '.join(new)} cannot be combined with concepts; leave it out")
             return make(pipe, begun)
 
-        @wraps(make)
-        def call(*args: Any, **kwargs: Any) -> BaseOutput | tuple:
+        def named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Composes, dict[str, Any]]:
             bound = arguments.bind(*args, **kwargs)
             bound.apply_defaults()
-            given = bound.arguments
-            pipe: Composes = given.pop("self")
+            given = dict(bound.arguments)
+            return given.pop("self"), given
+
+        @wraps(make)
+        def call(*args: Any, **kwargs: Any) -> BaseOutput | tuple:
+            pipe, given = named(args, kwargs)
             if _asking.get():
                 raise _Answer(made(pipe, given))
             ours = given["mask_image"] is not None and not pipe.inpaints_as_diffusers
@@ -226,6 +232,7 @@ def front(
             finally:
                 claim.end()
 
+        _requests[call] = lambda *args, **kwargs: made(*named(args, kwargs))
         call.__dict__["__signature__"] = arguments
         typed = {it.name: it.annotation for it in arguments.parameters.values() if it.annotation is not it.empty}
         call.__annotations__ = {**typed, "return": arguments.return_annotation}
@@ -243,22 +250,28 @@ def arguments_with(**defaults: Any) -> Signature:
 def request_of(pipe: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
     """The request that a call of a pipeline with these arguments would run.
 
-    In a class that overrides `__call__`, the code before its call of ours runs as well.
+    Nothing is called, but in a class that overrides `__call__`: there the code before its call of ours runs.
 
     Raises:
         ValueError: For arguments that do not fit together, and calls without concepts.
     """
-    token = _asking.set(True)
-    try:
-        pipe(*args, **kwargs)
-        raise TypeError(f"{type(pipe).__name__}.__call__ runs no pipeline of lora-compose, so there is nothing to plan")
-    except _Answer as answer:
-        request = answer.made
-    finally:
-        _asking.reset(token)
+    of_family = _requests.get(type(pipe).__call__)
+    request = _asked(pipe, args, kwargs) if of_family is None else of_family(pipe, *args, **kwargs)
     if isinstance(request, Plain):
         raise ValueError("a call without concepts is diffusers' own, which is not planned; name some: concepts=[...]")
     return request
+
+
+def _asked(pipe: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request | Plain:
+    """The request of a class that overrides `__call__`, which is called up to its call of ours."""
+    token = _asking.set(True)
+    try:
+        pipe(*args, **kwargs)
+    except _Answer as answer:
+        return answer.made
+    finally:
+        _asking.reset(token)
+    raise TypeError(f"{type(pipe).__name__}.__call__ runs no pipeline of lora-compose, so there is nothing to plan")
 
 
 def _same(given: Any, default: Any) -> bool:

@@ -21,6 +21,7 @@ class Outcome:
 def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
     """The output of a call."""
     denoiser, choice = outcome.denoiser, outcome.choice
+    method, settings = name_of(choice.method)
     recorded_steps, maps = denoiser.log.attention_maps() or (None, None)
     return ComposeOutput(
         images=images,
@@ -30,7 +31,8 @@ def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
         masks=denoiser.log.masks(),
         draft_maps=denoiser.log.draft_maps(),
         recorded_steps=recorded_steps,
-        method=name_of(choice.method)[0],
+        method=method,
+        settings=settings,
         method_reason=choice.reason,
         origin=outcome.origin,
     )

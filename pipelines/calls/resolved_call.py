@@ -43,7 +43,7 @@ from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.denoising.session import Runner, Session, SetRunner
 from lora_compose.pipelines.formats.models import model_part
 from lora_compose.pipelines.images.from_image import region_in_pixels
-from lora_compose.pipelines.methods import Choice, Described, Settings, choose_method, make_method, name_of
+from lora_compose.pipelines.methods import ASKED_FOR, Choice, Described, Settings, choose_method, make_method, name_of
 from lora_compose.pipelines.scene.canvas import Canvas, images_of
 from lora_compose.pipelines.scene.given import is_set
 from lora_compose.pipelines.scene.regions import region_mask
@@ -402,7 +402,7 @@ def resolve_choice(
 ) -> Choice:
     """The method of a call, and why it is this one; None chooses and logs why (`choose_method`)."""
     if method is not None:
-        return Choice(make_method(method), "it was asked for")
+        return Choice(make_method(method), ASKED_FOR)
     reads_regions = backbone_of(host.model).reads_regions
     return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 

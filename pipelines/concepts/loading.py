@@ -16,7 +16,7 @@ from lora_compose.attention.backbones import backbone_of
 from lora_compose.attention.device import is_linear, modules_of, uncompiled
 from lora_compose.attention.fitting import check_sides, shape_of, weight_shape
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
-from lora_compose.pipelines.concepts.placing import FITTING, SUMS_PATCHES, fitted, rows_of, sums_patches
+from lora_compose.pipelines.concepts.placing import FITTING, fitted, notes_on, rows_of, unclear
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import MAX_RANK, Change, inner
@@ -26,7 +26,7 @@ from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.models import MODEL_PARTS, TEXT_ENCODERS, Models, model_part, models_by_part
 from lora_compose.pipelines.formats.names import present_name, spellings
 from lora_compose.pipelines.formats.rank_schedule import RankSchedule, rank_schedule
-from lora_compose.pipelines.formats.recognise import OF_CLASS, guess_family
+from lora_compose.pipelines.formats.recognise import guess_family, is_of
 from lora_compose.pipelines.formats.transformer_names import swaps_halves
 
 __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read_lora"]
@@ -106,14 +106,14 @@ def match(
     grouped, models = by_layer(file), models_by_part(pipe)
     matched, unmatched = assign(file, grouped, pipe)
     alphas, model = Alphas(file, alpha), model_part(pipe)
-    unclear = _unclear(matched, models, alphas)
-    if unclear and unclear.keys() == {(part, name) for part, layers in matched.items() for name in layers}:
-        raise LoraError(f"{file.path.name}: {SUMS_PATCHES}")
+    unread = _unread(matched, models, alphas)
+    if unread and unread.keys() == {(part, name) for part, layers in matched.items() for name in layers}:
+        raise LoraError(f"{file.path.name}: {next(iter(unread.values()))}")
     assigned: Mapping[Part, Mapping[str, Layer]] = {
-        part: {name: layer for name, layer in layers.items() if (part, name) not in unclear}
+        part: {name: layer for name, layer in layers.items() if (part, name) not in unread}
         for part, layers in matched.items()
     }
-    unmatched += tuple(key for layer in unclear.values() for key in layer.keys)
+    unmatched += tuple(key for part, name in unread for key in matched[part][name].keys)
     _check_embeddings(file, models, backbone_of(models[model]).text_layers)
     targets: dict[Part, dict[str, nn.Module]] = {}
     for part, layers in assigned.items():
@@ -132,7 +132,7 @@ def match(
     text: dict[Part, Lora] = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
     ranks, unfollowed = rank_schedule(file, assigned[model].values(), bool(assigned["text_conditioner"]))
     notes = (*_notes(file, grouped, changes, alpha, max_rank), *unfollowed)
-    notes += (f"{len(unclear)} layers are left out: {SUMS_PATCHES}",) if unclear else ()
+    notes += notes_on(unread.values())
     error = _error(made for changed in changes.values() for made in changed.values())
     return Factors(
         loras[model], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, model, ranks
@@ -164,23 +164,22 @@ def assign(file: LoraFile, grouped: Layers, pipe: object) -> tuple[Mapping[Part,
     return assigned, tuple(unmatched)
 
 
-def _unclear(
+def _unread(
     assigned: Mapping[Part, Mapping[str, Layer]], models: Models, alphas: Alphas
-) -> Mapping[tuple[Part, str], Layer]:
-    """Layers whose change is one thing in training and another in a merged weight."""
-    return {
-        (part, name): layer
+) -> Mapping[tuple[Part, str], str]:
+    """Layers whose change is one thing in training and another in a merged weight, and why."""
+    reasons: dict[tuple[Part, str], str] = {
+        (part, name): unclear(layer, base_layer(uncompiled(models[part]).get_submodule(name)), alphas)
         for part, layers in assigned.items()
         for name, layer in layers.items()
-        if sums_patches(layer, base_layer(uncompiled(models[part]).get_submodule(name)), alphas)
     }
+    return {layer: why for layer, why in reasons.items() if why}
 
 
 def _is_of_another_family(file: LoraFile, model: nn.Module) -> bool:
     """Whether a file is for another transformer, some of whose layers have the names and sizes of the model's."""
-    own = OF_CLASS.get(type(uncompiled(model)).__name__)
     guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, file.metadata)
-    return own is not None and guess.supported and not (guess.family or "").startswith(own)
+    return guess.supported and not is_of(guess, type(uncompiled(model)).__name__)
 
 
 def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:

@@ -1,68 +1,40 @@
 """A file's change of one layer, in the part and in the shapes that the layer of the model needs."""
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from lora_compose.attention.fitting import weight_shape
 from lora_compose.attention.lora_bank import LoraFactors
-from lora_compose.attention.transforms import Rescaling, Rotation, Transform
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.change import Change
-from lora_compose.pipelines.formats.kinds import OFT_INPUTS, readable
+from lora_compose.pipelines.formats.kinds import readable
 from lora_compose.pipelines.formats.layers import Layer
 
 FITTING = 0.1
 """The share of a file's layers below which it is for another model."""
-SUMS_PATCHES = (
-    "PEFT's OFT of convolutions larger than 1 x 1 is not defined: as it is trained, overlapping patches are added up, "
-    "also where nothing is rotated; as it is merged, the weight is rotated"
-)
 
 
-def sums_patches(layer: Layer, target: nn.Module, alphas: Alphas) -> bool:
-    """Whether a layer's change is one thing in training and another in a merged weight (`SUMS_PATCHES`)."""
-    of_peft = not layer.refused and readable(layer.shapes) is OFT_INPUTS and alphas.of_peft(layer)
-    return of_peft and isinstance(target, nn.Conv2d) and math.prod(target.kernel_size) > 1
+def unclear(layer: Layer, target: nn.Module, alphas: Alphas) -> str:
+    """Why a layer's change is one thing in training and another in a merged weight; empty if it is not."""
+    kind = None if layer.refused else readable(layer.shapes)
+    return "" if kind is None or kind.unclear is None else kind.unclear(target, alphas.of_peft(layer))
 
 
-def placed(transform: Transform, layer: Layer, target: nn.Module) -> Transform:
-    """The part of a transform that belongs to a layer of the model. Raises ValueError if it has none of its own."""
-    if transform.by_input:
-        return replace(transform, fused=layer.fused) if isinstance(transform, Rescaling) else _turned(transform, target)
-    values = transform.values
-    size = transform.size // len(values)
-    if layer.outputs is not None:
-        if layer.outputs.start % size or layer.outputs.stop % size:
-            raise ValueError(f"its blocks of size {size} reach over the layers of the model that it changes")
-        values = values[layer.outputs.start // size : layer.outputs.stop // size]
-    if layer.swapped:
-        if len(values) % 2:
-            raise ValueError(
-                f"one of its {len(values)} blocks reaches over halves that the model has the other way round"
-            )
-        values = torch.cat(values.chunk(2)[::-1])
-    return Rescaling(values) if isinstance(transform, Rescaling) else Rotation(values)
+def notes_on(reasons: Iterable[str]) -> tuple[str, ...]:
+    """Notes on layers that are left out, by the reason for each of them."""
+    return tuple(f"{count} layers are left out: {why}" for why, count in Counter(reasons).items())
 
 
 def fitted(made: Change, layer: Layer, target: nn.Module) -> Change:
-    """A file's change with the transform and in the shapes that a layer of the model needs; the errors of `placed`."""
-    transform = made.factors.transform
-    factors = replace(made.factors, transform=None if transform is None else placed(transform, layer, target))
-    return replace(made, factors=reshaped(factors, target))
-
-
-def _turned(rotation: Rotation, target: nn.Module) -> Rotation:
-    """A rotation of the inputs of a layer, with as many blocks and in the direction that it has there."""
-    values = rotation.values
-    if rotation.shared:
-        count, rest = divmod(math.prod(weight_shape(target, "")[1:]), values.shape[-1])
-        if rest:
-            raise ValueError(f"its blocks of size {values.shape[-1]} do not divide the layer's inputs")
-        values = values.expand(count, -1, -1)
-    return replace(rotation, values=values.mT if rotation.turned_back and isinstance(target, nn.Conv2d) else values)
+    """A file's change with the transform and in the shapes that a layer of the model needs (`Kind.placed`)."""
+    transform, place = made.factors.transform, layer.kind.placed
+    if transform is not None and place is not None:
+        transform = place(transform, layer, target)
+    return replace(made, factors=reshaped(replace(made.factors, transform=transform), target))
 
 
 def rows_of(factors: LoraFactors, outputs: slice) -> LoraFactors | None:

@@ -186,7 +186,6 @@ class Denoiser:
         twice. The host waits for the device once.
 
         Args: as for `maps`, and
-            loss: The loss.
             whole: Whether to run the whole model, also on unconditional rows, for a prediction. The request is for all
                 rows then.
             readout: Further values of the maps for the host. They come with the losses, so that the host waits once.
@@ -322,6 +321,7 @@ class Denoiser:
                 inputs = {
                     **for_rows(self.inputs, view, text.rows),
                     **self._control_inputs(latents, step, text, view, fraction),
+                    **({"several_texts": True} if text.several_texts else {}),
                 }
                 with self.caches.of((spec, total, batch.rows.start) if whole else None, anew=bool(wanted) or not whole):
                     outputs.append(self.backbone.forward(latents, step.t, text.prompt_embeds, text.added, **inputs))

@@ -22,7 +22,7 @@ from lora_compose.pipelines.calls.finite import check_finite, likely_causes
 from lora_compose.pipelines.calls.front import request_of
 from lora_compose.pipelines.calls.outcome import Outcome
 from lora_compose.pipelines.calls.refine import Origin
-from lora_compose.pipelines.calls.resolved_call import ResolvedCall, resolve_call, resolve_choice
+from lora_compose.pipelines.calls.resolved_call import ResolvedCall, resolve_call
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.control.spec import Control
 from lora_compose.pipelines.denoising import concept_sets
@@ -36,7 +36,7 @@ from lora_compose.pipelines.families.saved import README, how_to_open
 from lora_compose.pipelines.images.from_image import Source
 from lora_compose.pipelines.images.output import ComposeOutput
 from lora_compose.pipelines.images.task import OF_INPAINTING, ImageToImage, Inpainting, Task, TextToImage
-from lora_compose.pipelines.methods import Choice, Described, Settings
+from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.support.hub import asking
 from lora_compose.pipelines.support.notes import kept
@@ -263,12 +263,6 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             ValueError: For anything that does not fit together, before anything is changed.
         """
         raise TypeError("open a model first: ComposePipeline.from_pretrained(...)")
-
-    def resolve_choice(
-        self, method: str | Settings | None, concepts: Sequence[Described], prompts: Sequence[str] | None
-    ) -> Choice:
-        """The method of a call, and why it is this one; None chooses and logs why (`choose_method`)."""
-        return resolve_choice(self, method, concepts, prompts)
 
     def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Tokenizer]:
         """The tokenizers of a call with these concepts, including the words bundled with their files.

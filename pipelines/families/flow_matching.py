@@ -214,7 +214,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
                     f"{negative.shape[1]}, but both are read in one batch: give max_sequence_length={text.shape[1]}, "
                     "or negative_prompt_embeds"
                 )
-            return EncodedText(text, negative, {name: torch.cat([of_negative[name], of]) for name, of in added.items()})
+            return EncodedText(text, negative, added, of_negative)
 
         def decoded(latents: Tensor, process: Process) -> tuple[Any]:
             return (self._finished(self._decode(latents, given["output_type"] or "np", **options), source),)

@@ -18,7 +18,7 @@ from lora_compose.pipelines.families.flow_matching import (
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.scene.canvas import Step
-from lora_compose.pipelines.text.emphasis import Emphasis, has_weights, plain_text, read_emphasis
+from lora_compose.pipelines.text.emphasis import Weighted, has_weights, plain_text, read_emphasis
 from lora_compose.pipelines.text.long_prompts import Reading
 from lora_compose.pipelines.text.weighted import weighted_embeds
 
@@ -140,7 +140,7 @@ class FluxCalls(FlowMatchingPipeline):
             encoded[f"{side}pooled_prompt_embeds"] = pooled
         return {**arguments, **dict.fromkeys(names), **encoded, "num_images_per_prompt": 1}
 
-    def _weighted(self, text: Tensor, read: Sequence[Emphasis], images_per_prompt: int) -> Tensor:
+    def _weighted(self, text: Tensor, read: Sequence[Weighted], images_per_prompt: int) -> Tensor:
         """T5's features with those texts encoded anew that have weights; CLIP's pooled text has none."""
         features = text.clone()
         for i, emphasis in enumerate(read):

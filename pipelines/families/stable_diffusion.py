@@ -90,8 +90,8 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                 own_negative=negative_prompts is None,
             )  # fmt: skip
             uncond = uncond if self.do_classifier_free_guidance else None
-            lengths = {} if reading is None else reading.lengths(begun.images_per_prompt, 1 if uncond is None else 2)
-            return EncodedText(embeds, uncond, lengths or None)
+            lengths = None if reading is None else reading.lengths(begun.images_per_prompt) or None
+            return EncodedText(embeds, uncond, lengths, None if uncond is None else lengths)
 
         def decode(latents: Tensor, process: Process) -> tuple[Any, Any]:
             output_type = given["output_type"] or "np"

@@ -96,9 +96,11 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
                 begun, texts, device, reading, own=prompts is None, own_negative=negative_prompts is None
             )
             uncond = uncond if self.do_classifier_free_guidance else None
-            parts = [(pooled, sizes)] if uncond is None else [(uncond_pooled, negative_sizes), (pooled, sizes)]
-            lengths = {} if reading is None else reading.lengths(begun.images_per_prompt, len(parts))
-            return EncodedText(embeds, uncond, {**self._added(parts, embeds), **lengths})
+            lengths = {} if reading is None else reading.lengths(begun.images_per_prompt)
+            added = {**_added(pooled, sizes, embeds), **lengths}
+            if uncond is None:
+                return EncodedText(embeds, None, added)
+            return EncodedText(embeds, uncond, added, {**_added(uncond_pooled, negative_sizes, embeds), **lengths})
 
         def decode(latents: Tensor, process: Process) -> tuple[Any]:
             return (self._finished(self._decode(latents, given["output_type"] or "np"), source),)
@@ -133,12 +135,6 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         if len(texts[0]) != len(texts[1]):
             raise ValueError(f"there are {len(texts[0])} prompts, but {len(texts[1])} in prompt_2")
         return texts[-sum(self.components.get(name) is not None for name in self.text_tokenizers) :]
-
-    def _added(self, parts: Sequence[tuple[Tensor, tuple[int, ...]]], embeds: Tensor) -> Mapping[str, Tensor]:
-        """Pooled text and sizes of all rows, from those of the unconditional and of the conditional rows."""
-        rows = [torch.tensor([sizes], dtype=embeds.dtype).repeat(len(pooled), 1) for pooled, sizes in parts]
-        pooled = torch.cat([pooled for pooled, _ in parts])
-        return {"text_embeds": pooled.to(embeds.device), "time_ids": torch.cat(rows).to(embeds.device)}
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
@@ -189,3 +185,9 @@ def _check_one_text(prompts: GivenPrompts) -> None:
             "this method makes texts of its own from the prompt, for both text encoders; leave prompt_2 out, or use a "
             "method with one text for all: merge, tara, regional, switch, composite"
         )
+
+
+def _added(pooled: Tensor, sizes: tuple[int, ...], embeds: Tensor) -> Mapping[str, Tensor]:
+    """Pooled text and sizes of rows, beside their embeddings."""
+    rows = torch.tensor([sizes], dtype=embeds.dtype).repeat(len(pooled), 1)
+    return {"text_embeds": pooled.to(embeds.device), "time_ids": rows.to(embeds.device)}

@@ -19,7 +19,7 @@ from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, prec
 from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.images.task import OF_INPAINTING, ImageToImage, Inpainting
 from lora_compose.pipelines.scene.canvas import Canvas
-from lora_compose.pipelines.text.emphasis import Emphasis, has_weights
+from lora_compose.pipelines.text.emphasis import Weighted, has_weights
 from lora_compose.pipelines.text.long_prompts import Reading
 from lora_compose.pipelines.text.textual_inversion import TOKENIZERS
 from lora_compose.pipelines.text.weighted import weighted_embeds
@@ -208,7 +208,7 @@ class UNetPipeline(ImageTasksPipeline):
                 clip_skip=clip_skip,
             )  # fmt: skip
 
-        def weighted(given: Sequence[Emphasis]) -> Tensor:
+        def weighted(given: Sequence[Weighted]) -> Tensor:
             if clip_skip is not None or scale is not None:
                 raise ValueError(
                     "weights in prompts do not go with clip_skip or with a scale in cross_attention_kwargs; leave out "

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import PARTS, Part
 from lora_compose.pipelines.formats.kinds import rank_of, readable
@@ -73,10 +74,10 @@ class Alphas:
             raise LoraError(f"{self._name}: {where} gives {layer.part}.{name} no usable alpha: {error}") from error
 
     def settings(self, layer: Layer) -> Mapping[str, Any]:
-        """PEFT's settings of a layer, the alpha of its key, and whether PEFT wrote it and its rotation is scaled."""
+        """PEFT's settings of a layer, the alpha of its key, the flags of kinds, and whether PEFT wrote it."""
         own: dict[str, Any] = {"alpha": float(layer.slots["alpha"])} if "alpha" in layer.slots else {}
-        scaled = "oft_scaled" in layer.slots and bool(layer.slots["oft_scaled"])
-        return {**self._config[layer.part], **own, "peft": self.of_peft(layer), "scaled": scaled}
+        flags = {slot: slot in layer.slots and bool(layer.slots[slot]) for slot in kinds.flags()}
+        return {**self._config[layer.part], **own, **flags, "peft": self.of_peft(layer)}
 
     def of_peft(self, layer: Layer) -> bool:
         """Whether PEFT wrote a layer: it has settings of PEFT, or PEFT's prefix."""

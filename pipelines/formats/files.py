@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.keys import Part, bundled_embedding, parse
 from lora_compose.pipelines.formats.safetensors_reader import (
     MAX_BYTES,
@@ -33,8 +34,6 @@ from lora_compose.pipelines.support.regular import open_regular
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_SCALARS = (".alpha", ".scalar", ".tlora_min_rank_state", ".tlora_rank_schedule_state")
-_FLAGS = (".oft_R.scaled_oft",)  # before its release OneTrainer had another formula, and stored this as a whole number
 _WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # some trainers store alphas as integers
 _MAX_KEY = 256  # characters; bounded for the same reason as `MAX_TENSORS`
 MAX_WORDS = 100
@@ -148,7 +147,7 @@ def lora_file(path: Path, sha256: str, metadata: Mapping[str, str], entries: Map
     _check_keys(path, entries)
     tensors = {key: tensor for key, tensor in entries.items() if bundled_embedding(key) is None}
     config = {**_header_config(path, metadata), **_neighbour_config(path)}
-    return LoraFile(path, sha256, metadata, tensors, config, _embeddings(path, entries))
+    return LoraFile(path, sha256, metadata, tensors, config, _embeddings(entries))
 
 
 def refuse_format(path: Path) -> None:
@@ -297,7 +296,9 @@ def _flat(path: Path, content: Any, prefix: str = "", depth: int = 0) -> Iterato
 
 def _check_keys(path: Path, entries: Mapping[str, Tensor]) -> None:
     for key, tensor in entries.items():
-        flag, number = key.endswith(_FLAGS), key.endswith((*_SCALARS, *_FLAGS))
+        parsed = parse(key)
+        number = parsed.slot if parsed is not None and parsed.kind is None else ""
+        flag = number in kinds.flags()  # OneTrainer stored them as whole numbers while it had another formula
         if flag and tensor.dtype is not torch.bool:
             raise LoraError(f"{path.name}: {key} is stored as {tensor.dtype}; expected torch.bool, as OneTrainer does")
         if tensor.dtype not in (*_DTYPES, *(_WHOLE if number else ()), *((torch.bool,) if flag else ())):
@@ -353,7 +354,7 @@ def _json(path: Path, what: str, text: str | bytes) -> dict[str, Any]:
     return config
 
 
-def _embeddings(path: Path, entries: Mapping[str, Tensor]) -> dict[str, dict[Part, Tensor]]:
+def _embeddings(entries: Mapping[str, Tensor]) -> dict[str, dict[Part, Tensor]]:
     """Bundled words and their vectors: those of an ED-LoRA, and textual inversions."""
     words: dict[str, dict[Part, Tensor]] = {}
     for key, tensor in entries.items():

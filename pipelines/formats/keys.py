@@ -39,12 +39,6 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     (r"base_model\.model\.|", "unet"),
 )
 
-NUMBERS = {
-    "alpha": r"\.alpha", "scalar": r"\.scalar",
-    "least_rank": r"\.tlora_min_rank_state", "rank_schedule": r"\.tlora_rank_schedule_state",
-    "oft_scaled": r"\.oft_R\.scaled_oft",
-}  # fmt: skip
-"""Single numbers beside the tensors of any kind. `tlora_` are an early T-LoRA's, the last is OneTrainer's."""
 _PREFIX = re.compile("|".join(f"(?P<p{i}>^(?:{pattern}))" for i, (pattern, _) in enumerate(_PREFIXES)))
 _KEPT = 2**14  # keys of the last files, which are taken apart at each stage of reading them
 _EMBEDDING = re.compile(r"new_concept_embedding\.(.+)|bundle_emb\.(.+?)(?:\.(string_to_param\.\*|clip_[lg]))?")
@@ -57,7 +51,7 @@ class Key:
     Attributes:
         part: The component as the file's prefix says; "unet" is the denoiser of any model (`concepts.loading.assign`).
         module: The layer as the file spells it, with underscores for dots, without prefix.
-        slot: What the tensor is, as its kind calls it: "down", "up", ...; or one of `NUMBERS`.
+        slot: What the tensor is, as its kind calls it: "down", "up", ...; or one of `kinds.numbers()`.
         kind: The kind of LoRA that has such tensors; None for the numbers that scale any.
         prefix: What stood before the layer's name.
         suffix: What stood after it.
@@ -95,7 +89,7 @@ def _parse(key: str, known: tuple[kinds.Kind, ...]) -> Key | None:
 def _endings(known: tuple[kinds.Kind, ...]) -> tuple[re.Pattern[str], Sequence[tuple[str, kinds.Kind | None]]]:
     """One pattern for the ends of all keys, and the slot and kind of each of its groups."""
     named = [((slot, kind), end) for kind in known for slot, end in kind.endings.items()]
-    named += [((slot, None), end) for slot, end in NUMBERS.items()]
+    named += [((slot, None), end) for slot, end in kinds.numbers().items()]
     ends = "|".join(f"(?:{end})$(?P<s{i}>)" for i, (_, end) in enumerate(named))
     return re.compile(f"(?=[._])(?:{ends})"), [slot for slot, _ in named]
 

@@ -8,35 +8,29 @@ from torch import Tensor
 
 from lora_compose.pipelines.formats import kinds
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
-from lora_compose.pipelines.formats.keys import NUMBERS, Part, parse
-from lora_compose.pipelines.formats.kinds import DIFFERENCE
+from lora_compose.pipelines.formats.keys import Part, parse
+from lora_compose.pipelines.formats.kinds.kind import Placement
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class Layer(Placement):
     """The tensors of a file for one layer.
 
     Attributes:
         module: The layer as the file spells it, with underscores for dots.
         slots: The tensors by what they are (`Key.slot`).
         keys: The keys of the tensors in the file.
-        outputs: Slice of the change's outputs that this layer has; None means all.
-        fused: Names of the layers of the model that are this one in the file; empty if it is one layer there as well.
-        swapped: Whether the halves of the change's outputs are the other way round in the model.
     """
 
     part: Part
     module: str
     slots: Mapping[str, Tensor]
     keys: tuple[str, ...]
-    outputs: slice | None = None
-    fused: tuple[str, ...] = ()
-    swapped: bool = False
 
     @property
     def parts(self) -> Mapping[str, Tensor]:
         """The tensors whose product is the change, without single numbers."""
-        return {slot: tensor for slot, tensor in self.slots.items() if slot not in NUMBERS}
+        return {slot: tensor for slot, tensor in self.slots.items() if slot not in kinds.numbers()}
 
     @property
     def shapes(self) -> kinds.Shapes:
@@ -105,8 +99,8 @@ def by_layer(file: LoraFile) -> Layers:
         key = parse(name)
         if key is None:
             unknown.append(name)
-        elif key.kind is not None and (key.kind.left_out or (key.kind is DIFFERENCE and file.tensors[name].dim() == 1)):
-            inexpressible.append(name)  # a norm has a difference with one dimension
+        elif key.kind is not None and (key.kind.left_out or (key.kind.of_norms and file.tensors[name].dim() == 1)):
+            inexpressible.append(name)
         else:
             slots = slots_by_layer.setdefault((key.part, key.module), {})
             if key.slot in slots and not (key.kind and key.kind.refused):  # those have several tensors in one slot

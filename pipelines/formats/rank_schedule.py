@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from lora_compose.pipelines.formats.files import LoraFile
+from lora_compose.pipelines.formats.keys import parse
 from lora_compose.pipelines.formats.kinds import LOW_RANK, TLORA, rank_of
 from lora_compose.pipelines.formats.layers import Layer
 
@@ -18,7 +19,6 @@ _LEAST, _EXPONENT, _LAST = "ss_tlora_min_rank", "ss_tlora_alpha_rank_scale", "ss
 _ROUNDED = "ss_tlora_rank_schedule"
 """Header key of trainers whose rounding of ranks differs from version to version."""
 _TIMESTEPS = 1000  # of the authors
-_ENDINGS = (".tlora_min_rank_state", ".tlora_rank_schedule_state", ".lambda_layer")
 _MOST = 2**16
 
 ALL_RANKS = (
@@ -65,7 +65,9 @@ def is_tlora(metadata: Mapping[str, str], keys: Iterable[str] = ()) -> bool:
     """Whether a file was trained with fewer ranks where there is more noise, by its header and its keys."""
     named = " ".join(metadata.get(key, "") for key in ("ss_adapter", "ss_network_module")).lower()
     declared = "tlora" in named or any(key.startswith("ss_tlora_") for key in metadata)
-    return declared or any(key.endswith(_ENDINGS) for key in keys)
+    return declared or any(
+        key.kind is TLORA or key.slot in TLORA.numbers for key in map(parse, keys) if key is not None
+    )
 
 
 def rank_schedule(

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Size
 
@@ -17,39 +17,77 @@ _FOREIGN = (
     (r"joint_blocks|lora_te3_", "SD3"),
 )
 _UNET_BLOCKS = r"(?:down|up|input|output)_blocks|mid_block|middle_block"
-# Supported transformers, by names that only they have; the width of the first layers gives their size.
-_TRANSFORMERS: Sequence[tuple[str, str]] = (
-    (r"(?<![a-z])blocks[._]\d+[._](?:cross_attn[._]output_proj|adaln_modulation_(?:self_attn|cross_attn|mlp))"
-     r"|(?<![a-z])blocks[._]\d+[._](?:(?:self|cross)_attn[._][qkv]_proj|mlp[._]layer[12])|llm_adapter"
-     r"|text_conditioner[._]"
-     r"|transformer_blocks[._]\d+[._]norm[123][._]linear_[12]", "Anima"),
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A supported family of transformers, as its LoRA files are told from those of others.
+
+    Attributes:
+        name: Of the family; the names of several models begin with it.
+        kind: diffusers' class.
+        layers: A regular expression for names of layers that only it has.
+        models: Models of one structure, by the width of most layers; none if there is one.
+        others: Models of other families with the same names of layers, by width.
+        architecture: A regular expression for what a header calls it.
+    """
+
+    name: str
+    kind: str
+    layers: str
+    models: Mapping[int, str] = field(default_factory=dict)
+    others: Mapping[int, str] = field(default_factory=dict)
+    architecture: str = ""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of its models."""
+        return self.models.values() or (self.name,)
+
+    def of_width(self, width: int) -> str:
+        """The model of a width; 0 is an unknown one."""
+        sizes = {**self.models, **self.others}
+        return sizes.get(width, f"{self.name} of another size") if self.models and width else self.name
+
+
+TRANSFORMERS: Sequence[Transformer] = (
+    Transformer("Anima", "CosmosTransformer3DModel",
+        r"(?<![a-z])blocks[._]\d+[._](?:cross_attn[._]output_proj|adaln_modulation_(?:self_attn|cross_attn|mlp))"
+        r"|(?<![a-z])blocks[._]\d+[._](?:(?:self|cross)_attn[._][qkv]_proj|mlp[._]layer[12])|llm_adapter"
+        r"|text_conditioner[._]"
+        r"|transformer_blocks[._]\d+[._]norm[123][._]linear_[12]",
+        {2048: "Anima"}),
     # Its single blocks have the layers of FLUX.2's double ones, and no others have blocks for each mode.
-    (r"mode_blocks|(?:early|single)_stream_modulations"
-     r"|single_transformer_blocks[._]\d+[._](?:attn[._]to_out[._]0|ff)[._]"
-     r"|single_blocks[._]\d+[._](?:[qkv]_proj|attn_out|mlp_(?:in|out))", "FLUX.3"),
-    (r"to_qkv_mlp_proj|(?:single|double)_stream_modulation|ff(?:_context)?[._]linear_in", "FLUX.2-klein"),
-    (r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate",
-     "Krea 2"),
-    (r"layers[._]\d+[._](?:attention[._]o[._]|adaln_modulation)|llm_cond_proj|^conditional_transformer", "Ideogram 4"),
-    (r"layers[._]\d+[._](?:attention[._](?:to_[qkv]|to_out|qkv|out)|feed_forward[._]w[123])", "Z-Image"),
+    Transformer("FLUX.3", "Flux3Transformer2DModel",
+        r"mode_blocks|(?:early|single)_stream_modulations"
+        r"|single_transformer_blocks[._]\d+[._](?:attn[._]to_out[._]0|ff)[._]"
+        r"|single_blocks[._]\d+[._](?:[qkv]_proj|attn_out|mlp_(?:in|out))"),
+    Transformer("FLUX.2", "Flux2Transformer2DModel",
+        r"to_qkv_mlp_proj|(?:single|double)_stream_modulation|ff(?:_context)?[._]linear_in",
+        {3072: "FLUX.2-klein 4B", 4096: "FLUX.2-klein 9B", 6144: "FLUX.2-dev"}),
+    Transformer("Krea 2", "Krea2Transformer2DModel",
+        r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate"),
+    Transformer("Ideogram 4", "Ideogram4Transformer2DModel",
+        r"layers[._]\d+[._](?:attention[._]o[._]|adaln_modulation)|llm_cond_proj|^conditional_transformer"),
+    Transformer("Z-Image", "ZImageTransformer2DModel",
+        r"layers[._]\d+[._](?:attention[._](?:to_[qkv]|to_out|qkv|out)|feed_forward[._]w[123])",
+        {3840: "Z-Image"}, {2304: "Lumina 2", 4608: "Ideogram 4"}),
     # Attention alone is named as FLUX.1's and SD3's, which have no block 40.
-    (r"transformer_blocks[._]\d+[._](?:img|txt)_m(?:lp|od)[._]"
-     r"|(?<!single_)transformer_blocks[._][45]\d[._]attn[._](?:add_[qkv]_proj|to_(?:[qkv]|out|add_out))", "Qwen-Image"),
-    (r"distilled_guidance_layer", "Chroma"),
+    Transformer("Qwen-Image", "QwenImageTransformer2DModel",
+        r"transformer_blocks[._]\d+[._](?:img|txt)_m(?:lp|od)[._]"
+        r"|(?<!single_)transformer_blocks[._][45]\d[._]attn[._](?:add_[qkv]_proj|to_(?:[qkv]|out|add_out))",
+        {3072: "Qwen-Image"}),
+    Transformer("Chroma", "ChromaTransformer2DModel", r"distilled_guidance_layer", architecture=r"^chroma"),
     # Only kohya's OFT for FLUX.1 numbers the parts of a layer.
-    (r"(?:double|single)_blocks[._]\d+[._]processor|(?:double|single)_blocks_\d+_\w+\.oft_blocks\.\d"
-     r"|img_mod[._]lin|norm1_context|single_transformer_blocks[._]\d+[._]proj_(?:mlp|out)|modulation[._]lin", "FLUX.1"),
-    (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
+    Transformer("FLUX.1", "FluxTransformer2DModel",
+        r"(?:double|single)_blocks[._]\d+[._]processor|(?:double|single)_blocks_\d+_\w+\.oft_blocks\.\d"
+        r"|img_mod[._]lin|norm1_context|single_transformer_blocks[._]\d+[._]proj_(?:mlp|out)|modulation[._]lin"),
 )  # fmt: skip
-_SIZES: Mapping[str, Mapping[int, str]] = {
-    "FLUX.2-klein": {3072: "FLUX.2-klein 4B", 4096: "FLUX.2-klein 9B", 6144: "FLUX.2-dev"},
-    "Z-Image": {3840: "Z-Image", 2304: "Lumina 2", 4608: "Ideogram 4"},
-    "Anima": {2048: "Anima"},
-    "Qwen-Image": {3072: "Qwen-Image"},
-}
-"""Families of one structure by their width."""
+"""Supported transformers, the first that fits counts."""
+_FLUX = r"single_transformer_blocks|double_blocks|single_blocks"  # of several families
+_FLUX2 = next(known for known in TRANSFORMERS if known.name == "FLUX.2")
 _FLUX1_WIDTH = 3072  # FLUX.2-klein 4B and FLUX.3 have the same, and fewer blocks
-_FLUX2_WIDTHS = _SIZES["FLUX.2-klein"].keys() - {_FLUX1_WIDTH}  # which no other model with these names has
+_FLUX2_WIDTHS = _FLUX2.models.keys() - {_FLUX1_WIDTH}  # which no other model with these names has
 _FLUX3_SINGLE_BLOCKS = 28
 _BESIDE_QKV = r"(?<!single_)transformer_blocks|double_blocks|single_blocks"
 """What a file of FLUX.1 has beside the queries, keys and values of single blocks, which FLUX.3 names alike."""
@@ -60,18 +98,6 @@ _KLEIN_BLOCKS = (
 )
 _UNLIKE_CHROMA = r"_mod[._]lin|norm1|modulation|(?:time|vector|guidance)_in[._]|time_text_embed"
 """Layers of FLUX.1 that Chroma, whose blocks are FLUX.1's, does not have."""
-_COMPOSED = (
-    "Anima", "Chroma", "FLUX.1", "FLUX.2-dev", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "FLUX.3", "Ideogram 4",
-    "Krea 2", "Qwen-Image", "Z-Image",
-)  # fmt: skip
-OF_CLASS: Mapping[str, str] = {
-    "ChromaTransformer2DModel": "Chroma", "CosmosTransformer3DModel": "Anima", "FluxTransformer2DModel": "FLUX.1",
-    "Flux2Transformer2DModel": "FLUX.2", "Flux3Transformer2DModel": "FLUX.3",
-    "Ideogram4Transformer2DModel": "Ideogram 4", "Krea2Transformer2DModel": "Krea 2",
-    "QwenImageTransformer2DModel": "Qwen-Image", "ZImageTransformer2DModel": "Z-Image",
-}  # fmt: skip
-"""How the names of a transformer's families begin, by diffusers' class."""
-
 _FOREIGN_WITHOUT_UNET = (
     (r"adaln_single|caption_projection", "PixArt"),
     (r"add_q_proj|(?<![a-z_])transformer_blocks", "SD3 or another transformer of that kind"),
@@ -83,7 +109,7 @@ _NOT_THESE = r"joint_blocks|motion_modules|adaln_single"
 """Other transformers whose layers have some of the same names (SD3, PixArt)."""
 
 _ARCHITECTURES = (
-    (r"^chroma", "Chroma"),
+    *((known.architecture, known.name) for known in TRANSFORMERS if known.architecture),
     (r"stable-diffusion-xl|^sdxl|^xl$", "SDXL"),
     (r"stable-diffusion-v2|^sd_?v?2|^sd2", "SD 2.x"),
     (r"stable-diffusion-v1|^sd_?v?1|^sd1", "SD 1.x"),
@@ -149,6 +175,12 @@ def _spelling(keys: Sequence[str], parsed: Sequence[Key]) -> str:
     return "diffusers (PEFT's names)"
 
 
+def is_of(guess: Guess, kind: str) -> bool:
+    """Whether a guess is a model of diffusers' class, or may be: for classes that are not listed, any may."""
+    own = next((known for known in TRANSFORMERS if known.kind == kind), None)
+    return own is None or (guess.family or "").startswith(own.name)
+
+
 def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[str, str]) -> Guess:
     """The family of models that a file is for."""
     text, reasons = "\n".join(shapes), _reasons(metadata)
@@ -177,7 +209,8 @@ def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[s
 def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[str, str]) -> Guess | None:
     """The family if it is a supported transformer."""
     reasons = _reasons(metadata)
-    seen = next(((match[0], name) for pattern, name in _TRANSFORMERS if (match := re.search(pattern, text))), None)
+    tables = [*((known.layers, known.name) for known in TRANSFORMERS), (_FLUX, "FLUX")]
+    seen = next(((match[0], name) for pattern, name in tables if (match := re.search(pattern, text))), None)
     if seen is None:
         return _by_width(shapes, reasons)
     layer, name = seen
@@ -188,14 +221,14 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], metadata
     width, ratios = _main_width(shapes)
     if name == "FLUX":
         # The first layer of a single block has 7 outputs for each input in FLUX.1 and 9 in FLUX.2, of an MLP 4 and 6.
-        name = "FLUX.1" if ratios & {4, 7} else "FLUX.2-klein" if ratios & {6, 9} else name
+        name = "FLUX.1" if ratios & {4, 7} else "FLUX.2" if ratios & {6, 9} else name
         alike = not re.search(_BESIDE_QKV, text) and not _blocks(
             text, "single_transformer_blocks", _FLUX3_SINGLE_BLOCKS
         )
         if name == "FLUX" and alike:
             return Guess("FLUX.1 or FLUX.3", False, (*why, *reasons))
         if name == "FLUX" and width in _FLUX2_WIDTHS:
-            name = "FLUX.2-klein"
+            name = "FLUX.2"
         elif name == "FLUX" and width == _FLUX1_WIDTH and any(_blocks(text, *of) for of in _KLEIN_BLOCKS):
             why.append("it has more blocks than FLUX.2-klein 4B")
             name = "FLUX.1"
@@ -205,10 +238,11 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], metadata
             why.append("by the ratio of outputs to inputs in its MLPs")
     if name == "FLUX.1" and as_chroma:
         why.append("layers of Chroma have the same names and sizes")
-    if name in _SIZES and width:
+    family = next(known for known in TRANSFORMERS if known.name == name)
+    if family.models and width:
         why.append(f"its layers have width {width}")
-        name = _SIZES[name].get(width, f"{name} of another size")
-    return Guess(name, name in _COMPOSED, (*why, *reasons))
+    model = family.of_width(width)
+    return Guess(model, any(model in known.names for known in TRANSFORMERS), (*why, *reasons))
 
 
 def _by_width(shapes: Mapping[str, Size | Sequence[int]], reasons: tuple[str, ...]) -> Guess | None:
@@ -220,7 +254,7 @@ def _by_width(shapes: Mapping[str, Size | Sequence[int]], reasons: tuple[str, ..
         # The first letters may be missing (`names.present_name`).
         joint = re.search(r"sformer_blocks[._]\d+[._]attn[._](?:add_[qkv]_proj|to_[kv])$", module)
         if joint and inputs == outputs and inputs in _FLUX2_WIDTHS:
-            name = _SIZES["FLUX.2-klein"][inputs]
+            name = _FLUX2.models[inputs]
             return Guess(name, True, (f"attention to text and image of width {inputs}", *reasons))
     return None
 

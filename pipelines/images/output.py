@@ -1,5 +1,6 @@
 """The output of a call with concepts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,7 @@ class ComposeOutput(StableDiffusionPipelineOutput):
             not looked for. Shape: [images, concepts, height, width].
         recorded_steps: The steps that were recorded.
         method: Name of the method that ran.
+        settings: Its settings that differ from the defaults.
         method_reason: The reason for the choice.
         origin: What `refine` needs of the call; None where the images cannot be repainted.
     """
@@ -73,6 +75,7 @@ class ComposeOutput(StableDiffusionPipelineOutput):
     draft_maps: torch.Tensor | None = None
     recorded_steps: tuple[int, ...] | None = None
     method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     method_reason: str | None = None
     origin: Any = field(default=None, repr=False)
 

@@ -93,6 +93,10 @@ def _fields(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in getattr(settings, "__dataclass_fields__", {})}
 
 
+ASKED_FOR = "it was asked for"
+"""The reason for a method that was not chosen."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The method of a call, and the reason for the choice."""

@@ -21,7 +21,6 @@ class RegionCanvas:
     Attributes:
         window: Rows and columns of the latents in the region.
         shown: True where its result is used: in the region, and outside all regions. Shape: [rows, columns].
-        prepared: The prepared pass.
     """
 
     window: Window

@@ -39,6 +39,7 @@ class Conditioning:
             that have fewer than others, and "read", tokens that attention sees where a row is padded further.
         canvas_embeds: A text for the whole image, read by ControlNets; None means the first text. Shape: [rows, tokens,
             channels].
+        several_texts: Whether there is a dimension of texts.
     """
 
     prompt_embeds: Tensor
@@ -47,6 +48,7 @@ class Conditioning:
     roles: Rows
     added: Mapping[str, Tensor] | None = None
     canvas_embeds: Tensor | None = None
+    several_texts: bool = False
 
     @property
     def guided(self) -> bool:
@@ -98,7 +100,7 @@ class Conditioning:
     @property
     def first_embeds(self) -> Tensor:
         """The embeddings of the first text. Shape: [rows, tokens, channels]."""
-        return self.prompt_embeds if self.prompt_embeds.dim() == 3 else self.prompt_embeds[0]
+        return self.prompt_embeds[0] if self.several_texts else self.prompt_embeds
 
     @property
     def canvas_text(self) -> Tensor:
@@ -164,6 +166,7 @@ def stack_texts(texts: Sequence[Conditioning]) -> Conditioning:
         prompt_embeds=torch.stack([text.prompt_embeds for text in texts]),
         trigger_mask=torch.stack([text.trigger_mask for text in texts]),
         phrase_mask=torch.stack([text.phrase_mask for text in texts]),
+        several_texts=True,
     )
 
 

@@ -6,7 +6,6 @@ of a plain text have them (`Weighted`).
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -46,6 +45,38 @@ class Weighted(str):
     def __radd__(self, other: str) -> "Weighted":
         return Weighted(str(other) + str(self), weights_of(other) + self.weights)
 
+    @property
+    def text(self) -> str:
+        """The text without weights."""
+        return str(self)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether nothing has a weight."""
+        return all(weight == 1 for weight in self.weights)
+
+    def fragments(self) -> tuple[list[str], list[float]]:
+        """Texts in their order, each with one weight; blanks between two go with neither."""
+        pieces = []
+        for weight, group in groupby(range(len(self)), key=self._weight_at):
+            indices = list(group)
+            pieces.append((self.text[indices[0] : indices[-1] + 1].strip(), weight))
+        kept = [(text, weight) for text, weight in pieces if text]
+        return [text for text, _ in kept], [weight for _, weight in kept]
+
+    def written(self) -> str:
+        """The text as it is written, with the signs of the weights."""
+        if self.is_even and not has_weights(self.text):
+            return self.text
+        escaped = [(re.sub(r"([()])", r"\\\1", text), weight) for text, weight in zip(*self.fragments(), strict=True)]
+        return " ".join(text if weight == 1 else f"({text}:{weight:g})" for text, weight in escaped)
+
+    def _weight_at(self, i: int) -> float:
+        """The weight of a character; a blank has that of the word before it."""
+        while i > 0 and super().__getitem__(i).isspace():
+            i -= 1
+        return self.weights[i]
+
 
 def weights_of(text: str) -> tuple[float, ...]:
     """The weight of each character of a plain text."""
@@ -72,51 +103,7 @@ def replaced(text: str, start: int, end: int, words: str) -> str:
     return text[:start] + words + text[end:]
 
 
-@dataclass(frozen=True)
-class Emphasis:
-    """A plain text and the weight of each of its characters."""
-
-    text: str
-    weights: tuple[float, ...]
-
-    @property
-    def is_even(self) -> bool:
-        """Whether nothing has a weight."""
-        return all(weight == 1 for weight in self.weights)
-
-    def part(self, start: int, end: int) -> "Emphasis":
-        """A span of the text, with its weights."""
-        return Emphasis(self.text[start:end], self.weights[start:end])
-
-    @property
-    def weighted(self) -> Weighted:
-        """The text, whose parts keep their weights."""
-        return Weighted(self.text, self.weights)
-
-    def fragments(self) -> tuple[list[str], list[float]]:
-        """Texts in their order, each with one weight; blanks between two go with neither."""
-        pieces = []
-        for weight, group in groupby(range(len(self.text)), key=lambda i: self._weight_at(i)):
-            indices = list(group)
-            pieces.append((self.text[indices[0] : indices[-1] + 1].strip(), weight))
-        kept = [(text, weight) for text, weight in pieces if text]
-        return [text for text, _ in kept], [weight for _, weight in kept]
-
-    def written(self) -> str:
-        """The text as it is written, with the signs of the weights."""
-        if self.is_even and not has_weights(self.text):
-            return self.text
-        escaped = [(re.sub(r"([()])", r"\\\1", text), weight) for text, weight in zip(*self.fragments(), strict=True)]
-        return " ".join(text if weight == 1 else f"({text}:{weight:g})" for text, weight in escaped)
-
-    def _weight_at(self, i: int) -> float:
-        """The weight of a character; a blank has that of the word before it."""
-        while i > 0 and self.text[i].isspace():
-            i -= 1
-        return self.weights[i]
-
-
-def read_emphasis(text: str) -> Emphasis:
+def read_emphasis(text: str) -> Weighted:
     r"""Reads weights: "(words:1.3)". They may be nested, and then multiply; "\(" is a parenthesis and no weight.
 
     A plain text that has weights (`Weighted`) has been read already.
@@ -125,7 +112,7 @@ def read_emphasis(text: str) -> Emphasis:
         ValueError: For weights outside of 0 to `MOST`.
     """
     if isinstance(text, Weighted):
-        return Emphasis(str(text), text.weights)
+        return text
     written: list[tuple[str, float]] = []
     opened: list[int] = []
     weighted = False
@@ -155,26 +142,26 @@ def read_emphasis(text: str) -> Emphasis:
                 continue
         written.append((character, 1.0))
     if not weighted:
-        return Emphasis(text, (1.0,) * len(text))
+        return Weighted(text, (1.0,) * len(text))
     plain = [(part[1:] if part[:2] in ("\\(", "\\)") else part, weight) for part, weight in written]
     weights = tuple(weight for part, weight in plain for _ in part)
-    return Emphasis("".join(part for part, _ in plain), weights)
+    return Weighted("".join(part for part, _ in plain), weights)
 
 
 def has_weights(text: str) -> bool:
     """Whether a prompt has signs of weights, also of weight 1."""
-    return read_emphasis(text).text != text
+    return read_emphasis(text) != text
 
 
 def plain_text(text: str) -> str:
     """A prompt without the signs of its weights, which its parts keep (`Weighted`)."""
     read = read_emphasis(text)
-    return text if read.text == text else read.weighted
+    return text if read == text else read
 
 
 def written(text: str) -> str:
     """A text as it is written: one that has weights (`Weighted`) gets their signs."""
-    return read_emphasis(text).written() if isinstance(text, Weighted) else text
+    return text.written() if isinstance(text, Weighted) else text
 
 
 def refuse_weights(texts: Iterable[str], why: str | None = None) -> None:

@@ -30,20 +30,24 @@ class EncodedText:
         prompt_embeds: Shape: [images, tokens, channels]; layers * channels if each cross-attention layer has a text of
             its own.
         negative_prompt_embeds: Embeddings of the negative prompts; None without guidance.
-        added: Further inputs of the model by row, ordered (unconditional, conditional).
+        added: Further inputs of the model for the prompts. Shape: [images, ...] each.
+        negative_added: The same inputs for the negative prompts; None without guidance.
     """
 
     prompt_embeds: Tensor
     negative_prompt_embeds: Tensor | None
     added: Mapping[str, Tensor] | None = None
+    negative_added: Mapping[str, Tensor] | None = None
 
     def of_images(self, images: Sequence[int]) -> "EncodedText":
         """The text of some images."""
-        count, negative, added = len(self.prompt_embeds), self.negative_prompt_embeds, self.added
-        if added is not None:
-            parts = {key: rows.unflatten(0, (-1, count))[:, images] for key, rows in added.items()}
-            added = {key: part.flatten(0, 1) for key, part in parts.items()}
-        return EncodedText(self.prompt_embeds[images], None if negative is None else negative[images], added)
+
+        def of(added: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+            return None if added is None else {name: rows[images] for name, rows in added.items()}
+
+        negative = self.negative_prompt_embeds
+        embeds = self.prompt_embeds[images], None if negative is None else negative[images]
+        return EncodedText(*embeds, of(self.added), of(self.negative_added))
 
 
 Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
@@ -208,10 +212,13 @@ class Prompts:
             join_rows(None if negative is None else torch.zeros_like(mask), [mask], self.canvas.images_per_prompt)
             for mask in (masks.trigger.to(self.canvas.device), masks.phrase.to(self.canvas.device))
         )
+        added, of_negative = text.added, text.negative_added
+        if added is not None and of_negative is not None:
+            added = {name: torch.cat([of_negative[name], rows]) for name, rows in added.items()}
         return Conditioning(
             embeds if negative is None else torch.cat([negative, embeds]),
             trigger,
             phrase,
             Rows.of(embeds.shape[0], 0 if negative is None else 1),
-            added=text.added,
+            added=added,
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.pipelines.support.spelling import shortened
-from lora_compose.pipelines.text.emphasis import Emphasis, read_emphasis
+from lora_compose.pipelines.text.emphasis import Weighted, read_emphasis
 
 _LATEST = 0.5
 """A chunk ends after punctuation if that leaves more than this part of it."""
@@ -138,23 +138,22 @@ class Reading:
         """How many chunks every text gets."""
         return max(self.chunks)
 
-    def lengths(self, images_per_prompt: int, sides: int) -> Mapping[str, Tensor]:
+    def lengths(self, images_per_prompt: int) -> Mapping[str, Tensor]:
         """Tokens of the rows without those that are repeated, if rows differ; as a further input of the model.
 
         Args:
             images_per_prompt: Rows of each prompt.
-            sides: 2 if there are negative prompts, too.
         """
         if len(set(self.chunks)) == 1:
             return {}
         tokens = torch.tensor(self.chunks) * self.tokenizers[0].model_max_length
-        return {"lengths": tokens.repeat_interleave(images_per_prompt).repeat(sides)}
+        return {"lengths": tokens.repeat_interleave(images_per_prompt)}
 
     def encode(
         self,
         columns: Sequence[Texts],
         encode: Callable[[Sequence[Texts]], Sequence[Tensor]],
-        weighted: Callable[[Sequence[Emphasis]], Tensor],
+        weighted: Callable[[Sequence[Weighted]], Tensor],
         images_per_prompt: int,
     ) -> list[Tensor]:
         """Encodes texts chunk by chunk.
@@ -191,7 +190,7 @@ class Reading:
             joined[side] = torch.cat(chunks, dim=1)
         return [*joined, *parts[0][2:]]
 
-    def _split(self, text: str, prompt: int) -> list[Emphasis]:
+    def _split(self, text: str, prompt: int) -> list[Weighted]:
         whole = read_emphasis(text)
         spans, chunks = chunks_of(self.tokenizers[0], whole.text), self.chunks[prompt]
         if len(spans) > chunks:
@@ -199,5 +198,5 @@ class Reading:
                 f"{shortened(whole.text)} is longer than the prompt of its image, which has {chunks} chunks of "
                 f"{self.tokenizers[0].model_max_length} tokens; shorten it, or lengthen the prompt"
             )
-        parts = [*(whole.part(*span) for span in spans), *[Emphasis("", ())] * (chunks - len(spans))]
+        parts = [*(whole[slice(*span)] for span in spans), *[Weighted("", ())] * (chunks - len(spans))]
         return [parts[i % chunks] for i in range(self.longest)]

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from lora_compose.pipelines.support.spelling import shortened
-from lora_compose.pipelines.text.emphasis import Emphasis
+from lora_compose.pipelines.text.emphasis import Weighted
 
 
 def weighted_embeds(
     tokenizer: Any,
     text_encoder: Any,
-    emphasis: Emphasis,
+    emphasis: Weighted,
     device: torch.device,
     *,
     penultimate: bool,

@@ -1,6 +1,7 @@
 """The kinds of LoRA that a file can have, each in a file of its own (`kind.py` says what it has), and their list."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import cache
 
 from lora_compose.pipelines.formats.kinds.difference import DIFFERENCE
 from lora_compose.pipelines.formats.kinds.dora import DORA
@@ -14,6 +15,22 @@ from lora_compose.pipelines.formats.kinds.tlora import TLORA
 
 KINDS: tuple[Kind, ...] = (*REFUSED, DORA, OFT, OFT_INPUTS, TLORA, LOKR, LOHA, TUCKER, LOW_RANK, DIFFERENCE, LEFT_OUT)
 """A layer is of the first kind that has an ending for one of its tensors."""
+
+
+def numbers() -> Mapping[str, str]:
+    """By slot, the ends of keys with a single number beside the tensors of a layer."""
+    return _numbers(KINDS)
+
+
+@cache
+def _numbers(known: tuple[Kind, ...]) -> Mapping[str, str]:
+    of_kinds = {slot: end for kind in known for slot, end in (kind.numbers | kind.flags).items()}
+    return {"alpha": r"\.alpha", "scalar": r"\.scalar", **of_kinds}
+
+
+def flags() -> Collection[str]:
+    """The slots of those that are true or false."""
+    return {slot for kind in KINDS for slot in kind.flags}
 
 
 def kind_of(slots: Collection[str]) -> Kind:

@@ -8,4 +8,5 @@ DIFFERENCE = Kind(
     sides=lambda shapes: (rows(shapes, "diff"), columns(shapes, "diff")),
     delta=lambda tensors: tensors["diff"],
     scaled=False,
+    of_norms=True,
 )

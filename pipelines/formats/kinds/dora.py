@@ -8,11 +8,14 @@ under another name.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from lora_compose.attention.transforms import Rescaling
 from lora_compose.pipelines.formats.change import Change
-from lora_compose.pipelines.formats.kinds.kind import Kind, Shapes, Tensors
+from lora_compose.pipelines.formats.kinds.kind import Kind, Placement, Shapes, Tensors, own_outputs
 from lora_compose.pipelines.formats.kinds.loha import LOHA
 from lora_compose.pipelines.formats.kinds.lokr import LOKR
 from lora_compose.pipelines.formats.kinds.low_rank import LOW_RANK, TUCKER
@@ -71,12 +74,19 @@ def _transform(tensors: Tensors, _settings: Mapping[str, Any]) -> Rescaling:
     return Rescaling(norms, by_input)
 
 
+def _placed(transform: Rescaling, place: Placement, _target: nn.Module) -> Rescaling:
+    if transform.by_input:
+        return replace(transform, fused=place.fused)
+    return Rescaling(own_outputs(transform, place))
+
+
 DORA = Kind(
     "DoRA",
     {"magnitude": r"\.lora_magnitude_vector(?:\.\w++){0,3}+|\.magnitude", "dora_scale": r"\.dora_scale"},
     _sides,
     factors=_factors,
     transform=_transform,
+    placed=_placed,
     beside=[slot for kind in _INNER for slot in (*kind.endings, *kind.beside)],
     ranked=[slot for kind in _INNER for slot in kind.ranked],
     setting="use_dora",

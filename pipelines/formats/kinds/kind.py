@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lora_compose.attention.transforms import Transform
 from lora_compose.pipelines.formats.change import MAX_RANK, Change, cut, matrix, shaped
@@ -14,6 +15,21 @@ Shapes = Mapping[str, Sequence[int]]
 """The shapes of a layer's tensors, by slot."""
 Tensors = Mapping[str, Tensor]
 """A layer's tensors, by slot."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Placement:
+    """What of a file's layer belongs to one layer of the model.
+
+    Attributes:
+        outputs: Slice of the change's outputs that this layer has; None means all.
+        fused: Names of the layers of the model that are this one in the file; empty if it is one layer there as well.
+        swapped: Whether the halves of the change's outputs are the other way round in the model.
+    """
+
+    outputs: slice | None = None
+    fused: tuple[str, ...] = ()
+    swapped: bool = False
 
 
 def _unread(given: Shapes | Tensors) -> NoReturn:
@@ -40,9 +56,16 @@ class Kind:
         ranked: The slots whose first side divides alpha; the first of them that a layer has counts.
         scaled: Whether alpha has an effect at all.
         refused: Why files of this kind are refused, as in "it is a ..."; empty if they are read.
+        placed: Of a transform as the file has it, the one of a layer of the model. Raises ValueError if it has none of
+            its own.
+        unclear: Why the change of a layer of the model has no one meaning, told whether PEFT wrote the file; empty if
+            it has one.
         split: Of the slots of a fused layer that a file has in parts, those of each part in order, by what they are
             there. None, or no result: outputs are shared out.
         left_out: Whether these tensors are left out, and the rest of the file is used.
+        of_norms: Whether tensors of one dimension, which norms have, are left out.
+        numbers: By slot, the ends of keys with a single number that stands beside the tensors of a layer.
+        flags: The same for those that are true or false.
         setting: PEFT's setting that switches this kind on.
     """
 
@@ -52,12 +75,17 @@ class Kind:
     delta: Callable[[Tensors], Tensor] = _unread
     factors: Callable[[Tensors, int, bool], Change | None] | None = None
     transform: Callable[[Tensors, Mapping[str, Any]], Transform] | None = None
+    placed: Callable[[Any, Placement, nn.Module], Transform] | None = None
+    unclear: Callable[[nn.Module, bool], str] | None = None
     split: Callable[[Collection[str]], Sequence[Mapping[str, str]]] | None = None
     beside: Collection[str] = ()
     ranked: Sequence[str] = ()
     scaled: bool = True
     refused: str = ""
     left_out: bool = False
+    of_norms: bool = False
+    numbers: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=dict)
     setting: str = ""
 
     def load(
@@ -115,3 +143,20 @@ def check_rank(rank: int, outputs: int, inputs: int) -> None:
     limit = max(outputs, inputs, MAX_RANK)
     if rank > limit:
         raise ValueError(f"its factors have rank {rank}, more than the {limit} that a change of this size can need")
+
+
+def own_outputs(transform: Transform, place: Placement) -> Tensor:
+    """The values of a transform of outputs that belong to one layer. Raises ValueError if blocks reach over layers."""
+    values = transform.values
+    size = transform.size // len(values)
+    if place.outputs is not None:
+        if place.outputs.start % size or place.outputs.stop % size:
+            raise ValueError(f"its blocks of size {size} reach over the layers of the model that it changes")
+        values = values[place.outputs.start // size : place.outputs.stop // size]
+    if place.swapped:
+        if len(values) % 2:
+            raise ValueError(
+                f"one of its {len(values)} blocks reaches over halves that the model has the other way round"
+            )
+        values = torch.cat(values.chunk(2)[::-1])
+    return values

@@ -8,20 +8,22 @@ numbers the parts of a fused layer (`oft_blocks.0`, ...), each with blocks and a
 (`oft_R`, the numbers above Q's diagonal) rotate inputs, by default with the first terms of a series in place of the
 inverse. PEFT's exact form turns the other way, and so does OneTrainer in convolutions. OneTrainer may divide Q by
 2 sqrt(size - 1). In convolutions larger than 1 x 1 OneTrainer rotates all numbers that an output reads; PEFT has no
-one meaning there (`SUMS_PATCHES` in `concepts/placing.py`).
+one meaning there.
 """
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_compose.attention.fitting import weight_shape
 from lora_compose.attention.lora_bank import LoraFactors
 from lora_compose.attention.transforms import Rotation
 from lora_compose.pipelines.formats.change import Change, check_finite
-from lora_compose.pipelines.formats.kinds.kind import Kind, Shapes, Tensors
+from lora_compose.pipelines.formats.kinds.kind import Kind, Placement, Shapes, Tensors, own_outputs
 
 MAX_BLOCK = 4096
 """The largest block: its inverse costs its cube. kohya's files have 4 blocks, of the widest layers."""
@@ -98,7 +100,7 @@ def _of_inputs(tensors: Tensors, settings: Mapping[str, Any]) -> Rotation:
         raise ValueError("its rotation was constrained in training (coft), which is not supported")
     vectors = tensors["oft_vectors"].float()
     size = _size(vectors.shape[1])
-    if settings.get("scaled"):
+    if settings.get("oft_scaled"):
         vectors = vectors / (2 * math.sqrt(size - 1))
     above = torch.triu_indices(size, size, 1)
     skew = torch.zeros(len(vectors), size, size)
@@ -126,6 +128,30 @@ def _series(skew: Tensor, terms: Any) -> Tensor:
     return total
 
 
+def _placed(transform: Rotation, place: Placement, _target: nn.Module) -> Rotation:
+    return Rotation(own_outputs(transform, place))
+
+
+def _turned(rotation: Rotation, _place: Placement, target: nn.Module) -> Rotation:
+    """A rotation of the inputs of a layer, with as many blocks and in the direction that it has there."""
+    values = rotation.values
+    if rotation.shared:
+        count, rest = divmod(math.prod(weight_shape(target, "")[1:]), values.shape[-1])
+        if rest:
+            raise ValueError(f"its blocks of size {values.shape[-1]} do not divide the layer's inputs")
+        values = values.expand(count, -1, -1)
+    return replace(rotation, values=values.mT if rotation.turned_back and isinstance(target, nn.Conv2d) else values)
+
+
+def _unclear(target: nn.Module, of_peft: bool) -> str:
+    if not of_peft or not isinstance(target, nn.Conv2d) or math.prod(target.kernel_size) == 1:
+        return ""
+    return (
+        "PEFT's OFT of convolutions larger than 1 x 1 is not defined: as it is trained, overlapping patches are added "
+        "up, also where nothing is rotated; as it is merged, the weight is rotated"
+    )
+
+
 OFT = Kind(
     "OFT",
     {"oft_blocks": r"\.oft_blocks(?:\.0)?+", "oft_rescale": r"\.rescale"}
@@ -134,6 +160,7 @@ OFT = Kind(
     split=_split,
     factors=_without_factors,
     transform=_of_outputs,
+    placed=_placed,
     scaled=False,
 )
 OFT_INPUTS = Kind(
@@ -142,5 +169,8 @@ OFT_INPUTS = Kind(
     _input_sides,
     factors=_without_factors,
     transform=_of_inputs,
+    placed=_turned,
+    unclear=_unclear,
     scaled=False,
+    flags={"oft_scaled": r"\.oft_R\.scaled_oft"},  # OneTrainer's
 )

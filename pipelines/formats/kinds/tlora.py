@@ -58,4 +58,6 @@ TLORA = Kind(
     _sides,
     factors=_factors,
     ranked=("q",),
+    # Beside ordinary factors, in files of an early trainer.
+    numbers={"least_rank": r"\.tlora_min_rank_state", "rank_schedule": r"\.tlora_rank_schedule_state"},
 )

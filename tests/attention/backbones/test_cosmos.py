@@ -86,7 +86,7 @@ def test_every_cell_reads_the_texts_of_its_regions_under_their_loras(isolate):
     recorder = Recorder(backbone.map_layers, torch.eye(TOKENS).expand(3, ROWS, -1, -1), backbone.self_map_layers)
     with install(backbone, loras, device=torch.device("cpu"), dtype=torch.float32) as installation:
         installation.use(installation.inputs(GATES, TEXTS, regions), recorder)
-        found = backbone.forward(latents, t, TEXTS, None)
+        found = backbone.forward(latents, t, TEXTS, None, several_texts=True)
     assert recorder.mean().shape == (3, ROWS, CELLS, TOKENS)
     torch.testing.assert_close(recorder.mean().sum(dim=-1), torch.ones(3, ROWS, CELLS))
     assert recorder.self_mean().shape == (ROWS, CELLS, CELLS)

@@ -202,7 +202,8 @@ def test_the_command_makes_the_same_and_lists_it(
     assert {line["source"] for line in listed} == {f"{batch_file}, scenes[{i}]" for i in range(3)}
     ways = {line["name"]: (line["method"], line["reason"]) for line in listed}
     assert ways["plain"] == (None, None)
-    assert [ways[name][0] for name in ("bear", "both")] == ["merge", "draft"]
+    assert ways["bear"][0] == "merge"
+    assert ways["both"] == ("draft", "every concept has a region, and the prompt names each by trigger and class word")
     assert f"2 by draft, because {ways['both'][1]}" in said
     table.write_text("prompt,name,width\na bear,plain,\na bear,wide,-1\n")
     options = ["--model", "playground", "--steps", 1, "--guidance", 4, "--threads", 1, "--device", "cpu"]

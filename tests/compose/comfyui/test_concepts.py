@@ -13,8 +13,16 @@ from safetensors.torch import save_file
 
 from comfy_stand_in import Clip
 from lora_compose.attention import JointRegions, RegionAttention, Site
-from lora_compose.compose.comfyui.composition import Acting, Composition, Passes, Region
-from lora_compose.compose.comfyui.concepts import Concept, Request, boxes_of, chained, drawn, subjects_of, with_boxes
+from lora_compose.compose.comfyui.composition import Acting, ComposedConcepts, Passes, Region
+from lora_compose.compose.comfyui.concepts import (
+    ComposeRequest,
+    NodeConcept,
+    boxes_of,
+    chained,
+    drawn,
+    subjects_of,
+    with_boxes,
+)
 from lora_compose.compose.comfyui.families import Family
 from lora_compose.compose.comfyui.weights import read_weights
 from lora_compose.compose.comfyui.words import METHODS
@@ -46,19 +54,19 @@ class Words(Clip):
 
 
 def composed(
-    concepts: Sequence[Concept], text: str, method: str, *, texts: str = "auto", joint: bool = False
-) -> tuple[Composition, Any, Words]:
+    concepts: Sequence[NodeConcept], text: str, method: str, *, texts: str = "auto", joint: bool = False
+) -> tuple[ComposedConcepts, Any, Words]:
     clip = Words()
-    request = Request(concepts, [{}] * len(concepts), clip, clip.encode, text, texts, joint)
+    request = ComposeRequest(concepts, [{}] * len(concepts), clip, clip.encode, text, texts, joint)
     return *request.composed(method), clip
 
 
-def two(first: str = "", second: str = "") -> list[Concept]:
-    return [Concept.of(CAT, "sks", "cat", 1.0, first), Concept.of(DOG, "zwx", "dog", 0.5, second)]
+def two(first: str = "", second: str = "") -> list[NodeConcept]:
+    return [NodeConcept.of(CAT, "sks", "cat", 1.0, first), NodeConcept.of(DOG, "zwx", "dog", 0.5, second)]
 
 
 def acting(
-    plan: Composition, ours: list[bool], grid: tuple[int, int], tokens: int, *images: Sequence[Region | None],
+    plan: ComposedConcepts, ours: list[bool], grid: tuple[int, int], tokens: int, *images: Sequence[Region | None],
     family: Family = UNET, step: int = 0,
 ) -> Acting:  # fmt: skip
     lengths = [text[0][0].shape[1] for text in plan.texts]
@@ -102,7 +110,7 @@ def test_boxes_are_given_to_concepts_in_their_order() -> None:
 def test_regions_are_shown_as_masks() -> None:
     mask = torch.zeros(1, 64, 64)
     mask[:, :16] = 1
-    concepts = [*two("0,0,0.5,1"), Concept.of(Path("bird.safetensors"), "", "bird", 1.0, "", mask)]
+    concepts = [*two("0,0,0.5,1"), NodeConcept.of(Path("bird.safetensors"), "", "bird", 1.0, "", mask)]
     shown = drawn(concepts)
     assert shown.shape == (3, 256, 256)
     assert shown.mean(dim=(1, 2)).tolist() == [0.5, 1, 0.25]
@@ -110,7 +118,7 @@ def test_regions_are_shown_as_masks() -> None:
 
 
 def test_a_schedule_is_the_weight_of_each_step() -> None:
-    cat = Concept.of(CAT, "sks", "cat", 0.3, "0,0,0.5,1", schedule=" 0:1..0.5:0.5 ")
+    cat = NodeConcept.of(CAT, "sks", "cat", 0.3, "0,0,0.5,1", schedule=" 0:1..0.5:0.5 ")
     plan = composed([cat, two()[1]], "a sks cat", "regional")[0]
     assert plan.weights_at(0, 4) == (1, 0.5), "not the weight beside it"
     rows = [acting(plan, [True], (1, 2), 7, step=step).gates for step in range(4)]
@@ -119,22 +127,22 @@ def test_a_schedule_is_the_weight_of_each_step() -> None:
     with pytest.raises(
         ValueError, match=r"the schedule of cat.safetensors: expected a valid number, a list of numbers"
     ):
-        Concept.of(CAT, "", "", 1.0, schedule="early")
+        NodeConcept.of(CAT, "", "", 1.0, schedule="early")
 
 
-def beside(box: str = "", noun: str = "dog") -> Concept:
+def beside(box: str = "", noun: str = "dog") -> NodeConcept:
     """A subject without a LoRA."""
-    return Concept.of(None, "", noun, 1.0, box)
+    return NodeConcept.of(None, "", noun, 1.0, box)
 
 
-STYLE = Concept.of(Path("style.safetensors"), "", "", 1.0)
+STYLE = NodeConcept.of(Path("style.safetensors"), "", "", 1.0)
 OTHER, LOST = beside(), beside(noun="bird")
 
 
-def given(*boxes: str, nouns: tuple[str, str] = ("cat", "dog"), style: bool = False) -> list[Concept]:
+def given(*boxes: str, nouns: tuple[str, str] = ("cat", "dog"), style: bool = False) -> list[NodeConcept]:
     boxes = (*boxes, "", "")
-    cat = Concept.of(CAT, "sks", nouns[0], 1.0, boxes[0])
-    return [cat, Concept.of(DOG, "zwx", nouns[1], 0.5, boxes[1]), *([STYLE] if style else [])]
+    cat = NodeConcept.of(CAT, "sks", nouns[0], 1.0, boxes[0])
+    return [cat, NodeConcept.of(DOG, "zwx", nouns[1], 0.5, boxes[1]), *([STYLE] if style else [])]
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -150,7 +158,7 @@ def given(*boxes: str, nouns: tuple[str, str] = ("cat", "dog"), style: bool = Fa
 )  # fmt: skip
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_method_is_chosen_as_in_our_pipelines(
-    concepts: list[Concept], joint: bool, trained: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    concepts: list[NodeConcept], joint: bool, trained: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where these see the same concepts, of which some are styles."""
     kind = "tara" if trained else None
@@ -170,10 +178,14 @@ def test_a_method_is_chosen_as_in_our_pipelines(
     ]
     wanted = name_of(choose_method(described, [text], region_attention=not joint).method)[0]
     clip = Words()
-    plan, conditioning = Request(concepts, [{}] * len(concepts), clip, clip.encode, text, joint=joint).composed("auto")
+    plan, conditioning = ComposeRequest(concepts, [{}] * len(concepts), clip, clip.encode, text, joint=joint).composed(
+        "auto"
+    )
     assert f"method: {wanted}, because " in caplog.text
     clip = Words()
-    expected, other = Request(concepts, [{}] * len(concepts), clip, clip.encode, text, joint=joint).composed(wanted)
+    expected, other = ComposeRequest(concepts, [{}] * len(concepts), clip, clip.encode, text, joint=joint).composed(
+        wanted
+    )
     assert torch.equal(plan.words, expected.words)
     assert (plan.draft is None, plan.text_of_others) == (expected.draft is None, expected.text_of_others)
     assert conditioning[0][1] == other[0][1]
@@ -187,35 +199,43 @@ def test_in_tara_a_style_acts_on_all_words() -> None:
 @pytest.mark.parametrize("box", ["0,0,1", "0,0,0,1", "0.5,0,0.2,1", "0,0,2,1", "a,b,c,d", "nan,0,1,1", "inf,0,1,1"])
 def test_a_box_that_is_none_is_refused(box: str) -> None:
     with pytest.raises(ValueError, match=r"for example 0,0\.1,0\.5,0\.9"):
-        Concept.of(CAT, "", "", 1.0, box)
+        NodeConcept.of(CAT, "", "", 1.0, box)
 
 
 @pytest.mark.parametrize(
     ("concepts", "method", "said"),
     [
         (two(), "regional", "give at least one a box or a mask"),
-        ([Concept.of(CAT, "sks", "cat", 1.0)], "draft", "two or more"),
-        ([Concept.of(CAT, "sks", "", 1.0), *two()[1:]], "draft", "class word of cat.safetensors"),
-        ([Concept.of(CAT, "sks", "cat", 1.0, prompt="a sks cat")], "tara", "tara reads one text"),
-        ([*two("0,0,1,1")[:1], Concept.of(DOG, "", "", 1.0, prompt="a dog")], "regional", "no region that reads it"),
+        ([NodeConcept.of(CAT, "sks", "cat", 1.0)], "draft", "two or more"),
+        ([NodeConcept.of(CAT, "sks", "", 1.0), *two()[1:]], "draft", "class word of cat.safetensors"),
+        ([NodeConcept.of(CAT, "sks", "cat", 1.0, prompt="a sks cat")], "tara", "tara reads one text"),
+        (
+            [*two("0,0,1,1")[:1], NodeConcept.of(DOG, "", "", 1.0, prompt="a dog")],
+            "regional",
+            "no region that reads it",
+        ),
         (two("0,0,1,1"), "merge", "merge does not use boxes and masks"),
-        ([Concept.of(CAT, "", "cat", 1.0)], "tara", "needs a trigger for cat.safetensors"),
-        ([Concept.of(CAT, "", "a", 1.0), Concept.of(DOG, "a", "", 1.0)], "tara", "needs a trigger for cat"),
-        ([Concept.of(name, "cat", "", 1.0) for name in (CAT, DOG)], "tara", "of cat.safetensors and dog.safetensors s"),
+        ([NodeConcept.of(CAT, "", "cat", 1.0)], "tara", "needs a trigger for cat.safetensors"),
+        ([NodeConcept.of(CAT, "", "a", 1.0), NodeConcept.of(DOG, "a", "", 1.0)], "tara", "needs a trigger for cat"),
+        (
+            [NodeConcept.of(name, "cat", "", 1.0) for name in (CAT, DOG)],
+            "tara",
+            "of cat.safetensors and dog.safetensors s",
+        ),
         (two(), "tara", r"cat.safetensors: the words 'sks' are not in the text; .*: 'sks cat'"),
         (two(), "draft", "dog.safetensors: the words 'dog' are not in the text"),
     ],
 )
-def test_what_a_method_needs_is_said(concepts: list[Concept], method: str, said: str) -> None:
+def test_what_a_method_needs_is_said(concepts: list[NodeConcept], method: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         composed(concepts, "a cat", method)
 
 
 def test_regions_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="has a box and a mask"):
-        Concept.of(CAT, "", "", 1.0, "0,0,1,1", torch.ones(1, 4, 4))
+        NodeConcept.of(CAT, "", "", 1.0, "0,0,1,1", torch.ones(1, 4, 4))
     with pytest.raises(ValueError, match="is empty"):
-        Concept.of(CAT, "", "", 1.0, "", torch.zeros(1, 4, 4))
+        NodeConcept.of(CAT, "", "", 1.0, "", torch.zeros(1, 4, 4))
     with pytest.raises(ValueError, match="clear it there"):
         with_boxes(two("0,0,1,1"), [None, None])
     with pytest.raises(ValueError, match="1 boxes for 2 concepts"):
@@ -223,7 +243,7 @@ def test_regions_that_contradict_each_other_are_refused() -> None:
 
 
 def test_a_draft_looks_for_class_words_in_the_text_without_triggers() -> None:
-    style = Concept.of(Path("style.safetensors"), "", "", 1.0)
+    style = NodeConcept.of(Path("style.safetensors"), "", "", 1.0)
     plan, conditioning, clip = composed([*two(), style], TEXT, "draft")
     assert clip.encoded == [(TEXT, (2,)), ("a cat and a dog on grass", (2,))], "with the text-encoder LoRA of the style"
     assert conditioning[0][1]["pooled_output"] == TEXT
@@ -264,7 +284,7 @@ def test_the_bias_draws_cells_to_the_words_of_their_own_region() -> None:
 
 
 def test_two_of_one_class_read_texts_of_their_own() -> None:
-    cats = [Concept.of(CAT, "sks", "cat", 1.0), Concept.of(DOG, "zwx", "cat", 1.0)]
+    cats = [NodeConcept.of(CAT, "sks", "cat", 1.0), NodeConcept.of(DOG, "zwx", "cat", 1.0)]
     plan, conditioning, clip = composed(cats, "a sks cat and a zwx cat on grass", "draft")
     said = [text for text, _ in clip.encoded]
     assert said[:3] == ["on grass", "a sks cat on grass", "a zwx cat on grass"]
@@ -350,7 +370,7 @@ def test_weights_are_read_as_comfyui_reads_them(text: str, plain: str, weights: 
     ],
 )
 def test_regions_read_texts_of_their_own_where_that_is_wanted(texts: str, joint: bool, prompt: str, own: bool) -> None:
-    cat = Concept.of(CAT, "sks", "cat", 1.0, "0,0,0.5,1", prompt=prompt)
+    cat = NodeConcept.of(CAT, "sks", "cat", 1.0, "0,0,0.5,1", prompt=prompt)
     plan, _, clip = composed([cat, two("", "0.4,0,1,1")[1]], TEXT, "regional", texts=texts, joint=joint)
     assert bool(plan.texts) == own
     if not own:
@@ -375,7 +395,7 @@ def test_where_an_adapter_makes_the_text_its_tokens_count() -> None:
         return [[tensor, {**options, "t5xxl_ids": torch.zeros(3)}]]
 
     placed = with_boxes(two(), boxes_of("0,0,0.5,1\n0.5,0,1,1"))
-    plan, conditioning = Request(placed, [{}, {}], clip, encode, TEXT, "regions").composed("regional")
+    plan, conditioning = ComposeRequest(placed, [{}, {}], clip, encode, TEXT, "regions").composed("regional")
     assert [len(text[0][1]["t5xxl_ids"]) for text in plan.texts] == [3, 3, 3]
     assert plan.tokens == 3
     assert conditioning[0][0].shape[1] == 7 + 2, "of the whole text"
@@ -386,7 +406,7 @@ def test_where_an_adapter_makes_the_text_its_tokens_count() -> None:
 )
 def test_words_stay_where_they_are_in_a_text_that_is_filled_up(zeros: Any, where: list[list[int]]) -> None:
     family = replace(UNET, zeros=zeros)
-    plan = composed([Concept.of(CAT, "sks cat", "", 1.0)], "sks cat asleep", "tara")[0]
+    plan = composed([NodeConcept.of(CAT, "sks cat", "", 1.0)], "sks cat asleep", "tara")[0]
     text = acting(plan, [True], (2, 4), 5 if zeros is None else 8, family=family).gates.text
     assert text[0].nonzero().tolist() == where
 
@@ -394,7 +414,7 @@ def test_words_stay_where_they_are_in_a_text_that_is_filled_up(zeros: Any, where
 def test_texts_that_cannot_be_made_or_read_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no text can be made about cat\.safetensors: write its trigger"):
         composed(two("0,0,0.5,1"), "a zwx dog", "regional", texts="regions")
-    asleep = Concept.of(CAT, "sks", "cat", 1.0, "0,0,0.5,1", prompt="a sks cat asleep")
+    asleep = NodeConcept.of(CAT, "sks", "cat", 1.0, "0,0,0.5,1", prompt="a sks cat asleep")
     with pytest.raises(ValueError, match="all regions read one text; clear it, or set texts to regions"):
         composed([asleep], TEXT, "regional", texts="shared")
 
@@ -403,7 +423,8 @@ def test_loras_keep_off_the_box_of_a_subject_without_one() -> None:
     """The gates are those of a LoRA in that box whose weight is 0."""
     cat, boxes = two("0,0,0.5,1")[0], "0.5,0,1,1"
     plans = [
-        composed([cat, other], PLAIN, "regional")[0] for other in (beside(boxes), Concept.of(DOG, "", "dog", 0, boxes))
+        composed([cat, other], PLAIN, "regional")[0]
+        for other in (beside(boxes), NodeConcept.of(DOG, "", "dog", 0, boxes))
     ]
     ours, weightless = (acting(plan, [True, False], (2, 4), 9) for plan in plans)
     assert ours.gates.image[0][0].tolist() == [[1, 0], [1, 0], [0, 0], [0, 0]] * 2
@@ -455,7 +476,7 @@ def test_a_draft_finds_a_subject_without_a_lora_by_the_class_word_that_follows_n
 
 
 def test_the_words_of_a_subject_without_a_lora_are_its_own_where_all_read_one_text() -> None:
-    man, text = Concept.of(CAT, "sks", "man", 1.0), "an old man beside a sks man on grass"
+    man, text = NodeConcept.of(CAT, "sks", "man", 1.0), "an old man beside a sks man on grass"
     plan, _, clip = composed([man, beside(noun="old man")], text, "draft", texts="shared")
     assert [said for said, _ in clip.encoded] == [text, "an old man beside a man on grass"]
     assert plan.draft is not None
@@ -467,12 +488,12 @@ def test_the_words_of_a_subject_without_a_lora_are_its_own_where_all_read_one_te
     assert plan.phrases.nonzero().tolist() == [[2, 1], [5, 0], [6, 0]]
 
 
-def in_a_chain(*concepts: Concept) -> Sequence[Concept]:
+def in_a_chain(*concepts: NodeConcept) -> Sequence[NodeConcept]:
     return reduce(chained, concepts, ())
 
 
 def test_subjects_of_one_class_word_without_a_lora_have_one_of_its_places_each() -> None:
-    sks = Concept.of(CAT, "sks", "woman", 1.0)
+    sks = NodeConcept.of(CAT, "sks", "woman", 1.0)
     every = in_a_chain(sks, *[beside(noun="woman")] * 3)
     assert [one.scene.name for one in every] == ["cat.safetensors", "woman", "woman (2)", "woman (3)"]
     plan, *_ = composed(every[:3], "a sks woman beside a woman and a woman", "draft")
@@ -483,8 +504,8 @@ def test_subjects_of_one_class_word_without_a_lora_have_one_of_its_places_each()
 def test_files_of_one_name_in_two_folders_have_triggers_of_their_own() -> None:
     """As two files with names of their own: the cat belongs to zwx."""
     text = "a portrait of sks, and a zwx cat on grass"
-    sks = Concept.of(CAT, "sks", "cat", 1.0)
-    other, named = (in_a_chain(sks, Concept.of(path, "zwx", "cat", 1.0)) for path in (DOG, Path("zwx", CAT)))
+    sks = NodeConcept.of(CAT, "sks", "cat", 1.0)
+    other, named = (in_a_chain(sks, NodeConcept.of(path, "zwx", "cat", 1.0)) for path in (DOG, Path("zwx", CAT)))
     said = [composed(concepts, text, "draft")[2].encoded for concepts in (named, other)]
     assert said[0] == said[1]
     assert "a portrait of sks on grass" in [text for text, _ in said[0]]
@@ -512,4 +533,4 @@ def test_a_subject_without_a_lora_that_the_text_does_not_name_is_asked_for(texts
 )
 def test_what_a_subject_without_a_lora_lacks_or_has_too_much_is_said(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Concept.of(None, **{"trigger": "", "class_word": "", "weight": 1.0, **given})
+        NodeConcept.of(None, **{"trigger": "", "class_word": "", "weight": 1.0, **given})

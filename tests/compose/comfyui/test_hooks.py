@@ -12,7 +12,7 @@ from torch import Tensor
 
 from comfy_stand_in import CPU, GRID, CallbacksMP, Model, ModelPatcher, patcher, sampled, standing_in, text
 from lora_compose.attention import Installation, Lora, LoraFactors, NormRegions
-from lora_compose.compose.comfyui.composition import Composition, Draft
+from lora_compose.compose.comfyui.composition import ComposedConcepts, DraftSteps
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import Weight, WeightSchedule
 
@@ -43,30 +43,30 @@ def lora(model: ModelPatcher, seed: int) -> Lora:
     return found
 
 
-def merging(model: ModelPatcher, *weights: Weight) -> Composition:
+def merging(model: ModelPatcher, *weights: Weight) -> ComposedConcepts:
     """LoRAs that act everywhere, also where other conditionings are predicted."""
     loras, everywhere = [lora(model, seed) for seed in range(len(weights))], [None] * len(weights)
     words = torch.ones(1, len(weights))
-    return Composition(loras, [WeightSchedule.of(weight) for weight in weights], everywhere, words, True, True)
+    return ComposedConcepts(loras, [WeightSchedule.of(weight) for weight in weights], everywhere, words, True, True)
 
 
-def in_regions(model: ModelPatcher, **options: Any) -> Composition:
+def in_regions(model: ModelPatcher, **options: Any) -> ComposedConcepts:
     """Two LoRAs in the halves of an image."""
     left = torch.zeros(GRID)
     left[:, :6] = 1
     loras, weights = [lora(model, 0), lora(model, 1)], [WeightSchedule.of(1.0)] * 2
-    return Composition(loras, weights, [left, 1 - left], torch.ones(1, 2), **options)
+    return ComposedConcepts(loras, weights, [left, 1 - left], torch.ones(1, 2), **options)
 
 
-def drafting(model: ModelPatcher) -> Composition:
+def drafting(model: ModelPatcher) -> ComposedConcepts:
     words = torch.zeros(6, 2)
     words[1, 0] = words[4, 1] = 1
     subjects = {0: Concept(name="a", class_word="cat"), 1: Concept(name="b", class_word="dog")}
-    draft = Draft(text(6), words, subjects, strips=False)
+    draft = DraftSteps(text(6), words, subjects, strips=False)
     return replace(in_regions(model), regions=[None, None], draft=draft, phrases=words)
 
 
-def dense(model: ModelPatcher, plan: Composition, weights: Sequence[float]) -> ModelPatcher:
+def dense(model: ModelPatcher, plan: ComposedConcepts, weights: Sequence[float]) -> ModelPatcher:
     """The model with the LoRAs in its weights."""
     changed = deepcopy(model.model)
     for one, weight in zip(plan.loras, weights, strict=True):

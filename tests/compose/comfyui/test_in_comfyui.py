@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_compose.compose.comfyui.composition import Composition, Draft
+from lora_compose.compose.comfyui.composition import ComposedConcepts, DraftSteps
 from lora_compose.pipelines.scene.division import divided, nearest, strips
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.strength import WeightSchedule
@@ -52,16 +52,16 @@ def words(core: ModuleType) -> Tensor:
     return gate
 
 
-def composition(core: ModuleType, patcher: Any, folder: Path, method: str) -> Composition:
+def composition(core: ModuleType, patcher: Any, folder: Path, method: str) -> ComposedConcepts:
     loras = [core.read(patcher, core.tensors_of(patcher, seed), folder) for seed in (1, 2)]
     weights = [WeightSchedule.of(weight) for weight in (1.0, 0.8)]
     if method == "regional":
-        return Composition(loras, weights, masks(core), torch.ones(1, 2), False, False)
+        return ComposedConcepts(loras, weights, masks(core), torch.ones(1, 2), False, False)
     if method == "words in regions":
-        return Composition(loras, weights, [masks(core)[0], None], words(core), False, False)
+        return ComposedConcepts(loras, weights, [masks(core)[0], None], words(core), False, False)
     if method == "tara":
-        return Composition(loras, weights, [None, None], words(core), False, True, tokens=core.TOKENS)
-    return Composition(loras, weights, [None, None], torch.ones(1, 2), True, True)
+        return ComposedConcepts(loras, weights, [None, None], words(core), False, True, tokens=core.TOKENS)
+    return ComposedConcepts(loras, weights, [None, None], torch.ones(1, 2), True, True)
 
 
 METHODS = ("merge", "tara", "regional", "words in regions")
@@ -80,7 +80,7 @@ OF_DRAFTS = 5e-5
 def compared(
     core: ModuleType,
     patcher: Any,
-    plan: Composition,
+    plan: ComposedConcepts,
     negative: list,
     before: Any = None,
     images: Any = None,
@@ -120,14 +120,14 @@ def test_weights_that_change_over_the_steps(core: ModuleType, patcher: Any, tmp_
     assert compared(core, patcher, plan, core.text(2), steps=4) < 1e-5
 
 
-def texts_of_regions(core: ModuleType, patcher: Any, folder: Path, *, isolate: bool) -> Composition:
+def texts_of_regions(core: ModuleType, patcher: Any, folder: Path, *, isolate: bool) -> ComposedConcepts:
     """Two regions that overlap, with texts of 6 and 10 tokens, and a style that acts everywhere."""
     own = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     loras = [core.read(patcher, core.tensors_of(patcher, seed), folder) for seed in (1, 2, 3)]
     weights = [WeightSchedule.of(weight) for weight in (1.0, 0.8, 0.4)]
     texts = [core.text(10 + n, tokens) for n, tokens in enumerate((8, 6, 10))]
     regions = [*masks(core), None]
-    return Composition(loras, weights, regions, own, texts=texts, owners=(0, 1), isolate=isolate)
+    return ComposedConcepts(loras, weights, regions, own, texts=texts, owners=(0, 1), isolate=isolate)
 
 
 @pytest.mark.parametrize("isolate", [False, True])
@@ -148,12 +148,12 @@ def test_texts_of_regions_in_other_batches(core: ModuleType, patcher: Any, tmp_p
     assert compared(core, patcher, plan, negative, **options) < 1e-5
 
 
-def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = False) -> Composition:
+def drafting(core: ModuleType, patcher: Any, folder: Path, *, own_texts: bool = False) -> ComposedConcepts:
     plan = composition(core, patcher, folder, "merge")
     plain = torch.zeros(core.TOKENS, 2)
     plain[1, 0] = plain[4, 1] = plain[5, 1] = 1
     subjects = {0: Concept(name="a", class_word="cat"), 1: Concept(name="b", class_word="dog")}
-    draft = Draft(core.text(6), plain / plain.sum(dim=0), subjects, own_texts)
+    draft = DraftSteps(core.text(6), plain / plain.sum(dim=0), subjects, own_texts)
     options: dict[str, Any] = {"text_of_others": False, "image_of_others": False, "draft": draft}
     if own_texts:
         own, texts = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), [core.text(10 + n) for n in range(3)]
@@ -379,7 +379,7 @@ def test_weights_that_are_brought_in_for_each_layer(
     import comfy.model_management as management  # pyright: ignore[reportMissingImports]
     import comfy.model_patcher  # pyright: ignore[reportMissingImports]
 
-    from lora_compose.compose.comfyui.memory import Factors
+    from lora_compose.compose.comfyui.memory import MovableFactors
 
     if family not in core.FAMILIES:
         pytest.skip(f"this version of ComfyUI has no {family}")
@@ -391,7 +391,7 @@ def test_weights_that_are_brought_in_for_each_layer(
 
     def watch(self: Any, *arguments: Any, **options: Any) -> Any:
         out = load(self, *arguments, **options)
-        if isinstance(self.model, Factors):
+        if isinstance(self.model, MovableFactors):
             sizes.append(self.loaded_size())
         return out
 
@@ -530,7 +530,7 @@ def test_names_of_diffusers_and_parts_of_fused_layers(core: ModuleType, patcher:
             tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, 2, *[1] * (weight.dim() - 2)) * 0.3
     assert len(tensors) > 40
     lora = core.read(patcher, tensors, tmp_path)
-    plan = Composition([lora], [WeightSchedule.of(1.0)], [None], torch.ones(1, 1), True, True)
+    plan = ComposedConcepts([lora], [WeightSchedule.of(1.0)], [None], torch.ones(1, 1), True, True)
     positive, negative = core.text(1), core.text(2)
     base = core.drawn(patcher, positive, negative)
     found = core.drawn(compose(patcher, plan), marked(positive, plan), negative)
@@ -740,7 +740,7 @@ def test_nodes_that_change_the_cells_go_with_loras_everywhere_alone(
     patcher, tensors = models["sd"], core.tensors_of(models["sd"], 1)
     positive, negative = core.text(1), core.text(2)
     lora = core.read(patcher, tensors, tmp_path)
-    plan = Composition([lora], [WeightSchedule.of(1.0)], [None], torch.ones(1, 1), True, True)
+    plan = ComposedConcepts([lora], [WeightSchedule.of(1.0)], [None], torch.ones(1, 1), True, True)
     base = core.drawn(change(patcher), positive, negative)
     assert (base - core.drawn(patcher, positive, negative)).abs().max() > 0.001
     found = core.drawn(change(compose(patcher, plan)), marked(positive, plan), negative)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_compose.compose.comfyui.concepts import Concept
+from lora_compose.compose.comfyui.concepts import NodeConcept
 from lora_compose.compose.comfyui.files import read_concept, read_text_encoders
 from lora_compose.compose.comfyui.merging import merge_concepts
 from lora_compose.compose.comfyui.showing import merged_text, text_about
@@ -34,12 +34,12 @@ def model() -> nn.Module:
     return nn.ModuleDict({"blocks": nn.ModuleList([block])})
 
 
-def concept(folder: Path, name: str, weight: float, tensors: dict[str, Tensor]) -> Concept:
+def concept(folder: Path, name: str, weight: float, tensors: dict[str, Tensor]) -> NodeConcept:
     save_file(tensors, folder / f"{name}.safetensors")
-    return Concept.of(folder / f"{name}.safetensors", "sks", "cat", weight)
+    return NodeConcept.of(folder / f"{name}.safetensors", "sks", "cat", weight)
 
 
-def path_of(concept: Concept) -> Path:
+def path_of(concept: NodeConcept) -> Path:
     assert concept.path is not None
     return concept.path
 
@@ -54,7 +54,7 @@ def of_trainer(start: str, *inputs: int, outputs: int, rank: int = 2) -> dict[st
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> list[Concept]:
+def two(tmp_path: Path) -> list[NodeConcept]:
     """Two files whose layers have the names of different trainers; the second has no LoRA of a text encoder."""
     first = of_trainer("lora_unet_blocks_0_qkv", 6, outputs=12) | of_trainer(TEXT, 4, outputs=8)
     second = of_trainer("diffusion_model.blocks.0.qkv", 6, outputs=12, rank=3)
@@ -62,13 +62,15 @@ def two(tmp_path: Path) -> list[Concept]:
     return [concept(tmp_path, "cat", 1.0, first), concept(tmp_path, "dog", 0.5, second)]
 
 
-def test_a_weight_that_changes_over_the_steps_is_refused(model: nn.Module, two: list[Concept], tmp_path: Path) -> None:
-    fading = Concept.of(two[0].path, "sks", "cat", 1.0, schedule="1..0")
+def test_a_weight_that_changes_over_the_steps_is_refused(
+    model: nn.Module, two: list[NodeConcept], tmp_path: Path
+) -> None:
+    fading = NodeConcept.of(two[0].path, "sks", "cat", 1.0, schedule="1..0")
     with pytest.raises(ValueError, match=r"cat\.safetensors has a schedule, but a file has no steps; clear it"):
         merge_concepts([fading, two[1]], [{}, {}], model, "cat", tmp_path / "out.safetensors")
 
 
-def merged(model: nn.Module, concepts: list[Concept], method: str, out: Path) -> Report:
+def merged(model: nn.Module, concepts: list[NodeConcept], method: str, out: Path) -> Report:
     loras = [read_concept(read_lora(path_of(one)), model, NAMES, SITES, products=False)[0] for one in concepts]
     return merge_concepts(concepts, loras, model, method, out)
 
@@ -78,7 +80,7 @@ def read(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
-def test_the_file_is_the_weighted_sum(model: nn.Module, two: list[Concept], tmp_path: Path, method: str) -> None:
+def test_the_file_is_the_weighted_sum(model: nn.Module, two: list[NodeConcept], tmp_path: Path, method: str) -> None:
     report = merged(model, two, method, tmp_path / "out/both.safetensors")
     cat, dog = (read(path_of(one), model) for one in two)
     both = read(tmp_path / "out/both.safetensors", model)
@@ -95,7 +97,9 @@ def test_the_file_is_the_weighted_sum(model: nn.Module, two: list[Concept], tmp_
 
 
 @pytest.mark.parametrize("method", MERGERS)
-def test_every_offered_method_writes_a_file(model: nn.Module, two: list[Concept], tmp_path: Path, method: str) -> None:
+def test_every_offered_method_writes_a_file(
+    model: nn.Module, two: list[NodeConcept], tmp_path: Path, method: str
+) -> None:
     report = merged(model, two, method, tmp_path / "both.safetensors")
     assert report.blocks[-1].norm > 0
     assert text_about(read_lora(tmp_path / "both.safetensors")).count(f"merged by: {method}") == 1
@@ -136,7 +140,7 @@ def test_what_cannot_be_merged_is_refused(
     assert not (tmp_path / "both.safetensors").exists()
 
 
-def test_a_file_is_told_by_its_own_keys(two: list[Concept]) -> None:
+def test_a_file_is_told_by_its_own_keys(two: list[NodeConcept]) -> None:
     said = text_about(read_lora(path_of(two[1]))).splitlines()
     assert said[0] == "format: LoRA, keys of ComfyUI"
     assert said[1].startswith("made for: unknown")

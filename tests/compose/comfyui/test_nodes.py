@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from comfy_stand_in import OURS, Clip, ModelPatcher, Recorded, patcher, sampled, standing_in, text
 from comfy_workflows import CORE_NODES, EXAMPLES, as_asked, example
 from lora_compose.compose.comfyui import needed, words
-from lora_compose.compose.comfyui.concepts import Concept
+from lora_compose.compose.comfyui.concepts import NodeConcept
 
 FOLDER = Path(needed.__file__).parent
 DOCS = (Path(__file__).resolve().parents[3] / "docs/comfyui.md").read_text(encoding="utf-8")
@@ -163,7 +163,7 @@ def test_loras_keep_off_a_subject_without_one(ours: ModuleType, two: Any, beside
 
     # Factors of two LoRAs and of one lie apart otherwise in memory, and some processors then add up in another order.
     same = partial(torch.allclose, atol=1e-5)
-    weightless = [two[0], Concept.of(two[1].path, "", "dog", 0.0)]
+    weightless = [two[0], NodeConcept.of(two[1].path, "", "dog", 0.0)]
     for texts in ("shared", "regions"):
         found, known = (
             made(ours.BoxesNode.execute(concepts, "0,0,0.5,1\n0.5,0,1,1").args[0], "regional", texts)

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_compose.compose.comfyui.concepts import Concept, with_masks
+from lora_compose.compose.comfyui.concepts import NodeConcept, with_masks
 from lora_compose.compose.comfyui.refining import refined
 
 TEXT = "a sks cat and a zwx dog on grass"
 
 
-def concepts(*boxes: str) -> list[Concept]:
-    cat = Concept.of(Path("cat.safetensors"), "sks", "cat", 1.0, boxes[0])
-    dog = Concept.of(Path("dog.safetensors"), "zwx", "dog", 0.5, boxes[1])
-    return [cat, Concept.of(Path("style.safetensors"), "", "", 0.8), dog]
+def concepts(*boxes: str) -> list[NodeConcept]:
+    cat = NodeConcept.of(Path("cat.safetensors"), "sks", "cat", 1.0, boxes[0])
+    dog = NodeConcept.of(Path("dog.safetensors"), "zwx", "dog", 0.5, boxes[1])
+    return [cat, NodeConcept.of(Path("style.safetensors"), "", "", 0.8), dog]
 
 
 class Painter:
@@ -25,7 +25,7 @@ class Painter:
     def __init__(self) -> None:
         self.asked: list[tuple[list[str], str, torch.Size, Tensor]] = []
 
-    def __call__(self, acting: Sequence[Concept], text: str, part: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, acting: Sequence[NodeConcept], text: str, part: Tensor, mask: Tensor) -> Tensor:
         assert not any(one.region is not None or one.scene.prompt for one in acting)
         self.asked.append(([Path(one.scene.name).stem for one in acting], text, part.shape, mask))
         return torch.ones_like(part)
@@ -69,7 +69,7 @@ def test_masks_are_in_the_order_of_the_concepts_and_styles_need_none(images: Ten
 @pytest.mark.parametrize("given", [True, False])
 def test_a_subject_without_a_lora_stays_as_it_is(images: Tensor, given: bool) -> None:
     """Also where a draft has found it, and where its words are not in the text."""
-    cat, bird = concepts("", "")[0], Concept.of(None, "", "bird", 1.0)
+    cat, bird = concepts("", "")[0], NodeConcept.of(None, "", "bird", 1.0)
     masks, painter = torch.zeros(2, 6, 10), Painter()
     masks[0, :, :2], masks[1, :, 5:] = 1, 1
     after = refined(
@@ -80,7 +80,7 @@ def test_a_subject_without_a_lora_stays_as_it_is(images: Tensor, given: bool) ->
 
 
 def test_a_prompt_of_its_own_is_the_text_of_a_subject(images: Tensor) -> None:
-    cat = Concept.of(Path("cat.safetensors"), "sks", "cat", 1.0, "0,0,1,1", None, "a sks cat asleep")
+    cat = NodeConcept.of(Path("cat.safetensors"), "sks", "cat", 1.0, "0,0,1,1", None, "a sks cat asleep")
     painter = Painter()
     refined(images, [cat], "two animals", 64, painter)
     assert painter.asked[0][1] == "a sks cat asleep"
@@ -88,7 +88,7 @@ def test_a_prompt_of_its_own_is_the_text_of_a_subject(images: Tensor) -> None:
 
 def test_words_keep_their_weights_and_prompts_have_their_own(images: Tensor) -> None:
     cat, style, dog = concepts("0,0,0.2,0.5", "0.5,0,1,1")
-    asleep = Concept.of(Path("fox.safetensors"), "fxs", "fox", 1.0, "0,0,1,1", None, "a (fxs fox:0.9) asleep")
+    asleep = NodeConcept.of(Path("fox.safetensors"), "fxs", "fox", 1.0, "0,0,1,1", None, "a (fxs fox:0.9) asleep")
     painter = Painter()
     refined(images, [cat, style, dog, asleep], "a (sks cat:1.3) and a zwx dog on (grass:1.2)", 64, painter)
     assert [asked[1] for asked in painter.asked] == [
@@ -100,7 +100,7 @@ def test_what_cannot_be_repainted_is_refused(images: Tensor) -> None:
     painter = Painter()
     with pytest.raises(ValueError, match="not known where the subjects are: connect the masks of Draft preview"):
         refined(images, concepts("", ""), TEXT, 64, painter)
-    bird = Concept.of(None, "", "bird", 1.0, "0,0,1,1")
+    bird = NodeConcept.of(None, "", "bird", 1.0, "0,0,1,1")
     with pytest.raises(ValueError, match=r"give the concepts boxes or masks; bird has no LoRA, and stays as it is"):
         refined(images, [*concepts("", ""), bird], TEXT, 64, painter)
     with pytest.raises(ValueError, match=r"no text can be made about dog.safetensors: write its trigger"):

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from commands import call, flat
 from components import random_lora, tiny_pipeline
 from lora_compose import Concept
-from lora_compose.compose.generate.making import load
+from lora_compose.compose.generate.making import load, make, plan
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.pipelines.formats.files import read_lora
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 TAGS = {"ss_tag_frequency": json.dumps({"10_images": {"1girl": 40, "mikudress": 40}})}
 
@@ -55,3 +56,21 @@ def test_check_does_not_ask_for_a_trigger_that_was_typed(tmp_path: Path) -> None
     path = f"path={tmp_path / 'miku.safetensors'}"
     assert "has no trigger" in flat(call("check", *typed, path).output)
     assert "has no trigger" not in flat(call("check", *typed, f"{path},trigger=mikudress").output)
+
+
+def test_a_run_without_a_method_is_chosen_for_once_with_the_same_reason_everywhere(pipe: Any, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    miku = Concept(name="miku", lora=pipe.miku, trigger="mikudress", class_word="girl")
+    man = Concept(name="man", lora=pipe.man, class_word="person")
+    scene = Scene(prompt="a mikudress girl and a ohwx man person", concepts=(miku, man), width=64, height=64)
+    run = Run(model="tiny", scene=scene, steps=2, dtype="float32")
+    reason = "the prompt names every concept by trigger and class word"
+    planned = plan(pipe, run)
+    assert planned is not None
+    assert (planned.method, planned.choice.reason) == ("draft", reason)
+    caplog.clear()
+    record = make(pipe, run).record
+    assert (record.run.method, record.method_reason) == ("draft", reason)
+    assert caplog.text.count("method: draft, because") == 1
+    named = make(pipe, run.model_copy(update={"method": "switch", "settings": {"interval": 1}})).record
+    assert (named.run.method, dict(named.run.settings), named.method_reason) == ("switch", {"interval": 1}, None)

@@ -1,13 +1,16 @@
 """A call can be planned without being run: what it would do is a value, and nothing is changed."""
 
 import logging
+import sys
 import time
+from functools import wraps
 from typing import Any
 
 import pytest
 from diffusers import EulerAncestralDiscreteScheduler
 
-from golden import BOXES, PIPELINES, PROMPT, TRANSFORMERS
+from all_transformers import TRANSFORMERS
+from golden import BOXES, PIPELINES, PROMPT
 from lora_compose import Concept
 from lora_compose.attention import Claim
 from lora_compose.pipelines.formats.models import models_of
@@ -132,6 +135,36 @@ def test_a_class_that_overrides_the_call_is_planned_as_it_would_be_run():
     assert (
         own(**given, output_type="latent").shape[-1] == pipe(**arguments("sd"), output_type="latent").images.shape[-1]
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_runs_no_line_of_the_call(family):
+    pipe, called = PIPELINES[family](), []
+
+    def watch(frame, event, argument):
+        if event == "call" and frame.f_code is type(pipe).__call__.__code__:
+            called.append(frame)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        pipe.plan(**arguments(family))
+    finally:
+        sys.setprofile(before)
+    assert not called
+
+
+def test_a_class_that_wraps_the_call_is_planned_as_it_would_be_run():
+    pipe = PIPELINES["sd"]()
+
+    class Wrapped(type(pipe)):
+        @wraps(type(pipe).__call__)
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs | {"num_inference_steps": 2})
+
+    own = Wrapped(**pipe.components)
+    own.library.loaded.update(pipe.library.loaded)
+    assert own.plan(**arguments("sd")).steps == 2
 
 
 def test_a_plan_is_made_while_a_call_has_the_model():

@@ -13,6 +13,7 @@ from components import sd_unet, seeded, small_vae, with_library
 from flux import FLUX, flux_pipeline
 from lora_compose import Clora, ComposePipeline, Concept, Control, Draft, LoraComposer, Merge, Regional
 from lora_compose.attention.backbones import backbone_of
+from lora_compose.pipelines.calls.resolved_call import resolve_choice
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from transformer_families import TOKENS, as_file, pipeline_with_concepts, plain_latents, random_lora_of_all
 
@@ -180,7 +181,7 @@ def test_every_linear_layer_has_a_site(pipe):
 
 def test_without_a_method_one_that_works_is_chosen(pipe):
     for concepts, method in ((BOXES, Regional), (["cat", "dog"], Draft), (["cat"], Merge)):
-        assert isinstance(pipe.resolve_choice(None, pipe.resolve_concepts(concepts), [PROMPT]).method, method)
+        assert isinstance(resolve_choice(pipe, None, pipe.resolve_concepts(concepts), [PROMPT]).method, method)
 
 
 @pytest.mark.parametrize(("made_for", "side"), [(64, 64), (1024, 1024), (32, 1024)])

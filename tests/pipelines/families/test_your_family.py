@@ -115,7 +115,9 @@ def _registered() -> Iterator[None]:
         patched.setitem(sys.modules, "lora_compose.attention.backbones.your_model", file)
         patched.setitem(BACKBONES, kind, "your_model.YourBackbone")  # pyright: ignore[reportArgumentType]
         patched.setattr(ComposePipeline, "families", [*families, YourPipeline])
-        patched.setitem(recognise.OF_CLASS, kind, "Yours")  # pyright: ignore[reportArgumentType]
+        others = [known for known in recognise.TRANSFORMERS if known.kind != kind]
+        yours = recognise.Transformer("Yours", kind, r"yours[._]\d")
+        patched.setattr(recognise, "TRANSFORMERS", (yours, *others))
         table = [(r"transformer_blocks\.(\d+)\.ff\.net\.2", r"yours.\1.out")]
         patched.setitem(transformer_names._TABLES, kind, table)  # pyright: ignore[reportArgumentType]
         yield
@@ -157,6 +159,8 @@ def test_the_names_of_its_original_checkpoint_are_known(pipe: Any, tmp_path: Pat
     (bird,) = pipe.resolve_concepts(["bird"])
     pipe.unload_concept("bird")
     assert list(bird.factors.model) == [ours]
+    guess = recognise.guess_family({key: tensor.shape for key, tensor in tensors.items()}, {})
+    assert (guess.family, guess.supported) == ("Yours", True)
 
 
 OWN = {

@@ -89,15 +89,18 @@ def test_tensors_of_two_kinds_in_one_layer_are_refused(parts: Any, tmp_path: Pat
         match(read_lora(path), parts)
 
 
-def test_no_other_file_knows_the_tensors_of_a_kind() -> None:
+def test_no_other_file_knows_the_tensors_and_numbers_of_a_kind() -> None:
     """But "down", "mid", "up", "bias" and "norm", which are words of other meanings as well."""
     plain = (kinds.LOW_RANK, kinds.TUCKER, kinds.LEFT_OUT)
     slots = {slot for kind in kinds.KINDS if kind not in plain for slot in kind.endings}
-    assert len(slots) > 15
+    slots |= {slot for kind in kinds.KINDS for slot in (*kind.numbers, *kind.flags)}
+    assert len(slots) > 18
     for folder in ("pipelines/formats", "pipelines/concepts", "pipelines/merging", "compose/lora"):
         for path in (ROOT / folder).rglob("*.py"):
             if path.parent.name != "kinds":
-                named = set(re.findall(r'"(\w+)"', path.read_text(encoding="utf-8"))) & slots
+                text = path.read_text(encoding="utf-8")
+                named = set(re.findall(r'"(\w+)"', text)) & slots
+                named |= set(re.findall(r"kinds(?:\.| import .*)\b(DORA|OFT\w*|LOKR|LOHA|DIFFERENCE|TUCKER)\b", text))
                 assert not named, f"{path.relative_to(ROOT)} names {', '.join(sorted(named))}"
 
 
