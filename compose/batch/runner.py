@@ -19,7 +19,7 @@ from lora_compose.compose.cluster.packing import Packer, Parcel
 from lora_compose.compose.cluster.work import OnProgress, Opening, Progress, Workers
 from lora_compose.compose.files.claims import PATIENCE, Claims
 from lora_compose.compose.files.stored import changed
-from lora_compose.compose.generate.defaults import complete
+from lora_compose.compose.generate.defaults import FIELDS, complete
 from lora_compose.pipelines.scene.scene import Run, Scene
 
 
@@ -45,7 +45,7 @@ def run_batch(
             made in another way; nothing has been made then.
         OSError: If images cannot be written; those so far are kept. If there is no such cluster, or no worker is left.
     """
-    settings = with_defaults(settings)
+    settings, _ = with_defaults(settings)
     folder, report = Folder(Path(out)), on_progress or (lambda *args: None)
     jobs, bad = make_jobs(entries, settings)
     check_names(folder, jobs, replace)
@@ -57,18 +57,20 @@ def run_batch(
     return results_of(folder, jobs, bad)
 
 
-def with_defaults(settings: BatchSettings) -> BatchSettings:
+def with_defaults(settings: BatchSettings) -> tuple[BatchSettings, str]:
     """The settings with precision, steps and guidance of the model and device, where they name none.
+
+    Returns:
+        The settings, and a line about what was chosen; empty if nothing was.
 
     Raises:
         ValueError: If the device is not there, or there is no such model.
     """
-    named = {name: getattr(settings, name) for name in ("dtype", "steps", "guidance_scale")}
-    explicit = {name: value for name, value in named.items() if name in settings.model_fields_set}
-    if explicit == named:
-        return settings
-    run, _ = complete(Run(scene=Scene(prompt="-"), model=settings.model, device=settings.device, **explicit))
-    return settings.model_copy(update={name: getattr(run, name) for name in named})
+    given = {name: getattr(settings, name) for name in FIELDS if name in settings.model_fields_set}
+    if len(given) == len(FIELDS):
+        return settings, ""
+    run, told = complete(Run(scene=Scene(prompt="-"), model=settings.model, device=settings.device, **given))
+    return settings.model_copy(update={name: getattr(run, name) for name in FIELDS}), told
 
 
 def check_names(folder: Folder, jobs: Iterable[Job], replace: bool) -> None:
