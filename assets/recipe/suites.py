@@ -287,7 +287,7 @@ SUITES = (
         "playground-quick",
         "Eight pairs, and the methods that are chosen automatically.",
         _pairs(QUICK, HALVES),
-        f"merge\n{FREE_DRAFT}\n{{method: tara, lora: tara}}\nregional\nlora-composer",
+        f"merge\n{{name: \"draft, in the boxes\", method: draft}}\n{FREE_DRAFT}\n{{method: tara, lora: tara}}\nregional\nlora-composer",
     ),
     Suite(
         "playground-full",
