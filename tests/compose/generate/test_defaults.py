@@ -263,9 +263,7 @@ def _opens_nothing(*_: Any, **__: Any) -> None:
 
 
 def test_every_command_that_chooses_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = (
-        "by default float32, 25 steps: UNets run in float32 on cpu; steps and guidance are those of the small"
-    )
+    chosen = "by default float32, 25 steps: UNets run in float32 on cpu; steps and guidance are those of the small"
     for module in (images, worker):
         monkeypatch.setattr(module, "open_model", _opens_nothing)
     scene = tmp_path / "cat.json"
