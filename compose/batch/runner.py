@@ -20,6 +20,8 @@ from lora_compose.compose.cluster.work import OnProgress, Opening, Progress, Wor
 from lora_compose.compose.files.claims import PATIENCE, Claims
 from lora_compose.compose.files.stored import changed
 from lora_compose.compose.generate.defaults import FIELDS, complete
+from lora_compose.compose.generate.early import check_early
+from lora_compose.compose.generate.model_facts import facts_of
 from lora_compose.pipelines.scene.scene import Run, Scene
 
 
@@ -36,7 +38,8 @@ def run_batch(
     """Makes the images of a batch until all are there, made by this process or by others, and returns them in order.
 
     Existing images are not made again, unless they are damaged or (with `replace`) were made in another way. A call
-    that fails is tried once, and does not stop the others. Invalid scenes are found before the first image. Without a
+    that fails is tried once, and does not stop the others. Invalid scenes are found before the first image, and before
+    the model is opened where it is not needed for that. Without a
     heartbeat for `patience` seconds, the work of another process is taken over. On a cluster the images are
     the same, and are stored by this process.
 
@@ -49,7 +52,7 @@ def run_batch(
     folder, report = Folder(Path(out)), on_progress or (lambda *args: None)
     jobs, bad = make_jobs(entries, settings)
     check_names(folder, jobs, replace)
-    if left := [job for job in jobs if not folder.has(job)]:
+    if left := _possible(folder, [job for job in jobs if not folder.has(job)], settings):
         progress = Progress(report, len(jobs) - len(left))
         with workers(partial(_opening, settings, left), settings.device, settings.threads, cluster) as opened:
             _make_all(opened, folder, left, Claims(folder.claims, patience), progress)
@@ -96,6 +99,20 @@ def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[InvalidEntry])
             choice = NO_CHOICE if checked is None else (checked.method, checked.reason)
             results.append(Result(job.entry.name, seed, job.entry.source, path, error, *choice))
     return [*results, *(Result("", None, entry.source, None, entry.error) for entry in bad)]
+
+
+def _possible(folder: Folder, jobs: Sequence[Job], settings: BatchSettings) -> list[Job]:
+    """The jobs of scenes in which nothing is wrong that can be seen before the model is opened; stores what is."""
+    refused, facts = set(), facts_of(settings.model) if jobs else None
+    for job in folder.unchecked(jobs):
+        try:
+            check_early(job.run, facts)
+        except (ValueError, OSError) as error:
+            refused.add(job.entry.name)
+            known = folder.checked(job)
+            if known is None or known.error != str(error):  # another process has just found it
+                Check(folder, job, None).keep_failure(str(error))
+    return [job for job in jobs if job.entry.name not in refused]
 
 
 def _opening(settings: BatchSettings, jobs: Iterable[Job], packer: Packer | None) -> Opening:

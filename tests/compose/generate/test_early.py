@@ -1,5 +1,6 @@
 """What can be judged without a model is judged before it is opened."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from commands import call
 from local_hub import LocalHub, Repository, connect, serving
+from lora_compose.compose.batch import worker
 from lora_compose.compose.generate import images
 from lora_compose.compose.generate.early import check_early
 from lora_compose.compose.generate.model_facts import ModelFacts
@@ -93,6 +95,21 @@ def test_words_of_a_lora_on_the_hub_are_read_before_the_model_is_opened(
         assert "the trigger 'zwx' of concept 'dog' is not in the prompt 'a dog'" in refused
         gone = call("run", "playground", "--lora", "user/cat", *options, code=2).output
         assert "the model hub has no repository 'user/cat'" in gone
+
+
+def test_scenes_of_a_batch_that_cannot_be_made_are_told_before_the_model_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "open_model", images.open_model)  # which refuses
+    for name, prompt in (("one", "a cat"), ("two", "a sks cat")):
+        scene = {"prompt": prompt, "concepts": [{"name": "cat", "lora": "playground:cat"}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(scene))
+    options = ("--model", "playground", "--device", "cpu", "--method", "regional", "--out", tmp_path / "out")
+    told = call("batch", tmp_path / "one.json", tmp_path / "two.json", *options, code=1).output
+    assert "the trigger 'sks' of concept 'cat' is not in the prompt 'a cat'" in told
+    assert "regional needs to know where the concepts are" in told
+    listed = [json.loads(line) for line in (tmp_path / "out/images.jsonl").read_text().splitlines()]
+    assert [(line["name"], line["seed"], line["image"]) for line in listed] == [("one", 0, None), ("two", 0, None)]
 
 
 def test_a_run_that_can_be_made_passes() -> None:
