@@ -166,12 +166,15 @@ class LoraComposer(Settings):
         return self.inject != "off" and self.reinit != "off"
 
     def check_concepts(self, concepts: Sequence[Described], prompts: Sequence[str] | None) -> None:
-        """One of the subjects needs a region, and each with a region that is moved needs a trigger."""
+        """One of the subjects needs a region, and each with a region needs a text, and words if it is moved."""
         check_regions("lora-composer", concepts)
-        if not (self.updates or self.moves_noise):
+        if prompts is None:
             return
-        for concept in (each.concept for each in concepts):
-            if concept.region is not None and not (concept.trigger or concept.is_bystander or prompts is None):
+        owners = [each.concept for each in concepts if each.concept.region is not None]
+        for concept in owners:
+            for prompt in prompts:
+                about(concept, prompt, owners)  # raises if no text names it
+            if (self.updates or self.moves_noise) and not (concept.trigger or concept.is_bystander):
                 raise unmoved(concept)
 
     def start(self, session: Session) -> Process:

@@ -54,7 +54,10 @@ def _opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ((*BOTH, "--method", "clora"), "'mute' has to be named in the branches"),
         ((*CAT, "--prompt", "a sks cat", "--method", "regional"), "regional needs to know where the concepts are"),
         ((*SILENT, "--prompt", "a", "--method", "lora-composer"), "lora-composer needs to know where"),
-        ((*SILENT, "--box", "0,0,64,64", "--prompt", "a", "--method", "lora-composer"), "moves 'mute' by its words"),
+        (
+            (*SILENT, "--box", "0,0,64,64", "--prompt", "a", "--method", "lora-composer"),
+            "does not name the concept 'mute'",
+        ),
         (("--prompt", "a cat", "--method", "tara"), "the method tara needs concepts, and the scene has none"),
         ((*CAT, "--prompt", "a sks cat", "--reference", "me.png"), "reference images are read by"),
     ],
