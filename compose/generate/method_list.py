@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lora_compose.compose.files.text import parse_value
@@ -68,5 +69,11 @@ def _defaults(name: str) -> dict[str, Any]:
     return {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.init}
 
 
+def write(path: Path = METHODS_FILE) -> Path:
+    """Writes what the command shows into a file, and returns its path."""
+    path.write_text(json.dumps(listed(), indent=1) + "\n", "utf-8")
+    return path
+
+
 if __name__ == "__main__":
-    METHODS_FILE.write_text(json.dumps(listed(), indent=1) + "\n", "utf-8")
+    write()
