@@ -637,7 +637,7 @@ def test_a_card_of_a_subject_without_a_lora_asks_for_its_words_alone(at: AppTest
     assert "other is missing in the prompt: write “bear” where it follows no trigger." in said(at)
     assert "needs a trigger word" not in said(at)
     at.button(key="do.insert.2").click().run()
-    assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot and a bear on a white background"
+    assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot and a bear on grass"
     assert not at.warning
     assert not at.button(key="do.make").disabled
     at.button(key="do.bystander").click().run()
