@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui evaluate docs test slowest comfyui comfyui-speed matrix engines quantised lint format lines wheel clean
+.PHONY: help demo ui evaluate docs test snippets slowest comfyui comfyui-speed matrix engines quantised lint format lines wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -13,7 +13,7 @@ demo: .venv/.installed-core  ## generate images with several concepts of the pla
 ui: .venv/.installed-ui  ## open the page: several LoRAs and a prompt, in a browser
 	$(BIN)/lora-compose ui
 
-evaluate: .venv/.installed-evaluation  ## score five methods on the playground, offline
+evaluate: .venv/.installed-evaluation  ## score six methods on the playground, offline
 	$(BIN)/lora-compose evaluate playground-quick
 
 docs: .venv/.installed-docs  ## build the site of the docs into build/site; broken links are errors
@@ -22,6 +22,9 @@ docs: .venv/.installed-docs  ## build the site of the docs into build/site; brok
 
 test: .venv/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest -n 2
+
+snippets: .venv/.installed-dev  ## run all Python and all commands of README and docs, the slow ones too
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/test_snippets.py tests/test_commands_of_the_docs.py
 
 slowest: .venv/.installed-dev  ## run the tests, and print which of them take most CPU time
 	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -p cpu_seconds $(TESTS)

@@ -251,6 +251,7 @@ MERGES = """
 CALIBRATED = """{name: soups, method: merge, merge: soups}
 {name: ssr, method: merge, merge: ssr}
 {name: iteris, method: merge, merge: iteris}"""
+IN_BOXES = '{name: "draft, in the boxes", method: draft}'
 FREE_DRAFT = "{method: draft, settings: {keep_regions: false}}  # finds the regions itself"
 
 
@@ -287,7 +288,7 @@ SUITES = (
         "playground-quick",
         "Eight pairs, and the methods that are chosen automatically.",
         _pairs(QUICK, HALVES),
-        f"merge\n{FREE_DRAFT}\n{{method: tara, lora: tara}}\nregional\nlora-composer",
+        f"merge\n{IN_BOXES}\n{FREE_DRAFT}\n{{method: tara, lora: tara}}\nregional\nlora-composer",
     ),
     Suite(
         "playground-full",

@@ -133,9 +133,13 @@ BACKBONES: Mapping[str, str] = {
 
 def backbone_of(model: nn.Module) -> Backbone:
     """The backbone of a model; raises ValueError for models of a class that is not supported."""
-    kinds = type(uncompiled(model)).__mro__
-    for kind in kinds:
-        if kind.__name__ in BACKBONES and kind.__module__.startswith("diffusers."):
-            file, name = BACKBONES[kind.__name__].split(".")
-            return getattr(import_module(f"{__name__}.{file}"), name)(model)
-    raise ValueError(f"a {kinds[0].__name__} is not supported; expected {', '.join(BACKBONES)}")
+    return backbone_class(type(uncompiled(model)))(model)
+
+
+def backbone_class(kind: type) -> Any:
+    """The class of the backbone for a model class; raises ValueError for one that is not supported."""
+    for parent in kind.__mro__:
+        if parent.__name__ in BACKBONES and parent.__module__.startswith("diffusers."):
+            file, name = BACKBONES[parent.__name__].split(".")
+            return getattr(import_module(f"{__name__}.{file}"), name)
+    raise ValueError(f"a {kind.__name__} is not supported; expected {', '.join(BACKBONES)}")

@@ -39,7 +39,7 @@ def make_all(
         ValueError: If nothing can be made.
         OSError: If all processes were killed, or images cannot be written.
     """
-    settings = with_defaults(settings)
+    settings, told = with_defaults(settings)
     if local_rank():  # a launcher has started several; only the first one prints
         run_batch(batch.entries, settings, out, replace=replace)
         return 0
@@ -53,6 +53,8 @@ def make_all(
     entries = list({job.entry.name: job.entry for job in jobs}.values())
     left = [job for job in jobs if not folder.has(job)]
     echo(_summary(jobs, left, out), to=err)
+    if told:
+        echo(told, to=err)
     before = {job.name: changed(folder.made_file(job)) for job in left}
 
     def done() -> int:

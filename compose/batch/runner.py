@@ -19,7 +19,9 @@ from lora_compose.compose.cluster.packing import Packer, Parcel
 from lora_compose.compose.cluster.work import OnProgress, Opening, Progress, Workers
 from lora_compose.compose.files.claims import PATIENCE, Claims
 from lora_compose.compose.files.stored import changed
-from lora_compose.compose.generate.defaults import complete
+from lora_compose.compose.generate.defaults import FIELDS, complete
+from lora_compose.compose.generate.early import check_early
+from lora_compose.compose.generate.model_facts import facts_of
 from lora_compose.pipelines.scene.scene import Run, Scene
 
 
@@ -36,7 +38,8 @@ def run_batch(
     """Makes the images of a batch until all are there, made by this process or by others, and returns them in order.
 
     Existing images are not made again, unless they are damaged or (with `replace`) were made in another way. A call
-    that fails is tried once, and does not stop the others. Invalid scenes are found before the first image. Without a
+    that fails is tried once, and does not stop the others. Invalid scenes are found before the first image, and before
+    the model is opened where it is not needed for that. Without a
     heartbeat for `patience` seconds, the work of another process is taken over. On a cluster the images are
     the same, and are stored by this process.
 
@@ -45,11 +48,11 @@ def run_batch(
             made in another way; nothing has been made then.
         OSError: If images cannot be written; those so far are kept. If there is no such cluster, or no worker is left.
     """
-    settings = with_defaults(settings)
+    settings, _ = with_defaults(settings)
     folder, report = Folder(Path(out)), on_progress or (lambda *args: None)
     jobs, bad = make_jobs(entries, settings)
     check_names(folder, jobs, replace)
-    if left := [job for job in jobs if not folder.has(job)]:
+    if left := _possible(folder, [job for job in jobs if not folder.has(job)], settings):
         progress = Progress(report, len(jobs) - len(left))
         with workers(partial(_opening, settings, left), settings.device, settings.threads, cluster) as opened:
             _make_all(opened, folder, left, Claims(folder.claims, patience), progress)
@@ -57,18 +60,20 @@ def run_batch(
     return results_of(folder, jobs, bad)
 
 
-def with_defaults(settings: BatchSettings) -> BatchSettings:
+def with_defaults(settings: BatchSettings) -> tuple[BatchSettings, str]:
     """The settings with precision, steps and guidance of the model and device, where they name none.
+
+    Returns:
+        The settings, and a line about what was chosen; empty if nothing was.
 
     Raises:
         ValueError: If the device is not there, or there is no such model.
     """
-    named = {name: getattr(settings, name) for name in ("dtype", "steps", "guidance_scale")}
-    explicit = {name: value for name, value in named.items() if name in settings.model_fields_set}
-    if explicit == named:
-        return settings
-    run, _ = complete(Run(scene=Scene(prompt="-"), model=settings.model, device=settings.device, **explicit))
-    return settings.model_copy(update={name: getattr(run, name) for name in named})
+    given = {name: getattr(settings, name) for name in FIELDS if name in settings.model_fields_set}
+    if len(given) == len(FIELDS):
+        return settings, ""
+    run, told = complete(Run(scene=Scene(prompt="-"), model=settings.model, device=settings.device, **given))
+    return settings.model_copy(update={name: getattr(run, name) for name in FIELDS}), told
 
 
 def check_names(folder: Folder, jobs: Iterable[Job], replace: bool) -> None:
@@ -94,6 +99,20 @@ def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[InvalidEntry])
             choice = NO_CHOICE if checked is None else (checked.method, checked.reason)
             results.append(Result(job.entry.name, seed, job.entry.source, path, error, *choice))
     return [*results, *(Result("", None, entry.source, None, entry.error) for entry in bad)]
+
+
+def _possible(folder: Folder, jobs: Sequence[Job], settings: BatchSettings) -> list[Job]:
+    """The jobs of scenes in which nothing is wrong that can be seen before the model is opened; stores what is."""
+    refused, facts = set(), facts_of(settings.model) if jobs else None
+    for job in folder.unchecked(jobs):
+        try:
+            check_early(job.run, facts)
+        except (ValueError, OSError) as error:
+            refused.add(job.entry.name)
+            known = folder.checked(job)
+            if known is None or known.error != str(error):  # another process has just found it
+                Check(folder, job, None).keep_failure(str(error))
+    return [job for job in jobs if job.entry.name not in refused]
 
 
 def _opening(settings: BatchSettings, jobs: Iterable[Job], packer: Packer | None) -> Opening:

@@ -43,7 +43,7 @@ from lora_compose.compose.benchmark.transformers import (
     pass_cost,
     texts_of,
 )
-from lora_compose.compose.generate.defaults import complete, precision
+from lora_compose.compose.generate.defaults import defaults_of, precision
 from lora_compose.compose.generate.machine import choose_device
 from lora_compose.compose.support.names import STRUCTURES
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
@@ -387,7 +387,7 @@ def _precision(model: str, device: str) -> str:
     """The precision of a run that names none; models with random weights are UNets."""
     if model in STRUCTURES:
         return precision(device, unet=True)
-    return complete(Run(scene=Scene(prompt="-"), model=model, device=device))[0].dtype
+    return defaults_of(Run(scene=Scene(prompt="-"), model=model, device=device)).dtype
 
 
 def swaps_table(swaps: Swaps, device: str) -> Table:

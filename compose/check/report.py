@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.running import needs_running
-from lora_compose.compose.generate.defaults import complete, words
+from lora_compose.compose.generate.defaults import complete
 from lora_compose.compose.generate.images import named_in
 from lora_compose.compose.generate.making import load, method_of, plan, size_of, steps_of
 from lora_compose.compose.generate.models import open_model
@@ -95,7 +95,8 @@ def check(
     facts: list[tuple[str, str]] = []
     if pipe is None:
         done = _attempt(problems, complete, run)
-        run, facts = (run, []) if done is None else (done[0], [("defaults", words(done[1]))])
+        run, told = (run, "") if done is None else done
+        facts = [("defaults", told.removeprefix("by default "))] if told else []
     opened = (run.model, run.dtype, *(() if run.quantize is None else (run.quantize,)))
     facts = [("model", ", ".join(opened)), *facts, ("prompt", run.scene.prompt)]
     cost: RunCost | None = None
@@ -109,7 +110,7 @@ def check(
             for concept in run.scene.concepts:
                 facts += _attempt(problems, _file_facts, concept) or []
         else:
-            if loras is not None and (scene := _attempt(problems, named_in, pipe, run.scene, loras)) is not None:
+            if loras is not None and (scene := _attempt(problems, named_in, run.scene, loras)) is not None:
                 run = run.model_copy(update={"scene": scene})
             known_costs = {} if known_costs is None else known_costs
             of_model, cost, choice = _facts(pipe, run, problems, known_costs)

@@ -276,11 +276,13 @@ def mask_or_box(value: str, option: str) -> tuple[float, float, float, float] | 
     return value if is_file else parse_box(value, option, "a mask image (.png, .jpg, .webp, .bmp)")
 
 
-def check_folder(loras: Path, asked: Run) -> None:
-    """Raises ValueError if there is no folder of LoRAs to choose from, or nothing to choose."""
+def check_folder(loras: Path, asked: Run | None = None) -> None:
+    """Raises ValueError if there is no folder of LoRAs to choose from, or none in it, or a run names others."""
     if not loras.is_dir():
         raise ValueError(f"there is no folder {str(loras)!r}{file_near(loras)}; --loras names a folder of LoRAs")
-    if asked.scene.concepts:
+    if not any(loras.glob("*.safetensors")):
+        raise ValueError(f"{str(loras)!r} has no safetensors files; --loras names a folder of LoRAs")
+    if asked is not None and asked.scene.concepts:
         raise ValueError(
             "with --loras the prompt chooses the concepts; leave out --lora, --concept and those of --scene"
         )

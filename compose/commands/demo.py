@@ -13,10 +13,11 @@ from lora_compose.compose.support.terminal import bar, echo, handle_errors, star
 
 _WHAT_TO_LOOK_AT = (
     "What to look at: are all concepts present, each as it is in the first two columns? merge sums the LoRA weights, "
-    "so concepts blend or one is missing. tara lets each LoRA act on its own words only and separates nothing in "
-    "space. clora moves the concepts apart, finds each of them in the model's attention, and lets its LoRA act there. "
-    "regional lets each LoRA act in its box only: clear if the model puts each object into its own box, which it does "
-    "not always do. lora-composer also gives each box its own text, and so an object."
+    "so concepts blend or one is missing. draft, which is taken where no method is named, finds out in the first steps "
+    "where the model puts each concept, and lets its LoRA act there. clora moves the concepts apart, finds each of "
+    "them in the model's attention, and lets its LoRA act there. regional lets each LoRA act in its box only: clear if "
+    "the model puts each object into its own box, which it does not always do. lora-composer also gives each box its "
+    "own text, and so an object."
 )
 
 

@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from lora_compose.compose.commands import options
-from lora_compose.compose.commands.asked import run_of
+from lora_compose.compose.commands.asked import check_folder, run_of
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.serve.door import Access
 from lora_compose.compose.serve.requests import Limits
-from lora_compose.compose.support.names import file_near
 from lora_compose.compose.support.network import is_local
 from lora_compose.compose.support.packages import SERVE, check_packages
 from lora_compose.compose.support.terminal import handle_errors, starting
@@ -61,8 +60,7 @@ def serve(
     asked = run_of(scene=Scene(prompt="-"), model=model, dtype=dtype, quantize=quantize, device=device)
     model_source(model)
     check_quantize(quantize)
-    if not loras.is_dir():
-        raise ValueError(f"there is no folder {str(loras)!r}{file_near(loras)}; --loras names a folder of LoRAs")
+    check_folder(loras)
     if token is None and not is_local(host):
         raise ValueError(
             f"{host!r} lets others in, so a token is needed: LORA_COMPOSE_TOKEN=$(openssl rand -hex 16) lora-compose "

@@ -5,8 +5,8 @@ model says that it is one. Precision depends on the device.
 """
 
 import inspect
-import logging
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,6 @@ from lora_compose.pipelines.families import (
     ComposeZImagePipeline,
 )
 from lora_compose.pipelines.scene.scene import Run
-
-logger = logging.getLogger(__name__)
 
 HALF = "fp16"
 """The variant of weights in half precision, as repositories name it: `unet/...fp16.safetensors`."""
@@ -41,15 +39,20 @@ class Defaults:
         steps: Denoising steps.
         guidance_scale: As `--guidance`.
         variant: The variant of the weights that is opened; None is the usual files.
-        reasons: Why, a sentence each.
+        why_precision: Why this precision, a sentence each.
+        why_steps: Why these steps and this guidance.
     """
 
     dtype: str
     steps: int
     guidance_scale: float
     variant: str | None
-    reasons: tuple[str, ...]
+    why_precision: tuple[str, ...]
+    why_steps: str
 
+
+FIELDS = ("dtype", "steps", "guidance_scale")
+"""Fields of a run that have defaults by model and device."""
 
 OF_SHIPPED = Run.model_fields["steps"].default, Run.model_fields["guidance_scale"].default
 """Steps and guidance of the small models that come with lora-compose, with which their images were looked at."""
@@ -70,7 +73,7 @@ def defaults_for(device: str, facts: ModelFacts) -> Defaults:
     if variant:
         reasons.append(f"the model has weights in half precision (variant {HALF})")
     steps, guidance, why = _of_model(facts)
-    return Defaults(dtype, steps, guidance, variant, (*reasons, why))
+    return Defaults(dtype, steps, guidance, variant, tuple(reasons), why)
 
 
 def defaults_of(run: Run) -> Defaults:
@@ -150,22 +153,29 @@ def variant_in(facts: ModelFacts, dtype: str) -> str | None:
     return HALF if halves and complete and (dtype != "float32" or halves == weights) else None
 
 
-def complete(run: Run) -> tuple[Run, Defaults]:
-    """Fills in the defaults of a run, and returns them too. Given fields stay; choices and reasons are logged.
+def complete(run: Run) -> tuple[Run, str]:
+    """Fills in the defaults of a run; given fields stay.
+
+    Returns:
+        The run, and a line about what was chosen and why, for whoever asked for it; empty if nothing was.
 
     Raises:
         ValueError: As `defaults_of`.
     """
     chosen = defaults_of(run)
-    missing = [name for name in ("dtype", "steps", "guidance_scale") if name not in run.model_fields_set]
-    if missing:
-        logger.info("by default %s", words(chosen))
-    return run.model_copy(update={name: getattr(chosen, name) for name in missing}), chosen
+    missing = [name for name in FIELDS if name not in run.model_fields_set]
+    told = f"by default {words(chosen, missing)}" if missing else ""
+    return run.model_copy(update={name: getattr(chosen, name) for name in missing}), told
 
 
-def words(chosen: Defaults) -> str:
-    """What is chosen where nothing is given, and why, in a line."""
-    return f"{chosen.dtype}, {chosen.steps} steps, guidance {chosen.guidance_scale:g}: {'; '.join(chosen.reasons)}"
+def words(chosen: Defaults, named: Collection[str] = FIELDS) -> str:
+    """What is chosen for some of the fields, and why, in a line."""
+    values = {
+        "dtype": chosen.dtype, "steps": f"{chosen.steps} steps", "guidance_scale": f"guidance {chosen.guidance_scale:g}"
+    }  # fmt: skip
+    why = [*chosen.why_precision] if "dtype" in named else []
+    why += [chosen.why_steps] if {"steps", "guidance_scale"} & set(named) else []
+    return f"{', '.join(text for name, text in values.items() if name in named)}: {'; '.join(why)}"
 
 
 def variant_of(run: Run) -> str | None:

@@ -30,7 +30,7 @@ COLUMNS = {
     "first": ("concept 1 alone", "its ordinary LoRA"),
     "second": ("concept 2 alone", "its ordinary LoRA"),
     "merge": ("merge", "ordinary LoRAs, summed"),
-    "tara": ("tara", "TARA LoRAs, own words only"),
+    "draft": ("draft", "ordinary LoRAs, no boxes"),
     "clora": ("clora", "ordinary LoRAs, no boxes"),
     "regional": ("regional", "ordinary LoRAs, a box each"),
     "lora-composer": ("lora-composer", "ordinary LoRAs, a box each"),
@@ -103,8 +103,8 @@ def _pair(scene: Scene) -> list[tuple[str, Scene, str]]:
     boxed = tuple(c.model_copy(update={"region": box}) for c, box in zip(concepts, BOXES, strict=True))
     boxes = scene.model_copy(update={"concepts": boxed})
     merged = scene.model_copy(update={"concepts": tuple(concepts)})
-    scenes = (*alone, merged, scene, merged, boxes, boxes)
-    methods = ("merge", "merge", "merge", "tara", "clora", "regional", "lora-composer")
+    scenes = (*alone, merged, merged, merged, boxes, boxes)
+    methods = ("merge", "merge", "merge", "draft", "clora", "regional", "lora-composer")
     return list(zip(COLUMNS, scenes, methods, strict=True))
 
 

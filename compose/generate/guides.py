@@ -30,22 +30,27 @@ def references_of(pipe: Any, scene: Scene) -> list[Image.Image]:
     """The reference images of a scene, in their order.
 
     Raises:
-        ValueError: If one cannot be read, or the model reads none. Also for an image to start from, if the model would
-            read it as a reference image.
+        ValueError: If one cannot be read, or as for `check_references`.
     """
-    reads = isinstance(pipe, ReferencesPipeline)
+    check_references(type(pipe), scene)
+    return [on_white(open_image(path, "reference image")) for path in scene.references]
+
+
+def check_references(family: type[ComposePipeline], scene: Scene) -> None:
+    """Raises ValueError for images that a family reads in another way than a scene names them, or not at all.
+
+    An image to start from is refused where the model would read it as a reference image.
+    """
+    reads = issubclass(family, ReferencesPipeline)
     if reads and scene.image is not None and scene.mask_image is None:
         starts = "starts from an image only with a mask: give one (mask_image, --mask-image)"
+        how = "does not start from an image" if family.inpainting is None else starts
         raise ValueError(
-            f"{pipe.family} {'does not start from an image' if pipe.inpainting is None else starts}; if it is to be "
-            "read as a reference image, give it as one (references, --reference)"
+            f"{family.family} {how}; if it is to be read as a reference image, give it as one (references, --reference)"
         )
     if scene.references and not reads:
-        reading = ", ".join(
-            family.family for family in ComposePipeline.families if issubclass(family, ReferencesPipeline)
-        )
-        raise ValueError(f"reference images are read by {reading}, not by {pipe.family}; leave them out")
-    return [on_white(open_image(path, "reference image")) for path in scene.references]
+        reading = ", ".join(each.family for each in ComposePipeline.families if issubclass(each, ReferencesPipeline))
+        raise ValueError(f"reference images are read by {reading}, not by {family.family}; leave them out")
 
 
 def controls_of(pipe: Any, given: Sequence[ControlFile], size: tuple[int, int]) -> list[Control]:

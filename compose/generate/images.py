@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -15,6 +14,7 @@ from lora_compose.compose.generate.models import open_model, opening
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.spelling import as_options
 from lora_compose.compose.support.terminal import bar, echo, err
+from lora_compose.pipelines.concepts.library import by_headers
 from lora_compose.pipelines.scene.scene import Run, Scene
 from lora_compose.pipelines.text.selection import choose_concepts
 
@@ -39,12 +39,14 @@ def make_images(
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
     """
+    if loras is not None:
+        run = run.model_copy(update={"scene": named_in(run.scene, loras)})
     check_early(run)
-    run, _ = complete(run)
+    run, told = complete(run)
+    if told:
+        echo(told, style="dim", to=err)
     with opening(run.model):
         pipe = open_model(run, savers, variant)
-    if loras is not None:
-        run = run.model_copy(update={"scene": named_in(pipe, run.scene, loras)})
     images, saved = {}, []
     with bar(f"composing into {out}", len(seeds)) as on_progress:
         for i, seed in enumerate(seeds):
@@ -67,9 +69,9 @@ def make_images(
     echo(f"{_how(record)}; to reproduce it: lora-compose replay {path}", style="dim", to=err)
 
 
-def named_in(pipe: Any, scene: Scene, loras: Path) -> Scene:
-    """The scene with the LoRAs of a folder that its prompt names; prints them, and similar ones."""
-    known = {concept.name: concept for concept in pipe.add_concepts(loras)}
+def named_in(scene: Scene, loras: Path) -> Scene:
+    """The scene with the LoRAs of a folder that its prompt names, by their headers; prints them, and similar ones."""
+    known = {name: entry.concept for name, entry in by_headers(loras).items()}
     choice = choose_concepts(scene.prompt, known)
     for reason in choice.reasons:
         echo(reason, style="dim", to=err)

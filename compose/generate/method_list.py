@@ -1,14 +1,19 @@
-"""`lora-compose methods`: the methods, what they need, and their settings with defaults."""
+"""The methods, what they need, and their settings with defaults, for `lora-compose methods` and the page.
+
+The command shows `METHODS_FILE`, so that it need not import the methods and torch: `python -m
+lora_compose.compose.generate.method_list` writes it, and a test compares both.
+"""
 
 import dataclasses
 import inspect
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lora_compose.compose.files.text import parse_value
-from lora_compose.compose.support.terminal import echo
+from lora_compose.compose.support.names import METHODS_FILE
 from lora_compose.pipelines.methods import METHODS, PRESETS, make_method, name_of
 
 _WORDS = "a trigger and a class word for each subject with a LoRA, a class word for each bystander"
@@ -23,22 +28,16 @@ NEEDS: Mapping[str, str] = {
 """What a method needs of the concepts; the others need nothing."""
 
 
-def show_methods(method: str | None) -> None:
-    """Prints all methods in a line or two each, or one with its settings."""
-    if method is None:
-        for name in METHODS:
-            echo(f"{name}: {_summary(name)}")
-            echo(f"    needs {needs_of(name)}; settings: {', '.join(_defaults(name)) or 'none'}", style="dim")
-        echo(f"\nWith the authors' settings: {', '.join(PRESETS)}. One with its settings: lora-compose methods NAME")
-        return
-    made = make_method(method)
-    name, changed = name_of(made)
-    echo(f"{method}: {_summary(name)}\nneeds {needs_of(name)}")
-    texts = field_texts(METHODS[name])
-    for field, default in _defaults(name).items():
-        value = changed.get(field, default)
-        echo(f"\n--set {field}={shown(value)}", style="bold")
-        echo(texts.get(field, ""))
+def listed() -> dict[str, Any]:
+    """What the command shows: `methods` by name with summary, needs and settings (default, text); `presets` by name."""
+    methods = {}
+    for name in METHODS:
+        texts = field_texts(METHODS[name])
+        settings = {field: [shown(value), texts.get(field, "")] for field, value in _defaults(name).items()}
+        methods[name] = {"summary": _summary(name), "needs": needs_of(name), "settings": settings}
+    changed = {name: name_of(make_method(name))[1] for name in PRESETS}
+    presets = {name: {field: shown(value) for field, value in fields.items()} for name, fields in changed.items()}
+    return {"methods": methods, "presets": presets}
 
 
 def needs_of(name: str) -> str:
@@ -68,3 +67,13 @@ def _summary(name: str) -> str:
 def _defaults(name: str) -> dict[str, Any]:
     made: Any = METHODS[name]()
     return {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.init}
+
+
+def write(path: Path = METHODS_FILE) -> Path:
+    """Writes what the command shows into a file, and returns its path."""
+    path.write_text(json.dumps(listed(), indent=1) + "\n", "utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    write()

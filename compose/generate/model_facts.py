@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import list_repo_files, snapshot_download
 
+from lora_compose.attention.backbones import backbone_class
 from lora_compose.compose.files.paths import INDEXES, ModelError, model_source
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS, playground_model
 from lora_compose.pipelines.families import ComposePipeline
@@ -45,6 +46,11 @@ class ModelFacts:
     def has_unet(self) -> bool:
         """Whether its denoiser is a UNet."""
         return issubclass(self.family, UNetPipeline)
+
+    @property
+    def reads_regions(self) -> bool:
+        """Whether its attention can read a different text in each region."""
+        return self.has_unet or backbone_class(self.family.transformer_class).reads_regions
 
     @property
     def own_size(self) -> tuple[int, int] | None:

@@ -46,7 +46,8 @@ def show_files(
             file = read_lora(path or find_file(lora_source(source)), allow_pickle=allow_pickle)
         except LoraError as error:
             if path is None:
-                alone = f"; {source!r} has no other LoRA file" if Path(source).expanduser().is_dir() else ""
+                is_only = any(Path(source).expanduser().glob("*.safetensors"))  # of a folder
+                alone = f"; {source!r} has no other LoRA file" if is_only else ""
                 raise LoraError(f"{error}{alone}") from error
             unreadable.append(str(error))
             continue

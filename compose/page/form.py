@@ -32,7 +32,7 @@ FACTORS = (0.7, 0.85, 1.15, 1.3)
 _MOST_WHOLE = 2**53 - 1
 _LARGER = 4  # times the side that a model was made for
 
-EXAMPLE = ("bear-robot", 2)
+EXAMPLE = ("bear-robot", 4)
 """Scene and seed of the filled-in example, in which both subjects are right."""
 
 

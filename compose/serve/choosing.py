@@ -1,30 +1,18 @@
 """What a request leaves open: the concepts of "auto", and the method, by the rule of a call in Python."""
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_compose.compose.generate.early import Header, told_by
 from lora_compose.compose.serve.requests import AUTO, MOST_CONCEPTS, ImageRequest, RequestedConcept
 from lora_compose.pipelines.calls.resolved_call import resolve_choice
-from lora_compose.pipelines.concepts.lru import file_key
-from lora_compose.pipelines.formats.files import LoraError, read_words, trained_with
+from lora_compose.pipelines.formats.files import LoraError
 from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.methods import ASKED_FOR, name_of
-from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.scene.sources import files_of
 from lora_compose.pipelines.support.notes import kept
 from lora_compose.pipelines.text.selection import choose_concepts
-
-
-@dataclass(frozen=True)
-class Header:
-    """A concept of a request with the words of its file, whose weights may not have been read."""
-
-    concept: Concept
-    trained_with: str | None
-    words: Words
 
 
 def listed(request: ImageRequest) -> Sequence[RequestedConcept]:
@@ -75,12 +63,6 @@ def _header(pipe: Any, index: int, asked: RequestedConcept) -> Header:
 def _in_file(source: str) -> tuple[str | None, Words]:
     path = Path(source).expanduser()
     try:
-        return _read(path, file_key([path], None))
+        return told_by(path)
     except (LoraError, OSError):  # the call that needs the file says so
         return None, Words()
-
-
-@lru_cache(maxsize=4096)
-def _read(path: Path, state: Hashable) -> tuple[str | None, Words]:
-    """What the header of a file says, read again when the file has changed."""
-    return trained_with(path), read_words(path)

@@ -90,7 +90,11 @@ def serve(
             f"{family.family} needs a reference image, and a request to the server carries none: make its images with "
             "lora-compose run --reference"
         )
-    run, chosen = complete(run)
+    run, told = complete(run)
+    if run.steps > limits.steps:
+        told += f"; a request that names no steps gets {limits.steps}, the most that it may have (--steps)"
+    if told:
+        echo(told, to=err)
     pipe = open_model(run, savers, variant)
     pipe.concept_memory = lora_memory
     known = pipe.add_concepts(loras)
@@ -98,8 +102,8 @@ def serve(
     where = url_of(access.host, port)
     echo(f"{run.model}, {len(known)} LoRAs, images of {size[0]} x {size[1]}: {where}", to=err)
     engine = Engine(pipe, run=run, **queue)
-    steps = min(chosen.steps, limits.steps)
-    app = make_app(engine, size, limits, access, steps=steps, guidance_scale=chosen.guidance_scale)
+    steps = min(run.steps, limits.steps)
+    app = make_app(engine, size, limits, access, steps=steps, guidance_scale=run.guidance_scale)
     run_server(Server(app, engine, access.host, port), engine)
 
 

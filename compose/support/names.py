@@ -9,6 +9,7 @@ __all__ = [
     "DTYPES",
     "MERGERS",
     "METHODS",
+    "METHODS_FILE",
     "PRESETS",
     "STRUCTURES",
     "TRAINING_PRESETS",
@@ -27,6 +28,9 @@ PRESETS = (
 )  # fmt: skip
 MERGERS = ("cat", "svd", "ties", "dare", "tsv", "lego", "np", "k-lora", "soups", "ssr", "iteris")
 """The registries themselves import torch; a test compares them with these."""
+
+METHODS_FILE = Path(__file__).with_name("methods.json")
+"""Methods with their settings in words, as `compose/generate/method_list.py` writes them."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 STRUCTURES = ("random:sd-1.5",)

@@ -15,6 +15,7 @@ def _field(match: re.Match[str]) -> str:
 _RULES: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]] = (
     (r"Concept\(name='[^']*', region=\(([^()]+)\)\)", _box),
     (r"(?:Concept|load_concept)\(.*?, (trigger|class_word|prompt)='?([^']+?)'?\)", _field),
+    (r"\bwords=\{'([^']*)': \[\.\.\.\]\}", r"--set words='{\1: [...]}'"),
     (r"\bany_weight=True\b", "any_weight=true in --concept"),
     (r"\bmethod='([\w:-]+)'", r"--method \1"),
     (r"\b([A-Z][a-z]+)\((\w+)=([\w.]+)\)", lambda match: f"--method {match[1].lower()} --set {match[2]}={match[3]}"),

@@ -240,18 +240,29 @@ def _placed(host: Host, call: Call, asked: Sequence[LoadedConcept]) -> ConceptSe
 def _check_needs(call: Call, method: Settings, backbone: Backbone) -> None:
     """Raises ValueError for a method that needs what the model, the call or PyTorch's mode does not have."""
     needs = method.needs
-    if needs.region_attention and not backbone.reads_regions:
-        raise ValueError(
-            f"{name_of(method)[0]} needs cross-attention that reads a text for each region, which UNets and "
-            "Anima have; use draft, which needs no regions, regional with a region for each subject, or tara"
-        )
+    check_model_for(method, reads_regions=backbone.reads_regions)
     if needs.gradients and torch.is_inference_mode_enabled():
         raise ValueError(
             f"{name_of(method)[0]} takes gradients, which torch.inference_mode() has not: use draft, regional, "
             "tara, merge or switch, which take none, or call it outside torch.inference_mode()"
         )
     check_caches(backbone.model, differentiates=needs.gradients or needs.region_attention)
-    if call.source is not None and call.source.strength < 1 and needs.start_noise:
+    if call.source is not None:
+        check_start_for(method, call.source.strength)
+
+
+def check_model_for(method: Settings, *, reads_regions: bool) -> None:
+    """Raises ValueError for a method that needs a text for each region, with a model whose attention reads none."""
+    if method.needs.region_attention and not reads_regions:
+        raise ValueError(
+            f"{name_of(method)[0]} needs cross-attention that reads a text for each region, which UNets and "
+            "Anima have; use draft, which needs no regions, regional with a region for each subject, or tara"
+        )
+
+
+def check_start_for(method: Settings, strength: float) -> None:
+    """Raises ValueError for a method that moves start noise, in a call that starts from an image."""
+    if strength < 1 and method.needs.start_noise:
         raise ValueError(
             "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
             "it reinit='off', or strength=1"

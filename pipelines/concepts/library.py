@@ -100,17 +100,11 @@ class ConceptLibrary:
 
     def add(self, pipe: LoadsConcepts, source: Addable) -> tuple[Concept, ...]:
         """Adds files by their headers; see `ComposePipeline.add_concepts`."""
-        added: dict[str, Added] = {}
-        for given in _in_files(source):
-            name, before = given.name, self.added.get(given.name)
-            if name in added:
-                raise ValueError(
-                    f"{shown(added[name].given.lora)} and {shown(given.lora)} would both be called {name!r}; "
-                    "name them: Concept(name=..., lora=...)"
-                )
-            if before is None or _loras(before.given) != _loras(given):
+        added = by_headers(source)
+        for name, entry in added.items():
+            before = self.added.get(name)
+            if before is None or _loras(before.given) != _loras(entry.given):
                 self.check_new(pipe, name)
-            added[name] = Added(given, given.completed(_by_header(given)))
         self.added.update(added)
         return tuple(entry.concept for entry in added.values())
 
@@ -204,6 +198,25 @@ class ConceptLibrary:
         read = self.recent.get([path], _options(concept), lambda: _read_file(models, concept, path))
         self.recent.trim(memory, keep=1)
         return read.factors
+
+
+def by_headers(source: Addable) -> dict[str, Added]:
+    """The concepts of a folder or of files by name, with the words in their headers; no model is needed for it.
+
+    Raises:
+        LoraError: If there is no such file or folder, or none in it; or if the model hub does not give it.
+        ValueError: If two would have one name.
+    """
+    added: dict[str, Added] = {}
+    for given in _in_files(source):
+        name = given.name
+        if name in added:
+            raise ValueError(
+                f"{shown(added[name].given.lora)} and {shown(given.lora)} would both be called {name!r}; "
+                "name them: Concept(name=..., lora=...)"
+            )
+        added[name] = Added(given, given.completed(_by_header(given)))
+    return added
 
 
 def adapters_of(pipe: LoadsConcepts) -> set[str]:

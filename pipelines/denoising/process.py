@@ -20,6 +20,7 @@ from lora_compose.pipelines.denoising.together import Together, each_subject
 from lora_compose.pipelines.scene.canvas import Canvas, Step
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn
+from lora_compose.pipelines.text import missing
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 
@@ -55,6 +56,15 @@ class Needs:
     start_noise: bool = False
 
 
+class Described(missing.Described, Protocol):
+    """A concept as far as methods look at it before a call; its LoRA need not have been read."""
+
+    @property
+    def trained_with(self) -> str | None:
+        """How the LoRA was trained ("tara")."""
+        ...
+
+
 @runtime_checkable
 class Settings(Protocol):
     """A method with its settings: a frozen dataclass that extends this class."""
@@ -67,6 +77,16 @@ class Settings(Protocol):
     def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
         """The concepts that act on the same positions; by default each subject with all styles."""
         return each_subject(concepts)
+
+    def check_concepts(self, concepts: Sequence[Described], prompts: Sequence[str] | None) -> None:
+        """Raises ValueError for concepts without the words or regions that the method needs; by default it needs none.
+
+        No model is needed for it, so that commands can ask before they open one.
+
+        Args:
+            concepts: One concept set.
+            prompts: Its prompts, without marks of weights; None with `prompt_embeds`.
+        """
 
     def start(self, session: Session) -> Process:
         """Checks what the method needs, encodes the prompts and returns the process for one concept set.
@@ -94,6 +114,16 @@ def check_limit(limit: float | None) -> None:
     """Raises ValueError for a limit of the joint change that is none."""
     if limit is not None and not 0 < limit < math.inf:
         raise ValueError(f"limit must be positive, or None for none, not {limit}")
+
+
+def check_regions(method: str, concepts: Sequence[Described]) -> None:
+    """Raises ValueError if there are subjects, and no concept has a region."""
+    every = [each.concept for each in concepts]
+    if not all(concept.is_style for concept in every) and all(concept.region is None for concept in every):
+        raise ValueError(
+            f"{method} needs to know where the concepts are: give at least one a region, for example "
+            "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
+        )
 
 
 ActingRows = Literal["cond_only", "all"]

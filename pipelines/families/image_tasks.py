@@ -104,7 +104,7 @@ class ImageTasksPipeline(ComposePipeline):
             given["paste_original"], channels, self.vae_scale_factor,
         )  # fmt: skip
         if start is not None:
-            self._task(start.inpaints)  # refuses tasks that the family does not have
+            self.task_for(start.inpaints)  # refuses tasks that the family does not have
         given["prompt"] = prompt
         if no_concepts(concepts):
             check_plain(composition)
@@ -141,24 +141,28 @@ class ImageTasksPipeline(ComposePipeline):
         Raises:
             ValueError: If the family does not have the task.
         """
-        return steps_left(steps, self._strength(strength, inpaints), rounds_up=self.rounds_steps_up)
+        return steps_left(steps, self.strength_for(strength, inpaints), rounds_up=self.rounds_steps_up)
 
     def size_from_start(self, width: int, height: int) -> tuple[int, int]:
         """Width and height at which an image of this size is worked on by default, in pixels: in whole cells."""
         return width // self.cell * self.cell, height // self.cell * self.cell
 
-    def _task(self, inpaints: bool) -> ImageTask:
-        own_task = self.inpainting if inpaints else self.image_to_image
+    @classmethod
+    def task_for(cls, inpaints: bool) -> ImageTask:
+        """The task of a call that starts from an image; raises ValueError if the family does not have it."""
+        own_task = cls.inpainting if inpaints else cls.image_to_image
         if own_task is not None:
             return own_task
         task, other = ("inpainting", "image-to-image") if inpaints else ("image-to-image", "inpainting")
-        also = self.image_to_image if inpaints else self.inpainting
+        also = cls.image_to_image if inpaints else cls.inpainting
         advice = f"it has {other}" if also is not None else "images are made from text only"
         what = ": give mask_image=..., or leave out image" if also is not None and not inpaints else ""
-        raise ValueError(f"diffusers has no {task} for {self.family}; {advice}{what}")
+        raise ValueError(f"diffusers has no {task} for {cls.family}; {advice}{what}")
 
-    def _strength(self, given: float | None, inpaints: bool) -> float:
-        call = self._task(inpaints).pipeline.__call__
+    @classmethod
+    def strength_for(cls, given: float | None, inpaints: bool) -> float:
+        """The strength of a call; None is diffusers' default for the task."""
+        call = cls.task_for(inpaints).pipeline.__call__
         return inspect.signature(call).parameters["strength"].default if given is None else given
 
     @property
@@ -189,7 +193,7 @@ class ImageTasksPipeline(ComposePipeline):
 
     def _task_pipeline(self, *, inpaints: bool) -> Any:
         """The pipeline of diffusers for a task, with the same components and properties of the call."""
-        kind = self._task(inpaints).pipeline
+        kind = self.task_for(inpaints).pipeline
         names = inspect.signature(kind.__init__).parameters
         parts = {name: part for name, part in self.components.items() if name in names}
         options = {name: self.config[name] for name in names if name in self.config and name not in self.components}
@@ -216,7 +220,7 @@ class ImageTasksPipeline(ComposePipeline):
         """
         width, height = arguments["width"], arguments["height"]
         given.check_size(self.cell)
-        if self._task(given.inpaints).resizes:
+        if self.task_for(given.inpaints).resizes:
             size = self._size(width, height)
         else:
             own = self._kept_size(given, arguments)
@@ -237,7 +241,9 @@ class ImageTasksPipeline(ComposePipeline):
         """Raises ValueError for a start image that cannot be used in a call without concepts."""
         self._check_start(given)
         self._image_size(given, arguments)
-        check_steps(_steps(arguments), self._strength(given.strength, given.inpaints), rounds_up=self.rounds_steps_up)
+        check_steps(
+            _steps(arguments), self.strength_for(given.strength, given.inpaints), rounds_up=self.rounds_steps_up
+        )
         prompt, embeds = arguments["prompt"], arguments.get("prompt_embeds")
         given.check_masks(len(listed(prompt) if embeds is None else embeds))
 
@@ -245,7 +251,7 @@ class ImageTasksPipeline(ComposePipeline):
         """A call without concepts that starts from an image: exactly what diffusers' pipeline for the task does."""
         self._check_plain_start(given, arguments)
         pipe = self._task_pipeline(inpaints=given.inpaints)
-        if not self._task(given.inpaints).resizes:
+        if not self.task_for(given.inpaints).resizes:
             arguments = {**arguments, "width": None, "height": None}
         taken = inspect.signature(type(pipe).__call__).parameters
         own = inspect.signature(type(self).__call__).parameters
@@ -284,7 +290,7 @@ class ImageTasksPipeline(ComposePipeline):
         if (start.paste_original or start.padding_mask_crop is not None) and given["output_type"] != "pil":
             raise ValueError(_PIL_ONLY)
         source = Source.of(
-            start, self._task_pipeline(inpaints=start.inpaints), self._strength(start.strength, start.inpaints),
+            start, self._task_pipeline(inpaints=start.inpaints), self.strength_for(start.strength, start.inpaints),
             self._image_size(start, given), rounds_up=self.rounds_steps_up,
         )  # fmt: skip
         return source, source.size

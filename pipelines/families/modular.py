@@ -127,9 +127,11 @@ class ModularFamilyPipeline(TemplatePipeline):
         images = pipe(**arguments, output="latents" if as_latents else "images")
         return ImagePipelineOutput(images=images) if named else (images,)
 
-    def _strength(self, given: float | None, inpaints: bool) -> float:
-        self._task(inpaints)
-        (default,) = (argument.default for argument in self._blocks().inputs if argument.name == "strength")
+    @classmethod
+    def strength_for(cls, given: float | None, inpaints: bool) -> float:
+        """As `ImageTasksPipeline.strength_for`."""
+        cls.task_for(inpaints)
+        (default,) = (argument.default for argument in cls._blocks().inputs if argument.name == "strength")
         return default if given is None else given
 
     def _check_composed_arguments(self, given: Mapping[str, Any], guidance_scale: float) -> None:

@@ -63,11 +63,13 @@ class ReferencesPipeline(FlowMatchingPipeline):
         image = {"image": opened(reference)} if start is None else {"image_reference": opened(further)}
         return {**super()._plain_arguments(arguments, start), **image}
 
-    def _task(self, inpaints: bool) -> ImageTask:
-        if self.inpainting is not None:
-            return super()._task(inpaints)
+    @classmethod
+    def task_for(cls, inpaints: bool) -> ImageTask:
+        """As `ImageTasksPipeline.task_for`."""
+        if cls.inpainting is not None:
+            return super().task_for(inpaints)
         raise ValueError(
-            f"{self.family} reads image as a reference image, and inpaints nothing here; leave out mask_image, "
+            f"{cls.family} reads image as a reference image, and inpaints nothing here; leave out mask_image, "
             "strength, padding_mask_crop and paste_original, or use a family that inpaints"
         )
 

@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
-from lora_compose.pipelines.denoising.process import Settings
+from lora_compose.pipelines.denoising.process import Described, Settings
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.composite import Composite
 from lora_compose.pipelines.methods.draft import Draft
@@ -103,15 +103,6 @@ class Choice:
 
     method: Settings
     reason: str
-
-
-class Described(missing.Described, Protocol):
-    """A concept as far as the choice of a method looks at it; its LoRA need not have been read."""
-
-    @property
-    def trained_with(self) -> str | None:
-        """How the LoRA was trained ("tara")."""
-        ...
 
 
 def choose_method(

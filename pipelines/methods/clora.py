@@ -31,7 +31,7 @@ from lora_compose.attention.device import to_device
 from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, smooth, strongest
 from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
-from lora_compose.pipelines.denoising.process import Needs, Process, Settings, check_choices, warn_unread
+from lora_compose.pipelines.denoising.process import Described, Needs, Process, Settings, check_choices, warn_unread
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.losses import contrast
@@ -41,6 +41,7 @@ from lora_compose.pipelines.methods.region_gates import region_gates
 from lora_compose.pipelines.scene.canvas import Step, steps_in
 from lora_compose.pipelines.scene.regions import Regions
 from lora_compose.pipelines.scene.rows import Rows
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, join_branches, stack_texts
@@ -152,6 +153,18 @@ class Clora(Settings):
         updates = min(self.step_size, self.update_until) > 0
         return Needs(region_attention=self.fuse == "regions", gradients=updates)
 
+    def check_concepts(self, concepts: Sequence[Described], prompts: Sequence[str] | None) -> None:
+        """Every prompt needs the words that name each of several subjects in the branches of the others."""
+        subjects = [i for i, each in enumerate(concepts) if not each.concept.is_style]
+        if len(subjects) < 2:
+            return
+        if prompts is None:
+            raise ValueError("clora makes a text for each branch, so it needs prompts, not prompt_embeds")
+        self._branches(prompts, [each.concept for each in concepts], subjects)
+
+    def _branches(self, prompts: Sequence[str], concepts: Sequence[Concept], subjects: Sequence[int]) -> list[Branch]:
+        return branches_of(prompts, concepts, subjects, base_prompt=self.base_prompt, words=self.words)
+
     def start(self, session: Session) -> Process:
         """Encodes a text for every branch. A single subject is merged."""
         concepts, subjects = session.concepts, session.concepts.subjects
@@ -159,15 +172,12 @@ class Clora(Settings):
         check_words([whole.concepts[i].name for i in whole.subjects], words=self.words, mask_words=self.mask_words)
         if len(subjects) < 2:
             return Merge().start(session)
-        if session.prompts.texts is None:
-            raise ValueError("clora makes a text for each branch, so it needs prompts, not prompt_embeds")
+        self.check_concepts(concepts.loaded, session.prompts.texts)
         if any(concept.region for concept in concepts.concepts):
             warn_once("clora ignores regions and finds concepts by itself; method='lora-composer' uses regions")
         styles = [concepts.concepts[i] for i in concepts.styles]
         warn_unread(styles, styles, "a style has no branch, and acts in those of the subjects")
-        branches = branches_of(
-            session.prompts.texts, concepts.concepts, subjects, base_prompt=self.base_prompt, words=self.words
-        )
+        branches = self._branches(session.prompts.texts or (), concepts.concepts, subjects)
         words = map_tokens(session, branches, self.mask_words)
         texts = [self._encode(session, branch) for branch in branches]
         joined = join_branches(texts, unconds=texts if self.uncond == "each" else texts[:1])

@@ -32,6 +32,7 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
+    Described,
     Process,
     Settings,
     check_choices,
@@ -122,18 +123,27 @@ class Draft(Settings):
             groups.append(of_one_text(concepts, canvas))
         return limited(groups, self.limit)
 
+    def check_concepts(self, concepts: Sequence[Described], prompts: Sequence[str] | None) -> None:
+        """Of several subjects, each LoRA needs trigger and class word, and every prompt names each by them."""
+        subjects = [i for i, each in enumerate(concepts) if not each.concept.is_style]
+        if len(subjects) < 2:
+            return
+        if prompts is None:
+            raise ValueError("draft reads the prompt without triggers, so it needs prompts, not prompt_embeds")
+        every = [each.concept for each in concepts]
+        for i in subjects:
+            if not (every[i].is_bystander or (every[i].trigger and every[i].class_word)):
+                raise ValueError(f"draft looks for class words: {missing_words(concepts[i], prompts[0])}")
+        branch_of(None, prompts, every, subjects)  # raises for words that a prompt lacks
+
     def start(self, session: Session) -> Process:
         """Encodes the texts of the draft and of the regions. A single subject acts in its region, or everywhere."""
         concepts, canvas, prompts = session.concepts, session.canvas, session.prompts
         if len(concepts.subjects) < 2:
             boxed = self.keep_regions and any(concepts.concepts[i].region for i in concepts.subjects)
             return (Regional(norm_apart=self.norm_apart) if boxed else Merge()).start(session)
-        if prompts.texts is None:
-            raise ValueError("draft reads the prompt without triggers, so it needs prompts, not prompt_embeds")
-        for i in concepts.with_loras:
-            if not (concepts.concepts[i].trigger and concepts.concepts[i].class_word):
-                raise ValueError(f"draft looks for class words: {missing_words(concepts.loaded[i], prompts.texts[0])}")
-        base = branch_of(None, prompts.texts, concepts.concepts, concepts.subjects)
+        self.check_concepts(concepts.loaded, prompts.texts)
+        base = branch_of(None, prompts.texts or (), concepts.concepts, concepts.subjects)
         styles = concepts.with_styles(())
         text = prompts.encode(styles, base.prompts, None, base.names, base.mentions)
         words = prompts.find(base.prompts, base.names, base.mentions).phrase[..., list(concepts.subjects)]

@@ -14,6 +14,7 @@ H is the output of self-attention. FreeFuse, arXiv 2510.23515, as in the authors
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,7 @@ from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest, P
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
     ActingRows,
+    Described,
     FixedPasses,
     Process,
     Settings,
@@ -39,9 +41,11 @@ from lora_compose.pipelines.methods.drafted import drafted_maps
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.scene.canvas import Step
+from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_trigger
+from lora_compose.pipelines.text.tokens import find_words, own_nouns
 
 Words = Literal["class_word", "phrase"]
 
@@ -93,9 +97,20 @@ class FreeFuse(Settings):
         """The settings of the authors' code for FLUX.1, whose 28 steps are drafted up to the fifth."""
         return cls(length=5 / 28, words="phrase", temperature=4000.0, own_bias=2.0, other_bias=-4.0)
 
+    def check_concepts(self, concepts: Sequence[Described], prompts: Sequence[str] | None) -> None:
+        """Every prompt needs the words of each subject."""
+        subjects = [each for each in concepts if not each.concept.is_style]
+        if len(subjects) < 2 or prompts is None:
+            return
+        every = [each.concept for each in subjects]
+        lacking = [each for each in subjects if not all(_is_named(each.concept, prompt, every) for prompt in prompts)]
+        if lacking:
+            raise _wordless(lacking, prompts)
+
     def start(self, session: Session) -> Process:
         """Finds the words of every subject in the prompt. A single subject is merged."""
         concepts = session.concepts
+        self.check_concepts(concepts.loaded, session.prompts.texts)
         if len(concepts.subjects) < 2:
             return Merge().start(session)
         if any(concept.region for concept in concepts.concepts):
@@ -106,15 +121,27 @@ class FreeFuse(Settings):
         lacking = (phrases.sum(dim=1) == 0).any(dim=0).tolist()
         wordless = [concepts.loaded[i] for i, lacks in zip(concepts.subjects, lacking, strict=True) if lacks]
         if wordless:
-            names = ", ".join(loaded.concept.name for loaded in wordless)
-            lacks = missing_trigger(wordless[0], session.prompts.texts or ())
-            raise ValueError(f"freefuse finds each subject by its words, and has none of {names}: {lacks}")
+            raise _wordless(wordless, session.prompts.texts or ())
         words = phrases
         if self.words == "class_word":
             nouns = phrases - triggers  # 0 where token positions are given, or the prompt has no class word
             words = torch.where((nouns > 0).any(dim=1, keepdim=True), nouns, phrases)
         styles = constant_gates(session, concepts.with_styles(()))
         return Fusing(self, session, session.denoiser.prepare(Pass(text, styles)), phrases, words)
+
+
+def _is_named(subject: Concept, prompt: str, subjects: Sequence[Concept]) -> bool:
+    """Whether a prompt has the words of a subject."""
+    if subject.is_bystander:
+        return bool(own_nouns(subject, prompt, subjects))
+    return bool(find_words(subject.trigger or "", prompt))
+
+
+def _wordless(lacking: Sequence[Described], prompts: Sequence[str]) -> ValueError:
+    names = ", ".join(each.concept.name for each in lacking)
+    return ValueError(
+        f"freefuse finds each subject by its words, and has none of {names}: {missing_trigger(lacking[0], prompts)}"
+    )
 
 
 @dataclass

@@ -33,7 +33,16 @@ from lora_compose.attention.device import to_device
 from lora_compose.attention.masks import smooth
 from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
-from lora_compose.pipelines.denoising.process import ActingRows, Needs, Process, Settings, check_choices, warn_unread
+from lora_compose.pipelines.denoising.process import (
+    ActingRows,
+    Described,
+    Needs,
+    Process,
+    Settings,
+    check_choices,
+    check_regions,
+    warn_unread,
+)
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, ComposedRegions, compose_regions
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
@@ -42,7 +51,7 @@ from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_gates import Inject
 from lora_compose.pipelines.methods.region_texts import Background, region_texts
 from lora_compose.pipelines.methods.reinit import reinitialised
-from lora_compose.pipelines.methods.targets import Target, targets_of
+from lora_compose.pipelines.methods.targets import Target, targets_of, unmoved
 from lora_compose.pipelines.scene.canvas import Step, steps_in
 from lora_compose.pipelines.scene.regions import Regions
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -156,17 +165,25 @@ class LoraComposer(Settings):
         """Whether there is a latent re-initialisation."""
         return self.inject != "off" and self.reinit != "off"
 
+    def check_concepts(self, concepts: Sequence[Described], prompts: Sequence[str] | None) -> None:
+        """One of the subjects needs a region, and each with a region needs a text, and words if it is moved."""
+        check_regions("lora-composer", concepts)
+        if prompts is None:
+            return
+        owners = [each.concept for each in concepts if each.concept.region is not None]
+        for concept in owners:
+            for prompt in prompts:
+                about(concept, prompt, owners)  # raises if no text names it
+            if (self.updates or self.moves_noise) and not (concept.trigger or concept.is_bystander):
+                raise unmoved(concept)
+
     def start(self, session: Session) -> Process:
         """Encodes a text for the canvas and one for each region, and divides the grids. Styles alone are merged."""
         concepts, canvas = session.concepts, session.canvas
         if not concepts.subjects:
             return Merge().start(session)
         wanted = [concept.region for concept in concepts.concepts]
-        if not any(wanted):
-            raise ValueError(
-                "lora-composer needs to know where the concepts are: give at least one a region, for example "
-                "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
-            )
+        self.check_concepts(concepts.loaded, session.prompts.texts)
         regions = Regions.of(
             wanted, canvas.image_size, canvas.latent_grid, canvas.levels, self.threshold, canvas.painted
         )

@@ -28,12 +28,14 @@ from lora_compose.attention import NORM_APART, Site, grid_at
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.process import (
     ActingRows,
+    Described,
     FixedPasses,
     ImageByImage,
     Process,
     Settings,
     check_choices,
     check_limit,
+    check_regions,
 )
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
@@ -91,16 +93,16 @@ class Regional(Settings):
             groups.append(of_one_text(concepts, canvas))
         return limited(groups, self.limit)
 
+    def check_concepts(self, concepts: Sequence[Described], prompts: Sequence[str] | None) -> None:
+        """One of the subjects needs a region."""
+        check_regions("regional", concepts)
+
     def start(self, session: Session) -> Process:
         """Gates by region, token and row. A concept without a region acts everywhere. Styles alone are merged."""
         concepts, canvas = session.concepts, session.canvas
         if not concepts.subjects:
             return Merge().start(session)
-        if all(concept.region is None for concept in concepts.concepts):
-            raise ValueError(
-                "regional needs to know where the concepts are: give at least one a region, for example "
-                "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
-            )
+        self.check_concepts(concepts.loaded, session.prompts.texts)
         wide = [concepts.concepts[i].name for i in concepts.with_loras if concepts.concepts[i].region is None]
         if wide and any(concept.is_bystander and concept.region is not None for concept in concepts.concepts):
             warn_once(f"without a region, {', '.join(wide)} acts on the whole image, also where bystanders are")

@@ -23,13 +23,21 @@ from torch import Tensor
 from lora_compose.attention import Gates, SitePart
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.denoising.passes import Pass
-from lora_compose.pipelines.denoising.process import FixedPasses, Settings, check_choices, check_limit, one_text
+from lora_compose.pipelines.denoising.process import (
+    Described,
+    FixedPasses,
+    Settings,
+    check_choices,
+    check_limit,
+    one_text,
+)
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_trigger
+from lora_compose.pipelines.text.tokens import find_words
 
 CfgMask = Literal["cond_only", "broadcast"]
 Scope = Literal["all", "cross_kv"]
@@ -75,9 +83,18 @@ class Tara(Settings):
             groups.append(Together(range(len(concepts.loaded)), layers=summed))
         return limited(groups, self.limit)
 
+    def check_concepts(self, concepts: Sequence[Described], prompts: Sequence[str] | None) -> None:
+        """Each LoRA with a mask needs a trigger that is in every prompt."""
+        for each in concepts:
+            if prompts is None or _everywhere(each) or each.concept.is_bystander:
+                continue
+            if not all(find_words(each.concept.trigger or "", prompt) for prompt in prompts):
+                raise _unnamed(each)
+
     def start(self, session: Session) -> FixedPasses:
         """Makes one pass with token masks on the text and constant gates elsewhere."""
         concepts, canvas = session.concepts, session.canvas
+        self.check_concepts(concepts.loaded, session.prompts.texts)
         _check(session)
         unmasked = [i for i, loaded in enumerate(concepts.loaded) if _everywhere(loaded)]
         text = one_text(session, concepts.weights_of(unmasked))
@@ -116,9 +133,17 @@ def token_mask(text: Conditioning, unmasked: Sequence[int], *, broadcast: bool) 
     return mask.index_fill(-1, torch.tensor(unmasked, dtype=torch.long, device=mask.device), 1)
 
 
-def _everywhere(loaded: LoadedConcept) -> bool:
+def _everywhere(described: Described) -> bool:
     """Whether a concept has no mask: a style that was trained without one."""
-    return loaded.concept.is_style and loaded.trained_with != "tara"
+    return described.concept.is_style and described.trained_with != "tara"
+
+
+def _unnamed(described: Described) -> ValueError:
+    lacks = "" if described.concept.trigger else f". {missing_trigger(described, ())}"
+    return ValueError(
+        f"tara needs to know the words of concept {described.concept.name!r}: give it a trigger that is in every prompt"
+        f" (with prompt_embeds: its token_positions){lacks}"
+    )
 
 
 def _check(session: Session) -> None:
@@ -132,11 +157,7 @@ def _check_masked(loaded: LoadedConcept, named: bool) -> None:
     """Checks a concept with a token mask; `named` is whether its words are in every prompt."""
     name = loaded.concept.name
     if not named:
-        lacks = "" if loaded.concept.trigger else f". {missing_trigger(loaded, ())}"
-        raise ValueError(
-            f"tara needs to know the words of concept {name!r}: give it a trigger that is in every prompt"
-            f" (with prompt_embeds: its token_positions){lacks}"
-        )
+        raise _unnamed(loaded)
     if not loaded.factors.model:
         raise ValueError(f"concept {name!r} changes only the text encoder, which tara leaves alone; use method='merge'")
     if loaded.factors.text_encoders:

@@ -67,7 +67,12 @@ def _target(session: Session, concept: int, region: Tensor, prompts: Sequence[st
 
 def _check_words(concept: Concept, words: Tensor) -> None:
     if not words.any(dim=1).all():
-        raise ValueError(
-            f"lora-composer moves {concept.name!r} by its words: give it a trigger (and class word), or switch "
-            "updates and re-initialisation off with step_size=0, reinit='off'"
-        )
+        raise unmoved(concept)
+
+
+def unmoved(concept: Concept) -> ValueError:
+    """The error of a concept that has no words by which it could be moved."""
+    return ValueError(
+        f"lora-composer moves {concept.name!r} by its words: give it a trigger (and class word), or switch "
+        "updates and re-initialisation off with step_size=0, reinit='off'"
+    )

@@ -94,7 +94,9 @@ def _mention(
         raise ValueError(missing_noun(concept))
     if not concept.class_word or not which:
         missing = (
-            f"write {concept.phrase!r} in the prompt" if concept.class_word else "give it a class word, such as 'cat'"
+            f"write {concept.phrase!r} in the prompt"
+            if concept.class_word
+            else f"give it a class word, such as Concept(name={concept.name!r}, class_word='cat')"
         )
         trigger = f" {concept.trigger!r}" if concept.trigger else ""
         raise ValueError(

@@ -86,7 +86,7 @@ def tell_words(described: Described, given: Concept) -> None:
 
 def _give(name: str, field: str, candidates: Sequence[Candidate], example: str) -> str:
     if not candidates:
-        return f"give it one, such as {example!r}"
+        return f"give it one, such as Concept(name={name!r}, {field}={example!r})"
     return f"give it one, Concept(name={name!r}, {field}={candidates[0].words!r})"
 
 

@@ -573,7 +573,7 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
         ).stdout
     )
     rows = "80 rows, each a latent through the model once (20 steps with guidance)"
-    assert 2 < times(rows, text) < 2.2, "a pass for each concept, and the LoRAs"
+    assert 2 < times(rows, text) < 2.3, "a pass for each concept, and the LoRAs"
 
 
 def test_check_knows_the_rows_of_a_transformer(tmp_path: Path) -> None:
@@ -730,12 +730,13 @@ def test_the_demo_writes_a_sheet_and_images_that_replay(tmp_path: Path, monkeypa
     three = read_record(folder / "three-lora-composer-4.png").run.scene
     assert three == read_scene(SCENES / "three.yaml")
     assert all(concept.region for concept in three.concepts)
-    merged, composed = (read_record(folder / f"cat-dog-{part}-4.png") for part in ("merge", "tara"))
-    assert [concept.lora for concept in merged.run.scene.concepts] == ["playground:cat", "playground:dog"]
-    assert [concept.lora for concept in composed.run.scene.concepts] == ["playground:cat-tara", "playground:dog-tara"]
-    pair, alone = merged.run.scene.prompt, read_record(folder / "cat-dog-second-4.png").run.scene.prompt
+    merged, drafted, boxed = (read_record(folder / f"cat-dog-{p}-4.png").run for p in ("merge", "draft", "regional"))
+    assert [concept.lora for concept in merged.scene.concepts] == ["playground:cat", "playground:dog"]
+    assert (drafted.method, drafted.scene) == ("draft", merged.scene)
+    assert [concept.region for concept in boxed.scene.concepts] == list(demo.BOXES)
+    pair, alone = merged.scene.prompt, read_record(folder / "cat-dog-second-4.png").run.scene.prompt
     assert alone == pair.replace("a sks cat and ", "") != pair
-    assert "identical" in call("replay", folder / f"{demo.PAIRS[1]}-tara-4.png").output
+    assert "identical" in call("replay", folder / f"{demo.PAIRS[1]}-draft-4.png").output
 
 
 def test_the_first_sheet_of_the_demo_needs_a_tenth_of_its_images() -> None:

@@ -62,6 +62,7 @@ MISTAKES = {
     "bench --method clora:oficial": "did you mean 'clora:official'",
     "train assets --out a.safetensors --trigger a --class b --model playground --preset sdlx": "did you mean 'sdxl'",
 }
+LISTS = {"methods": "tara: Every LoRA acts on its own words", "methods tara:official": "--set cfg_mask=broadcast"}
 SCRIPT = """
 import json, sys, time
 from lora_compose.compose.cli import app
@@ -80,7 +81,7 @@ print(json.dumps({"told": told, "slow": slow, "started": started, "ended": time.
 def answers() -> dict:
     """What one process without anything slow answers to everything."""
     asked = [["--version"], ["--help"], *([*name.split(), "--help"] for name in COMMANDS)]
-    asked += [text.split() for text in MISTAKES]
+    asked += [text.split() for text in (*MISTAKES, *LISTS)]
     told = subprocess.run(
         [sys.executable, "-c", SCRIPT % (SLOW,)], input=json.dumps(asked), cwd=ROOT, capture_output=True, text=True,
         check=True,
@@ -113,6 +114,13 @@ def test_a_mistake_is_answered_with_what_may_have_been_meant(answers: dict, type
     code, text = answers["told"][typed]
     assert code == 2
     assert " ".join(MISTAKES[typed].split()) in " ".join(text.split())
+
+
+@pytest.mark.parametrize("typed", LISTS)
+def test_methods_are_listed_with_their_settings(answers: dict, typed: str) -> None:
+    code, text = answers["told"][typed]
+    assert code == 0
+    assert LISTS[typed] in text
 
 
 def test_names_are_those_of_the_registries() -> None:

@@ -64,7 +64,9 @@ def _automatic_words(report: Report | None) -> str:
     """What is chosen for the prompt and the concepts as they are, and why."""
     if report is None or report.choice is None:
         return "Chosen by the boxes and the prompt; which one and why is said here once these are ready."
-    return f"Takes {markdown(f'{full_name(name_of(report.choice.method)[0])}, because {report.choice.reason}.')}"
+    label = label_of(name_of(report.choice.method)[0])
+    paper = f" ({label.paper})" if label.paper else ""
+    return f"Takes {markdown(f'“{label.name}”{paper}, because {report.choice.reason}.')}"
 
 
 def _take() -> None:

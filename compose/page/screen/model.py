@@ -42,7 +42,7 @@ def model_part(session: PageSession) -> None:
         if st.session_state[_KIND] not in labels:  # named by an image, or its folder has gone
             st.session_state[_NAME], st.session_state[_KIND] = st.session_state[_KIND], _OWN
         kind = st.selectbox("Model", list(labels), key=_KIND, format_func=labels.__getitem__, help=(
-            "The playgrounds draw blurry little images, quickly and offline. Each has LoRAs of its own."
+            "The playgrounds draw small images, quickly and offline. Each has LoRAs of its own."
         ))  # fmt: skip
         if kind == _OWN:
             st.text_input(
@@ -75,6 +75,8 @@ def model_part(session: PageSession) -> None:
             "Open this model", on_click=_open, args=(session, chosen), disabled=is_open or session.working,
             icon=":material/folder_open:",
         )  # fmt: skip
+        if session.defaults_told:
+            st.caption(f"The model's own: {markdown(session.defaults_told)}.")
 
 
 def _known(session: PageSession) -> list[KnownModel]:
@@ -190,13 +192,13 @@ def _open(session: PageSession, choice: ModelChoice) -> None:
             _check_allowed(session, choice.quantize)
         check_quantize(choice.quantize)
         asked: dict[str, Any] = {} if st.session_state[_DTYPE] == fields.AUTOMATIC else {"dtype": choice.dtype}
-        run, _ = complete(Run(scene=Scene(prompt="-"), model=choice.model, device=choice.device, **asked))
+        run, told = complete(Run(scene=Scene(prompt="-"), model=choice.model, device=choice.device, **asked))
         session.model = MODELS.open(replace(choice, dtype=run.dtype))
         cleared = fields.clear_example(session)
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
         session.problems[PLACE] = [str(error)]
         return
-    st.session_state[_DTYPE] = run.dtype
+    st.session_state[_DTYPE], session.defaults_told = run.dtype, told.removeprefix("by default ")
     if session.model.defaults != before.defaults or cleared:  # else the user may have chosen them
         st.session_state[fields.STEPS], st.session_state[fields.GUIDANCE] = session.model.defaults
     if fields.size() == before.size:  # the user has not chosen another one

@@ -97,6 +97,7 @@ class PageSession:
         closed: Whether it has ended: its browser was away for too long.
         fields: The values of its fields at the last rerun, by name.
         model_folders: Folders whose models are offered.
+        defaults_told: What was chosen by default when the model was opened, and why.
     """
 
     store: Store
@@ -121,6 +122,7 @@ class PageSession:
     merged: Merged | None = field(default=None, init=False)
     fields: dict[str, Any] = field(default_factory=dict, init=False)
     model_folders: list[Path] = field(default_factory=list, init=False)
+    defaults_told: str = field(default="", init=False)
     _numbers: int = field(default=0, init=False)
     _png: tuple[str, bytes] = field(default=("", b""), init=False)
     _outlooks: dict[str, Report] = field(default_factory=dict, init=False)

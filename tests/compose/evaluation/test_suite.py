@@ -89,9 +89,9 @@ def test_the_full_suite_uses_every_concept() -> None:
 
 
 def test_the_quick_suite_has_every_method_that_is_chosen_automatically() -> None:
-    assert {arm.method for arm in read_suite("playground-quick").methods} == {
-        "merge", "draft", "tara", "regional", "lora-composer",
-    }  # fmt: skip
+    methods = read_suite("playground-quick").methods
+    assert {arm.method for arm in methods} == {"merge", "draft", "tara", "regional", "lora-composer"}
+    assert any(arm.method == "draft" and not arm.settings for arm in methods), "as a call with boxes chooses it"
 
 
 def test_every_scene_has_the_sanity_rows_and_all_methods(tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 
 from commands import call, flat
 from flux2 import flux2_transformer, saved_klein
+from lora_compose.compose.batch import worker
 from lora_compose.compose.batch.entries import read_entries
 from lora_compose.compose.batch.runner import run_batch, with_defaults
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.benchmark.architectures import SD2, SD15, SDXL, VAE
 from lora_compose.compose.files.images import read_record, record_in
+from lora_compose.compose.generate import images
 from lora_compose.compose.generate.defaults import (
     OF_SHIPPED,
     call_defaults,
@@ -33,7 +35,7 @@ from lora_compose.compose.generate.defaults import (
 )
 from lora_compose.compose.generate.demo import GUIDANCE, STEPS
 from lora_compose.compose.generate.model_facts import ModelFacts, facts_of
-from lora_compose.compose.playground.assets import playground_model
+from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.pipelines import families
 from lora_compose.pipelines.scene.scene import Run, Scene
 from served import answer, server
@@ -244,6 +246,44 @@ def test_given_values_stay_and_only_missing_ones_are_filled_in() -> None:
     assert complete(run)[0].steps == 7
 
 
+def test_only_what_was_chosen_is_told() -> None:
+    run = Run(scene=Scene(prompt="a"), model="playground", device="cpu")
+
+    def told(**given: Any) -> str:
+        return complete(run.model_copy(update=given))[1]
+
+    assert told().startswith("by default float32, 25 steps, guidance 5: UNets run in float32 on cpu; steps and")
+    assert told(steps=7, guidance_scale=3.0) == "by default float32: UNets run in float32 on cpu"
+    assert told(dtype="float32", steps=7).startswith("by default guidance 5: steps and guidance are those of the small")
+    assert told(dtype="float32", steps=7, guidance_scale=3.0) == ""
+
+
+def _opens_nothing(*_: Any, **__: Any) -> None:
+    raise ValueError("far enough")
+
+
+def test_every_command_that_chooses_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = "by default float32, 25 steps: UNets run in float32 on cpu; steps and guidance are those of the small"
+    for module in (images, worker):
+        monkeypatch.setattr(module, "open_model", _opens_nothing)
+    scene = tmp_path / "cat.json"
+    scene.write_text('{"prompt": "a red cat"}')
+    options = ("--guidance", 4, "--device", "cpu", "--out", tmp_path / "out")
+    assert chosen in flat(call("run", "playground", "--prompt", "a red cat", *options, code=2).output)
+    assert chosen in flat(call("batch", scene, "--model", "playground", *options, code=2).output)
+
+
+def test_the_server_tells_what_it_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi", reason="the server needs fastapi")
+    from lora_compose.compose.serve import launch
+
+    monkeypatch.setattr(launch, "open_model", _opens_nothing)
+    loras = playground_lora("cat").parent
+    told = flat(call("serve", "playground", "--loras", loras, "--device", "cpu", "--steps", 9, code=2).output)
+    assert "by default float32, 25 steps, guidance 5: " in told
+    assert "a request that names no steps gets 9, the most that it may have (--steps)" in told
+
+
 def test_weights_in_half_precision_are_opened_where_every_component_has_them() -> None:
     index = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     both = ("unet/a.safetensors", "unet/a.fp16.safetensors", "vae/b.safetensors", "vae/b.fp16.safetensors")
@@ -328,7 +368,7 @@ def test_a_batch_of_a_distilled_model_has_its_steps(distilled: str, tmp_path: Pa
     assert result.path is not None
     made = read_record(result.path).run
     assert (made.steps, made.guidance_scale) == FEW
-    assert with_defaults(BatchSettings(model=distilled, device="cpu", steps=9)).steps == 9
+    assert with_defaults(BatchSettings(model=distilled, device="cpu", steps=9))[0].steps == 9
 
 
 def test_the_server_of_a_distilled_model_has_its_steps(

@@ -1,20 +1,31 @@
 """What can be judged without a model is judged before it is opened."""
 
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from commands import call
+from local_hub import LocalHub, Repository, connect, serving
+from lora_compose.compose.batch import worker
 from lora_compose.compose.generate import images
 from lora_compose.compose.generate.early import check_early
+from lora_compose.compose.generate.model_facts import ModelFacts
 from lora_compose.compose.playground.assets import playground_lora
+from lora_compose.pipelines.families import ComposePipeline
+from lora_compose.pipelines.families.anima import ComposeAnimaPipeline
+from lora_compose.pipelines.families.unets import UNetPipeline
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from small_world import SIZE
 
 CAT = ("--lora", "playground:cat")
+SILENT = ("--lora", "mute.safetensors")  # whose header names no words
+BOTH = (*CAT, *SILENT, "--prompt", "a sks cat and a dog")
+PLAYGROUND_LORAS = str(playground_lora("cat").parent)
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +46,20 @@ def _opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--lora", "cut.safetensors", "--prompt", "a"), "cut.safetensors is not a readable safetensors file"),
         (("--lora", "it.gguf", "--prompt", "a"), "it.gguf is GGUF, the format of quantised models"),
         (("--lora", "it.pt", "--prompt", "a"), "it.pt is a pickle"),
+        (("--loras", "empty", "--prompt", "a"), "'empty' has no safetensors files"),
+        (("--loras", PLAYGROUND_LORAS, "--prompt", "a pink sky"), "the prompt names no concept; there are bear"),
+        ((*SILENT, "--prompt", "a mute dog", "--method", "tara"), "tara needs to know the words of concept 'mute'"),
+        ((*BOTH, "--method", "draft"), "draft looks for class words: mute"),
+        ((*BOTH, "--method", "freefuse"), "has none of mute: mute has no trigger"),
+        ((*BOTH, "--method", "clora"), "'mute' has to be named in the branches"),
+        ((*CAT, "--prompt", "a sks cat", "--method", "regional"), "regional needs to know where the concepts are"),
+        ((*SILENT, "--prompt", "a", "--method", "lora-composer"), "lora-composer needs to know where"),
+        (
+            (*SILENT, "--box", "0,0,64,64", "--prompt", "a", "--method", "lora-composer"),
+            "does not name the concept 'mute'",
+        ),
+        (("--prompt", "a cat", "--method", "tara"), "the method tara needs concepts, and the scene has none"),
+        ((*CAT, "--prompt", "a sks cat", "--reference", "me.png"), "reference images are read by"),
     ],
 )
 def test_a_run_that_cannot_be_made_is_refused_before_its_model_is_opened(
@@ -44,16 +69,59 @@ def test_a_run_that_cannot_be_made_is_refused_before_its_model_is_opened(
     Path("cut.safetensors").write_bytes(playground_lora("cat").read_bytes()[:500])
     for name in ("it.gguf", "it.pt"):
         Path(name).write_bytes(b"GGUF")
+    Path("empty").mkdir()
+    save_file(load_file(playground_lora("dog")), "mute.safetensors")
     assert message in call("run", "playground", *options, "--out", "out", code=2).output
+
+
+@pytest.mark.parametrize("method", ["clora", "lora-composer"])
+def test_a_method_that_the_model_cannot_run_is_refused_before_it_is_opened(method: str, tmp_path: Path) -> None:
+    box = ("--box", "0,0,0.5,1.0") if method == "lora-composer" else ()
+    options = ("--prompt", "a sks cat", "--lora", "playground-flux:cat", *box, "--method", method, "--out", tmp_path)
+    assert f"{method} needs cross-attention" in call("run", "playground-flux", *options, code=2).output
+
+
+@pytest.mark.parametrize("family", ComposePipeline.families)
+def test_what_a_family_reads_by_region_is_known_without_its_model(family: Any) -> None:
+    known = ModelFacts(family).reads_regions
+    assert known == issubclass(family, UNetPipeline | ComposeAnimaPipeline)
+
+
+def test_words_of_a_lora_on_the_hub_are_read_before_the_model_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = Repository({"dog.safetensors": playground_lora("dog").read_bytes()})
+    with serving(LocalHub({"user/dog": repository})) as hub:
+        connect(hub, tmp_path / "cache", monkeypatch)
+        options = ("--prompt", "a dog", "--out", tmp_path / "out")
+        refused = call("run", "playground", "--lora", "user/dog", *options, code=2).output
+        assert "the trigger 'zwx' of concept 'dog' is not in the prompt 'a dog'" in refused
+        gone = call("run", "playground", "--lora", "user/cat", *options, code=2).output
+        assert "the model hub has no repository 'user/cat'" in gone
+
+
+def test_scenes_of_a_batch_that_cannot_be_made_are_told_before_the_model_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "open_model", images.open_model)  # which refuses
+    for name, prompt in (("one", "a cat"), ("two", "a sks cat")):
+        scene = {"prompt": prompt, "concepts": [{"name": "cat", "lora": "playground:cat"}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(scene))
+    options = ("--model", "playground", "--device", "cpu", "--method", "regional", "--out", tmp_path / "out")
+    told = call("batch", tmp_path / "one.json", tmp_path / "two.json", *options, code=1).output
+    assert "the trigger 'sks' of concept 'cat' is not in the prompt 'a cat'" in told
+    assert "regional needs to know where the concepts are" in told
+    listed = [json.loads(line) for line in (tmp_path / "out/images.jsonl").read_text().splitlines()]
+    assert [(line["name"], line["seed"], line["image"]) for line in listed] == [("one", 0, None), ("two", 0, None)]
 
 
 def test_a_run_that_can_be_made_passes() -> None:
     concepts = (
         Concept(name="cat", lora="playground:cat", region=(0, 0, 64, 128)),
-        Concept(name="ink", lora="user/ink", role="style"),
+        Concept(name="ink", lora="playground:ink", role="style"),
         Concept(name="dog", lora="playground:dog", prompt="a zwx dog", region=(0.5, 0.0, 1.0, 1.0)),
     )
-    check_early(Run(scene=Scene(prompt="a (sks:1.2) cat and a dog", concepts=concepts), model="playground"))
+    check_early(Run(scene=Scene(prompt="a (sks:1.2) cat, wfy style", concepts=concepts), model="playground"))
 
 
 def test_commands_that_read_evaluations_name_the_packages_that_are_missing(

@@ -79,6 +79,8 @@ def test_a_folder_whose_only_file_is_damaged_is_said_to_have_no_other(tmp_path: 
     assert "broken.safetensors" in said
     assert f"; {str(tmp_path)!r} has no other LoRA file" in said
     assert "no other" not in flat(call("inspect", tmp_path / "broken.safetensors", code=2).output)
+    (tmp_path / "empty").mkdir()
+    assert "no other" not in flat(call("inspect", tmp_path / "empty", code=2).output)
 
 
 def test_without_a_model_family_and_content_are_reported_for_any_family(tmp_path: Path) -> None:

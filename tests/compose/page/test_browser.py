@@ -272,7 +272,7 @@ def test_an_image_dropped_in_sets_everything_and_gives_the_same_pixels(page: Pag
     page.reload()
     expect(page.get_by_label("Seeds", exact=True)).to_have_value("3", timeout=2 * MINUTE)
     page.goto(page.url.partition("?")[0])  # a session of its own
-    expect(page.get_by_label("Seeds", exact=True)).to_have_value("2", timeout=2 * MINUTE)
+    expect(page.get_by_label("Seeds", exact=True)).to_have_value("4", timeout=2 * MINUTE)
     page.get_by_text("Load settings from a PNG").click()
     page.locator('[data-testid="stFileUploaderDropzoneInput"][accept="application/streamlit,.png"]').set_input_files(
         result

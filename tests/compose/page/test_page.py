@@ -836,7 +836,7 @@ def test_page_command_and_python_text_give_the_same_image(
     Path("it.py").write_text(export.python(run), encoding="utf-8")
     exec(compile(export.python(run), "it.py", "exec"), {})
     ours = np.asarray(result.made.image)
-    assert np.array_equal(ours, np.asarray(read_pixels("cli/2.png")))
+    assert np.array_equal(ours, np.asarray(read_pixels("cli/4.png")))
     assert np.array_equal(ours, np.asarray(read_pixels("result.png")))
 
 
@@ -860,7 +860,7 @@ def test_a_bystander_is_exported_as_a_concept_that_is_not_loaded(
     assert 'Concept(name="other bear", class_word="bear", region=(64, 0, 128, 128), role="bystander"),' in python
     exec(compile(python, "it.py", "exec"), {})
     ours = np.asarray(result.made.image)
-    assert np.array_equal(ours, np.asarray(read_pixels("cli/2.png")))
+    assert np.array_equal(ours, np.asarray(read_pixels("cli/4.png")))
     assert np.array_equal(ours, np.asarray(read_pixels("result.png")))
     (alone,) = finished(model, replace(given, concepts=concepts[:1])).results
     assert not np.array_equal(ours, np.asarray(alone.made.image)), "it keeps the LoRA off"
@@ -902,7 +902,7 @@ def test_the_exported_python_is_that_of_the_readme() -> None:
         f"    **pipe.sized({SIZE}, {SIZE}),\n"
         "    num_inference_steps=2,\n"
         "    **pipe.guided(5.0, None),\n"
-        "    generator=torch.Generator().manual_seed(2),\n"
+        "    generator=torch.Generator().manual_seed(4),\n"
         ").images[0]\n"
         'image.save("result.png")\n'
     )

@@ -19,16 +19,17 @@ LORAS = assets_dir() / "playground" / "loras"
 
 def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     assert "--loras names a folder" in flat(call("serve", "playground", "--loras", tmp_path / "none", code=2).output)
+    assert "has no safetensors files" in flat(call("serve", "playground", "--loras", tmp_path, code=2).output)
     assert "did you mean 'playground'" in call("serve", "plyground", "--loras", tmp_path, code=2).output
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.2", "gpu.example.org"])
-def test_addresses_that_others_reach_need_a_token(tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_that_others_reach_need_a_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORA_COMPOSE_TOKEN", raising=False)
-    refused = flat(call("serve", "playground", "--loras", tmp_path, "--host", host, code=2).output)
+    refused = flat(call("serve", "playground", "--loras", LORAS, "--host", host, code=2).output)
     assert f"{host!r} lets others in, so a token is needed: LORA_COMPOSE_TOKEN=" in refused
     monkeypatch.setenv("LORA_COMPOSE_TOKEN", "short")
-    refused = flat(call("serve", "playground", "--loras", tmp_path, "--host", host, code=2).output)
+    refused = flat(call("serve", "playground", "--loras", LORAS, "--host", host, code=2).output)
     assert "16 to 200 letters" in refused
     assert "short" not in refused
 
@@ -114,6 +115,6 @@ def test_a_damaged_model_is_named_before_anything_is_opened(tmp_path: Path, comm
     damaged.parent.mkdir(exist_ok=True)
     damaged.write_text("not what it should be", encoding="utf-8")
     model = damaged if kind == "file" else damaged.parent
-    further = {"run": ("--prompt", "a cat"), "serve": ("--loras", tmp_path)}[command]
+    further = {"run": ("--prompt", "a cat"), "serve": ("--loras", LORAS)}[command]
     found = flat(call(command, model, *further, "--device", "cpu", code=2).output)
     assert f"error: the model '{model}' cannot be opened: " in found

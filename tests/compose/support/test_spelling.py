@@ -17,6 +17,8 @@ from lora_compose.compose.support.spelling import as_options
         ("keep them apart: method='lora-composer' with a region", "keep them apart: --method lora-composer with"),
         ("switch them off with step_size=0, reinit='off'", "with step_size=0, --set reinit=off"),
         ("leave one out, or use keep_regions=False", "use --set keep_regions=false"),
+        ("such as Concept(name='cat', trigger='sks'), and", "such as trigger=sks in --concept, and"),
+        ("the words that name it, words={'my cat': [...]}", "name it, --set words='{my cat: [...]}'"),
         ("any_weight=True allows it", "any_weight=true in --concept allows it"),
         ("strength=0.01 leaves none of the 4 steps", "--strength 0.01 leaves none"),
     ],

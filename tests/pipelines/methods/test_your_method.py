@@ -12,6 +12,8 @@ import torch
 from commands import call
 from components import EVERYTHING, random_lora, seeded
 from guides import left_out
+from lora_compose.compose.commands import methods
+from lora_compose.compose.generate import method_list
 from lora_compose.compose.support import names
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
 
@@ -85,7 +87,8 @@ def test_a_new_method_runs_by_name_and_by_its_settings(loaded: Any, fading: Any)
 
 
 @pytest.mark.usefixtures("fading")
-def test_a_new_method_is_planned_and_listed(loaded: Any) -> None:
+def test_a_new_method_is_planned_and_listed(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "METHODS_FILE", method_list.write(tmp_path / "methods.json"))
     planned = loaded.plan("a sks cat", concepts=["cat"], method="fading", num_inference_steps=2)
     assert (planned.method, planned.passes) == ("fading", 2)
     assert "fading: The sum of all LoRAs, times a share." in call("methods", "fading").output

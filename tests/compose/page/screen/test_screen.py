@@ -128,13 +128,13 @@ def test_an_image_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     made(at)
     (result,) = session(at).results
     assert session(at).shown == result.key
-    assert "By subjects · seed 2 · 1 step" in said(at)
+    assert "By subjects · seed 4 · 1 step" in said(at)
     at.button(key=f"do.keep.{result.key}").click().run()
-    kept = tmp_path / "out" / "page" / "2.png"
+    kept = tmp_path / "out" / "page" / "4.png"
     assert read_record(kept) == result.made.record
     at.session_state["set.view"] = "Gallery"
     at.run()
-    assert "2.png: By subjects, seed 2" in said(at)
+    assert "4.png: By subjects, seed 4" in said(at)
     at.session_state["set.view"] = "Understand"
     at.run()
     assert "Your boxes decided where each LoRA acts" in said(at).replace("*", "")
@@ -183,14 +183,14 @@ def test_the_needs_of_a_method_are_shown_before(at: AppTest) -> None:
     at.segmented_control(key=fields.BOXED).set_value(fields.BOXES).run()
     at.segmented_control(key=fields.BOXED).set_value(fields.ANYWHERE).run()
     assert at.session_state[fields.METHOD] == fields.AUTOMATIC
-    assert "Takes By subjects · draft, because the prompt names every concept by trigger and class word" in said(at)
+    assert "Takes “By subjects” (draft), because the prompt names every concept by trigger and class word" in said(at)
     assert not at.button(key="do.make").disabled
     choose(at, "regional")
     assert fields.BOXED in at.session_state
     assert at.session_state[fields.BOXED] == fields.BOXES, "what needs boxes switches them on"
     assert not at.button(key="do.make").disabled
     choose(at, fields.AUTOMATIC)
-    assert "Takes By subjects · draft, because every concept has a region" in said(at)
+    assert "Takes “By subjects” (draft), because every concept has a region" in said(at)
 
 
 def upload(at: AppTest, name: str, content: bytes) -> None:
@@ -637,7 +637,7 @@ def test_a_card_of_a_subject_without_a_lora_asks_for_its_words_alone(at: AppTest
     assert "other is missing in the prompt: write “bear” where it follows no trigger." in said(at)
     assert "needs a trigger word" not in said(at)
     at.button(key="do.insert.2").click().run()
-    assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot and a bear on a white background"
+    assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot and a bear on grass"
     assert not at.warning
     assert not at.button(key="do.make").disabled
     at.button(key="do.bystander").click().run()
@@ -699,9 +699,9 @@ def test_a_method_without_places_says_that_it_does_not_keep_off_a_bystander(at: 
         choose(at, method)
         assert "knows no places" not in said(at)
     at.segmented_control(key=fields.BOXED).set_value(fields.ANYWHERE).run()
-    assert "Takes By subjects · draft" in said(at)
+    assert "Takes “By subjects” (draft)" in said(at)
     at.text_area(key=fields.PROMPT).set_value(example().prompt).run()
-    assert "Takes Added up · merge, because the prompt does not name the bystander other" in said(at)
+    assert "Takes “Added up” (merge), because the prompt does not name the bystander other" in said(at)
     assert words.format("Added up") in said(at)
 
 
@@ -784,6 +784,7 @@ def test_another_model_brings_its_steps_and_guidance_which_stay_as_they_are_chan
     at.text_input(key="set.model.name").set_value(str(saved_klein(tmp_path / "klein", distilled=True))).run()
     next(button for button in at.button if button.label == "Open this model").click().run()
     assert (at.number_input(key=fields.STEPS).value, at.number_input(key=fields.GUIDANCE).value) == (4, 1.0)
+    assert "The model's own: 4 steps, guidance 1: it is distilled to few steps (is_distilled" in said(at)
     at.number_input(key=fields.STEPS).set_value(STEPS).run()
     at.multiselect(key="set.memory").set_value([Saver.TILING]).run()
     next(button for button in at.button if button.label == "Open this model").click().run()
@@ -832,7 +833,7 @@ def test_a_transformer_in_a_folder_is_opened_and_makes_an_image_with_two_concept
     at.segmented_control(key=fields.BOXED).set_value(fields.ANYWHERE)
     at.text_area(key=fields.PROMPT).set_value(PROMPT).run()
     assert at.segmented_control(key=fields.METHOD).options == ["Automatic", "In boxes", "Added up"]
-    assert "Takes By subjects · draft, because the prompt names every concept by trigger and class word" in said(at)
+    assert "Takes “By subjects” (draft), because the prompt names every concept by trigger and class word" in said(at)
     made(at)
     (result,) = session(at).results
     assert (result.run.method, result.made.image.size) == ("draft", (64, 64))
