@@ -1,5 +1,7 @@
 """Training of the small transformer."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -52,18 +54,19 @@ def test_a_weight_that_gets_no_gradient_is_named() -> None:
 
 def test_the_teacher_expects_the_image_that_its_scheduler_predicts_at_the_same_noise() -> None:
     pipe = small_pipeline(StableDiffusionPipeline)
-    pipe.scheduler = DDIMScheduler(**NOISE, clip_sample=False)
-    pipe.scheduler.set_timesteps(1000)
+    scheduler: Any = DDIMScheduler(**NOISE, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    pipe.scheduler = scheduler
     teacher = Teacher(pipe)
     step = 600
     clean, noise = (torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(n)) for n in range(2))
     time = teacher.times[step]
     velocity = teacher.velocity(clean.lerp(noise, time), time.expand(2), ["a cat", ""])
-    noisy = pipe.scheduler.add_noise(clean, noise, torch.tensor([step, step]))
+    noisy = scheduler.add_noise(clean, noise, torch.tensor([step, step]))
     text = pipe.encode_prompt(["a cat", ""], "cpu", 1, do_classifier_free_guidance=False)[0]
     with torch.no_grad():
         predicted = pipe.unet(noisy, step, text).sample
-    expected = pipe.scheduler.step(predicted, step, noisy).pred_original_sample
+    expected = scheduler.step(predicted, step, noisy).pred_original_sample
     torch.testing.assert_close(clean.lerp(noise, time) - time * velocity, expected, rtol=0, atol=0.05)
 
 

@@ -10,12 +10,12 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from all_transformers import TRANSFORMERS
 from anima import cosmos_transformer
 from chroma import chroma_transformer
 from flux import flux_transformer
 from flux2 import flux2_transformer
 from flux3 import flux3_transformer
-from golden import TRANSFORMERS
 from ideogram4 import ideogram4_transformer
 from krea2 import krea2_transformer
 from lora_compose.attention import Gates, Recorder, Site, install

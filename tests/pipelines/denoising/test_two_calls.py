@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from all_transformers import TRANSFORMERS
 from components import seeded
-from golden import PIPELINES, PROMPT, TRANSFORMERS, boxed
+from golden import PIPELINES, PROMPT, boxed
 from lora_compose import Concept
 from lora_compose.attention import backbone_of
 from transformer_families import TOKENS

@@ -185,7 +185,7 @@ def small_trainer() -> BaseTrainer:
     words = CLIPTokenizer.from_pretrained(shipped / "tokenizer")
     coder = AutoencoderKL.from_pretrained(shipped / "vae", dtype=torch.float32)
     whole = base.new_unet()
-    unet = type(whole).from_config({**whole.config, "block_out_channels": (16, 16, 32)})
+    unet: Any = type(whole).from_config({**whole.config, "block_out_channels": (16, 16, 32)})
     return BaseTrainer(pipeline(coder, words, base.new_text_encoder(words), unet), lr=0.01, seed=0)
 
 
