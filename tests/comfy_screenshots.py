@@ -24,7 +24,6 @@ WIDTH = 1680
 PICTURES = {
     "comfyui": "two-in-boxes",
     "comfyui-draft": "two-without-boxes",
-    "comfyui-texts": "texts-of-regions",
     "comfyui-bystander": "beside-a-bystander",
     "comfyui-style": "two-and-a-style",
     "comfyui-three": "three-in-boxes",
@@ -40,11 +39,8 @@ TEXTS = {
 }
 TEXT = "a sks cat and a zwx dog on grass"
 """That of the other examples, in words that the small world knows."""
-PROMPTS = {"cat": "a sks cat in snow", "dog": "a zwx dog on sand"}
-"""The prompts of concepts, where the example has some."""
 BOXES = {
     "two-in-boxes": "0,0.12,0.48,0.88\n0.52,0.12,1,0.88",
-    "texts-of-regions": "0,0.12,0.48,0.88\n0.52,0.12,1,0.88",
     "three-in-boxes": "0,0.1,0.32,0.9\n0.34,0.1,0.66,0.9\n0.68,0.1,1,0.9",
 }
 WIDTHS = {"three-in-boxes": 3 * SIZE // 2}
@@ -75,11 +71,11 @@ def small_world(example: str) -> dict[str, Any]:
         "LoraComposeDraftPreview": sampled,
     }  # fmt: skip
     for node in graph["nodes"]:
-        values = node["widgets_values"] = [*changes.get(node["type"], node["widgets_values"])]
+        kind = node["type"]
+        values = node["widgets_values"] = [*(changes[kind] if kind in changes else node["widgets_values"])]
         if node["type"] == "LoraComposeConcept" and values[0] != NO_LORA:
             name = LORAS[Path(values[0]).stem]
             values[0] = f"world/{name}.safetensors"
-            values[5] = PROMPTS[name] if values[5] else ""
             if values[2]:
                 values[1:3] = words(name)
             else:  # a style, whose words are in the text alone
@@ -87,7 +83,7 @@ def small_world(example: str) -> dict[str, Any]:
         if node["type"] == "LoraComposeBoxes":
             values[0] = BOXES[example]
         if node["type"] == "LoraComposeCompose":
-            values[0], values[2] = text, "regions" if example == "texts-of-regions" else "shared"
+            values[0], values[2] = text, "shared"
         if node["type"] == "LoraComposeRefine":
             values[:8] = [text, SIZE, *sampled]
         if node["type"] == "EmptyLatentImage":
