@@ -17,7 +17,7 @@ from lora_compose.compose.comfyui.installing import install
 
 OWN = ("custom_nodes", "models", "output", "input", "temp", "user")
 TESTS = Path(__file__).resolve().parent
-LORAS = TESTS.parent / "assets/playground-flux/loras"
+LORAS = TESTS.parent / "assets/playground/loras"
 Ask = Callable[..., Any]
 
 

@@ -1,7 +1,7 @@
-"""The playground's transformer as a node of ComfyUI: core's own Flux class and samplers, with real images.
+"""The playground as a node of ComfyUI: core's own UNet class and samplers, with real images.
 
-Core's loaders do not take it, nor the playground's UNet: they know models by the sizes of published ones, tokenizers
-are core's own files, and UNet and VAE have 32 groups in every normalisation, whatever their width.
+Core's loaders do not take it: they know models by the sizes of published ones, their UNets and VAEs have 32 groups in
+every normalisation, and tokenizers are core's own files.
 """
 
 import json
@@ -9,81 +9,94 @@ from pathlib import Path
 from typing import Any
 
 import comfy.latent_formats  # pyright: ignore[reportMissingImports]
-import comfy.model_detection  # pyright: ignore[reportMissingImports]
+import comfy.model_base  # pyright: ignore[reportMissingImports]
 import comfy.model_patcher  # pyright: ignore[reportMissingImports]
+import comfy.ops  # pyright: ignore[reportMissingImports]
 import comfy.sd1_clip  # pyright: ignore[reportMissingImports]
 import comfy.supported_models  # pyright: ignore[reportMissingImports]
+import comfy.utils  # pyright: ignore[reportMissingImports]
 import torch
-from comfy.ldm.flux.model import FluxParams  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
+from transformers import CLIPTextModel
 
-WORLD = Path(__file__).resolve().parents[1] / "assets/playground-flux/model"
+WORLD = Path(__file__).resolve().parents[1] / "assets/playground/model"
 CPU = torch.device("cpu")
 
 
+def config_of(part: str) -> dict[str, Any]:
+    (path,) = (WORLD / part).glob("*config.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+GROUPS = {32: config_of("unet")["norm_num_groups"]}
+"""Of normalisations, by core's number."""
+
+
+class Layers(comfy.ops.disable_weight_init):
+    """Core's layers, with the groups of the small world in normalisations."""
+
+    class GroupNorm(comfy.ops.disable_weight_init.GroupNorm):
+        def __init__(self, num_groups: int, *arguments: Any, **options: Any) -> None:
+            super().__init__(GROUPS.get(num_groups, num_groups), *arguments, **options)
+
+
 def patcher() -> Any:
-    """The transformer."""
-    theirs, vae = (json.loads((WORLD / part / "config.json").read_text()) for part in ("transformer", "vae"))
-    heads, channels = theirs["num_attention_heads"], theirs["in_channels"] // 4
-    config = {
-        "image_model": "flux", "in_channels": channels, "out_channels": channels, "patch_size": 2, "num_heads": heads,
-        "vec_in_dim": theirs["pooled_projection_dim"], "context_in_dim": theirs["joint_attention_dim"],
-        "hidden_size": heads * theirs["attention_head_dim"], "axes_dim": theirs["axes_dims_rope"], "mlp_ratio": 4.0,
-        "depth": theirs["num_layers"], "depth_single_blocks": theirs["num_single_layers"], "theta": 10000,
-        "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [],
+    """The UNet."""
+    theirs, vae, scheduler = (config_of(part) for part in ("unet", "vae", "scheduler"))
+    widths, blocks = theirs["block_out_channels"], theirs["layers_per_block"]
+    down, up = (["CrossAttn" in kind for kind in theirs[f"{side}_block_types"]] for side in ("down", "up"))
+    config: dict[str, Any] = {
+        "image_size": 32, "in_channels": theirs["in_channels"], "out_channels": theirs["out_channels"],
+        "model_channels": widths[0], "channel_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": [blocks] * len(widths), "transformer_depth_middle": 1, "use_spatial_transformer": True,
+        "transformer_depth": [int(attends) for attends in down for _ in range(blocks)],
+        # Core takes these from the end.
+        "transformer_depth_output": [int(attends) for attends in reversed(up) for _ in range(blocks + 1)],
+        "context_dim": theirs["cross_attention_dim"], "use_linear_in_transformer": theirs["use_linear_projection"],
+        "legacy": False, "use_temporal_attention": False, "adm_in_channels": None,
     }  # fmt: skip
-    if "txt_ids_dims" not in FluxParams.__dataclass_fields__:  # of older versions
-        del config["txt_ids_dims"]
-    family = comfy.supported_models.FluxSchnell(config)
+    family = comfy.supported_models.SD15({**config})
+    family.unet_config |= {"num_heads": -1, "num_head_channels": widths[0] // theirs["attention_head_dim"][0]}
+    family.custom_operations = Layers
+    family.sampling_settings = {"zsnr": scheduler["rescale_betas_zero_snr"]}
     family.latent_format = comfy.latent_formats.LatentFormat()
-    family.latent_format.latent_channels = channels
+    family.latent_format.latent_channels = theirs["in_channels"]
     family.latent_format.scale_factor = vae["scaling_factor"]
     family.set_inference_dtype(torch.float32, None)
-    model = family.get_model({}, "")
-    weights = load_file(WORLD / "transformer/diffusion_pytorch_model.safetensors")
-    model.diffusion_model.load_state_dict(comfy.model_detection.convert_diffusers_mmdit(weights))
+    model = comfy.model_base.BaseModel(family, comfy.model_base.ModelType.V_PREDICTION, device=CPU)
+    weights = load_file(WORLD / "unet/diffusion_pytorch_model.safetensors")
+    names = comfy.utils.unet_to_diffusers(config)
+    model.diffusion_model.load_state_dict({names[key]: weight.float() for key, weight in weights.items()})
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
-def longest(part: str) -> int:
-    """How many tokens a text may have."""
-    return json.loads((WORLD / part / "tokenizer_config.json").read_text())["model_max_length"]
-
-
 class Tokenizer:
-    """CLIP's and T5's, as core's of FLUX.1 are put together."""
+    """CLIP's."""
 
     def __init__(self) -> None:
-        options = {"embedding_key": "t5xxl", "has_start_token": False, "pad_with_end": False}
-        self.clip_l = comfy.sd1_clip.SDTokenizer(str(WORLD / "tokenizer"), max_length=longest("tokenizer"))
-        self.t5xxl = comfy.sd1_clip.SDTokenizer(
-            str(WORLD / "tokenizer_2"), max_length=longest("tokenizer_2"), tokenizer_class=T5TokenizerFast, **options
-        )
+        longest = config_of("tokenizer")["model_max_length"]
+        self.clip_l = comfy.sd1_clip.SDTokenizer(str(WORLD / "tokenizer"), max_length=longest)
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False) -> dict[str, Any]:
-        each = {"l": self.clip_l, "t5xxl": self.t5xxl}
-        return {name: one.tokenize_with_weights(text, return_word_ids) for name, one in each.items()}
+        return {"l": self.clip_l.tokenize_with_weights(text, return_word_ids)}
 
 
 class Clip:
-    """Both text encoders."""
+    """The text encoder."""
 
     def __init__(self) -> None:
         self.tokenizer = Tokenizer()
         self.clip = CLIPTextModel.from_pretrained(WORLD / "text_encoder", torch_dtype=torch.float32)
-        self.t5 = T5EncoderModel.from_pretrained(WORLD / "text_encoder_2", torch_dtype=torch.float32)
 
     def tokenize(self, text: str, return_word_ids: bool = False) -> dict[str, Any]:
         return self.tokenizer.tokenize_with_weights(text, return_word_ids)
 
     def encode_from_tokens_scheduled(self, tokens: dict[str, Any]) -> list[list[Any]]:
-        clip, t5 = (torch.tensor([[one[0] for part in tokens[name] for one in part]]) for name in ("l", "t5xxl"))
-        text, pooled = self.t5(t5).last_hidden_state, self.clip(clip).pooler_output
-        return [[text, {"pooled_output": pooled}]]
+        read = torch.tensor([[token[0] for part in tokens["l"] for token in part]])
+        return [[self.clip(read).last_hidden_state, {}]]
 
 
 class Vae:

@@ -135,7 +135,10 @@ def _factors(layer: Layer, place: _Place, model: nn.Module, alphas: Alphas, prod
     wanted = outputs if rows is None else rows.stop - rows.start
     for of_file, of_model in zip(layer.kind.sides(layer.shapes), (wanted, math.prod(inputs)), strict=True):
         if of_file not in (None, of_model):
-            raise ValueError(f"the change of {layer.module} has a side of {of_file}, the model's layer has {of_model}")
+            raise ValueError(
+                f"the change of {layer.module} has a side of {of_file}, the model's layer has {of_model}; choose a "
+                "LoRA that was trained for this model"
+            )
     module, settings = model.get_submodule(name), alphas.settings(layer)
     products, scale = products and whole and is_linear(module), alphas.scale(layer.module, layer)
     made = layer.kind.load(layer.parts, scale, MAX_RANK, products=products, settings=settings)

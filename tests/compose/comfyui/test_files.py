@@ -126,7 +126,7 @@ def test_a_t_lora_whose_ranks_do_not_follow_the_noise_is_said(model: nn.Module, 
     ("tensors", "said"),
     [
         (lora("lora_unet_elsewhere", 8, 4), "fits this model in 0 of its 1 layers"),
-        (lora("lora_unet_block_qkv", 12, 7), "a side of 7, the model's layer has 6"),
+        (lora("lora_unet_block_qkv", 12, 7), "a side of 7, the model's layer has 6; choose a LoRA that"),
         (lora("transformer.blocks.0.attn.to_q", 5, 6), "a side of 5"),
         (
             {f"lora_unet_block_qkv.oft_blocks.{i}": torch.zeros(2, 2, 2) for i in range(3)},

@@ -1,6 +1,5 @@
 """Concepts on ComfyUI's own models, tiny, sampled by its own KSampler: equal to dense deltas, and gone afterwards."""
 
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -208,6 +207,36 @@ def test_a_draft_alone_finds_what_the_sampling_would(core: ModuleType, patcher: 
     assert compared(core, patcher, plan, negative, images=images, steps=9, batch=2) < OF_DRAFTS
     assert torch.equal(core.drawn(model, positive, negative, steps=9, batch=2), wanted)
     assert left(patcher) == 0
+
+
+def test_a_subject_without_a_lora_has_a_part_of_a_draft(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+    """The LoRA of the other one keeps off it."""
+    plan, negative = drafting(core, patcher, tmp_path), core.text(2)
+    assert plan.draft is not None
+    bystander = Concept(name="dog", class_word="dog", role="bystander", weight=0.0)
+    draft = replace(plan.draft, subjects={**plan.draft.subjects, 1: bystander})
+    weights = [plan.weights[0], WeightSchedule.of(0.0)]
+    plan = replace(plan, loras=[plan.loras[0], {}], weights=weights, draft=draft)
+    maps = core.maps_of_draft(patcher, draft.conditioning, negative, draft.words, last=2, steps=9)
+    free = [torch.zeros(core.GRID)] * 2
+    images = [divided(one, [*draft.subjects.values()], free, nearest, 0.3) for one in maps]
+    assert all(mask.any() for image in images for mask in image)
+    assert compared(core, patcher, plan, negative, images=images, steps=9) < OF_DRAFTS
+
+
+def test_the_small_world_is_that_of_diffusers(core: ModuleType) -> None:
+    """Its UNet in core's class, whose normalisations get its number of groups."""
+    from diffusers import UNet2DConditionModel
+
+    import comfy_small_world
+
+    theirs: Any = UNet2DConditionModel.from_pretrained(comfy_small_world.WORLD / "unet", torch_dtype=torch.float32)
+    torch.manual_seed(0)
+    x, t, text = torch.randn(2, 16, 24, 24), torch.tensor([900.0, 20.0]), torch.randn(2, 32, 192)
+    with torch.no_grad():
+        wanted = theirs(x, t, text).sample
+        found = comfy_small_world.patcher().model.diffusion_model(x, t, context=text)
+    assert (found - wanted).abs().max() < 1e-5
 
 
 def test_a_model_without_a_draft_has_none_to_show(core: ModuleType, models: dict[str, Any], tmp_path: Path) -> None:
@@ -805,7 +834,9 @@ def test_beside_a_controlnet(core: ModuleType, models: dict[str, Any], tmp_path:
     assert left(patcher) == 0
 
 
-def test_a_clone_with_another_copy_of_the_model(core: ModuleType, patcher: Any, tmp_path: Path) -> None:
+def test_a_clone_with_another_copy_of_the_model(
+    core: ModuleType, models: dict[str, Any], patcher: Any, tmp_path: Path
+) -> None:
     """Concepts act in the one that is sampled, whatever the model was when the node ran."""
     from lora_compose.compose.comfyui.hooks import compose, marked
 
@@ -813,7 +844,8 @@ def test_a_clone_with_another_copy_of_the_model(core: ModuleType, patcher: Any, 
     host, positive = compose(patcher, plan), marked(core.text(1), plan)
     wanted = core.drawn(host, positive, negative)
     other = host.clone()
-    other.model = deepcopy(patcher.model)
+    (name,) = (name for name, model in models.items() if model is patcher)
+    other.model = core.FAMILIES[name]().model  # with the same weights
     assert torch.equal(core.drawn(other, positive, negative), wanted)
     assert left(patcher) == left(other) == 0
 

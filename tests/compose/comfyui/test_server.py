@@ -18,6 +18,8 @@ from torch import Tensor
 
 from comfy_server import Ask, checkout, serving
 from comfy_workflows import EXAMPLES, as_asked, example
+from lora_compose.compose.comfyui.words import NO_LORA
+from small_world import SIZE
 
 pytestmark = pytest.mark.comfyui
 
@@ -51,6 +53,9 @@ def checkpoint(folder: Path) -> None:
             tensors[f"{start}.lora_down.weight"] = torch.randn(2, 768) * 768**-0.5
             tensors[f"{start}.lora_up.weight"] = torch.randn(3072, 2) * 0.05
         save_file(tensors, folder / f"loras/{name}.safetensors")
+    layer = "transformer.single_transformer_blocks.0.attn.to_q"
+    of_flux = {f"{layer}.lora_A.weight": torch.ones(2, 3072), f"{layer}.lora_B.weight": torch.ones(3072, 2)}
+    save_file(of_flux, folder / "loras/flux.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +129,17 @@ def test_the_nodes_are_there_and_the_example_runs_twice(ask: Ask, comfyui: Path)
 
 
 def in_small_world(name: str) -> dict[str, Any]:
-    """An example with real weights, in core's own Flux."""
+    """An example with real weights, in core's own UNet."""
     graph = example(f"{name}-api")
     graph["model"] = {"class_type": "SmallWorld", "inputs": {}}
-    graph["latent"]["inputs"] |= {"width": 128, "height": 128}
+    graph["latent"]["inputs"] |= {"width": SIZE, "height": SIZE}
     for node in graph.values():
         if "steps" in node["inputs"]:
-            node["inputs"] |= {"steps": 8, "cfg": 4.0, "scheduler": "simple"}
-        if "lora" in node["inputs"]:
+            node["inputs"] |= {"steps": 8, "cfg": 4.0, "scheduler": "sgm_uniform"}
+        if node["inputs"].get("lora", NO_LORA) != NO_LORA:
             node["inputs"]["lora"] = f"world/{node['inputs']['lora']}"
         if "size" in node["inputs"]:
-            node["inputs"]["size"] = 128
+            node["inputs"]["size"] = SIZE
     return graph
 
 
@@ -217,7 +222,10 @@ def test_a_file_for_another_model_is_told(ask: Ask) -> None:
     assert "word: sks" in found
     assert re.search(r"fits: \d+ layers of this model are changed", found)
     found = said(ask, {**world, "file": inspecting("cat.safetensors", model=["model", 0])}, "file")
-    assert "problem: cat.safetensors fits this model in 0 of its" in found
+    assert "problem: cat.safetensors: " in found
+    assert "has a side of 320, the model's layer has 96; choose a LoRA that was trained for this model" in found
+    found = said(ask, {**world, "file": inspecting("flux.safetensors", model=["model", 0])}, "file")
+    assert "problem: flux.safetensors fits this model in 0 of its 1 layers" in found
 
 
 def inspecting(lora: str, **inputs: Any) -> dict[str, Any]:
