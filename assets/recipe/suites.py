@@ -488,7 +488,7 @@ SCENES = (
     _for_tara("A bear with sunglasses, and a robot.", "bear", "robot", "on grass"),
     SceneFile(
         "bear-robot-words",
-        "A bear and a robot in their ordinary LoRAs, without boxes. For clora.",
+        "A bear and a robot in their ordinary LoRAs, without boxes. For draft and clora.",
         Place(("bear", "robot"), "on grass"),
     ),
     SceneFile(
@@ -498,7 +498,7 @@ SCENES = (
     ),
     SceneFile(
         "two-cats",
-        "Two cats, told apart by words alone: one with a red band, and a gray kitten with a bow. For clora.",
+        "Two cats, told apart by words alone: a black one, and a gray kitten with a bow. For draft.",
         Place(("cat", "kitten"), "on grass"),
     ),
     SceneFile(

@@ -2,10 +2,10 @@
 
 import gc
 import re
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter, sleep
 from typing import Annotated, Any, Self
 
 import torch
@@ -79,7 +79,7 @@ def with_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suite
     planned, claims = list(_planned(suite, trained, out)), Claims(out / CLAIMS)
     while left := [plan for plan in planned if plan.is_left]:
         if not any(_train_claimed(plan, claims) for plan in left):
-            time.sleep(_WAIT)  # others train what is left
+            sleep(_WAIT)  # others train what is left
     return _located(suite, {plan.name: plan.settings.out for plan in planned})
 
 
@@ -158,7 +158,7 @@ def _train(settings: Training, what: str, moments: list[float] | None = None, *,
 
         def on_step(step: int, loss: float) -> None:
             if moments is not None:
-                moments.append(time.perf_counter())
+                moments.append(perf_counter())
             on_progress(step, f"{what}, step {step} of {settings.steps}, loss {loss:.4f}")
 
         try:

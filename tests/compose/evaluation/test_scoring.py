@@ -15,8 +15,8 @@ from lora_compose.compose.playground.assets import playground_references
 from small_world import LEFT, RIGHT, SIZE, STYLE, STYLE_WORDS, words
 
 HALVES = {"bear": LEFT, "dog": RIGHT}
-SIDE, TOP = SIZE * 3 // 8, SIZE * 5 // 16
-FIRST, SECOND = SIZE // 16, SIZE * 9 // 16
+SIDE, TOP = SIZE * 5 // 12, SIZE * 5 // 16
+FIRST, SECOND = SIZE // 24, SIZE * 13 // 24
 """Left edges of objects that stand beside each other."""
 HERE, THERE = ((left, TOP, left + SIDE, TOP + SIDE) for left in (FIRST, SECOND))
 

@@ -125,7 +125,7 @@ def test_a_lora_that_another_process_trains_is_waited_for(
             waited.append(seconds)
             path.write_bytes(data)  # the other one has finished
 
-        monkeypatch.setattr("lora_compose.compose.evaluation.trained.time.sleep", sleep)
+        monkeypatch.setattr("lora_compose.compose.evaluation.trained.sleep", sleep)  # of this module alone
         assert with_loras(suite, trained(images), out) == ready
     assert len(waited) == 1
 
