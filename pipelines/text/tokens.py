@@ -91,6 +91,8 @@ def _spans(words: str, parts: Sequence[str], between: str, prompt: str) -> tuple
 
 def spaced(words: str) -> str:
     """Words in small letters, with single spaces and no signs of weights: the same for all spellings of a booru tag."""
+    if words.isalnum():  # thousands of stored concepts have one word
+        return words.lower()
     return " ".join(_BETWEEN.split(unescaped(words).strip().lower()))
 
 
