@@ -38,7 +38,7 @@ TEXTS = {
     "three-in-boxes": "a sks cat, a zwx dog and a klm owl on grass",
 }
 TEXT = "a sks cat and a zwx dog on grass"
-"""That of the other examples, in words that the small world knows."""
+"""Text of the other examples, in words that the small world knows."""
 BOXES = {
     "two-in-boxes": "0,0.12,0.48,0.88\n0.52,0.12,1,0.88",
     "three-in-boxes": "0,0.1,0.32,0.9\n0.34,0.1,0.66,0.9\n0.68,0.1,1,0.9",

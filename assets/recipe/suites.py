@@ -89,7 +89,6 @@ class Suite(NamedTuple):
         baseline: The method that others are compared with.
         steps: Steps of an image.
         model: playground or playground-flux.
-        trained: Kinds of LoRAs that are trained for it, of `recipe.loras`.
     """
 
     name: str

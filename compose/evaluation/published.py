@@ -127,7 +127,7 @@ class Published(Frozen):
         return list(used)
 
     def moved(self, move: Callable[[str], str]) -> "Published":
-        """The same with every path of the suite and its trainings changed by a function."""
+        """A copy with every path of the suite and its trainings changed by a function."""
         trainings = {
             name: trained.model_copy(
                 update={

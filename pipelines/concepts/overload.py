@@ -33,7 +33,7 @@ Measured on the playground's transformer (`docs/methods/merge.md`): the largest 
 FEW_STEPS = 10
 """The most steps of a call without guidance that is taken for one of a few-step model."""
 WARNED_IN_FEW_STEPS, HELD_IN_FEW_STEPS = 0.5, 0.42
-"""The same threshold there, and the joint change that is proposed; not measured here.
+"""Joint changes in few steps: above the first there is a warning, the second is proposed; not measured here.
 
 From https://github.com/Haoming02/sd-webui-forge-classic/issues/534 (Z-Image-Turbo): two LoRAs at weight 0.5, so 0.71 if
 they are unrelated, break the image, and hold at 0.3, so 0.42.

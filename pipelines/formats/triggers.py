@@ -245,7 +245,7 @@ class _Captions:
         (name,) = self.folders
         if self.class_tokens:
             return f"class_tokens of its training images, {name!r}"
-        return f"the folder of its training images, {next(folder for folder in self.dirs if name in folder)!r}"
+        return f"the folder of its training images, {next((it for it in self.dirs if name in it), name)!r}"
 
     def named(self) -> str | None:
         """The name of the only folder, if it can be a trigger and captions have it; None otherwise."""

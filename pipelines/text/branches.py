@@ -11,7 +11,7 @@ from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.missing import missing_noun
 from lora_compose.pipelines.text.prompts import without_triggers
-from lora_compose.pipelines.text.tokens import Mention, free_nouns, own_nouns
+from lora_compose.pipelines.text.tokens import Mention, free_nouns, own_nouns, spaced
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _mention(
     there = len(free_nouns(concept, text, subjects))
     if there == len(free_nouns(concept, prompt, subjects)):
         return Mention((concept.class_word,), which)
-    twins = [other.name for other in subjects if (other.class_word or "").lower() == concept.class_word.lower()]
+    twins = [other.name for other in subjects if spaced(other.class_word or "") == spaced(concept.class_word)]
     if not there or len(twins) > 1:
         raise ValueError(
             f"the prompt {shortened(text)} has to name every concept as the prompt of the scene does, but "

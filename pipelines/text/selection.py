@@ -87,9 +87,9 @@ def _without_versions(
     known: Mapping[str, Concept], tagged: Collection[str]
 ) -> tuple[dict[str, Concept], dict[str, list[str]]]:
     """Splits concepts with equal words into the tagged one, or the one whose name begins all others, and the rest."""
-    groups: dict[tuple[str | None, str | None], list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for name, concept in known.items():
-        groups.setdefault((concept.trigger, concept.class_word), []).append(name)
+        groups.setdefault((spaced(concept.trigger or ""), spaced(concept.class_word or "")), []).append(name)
     others: dict[str, list[str]] = {}
     for words, group in groups.items():
         kept = [name for name in group if name in tagged] or [min(group, key=len)]

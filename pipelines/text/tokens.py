@@ -91,6 +91,8 @@ def _spans(words: str, parts: Sequence[str], between: str, prompt: str) -> tuple
 
 def spaced(words: str) -> str:
     """Words in small letters, with single spaces and no signs of weights: the same for all spellings of a booru tag."""
+    if words.isalnum():  # thousands of stored concepts have one word
+        return words.lower()
     return " ".join(_BETWEEN.split(unescaped(words).strip().lower()))
 
 
@@ -300,8 +302,8 @@ def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tup
     if concept.is_bystander:
         owned = {noun for other in concepts for _, noun in class_words(other, prompt, concepts) if noun}
         left = [k for k, noun in enumerate(nouns) if not any(_overlap(noun, other) for other in owned)]
-        word = (concept.class_word or "").lower()
-        alike = [c.name for c in concepts if c.is_bystander and (c.class_word or "").lower() == word]
+        word = spaced(concept.class_word or "")
+        alike = [c.name for c in concepts if c.is_bystander and spaced(c.class_word or "") == word]
         if len(alike) > 1 and concept.name in alike:
             left = left[alike.index(concept.name) :][:1]
         return tuple(left)

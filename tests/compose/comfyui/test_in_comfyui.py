@@ -225,7 +225,7 @@ def test_a_subject_without_a_lora_has_a_part_of_a_draft(core: ModuleType, patche
 
 
 def test_the_small_world_is_that_of_diffusers(core: ModuleType) -> None:
-    """Its UNet in core's class, whose normalisations get its number of groups."""
+    """A UNet in core's class, whose normalisations get its number of groups."""
     from diffusers import UNet2DConditionModel
 
     import comfy_small_world
@@ -390,7 +390,7 @@ def test_layers_that_are_quantised_by_comfyui(core: ModuleType, tmp_path: Path, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_like_those_of_comfyui_gguf(core: ModuleType, tmp_path: Path, family: str) -> None:
-    """Their weights are bytes with the shape of a weight, which are dequantised for each product."""
+    """Weights are bytes with the shape of a weight, which are dequantised for each product."""
     if family not in core.FAMILIES:
         pytest.skip(f"this version of ComfyUI has no {family}")
     patcher = core.packed(family)

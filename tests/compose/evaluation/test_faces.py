@@ -36,7 +36,7 @@ def noise(seed: int, size: tuple[int, int] = (112, 112)) -> Image.Image:
 
 
 def with_face(seed: int, cell: tuple[int, int] = (20, 20), size: int = 320) -> Image.Image:
-    """The same with a mark in a cell of 40 x 40."""
+    """Smooth grey with a mark in a cell of 40 x 40."""
     image = noise(seed, (size, size))
     side = size // 40
     image.paste(MARK, (cell[0] * side, cell[1] * side, (cell[0] + 1) * side, (cell[1] + 1) * side))

@@ -171,6 +171,12 @@ def test_metadata_may_be_anything(key: str, value: str) -> None:
     assert len(words.triggers[0].words) <= 204
 
 
+def test_a_folder_whose_name_is_too_long_is_named_by_its_beginning() -> None:
+    cut = "a" * 200 + " ..."
+    words = words_of(header({"10_" + "a" * 250: {cut: 20}}))
+    assert (words.trigger, words.where) == (cut, f"the folder of its training images, {cut!r}")
+
+
 @pytest.mark.parametrize("count", [10**400, -(10**400), 0, -3], ids=["huge", "below", "none", "negative"])
 def test_counts_that_are_none_do_not_count(count: int) -> None:
     """No float holds the first ones."""

@@ -167,3 +167,9 @@ def test_the_rows_of_one_image_are_those_of_all_its_branches() -> None:
     one = join_branches(texts, texts).of_image(1)
     assert first_numbers(one) == ([11, 21, 13, 23],) * 2
     assert (one.images, one.roles.conditional) == (1, slice(2, 4))
+
+
+def test_bystanders_whose_class_word_is_spelled_in_two_ways_have_one_of_its_places_each() -> None:
+    words = ("black cat", "black_cat")
+    cats = [Concept(name=word, role="bystander", class_word=word) for word in words]
+    assert [own_nouns(cat, "a black cat and a black cat", cats) for cat in cats] == [(0,), (1,)]

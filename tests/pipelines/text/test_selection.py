@@ -73,6 +73,12 @@ def test_both_spellings_of_a_tag_are_one_trigger(prompt: str) -> None:
     assert choose_concepts(prompt, both).names == ("miku",)
 
 
+def test_versions_of_one_lora_may_spell_their_tag_in_two_ways() -> None:
+    versions = known(**{"miku": ("hatsune_miku", "girl"), "miku-v2": ("hatsune miku", "girl")})
+    for prompt in ("a hatsune_miku girl", "a hatsune miku girl"):
+        assert choose_concepts(prompt, versions).names == ("miku",)
+
+
 def test_a_trigger_inside_a_longer_one_names_nothing() -> None:
     chosen = choose_concepts("a sks tall man", known(short=("sks", "woman"), tall=("sks tall", "man")))
     assert chosen.names == ("tall",)
