@@ -32,7 +32,7 @@ def config_of(part: str) -> dict[str, Any]:
 
 
 GROUPS = {32: config_of("unet")["norm_num_groups"]}
-"""Of normalisations, by core's number."""
+"""Normalisations by core's number."""
 
 
 class Layers(comfy.ops.disable_weight_init):

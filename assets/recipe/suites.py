@@ -439,7 +439,7 @@ TRANSFORMER = Suite(
     f"merge\ntara\nregional\nswitch\ncomposite\n{FREE_DRAFT}",
     model="playground-flux",
 )
-"""Of the transformer of this world."""
+"""The suite of this world's transformer."""
 
 
 class SceneFile(NamedTuple):

@@ -124,7 +124,7 @@ class Draft(Settings):
         return limited(groups, self.limit)
 
     def check_concepts(self, concepts: Sequence[Described], prompts: Sequence[str] | None) -> None:
-        """Of several subjects, each LoRA needs trigger and class word, and every prompt names each by them."""
+        """Checks that LoRAs of several subjects have trigger and class word, and that every prompt names them."""
         subjects = [i for i, each in enumerate(concepts) if not each.concept.is_style]
         if len(subjects) < 2:
             return
