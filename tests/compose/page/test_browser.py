@@ -228,7 +228,7 @@ def test_two_boxes_are_drawn_dragged_and_moved_by_keys(page: Page, tmp_path: Pat
     settled(page)
     assert box(page, "robot") == [before[0], before[1] - 4, before[2], before[3] - 4]
     drag(page, (0.98, 0.05), (0.7, 0.35))  # on free ground: the robot anew
-    assert box(page, "robot") == pytest.approx([90, 6, 126, 45], abs=5)
+    assert box(page, "robot") == pytest.approx([SIZE * each for each in (0.7, 0.05, 0.98, 0.35)], abs=5)
     stage.locator('[aria-label^="Box of bear"]').focus()
     drag(page, (0.3, 0.5), (0.35, 0.5))
     assert box(page, "bear")[0] > 2
@@ -544,8 +544,9 @@ def test_on_a_narrow_screen_the_image_is_right_under_the_button(chromium: Browse
 def test_labels_of_boxes_are_not_over_each_other_and_the_image_is_under_them(page: Page) -> None:
     make(page)
     page.get_by_role("button", name="Arrange").click()
-    for label, value in (("Left", "66"), ("Right", "126")):
-        page.get_by_label(label, exact=True).first.fill(value)
+    left, _, right, _ = box(page, "robot")
+    for label, value in (("Left", left), ("Right", right)):
+        page.get_by_label(label, exact=True).first.fill(str(value))
         page.get_by_label(label, exact=True).first.press("Enter")
         settled(page)
     page.keyboard.press("Escape")
