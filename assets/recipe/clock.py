@@ -88,7 +88,7 @@ def train_for(minutes: float, denoiser: Denoiser, pool: Path, out: Path, images:
     """
     trainer, checkpoint = Clocked(denoiser), out.with_suffix(".state.pt")
     resume(trainer, checkpoint)
-    pictures = Pool(pool, shares(0), (seed, rank(), trainer.step))
+    pictures = Pool(pool, shares(0), (seed, trainer.step))
     losses: list[float] = []
     kept = saved = time.monotonic()
     for batch in pictures.batches(images * CELLS // ranks()):

@@ -62,13 +62,13 @@ class Pool:
     Args:
         folder: The pool.
         shares: Which share of the batches comes from which folder.
-        seed: Seed of the order.
+        seed: Seed of the order. All processes take a batch from the same folder, so that none waits for another.
     """
 
     LOOK = 50  # batches between two checks for new shards
 
     def __init__(self, folder: Path, shares: Mapping[str, float], seed: Sequence[int]) -> None:
-        self.folder, self.rng = folder, np.random.default_rng(seed)
+        self.folder, self.rng, self.of_all = folder, np.random.default_rng([*seed, rank()]), np.random.default_rng(seed)
         self.names = list(shares)
         self.mix(shares)
         self._read: set[Path] = set()
@@ -106,7 +106,7 @@ class Pool:
         while True:
             if done % self.LOOK == 0:
                 self.look()
-            name = self.names[self.rng.choice(len(self.names), p=self._shares)]
+            name = self.names[self.of_all.choice(len(self.names), p=self._shares)]
             latents, objects, captions = self._latents[name], self._objects[name], self.captions[name]
             number = max(1, round(cells / latents[0][0, 0].numel()))
             chosen = self.rng.integers(len(captions), size=number).tolist()

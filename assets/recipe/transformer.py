@@ -10,7 +10,7 @@ lies where (`hints.py`); Muon for the matrices of blocks, an average of the last
 dropped captions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -170,7 +170,6 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         seed: Seed of noise, times and dropped captions.
     """
 
-    # Not compiled: with PyTorch 2.13 on a CPU, in bf16, the gradients of close-ups are NaN.
     def __init__(self, base: StableDiffusionPipeline, lr: float, seed: int) -> None:
         self.teacher = Teacher(base)
         pipe = new_pipeline(base)
@@ -180,6 +179,9 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         self.clip: Any = pipe.text_encoder
         self.t5: Any = pipe.text_encoder_2
         self.routed = Routed(pipe.transformer)
+        # Blocks alone: where all of a step is compiled (PyTorch 2.13, CPU, bf16), gradients of close-ups are NaN.
+        for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
+            block.compile(dynamic=False)
 
     def loss(self, batch: Batch) -> Tensor:
         """The error of the velocity, and that of what lies where."""
@@ -187,8 +189,10 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         order = torch.randperm(clean.shape[2] * clean.shape[3] // 4, generator=rng)
         left_out = (torch.rand(len(clean), generator=rng) < NO_CAPTION).tolist()
         captions = ["" if out else text for text, out in zip(batch.captions, left_out, strict=True)]
-        words = _ids(self.pipe.tokenizer_2, captions, MAX_TOKENS)
-        clip_words = _ids(self.pipe.tokenizer, captions, self.pipe.tokenizer.model_max_length)
+        tokens = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
+        words = self.pipe.tokenizer_2(captions, **tokens).input_ids
+        # What follows a caption's end changes nothing of what CLIP says of it.
+        clip_words = self.pipe.tokenizer(captions, padding=True, truncation=True, return_tensors="pt").input_ids
         times = torch.rand(len(clean), generator=rng)
         times[::2] = times[::2].lerp(torch.ones(1), LAYOUT_FROM)
         noise = torch.randn(clean.shape, generator=rng)
@@ -208,10 +212,6 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
         parts = (self.pipe.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae)
         self.write(self.pipe, parts, out)
-
-
-def _ids(tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
-    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def _is_inner(name: str, weight: Tensor) -> bool:
