@@ -689,6 +689,7 @@ def test_samples_are_painted_and_change_nothing(begin: Callable[..., Training], 
     [
         ({"class_word": "Sks"}, "the trigger and the class word are both 'sks'"),
         ({"trigger": "sks cat"}, "holds the class word 'cat'; give the rare word alone"),
+        ({"trigger": "sks_cat"}, "holds the class word 'cat'; give the rare word alone"),
         ({"trigger": "  "}, "need letters"),
         ({"out": Path("cat.bin")}, r"must end with \.safetensors"),
         ({"prompt": "a {name}"}, r"has \{name\}; there are \{trigger\}"),

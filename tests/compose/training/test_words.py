@@ -122,6 +122,18 @@ def test_a_caption_about_the_class_has_the_class_word_in_place_of_the_concept(
     assert class_caption(caption, SKS) == about_the_class
 
 
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_tag_of_trigger_and_class_word_is_both(tokenizer: CLIPTokenizer, clean: bool) -> None:
+    caption = "1girl, sks_cat, a cat"
+    found = find(tokenizer, caption, clean=clean)
+    assert tokens(tokenizer, caption, found.trigger) == "sks"
+    assert [tokens(tokenizer, found.class_caption, it.noun) for it in found.occurrences] == ["cat"]
+    assert found.class_caption == ("1girl, cat, a cat" if clean else caption)
+    assert class_caption(caption, SKS) == "1girl, cat, a cat"
+    if not clean:
+        assert found.occurrences[0].noun[0] == found.trigger[-1] + 2, "the underscore is between them"
+
+
 def test_class_captions_must_not_name_the_concept() -> None:
     check_class_caption("a cat", SKS)
     with pytest.raises(DataError, match="has the trigger 'sks'"):
