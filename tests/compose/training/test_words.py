@@ -57,6 +57,18 @@ def test_triggers_and_class_words_of_several_tokens(tokenizer: CLIPTokenizer) ->
     assert tokens(tokenizer, caption, found.noun) == "wooden floor"
 
 
+def test_a_trigger_of_three_words_is_found_whole(tokenizer: CLIPTokenizer) -> None:
+    concept = Concept(name="it", trigger="alc blue coat", class_word="woman")
+    caption = "an alc blue coat woman and a blue coat"
+    for clean, without in ((False, caption), (True, "an woman and a blue coat")):
+        found = find(tokenizer, caption, concept, clean=clean)
+        assert tokens(tokenizer, caption, found.trigger) == "alc blue coat"
+        assert found.class_caption == without
+        assert tokens(tokenizer, without, found.occurrences[0].noun) == "woman"
+    with pytest.raises(DataError, match="lacks the trigger 'alc blue coat'"):
+        find(tokenizer, "an alc coat woman", concept)
+
+
 def test_the_clean_caption_lacks_the_trigger_and_has_the_same_class_word(tokenizer: CLIPTokenizer) -> None:
     caption = "a cat beside a sks cat and a sks cat"
     found = find(tokenizer, caption, clean=True)
