@@ -26,6 +26,11 @@ def _scaled(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (grouped / size).round().flatten(-2), size.squeeze(-1)
 
 
+def fits(layer: nn.Linear) -> bool:
+    """Whether its numbers can be packed: two inputs, and of AWQ four outputs, in one."""
+    return layer.in_features % 2 == 0 and layer.out_features % 4 == 0
+
+
 class _Packed(nn.Module):
     """Groups of the inputs of a linear layer, with fewer numbers where it has few."""
 
