@@ -355,8 +355,9 @@ def _check_style(concept: Concept) -> None:
 def with_bare_trigger(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a concept whose trigger lacks the class word at its end: "alc" of "alc woman" and of "alc_woman"."""
     trigger, noun = fields.get("trigger"), fields.get("class_word")
-    words = isinstance(trigger, str) and isinstance(noun, str)
-    return {**fields, "trigger": without_ending(trigger, noun)} if words else dict(fields)
+    if isinstance(trigger, str) and isinstance(noun, str):
+        return {**fields, "trigger": without_ending(trigger, noun)}
+    return dict(fields)
 
 
 def head_noun_of(class_word: str | None) -> str:

@@ -155,7 +155,7 @@ class _Triggers:
     """The places of the concepts' triggers in a prompt, and of class words that a tag joins to them."""
 
     def __init__(self, prompt: str, every: tuple[Words, ...]) -> None:
-        spans = sorted((span, name) for name, *words in every for span in _found(*words, prompt))
+        spans = sorted((span, name) for name, trigger, noun in every for span in _found(trigger, noun, prompt))
         self._names = [name for _, name in spans]
         self._starts = [start for (start, _), _ in spans]
         self._ends = list(accumulate((end for (_, end), _ in spans), max))  # the furthest of those that have begun
