@@ -1,9 +1,11 @@
 """From which joint change of several LoRAs images break: a table for the guard against overload.
 
-PYTHONPATH=assets python -m recipe.overload
+    PYTHONPATH=assets python -m recipe.overload
+    PYTHONPATH=assets python -m recipe.overload --steps 4 --guidance 1
 
 One, two and three LoRAs are merged into the transformer with equal weights, scaled so that their joint change is a
-given multiple of the largest alone (`joint_change`). Each subject is then asked for by itself, in few steps.
+given multiple of the largest alone (`joint_change`). Each subject is then asked for by itself. The second line is for
+the thresholds of calls in few steps without guidance, `WARNED_IN_FEW_STEPS` and `HELD_IN_FEW_STEPS`.
 """
 
 import logging
@@ -32,11 +34,13 @@ from lora_compose.compose.playground.assets import (
 )
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.concepts.overload import joint_change
+from lora_compose.pipelines.concepts.overload import HELD_IN_FEW_STEPS, WARNED_IN_FEW_STEPS, joint_change
 from lora_compose.pipelines.families import ComposePipeline
 
 GUIDANCE = 4.0
 RATIOS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+UNGUIDED = (0.0, HELD_IN_FEW_STEPS, WARNED_IN_FEW_STEPS, 0.71, 1.0, 1.41, 2.0)
+"""Joint changes without guidance: of two LoRAs that are unrelated, at weight 0, 0.3, 0.35, 0.5, 0.71, 1 and 1.41."""
 SIZES = (1, 2, 3)  # LoRAs at once
 
 
@@ -68,12 +72,18 @@ def merged(model: nn.Module, loras: Sequence[Lora], weight: float) -> Iterator[N
                 model.get_submodule(name).get_parameter("weight").copy_(kept)
 
 
-def images(pipe: Any, prompt: str, steps: int, seeds: int) -> list[Any]:
+def subjects(pipe: Any, names: Sequence[str], nouns: Sequence[str]) -> list[str]:
+    """Of the LoRAs those of subjects that a detector knows by their class words, without those for token masks."""
+    every = ((name, pipe.resolve_concepts([name])[0]) for name in names)
+    return [name for name, it in every if it.concept.class_word in nouns and it.trained_with != "tara"]
+
+
+def images(pipe: Any, prompt: str, steps: int, guidance: float, seeds: int) -> list[Any]:
     """Images without concepts, one for each seed."""
     width, height = pipe.own_size
     return pipe(
         [prompt] * seeds, num_inference_steps=steps, width=width, height=height,
-        generator=[torch.Generator().manual_seed(seed) for seed in range(seeds)], **pipe.guided(GUIDANCE, None),
+        generator=[torch.Generator().manual_seed(seed) for seed in range(seeds)], **pipe.guided(guidance, None),
     ).images  # fmt: skip
 
 
@@ -105,24 +115,28 @@ def main(
     ratios: Annotated[list[float] | None, typer.Option("--ratio", help="Joint changes, repeatable.")] = None,
     sizes: Annotated[list[int] | None, typer.Option("--loras", help="How many LoRAs at once, repeatable.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 8,
+    guidance: Annotated[float, typer.Option(min=1, help="1 is none.")] = GUIDANCE,
     seeds: Annotated[int, typer.Option(min=1, help="Images of each subject.")] = 2,
 ) -> None:
-    """Makes images of single subjects at joint changes up to three times that of one LoRA, and counts what is left."""
+    """Makes images of single subjects at joint changes up to some times that of one LoRA, and counts what is left."""
     pipe: Any = ComposePipeline.from_pretrained(playground_model(PLAYGROUND_FLUX), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    names = playground_loras(PLAYGROUND_FLUX)
-    for name in names:
+    for name in playground_loras(PLAYGROUND_FLUX):
         pipe.load_concept(playground_lora(name, PLAYGROUND_FLUX), name)
     suite = read_suite(PLAYGROUND_FLUX)
     assert isinstance(suite.detector, WindowsConfig)
     encoder = load_encoder(suite.encoder)
     detector = WindowDetector(encoder, suite.detector.vocabulary)
+    names = subjects(pipe, playground_loras(PLAYGROUND_FLUX), suite.detector.vocabulary)
     references = {
         name: encoder.images([reference_crop(path) for path in playground_references(name, PLAYGROUND_FLUX)])
         for name in names
     }
     wanted = [
-        (size, ratio, group) for size in sizes or SIZES for ratio in ratios or RATIOS for group in groups(names, size)
+        (size, ratio, group)
+        for size in sizes or SIZES
+        for ratio in ratios or (RATIOS if guidance > 1 else UNGUIDED)
+        for group in groups(names, size)
     ]
     measured: dict[tuple[int, float], list[tuple[int, float]]] = defaultdict(list)
     with bar("making images", len(wanted)) as on_progress:
@@ -130,11 +144,13 @@ def main(
             loaded = pipe.resolve_concepts(group)
             subject = loaded[0].concept
             with merged(pipe.transformer, [one.lora for one in loaded], weight_for(loaded, ratio)):
-                made = images(pipe, f"a {subject.trigger} {subject.class_word} on grass", steps, seeds)
+                made = images(pipe, f"a {subject.trigger} {subject.class_word} on grass", steps, guidance, seeds)
             for image in made:
                 found = likeness(image, subject.class_word, detector, encoder, references[group[0]])
                 measured[size, ratio].append(found)
             on_progress(done)
+    how = f"guidance {guidance:g}" if guidance > 1 else "no guidance"
+    echo(f"{steps} steps, {how}; {len(names)} subjects, {seeds} images of each in every cell\n")
     for line in table(measured):
         echo(line)
 

@@ -33,7 +33,7 @@ from lora_compose.pipelines.text.emphasis import plain_text
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
-from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate, special_tokens
+from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_trigger, locate, special_tokens
 
 _T = TypeVar("_T")
 
@@ -186,7 +186,7 @@ def _located(tokenizer: Any, prompt: str, concepts: Sequence[Concept], problems:
 
 def _is_named(concept: Concept, prompt: str) -> bool:
     """Whether the prompt has, or has to have, the trigger of a concept."""
-    return concept.prompt is None or bool(find_words(concept.trigger or "", prompt))
+    return concept.prompt is None or bool(find_trigger(concept, prompt))
 
 
 def _place(planned: PlannedConcept) -> Positions | None:

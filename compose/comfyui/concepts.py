@@ -215,7 +215,7 @@ def _unnamed(concepts: Sequence[Concept], text: str, named: Sequence[Concept]) -
 def _is_named(concept: Concept, text: str, named: Sequence[Concept]) -> bool:
     if concept.is_bystander:
         return bool(own_nouns(concept, text, named))
-    return bool(find_words(concept.trigger or concept.class_word or "", text))
+    return bool(find_words(concept.trigger or concept.class_word or "", text, concept.class_word))
 
 
 def _lacking(subjects: Sequence[Concept]) -> str:
@@ -439,9 +439,9 @@ class ComposeRequest:
             for phrase, which in phrases.items():
                 if not phrase:
                     continue
+                scene = self.concepts[i].scene
                 try:
-                    gate[find_tokens(self.clip, text, phrase, tokens, which), i] = 1
+                    gate[find_tokens(self.clip, text, phrase, tokens, which, scene.class_word), i] = 1
                 except ValueError as error:
-                    scene = self.concepts[i].scene
                     raise ValueError(f"{scene.name}: {error}: {scene.phrase!r}") from error
         return gate

@@ -19,7 +19,9 @@ def tokens_of(text: Tensor, options: Mapping[str, Any]) -> int:
     return text.shape[1] if ids is None else ids.shape[-1]
 
 
-def find_tokens(clip: Any, text: str, words: str, tokens: int, which: Collection[int] | None = None) -> list[int]:
+def find_tokens(
+    clip: Any, text: str, words: str, tokens: int, which: Collection[int] | None = None, before: str | None = None
+) -> list[int]:
     """The positions of words among the tokens of a text, as its conditioning has them.
 
     Weights in brackets are parsed, and texts are cut into parts, as ComfyUI does it.
@@ -29,6 +31,7 @@ def find_tokens(clip: Any, text: str, words: str, tokens: int, which: Collection
         words: For example a trigger.
         tokens: How many tokens the conditioning has; those of a chat template may be cut off in front of it.
         which: Indices of the occurrences that are meant; None is all.
+        before: As for `find_words`.
 
     Raises:
         ValueError: If the words are not in the text, or are joined to other signs there.
@@ -43,7 +46,7 @@ def find_tokens(clip: Any, text: str, words: str, tokens: int, which: Collection
     cut = max(0, len(every) - tokens)
     read = [(place - cut, number) for place, number in read[front : len(read) - back] if place >= cut]
     numbers, plain = tuple(number for _, number in read), read_weights(text).text
-    spans = find_words(words, plain)
+    spans = find_words(words, plain, before)
     # As the text spells them, since not all tokenizers ignore case; to some, the space before a word is a part of it.
     spelled = {f"{space}{plain[slice(*span)]}" for span in spans for space in ("", " ")}
     forms = sorted({_plain(inner, said) for said in spelled} - {()}, key=len)

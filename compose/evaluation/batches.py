@@ -13,7 +13,7 @@ from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.formats.files import LoraError, trained_with
 from lora_compose.pipelines.scene.scene import Concept, Region, Run, Scene
 from lora_compose.pipelines.scene.sources import shown
-from lora_compose.pipelines.text.tokens import find_words
+from lora_compose.pipelines.text.tokens import find_words, past
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,6 @@ def method_alone(lora: str) -> str:
 def without_triggers(prompt: str, concepts: Sequence[SuiteConcept]) -> str:
     """The prompt with the triggers of some concepts removed: "a sks cat" becomes "a cat"."""
     for concept in concepts:
-        for start, end in reversed(find_words(concept.trigger, prompt)):
-            prompt = prompt[:start] + prompt[end:].lstrip()
+        for start, end in reversed(find_words(concept.trigger, prompt, concept.class_word)):
+            prompt = prompt[:start] + prompt[past(prompt, end) :].lstrip()
     return re.sub(r"\s+", " ", prompt).strip()

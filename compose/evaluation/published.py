@@ -164,7 +164,7 @@ def _check_alone(name: str, alone: Alone, suite: Suite) -> None:
     concepts = [concept for concept in suite.concepts if concept.references == name]
     if len(concepts) != 1:
         raise ValueError(f"the references {name!r} are those of {len(concepts)} concepts; one has to name them")
-    if not find_words(concepts[0].trigger, alone.prompt):
+    if not find_words(concepts[0].trigger, alone.prompt, concepts[0].class_word):
         raise ValueError(f"references {name!r}: the prompt does not have the trigger {concepts[0].trigger!r}")
     if both := sorted({*alone.seeds} & {*suite.seeds}):
         raise ValueError(f"references {name!r}: the seed {both[0]} is one of the suite's; choose others")

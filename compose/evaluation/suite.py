@@ -279,7 +279,7 @@ def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
         raise ValueError(f"{where} has no regions and the suite has no detector, so its concepts cannot be located")
     for name in scene.concepts:
         concept = suite.concept(name)
-        if not find_words(concept.trigger, scene.prompt):
+        if not find_words(concept.trigger, scene.prompt, concept.class_word):
             raise ValueError(f"{where}: the prompt does not name {name!r} by its trigger {concept.trigger!r}")
 
 

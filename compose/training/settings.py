@@ -14,6 +14,7 @@ from lora_compose.compose.playground.words import WORDS
 from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.words import spaced
 from lora_compose.pipelines.text.tokens import find_words
 
 Scope = Literal["cross_kv", "attention", "transformer", "convolutions"]
@@ -197,10 +198,10 @@ class Training(Frozen):
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
-        trigger, noun = " ".join(self.trigger.split()), " ".join(self.class_word.split())
+        trigger, noun = spaced(self.trigger), spaced(self.class_word)
         if not trigger or not noun:
             raise ValueError("the trigger and the class word need letters")
-        if trigger.lower() == noun.lower():
+        if trigger == noun:
             raise ValueError(
                 f"the trigger and the class word are both {trigger!r}; choose a rare trigger such as 'sks'"
             )

@@ -15,9 +15,10 @@ from lora_compose.pipelines.text.tokens import (
     Mention,
     Tokenizer,
     class_words,
-    find_words,
+    find_trigger,
     free_nouns,
     locate_mention,
+    past,
     span_positions,
 )
 
@@ -82,7 +83,7 @@ def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, cl
         try:
             trigger = tuple(span_positions(tokenizer, caption, span, concept))
             mention = None if noun is None else Mention((), which=(nouns.index(noun),))
-            at = locate_mention(tokenizer, without, concept, mention, []) if mention and needed else ()
+            at = locate_mention(tokenizer, without, concept, mention, [concept]) if mention and needed else ()
         except ValueError as error:
             raise DataError(str(error)) from error
         _check_known(tokenizer, caption, trigger, concept)
@@ -91,8 +92,8 @@ def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, cl
 
 
 def _without_trigger(caption: str, concept: Concept) -> str:
-    for start, end in reversed(find_words(concept.trigger or "", caption)):
-        caption = caption[:start] + caption[end:].lstrip()
+    for start, end in reversed(find_trigger(concept, caption)):
+        caption = caption[:start] + caption[past(caption, end) :].lstrip()
     return caption
 
 
@@ -100,7 +101,7 @@ def class_caption(caption: str, concept: Concept) -> str:
     """A caption about the class: without the trigger where a class word follows it, with the class word otherwise."""
     caption = unicodedata.normalize("NFC", caption)
     for (start, end), noun in reversed(class_words(concept, caption, [concept])):
-        rest = caption[end:]
+        rest = caption[past(caption, end) :]
         caption = caption[:start] + (rest.lstrip() if noun else f"{concept.class_word}{rest}")
     return caption
 
@@ -122,7 +123,7 @@ def check_class_caption(caption: str, concept: Concept) -> None:
     Raises:
         DataError: If it does.
     """
-    if find_words(concept.trigger or "", caption):
+    if find_trigger(concept, caption):
         raise DataError(
             f"the caption {caption!r} of a class image has the trigger {concept.trigger!r}; class images show what "
             "the concept is not"

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from lora_compose.pipelines.support.words import parts_of, spaced, without_ending
+
 _MOST = 5  # candidates from captions
 _MANY = 200  # the most characters of a candidate
 _LONG = 4  # words of a tag; a longer one is a sentence
@@ -176,8 +178,8 @@ def words_of(metadata: Mapping[str, str], bundled: Iterable[str] = ()) -> Words:
         trigger, where = " ".join(own), "its bundled words"
     elif named:
         trigger, where = named, captions.named_by
-    if trigger and not noun and not own:
-        trigger, noun = divided(trigger)
+    if trigger and not own:
+        trigger, noun = (without_ending(trigger, noun), noun) if noun else divided(trigger)
     nouns = tuple(Candidate(word, _in_captions(count)) for word, count in captions.nouns())
     return Words(trigger, noun, where, tuple(first.values()), nouns)
 
@@ -188,10 +190,11 @@ def is_usual_noun(word: str) -> bool:
 
 
 def divided(phrase: str) -> tuple[str, str | None]:
-    """Trigger and class word of a phrase that ends with a usual class word: "ohwx man" is ("ohwx", "man")."""
-    before, _, last = phrase.strip().rpartition(" ")
-    before = before.strip(" ,")
-    return (before, last) if before and is_usual_noun(last) else (phrase.strip(), None)
+    """Trigger and class word of a phrase that ends with a usual class word: ("ohwx", "man") of "ohwx_man"."""
+    phrase = phrase.strip()
+    last = parts_of(phrase)[-1]
+    before = without_ending(phrase, last)
+    return (before, last) if before not in ("", phrase) and is_usual_noun(last) else (phrase, None)
 
 
 @dataclass(frozen=True)
@@ -253,13 +256,13 @@ class _Captions:
             return None
         (name,) = self.folders
         trigger, noun = divided(name)
-        if _spaced(trigger) in _NOUNS | _GENERAL:
+        if spaced(trigger) in _NOUNS | _GENERAL:
             return None
         every = self._tags()
         if not every:
             return name if noun else None
-        has = re.compile(rf"(?<!\w){re.escape(_spaced(trigger))}(?!\w)")
-        captions = sum(count for tag, count in every.items() if has.search(_spaced(tag)))
+        has = re.compile(rf"(?<!\w){re.escape(spaced(trigger))}(?!\w)")
+        captions = sum(count for tag, count in every.items() if has.search(spaced(tag)))
         whole = self.images or max(every.values())
         if captions < _HALF * whole:
             return None
@@ -269,15 +272,15 @@ class _Captions:
 
     def has(self, tag: str) -> bool:
         """Whether captions have a tag."""
-        return any(_spaced(known) == _spaced(tag) for known in self._tags())
+        return any(spaced(known) == spaced(tag) for known in self._tags())
 
     def ranked(self) -> list[tuple[str, int]]:
         """Tags by how many captions have them, those that say little last; of sentences, their words."""
         every = self._tags()
-        if every and all(len(tag.split()) > _LONG for tag in every):
+        if every and all(len(parts_of(tag)) > _LONG for tag in every):
             every = self._spelled(lambda word: word not in _STOP and len(word) > 1)
         general = _NOUNS | _GENERAL
-        return sorted(every.items(), key=lambda item: (_spaced(item[0]) in general, -item[1]))
+        return sorted(every.items(), key=lambda item: (spaced(item[0]) in general, -item[1]))
 
     def nouns(self) -> list[tuple[str, int]]:
         """Usual class words in the captions, the most frequent first."""
@@ -288,7 +291,7 @@ class _Captions:
         spellings: dict[str, dict[str, int]] = {}
         for counts in self.counts.values():
             for tag, count in counts.items():
-                mine = spellings.setdefault(tag.replace("_", " "), {})
+                mine = spellings.setdefault(spaced(tag), {})
                 mine[tag] = mine.get(tag, 0) + count
         return {max(mine, key=mine.__getitem__): sum(mine.values()) for mine in spellings.values()}
 
@@ -309,8 +312,8 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 def _begins(tag: str, name: str) -> bool:
     """Whether a tag of few words begins with the name of a folder: "saber (fate)" with "saber"."""
-    long = len(tag.split()) > _LONG
-    return not long and re.match(rf"{re.escape(_spaced(name))}(?!\w)", _spaced(tag)) is not None
+    long = len(parts_of(tag)) > _LONG
+    return not long and re.match(rf"{re.escape(spaced(name))}(?!\w)", spaced(tag)) is not None
 
 
 def _declared(metadata: Mapping[str, str], captions: _Captions) -> Iterator[Candidate]:
@@ -341,11 +344,6 @@ def _is_regular(subset: Mapping[str, Any]) -> bool:
 def _text(entry: Mapping[str, Any], key: str) -> str:
     value = entry.get(key)
     return value.strip() if isinstance(value, str) else ""
-
-
-def _spaced(tag: str) -> str:
-    """A tag in small letters, with spaces for underscores."""
-    return tag.replace("_", " ").lower()
 
 
 def _of_onetrainer(metadata: Mapping[str, str]) -> Iterator[Candidate]:

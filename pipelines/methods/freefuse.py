@@ -45,7 +45,7 @@ from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_trigger
-from lora_compose.pipelines.text.tokens import find_words, own_nouns
+from lora_compose.pipelines.text.tokens import find_trigger, own_nouns
 
 Words = Literal["class_word", "phrase"]
 
@@ -134,7 +134,7 @@ def _is_named(subject: Concept, prompt: str, subjects: Sequence[Concept]) -> boo
     """Whether a prompt has the words of a subject."""
     if subject.is_bystander:
         return bool(own_nouns(subject, prompt, subjects))
-    return bool(find_words(subject.trigger or "", prompt))
+    return bool(find_trigger(subject, prompt))
 
 
 def _wordless(lacking: Sequence[Described], prompts: Sequence[str]) -> ValueError:

@@ -46,7 +46,7 @@ from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn_once
-from lora_compose.pipelines.text.tokens import find_words, own_nouns
+from lora_compose.pipelines.text.tokens import find_trigger, own_nouns
 
 Texts = Literal["auto", "shared", "regions"]
 
@@ -191,4 +191,4 @@ def _unnamed(session: Session) -> list[str]:
 def _is_named(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> bool:
     if concept.is_bystander:
         return bool(own_nouns(concept, prompt, concepts))
-    return bool(find_words(concept.trigger or "", prompt))
+    return bool(find_trigger(concept, prompt))

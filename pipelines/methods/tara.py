@@ -37,7 +37,7 @@ from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_trigger
-from lora_compose.pipelines.text.tokens import find_words
+from lora_compose.pipelines.text.tokens import find_trigger
 
 CfgMask = Literal["cond_only", "broadcast"]
 Scope = Literal["all", "cross_kv"]
@@ -88,7 +88,7 @@ class Tara(Settings):
         for each in concepts:
             if prompts is None or _everywhere(each) or each.concept.is_bystander:
                 continue
-            if not all(find_words(each.concept.trigger or "", prompt) for prompt in prompts):
+            if not all(find_trigger(each.concept, prompt) for prompt in prompts):
                 raise _unnamed(each)
 
     def start(self, session: Session) -> FixedPasses:

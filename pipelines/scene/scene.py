@@ -23,6 +23,7 @@ from lora_compose.pipelines.scene.mask_images import URI_PREFIX, Box, is_fractio
 from lora_compose.pipelines.scene.sources import LoraFiles, weighted
 from lora_compose.pipelines.scene.strength import Weight, check_sane, read_blocks, read_weight
 from lora_compose.pipelines.support.field_errors import FieldError
+from lora_compose.pipelines.support.words import spaced, without_ending
 
 
 class _Frozen(BaseModel):
@@ -352,19 +353,16 @@ def _check_style(concept: Concept) -> None:
 
 
 def with_bare_trigger(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a concept whose trigger does not end with the class word: of "alc woman" the woman is taken off."""
+    """Fields of a concept whose trigger lacks the class word at its end: "alc" of "alc woman" and of "alc_woman"."""
     trigger, noun = fields.get("trigger"), fields.get("class_word")
     if isinstance(trigger, str) and isinstance(noun, str):
-        words, last = trigger.split(), noun.lower().split()
-        if last and len(words) > len(last) and [word.lower() for word in words[-len(last) :]] == last:
-            return {**fields, "trigger": " ".join(words[: -len(last)]).rstrip(" ,")}
+        return {**fields, "trigger": without_ending(trigger, noun)}
     return dict(fields)
 
 
 def head_noun_of(class_word: str | None) -> str:
-    """The last word of a class word, in lower case: "cat" of "old cat"; empty without one."""
-    words = (class_word or "").lower().split()
-    return words[-1] if words else ""
+    """The last word of a class word, in lower case: "cat" of "old cat" and of "old_cat"; empty without one."""
+    return spaced(class_word or "").rpartition(" ")[2]
 
 
 ConceptNames = Sequence[str | Concept | Mapping[str, Any]] | Mapping[str, Any]

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.spelling import shortened
+from lora_compose.pipelines.support.words import spaced
 from lora_compose.pipelines.text.missing import missing_noun
 from lora_compose.pipelines.text.prompts import without_triggers
-from lora_compose.pipelines.text.tokens import Mention, free_nouns, own_nouns, spaced
+from lora_compose.pipelines.text.tokens import Mention, free_nouns, own_nouns
 
 
 @dataclass(frozen=True)

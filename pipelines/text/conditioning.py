@@ -13,7 +13,7 @@ from lora_compose.pipelines.text.tokens import (
     Mention,
     Tokenizer,
     check_disjoint,
-    find_words,
+    find_trigger,
     locate,
     locate_mention,
     own_nouns,
@@ -259,7 +259,7 @@ class TokenMasks:
         wanted = [c for c in concepts if c.trigger and (names is None or c.name in names)]
         trigger, phrase = [], []
         for prompt, mentioned in zip(prompts, mentions or [{}] * len(prompts), strict=True):
-            named = [c for c in wanted if c.name not in optional or find_words(c.trigger or "", prompt)]
+            named = [c for c in wanted if c.name not in optional or find_trigger(c, prompt)]
             positions = {concept.name: locate(tokenizer, prompt, concept, concepts) for concept in named}
             check_disjoint(named, list(positions.values()), prompt)
             trigger.append([positions[c.name].trigger if c.name in positions else () for c in concepts])

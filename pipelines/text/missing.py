@@ -8,7 +8,7 @@ from typing import Protocol
 from lora_compose.pipelines.formats.triggers import Candidate, Words, divided, is_usual_noun
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn
-from lora_compose.pipelines.text.tokens import find_words
+from lora_compose.pipelines.text.tokens import find_trigger, find_words
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def missing_words(described: Described, prompt: str) -> str:
         return missing_trigger(described, [prompt])
     if not noun and (last := divided(trigger)[1]):
         give = _give(name, "class_word", [Candidate(last, "in the trigger")], last)
-        there = "the prompt stays as it is" if find_words(trigger, prompt) else f"write {trigger!r} in the prompt"
+        there = "the prompt stays as it is" if find_trigger(concept, prompt) else f"write {trigger!r} in the prompt"
         return f"{name} has no class word of its own, but a trigger that ends with one: {give}; {there}"
     if not noun:
         after = [*_after(trigger, prompt), *_in_prompt_first(described.words.class_words, [prompt])]
@@ -45,7 +45,7 @@ def missing_words(described: Described, prompt: str) -> str:
             f"{name} has no class word: {_give(name, 'class_word', after, 'cat')}, and write it after {trigger!r}"
             + (_listed(after))
         )
-    if not find_words(trigger, prompt):
+    if not find_trigger(concept, prompt):
         return f"the prompt lacks {trigger!r}, the trigger of {name}: write {concept.phrase!r}"
     return f"the prompt has {trigger!r} without {noun!r} after it: write {concept.phrase!r}"
 

@@ -7,7 +7,17 @@ from functools import lru_cache
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.spelling import shortened
 from lora_compose.pipelines.text.emphasis import replaced, substituted
-from lora_compose.pipelines.text.tokens import Span, Words, find_words, free_nouns, own_nouns, pairs_of, words_of
+from lora_compose.pipelines.text.tokens import (
+    Span,
+    Words,
+    find_trigger,
+    find_words,
+    free_nouns,
+    own_nouns,
+    pairs_of,
+    past,
+    words_of,
+)
 
 _LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|her|its|our|their))?\s*$", re.IGNORECASE)
 """Words before a list of concepts that have no meaning without it: "a photo of a"."""
@@ -19,8 +29,8 @@ _ARTICLE = re.compile(r"\b(an?)\s+$", re.IGNORECASE)
 def without_triggers(prompt: str, concepts: Sequence[Concept]) -> str:
     """The prompt in plain words: "an alc woman and a zwx dog" becomes "a woman and a dog"."""
     for concept in concepts:
-        for start, end in reversed(find_words(concept.trigger or "", prompt)):
-            before, after = prompt[:start], prompt[end:]
+        for start, end in reversed(find_trigger(concept, prompt)):
+            before, after = prompt[:start], prompt[past(prompt, end) :]
             nouns = find_words(concept.class_word or "", after)
             if nouns and not after[: nouns[0][0]].strip() and after[nouns[0][0]].lower() != "u":  # "an umbrella"
                 before = _with_article(before, "an" if after[nouns[0][0]].lower() in "aeio" else "a")
@@ -37,7 +47,7 @@ def surroundings(prompt: str, concepts: Sequence[Concept], others: Sequence[Conc
     """
     start, end = _list_of(words_of(concepts), prompt)
     bare = _tidy(substituted(_LEADING_UP, "", prompt[:start]) + " " + prompt[end:]) if end else prompt
-    kept = all(find_words(other.trigger or "", bare) for other in others)
+    kept = all(find_trigger(other, bare) for other in others)
     return bare if kept else without_triggers(prompt, concepts)
 
 

@@ -12,7 +12,8 @@ from unicodedata import normalize
 
 from lora_compose.pipelines.concepts.tags import take_tags
 from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.text.tokens import Span, class_words, find_words, spaced
+from lora_compose.pipelines.support.words import spaced
+from lora_compose.pipelines.text.tokens import Span, class_words, find_trigger, find_words
 
 _ALIKE = 0.75
 """Two words with at least this share of letters in common, in order, may be the same word mistyped."""
@@ -101,7 +102,7 @@ def _without_versions(
 
 def _by_trigger(prompt: str, known: Mapping[str, Concept]) -> dict[str, Span]:
     """The first occurrence of each trigger in the prompt that is not inside a longer trigger."""
-    spans = {name: find_words(concept.trigger or "", prompt) for name, concept in known.items()}
+    spans = {name: find_trigger(concept, prompt) for name, concept in known.items()}
     all_spans = [span for places in spans.values() for span in places]
     outermost = {name: [span for span in places if not _inside(span, all_spans)] for name, places in spans.items()}
     groups: dict[str, list[str]] = {}
@@ -135,7 +136,7 @@ def _by_class_word(
     """Where class words stand that belong to no trigger and to one concept; and notes on those of several."""
     named = [known[name] for name in taken]
     owned = {noun for concept in named for _, noun in class_words(concept, prompt, named)}
-    triggers = [span for concept in named for span in find_words(concept.trigger or "", prompt)]
+    triggers = [span for concept in named for span in find_trigger(concept, prompt)]
     groups: dict[str, list[str]] = {}
     for name, concept in known.items():
         if concept.class_word:

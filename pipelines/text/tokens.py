@@ -19,14 +19,13 @@ from torch import Tensor
 
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.spelling import shortened
+from lora_compose.pipelines.support.words import ending, parts_of, spaced, unescaped
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, Span
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 _BRACKET = re.compile(r"\\[()\[\]]")  # in a pattern of `re.escape`
-_ESCAPED = re.compile(r"\\([()\[\]])")
 _EDGES = "()[]\\"
 _LETTERS = re.compile(r"[^\W_]+")
-_BETWEEN = re.compile(r"(?<=[^\s_])[\s_]+(?=[^\s_])")  # between the words of a tag: "hatsune_miku"
 
 
 class Tokenizer(Protocol):
@@ -60,13 +59,40 @@ class Positions:
         return tuple(sorted({*self.trigger, *self.class_word}))
 
 
-def find_words(words: str, prompt: str) -> list[tuple[int, int]]:
+def find_words(words: str, prompt: str, before: str | None = None) -> list[Span]:
     """Character spans of whole words in a prompt, ignoring case and spacing.
 
     Words that are not there as they are written are found with spaces for underscores, or the other way round: booru
     tags have both spellings.
+
+    Args:
+        before: A class word. In a tag of both, "ohwx_man", the words before it are found as well.
     """
-    return list(_find_words(words, prompt))
+    return list(_found(words, before, prompt))
+
+
+def find_trigger(concept: Concept, prompt: str) -> list[Span]:
+    """Character spans of a concept's trigger in a prompt, as `find_words` finds them before its class word."""
+    return list(_found(concept.trigger, concept.class_word, prompt))
+
+
+def past(prompt: str, end: int) -> int:
+    """Where a prompt goes on after a word: in a tag, "ohwx_man", underscores belong to none."""
+    return next((i for i in range(end, len(prompt)) if prompt[i] != "_"), len(prompt))
+
+
+def _found(words: str | None, before: str | None, prompt: str) -> Sequence[Span]:
+    alone, in_tags = _find_words(words or "", prompt), _in_tags(words, before, prompt)
+    return sorted({*alone, *in_tags}) if in_tags else alone
+
+
+def _in_tags(trigger: str | None, class_word: str | None, prompt: str) -> dict[Span, Span]:
+    """Where tags of a trigger and its class word have the one and the other: "ohwx" and "man" of "ohwx_man"."""
+    if "_" not in prompt or not trigger or not class_word:
+        return {}
+    tags = _find_words(f"{trigger.strip()}_{class_word.strip()}", prompt)
+    cuts = ((start, end, ending(prompt[start:end], class_word)) for start, end in tags)
+    return {(start, start + cut[0]): (start + cut[1], end) for start, end, cut in cuts if cut}
 
 
 @lru_cache(maxsize=1024)  # every concept of a call asks where the words of all others are
@@ -75,7 +101,7 @@ def _find_words(words: str, prompt: str) -> tuple[tuple[int, int], ...]:
     # Of thousands of stored concepts few are in a prompt: letters are compared before a pattern is made.
     if words.isascii() and not all(letters in prompt.lower() for letters in _LETTERS.findall(words.lower())):
         return ()
-    return _spans(words, words.split(), r"\s+", prompt) or _spans(words, _BETWEEN.split(words), r"(?:\s+|_+)", prompt)
+    return _spans(words, words.split(), r"\s+", prompt) or _spans(words, parts_of(words), r"(?:\s+|_+)", prompt)
 
 
 def _spans(words: str, parts: Sequence[str], between: str, prompt: str) -> tuple[tuple[int, int], ...]:
@@ -87,18 +113,6 @@ def _spans(words: str, parts: Sequence[str], between: str, prompt: str) -> tuple
     matches = re.finditer(before + pattern + after, prompt, re.IGNORECASE) if pattern else ()
     # To `re` the long s is an s, to tokenizers it is another letter.
     return tuple(match.span() for match in matches if spaced(match[0]) == spaced(words))
-
-
-def spaced(words: str) -> str:
-    """Words in small letters, with single spaces and no signs of weights: the same for all spellings of a booru tag."""
-    if words.isalnum():  # thousands of stored concepts have one word
-        return words.lower()
-    return " ".join(_BETWEEN.split(unescaped(words).strip().lower()))
-
-
-def unescaped(text: str) -> str:
-    r"""A text without the signs that tell brackets from weights: "saber \(fate\)" is "saber (fate)"."""
-    return _ESCAPED.sub(r"\1", text)
 
 
 Words = tuple[str, str | None, str | None]
@@ -128,22 +142,30 @@ def pairs_of(words: Words, prompt: str, every: tuple[Words, ...]) -> list[tuple[
     """`class_words` of the words of a concept, among those of every concept."""
     (name, trigger, class_word), triggers = words, _triggers(prompt, every)
     nouns, pairs = _free_nouns(class_word or "", prompt, every), []
-    for span in _find_words(trigger or "", prompt):
+    joined = _in_tags(trigger, class_word, prompt)
+    for span in _found(trigger, class_word, prompt):
         after = bisect_left(nouns, (span[1], 0))
-        noun = nouns[after] if after < len(nouns) else None
+        noun = joined.get(span) or (nouns[after] if after < len(nouns) else None)
         taken = noun is not None and triggers.of_others(name, span[1], noun[1])
         pairs.append((span, None if taken else noun))
     return pairs
 
 
 class _Triggers:
-    """The places of the concepts' triggers in a prompt."""
+    """The places of the concepts' triggers in a prompt, and of class words that a tag joins to them."""
 
     def __init__(self, prompt: str, every: tuple[Words, ...]) -> None:
-        spans = sorted((span, name) for name, trigger, _ in every for span in _find_words(trigger or "", prompt))
+        spans = sorted((span, name) for name, trigger, noun in every for span in _found(trigger, noun, prompt))
         self._names = [name for _, name in spans]
         self._starts = [start for (start, _), _ in spans]
         self._ends = list(accumulate((end for (_, end), _ in spans), max))  # the furthest of those that have begun
+        self._nouns: dict[str, set[Span]] = {}
+        for _, trigger, noun in every if "_" in prompt else ():
+            self._nouns.setdefault(spaced(noun or ""), set()).update(_in_tags(trigger, noun, prompt).values())
+
+    def nouns(self, class_word: str) -> set[Span]:
+        """The places of a class word in tags that begin with a trigger."""
+        return self._nouns.get(spaced(class_word), set())
 
     def of_others(self, name: str, start: int, end: int) -> bool:
         """Whether a trigger of another concept begins from `start` on, before `end`."""
@@ -165,7 +187,8 @@ def _triggers(prompt: str, every: tuple[Words, ...]) -> _Triggers:
 @lru_cache(maxsize=1024)
 def _free_nouns(class_word: str, prompt: str, every: tuple[Words, ...]) -> tuple[Span, ...]:
     triggers = _triggers(prompt, every)
-    return tuple(noun for noun in _find_words(class_word, prompt) if not triggers.contain(noun))
+    nouns = sorted({*_find_words(class_word, prompt), *triggers.nouns(class_word)})
+    return tuple(noun for noun in nouns if not triggers.contain(noun))
 
 
 def check_all_named(concepts: Iterable[Concept], prompt: str) -> None:
@@ -177,7 +200,8 @@ def check_all_named(concepts: Iterable[Concept], prompt: str) -> None:
 
 def check_named(concept: Concept, prompt: str) -> None:
     """Raises ValueError if a concept's trigger is not in a prompt."""
-    if find_words(unicodedata.normalize("NFC", concept.trigger or ""), unicodedata.normalize("NFC", prompt)):
+    _, trigger, class_word = _composed(_WORDS(concept))
+    if _found(trigger, class_word, unicodedata.normalize("NFC", prompt)):
         return
     trigger = (concept.trigger or "").strip()
     raise ValueError(
@@ -246,8 +270,9 @@ def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], con
     words = prompt[start:end]
     inner = start + len(words) - len(words.lstrip(_EDGES)), end - len(words) + len(words.rstrip(_EDGES))
     # A space before the words is a part of their first token to some tokenizers, and no token to others.
-    first, wanted = len(ids(prompt[:start].rstrip())), ids(words)
-    if ids(prompt)[first : first + len(wanted)] != wanted:
+    before, wanted = len(ids(prompt[:start].rstrip())), ids(words)
+    read: Sequence[int] = range(before, before + len(wanted))
+    if ids(prompt)[before : before + len(wanted)] != wanted and not (read := _inside_tag(tokenizer, prompt, span)):
         if inner != span and inner[0] < inner[1]:  # a bracket may be one token with the comma after it
             return span_positions(tokenizer, prompt, inner, concept)
         raise ValueError(
@@ -256,12 +281,26 @@ def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], con
         )
     front, back = special_tokens(tokenizer)
     limit = tokenizer.model_max_length - front - back
-    if first + len(wanted) > limit:
+    if read[-1] >= limit:
         raise ValueError(
-            f"{words!r} of concept {concept.name!r} stands at tokens {first + 1} to {first + len(wanted)}, "
+            f"{words!r} of concept {concept.name!r} stands at tokens {read[0] + 1} to {read[-1] + 1}, "
             f"but the model reads only {limit}; move it forward or shorten the prompt {shortened(prompt)}"
         )
-    return range(front + first, front + first + len(wanted))
+    return [front + position for position in read]
+
+
+def _inside_tag(tokenizer: Any, prompt: str, span: Span) -> list[int]:
+    """Tokens of a word that an underscore joins to another, by the characters of each, if the tokenizer knows these.
+
+    To tokenizers that take the space before a word into its token, such a word is another one than alone.
+    """
+    start, end = span
+    if "_" not in (prompt[start - 1 : start], prompt[end : end + 1]) or not getattr(tokenizer, "is_fast", False):
+        return []
+    read = tokenizer(
+        prompt, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True
+    )["offset_mapping"]  # fmt: skip
+    return [i for i, (first, last) in enumerate(read) if first < end and last > start]
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from components import random_lora, tiny_pipeline
-from recipe.overload import groups, merged, table, weight_for
+from recipe.overload import groups, merged, subjects, table, weight_for
 from reference import dense
 
 
@@ -32,6 +32,16 @@ def test_the_change_of_the_weights_is_a_multiple_of_the_largest_alone(
     largest = max(sum(float(dense(one).square().sum()) for one in lora.values()) for lora in loras)
     assert (change / largest) ** 0.5 == pytest.approx(1.7, rel=1e-3)
     assert all(torch.equal(weight, before[name]) for name, weight in pipe.unet.named_parameters())
+
+
+def test_subjects_are_those_that_the_detector_knows_without_token_masks(write_lora: Callable[..., Path]) -> None:
+    pipe = tiny_pipeline()
+    for i, (name, noun, method) in enumerate(
+        (("cat", "cat", "dreambooth"), ("ink", "style", "dreambooth"), ("cat-tara", "cat", "tara"))
+    ):
+        path = write_lora(name, unet=random_lora(pipe.unet, i), metadata={"method": method})
+        pipe.load_concept(path, name, trigger=f"sks{i}", class_word=noun)
+    assert subjects(pipe, ["cat", "cat-tara", "ink"], ["cat", "dog"]) == ["cat"]
 
 
 def test_the_table_has_a_row_for_each_joint_change() -> None:

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -26,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from commands import call, flat, free_port
-from components import TINY, sd_unet, unet_inputs, with_bank
+from components import TINY, sd_unet, seeded, unet_inputs, with_bank
 from disks import files_of_at_most
 from lora_compose.compose.files import atomic
 from lora_compose.compose.files.paths import ModelError
@@ -41,6 +42,8 @@ from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.optimizers import learning_rate
 from lora_compose.compose.training.output import metadata_of
 from lora_compose.pipelines.concepts.loading import match, read_lora
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.text.prompts import about
 from made_once import made_once
 from reference import constant_gates, relative_error
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
@@ -689,6 +692,7 @@ def test_samples_are_painted_and_change_nothing(begin: Callable[..., Training], 
     [
         ({"class_word": "Sks"}, "the trigger and the class word are both 'sks'"),
         ({"trigger": "sks cat"}, "holds the class word 'cat'; give the rare word alone"),
+        ({"trigger": "sks_cat"}, "holds the class word 'cat'; give the rare word alone"),
         ({"trigger": "  "}, "need letters"),
         ({"out": Path("cat.bin")}, r"must end with \.safetensors"),
         ({"prompt": "a {name}"}, r"has \{name\}; there are \{trigger\}"),
@@ -773,6 +777,40 @@ def test_the_command_trains_as_python_does(begin: Callable[..., Training], tmp_p
     result = call(*arguments(settings, "--tara", "--align-norm", "l2", "--align-weight", 2, "--start-apart"))
     assert "trigger 'sks', class 'cat', method tara" in result.stdout
     assert same(expected, settings.out)
+
+
+def test_two_women_with_triggers_of_three_words_are_composed_without_naming_the_triggers(
+    begin: Callable[..., Training], models: dict[str, Path], tmp_path: Path
+) -> None:
+    women = {"alice": "alc blue coat", "berta": "brt red hat"}
+    (tmp_path / "loras").mkdir()
+    for name, trigger in women.items():
+        settings = begin(out=tmp_path / "loras" / f"{name}.safetensors")
+        call(*arguments(settings, "--trigger", trigger, "--class", "woman", "--tara"))
+        told = metadata(settings.out)
+        assert (told["trigger"], told["class_word"]) == (trigger, "woman")
+        assert told["modelspec.trigger_phrase"] == f"{trigger} woman"
+    pipe: Any = ComposeStableDiffusionPipeline(**opened(models, "sd").components, requires_safety_checker=False)
+    pipe.add_concepts(tmp_path / "loras")
+    prompt = "an alc blue coat woman and a brt red hat woman in a park"
+    ids = pipe.tokenizer(prompt).input_ids
+    read = [piece.replace("</w>", " ") for piece in pipe.tokenizer.convert_ids_to_tokens(ids)]
+    boxes = {"alice": (0, 0, 32, 64), "berta": (32, 0, 64, 64)}
+    size = {"height": 64, "width": 64, "num_inference_steps": 2}
+    for method, concepts in {None: [*women], "tara": [*women], "regional": boxes, "clora": [*women]}.items():
+        plan = pipe.plan(prompt, concepts=concepts, method=method, **size)
+        assert plan.method == (method or "draft")
+        for planned in plan.concepts:
+            trigger = women[planned.concept.name]
+            assert "".join(read[p] for p in planned.trigger[0]) == f"{trigger} "
+            assert "".join(read[p] for p in planned.phrase[0]) == f"{trigger} woman "
+    every = [loaded.concept for loaded in pipe.resolve_concepts([*women])]
+    assert about(every[1], prompt, every) == "a brt red hat woman in a park"
+    assert [chosen.name for chosen in pipe.plan(prompt, concepts="auto", **size).resolved.concepts.concepts] == [*women]
+    with pytest.raises(ValueError, match="write 'alc blue coat woman' where the concept is meant"):
+        pipe.plan("an alc woman and a brt red hat woman", concepts=[*women], method="tara", **size)
+    image = pipe(prompt, concepts=[*women], generator=seeded(0), output_type="np", **size).images
+    assert np.isfinite(image).all()
 
 
 def test_the_command_reports_mistakes_without_a_traceback(begin: Callable[..., Training]) -> None:

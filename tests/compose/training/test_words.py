@@ -57,6 +57,18 @@ def test_triggers_and_class_words_of_several_tokens(tokenizer: CLIPTokenizer) ->
     assert tokens(tokenizer, caption, found.noun) == "wooden floor"
 
 
+def test_a_trigger_of_three_words_is_found_whole(tokenizer: CLIPTokenizer) -> None:
+    concept = Concept(name="it", trigger="alc blue coat", class_word="woman")
+    caption = "an alc blue coat woman and a blue coat"
+    for clean, without in ((False, caption), (True, "an woman and a blue coat")):
+        found = find(tokenizer, caption, concept, clean=clean)
+        assert tokens(tokenizer, caption, found.trigger) == "alc blue coat"
+        assert found.class_caption == without
+        assert tokens(tokenizer, without, found.occurrences[0].noun) == "woman"
+    with pytest.raises(DataError, match="lacks the trigger 'alc blue coat'"):
+        find(tokenizer, "an alc coat woman", concept)
+
+
 def test_the_clean_caption_lacks_the_trigger_and_has_the_same_class_word(tokenizer: CLIPTokenizer) -> None:
     caption = "a cat beside a sks cat and a sks cat"
     found = find(tokenizer, caption, clean=True)
@@ -120,6 +132,18 @@ def test_a_caption_about_the_class_has_the_class_word_in_place_of_the_concept(
     caption: str, about_the_class: str
 ) -> None:
     assert class_caption(caption, SKS) == about_the_class
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_tag_of_trigger_and_class_word_is_both(tokenizer: CLIPTokenizer, clean: bool) -> None:
+    caption = "1girl, sks_cat, a cat"
+    found = find(tokenizer, caption, clean=clean)
+    assert tokens(tokenizer, caption, found.trigger) == "sks"
+    assert [tokens(tokenizer, found.class_caption, it.noun) for it in found.occurrences] == ["cat"]
+    assert found.class_caption == ("1girl, cat, a cat" if clean else caption)
+    assert class_caption(caption, SKS) == "1girl, cat, a cat"
+    if not clean:
+        assert found.occurrences[0].noun[0] == found.trigger[-1] + 2, "the underscore is between them"
 
 
 def test_class_captions_must_not_name_the_concept() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from all_transformers import EVERY
 from components import seeded
+from nunchaku_layers import AWQ, fits
 from simulated_device import DEVICE, autocast_switched_off, parameters_that_move
 from transformer_families import BOXES, CALL, METHODS, assert_equals_dense_deltas, latents_of, pipeline_with_concepts
 
@@ -92,7 +93,12 @@ def gguf(transformer: Any, folder: Path) -> Any:
     )
 
 
-STORED = (layerwise_casting, bitsandbytes, nf4, torchao, quanto, sdnq, gguf)
+def nunchaku_awq(transformer: Any, folder: Path) -> None:
+    # Not SVDQuant: it rounds inputs to four bits, so that a difference in the last bit of one may be one of a step.
+    replaced(transformer, lambda layer: AWQ(layer) if fits(layer) else layer)
+
+
+STORED = (layerwise_casting, bitsandbytes, nf4, torchao, quanto, sdnq, gguf, nunchaku_awq)
 NOT_READ = {(gguf, "ideogram4")}
 """Families of which diffusers opens no file in this format."""
 

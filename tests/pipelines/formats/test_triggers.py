@@ -34,6 +34,7 @@ DECLARED = {
         header({"10_saber": {"saber \\(fate\\)": 20, "1girl": 20, "saber alter": 2}}), ("saber \\(fate\\)", None)
     ),
     "a folder with which one caption begins": (header({"1_TOK": {"TOK riding": 1}}), ("TOK", None)),
+    "a trigger that ends with its class word": (header(trigger="alc_woman", class_word="woman"), ("alc", "woman")),
     "ours": (header(trigger="sks", class_word="cat"), ("sks", "cat")),
     "a folder, no captions": (header(ss_dataset_dirs={"10_ohwx man": {"img_count": 20}}), ("ohwx", "man")),
     "a folder, twice": (header(ss_dataset_dirs={"10_ohwx man": {}, "10_ohwx man (2)": {}}), ("ohwx", "man")),
@@ -49,6 +50,12 @@ DECLARED = {
     ),
     "a folder with an underscore, captions with the noun": (
         header({"10_ohwx_man": {"ohwx man": 20}}), ("ohwx", "man")
+    ),
+    "a folder and captions with an underscore before the noun": (
+        header({"10_ohwx_man": {"ohwx_man": 20}}), ("ohwx", "man")
+    ),
+    "a phrase with an underscore before its noun": (
+        header(None, **{"modelspec.trigger_phrase": "alc_blue_woman"}), ("alc_blue", "woman")
     ),
     "class tokens": (
         header({"hoge": {"hoge girl": 20}, "reg": {"human": 400}}, ss_datasets=SUBSETS, ss_dataset_dirs={"hoge": {}}),

@@ -205,6 +205,11 @@ def test_the_settings_of_a_run_are_its_own():
         ("alc woman", "woman", "alc"),
         ("alc old Woman", "old woman", "alc"),
         ("hatsune miku, 1girl", "1girl", "hatsune miku"),
+        ("ohwx_man", "man", "ohwx"),
+        ("alc_blue coat_woman", "coat woman", "alc_blue"),
+        ("alc blue coat woman", "coat_woman", "alc blue"),
+        ("ohwx_man", "woman", "ohwx_man"),
+        ("_man", "man", "_man"),
         ("woman", "woman", "woman"),
         ("alcwoman", "woman", "alcwoman"),
         ("sks", "cat", "sks"),
@@ -228,7 +233,16 @@ def test_a_style_that_was_loaded_takes_no_region_and_a_concept_with_a_region_is_
 
 @pytest.mark.parametrize(
     ("class_word", "noun"),
-    [("cat", "cat"), ("old Cat", "cat"), ("cat ", "cat"), ("old\tcat\n", "cat"), (" ", ""), ("", ""), (None, "")],
+    [
+        ("cat", "cat"),
+        ("old Cat", "cat"),
+        ("cat ", "cat"),
+        ("old\tcat\n", "cat"),
+        ("old_Cat", "cat"),
+        (" ", ""),
+        ("", ""),
+        (None, ""),
+    ],
 )
 def test_the_head_noun_is_the_last_word(class_word: str | None, noun: str) -> None:
     assert Concept(name="a", class_word=class_word).head_noun == noun

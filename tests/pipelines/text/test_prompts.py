@@ -27,6 +27,8 @@ CONCEPTS = (CAT, TOM, DOG, HERO, PLAIN, STYLE)
         ("a sks cat beside a sks cat and another sks cat", "a cat beside a cat and another cat"),
         # several words, however they are spaced
         ("a max  power man and max\npower man", "a man and man"),
+        # tags of trigger and class word
+        ("a sks_cat, a max_power_man and a zwx_dog_", "a cat, a man and a zwx_dog_"),
         # capital letters
         ("A SKS cat and a Zwx Dog, MAX Power man", "A cat and a Dog, man"),
         # no letters

@@ -22,6 +22,12 @@ def test_concepts_are_taken_by_their_triggers_in_the_order_of_the_prompt() -> No
     assert chosen.notes == ()
 
 
+def test_a_tag_of_trigger_and_class_word_names_its_concept_and_other_tags_name_none() -> None:
+    chosen = choose_concepts("a sks_cat beside a qrt_blue_robot, dog_ears", known(**WORDS))
+    assert (chosen.names, chosen.notes) == (("cat", "robot"), ())
+    assert chosen.prompt == "a sks_cat beside a qrt_blue_robot, dog_ears"
+
+
 def test_a_class_word_that_one_concept_has_names_it_and_its_trigger_is_written() -> None:
     chosen = choose_concepts("a robot beside a sks cat, and a dog", known(**WORDS))
     assert chosen.names == ("robot", "cat", "dog")

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from components import tokenizer as new_tokenizer
+from flux import t5_tokenizer
 from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.words import spaced
 from lora_compose.pipelines.text.conditioning import TokenMasks, join_rows
 from lora_compose.pipelines.text.long_prompts import Span
 from lora_compose.pipelines.text.tokens import (
@@ -145,6 +147,51 @@ def test_tags_are_found_with_underscores_or_spaces(tokenizer: Any, trigger: str,
     assert find_words(trigger, prompt) == [(7, 7 + len(written))]
     found = locate(tokenizer, prompt, concept(trigger)).trigger
     assert words_at(tokenizer, prompt, found).replace(" ", "").replace("_", "") == "hatsunemiku"
+
+
+def spelled(data: st.DataObject, words: Sequence[str]) -> str:
+    """Words with spaces or underscores between them, as is drawn."""
+    gaps = [data.draw(st.sampled_from(" _")) for _ in words[1:]]
+    return "".join(word + gap for word, gap in zip(words, [*gaps, ""], strict=True))
+
+
+@given(st.data(), st.lists(st.text("hjk", min_size=1, max_size=3), min_size=1, max_size=3), st.integers(1, 2))
+def test_any_spelling_of_a_tag_is_its_trigger_and_its_class_word(
+    data: st.DataObject, own: Sequence[str], nouns: int
+) -> None:
+    noun = ["old", "man"][-nouns:]
+    made = concept(spelled(data, [*own, *noun]), spelled(data, noun))
+    assert spaced(made.trigger or "") == " ".join(own)
+    tag = spelled(data, [*own, *noun])
+    prompt = f"1girl, {tag}, a man"
+    ((trigger, found),) = class_words(made, prompt, [made])
+    assert trigger[0] == 7
+    assert found is not None
+    assert (spaced(prompt[slice(*trigger)]), spaced(prompt[slice(*found)])) == (" ".join(own), " ".join(noun))
+    assert found[1] == 7 + len(tag)
+    assert found in free_nouns(made, prompt, [made])
+
+
+TAGGED = {**TOKENIZERS, "T5": t5_tokenizer()}
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_words_of_a_tag_are_at_their_own_tokens(name: str) -> None:
+    tokenizer, man = TAGGED[name], concept("ohwx", "man")
+    prompt = "an ohwx_man beside a man"
+    found = locate(tokenizer, prompt, man, [man])
+    ids = tokenizer(prompt).input_ids
+    read = ["".join(tokenizer.convert_ids_to_tokens([ids[p] for p in at])) for at in (found.trigger, found.class_word)]
+    assert [text.replace("</w>", "").replace("\u2581", "") for text in read] == ["ohwx", "man"]
+    assert found.class_word[0] == found.trigger[-1] + 2, "the underscore is between them"
+
+
+def test_a_noun_in_a_tag_belongs_to_the_trigger_before_it() -> None:
+    man, other = concept("ohwx", "man", "one"), concept("zwx", "man", "two")
+    prompt = "a zwx beside an ohwx_man and a man_cave"
+    assert [prompt[slice(*noun)] for _, noun in class_words(man, prompt, [man, other]) if noun] == ["man"]
+    assert [noun for _, noun in class_words(other, prompt, [man, other])] == [None]
+    assert own_nouns(man, prompt, [man, other]) == (0,)
 
 
 def test_words_as_they_are_written_come_before_other_spellings() -> None:
