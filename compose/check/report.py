@@ -119,7 +119,7 @@ def check(
         if pipe is None:
             for concept in run.scene.concepts:
                 facts += attempt(problems, _file_facts, concept) or []
-            warn("the model was not opened, and what only it can tell was not looked at")
+            warn("the model was not opened: mend the problems, and check again for what only it can tell")
         else:
             known_costs = {} if known_costs is None else known_costs
             of_model, cost, choice = _facts(pipe, run, problems, known_costs)
