@@ -87,7 +87,8 @@ class ModelFacts:
 @lru_cache(maxsize=2)  # the scenes of a batch have the same one
 def _without_weights(kind: Any, config: str, dtype: str) -> nn.Module:
     with torch.device("meta"):
-        return kind.from_config(json.loads(config)).to(getattr(torch, dtype))
+        model = kind.from_config(json.loads(config))
+    return nn.Module.to(model, getattr(torch, dtype))  # diffusers' own warns of layers that it keeps in float32
 
 
 @contextmanager
