@@ -17,6 +17,7 @@ from lora_compose.compose.batch.worker import Worker
 from lora_compose.compose.cluster.opening import Cluster, workers
 from lora_compose.compose.cluster.packing import Packer, Parcel
 from lora_compose.compose.cluster.work import OnProgress, Opening, Progress, Workers
+from lora_compose.compose.files.atomic import check_writable
 from lora_compose.compose.files.claims import PATIENCE, Claims
 from lora_compose.compose.files.stored import changed
 from lora_compose.compose.generate.defaults import FIELDS, complete
@@ -52,7 +53,8 @@ def run_batch(
     folder, report = Folder(Path(out)), on_progress or (lambda *args: None)
     jobs, bad = make_jobs(entries, settings)
     check_names(folder, jobs, replace)
-    if left := _possible(folder, [job for job in jobs if not folder.has(job)], settings):
+    if left := _possible(folder, [job for job in jobs if not folder.has(job)], settings, here=cluster is None):
+        check_writable(folder.path / "0.png")
         progress = Progress(report, len(jobs) - len(left))
         with workers(partial(_opening, settings, left), settings.device, settings.threads, cluster) as opened:
             _make_all(opened, folder, left, Claims(folder.claims, patience), progress)
@@ -101,12 +103,16 @@ def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[InvalidEntry])
     return [*results, *(Result("", None, entry.source, None, entry.error) for entry in bad)]
 
 
-def _possible(folder: Folder, jobs: Sequence[Job], settings: BatchSettings) -> list[Job]:
-    """The jobs of scenes in which nothing is wrong that can be seen before the model is opened; stores what is."""
+def _possible(folder: Folder, jobs: Sequence[Job], settings: BatchSettings, *, here: bool) -> list[Job]:
+    """The jobs of scenes in which nothing is wrong that can be seen before the model is opened; stores what is.
+
+    Args:
+        here: Whether they are made on this machine.
+    """
     refused, facts = set(), facts_of(settings.model) if jobs else None
     for job in folder.unchecked(jobs):
         try:
-            check_early(job.run, facts)
+            check_early(job.run, facts, here=here)
         except (ValueError, OSError) as error:
             refused.add(job.entry.name)
             known = folder.checked(job)

@@ -1,16 +1,20 @@
 """Checks a run without denoising: matched words and layers, costs, and all problems."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from lora_compose.attention import backbone_of
 from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.running import needs_running
+from lora_compose.compose.files.atomic import check_writable
 from lora_compose.compose.generate.defaults import complete
+from lora_compose.compose.generate.early import attempt, early_problems
 from lora_compose.compose.generate.images import named_in
 from lora_compose.compose.generate.making import load, method_of, plan, size_of, steps_of
+from lora_compose.compose.generate.model_facts import facts_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
@@ -34,8 +38,6 @@ from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 from lora_compose.pipelines.text.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_trigger, locate, special_tokens
-
-_T = TypeVar("_T")
 
 _KNOWN_COSTS = 500
 """Most costs that are kept for later checks."""
@@ -80,38 +82,45 @@ def check(
     loras: Path | None = None,
     variant: str | None = None,
     savers: Collection[Saver] = (),
+    out: Path | None = None,
     known_costs: dict[str, Counted] | None = None,
 ) -> Report:
     """Checks everything that a run needs, and collects all problems, not only the first.
+
+    What can be judged without the model is judged first, and the model is not opened if something of that is wrong.
 
     Args:
         pipe: The run's model, if it is open already; then the run is complete.
         loras: A folder of LoRAs; those that the prompt names take part. None means the concepts of the scene.
         variant: As for `open_model`.
         savers: As for `open_model`.
+        out: Where the run would write its images; None is not looked at.
         known_costs: Costs that earlier checks of this pipeline have counted, a few hundred; this check adds its own.
     """
     problems: list[str] = []
     facts: list[tuple[str, str]] = []
-    if pipe is None:
-        done = _attempt(problems, complete, run)
-        run, told = (run, "") if done is None else done
+    completed = attempt(problems, complete, run) if pipe is None else None
+    if completed is not None:
+        run, told = completed
         facts = [("defaults", told.removeprefix("by default "))] if told else []
     opened = (run.model, run.dtype, *(() if run.quantize is None else (run.quantize,)))
     facts = [("model", ", ".join(opened)), *facts, ("prompt", run.scene.prompt)]
     cost: RunCost | None = None
     choice: Choice | None = None
     with kept() as notes:
-        # The rest is checked even if the method is unknown.
-        if pipe is None:
-            bare = run.model_copy(update={"method": None, "settings": {}})
-            pipe = _attempt(problems, open_model, bare, savers, variant)
+        if out is not None:
+            attempt(problems, check_writable, out / "0.png")
+        if loras is not None and (scene := attempt(problems, named_in, run.scene, loras)) is not None:
+            run = run.model_copy(update={"scene": scene})
+        if completed is not None:
+            problems += early_problems(run, facts_of(run.model))
+        if pipe is None and not problems:
+            pipe = attempt(problems, open_model, run, savers, variant)
         if pipe is None:
             for concept in run.scene.concepts:
-                facts += _attempt(problems, _file_facts, concept) or []
+                facts += attempt(problems, _file_facts, concept) or []
+            warn("the model was not opened: mend the problems, and check again for what only it can tell")
         else:
-            if loras is not None and (scene := _attempt(problems, named_in, run.scene, loras)) is not None:
-                run = run.model_copy(update={"scene": scene})
             known_costs = {} if known_costs is None else known_costs
             of_model, cost, choice = _facts(pipe, run, problems, known_costs)
             facts += of_model
@@ -121,27 +130,27 @@ def check(
 def _facts(
     pipe: Any, run: Run, problems: list[str], known_costs: dict[str, Counted]
 ) -> tuple[list[tuple[str, str]], RunCost | None, Choice | None]:
-    all_loaded = [_attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
-    prompt = _attempt(problems, plain_text, run.scene.prompt) or run.scene.prompt
+    all_loaded = [attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
+    prompt = attempt(problems, plain_text, run.scene.prompt) or run.scene.prompt
     of_model = run.scene.model_copy(update={"image": None, "references": ()})
-    width, height = _attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
-    _attempt(problems, pipe.check_sides, width, height)
-    _attempt(problems, check_size, pipe, pipe.runs_on, width, height)
-    method = _attempt(problems, method_of, run)
+    width, height = attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
+    attempt(problems, pipe.check_sides, width, height)
+    attempt(problems, check_size, backbone_of(pipe.model), pipe.vae_scale_factor, pipe.runs_on, width, height)
+    method = attempt(problems, method_of, run)
     concepts, of_concepts = [], []
     for asked, loaded in zip(run.scene.concepts, all_loaded, strict=True):
-        of_concepts.append(_attempt(problems, _file_facts, asked) or [] if loaded is None else _concept_facts(loaded))
+        of_concepts.append(attempt(problems, _file_facts, asked) or [] if loaded is None else _concept_facts(loaded))
         concepts.append(concept := asked if loaded is None else loaded.concept)
         if run.scene.image is None:  # otherwise regions are in the coordinates of the image, which the plan checks
-            _attempt(problems, check_region, concept, width, height)
+            attempt(problems, check_region, concept, width, height)
         if loaded is not None:
-            _attempt(problems, check_blocks, loaded, pipe.model)
-    planned = None if problems else _attempt(problems, plan, pipe, run)
+            attempt(problems, check_blocks, loaded, pipe.model)
+    planned = None if problems else attempt(problems, plan, pipe, run)
     for warning in () if planned is None else planned.warnings:
         warn(warning)
     choice = None if planned is None else planned.choice
     if planned is None and run.scene.concepts and all(all_loaded) and (method is None) == (run.method is None):
-        choice = _attempt(problems, resolve_choice, pipe, method, all_loaded, [run.scene.prompt])
+        choice = attempt(problems, resolve_choice, pipe, method, all_loaded, [run.scene.prompt])
     if planned is None:
         tokenizer = _tokenizer(pipe, all_loaded, prompt, problems)
         places = _located(tokenizer, prompt, concepts, problems)
@@ -152,7 +161,7 @@ def _facts(
         facts += [*of_concept, (f"{concept.name}: words", _words(concept, place))]
     cost = None
     if not problems and not needs_running(pipe):
-        cost = _attempt(problems, _cost, pipe, run, planned, all_loaded, known_costs)
+        cost = attempt(problems, _cost, pipe, run, planned, all_loaded, known_costs)
     facts += [
         ("method", _method_words(run, choice)),
         ("size", f"{width} x {height} pixels"),
@@ -168,19 +177,19 @@ def _facts(
 def _tokenizer(pipe: Any, concepts: Sequence[LoadedConcept | None], prompt: str, problems: list[str]) -> Any:
     """The tokenizer of a prompt in a run without a plan, whose concepts may not all have been loaded."""
     loaded = [concept for concept in concepts if concept is not None]
-    tokenizer = (_attempt(problems, pipe.tokenizers_for, loaded) or pipe.tokenizers_for([]))[0]
+    tokenizer = (attempt(problems, pipe.tokenizers_for, loaded) or pipe.tokenizers_for([]))[0]
     if not (concepts and pipe.reads_in_chunks):
         return tokenizer
-    chunks = _attempt(problems, chunks_of, tokenizer, prompt) or [(0, len(prompt))]
+    chunks = attempt(problems, chunks_of, tokenizer, prompt) or [(0, len(prompt))]
     return LongTokenizer(tokenizer, len(chunks)) if len(chunks) > 1 else tokenizer
 
 
 def _located(tokenizer: Any, prompt: str, concepts: Sequence[Concept], problems: list[str]) -> list[Positions | None]:
     """Words of the concepts in the prompt of a run without a plan, which may have several problems with them."""
     here = [concept for concept in concepts if concept.trigger and _is_named(concept, prompt)]
-    places = {concept.name: _attempt(problems, locate, tokenizer, prompt, concept, concepts) for concept in here}
+    places = {concept.name: attempt(problems, locate, tokenizer, prompt, concept, concepts) for concept in here}
     named = [concept for concept in here if places[concept.name]]
-    _attempt(problems, check_disjoint, named, [places[concept.name] for concept in named], prompt)
+    attempt(problems, check_disjoint, named, [places[concept.name] for concept in named], prompt)
     return [places.get(concept.name) for concept in concepts]
 
 
@@ -197,8 +206,6 @@ def _place(planned: PlannedConcept) -> Positions | None:
 
 
 def _file_facts(concept: Concept) -> list[tuple[str, str]]:
-    if concept.lora is None:
-        raise ValueError(f"concept {concept.name!r} has no LoRA; give `lora`, a file or a hub repository")
     files = [(source, read_lora(find_file(lora_source(source)))) for source in files_of(concept.lora)]
     return [(f"{concept.name}: file", f"{source}, SHA-256 {file.sha256}") for source, file in files]
 
@@ -334,11 +341,3 @@ def _method_words(run: Run, choice: Choice | None) -> str:
         return "none" if not run.scene.concepts else run.method or "not known"
     name, _ = name_of(choice.method)
     return name if run.method is not None else f"{name}, because {choice.reason}"
-
-
-def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T | None:
-    try:
-        return function(*args)
-    except (ValueError, OSError) as error:
-        problems.append(str(error))
-        return None

@@ -24,7 +24,7 @@ def check(**given: Any) -> None:
     seeds, savers, out = seeds_of(given["seed"]), given["savers"], given["out"]
     with starting():
         from lora_compose.compose.check.report import check as check_run
-    report = check_run(asked, loras=given["loras"], variant=given["variant"], savers=savers or ())
+    report = check_run(asked, loras=given["loras"], variant=given["variant"], savers=savers or (), out=out)
     facts = (*report.facts, ("saved memory", ", ".join(savers))) if savers else report.facts
     images = _images_words(len(seeds), out, maps=given["maps"])
     facts = (*facts, ("seeds", ", ".join(map(str, seeds))), ("images", images))

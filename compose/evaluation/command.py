@@ -13,7 +13,7 @@ from lora_compose.compose.evaluation.planning import plan_batches
 from lora_compose.compose.evaluation.published import fetch, gib, show_published, write_suite
 from lora_compose.compose.evaluation.report import write_report
 from lora_compose.compose.evaluation.results import PLAN, is_done
-from lora_compose.compose.evaluation.runner import evaluate
+from lora_compose.compose.evaluation.runner import check_early_each, evaluate
 from lora_compose.compose.evaluation.scoring import check_chosen
 from lora_compose.compose.evaluation.suite import Suite, read_suite
 from lora_compose.compose.evaluation.trained import tried_loras, with_loras
@@ -110,6 +110,8 @@ def _try_out(suite: Suite, alone: Mapping[str, Alone], out: Path) -> None:
     Raises:
         ValueError: If something cannot be opened, or one of the two cannot be made.
     """
+    every = list(batches(suite))
+    check_early_each(suite, every)
     later = {concept.name for concept in suite.concepts if concept.references in alone}
     worker = Worker.open(_without_references(suite, later), own_device(suite.device))
     flops, seconds = 0, 0.0
@@ -125,15 +127,22 @@ def _try_out(suite: Suite, alone: Mapping[str, Alone], out: Path) -> None:
                 if later:
                     break
             elif isinstance(result, Failure):
-                raise ValueError(f"{batch.arm.name}, scene {batch.scene.name!r}: {result.error}")
-    every = list(batches(suite))
+                raise ValueError(f"scene {batch.scene.name!r}, {batch.arm.name}: {result.error}")
     images, further = sum(len(batch.seeds) for batch in every), sum(missing_references(suite, alone, out).values())
-    whole = sum(worker.count(batch).flops * len(batch.seeds) for batch in every)
-    whole += further * worker.count(next(batch for batch in every if batch.arm.alone)).flops
+    whole = sum(_counted(worker, batch) * len(batch.seeds) for batch in every)
+    whole += further * _counted(worker, next(batch for batch in every if batch.arm.alone))
     what = f"{images} images" + (f" and {further} references" if further else "")
     echo(f"{what}, {whole:.3g} FLOPs: about {seconds * whole / flops / 3600:.2g} h at this pace")
     if any(method.merge for method in suite.compared):
         echo("  Merging LoRAs into one file is not in it.")
+
+
+def _counted(worker: Worker, batch: Batch) -> int:
+    """FLOPs of an image of a batch; raises ValueError, with the scene, if it cannot be planned."""
+    try:
+        return worker.count(batch).flops
+    except ValueError as error:
+        raise ValueError(f"scene {batch.scene.name!r}, {batch.arm.name}: {error}") from error
 
 
 def _without_references(suite: Suite, names: Collection[str]) -> Suite:

@@ -4,19 +4,22 @@ Any number of processes, on any machines that share the folder, can work on it: 
 may start late, or end at any time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from lora_compose.compose.cluster.opening import Cluster, workers
 from lora_compose.compose.cluster.packing import Node, Packer, Parcel
 from lora_compose.compose.cluster.work import Failure, OnProgress, Opening, Progress, Workers
+from lora_compose.compose.evaluation.batches import Batch, run_of
 from lora_compose.compose.evaluation.packing import pack
 from lora_compose.compose.evaluation.planning import Todo, open_plan
 from lora_compose.compose.evaluation.results import CLAIMS
 from lora_compose.compose.evaluation.suite import Suite, moved_suite
 from lora_compose.compose.evaluation.worker import Worker
 from lora_compose.compose.files.claims import PATIENCE, Claims
+from lora_compose.compose.generate.early import early_problems
+from lora_compose.compose.generate.model_facts import facts_of
 from lora_compose.compose.generate.processes import own_device
 
 
@@ -45,6 +48,7 @@ def evaluate(
     report(progress.done)
     if not left:
         return
+    check_early_each(suite, [todo.batch for todo in left.values()], here=cluster is None)
     report(progress.done, "opening the model")
     with workers(partial(_opening, suite), suite.device, suite.threads, cluster) as opened:
         _check(opened, left)
@@ -60,14 +64,35 @@ def _open(suite: Suite, files: Parcel, node: Node) -> Worker:
     return Worker.open(moved_suite(suite, node.unpack(files)), own_device(suite.device))
 
 
+def check_early_each(suite: Suite, batches: Iterable[Batch], *, here: bool = True) -> None:
+    """Checks a batch of each scene and arm, as far as no model is needed for it.
+
+    Args:
+        here: Whether they are made on this machine, whose memory is judged.
+
+    Raises:
+        ValueError: With all problems.
+    """
+    kinds, facts = {_kind(batch): batch for batch in batches}.values(), facts_of(suite.model)
+    _refuse([(batch, error) for batch in kinds for error in early_problems(run_of(suite, batch), facts, here=here)])
+
+
 def _check(opened: Workers, left: Mapping[str, Todo]) -> None:
     """Plans a batch of each scene and arm; raises ValueError with all problems."""
-    kinds = {(todo.planned.scene, todo.planned.arm, todo.planned.alone): todo for todo in left.values()}
-    tasks = {todo.planned.key: (todo.batch,) for todo in kinds.values()}
+    tasks = {todo.planned.key: (todo.batch,) for todo in {_kind(todo.batch): todo for todo in left.values()}.values()}
     wrong = {
         key: [result.error for result in results if isinstance(result, Failure)]
         for key, results in opened.map(Worker.check, tasks)
     }
-    batches = [left[key].planned for key in tasks]
-    if texts := [f"scene {it.scene!r}, {it.arm}: {error}" for it in batches for error in wrong[it.key]]:
+    _refuse([(left[key].batch, error) for key in tasks for error in wrong[key]])
+
+
+def _kind(batch: Batch) -> tuple[str, str, str | None]:
+    """What batches have in common that differ in their seeds."""
+    return batch.scene.name, batch.arm.name, batch.arm.alone
+
+
+def _refuse(problems: Sequence[tuple[Batch, str]]) -> None:
+    if problems:
+        texts = [f"scene {batch.scene.name!r}, {batch.arm.name}: {error}" for batch, error in problems]
         raise ValueError("\n".join(["the suite cannot be evaluated:", *texts]))

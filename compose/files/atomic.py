@@ -60,6 +60,19 @@ def write_new(path: Path, data: Content, free_path: Callable[[Path], Path]) -> P
             return free
 
 
+def check_writable(path: Path) -> None:
+    """Checks by the folders that there are whether a file can be written; changes nothing.
+
+    Raises:
+        OSError: If one of them is no folder, or nothing may be written to it; the error names it.
+    """
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+
+
 @contextmanager
 def _part(path: Path, data: Content) -> Iterator[Path]:
     """A finished file beside its destination, to be moved there in one step; gone afterwards if it was not."""

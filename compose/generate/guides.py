@@ -80,7 +80,7 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 @lru_cache(maxsize=2)  # the next image of a run has the same ones
 def _open(source: str, dtype: torch.dtype, device: str) -> Any:
-    name = _source(source, "control model")
+    name = guide_source(source, "control model")
     try:
         config: Any = ControlNetModel.load_config(name)
         kind = _KINDS.get(config.get("_class_name"))
@@ -93,8 +93,12 @@ def _open(source: str, dtype: torch.dtype, device: str) -> Any:
     )
 
 
-def _source(model: str, what: str) -> str:
-    """A folder, or the name of a hub repository."""
+def guide_source(model: str, what: str) -> str:
+    """Where a control model or an IP-Adapter is: a folder, or the name of a hub repository.
+
+    Raises:
+        ModelError: If it is neither.
+    """
     path = Path(model).expanduser()
     if not path.exists() and not is_hub_name(model):
         raise ModelError(f"there is no {what} {model!r}; expected a folder or a hub repository")
@@ -127,7 +131,7 @@ def _load_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
         raise ValueError(f"IP-Adapters work with Stable Diffusion 1.x, 2.x and XL, not with {pipe.family}")
     try:
         pipe.load_ip_adapter(
-            [_source(adapter.model, "IP-Adapter") for adapter in given],
+            [guide_source(adapter.model, "IP-Adapter") for adapter in given],
             subfolder=[adapter.subfolder for adapter in given],
             weight_name=[adapter.weight_name for adapter in given],
             image_encoder_folder=given[0].image_encoder,

@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from lora_compose.compose.figures.sheets import maps_sheet, seeds_sheet
+from lora_compose.compose.files.atomic import check_writable
 from lora_compose.compose.files.images import Record, save_image
 from lora_compose.compose.generate.defaults import complete
 from lora_compose.compose.generate.early import check_early
@@ -38,11 +39,13 @@ def make_images(
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
+        OSError: If images cannot be written there, before the model is opened.
     """
     if loras is not None:
         run = run.model_copy(update={"scene": named_in(run.scene, loras)})
-    check_early(run)
     run, told = complete(run)
+    check_early(run)
+    check_writable(out / "0.png")
     if told:
         echo(told, style="dim", to=err)
     with opening(run.model):

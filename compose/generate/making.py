@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lora_compose.attention import backbone_of
 from lora_compose.attention.claims import claimed
 from lora_compose.attention.device import dtype_of
 from lora_compose.compose.figures.overlay import Attention
@@ -242,7 +243,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], dict[s
         raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {dtype}; open it again")
     size = size_of(pipe, run.scene)
     pipe.check_sides(*size)
-    check_size(pipe, pipe.runs_on, *size)
+    check_size(backbone_of(pipe.model), pipe.vae_scale_factor, pipe.runs_on, *size)
     if not run.scene.concepts:  # otherwise its plan warns
         warn_of_size(pipe, *size)
     loaded = [load(pipe, concept) for concept in run.scene.concepts]

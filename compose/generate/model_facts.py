@@ -4,11 +4,14 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from huggingface_hub import list_repo_files, snapshot_download
+from torch import nn
 
 from lora_compose.attention.backbones import backbone_class
 from lora_compose.compose.files.paths import INDEXES, ModelError, model_source
@@ -53,18 +56,39 @@ class ModelFacts:
         return self.has_unet or backbone_class(self.family.transformer_class).reads_regions
 
     @property
+    def latent_cell(self) -> int | None:
+        """Side of a latent cell in pixels, as the pipeline's `vae_scale_factor`; None if its VAE does not say it."""
+        vae = self.parts.get("vae", {})
+        if blocks := vae.get("block_out_channels"):
+            return 2 ** (len(blocks) - 1)
+        halved = vae.get("temperal_downsample")  # of VAEs for videos
+        return 2 ** len(halved) if halved else None
+
+    @property
     def own_size(self) -> tuple[int, int] | None:
         """Width and height of its own images, as of the pipeline; None without the configurations that say it."""
         vae = self.parts.get("vae", {})
         if not self.has_unet:
             side = self.family.own_side(vae)
             return (side, side) if vae or self.family.native_side else None
-        sample, blocks = self.parts.get("unet", {}).get("sample_size"), vae.get("block_out_channels")
-        if sample is None or not blocks:
+        sample, cell = self.parts.get("unet", {}).get("sample_size"), self.latent_cell
+        if sample is None or cell is None:
             return None
-        scale = 2 ** (len(blocks) - 1)
         height, width = (sample, sample) if isinstance(sample, int) else sample
-        return width * scale, height * scale
+        return width * cell, height * cell
+
+    def denoiser(self, dtype: str) -> nn.Module | None:
+        """The denoiser without weights, in a precision; None without its configuration."""
+        name, kind = ("unet", UNet2DConditionModel) if self.has_unet else ("transformer", self.family.transformer_class)
+        config = self.parts.get(name, {})
+        return _without_weights(kind, json.dumps(config), dtype) if "_class_name" in config else None
+
+
+@lru_cache(maxsize=2)  # the scenes of a batch have the same one
+def _without_weights(kind: Any, config: str, dtype: str) -> nn.Module:
+    with torch.device("meta"):
+        model = kind.from_config(json.loads(config))
+    return nn.Module.to(model, getattr(torch, dtype))  # diffusers' own warns of layers that it keeps in float32
 
 
 @contextmanager

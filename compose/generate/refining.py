@@ -7,16 +7,22 @@ from typing import Any
 import torch
 from PIL import Image
 
+from lora_compose.compose.files.atomic import check_writable
 from lora_compose.compose.files.images import Record, save_image
+from lora_compose.compose.generate.early import check_early
 from lora_compose.compose.generate.guides import fit_ip_adapters, ip_adapter_arguments
 from lora_compose.compose.generate.making import load, make_batch
+from lora_compose.compose.generate.model_facts import facts_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.replay import runnable
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import bar, echo
 from lora_compose.pipelines.calls.refine import Detailer, refine, subject_masks
-from lora_compose.pipelines.scene.scene import Run
+from lora_compose.pipelines.calls.resolved_call import check_start_for
+from lora_compose.pipelines.methods import make_method
+from lora_compose.pipelines.scene.regions import read_mask
+from lora_compose.pipelines.scene.scene import Run, Scene
 
 
 def refine_and_save(
@@ -39,13 +45,18 @@ def refine_and_save(
         loras: A folder in which moved LoRAs are found by content.
 
     Raises:
-        ValueError: For unknown subjects, and if LoRAs or the model are missing.
+        ValueError: For unknown subjects and methods, and if LoRAs or the model are missing or do not fit.
+        OSError: If the result cannot be written; the model is not opened then.
     """
     run = runnable(record, loras)
     run = run if model is None else run.model_copy(update={"model": model})
     known = [c.name for c in run.scene.concepts if not (c.is_style or c.is_bystander)]
     if unknown := sorted(set(subjects) - set(known)):
         raise ValueError(f"--subject {', '.join(unknown)}: the subjects of this image are {', '.join(known) or 'none'}")
+    if not known:
+        raise ValueError("this image has no subjects with a LoRA, so there is nothing to repaint")
+    _check(run, method, strength)
+    check_writable(out)
     with bar(f"opening {run.model}"):
         pipe = open_model(run, savers)
     masks = _masks(pipe, record, run, image)
@@ -68,17 +79,41 @@ def refine_and_save(
     )
 
 
+def _check(run: Run, method: str | None, strength: float) -> None:
+    """Raises ValueError for what is wrong with the run or the method, as far as no model is needed to see it."""
+    facts, scene = facts_of(run.model), run.scene
+    facts.family.task_for(inpaints=True)
+    if method is not None:
+        check_start_for(make_method(method, {}), strength)
+    regions = _regions(run)
+    if not regions:  # otherwise the image itself is not made again
+        check_early(run, facts)
+    for mask in filter(lambda region: isinstance(region, str), regions.values()):
+        read_mask(mask)
+    styles = [concept for concept in scene.concepts if concept.is_style]
+    adapters = tuple(adapter for adapter in scene.ip_adapters if adapter.region is None)
+    for subject in scene.concepts:
+        if subject.is_style or subject.is_bystander:
+            continue
+        acting = (subject.model_copy(update={"region": None, "prompt": None}), *styles)
+        alone = Scene(prompt=subject.prompt or scene.prompt, concepts=acting, ip_adapters=adapters)
+        check_early(run.model_copy(update={"scene": alone, "method": method, "settings": {}}), facts)
+
+
+def _regions(run: Run) -> dict[str, Any]:
+    """The regions of the subjects that have a LoRA and a region, by name."""
+    subjects = [concept for concept in run.scene.concepts if not concept.is_bystander]
+    return {concept.name: concept.region for concept in subjects if concept.region is not None}
+
+
 def _masks(pipe: Any, record: Record, run: Run, image: Image.Image) -> dict[str, Any]:
     """Masks of the subjects with a LoRA: their regions, or the masks of the same run, which is repeated."""
-    subjects = [concept for concept in run.scene.concepts if not concept.is_bystander]
-    regions = {concept.name: concept.region for concept in subjects if concept.region is not None}
-    if regions:
+    if regions := _regions(run):
         return regions
     seeds = record.batch or (run.seed,)
     with bar("finding the subjects", 1) as on_progress:
         batch = make_batch(pipe, run, seeds, on_progress, record_attention=True)
-    if batch.attention is None:
-        raise ValueError("this image has no concepts, so there is nothing to repaint")
+    assert batch.attention is not None  # the run has concepts
     middle = len(batch.attention.steps) // 2  # by then masks are stable, and subjects are still where they were begun
     masks = batch.attention.masks[middle, seeds.index(run.seed)]
     return dict(subject_masks(masks, run.scene.concepts, image.size))

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lora_compose.compose.files.atomic import check_writable
 from lora_compose.compose.files.images import Record, save_image
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.files.stored import holds
+from lora_compose.compose.generate.early import check_early
 from lora_compose.compose.generate.machine import devices, threads
 from lora_compose.compose.generate.making import Made, make_batch
 from lora_compose.compose.generate.models import open_model
@@ -41,11 +43,15 @@ def replay_and_compare(
     Raises:
         ValueError: If LoRAs are missing, reference images are missing or others, the model cannot be opened, or the
             record cannot be run.
+        OSError: If the new image cannot be written; the model is not opened then.
     """
     check_images(record)
     run = runnable(record, loras)
     run = run if model is None else run.model_copy(update={"model": model})
     echo(f"{run.model}, {run.method or 'no method'}, seed {run.seed}, {run.steps} steps: {run.scene.prompt}")
+    check_early(run)
+    if out is not None:
+        check_writable(out)
     pipe = open_model(run, savers)
     with threads(record.machine.threads), bar("composing", 1) as on_progress:
         made = remake(pipe, record, run, on_progress)

@@ -1,5 +1,6 @@
 """The settings of a training: `Training` and `TaraTraining`, frozen and validated, and presets by kind of model."""
 
+import re
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -258,8 +259,18 @@ class Training(Frozen):
         return self.out.with_suffix(".checkpoint")
 
     def filled(self, template: str) -> str:
-        """A template with trigger and class word."""
+        """A template with trigger and class word, of which "a" before the class word becomes "an" where it has to."""
+        if _article(self.class_word) == "an":
+            template = _A_CLASS_WORD.sub(r"\g<0>n", template)
         return template.format(trigger=self.trigger, class_word=self.class_word)
+
+
+_A_CLASS_WORD = re.compile(r"\ba(?= \{class_word\})", re.IGNORECASE)
+
+
+def _article(noun: str) -> str:
+    """The article of a noun, by its first letter."""
+    return "an" if noun[0].lower() in "aeiou" else "a"
 
 
 def _class_prompts(model: str) -> tuple[str, ...]:
@@ -267,7 +278,7 @@ def _class_prompts(model: str) -> tuple[str, ...]:
     classes, places = WORDS[model]
     prompts = []
     for i, name in enumerate(classes):
-        prompts.append(f"{'an' if name[0] in 'aeiou' else 'a'} {name} {places[i % len(places)]}")
+        prompts.append(f"{_article(name)} {name} {places[i % len(places)]}")
         if i % 2:
             prompts.append(f"a {{class_word}} {places[(i // 2) % len(places)]}")
     return tuple(prompts)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from lora_compose.attention import Backbone, backbone_of, grid_at
+from lora_compose.attention import Backbone, grid_at
 from lora_compose.attention.device import dtype_of, is_linear, modules_of
 from lora_compose.attention.fitting import shape_of
 from lora_compose.attention.lora_bank import base_layer
@@ -14,23 +14,21 @@ from lora_compose.pipelines.support.notes import warn
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
-def check_size(
-    host: Host, device: torch.device, width: int, height: int, images: int = 1, backbone: Backbone | None = None
-) -> None:
+def check_size(backbone: Backbone, cell: int, device: torch.device, width: int, height: int, images: int = 1) -> None:
     """Checks that one pass of the model can fit into the memory of its device.
 
     Args:
+        backbone: That of the call; its model needs no weights.
+        cell: Side of a latent cell in pixels.
         device: Where the model runs.
         width: In pixels.
         height: In pixels.
-        backbone: That of the call; None means one without reference images.
 
     Raises:
         ValueError: For sizes that need more than all memory that there is.
     """
-    scale = host.vae_scale_factor
     there = memory_of(device)
-    needed = least_bytes(backbone or backbone_of(host.model), (max(height, 0) // scale, max(width, 0) // scale), images)
+    needed = least_bytes(backbone, (max(height, 0) // cell, max(width, 0) // cell), images)
     if there is not None and needed > there:
         some = f"{images} images of" if images > 1 else "an image of"
         raise ValueError(

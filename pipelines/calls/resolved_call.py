@@ -179,7 +179,7 @@ def resolve_call(host: Host, call: Call) -> ResolvedCall:
     """
     backbone, device = host.backbone_of(call), host.runs_on  # asked once: diffusers looks through all models for it
     images = len(call.prompts) * call.size.images_per_prompt
-    check_size(host, device, call.size.width, call.size.height, images, backbone)
+    check_size(backbone, host.vae_scale_factor, device, call.size.width, call.size.height, images)
     loaded, concepts_of = resolve_sets(host, call.composition.concepts, len(call.prompts))
     return _resolved(host, call, backbone, device, loaded, concepts_of)
 

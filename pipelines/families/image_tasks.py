@@ -172,11 +172,16 @@ class ImageTasksPipeline(ComposePipeline):
 
     def check_sides(self, width: int, height: int) -> None:
         """Raises ValueError for sides in pixels that are no multiples of `cell`; the message names the nearest."""
-        cells = [(side // self.cell, math.ceil(side / self.cell)) for side in (width, height)]
-        smaller, larger = ([max(1, count) * self.cell for count in counts] for counts in zip(*cells, strict=True))
+        self.check_multiples(self.cell, width, height)
+
+    @classmethod
+    def check_multiples(cls, cell: int, width: int, height: int) -> None:
+        """As `check_sides`, of a model of the family that need not be open."""
+        cells = [(side // cell, math.ceil(side / cell)) for side in (width, height)]
+        smaller, larger = ([max(1, count) * cell for count in counts] for counts in zip(*cells, strict=True))
         if smaller != [width, height]:
             raise ValueError(
-                f"width and height must be multiples of {self.cell} with {self.family}, not {width} x {height}; the "
+                f"width and height must be multiples of {cell} with {cls.family}, not {width} x {height}; the "
                 f"nearest are {smaller[0]} x {smaller[1]} and {larger[0]} x {larger[1]}"
             )
 

@@ -645,12 +645,26 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
     problems = [line for line in result.stdout.splitlines() if line.startswith("problem: ")]
     expected = [
         "gone.safetensors", "'sks' of concept 'one' is not in the prompt", "pickle.pt is a pickle",
-        "cut.safetensors is no", "share words", "the trigger 'qrt' of concept 'five'",
+        "cut.safetensors is no", "the trigger 'qrt' of concept 'five'",
         f"leaves the canvas of {SIZE} x {SIZE}", "'six'", "unknown method 'blend'",
     ]  # fmt: skip
     for text in expected:
         assert [problem for problem in problems if text in problem], (text, problems)
     assert "no problems" not in result.stdout
+
+
+def test_check_finds_what_the_model_knows_once_the_rest_is_mended(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"unet.nothing.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "other.safetensors")
+    (tmp_path / "scene.yaml").write_text(
+        "prompt: a xlo bear\nconcepts:\n  - {name: one, lora: 'playground:bear'}\n"
+        "  - {name: two, lora: 'playground:bear', trigger: xlo}\n  - {name: three, lora: other.safetensors}\n"
+    )
+    result = call("check", "playground", "--scene", tmp_path / "scene.yaml", "--method", "merge", code=2)
+    problems = [line for line in result.stdout.splitlines() if line.startswith("problem: ")]
+    for text in ("share words", "other.safetensors"):
+        assert [problem for problem in problems if text in problem], (text, problems)
 
 
 def test_check_finds_what_only_the_method_knows(tmp_path: Path) -> None:

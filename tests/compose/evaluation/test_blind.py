@@ -31,7 +31,10 @@ def test_votes_are_counted_by_method(tmp_path) -> None:
 
 def test_images_are_numbered_the_same_every_time() -> None:
     jobs = numbered(2)
-    assert jobs == numbered(2)
+    # Numbers of votes that were cast: which of the arms, and which seed.
+    first = [(2, 1), (1, 0), (0, 0), (0, 1), (3, 1), (3, 0), (2, 0), (1, 1)]
+    assert [(ARMS.index(jobs[number].arm), jobs[number].seed) for number in range(1, 9)] == first
+    assert [jobs[number].pair for number in range(1, len(jobs) + 1, 8)] == list(PAIRS)
     assert list(jobs) == list(range(1, 1 + len(PAIRS) * len(ARMS) * 2))
     assert len(set(jobs.values())) == len(jobs)
 

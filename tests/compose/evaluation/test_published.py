@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from commands import call, flat
 from local_hub import LocalHub, Repository, connect, serving
@@ -25,6 +28,7 @@ from lora_compose.compose.playground.assets import (
     playground_model,
     playground_references,
 )
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.support.hub import HubError
 
 MODEL, CAT, DOG = "stabilityai/stable-diffusion-xl-base-1.0", "somebody/cat-lora", "somebody/pets"
@@ -119,6 +123,32 @@ def test_a_smoke_test_makes_two_images_and_tells_what_the_whole_costs(
         assert hub.bytes_of(f"{repository}/{file}") == len(hub.repositories[repository].files[file])
     assert hub.bytes_of(f"{DOG}/cat.safetensors") == 0
     assert {one.missing for one in wanted(read_published(path)) if one.download.file} == {0}
+
+
+def test_a_scene_that_cannot_be_made_is_named_before_the_model_is_opened(
+    suite: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ComposePipeline, "from_pretrained", lambda *_, **__: pytest.fail("the model was opened"))
+    outside = deepcopy(suite["suite"]["scenes"][0])
+    outside["name"], outside["regions"]["cat"][2] = "outside", 640
+    suite["suite"]["scenes"].append(outside)
+    command = ("evaluate", "published", written(suite, tmp_path), "--smoke", "--out", tmp_path / "out")
+    told = flat(call(*command, code=2).output)
+    assert "scene 'outside', merge: the region (0, 0, 640, 128) of concept 'cat' leaves the canvas" in told
+    assert "scene 'both'" not in told
+
+
+@pytest.mark.slow
+def test_a_scene_that_only_the_model_refuses_is_named_when_its_cost_is_counted(
+    suite: dict[str, Any], tmp_path: Path
+) -> None:
+    save_file({"unet.nothing.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "x.safetensors")
+    robot = {"trigger": "qrt", "class_word": "robot", "references": "playground:robot"}
+    suite["suite"]["concepts"].append({"name": "robot", "lora": "./x.safetensors", **robot})
+    scene = {"name": "later", "prompt": "a qrt robot", "concepts": ["robot"], "regions": {"robot": [0, 0, 64, 128]}}
+    suite["suite"]["scenes"].append(scene)
+    command = ("evaluate", "published", written(suite, tmp_path), "--smoke", "--out", tmp_path / "out")
+    assert "scene 'later', merge: x.safetensors matches no layer of this model" in flat(call(*command, code=2).output)
 
 
 @pytest.mark.slow

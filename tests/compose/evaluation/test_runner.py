@@ -49,7 +49,9 @@ from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.files.images import read_record
 from lora_compose.compose.files.stored import read, write
 from lora_compose.compose.generate import processes
+from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.compose.support.savers import Saver
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods import METHODS, Regional
 
 CONCEPTS = [
@@ -617,6 +619,11 @@ def _with(suite_folder: Path, **changes: Any) -> list[str]:
     return ["evaluate", str(path), "--out", str(suite_folder / "out")]
 
 
+def _cut(folder: Path) -> str:
+    (folder / "cut.safetensors").write_bytes(playground_lora("bear").read_bytes()[:500])
+    return "./cut.safetensors"
+
+
 def _unreadable(folder: Path) -> list[dict[str, Any]]:
     (folder / "broken.png").write_bytes(b"not an image")
     return [{**CONCEPTS[0], "references": ["broken.png"]}, CONCEPTS[1]]
@@ -636,6 +643,8 @@ def _unreadable(folder: Path) -> list[dict[str, Any]]:
             lambda folder: {"scenes": [{**SCENE, "regions": {}}], "detector": {"kind": "windows"}},
             "scene 'both', regional: regional needs to know where the concepts are",
         ),
+        (lambda folder: {"concepts": [{**CONCEPTS[0], "lora": _cut(folder)}, CONCEPTS[1]]}, "cut.safetensors is not"),
+        (lambda folder: {"scenes": [{**SCENE, "width": 10**6, "height": 10**6}]}, "cannot be made: one pass"),
         (
             lambda folder: {"scenes": [{**SCENE, "regions": {"bear": [0, 0, 64, 300], "robot": [0, 0, 9, 9]}}]},
             "leaves the canvas",
@@ -643,8 +652,9 @@ def _unreadable(folder: Path) -> list[dict[str, Any]]:
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_reported_before_anything_is_made(
-    tmp_path: Path, change: Callable[[Path], dict[str, Any]], expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], dict[str, Any]], expected: str
 ) -> None:
+    monkeypatch.setattr(ComposePipeline, "from_pretrained", lambda *_, **__: pytest.fail("the model was opened"))
     assert expected in call(*_with(tmp_path, **change(tmp_path)), code=2).output
     assert not list((tmp_path / "out").rglob("*.png"))
 

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from commands import call
+from all_transformers import EVERY
+from commands import call, flat
 from local_hub import LocalHub, Repository, connect, serving
-from lora_compose.compose.batch import worker
-from lora_compose.compose.generate import images
+from lora_compose.attention import backbone_of
+from lora_compose.compose.files.images import Machine, Record, save_image
 from lora_compose.compose.generate.early import check_early
 from lora_compose.compose.generate.model_facts import ModelFacts
 from lora_compose.compose.playground.assets import playground_lora
+from lora_compose.pipelines.calls.memory import least_bytes
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.anima import ComposeAnimaPipeline
 from lora_compose.pipelines.families.unets import UNetPipeline
@@ -30,10 +33,23 @@ PLAYGROUND_LORAS = str(playground_lora("cat").parent)
 
 @pytest.fixture(autouse=True)
 def _opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("the model was opened")
+    monkeypatch.setattr(ComposePipeline, "from_pretrained", lambda *_, **__: pytest.fail("the model was opened"))
 
-    monkeypatch.setattr(images, "open_model", refuse)
+
+def in_both(*typed: Any) -> None:
+    """Types a command as `run` and as `check`; both have to say the last argument."""
+    *options, message = typed
+    for command in ("run", "check"):
+        assert message in flat(call(command, *options, code=2).output)
+
+
+def recorded(path: Path, model: str = "playground", **fields: Any) -> Path:
+    """An image that was made by such a run, as far as its record says."""
+    scene = Scene(**{"prompt": "a sks cat", "concepts": [Concept(name="cat", lora="playground:cat")], **fields})
+    run = Run(scene=scene, model=model, method="merge" if scene.concepts else None)
+    machine = Machine(device="cpu", name="A fast one", threads=1)
+    record = Record(run=run, versions={}, sha256={}, machine=machine)
+    return save_image(Image.new("RGB", (SIZE, SIZE)), path, record)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +57,7 @@ def _opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ((*CAT, "--prompt", "a cat"), "the trigger 'sks' of concept 'cat' is not in the prompt 'a cat'"),
         ((*CAT, "--prompt", "a sks cat", "--box", "0,0,64,1280"), f"leaves the canvas of {SIZE} x {SIZE} pixels"),
-        ((*CAT, "--prompt", "a sks cat", "--set", "length=1"), "--set length: a setting needs --method"),
+        ((*CAT, "--prompt", "a sks cat", "--set", "length=1"), "--set length: "),
         ((*CAT, "--prompt", "a sks cat", "--method", "draft", "--set", "lenght=1"), "did you mean 'length'?"),
         (("--lora", "cut.safetensors", "--prompt", "a"), "cut.safetensors is not a readable safetensors file"),
         (("--lora", "it.gguf", "--prompt", "a"), "it.gguf is GGUF, the format of quantised models"),
@@ -60,6 +76,12 @@ def _opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (("--prompt", "a cat", "--method", "tara"), "the method tara needs concepts, and the scene has none"),
         ((*CAT, "--prompt", "a sks cat", "--reference", "me.png"), "reference images are read by"),
+        ((*CAT, "--prompt", "a sks cat", "--image", "gone.png"), "there is no image 'gone.png'"),
+        ((*CAT, "--prompt", "a sks cat", "--image", "grey.png", "--mask-image", "no.png"), "there is no mask 'no.png'"),
+        (("--concept", "path=playground:cat,region=no.png", "--prompt", "a sks cat"), "there is no mask 'no.png'"),
+        (("--prompt", "a cat", "--control", "model=gone,image=grey.png"), "there is no control model 'gone'"),
+        (("--prompt", "a cat", "--width", "1000000", "--height", "1000000"), "1000000 pixels cannot be made: one pass"),
+        (("--prompt", "a cat", "--width", "130"), "must be multiples of 8 with Stable Diffusion 1.x and 2.x, not 130"),
     ],
 )
 def test_a_run_that_cannot_be_made_is_refused_before_its_model_is_opened(
@@ -70,15 +92,87 @@ def test_a_run_that_cannot_be_made_is_refused_before_its_model_is_opened(
     for name in ("it.gguf", "it.pt"):
         Path(name).write_bytes(b"GGUF")
     Path("empty").mkdir()
+    Image.new("RGB", (64, 64)).save("grey.png")
     save_file(load_file(playground_lora("dog")), "mute.safetensors")
-    assert message in call("run", "playground", *options, "--out", "out", code=2).output
+    in_both("playground", *options, "--out", "out", message.removeprefix("--set length: "))
 
 
 @pytest.mark.parametrize("method", ["clora", "lora-composer"])
 def test_a_method_that_the_model_cannot_run_is_refused_before_it_is_opened(method: str, tmp_path: Path) -> None:
     box = ("--box", "0,0,0.5,1.0") if method == "lora-composer" else ()
     options = ("--prompt", "a sks cat", "--lora", "playground-flux:cat", *box, "--method", method, "--out", tmp_path)
-    assert f"{method} needs cross-attention" in call("run", "playground-flux", *options, code=2).output
+    in_both("playground-flux", *options, f"{method} needs cross-attention")
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_what_a_size_needs_is_known_without_the_model(family: str) -> None:
+    pipe = EVERY[family].pipeline()
+    configs = {"vae": dict(pipe.vae.config), "transformer": {"_class_name": "-", **pipe.transformer.config}}
+    known = ModelFacts(type(pipe), parts=configs)
+    assert (known.latent_cell, known.own_size) == (pipe.vae_scale_factor, pipe.own_size)
+    whole: Any = known.denoiser("float32")
+    half: Any = known.denoiser("bfloat16")
+    needed = [least_bytes(backbone_of(model), (64, 32)) for model in (pipe.transformer, whole, half)]
+    assert needed[0] == needed[1] == 2 * needed[2]
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    image = recorded(tmp_path / "0.png")
+    for command in (
+        ["run", "playground", "--prompt", "a cat", "--out", tmp_path / "taken/out"],
+        ["replay", image, "--out", tmp_path / "taken/1.png"],
+        ["refine", image, "--out", tmp_path / "taken/1.png"],
+    ):
+        assert f"Not a directory: '{tmp_path / 'taken'}'" in flat(call(*command, code=1).output)
+    checked = call("check", "playground", "--prompt", "a cat", "--out", tmp_path / "taken", code=2).output
+    assert f"problem: [Errno 20] Not a directory: '{tmp_path / 'taken'}'" in flat(checked)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "taken"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "a cat"}, "the trigger 'sks' of concept 'cat' is not in the prompt 'a cat'"),
+        ({"image": "gone.png"}, "gone.png'; expected a PNG"),
+        ({"concepts": [Concept(name="cat", lora="cut.safetensors")]}, "cut.safetensors is not a readable safetensors"),
+        ({"width": 10**6, "height": 10**6}, "1000000 x 1000000 pixels cannot be made"),
+    ],
+)
+def test_a_record_that_cannot_be_run_is_refused_before_its_model_is_opened(
+    fields: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cut.safetensors").write_bytes(playground_lora("cat").read_bytes()[:500])
+    image = recorded(tmp_path / "0.png", **fields)
+    for command in ("replay", "refine"):
+        assert message in flat(call(command, image, code=2).output)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({}, ("--method", "tarra"), "unknown method 'tarra'"),
+        ({}, ("--method", "lora-composer"), "lora-composer needs to know where the concepts are"),
+        ({"model": "playground-flux"}, ("--method", "clora"), "clora needs cross-attention"),
+        ({"prompt": "a cat", "concepts": []}, (), "this image has no subjects with a LoRA"),
+        ({"concepts": [Concept(name="cat", lora="playground:cat", region="gone.png")]}, (), "there is no mask"),
+    ],
+)
+def test_what_cannot_be_repainted_is_refused_before_the_model_is_opened(
+    fields: dict[str, Any], options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    assert message in flat(call("refine", recorded(tmp_path / "0.png", **fields), *options, code=2).output)
+
+
+def test_a_check_without_the_model_says_all_that_it_knows(tmp_path: Path) -> None:
+    options = ("--prompt", "a cat", *CAT, "--lora", "playground:dog", "--method", "blend", "--out", tmp_path)
+    checked = flat(call("check", "playground", *options, code=2).output)
+    for text in (
+        "note: the model was not opened", "cat: file playground:cat, SHA-256", "unknown method 'blend'",
+        "'sks' of concept 'cat'", "'zwx' of concept 'dog'",
+    ):  # fmt: skip
+        assert text in checked
 
 
 @pytest.mark.parametrize("family", ComposePipeline.families)
@@ -100,10 +194,7 @@ def test_words_of_a_lora_on_the_hub_are_read_before_the_model_is_opened(
         assert "the model hub has no repository 'user/cat'" in gone
 
 
-def test_scenes_of_a_batch_that_cannot_be_made_are_told_before_the_model_is_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker, "open_model", images.open_model)  # which refuses
+def test_scenes_of_a_batch_that_cannot_be_made_are_told_before_the_model_is_opened(tmp_path: Path) -> None:
     for name, prompt in (("one", "a cat"), ("two", "a sks cat")):
         scene = {"prompt": prompt, "concepts": [{"name": "cat", "lora": "playground:cat"}]}
         (tmp_path / f"{name}.json").write_text(json.dumps(scene))

@@ -728,6 +728,10 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     assert (own.class_count, own.class_prompts) == (0, ("a photo of {class_word}",))
     added = Training.preset("playground", **words, class_images=tmp_path, class_count=40)
     assert added.class_prompts == small.class_prompts
+    owl = Training.preset("playground", **words | {"class_word": "owl"})
+    assert {owl.filled(prompt)[:6] for prompt in owl.class_prompts if "{class_word}" in prompt} == {"an owl"}
+    assert (owl.filled("A {class_word}"), owl.filled("a {trigger} {class_word}")) == ("An owl", "a sks owl")
+    assert small.filled("via {class_word}, a {class_word}") == "via cat, a cat"
     told = Training.preset("playground", **words, class_images=tmp_path, class_prompts=("a fox",))
     assert (told.class_count, told.class_prompts) == (0, ("a fox",))
     assert Training.preset("playground", **words, preserve_class=True).class_count == 0

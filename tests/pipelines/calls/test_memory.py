@@ -98,4 +98,4 @@ def test_feed_forward_layers_that_run_piece_by_piece_do_not_count():
 def test_the_memory_of_the_host_is_known_and_that_of_other_devices_may_not_be(composer):
     assert 2**30 < (memory_of(torch.device("cpu")) or 0) < 2**50
     assert memory_of(torch.device("meta")) is None
-    check_size(composer, composer.runs_on, 4096, 4096)
+    check_size(backbone_of(composer.model), 8, composer.runs_on, 4096, 4096)
