@@ -348,7 +348,7 @@ class Denoiser:
 
 def check_pass(spec: Pass, backbone: Backbone) -> None:
     """Raises ValueError for a pass that a model cannot run: region attention beside a bias, or where there is none."""
-    if spec.text_bias is not None and (spec.regions is not None or spec.joint_regions is not None):
+    if spec.text_bias is not None and spec.regions is not None:
         raise ValueError("a bias on the text needs one text for all cells, so a pass has it or region attention")
     if spec.regions is not None and not backbone.reads_regions:
         raise ValueError(

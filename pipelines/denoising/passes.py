@@ -24,7 +24,7 @@ class Pass:
         image: Index of the image, for a pass of one image; None means all.
         branch_batch_size: Number of branches that are run together, to save memory; None means all.
         joint_regions: Region attention for text and image in one sequence.
-        text_bias: Added to the scores between image and text; not with regions.
+        text_bias: Added to the scores between image and text; not with `RegionAttention`.
         norm_regions: The regions over which group normalisation takes its statistics; None is the whole canvas.
     """
 
