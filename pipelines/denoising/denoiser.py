@@ -76,6 +76,7 @@ class Denoiser:
         self.log = log
         self.caches = caches
         self.cost = Cost()
+        self.has_values = True
         self._can_fold = True
 
     def of_set(self, concepts: ConceptSet, images: Sequence[int]) -> "Denoiser":

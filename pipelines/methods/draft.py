@@ -354,7 +354,7 @@ class Drafting:
         return self.restart.text
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
-        """Drafts the image and divides the canvas; the latents stay as they are."""
+        """Drafts the image and divides the canvas; returns the noise of the draft that is taken."""
         canvas, concepts = self.session.canvas, self.session.concepts
         subjects = [concepts.concepts[i] for i in concepts.subjects]
         regions = [_given(subject if self.settings.keep_regions else None, canvas) for subject in subjects]
@@ -381,25 +381,26 @@ class Drafting:
         self, latents: Tensor, first: Step, subjects: Sequence[Concept], regions: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The noise of each image, and its maps: of several drafts those in which the subjects have space."""
-        settings, painted = self.settings, self.session.canvas.painted
-        maps, noise = self._maps(latents, first, self.draft, self.words), latents
+        settings, maps = self.settings, self._maps(latents, first, self.draft, self.words)
         if settings.drafts == 1:
             return latents, maps
-        space = [spacing(image, subjects, regions, settings.threshold, painted) for image in maps]
-        for i in range(len(maps)):
-            spec = self.draft.spec
-            alone = replace(spec, text=spec.text.of_image(i), image=i)
-            draft = self.session.denoiser.prepare(alone) if space[i] < settings.spacing else self.draft
+        threshold, painted = settings.threshold, self.session.canvas.painted
+        wanted = settings.spacing if self.session.denoiser.has_values else math.inf
+        space = partial(spacing, subjects=subjects, regions=regions, threshold=threshold, painted=painted)
+        chosen, spec = list(latents.split(1)), self.draft.spec
+        for i, image in enumerate(maps):
+            best = space(image)
+            if best >= wanted:
+                continue
+            draft = self.session.denoiser.prepare(replace(spec, text=spec.text.of_image(i), image=i))
             for turn in range(1, settings.drafts):
-                if space[i] >= settings.spacing:
+                noise = reordered(latents[i : i + 1], turn)
+                found = self._maps(noise, first, draft, self.words[i : i + 1], [i])[0]
+                if (far := space(found)) > best:
+                    best, chosen[i], maps[i] = far, noise, found
+                if best >= wanted:
                     break
-                moved = reordered(noise[i : i + 1], turn)
-                found = self._maps(moved, first, draft, self.words[i : i + 1], [i])[0]
-                far = spacing(found, subjects, regions, settings.threshold, painted)
-                if far > space[i]:
-                    latents = torch.cat([latents[:i], moved, latents[i + 1 :]])
-                    space[i], maps[i] = far, found
-        return latents, maps
+        return torch.cat(chosen), maps
 
     def _maps(
         self, latents: Tensor, first: Step, draft: PreparedPass, words: Tensor, images: Sequence[int] | None = None
