@@ -242,8 +242,7 @@ class Denoiser:
 
     def _recorder(self, request: MapRequest) -> Recorder:
         self_layers = self.backbone.self_map_layers if request.self_attention else ()
-        layers = self.backbone.map_layers if request.layer is None else (request.layer,)
-        return Recorder(layers, request.tokens, self_layers, request.output_layer)
+        return Recorder(request.layers or self.backbone.map_layers, request.tokens, self_layers, request.output_layer)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:

@@ -76,6 +76,8 @@ class Draft(Settings):
     Attributes:
         length: Fraction of the steps that is drafted, at least one step; above 1 a number of steps. The last drafted
             step stops after the last attention map.
+        layers: The attention layers whose maps are taken, by the beginning of their names, such as
+            "single_transformer_blocks" of FLUX.1. None leaves it to the model (`Backbone.map_layers`).
         threshold: A cell counts for a subject's centre if the map is above this share of its maximum.
         division: "nearest" gives every cell to the subject whose centre is nearest; "strips" divides the canvas into
             columns or rows, along the axis on which subjects are further apart; "auto" uses strips where regions have
@@ -105,6 +107,7 @@ class Draft(Settings):
     """
 
     length: float = LENGTH
+    layers: str | None = None
     threshold: float = THRESHOLD
     division: Division = "auto"
     reading: ReadingMode = "auto"
@@ -178,7 +181,14 @@ class Draft(Settings):
         words = words / words.sum(dim=1, keepdim=True)
         words = words.repeat_interleave(canvas.images_per_prompt, dim=0).to(canvas.device)
         draft = session.denoiser.prepare(Pass(text, constant_gates(session, styles)))
-        return Drafting(self, session, draft, words, self._restart(session))
+        return Drafting(self, session, draft, words, self._read_layers(session), self._restart(session))
+
+    def _read_layers(self, session: Session) -> Sequence[str]:
+        known = session.canvas.backbone.word_layers
+        layers = [name for name in known if self.layers is not None and name.startswith(self.layers)]
+        if self.layers is not None and not layers:
+            raise ValueError(f"no attention layer begins with {self.layers!r}; there are {', '.join(known)}")
+        return layers
 
     def bias_in(self, canvas: Canvas) -> float:
         """The size of the bias with a model."""
@@ -334,6 +344,7 @@ class Drafting:
 
     Attributes:
         words: Weight of every token in the map of each subject. Shape: [images, tokens, subjects].
+        layers: The layers whose maps are taken; none means those of the model.
         restart: How the image is denoised.
         maps: The maps by which subjects were found; 0 for concepts that were not looked for, None if nothing was.
         masks: The masks of all concepts on the map grid. Shape of both: [images, concepts, height, width].
@@ -343,6 +354,7 @@ class Drafting:
     session: Session
     draft: PreparedPass
     words: Tensor
+    layers: Sequence[str]
     restart: Restart
     maps: Tensor | None = None
     masks: Tensor | None = None
@@ -406,7 +418,7 @@ class Drafting:
         self, latents: Tensor, first: Step, draft: PreparedPass, words: Tensor, images: Sequence[int] | None = None
     ) -> Tensor:
         """The mean attention to each subject over a draft, on the CPU. Shape: [images, subjects, height, width]."""
-        canvas, request = self.session.canvas, MapRequest(words)
+        canvas, request = self.session.canvas, MapRequest(words, layers=self.layers)
         by_step = drafted_maps(self.session, latents, first, draft, request, self.settings.length, images=images)
         mean = torch.stack([maps.text for maps in by_step]).mean(dim=0)
         return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level)).cpu()

@@ -44,7 +44,7 @@ def drafted_maps(
         denoiser = session.denoiser.ahead(sampler)
         *earlier, last = sampler.schedule.leading(length, first)
         for step in earlier:
-            wanted = None if of_last else _on_all_rows(request, prepared, step)
+            wanted = None if of_last else on_all_rows(request, prepared, step)
             prediction = denoiser.predict(latents, step, prepared, wanted)
             if prediction.maps is not None:
                 recorded.append(replace(prediction.maps, text=prediction.maps.text[prediction.rows.conditional]))
@@ -63,7 +63,8 @@ def reordered(noise: Tensor, turn: int) -> Tensor:
     return noise.flatten(2)[..., to_device(order, noise.device)].view(noise.shape)
 
 
-def _on_all_rows(request: MapRequest, prepared: PreparedPass, step: Step) -> MapRequest:
+def on_all_rows(request: MapRequest, prepared: PreparedPass, step: Step) -> MapRequest:
+    """A request for conditional rows as one for all rows of a step; unconditional ones have empty maps."""
     if not step.guided:
         return request
     roles = prepared.spec.text.roles

@@ -340,6 +340,17 @@ def test_a_single_subject_is_merged_and_embeddings_are_refused(composer):
         call(composer, prompt=None, prompt_embeds=cond, guidance_scale=1.0)
 
 
+def test_maps_of_other_layers_are_taken_by_their_names(composer):
+    both, down, up = (
+        call(composer, method=Draft(layers=start), record_attention=[0]).draft_maps
+        for start in (None, "down_blocks", "up_blocks")
+    )
+    assert not torch.allclose(down, up, rtol=0.01)
+    assert torch.equal(both, call(composer, method=Draft(layers=""), record_attention=[0]).draft_maps)
+    with pytest.raises(ValueError, match="no attention layer begins with 'single'; there are down_blocks"):
+        call(composer, method=Draft(layers="single"))
+
+
 # Several drafts
 
 
