@@ -280,40 +280,47 @@ def _free(name: str, settings: str) -> str:
     return f'{{name: "{name}", method: draft, settings: {{keep_regions: false, {settings}}}}}'
 
 
+def _columns(name: str, settings: str, method: str = "draft") -> str:
+    """A line for a method with the boxes of the scenes, with settings."""
+    return f'{{name: "columns, {name}", method: {method}, settings: {{{settings}}}}}'
+
+
+SINGLE = "layers: single_transformer_blocks"
 PARTS_IN_ONE_SEQUENCE = "\n".join(
     [
-        FREE_DRAFT,
-        # Which text cells read.
-        _free("scene", "reading: scene"),
-        _free("texts of regions", "reading: regions"),
-        _free("texts of subjects", "reading: subjects"),
-        # What a LoRA changes of the text, and whether regions see each other.
-        _free("scene, own words", "reading: scene, token_mask: phrase"),
-        _free("scene, all but words of others", "reading: scene, token_mask: others"),
-        _free("scene, no words", "reading: scene, token_mask: image"),
-        _free("scene, isolated at first", "reading: scene, isolate: 0.5"),
-        _free("scene, isolated", "reading: scene, isolate: 1"),
-        _free("texts of regions, isolated at first", "reading: regions, isolate: 0.5"),
-        # Whether cells are drawn to words.
-        _free("scene, bias", "reading: scene, bias: 1"),
-        _free("scene, more bias", "reading: scene, bias: 3"),
-        _free("scene, all but words of others, bias", "reading: scene, token_mask: others, bias: 2"),
         # Where regions come from.
-        _free("strips", "division: strips"),
-        _free("one drafted step", "length: 0.04"),
+        FREE_DRAFT,
+        _free("maps of single-stream blocks", SINGLE),
+        _free("maps of single-stream blocks, longer draft", f"{SINGLE}, length: 0.24"),
         _free("longer draft", "length: 0.24"),
-        _free("three drafts", "drafts: 3"),
-        _free("cells left over", "reading: scene, leftover: 0.15, bias: 1"),
+        _free("maps of single-stream blocks, strips", f"{SINGLE}, division: strips"),
+        _free("maps of single-stream blocks, three drafts", f"{SINGLE}, drafts: 3"),
+        _free("maps of single-stream blocks, cells left over", f"{SINGLE}, reading: scene, leftover: 0.15, bias: 1"),
         PUBLISHED,
         '{name: "freefuse, conditional rows", method: "freefuse:official-flux", settings: {rows: cond_only}}',
-        # Where regions are given.
-        IN_COLUMNS,
-        '{name: "regional, shared text", method: regional, settings: {texts: shared}}',
-        '{name: "regional, texts of subjects", method: regional, settings: {texts: subjects}}',
-        '{name: "regional, isolated at first", method: regional, settings: {isolate: 0.5}}',
+        # Given regions, each with a text of its own.
+        "{name: regional, method: regional}",
+        _columns("texts of subjects", "texts: subjects", "regional"),
+        _columns("texts of regions, isolated at first", "isolate: 0.5", "regional"),
+        _columns("texts of regions, isolated", "isolate: 1", "regional"),
+        # Given regions that read one text: words that a LoRA changes, regions that see each other, bias.
+        _columns("one text", "reading: scene"),
+        _columns("own words", "reading: scene, token_mask: phrase"),
+        _columns("all but words of others", "reading: scene, token_mask: others"),
+        _columns("no words", "reading: scene, token_mask: image"),
+        _columns("one text, isolated at first", "reading: scene, isolate: 0.5"),
+        _columns("one text, isolated", "reading: scene, isolate: 1"),
+        _columns("one text, bias", "reading: scene, bias: 1"),
+        _columns("one text, more bias", "reading: scene, bias: 3"),
+        _columns("all but words of others, bias", "reading: scene, token_mask: others, bias: 2"),
+        _columns(
+            "all but words of others, bias, isolated at first",
+            "reading: scene, token_mask: others, bias: 2, isolate: 0.5",
+        ),
     ]
 )
-"""Each part of composing on a transformer with text and image in one sequence, alone."""
+"""Each part of composing on a transformer with text and image in one sequence, alone; texts and attention where the
+regions are given, so that wrong ones do not hide what they do."""
 
 
 def _alone() -> list[Place]:
