@@ -171,10 +171,12 @@ def main(
     models: Annotated[list[Path], typer.Argument(help="Folders as diffusers saves them.")],
     judge: Annotated[str, typer.Option(help="The playground's, or a folder.")] = JUDGE,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 4,
-    scenes: Annotated[int, typer.Option(min=1, max=len(SCENES), help="How many.")] = len(SCENES),
+    scenes: Annotated[int, typer.Option(min=1, help="At most so many.")] = len(SCENES),
+    objects: Annotated[int | None, typer.Option(min=2, max=3, help="Only scenes with so many objects.")] = None,
 ) -> None:
     """Prints for each block and step how often the map's centre is in the object, and how much of it in its region."""
     detector = WindowDetector(load_encoder(judge), CLASSES)
+    wanted = [scene for scene in SCENES if objects in (None, len(scene[0]))][:scenes]
     for model in models:
         pipe: Any = ComposePipeline.from_pretrained(model, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
@@ -182,8 +184,8 @@ def main(
         centres: dict[Where, list[float]] = {}
         regions: dict[Where, list[float]] = {}
         spaces: list[tuple[float, bool]] = []
-        with bar(f"making images with {model.name}", scenes) as on_progress:
-            for n, (classes, place) in enumerate(SCENES[:scenes], 1):
+        with bar(f"making images with {model.name}", len(wanted)) as on_progress:
+            for n, (classes, place) in enumerate(wanted, 1):
                 subjects = [Concept(name=name, role="bystander", class_word=name) for name in classes]
                 watching = Watching(STEPS)
                 prompt = f"{enumerate_words([article(name) for name in classes])} {place}"
@@ -200,7 +202,10 @@ def main(
                     whole = {one.word for one in seen} == set(classes)
                     spaces.append((spacing(drafted, subjects, none, THRESHOLD), whole))
                 on_progress(n)
-        echo(f"\n{model}: the judge sees {len(next(iter(centres.values())))} objects in {len(spaces)} images")
+        objects_seen, every = len(next(iter(centres.values()))), sum(whole for _, whole in spaces)
+        echo(
+            f"\n{model}: the judge sees {objects_seen} objects, and all of a prompt in {every} of {len(spaces)} images"
+        )
         for line in table("centre of the map in the object", centres):
             echo(line)
         for line in table("share of the object in the region of its subject", regions):
