@@ -301,6 +301,7 @@ PARTS_IN_ONE_SEQUENCE = "\n".join(
         # Given regions, each with a text of its own.
         "{name: regional, method: regional}",
         _columns("texts of subjects", "texts: subjects", "regional"),
+        _columns("texts of subjects, background without them", "texts: subjects, background: surroundings", "regional"),
         _columns("texts of regions, isolated at first", "isolate: 0.5", "regional"),
         _columns("texts of regions, isolated", "isolate: 1", "regional"),
         # Given regions that read one text: words that a LoRA changes, regions that see each other, bias.

@@ -67,6 +67,7 @@ from lora_compose.pipelines.text.prompts import about
 
 ReadingMode = Literal["auto", "scene", "regions", "subjects"]
 Division = Literal["auto", "strips", "nearest"]
+BackgroundMode = Literal["auto", "surroundings", "scene"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class Draft(Settings):
         reading: The text that image cells read: "scene", the scene's prompt; "regions", a text for each region, about
             its subject in the scene; "subjects", about its subject alone; "auto", a text for each region if two
             subjects share a class word, one has a prompt of its own, or more than two subjects fit side by side.
+        background: With texts of regions: what cells outside of regions read on UNets and Anima, and what all cells
+            read besides on other transformers: the "scene" without triggers, or its "surroundings" without the
+            subjects; "auto", the surroundings on UNets and Anima, and the scene on others.
         apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: The part of the steps, from the first, in which the cells of a region see no other region in
@@ -111,6 +115,7 @@ class Draft(Settings):
     threshold: float = THRESHOLD
     division: Division = "auto"
     reading: ReadingMode = "auto"
+    background: BackgroundMode = "auto"
     apart: float = 0.4
     isolate: float | None = None
     bias: float | None = None
@@ -298,7 +303,8 @@ def _by_regions(settings: Draft, session: Session) -> Restart:
     subjects = [session.concepts.concepts[i] for i in indices]
     scene, alone = session.prompts.texts or (), settings.reading == "subjects"
     prompts = [[about(subject, prompt, subjects, alone=alone) for prompt in scene] for subject in subjects]
-    texts = region_texts(session, indices, prompts)
+    background = "surroundings" if settings.background == "auto" else settings.background
+    texts = region_texts(session, indices, prompts, background)
 
     def start(masks: Tensor) -> Sequence[Process]:
         by_image = [Regions.of_masks(indices, image, session.canvas.levels, HALF) for image in masks]
@@ -318,7 +324,8 @@ def _by_regions(settings: Draft, session: Session) -> Restart:
 
 def _by_segments(settings: Draft, session: Session) -> Restart:
     """Every region of a transformer reads a text of its own, as in `regional`."""
-    texts = segment_texts(session, session.concepts.subjects, alone=settings.reading == "subjects")
+    background = "scene" if settings.background == "auto" else settings.background
+    texts = segment_texts(session, session.concepts.subjects, background, alone=settings.reading == "subjects")
     start = partial(_in_one_sequence, settings, session, texts, 0.0)
     return Restart(texts.base, strips if settings.division == "strips" else nearest, start)
 

@@ -41,7 +41,13 @@ from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
 from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, isolated_at_first, with_region_norm
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.region_texts import SegmentedTexts, one_segment, segment_texts, shared_text
+from lora_compose.pipelines.methods.region_texts import (
+    Background,
+    SegmentedTexts,
+    one_segment,
+    segment_texts,
+    shared_text,
+)
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
@@ -66,6 +72,8 @@ class Regional(Settings):
         texts: "regions", each region has its own text, about its subject in the scene; "subjects", about its subject
             alone, so that the whole image's text alone tells the scene; "shared", all read the prompt; "auto", regions
             on transformers, if a text can be made for each concept with a region, otherwise shared.
+        background: With texts of regions, what all cells read besides: the "scene" without triggers, or its
+            "surroundings" without the concepts, so that no cell reads of a subject that is elsewhere.
         isolate: The part of the steps, from the first, in which cells of a region do not attend to cells of other
             regions, on transformers with text and image in one sequence. All steps (1) separate identities best but
             make incoherent images.
@@ -78,6 +86,7 @@ class Regional(Settings):
     rows: ActingRows = "cond_only"
     token_mask: TokenMask = "tara"
     texts: Texts = "auto"
+    background: Background = "scene"
     isolate: float = 0.0
     norm_apart: float = NORM_APART
     limit: float | None = None
@@ -122,7 +131,7 @@ class Regional(Settings):
             return with_region_norm(session, pass_of(shared), masks, everywhere, self.norm_apart, shared.base)
         if own:
             owners = [i for i, whole in enumerate(everywhere) if not whole]
-            texts = segment_texts(session, owners, alone=self.texts == "subjects")
+            texts = segment_texts(session, owners, self.background, alone=self.texts == "subjects")
         else:
             texts = one_segment(shared_text(session))
         cells = given_cells(session, joint)

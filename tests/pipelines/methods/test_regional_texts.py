@@ -262,6 +262,26 @@ def test_texts_of_subjects_leave_the_scene_out(family, pipe):
 
 
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
+@pytest.mark.parametrize("method", [Regional, Draft])
+def test_with_the_surroundings_no_cell_reads_of_a_subject_elsewhere(family, pipe, method):
+    settings = {"texts" if method is Regional else "reading": "subjects", "background": "surroundings"}
+    with observed(pipe.transformer) as calls:
+        pipe(**CALL, **family.unguided, concepts=concepts("apart"), method=method(**settings))
+        pipe(**CALL, **family.unguided, concepts=concepts("apart"), method="regional")
+    (_, ours, _), (_, scene, _) = calls
+    read, start = ours["encoder_hidden_states"][0], 0
+    for text in ("on grass", "a sks cat", "a zwx dog"):
+        with observed(pipe.transformer) as alone:
+            pipe(**{**CALL, **family.unguided, "prompt": text})
+        tokens = TOKENS if start == 0 else len(pipe.tokenizer_2(text).input_ids)
+        whole = alone[0][1]["encoder_hidden_states"][0]
+        torch.testing.assert_close(read[start : start + tokens], whole[:tokens], atol=1e-6, rtol=0)
+        start += tokens
+    assert start == len(read)
+    assert torch.equal(ours["pooled_projections"], scene["pooled_projections"])
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
 def test_regions_that_read_one_text_are_isolated_in_a_part_of_the_steps(family, pipe):
     """With a draft whose bias is 0 that is the same, which is compared with dense masks."""
     given = {**CALL, **family.unguided, "num_inference_steps": 2, "concepts": concepts("apart")}
