@@ -414,9 +414,9 @@ class Drafting:
             draft = self.session.denoiser.prepare(replace(spec, text=spec.text.of_image(i), image=i))
             for turn in range(1, settings.drafts):
                 noise = reordered(latents[i : i + 1], turn)
-                found = self._maps(noise, first, draft, self.words[i : i + 1], [i])[0]
-                if (far := space(found)) > best:
-                    best, chosen[i], maps[i] = far, noise, found
+                redrafted = self._maps(noise, first, draft, self.words[i : i + 1], [i])[0]
+                if (far := space(redrafted)) > best:
+                    best, chosen[i], maps[i] = far, noise, redrafted
                 if best >= wanted:
                     break
         return torch.cat(chosen), maps
