@@ -83,7 +83,7 @@ class Installation:
                 that read different texts; layers * channels if each cross-attention layer has a text of its own.
             text_kv: Keys and values to share with another pass that has the same text and the same text gates.
             lengths: Number of tokens in each row, if rows have fewer than `text`.
-            text_bias: Added to the scores between image and text; not with regions.
+            text_bias: Added to the scores between image and text; not with `RegionAttention`.
             read: Number of tokens that attention sees in each row, if these are fewer than `lengths`.
             norm_regions: The regions over which group normalisation takes its statistics; None is the whole canvas.
         """

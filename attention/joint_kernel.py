@@ -46,20 +46,23 @@ class JointKernel:
     ) -> Tensor:
         regions, bias = self.state.inputs.joint_regions, self.state.inputs.bias_factors
 
+        channels, options = value.shape[-1], dict(options)
+        if bias is not None and self.site.joint:
+            text, image, _ = self._parts(key.shape[1])
+            scale = options.get("scale") or query.shape[-1] ** -0.5
+            more_query, more_key = bias.channels(self.site.level, key.shape[1], text, image, scale)
+            query, key, options["scale"] = _extended(query, more_query), _extended(key, more_key), scale
+            # Fast kernels want values as wide as queries.
+            value = nn.functional.pad(value, (0, more_key.shape[-1]))
+
         def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
             return self.attend(query, key, value, attn_mask=mask, **options)
 
-        if regions is not None:
-            return regions.attend(attend, self.site.parts, query, key, value, mask)
-        if bias is None or not self.site.joint:
-            return attend(query, key, value, mask)
-        text, image, _ = self._parts(key.shape[1])
-        scale = options.get("scale") or query.shape[-1] ** -0.5
-        more_query, more_key = bias.channels(self.site.level, key.shape[1], text, image, scale)
-        query, key = _extended(query, more_query), _extended(key, more_key)
-        # Fast kernels want values as wide as queries.
-        wide = nn.functional.pad(value, (0, more_key.shape[-1]))
-        return self.attend(query, key, wide, attn_mask=mask, **{**options, "scale": scale})[..., : value.shape[-1]]
+        if regions is None:
+            out = attend(query, key, value, mask)
+        else:
+            out = regions.attend(attend, self.site.parts, query, key, value, mask)
+        return out[..., :channels]
 
     def _record(self, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
         text, image, others = self._parts(key.shape[1])

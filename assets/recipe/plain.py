@@ -1,4 +1,4 @@
-"""Plain prompts without LoRAs: a sheet, and a count of objects that the judge names.
+"""Plain prompts without LoRAs: a sheet, and a count of objects that the judge names, and of copies.
 
 PYTHONPATH=assets python -m recipe.plain sheet.png MODEL FLUX --judge JUDGE
 """
@@ -41,26 +41,29 @@ class Named(NamedTuple):
     Attributes:
         all: Whether every object of the prompt is there.
         exactly: Whether also none is there twice.
+        copied: Whether one is missing, and another is there twice in its stead.
     """
 
     all: bool
     exactly: bool
+    copied: bool
 
 
-def make(pipe: Any, prompt: str, seeds: Iterable[int]) -> list[Image.Image]:
-    """One image for every seed, in one batch."""
+def make(pipe: Any, prompt: str, seeds: Iterable[int], **arguments: Any) -> list[Image.Image]:
+    """One image for every seed, in one batch, with further arguments of the pipeline."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     width, height = pipe.own_size
     return pipe(
         prompt=[prompt] * len(generators), num_inference_steps=STEPS, width=width, height=height, generator=generators,
-        **pipe.guided(GUIDANCE, None),
+        **pipe.guided(GUIDANCE, None), **arguments,
     ).images  # fmt: skip
 
 
 def named(detector: Detector, image: Image.Image, classes: Sequence[str]) -> Named:
     """Looks for what a prompt names."""
     words = [each.word for each in detector.detect(image, classes)]
-    return Named(set(words) == set(classes), sorted(words) == sorted(classes))
+    every = set(words) == set(classes)
+    return Named(every, sorted(words) == sorted(classes), not every and len(words) > len(set(words)))
 
 
 @handle_errors()
@@ -88,7 +91,8 @@ def main(
     for model, right in zip(models, totals, strict=True):
         echo(
             f"{model}: all objects named in {sum(each.all for each in right)} of {len(right)} images, "
-            f"none of them twice in {sum(each.exactly for each in right)}"
+            f"none of them twice in {sum(each.exactly for each in right)}; one twice instead of another in "
+            f"{sum(each.copied for each in right)}"
         )
     columns = [(f"seed {seed}",) for seed in range(min(seeds, SHOWN))]
     echo(save_image(sheet(columns, rows, title="Plain prompts, no LoRA", side=192), out))

@@ -240,6 +240,23 @@ HELD_BACK_THREES = """
     mira cat rabbit on grass
     omar lena owl in snow
 """
+TRIED_THREES = """
+    cat rabbit robot on grass
+    dog omar owl on a white background
+    bear mira dog in snow
+    rabbit lena cat on a pink background
+    owl kitten bear on sand
+    robot dog mira in a forest
+"""
+"""Like `TEN` and `ONE_CLASS`, settings may be chosen by these; the scenes below are held back for what was chosen."""
+HELD_BACK_SQUARES = """
+    kitten owl dog on a green background
+    bear lena robot at sunset
+    cat omar rabbit underwater
+    dog robot owl in a room
+    mira bear kitten at night
+    rabbit dog omar on a blue background
+"""
 MERGES = """
 {name: cat, method: merge, merge: cat}
 {name: ties, method: merge, merge: ties}
@@ -252,6 +269,59 @@ CALIBRATED = """{name: soups, method: merge, merge: soups}
 {name: iteris, method: merge, merge: iteris}"""
 IN_BOXES = '{name: "draft, in the boxes", method: draft}'
 FREE_DRAFT = "{method: draft, settings: {keep_regions: false}}  # finds the regions itself"
+IN_COLUMNS = (
+    '{name: "regional, a column for each", method: regional}\n{name: "draft, a column for each", method: draft}'
+)
+PUBLISHED = '{name: "freefuse, as published for FLUX.1", method: "freefuse:official-flux"}'
+
+
+def _free(name: str, settings: str) -> str:
+    """A line for `draft` without boxes, with settings."""
+    return f'{{name: "{name}", method: draft, settings: {{keep_regions: false, {settings}}}}}'
+
+
+def _columns(name: str, settings: str, method: str = "draft") -> str:
+    """A line for a method with the boxes of the scenes, with settings."""
+    return f'{{name: "columns, {name}", method: {method}, settings: {{{settings}}}}}'
+
+
+SINGLE = "layers: single_transformer_blocks"
+PARTS_IN_ONE_SEQUENCE = "\n".join(
+    [
+        # Where regions come from.
+        FREE_DRAFT,
+        _free("maps of single-stream blocks", SINGLE),
+        _free("maps of single-stream blocks, longer draft", f"{SINGLE}, length: 0.24"),
+        _free("longer draft", "length: 0.24"),
+        _free("maps of single-stream blocks, strips", f"{SINGLE}, division: strips"),
+        _free("maps of single-stream blocks, three drafts", f"{SINGLE}, drafts: 3"),
+        _free("maps of single-stream blocks, cells left over", f"{SINGLE}, reading: scene, leftover: 0.15, bias: 1"),
+        PUBLISHED,
+        '{name: "freefuse, conditional rows", method: "freefuse:official-flux", settings: {rows: cond_only}}',
+        # Given regions, each with a text of its own.
+        "{name: regional, method: regional}",
+        _columns("texts of subjects", "texts: subjects", "regional"),
+        _columns("texts of subjects, background without them", "texts: subjects, background: surroundings", "regional"),
+        _columns("texts of regions, isolated at first", "isolate: 0.5", "regional"),
+        _columns("texts of regions, isolated", "isolate: 1", "regional"),
+        # Given regions that read one text: words that a LoRA changes, regions that see each other, bias.
+        _columns("one text", "reading: scene"),
+        _columns("own words", "reading: scene, token_mask: phrase"),
+        _columns("all but words of others", "reading: scene, token_mask: others"),
+        _columns("no words", "reading: scene, token_mask: image"),
+        _columns("one text, isolated at first", "reading: scene, isolate: 0.5"),
+        _columns("one text, isolated", "reading: scene, isolate: 1"),
+        _columns("one text, bias", "reading: scene, bias: 1"),
+        _columns("one text, more bias", "reading: scene, bias: 3"),
+        _columns("all but words of others, bias", "reading: scene, token_mask: others, bias: 2"),
+        _columns(
+            "all but words of others, bias, isolated at first",
+            "reading: scene, token_mask: others, bias: 2, isolate: 0.5",
+        ),
+    ]
+)
+"""Each part of composing on a transformer with text and image in one sequence, alone; texts and attention where the
+regions are given, so that wrong ones do not hide what they do."""
 
 
 def _alone() -> list[Place]:
@@ -402,6 +472,37 @@ freefuse
         baseline="draft",
     ),
     Suite(
+        "playground-threes",
+        "Three concepts on a square canvas, in scenes and seeds that no setting was chosen by.",
+        _threes(HELD_BACK_SQUARES, THIRDS),
+        f"merge\n{IN_COLUMNS}\n{FREE_DRAFT}\n{_free('three drafts', 'drafts: 3')}",
+        seeds=(40, 41, 42, 43),
+    ),
+    Suite(
+        "playground-threes-parts",
+        "Three concepts on a square canvas, in scenes that settings may be chosen by: what a column for each reaches, "
+        "and what helps draft without boxes.",
+        _threes(TRIED_THREES, THIRDS),
+        "\n".join(
+            [
+                FREE_DRAFT,
+                IN_COLUMNS,
+                _free("three drafts", "drafts: 3"),
+                _free("three drafts, further apart", "drafts: 3, spacing: 0.8"),
+                _free("six drafts, further apart", "drafts: 6, spacing: 0.8"),
+                _free("longer draft", "length: 0.24"),
+                _free("strips", "division: strips"),
+                _free("cells left over", "leftover: 0.15"),
+                _free("more cells left over", "leftover: 0.3"),
+                _free("texts of regions", "reading: regions, apart: 0"),
+                _free("texts of subjects", "reading: subjects, apart: 0"),
+                _free("more bias", "bias: 2"),
+            ]
+        ),
+        seeds=(10, 11, 12, 13),
+        baseline="draft",
+    ),
+    Suite(
         "playground-merged-styles",
         "A subject in a style, both LoRAs in one file, merged in every way.",
         [Place((name, STYLE), ground) for name, ground in _one_each(_GROUNDS)],
@@ -432,14 +533,35 @@ freefuse
     ),
 )
 
-TRANSFORMER = Suite(
-    "playground-flux",
-    "The transformer of the playground: pairs, two of one class and three concepts, with ordinary LoRAs of its own.",
-    [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
-    f"merge\ntara\nregional\nswitch\ncomposite\n{FREE_DRAFT}",
-    model="playground-flux",
+TRANSFORMER = (
+    Suite(
+        "playground-flux",
+        "The transformer of the playground: pairs, two of one class and three concepts, with ordinary LoRAs of its "
+        "own.",
+        [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
+        f"merge\ntara\nregional\nswitch\ncomposite\n{FREE_DRAFT}",
+        model="playground-flux",
+    ),
+    Suite(
+        "playground-flux-draft",
+        "The transformer of the playground, in scenes, places and seeds that no setting was chosen by: pairs, one "
+        "class and three concepts on a square canvas. regional and one draft get a column for each concept.",
+        [*_pairs(HELD_BACK, HALVES), *_pairs(HELD_BACK_ONE_CLASS, HALVES), *_threes(HELD_BACK_SQUARES, THIRDS)],
+        f"merge\n{IN_COLUMNS}\n{FREE_DRAFT}\n{PUBLISHED}",
+        seeds=(40, 41, 42, 43),
+        model="playground-flux",
+    ),
+    Suite(
+        "playground-flux-parts",
+        "The transformer of the playground: each part of composing alone, in scenes that settings may be chosen by.",
+        [*_pairs(TEN, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(TRIED_THREES, THIRDS)],
+        PARTS_IN_ONE_SEQUENCE,
+        seeds=(10, 11),
+        baseline="draft",
+        model="playground-flux",
+    ),
 )
-"""The suite of this world's transformer."""
+"""The suites of this world's transformer."""
 
 
 class SceneFile(NamedTuple):
@@ -511,10 +633,10 @@ SCENES = (
 @handle_errors()
 def main(
     out: Annotated[Path, typer.Argument(help="A folder, such as assets.")],
-    transformer: Annotated[bool, typer.Option("--transformer", help="Also the suite of the transformer.")] = False,
+    transformer: Annotated[bool, typer.Option("--transformer", help="Also the suites of the transformer.")] = False,
 ) -> None:
     """Writes suites/NAME.yaml and scenes/NAME.yaml."""
-    suites = (*SUITES, TRANSFORMER) if transformer else SUITES
+    suites = (*SUITES, *TRANSFORMER) if transformer else SUITES
     for suite in suites:
         write_whole(out / "suites" / f"{suite.name}.yaml", suite.text().encode())
     for scene in SCENES:

@@ -52,6 +52,11 @@ class Backbone(Protocol):
         ...
 
     @property
+    def word_layers(self) -> tuple[str, ...]:
+        """All attention layers with maps of image cells to text tokens on the map grid, the map layers included."""
+        ...
+
+    @property
     def self_map_layers(self) -> tuple[str, ...]:
         """Self-attention layers whose maps show which cells attend to each other."""
         ...

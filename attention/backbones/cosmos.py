@@ -39,8 +39,13 @@ class CosmosBackbone(JointBackbone):
     @property
     def map_layers(self) -> tuple[str, ...]:
         """Cross-attention in the last third of the blocks."""
-        names = [name for name in modules_of(self.model) if name.endswith(".attn2")]
-        return tuple(names[-max(1, len(names) // 3) :])
+        names = self.word_layers
+        return names[-max(1, len(names) // 3) :]
+
+    @property
+    def word_layers(self) -> tuple[str, ...]:
+        """Cross-attention of all blocks."""
+        return tuple(name for name in modules_of(self.model) if name.endswith(".attn2"))
 
     @property
     def self_map_layers(self) -> tuple[str, ...]:

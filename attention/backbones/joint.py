@@ -66,8 +66,15 @@ class JointBackbone:
     @property
     def map_layers(self) -> tuple[str, ...]:
         """Attention layers in the last third of the first kind of blocks, where image features have mixed with text."""
-        names = [name for name, _ in _attention(modules_of(self.model)) if name.startswith(f"{self.blocks[0]}.")]
+        names = [name for name in self.word_layers if name.startswith(f"{self.blocks[0]}.")]
         return tuple(names[-max(1, len(names) // 3) :])
+
+    @property
+    def word_layers(self) -> tuple[str, ...]:
+        """Attention to text and image in one sequence, in all blocks."""
+        apart = tuple(start for start, _ in self.attends)
+        names = (name for name, _ in _attention(modules_of(self.model)) if name.startswith(self.blocks))
+        return tuple(name for name in names if not (apart and name.startswith(apart)))
 
     @property
     def self_map_layers(self) -> tuple[str, ...]:

@@ -59,6 +59,11 @@ class UNetBackbone:
         return tuple(layer.name for layer in self._layers if layer.cross and layer.level == self.map_level)
 
     @property
+    def word_layers(self) -> tuple[str, ...]:
+        """The same."""
+        return self.map_layers
+
+    @property
     def self_map_layers(self) -> tuple[str, ...]:
         """The self-attention layers on the map level."""
         return tuple(layer.name for layer in self._layers if not layer.cross and layer.level == self.map_level)

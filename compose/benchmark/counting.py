@@ -254,7 +254,7 @@ class PricingRunner(CountingRunner):
         kept = [{} if batch.inputs.text_kv is None else batch.inputs.text_kv.kept for batch in batches]
         kind = (
             what, latents.shape, tuple(batch.text.prompt_embeds.shape for batch in batches), _kind_of(prepared.spec),
-            request and (request.tokens.shape, request.self_attention, request.layer, request.output_layer),
+            request and (request.tokens.shape, request.self_attention, tuple(request.layers), request.output_layer),
             tuple(map(bool, kept)),
         )  # fmt: skip
         before = self.operations.flops

@@ -66,6 +66,11 @@ class CountingRunner:
         """Whether there is a ControlNet."""
         return any(isinstance(control, PreparedControlNet) for control in self.resolved.controls)
 
+    @property
+    def has_values(self) -> bool:
+        """Maps have no values."""
+        return False
+
     def fold(self, parts: Sequence[SitePart], weights: Sequence[float]) -> None:
         """Nothing is folded."""
 

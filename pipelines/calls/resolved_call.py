@@ -264,8 +264,8 @@ def check_start_for(method: Settings, strength: float) -> None:
     """Raises ValueError for a method that moves start noise, in a call that starts from an image."""
     if strength < 1 and method.needs.start_noise:
         raise ValueError(
-            "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
-            "it reinit='off', or strength=1"
+            "this method moves start noise, and with an image the latents are the image; give lora-composer "
+            "reinit='off' or draft drafts=1, or the call strength=1"
         )
 
 

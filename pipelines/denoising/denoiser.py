@@ -76,6 +76,7 @@ class Denoiser:
         self.log = log
         self.caches = caches
         self.cost = Cost()
+        self.has_values = True
         self._can_fold = True
 
     def of_set(self, concepts: ConceptSet, images: Sequence[int]) -> "Denoiser":
@@ -241,8 +242,7 @@ class Denoiser:
 
     def _recorder(self, request: MapRequest) -> Recorder:
         self_layers = self.backbone.self_map_layers if request.self_attention else ()
-        layers = self.backbone.map_layers if request.layer is None else (request.layer,)
-        return Recorder(layers, request.tokens, self_layers, request.output_layer)
+        return Recorder(request.layers or self.backbone.map_layers, request.tokens, self_layers, request.output_layer)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -348,7 +348,7 @@ class Denoiser:
 
 def check_pass(spec: Pass, backbone: Backbone) -> None:
     """Raises ValueError for a pass that a model cannot run: region attention beside a bias, or where there is none."""
-    if spec.text_bias is not None and (spec.regions is not None or spec.joint_regions is not None):
+    if spec.text_bias is not None and spec.regions is not None:
         raise ValueError("a bias on the text needs one text for all cells, so a pass has it or region attention")
     if spec.regions is not None and not backbone.reads_regions:
         raise ValueError(

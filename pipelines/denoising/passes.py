@@ -1,7 +1,7 @@
 """One forward pass of the model as values: its inputs, the attention maps to record, and its results."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Pass:
         image: Index of the image, for a pass of one image; None means all.
         branch_batch_size: Number of branches that are run together, to save memory; None means all.
         joint_regions: Region attention for text and image in one sequence.
-        text_bias: Added to the scores between image and text; not with regions.
+        text_bias: Added to the scores between image and text; not with `RegionAttention`.
         norm_regions: The regions over which group normalisation takes its statistics; None is the whole canvas.
     """
 
@@ -46,13 +46,13 @@ class MapRequest:
     Attributes:
         tokens: Weight of every token in every map. Shape: [(texts,) rows, tokens, maps].
         self_attention: Whether to record maps of self-attention, too.
-        layer: The cross-attention layer whose maps are recorded; None means all map layers.
+        layers: The attention layers whose maps are recorded, of `Backbone.word_layers`; none means the map layers.
         output_layer: An attention layer whose output at the cells is recorded, too.
     """
 
     tokens: Tensor
     self_attention: bool = False
-    layer: str | None = None
+    layers: Sequence[str] = ()
     output_layer: str | None = None
 
 
@@ -64,16 +64,19 @@ class AttentionMaps:
         text: Attention of image cells to tokens. Shape: [(texts,) rows, cells, maps].
         cells: Attention of image cells to each other, if asked for. Shape: [rows, cells, cells seen].
         output: Output of a self-attention layer, if asked for. Shape: [rows, cells, channels].
+        by_layer: The maps of attention to tokens by layer, of which `text` is the mean.
     """
 
     text: Tensor
     cells: Tensor | None = None
     output: Tensor | None = None
+    by_layer: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, recorder: Recorder) -> "AttentionMaps":
         """The means of a recorder's maps."""
-        return cls(recorder.mean(), recorder.self_mean() if recorder.self_maps else None, recorder.output)
+        cells = recorder.self_mean() if recorder.self_maps else None
+        return cls(recorder.mean(), cells, recorder.output, dict(recorder.maps))
 
     def detached(self) -> "AttentionMaps":
         """The maps without a graph."""

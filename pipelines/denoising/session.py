@@ -44,6 +44,11 @@ class Runner(Protocol):
         """Whether there is a ControlNet, which reads a text for the whole image."""
         ...
 
+    @property
+    def has_values(self) -> bool:
+        """Whether attention maps say something; otherwise costs are counted, and what depends on maps costs most."""
+        ...
+
     def fold(self, parts: Sequence[SitePart], weights: Sequence[float]) -> None:
         """Adds LoRAs with constant gates to the weights for the rest of the call."""
         ...

@@ -26,13 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.attention import NORM_APART, Site, TextBias, grid_at
+from lora_compose.attention import NORM_APART, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.passes import MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
     Described,
+    Needs,
     Process,
     Settings,
     check_choices,
@@ -42,14 +43,21 @@ from lora_compose.pipelines.denoising.process import (
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
-from lora_compose.pipelines.methods.drafted import drafted_maps
-from lora_compose.pipelines.methods.gated_pass import gated_pass, isolated_at_first, with_region_norm
+from lora_compose.pipelines.methods.drafted import drafted_maps, reordered
+from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, isolated_at_first, with_region_norm
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
-from lora_compose.pipelines.methods.region_texts import region_texts, segment_texts, shared_text
+from lora_compose.pipelines.methods.region_texts import (
+    GatedText,
+    SegmentedTexts,
+    one_segment,
+    region_texts,
+    segment_texts,
+    shared_text,
+)
 from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.scene.canvas import Canvas, Step
-from lora_compose.pipelines.scene.division import LENGTH, THRESHOLD, divided, nearest, strips
+from lora_compose.pipelines.scene.division import LENGTH, THRESHOLD, divided, nearest, spacing, strips
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.branches import branch_of
@@ -57,8 +65,9 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_words
 from lora_compose.pipelines.text.prompts import about
 
-ReadingMode = Literal["auto", "scene", "regions"]
+ReadingMode = Literal["auto", "scene", "regions", "subjects"]
 Division = Literal["auto", "strips", "nearest"]
+BackgroundMode = Literal["auto", "surroundings", "scene"]
 
 
 @dataclass(frozen=True)
@@ -68,36 +77,54 @@ class Draft(Settings):
     Attributes:
         length: Fraction of the steps that is drafted, at least one step; above 1 a number of steps. The last drafted
             step stops after the last attention map.
+        layers: The attention layers whose maps are taken, by the beginning of their names, such as
+            "single_transformer_blocks" of FLUX.1. None leaves it to the model (`Backbone.map_layers`).
         threshold: A cell counts for a subject's centre if the map is above this share of its maximum.
         division: "nearest" gives every cell to the subject whose centre is nearest; "strips" divides the canvas into
             columns or rows, along the axis on which subjects are further apart; "auto" uses strips where regions have
             their own texts.
-        reading: The text that image cells read: "scene", the scene's prompt; "regions", a text for each region; "auto",
-            a text for each region if two subjects share a class word, one has a prompt of its own, or more than two
-            subjects fit side by side.
+        reading: The text that image cells read: "scene", the scene's prompt; "regions", a text for each region, about
+            its subject in the scene; "subjects", about its subject alone; "auto", a text for each region if two
+            subjects share a class word, one has a prompt of its own, or more than two subjects fit side by side.
+        background: With texts of regions: what cells outside of regions read on UNets and Anima, and what all cells
+            read besides on other transformers: the "scene" without triggers, or its "surroundings" without the
+            subjects; "auto", the surroundings on UNets and Anima, and the scene on others.
         apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
-        isolate: With texts of their own, the part of the steps, from the first, in which the cells of a region see no
-            other region in self-attention. None is 1 on UNets and Anima, and 0 on other transformers, whose images it
-            tears apart.
+        isolate: The part of the steps, from the first, in which the cells of a region see no other region in
+            self-attention; on UNets and Anima with texts of their own. None is 1 there, and 0 on other transformers,
+            whose images it tears apart.
         bias: With the scene's prompt: added to the attention scores between the cells of a region and the words of its
             subject, and subtracted for the words of other subjects. None is 1 in cross-attention, and 0 where text and
             image are one sequence.
         norm_apart: With the scene's prompt, as in `Regional`.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
+        token_mask: As in `Regional`, but for texts of regions on UNets.
+        leftover: Cells where the map of the nearest subject is below this share of its maximum are in no region: no
+            LoRA of a subject acts there, the bias is against the words of all, and where regions have texts of their
+            own, a text without subjects is read on UNets. 0 divides the whole canvas.
+        drafts: The most drafts of an image. A further one, from the same noise in another order, is made as long as two
+            subjects are closer than `spacing`; without enough space in any, the one with most is taken.
+        spacing: Least distance of the centres of two subjects, in sides of an equal part of the canvas.
         limit: The most that LoRAs which act on the same cells may change a layer together, as a multiple of the largest
             change of one alone at weight 1; those of a layer with more are scaled down to it. None is no limit.
     """
 
     length: float = LENGTH
+    layers: str | None = None
     threshold: float = THRESHOLD
     division: Division = "auto"
     reading: ReadingMode = "auto"
+    background: BackgroundMode = "auto"
     apart: float = 0.4
     isolate: float | None = None
     bias: float | None = None
     norm_apart: float = NORM_APART
     keep_regions: bool = True
+    token_mask: TokenMask = "tara"
+    leftover: float = 0.0
+    drafts: int = 1
+    spacing: float = 0.6
     limit: float | None = None
 
     def __post_init__(self) -> None:
@@ -111,9 +138,18 @@ class Draft(Settings):
             raise ValueError(f"bias must be at least 0, not {self.bias}")
         if self.isolate is not None and not 0 <= self.isolate <= 1:
             raise ValueError(f"isolate must lie between 0 and 1, not {self.isolate}")
-        for name in ("apart", "norm_apart"):
+        for name in ("apart", "norm_apart", "leftover"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        if not isinstance(self.drafts, int) or self.drafts < 1:
+            raise ValueError(f"drafts must be a whole number, at least 1, not {self.drafts!r}")
+        if not self.spacing >= 0:
+            raise ValueError(f"spacing must be at least 0, not {self.spacing}")
+
+    @property
+    def needs(self) -> Needs:
+        """Further drafts move the noise."""
+        return Needs(start_noise=self.drafts > 1)
 
     def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
         """Subjects whose given regions overlap, and each of the others, with all styles."""
@@ -150,7 +186,14 @@ class Draft(Settings):
         words = words / words.sum(dim=1, keepdim=True)
         words = words.repeat_interleave(canvas.images_per_prompt, dim=0).to(canvas.device)
         draft = session.denoiser.prepare(Pass(text, constant_gates(session, styles)))
-        return Drafting(self, session, draft, words, self._restart(session))
+        return Drafting(self, session, draft, words, self._read_layers(session), self._restart(session))
+
+    def _read_layers(self, session: Session) -> Sequence[str]:
+        known = session.canvas.backbone.word_layers
+        layers = [name for name in known if self.layers is not None and name.startswith(self.layers)]
+        if self.layers is not None and not layers:
+            raise ValueError(f"no attention layer begins with {self.layers!r}; there are {', '.join(known)}")
+        return layers
 
     def bias_in(self, canvas: Canvas) -> float:
         """The size of the bias with a model."""
@@ -163,12 +206,11 @@ class Draft(Settings):
     def _restart(self, session: Session) -> "Restart":
         if not self._texts_by_region(session):
             return _by_scene(self, session)
-        joint = session.canvas.backbone.joint
-        return _by_regions(self, session) if joint is None else _by_segments(self, session, joint)
+        return _by_regions(self, session) if session.canvas.backbone.joint is None else _by_segments(self, session)
 
     def _texts_by_region(self, session: Session) -> bool:
         if self.reading != "auto":
-            return self.reading == "regions"
+            return self.reading != "scene"
         subjects = [session.concepts.concepts[i] for i in session.concepts.subjects]
         prompted = any(concept.prompt is not None or concept.negative_prompt is not None for concept in subjects)
         room = len(subjects) * _side(session.canvas) <= max(session.canvas.latent_grid)
@@ -199,23 +241,48 @@ class Restart:
 
 def _by_scene(settings: Draft, session: Session) -> Restart:
     """All cells read the scene's prompt, drawn to the words of their subject; LoRAs are gated as in `regional`."""
-    concepts, texts = session.concepts, shared_text(session)
-
-    def start(masks: Tensor) -> Sequence[Process]:
-        by_level = _by_level(session, masks)
-        everywhere = [concept.is_style for concept in concepts.concepts]
-        spec = gated_pass(session, texts, by_level, everywhere)
-        if size := settings.bias_in(session.canvas):
-            spec = replace(spec, text_bias=_bias(session, texts.text, by_level, size))
-        return [with_region_norm(session, spec, by_level, everywhere, settings.norm_apart)]
-
+    canvas, texts, size = session.canvas, shared_text(session), settings.bias_in(session.canvas)
+    if canvas.backbone.joint is not None and settings.isolate_in(canvas):
+        start = partial(_in_one_sequence, settings, session, one_segment(texts), size)
+    else:
+        start = partial(_gated_by_region, settings, session, texts, size)
     return Restart(texts.text, strips if settings.division == "strips" else nearest, start)
 
 
-def _bias(session: Session, text: Conditioning, shares: Mapping[int, Tensor], size: float) -> TextBias:
+def _gated_by_region(
+    settings: Draft, session: Session, texts: GatedText, bias: float, masks: Tensor
+) -> Sequence[Process]:
+    shares, everywhere = _by_level(session, masks), _everywhere(session)
+    spec = _pass(settings, session, texts, shares, bias)
+    return [with_region_norm(session, spec, shares, everywhere, settings.norm_apart)]
+
+
+def _pass(
+    settings: Draft,
+    session: Session,
+    texts: GatedText,
+    shares: Mapping[int, Tensor],
+    bias: float,
+    image: int | None = None,
+) -> Pass:
+    """A pass with LoRAs in the regions and a bias to their words."""
+    everywhere = _everywhere(session)
+    spec = gated_pass(session, texts, shares, everywhere, token_mask=settings.token_mask, image=image)
+    if not bias:
+        return spec
     subjects = list(session.concepts.subjects)
-    phrases = text.phrase_mask[text.roles.conditional][..., subjects]
-    return region_bias(text, {level: share[..., subjects] for level, share in shares.items()}, phrases, size, -size)
+    phrases = texts.text.phrase_mask[texts.text.roles.conditional][..., subjects]
+    regions = {level: share[..., subjects] for level, share in shares.items()}
+    if settings.leftover:  # one more region, without words
+        regions = {level: F.pad(share, (0, 1)) + F.pad(1 - share.sum(dim=-1, keepdim=True), (len(subjects), 0))
+                   for level, share in regions.items()}  # fmt: skip
+        phrases = F.pad(phrases, (0, 1))
+    return replace(spec, text_bias=region_bias(texts.text, regions, phrases, bias, -bias))
+
+
+def _everywhere(session: Session) -> Sequence[bool]:
+    """True for concepts that act on the whole canvas."""
+    return [concept.is_style for concept in session.concepts.concepts]
 
 
 def _by_level(session: Session, masks: Tensor) -> Mapping[int, Tensor]:
@@ -234,8 +301,10 @@ def _by_regions(settings: Draft, session: Session) -> Restart:
     """Every region reads a text of its own, as in `lora-composer` without updates."""
     indices = session.concepts.subjects
     subjects = [session.concepts.concepts[i] for i in indices]
-    prompts = [[about(subject, prompt, subjects) for prompt in session.prompts.texts or ()] for subject in subjects]
-    texts = region_texts(session, indices, prompts)
+    scene, alone = session.prompts.texts or (), settings.reading == "subjects"
+    prompts = [[about(subject, prompt, subjects, alone=alone) for prompt in scene] for subject in subjects]
+    background = "surroundings" if settings.background == "auto" else settings.background
+    texts = region_texts(session, indices, prompts, background)
 
     def start(masks: Tensor) -> Sequence[Process]:
         by_image = [Regions.of_masks(indices, image, session.canvas.levels, HALF) for image in masks]
@@ -253,22 +322,27 @@ def _by_regions(settings: Draft, session: Session) -> Restart:
     return Restart(texts.background, nearest if settings.division == "nearest" else blocks, start)
 
 
-def _by_segments(settings: Draft, session: Session, joint: Site) -> Restart:
+def _by_segments(settings: Draft, session: Session) -> Restart:
     """Every region of a transformer reads a text of its own, as in `regional`."""
-    indices, canvas = session.concepts.subjects, session.canvas
-    texts, isolate = segment_texts(session, indices), settings.isolate_in(canvas)
-    everywhere = [concept.is_style for concept in session.concepts.concepts]
-
-    def start(masks: Tensor) -> Sequence[Process]:
-        by_level, processes = _by_level(session, masks), []
-        for image, image_masks in enumerate(masks):
-            cells = Regions.of_masks(indices, image_masks, [joint.level], HALF).cells[joint.level]
-            of_image = {level: shares[image : image + 1] for level, shares in by_level.items()}
-            pass_of = partial(gated_pass, session, masks=of_image, everywhere=everywhere, image=image)
-            processes.append(isolated_at_first(session, texts.of_image(image), cells, joint, pass_of, isolate))
-        return processes
-
+    background = "scene" if settings.background == "auto" else settings.background
+    texts = segment_texts(session, session.concepts.subjects, background, alone=settings.reading == "subjects")
+    start = partial(_in_one_sequence, settings, session, texts, 0.0)
     return Restart(texts.base, strips if settings.division == "strips" else nearest, start)
+
+
+def _in_one_sequence(
+    settings: Draft, session: Session, texts: SegmentedTexts, bias: float, masks: Tensor
+) -> Sequence[Process]:
+    """A pass for each image of a transformer, in which who attends to whom depends on the regions."""
+    joint, isolate = session.canvas.backbone.joint, settings.isolate_in(session.canvas)
+    assert joint is not None, "asked before"
+    by_level, processes = _by_level(session, masks), []
+    for image, image_masks in enumerate(masks):
+        cells = Regions.of_masks(session.concepts.subjects, image_masks, [joint.level], HALF).cells[joint.level]
+        of_image = {level: shares[image : image + 1] for level, shares in by_level.items()}
+        pass_of = partial(_pass, settings, session, shares=of_image, bias=bias, image=image)
+        processes.append(isolated_at_first(session, texts.of_image(image), cells, joint, pass_of, isolate))
+    return processes
 
 
 @dataclass
@@ -277,6 +351,7 @@ class Drafting:
 
     Attributes:
         words: Weight of every token in the map of each subject. Shape: [images, tokens, subjects].
+        layers: The layers whose maps are taken; none means those of the model.
         restart: How the image is denoised.
         maps: The maps by which subjects were found; 0 for concepts that were not looked for, None if nothing was.
         masks: The masks of all concepts on the map grid. Shape of both: [images, concepts, height, width].
@@ -286,6 +361,7 @@ class Drafting:
     session: Session
     draft: PreparedPass
     words: Tensor
+    layers: Sequence[str]
     restart: Restart
     maps: Tensor | None = None
     masks: Tensor | None = None
@@ -297,7 +373,7 @@ class Drafting:
         return self.restart.text
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
-        """Drafts the image and divides the canvas; the latents stay as they are."""
+        """Drafts the image and divides the canvas; returns the noise of the draft that is taken."""
         canvas, concepts = self.session.canvas, self.session.concepts
         subjects = [concepts.concepts[i] for i in concepts.subjects]
         regions = [_given(subject if self.settings.keep_regions else None, canvas) for subject in subjects]
@@ -306,28 +382,53 @@ class Drafting:
         nothing = all(region.any() for region in regions)
         maps = torch.zeros(canvas.images, len(regions), *map_grid)
         if not nothing:
-            maps = self._maps(latents, first).cpu()
+            latents, maps = self._drafted(latents, first, subjects, regions)
             by_concept = torch.zeros(len(maps), len(concepts.loaded), *map_grid)
             by_concept[:, list(concepts.subjects)] = maps
             self.maps = by_concept
             self.session.log.keep_draft(by_concept)
+        divide, threshold, leftover = self.restart.divide, self.settings.threshold, self.settings.leftover
         masks = torch.stack(
-            [
-                divided(image, subjects, regions, self.restart.divide, self.settings.threshold, canvas.painted)
-                for image in maps
-            ]
+            [divided(image, subjects, regions, divide, threshold, canvas.painted, leftover) for image in maps]
         )
         self.processes = self.restart.start(masks)
         self.masks = torch.ones(len(maps), len(concepts.loaded), *maps.shape[2:], dtype=torch.bool)
         self.masks[:, list(concepts.subjects)] = F.interpolate(masks, maps.shape[2:], mode="area") >= 0.5
         return latents
 
-    def _maps(self, latents: Tensor, first: Step) -> Tensor:
-        """The mean attention to each subject over the draft. Shape: [images, subjects, height, width]."""
-        canvas, request = self.session.canvas, MapRequest(self.words)
-        by_step = drafted_maps(self.session, latents, first, self.draft, request, self.settings.length)
+    def _drafted(
+        self, latents: Tensor, first: Step, subjects: Sequence[Concept], regions: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The noise of each image, and its maps: of several drafts those in which the subjects have space."""
+        settings, maps = self.settings, self._maps(latents, first, self.draft, self.words)
+        if settings.drafts == 1:
+            return latents, maps
+        threshold, painted = settings.threshold, self.session.canvas.painted
+        wanted = settings.spacing if self.session.denoiser.has_values else math.inf
+        space = partial(spacing, subjects=subjects, regions=regions, threshold=threshold, painted=painted)
+        chosen, spec = list(latents.split(1)), self.draft.spec
+        for i, image in enumerate(maps):
+            best = space(image)
+            if best >= wanted:
+                continue
+            draft = self.session.denoiser.prepare(replace(spec, text=spec.text.of_image(i), image=i))
+            for turn in range(1, settings.drafts):
+                noise = reordered(latents[i : i + 1], turn)
+                redrafted = self._maps(noise, first, draft, self.words[i : i + 1], [i])[0]
+                if (far := space(redrafted)) > best:
+                    best, chosen[i], maps[i] = far, noise, redrafted
+                if best >= wanted:
+                    break
+        return torch.cat(chosen), maps
+
+    def _maps(
+        self, latents: Tensor, first: Step, draft: PreparedPass, words: Tensor, images: Sequence[int] | None = None
+    ) -> Tensor:
+        """The mean attention to each subject over a draft, on the CPU. Shape: [images, subjects, height, width]."""
+        canvas, request = self.session.canvas, MapRequest(words, layers=self.layers)
+        by_step = drafted_maps(self.session, latents, first, draft, request, self.settings.length, images=images)
         mean = torch.stack([maps.text for maps in by_step]).mean(dim=0)
-        return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level))
+        return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level)).cpu()
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """One step of the process of all images, or of the process of each."""

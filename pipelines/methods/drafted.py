@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from lora_compose.attention.device import to_device
 from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.session import Session
@@ -20,6 +22,7 @@ def drafted_maps(
     length: float,
     *,
     of_last: bool = False,
+    images: Sequence[int] | None = None,
 ) -> Sequence[AttentionMaps]:
     """The attention maps of drafted steps, of which scheduler, generators and log see nothing.
 
@@ -30,16 +33,18 @@ def drafted_maps(
         request: The maps of conditional rows.
         length: Fraction of the steps, at least one step; above 1 a number of steps.
         of_last: Whether maps are recorded in the last of the steps only.
+        images: Indices of the images that the pass is of; None is all.
 
     Returns:
         The maps of the conditional rows in each step that is recorded.
     """
     recorded = []
     with session.denoiser.sampler.ahead() as sampler:
+        sampler = sampler if images is None else sampler.of_images(images)
         denoiser = session.denoiser.ahead(sampler)
         *earlier, last = sampler.schedule.leading(length, first)
         for step in earlier:
-            wanted = None if of_last else _on_all_rows(request, prepared, step)
+            wanted = None if of_last else on_all_rows(request, prepared, step)
             prediction = denoiser.predict(latents, step, prepared, wanted)
             if prediction.maps is not None:
                 recorded.append(replace(prediction.maps, text=prediction.maps.text[prediction.rows.conditional]))
@@ -47,7 +52,19 @@ def drafted_maps(
         return [*recorded, denoiser.maps(latents, last, prepared, request)]
 
 
-def _on_all_rows(request: MapRequest, prepared: PreparedPass, step: Step) -> MapRequest:
+def reordered(noise: Tensor, turn: int) -> Tensor:
+    """Noise with its cells in another order, the same for every turn: as good as any other, without a generator.
+
+    Args:
+        noise: Shape: [images, channels, height, width].
+        turn: From 1 on.
+    """
+    order = torch.randperm(noise.shape[2] * noise.shape[3], generator=torch.Generator().manual_seed(turn))
+    return noise.flatten(2)[..., to_device(order, noise.device)].view(noise.shape)
+
+
+def on_all_rows(request: MapRequest, prepared: PreparedPass, step: Step) -> MapRequest:
+    """A request for conditional rows as one for all rows of a step; unconditional ones have empty maps."""
     if not step.guided:
         return request
     roles = prepared.spec.text.roles

@@ -186,7 +186,7 @@ class Fusing:
         """Attention to each subject, and the output of self-attention, in the last of the steps without LoRAs."""
         session, words = self.session, self.words / self.words.sum(dim=1, keepdim=True)
         layer, output_layer = block_read(session.canvas.backbone)
-        request = MapRequest(words, layer=layer, output_layer=output_layer)
+        request = MapRequest(words, layers=(layer,), output_layer=output_layer)
         (maps,) = drafted_maps(session, latents, first, self.base, request, self.settings.length, of_last=True)
         return maps
 

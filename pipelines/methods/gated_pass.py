@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import Gates, NormRegions, Site
-from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.denoising.passes import Pass
 from lora_compose.pipelines.denoising.process import ActingRows, FixedPasses, acting_rows
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.region_texts import GatedText, SegmentedTexts
 from lora_compose.pipelines.text.conditioning import Conditioning
 
-TokenMask = Literal["tara", "all", "none"]
-"""The LoRAs that change keys and values of cross-attention only at their own trigger."""
+TokenMask = Literal["tara", "all", "phrase", "others", "image", "none"]
+"""The tokens that LoRAs change: of those trained with TARA their own trigger ("tara"), of all their own trigger ("all")
+or their own trigger and class word ("phrase"), all but the words of other subjects ("others"), no token at all
+("image"), or every token ("none")."""
 
 
 def gated_pass(
@@ -37,16 +38,13 @@ def gated_pass(
             concepts].
         everywhere: True for concepts that act on the whole canvas.
         rows: Where LoRAs act under guidance.
-        token_mask: The concepts that act on their own trigger only.
+        token_mask: The tokens that LoRAs change.
         image: Index of the image, for a pass of one image; None means all.
     """
     concepts, canvas, text = session.concepts, session.canvas, texts.text
     weights = concepts.weights_of(range(len(concepts.loaded))).to(canvas.device)[None]
     live = acting_rows(text, rows).to(canvas.device)
-    mask = text.trigger_mask
-    named = mask.sum(dim=(0, 1)) > 0
-    masked = torch.tensor([_keeps_to_its_words(loaded, token_mask) for loaded in concepts.loaded], device=canvas.device)
-    tokens = torch.where(named & masked, mask, torch.ones_like(mask)) * texts.own
+    tokens = _changed_tokens(session, text, token_mask) * texts.own
     by_row = {
         level: mask if len(mask) == 1 else mask.repeat(text.rows // text.images, 1, 1) for level, mask in masks.items()
     }
@@ -109,8 +107,22 @@ def isolated_at_first(
     return FixedPasses(session, turns, first=part, text_for_callbacks=texts.base)
 
 
-def _keeps_to_its_words(loaded: LoadedConcept, token_mask: TokenMask) -> bool:
-    """Whether a concept with a trigger gets a token mask."""
-    if loaded.concept.is_style or token_mask == "none":
-        return False
-    return token_mask == "all" or loaded.trained_with == "tara"
+def _changed_tokens(session: Session, text: Conditioning, token_mask: TokenMask) -> Tensor:
+    """1 at the tokens that each concept changes; a style, or a concept that is not named, changes all.
+
+    Shape: [rows, tokens, concepts].
+    """
+    loaded, device = session.concepts.loaded, session.canvas.device
+    subjects = torch.tensor([not each.concept.is_style for each in loaded], device=device)
+    phrase, all_tokens = text.phrase_mask, torch.ones_like(text.phrase_mask)
+    if token_mask == "image":
+        return torch.where(subjects, 0.0, all_tokens)
+    if token_mask == "others":
+        others = (phrase * subjects).sum(dim=-1, keepdim=True) - phrase
+        return torch.where(subjects, 1 - others.clamp(max=1), all_tokens)
+    mask = phrase if token_mask == "phrase" else text.trigger_mask
+    keeps = [
+        token_mask in ("all", "phrase") or (token_mask == "tara" and each.trained_with == "tara") for each in loaded
+    ]
+    named = mask.sum(dim=(0, 1)) > 0
+    return torch.where(named & subjects & torch.tensor(keeps, device=device), mask, all_tokens)

@@ -154,11 +154,21 @@ class SegmentedTexts:
         return GatedText(text, text_gates, regions, self.base)
 
 
-def segment_texts(session: Session, indices: Sequence[int]) -> SegmentedTexts:
+def one_segment(shared: GatedText) -> SegmentedTexts:
+    """A text that all regions read, for passes in which they are isolated."""
+    return SegmentedTexts(shared.text, (), (None,) * shared.own.shape[-1])
+
+
+def segment_texts(
+    session: Session, indices: Sequence[int], background: Background = "scene", *, alone: bool = False
+) -> SegmentedTexts:
     """A text for the image, without the triggers of regions, and one for each region. Unconditional rows do not change.
 
     Args:
         indices: Indices of the concepts that have a region.
+        background: The text for the image, which all cells read. What a model reads as one vector of the whole text
+            (FLUX.1's pooled text) is that of the scene either way.
+        alone: Whether a region's text names its subject alone, without the scene.
     """
     concepts, encode = session.concepts, session.prompts.encode
     scene, prompts = concepts.concepts, session.prompts.texts or ()
@@ -167,9 +177,15 @@ def segment_texts(session: Session, indices: Sequence[int]) -> SegmentedTexts:
     plain = [without_triggers(prompt, placed) for prompt in prompts]
     named = [other.name for other in others if other.trigger and other.prompt is None]
     base = encode(concepts.weights_of(concepts.styles), plain, names=named)
+    if background == "surroundings":
+        kept = [other for other in others if other.name in named]
+        behind = [surroundings(prompt, placed, kept) for prompt in prompts]
+        whole, base = base.added or {}, encode(concepts.weights_of(concepts.styles), behind, names=named)
+        if "pooled_projections" in whole:
+            base = replace(base, added={**(base.added or {}), "pooled_projections": whole["pooled_projections"]})
     texts = []
     for i in indices:
-        region_prompts = [about(scene[i], prompt, placed) for prompt in prompts]
+        region_prompts = [about(scene[i], prompt, placed, alone=alone) for prompt in prompts]
         named = scene[i].trigger or scene[i].is_bystander
         texts.append(encode(concepts.with_styles([i]), region_prompts, names=[scene[i].name] if named else []))
     of = [None if concept.is_style else 1 + indices.index(i) if i in indices else 0 for i, concept in enumerate(scene)]

@@ -41,14 +41,20 @@ from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
 from lora_compose.pipelines.methods.gated_pass import TokenMask, gated_pass, isolated_at_first, with_region_norm
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.region_texts import SegmentedTexts, segment_texts, shared_text
+from lora_compose.pipelines.methods.region_texts import (
+    Background,
+    SegmentedTexts,
+    one_segment,
+    segment_texts,
+    shared_text,
+)
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.tokens import find_trigger, own_nouns
 
-Texts = Literal["auto", "shared", "regions"]
+Texts = Literal["auto", "shared", "regions", "subjects"]
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,19 @@ class Regional(Settings):
     Attributes:
         rows: Where LoRAs act under guidance: "cond_only", on conditional rows; "all", also on unconditional rows, as
             LoRAs usually do.
-        token_mask: Which LoRAs change keys and values of cross-attention only at their own trigger: "tara", LoRAs whose
-            files say that they were trained with TARA (others keep a part of their subject in the keys and values of
-            other words); "all"; or "none". A style, or a concept without a trigger, changes them at all tokens.
-        texts: "regions", each region has its own text; "shared", all read the prompt; "auto", regions on transformers,
-            if a text can be made for each concept with a region, otherwise shared.
+        token_mask: The text that LoRAs change, on UNets its keys and values: "tara", those whose files say that they
+            were trained with TARA their own trigger, and others every token (they keep a part of their subject in other
+            words); "all", their own trigger; "phrase", their own trigger and class word; "others", all but the words of
+            other subjects; "image", no token; or "none", every token. A style, or a concept without a trigger, changes
+            all tokens.
+        texts: "regions", each region has its own text, about its subject in the scene; "subjects", about its subject
+            alone, so that the whole image's text alone tells the scene; "shared", all read the prompt; "auto", regions
+            on transformers, if a text can be made for each concept with a region, otherwise shared.
+        background: With texts of regions, what all cells read besides: the "scene" without triggers, or its
+            "surroundings" without the concepts, so that no cell reads of a subject that is elsewhere.
         isolate: The part of the steps, from the first, in which cells of a region do not attend to cells of other
-            regions. All steps (1) separate identities best but make incoherent images. Needs a text for each region.
+            regions, on transformers with text and image in one sequence. All steps (1) separate identities best but
+            make incoherent images.
         norm_apart: On UNets, the part of the steps, from the first, in which group normalisation takes mean and
             variance region by region; 0 takes the whole canvas in all steps, and a LoRA weakens objects elsewhere.
         limit: The most that LoRAs which act on the same cells may change a layer together, as a multiple of the largest
@@ -74,6 +86,7 @@ class Regional(Settings):
     rows: ActingRows = "cond_only"
     token_mask: TokenMask = "tara"
     texts: Texts = "auto"
+    background: Background = "scene"
     isolate: float = 0.0
     norm_apart: float = NORM_APART
     limit: float | None = None
@@ -112,12 +125,16 @@ class Regional(Settings):
         pass_of = partial(
             gated_pass, session, masks=masks, everywhere=everywhere, rows=self.rows, token_mask=self.token_mask
         )
-        joint = self._own_site(session)
+        joint, own = self._joint(session)
         if joint is None:
             shared = shared_text(session)
             return with_region_norm(session, pass_of(shared), masks, everywhere, self.norm_apart, shared.base)
-        owners = [i for i, whole in enumerate(everywhere) if not whole]
-        texts, cells = segment_texts(session, owners), given_cells(session, joint)
+        if own:
+            owners = [i for i, whole in enumerate(everywhere) if not whole]
+            texts = segment_texts(session, owners, self.background, alone=self.texts == "subjects")
+        else:
+            texts = one_segment(shared_text(session))
+        cells = given_cells(session, joint)
 
         def passes(texts: SegmentedTexts, image: int | None = None) -> FixedPasses:
             return isolated_at_first(session, texts, cells, joint, partial(pass_of, image=image), self.isolate)
@@ -128,36 +145,32 @@ class Regional(Settings):
         by_image = [passes(texts.of_image(image), image) for image in range(canvas.images)]
         return ImageByImage(by_image, texts.base)
 
-    def _own_site(self, session: Session) -> Site | None:
-        """How text and image lie in one sequence, if each region reads its own text; None if all read one."""
-        joint = session.canvas.backbone.joint
+    def _joint(self, session: Session) -> tuple[Site | None, bool]:
+        """How text and image lie in one sequence, if who attends to whom depends on the regions, otherwise None.
+
+        And whether each region reads its own text.
+        """
+        joint, asked = session.canvas.backbone.joint, self.texts in ("regions", "subjects")
         unnamed = _unnamed(session)
-        if self.texts == "regions" and joint is None:
+        if asked and joint is None:
             raise ValueError(
-                "texts='regions' needs a transformer that attends to text and image in one sequence; in this model the "
-                "image reads the text by cross-attention: use method='lora-composer', which gives each region a text "
-                "there, or texts='shared'"
+                f"texts={self.texts!r} needs a transformer that attends to text and image in one sequence; in this "
+                "model the image reads the text by cross-attention: use method='lora-composer', which gives each "
+                "region a text there, or texts='shared'"
             )
-        if self.texts == "regions" and unnamed:
+        if asked and unnamed:
             raise ValueError(
-                f"texts='regions' needs a text about each concept that has a region, and {', '.join(unnamed)} is not "
-                "named in every prompt: write its words there, or give it a prompt of its own"
+                f"texts={self.texts!r} needs a text about each concept that has a region, and {', '.join(unnamed)} is "
+                "not named in every prompt: write its words there, or give it a prompt of its own"
             )
-        if joint is not None and self.texts != "shared" and not unnamed:
-            return joint
-        if self.isolate and joint is not None and unnamed:
+        if self.isolate and joint is None:
             raise ValueError(
-                f"isolate needs a text for each region, and {', '.join(unnamed)} is not named in every prompt: write "
-                "its words there, or give it a prompt of its own"
+                "isolate needs a transformer that attends to text and image in one sequence; use method='lora-composer'"
             )
-        if self.isolate:
-            raise ValueError(
-                "isolate needs texts of regions (texts='regions'), which only transformers have that attend to text "
-                "and image in one sequence"
-            )
-        if joint is not None and unnamed:
+        own = joint is not None and self.texts != "shared" and not unnamed
+        if joint is not None and self.texts == "auto" and unnamed:
             warn_once(f"regional reads one text in all regions: no other can be made about {', '.join(unnamed)}")
-        return None
+        return joint if own or self.isolate else None, own
 
 
 def region_masks(session: Session, level: int) -> Tensor:

@@ -24,6 +24,7 @@ def divided(
     divide: Callable[[Tensor, Tensor], Tensor],
     threshold: float,
     painted: Tensor | None = None,
+    leftover: float = 0.0,
 ) -> Tensor:
     """Divides the canvas of one image between its subjects.
 
@@ -33,6 +34,7 @@ def divided(
         divide: Divides the free cells, given centres and 1 where a cell is free.
         threshold: As for `centres_of`.
         painted: 1 in the cells that may be divided (inpainting); None is all of them. Shape: [height, width].
+        leftover: Cells in which the map of their subject is below this share of its maximum are left to nobody.
 
     Returns:
         1 in the region of a subject; a cell is in one of them, or in several given ones. Shape: [subjects, height,
@@ -41,9 +43,8 @@ def divided(
     Raises:
         ValueError: If the given regions leave no cell to the others.
     """
-    masks = torch.stack(list(regions)).float()
-    free = (1 - masks.amax(dim=0)) * (1 if painted is None else painted)
-    wanted = [n for n, region in enumerate(regions) if not region.any()]
+    masks, free = torch.stack(list(regions)).float(), _free(regions, painted)
+    wanted = _wanted(regions)
     if not wanted:
         return masks
     if (cells := int(free.sum())) < len(wanted):
@@ -52,11 +53,57 @@ def divided(
             f"the given regions and the mask leave {cells} cells of the latents for {names}, which need one each; "
             "give smaller regions, a larger image, or fewer concepts"
         )
-    here = F.adaptive_avg_pool2d(free[None], (maps.shape[1], maps.shape[2]))[0]
-    classes = [subjects[n].head_noun for n in wanted]
-    centres = centres_of(smooth(maps[wanted]) * here, classes, threshold)
+    smoothed, centres = _found(maps, subjects, wanted, free, threshold)
     masks[wanted] = _seated(divide(centres, free), centres, free)
+    if leftover:
+        masks[wanted] = _without_leftover(masks[wanted], smoothed, leftover)
     return masks
+
+
+def spacing(
+    maps: Tensor,
+    subjects: Sequence[Concept],
+    regions: Sequence[Tensor],
+    threshold: float,
+    painted: Tensor | None = None,
+) -> float:
+    """The distance of the two nearest centres, in sides of an equal part of the canvas; inf for fewer than two.
+
+    Args and shapes: as for `divided`.
+    """
+    wanted = _wanted(regions)
+    if len(wanted) < 2:
+        return math.inf
+    free = _free(regions, painted)
+    centres = _found(maps, subjects, wanted, free, threshold)[1] * torch.tensor(free.shape)
+    return float(torch.pdist(centres).min()) / math.sqrt(free.numel() / len(subjects))
+
+
+def _wanted(regions: Sequence[Tensor]) -> list[int]:
+    """The subjects without a given region."""
+    return [n for n, region in enumerate(regions) if not region.any()]
+
+
+def _free(regions: Sequence[Tensor], painted: Tensor | None) -> Tensor:
+    """1 in the cells that may be divided. Shape: [height, width]."""
+    return (1 - torch.stack(list(regions)).float().amax(dim=0)) * (1 if painted is None else painted)
+
+
+def _found(
+    maps: Tensor, subjects: Sequence[Concept], wanted: Sequence[int], free: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """The maps of wanted subjects, smooth and 0 where nothing is free, and their centres."""
+    here = F.adaptive_avg_pool2d(free[None], (maps.shape[1], maps.shape[2]))[0]
+    smoothed = smooth(maps[wanted]) * here
+    return smoothed, centres_of(smoothed, [subjects[n].head_noun for n in wanted], threshold)
+
+
+def _without_leftover(masks: Tensor, maps: Tensor, least: float) -> Tensor:
+    """Masks without the cells in which the map of their subject is low; a subject that would have none keeps all."""
+    heights = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-20)
+    high = F.interpolate(heights[None], masks.shape[1:], mode="bilinear")[0] > least
+    kept = masks * high
+    return torch.where(kept.any(dim=2).any(dim=1)[:, None, None], kept, masks)
 
 
 def _seated(masks: Tensor, centres: Tensor, free: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def surroundings(prompt: str, concepts: Sequence[Concept], others: Sequence[Conc
     return bare if kept else without_triggers(prompt, concepts)
 
 
-def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
+def about(concept: Concept, prompt: str, concepts: Sequence[Concept], *, alone: bool = False) -> str:
     """A prompt about one concept: the scene's prompt with the list of concepts replaced by its words.
 
     For the dog, "a photo of a sks cat and a zwx dog on grass" becomes "a photo of a zwx dog on grass". Everything
@@ -60,6 +60,7 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
     Args:
         concept: The concept; if it has a prompt of its own, that is the result.
         concepts: All concepts that the prompt may name.
+        alone: Whether the scene is left out as well: "a zwx dog".
 
     Raises:
         ValueError: If the prompt does not name it, so that none can be derived.
@@ -76,7 +77,10 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
         )
     start, end = _list_of(every, prompt)
     own, before = slice(*spans[0]), prompt[:start]
-    if article := _ARTICLE.search(prompt[: own.start]):
+    article = _ARTICLE.search(prompt[: own.start])
+    if alone:
+        return prompt[article.start() if article else own.start : own.stop]
+    if article:
         before = _with_article(before, article[1])
     return before + prompt[own] + prompt[end:]
 

@@ -1,9 +1,9 @@
 """`freefuse` and `draft` with a bias on transformers, against diffusers with dense deltas and a dense bias."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -63,8 +63,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
 
 
 @contextmanager
-def dense_bias(family: Family, pipe: Any, asked: Asked, own: float, other: float, rows: list[bool]) -> Iterator[None]:
-    """Adds the bias, a matrix of all positions, to the scores of joint attention, while diffusers' pipeline runs."""
+def dense_bias(
+    family: Family, pipe: Any, asked: Asked, own: float, other: float, rows: list[bool], *, isolate: bool = False
+) -> Iterator[None]:
+    """Adds the bias, a matrix of all positions, to the scores of joint attention, while diffusers' pipeline runs.
+
+    Args:
+        isolate: Whether cells of different regions do not see each other.
+    """
     parts = backbone_of(pipe.transformer).joint.parts  # pyright: ignore[reportOptionalMemberAccess]
 
     def matrix(positions: int) -> Tensor:
@@ -77,6 +83,9 @@ def dense_bias(family: Family, pipe: Any, asked: Asked, own: float, other: float
             added = size * torch.outer(asked.shares[0, :, here], asked.phrases[0, :read, named])
             every[cells, words] += added
             every[words, cells] += added.T
+        if isolate:
+            inside = (asked.shares[0] >= 0.5).float()  # of a cell that is half in each, in both
+            every[cells, cells].masked_fill_(inside @ inside.T == 0, -torch.inf)
         return every
 
     processors = [layer.processor for layer in pipe.transformer.modules() if hasattr(layer, "processor")]
@@ -88,7 +97,8 @@ def dense_bias(family: Family, pipe: Any, asked: Asked, own: float, other: float
             return dispatch(query, key, value, attn_mask=attn_mask, **options)
         if key.shape[1] not in matrices:
             matrices[key.shape[1]] = matrix(key.shape[1])
-        mask = torch.stack([matrices[key.shape[1]] * (not unconditional) for unconditional in rows])[:, None]
+        none = torch.zeros_like(matrices[key.shape[1]])
+        mask = torch.stack([none if unconditional else matrices[key.shape[1]] for unconditional in rows])[:, None]
         if attn_mask is not None:
             hides = attn_mask.dtype == torch.bool  # otherwise they are numbers (Chroma)
             mask = mask.masked_fill(~attn_mask, -torch.inf) if hides else mask + attn_mask
@@ -101,22 +111,33 @@ def dense_bias(family: Family, pipe: Any, asked: Asked, own: float, other: float
         module.dispatch_attention_fn = dispatch
 
 
-def expected(family: Family, pipe: Any, asked: Asked, own: float, other: float, *, own_words: bool) -> Tensor:
+WORDS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": torch.ones_like,
+    "others": lambda phrases: 1 - phrases.flip(2),
+    "phrase": lambda phrases: phrases,
+    "image": torch.zeros_like,
+}
+"""1 at the tokens that each of two LoRAs changes, by the words of both. Shape: [1, tokens, 2]."""
+
+
+def expected(
+    family: Family, pipe: Any, asked: Asked, own: float, other: float, *, words: str, isolate: bool = False
+) -> Tensor:
     """Latents of diffusers' pipeline in which each LoRA acts on the cells of its region, of conditional rows alone."""
     rows: list[bool] = []
 
     def places(unconditional: Sequence[bool]) -> Places:
         rows[:] = unconditional
         live = torch.tensor([float(not uncond) for uncond in unconditional])[:, None, None]
-        text = torch.ones(1, TOKENS, 2)
-        if own_words:
-            text[:, : asked.phrases.shape[1]] -= asked.phrases.flip(2)[:, :TOKENS]
+        phrases = torch.zeros(1, TOKENS, 2)
+        phrases[:, : asked.phrases.shape[1]] = asked.phrases[:, :TOKENS]
+        text = WORDS[words](phrases)
         return Places(live * text, live * asked.shares, torch.zeros(len(rows), 2))
 
     loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
     with (
         dense_loras(family, pipe.transformer, loras, places, guided=True),
-        dense_bias(family, pipe, asked, own, other, rows),
+        dense_bias(family, pipe, asked, own, other, rows, isolate=isolate),
     ):
         return plain_latents(family, pipe, **CALL, **family.guided)
 
@@ -127,7 +148,7 @@ def test_freefuse_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, as
     (regions,) = asked
     assert (regions.shares.sum(dim=2) == 1).all(), "every cell belongs to one subject"
     assert regions.shares.sum(dim=1).min() >= CELLS**2 / 5, "and each subject has about as many"
-    wanted = expected(family, pipe, regions, 2, -3, own_words=True)
+    wanted = expected(family, pipe, regions, 2, -3, words="others")
     torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
 
 
@@ -135,12 +156,23 @@ def test_draft_is_diffusers_with_dense_deltas_and_bias(family, pipe, asked):
     method = Draft(length=1, reading="scene", bias=1.5)
     found = latents_of(pipe, concepts=["cat", "dog"], method=method, **family.guided)
     (regions,) = asked
-    wanted = expected(family, pipe, regions, 1.5, -1.5, own_words=False)
+    wanted = expected(family, pipe, regions, 1.5, -1.5, words="none")
     torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
     without = latents_of(
         pipe, concepts=["cat", "dog"], method=Draft(length=1, reading="scene", bias=0), **family.guided
     )
     assert (found - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+@pytest.mark.parametrize(("words", "isolate"), [("others", 1), ("phrase", 0), ("image", 1)])
+def test_what_a_lora_changes_of_the_text_and_who_sees_whom_are_closed_each_alone(family, pipe, asked, words, isolate):
+    method = Draft(length=1, reading="scene", bias=1.5, token_mask=words, isolate=isolate)
+    found = latents_of(pipe, concepts=["cat", "dog"], method=method, **family.guided)
+    wanted = expected(family, pipe, asked[0], 1.5, -1.5, words=words, isolate=bool(isolate))
+    torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
+    default = latents_of(pipe, concepts=["cat", "dog"], method=replace(method, token_mask="tara"), **family.guided)
+    assert (found - default).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)

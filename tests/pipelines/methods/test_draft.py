@@ -24,8 +24,9 @@ from components import random_lora, save_lora, seeded, small_pipeline, text_lora
 from composing import ALL_LEVELS
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
 from lora_compose.pipelines.methods.draft import draft_only
+from lora_compose.pipelines.methods.drafted import reordered
 from lora_compose.pipelines.methods.region_bias import region_bias
-from lora_compose.pipelines.scene.division import centres_of, clusters, divided, nearest, strips
+from lora_compose.pipelines.scene.division import centres_of, clusters, divided, nearest, spacing, strips
 from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -217,6 +218,13 @@ def test_regions_are_isolated_in_a_part_of_the_steps_from_the_first(composer):
     assert far_apart(half[0], never[0])
 
 
+def test_texts_of_subjects_leave_the_scene_out(composer):
+    own = [Concept(name="cat", prompt="a sks cat"), Concept(name="dog", prompt="a zwx dog")]
+    found = call(composer, method=Draft(reading="subjects")).images
+    assert torch.equal(found, call(composer, own, method=Draft(reading="regions")).images)
+    assert far_apart(found, call(composer, method=Draft(reading="regions")).images)
+
+
 def test_a_prompt_of_its_own_is_read(composer):
     own = Concept(name="cat", prompt="a sks cat with a hat")
     found = call(composer, (own, "dog")).images
@@ -332,12 +340,87 @@ def test_a_single_subject_is_merged_and_embeddings_are_refused(composer):
         call(composer, prompt=None, prompt_embeds=cond, guidance_scale=1.0)
 
 
+def test_maps_of_other_layers_are_taken_by_their_names(composer):
+    both, down, up = (
+        call(composer, method=Draft(layers=start), record_attention=[0]).draft_maps
+        for start in (None, "down_blocks", "up_blocks")
+    )
+    assert not torch.allclose(down, up, rtol=0.01)
+    assert torch.equal(both, call(composer, method=Draft(layers=""), record_attention=[0]).draft_maps)
+    with pytest.raises(ValueError, match="no attention layer begins with 'single'; there are down_blocks"):
+        call(composer, method=Draft(layers="single"))
+
+
+# Several drafts
+
+
+NOISE = torch.randn(1, 4, 16, 16, generator=seeded(5))
+PAIR = [Concept(name=name, class_word=name) for name in ("cat", "dog")]
+NO_REGIONS = [torch.zeros(16, 16, dtype=torch.bool)] * 2
+
+
+def space_of(output: Any) -> float:
+    return spacing(output.draft_maps[0], PAIR, NO_REGIONS, 0.3)
+
+
+def test_of_several_drafts_the_one_with_most_space_is_taken(composer):
+    each = [NOISE, *(reordered(NOISE, turn) for turn in (1, 2))]
+    alone = [call(composer, latents=noise, record_attention=[0]) for noise in each]
+    best = max(alone, key=space_of)
+    assert best is not alone[0], "or nothing is shown"
+    found = call(composer, latents=NOISE, method=Draft(drafts=3, spacing=9), record_attention=[0])
+    assert_close(found.images, best.images)
+    assert_close(found.draft_maps, best.draft_maps)
+    assert found.cost.rows_stopped == 3, "4 steps: one of each draft"
+
+
+def test_there_is_no_further_draft_once_there_is_enough_space(composer):
+    first = call(composer, latents=NOISE, record_attention=[0])
+    found = call(composer, latents=NOISE, method=Draft(drafts=3, spacing=space_of(first) - 1e-3))
+    assert torch.equal(found.images, first.images)
+    assert found.cost.rows_stopped == 1
+    given = {"prompt": PROMPT, "concepts": ["cat", "dog"], "num_inference_steps": 4}
+    assert composer.plan(**given, method=Draft(drafts=3)).cost.rows_stopped == 3, "the most that it may cost"
+
+
+def test_each_image_of_a_batch_has_as_many_drafts_as_it_needs(composer):
+    composer.scheduler = EulerAncestralDiscreteScheduler.from_config(composer.scheduler.config)
+    method = Draft(length=2, drafts=4, spacing=0.7)
+    together = call(composer, prompt=[PROMPT] * 2, method=method, generator=[seeded(0), seeded(1)])
+    rows = 0.0
+    for image, seed in enumerate((0, 1)):
+        alone = call(composer, method=method, generator=[seeded(seed)])
+        torch.testing.assert_close(together.images[image], alone.images[0], atol=1e-3, rtol=1e-3)
+        rows += alone.cost.rows_stopped
+    assert together.cost.rows_stopped == rows > 2
+
+
+def test_noise_in_another_order_is_the_same_values(composer):
+    orders = [reordered(NOISE, turn) for turn in (1, 2, 1)]
+    assert torch.equal(orders[0], orders[2])
+    assert not torch.equal(orders[0], orders[1])
+    for order in orders:
+        cells = {tuple(cell) for cell in order[0].flatten(1).T.tolist()}
+        assert cells == {tuple(cell) for cell in NOISE[0].flatten(1).T.tolist()}
+
+
+def test_several_drafts_need_noise_to_start_from(composer):
+    image = Image.new("RGB", (128, 128), "gray")
+    with pytest.raises(ValueError, match="draft drafts=1, or the call strength=1"):
+        call(composer, image=image, strength=0.5, method=Draft(drafts=2))
+
+
 @pytest.mark.parametrize(("field", "value", "message"), [
+    ("drafts", 0, "drafts must be a whole number, at least 1"),
+    ("drafts", 1.5, "drafts must be a whole number, at least 1"),
+    ("spacing", -1.0, "spacing must be at least 0"),
+    ("leftover", 1.5, "leftover must lie between 0 and 1"),
+    ("token_mask", "some", "token_mask must be one of tara, all, phrase, others, image, none"),
     ("length", 0, "length must be positive"),
     ("threshold", 1.0, "threshold must be at least 0 and below 1"),
     ("apart", 2, "apart must lie between 0 and 1"),
     ("division", "circles", "division must be one of auto, strips, nearest"),
-    ("reading", "nothing", "reading must be one of auto, scene, regions"),
+    ("reading", "nothing", "reading must be one of auto, scene, regions, subjects"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
@@ -401,6 +484,38 @@ def test_the_nearest_centre_owns_a_cell():
     assert owner[0, 0] == 0
     assert owner[0, 7] == 1
     assert owner[7, 4] == 2
+
+
+def test_cells_that_no_map_covers_are_left_to_nobody():
+    maps, none = torch.stack([bump(2, 2), bump(6, 5)]), [torch.zeros(8, 8, dtype=torch.bool)] * 2
+    whole = divided(maps, PAIR, none, nearest, 0.3)
+    left = divided(maps, PAIR, none, nearest, 0.3, None, 0.2)
+    assert (left <= whole).all()
+    assert left[0, 2, 2] == left[1, 6, 5] == 1
+    assert left[:, 0, 7].sum() == left[:, 7, 0].sum() == 0
+    flat = divided(torch.ones(2, 8, 8), PAIR, none, nearest, 0.3, None, 1.0)
+    assert flat.flatten(1).any(dim=1).all(), "a subject that would have no cell keeps its part"
+
+
+def test_the_space_between_subjects_is_measured_in_parts_of_the_canvas():
+    maps, none = torch.stack([bump(3, 1), bump(3, 6)]), [torch.zeros(8, 8, dtype=torch.bool)] * 2
+    assert spacing(maps, PAIR, none, 0.3) == pytest.approx(5 / math.sqrt(32), abs=0.05)
+    given = [torch.ones(8, 8, dtype=torch.bool), none[0]]
+    assert spacing(maps, PAIR, given, 0.3) == math.inf
+
+
+@ALL_LEVELS
+def test_in_cells_left_over_no_lora_acts_and_the_bias_is_against_the_words_of_all(composer, dividing):
+    leftover, maps = 0.999, {}
+    for bias in (0.0, 2.0):
+        output = call(composer, method=Draft(bias=bias, leftover=leftover), record_attention=[0])
+        maps[bias] = output.attention_maps[0, 0]
+    masks = dividing.masks[0]
+    assert (masks.sum(dim=0) == 0).any()
+    outside = (torch.nn.functional.avg_pool2d(masks.sum(dim=0)[None], 4)[0] == 0)[None].expand(2, -1, -1)
+    change = maps[2.0] / maps[0.0]
+    assert outside.any()
+    assert change[outside].max() < 1, "cells of a region would be drawn to one of the two"
 
 
 @ALL_LEVELS

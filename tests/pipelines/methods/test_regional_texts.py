@@ -250,6 +250,49 @@ def test_each_text_is_encoded_apart_and_begins_at_its_own_first_position(family,
         start += length
 
 
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_texts_of_subjects_leave_the_scene_out(family, pipe):
+    own = [
+        one.model_copy(update={"prompt": text})
+        for one, text in zip(concepts("apart"), ("a sks cat", "a zwx dog"), strict=True)
+    ]
+    given = {**CALL, **family.unguided}
+    found = pipe(**given, concepts=concepts("apart"), method=Regional(texts="subjects"), generator=seeded(3)).images
+    assert torch.equal(found, pipe(**given, concepts=own, method="regional", generator=seeded(3)).images)
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+@pytest.mark.parametrize("method", [Regional, Draft])
+def test_with_the_surroundings_no_cell_reads_of_a_subject_elsewhere(family, pipe, method):
+    settings = {"texts" if method is Regional else "reading": "subjects", "background": "surroundings"}
+    with observed(pipe.transformer) as calls:
+        pipe(**CALL, **family.unguided, concepts=concepts("apart"), method=method(**settings))
+        pipe(**CALL, **family.unguided, concepts=concepts("apart"), method="regional")
+    (_, ours, _), (_, scene, _) = calls
+    read, start = ours["encoder_hidden_states"][0], 0
+    for text in ("on grass", "a sks cat", "a zwx dog"):
+        with observed(pipe.transformer) as alone:
+            pipe(**{**CALL, **family.unguided, "prompt": text})
+        tokens = TOKENS if start == 0 else len(pipe.tokenizer_2(text).input_ids)
+        whole = alone[0][1]["encoder_hidden_states"][0]
+        torch.testing.assert_close(read[start : start + tokens], whole[:tokens], atol=1e-6, rtol=0)
+        start += tokens
+    assert start == len(read)
+    assert torch.equal(ours["pooled_projections"], scene["pooled_projections"])
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_regions_that_read_one_text_are_isolated_in_a_part_of_the_steps(family, pipe):
+    """With a draft whose bias is 0 that is the same, which is compared with dense masks."""
+    given = {**CALL, **family.unguided, "num_inference_steps": 2, "concepts": concepts("apart")}
+    methods = (Regional(texts="shared", isolate=0.5), Draft(reading="scene", isolate=0.5, bias=0))
+    found, same = (pipe(**given, method=method, generator=seeded(3)).images for method in methods)
+    assert torch.equal(found, same)
+    for isolate in (0, 1):
+        other = pipe(**given, method=Regional(texts="shared", isolate=isolate), generator=seeded(3)).images
+        assert (found - other).abs().max() > 1e-3
+
+
 def test_unconditional_rows_are_those_of_the_base_model(family, pipe):
     network = pipe.unconditional_transformer if family.two_networks else pipe.transformer
     seen: list[Tensor] = []
@@ -327,14 +370,15 @@ def test_maps_of_words_are_recorded_in_the_regions_own_texts(family, pipe):
 
 
 def test_texts_of_regions_need_a_transformer(tmp_path):
-    with pytest.raises(ValueError, match="texts must be one of auto, shared, regions"):
+    with pytest.raises(ValueError, match="texts must be one of auto, shared, regions, subjects"):
         Regional(texts="own")  # pyright: ignore[reportArgumentType]
     unet = tiny_pipeline()
     save_file(lora_tensors(unet=random_lora(unet.unet, 0)), tmp_path / "cat.safetensors")
     unet.load_concept(tmp_path / "cat.safetensors")
     for method, message in (
         (Regional(texts="regions"), "texts='regions' needs a transformer"),
-        (Regional(isolate=True), "isolate needs texts of regions"),
+        (Regional(texts="subjects"), "texts='subjects' needs a transformer"),
+        (Regional(isolate=True), "isolate needs a transformer"),
     ):
         with pytest.raises(ValueError, match=message):
             unet("a cat", concepts=[Concept(name="cat", region=LEFT)], method=method, width=128, height=160)

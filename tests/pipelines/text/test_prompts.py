@@ -62,6 +62,14 @@ def test_articles_agree_with_what_follows_them() -> None:
     assert about(owl, "the alc woman and a zwx owl", [woman, owl]) == "the zwx owl"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("a photo of a sks cat and a zwx dog on grass", "a zwx dog"), ("the sks cat and zwx dog", "zwx dog")],
+)
+def test_a_subject_alone_has_no_scene(prompt: str, expected: str) -> None:
+    assert about(DOG, prompt, [CAT, DOG], alone=True) == expected
+
+
 def test_only_the_triggers_of_the_concepts_given_are_taken_out() -> None:
     prompt = "a sks cat and a zwx dog"
     assert without_triggers(prompt, [CAT]) == "a cat and a zwx dog"
