@@ -321,11 +321,7 @@ class BankLayer(nn.Module):
         return self.layer(x) if self.original_forward is None else self.original_forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output plus the gated deltas of all concepts.
-
-        Raises:
-            KeyError: If no gate was set for this kind of layer.
-        """
+        """The layer's output plus the gated deltas of all concepts. Raises KeyError if no gate was set for its kind."""
         if self.transforms is not None and self.transforms.in_the_input and base_layer(self.layer) is self.layer:
             return self._add_factors(self.base(self.transforms.moved(x, self.gates)), x)
         return self.add(self.base(x), x)

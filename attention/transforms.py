@@ -57,11 +57,7 @@ class Rescaling:
         return len(self.values)
 
     def matrix(self, changed: Tensor) -> Tensor:
-        """The diagonal of T in fp32.
-
-        Args:
-            changed: W + D, in fp32. Shape: [outputs, inputs, ...].
-        """
+        """The diagonal of T in fp32, from `changed`, which is W + D in fp32. Shape: [outputs, inputs, ...]."""
         assert self.current is not None or not self.fused, "one layer does not have the norms of several"
         norms = self.current
         if norms is None:

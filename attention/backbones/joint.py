@@ -196,11 +196,7 @@ def with_references(
 
 
 def with_kernel(processor: Any, kernel: type[JointKernel], layer: str, site: Site, state: ForwardState) -> Any:
-    """A copy of a processor that calls our kernel instead of diffusers' attention function.
-
-    Raises:
-        ValueError: If the processor does not call that function.
-    """
+    """A copy of a processor that calls our kernel for diffusers' attention; ValueError if it does not call that."""
     kind = type(processor)
     call = kind.__call__
     if not isinstance(call, FunctionType) or "dispatch_attention_fn" not in call.__code__.co_names:

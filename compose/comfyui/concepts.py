@@ -368,11 +368,7 @@ class ComposeRequest:
     def _in_regions(
         self, composition: ComposedConcepts, owners: Sequence[int], *, auto: bool
     ) -> tuple[ComposedConcepts, Conditioning]:
-        """Concepts whose regions read texts of their own, or all one.
-
-        Args:
-            auto: Whether "auto" means texts of their own where no concept has a prompt.
-        """
+        """Concepts whose regions read texts of their own, or all one; `auto`: own texts where none has a prompt."""
         if self.texts == "regions" or (self.texts == "auto" and (auto or self._prompted)):
             return self._with_texts(composition, owners)
         if self._prompted:

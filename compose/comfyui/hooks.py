@@ -45,11 +45,7 @@ OF_TEXT = ("pooled_output", "attention_mask", "t5xxl_ids", "t5xxl_weights")
 
 
 def compose(patcher: Any, composition: ComposedConcepts) -> Any:
-    """A clone of a model (`ModelPatcher`) in which a composition acts wherever ComfyUI samples with it.
-
-    Raises:
-        ValueError: If the model has one already.
-    """
+    """A clone of a `ModelPatcher` in which a composition acts in all sampling; ValueError if one acts already."""
     if patcher.get_attachment(KEY) is not None:
         raise ValueError(
             "this model has concepts already; connect that of your checkpoint, and all concepts as one chain"

@@ -133,10 +133,7 @@ def inside(box: Box, region: Box) -> float:
 
 
 def by_place(boxes: Sequence[Box], regions: Sequence[Box], allowed: np.ndarray) -> list[int | None]:
-    """Gives each subject the box nearest to its region, as `assign` does: by the distance of their centres.
-
-    Shape of `allowed`: [subjects, boxes].
-    """
+    """Gives each subject the box nearest to its region, as `assign` does. `allowed`: shape [subjects, boxes]."""
     centres = [np.array([[(b[0] + b[2]) / 2, (b[1] + b[3]) / 2] for b in of]).reshape(-1, 2) for of in (regions, boxes)]
     return assign(-np.linalg.norm(centres[0][:, None] - centres[1][None], axis=-1), allowed)
 

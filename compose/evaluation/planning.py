@@ -165,11 +165,7 @@ class Todo:
         return self.batch, [read_pixels(image_path(self.out, self.planned.key, seed)) for seed in seeds]
 
     def keep(self, result: Images | Scores) -> None:
-        """Stores images or scores; records of images name files as on this machine.
-
-        Raises:
-            OSError: If they cannot be written.
-        """
+        """Stores images or scores, paths in records as on this machine. Raises OSError if they cannot be written."""
         if isinstance(result, Images):
             self._keep_images(result)
         else:

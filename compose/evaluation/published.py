@@ -181,11 +181,7 @@ class Wanted:
 
 
 def read_published(path: Path) -> Published:
-    """Reads a published suite. Relative paths in it are relative to its file.
-
-    Raises:
-        FileError: If it is missing, unreadable or wrong; the message names the field.
-    """
+    """Reads a published suite, whose paths are relative to it. Raises FileError, which names the field."""
     published, base = read_as(Published, path), path.parent.absolute()
     named = published.downloads.keys() | published.references.keys() | published.trainings.keys()
     return published.moved(lambda source: source if source in named else local_source(source, base))
@@ -267,11 +263,7 @@ def _listed(download: Download) -> list[RepoFile] | None:
 
 
 def fetch(published: Published) -> Published:
-    """Downloads what is missing, with progress, and returns the suite and its trainings with the paths of the files.
-
-    Raises:
-        HubError: If the hub does not give a file, or gives another one than the suite names.
-    """
+    """Downloads what is missing and returns suite and trainings with paths. HubError if the hub has other files."""
     paths = {name: str(_fetched(download)) for name, download in published.downloads.items()}
     return published.moved(lambda source: paths.get(source, source))
 

@@ -87,11 +87,7 @@ def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> N
 
 
 def read_files(out: Path) -> dict[str, str]:
-    """The file of each voted image, relative to the folder of the evaluation, by number.
-
-    Raises:
-        FileError: If the votes are not on images of an evaluation.
-    """
+    """The file of each voted image in an evaluation's folder, by number. FileError if votes are on other images."""
     return json.loads(read_whole(out / FILES))
 
 

@@ -26,11 +26,7 @@ _PART = ".lora-compose-{}.part"
 
 
 def write_whole(path: Path, data: Content) -> None:
-    """Writes a file that replaces another one of its name at once, or not at all.
-
-    Raises:
-        OSError: If it cannot be written; the error names `path`.
-    """
+    """Writes a file that replaces another one at once, or not at all. Raises OSError, which names `path`."""
     with _part(path, data) as part:
         part.replace(path)
 

@@ -59,11 +59,7 @@ OF_SHIPPED = Run.model_fields["steps"].default, Run.model_fields["guidance_scale
 
 
 def defaults_for(device: str, facts: ModelFacts) -> Defaults:
-    """The defaults of a model on a device.
-
-    Args:
-        device: As torch names it; it need not be there.
-    """
+    """The defaults of a model on a device, as torch names it; it need not be there."""
     dtype = precision(device, unet=facts.has_unet)
     reasons = [f"{'UNets' if facts.has_unet else 'transformers'} run in {dtype} on {device}"]
     upcast = facts.family is ComposeStableDiffusionXLPipeline and facts.parts.get("vae", {}).get("force_upcast")

@@ -27,11 +27,7 @@ _KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
 
 
 def references_of(pipe: Any, scene: Scene) -> list[Image.Image]:
-    """The reference images of a scene, in their order.
-
-    Raises:
-        ValueError: If one cannot be read, or as for `check_references`.
-    """
+    """The reference images of a scene, in order. Raises ValueError if one is unreadable, or as `check_references`."""
     check_references(type(pipe), scene)
     return [on_white(open_image(path, "reference image")) for path in scene.references]
 
@@ -139,11 +135,7 @@ def _load_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
 
 
 def ip_adapter_arguments(given: Sequence[IPAdapterFile], size: tuple[int, int]) -> dict[str, Any]:
-    """The images of a scene's IP-Adapters, and where they act, as arguments of a call.
-
-    Raises:
-        ValueError: For images that cannot be read, and boxes outside of the image.
-    """
+    """A scene's IP-Adapters as arguments of a call. Raises ValueError for unreadable images and boxes outside."""
     if not given:
         return {}
     images = [on_white(open_image(adapter.image, "IP-Adapter image")) for adapter in given]
@@ -174,11 +166,7 @@ def plain_pipeline(pipe: Any, kind: Any, **components: Any) -> Any:
 
 
 def pipeline_without_concepts(pipe: Any, scene: Scene, controls: Sequence[Control]) -> tuple[Any, dict[str, Any]]:
-    """Diffusers' pipeline for a scene with ControlNets and without concepts, and its further arguments.
-
-    Raises:
-        ValueError: For controls that it does not take.
-    """
+    """Diffusers' pipeline for ControlNets without concepts, and its arguments. ValueError for other controls."""
     if scene.image is not None or not all(isinstance(control.model, ControlNetModel) for control in controls):
         raise ValueError(
             "without concepts, controls are ControlNets and the image is made from text; leave out the start image and "

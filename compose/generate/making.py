@@ -167,11 +167,7 @@ def plan(pipe: Any, run: Run) -> CallPlan | None:
 
 
 def load(pipe: Any, concept: Concept) -> LoadedConcept:
-    """Loads a concept's LoRA into a pipeline, unless it is there already.
-
-    Raises:
-        ValueError: If there is no such LoRA, or it does not fit the model.
-    """
+    """Loads a concept's LoRA into a pipeline unless it is there. ValueError if there is none, or it does not fit."""
     if concept.lora is None:
         return pipe.resolve_concepts([concept])[0]
     concept = concept.model_copy(update={"lora": moved_files(concept.lora, lora_source)})
@@ -193,11 +189,7 @@ def load(pipe: Any, concept: Concept) -> LoadedConcept:
 
 
 def steps_of(pipe: Any, run: Run) -> int:
-    """How many of a run's steps are run: from a start image, a part of them.
-
-    Raises:
-        ValueError: If the model does not start from images.
-    """
+    """How many of a run's steps are run: a part from a start image. ValueError if the model starts from none."""
     if run.scene.image is None:
         return run.steps
     return pipe.steps_from_image(run.steps, run.scene.strength, run.scene.mask_image is not None)
@@ -222,11 +214,7 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
 
 
 def method_of(run: Run) -> Settings | None:
-    """The method that a run asks for; None if it asks for none.
-
-    Raises:
-        ValueError: For unknown methods and settings, and for settings without a method.
-    """
+    """The method that a run asks for, or None. Raises ValueError for what is unknown, and settings without a method."""
     if run.settings and run.method is None:
         raise ValueError(f"the settings {', '.join(run.settings)} need a method; there are {', '.join(METHODS)}")
     method = None if run.method is None else make_method(run.method, run.settings)

@@ -25,11 +25,7 @@ def local_rank() -> int:
 
 
 def own_device(wanted: str | None) -> str:
-    """The device of this process: the wanted one, or with several GPUs the one of its index.
-
-    Raises:
-        ValueError: If the device is unknown or not there.
-    """
+    """This process's device: the wanted one, or the GPU of its index. Raises ValueError if it is not there."""
     device = choose_device(wanted)
     return f"cuda:{local_rank() % torch.cuda.device_count()}" if device == "cuda" else device
 

@@ -176,11 +176,7 @@ def merge_files(
 
 
 def check_free(path: Path, overwrite: bool) -> Path:
-    """A path to which a file may be written.
-
-    Raises:
-        ValueError: If there is a file that must not be overwritten, or it is no name of a safetensors file.
-    """
+    """A path that may be written. Raises ValueError for a file that must stay, or no name of a safetensors file."""
     if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{str(path)!r} is not a LoRA file name; expected one that ends in .safetensors")
     if path.is_dir() or (os.path.lexists(path) and not overwrite):  # also a link that leads nowhere

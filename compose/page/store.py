@@ -204,11 +204,7 @@ class Store:
         return StartImage(str(path), shown, (width, height))
 
     def add_mask(self, start: StartImage, uri: str) -> StartImage:
-        """The image with a mask that was painted in the browser, opaque where it is painted.
-
-        Raises:
-            ValueError: For anything that is no such image.
-        """
+        """The image with a mask painted in the browser, opaque where it is painted. ValueError for anything else."""
         if len(uri) > MASK_LIMIT:
             raise ValueError("The mask is too large.")
         mask = greys(from_uri(uri)).resize(start.size).point([255 if grey > 127 else 0 for grey in range(256)])
@@ -221,11 +217,7 @@ class Store:
 
 
 def dropped(name: str, data: BinaryIO) -> Record:
-    """The record in an image that was dropped in. Nothing is kept of the image.
-
-    Raises:
-        FileError: If it is no image of ours.
-    """
+    """The record in an image that was dropped in, which is not kept. Raises FileError if it is no image of ours."""
     if data.seek(0, os.SEEK_END) > PNG_LIMIT:
         raise FileError(f"{_shown(name)} is larger than {PNG_LIMIT // 2**20} MB, which is the maximum")
     return record_in(data, _shown(name))

@@ -89,11 +89,7 @@ def lora_source(source: str) -> str:
 
 
 def playground_loras(model: str = PLAYGROUND) -> list[str]:
-    """Names of a playground's LoRAs.
-
-    Raises:
-        FileNotFoundError: If the assets are missing.
-    """
+    """Names of a playground's LoRAs. Raises FileNotFoundError if the assets are missing."""
     return sorted(_lora_files(model))
 
 

@@ -257,11 +257,7 @@ class Engine:
         return self._run and record_of(self._pipe, self._run, waiting.request, waiting.reason, together)
 
     def make(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
-        """The images of requests of one shape, in one call of the pipeline.
-
-        Raises:
-            ValueError: For anything that does not fit together.
-        """
+        """The images of requests of one shape, in one call. ValueError for anything that does not fit together."""
         self._calls += 1
         return call_pipe(self._pipe, requests, self.after_step)
 

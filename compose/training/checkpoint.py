@@ -53,11 +53,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, da
 
 
 def load_checkpoint(path: Path, settings: Training, data: str, processes: int) -> dict[str, Any]:
-    """Reads a checkpoint of the same training.
-
-    Raises:
-        CheckpointError: If it is damaged, or settings, images or the number of processes have changed.
-    """
+    """Reads a checkpoint. Raises CheckpointError if it is damaged, or of other settings, images or processes."""
     anew = "start over with --fresh"
     try:
         state = torch.load(io.BytesIO(_intact(path.read_bytes())), map_location="cpu", weights_only=True)

@@ -113,11 +113,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def load_image(path: Path) -> Image.Image:
-    """Opens an image, upright, as RGB on white.
-
-    Raises:
-        DataError: If it is broken or too large.
-    """
+    """Opens an image, upright, as RGB on white. Raises DataError if it is broken or too large."""
     try:
         with open_regular(path) as file:
             return on_white(upright_image(file))

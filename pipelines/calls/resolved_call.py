@@ -172,11 +172,7 @@ class Sessions:
 
 
 def resolve_call(host: Host, call: Call) -> ResolvedCall:
-    """Checks and resolves a call; changes nothing of the host.
-
-    Raises:
-        ValueError: For anything that does not fit together.
-    """
+    """Checks and resolves a call; changes nothing. Raises ValueError for anything that does not fit together."""
     backbone, device = host.backbone_of(call), host.runs_on  # asked once: diffusers looks through all models for it
     images = len(call.prompts) * call.size.images_per_prompt
     check_size(host, device, call.size.width, call.size.height, images, backbone)

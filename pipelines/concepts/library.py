@@ -78,11 +78,7 @@ class ConceptLibrary:
         max_rank: int = MAX_RANK,
         allow_pickle: bool = False,
     ) -> Concept:
-        """Reads a concept's file, or merges its files, and keeps the result.
-
-        Raises:
-            LoraError: If the file is unusable or does not fit the model.
-        """
+        """Reads a concept's file, or merges several, and keeps it. LoraError if it is unusable or does not fit."""
         usual = max_rank == MAX_RANK and not allow_pickle
         key = file_key(paths, (_options(concept), max_rank, allow_pickle))
         read = self._loaded_from(key) or (self.recent.find(paths, _options(concept)) if usual else None)

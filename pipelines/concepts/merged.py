@@ -22,11 +22,7 @@ DEFAULT = "cat"
 
 
 def merger_for(method: str | None, number: int) -> Merger:
-    """The merger of a concept with several files.
-
-    Raises:
-        ValueError: If there is no such merger, or it does not take so many files.
-    """
+    """The merger of a concept with several files. Raises ValueError if there is none, or not for so many files."""
     merger = make_merger(method or DEFAULT)
     check_number(merger, method or DEFAULT, number)
     return merger

@@ -177,10 +177,7 @@ def repeated(by_image: Tensor, rows: int) -> Tensor:
 def model_inputs(
     controls: Sequence[PreparedControl], latents: Tensor, t: Tensor, text: Conditioning, view: View
 ) -> Mapping[str, Any]:
-    """The sum of all controls as arguments of the UNet, by name.
-
-    Args: as for `PreparedControlNet.residuals`.
-    """
+    """The sum of all controls as arguments of the UNet, by name. Args: as for `PreparedControlNet.residuals`."""
     running = [
         control
         for control in controls

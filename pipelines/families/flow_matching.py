@@ -312,11 +312,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
 
     @classmethod
     def own_side(cls, vae: Mapping[str, Any]) -> int:
-        """Side in pixels of the images that a model was made for.
-
-        Args:
-            vae: The configuration of its VAE.
-        """
+        """Side in pixels of the images that a model was made for, from the configuration of its VAE."""
         side = cls.native_side or vae.get("sample_size")
         return 1024 if side in (None, UNSTATED) else int(side)
 

@@ -66,11 +66,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         return plain.calculate_dimensions(1024 * 1024, ratio=images[-1].width / images[-1].height)
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Never: the text of this family has reference images (`read_beside`).
-
-        Raises:
-            ValueError: Always.
-        """
+        """Always raises ValueError: the text of this family has reference images (`read_beside`)."""
         raise ValueError(f"{self.family} reads no text without a reference image")
 
     def read_beside(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> tuple[Tensor, dict[str, Tensor]]:

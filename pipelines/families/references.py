@@ -108,11 +108,7 @@ def opened(given: Any) -> Any:
 
 
 def reference_images(given: Any) -> list[Image.Image]:
-    """The reference images of a call: one, or a list of any sizes; none if it is None.
-
-    Raises:
-        ValueError: For tensors.
-    """
+    """The reference images of a call, of any sizes; none if it is None. Raises ValueError for tensors."""
     images = []
     for entry in [] if given is None else given if isinstance(given, list | tuple) else [given]:
         read = read_images(entry)

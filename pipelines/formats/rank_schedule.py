@@ -49,11 +49,7 @@ class RankSchedule:
     factors: int = 1
 
     def at(self, timestep: float, trained: int) -> int:
-        """The number of first ranks of the change that act.
-
-        Args:
-            trained: How many timesteps the model was trained with.
-        """
+        """The number of first ranks of the change that act at a timestep of so many trained ones."""
         t = timestep * _TIMESTEPS / trained if self.last > 1 else timestep / trained
         t = math.floor(t) if self.whole else t
         share = max(0.0, (self.last - t) / self.last)

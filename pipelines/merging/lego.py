@@ -75,11 +75,7 @@ def lego(changes: Changes, k: int | Literal["auto"] | None, alike: float, output
 
 
 def joined(edges: Tensor) -> Tensor:
-    """Labels of the connected parts of a graph.
-
-    Args:
-        edges: Shape: [units, units], bool, symmetric.
-    """
+    """Labels of the connected parts of a graph, by its symmetric edges. Shape: [units, units], bool."""
     labels = torch.arange(len(edges))
     for i, j in edges.nonzero().tolist():
         labels[labels == labels[i]] = labels[j].clone()

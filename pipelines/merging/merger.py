@@ -72,11 +72,7 @@ class Merger(ABC):
 
 
 def check_share(name: str, value: object) -> None:
-    """Checks a setting that is a fraction.
-
-    Raises:
-        ValueError: If it is not a number above 0 and at most 1.
-    """
+    """Raises ValueError for a setting that is no number above 0 and at most 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, not {value!r}")
 

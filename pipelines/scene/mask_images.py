@@ -71,11 +71,7 @@ def side_of(mask: Image.Image) -> int:
 
 
 def softened(mask: Image.Image, blur: float) -> Image.Image:
-    """A mask whose border fades inwards, so that nothing outside of it changes.
-
-    Args:
-        blur: Radius of the blend at the border, as a share of the mask's longer side.
-    """
+    """A mask whose border fades inwards, by `blur` of its longer side, so that nothing outside of it changes."""
     radius = blur * side_of(mask)
     inner = mask.filter(ImageFilter.MinFilter(2 * round(radius) + 1)).filter(ImageFilter.GaussianBlur(radius))
     return ImageChops.darker(mask, inner) if inner.getextrema()[1] >= 128 else mask  # pyright: ignore[reportOperatorIssue]

@@ -79,10 +79,7 @@ class Conditioning:
 
     @property
     def text_mask(self) -> Tensor:
-        """True at tokens that are not padding, or whose padding is read; everywhere if the pipeline gives no mask.
-
-        Shape: [rows, tokens].
-        """
+        """True at tokens that are read; everywhere if the pipeline gives no mask. Shape: [rows, tokens]."""
         embeds, added = self.first_embeds, self.added or {}
         if "text_mask" in added:
             return added["text_mask"].bool()

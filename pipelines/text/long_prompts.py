@@ -58,11 +58,7 @@ class LongTokenizer:
 
 
 def chunks_of(tokenizer: Any, text: str) -> list[Span]:
-    """Spans of characters that a tokenizer's model reads at once, at least one.
-
-    Raises:
-        ValueError: For a word that alone is too long.
-    """
+    """Spans of characters that a model reads at once, at least one. ValueError for a word that alone is too long."""
     limit = tokenizer.model_max_length - 2
 
     def tokens(start: int, end: int) -> int:
