@@ -386,9 +386,7 @@ def share_input(layers: Sequence[BankLayer]) -> None:
 def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """The outputs of linear layers that read the same input, with one product before the gate if they share a stack.
 
-    Args:
-        layers: All layers of a stack, or any others.
-        x: Shape: [..., inputs].
+    `layers` are all of a stack, or any others; `x` has the shape [..., inputs].
     """
     bank = [layer for layer in map(bank_layer_of, layers) if layer is not None]
     stack = bank[0].stack if bank else None

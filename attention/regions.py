@@ -214,13 +214,9 @@ class RegionAttention:
 
 
 def queries_of(membership: Tensor) -> tuple[Tensor, Tensor]:
-    """The text and the cell of every region query.
+    """The text and the cell of every region query, shape [queries] each; `membership` [cells, regions] is True inside.
 
-    Args:
-        membership: True where a region covers a cell. Shape: [cells, regions].
-
-    Returns:
-        Ordered by cell, then by text: 0 for the background, 1 + n for region n. Shape: [queries] each.
+    Ordered by cell, then by text: 0 for the background, 1 + n for region n.
     """
     cells, texts = torch.cat([~membership.any(dim=1, keepdim=True), membership], dim=1).nonzero(as_tuple=True)
     return texts, cells

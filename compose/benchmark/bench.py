@@ -307,9 +307,7 @@ def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
 def pass_cells(concepts: Sequence[int], models: Sequence[str] | None = None, *, references: int = 0) -> list[PassRow]:
     """Computes one pass of transformers at 1024 x 1024 in bfloat16, by number of regions.
 
-    Args:
-        models: By default all, or those that read reference images, if there are any.
-        references: Reference images of that size. Then there is a row without concepts, too.
+    By default of all models, or with reference images of that size, of those that read some, and without concepts too.
     """
     families = READING if references else SHOWN
     models = models or tuple(families)

@@ -194,14 +194,9 @@ def seeds_of(texts: Sequence[str] | None) -> tuple[int, ...]:
 
 
 def asked_run(given: Mapping[str, Any], *, looked_up: bool = True) -> Run:
-    """The run that the options of `run` and `check` describe.
+    """The run that the options of `run` and `check` describe, by their names; None was not given.
 
-    Args:
-        given: The options by their names in these commands; None for those that were not given.
-        looked_up: Whether method, model and LoRAs have to exist.
-
-    Raises:
-        ValueError: For everything that can be seen without opening anything.
+    With `looked_up`, method, model and LoRAs have to exist. Raises ValueError for all that can be seen unopened.
     """
     mask, settings, loras = given["mask_image"], given["settings"], given["loras"]
     fields = {

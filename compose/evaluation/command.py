@@ -103,12 +103,9 @@ def run_published(
 
 
 def _try_out(suite: Suite, alone: Mapping[str, Alone], out: Path) -> None:
-    """Makes two images, of the baseline and of the first other method, and shows what the whole costs.
+    """Makes two images, of the baseline and of another method, and shows what all cost; ValueError if it cannot.
 
     They are scored if all references are there. Those that LoRAs make alone (`alone`) are counted, and not made.
-
-    Raises:
-        ValueError: If something cannot be opened, or one of the two cannot be made.
     """
     later = {concept.name for concept in suite.concepts if concept.references in alone}
     worker = Worker.open(_without_references(suite, later), own_device(suite.device))

@@ -224,9 +224,7 @@ class Todo:
 def open_plan(suite: Suite, out: Path) -> dict[str, Todo]:
     """Writes the plan of a suite; returns its batches by key.
 
-    Raises:
-        ValueError: If files are missing.
-        OSError: If it cannot be written.
+    Raises ValueError if files are missing, and OSError if it cannot be written.
     """
     plan = plan_batches(suite)
     write(out / PLAN, plan)

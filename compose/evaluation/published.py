@@ -188,14 +188,9 @@ def read_published(path: Path) -> Published:
 
 
 def show_published(path: Path, folder: Path | None = None) -> tuple[Published, Path]:
-    """Reads a published suite, shows its images, downloads and licences, and returns it with the folder of its results.
+    """Reads a published suite, shows its images, downloads and licences; returns it with the folder of its results.
 
-    Args:
-        folder: For the results; None is one of the suite's name.
-
-    Raises:
-        FileError: As `read_published`.
-        OSError: As `wanted`.
+    By default one of the suite's name. Raises FileError as `read_published`, and OSError as `wanted`.
     """
     published = read_published(path)
     to = folder or Path("outputs/evaluation") / published.suite.name
@@ -225,9 +220,8 @@ def gib(size: int) -> str:
 def wanted(published: Published) -> Iterator[Wanted]:
     """What is to be downloaded. Only lists of files are asked for, and whether they may be read.
 
-    Raises:
-        HubError: If the hub refuses a repository, or has another file than the suite names.
-        ConnectionError: If the hub is out of reach, and the cache has no copy.
+    Raises HubError if the hub refuses, or has another file than the suite names, and ConnectionError if it is out of
+    reach and the cache has no copy.
     """
     for source in published.elsewhere:
         _listed(Download(repository=source, files="*.json"))

@@ -204,12 +204,9 @@ def read_scores(out: Path, planned: Planned, concepts: Sequence[str]) -> Scores 
 
 
 def check_images(out: Path, planned: Planned, made: Made) -> None:
-    """Reads the images of a batch.
+    """Reads the images of a batch; FileError if one is missing, or is not what was written.
 
     Images of versions that stored no checksums only have to be readable, with a record of the right seed.
-
-    Raises:
-        FileError: If one is missing, or is not what was written.
     """
     for seed in planned.seeds:
         path = image_path(out, planned.key, seed)

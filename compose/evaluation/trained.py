@@ -84,12 +84,7 @@ def with_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suite
 
 
 def tried_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suite:
-    """The suite with LoRAs of a few steps in place of those that are not there; shows how long their training takes.
-
-    Raises:
-        ValueError: As `with_loras`.
-        OSError: As `with_loras`.
-    """
+    """The suite with LoRAs of a few steps for missing ones; shows their training's time. Errors: as `with_loras`."""
     paths, seconds, steps = {}, 0.0, 0
     for plan in _planned(suite, trained, out):
         paths[plan.name] = plan.settings.out

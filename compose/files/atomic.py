@@ -32,13 +32,9 @@ def write_whole(path: Path, data: Content) -> None:
 
 
 def write_new(path: Path, data: Content, free_path: Callable[[Path], Path]) -> Path:
-    """Writes a file that replaces no other one, and returns where.
+    """Writes a file that replaces no other one, and returns where; OSError if it cannot, which names `path`.
 
-    `free_path` gives a name that is free, which is `path` itself where possible; it is asked again if another process
-    was faster.
-
-    Raises:
-        OSError: If it cannot be written; the error names `path`.
+    `free_path` gives a free name, `path` itself where possible; it is asked again if another process was faster.
     """
     with _part(path, data) as part:
         taken = None

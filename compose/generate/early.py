@@ -100,9 +100,7 @@ def _composed(concept: Concept) -> Concept:
 def told_by(path: Path) -> tuple[str | None, Words]:
     """How a file was trained, and its words, by its header, which is read again when the file has changed.
 
-    Raises:
-        LoraError: If it has no readable header.
-        OSError: If there is no such file.
+    Raises LoraError if it has no readable header, and OSError if there is no such file.
     """
     return _told_by(path, file_key([path], None))
 

@@ -50,13 +50,9 @@ def check_references(family: type[ComposePipeline], scene: Scene) -> None:
 
 
 def controls_of(pipe: Any, given: Sequence[ControlFile], size: tuple[int, int]) -> list[Control]:
-    """Opens the models and images of a scene's controls.
+    """Opens the models and images of a scene's controls. ValueError if one is missing or of another kind.
 
-    Args:
-        size: Width and height of the image that is made; control images of its proportions are resized to it.
-
-    Raises:
-        ValueError: If a model or an image is missing or of another kind.
+    `size` is width and height of the image that is made; control images of its proportions are resized to it.
     """
     return [
         Control(
@@ -98,12 +94,9 @@ def _source(model: str, what: str) -> str:
 
 
 def fit_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
-    """Loads the IP-Adapters of a scene into a pipeline, and unloads those of an earlier one.
+    """Loads the IP-Adapters of a scene, and unloads earlier ones. ValueError if they or the family cannot do it.
 
     They stay loaded, as concepts do, so that the next image with them does not read their files again.
-
-    Raises:
-        ValueError: If they cannot be loaded, or the model is of a family without them.
     """
     wanted = tuple((adapter.model, adapter.subfolder, adapter.weight_name, adapter.image_encoder) for adapter in given)
     there = pipe.__dict__.get("scene_ip_adapters", ())

@@ -155,12 +155,9 @@ def draft(pipe: Any, run: Run) -> Drafted:
 
 
 def plan(pipe: Any, run: Run) -> CallPlan | None:
-    """The plan of `make`, after all its checks; None without concepts, which diffusers checks itself.
+    """The plan of `make`, after all its checks, or its ValueError; None without concepts, which diffusers checks.
 
     The run's concepts stay loaded in the pipeline.
-
-    Raises:
-        ValueError: Whatever `make` would raise.
     """
     with _prepared(pipe, run) as (loaded, arguments):
         return pipe.plan(**arguments) if loaded else None
@@ -196,13 +193,10 @@ def steps_of(pipe: Any, run: Run) -> int:
 
 
 def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
-    """Width and height of a scene's images in pixels.
+    """Width and height of a scene's images in pixels. ValueError if an image is unreadable, or the model reads none.
 
     By default the size of the start image, unless a part of it is enlarged, or what the model makes of the reference
     images, otherwise the model's own.
-
-    Raises:
-        ValueError: If an image cannot be read, or the model does not read it.
     """
     references = references_of(pipe, scene)
     if scene.image is not None and scene.padding_mask_crop is None:

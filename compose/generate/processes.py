@@ -33,11 +33,7 @@ def own_device(wanted: str | None) -> str:
 def default_number(wanted: int, device: str | None) -> int:
     """The number of processes: one per GPU; on the CPU the wanted number, at most one per processor.
 
-    One if a launcher (accelerate, torchrun, SLURM) has started several.
-
-    Args:
-        wanted: Number on a CPU.
-        device: Their device; None is any.
+    One if a launcher (accelerate, torchrun, SLURM) has started several. A device of None is any.
     """
     if any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")):
         return 1

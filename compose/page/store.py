@@ -240,10 +240,8 @@ def in_folder(folder: Path) -> list[Path]:
 def named(source: str) -> ShownLora:
     """The LoRA of a `Concept.lora`: of the playground, a file, or a repository, which is downloaded.
 
-    Raises:
-        LoraError: If it cannot be used.
-        ValueError: If the playground has none of that name.
-        OSError: If it cannot be read.
+    Raises LoraError if it cannot be used, ValueError if the playground has none of that name, and OSError if it cannot
+    be read.
     """
     model, colon, name = source.partition(":")
     if colon and model in PLAYGROUNDS:

@@ -24,14 +24,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def assets_dir() -> Path:
-    """Finds the folder with the assets.
-
-    Returns:
-        `assets/` next to `compose/` in a clone, `compose/assets/` in an installed wheel.
-
-    Raises:
-        FileNotFoundError: If neither holds the playground.
-    """
+    """`assets/` beside `compose/` in a clone, `compose/assets/` in a wheel. FileNotFoundError without a playground."""
     candidates = (_PACKAGE.parent / "assets", _PACKAGE / "assets")
     for candidate in candidates:
         if (candidate / "playground").is_dir():
@@ -41,26 +34,12 @@ def assets_dir() -> Path:
 
 
 def playground_model(name: str = PLAYGROUND) -> Path:
-    """Finds a playground's model, a folder for `from_pretrained`.
-
-    Args:
-        name: One of `PLAYGROUNDS`.
-
-    Raises:
-        FileNotFoundError: If the assets are missing.
-    """
+    """The model of one of `PLAYGROUNDS`, a folder for `from_pretrained`. FileNotFoundError without assets."""
     return assets_dir() / name / "model"
 
 
 def playground_judge(name: str = PLAYGROUND) -> Path:
-    """Finds a playground's judge, a small CLIP that knows its concepts, a folder for `from_pretrained`.
-
-    Args:
-        name: One of `PLAYGROUNDS`.
-
-    Raises:
-        FileNotFoundError: If the assets or the judge are missing.
-    """
+    """A playground's small CLIP that knows its concepts, for `from_pretrained`. FileNotFoundError without it."""
     folder = assets_dir() / name / "judge"
     if not folder.is_dir():
         raise FileNotFoundError(f"the judge of {name} is missing: {folder} is not there; install lora-compose again")

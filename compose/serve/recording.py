@@ -23,14 +23,9 @@ _NOT_IN_REQUESTS = frozenset(
 
 
 def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, together: int) -> Record:
-    """How an image was made. LoRAs are named by file, and found again by content (`replay --loras FOLDER`).
+    """How an image of a batch of so many was made, by the model as it was opened, and why by this method.
 
-    Args:
-        pipe: The pipeline.
-        run: The model as it was opened.
-        request: With concepts and method.
-        reason: Why it was this method.
-        together: Number of images in its batch.
+    LoRAs are named by file, and found again by content (`replay --loras FOLDER`).
     """
     concepts, hashes = [], {}
     for asked in listed(request):

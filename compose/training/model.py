@@ -53,12 +53,9 @@ def _kind(model: str) -> tuple[str, Any]:
 
 
 def open_base(model: str) -> Any:
-    """Opens a base model in float32, from safetensors only, with all of it frozen.
+    """Opens a base model in float32, from safetensors, all frozen. Raises ModelError if there is none of these kinds:
 
-    It is diffusers' `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, or a `FlowMatchingPipeline`.
-
-    Raises:
-        ModelError: If there is no such model, or it is of another kind.
+    diffusers' `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, or a `FlowMatchingPipeline`.
     """
     name, kind = _kind(model)
     source, options = model_source(model), {"dtype": torch.float32}

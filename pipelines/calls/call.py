@@ -295,14 +295,7 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
 
 
 def check_latents(latents: Tensor | None, *expected: tuple[int, ...]) -> None:
-    """Checks the latents that a call is to start from.
-
-    Args:
-        expected: The shapes that they may have.
-
-    Raises:
-        ValueError: For other shapes, and values that are not finite.
-    """
+    """Raises ValueError for start latents of other shapes than expected, and values that are not finite."""
     if latents is None:
         return
     if tuple(latents.shape) not in expected:

@@ -58,11 +58,8 @@ def warn_of_size(host: Host, width: int, height: int) -> None:
 def least_bytes(backbone: Backbone, latent_grid: tuple[int, int], images: int = 1) -> int:
     """Memory that a pass of one row needs whatever saves memory: input and output of its largest layer.
 
-    Attention is not counted, which fused kernels compute piece by piece, nor are weights, other rows and decoding.
-
-    Args:
-        latent_grid: Height and width of the latents.
-        images: Images, of which latents, noise and prediction are kept.
+    Attention is not counted, which fused kernels compute piece by piece, nor are weights, other rows and decoding. Of
+    `images` latents, noise and prediction are kept, on a grid of this height and width.
     """
     modules, largest = modules_of(backbone.model), 0
     halved = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")

@@ -230,9 +230,7 @@ def warning(
 ) -> str:
     """Figures and a proposal for LoRAs that change more together than each was trained to, or than few steps may take.
 
-    Args:
-        otherwise: What else to do than to lower weights.
-        few_steps: Whether the call is one of a few-step model.
+    `otherwise` is what else to do than to lower weights, `few_steps` whether the model is one of few steps.
     """
     names = ", ".join(concept.concept.name for concept in loaded)
     aim, why = 1.0, ""

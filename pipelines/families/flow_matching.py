@@ -239,11 +239,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         encode: Callable[[Any, Any, Tensor | None, torch.device], tuple[Tensor, Mapping[str, Tensor]]],
         **how: Any,
     ) -> Request:
-        """The request of a call whose texts are all encoded in the same way.
+        """The request of a call whose texts are all encoded in the same way; `how` is as for `_request`.
 
-        Args:
-            encode: From texts, or else embeddings and their mask as they were given, to what `Encode` returns.
-            how: As for `_request`.
+        `encode` takes texts, or else embeddings and their mask as they were given, to what `Encode` returns.
         """
         given = begun.given
 
@@ -348,13 +346,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         raise NotImplementedError
 
     def latents_of(self, pixels: Tensor) -> Tensor:
-        """Images as the transformer has them: the means of the VAE, normalised.
+        """Images from -1 to 1, [images, 3, height, width], as the transformer has them: the VAE's means, normalised.
 
-        Args:
-            pixels: From -1 to 1. Shape: [images, 3, height, width].
-
-        Returns:
-            Unpacked. Shape: [images, channels, height / 8, width / 8].
+        Unpacked. Shape: [images, channels, height / 8, width / 8].
         """
         config: Any = self.vae.config
         means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()

@@ -18,12 +18,7 @@ _FILE_OPTIONS = ("force_download", "proxies", "token", "cache_dir", "local_files
 
 
 def checkpoint_keys(link_or_path: str | Path, options: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors in a checkpoint.
-
-    Args:
-        link_or_path: A file, or a link to one in a hub repository, which is downloaded.
-        options: Options of `from_single_file`.
-    """
+    """The names of the tensors in a checkpoint: a file, or a link to one in a hub repository, which is downloaded."""
     path = Path(link_or_path)
     if path.is_file() and path.suffix.lower() == ".safetensors":
         with safe_open(path, framework="pt") as file:

@@ -85,11 +85,7 @@ class ReferencesPipeline(FlowMatchingPipeline):
 def start_and_reference(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """What `image` of a call is: the image to start from, if it has arguments of one, or the reference images.
 
-    Args:
-        given: The arguments of the call, by name.
-
-    Raises:
-        ValueError: For a reference image of inpainting in another call.
+    Raises ValueError for a reference image of inpainting in another call.
     """
     starts = any(given[name] is not None and given[name] is not False for name in OF_START_IMAGE if name != "image")
     if not starts and given.get("image_reference") is not None:

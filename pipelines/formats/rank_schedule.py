@@ -71,9 +71,7 @@ def rank_schedule(
 ) -> tuple[RankSchedule | None, tuple[str, ...]]:
     """The schedule of a T-LoRA, and notes on what of it is not followed; nothing for other files.
 
-    Args:
-        layers: What the file changes in the denoiser.
-        conditioned: Whether it also changes a text conditioner, which runs once.
+    `layers` are those of the denoiser; `conditioned` is whether it also changes a text conditioner, which runs once.
     """
     if not layers or not is_tlora(file.metadata, file.tensors):
         return None, ()

@@ -81,14 +81,10 @@ class Header:
 
 
 def read_header(file: BufferedReader) -> Header:
-    """Reads and checks a header; no tensor is read.
+    """Reads and checks a header of a file at its first byte; no tensor is read.
 
-    Args:
-        file: At its first byte.
-
-    Raises:
-        DamagedError: If it is not a safetensors file, or is truncated or damaged.
-        ValueError: If the header is longer than `MAX_HEADER`, or lists more than `MAX_TENSORS`.
+    Raises DamagedError for no safetensors file, or a truncated or damaged one, and ValueError for a header longer than
+    `MAX_HEADER`, or of more than `MAX_TENSORS`.
     """
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)

@@ -83,14 +83,7 @@ def joined(edges: Tensor) -> Tensor:
 
 
 def k_means(products: Tensor, k: int) -> Tensor:
-    """k-means by inner products: the best of ten starts (k-means++), with a fixed seed.
-
-    Args:
-        products: Shape: [units, units].
-
-    Returns:
-        The cluster of each unit.
-    """
+    """The cluster of each unit by inner products [units, units]: the best of ten seeded starts (k-means++)."""
     if k >= len(products):
         return torch.arange(len(products))
     generator = torch.Generator().manual_seed(0)

@@ -78,14 +78,7 @@ def check_share(name: str, value: object) -> None:
 
 
 def check_positive(name: str, value: object, kind: type = float) -> None:
-    """Checks a setting that is a positive number.
-
-    Args:
-        kind: `int` for whole numbers.
-
-    Raises:
-        ValueError: If it is not one.
-    """
+    """Raises ValueError for a setting that is no positive number; `kind` is `int` for whole numbers."""
     numbers = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, numbers) or not 0 < value < float("inf"):
         raise ValueError(f"{name} must be a positive {'whole ' if kind is int else ''}number, not {value!r}")

@@ -86,14 +86,7 @@ def each_mask(masks: Any) -> list[Any]:
 
 
 def open_image(path: str | Path, what: str) -> Image.Image:
-    """Opens an image file, upright as `upright_image`.
-
-    Args:
-        what: "image" or "mask".
-
-    Raises:
-        ValueError: If it is missing, unreadable or too large.
-    """
+    """Opens an "image" or "mask", upright as `upright_image`. ValueError if it is missing, unreadable or too large."""
     try:
         with open_regular(Path(path).expanduser()) as file:
             return upright_image(file)

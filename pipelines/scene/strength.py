@@ -181,14 +181,7 @@ def largest_factor(weight: Weight | None, blocks: Mapping[str, float] | None = N
 
 
 def check_sane(weight: Weight | None, blocks: Mapping[str, float] | None, files: Iterable[float] = ()) -> None:
-    """Refuses weights that are probably none: a box, or a slip of the decimal point.
-
-    Args:
-        files: Weights of merged files.
-
-    Raises:
-        ValueError: For factors beyond `SANE_WEIGHT`.
-    """
+    """Raises ValueError for weights that are a box or a slip of the point, over `SANE_WEIGHT`; also of files."""
     largest = max([largest_factor(weight, blocks), *map(abs, files)])
     if largest <= SANE_WEIGHT:
         return

@@ -252,14 +252,7 @@ class PageSession:
 
 @contextmanager
 def reading(patience: float) -> Iterator[None]:
-    """One file at a time, for all sessions.
-
-    Args:
-        patience: Seconds to wait for other sessions.
-
-    Raises:
-        Busy: If they take longer.
-    """
+    """One file at a time, for all sessions; raises Busy after `patience` seconds of waiting for others."""
     if not _READING.acquire(timeout=patience):
         raise Busy
     try:
