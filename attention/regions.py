@@ -23,12 +23,7 @@ from lora_compose.attention.kernels import Kernel
 
 @dataclass(frozen=True, eq=False)
 class CellGroup:
-    """The cells of one grid that lie in the same regions.
-
-    Attributes:
-        cells: Indices of the cells.
-        visible: Indices of the cells they see in isolated self-attention; None is all.
-    """
+    """Cells of one grid, by index, in the same regions, and those that they see if isolated; None is all."""
 
     cells: Tensor
     visible: Tensor | None

@@ -17,12 +17,7 @@ _CHECKPOINT = ("model.diffusion_model.", "double_blocks.")  # keys of models in 
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model that can be chosen.
-
-    Attributes:
-        source: As a run names it.
-        where: Where it is, in words.
-    """
+    """A model that can be chosen: its source, as a run names it, and where it is, in words."""
 
     source: str
     family: str

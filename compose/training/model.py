@@ -53,9 +53,9 @@ def _kind(model: str) -> tuple[str, Any]:
 
 
 def open_base(model: str) -> Any:
-    """Opens a base model in float32, from safetensors, all frozen. Raises ModelError if there is none of these kinds:
+    """Opens a base model in float32, from safetensors, all frozen. ModelError if it is of another kind.
 
-    diffusers' `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, or a `FlowMatchingPipeline`.
+    It is diffusers' `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, or a `FlowMatchingPipeline`.
     """
     name, kind = _kind(model)
     source, options = model_source(model), {"dtype": torch.float32}

@@ -61,12 +61,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class PromptsOfSet:
-    """The prompts that have one concept set.
-
-    Attributes:
-        indices: Indices of the prompts in the call.
-        token_masks: Positions of the words of the set's concepts in the prompts.
-    """
+    """The prompts, by index in the call, that have one concept set, and the positions of its words in them."""
 
     concepts: ConceptSet
     indices: tuple[int, ...]

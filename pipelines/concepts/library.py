@@ -44,12 +44,7 @@ class LoadsConcepts(Protocol):
 
 @dataclass(frozen=True)
 class Added:
-    """A concept that was added; its file may not have been read yet.
-
-    Attributes:
-        given: The concept as it was added.
-        concept: The concept with trigger and class word from the file's header.
-    """
+    """A concept as it was added, and with the words in its file's header; the file may not have been read yet."""
 
     given: Concept
     concept: Concept

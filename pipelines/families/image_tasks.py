@@ -35,12 +35,7 @@ from lora_compose.pipelines.images.from_image import FromImage, Source, TaskPipe
 
 @dataclass(frozen=True)
 class ImageTask:
-    """A task that starts from an image.
-
-    Attributes:
-        pipeline: diffusers' pipeline for it, which takes the components of the family.
-        resizes: Whether the image is resized to width and height; otherwise it keeps its own size.
-    """
+    """diffusers' pipeline for a task that starts from an image, and whether it resizes that to width and height."""
 
     pipeline: type[TaskPipeline]
     resizes: bool

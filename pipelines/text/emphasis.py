@@ -18,11 +18,7 @@ _TAIL = re.compile(r"(?<!\d)\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")  # "(16:9)" 
 
 
 class Weighted(str):
-    """A plain text whose characters have weights; its slices, and sums that begin or end with it, keep them.
-
-    Attributes:
-        weights: One for each character.
-    """
+    """A plain text with a weight for each character; its slices, and sums that begin or end with it, keep them."""
 
     weights: tuple[float, ...]
 

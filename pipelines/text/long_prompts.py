@@ -28,12 +28,7 @@ Texts = Sequence[str] | None
 
 @dataclass(frozen=True)
 class LongTokenizer:
-    """A tokenizer whose model reads several chunks.
-
-    Attributes:
-        tokenizer: Reads one chunk.
-        chunks: How many there are in this call.
-    """
+    """A tokenizer of one chunk whose model reads so many chunks in this call."""
 
     tokenizer: Any
     chunks: int
