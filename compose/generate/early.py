@@ -12,7 +12,6 @@ from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.calls.resolved_call import check_model_for, check_start_for
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.lru import file_key
-from lora_compose.pipelines.families.references import ReferencesPipeline
 from lora_compose.pipelines.formats.files import read_words, refuse_format, trained_with
 from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.methods import METHODS, make_method
@@ -67,11 +66,8 @@ def check_early(run: Run, facts: ModelFacts | None = None) -> None:
 def _check_images(scene: Scene, facts: ModelFacts) -> None:
     """Raises ValueError for images that the model does not read, or lacks."""
     check_references(facts.family, scene)
-    if issubclass(facts.family, ReferencesPipeline) and facts.family.needs_references and not scene.references:
-        raise ValueError(
-            f"{facts.family.family} needs a reference image: give one (references, --reference); for text alone take "
-            "Qwen-Image"
-        )
+    advice = ": give one (references, --reference); for text alone take Qwen-Image"
+    facts.family.check_has_references(bool(scene.references), advice)
     if scene.image is not None:
         facts.family.task_for(scene.mask_image is not None)
 

@@ -220,6 +220,7 @@ class _Transformer(Base):
             )
 
     def noising(self, high_noise: float = 0.0) -> Noising:
+        assert not high_noise, "`check` has refused it"
         return self._flow
 
     def targets(self, settings: Training) -> list[str]:

@@ -31,8 +31,8 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
 
     def _read(self, given: dict[str, Any]) -> dict[str, Any]:
         image = given["image"]
-        if image is None or (isinstance(image, list | tuple) and not image):
-            raise ValueError(f"{self.family} needs a reference image: give image; for text alone take Qwen-Image")
+        has_image = image is not None and not (isinstance(image, list | tuple) and not image)
+        self.check_has_references(has_image, ": give image; for text alone take Qwen-Image")
         return super()._read(given)
 
     @front(QwenImageEditPlusPipeline.__call__)

@@ -24,9 +24,6 @@ class ReferencesPipeline(FlowMatchingPipeline):
 
     most_references: ClassVar[int | None] = None
     """How many it reads; None means any number."""
-    needs_references: ClassVar[bool] = False
-    """Whether it reads no text without one."""
-
     sized_by_reference: ClassVar[bool] = True
     """Whether an image for which no size is named has that of its reference image."""
 
