@@ -79,17 +79,9 @@ def run_published(
 ) -> int:
     """Shows what a published suite downloads, downloads it, makes two images, shows the cost, and then runs it.
 
-    LoRAs that are trained for it are tried for a few steps before the two images, and trained after the cost.
-
-    Args:
-        folder: For the results.
-        processes: As for `run_suite`.
-        ray: As for `run_suite`.
-        smoke: Whether to stop after the two images.
-
-    Raises:
-        ValueError: For suites that cannot be read, or whose images cannot be made.
-        OSError: If the hub does not give what is needed.
+    LoRAs that are trained for it are tried for a few steps before the two images, after which `smoke` stops, and
+    trained after the cost. `folder` is for the results; the rest is as for `run_suite`. Raises ValueError for suites
+    that cannot be read, or whose images cannot be made, and OSError if the hub does not give what is needed.
     """
     published, to = show_published(path, folder)
     fetched = fetch(published)

@@ -125,15 +125,9 @@ def merge_files(
 ) -> Report:
     """Merges files layer by layer into a new one, which appears whole or not at all.
 
-    Args:
-        rank: Layers of a higher rank are cut to it, by singular values.
-        dtype: Of the result; by default fp16 or bf16 if all of the files have it, otherwise fp32.
-        moments: For mergers that need a model, by layer.
-        on_progress: Called with the finished fraction of the layers.
-
-    Raises:
-        ValueError: If the result is zero, or values do not fit the precision.
-        OSError: If the result cannot be written.
+    Layers of a higher rank than `rank` are cut to it, by singular values; the precision is fp16 or bf16 by default if
+    all files have it, otherwise fp32; `moments`, by layer, are for mergers that need a model. Raises ValueError if the
+    result is zero, or values do not fit the precision, and OSError if it cannot be written.
     """
     began = time.perf_counter()
     check_free(out, overwrite)

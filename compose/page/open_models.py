@@ -131,14 +131,8 @@ class OpenModel:
     ) -> Iterator[Any]:
         """The pipeline, for this thread alone inside the block; only these concepts' LoRAs stay loaded in it.
 
-        A LoRA whose file has changed is read again.
-
-        Args:
-            on_wait: Called with the number of calls ahead.
-
-        Raises:
-            Busy: If the model is in use and `wait` is False.
-            Stopped: If `stop` was set before the turn came.
+        A LoRA whose file has changed is read again. `on_wait` gets the number of calls ahead. Raises Busy if the model
+        is in use and `wait` is False, and Stopped if `stop` was set before the turn came.
         """
         ticket = object()
         with self._changed:

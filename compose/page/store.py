@@ -175,16 +175,10 @@ class Store:
         cell: int = 8,
         fitting: Callable[[int, int], tuple[int, int]] | None = None,
     ) -> StartImage:
-        """Keeps a copy of an image to start from.
+        """Keeps a copy of an image to start from; FileError if it is too large or no image.
 
-        Args:
-            name: The user's name for it; never a part of a path.
-            side: Most pixels of the longer side.
-            cell: Both sides become multiples of so many pixels.
-            fitting: From that width and height to those of the copy.
-
-        Raises:
-            FileError: If it is too large or no image.
+        The user's name is never a part of a path. Its longer side has at most `side` pixels, and both are multiples of
+        `cell`; `fitting` goes from its width and height to those of the copy.
         """
         shown = _shown(name)
         if data.seek(0, os.SEEK_END) > PNG_LIMIT:
@@ -267,11 +261,9 @@ def located(
 ) -> dict[str, ShownLora | None]:
     """The LoRAs of a record, by concept: those with the recorded content, wherever they are; None for others.
 
-    Images are not trusted: a path in one is followed only if the page is local, and its file is used only if the
-    content is the recorded one. A repository counts as missing until the user asks for its download.
-
-    Args:
-        local: Whether the page is open to this machine only, so that paths may be followed.
+    Images are not trusted: a path in one is followed only if the page is local (open to this machine only), and its
+    file is used only if the content is the recorded one. A repository counts as missing until the user asks for its
+    download.
     """
     known = {lora.sha256: lora for lora in uploads}
     return {

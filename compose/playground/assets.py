@@ -47,16 +47,9 @@ def playground_judge(name: str = PLAYGROUND) -> Path:
 
 
 def playground_lora(name: str, model: str = PLAYGROUND) -> Path:
-    """Finds a LoRA of a playground.
+    """A LoRA of a playground: of "cat" the ordinary one, of "cat-tara" the TARA LoRA, which the transformer lacks.
 
-    Args:
-        name: A concept such as "cat" for its ordinary LoRA, or "cat-tara" for its TARA LoRA, of which the transformer
-            has none.
-        model: One of `PLAYGROUNDS`.
-
-    Raises:
-        FileNotFoundError: If the assets are missing.
-        ValueError: If there is no LoRA of that name.
+    Raises FileNotFoundError if the assets are missing, and ValueError if there is no LoRA of that name.
     """
     return _pick(_lora_files(model), name, "LoRA")
 
@@ -73,15 +66,9 @@ def playground_loras(model: str = PLAYGROUND) -> list[str]:
 
 
 def playground_references(concept: str, model: str = PLAYGROUND) -> list[Path]:
-    """Lists the reference images of a playground's concept, in the order of their numbers.
+    """The reference images of a playground's concept, in the order of their numbers.
 
-    Args:
-        concept: A concept such as "cat".
-        model: One of `PLAYGROUNDS`.
-
-    Raises:
-        FileNotFoundError: If the assets are missing.
-        ValueError: If there is no concept of that name.
+    Raises FileNotFoundError if the assets are missing, and ValueError if there is no concept of that name.
     """
     folders = {path.name: path for path in (assets_dir() / model / "references").iterdir() if path.is_dir()}
     return sorted(_pick(folders, concept, "concept").glob("*.png"), key=lambda path: int(path.stem))

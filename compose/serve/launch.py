@@ -72,16 +72,9 @@ def serve(
 ) -> None:
     """Serves images until a signal ends it.
 
-    Args:
-        run: The model; precision, steps and guidance that it does not name are chosen (`defaults.complete`).
-        savers: Options that save memory.
-        variant: As for `open_model`.
-        loras: A folder of LoRA files; requests name them by the file without its suffix.
-        lora_memory: Bytes of LoRA files kept in memory.
-        queue: Settings of the `Engine`.
-
-    Raises:
-        ValueError: If the model or the folder cannot be opened, or the model needs reference images.
+    What the run does not name is chosen (`defaults.complete`). Requests name LoRAs of the folder by file, without
+    suffix, which take at most `lora_memory` bytes; `queue` are settings of the `Engine`. Raises ValueError if the model
+    or the folder cannot be opened, or the model needs reference images.
     """
     facts_of(run.model).family.check_has_references(
         False, ", and a request to the server carries none: make its images with lora-compose run --reference"

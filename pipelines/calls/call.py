@@ -215,15 +215,9 @@ _CUT_WITH_GUIDANCE = {"prompt_embeds", "add_text_embeds", "add_time_ids", *OF_IN
 
 
 def check_changed(offered: Mapping[str, Any], returned: Mapping[str, Any], *, cut: bool) -> None:
-    """Checks what a callback has changed.
+    """Checks what a callback has changed, by the tensors that it could have, and whether it has ended guidance.
 
-    Args:
-        offered: The tensors that it could have, by name.
-        returned: The tensors that it has returned.
-        cut: Whether it has switched guidance off.
-
-    Raises:
-        ValueError: For others than the latents, but for tensors that have lost their unconditional rows.
+    Raises ValueError for others than the latents, but for tensors that have lost their unconditional rows.
     """
     changed = {name for name, value in returned.items() if value is not offered.get(name)} - {"latents"}
     if changed and not (changed <= _CUT_WITH_GUIDANCE and cut):

@@ -17,16 +17,9 @@ _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 def check_size(
     host: Host, device: torch.device, width: int, height: int, images: int = 1, backbone: Backbone | None = None
 ) -> None:
-    """Checks that one pass of the model can fit into the memory of its device.
+    """Raises ValueError for sizes in pixels at which one pass needs more than all memory of the device.
 
-    Args:
-        device: Where the model runs.
-        width: In pixels.
-        height: In pixels.
-        backbone: That of the call; None means one without reference images.
-
-    Raises:
-        ValueError: For sizes that need more than all memory that there is.
+    The backbone is that of the call; None means one without reference images.
     """
     scale = host.vae_scale_factor
     there = memory_of(device)

@@ -35,16 +35,10 @@ def merge_matched(
     weights: Sequence[float],
     merger: Merger,
 ) -> Factors:
-    """Merges files that were matched with the layers of a pipeline.
+    """Merges files that were matched with the layers of a pipeline, which is left as it was found.
 
-    Mergers that need a model's inputs make an image with each file alone, in this pipeline (`calibrate`).
-
-    Args:
-        pipe: The pipeline. It is left as it was found.
-
-    Raises:
-        LoraError: If nothing is left of the files.
-        ValueError: If a file does not contain its trigger, and the merger needs it.
+    Mergers that need a model's inputs make an image with each file alone, in this pipeline (`calibrate`). Raises
+    LoraError if nothing is left of the files, and ValueError if the merger needs a trigger that a file lacks.
     """
     loras, notes = [], []
     for file, factors in zip(files, matched, strict=True):

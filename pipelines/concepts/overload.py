@@ -64,10 +64,8 @@ class Joint:
     def scales(self, limit: float, layers: Collection[str] | None = None) -> dict[str, float]:
         """By layer, the factor that takes the joint change down to a multiple of the largest alone, if it is more.
 
-        Layers with a change that depends on the model's weights have none: it is no multiple of its factors.
-
-        Args:
-            layers: The layers that are limited; None is all.
+        Layers with a change that depends on the model's weights have none: it is no multiple of its factors. Of the
+        `layers` that are limited, None is all.
         """
         return {
             name: limit * alone / joint

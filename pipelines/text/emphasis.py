@@ -102,10 +102,8 @@ def replaced(text: str, start: int, end: int, words: str) -> str:
 def read_emphasis(text: str) -> Weighted:
     r"""Reads weights: "(words:1.3)". They may be nested, and then multiply; "\(" is a parenthesis and no weight.
 
-    A plain text that has weights (`Weighted`) has been read already.
-
-    Raises:
-        ValueError: For weights outside of 0 to `MOST`.
+    A plain text that has weights (`Weighted`) has been read already. Raises ValueError for weights outside of 0 to
+    `MOST`.
     """
     if isinstance(text, Weighted):
         return text
