@@ -212,7 +212,7 @@ def _stored(layer: nn.Module, name: str) -> Tensor | None:
 
 
 def transformed(matrix: Tensor, weight: Tensor, by_input: bool) -> Tensor:
-    """The weight W [outputs, inputs, ...] with a transform on its outputs (T W), or by its inputs (W T).
+    """The weight W [outputs, inputs, ...] with a transform on its outputs (T W), or on its inputs (W T).
 
     `matrix` is the diagonal of T, or its blocks.
     """

@@ -19,7 +19,7 @@ _SPAN = re.compile(r"\s*(\d{1,19})\s*(?:-\s*(\d{1,19})\s*)?")
 
 
 def parse_seeds(value: Any) -> Any:
-    """Reads seeds: 3, "0-7", "1, 4, 9", or a list of these; others stay. Raises ValueError for spans that are none."""
+    """Reads seeds: 3, "0-7", "1, 4, 9", or lists of these; anything else stays. ValueError for unusable spans."""
     if isinstance(value, bool) or not isinstance(value, int | str | Sequence):
         return value
     parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value

@@ -26,7 +26,7 @@ _TOKEN = (
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """A cluster by its address ("local" starts one); one that is there stays open. Raises OSError without one."""
+    """A cluster by its address ("local" starts one); one that is there stays open. OSError if it refuses."""
     ours = not ray.is_initialized()
     if ours:
         _check_reachable(address)

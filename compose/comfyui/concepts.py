@@ -185,7 +185,7 @@ def subjects_of(concepts: Sequence[NodeConcept]) -> Mapping[int, Concept]:
 
 
 def texts_about(concepts: Sequence[Concept], text: Weighted, named: Sequence[Concept] | None = None) -> Sequence[str]:
-    """A text about each of some subjects, of which it may name `named`, by default these. ValueError without one."""
+    """A text about each of some subjects; it may name `named`, by default these. ValueError if none can be made."""
     every = concepts if named is None else named
     if unnamed := _unnamed(concepts, text.text, every):
         trained = [concept.name for concept in unnamed if not concept.is_bystander]

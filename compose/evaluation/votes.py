@@ -85,7 +85,7 @@ def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> N
 
 
 def read_files(out: Path) -> dict[str, str]:
-    """The file of each voted image in an evaluation's folder, by number. FileError if votes are on other images."""
+    """The file of each voted image in an evaluation's folder, by number. FileError if the votes are on others."""
     return json.loads(read_whole(out / FILES))
 
 

@@ -69,7 +69,7 @@ def jobs(seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> list[Job]:
 
 
 def show(folder: Path, todo: Sequence[Job], on_progress: Callable[[float], None]) -> Iterator[Path]:
-    """Makes the images and yields sheets once all their images are there; tells the images done, with fractions.
+    """Makes the images and yields sheets once their images are there; `on_progress` gets the images done so far.
 
     The sheets: the first pair with the first seed, all pairs, and three concepts.
     """

@@ -94,7 +94,7 @@ def _source(model: str, what: str) -> str:
 
 
 def fit_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
-    """Loads the IP-Adapters of a scene, and unloads earlier ones. ValueError if they or the family cannot do it.
+    """Loads the IP-Adapters of a scene, and unloads earlier ones. ValueError if that fails, or the family has none.
 
     They stay loaded, as concepts do, so that the next image with them does not read their files again.
     """

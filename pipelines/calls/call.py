@@ -300,7 +300,7 @@ def check_latents(latents: Tensor | None, *expected: tuple[int, ...]) -> None:
 
 
 def steps_to_record(record_attention: bool | Sequence[int], steps: int) -> frozenset[int]:
-    """The steps whose maps are recorded: True is all, negative ones count from the end. ValueError out of range."""
+    """The steps whose maps are recorded: True is all, negatives count from the end. ValueError for others."""
     if isinstance(record_attention, bool):
         return frozenset(range(steps)) if record_attention else frozenset()
     wrong = [step for step in record_attention if not -steps <= step < steps]

@@ -28,7 +28,7 @@ def checkpoint_keys(link_or_path: str | Path, options: Mapping[str, Any]) -> lis
 
 
 def hub_options(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The given options to read a folder or repository; from the cache if need be. ConnectionError without one."""
+    """Given options for a folder or repository; from the cache if the hub is away, or ConnectionError without."""
     given = {name: options[name] for name in HUB_OPTIONS if name in options}
     if not is_hub_name(source):
         return given

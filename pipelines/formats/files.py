@@ -204,7 +204,7 @@ def wanted_keys(path: Path, shapes: Mapping[str, Sequence[int]]) -> list[str]:
 
 
 def check_words(path: Path, shapes: Mapping[str, Sequence[int]]) -> Sequence[str]:
-    """The words that a file bundles, checked by the shapes of their vectors. LoraError if not, or too many."""
+    """The words that a file bundles, checked by their vectors' shapes. LoraError if these are none, or too many."""
     words: dict[str, None] = {}
     for key, shape in shapes.items():
         if (known := bundled_embedding(key)) is None:
