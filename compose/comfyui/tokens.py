@@ -22,9 +22,16 @@ def tokens_of(text: Tensor, options: Mapping[str, Any]) -> int:
 def find_tokens(clip: Any, text: str, words: str, tokens: int, which: Collection[int] | None = None) -> list[int]:
     """The positions of words among the tokens of a text, as its conditioning has them.
 
-    Weights in brackets are parsed, and texts are cut into parts, as ComfyUI does it. Of `tokens` that the conditioning
-    has, those of a chat template may be cut off in front of it. `which` are indices of the occurrences that are meant;
-    None is all. Raises ValueError if the words are not in the text, or are joined to other signs there.
+    Weights in brackets are parsed, and texts are cut into parts, as ComfyUI does it.
+
+    Args:
+        clip: ComfyUI's CLIP.
+        words: For example a trigger.
+        tokens: How many tokens the conditioning has; those of a chat template may be cut off in front of it.
+        which: Indices of the occurrences that are meant; None is all.
+
+    Raises:
+        ValueError: If the words are not in the text, or are joined to other signs there.
     """
     encoder, every = _tokens(clip, text)
     _, empty = _tokens(clip, "")

@@ -29,10 +29,15 @@ def make_images(
     maps: bool = False,
     variant: str | None = None,
 ) -> None:
-    """Generates images of a run, one for each seed, and prints their paths; several also go on a contact sheet.
+    """Generates images and prints their paths; several also go on a contact sheet.
 
-    With a folder of LoRAs, those that the prompt names take part. Raises ValueError for anything that does not fit
-    together, before any work is done.
+    Args:
+        run: The run; its own seed is not used.
+        loras: A folder of LoRAs; those that the prompt names take part. None means the concepts of the scene.
+        variant: As for `open_model`.
+
+    Raises:
+        ValueError: For anything that does not fit together, before any work is done.
     """
     if loras is not None:
         run = run.model_copy(update={"scene": named_in(run.scene, loras)})

@@ -31,10 +31,15 @@ def refine_and_save(
     model: str | None = None,
     savers: Collection[Saver] = (),
 ) -> None:
-    """Repaints the subjects of an image, or some of them, and writes the result; no file is overwritten.
+    """Repaints the subjects of an image and writes the result.
 
-    `loras` is a folder in which moved LoRAs are found by content. Raises ValueError for unknown subjects, and if LoRAs
-    or the model are missing.
+    Args:
+        out: The file to write; no file is overwritten.
+        subjects: Names of concepts; empty means all.
+        loras: A folder in which moved LoRAs are found by content.
+
+    Raises:
+        ValueError: For unknown subjects, and if LoRAs or the model are missing.
     """
     run = runnable(record, loras)
     run = run if model is None else run.model_copy(update={"model": model})

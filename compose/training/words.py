@@ -117,7 +117,11 @@ def _check_known(tokenizer: Any, caption: str, positions: Sequence[int], concept
 
 
 def check_class_caption(caption: str, concept: Concept) -> None:
-    """Raises DataError if a class image's caption names the concept."""
+    """Checks that a class image's caption does not name the concept.
+
+    Raises:
+        DataError: If it does.
+    """
     if find_words(concept.trigger or "", caption):
         raise DataError(
             f"the caption {caption!r} of a class image has the trigger {concept.trigger!r}; class images show what "

@@ -17,9 +17,16 @@ _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 def check_size(
     host: Host, device: torch.device, width: int, height: int, images: int = 1, backbone: Backbone | None = None
 ) -> None:
-    """Raises ValueError for sizes in pixels at which one pass needs more than all memory of the device.
+    """Checks that one pass of the model can fit into the memory of its device.
 
-    The backbone is that of the call; None means one without reference images.
+    Args:
+        device: Where the model runs.
+        width: In pixels.
+        height: In pixels.
+        backbone: That of the call; None means one without reference images.
+
+    Raises:
+        ValueError: For sizes that need more than all memory that there is.
     """
     scale = host.vae_scale_factor
     there = memory_of(device)
@@ -51,8 +58,11 @@ def warn_of_size(host: Host, width: int, height: int) -> None:
 def least_bytes(backbone: Backbone, latent_grid: tuple[int, int], images: int = 1) -> int:
     """Memory that a pass of one row needs whatever saves memory: input and output of its largest layer.
 
-    Attention is not counted, which fused kernels compute piece by piece, nor are weights, other rows and decoding. Of
-    `images` latents, noise and prediction are kept, on a grid of this height and width.
+    Attention is not counted, which fused kernels compute piece by piece, nor are weights, other rows and decoding.
+
+    Args:
+        latent_grid: Height and width of the latents.
+        images: Images, of which latents, noise and prediction are kept.
     """
     modules, largest = modules_of(backbone.model), 0
     halved = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
