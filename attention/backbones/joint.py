@@ -82,10 +82,8 @@ class JointBackbone:
     def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
         """Puts our kernel into every attention processor; `undo` puts them back.
 
-        Fused projections are not used meanwhile: they are copies of the layers that have the LoRAs.
-
-        Raises:
-            ValueError: For processors that do not end in diffusers' attention dispatch.
+        Fused projections are not used meanwhile: they are copies of the layers that have the LoRAs. Raises ValueError
+        for processors that do not end in diffusers' attention dispatch.
         """
         layers = dict(_attention(modules))
         ours = {name: self._processor(name, attn.processor, state) for name, attn in layers.items()}

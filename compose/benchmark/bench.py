@@ -133,10 +133,7 @@ def bench(
 
     Counting is the default; with `boxes` every concept has one there. `pairs` are timed rounds: a plain call, one of
     each method, and PEFT's; `loaded` are the LoRAs of which each request of `swap` has others; `to` is a file for the
-    numbers. Device and precision that are None are those of a run.
-
-    Raises:
-        ValueError: For unknown methods and settings.
+    numbers. Device and precision that are None are those of a run. Raises ValueError for unknown methods and settings.
     """
     cells = [(name, number) for name in methods for number in concepts]
     count = count or not (memory or transformers or hardware or calls or time or swap or growth)

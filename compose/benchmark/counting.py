@@ -69,10 +69,8 @@ def count(
 
     Where the cost depends on values, such as when updates end, the maximum is counted. The UNet is on the meta device,
     the steps are DDIM's, `image_size` is height and width in pixels, and a prompt has so many tokens. `watched` is
-    entered around the run, for example to watch its memory.
-
-    Raises:
-        ValueError: If the concepts lack something the method needs.
+    entered around the run, for example to watch its memory. Raises ValueError if the concepts lack something the method
+    needs.
     """
     host = pipeline_of(unet, scheduler(), tokens)
     return _counted(host, concepts, settings, steps, guidance_scale, image_size, images, watched)
@@ -92,9 +90,7 @@ def count_run(
     """Counts a call of a pipeline with a UNet, as `count` does, without changing or running it.
 
     A scheduler that is given takes the place of the pipeline's; neither is changed. Width and height are in pixels.
-
-    Raises:
-        ValueError: If the concepts lack something the method needs.
+    Raises ValueError if the concepts lack something the method needs.
     """
     host, scheduler = copy(pipe), scheduler or pipe.scheduler
     host.unet = meta_unet(uncompiled(pipe.unet).config)

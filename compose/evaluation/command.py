@@ -35,11 +35,8 @@ def run_suite(
 
     Further processes join in. The suite is a file or the name of a shipped one; `processes` are one per GPU by default,
     or as in the suite, and with a Ray cluster (`ray`: its address, or "local") one per node if there are no GPUs.
-    `metrics` are the names of further metrics, instead of those of the suite, as `chosen` takes them.
-
-    Raises:
-        ValueError: For suites that cannot be read, and metrics whose models are not there.
-        OSError: If all processes were killed.
+    `metrics` are the names of further metrics, instead of those of the suite, as `chosen` takes them. Raises ValueError
+    for suites that cannot be read, and metrics whose models are not there, and OSError if all processes were killed.
     """
     loaded = _read(suite, metrics)
     to = folder or Path("outputs/evaluation") / loaded.name

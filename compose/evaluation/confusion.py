@@ -39,10 +39,7 @@ def truth_matrix(references: Sequence[torch.Tensor]) -> np.ndarray:
 
     Each entry is the mean cosine over pairs of an image of the row's and one of the column's subject; on the diagonal
     over pairs of different images, 1 if there is only one. Shapes: [images, channels] of length 1 each, to [subjects,
-    subjects].
-
-    Raises:
-        ValueError: If a subject has no references.
+    subjects]. Raises ValueError if a subject has no references.
     """
     truth = np.array([[clip_i(images, other).mean() for other in references] for images in references])
     for i, images in enumerate(references):

@@ -108,11 +108,8 @@ def load_encoder(source: str, device: str = "cpu") -> Encoder:
     `source` is `playground:judge`, `playground-flux:judge`, a folder as transformers saves it, or a hub repository such
     as openai/clip-vit-base-patch32. The embeddings are those that are compared in the papers: the projected ones of
     CLIP, the pooled ones of SigLIP and SigLIP 2, and of DINOv2 the class token after the last normalisation. The first
-    SigLIP's own tokenizer needs the package sentencepiece.
-
-    Raises:
-        ValueError: If there is no such encoder, it is of another family, or it cannot be opened; the message says what
-            was expected.
+    SigLIP's own tokenizer needs the package sentencepiece. Raises ValueError if there is no such encoder, it is of
+    another family, or it cannot be opened; the message says what was expected.
     """
     where, what, family = _locate(source), f"the encoder {source!r}", family_of(source)
     model, loading = _opened(

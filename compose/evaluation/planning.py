@@ -51,12 +51,9 @@ _SHIPPED = tuple(f"{name}:" for name in PLAYGROUNDS)
 def plan_batches(suite: Suite) -> BatchPlan:
     """All batches of a suite.
 
-    Images are kept under a hash of the run, the threads and the contents of model and LoRAs; scores under a hash of
-    the scene and the contents of encoder, detector and references. So a rerun continues where it stopped, a changed
-    suite keeps what is still valid, and outdated results are never used.
-
-    Raises:
-        ValueError: If files are missing.
+    Images are kept under a hash of the run, the threads and the contents of model and LoRAs; scores under a hash of the
+    scene and the contents of encoder, detector and references. So a rerun continues where it stopped, a changed suite
+    keeps what is still valid, and outdated results are never used. Raises ValueError if files are missing.
     """
     model, scoring = fingerprint(suite.model), _scoring(suite)
     planned = []

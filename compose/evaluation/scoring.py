@@ -266,11 +266,8 @@ def reference_crops(concept: SuiteConcept) -> list[Image.Image]:
 def reference_crop(path: Path, concept: str = "") -> Image.Image:
     """A reference image, cut to what it is a reference of.
 
-    A file `captions.tsv` in its folder may say where that is, a line for every image: its name, a caption, and
-    left, top and side of a square in pixels, parted by tabs.
-
-    Raises:
-        ValueError: If it is missing or unreadable.
+    A file `captions.tsv` in its folder may say where that is, a line for every image: its name, a caption, and left,
+    top and side of a square in pixels, parted by tabs. Raises ValueError if it is missing or unreadable.
     """
     image = _opened(path, f"{concept}: the reference image {str(path)!r}".removeprefix(": "))
     box = recorded_box(path)

@@ -70,11 +70,8 @@ class _Planned:
 def with_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suite:
     """The suite with the files of its trained LoRAs; those that are not there are trained.
 
-    A stopped training goes on. Processes that share the folder each take another training.
-
-    Raises:
-        ValueError: If images or settings cannot be used.
-        OSError: If a LoRA cannot be written.
+    A stopped training goes on. Processes that share the folder each take another training. Raises ValueError if images
+    or settings cannot be used, and OSError if a LoRA cannot be written.
     """
     planned, claims = list(_planned(suite, trained, out)), Claims(out / CLAIMS)
     while left := [plan for plan in planned if plan.is_left]:

@@ -235,11 +235,8 @@ def show_following(votes: Path, folder: Path) -> None:
 def following(votes: Path, folder: Path) -> pd.DataFrame:
     """A row per metric, the best first: `metric`, `title`, `follows` with `low` and `high`, and `images`.
 
-    Metrics that no image has come last, with 0 images and NaN.
-
-    Raises:
-        ValueError: If the votes are not on images of this evaluation, or all of them are the same.
-        FileError: If there is no evaluation, or a file is damaged.
+    Metrics that no image has come last, with 0 images and NaN. Raises ValueError if the votes are not on images of this
+    evaluation, or all of them are the same, and FileError if there is no evaluation, or a file is damaged.
     """
     verdicts, files = read_votes(votes)[1], read_files(votes)
     images = load(folder).images.set_index("file")

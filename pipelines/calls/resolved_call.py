@@ -412,10 +412,8 @@ def resolve_choice(
 def resolve_sets(host: Host, asked: Concepts, prompts: int) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
     """All concepts of a call with so many prompts, and by prompt the indices of its own.
 
-    A concept that is equal in several prompts counts once; with another weight or region it counts separately.
-
-    Raises:
-        ValueError: For mixtures of concepts and lists of them, and another number of lists than prompts.
+    A concept that is equal in several prompts counts once; with another weight or region it counts separately. Raises
+    ValueError for mixtures of concepts and lists of them, and another number of lists than prompts.
     """
     given: Any = asked
     entries: Any = [given] if isinstance(asked, str | Concept) else given

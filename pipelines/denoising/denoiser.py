@@ -172,11 +172,8 @@ class Denoiser:
         one step size fits all schedulers; with those that scale the input down (Euler), steps would be too small.
 
         One graph exists at a time, without gradients of weights: of all rows, or of one micro-batch, which then runs
-        twice. The host waits for the device once.
-
-        Raises:
-            RuntimeError: Under `torch.inference_mode`, which has no gradients.
-            ValueError: If the gradient is not finite.
+        twice. The host waits for the device once. Raises RuntimeError under `torch.inference_mode`, which has no
+        gradients, and ValueError if the gradient is not finite.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")

@@ -99,10 +99,8 @@ def read_weight(value: Any) -> Weight:
     """Checks a weight given in Python, YAML, JSON or on the command line.
 
     Text may be a number ("0.8"), numbers for equal parts of the steps ("1,0.5,0"), points at which weights begin
-    ("0:1,0.5:0"), or ramps between points ("0:1..0.5:0.4", or "1..0.4" from the first step to the last).
-
-    Raises:
-        ValueError: For anything else; the message says what was expected.
+    ("0:1,0.5:0"), or ramps between points ("0:1..0.5:0.4", or "1..0.4" from the first step to the last). Raises
+    ValueError for anything else; the message says what was expected.
     """
     value = as_plain(value)
     if isinstance(value, str):

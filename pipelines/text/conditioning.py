@@ -322,10 +322,8 @@ def _bystanders(prompt: str, concepts: Sequence[Concept], names: Container[str] 
 def agreed(masks: Sequence[TokenMasks], concepts: Sequence[Concept]) -> TokenMasks:
     """The masks of one prompt; those of all tokenizers must be equal.
 
-    The features of both encoders are concatenated per token, and a token gate cannot separate them.
-
-    Raises:
-        ValueError: If a concept's words have different positions.
+    The features of both encoders are concatenated per token, and a token gate cannot separate them. Raises ValueError
+    if a concept's words have different positions.
     """
     first, *others = masks
     for other in others:
