@@ -67,12 +67,7 @@ def run_suite(
 
 
 def run_published(
-    path: Path,
-    folder: Path | None = None,
-    processes: int | None = None,
-    ray: str | None = None,
-    *,
-    smoke: bool = False,
+    path: Path, folder: Path | None = None, processes: int | None = None, ray: str | None = None, *, smoke: bool = False
 ) -> int:
     """Shows what a published suite downloads, downloads it, makes two images, shows the cost, and then runs it.
 

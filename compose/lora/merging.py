@@ -137,9 +137,7 @@ def merge_files(
     largest = max(sum(change.rank for change in changes) for _, changes in layers)
     alpha = max(1, largest if rank is None else min(rank, largest))
     tally = Tally(len(matched.given))
-    on_its_disk = next(
-        folder for folder in out.absolute().parents if folder.is_dir()
-    )  # of which there is one: the root
+    on_its_disk = next(folder for folder in out.absolute().parents if folder.is_dir())  # at least the root
     with TemporaryFile(dir=on_its_disk) as scratch:
         writer = SafetensorsWriter(scratch)
         for done, (name, changes) in enumerate(layers, 1):

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle
 
 from lora_compose.attention.backbones.joint import PATCH, packed, unpacked
-from lora_compose.pipelines.calls.call import (
-    ATTENTION_ARGUMENTS,
-    Call,
-    GivenPrompts,
-    Sampling,
-    check_latents,
-    listed,
-)
+from lora_compose.pipelines.calls.call import ATTENTION_ARGUMENTS, Call, GivenPrompts, Sampling, check_latents, listed
 from lora_compose.pipelines.calls.front import Begun, Request
 from lora_compose.pipelines.calls.resolved_call import ResolvedCall
 from lora_compose.pipelines.concepts.tags import check_no_tags

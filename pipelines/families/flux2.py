@@ -13,9 +13,7 @@ from torch.nn.functional import interpolate
 from lora_compose.attention import Backbone
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import PATCH
-from lora_compose.pipelines.calls.call import (
-    Call,
-)
+from lora_compose.pipelines.calls.call import Call
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid

@@ -5,12 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import (
-    QwenImageImg2ImgPipeline,
-    QwenImageInpaintPipeline,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
+from diffusers import QwenImageImg2ImgPipeline, QwenImageInpaintPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
 from torch.nn.functional import pad
 
