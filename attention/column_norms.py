@@ -13,13 +13,8 @@ from lora_compose.attention.transforms import Rescaling, dense_weight
 def with_column_norms(lora: Lora, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> Lora:
     """Fills in `Rescaling.current`; returns the same LoRA if no layer needs it.
 
-    Args:
-        modules: The modules of the model, whose weights have not been changed yet.
-        device: Where the norms are computed.
-        dtype: The precision of the layers' inputs.
-
-    Raises:
-        ValueError: If the weight of one of these layers is not to be had.
+    By the modules of a model, unchanged yet, on a device, for inputs of this precision. Raises ValueError if the weight
+    of one of these layers is not to be had.
     """
     norms: dict[Sequence[str], Tensor] = {}
     known = dict(lora)

@@ -14,10 +14,8 @@ from lora_compose.attention.transforms import Rotation
 def weight_shape(model: nn.Module, name: str) -> tuple[int, ...]:
     """The shape of the weight that a LoRA would change: outputs, inputs, and the kernel of a convolution.
 
-    From the layer's settings, since quantised and offloaded weights have other shapes.
-
-    Raises:
-        ValueError: If there is no such layer, or a LoRA cannot change it.
+    From the layer's settings, since quantised and offloaded weights have other shapes. Raises ValueError if there is no
+    such layer, or a LoRA cannot change it.
     """
     try:
         layer = model.get_submodule(name)

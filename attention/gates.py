@@ -212,14 +212,9 @@ def _rows(gate: Tensor, rows: slice | list[int], dim: int) -> Tensor:
 
 
 def strongest(values: Tensor, columns: Sequence[int]) -> Tensor:
-    """Values by concept as values by LoRA, of concepts with the same one the value furthest from 0.
+    """Values [..., concepts] as values by LoRA [..., LoRAs]: of concepts with the same one, that furthest from 0.
 
-    Args:
-        values: Shape: [..., concepts].
-        columns: The LoRA of each concept; those of the first concepts come first.
-
-    Returns:
-        Shape: [..., LoRAs].
+    `columns` has the LoRA of each concept; those of the first concepts come first.
     """
     each = values.unbind(dim=-1)
     by_lora = [each[columns.index(column)] for column in range(max(columns) + 1)]

@@ -1,7 +1,7 @@
 """Installs concepts in a model for the length of a `with` block; all is removed again, also after an exception."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -237,7 +237,6 @@ def _replace_weight(layer: nn.Module, weight: Tensor, undo: Journal) -> None:
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=original.requires_grad)
 
 
-@contextmanager
 def installed_layers(
     model: nn.Module,
     loras: Sequence[Lora],
@@ -248,7 +247,7 @@ def installed_layers(
     silence: Iterable[str] = (),
     kept: KeptBanks | None = None,
     how: How = "module",
-) -> Iterator[Installation]:
+) -> AbstractContextManager[Installation]:
     """Puts the bank layers of all concepts into a model: a denoiser or a text encoder.
 
     Everything is checked before the first change, and every change is undone, also after an exception or Ctrl-C.
@@ -263,16 +262,9 @@ def installed_layers(
         ValueError: For layers that the model does not have or whose shape differs, and for another `how`.
         RuntimeError: If another call uses this model, or concepts are installed in it already.
     """
-    check_how(how)
-    model = uncompiled(model)
-    with claimed([model], "install"), undoing(model) as undo:
-        loras, kept, columns = _each_once(loras, kept)
-        modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
-        bank = _bank(modules, loras, where, key, kept, undo)
-        yield _put_in(modules, loras, bank, key, silence, undo, how, columns)
+    return _installed(model, loras, where, None, device, dtype, silence, kept, how)
 
 
-@contextmanager
 def install(
     backbone: Backbone,
     loras: Sequence[Lora],
@@ -282,20 +274,35 @@ def install(
     silence: Iterable[str] = (),
     kept: KeptBanks | None = None,
     how: How = "module",
-) -> Iterator[Installation]:
+) -> AbstractContextManager[Installation]:
     """Puts concepts into a denoiser: bank layers for adapted layers, our processors for attention layers.
 
     Args and errors as for `installed_layers`; also raises ValueError for attention processors that ours cannot replace
     without changing what they do.
     """
+    return _installed(backbone.model, loras, backbone.sites, backbone, device, dtype, silence, kept, how)
+
+
+@contextmanager
+def _installed(
+    model: nn.Module, loras: Sequence[Lora], where: Mapping[str, Site], backbone: Backbone | None, device: torch.device,
+    dtype: torch.dtype, silence: Iterable[str], kept: KeptBanks | None, how: How,
+) -> Iterator[Installation]:  # fmt: skip
+    """Puts LoRAs into a model, and with a backbone our attention, too."""
     check_how(how)
-    model = uncompiled(backbone.model)
+    model = uncompiled(model)
     with claimed([model], "install"), undoing(model) as undo:
         loras, kept, columns = _each_once(loras, kept)
         modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
-        bank = _bank(modules, loras, backbone.sites, key, kept, undo, backbone.same_input)
-        backbone.steer(modules, bank.state, undo)
-        yield _put_in(modules, loras, bank, key, silence, undo, how, columns)
+        known = kept.cache.take(key) if kept else None
+        bank = _fitting(known, modules, loras, where, key, kept, backbone.same_input if backbone else ())
+        if kept:
+            undo.callback(kept.cache.put, key, bank)
+        if backbone:
+            backbone.steer(modules, bank.state, undo)
+        _silence(modules.values(), frozenset(silence), undo)
+        put_in(modules, bank.layers, undo, how)
+        yield Installation(modules, loras, bank, key, undo, how, columns)
 
 
 def bank_for(
@@ -355,22 +362,6 @@ def _each_once(
     return [loras[index] for index in once], kept, columns
 
 
-def _bank(
-    modules: Mapping[str, nn.Module],
-    loras: Sequence[Lora],
-    where: Mapping[str, Site],
-    key: BankKey,
-    kept: KeptBanks | None,
-    undo: Journal,
-    same_input: Iterable[Sequence[str]] = (),
-) -> Bank:
-    """A bank that was kept, if it fits the model, or a new one. Nothing is installed yet."""
-    bank = _fitting(kept.cache.take(key) if kept else None, modules, loras, where, key, kept, same_input)
-    if kept:
-        undo.callback(kept.cache.put, key, bank)
-    return bank
-
-
 def _fitting(
     known: Bank | None,
     modules: Mapping[str, nn.Module],
@@ -380,7 +371,7 @@ def _fitting(
     kept: KeptBanks | None,
     same_input: Iterable[Sequence[str]],
 ) -> Bank:
-    """A known bank if it fits the model, or a new one."""
+    """A known bank if it fits the model, or a new one. Nothing is installed yet."""
     if known is not None and all(_fits(modules, name, layer, where) for name, layer in known.layers.items()):
         return known
     shapes = {name: shape_at(name, modules.get(name), where) for lora in loras for name in lora}
@@ -399,21 +390,6 @@ def _fits(modules: Mapping[str, nn.Module], name: str, layer: BankLayer, where: 
     if layer.transforms is not None and not all(of.is_of(base) for of in layer.transforms.of.values()):
         return False
     return is_adaptable(base) and shape_of(name, base) == layer.weight_shape
-
-
-def _put_in(
-    modules: Mapping[str, nn.Module],
-    loras: Sequence[Lora],
-    bank: Bank,
-    key: BankKey,
-    silence: Iterable[str],
-    undo: Journal,
-    how: How,
-    columns: Sequence[int],
-) -> Installation:
-    _silence(modules.values(), frozenset(silence), undo)
-    put_in(modules, bank.layers, undo, how)
-    return Installation(modules, loras, bank, key, undo, how, columns)
 
 
 def _silence(modules: Iterable[nn.Module], adapters: frozenset[str], undo: Journal) -> None:

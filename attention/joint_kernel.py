@@ -110,10 +110,5 @@ class JointKernel:
 
 
 def _extended(x: Tensor, channels: Tensor) -> Tensor:
-    """Queries or keys with extra channels, equal in all heads.
-
-    Args:
-        x: Shape: [rows, positions, heads, channels].
-        channels: Shape: [rows, positions, extra channels].
-    """
+    """Queries or keys [rows, positions, heads, channels] with extra channels [rows, positions, extra channels]."""
     return torch.cat([x, channels[:, :, None].to(x.dtype).expand(-1, -1, x.shape[2], -1)], dim=-1)

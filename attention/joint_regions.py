@@ -44,12 +44,7 @@ class PositionKind(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PositionGroup:
-    """Positions that attend to the same positions.
-
-    Attributes:
-        queries: Indices of the positions.
-        keys: Indices of the positions that they attend to.
-    """
+    """Positions (`queries`, by index) that attend to the same positions (`keys`)."""
 
     queries: Tensor
     keys: Tensor

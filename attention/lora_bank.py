@@ -321,11 +321,7 @@ class BankLayer(nn.Module):
         return self.layer(x) if self.original_forward is None else self.original_forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output plus the gated deltas of all concepts.
-
-        Raises:
-            KeyError: If no gate was set for this kind of layer.
-        """
+        """The layer's output plus the gated deltas of all concepts. Raises KeyError if no gate was set for its kind."""
         if self.transforms is not None and self.transforms.in_the_input and base_layer(self.layer) is self.layer:
             return self._add_factors(self.base(self.transforms.moved(x, self.gates)), x)
         return self.add(self.base(x), x)
@@ -390,9 +386,7 @@ def share_input(layers: Sequence[BankLayer]) -> None:
 def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """The outputs of linear layers that read the same input, with one product before the gate if they share a stack.
 
-    Args:
-        layers: All layers of a stack, or any others.
-        x: Shape: [..., inputs].
+    `layers` are all of a stack, or any others; `x` has the shape [..., inputs].
     """
     bank = [layer for layer in map(bank_layer_of, layers) if layer is not None]
     stack = bank[0].stack if bank else None

@@ -40,23 +40,16 @@ def _covered(start: int, stop: int, pixels: int, cells: int) -> Tensor:
 def resize_mask(mask: Tensor, grid: Grid) -> Tensor:
     """A free mask on a grid: the mean over every cell, scaled so that a non-empty mask reaches 1 somewhere.
 
-    Args:
-        mask: Values in 0..1. Shape: [height, width].
-        grid: Height and width of the result.
+    Values are in 0..1. Shape: [height, width]; `grid` is height and width of the result.
     """
     small = F.adaptive_avg_pool2d(mask.float()[None, None], grid)[0, 0]
     return small / small.max().clamp(min=torch.finfo(small.dtype).tiny)
 
 
 def coarse_mask(mask: Tensor, level: int) -> Tensor:
-    """A mask of the latent grid after `level` halvings: the mean over the cells that become one.
+    """A mask of the latent grid after `level` halvings, rounded up: the mean over the cells that become one.
 
-    Args:
-        mask: Values in 0..1. Shape: [height, width].
-        level: How often the grid is halved, rounded up.
-
-    Returns:
-        Scaled so that a non-empty mask reaches 1 somewhere.
+    Values are in 0..1, scaled so that a non-empty mask reaches 1 somewhere. Shape: [height, width].
     """
     coarse = mask[None, None]
     if level:
@@ -67,12 +60,8 @@ def coarse_mask(mask: Tensor, level: int) -> Tensor:
 def cells_of(mask: Tensor, threshold: float) -> Tensor:
     """The cells of a region: those of which it covers at least a share. The best covered cell always belongs to it.
 
-    Args:
-        mask: From `box_mask` or `resize_mask`: values in 0..1 with maximum 1.
-        threshold: The smallest share that counts; 1 takes only cells that lie inside completely.
-
-    Returns:
-        The same shape, bool.
+    `mask` is from `box_mask` or `resize_mask`: values in 0..1 with maximum 1. With a `threshold` of 1 only cells count
+    that lie inside completely. Shape: as the mask, bool.
     """
     return (mask >= threshold - 1e-4) & (mask > 0)
 
@@ -84,14 +73,10 @@ def bounds(region: Tensor) -> tuple[slice, slice]:
 
 
 def strongest(maps: Tensor, threshold: float) -> Tensor:
-    """The cells of a map whose value is above a share of its maximum.
+    """The cells of a map whose value is above a share of its maximum, which is below 1.
 
-    Args:
-        maps: Not negative. Shape: [..., height, width].
-        threshold: The share, below 1.
-
-    Returns:
-        The same shape, bool. The highest cell is always included, unless the map is 0 everywhere.
+    Maps are not negative. The highest cell is always included, unless the map is 0 everywhere. Shape: [..., height,
+    width], bool.
     """
     return maps > threshold * maps.amax(dim=(-2, -1), keepdim=True)
 

@@ -34,11 +34,7 @@ def put_in(
     how: How,
     around: Around | None = None,
 ) -> None:
-    """Lets layers act on the modules of the same names.
-
-    Args:
-        around: What is called instead of a layer on `forward`.
-    """
+    """Lets layers act on the modules of the same names; `around` is called instead of a layer on `forward`."""
     if how == "forward":
         calls = {name: layer if around is None else around(layer) for name, layer in layers.items()}
         swaps = [(SwappedForward(modules[name], calls[name]), layer, modules[name]) for name, layer in layers.items()]

@@ -40,11 +40,7 @@ def _flops(
     attends: Sequence[tuple[str, tuple[SitePart, ...]]],
     positions: Mapping[SitePart, int],
 ) -> int:
-    """FLOPs of one row whose parts have so many positions; a part without any number is one vector.
-
-    Args:
-        attends: Parts of an attention layer's sequence, by the beginning of its name; all others are joint.
-    """
+    """FLOPs of one row, by positions of its parts; `attends`: parts of attention layers by their names' beginnings."""
 
     def length(site: Site) -> int:
         if "modulation" in site.parts:

@@ -23,12 +23,7 @@ from lora_compose.attention.kernels import Kernel
 
 @dataclass(frozen=True, eq=False)
 class CellGroup:
-    """The cells of one grid that lie in the same regions.
-
-    Attributes:
-        cells: Indices of the cells.
-        visible: Indices of the cells they see in isolated self-attention; None is all.
-    """
+    """Cells of one grid, by index, in the same regions, and those that they see if isolated; None is all."""
 
     cells: Tensor
     visible: Tensor | None
@@ -214,13 +209,9 @@ class RegionAttention:
 
 
 def queries_of(membership: Tensor) -> tuple[Tensor, Tensor]:
-    """The text and the cell of every region query.
+    """The text and the cell of every region query, shape [queries] each; `membership` [cells, regions] is True inside.
 
-    Args:
-        membership: True where a region covers a cell. Shape: [cells, regions].
-
-    Returns:
-        Ordered by cell, then by text: 0 for the background, 1 + n for region n. Shape: [queries] each.
+    Ordered by cell, then by text: 0 for the background, 1 + n for region n.
     """
     cells, texts = torch.cat([~membership.any(dim=1, keepdim=True), membership], dim=1).nonzero(as_tuple=True)
     return texts, cells

@@ -13,10 +13,7 @@ class TextKV:
         self.kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def get(self, layer: str, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Key and value of a layer, projected on first use. Shape: [rows, tokens, inner channels] each.
-
-        Computed without gradients: neither text nor weights are ever optimised.
-        """
+        """Key and value of a layer, projected on first use, without gradients. Shape: [rows, tokens, channels] each."""
         if layer not in self.kept:
             with torch.no_grad():
                 self.kept[layer] = project()

@@ -57,11 +57,7 @@ class Rescaling:
         return len(self.values)
 
     def matrix(self, changed: Tensor) -> Tensor:
-        """The diagonal of T in fp32.
-
-        Args:
-            changed: W + D, in fp32. Shape: [outputs, inputs, ...].
-        """
+        """The diagonal of T in fp32, from `changed`, which is W + D in fp32. Shape: [outputs, inputs, ...]."""
         assert self.current is not None or not self.fused, "one layer does not have the norms of several"
         norms = self.current
         if norms is None:
@@ -216,12 +212,9 @@ def _stored(layer: nn.Module, name: str) -> Tensor | None:
 
 
 def transformed(matrix: Tensor, weight: Tensor, by_input: bool) -> Tensor:
-    """The weight W with a transform T on its outputs (T W) or on its inputs (W T).
+    """The weight W [outputs, inputs, ...] with a transform on its outputs (T W), or on its inputs (W T).
 
-    Args:
-        matrix: The diagonal of T, or its blocks.
-        weight: Shape: [outputs, inputs, ...].
-        by_input: Whether T is on the inputs.
+    `matrix` is the diagonal of T, or its blocks.
     """
     if by_input and matrix.dim() == 3:
         return _in_blocks(matrix.mT, weight.flatten(1)).view(weight.shape)

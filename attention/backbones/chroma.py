@@ -16,10 +16,7 @@ class ChromaBackbone(JointBackbone):
 
     table = (
         # A vector for each layer that is modulated, in every row.
-        (
-            r"distilled_guidance_layer\.(in_proj|out_proj|layers\.\d+\.linear_[12])",
-            Site("modulation", extra_axis=True),
-        ),
+        (r"distilled_guidance_layer\.(in_proj|out_proj|layers\.\d+\.linear_[12])", Site("modulation", extra_axis=True)),
         *((pattern, site) for pattern, site in FluxBackbone.table if "modulation" not in site.parts),
     )
     blocks = FluxBackbone.blocks

@@ -89,11 +89,7 @@ def _mask_given(model: Any) -> Iterator[None]:
 
 
 def with_padding_mask(model: Any, latents: Tensor) -> Tensor:
-    """Latents with the channel of the padding mask, which is 0 everywhere, where the model has one.
-
-    Args:
-        latents: Shape: [rows, channels, frames, height, width].
-    """
+    """Latents [rows, channels, frames, height, width] with the padding mask, 0 everywhere, where the model has one."""
     layer: Any = model.patch_embed.proj
     layer = base_layer(layer.layer if isinstance(layer, BankLayer) else layer)
     channels = layer.in_features // prod(model.config.patch_size)

@@ -53,21 +53,13 @@ class Ideogram4Backbone(JointBackbone):
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
     ) -> Tensor:
-        """One forward pass.
+        """As `Backbone.forward`; the velocity is in fp32, and the model itself returns its negative.
 
         Args:
-            latents: Shape: [rows, channels, height, width].
-            t: The timestep, 0 to 1000.
             text: Features of 13 layers of the text encoder, padded. Shape: [rows, tokens, channels].
             added: "text_mask", True where tokens are not padding; "text_positions", if several texts follow one
                 another, shape [rows, tokens] each; and "unconditional", on the CPU, which is the same for all rows.
             inputs: "attention_kwargs".
-
-        Returns:
-            The velocity, fp32; the model itself returns its negative. Shape: as the latents.
-
-        Raises:
-            ValueError: For unconditional rows together with others.
         """
         added = added or {}
         rows, tokens = len(latents), tokens_of(latents)

@@ -89,10 +89,8 @@ class JointBackbone:
     def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
         """Puts our kernel into every attention processor; `undo` puts them back.
 
-        Fused projections are not used meanwhile: they are copies of the layers that have the LoRAs.
-
-        Raises:
-            ValueError: For processors that do not end in diffusers' attention dispatch.
+        Fused projections are not used meanwhile: they are copies of the layers that have the LoRAs. Raises ValueError
+        for processors that do not end in diffusers' attention dispatch.
         """
         layers = dict(_attention(modules))
         ours = {name: self._processor(name, attn.processor, state) for name, attn in layers.items()}
@@ -203,11 +201,7 @@ def with_references(
 
 
 def with_kernel(processor: Any, kernel: type[JointKernel], layer: str, site: Site, state: ForwardState) -> Any:
-    """A copy of a processor that calls our kernel instead of diffusers' attention function.
-
-    Raises:
-        ValueError: If the processor does not call that function.
-    """
+    """A copy of a processor that calls our kernel for diffusers' attention; ValueError if it does not call that."""
     kind = type(processor)
     call = kind.__call__
     if not isinstance(call, FunctionType) or "dispatch_attention_fn" not in call.__code__.co_names:

@@ -22,10 +22,8 @@ from lora_compose.attention.kernels import Kernel, PlainKernel, SlicedKernel, XF
 def kernel_of(name: str, attn: Attention) -> Kernel:
     """The kernel of a layer's attention processor, for ours to use.
 
-    Fused projections are copies of the layer's own, which ours uses: that is where its LoRAs are.
-
-    Raises:
-        ValueError: If ours would lose something that the processor or the layer does.
+    Fused projections are copies of the layer's own, which ours uses: that is where its LoRAs are. Raises ValueError if
+    ours would lose something that the processor or the layer does.
     """
     for part in ("spatial_norm", "group_norm", "norm_q", "norm_k", "add_k_proj"):
         if getattr(attn, part, None) is not None:

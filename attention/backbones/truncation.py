@@ -11,12 +11,7 @@ from lora_compose.attention.claims import Journal
 
 
 class Kept(nn.ModuleList):
-    """The blocks of a list that are left; its length stays that of the whole, by which a model may find modulations.
-
-    Args:
-        blocks: Those that run.
-        length: The number of all of them.
-    """
+    """The blocks of a list that run; its length stays that of all, by which a model may find modulations."""
 
     _length = 0  # while the blocks are added, which are counted
 

@@ -208,11 +208,7 @@ def _attention_layers(layout: Layout) -> tuple[AttentionLayer, ...]:
 
 
 def map_level(layers: tuple[AttentionLayer, ...]) -> int:
-    """The level of the map grid: the coarsest one with cross-attention in a down and in an up block.
-
-    Raises:
-        ValueError: If no level has both.
-    """
+    """The coarsest level with cross-attention in a down and an up block; raises ValueError if no level has both."""
     levels = [{layer.level for layer in layers if layer.cross and layer.stage == stage} for stage in ("down", "up")]
     if not levels[0] & levels[1]:
         raise ValueError("this UNet has no grid with cross-attention in both a down and an up block")
@@ -245,11 +241,7 @@ def _sites(layout: Layout) -> Mapping[str, Site]:
 
 @contextmanager
 def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
-    """Inside this block the UNet stops after the up block with the last of some layers; its output is meaningless.
-
-    Args:
-        layers: Names of layers; if none is in an up block, the whole up path is left out.
-    """
+    """Inside this block the UNet stops after the up block with the last of some layers, or before all up blocks."""
     model: Any = uncompiled(unet)
     layers = tuple(layers)
     names = [name for name, _, stage, _ in blocks(model) if stage == "up"]

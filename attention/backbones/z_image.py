@@ -37,15 +37,10 @@ class ZImageBackbone(JointBackbone):
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
     ) -> Tensor:
-        """As `Backbone.forward`.
+        """As `Backbone.forward`; the velocity is in fp32, and the model itself returns its negative.
 
-        Args:
-            text: Features of the text encoder, padded. Shape: [rows, tokens, channels].
-            added: "lengths", on the CPU: number of tokens in each row that are not padding. Shape: [rows].
-            inputs: "joint_attention_kwargs".
-
-        Returns:
-            The velocity, fp32; the model itself returns its negative. Shape: as the latents.
+        The text are padded features; `added` has "lengths" [rows], on the CPU: the tokens of each row without padding.
+        `inputs` may have "joint_attention_kwargs".
         """
         model: Any = uncompiled(self.model)
         lengths = (added or {})["lengths"].tolist()

@@ -33,11 +33,8 @@ def make_all(
     """Generates the images of a batch and returns the exit code; a rerun resumes, further processes join in.
 
     `processes` are one per GPU by default, and with a Ray cluster (`ray`: its address, or "local") one per node if
-    there are none. `replace` replaces images of the same names that were made in another way.
-
-    Raises:
-        ValueError: If nothing can be made.
-        OSError: If all processes were killed, or images cannot be written.
+    there are none. `replace` replaces images of the same names that were made in another way. Raises ValueError if
+    nothing can be made, and OSError if all processes were killed, or images cannot be written.
     """
     settings, told = with_defaults(settings)
     if local_rank():  # a launcher has started several; only the first one prints

@@ -77,9 +77,7 @@ def read_entries(
     """Reads the scenes of scene files, folders of them, tables (CSV, TSV, JSONL), or one batch file.
 
     The rows of tables fill the placeholders of a template, a scene file, and have `concepts` in place of its own.
-
-    Raises:
-        FileError: If a file is missing, is something else, or has a header that does not fit the template.
+    Raises FileError if a file is missing, is something else, or has a header that does not fit the template.
     """
     paths = [_existing(source) for source in sources]
     if not paths:

@@ -63,13 +63,9 @@ def run_batch(
 
 
 def with_defaults(settings: BatchSettings) -> tuple[BatchSettings, str]:
-    """The settings with precision, steps and guidance of the model and device, where they name none.
+    """The settings with the model's and device's defaults, and a line about what was chosen; empty if nothing was.
 
-    Returns:
-        The settings, and a line about what was chosen; empty if nothing was.
-
-    Raises:
-        ValueError: If the device is not there, or there is no such model.
+    Raises ValueError if the device is not there, or there is no such model.
     """
     given = {name: getattr(settings, name) for name in FIELDS if name in settings.model_fields_set}
     if len(given) == len(FIELDS):

@@ -19,11 +19,7 @@ _SPAN = re.compile(r"\s*(\d{1,19})\s*(?:-\s*(\d{1,19})\s*)?")
 
 
 def parse_seeds(value: Any) -> Any:
-    """Reads seeds: 3, "0-7", "1, 4, 9", or a list of these; anything else is returned unchanged.
-
-    Raises:
-        ValueError: For spans that run backwards, too many seeds, and seeds that are given twice.
-    """
+    """Reads seeds: 3, "0-7", "1, 4, 9", or lists of these; anything else stays. ValueError for unusable spans."""
     if isinstance(value, bool) or not isinstance(value, int | str | Sequence):
         return value
     parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value

@@ -34,11 +34,7 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Reads a table: CSV (comma, semicolon or tab) with a header, or JSONL.
-
-    Raises:
-        FileError: If the file is missing, too large, no UTF-8 text, empty, or without a usable header.
-    """
+    """Reads a table: CSV (comma, semicolon or tab) with a header, or JSONL. Raises FileError if it is none."""
     text = read_text(path, MOST_BYTES, "; divide it into several tables")
     if path.suffix.lower() == ".jsonl":
         lines = enumerate(text.split("\n"), 1)

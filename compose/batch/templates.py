@@ -29,10 +29,8 @@ def fill(template: Any, values: Mapping[str, Any]) -> Any:
     """A template with values in place of the names; None and "" are no value.
 
     A text that is only a placeholder becomes the value itself; without a value, its field is left out. A result that is
-    a list of numbers, "[0, 16, 60, 112]", becomes one. "{{" and "}}" are braces.
-
-    Raises:
-        ValueError: If a list or mapping stands within a text.
+    a list of numbers, "[0, 16, 60, 112]", becomes one. "{{" and "}}" are braces. Raises ValueError if a list or mapping
+    stands within a text.
     """
 
     def filled(text: str) -> Any:

@@ -212,10 +212,7 @@ def without_boxes(concepts: Iterable[Concept]) -> list[Concept]:
 
 
 def as_called(pipe: Any, settings: Settings, number: int, width: int, height: int) -> list[Concept]:
-    """Concepts as users give them to a method: with boxes only where it refuses to go without.
-
-    The pipeline has the concepts of `columns`, loaded without boxes; sizes are in pixels.
-    """
+    """Concepts of `columns`, which the pipeline has loaded; with boxes only where a method refuses to go without."""
     boxed = columns(number, width, height)
     free = without_boxes(boxed)
     try:

@@ -133,10 +133,7 @@ def bench(
 
     Counting is the default; with `boxes` every concept has one there. `pairs` are timed rounds: a plain call, one of
     each method, and PEFT's; `loaded` are the LoRAs of which each request of `swap` has others; `to` is a file for the
-    numbers. Device and precision that are None are those of a run.
-
-    Raises:
-        ValueError: For unknown methods and settings.
+    numbers. Device and precision that are None are those of a run. Raises ValueError for unknown methods and settings.
     """
     cells = [(name, number) for name in methods for number in concepts]
     count = count or not (memory or transformers or hardware or calls or time or swap or growth)
@@ -307,9 +304,7 @@ def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
 def pass_cells(concepts: Sequence[int], models: Sequence[str] | None = None, *, references: int = 0) -> list[PassRow]:
     """Computes one pass of transformers at 1024 x 1024 in bfloat16, by number of regions.
 
-    Args:
-        models: By default all, or those that read reference images, if there are any.
-        references: Reference images of that size. Then there is a row without concepts, too.
+    By default of all models, or with reference images of that size, of those that read some, and without concepts too.
     """
     families = READING if references else SHOWN
     models = models or tuple(families)

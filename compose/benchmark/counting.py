@@ -23,7 +23,7 @@ from lora_compose.pipelines.calls.counting import CountingRunner
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.denoising.denoiser import Denoiser
 from lora_compose.pipelines.denoising.inputs import ByImage
-from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
+from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapLoss, MapRequest, Pass, Prediction
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene.canvas import Step
@@ -69,10 +69,8 @@ def count(
 
     Where the cost depends on values, such as when updates end, the maximum is counted. The UNet is on the meta device,
     the steps are DDIM's, `image_size` is height and width in pixels, and a prompt has so many tokens. `watched` is
-    entered around the run, for example to watch its memory.
-
-    Raises:
-        ValueError: If the concepts lack something the method needs.
+    entered around the run, for example to watch its memory. Raises ValueError if the concepts lack something the method
+    needs.
     """
     host = pipeline_of(unet, scheduler(), tokens)
     return _counted(host, concepts, settings, steps, guidance_scale, image_size, images, watched)
@@ -92,9 +90,7 @@ def count_run(
     """Counts a call of a pipeline with a UNet, as `count` does, without changing or running it.
 
     A scheduler that is given takes the place of the pipeline's; neither is changed. Width and height are in pixels.
-
-    Raises:
-        ValueError: If the concepts lack something the method needs.
+    Raises ValueError if the concepts lack something the method needs.
     """
     host, scheduler = copy(pipe), scheduler or pipe.scheduler
     host.unet = meta_unet(uncompiled(pipe.unet).config)
@@ -204,40 +200,30 @@ class PricingRunner(CountingRunner):
         self._price(lambda: run, "maps", latents, step, prepared, request, conditional=True)
         return super().maps(latents, step, prepared, request)
 
-    def gradient(
-        self,
-        latents: Tensor,
-        step: Step,
-        prepared: PreparedPass,
-        request: MapRequest,
-        loss: Loss,
-        *,
-        whole: bool = False,
-        readout: Readout | None = None,
-    ) -> Gradient:
+    def gradient(self, latents: Tensor, step: Step, prepared: PreparedPass, wanted: MapLoss) -> Gradient:
         """Prices a pass with a gradient, without the loss itself, which is small."""
 
         def ready() -> Callable[[], object]:
-            used = self._used(loss, request)
+            used = self._used(wanted)
 
             def standing_in(maps: AttentionMaps) -> Tensor:
                 parts = zip((maps.text, maps.cells), used, strict=True)
                 sums = [part.sum() for part, is_used in parts if is_used and part is not None]
                 return torch.stack(sums).sum() + torch.zeros(len(latents), device=META)
 
-            on_meta = latents.to(META), step, prepared, _moved(request), standing_in
-            return partial(self.denoiser.differentiate, *on_meta, whole=whole)
+            on_meta = MapLoss(_moved(wanted.request), standing_in, wanted.whole)
+            return partial(self.denoiser.differentiate, latents.to(META), step, prepared, on_meta)
 
-        conditional = not (whole and step.guided)
-        self._price(ready, f"gradient, {whole}", latents, step, prepared, request, conditional)
-        return super().gradient(latents, step, prepared, request, loss, whole=whole, readout=readout)
+        what, conditional = f"gradient, {wanted.whole}", not (wanted.whole and step.guided)
+        self._price(ready, what, latents, step, prepared, wanted.request, conditional)
+        return super().gradient(latents, step, prepared, wanted)
 
-    def _used(self, loss: Loss, request: MapRequest) -> tuple[bool, bool]:
+    def _used(self, wanted: MapLoss) -> tuple[bool, bool]:
         """Whether a loss depends on the maps of text, and on those of self-attention."""
-        maps = self._maps(request)
+        maps = self._maps(wanted.request)
         with torch.enable_grad():
             leaves = [value.clone().requires_grad_() for value in (maps.text, maps.cells) if value is not None]
-            pulls = torch.autograd.grad(loss(AttentionMaps(*leaves)).sum(), leaves, allow_unused=True)
+            pulls = torch.autograd.grad(wanted.loss(AttentionMaps(*leaves)).sum(), leaves, allow_unused=True)
         return pulls[0] is not None, len(pulls) > 1 and pulls[1] is not None
 
     def _price(

@@ -95,10 +95,7 @@ def of_call(unet: Any, concepts: int, images: int, side: int) -> Mapping[str, fl
 
 
 def of_host(numbers: Sequence[int]) -> Iterator[Point]:
-    """Work of the host for a call of one step with `regional`, of concepts and a prompt that no call had before.
-
-    Python calls, and milliseconds of CPU time outside of the model's passes.
-    """
+    """Python calls, and CPU ms outside of passes, of a call of one step with `regional`, concepts and prompt new."""
     pipe = open_model(Run(scene=Scene(prompt="-"), model=PLAYGROUND, device="cpu", dtype="float32"), ())
     side, tensors = pipe.own_size[0], lora_tensors(pipe)
     with tempfile.TemporaryDirectory() as folder:
@@ -176,11 +173,7 @@ def curves() -> list[Curve]:
 
 
 def draw_growth(path: Path) -> list[Curve]:
-    """Counts all curves, prints their exponents and draws them into a PNG.
-
-    Raises:
-        ValueError: Without matplotlib.
-    """
+    """Counts all curves, prints their exponents and draws them as a PNG; ValueError without matplotlib."""
     if find_spec("matplotlib") is None:
         raise ValueError(
             'curves are drawn with matplotlib, which is not installed: pip install "lora-compose[evaluation]"'

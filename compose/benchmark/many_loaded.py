@@ -75,10 +75,8 @@ class ManyLoaded:
 def measure_requests(job: Job, loaded: int, requests: int) -> ManyLoaded:
     """Makes requests of one step in turn: without LoRAs, with PEFT, with each method, and again with other LoRAs.
 
-    Both pipelines share the weights of one model. A first round warms up.
-
-    Raises:
-        ValueError: For fewer LoRAs than are active in a request.
+    Both pipelines share the weights of one model. A first round warms up. Raises ValueError for fewer LoRAs than are
+    active in a request.
     """
     if loaded < ACTIVE:
         raise ValueError(f"a request has {ACTIVE} LoRAs, so at least {ACTIVE} must be loaded, not {loaded}")

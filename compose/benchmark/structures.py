@@ -17,11 +17,7 @@ TOKENS = 77
 
 
 def random_pipeline(name: str, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """A pipeline of one of `STRUCTURES`, without a safety checker.
-
-    UNet and text encoder are of full size. The vocabulary is the playground's, and the VAE a small one, which is not
-    timed.
-    """
+    """A pipeline of one of `STRUCTURES`: UNet and text encoder of full size, a small vocabulary and a small VAE."""
     if name not in STRUCTURES:
         raise ValueError(f"there is no structure {name!r}; expected {', '.join(STRUCTURES)}")
     torch.manual_seed(0)

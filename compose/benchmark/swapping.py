@@ -43,10 +43,7 @@ class Swaps:
 
 
 def measure_swaps(device: str = "cpu", repeats: int = 5) -> Swaps:
-    """Measures with the architecture of SD 1.5 and LoRAs of rank 16 on all linear layers of its blocks, in float16.
-
-    The model has no weights, which none of this needs.
-    """
+    """Measures with SD 1.5, without weights, and LoRAs of rank 16 on all linear layers of its blocks, in float16."""
     parts = without_weights("SD 1.x")
     pipe = pipeline_of(parts.unet, scheduler(), text_encoder=parts.text_encoder)
     with tempfile.TemporaryDirectory() as folder:

@@ -107,10 +107,7 @@ PEFT_WAYS = ("set_adapters", "fuse_lora")
 
 
 def way_of(pipe: Any, job: Job, output_type: str = "latent") -> Way:
-    """The way in which a job makes its image with what `open_with_concepts` gave, for as many concepts or more.
-
-    `output_type` is diffusers', for the plain pipeline and for methods.
-    """
+    """How a job makes its image with what `open_with_concepts` gave, for as many concepts or more."""
     given = size_and_guidance(pipe, job)
     if job.method is None:
         return lambda: call(pipe, job, given, output_type)
@@ -122,10 +119,7 @@ def way_of(pipe: Any, job: Job, output_type: str = "latent") -> Way:
 
 
 def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int, on_call: Callable[[], None] = lambda: None) -> list[Timed]:
-    """Times plain, first job, second job, ..., plain, first job, ..., after a call of each to warm up.
-
-    `on_call` is called after every call: (1 + rounds) * (1 + jobs) times.
-    """
+    """Times plain, first job, second job, ..., plain, ..., after a call of each to warm up; tells `on_call` of each."""
 
     def made(way: Way) -> Call:
         call = way()
@@ -169,11 +163,7 @@ def _call_with_peft(pipe: Any, job: Job) -> "Call":
 
 
 def peak_bytes(job: Job) -> int:
-    """Peak memory of one call, model and LoRAs included, in a process of its own.
-
-    Raises:
-        ChildProcessError: If that process fails; the message has its error output.
-    """
+    """Peak memory of a call, model and LoRAs included, in a process of its own; ChildProcessError if that fails."""
     command = [sys.executable, "-m", "lora_compose.compose.benchmark.timing", json.dumps(asdict(job))]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode != 0:

@@ -26,11 +26,7 @@ _TOKEN = (
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """A cluster by its address ("local" starts one); an existing connection is used, and stays open.
-
-    Raises:
-        OSError: If there is no such cluster, or it refuses.
-    """
+    """A cluster by its address ("local" starts one); one that is there stays open. OSError if it refuses."""
     ours = not ray.is_initialized()
     if ours:
         _check_reachable(address)

@@ -25,12 +25,9 @@ class Cluster:
 def workers(
     opening: Callable[[Packer | None], Opening], device: str | None, threads: int | None, cluster: Cluster | None
 ) -> Iterator[Workers]:
-    """The workers of a cluster with so many CPU threads each, or without a cluster, this process.
+    """The workers of a cluster with so many CPU threads each, or this process. Raises OSError if there is none.
 
     `opening` packs the files that workers need; its packer is None in this process, which has them.
-
-    Raises:
-        OSError: If there is no such cluster.
     """
     if cluster is None:
         yield ThisProcess(opening(None))

@@ -96,11 +96,9 @@ class Workers(ABC):
         """Waits a moment; yields calls that have ended."""
 
     def map(self, function: Function, tasks: Mapping[str, tuple]) -> Iterator[Ended]:
-        """Calls a function with the arguments of each task, by name; yields them in the order in which they end.
+        """Calls a function with the arguments of each task; yields them in the order in which they end.
 
-        Raises:
-            ValueError: If what the workers need cannot be opened.
-            OSError: If no worker is left.
+        Raises ValueError if what the workers need cannot be opened, and OSError if no worker is left.
         """
         waiting, running = deque(tasks.items()), 0
         while waiting or running:
@@ -115,13 +113,9 @@ class Workers(ABC):
     def work(
         self, function: Function, claims: Claims, pieces: Mapping[str, Piece], progress: Progress | None = None
     ) -> None:
-        """Does pieces of work under their claims, until all have been done here or by other processes.
+        """Does pieces of work, those that others have claimed last, until all have been done by anyone.
 
-        Pieces that others have claimed come last.
-
-        Raises:
-            ValueError: As `map`.
-            OSError: As `map`, or if claims or results cannot be written.
+        Raises as `map`, and OSError if claims or results cannot be written.
         """
         on_progress, count = (None, lambda: None) if progress is None else (progress.share, progress.count)
         fresh, taken = deque(pieces), list[str]()

@@ -55,12 +55,9 @@ class DraftSteps:
     strips: bool
 
     def divide(self, maps: Tensor, regions: Sequence[Region | None], grid: Grid) -> list[Region | None]:
-        """The regions of all concepts in one image.
+        """The regions of all concepts in one image, on a grid of this height and width; given ones stay as they are.
 
-        Args:
-            maps: Attention to each concept. Shape: [concepts, height, width] of the map grid.
-            regions: Those that are given stay as they are.
-            grid: Height and width of the latents.
+        `maps` is the attention to each concept. Shape: [concepts, height, width] of the map grid.
         """
         given, of_subjects = [regions[i] for i in self.subjects], maps[[*self.subjects]]
         known = [torch.zeros(grid) if region is None else cells_of(on_grid(region, grid), HALF) for region in given]

@@ -160,13 +160,9 @@ def with_boxes(concepts: Sequence[NodeConcept], boxes: Sequence[Box | None]) -> 
 
 
 def with_masks(concepts: Sequence[NodeConcept], masks: Tensor) -> Sequence[NodeConcept]:
-    """Concepts in which subjects have masks as their regions, in the order of all concepts.
+    """Concepts whose subjects have masks as regions, in the order of all. ValueError if there are not as many.
 
-    Args:
-        masks: Shape: [concepts, height, width].
-
-    Raises:
-        ValueError: If there are not as many.
+    Shape: [concepts, height, width].
     """
     if len(masks) != len(concepts):
         raise ValueError(f"there are {len(masks)} masks for {len(concepts)} concepts; connect one for each")
@@ -189,14 +185,7 @@ def subjects_of(concepts: Sequence[NodeConcept]) -> Mapping[int, Concept]:
 
 
 def texts_about(concepts: Sequence[Concept], text: Weighted, named: Sequence[Concept] | None = None) -> Sequence[str]:
-    """A text about each of some subjects.
-
-    Args:
-        named: All subjects that the text may name; None if these are all.
-
-    Raises:
-        ValueError: If none can be made.
-    """
+    """A text about each of some subjects; it may name `named`, by default these. ValueError if none can be made."""
     every = concepts if named is None else named
     if unnamed := _unnamed(concepts, text.text, every):
         trained = [concept.name for concept in unnamed if not concept.is_bystander]
@@ -368,11 +357,7 @@ class ComposeRequest:
     def _in_regions(
         self, composition: ComposedConcepts, owners: Sequence[int], *, auto: bool
     ) -> tuple[ComposedConcepts, Conditioning]:
-        """Concepts whose regions read texts of their own, or all one.
-
-        Args:
-            auto: Whether "auto" means texts of their own where no concept has a prompt.
-        """
+        """Concepts whose regions read texts of their own, or all one; `auto`: own texts where none has a prompt."""
         if self.texts == "regions" or (self.texts == "auto" and (auto or self._prompted)):
             return self._with_texts(composition, owners)
         if self._prompted:
@@ -415,14 +400,7 @@ class ComposeRequest:
         return self._at(self.text, phrases, tokens)
 
     def _own(self, subject: Concept, text: str) -> Collection[int] | None:
-        """The occurrences of a class word in a text that are meant by a subject, by index; None is all.
-
-        Args:
-            text: That of Compose, or the same without triggers.
-
-        Raises:
-            ValueError: For a bystander that the text does not name.
-        """
+        """The occurrences of a class word that a subject means; None is all. ValueError for an unnamed bystander."""
         subjects, whole = [*self._subjects.values()], self._read.text
         own, free = own_nouns(subject, whole, subjects), free_nouns(subject, text, subjects)
         if subject.is_bystander and not own:

@@ -96,11 +96,7 @@ class Family:
 
 
 def family_of(model: nn.Module) -> Family:
-    """What is known of a `diffusion_model`.
-
-    Raises:
-        ValueError: If it is of a family that is not supported.
-    """
+    """What is known of a `diffusion_model`. Raises ValueError for a family that is not supported."""
     modules = model.named_modules()
     layers = [name for name, layer in modules if is_linear(layer) or isinstance(layer, nn.Conv2d)]
     if _IS_FLUX.issubset(layers) or _IS_CHROMA.issubset(layers):

@@ -45,11 +45,7 @@ OF_TEXT = ("pooled_output", "attention_mask", "t5xxl_ids", "t5xxl_weights")
 
 
 def compose(patcher: Any, composition: ComposedConcepts) -> Any:
-    """A clone of a model (`ModelPatcher`) in which a composition acts wherever ComfyUI samples with it.
-
-    Raises:
-        ValueError: If the model has one already.
-    """
+    """A clone of a `ModelPatcher` in which a composition acts in all sampling; ValueError if one acts already."""
     if patcher.get_attachment(KEY) is not None:
         raise ValueError(
             "this model has concepts already; connect that of your checkpoint, and all concepts as one chain"
@@ -68,16 +64,9 @@ def compose(patcher: Any, composition: ComposedConcepts) -> Any:
 
 
 def draft_alone(patcher: Any, sample: Callable[[], Any]) -> Found:
-    """What `draft` finds in a sampling, which ends after the drafted steps.
+    """What `draft` finds in a sampling, which ends after the drafted steps. ValueError if nothing is drafted.
 
     Clones of a model share its `SamplingHooks`: no other sampling with one of them may overlap.
-
-    Args:
-        patcher: A model of Compose.
-        sample: Samples with it.
-
-    Raises:
-        ValueError: If nothing is drafted with the model.
     """
     hooks = patcher.get_attachment(KEY)
     if hooks is None or hooks.composition.draft is None:
@@ -319,11 +308,8 @@ class ActiveSampling:
     def run(self, uuids: Sequence[Any], x: Tensor, t: Tensor, text: Tensor, execute: Callable[[], Tensor]) -> Tensor:
         """Runs a pass.
 
-        Args:
-            uuids: The conditionings that it predicts for, in the order of its rows.
-            x: The latents of the pass. Shape: [rows, channels, (frames,) height, width].
-            t: The noise level of each row.
-            text: Its text. Shape: [rows, tokens, channels].
+        `uuids` are its conditionings in the order of its rows, `x` the latents [rows, channels, (frames,) height,
+        width], `t` the noise level of each row, `text` its text [rows, tokens, channels].
         """
         if self._installation is None:
             raise RuntimeError("ComfyUI runs the model while its changes are taken out; please report this")

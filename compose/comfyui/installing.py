@@ -40,11 +40,7 @@ def install(comfyui: Path) -> Path:
 
 
 def uninstall(comfyui: Path) -> Path:
-    """Removes what `install` has written, and the folder if nothing else is in it.
-
-    Raises:
-        ValueError: As `install`, or if it is not there.
-    """
+    """Removes what `install` has written, and its folder if that is empty. Raises ValueError if it is not there."""
     folder = _folder(comfyui)
     if not folder.exists():
         raise ValueError(f"there is no {folder}; lora-compose is not installed in this ComfyUI")

@@ -22,17 +22,11 @@ from lora_compose.pipelines.merging.expressed import expressed
 def merge_concepts(
     concepts: Sequence[NodeConcept], loras: Sequence[Lora], network: nn.Module, method: str, out: Path
 ) -> Report:
-    """Merges the files of concepts, with their weights, into a new one.
+    """Merges the files of two or more concepts, with their weights, into a new one; bystanders have none.
 
-    Args:
-        concepts: Two or more; bystanders, which have no LoRA, are left out.
-        loras: The factors of the others in the model, without products.
-        network: ComfyUI's `diffusion_model`, whose weights DoRA and OFT need.
-        method: A name of `MERGERS` that needs no images.
-        out: The file.
-
-    Raises:
-        ValueError: If they cannot be merged; nothing is written then.
+    `loras` are the factors of the others in the model, without products, and `network` is ComfyUI's `diffusion_model`,
+    whose weights DoRA and OFT need; `method` needs no images. Raises ValueError if they cannot be merged; nothing is
+    written then.
     """
     merger = make_merger(method)
     paths = [concept.path for concept in concepts if concept.path is not None]

@@ -18,11 +18,7 @@ _CELL = 8
 
 
 def previewed(draft: Found) -> tuple[Tensor, Tensor]:
-    """A draft as images: the division of the first image, and the map of each subject; and the regions as masks.
-
-    Returns:
-        Images, shape [images, height, width, 3]; masks of all concepts, shape [concepts, height, width].
-    """
+    """A draft as images [images, height, width, 3], and all regions as masks [concepts, height, width]."""
     height, width = (side * _CELL for side in draft.cells.shape[2:])
     subjects = [i for i, cells in enumerate(draft.cells[0]) if not cells.all()]
     looked_for = [i for i in subjects if draft.maps[0, i].any()]

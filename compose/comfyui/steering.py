@@ -49,9 +49,7 @@ class SteeredAttention:
     ) -> Tensor:  # fmt: skip
         """ComfyUI's attention. Shapes: [rows, positions, heads * channels], or as `skip_reshape` says.
 
-        Args:
-            before: An override that was there.
-            core: ComfyUI's own function; the rest are its arguments.
+        `before` is an override that was there, `core` ComfyUI's own function; the rest are its arguments.
         """
         if mask is not None:
             raise ValueError("another node masks attention; it cannot be combined with a draft or texts of regions")

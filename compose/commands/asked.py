@@ -99,11 +99,7 @@ def _fields(option: str, text: str, known: Mapping[str, str], several: str | Non
 
 
 def guided_by(controls: Sequence[str] | None, ip_adapters: Sequence[str] | None) -> dict[str, Any]:
-    """Control images and IP-Adapters of a scene, from options.
-
-    Raises:
-        ValueError: For unknown and missing fields and unusable values.
-    """
+    """Control images and IP-Adapters of a scene, from options. Raises ValueError for fields that cannot be used."""
     guides: dict[str, Any] = {}
     for name, option, kind, texts in (
         ("controls", "--control", ControlFile, controls), ("ip_adapters", "--ip-adapter", IPAdapterFile, ip_adapters),
@@ -198,14 +194,9 @@ def seeds_of(texts: Sequence[str] | None) -> tuple[int, ...]:
 
 
 def asked_run(given: Mapping[str, Any], *, looked_up: bool = True) -> Run:
-    """The run that the options of `run` and `check` describe.
+    """The run that the options of `run` and `check` describe, by their names; None was not given.
 
-    Args:
-        given: The options by their names in these commands; None for those that were not given.
-        looked_up: Whether method, model and LoRAs have to exist.
-
-    Raises:
-        ValueError: For everything that can be seen without opening anything.
+    With `looked_up`, method, model and LoRAs have to exist. Raises ValueError for all that can be seen unopened.
     """
     mask, settings, loras = given["mask_image"], given["settings"], given["loras"]
     fields = {
@@ -242,11 +233,7 @@ def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[Concep
 
 
 def run_of(**fields: Any) -> Run:
-    """A run from the options; those that are None were not given (`defaults.complete`).
-
-    Raises:
-        ValueError: For unusable values; a line for each.
-    """
+    """A run from the options; None was not given (`defaults.complete`). Raises ValueError, a line for each fault."""
     try:
         return Run(**{name: value for name, value in fields.items() if value is not None})
     except FieldError as error:
@@ -254,11 +241,7 @@ def run_of(**fields: Any) -> Run:
 
 
 def check_lookups(asked: Run) -> None:
-    """Checks the names of method, model and LoRAs of a run, without opening anything.
-
-    Raises:
-        ValueError: For an unknown name, with similar ones.
-    """
+    """Raises ValueError for unknown names of method, model or LoRAs, with similar ones; nothing is opened."""
     check_method(asked.method)
     if asked.settings and asked.method is None:
         raise ValueError(f"--set {', '.join(asked.settings)}: a setting needs --method; there are {', '.join(METHODS)}")

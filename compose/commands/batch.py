@@ -95,9 +95,7 @@ def batch(
 def _settings(scenes: BatchScenes, given: dict[str, Any]) -> BatchSettings:
     """The settings of a batch file, overridden by options.
 
-    Raises:
-        ValueError: For unusable settings and unknown names, one line each.
-        typer.Exit: If there is no scene that can be made.
+    Raises ValueError for unusable settings and names, a line each, and typer.Exit if no scene can be made.
     """
     fields = {**scenes.settings, **given}
     if "model" not in fields:

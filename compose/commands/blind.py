@@ -47,9 +47,7 @@ def make_from(
 
 @app.command()
 @handle_errors()
-def score(
-    out: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")] = Path("outputs/blind"),
-) -> None:
+def score(out: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")] = Path("outputs/blind")) -> None:
     """Count the votes by method."""
     with starting():
         from lora_compose.compose.evaluation import blind

@@ -67,8 +67,7 @@ def run(
 @handle_errors(logging.ERROR)
 def published(
     suite: Annotated[
-        str,
-        typer.Argument(help="A file with downloads and a suite, or a shipped one, such as characters-sdxl."),
+        str, typer.Argument(help="A file with downloads and a suite, or a shipped one, such as characters-sdxl.")
     ],
     folder: Annotated[
         Path | None, typer.Option("--out", help="Output folder; default: outputs/evaluation/NAME. A rerun resumes.")

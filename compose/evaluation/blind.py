@@ -134,9 +134,7 @@ def score(out: Path) -> None:
 def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Method and verdict by image number.
 
-    Raises:
-        FileError: If a file is missing, or is no table with these columns, as spreadsheets write one.
-        ValueError: For unknown verdicts.
+    Raises FileError for files that are no such tables, as spreadsheets write them, and ValueError for other verdicts.
     """
     key, path = json.loads(read_whole(out / KEY)), out / VOTES
     table = read_table(path)

@@ -73,11 +73,7 @@ class Chosen(Frozen):
 
 
 def chosen(names: Iterable[str]) -> tuple[Chosen, ...]:
-    """Metrics from the command line: names, each with a model after "=" if it is not the usual one.
-
-    Raises:
-        ValueError: If there is no such metric, or one is named twice.
-    """
+    """Metrics from the command line, each with "=" and a model if it is not the usual one. ValueError for others."""
     metrics = []
     for text in names:
         name, known = text.partition("=")[0].strip(), get_args(ChosenName)

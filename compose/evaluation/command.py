@@ -35,11 +35,8 @@ def run_suite(
 
     Further processes join in. The suite is a file or the name of a shipped one; `processes` are one per GPU by default,
     or as in the suite, and with a Ray cluster (`ray`: its address, or "local") one per node if there are no GPUs.
-    `metrics` are the names of further metrics, instead of those of the suite, as `chosen` takes them.
-
-    Raises:
-        ValueError: For suites that cannot be read, and metrics whose models are not there.
-        OSError: If all processes were killed.
+    `metrics` are the names of further metrics, instead of those of the suite, as `chosen` takes them. Raises ValueError
+    for suites that cannot be read, and metrics whose models are not there, and OSError if all processes were killed.
     """
     loaded = _read(suite, metrics)
     to = folder or Path("outputs/evaluation") / loaded.name
@@ -70,26 +67,13 @@ def run_suite(
 
 
 def run_published(
-    path: Path,
-    folder: Path | None = None,
-    processes: int | None = None,
-    ray: str | None = None,
-    *,
-    smoke: bool = False,
+    path: Path, folder: Path | None = None, processes: int | None = None, ray: str | None = None, *, smoke: bool = False
 ) -> int:
     """Shows what a published suite downloads, downloads it, makes two images, shows the cost, and then runs it.
 
-    LoRAs that are trained for it are tried for a few steps before the two images, and trained after the cost.
-
-    Args:
-        folder: For the results.
-        processes: As for `run_suite`.
-        ray: As for `run_suite`.
-        smoke: Whether to stop after the two images.
-
-    Raises:
-        ValueError: For suites that cannot be read, or whose images cannot be made.
-        OSError: If the hub does not give what is needed.
+    LoRAs that are trained for it are tried for a few steps before the two images, after which `smoke` stops, and
+    trained after the cost. `folder` is for the results; the rest is as for `run_suite`. Raises ValueError for suites
+    that cannot be read, or whose images cannot be made, and OSError if the hub does not give what is needed.
     """
     published, to = show_published(path, folder)
     fetched = fetch(published)
@@ -103,12 +87,9 @@ def run_published(
 
 
 def _try_out(suite: Suite, alone: Mapping[str, Alone], out: Path) -> None:
-    """Makes two images, of the baseline and of the first other method, and shows what the whole costs.
+    """Makes two images, of the baseline and of another method, and shows what all cost; ValueError if it cannot.
 
     They are scored if all references are there. Those that LoRAs make alone (`alone`) are counted, and not made.
-
-    Raises:
-        ValueError: If something cannot be opened, or one of the two cannot be made.
     """
     every = list(batches(suite))
     check_early_each(suite, every)

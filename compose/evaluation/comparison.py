@@ -97,10 +97,8 @@ def compare_runs(a: Path, b: Path) -> RunComparison:
     """Compares two runs, image by image where both have the same scene and seed.
 
     Scenes of the same name are the same only if their prompts, concepts and sizes are. If encoder, detector or
-    reference images differ, similarities are not comparable, and only `RELATIVE` is compared.
-
-    Raises:
-        FileError: If a folder has no evaluation, or a file of it is damaged.
+    reference images differ, similarities are not comparable, and only `RELATIVE` is compared. Raises FileError if a
+    folder has no evaluation, or a file of it is damaged.
     """
     first, second = load(a), load(b)
     comparable = _same_scale(first.suite, second.suite)

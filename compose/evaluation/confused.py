@@ -63,9 +63,6 @@ class Confused:
 
 
 def mean_matrix(cells: pd.DataFrame, names: list[str], value: str) -> np.ndarray:
-    """A value of cells, averaged over images, as a matrix of these concepts; NaN where there is none.
-
-    Shape: [names, names].
-    """
+    """A value of cells, averaged over images; NaN where there is none. Shape: [names, names]."""
     means = cells.pivot_table(index="concept", columns="reference", values=value, aggfunc="mean")
     return means.reindex(index=names, columns=names).to_numpy(float)

@@ -39,10 +39,7 @@ def truth_matrix(references: Sequence[torch.Tensor]) -> np.ndarray:
 
     Each entry is the mean cosine over pairs of an image of the row's and one of the column's subject; on the diagonal
     over pairs of different images, 1 if there is only one. Shapes: [images, channels] of length 1 each, to [subjects,
-    subjects].
-
-    Raises:
-        ValueError: If a subject has no references.
+    subjects]. Raises ValueError if a subject has no references.
     """
     truth = np.array([[clip_i(images, other).mean() for other in references] for images in references])
     for i, images in enumerate(references):
@@ -133,10 +130,7 @@ def inside(box: Box, region: Box) -> float:
 
 
 def by_place(boxes: Sequence[Box], regions: Sequence[Box], allowed: np.ndarray) -> list[int | None]:
-    """Gives each subject the box nearest to its region, as `assign` does: by the distance of their centres.
-
-    Shape of `allowed`: [subjects, boxes].
-    """
+    """Gives each subject the box nearest to its region, as `assign` does. `allowed`: shape [subjects, boxes]."""
     centres = [np.array([[(b[0] + b[2]) / 2, (b[1] + b[3]) / 2] for b in of]).reshape(-1, 2) for of in (regions, boxes)]
     return assign(-np.linalg.norm(centres[0][:, None] - centres[1][None], axis=-1), allowed)
 

@@ -53,11 +53,7 @@ class Encoder:
         return self._in_batches(self._encode_images, images, Image.new("RGB", (1, 1)))
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Embeddings of texts, as of images. Texts that are too long are cut off, with one warning.
-
-        Raises:
-            ValueError: If the model has none.
-        """
+        """Embeddings of texts; too long ones are cut off with one warning. Raises ValueError if the model has none."""
         if not self.has_text:
             raise ValueError(
                 f"the encoder {self.name!r} has no texts; those that have are of {', '.join(IMAGES_AND_TEXTS)}"
@@ -112,11 +108,8 @@ def load_encoder(source: str, device: str = "cpu") -> Encoder:
     `source` is `playground:judge`, `playground-flux:judge`, a folder as transformers saves it, or a hub repository such
     as openai/clip-vit-base-patch32. The embeddings are those that are compared in the papers: the projected ones of
     CLIP, the pooled ones of SigLIP and SigLIP 2, and of DINOv2 the class token after the last normalisation. The first
-    SigLIP's own tokenizer needs the package sentencepiece.
-
-    Raises:
-        ValueError: If there is no such encoder, it is of another family, or it cannot be opened; the message says what
-            was expected.
+    SigLIP's own tokenizer needs the package sentencepiece. Raises ValueError if there is no such encoder, it is of
+    another family, or it cannot be opened; the message says what was expected.
     """
     where, what, family = _locate(source), f"the encoder {source!r}", family_of(source)
     model, loading = _opened(
@@ -130,11 +123,7 @@ def load_encoder(source: str, device: str = "cpu") -> Encoder:
 
 
 def family_of(source: str) -> str:
-    """The family of an encoder, of which only the configuration is opened.
-
-    Raises:
-        ValueError: If there is no such encoder, it is of another family, or its configuration cannot be opened.
-    """
+    """The family of an encoder, by its configuration alone. Raises ValueError if there is none that is known."""
     what = f"the encoder {source!r}"
     family = _opened(what, AutoConfig, _locate(source)).model_type
     if family not in (*IMAGES_AND_TEXTS, *IMAGES_ONLY):

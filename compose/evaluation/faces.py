@@ -59,11 +59,7 @@ class FaceEncoder:
         return F.normalize(torch.from_numpy(rows), dim=-1)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Refused.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Always raises ValueError: faces have no texts."""
         raise ValueError("a network for faces reads no text")
 
     def face(self, image: Image.Image) -> np.ndarray | None:

@@ -26,11 +26,7 @@ _EXAMPLES = 6
 
 
 def show_failures(folder: Path, method: str, to: Path | None = None) -> None:
-    """Prints how often a row's images fail in which way, by kind of scene, and writes a sheet of examples.
-
-    Raises:
-        ValueError: If the evaluation has no images of the method.
-    """
+    """Prints how a method's images fail, by kind of scene, and writes a sheet; raises ValueError without images."""
     evaluation = load(folder)
     images = kinds_of_failure(evaluation, method)
     if images.empty:

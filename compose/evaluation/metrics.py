@@ -27,10 +27,7 @@ def clip_i(images: torch.Tensor, references: torch.Tensor) -> np.ndarray:
 
     -1 to 1; higher is better. No detection: all of `images` is compared. With embeddings of CLIP this is CLIP-I, with
     those of DINO it is DINO-I, of Ruiz et al. 2022, "DreamBooth", https://arxiv.org/abs/2208.12242. Shapes: [n,
-    channels] and [m, channels] to [n].
-
-    Raises:
-        ValueError: If there are no references.
+    channels] and [m, channels] to [n]. Raises ValueError if there are no references.
     """
     if not len(references):
         raise ValueError("there are no references to compare with")

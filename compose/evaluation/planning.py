@@ -51,12 +51,9 @@ _SHIPPED = tuple(f"{name}:" for name in PLAYGROUNDS)
 def plan_batches(suite: Suite) -> BatchPlan:
     """All batches of a suite.
 
-    Images are kept under a hash of the run, the threads and the contents of model and LoRAs; scores under a hash of
-    the scene and the contents of encoder, detector and references. So a rerun continues where it stopped, a changed
-    suite keeps what is still valid, and outdated results are never used.
-
-    Raises:
-        ValueError: If files are missing.
+    Images are kept under a hash of the run, the threads and the contents of model and LoRAs; scores under a hash of the
+    scene and the contents of encoder, detector and references. So a rerun continues where it stopped, a changed suite
+    keeps what is still valid, and outdated results are never used. Raises ValueError if files are missing.
     """
     model, scoring = fingerprint(suite.model), _scoring(suite)
     planned = []
@@ -165,11 +162,7 @@ class Todo:
         return self.batch, [read_pixels(image_path(self.out, self.planned.key, seed)) for seed in seeds]
 
     def keep(self, result: Images | Scores) -> None:
-        """Stores images or scores; records of images name files as on this machine.
-
-        Raises:
-            OSError: If they cannot be written.
-        """
+        """Stores images or scores, paths in records as on this machine. Raises OSError if they cannot be written."""
         if isinstance(result, Images):
             self._keep_images(result)
         else:
@@ -228,9 +221,7 @@ class Todo:
 def open_plan(suite: Suite, out: Path) -> dict[str, Todo]:
     """Writes the plan of a suite; returns its batches by key.
 
-    Raises:
-        ValueError: If files are missing.
-        OSError: If it cannot be written.
+    Raises ValueError if files are missing, and OSError if it cannot be written.
     """
     plan = plan_batches(suite)
     write(out / PLAN, plan)

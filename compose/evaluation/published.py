@@ -181,25 +181,16 @@ class Wanted:
 
 
 def read_published(path: Path) -> Published:
-    """Reads a published suite. Relative paths in it are relative to its file.
-
-    Raises:
-        FileError: If it is missing, unreadable or wrong; the message names the field.
-    """
+    """Reads a published suite, whose paths are relative to it. Raises FileError, which names the field."""
     published, base = read_as(Published, path), path.parent.absolute()
     named = published.downloads.keys() | published.references.keys() | published.trainings.keys()
     return published.moved(lambda source: source if source in named else local_source(source, base))
 
 
 def show_published(path: Path, folder: Path | None = None) -> tuple[Published, Path]:
-    """Reads a published suite, shows its images, downloads and licences, and returns it with the folder of its results.
+    """Reads a published suite, shows its images, downloads and licences; returns it with the folder of its results.
 
-    Args:
-        folder: For the results; None is one of the suite's name.
-
-    Raises:
-        FileError: As `read_published`.
-        OSError: As `wanted`.
+    By default one of the suite's name. Raises FileError as `read_published`, and OSError as `wanted`.
     """
     published = read_published(path)
     to = folder or Path("outputs/evaluation") / published.suite.name
@@ -229,9 +220,8 @@ def gib(size: int) -> str:
 def wanted(published: Published) -> Iterator[Wanted]:
     """What is to be downloaded. Only lists of files are asked for, and whether they may be read.
 
-    Raises:
-        HubError: If the hub refuses a repository, or has another file than the suite names.
-        ConnectionError: If the hub is out of reach, and the cache has no copy.
+    Raises HubError if the hub refuses, or has another file than the suite names, and ConnectionError if it is out of
+    reach and the cache has no copy.
     """
     for source in published.elsewhere:
         _listed(Download(repository=source, files="*.json"))
@@ -267,11 +257,7 @@ def _listed(download: Download) -> list[RepoFile] | None:
 
 
 def fetch(published: Published) -> Published:
-    """Downloads what is missing, with progress, and returns the suite and its trainings with the paths of the files.
-
-    Raises:
-        HubError: If the hub does not give a file, or gives another one than the suite names.
-    """
+    """Downloads what is missing and returns suite and trainings with paths. HubError if the hub has other files."""
     paths = {name: str(_fetched(download)) for name, download in published.downloads.items()}
     return published.moved(lambda source: paths.get(source, source))
 

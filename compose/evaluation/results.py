@@ -185,11 +185,7 @@ def is_done(out: Path, planned: Planned) -> bool:
 
 
 def read_made(out: Path, planned: Planned) -> Made | None:
-    """Reads how a batch was made; None if it was not. Its images are not looked at.
-
-    Raises:
-        FileError: If that is damaged, or of another batch.
-    """
+    """How a batch was made, None if it was not; its images are not looked at. FileError if that is damaged."""
     made = read(path := batch_folder(out, planned.key) / MADE, Made)
     if made is not None and shared(_OfBatch.model_fields, made) != shared(_OfBatch.model_fields, planned):
         raise FileError(f"{path} is of another batch")
@@ -197,11 +193,7 @@ def read_made(out: Path, planned: Planned) -> Made | None:
 
 
 def read_scores(out: Path, planned: Planned, concepts: Sequence[str]) -> Scores | None:
-    """Reads the scores of a batch, whose scene has these concepts; None if there are none.
-
-    Raises:
-        FileError: If that is damaged, or lacks an image or a concept.
-    """
+    """The scores of a batch of these concepts; None if there are none. FileError if they are damaged."""
     scores = read(path := batch_folder(out, planned.key) / planned.scores, Scores)
     if scores is None:
         return None
@@ -212,12 +204,9 @@ def read_scores(out: Path, planned: Planned, concepts: Sequence[str]) -> Scores 
 
 
 def check_images(out: Path, planned: Planned, made: Made) -> None:
-    """Reads the images of a batch.
+    """Reads the images of a batch; FileError if one is missing, or is not what was written.
 
     Images of versions that stored no checksums only have to be readable, with a record of the right seed.
-
-    Raises:
-        FileError: If one is missing, or is not what was written.
     """
     for seed in planned.seeds:
         path = image_path(out, planned.key, seed)

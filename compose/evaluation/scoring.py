@@ -139,11 +139,7 @@ class Scorer:
 
 
 def open_scorer(suite: Suite, device: str = "cpu") -> Scorer:
-    """Opens what a suite is scored with: encoders, detector and references.
-
-    Raises:
-        ValueError: If one of them cannot be opened.
-    """
+    """Opens encoders, detector and references of a suite. Raises ValueError if one of them cannot be opened."""
     crops = {concept.name: reference_crops(concept) for concept in suite.concepts}
     opened: dict[str, Embedded] = {}
 
@@ -263,22 +259,15 @@ def reference_files(concept: SuiteConcept) -> list[Path]:
 
 
 def reference_crops(concept: SuiteConcept) -> list[Image.Image]:
-    """The reference images of a concept, each cut to the concept where its folder says where that is.
-
-    Raises:
-        ValueError: If one is missing or unreadable.
-    """
+    """The reference images of a concept, cut to it where its folder says where it is. ValueError if one is missing."""
     return [reference_crop(path, f"concept {concept.name!r}") for path in reference_files(concept)]
 
 
 def reference_crop(path: Path, concept: str = "") -> Image.Image:
     """A reference image, cut to what it is a reference of.
 
-    A file `captions.tsv` in its folder may say where that is, a line for every image: its name, a caption, and
-    left, top and side of a square in pixels, parted by tabs.
-
-    Raises:
-        ValueError: If it is missing or unreadable.
+    A file `captions.tsv` in its folder may say where that is, a line for every image: its name, a caption, and left,
+    top and side of a square in pixels, parted by tabs. Raises ValueError if it is missing or unreadable.
     """
     image = _opened(path, f"{concept}: the reference image {str(path)!r}".removeprefix(": "))
     box = recorded_box(path)

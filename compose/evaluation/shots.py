@@ -67,18 +67,12 @@ class Shot:
         return _matrix(self.truth, self.names) if self.truth else None
 
     def found_by(self, metric: str) -> np.ndarray:
-        """Similarity of each subject that counts to its references by the model of a chosen metric; NaN if not found.
-
-        Shape: [acting].
-        """
+        """Similarity of each subject that counts by a chosen metric's model; NaN if not found. Shape: [acting]."""
         similarity = self.scores.chosen[metric].found
         return np.array([similarity.get(name, np.nan) for name in self.names], dtype=np.float64)
 
     def whole_by(self, metric: str) -> np.ndarray:
-        """Similarity of the whole image to the references of each subject, by that model; NaN without references.
-
-        Shape: [acting].
-        """
+        """Similarity of the whole image to each subject by that model; NaN without references. Shape: [acting]."""
         similarity = self.scores.chosen[metric].whole
         return np.array([similarity.get(name, np.nan) for name in self.names], dtype=np.float64)
 

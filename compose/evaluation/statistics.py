@@ -69,10 +69,7 @@ def compare(method: pd.Series, baseline: pd.Series, higher_is_better: bool, tie:
     is "undecided" as well with fewer than 10 scenes (`MINIMUM_SCENES`), because the interval is then too narrow: with
     10 scenes it is wrong about twice as often as it says (see `bootstrap`), with fewer more often. With 5, even the
     same sign in all, which chance gives in 6 % of cases, would be a verdict. Differences up to `tie` are ties; the
-    default is for rounding only.
-
-    Raises:
-        ValueError: If a scene and seed is there twice.
+    default is for rounding only. Raises ValueError if a scene and seed is there twice.
     """
     for values in (method, baseline):
         if not values.index.is_unique:

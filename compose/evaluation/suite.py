@@ -316,11 +316,7 @@ def _bystanders(scene: SuiteScene, known: Sequence[str], suite: Suite) -> Sequen
 
 
 def read_suite(name: str) -> Suite:
-    """Reads and checks a suite. Relative paths in it are relative to its file.
-
-    Raises:
-        FileError: If it is missing, unreadable or wrong; the message names the field.
-    """
+    """Reads and checks a suite, whose paths are relative to it. Raises FileError, which names the field."""
     path = find_suite(name)
     base = path.parent.absolute()
     return moved_suite(read_as(Suite, path), lambda source: local_source(source, base))

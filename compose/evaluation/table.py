@@ -119,11 +119,7 @@ def bound_name(suite: Suite, arm: str) -> str:
 
 
 def load(out: Path) -> Evaluation:
-    """Reads all that an evaluation has stored so far, and computes its tables.
-
-    Raises:
-        FileError: If there is no evaluation, or its plan is damaged. A damaged batch counts as not made.
-    """
+    """Computes the tables of what is stored so far; damaged batches count as missing. FileError without a plan."""
     plan = read(out / results.PLAN, results.BatchPlan)
     if plan is None:
         raise FileError(f"there is no evaluation in {out}: {results.PLAN} is missing")
@@ -261,10 +257,7 @@ def _bystander_limits(suite: Suite, shots: Sequence[Shot], thresholds: pd.DataFr
 
 
 def _bystanders(suite: Suite, shot: Shot, limits: Mapping[tuple[str, str], float]) -> float:
-    """The share of bystanders that were found and have no concept's identity.
-
-    NaN if there are none, and where a LoRA acts alone, which nothing keeps off.
-    """
+    """The share of bystanders found without a concept's identity; NaN if there are none, or one LoRA acts alone."""
     words = suite.scene(shot.planned.scene).bystanders if shot.planned.alone is None else {}
     right = []
     for name, word in words.items():

@@ -70,11 +70,8 @@ class _Planned:
 def with_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suite:
     """The suite with the files of its trained LoRAs; those that are not there are trained.
 
-    A stopped training goes on. Processes that share the folder each take another training.
-
-    Raises:
-        ValueError: If images or settings cannot be used.
-        OSError: If a LoRA cannot be written.
+    A stopped training goes on. Processes that share the folder each take another training. Raises ValueError if images
+    or settings cannot be used, and OSError if a LoRA cannot be written.
     """
     planned, claims = list(_planned(suite, trained, out)), Claims(out / CLAIMS)
     while left := [plan for plan in planned if plan.is_left]:
@@ -84,12 +81,7 @@ def with_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suite
 
 
 def tried_loras(suite: Suite, trained: Mapping[str, Trained], out: Path) -> Suite:
-    """The suite with LoRAs of a few steps in place of those that are not there; shows how long their training takes.
-
-    Raises:
-        ValueError: As `with_loras`.
-        OSError: As `with_loras`.
-    """
+    """The suite with LoRAs of a few steps for missing ones; shows their training's time. Errors: as `with_loras`."""
     paths, seconds, steps = {}, 0.0, 0
     for plan in _planned(suite, trained, out):
         paths[plan.name] = plan.settings.out

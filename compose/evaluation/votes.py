@@ -62,9 +62,7 @@ class Shown:
 def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> None:
     """Shuffles images of two subjects of some rows of an evaluation and writes sheets and the files of votes.
 
-    Raises:
-        ValueError: If a method is not in the evaluation, there are too few images that all of them made, or the folder
-            has votes on other images.
+    Raises ValueError for unknown methods, too few images that all of them made, and a folder with other votes.
     """
     evaluation = load(folder)
     known = [method.name for method in evaluation.suite.compared]
@@ -87,11 +85,7 @@ def make_from(folder: Path, out: Path, methods: Sequence[str], images: int) -> N
 
 
 def read_files(out: Path) -> dict[str, str]:
-    """The file of each voted image, relative to the folder of the evaluation, by number.
-
-    Raises:
-        FileError: If the votes are not on images of an evaluation.
-    """
+    """The file of each voted image in an evaluation's folder, by number. FileError if the votes are on others."""
     return json.loads(read_whole(out / FILES))
 
 
@@ -149,9 +143,7 @@ def judge(out: Path, evaluation: Path, first: int | None) -> None:
     """Reproduces the images, lets the judge vote, and lists where it disagrees with the human.
 
     The thresholds are those of a finished evaluation of the playground; `first` is a number of images, evenly spaced.
-
-    Raises:
-        ValueError: If the images are generated differently today.
+    Raises ValueError if the images are generated differently today.
     """
     key, votes = read_votes(out)
     jobs = numbered(len(key) // (len(PAIRS) * len(ARMS)))
@@ -214,12 +206,7 @@ def _is_there(scores: ImageScores, name: str, threshold: float) -> bool:
 
 
 def show_following(votes: Path, folder: Path) -> None:
-    """Prints how well each metric follows the votes on images of an evaluation, the best first, and writes a table.
-
-    Raises:
-        ValueError: If the votes are not on images of this evaluation, or all of them are the same.
-        FileError: If there is no evaluation, or a file is damaged.
-    """
+    """Prints how well metrics follow the votes on an evaluation, best first, and writes a table; as `following`."""
     agreement = following(votes, folder)
     table = Table(
         title=f"How well metrics follow {agreement['images'].to_numpy().max()} votes",
@@ -248,11 +235,8 @@ def show_following(votes: Path, folder: Path) -> None:
 def following(votes: Path, folder: Path) -> pd.DataFrame:
     """A row per metric, the best first: `metric`, `title`, `follows` with `low` and `high`, and `images`.
 
-    Metrics that no image has come last, with 0 images and NaN.
-
-    Raises:
-        ValueError: If the votes are not on images of this evaluation, or all of them are the same.
-        FileError: If there is no evaluation, or a file is damaged.
+    Metrics that no image has come last, with 0 images and NaN. Raises ValueError if the votes are not on images of this
+    evaluation, or all of them are the same, and FileError if there is no evaluation, or a file is damaged.
     """
     verdicts, files = read_votes(votes)[1], read_files(votes)
     images = load(folder).images.set_index("file")

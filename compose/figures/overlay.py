@@ -77,11 +77,9 @@ def masks(image: Image.Image, attention: Attention, step: int | None) -> Image.I
 def division(size: tuple[int, int], maps: Tensor, owned: Tensor, subjects: Sequence[int]) -> Image.Image:
     """The division of a draft, in the colours of its subjects: brighter where the model puts one of them.
 
-    Args:
-        size: Width and height of the image that it would become.
-        maps: Attention to each concept; 0 for those that were not looked for. fp32.
-        owned: The cells of each concept. Shape of both: [images, concepts, height, width], bool.
-        subjects: Indices of the subjects among the concepts.
+    For an image of this width and height, by the attention to each concept in fp32, 0 for those that were not looked
+    for, and the cells of each, bool. Shape of both: [images, concepts, height, width]. `subjects` are indices of
+    concepts.
     """
     only = torch.zeros_like(owned)
     only[:, list(subjects)] = owned[:, list(subjects)]

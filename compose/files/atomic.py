@@ -26,23 +26,15 @@ _PART = ".lora-compose-{}.part"
 
 
 def write_whole(path: Path, data: Content) -> None:
-    """Writes a file that replaces another one of its name at once, or not at all.
-
-    Raises:
-        OSError: If it cannot be written; the error names `path`.
-    """
+    """Writes a file that replaces another one at once, or not at all. Raises OSError, which names `path`."""
     with _part(path, data) as part:
         part.replace(path)
 
 
 def write_new(path: Path, data: Content, free_path: Callable[[Path], Path]) -> Path:
-    """Writes a file that replaces no other one, and returns where.
+    """Writes a file that replaces no other one, and returns where; OSError if it cannot, which names `path`.
 
-    `free_path` gives a name that is free, which is `path` itself where possible; it is asked again if another process
-    was faster.
-
-    Raises:
-        OSError: If it cannot be written; the error names `path`.
+    `free_path` gives a free name, `path` itself where possible; it is asked again if another process was faster.
     """
     with _part(path, data) as part:
         taken = None

@@ -53,12 +53,9 @@ class Claims:
 
     @contextmanager
     def claim(self, name: str) -> Iterator[FileClaim | None]:
-        """Claims work by a file name until the block ends; None if another process has claimed it.
+        """Claims work by a file name until the block ends; None if another process has. OSError if nothing is writable.
 
         Whether it has been done meanwhile is to be looked at under the claim.
-
-        Raises:
-            OSError: If nothing can be written into the folder.
         """
         taken = self._take(name)
         if taken is None:

@@ -95,11 +95,7 @@ def png_bytes(image: Image.Image, record: Record | None = None, *, absolute: boo
 
 
 def read_record(path: str | Path) -> Record:
-    """Reads how an image was made. Reading opens no model and no LoRA.
-
-    Raises:
-        FileError: If it is no PNG, has no record, or one that is broken.
-    """
+    """Reads how an image was made; opens no model and no LoRA. FileError if it is no PNG or has no usable record."""
     path = Path(path)
     with open_file(path) as file:
         record = record_in(file, str(path))
@@ -107,11 +103,7 @@ def read_record(path: str | Path) -> Record:
 
 
 def record_in(file: BinaryIO, where: str) -> Record:
-    """Reads how an image was made, as `read_record`; errors name it `where`. Paths in the record stay as they are.
-
-    Raises:
-        FileError: If it is no PNG, has no record, or one that is broken.
-    """
+    """Reads how an image was made, paths as they are. Raises FileError as `read_record`, with the name `where`."""
     with _opened(file, where) as image:
         text = image.info.get(RECORD_KEY)
     if not isinstance(text, str):
@@ -126,11 +118,7 @@ def record_in(file: BinaryIO, where: str) -> Record:
 
 
 def read_pixels(path: str | Path) -> Image.Image:
-    """Reads the image in a PNG, as RGB.
-
-    Raises:
-        FileError: If it is no PNG, is damaged, or is too large to be an image of ours.
-    """
+    """The image in a PNG, as RGB. Raises FileError if it is none, is damaged, or too large to be one of ours."""
     with open_file(Path(path)) as file, _opened(file, str(path)) as image:
         return image.convert("RGB")
 

@@ -22,20 +22,12 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def read_scene(path: str | Path) -> Scene:
-    """Reads a scene file, YAML or JSON. Relative paths of LoRAs in it are relative to the file.
-
-    Raises:
-        FileError: If it is missing, unreadable or no scene.
-    """
+    """Reads a scene, YAML or JSON, in which LoRAs are relative to the file. Raises FileError if it is none."""
     return located(read_as(Scene, path), Path(path))
 
 
 def read_as(kind: type[_Model], path: str | Path) -> _Model:
-    """Reads a YAML or JSON file as a model. Paths in it stay as they are.
-
-    Raises:
-        FileError: If it is missing, unreadable or not valid.
-    """
+    """Reads a YAML or JSON file as a model, paths as they are. Raises FileError if it is missing or not valid."""
     path = Path(path)
     return validated(kind, parse_file(path), str(path))
 

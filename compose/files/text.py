@@ -18,21 +18,13 @@ def parse_value(text: str) -> Any:
 
 
 def parse_file(path: Path, limit: int | None = None) -> Any:
-    """The content of a YAML or JSON file, of at most `limit` bytes, by default enough for a scene or run.
-
-    Raises:
-        FileError: If it is missing, too large, not UTF-8, or not valid.
-    """
+    """The content of a YAML or JSON file of at most `limit` bytes, enough for a scene. FileError if it is not valid."""
     kind = _kind(path)
     return kind(read_text(path, limit or _TEXT_LIMIT, "; that is no scene or run"), str(path))
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The content of a JSON text, which errors name `where`.
-
-    Raises:
-        FileError: If it is not valid, or has a field twice.
-    """
+    """The content of a JSON text. Raises FileError, with the name `where`, if it is not valid or has a field twice."""
     try:
         return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
     except json.JSONDecodeError as error:

@@ -13,11 +13,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def validated(kind: type[_Model], data: Any, where: str) -> _Model:
-    """Validates the content of a file as a model; errors name it `where`.
-
-    Raises:
-        FileError: If it does not fit; a line for every wrong field.
-    """
+    """A file's content as a model. Raises FileError, with the name `where` and a line for every wrong field."""
     if not isinstance(data, dict):
         raise FileError(f"{where}: expected {', '.join(field_names(kind))}, found {shown_value(data)}")
     try:

@@ -59,11 +59,7 @@ OF_SHIPPED = Run.model_fields["steps"].default, Run.model_fields["guidance_scale
 
 
 def defaults_for(device: str, facts: ModelFacts) -> Defaults:
-    """The defaults of a model on a device.
-
-    Args:
-        device: As torch names it; it need not be there.
-    """
+    """The defaults of a model on a device, as torch names it; it need not be there."""
     dtype = precision(device, unet=facts.has_unet)
     reasons = [f"{'UNets' if facts.has_unet else 'transformers'} run in {dtype} on {device}"]
     upcast = facts.family is ComposeStableDiffusionXLPipeline and facts.parts.get("vae", {}).get("force_upcast")
@@ -79,9 +75,7 @@ def defaults_for(device: str, facts: ModelFacts) -> Defaults:
 def defaults_of(run: Run) -> Defaults:
     """The defaults of a run's model on its device.
 
-    Raises:
-        ModelError: If there is no such model, or none that is supported, or its files cannot be read.
-        ValueError: If the device is not there.
+    Raises ModelError if there is no such model of ours, or it is unreadable, and ValueError if the device is missing.
     """
     return defaults_for(choose_device(run.device), facts_of(run.model))
 
@@ -154,14 +148,7 @@ def variant_in(facts: ModelFacts, dtype: str) -> str | None:
 
 
 def complete(run: Run) -> tuple[Run, str]:
-    """Fills in the defaults of a run; given fields stay.
-
-    Returns:
-        The run, and a line about what was chosen and why, for whoever asked for it; empty if nothing was.
-
-    Raises:
-        ValueError: As `defaults_of`.
-    """
+    """Fills in the defaults of a run, and says in a line what was chosen and why, if anything. As `defaults_of`."""
     chosen = defaults_of(run)
     missing = [name for name in FIELDS if name not in run.model_fields_set]
     told = f"by default {words(chosen, missing)}" if missing else ""

@@ -69,13 +69,9 @@ def jobs(seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> list[Job]:
 
 
 def show(folder: Path, todo: Sequence[Job], on_progress: Callable[[float], None]) -> Iterator[Path]:
-    """Makes the images, and sheets of them as soon as all their images are there.
+    """Makes the images and yields sheets once their images are there; `on_progress` gets the images done so far.
 
-    Args:
-        on_progress: Called with the number of images done, fractions included.
-
-    Yields:
-        The sheets: the first pair with the first seed, all pairs, and three concepts.
+    The sheets: the first pair with the first seed, all pairs, and three concepts.
     """
     first = todo[0].scene, todo[0].run.seed
     sheets = {

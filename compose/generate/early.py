@@ -20,7 +20,6 @@ from lora_compose.pipelines.calls.memory import check_size
 from lora_compose.pipelines.calls.resolved_call import check_model_for, check_start_for
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.lru import file_key
-from lora_compose.pipelines.families.references import ReferencesPipeline
 from lora_compose.pipelines.formats.files import read_words, refuse_format, trained_with
 from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.methods import Settings
@@ -132,11 +131,8 @@ def _check_size(run: Run, facts: ModelFacts, size: tuple[int | None, int | None]
 def _check_images(scene: Scene, facts: ModelFacts) -> None:
     """Raises ValueError for images that are missing or damaged, and those that the model does not read, or lacks."""
     check_references(facts.family, scene)
-    if issubclass(facts.family, ReferencesPipeline) and facts.family.needs_references and not scene.references:
-        raise ValueError(
-            f"{facts.family.family} needs a reference image: give one (references, --reference); for text alone take "
-            "Qwen-Image"
-        )
+    advice = ": give one (references, --reference); for text alone take Qwen-Image"
+    facts.family.check_has_references(bool(scene.references), advice)
     if scene.image is not None:
         facts.family.task_for(scene.mask_image is not None)
     for name, path in scene.image_files.items():
@@ -174,9 +170,7 @@ def _composed(concept: Concept) -> Concept:
 def told_by(path: Path) -> tuple[str | None, Words]:
     """How a file was trained, and its words, by its header, which is read again when the file has changed.
 
-    Raises:
-        LoraError: If it has no readable header.
-        OSError: If there is no such file.
+    Raises LoraError if it has no readable header, and OSError if there is no such file.
     """
     return _told_by(path, file_key([path], None))
 

@@ -21,14 +21,9 @@ _MODEL_FILES = (".safetensors", ".json", ".txt", ".model")
 
 
 def run_facts(run: Run, seeds: Sequence[int], threads: int | None, savers: Sequence[str]) -> list[Any]:
-    """Everything that the images of a call depend on except the model; paths and the device are left out.
+    """Everything that images depend on except model, seed, paths and device. ValueError if a file is missing.
 
-    Args:
-        run: What is made; its own seed is not used.
-        threads: Threads that torch computes with on the CPU; None if that is left to torch.
-
-    Raises:
-        ValueError: If a LoRA or an image is missing.
+    `threads` are those of torch on the CPU; None if that is left to torch.
     """
     facts = run.model_dump(mode="json", exclude={"model", "device", "seed"})
     if run.quantize is not None and run.quantize not in QUANTISED:

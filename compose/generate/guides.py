@@ -27,11 +27,7 @@ _KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
 
 
 def references_of(pipe: Any, scene: Scene) -> list[Image.Image]:
-    """The reference images of a scene, in their order.
-
-    Raises:
-        ValueError: If one cannot be read, or as for `check_references`.
-    """
+    """The reference images of a scene, in order. Raises ValueError if one is unreadable, or as `check_references`."""
     check_references(type(pipe), scene)
     return [on_white(open_image(path, "reference image")) for path in scene.references]
 
@@ -54,13 +50,9 @@ def check_references(family: type[ComposePipeline], scene: Scene) -> None:
 
 
 def controls_of(pipe: Any, given: Sequence[ControlFile], size: tuple[int, int]) -> list[Control]:
-    """Opens the models and images of a scene's controls.
+    """Opens the models and images of a scene's controls. ValueError if one is missing or of another kind.
 
-    Args:
-        size: Width and height of the image that is made; control images of its proportions are resized to it.
-
-    Raises:
-        ValueError: If a model or an image is missing or of another kind.
+    `size` is width and height of the image that is made; control images of its proportions are resized to it.
     """
     return [
         Control(
@@ -106,12 +98,9 @@ def guide_source(model: str, what: str) -> str:
 
 
 def fit_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
-    """Loads the IP-Adapters of a scene into a pipeline, and unloads those of an earlier one.
+    """Loads the IP-Adapters of a scene, and unloads earlier ones. ValueError if that fails, or the family has none.
 
     They stay loaded, as concepts do, so that the next image with them does not read their files again.
-
-    Raises:
-        ValueError: If they cannot be loaded, or the model is of a family without them.
     """
     wanted = tuple((adapter.model, adapter.subfolder, adapter.weight_name, adapter.image_encoder) for adapter in given)
     there = pipe.__dict__.get("scene_ip_adapters", ())
@@ -143,11 +132,7 @@ def _load_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
 
 
 def ip_adapter_arguments(given: Sequence[IPAdapterFile], size: tuple[int, int]) -> dict[str, Any]:
-    """The images of a scene's IP-Adapters, and where they act, as arguments of a call.
-
-    Raises:
-        ValueError: For images that cannot be read, and boxes outside of the image.
-    """
+    """A scene's IP-Adapters as arguments of a call. Raises ValueError for unreadable images and boxes outside."""
     if not given:
         return {}
     images = [on_white(open_image(adapter.image, "IP-Adapter image")) for adapter in given]
@@ -178,11 +163,7 @@ def plain_pipeline(pipe: Any, kind: Any, **components: Any) -> Any:
 
 
 def pipeline_without_concepts(pipe: Any, scene: Scene, controls: Sequence[Control]) -> tuple[Any, dict[str, Any]]:
-    """Diffusers' pipeline for a scene with ControlNets and without concepts, and its further arguments.
-
-    Raises:
-        ValueError: For controls that it does not take.
-    """
+    """Diffusers' pipeline for ControlNets without concepts, and its arguments. ValueError for other controls."""
     if scene.image is not None or not all(isinstance(control.model, ControlNetModel) for control in controls):
         raise ValueError(
             "without concepts, controls are ControlNets and the image is made from text; leave out the start image and "

@@ -18,11 +18,7 @@ _DEVICES = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
 
 
 def choose_device(name: str | None) -> str:
-    """Checks a device; None chooses an accelerator if there is one.
-
-    Raises:
-        ValueError: If the device is unknown or missing.
-    """
+    """Checks a device; None chooses an accelerator if there is one. Raises ValueError if it is unknown or missing."""
     there = devices()
     if name is None:
         return there[0]

@@ -156,23 +156,16 @@ def draft(pipe: Any, run: Run) -> Drafted:
 
 
 def plan(pipe: Any, run: Run) -> CallPlan | None:
-    """The plan of `make`, after all its checks; None without concepts, which diffusers checks itself.
+    """The plan of `make`, after all its checks, or its ValueError; None without concepts, which diffusers checks.
 
     The run's concepts stay loaded in the pipeline.
-
-    Raises:
-        ValueError: Whatever `make` would raise.
     """
     with _prepared(pipe, run) as (loaded, arguments):
         return pipe.plan(**arguments) if loaded else None
 
 
 def load(pipe: Any, concept: Concept) -> LoadedConcept:
-    """Loads a concept's LoRA into a pipeline, unless it is there already.
-
-    Raises:
-        ValueError: If there is no such LoRA, or it does not fit the model.
-    """
+    """Loads a concept's LoRA into a pipeline unless it is there. ValueError if there is none, or it does not fit."""
     if concept.lora is None:
         return pipe.resolve_concepts([concept])[0]
     concept = concept.model_copy(update={"lora": moved_files(concept.lora, lora_source)})
@@ -194,24 +187,17 @@ def load(pipe: Any, concept: Concept) -> LoadedConcept:
 
 
 def steps_of(pipe: Any, run: Run) -> int:
-    """How many of a run's steps are run: from a start image, a part of them.
-
-    Raises:
-        ValueError: If the model does not start from images.
-    """
+    """How many of a run's steps are run: a part from a start image. ValueError if the model starts from none."""
     if run.scene.image is None:
         return run.steps
     return pipe.steps_from_image(run.steps, run.scene.strength, run.scene.mask_image is not None)
 
 
 def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
-    """Width and height of a scene's images in pixels.
+    """Width and height of a scene's images in pixels. ValueError if an image is unreadable, or the model reads none.
 
     By default the size of the start image, unless a part of it is enlarged, or what the model makes of the reference
     images, otherwise the model's own.
-
-    Raises:
-        ValueError: If an image cannot be read, or the model does not read it.
     """
     references = references_of(pipe, scene)
     if scene.image is not None and scene.padding_mask_crop is None:
@@ -223,11 +209,7 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
 
 
 def method_of(run: Run) -> Settings | None:
-    """The method that a run asks for; None if it asks for none.
-
-    Raises:
-        ValueError: For unknown methods and settings, and for settings without a method.
-    """
+    """The method that a run asks for, or None. Raises ValueError for what is unknown, and settings without a method."""
     if run.settings and run.method is None:
         raise ValueError(f"the settings {', '.join(run.settings)} need a method; there are {', '.join(METHODS)}")
     method = None if run.method is None else make_method(run.method, run.settings)

@@ -143,11 +143,7 @@ def _of_folder(folder: Path, files: tuple[str, ...]) -> ModelFacts:
 
 
 def index_of(folder: Path) -> Mapping[str, Any]:
-    """What a model's folder says that it is; empty if it says nothing.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
+    """What a model's folder says that it is; empty if nothing. Raises ValueError if it cannot be read."""
     return next((_read(folder / name) for name in INDEXES if (folder / name).is_file()), {})
 
 

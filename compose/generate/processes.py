@@ -25,11 +25,7 @@ def local_rank() -> int:
 
 
 def own_device(wanted: str | None) -> str:
-    """The device of this process: the wanted one, or with several GPUs the one of its index.
-
-    Raises:
-        ValueError: If the device is unknown or not there.
-    """
+    """This process's device: the wanted one, or the GPU of its index. Raises ValueError if it is not there."""
     device = choose_device(wanted)
     return f"cuda:{local_rank() % torch.cuda.device_count()}" if device == "cuda" else device
 
@@ -37,11 +33,7 @@ def own_device(wanted: str | None) -> str:
 def default_number(wanted: int, device: str | None) -> int:
     """The number of processes: one per GPU; on the CPU the wanted number, at most one per processor.
 
-    One if a launcher (accelerate, torchrun, SLURM) has started several.
-
-    Args:
-        wanted: Number on a CPU.
-        device: Their device; None is any.
+    One if a launcher (accelerate, torchrun, SLURM) has started several. A device of None is any.
     """
     if any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")):
         return 1

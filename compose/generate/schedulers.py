@@ -27,11 +27,7 @@ def scheduler_class(name: str) -> Any:
 
 
 def scheduler_of(pipe: Any, run: Run) -> Any:
-    """A run's scheduler; a new one, so that nothing of another run is left in it.
-
-    Raises:
-        ValueError: If there is none of that name, or it is for other models.
-    """
+    """A new scheduler for a run. Raises ValueError if there is none of that name, or it is for other models."""
     own: Any = type(pipe.scheduler)
     if run.scheduler in (None, own.__name__):
         return own.from_config(pipe.scheduler.config)

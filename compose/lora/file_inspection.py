@@ -174,10 +174,7 @@ def _triggers(file: LoraFile) -> Iterator[tuple[str, str]]:
 
 
 def merge_facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Method and inputs from the metadata of a file that `lora-compose merge` wrote.
-
-    The metadata are not trusted.
-    """
+    """Method and inputs from the metadata of a file that `lora-compose merge` wrote, which are not trusted."""
     record = parsed(metadata.get(RECORD))
     files = record.get("files")
     if not isinstance(files, list):

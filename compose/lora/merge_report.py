@@ -48,16 +48,9 @@ def merge_and_show(
 ) -> None:
     """Merges LoRA files into one and shows how much of each was kept.
 
-    Args:
-        method: A name of `MERGERS`.
-        rank: Rank to which every layer is cut; None means the method's.
-        model: The model that the files are for; None reads it from the files.
-        keys: Spelling of layer names; None means that of the first file.
-        dtype: Precision of the new file; None means that of the files.
-        prompts: For methods that generate images, one for each file; without them, they are made from the triggers.
-
-    Raises:
-        ValueError: For anything that does not fit together; nothing is written then.
+    Rank, keys and precision that are None are the method's, and the files' own; without a model it is read from the
+    files. There is a prompt for each file, by default made from the triggers, for methods that generate images. Raises
+    ValueError for anything that does not fit together; nothing is written then.
     """
     merger = make_merger(method, settings)
     spelling = _spelling(keys)

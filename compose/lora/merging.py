@@ -125,15 +125,9 @@ def merge_files(
 ) -> Report:
     """Merges files layer by layer into a new one, which appears whole or not at all.
 
-    Args:
-        rank: Layers of a higher rank are cut to it, by singular values.
-        dtype: Of the result; by default fp16 or bf16 if all of the files have it, otherwise fp32.
-        moments: For mergers that need a model, by layer.
-        on_progress: Called with the finished fraction of the layers.
-
-    Raises:
-        ValueError: If the result is zero, or values do not fit the precision.
-        OSError: If the result cannot be written.
+    Layers of a higher rank than `rank` are cut to it, by singular values; the precision is fp16 or bf16 by default if
+    all files have it, otherwise fp32; `moments`, by layer, are for mergers that need a model. Raises ValueError if the
+    result is zero, or values do not fit the precision, and OSError if it cannot be written.
     """
     began = time.perf_counter()
     check_free(out, overwrite)
@@ -143,9 +137,7 @@ def merge_files(
     largest = max(sum(change.rank for change in changes) for _, changes in layers)
     alpha = max(1, largest if rank is None else min(rank, largest))
     tally = Tally(len(matched.given))
-    on_its_disk = next(
-        folder for folder in out.absolute().parents if folder.is_dir()
-    )  # of which there is one: the root
+    on_its_disk = next(folder for folder in out.absolute().parents if folder.is_dir())  # at least the root
     with TemporaryFile(dir=on_its_disk) as scratch:
         writer = SafetensorsWriter(scratch)
         for done, (name, changes) in enumerate(layers, 1):
@@ -176,11 +168,7 @@ def merge_files(
 
 
 def check_free(path: Path, overwrite: bool) -> Path:
-    """A path to which a file may be written.
-
-    Raises:
-        ValueError: If there is a file that must not be overwritten, or it is no name of a safetensors file.
-    """
+    """A path that may be written. Raises ValueError for a file that must stay, or no name of a safetensors file."""
     if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{str(path)!r} is not a LoRA file name; expected one that ends in .safetensors")
     if path.is_dir() or (os.path.lexists(path) and not overwrite):  # also a link that leads nowhere

@@ -17,12 +17,9 @@ TEMPLATES = {"Side by side": 2, "Three in a row": 3, "Big and small": 2}
 
 
 def template(name: str, number: int, width: int, height: int) -> list[Box]:
-    """Boxes for a number of concepts.
+    """Boxes for a number of concepts, by one of `TEMPLATES`, on a canvas in pixels.
 
-    Args:
-        name: One of `TEMPLATES`. The rows take any number of concepts, "Big and small" makes all but the first small.
-        width: Of the canvas, in pixels.
-        height: Of the canvas, in pixels.
+    The rows take any number of concepts, "Big and small" makes all but the first small.
     """
     if name == "Big and small" and number > 1:
         shares = [_BIG, *[(1 - _BIG) / (number - 1)] * (number - 1)]
@@ -39,12 +36,7 @@ def template(name: str, number: int, width: int, height: int) -> list[Box]:
 
 
 def one_more(taken: Sequence[Box], width: int, height: int) -> list[Box]:
-    """The boxes with one more at the end: in the largest free place, or in a half of the largest box if all is taken.
-
-    Args:
-        width: Of the canvas, in pixels.
-        height: Of the canvas, in pixels.
-    """
+    """Boxes with one more, in the largest free place of a canvas in pixels, or in a half of the largest box."""
     if not taken:
         return template("Side by side", 1, width, height)
     gap = max(1.0, _MARGIN * width)

@@ -17,12 +17,7 @@ _CHECKPOINT = ("model.diffusion_model.", "double_blocks.")  # keys of models in 
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model that can be chosen.
-
-    Attributes:
-        source: As a run names it.
-        where: Where it is, in words.
-    """
+    """A model that can be chosen: its source, as a run names it, and where it is, in words."""
 
     source: str
     family: str
@@ -51,11 +46,7 @@ PUBLISHED = (
 
 
 def models_in(folder: Path) -> list[KnownModel]:
-    """The models in a folder: as diffusers saves them, it or those inside of it, and checkpoints in one file.
-
-    Raises:
-        FileError: If it cannot be read.
-    """
+    """The models in a folder: it, those inside of it, and checkpoints in one file. FileError if it is unreadable."""
     files = in_folder(folder)
     where = f"in {folder.name or folder}"
     saved = [(inside, _family(inside)) for inside in (folder, *sorted(filter(Path.is_dir, folder.iterdir())))]
@@ -74,11 +65,7 @@ def cached_models(cache: Path) -> list[KnownModel]:
 
 
 def listed(path: Path) -> ShownLora:
-    """A LoRA as the header of its file describes it. No weights are read, so they are not checked yet.
-
-    Raises:
-        LoraError: If it has no readable header.
-    """
+    """A LoRA as its header describes it, weights unchecked. Raises LoraError if it has no readable header."""
     words = read_words(path)
     try:
         with open_regular(path) as file:

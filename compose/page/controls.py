@@ -72,11 +72,7 @@ def sentence(method: str) -> str:
 
 
 def changed(method: str, shown: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that differ from a method's defaults, from what its controls show.
-
-    Raises:
-        ValueError: If the method does not take them; the message says why.
-    """
+    """The settings that a method's controls change. Raises ValueError, which says why, if it does not take them."""
     values = {control.name: control.value(shown[control.name]) for control in controls(method) if control.name in shown}
     defaults = {control.name: control.default for control in controls(method)}
     different = {name: value for name, value in values.items() if _plain(value) != _plain(defaults[name])}

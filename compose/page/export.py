@@ -28,11 +28,7 @@ _SAVING = {
 
 
 def portable(run: Run, files: Mapping[str, str]) -> Run:
-    """The run with uploaded LoRAs and images under the names that the user gave them, not the page's paths.
-
-    Args:
-        files: Original names by where the files are kept.
-    """
+    """The run with the user's names of uploaded LoRAs and images (`files`, by where they are kept)."""
     concepts = tuple(
         concept.model_copy(update={"lora": moved_files(concept.lora, lambda source: files.get(source, source))})
         for concept in run.scene.concepts

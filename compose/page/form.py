@@ -67,11 +67,7 @@ class Form:
     ip_adapters: tuple[IPAdapterFile, ...] = ()
 
     def runs(self) -> list[Run]:
-        """A run for every seed.
-
-        Raises:
-            ValueError: With everything that is wrong, a line each.
-        """
+        """A run for every seed. Raises ValueError with everything that is wrong, a line each."""
         check_limits(self)
         concepts = self.concepts
         if not self.boxed:

@@ -52,11 +52,7 @@ def options() -> Options:
 
 
 def start(model: str, port: int, host: str, out: Path, loras: Path | None, browser: bool) -> None:
-    """Starts the page in this process, until a signal ends it.
-
-    Raises:
-        ValueError: If Streamlit, the folder or the model is missing.
-    """
+    """Starts the page in this process, until a signal. ValueError if Streamlit, the folder or the model is missing."""
     if importlib.util.find_spec("streamlit") is None:
         raise ValueError("the page needs one more package: pip install 'lora-compose[ui]'")
     if loras is not None and not loras.is_dir():
@@ -80,11 +76,7 @@ def start(model: str, port: int, host: str, out: Path, loras: Path | None, brows
 
 
 def application() -> Path:
-    """The page's application, `ui.py`: beside this package in a clone, inside it in an installed wheel.
-
-    Raises:
-        FileNotFoundError: If it is in neither place.
-    """
+    """The page's `ui.py`: beside this package in a clone, inside it in a wheel. FileNotFoundError if in neither."""
     candidates = (_PACKAGE / "ui.py", _PACKAGE.parent / "ui.py")
     for candidate in candidates:
         if candidate.is_file():

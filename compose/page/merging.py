@@ -26,14 +26,9 @@ class Merged:
 
 
 def merge_loras(store: Store, pipe: Any, chosen: Sequence[tuple[ShownLora, float]], method: str) -> Merged:
-    """Merges LoRAs, each with its weight, and keeps the result with the session's uploads.
+    """Merges at least two LoRAs, with weights, into an upload. ValueError if they cannot be; nothing is kept then.
 
-    Args:
-        pipe: The model that they are for. Methods that look at its inputs make an image with each LoRA.
-        chosen: At least two.
-
-    Raises:
-        ValueError: If they cannot be merged; nothing is kept then.
+    Methods that look at the inputs of the model make an image with each LoRA.
     """
     merger = make_merger(method)
     check_number(merger, method, len(chosen))

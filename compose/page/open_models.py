@@ -117,12 +117,7 @@ class OpenModel:
         return _FAMILIES.get(self._pipe.unet.config.cross_attention_dim)
 
     def read(self, concept: Concept) -> Factors:
-        """Reads and matches a concept's file without a turn; a run with it need not read it again.
-
-        Raises:
-            LoraError: If the file is unusable or does not fit the model.
-            OSError: If it cannot be read.
-        """
+        """Reads a concept's file without a turn, so that a run need not. LoraError or OSError if it is unusable."""
         return self._pipe.library.read_ahead(self._models, concept, self._pipe.concept_memory)
 
     @contextmanager
@@ -136,14 +131,8 @@ class OpenModel:
     ) -> Iterator[Any]:
         """The pipeline, for this thread alone inside the block; only these concepts' LoRAs stay loaded in it.
 
-        A LoRA whose file has changed is read again.
-
-        Args:
-            on_wait: Called with the number of calls ahead.
-
-        Raises:
-            Busy: If the model is in use and `wait` is False.
-            Stopped: If `stop` was set before the turn came.
+        A LoRA whose file has changed is read again. `on_wait` gets the number of calls ahead. Raises Busy if the model
+        is in use and `wait` is False, and Stopped if `stop` was set before the turn came.
         """
         ticket = object()
         with self._changed:
@@ -177,12 +166,7 @@ class OpenModels:
         self._lock = threading.Lock()
 
     def open(self, choice: ModelChoice) -> OpenModel:
-        """Opens a model, unless it is open already.
-
-        Raises:
-            ModelError: If there is no such model, or it cannot be used.
-            ValueError: If device or precision are unknown.
-        """
+        """Opens a model, unless it is open. ModelError if there is none of ours, ValueError for device or precision."""
         with self._lock:
             if choice in self._models:
                 self._models.move_to_end(choice)

@@ -49,11 +49,7 @@ class Judge:
         return run.model in SUITES and bool(run.scene.concepts) and bool(self._names(run.model, run.scene))
 
     def score(self, image: Image.Image, run: Run) -> dict[str, Likeness]:
-        """Scores the concepts with a LoRA in an image of a playground.
-
-        Raises:
-            ValueError: If there are no reference images for some of them.
-        """
+        """Scores the concepts in an image of a playground. Raises ValueError if one has no reference images."""
         from lora_compose.compose.evaluation.scoring import open_scorer
         from lora_compose.compose.evaluation.suite import SuiteScene
 

@@ -175,16 +175,10 @@ class Store:
         cell: int = 8,
         fitting: Callable[[int, int], tuple[int, int]] | None = None,
     ) -> StartImage:
-        """Keeps a copy of an image to start from.
+        """Keeps a copy of an image to start from; FileError if it is too large or no image.
 
-        Args:
-            name: The user's name for it; never a part of a path.
-            side: Most pixels of the longer side.
-            cell: Both sides become multiples of so many pixels.
-            fitting: From that width and height to those of the copy.
-
-        Raises:
-            FileError: If it is too large or no image.
+        The user's name is never a part of a path. Its longer side has at most `side` pixels, and both are multiples of
+        `cell`; `fitting` goes from its width and height to those of the copy.
         """
         shown = _shown(name)
         if data.seek(0, os.SEEK_END) > PNG_LIMIT:
@@ -204,11 +198,7 @@ class Store:
         return StartImage(str(path), shown, (width, height))
 
     def add_mask(self, start: StartImage, uri: str) -> StartImage:
-        """The image with a mask that was painted in the browser, opaque where it is painted.
-
-        Raises:
-            ValueError: For anything that is no such image.
-        """
+        """The image with a mask painted in the browser, opaque where it is painted. ValueError for anything else."""
         if len(uri) > MASK_LIMIT:
             raise ValueError("The mask is too large.")
         mask = greys(from_uri(uri)).resize(start.size).point([255 if grey > 127 else 0 for grey in range(256)])
@@ -221,11 +211,7 @@ class Store:
 
 
 def dropped(name: str, data: BinaryIO) -> Record:
-    """The record in an image that was dropped in. Nothing is kept of the image.
-
-    Raises:
-        FileError: If it is no image of ours.
-    """
+    """The record in an image that was dropped in, which is not kept. Raises FileError if it is no image of ours."""
     if data.seek(0, os.SEEK_END) > PNG_LIMIT:
         raise FileError(f"{_shown(name)} is larger than {PNG_LIMIT // 2**20} MB, which is the maximum")
     return record_in(data, _shown(name))
@@ -248,10 +234,8 @@ def in_folder(folder: Path) -> list[Path]:
 def named(source: str) -> ShownLora:
     """The LoRA of a `Concept.lora`: of the playground, a file, or a repository, which is downloaded.
 
-    Raises:
-        LoraError: If it cannot be used.
-        ValueError: If the playground has none of that name.
-        OSError: If it cannot be read.
+    Raises LoraError if it cannot be used, ValueError if the playground has none of that name, and OSError if it cannot
+    be read.
     """
     model, colon, name = source.partition(":")
     if colon and model in PLAYGROUNDS:
@@ -277,11 +261,9 @@ def located(
 ) -> dict[str, ShownLora | None]:
     """The LoRAs of a record, by concept: those with the recorded content, wherever they are; None for others.
 
-    Images are not trusted: a path in one is followed only if the page is local, and its file is used only if the
-    content is the recorded one. A repository counts as missing until the user asks for its download.
-
-    Args:
-        local: Whether the page is open to this machine only, so that paths may be followed.
+    Images are not trusted: a path in one is followed only if the page is local (open to this machine only), and its
+    file is used only if the content is the recorded one. A repository counts as missing until the user asks for its
+    download.
     """
     known = {lora.sha256: lora for lora in uploads}
     return {

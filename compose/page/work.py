@@ -212,12 +212,7 @@ class DraftJob(Job):
 
 
 def look(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Image.Image:
-    """A preview of latents, decoded by the model's own VAE; large latents are shrunk first.
-
-    Args:
-        latents: As callbacks of the pipeline have them.
-        size: Width and height of the image.
-    """
+    """A preview of latents, as callbacks have them, for an image of this size; the VAE gets large ones shrunk."""
     cells = pipe.cells_of(latents[:1], size)
     longer = max(cells.shape[-2:])
     if longer > _PREVIEW_CELLS:

@@ -24,14 +24,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def assets_dir() -> Path:
-    """Finds the folder with the assets.
-
-    Returns:
-        `assets/` next to `compose/` in a clone, `compose/assets/` in an installed wheel.
-
-    Raises:
-        FileNotFoundError: If neither holds the playground.
-    """
+    """`assets/` beside `compose/` in a clone, `compose/assets/` in a wheel. FileNotFoundError without a playground."""
     candidates = (_PACKAGE.parent / "assets", _PACKAGE / "assets")
     for candidate in candidates:
         if (candidate / "playground").is_dir():
@@ -41,26 +34,12 @@ def assets_dir() -> Path:
 
 
 def playground_model(name: str = PLAYGROUND) -> Path:
-    """Finds a playground's model, a folder for `from_pretrained`.
-
-    Args:
-        name: One of `PLAYGROUNDS`.
-
-    Raises:
-        FileNotFoundError: If the assets are missing.
-    """
+    """The model of one of `PLAYGROUNDS`, a folder for `from_pretrained`. FileNotFoundError without assets."""
     return assets_dir() / name / "model"
 
 
 def playground_judge(name: str = PLAYGROUND) -> Path:
-    """Finds a playground's judge, a small CLIP that knows its concepts, a folder for `from_pretrained`.
-
-    Args:
-        name: One of `PLAYGROUNDS`.
-
-    Raises:
-        FileNotFoundError: If the assets or the judge are missing.
-    """
+    """A playground's small CLIP that knows its concepts, for `from_pretrained`. FileNotFoundError without it."""
     folder = assets_dir() / name / "judge"
     if not folder.is_dir():
         raise FileNotFoundError(f"the judge of {name} is missing: {folder} is not there; install lora-compose again")
@@ -68,16 +47,9 @@ def playground_judge(name: str = PLAYGROUND) -> Path:
 
 
 def playground_lora(name: str, model: str = PLAYGROUND) -> Path:
-    """Finds a LoRA of a playground.
+    """A LoRA of a playground: of "cat" the ordinary one, of "cat-tara" the TARA LoRA, which the transformer lacks.
 
-    Args:
-        name: A concept such as "cat" for its ordinary LoRA, or "cat-tara" for its TARA LoRA, of which the transformer
-            has none.
-        model: One of `PLAYGROUNDS`.
-
-    Raises:
-        FileNotFoundError: If the assets are missing.
-        ValueError: If there is no LoRA of that name.
+    Raises FileNotFoundError if the assets are missing, and ValueError if there is no LoRA of that name.
     """
     return _pick(_lora_files(model), name, "LoRA")
 
@@ -89,24 +61,14 @@ def lora_source(source: str) -> str:
 
 
 def playground_loras(model: str = PLAYGROUND) -> list[str]:
-    """Names of a playground's LoRAs.
-
-    Raises:
-        FileNotFoundError: If the assets are missing.
-    """
+    """Names of a playground's LoRAs. Raises FileNotFoundError if the assets are missing."""
     return sorted(_lora_files(model))
 
 
 def playground_references(concept: str, model: str = PLAYGROUND) -> list[Path]:
-    """Lists the reference images of a playground's concept, in the order of their numbers.
+    """The reference images of a playground's concept, in the order of their numbers.
 
-    Args:
-        concept: A concept such as "cat".
-        model: One of `PLAYGROUNDS`.
-
-    Raises:
-        FileNotFoundError: If the assets are missing.
-        ValueError: If there is no concept of that name.
+    Raises FileNotFoundError if the assets are missing, and ValueError if there is no concept of that name.
     """
     folders = {path.name: path for path in (assets_dir() / model / "references").iterdir() if path.is_dir()}
     return sorted(_pick(folders, concept, "concept").glob("*.png"), key=lambda path: int(path.stem))

@@ -8,12 +8,7 @@ from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX
 
 
 class Words(NamedTuple):
-    """Words of a small world.
-
-    Attributes:
-        classes: What its model can draw without LoRAs.
-        places: Backgrounds.
-    """
+    """Words of a small world: classes that its model can draw without LoRAs, and backgrounds (`places`)."""
 
     classes: tuple[str, ...]
     places: tuple[str, ...]

@@ -34,12 +34,9 @@ def make_app(
     steps: int,
     guidance_scale: float,
 ) -> FastAPI:
-    """The application of a server.
+    """The application of a server; the engine starts and stops with it. Access of None is this machine.
 
-    Args:
-        engine: Makes the images; it is started and stopped with the application.
-        size: Of images of requests that name none; `steps` and `guidance_scale` are for those requests, too.
-        access: Who may use it; None is this machine.
+    `size`, `steps` and `guidance_scale` are for requests that name none.
     """
     limits = limits or Limits()
 

@@ -21,17 +21,11 @@ def listed(request: ImageRequest) -> Sequence[RequestedConcept]:
 
 
 def chosen(pipe: Any, request: ImageRequest) -> tuple[ImageRequest, str | None]:
-    """A request with its concepts and method, and why it is this one; None without concepts.
+    """A resolved request with its concepts and method, and why it is this one; None without concepts.
 
     It depends on the request alone, not on those of its batch, and on the headers of files alone: a plan of the call
-    would read their weights, and this must not wait for the model.
-
-    Args:
-        pipe: The pipeline, which knows the LoRAs.
-        request: As `ImageRequest.resolved` gave it.
-
-    Raises:
-        ValueError: If it names a LoRA that is not there, or the prompt names none or too many for "auto".
+    would read their weights, and this must not wait for the model. Raises ValueError if it names a LoRA that is not
+    there, or the prompt names none or too many for "auto".
     """
     if request.concepts == AUTO:
         named = choose_concepts(request.prompt, pipe.concepts)

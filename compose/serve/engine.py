@@ -146,15 +146,11 @@ class Engine:
             return Facts(self._thread.is_alive(), waiting, running, self._images, self._calls, self._pace)
 
     def submit(self, request: ImageRequest) -> "Future[Served]":
-        """Puts a request into the queue.
+        """Puts a request into the queue, and returns a future with its image.
 
-        Returns:
-            A future with its image. It can be cancelled until it has one: the request then leaves the queue, and a
-            call that makes no other image ends after its step.
-
-        Raises:
-            ValueError: If it names a LoRA that is not there, or a size that the model does not make.
-            Busy: If the queue is full, or so long that the request would not be answered in time, or at the end.
+        It can be cancelled until it has one: the request then leaves the queue, and a call that makes no other image
+        ends after its step. Raises ValueError for a LoRA that is not there, or a size that the model does not make, and
+        Busy if the queue is full, or so long that the request would not be answered in time, or at the end.
         """
         width, height = self._pipe.own_size
         self._pipe.check_sides(request.width or width, request.height or height)
@@ -257,11 +253,7 @@ class Engine:
         return self._run and record_of(self._pipe, self._run, waiting.request, waiting.reason, together)
 
     def make(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
-        """The images of requests of one shape, in one call of the pipeline.
-
-        Raises:
-            ValueError: For anything that does not fit together.
-        """
+        """The images of requests of one shape, in one call. ValueError for anything that does not fit together."""
         self._calls += 1
         return call_pipe(self._pipe, requests, self.after_step)
 

@@ -22,7 +22,6 @@ from lora_compose.compose.serve.requests import Limits
 from lora_compose.compose.support.network import url_of
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import echo, err
-from lora_compose.pipelines.families.references import ReferencesPipeline
 from lora_compose.pipelines.scene.scene import Run, Scene
 
 _HEADERS = 16 * 1024  # bytes
@@ -73,23 +72,13 @@ def serve(
 ) -> None:
     """Serves images until a signal ends it.
 
-    Args:
-        run: The model; precision, steps and guidance that it does not name are chosen (`defaults.complete`).
-        savers: Options that save memory.
-        variant: As for `open_model`.
-        loras: A folder of LoRA files; requests name them by the file without its suffix.
-        lora_memory: Bytes of LoRA files kept in memory.
-        queue: Settings of the `Engine`.
-
-    Raises:
-        ValueError: If the model or the folder cannot be opened, or the model needs reference images.
+    What the run does not name is chosen (`defaults.complete`). Requests name LoRAs of the folder by file, without
+    suffix, which take at most `lora_memory` bytes; `queue` are settings of the `Engine`. Raises ValueError if the model
+    or the folder cannot be opened, or the model needs reference images.
     """
-    family = facts_of(run.model).family
-    if issubclass(family, ReferencesPipeline) and family.needs_references:
-        raise ValueError(
-            f"{family.family} needs a reference image, and a request to the server carries none: make its images with "
-            "lora-compose run --reference"
-        )
+    facts_of(run.model).family.check_has_references(
+        False, ", and a request to the server carries none: make its images with lora-compose run --reference"
+    )
     run, told = complete(run)
     if run.steps > limits.steps:
         told += f"; a request that names no steps gets {limits.steps}, the most that it may have (--steps)"

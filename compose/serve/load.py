@@ -70,11 +70,7 @@ def make_loras(folder: Path, number: int) -> None:
 
 
 def load_test(url: str, requests: int, clients: int, fields: Mapping[str, Any], *, warm_up: bool = False) -> Load:
-    """Sends requests that name any two LoRAs of a server.
-
-    Args:
-        warm_up: Whether each LoRA is named once before, which is not measured.
-    """
+    """Sends requests for any two LoRAs of a server; `warm_up` first names each LoRA once, which is not measured."""
     loras = {name: words for name, words in _get(f"{url}/loras").items() if words["trigger"] and words["class_word"]}
     choice, names = random.Random(0), sorted(loras)
     pairs = [_pair(choice, names, loras) for _ in range(requests)]

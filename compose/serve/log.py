@@ -15,9 +15,7 @@ _MOST_OF_ONE = 8000  # letters of a record; of a longer traceback the end is kep
 class BoundedLog(logging.Handler):
     """Prints records to stderr, and leaves out those that come too fast.
 
-    Args:
-        burst: Letters that may be printed at once.
-        rate: Letters per second in the long run; 100 are 8.6 MB a day.
+    `burst` letters may be printed at once, and `rate` a second in the long run; 100 are 8.6 MB a day.
     """
 
     def __init__(self, burst: int = 64 * 1024, rate: float = 100.0) -> None:

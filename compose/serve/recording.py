@@ -1,11 +1,11 @@
 """The record of a served image: as images of the command line have it, but without paths of the server."""
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lora_compose.compose.files.images import Record
 from lora_compose.compose.files.paths import is_hub_name, moved_weights
+from lora_compose.compose.generate.facts import file_hash
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.serve.choosing import listed
@@ -14,7 +14,6 @@ from lora_compose.compose.support.frozen import shared
 from lora_compose.pipelines.methods import ASKED_FOR
 from lora_compose.pipelines.scene.scene import Run, Scene
 from lora_compose.pipelines.scene.sources import files_of
-from lora_compose.pipelines.support.regular import sha256_of
 
 _NOT_IN_REQUESTS = frozenset(
     ("image", "mask_image", "strength", "padding_mask_crop", "paste_original", "references", "controls", "ip_adapters")
@@ -23,14 +22,9 @@ _NOT_IN_REQUESTS = frozenset(
 
 
 def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, together: int) -> Record:
-    """How an image was made. LoRAs are named by file, and found again by content (`replay --loras FOLDER`).
+    """How an image of a batch of so many was made, by the model as it was opened, and why by this method.
 
-    Args:
-        pipe: The pipeline.
-        run: The model as it was opened.
-        request: With concepts and method.
-        reason: Why it was this method.
-        together: Number of images in its batch.
+    LoRAs are named by file, and found again by content (`replay --loras FOLDER`).
     """
     concepts, hashes = [], {}
     for asked in listed(request):
@@ -39,8 +33,7 @@ def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, to
             continue
         path = Path(files_of(pipe.concepts[asked.name].lora)[0]).expanduser()
         concepts.append(asked.concept.model_copy(update={"lora": path.name}))
-        status = path.stat()
-        hashes[asked.name] = _hash(str(path), status.st_size, status.st_mtime_ns)
+        hashes[asked.name] = file_hash(str(path))
     scene = Scene(**shared(Scene.model_fields.keys() - _NOT_IN_REQUESTS, request, concepts=tuple(concepts)))
     public = run.model in PLAYGROUNDS or (is_hub_name(run.model) and not Path(run.model).exists())
     used = shared(
@@ -53,9 +46,3 @@ def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, to
         run=run.model_copy(update=used), versions=versions(), sha256=hashes, machine=machine(pipe._execution_device),
         together=together, method_reason=None if reason == ASKED_FOR else reason,
     )  # fmt: skip
-
-
-@lru_cache(maxsize=4096)
-def _hash(path: str, size: int, changed: int) -> str:
-    """The SHA-256 of a file, read again when its size or time has changed."""
-    return sha256_of(Path(path))

@@ -71,10 +71,7 @@ class Base(Protocol):
         ...
 
     def reference(self, images: Sequence[Tensor]) -> Tensor:
-        """Tokens of an example's reference images, from pixels between -1 and 1; on the CPU.
-
-        Shape: [1, 3, height, width] each -> [1, tokens, channels].
-        """
+        """Tokens [1, tokens, channels] of images [1, 3, height, width] between -1 and 1, on the CPU."""
         ...
 
     def generate(
@@ -223,6 +220,7 @@ class _Transformer(Base):
             )
 
     def noising(self, high_noise: float = 0.0) -> Noising:
+        assert not high_noise, "`check` has refused it"
         return self._flow
 
     def targets(self, settings: Training) -> list[str]:

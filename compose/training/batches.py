@@ -94,21 +94,10 @@ def _rows_of(stream: Stream, rows: range) -> tuple[Sequence[int], Sequence[Tenso
 
 
 def batches_of(
-    concept: Examples,
-    prior: Examples | None,
-    rows: WordFeatures | None,
-    *,
-    seed: int,
-    sizes: tuple[int, int],
-    noising: Noising,
-    accumulate: int = 1,
-    processes: int = 1,
-    process: int = 0,
-) -> Batches:
+    concept: Examples, prior: Examples | None, rows: WordFeatures | None, *, seed: int, sizes: tuple[int, int],
+    noising: Noising, **share: int,
+) -> Batches:  # fmt: skip
     """The batches of a training; arguments as in `Batches` and `Stream`."""
-    streams = [
-        None if examples is None else Stream(examples, seed, kind, noising)
-        for examples, kind in ((concept, _CONCEPT), (prior, _CLASS))
-    ]
-    assert streams[0] is not None
-    return Batches(streams[0], streams[1], rows, sizes, accumulate, processes, process)
+    of_concept = Stream(concept, seed, _CONCEPT, noising)
+    of_class = None if prior is None else Stream(prior, seed, _CLASS, noising)
+    return Batches(of_concept, of_class, rows, sizes, **share)

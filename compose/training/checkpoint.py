@@ -30,12 +30,9 @@ class FullError(OSError):
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, data: str, processes: int) -> None:
-    """Writes a checkpoint of a state with "step"; an earlier one stays until the new one is complete.
+    """Writes a checkpoint of a state with "step"; an earlier one stays until it is complete. FullError if it cannot.
 
     `data` is the digest of the images. With another number of processes a step would have other rows.
-
-    Raises:
-        FullError: If it cannot be written.
     """
     buffer = io.BytesIO()
     compared = json.dumps(_compared(settings, processes))
@@ -53,11 +50,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, da
 
 
 def load_checkpoint(path: Path, settings: Training, data: str, processes: int) -> dict[str, Any]:
-    """Reads a checkpoint of the same training.
-
-    Raises:
-        CheckpointError: If it is damaged, or settings, images or the number of processes have changed.
-    """
+    """Reads a checkpoint. Raises CheckpointError if it is damaged, or of other settings, images or processes."""
     anew = "start over with --fresh"
     try:
         state = torch.load(io.BytesIO(_intact(path.read_bytes())), map_location="cpu", weights_only=True)
@@ -81,9 +74,7 @@ def load_checkpoint(path: Path, settings: Training, data: str, processes: int) -
 def _intact(content: bytes) -> bytes:
     """A checkpoint's bytes as they were written: torch.save stores a checksum of every tensor, torch.load checks none.
 
-    Raises:
-        BadZipFile: If it is cut off, or no checkpoint at all.
-        ValueError: If bytes have changed.
+    Raises BadZipFile if it is cut off, or no checkpoint at all, and ValueError if bytes have changed.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if (changed := archive.testzip()) is not None:

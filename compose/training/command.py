@@ -25,10 +25,8 @@ def train(
     """Trains a LoRA and prints its path. Ctrl-C stops; the same call resumes.
 
     `tara` and `fields` are those of `TaraTraining` and `Training`; None chooses the preset by the model, and trains
-    without TARA. `fresh` deletes a checkpoint first, `overwrite` replaces an existing LoRA.
-
-    Raises:
-        ValueError: For unusable settings.
+    without TARA. `fresh` deletes a checkpoint first, `overwrite` replaces an existing LoRA. Raises ValueError for
+    unusable settings.
     """
     settings = _settings(preset, tara, fields)
     prints = os.environ.get("RANK", "0") == "0"

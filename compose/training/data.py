@@ -50,12 +50,9 @@ class TrainingImage:
 
 
 def read_images(folder: Path, prompts: Sequence[str]) -> tuple[TrainingImage, ...]:
-    """Reads and checks all images of a folder; `prompts` are captions, in turn, for those without one.
+    """Reads and checks the images of a folder. DataError if there are none, or images or captions are unreadable.
 
-    Captions are in `captions.tsv` and in .txt files beside images.
-
-    Raises:
-        DataError: If there is no such folder, it holds no image, one of them is broken, or captions are unreadable.
+    Captions are in `captions.tsv` and in .txt files beside images; `prompts` are those of the others, in turn.
     """
     paths = _images_in(folder)
     from_table = _table(folder / CAPTIONS)
@@ -113,11 +110,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def load_image(path: Path) -> Image.Image:
-    """Opens an image, upright, as RGB on white.
-
-    Raises:
-        DataError: If it is broken or too large.
-    """
+    """Opens an image, upright, as RGB on white. Raises DataError if it is broken or too large."""
     try:
         with open_regular(path) as file:
             return on_white(upright_image(file))

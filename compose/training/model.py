@@ -26,11 +26,7 @@ _UNETS: Mapping[str, Any] = {"sd": StableDiffusionPipeline, "sdxl": StableDiffus
 
 
 def preset_of(model: str) -> str:
-    """The preset for a model, by its configuration, not by its weights.
-
-    Raises:
-        ModelError: If there is no such model, or none that can be trained.
-    """
+    """The preset for a model, by its configuration. Raises ModelError if there is none that can be trained."""
     return model if model in PRESETS else _kind(model)[0]
 
 
@@ -57,12 +53,9 @@ def _kind(model: str) -> tuple[str, Any]:
 
 
 def open_base(model: str) -> Any:
-    """Opens a base model in float32, from safetensors only, with all of it frozen.
+    """Opens a base model in float32, from safetensors, all frozen. ModelError if it is of another kind.
 
     It is diffusers' `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, or a `FlowMatchingPipeline`.
-
-    Raises:
-        ModelError: If there is no such model, or it is of another kind.
     """
     name, kind = _kind(model)
     source, options = model_source(model), {"dtype": torch.float32}
@@ -96,10 +89,7 @@ def cast(network: Any, dtype: torch.dtype) -> None:
 
 
 def add_lora(network: Any, targets: list[str], settings: Training) -> LoraConfig:
-    """Gives a network a LoRA that changes nothing yet, in float32 whatever the network's precision is.
-
-    Its start weights depend on the seed alone; the global random state is unchanged.
-    """
+    """Gives a network a LoRA in float32 that changes nothing yet; start weights depend on the seed alone."""
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank if settings.alpha is None else settings.alpha,  # pyright: ignore[reportArgumentType]

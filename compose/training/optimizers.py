@@ -13,10 +13,8 @@ def optimizers_of(parameters: Sequence[nn.Parameter], settings: Training) -> lis
     """The optimizers of a training: AdamW for everything, or Muon for matrices and AdamW for convolutions.
 
     Muon (Jordan et al. 2024) makes every update a semi-orthogonal matrix. Scaled to the size that AdamW's updates have
-    (Liu et al., arXiv 2502.16982), so that both go with one learning rate.
-
-    Raises:
-        ValueError: If this PyTorch has no Muon.
+    (Liu et al., arXiv 2502.16982), so that both go with one learning rate. Raises ValueError if this PyTorch has no
+    Muon.
     """
     lr, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":

@@ -21,10 +21,7 @@ _PATHS = {"images", "references", "out", "class_images"}  # paths contain the us
 
 
 def lora_bytes(base: Base, config: LoraConfig, settings: Training) -> bytes:
-    """The LoRA of a base model's network as a safetensors file.
-
-    diffusers writes it, with PEFT's configuration; the strings of `metadata_of` are added.
-    """
+    """The LoRA of a base model's network as diffusers' safetensors file with PEFT's configuration and our metadata."""
     weights = get_peft_model_state_dict(base.network, adapter_name=ADAPTER)
     dtype = getattr(torch, settings.save_dtype)
     layers = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}

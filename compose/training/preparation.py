@@ -57,11 +57,7 @@ class Adapter:
 
 
 def read_texts(base: Base, settings: Training) -> Texts:
-    """Reads images and captions and finds the concept's words in them.
-
-    Raises:
-        DataError: If anything cannot be used.
-    """
+    """Reads images and captions and finds the concept's words. Raises DataError if anything cannot be used."""
     images = read_images(settings.images, [settings.filled(settings.prompt)])
     images = with_references(images, settings.references)
     if len(images) == 1:

@@ -49,12 +49,7 @@ def save_samples(
     base.network.train()
 
 
-def generate_class_images(
-    base: Base,
-    accelerator: Accelerator,
-    settings: Training,
-    side: int,
-) -> None:
+def generate_class_images(base: Base, accelerator: Accelerator, settings: Training, side: int) -> None:
     """Generates class images with captions by the base model, up to the number in the settings."""
     folder = settings.class_folder
     folder.mkdir(parents=True, exist_ok=True)

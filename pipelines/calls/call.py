@@ -215,15 +215,9 @@ _CUT_WITH_GUIDANCE = {"prompt_embeds", "add_text_embeds", "add_time_ids", *OF_IN
 
 
 def check_changed(offered: Mapping[str, Any], returned: Mapping[str, Any], *, cut: bool) -> None:
-    """Checks what a callback has changed.
+    """Checks what a callback has changed, by the tensors that it could have, and whether it has ended guidance.
 
-    Args:
-        offered: The tensors that it could have, by name.
-        returned: The tensors that it has returned.
-        cut: Whether it has switched guidance off.
-
-    Raises:
-        ValueError: For others than the latents, but for tensors that have lost their unconditional rows.
+    Raises ValueError for others than the latents, but for tensors that have lost their unconditional rows.
     """
     changed = {name for name, value in returned.items() if value is not offered.get(name)} - {"latents"}
     if changed and not (changed <= _CUT_WITH_GUIDANCE and cut):
@@ -295,14 +289,7 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
 
 
 def check_latents(latents: Tensor | None, *expected: tuple[int, ...]) -> None:
-    """Checks the latents that a call is to start from.
-
-    Args:
-        expected: The shapes that they may have.
-
-    Raises:
-        ValueError: For other shapes, and values that are not finite.
-    """
+    """Raises ValueError for start latents of other shapes than expected, and values that are not finite."""
     if latents is None:
         return
     if tuple(latents.shape) not in expected:
@@ -313,11 +300,7 @@ def check_latents(latents: Tensor | None, *expected: tuple[int, ...]) -> None:
 
 
 def steps_to_record(record_attention: bool | Sequence[int], steps: int) -> frozenset[int]:
-    """The steps whose attention maps are recorded: True means all; negative numbers count from the end.
-
-    Raises:
-        ValueError: For step numbers out of range.
-    """
+    """The steps whose maps are recorded: True is all, negatives count from the end. ValueError for others."""
     if isinstance(record_attention, bool):
         return frozenset(range(steps)) if record_attention else frozenset()
     wrong = [step for step in record_attention if not -steps <= step < steps]

@@ -13,7 +13,7 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.control.prepared import PreparedControlNet
 from lora_compose.pipelines.denoising.attention_log import AttentionLog
 from lora_compose.pipelines.denoising.denoiser import check_pass
-from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
+from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapLoss, MapRequest, Pass, Prediction
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.images.output import Cost
@@ -94,30 +94,20 @@ class CountingRunner:
         self.cost.rows_stopped += self._rows(latents, step, prepared.spec.text.conditional())
         return self._maps(request)
 
-    def gradient(
-        self,
-        latents: Tensor,
-        step: Step,
-        prepared: PreparedPass,
-        request: MapRequest,
-        loss: Loss,
-        *,
-        whole: bool = False,
-        readout: Readout | None = None,
-    ) -> Gradient:
+    def gradient(self, latents: Tensor, step: Step, prepared: PreparedPass, wanted: MapLoss) -> Gradient:
         """Counts a pass with a gradient; the losses are 1, so that updates go on for as long as they may."""
-        text = prepared.spec.text if whole and step.guided else prepared.spec.text.conditional()
+        text = prepared.spec.text if wanted.whole and step.guided else prepared.spec.text.conditional()
         rows = self._rows(latents, step, text)
-        if whole:
+        if wanted.whole:
             self.cost.rows_forward += rows
         else:
             self.cost.rows_stopped += rows
         if prepared.spec.branch_batch_size is not None:  # then each micro-batch runs again, with a graph
             self.cost.rows_stopped += self._rows(latents, step, text)
         self.cost.rows_backward += text.rows
-        maps = self._maps(request)
-        prediction = Prediction(self._nothing(latents, text), text.roles, maps) if whole else None
-        read = None if readout is None else readout(maps)
+        maps = self._maps(wanted.request)
+        prediction = Prediction(self._nothing(latents, text), text.roles, maps) if wanted.whole else None
+        read = None if wanted.readout is None else wanted.readout(maps)
         return Gradient(torch.ones(len(latents)), torch.zeros(latents.shape), maps, prediction, read)
 
     def _rows(self, latents: Tensor, step: Step, text: Conditioning) -> float:

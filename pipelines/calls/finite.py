@@ -18,11 +18,7 @@ class NotFiniteError(ValueError):
 
 
 def check_finite(latents: Tensor, causes: Iterable[str]) -> None:
-    """Checks the final latents of a call. This waits for the device.
-
-    Raises:
-        NotFiniteError: If they have NaN or infinite values.
-    """
+    """Waits for the final latents of a call. Raises NotFiniteError if they have NaN or infinite values."""
     if not torch.isfinite(latents).all():
         raise NotFiniteError(
             f"the final latents are NaN or infinite, so there is no image. Likely causes: {'; '.join(causes)}"

@@ -250,10 +250,8 @@ def arguments_with(**defaults: Any) -> Signature:
 def request_of(pipe: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
     """The request that a call of a pipeline with these arguments would run.
 
-    Nothing is called, but in a class that overrides `__call__`: there the code before its call of ours runs.
-
-    Raises:
-        ValueError: For arguments that do not fit together, and calls without concepts.
+    Nothing is called, but in a class that overrides `__call__`: there the code before its call of ours runs. Raises
+    ValueError for arguments that do not fit together, and calls without concepts.
     """
     of_family = _requests.get(type(pipe).__call__)
     request = _asked(pipe, args, kwargs) if of_family is None else of_family(pipe, *args, **kwargs)

@@ -61,12 +61,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class PromptsOfSet:
-    """The prompts that have one concept set.
-
-    Attributes:
-        indices: Indices of the prompts in the call.
-        token_masks: Positions of the words of the set's concepts in the prompts.
-    """
+    """The prompts, by index in the call, that have one concept set, and the positions of its words in them."""
 
     concepts: ConceptSet
     indices: tuple[int, ...]
@@ -172,11 +167,7 @@ class Sessions:
 
 
 def resolve_call(host: Host, call: Call) -> ResolvedCall:
-    """Checks and resolves a call; changes nothing of the host.
-
-    Raises:
-        ValueError: For anything that does not fit together.
-    """
+    """Checks and resolves a call; changes nothing. Raises ValueError for anything that does not fit together."""
     backbone, device = host.backbone_of(call), host.runs_on  # asked once: diffusers looks through all models for it
     images = len(call.prompts) * call.size.images_per_prompt
     check_size(backbone, host.vae_scale_factor, device, call.size.width, call.size.height, images)
@@ -421,10 +412,8 @@ def resolve_choice(
 def resolve_sets(host: Host, asked: Concepts, prompts: int) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
     """All concepts of a call with so many prompts, and by prompt the indices of its own.
 
-    A concept that is equal in several prompts counts once; with another weight or region it counts separately.
-
-    Raises:
-        ValueError: For mixtures of concepts and lists of them, and another number of lists than prompts.
+    A concept that is equal in several prompts counts once; with another weight or region it counts separately. Raises
+    ValueError for mixtures of concepts and lists of them, and another number of lists than prompts.
     """
     given: Any = asked
     entries: Any = [given] if isinstance(asked, str | Concept) else given

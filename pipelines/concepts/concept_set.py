@@ -70,11 +70,7 @@ class LoadedConcept:
 
 
 def check_blocks(loaded: LoadedConcept, model: nn.Module) -> None:
-    """Checks a concept's factors on blocks, and warns of blocks that its LoRA does not change.
-
-    Raises:
-        ValueError: If the model has no such block.
-    """
+    """Checks factors on blocks, and warns of unchanged ones. Raises ValueError if the model has no such block."""
     name, factors = loaded.concept.name, loaded.factors
     for block in loaded.concept.blocks or {}:
         if block == TEXT:

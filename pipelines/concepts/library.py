@@ -44,12 +44,7 @@ class LoadsConcepts(Protocol):
 
 @dataclass(frozen=True)
 class Added:
-    """A concept that was added; its file may not have been read yet.
-
-    Attributes:
-        given: The concept as it was added.
-        concept: The concept with trigger and class word from the file's header.
-    """
+    """A concept as it was added, and with the words in its file's header; the file may not have been read yet."""
 
     given: Concept
     concept: Concept
@@ -78,11 +73,7 @@ class ConceptLibrary:
         max_rank: int = MAX_RANK,
         allow_pickle: bool = False,
     ) -> Concept:
-        """Reads a concept's file, or merges its files, and keeps the result.
-
-        Raises:
-            LoraError: If the file is unusable or does not fit the model.
-        """
+        """Reads a concept's file, or merges several, and keeps it. LoraError if it is unusable or does not fit."""
         usual = max_rank == MAX_RANK and not allow_pickle
         key = file_key(paths, (_options(concept), max_rank, allow_pickle))
         read = self._loaded_from(key) or (self.recent.find(paths, _options(concept)) if usual else None)

@@ -142,11 +142,8 @@ def match(
 def assign(file: LoraFile, grouped: Layers, pipe: object) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
     """Finds the layer of a pipeline's models that each layer of a file means.
 
-    Returns:
-        By part, the file's layers by the name of the model's layer; and the keys that match none.
-
-    Raises:
-        LoraError: If nothing matches, or two layers of the file mean one of the model.
+    By part, the file's layers by the name of the model's layer; and the keys that match none. Raises LoraError if
+    nothing matches, or two layers of the file mean one of the model.
     """
     unmatched, assigned, models, model = list(grouped.unknown), {}, models_by_part(pipe), model_part(pipe)
     # Keys without a prefix, and kohya's, are the model's.

@@ -56,12 +56,9 @@ class Recent:
         return sum(read.bytes for read in self._kept.values())
 
     def get(self, paths: Sequence[Path], options: Hashable, read: Callable[[], Read]) -> Read:
-        """The content of files, read only if it is not in memory or has changed on disk.
+        """The content of a file, or of those that are merged, read only if it is new or has changed on disk.
 
-        Args:
-            paths: The file, or those that are merged.
-            options: Options of reading; the content is cached for each combination.
-            read: Reads it. If that fails, the cache is unchanged.
+        It is cached for each combination of options. If reading fails, the cache is unchanged.
         """
         content = self.find(paths, options)
         if content is None:
@@ -80,12 +77,7 @@ class Recent:
             return self._kept.get(key)
 
     def trim(self, limit: int, keep: int) -> None:
-        """Drops the least recently used files until the rest fits.
-
-        Args:
-            limit: Bytes.
-            keep: How many of the most recently used stay in any case.
-        """
+        """Drops the least recently used files, but for the last `keep`, until the rest fits into so many bytes."""
         dropped = []
         with self._lock:
             excess = self.bytes - limit

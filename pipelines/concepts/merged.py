@@ -22,11 +22,7 @@ DEFAULT = "cat"
 
 
 def merger_for(method: str | None, number: int) -> Merger:
-    """The merger of a concept with several files.
-
-    Raises:
-        ValueError: If there is no such merger, or it does not take so many files.
-    """
+    """The merger of a concept with several files. Raises ValueError if there is none, or not for so many files."""
     merger = make_merger(method or DEFAULT)
     check_number(merger, method or DEFAULT, number)
     return merger
@@ -39,16 +35,10 @@ def merge_matched(
     weights: Sequence[float],
     merger: Merger,
 ) -> Factors:
-    """Merges files that were matched with the layers of a pipeline.
+    """Merges files that were matched with the layers of a pipeline, which is left as it was found.
 
-    Mergers that need a model's inputs make an image with each file alone, in this pipeline (`calibrate`).
-
-    Args:
-        pipe: The pipeline. It is left as it was found.
-
-    Raises:
-        LoraError: If nothing is left of the files.
-        ValueError: If a file does not contain its trigger, and the merger needs it.
+    Mergers that need a model's inputs make an image with each file alone, in this pipeline (`calibrate`). Raises
+    LoraError if nothing is left of the files, and ValueError if the merger needs a trigger that a file lacks.
     """
     loras, notes = [], []
     for file, factors in zip(files, matched, strict=True):

@@ -64,10 +64,8 @@ class Joint:
     def scales(self, limit: float, layers: Collection[str] | None = None) -> dict[str, float]:
         """By layer, the factor that takes the joint change down to a multiple of the largest alone, if it is more.
 
-        Layers with a change that depends on the model's weights have none: it is no multiple of its factors.
-
-        Args:
-            layers: The layers that are limited; None is all.
+        Layers with a change that depends on the model's weights have none: it is no multiple of its factors. Of the
+        `layers` that are limited, None is all.
         """
         return {
             name: limit * alone / joint
@@ -230,9 +228,7 @@ def warning(
 ) -> str:
     """Figures and a proposal for LoRAs that change more together than each was trained to, or than few steps may take.
 
-    Args:
-        otherwise: What else to do than to lower weights.
-        few_steps: Whether the call is one of a few-step model.
+    `otherwise` is what else to do than to lower weights, `few_steps` whether the model is one of few steps.
     """
     names = ", ".join(concept.concept.name for concept in loaded)
     aim, why = 1.0, ""

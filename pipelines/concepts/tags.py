@@ -22,13 +22,9 @@ def check_no_tags(texts: Iterable[str]) -> None:
 
 
 def take_tags(prompt: str, known: Collection[str]) -> tuple[str, dict[str, float]]:
-    """A prompt without its tags of LoRAs, and their weights by name, as `read_tags`.
+    """A prompt such as "a cat <lora:cat:0.8>" without its tags, and their weights by name, as `read_tags`.
 
-    Args:
-        prompt: The text, such as "a cat <lora:cat:0.8>".
-
-    Raises:
-        ValueError: For what `read_tags` refuses, and for tags of unknown names.
+    Raises ValueError for tags of unknown names too.
     """
     plain, weights = read_tags(prompt)
     for name in weights:

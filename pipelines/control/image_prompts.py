@@ -85,16 +85,9 @@ def prepare_image_prompts(
     images: int,
     size: tuple[int, int],
 ) -> PreparedImagePrompts | None:
-    """The images of a call for IP-Adapters; None for a model without one.
+    """The images of a call for IP-Adapters, as diffusers takes them; None for a model without one.
 
-    Args:
-        image: `ip_adapter_image` of diffusers.
-        embeds: `ip_adapter_image_embeds` of diffusers.
-        masks: `ip_adapter_masks` of diffusers.
-        size: Width and height of the canvas in pixels.
-
-    Raises:
-        ValueError: If images and adapters do not go together.
+    `size` is width and height of the canvas in pixels. Raises ValueError if images and adapters do not go together.
     """
     there = pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
     has_image = image is not None or embeds is not None

@@ -23,13 +23,9 @@ RegionsByPrompt = Sequence[Mapping[str, BoxOrMask | None]]
 
 
 def prepare_control(control: Control, unet: nn.Module, canvas: Canvas, regions: RegionsByPrompt) -> PreparedControl:
-    """Checks that a control fits model and call; a T2I-Adapter reads its image.
+    """Checks that a control fits model and call, or raises ValueError first; a T2I-Adapter reads its image.
 
-    Args:
-        regions: By prompt, the regions of its concepts by name.
-
-    Raises:
-        ValueError: If it does not fit, before anything has been changed.
+    `regions` has, by prompt, the regions of its concepts by name.
     """
     model: Any = uncompiled(control.model)
     class_name = type(model).__name__

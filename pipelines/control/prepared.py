@@ -18,12 +18,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The part of the canvas and of the batch that a pass runs.
-
-    Attributes:
-        window: Rows and columns of the latents; None is the whole canvas.
-        image: Index of the image in the batch; None is all.
-    """
+    """The part that a pass runs: a window of the latents, and the index of an image; None is all of either."""
 
     window: Window | None = None
     image: int | None = None
@@ -81,11 +76,7 @@ class _Prepared:
 
 @dataclass(frozen=True, eq=False)
 class PreparedControlNet(_Prepared):
-    """A ControlNet, prepared for a call.
-
-    Attributes:
-        levels: The level of every residual, those of the skip connections first.
-    """
+    """A ControlNet, prepared for a call; `levels` are those of its residuals, the skip connections' first."""
 
     levels: Sequence[int]
 
@@ -177,10 +168,7 @@ def repeated(by_image: Tensor, rows: int) -> Tensor:
 def model_inputs(
     controls: Sequence[PreparedControl], latents: Tensor, t: Tensor, text: Conditioning, view: View
 ) -> Mapping[str, Any]:
-    """The sum of all controls as arguments of the UNet, by name.
-
-    Args: as for `PreparedControlNet.residuals`.
-    """
+    """The sum of all controls as arguments of the UNet, by name. Args: as for `PreparedControlNet.residuals`."""
     running = [
         control
         for control in controls

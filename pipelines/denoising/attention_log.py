@@ -22,13 +22,7 @@ class AttentionLog:
         self._draft: list[tuple[list[int], Tensor]] = []
 
     def of_set(self, columns: Sequence[int], concepts: int, images: Sequence[int]) -> "LogOfSet":
-        """The log of one concept set.
-
-        Args:
-            columns: Indices of its concepts among all.
-            concepts: How many there are in all.
-            images: Indices of its images in the batch.
-        """
+        """The log of one concept set: indices of its concepts among so many, and of its images in the batch."""
         return LogOfSet(self, columns, concepts, images)
 
     def request(self, step: int, text: Conditioning) -> MapRequest | None:
@@ -63,31 +57,25 @@ class AttentionLog:
         self.add(step, whole, seen)
 
     def add(self, step: int, maps: Tensor, seen: Tensor) -> None:
-        """Adds maps of a pass.
+        """Adds maps of a pass, 0 outside the part of the canvas that was run; `seen` is 1 inside.
 
-        Args:
-            maps: 0 outside the part of the canvas that was run. Shape: [images, concepts, height, width].
-            seen: 1 inside. Shape: [images, 1, height, width].
+        Shapes: [images, concepts, height, width] and [images, 1, height, width].
         """
         self._maps.setdefault(step, []).append((maps, seen))
 
     def keep_masks(self, step: int, masks: Tensor, images: Sequence[int] | None = None) -> None:
-        """Records a method's own masks, which replace those derived from the maps.
+        """Records a method's own masks of some or (None) all images, in place of those derived from the maps.
 
-        Args:
-            masks: On the map grid. Shape: [images, concepts, height, width], bool.
-            images: Indices of the images; None is all.
+        On the map grid. Shape: [images, concepts, height, width], bool.
         """
         if step in self.steps:
             chosen = range(self.canvas.images) if images is None else images
             self._masks.setdefault(step, []).append((list(chosen), masks))
 
     def keep_draft(self, maps: Tensor, images: Sequence[int] | None = None) -> None:
-        """Records the maps by which a method found the subjects before the first step.
+        """Records the maps of some or (None) all images by which a method found the subjects before the first step.
 
-        Args:
-            maps: On the map grid; 0 for concepts that were not looked for. Shape: [images, concepts, height, width].
-            images: Indices of the images; None is all.
+        On the map grid; 0 for concepts that were not looked for. Shape: [images, concepts, height, width].
         """
         if self.steps:
             chosen = range(self.canvas.images) if images is None else images
@@ -164,11 +152,7 @@ def _mean_where_seen(passes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def masks_of(maps: Tensor) -> Tensor:
     """The mask of each concept: cells where its map, divided by its maximum, is above 0.5 and above all others.
 
-    Args:
-        maps: Shape: [..., concepts, height, width].
-
-    Returns:
-        The same shape, bool; no cell belongs to two concepts.
+    No cell belongs to two concepts. Shape: [..., concepts, height, width], bool.
     """
     relative = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
     highest = relative.argmax(dim=-3, keepdim=True)

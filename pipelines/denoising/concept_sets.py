@@ -60,12 +60,7 @@ class ImagesOfSet:
 
 @dataclass(frozen=True)
 class Joined:
-    """Processes with fixed passes, run together.
-
-    Attributes:
-        processes: One for each concept set.
-        text: The text that callbacks see.
-    """
+    """Processes with fixed passes, one for each concept set, run together; callbacks see `text`."""
 
     denoiser: Runner
     sets: Sequence[ImagesOfSet]
@@ -150,12 +145,7 @@ def join_gates(gates: Sequence[Gates], texts: Sequence[Conditioning], images: Se
 
 @dataclass(frozen=True)
 class SetBySet:
-    """Processes of several concept sets, run one after the other.
-
-    Attributes:
-        processes: One for each concept set.
-        text: The text that callbacks see.
-    """
+    """Processes of several concept sets, run one after the other; callbacks see `text`."""
 
     sets: Sequence[ImagesOfSet]
     processes: Sequence[Process]

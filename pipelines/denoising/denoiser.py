@@ -21,7 +21,7 @@ from lora_compose.pipelines.control.image_prompts import PreparedImagePrompts
 from lora_compose.pipelines.control.prepared import PreparedControl, PreparedControlNet, View, model_inputs
 from lora_compose.pipelines.denoising.attention_log import AttentionLog
 from lora_compose.pipelines.denoising.inputs import check_marked, for_rows, of_images
-from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
+from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapLoss, MapRequest, Pass, Prediction
 from lora_compose.pipelines.denoising.prepared_pass import KeptText, MicroBatch, PreparedPass
 from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.images.output import Cost
@@ -37,8 +37,7 @@ class _Differentiated:
     step: Step
     batches: Sequence[MicroBatch]
     recorder: Recorder
-    loss: Loss
-    whole: bool
+    of: MapLoss
 
 
 class Denoiser:
@@ -167,69 +166,43 @@ class Denoiser:
         self._run(self.sampler.scaled(latents, step.t), step, prepared.spec, batches, [recorder], whole=False)
         return AttentionMaps.of(recorder)
 
-    def gradient(
-        self,
-        latents: Tensor,
-        step: Step,
-        prepared: PreparedPass,
-        request: MapRequest,
-        loss: Loss,
-        *,
-        whole: bool = False,
-        readout: Readout | None = None,
-    ) -> Gradient:
+    def gradient(self, latents: Tensor, step: Step, prepared: PreparedPass, wanted: MapLoss) -> Gradient:
         """The gradient of a loss on attention maps with respect to the latents.
 
         It is taken with respect to the scaled latents that the model gets, and returned in the scale of `latents`. So
         one step size fits all schedulers; with those that scale the input down (Euler), steps would be too small.
 
         One graph exists at a time, without gradients of weights: of all rows, or of one micro-batch, which then runs
-        twice. The host waits for the device once.
-
-        Args: as for `maps`, and
-            whole: Whether to run the whole model, also on unconditional rows, for a prediction. The request is for all
-                rows then.
-            readout: Further values of the maps for the host. They come with the losses, so that the host waits once.
-
-        Raises:
-            RuntimeError: Under `torch.inference_mode`, which has no gradients.
-            ValueError: If the gradient is not finite.
+        twice. The host waits for the device once. Raises RuntimeError under `torch.inference_mode`, which has no
+        gradients, and ValueError if the gradient is not finite.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
-        gradient = self.differentiate(latents, step, prepared, request, loss, whole=whole)
-        further = gradient.losses.new_empty(0) if readout is None else readout(gradient.maps)
+        gradient = self.differentiate(latents, step, prepared, wanted)
+        further = gradient.losses.new_empty(0) if wanted.readout is None else wanted.readout(gradient.maps)
         known = [gradient.losses, gradient.direction.isfinite().all()[None], further.flatten()]
         losses, finite, read = torch.cat(known).cpu().split([len(values) for values in known])
         if not finite:
             raise ValueError(f"the gradient at step {step.index} is not finite; try float32 or a smaller step size")
-        return replace(gradient, losses=losses, readout=None if readout is None else read.view(further.shape))
+        return replace(gradient, losses=losses, readout=None if wanted.readout is None else read.view(further.shape))
 
-    def differentiate(
-        self,
-        latents: Tensor,
-        step: Step,
-        prepared: PreparedPass,
-        request: MapRequest,
-        loss: Loss,
-        *,
-        whole: bool = False,
-    ) -> Gradient:
+    def differentiate(self, latents: Tensor, step: Step, prepared: PreparedPass, wanted: MapLoss) -> Gradient:
         """`gradient` without the check and without a host wait; losses stay on the denoiser's device."""
-        conditional = not (whole and step.guided)
+        conditional = not (wanted.whole and step.guided)
         batches = self.micro_batches(prepared, step, conditional=conditional)
         text, scaled = self._text(prepared, conditional), self.sampler.scaled(latents, step.t)
         per_latent = self.sampler.scaled(torch.ones(1, 1, 1, 1, device=scaled.device), step.t)
         # In half precision small gradients would become 0 on their way back.
         lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
-        wanted = _Differentiated(scaled, step, batches, self._recorder(request), lambda maps: loss(maps) * lift, whole)
+        lifted = replace(wanted, loss=lambda maps: wanted.loss(maps) * lift)
+        run_of = _Differentiated(scaled, step, batches, self._recorder(wanted.request), lifted)
         run = self._together if prepared.spec.branch_batch_size is None else self._in_turn
         with self._frozen(), self._advice():
-            losses, gradient, output, maps = run(prepared.spec, wanted)
+            losses, gradient, output, maps = run(prepared.spec, run_of)
         self.cost.rows_backward += text.rows
         gradient = gradient.float() / lift / per_latent
         maps = maps.detached()
-        prediction = Prediction(output.detach(), text.roles, maps) if whole else None
+        prediction = Prediction(output.detach(), text.roles, maps) if wanted.whole else None
         return Gradient(losses.detach() / lift, gradient, maps, prediction)
 
     def micro_batches(self, prepared: PreparedPass, step: Step, *, conditional: bool) -> Sequence[MicroBatch]:
@@ -271,9 +244,9 @@ class Denoiser:
         """Losses, gradient and output by one graph of all rows."""
         with torch.enable_grad():
             scaled = wanted.scaled.detach().requires_grad_()
-            output = self._run(scaled, wanted.step, spec, wanted.batches, [wanted.recorder], whole=wanted.whole)
+            output = self._run(scaled, wanted.step, spec, wanted.batches, [wanted.recorder], whole=wanted.of.whole)
             maps = AttentionMaps.of(wanted.recorder)
-            losses = wanted.loss(maps)
+            losses = wanted.of.loss(maps)
             (gradient,) = torch.autograd.grad(losses.sum(), scaled)
         return losses, gradient, output, maps
 
@@ -281,11 +254,11 @@ class Denoiser:
         """The gradient with one graph per micro-batch: first all maps without a graph, then each micro-batch again."""
         recorder = wanted.recorder
         with torch.no_grad():
-            output = self._run(wanted.scaled, wanted.step, spec, wanted.batches, [recorder], whole=wanted.whole)
+            output = self._run(wanted.scaled, wanted.step, spec, wanted.batches, [recorder], whole=wanted.of.whole)
         with torch.enable_grad():
             leaves = [taken.requires_grad_() for taken in (*recorder.maps.values(), *recorder.self_maps.values())]
             maps = AttentionMaps.of(recorder)
-            losses = wanted.loss(maps)
+            losses = wanted.of.loss(maps)
             pulls = torch.autograd.grad(losses.sum(), leaves)
         gradient = torch.zeros_like(wanted.scaled)
         for batch in wanted.batches:

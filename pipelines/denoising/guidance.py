@@ -80,11 +80,7 @@ class ClassifierFree:
 
 @dataclass(frozen=True)
 class ScaleByStep:
-    """Classifier-free guidance with a scale for every step.
-
-    Attributes:
-        scales: s, by step.
-    """
+    """Classifier-free guidance with a scale s for every step."""
 
     scales: tuple[float, ...]
 

@@ -29,11 +29,7 @@ class ByImage:
 
 @dataclass(frozen=True, eq=False)
 class OnGrid(ByImage):
-    """An argument on the grid of the latents, of which a pass of a part of the canvas sees that part.
-
-    Attributes:
-        values: Shape: [images or 1, channels, height, width].
-    """
+    """An input [images or 1, channels, height, width] on the latents' grid; a pass of a part sees that part."""
 
     def seen(self, view: View) -> Tensor:
         """The values that a pass sees."""

@@ -91,6 +91,22 @@ Loss = Callable[[AttentionMaps], Tensor]
 """A loss on the attention maps of one pass. Shape: [images]."""
 
 
+@dataclass(frozen=True)
+class MapLoss:
+    """A loss on attention maps whose gradient is wanted, and what else the pass is run for.
+
+    Attributes:
+        request: The maps, of conditional rows, or of all rows with `whole`.
+        whole: Whether to run the whole model, also on unconditional rows, for a prediction.
+        readout: Further values of the maps for the host. They come with the losses, so that the host waits once.
+    """
+
+    request: MapRequest
+    loss: Loss
+    whole: bool = False
+    readout: Readout | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """The prediction of one forward pass.

@@ -72,10 +72,7 @@ class PreparedPass:
     ) -> Sequence[MicroBatch]:
         """The micro-batches of the pass at the strengths of a step; computed again only if these change.
 
-        Args:
-            concepts: The concepts of the gates.
-            ranks: How many of their ranks act (`ConceptSet.step_ranks`).
-            conditional: Whether there are conditional rows only.
+        `ranks` is how many ranks of the gates' concepts act (`ConceptSet.step_ranks`).
         """
         strengths = concepts.step_weights(step.index, step.count), ranks
         if conditional not in self._made or self._made[conditional][0] != strengths:

@@ -200,12 +200,7 @@ class FixedPasses:
 
 @dataclass(frozen=True)
 class ImageByImage:
-    """Images that cannot go through the model together, one after the other.
-
-    Attributes:
-        processes: One for each image.
-        text: The text that callbacks see.
-    """
+    """Processes of images that cannot go through the model together, one after the other; callbacks see `text`."""
 
     processes: Sequence[Process]
     text: Conditioning

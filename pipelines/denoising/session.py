@@ -10,7 +10,7 @@ from lora_compose.attention import SitePart
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoising.attention_log import AttentionLog
 from lora_compose.pipelines.denoising.guidance import Guider
-from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
+from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapLoss, MapRequest, Pass, Prediction
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.scene.canvas import Canvas, Step
@@ -67,17 +67,7 @@ class Runner(Protocol):
         """Attention maps alone."""
         ...
 
-    def gradient(
-        self,
-        latents: Tensor,
-        step: Step,
-        prepared: PreparedPass,
-        request: MapRequest,
-        loss: Loss,
-        *,
-        whole: bool = False,
-        readout: Readout | None = None,
-    ) -> Gradient:
+    def gradient(self, latents: Tensor, step: Step, prepared: PreparedPass, wanted: MapLoss) -> Gradient:
         """The gradient of a loss on attention maps."""
         ...
 

@@ -32,11 +32,7 @@ class Together:
 
 
 def each_subject(concepts: ConceptSet, overlapping: Collection[tuple[int, ...]] = ()) -> list[Together]:
-    """Each subject with all styles.
-
-    Args:
-        overlapping: Subjects that act on the same positions as well.
-    """
+    """Each subject with all styles, and with the subjects that act on the same positions (`overlapping`)."""
     if len(concepts.subjects) < 2:
         return [Together(range(len(concepts.loaded)))]
     alone = [(i,) for i in concepts.subjects if not any(i in group for group in overlapping)]
@@ -63,11 +59,7 @@ def of_one_text(concepts: ConceptSet, canvas: Canvas) -> Together:
 
 
 def overlapping(regions: Mapping[int, BoxOrMask | None], canvas: Canvas) -> list[tuple[int, ...]]:
-    """The subjects that act on one cell of the canvas, for each set of them that is in no other.
-
-    Args:
-        regions: The regions of subjects by index; None is the whole canvas.
-    """
+    """The subjects on one cell of the canvas, for each set that is in no other; a region of None is all of it."""
     if not regions:
         return []
     masks = [region_mask(region, canvas.image_size, canvas.latent_grid) > 0.5 for region in regions.values()]

@@ -76,6 +76,9 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     tells_steps: ClassVar[bool] = True
     """Whether calls without concepts, which are diffusers' own, take a callback."""
 
+    needs_references: ClassVar[bool] = False
+    """Whether it reads no text without a reference image."""
+
     # Components, and what the pipelines of all families have.
     unet: Any
     transformer: Any
@@ -95,6 +98,12 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """
         super().__init_subclass__(**options)
         cls.__name__ = cls._plain_class().__name__
+
+    @classmethod
+    def check_has_references(cls, given: bool, advice: str) -> None:
+        """Raises ValueError with this advice if no reference image is given, and the family reads no text without."""
+        if cls.needs_references and not given:
+            raise ValueError(f"{cls.family} needs a reference image{advice}")
 
     @classmethod
     def _plain_class(cls) -> Any:

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle
 
 from lora_compose.attention.backbones.joint import PATCH, packed, unpacked
-from lora_compose.pipelines.calls.call import (
-    ATTENTION_ARGUMENTS,
-    Call,
-    GivenPrompts,
-    Sampling,
-    check_latents,
-    listed,
-)
+from lora_compose.pipelines.calls.call import ATTENTION_ARGUMENTS, Call, GivenPrompts, Sampling, check_latents, listed
 from lora_compose.pipelines.calls.front import Begun, Request
 from lora_compose.pipelines.calls.resolved_call import ResolvedCall
 from lora_compose.pipelines.concepts.tags import check_no_tags
@@ -239,11 +232,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         encode: Callable[[Any, Any, Tensor | None, torch.device], tuple[Tensor, Mapping[str, Tensor]]],
         **how: Any,
     ) -> Request:
-        """The request of a call whose texts are all encoded in the same way.
+        """The request of a call whose texts are all encoded in the same way; `how` is as for `_request`.
 
-        Args:
-            encode: From texts, or else embeddings and their mask as they were given, to what `Encode` returns.
-            how: As for `_request`.
+        `encode` takes texts, or else embeddings and their mask as they were given, to what `Encode` returns.
         """
         given = begun.given
 
@@ -312,11 +303,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
 
     @classmethod
     def own_side(cls, vae: Mapping[str, Any]) -> int:
-        """Side in pixels of the images that a model was made for.
-
-        Args:
-            vae: The configuration of its VAE.
-        """
+        """Side in pixels of the images that a model was made for, from the configuration of its VAE."""
         side = cls.native_side or vae.get("sample_size")
         return 1024 if side in (None, UNSTATED) else int(side)
 
@@ -352,13 +339,9 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         raise NotImplementedError
 
     def latents_of(self, pixels: Tensor) -> Tensor:
-        """Images as the transformer has them: the means of the VAE, normalised.
+        """Images from -1 to 1, [images, 3, height, width], as the transformer has them: the VAE's means, normalised.
 
-        Args:
-            pixels: From -1 to 1. Shape: [images, 3, height, width].
-
-        Returns:
-            Unpacked. Shape: [images, channels, height / 8, width / 8].
+        Unpacked. Shape: [images, channels, height / 8, width / 8].
         """
         config: Any = self.vae.config
         means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()

@@ -11,10 +11,7 @@ from lora_compose.pipelines.calls.call import GivenPrompts, images_of_each, list
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.families.flow_matching import (
-    FlowMatchingPipeline,
-    real_tokens,
-)
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, real_tokens
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.scene.canvas import Step

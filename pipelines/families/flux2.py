@@ -13,9 +13,7 @@ from torch.nn.functional import interpolate
 from lora_compose.attention import Backbone
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import PATCH
-from lora_compose.pipelines.calls.call import (
-    Call,
-)
+from lora_compose.pipelines.calls.call import Call
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
 from lora_compose.pipelines.denoising.inputs import ByImage, OnGrid
@@ -89,11 +87,7 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
         return width, height
 
     def _references(self, given: Any) -> list[Tensor]:
-        """Reference images, prepared as diffusers does: cut to whole tokens, and made smaller above 1024 x 1024 pixels.
-
-        Raises:
-            ValueError: For tensors, and images that are too small or too long.
-        """
+        """References as diffusers prepares them: whole tokens, at most 1024 x 1024 pixels. ValueError for others."""
         references, unit, most = [], self.cell, 1024 * 1024
         for image in reference_images(given):
             self.image_processor.check_image_input(image)

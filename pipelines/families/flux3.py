@@ -161,11 +161,8 @@ class Flux3Calls(ReferencesPipeline, Flux2VaePipeline, ModularFamilyPipeline):
     def _references(self, given: Any) -> tuple[list[Tensor], tuple[int, int, int, int] | None]:
         """Reference images, prepared as diffusers does: one is kept whole, several are cut to whole tokens.
 
-        Returns:
-            The images, and the part that is not padding if there is one alone: left, top, right and bottom.
-
-        Raises:
-            ValueError: For tensors.
+        Beside them the part that is not padding if there is one alone: left, top, right and bottom. Raises ValueError
+        for tensors.
         """
         images = reference_images(given)
         mode = "fill" if len(images) == 1 else "crop"

@@ -108,11 +108,7 @@ class ComposeFluxKontextPipeline(ReferencesPipeline, FluxCalls, FluxKontextPipel
         return {"reference": ByImage(tokens), "reference_grids": self._grids(call.references)}
 
     def _references(self, given: Any, resizes: bool) -> list[Tensor]:
-        """The reference image, prepared as diffusers does; none if there is none.
-
-        Raises:
-            ValueError: For several, and for tensors.
-        """
+        """The reference image as diffusers prepares it, if any. Raises ValueError for several, and for tensors."""
         images = reference_images(given)
         if len(images) > 1:
             raise ValueError(

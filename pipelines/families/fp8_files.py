@@ -23,14 +23,8 @@ _FORMAT = "float8_e4m3fn"
 def float8_checkpoint(path: Path, dtype: torch.dtype, prefix: str = "") -> tuple[dict[str, Tensor], bool]:
     """The tensors of a file for `from_single_file`, and whether they have scales for `BFLQuantizationConfig`.
 
-    Layers outside of the numbered blocks are few; they are dequantised, so that the model's precision is theirs.
-
-    Args:
-        dtype: Precision of dequantised weights.
-        prefix: What all names begin with, and is taken off.
-
-    Raises:
-        ValueError: For files without float8, and for other layouts.
+    Layers outside of the numbered blocks are few; they are dequantised to `dtype`, which the model's precision is then.
+    `prefix` is taken off all names. Raises ValueError for files without float8, and for other layouts.
     """
     tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
     if any(name.endswith(".weight_scale_2") for name in tensors):

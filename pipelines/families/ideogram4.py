@@ -14,12 +14,7 @@ from torch import Tensor
 from lora_compose.attention import Backbone
 from lora_compose.attention.backbones.ideogram4 import Ideogram4Backbone, from_tokens, tokens_of
 from lora_compose.attention.device import dtype_of, uncompiled
-from lora_compose.pipelines.calls.call import (
-    Call,
-    GivenPrompts,
-    Sampling,
-    listed,
-)
+from lora_compose.pipelines.calls.call import Call, GivenPrompts, Sampling, listed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.calls.resolved_call import ResolvedCall
 from lora_compose.pipelines.denoising.guidance import ScaleByStep

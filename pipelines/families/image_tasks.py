@@ -35,12 +35,7 @@ from lora_compose.pipelines.images.from_image import FromImage, Source, TaskPipe
 
 @dataclass(frozen=True)
 class ImageTask:
-    """A task that starts from an image.
-
-    Attributes:
-        pipeline: diffusers' pipeline for it, which takes the components of the family.
-        resizes: Whether the image is resized to width and height; otherwise it keeps its own size.
-    """
+    """diffusers' pipeline for a task that starts from an image, and whether it resizes that to width and height."""
 
     pipeline: type[TaskPipeline]
     resizes: bool
@@ -218,11 +213,7 @@ class ImageTasksPipeline(ComposePipeline):
         """Raises ValueError for images that the model cannot start from with concepts."""
 
     def _image_size(self, given: FromImage, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        """Width and height of what is worked on, in pixels; refuses an image that is too small or of another size.
-
-        Args:
-            arguments: Those of `__call__`, by name.
-        """
+        """Width and height in pixels of what is worked on; refuses images that are too small or of another size."""
         width, height = arguments["width"], arguments["height"]
         given.check_size(self.cell)
         if self.task_for(given.inpaints).resizes:
@@ -282,11 +273,7 @@ class ImageTasksPipeline(ComposePipeline):
         return output
 
     def _source(self, begun: Begun) -> tuple[Source | None, tuple[int, int]]:
-        """The image that a call with concepts starts from, made ready, and the size of its images in pixels.
-
-        Raises:
-            ValueError: For models and outputs that do not fit.
-        """
+        """The start image of a call, made ready, and the size in pixels. ValueError for other models and outputs."""
         given, start = begun.given, begun.start
         self._check_start(start)
         if start is None:

@@ -18,12 +18,7 @@ _FILE_OPTIONS = ("force_download", "proxies", "token", "cache_dir", "local_files
 
 
 def checkpoint_keys(link_or_path: str | Path, options: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors in a checkpoint.
-
-    Args:
-        link_or_path: A file, or a link to one in a hub repository, which is downloaded.
-        options: Options of `from_single_file`.
-    """
+    """The names of the tensors in a checkpoint: a file, or a link to one in a hub repository, which is downloaded."""
     path = Path(link_or_path)
     if path.is_file() and path.suffix.lower() == ".safetensors":
         with safe_open(path, framework="pt") as file:
@@ -33,11 +28,7 @@ def checkpoint_keys(link_or_path: str | Path, options: Mapping[str, Any]) -> lis
 
 
 def hub_options(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with which a folder or hub repository is read, of those that were given: from the cache if need be.
-
-    Raises:
-        ConnectionError: If the hub is out of reach, and the cache has no copy.
-    """
+    """Given options for a folder or repository; from the cache if the hub is away, or ConnectionError without."""
     given = {name: options[name] for name in HUB_OPTIONS if name in options}
     if not is_hub_name(source):
         return given
@@ -45,11 +36,7 @@ def hub_options(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def configuration(source: str, **options: Any) -> Mapping[str, Any]:
-    """The content of a folder's or repository's `model_index.json`, or else of its `modular_model_index.json`.
-
-    Raises:
-        OSError: If there is neither; the message is about the first.
-    """
+    """`model_index.json` of a folder or repository, or else `modular_model_index.json`; OSError if it has neither."""
     try:
         return DiffusionPipeline.load_config(source, **options)  # pyright: ignore[reportReturnType]
     except OSError:

@@ -5,12 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import (
-    QwenImageImg2ImgPipeline,
-    QwenImageInpaintPipeline,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
+from diffusers import QwenImageImg2ImgPipeline, QwenImageInpaintPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -48,13 +43,10 @@ class QwenImageCalls(VideoVaePipeline, TemplatePipeline):
         source: Source | None = None,
         references: Sequence[Tensor] = (),
     ) -> Request:
-        """The request of a call with concepts.
+        """The request of a call with concepts, of this width and height in pixels and so many tokens of every text.
 
-        Args:
-            size: Width and height of the images, in pixels.
-            tokens: Tokens of every text.
-            encoded: From texts and their number of tokens to the input of the model; options as for `encode_prompt`.
-            tokenizers: Tokenizers of this call; None means the pipeline's.
+        `encoded` takes texts and their number of tokens to the input of the model, with options as `encode_prompt`.
+        Tokenizers of None are the pipeline's.
         """
         self._check_inputs(begun, size)
         begun = _with_padded_embeds(begun, tokens)

@@ -31,8 +31,8 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
 
     def _read(self, given: dict[str, Any]) -> dict[str, Any]:
         image = given["image"]
-        if image is None or (isinstance(image, list | tuple) and not image):
-            raise ValueError(f"{self.family} needs a reference image: give image; for text alone take Qwen-Image")
+        has_image = image is not None and not (isinstance(image, list | tuple) and not image)
+        self.check_has_references(has_image, ": give image; for text alone take Qwen-Image")
         return super()._read(given)
 
     @front(QwenImageEditPlusPipeline.__call__)
@@ -66,11 +66,7 @@ class ComposeQwenImageEditPlusPipeline(ReferencesPipeline, QwenImageCalls, QwenI
         return plain.calculate_dimensions(1024 * 1024, ratio=images[-1].width / images[-1].height)
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Never: the text of this family has reference images (`read_beside`).
-
-        Raises:
-            ValueError: Always.
-        """
+        """Always raises ValueError: the text of this family has reference images (`read_beside`)."""
         raise ValueError(f"{self.family} reads no text without a reference image")
 
     def read_beside(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> tuple[Tensor, dict[str, Tensor]]:

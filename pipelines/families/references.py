@@ -24,9 +24,6 @@ class ReferencesPipeline(FlowMatchingPipeline):
 
     most_references: ClassVar[int | None] = None
     """How many it reads; None means any number."""
-    needs_references: ClassVar[bool] = False
-    """Whether it reads no text without one."""
-
     sized_by_reference: ClassVar[bool] = True
     """Whether an image for which no size is named has that of its reference image."""
 
@@ -85,11 +82,7 @@ class ReferencesPipeline(FlowMatchingPipeline):
 def start_and_reference(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """What `image` of a call is: the image to start from, if it has arguments of one, or the reference images.
 
-    Args:
-        given: The arguments of the call, by name.
-
-    Raises:
-        ValueError: For a reference image of inpainting in another call.
+    Raises ValueError for a reference image of inpainting in another call.
     """
     starts = any(given[name] is not None and given[name] is not False for name in OF_START_IMAGE if name != "image")
     if not starts and given.get("image_reference") is not None:
@@ -108,11 +101,7 @@ def opened(given: Any) -> Any:
 
 
 def reference_images(given: Any) -> list[Image.Image]:
-    """The reference images of a call: one, or a list of any sizes; none if it is None.
-
-    Raises:
-        ValueError: For tensors.
-    """
+    """The reference images of a call, of any sizes; none if it is None. Raises ValueError for tensors."""
     images = []
     for entry in [] if given is None else given if isinstance(given, list | tuple) else [given]:
         read = read_images(entry)

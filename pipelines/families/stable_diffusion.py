@@ -11,11 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.calls.call import (
-    Call,
-    GivenPrompts,
-    listed,
-)
+from lora_compose.pipelines.calls.call import Call, GivenPrompts, listed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.image_tasks import ImageTask

@@ -8,10 +8,7 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from lora_compose.pipelines.calls.call import (
-    GivenPrompts,
-    listed,
-)
+from lora_compose.pipelines.calls.call import GivenPrompts, listed
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.families.image_tasks import ImageTask

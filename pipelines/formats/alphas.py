@@ -55,11 +55,7 @@ class Alphas:
             raise LoraError(f"{self._name}: {_CONFIGURED}: {error}") from error
 
     def own(self, name: str, layer: Layer) -> float | None:
-        """The alpha that the file has for a layer: in a key, or in PEFT's configuration; None if none has an effect.
-
-        Raises:
-            LoraError: If it is not a positive number.
-        """
+        """The alpha of a layer in a key or PEFT's configuration, if it has an effect. LoraError if not positive."""
         kind = readable(layer.shapes)
         if kind is not None and kind.transform is not None and not kind.scaled:
             return None  # it bounds a rotation, and 0 means no bound

@@ -93,11 +93,7 @@ class LoraFile:
 
 
 def read_words(path: Path) -> Words:
-    """Reads from the header of a safetensors file what it tells about its words; no tensor is read.
-
-    Raises:
-        LoraError: If it has no readable header.
-    """
+    """What a safetensors header tells about its words; no tensor is read. Raises LoraError if it is unreadable."""
     with _opened(path) as file:
         header = read_header(file)
     words = check_words(path, {key: entry.shape for key, entry in header.entries.items()})
@@ -105,11 +101,7 @@ def read_words(path: Path) -> Words:
 
 
 def trained_with(path: Path) -> str | None:
-    """Reads from the header of a safetensors file how the LoRA was trained ("tara").
-
-    Raises:
-        LoraError: If it has no readable header.
-    """
+    """How a LoRA was trained ("tara"), from its header. Raises LoraError if that is unreadable."""
     with _opened(path) as file:
         return read_header(file).metadata.get("method")
 
@@ -184,11 +176,7 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def wanted_keys(path: Path, shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """The keys to read; from a whole model with LoRA layers inside, only those of the LoRA.
-
-    Raises:
-        LoraError: If there is no key of a LoRA, or more keys or words than a LoRA has.
-    """
+    """The keys to read, of a whole model those of its LoRA. LoraError for none, or more than a LoRA has."""
     keys = list(shapes)
     longest = max(map(len, keys), default=0)
     if len(keys) > MAX_TENSORS or longest > _MAX_KEY:
@@ -216,11 +204,7 @@ def wanted_keys(path: Path, shapes: Mapping[str, Sequence[int]]) -> list[str]:
 
 
 def check_words(path: Path, shapes: Mapping[str, Sequence[int]]) -> Sequence[str]:
-    """The words that a file bundles, checked by the shapes of their vectors.
-
-    Raises:
-        LoraError: If they are no vectors, or too many.
-    """
+    """The words that a file bundles, checked by their vectors' shapes. LoraError if these are none, or too many."""
     words: dict[str, None] = {}
     for key, shape in shapes.items():
         if (known := bundled_embedding(key)) is None:

@@ -88,11 +88,7 @@ class Layers:
 
 
 def by_layer(file: LoraFile) -> Layers:
-    """Gathers the keys of a file.
-
-    Raises:
-        LoraError: If two keys are the same tensor of the same layer, as in a file with two adapters.
-    """
+    """Gathers the keys of a file. LoraError if two are the same tensor of a layer, as in a file with two adapters."""
     slots_by_layer: dict[tuple[Part, str], dict[str, str]] = {}
     inexpressible, unknown = [], []
     for name in file.tensors:

@@ -67,12 +67,10 @@ def stems(spelling: Spelling, pipe: object, names: Mapping[Part, list[str]]) -> 
 def tensors(
     spelling: Spelling, site: FileLayer, change: LoraFactors, dtype: torch.dtype, alpha: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """Keys and tensors of one layer.
+    """Keys and tensors of one layer, from matrices at scale 1; with rank 0 there is nothing to write.
 
-    Args:
-        change: Matrices at scale 1; with rank 0 there is nothing to write.
-        dtype: Precision of the factors.
-        alpha: Alpha of all layers, for kohya's files; where it equals the rank, the factors are written unchanged.
+    `dtype` is the precision of the factors, `alpha` that of all layers, for kohya's files; where it equals the rank,
+    the factors are written unchanged.
     """
     if not change.rank:
         return

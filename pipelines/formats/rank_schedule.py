@@ -49,11 +49,7 @@ class RankSchedule:
     factors: int = 1
 
     def at(self, timestep: float, trained: int) -> int:
-        """The number of first ranks of the change that act.
-
-        Args:
-            trained: How many timesteps the model was trained with.
-        """
+        """The number of first ranks of the change that act at a timestep of so many trained ones."""
         t = timestep * _TIMESTEPS / trained if self.last > 1 else timestep / trained
         t = math.floor(t) if self.whole else t
         share = max(0.0, (self.last - t) / self.last)
@@ -75,9 +71,7 @@ def rank_schedule(
 ) -> tuple[RankSchedule | None, tuple[str, ...]]:
     """The schedule of a T-LoRA, and notes on what of it is not followed; nothing for other files.
 
-    Args:
-        layers: What the file changes in the denoiser.
-        conditioned: Whether it also changes a text conditioner, which runs once.
+    `layers` are those of the denoiser; `conditioned` is whether it also changes a text conditioner, which runs once.
     """
     if not layers or not is_tlora(file.metadata, file.tensors):
         return None, ()

@@ -92,10 +92,7 @@ _FLUX3_SINGLE_BLOCKS = 28
 _BESIDE_QKV = r"(?<!single_)transformer_blocks|double_blocks|single_blocks"
 """What a file of FLUX.1 has beside the queries, keys and values of single blocks, which FLUX.3 names alike."""
 _ANIMA_SIDES = (2048, 1024)  # of keys and values that read the text
-_KLEIN_BLOCKS = (
-    (r"double_blocks|(?<!single_)transformer_blocks", 5),
-    (r"single_(?:transformer_)?blocks", 20),
-)
+_KLEIN_BLOCKS = ((r"double_blocks|(?<!single_)transformer_blocks", 5), (r"single_(?:transformer_)?blocks", 20))
 _UNLIKE_CHROMA = r"_mod[._]lin|norm1|modulation|(?:time|vector|guidance)_in[._]|time_text_embed"
 """Layers of FLUX.1 that Chroma, whose blocks are FLUX.1's, does not have."""
 _FOREIGN_WITHOUT_UNET = (

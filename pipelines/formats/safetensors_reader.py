@@ -81,14 +81,10 @@ class Header:
 
 
 def read_header(file: BufferedReader) -> Header:
-    """Reads and checks a header; no tensor is read.
+    """Reads and checks a header of a file at its first byte; no tensor is read.
 
-    Args:
-        file: At its first byte.
-
-    Raises:
-        DamagedError: If it is not a safetensors file, or is truncated or damaged.
-        ValueError: If the header is longer than `MAX_HEADER`, or lists more than `MAX_TENSORS`.
+    Raises DamagedError for no safetensors file, or a truncated or damaged one, and ValueError for a header longer than
+    `MAX_HEADER`, or of more than `MAX_TENSORS`.
     """
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
@@ -126,16 +122,10 @@ def read_header(file: BufferedReader) -> Header:
 
 
 def read_tensors(file: BufferedReader, header: Header, wanted: Collection[str], digest: Digest) -> dict[str, Tensor]:
-    """Reads what follows the header, to the end of the file.
+    """Reads what follows the header to the end, where `read_header` left the file, and keeps the wanted keys.
 
-    Args:
-        file: As `read_header` left it.
-        wanted: The keys whose tensors are kept.
-        digest: Updated with every byte of the file.
-
-    Raises:
-        DamagedError: If the file has become shorter.
-        ValueError: If a wanted tensor is of a type or shape that is not supported.
+    The digest is updated with every byte. Raises DamagedError if the file has become shorter, and ValueError if a
+    wanted tensor is of a type or shape that is not supported.
     """
     wanted = frozenset(wanted)
     for key in wanted:

@@ -41,11 +41,7 @@ class SafetensorsWriter:
         self._end = 0
 
     def add(self, key: str, tensor: Tensor) -> None:
-        """Takes a tensor.
-
-        Raises:
-            ValueError: If the name is taken, its type is not floating point, or it has values that are NaN or infinite.
-        """
+        """Takes a tensor. ValueError if its name is taken, it is no floating point, or not all of it is finite."""
         if key in self._entries or tensor.dtype not in _NAMES:
             raise ValueError(f"{key} is there already, or of type {tensor.dtype}; expected floating point")
         if not all_finite(tensor):

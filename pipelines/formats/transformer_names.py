@@ -177,11 +177,7 @@ def original_layers(model: nn.Module, names: Iterable[str]) -> Mapping[str, tupl
 
 
 def swaps_halves(name: str, spelled: str) -> bool:
-    """Whether the halves of a layer's outputs are the other way round in the original checkpoint.
-
-    Args:
-        spelled: The layer in a file, with underscores for dots.
-    """
+    """Whether a layer's output halves are swapped in the original checkpoint; `spelled` as a file has its name."""
     swapped = [original.replace(".", "_") for _, original in (_SCALE_AND_SHIFT, _SCALE_AND_SHIFT_OF_IMAGE)]
     return name == "norm_out.linear" and spelled in swapped
 

@@ -244,10 +244,7 @@ class Source:
         return self.size if self.given.is_latents else self.given.size
 
     def painted(self, latent_grid: Grid) -> Tensor | None:
-        """1 at the cells that are repainted in any image, as in diffusers; None means everywhere.
-
-        Shape: [height, width].
-        """
+        """1 at the cells [height, width] that are repainted in any image, as in diffusers; None means everywhere."""
         return None if self.mask is None else F.interpolate(self.mask, latent_grid).amax(dim=0)[0]
 
     def timesteps(self, scheduler: Any, steps: int, device: torch.device) -> tuple[Tensor, int]:
@@ -256,11 +253,7 @@ class Source:
         return type(self.pipeline).get_timesteps(reading, steps, strength=self.strength, device=device)
 
     def placed(self, loaded: LoadedConcept) -> LoadedConcept:
-        """The concept with its region moved from image coordinates to those of the part that is worked on.
-
-        Raises:
-            ValueError: If the region lies outside of that part.
-        """
+        """The concept with its region in the part that is worked on. ValueError if it lies outside of that."""
         region = loaded.concept.region
         if region is None or (self.crop is None and self.image_size == self.size):
             return loaded

@@ -22,14 +22,7 @@ from lora_compose.pipelines.merging.merger import Changes, Merger, Moments
 
 
 def prompt_of(file: LoraFile, called: str = "") -> str:
-    """A prompt for a LoRA from its trigger and class word.
-
-    Args:
-        called: What messages call it; its name by default.
-
-    Raises:
-        ValueError: If the file does not contain its trigger.
-    """
+    """A prompt for a LoRA, called so in messages, from its trigger and class word. ValueError if it has no trigger."""
     if not file.trigger:
         raise ValueError(
             f"{called or file.path.name} does not say its trigger; give lora-compose merge a text that shows what it "

@@ -19,11 +19,7 @@ def side_by_side(
 ) -> Mapping[Name, Changes]:
     """By layer, the change by every LoRA, with its weight; rank 0 where it does not change the layer.
 
-    Args:
-        called: What messages call each.
-
-    Raises:
-        LoraError: If LoRAs have changes of different sizes for a layer.
+    Raises LoraError, which names them as `called`, for changes of different sizes of a layer.
     """
     by_layer: dict[Name, Changes] = {}
     for name in dict.fromkeys(name for lora in loras for name in lora):

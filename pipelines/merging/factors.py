@@ -109,10 +109,7 @@ def coefficients(space: Tensor, change: Spectrum) -> Tensor:
 
 
 def gram(changes: Sequence[LoraFactors]) -> Tensor:
-    """Frobenius inner products of changes of one layer, without building any; to the precision of fp32.
-
-    Shape: [changes, changes].
-    """
+    """Frobenius inner products of changes of a layer, none of which is built, to fp32. Shape: [changes, changes]."""
     up = torch.cat([change.up.flatten(1).float() * change.scale for change in changes], dim=1)
     down = torch.cat([change.down.flatten(1).float() for change in changes])
     products = ((up.T @ up) * (down @ down.T)).double()

@@ -42,11 +42,7 @@ class KLora(Merger):
         check_positive("balance", self.balance)
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
-        """Compares the two over all layers first.
-
-        Raises:
-            ValueError: If a layer is too large.
-        """
+        """Compares the two over all layers first. Raises ValueError if a layer is too large."""
         ratios = (absolute_ratio(*changes) for changes in layers)
         level = mean_ratio([ratio for ratio in ratios if ratio])
 
@@ -76,11 +72,7 @@ def mean_ratio(ratios: list[float]) -> float:
 
 
 def subject_share(subject: LoraFactors, style: LoraFactors, level: float) -> float:
-    """The share of the steps in which the subject wins a layer.
-
-    Args:
-        level: Divisor of the subject's entries, g.
-    """
+    """The share of the steps in which the subject wins a layer; `level` is the divisor g of the subject's entries."""
     if not subject.rank or not style.rank:
         return float(subject.rank > 0)
     count = spectrum(subject).rank * spectrum(style).rank

@@ -75,11 +75,7 @@ def lego(changes: Changes, k: int | Literal["auto"] | None, alike: float, output
 
 
 def joined(edges: Tensor) -> Tensor:
-    """Labels of the connected parts of a graph.
-
-    Args:
-        edges: Shape: [units, units], bool, symmetric.
-    """
+    """Labels of the connected parts of a graph, by its symmetric edges. Shape: [units, units], bool."""
     labels = torch.arange(len(edges))
     for i, j in edges.nonzero().tolist():
         labels[labels == labels[i]] = labels[j].clone()
@@ -87,14 +83,7 @@ def joined(edges: Tensor) -> Tensor:
 
 
 def k_means(products: Tensor, k: int) -> Tensor:
-    """k-means by inner products: the best of ten starts (k-means++), with a fixed seed.
-
-    Args:
-        products: Shape: [units, units].
-
-    Returns:
-        The cluster of each unit.
-    """
+    """The cluster of each unit by inner products [units, units]: the best of ten seeded starts (k-means++)."""
     if k >= len(products):
         return torch.arange(len(products))
     generator = torch.Generator().manual_seed(0)

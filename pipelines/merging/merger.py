@@ -72,24 +72,13 @@ class Merger(ABC):
 
 
 def check_share(name: str, value: object) -> None:
-    """Checks a setting that is a fraction.
-
-    Raises:
-        ValueError: If it is not a number above 0 and at most 1.
-    """
+    """Raises ValueError for a setting that is no number above 0 and at most 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, not {value!r}")
 
 
 def check_positive(name: str, value: object, kind: type = float) -> None:
-    """Checks a setting that is a positive number.
-
-    Args:
-        kind: `int` for whole numbers.
-
-    Raises:
-        ValueError: If it is not one.
-    """
+    """Raises ValueError for a setting that is no positive number; `kind` is `int` for whole numbers."""
     numbers = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, numbers) or not 0 < value < float("inf"):
         raise ValueError(f"{name} must be a positive {'whole ' if kind is int else ''}number, not {value!r}")

@@ -52,10 +52,7 @@ class Soups(Merger):
 
 
 def best_numbers(changes: Changes, moments: Moments, ridge: float) -> Tensor:
-    """The numbers a, not clamped. Only LoRAs that change the layer take part; of the others it is 1.
-
-    Shape: [LoRAs].
-    """
+    """The numbers a, not clamped; 1 for LoRAs that do not change the layer. Shape: [LoRAs]."""
     ranks = torch.tensor([change.rank for change in changes])
     file_of = torch.repeat_interleave(torch.arange(len(changes)), ranks)
     membership = torch.nn.functional.one_hot(file_of, len(changes)).double()

@@ -30,12 +30,7 @@ class RegionCanvas:
 
 @dataclass(frozen=True, eq=False)
 class RegionCanvases:
-    """The canvases of all regions.
-
-    Attributes:
-        canvases: One for each region.
-        complete: Whether they cover the whole canvas.
-    """
+    """The canvases of all regions, and whether they cover the whole canvas."""
 
     canvases: Sequence[RegionCanvas]
     complete: bool

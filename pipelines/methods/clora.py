@@ -29,7 +29,7 @@ from torch import Tensor
 from lora_compose.attention import Gates, Partition, RegionAttention, grid_at
 from lora_compose.attention.device import to_device
 from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, smooth, strongest
-from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapRequest, Pass
+from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapLoss, MapRequest, Pass
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import Described, Needs, Process, Settings, check_choices, warn_unread
 from lora_compose.pipelines.denoising.session import Session
@@ -262,10 +262,9 @@ class Contrasting:
         request = self._all_rows(step) if settings.whole else MapRequest(self.words.token_weights)
         updates, wants_masks = self._updates(step), settings.fuse == "regions" and self._masks_due(step)
         for left in reversed(range(updates)):
-            gradient = self.session.denoiser.gradient(
-                latents, step, self.branches, request, self.loss, whole=settings.whole,
-                readout=self._masks_of if wants_masks and not left else None,
-            )  # fmt: skip
+            readout = self._masks_of if wants_masks and not left else None
+            wanted = MapLoss(request, self.loss, settings.whole, readout)
+            gradient = self.session.denoiser.gradient(latents, step, self.branches, wanted)
             latents = descend(latents, gradient.direction, settings.step_size, settings.step_rule)
         return latents, gradient
 

@@ -68,12 +68,7 @@ def with_region_norm(
     part: float,
     text_for_callbacks: Conditioning | None = None,
 ) -> FixedPasses:
-    """The process of one pass, in which group normalisation is by region in a part of the steps, from the first.
-
-    Args:
-        masks: As for `gated_pass`.
-        everywhere: As for `gated_pass`.
-    """
+    """As `gated_pass`, with group normalisation by region in a part of the steps, from the first."""
     canvas, weights = session.canvas, session.concepts.weights
     here = [i for i, (whole, weight) in enumerate(zip(everywhere, weights, strict=True)) if weight and not whole]
     if part == 0 or not here or not canvas.backbone.has_group_norms:
@@ -93,10 +88,7 @@ def isolated_at_first(
 ) -> FixedPasses:
     """The process of one pass with texts of regions, which are isolated in a part of the steps, from the first.
 
-    Args:
-        cells: As for `SegmentedTexts.read_in`.
-        joint: As for `SegmentedTexts.read_in`.
-        pass_of: The pass that reads a text.
+    `cells` and `joint` are as for `SegmentedTexts.read_in`; `pass_of` makes the pass that reads a text.
     """
     canvas = session.canvas
     read = partial(texts.read_in, cells, joint, hides_padding=canvas.backbone.hides_padding, device=canvas.device)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lora_compose.attention.device import to_device
 from lora_compose.attention.masks import smooth
-from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest
+from lora_compose.pipelines.denoising.passes import AttentionMaps, MapLoss, MapRequest
 from lora_compose.pipelines.denoising.prepared_pass import PreparedPass
 from lora_compose.pipelines.denoising.process import (
     ActingRows,
@@ -252,7 +252,7 @@ class Composing:
             self.refining = torch.ones(len(latents), dtype=torch.bool)
         if index > int(steps_in(settings.most_updates, count)) or not self.refining.any():
             return latents
-        gradient = self.session.denoiser.gradient(latents, step, self.whole, self._request, self.loss)
+        gradient = self.session.denoiser.gradient(latents, step, self.whole, MapLoss(self._request, self.loss))
         size = settings.step_size * (1 - 0.5 * index / max(1, count - 1)) ** settings.step_decay
         active = to_device(self.refining, latents.device)
         updated = descend(latents, gradient.direction, size, settings.step_rule, active)

@@ -29,15 +29,7 @@ class MappedTokens:
 
 
 def check_words(subjects: Sequence[str], **settings: Mapping[str, Sequence[str]]) -> None:
-    """Checks words by name of a concept.
-
-    Args:
-        subjects: Names of the concepts that may have words.
-        settings: The words, by name of the setting.
-
-    Raises:
-        ValueError: For unknown concepts, and words that are no list.
-    """
+    """Checks words by name of a concept, by setting. Raises ValueError for unknown concepts, and what is no list."""
     for name, words in settings.items():
         if unknown := words.keys() - set(subjects):
             raise ValueError(f"{name} names {sorted(unknown)}; the subjects are {', '.join(subjects)}")

@@ -108,12 +108,7 @@ class Tara(Settings):
             latent_grid=canvas.latent_grid,
         )
         constant = concepts.weights if self.scope == "all" else [0.0] * len(concepts.weights)
-        return FixedPasses(
-            session,
-            [[(Pass(text, gates), 1.0)]],
-            constant=SUMMED,
-            constant_weights=constant,
-        )
+        return FixedPasses(session, [[(Pass(text, gates), 1.0)]], constant=SUMMED, constant_weights=constant)
 
 
 def token_mask(text: Conditioning, unmasked: Sequence[int], *, broadcast: bool) -> Tensor:

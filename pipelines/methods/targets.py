@@ -34,15 +34,7 @@ class Target:
 
 
 def targets_of(session: Session, regions: Regions, prompts: Sequence[Sequence[str]]) -> list[Target]:
-    """The target of each region.
-
-    Args:
-        regions: On all grids.
-        prompts: The text of each region, by prompt.
-
-    Raises:
-        ValueError: If the text of a region has no words of its concept.
-    """
+    """The target of each region, with its text by prompt. ValueError if the text has no words of its concept."""
     masks = regions.cells[session.canvas.map_level].unbind(dim=-1)
     return [_target(session, *of_region) for of_region in zip(regions.indices, masks, prompts, strict=True)]
 

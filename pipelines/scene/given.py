@@ -42,11 +42,7 @@ def fields_of(name: str, given: Any) -> dict[str, Any]:
 
 
 def listed(concepts: Any) -> Any:
-    """A concept set as a list of fields; what is no concept set stays as it is, for the check that follows.
-
-    Raises:
-        ValueError: As `fields_of`; and for fields without a name.
-    """
+    """A concept set as a list of fields; anything else stays as it is. ValueError as `fields_of`, or without a name."""
     if isinstance(concepts, Mapping):
         if isinstance(concepts.get("lora"), str | list | tuple) and not is_fields(concepts):
             raise ValueError("a concept's fields need its name: {'name': 'cat', 'lora': 'cat.safetensors'}")

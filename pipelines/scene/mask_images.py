@@ -71,11 +71,7 @@ def side_of(mask: Image.Image) -> int:
 
 
 def softened(mask: Image.Image, blur: float) -> Image.Image:
-    """A mask whose border fades inwards, so that nothing outside of it changes.
-
-    Args:
-        blur: Radius of the blend at the border, as a share of the mask's longer side.
-    """
+    """A mask whose border fades inwards, by `blur` of its longer side, so that nothing outside of it changes."""
     radius = blur * side_of(mask)
     inner = mask.filter(ImageFilter.MinFilter(2 * round(radius) + 1)).filter(ImageFilter.GaussianBlur(radius))
     return ImageChops.darker(mask, inner) if inner.getextrema()[1] >= 128 else mask  # pyright: ignore[reportOperatorIssue]
@@ -90,14 +86,7 @@ def each_mask(masks: Any) -> list[Any]:
 
 
 def open_image(path: str | Path, what: str) -> Image.Image:
-    """Opens an image file, upright as `upright_image`.
-
-    Args:
-        what: "image" or "mask".
-
-    Raises:
-        ValueError: If it is missing, unreadable or too large.
-    """
+    """Opens an "image" or "mask", upright as `upright_image`. ValueError if it is missing, unreadable or too large."""
     try:
         with open_regular(Path(path).expanduser()) as file:
             return upright_image(file)

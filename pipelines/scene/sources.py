@@ -8,11 +8,7 @@ LoraFiles = str | tuple[str, ...] | list[str] | None
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """A LoRA and its weight, written as "cat.safetensors:0.8"; without a number the weight is 1.
-
-    Raises:
-        ValueError: If the weight is not finite, or there is no LoRA.
-    """
+    """A LoRA and its weight, "cat.safetensors:0.8", by default 1. ValueError if it is not finite, or no LoRA."""
     source, colon, number = text.rpartition(":")
     try:
         weight = float(number)

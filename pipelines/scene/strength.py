@@ -99,10 +99,8 @@ def read_weight(value: Any) -> Weight:
     """Checks a weight given in Python, YAML, JSON or on the command line.
 
     Text may be a number ("0.8"), numbers for equal parts of the steps ("1,0.5,0"), points at which weights begin
-    ("0:1,0.5:0"), or ramps between points ("0:1..0.5:0.4", or "1..0.4" from the first step to the last).
-
-    Raises:
-        ValueError: For anything else; the message says what was expected.
+    ("0:1,0.5:0"), or ramps between points ("0:1..0.5:0.4", or "1..0.4" from the first step to the last). Raises
+    ValueError for anything else; the message says what was expected.
     """
     value = as_plain(value)
     if isinstance(value, str):
@@ -181,14 +179,7 @@ def largest_factor(weight: Weight | None, blocks: Mapping[str, float] | None = N
 
 
 def check_sane(weight: Weight | None, blocks: Mapping[str, float] | None, files: Iterable[float] = ()) -> None:
-    """Refuses weights that are probably none: a box, or a slip of the decimal point.
-
-    Args:
-        files: Weights of merged files.
-
-    Raises:
-        ValueError: For factors beyond `SANE_WEIGHT`.
-    """
+    """Raises ValueError for weights that are a box or a slip of the point, over `SANE_WEIGHT`; also of files."""
     largest = max([largest_factor(weight, blocks), *map(abs, files)])
     if largest <= SANE_WEIGHT:
         return

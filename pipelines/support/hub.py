@@ -169,13 +169,9 @@ def reachable(repository: str, *files: str, **options: Any) -> dict[str, Any]:
 
 
 def cached_folder(repository: str, **options: Any) -> Path:
-    """The folder in the cache with the files of a repository that were downloaded; nothing is asked.
+    """The folder in the cache with a repository's downloaded files, without asking; LocalEntryNotFoundError if none.
 
-    Args:
-        options: Those of `huggingface_hub`; `cache_dir`, `revision` and `repo_type` are read.
-
-    Raises:
-        LocalEntryNotFoundError: If there is none.
+    Of the options of `huggingface_hub`, `cache_dir`, `revision` and `repo_type` are read.
     """
     where = {name: options[name] for name in _WHERE if options.get(name) is not None}
     return Path(snapshot_download(repository, local_files_only=True, **where))

@@ -12,10 +12,8 @@ def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file for reading, without blocking on anything else.
 
     Opening a pipe waits for a writer, and a device may never end. The open file is checked, not the path, which could
-    change in between.
-
-    Raises:
-        OSError: If it cannot be opened, or is a folder, pipe, socket or device, also behind a link.
+    change in between. Raises OSError if it cannot be opened, or is a folder, pipe, socket or device, also behind a
+    link.
     """
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 (the caller closes it)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -79,10 +79,7 @@ class Conditioning:
 
     @property
     def text_mask(self) -> Tensor:
-        """True at tokens that are not padding, or whose padding is read; everywhere if the pipeline gives no mask.
-
-        Shape: [rows, tokens].
-        """
+        """True at tokens that are read; everywhere if the pipeline gives no mask. Shape: [rows, tokens]."""
         embeds, added = self.first_embeds, self.added or {}
         if "text_mask" in added:
             return added["text_mask"].bool()
@@ -189,9 +186,7 @@ def join_branches(branches: Sequence[Conditioning], unconds: Sequence[Conditioni
 def join_images(texts: Sequence[Conditioning], images: Sequence[Sequence[int]]) -> Conditioning:
     """The texts of several groups of images, with as many branches each, as the text of all images.
 
-    Args:
-        texts: One for each group, without region attention.
-        images: The images of each group.
+    They are without region attention; `images` are those of each group.
     """
     total = sum(map(len, images))
     return replace(
@@ -201,12 +196,7 @@ def join_images(texts: Sequence[Conditioning], images: Sequence[Sequence[int]]) 
 
 
 def join_rows_of_images(parts: Sequence[Tensor], images: Sequence[Sequence[int]]) -> Tensor:
-    """Rows (branches x images) of several groups of images as the rows of all images, in the order of the batch.
-
-    Args:
-        parts: One tensor for each group. Shape: [branches * images of the group, ...].
-        images: The images of each group.
-    """
+    """Rows of groups of images, [branches * images of the group, ...] each, as those of all images in their order."""
     order = torch.tensor([image for group in images for image in group]).argsort()
     by_branch = [part.unflatten(0, (-1, len(group))) for part, group in zip(parts, images, strict=True)]
     return torch.cat(by_branch, dim=1)[:, order].flatten(0, 1)
@@ -332,10 +322,8 @@ def _bystanders(prompt: str, concepts: Sequence[Concept], names: Container[str] 
 def agreed(masks: Sequence[TokenMasks], concepts: Sequence[Concept]) -> TokenMasks:
     """The masks of one prompt; those of all tokenizers must be equal.
 
-    The features of both encoders are concatenated per token, and a token gate cannot separate them.
-
-    Raises:
-        ValueError: If a concept's words have different positions.
+    The features of both encoders are concatenated per token, and a token gate cannot separate them. Raises ValueError
+    if a concept's words have different positions.
     """
     first, *others = masks
     for other in others:

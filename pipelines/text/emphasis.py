@@ -18,11 +18,7 @@ _TAIL = re.compile(r"(?<!\d)\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")  # "(16:9)" 
 
 
 class Weighted(str):
-    """A plain text whose characters have weights; its slices, and sums that begin or end with it, keep them.
-
-    Attributes:
-        weights: One for each character.
-    """
+    """A plain text with a weight for each character; its slices, and sums that begin or end with it, keep them."""
 
     weights: tuple[float, ...]
 
@@ -106,10 +102,8 @@ def replaced(text: str, start: int, end: int, words: str) -> str:
 def read_emphasis(text: str) -> Weighted:
     r"""Reads weights: "(words:1.3)". They may be nested, and then multiply; "\(" is a parenthesis and no weight.
 
-    A plain text that has weights (`Weighted`) has been read already.
-
-    Raises:
-        ValueError: For weights outside of 0 to `MOST`.
+    A plain text that has weights (`Weighted`) has been read already. Raises ValueError for weights outside of 0 to
+    `MOST`.
     """
     if isinstance(text, Weighted):
         return text

@@ -187,11 +187,7 @@ class Prompts:
     def find(
         self, prompts: Sequence[str], names: Collection[str], mentions: Sequence[Mapping[str, Mention]] | None = None
     ) -> TokenMasks:
-        """Positions of the named concepts' words in prompts, and of the mentioned words of others.
-
-        Raises:
-            ValueError: If one is missing.
-        """
+        """Positions of the named concepts' words, and others' mentioned ones. Raises ValueError if one is missing."""
         return self.finder(self.concepts.concepts, prompts, names, mentions)
 
     def _for_all_concepts(self, weights: Tensor | None) -> Tensor | None:

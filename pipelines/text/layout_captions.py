@@ -50,11 +50,7 @@ def with_boxes(prompt: str, concepts: Sequence[Concept], width: int, height: int
 
 
 def text_of(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
-    """What a prompt says about one concept: its element in a caption, or as `about`.
-
-    Raises:
-        ValueError: If the prompt says nothing about it.
-    """
+    """What a prompt says about one concept: its element in a caption, or `about`. ValueError if it says nothing."""
     if concept.prompt is None and _is_json(prompt):
         elements = _caption(prompt)[_PARTS][_ELEMENTS]
         index = _element_of(concept, elements)

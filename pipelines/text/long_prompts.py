@@ -28,12 +28,7 @@ Texts = Sequence[str] | None
 
 @dataclass(frozen=True)
 class LongTokenizer:
-    """A tokenizer whose model reads several chunks.
-
-    Attributes:
-        tokenizer: Reads one chunk.
-        chunks: How many there are in this call.
-    """
+    """A tokenizer of one chunk whose model reads so many chunks in this call."""
 
     tokenizer: Any
     chunks: int
@@ -58,11 +53,7 @@ class LongTokenizer:
 
 
 def chunks_of(tokenizer: Any, text: str) -> list[Span]:
-    """Spans of characters that a tokenizer's model reads at once, at least one.
-
-    Raises:
-        ValueError: For a word that alone is too long.
-    """
+    """Spans of characters that a model reads at once, at least one. ValueError for a word that alone is too long."""
     limit = tokenizer.model_max_length - 2
 
     def tokens(start: int, end: int) -> int:

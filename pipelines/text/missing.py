@@ -66,12 +66,7 @@ def missing_trigger(described: Described, prompts: Sequence[str]) -> str:
 
 
 def tell_words(described: Described, given: Concept) -> None:
-    """Logs the trigger that a concept has from its file, and warns with candidates if it has none at all.
-
-    Args:
-        described: The concept with all its words.
-        given: The concept as it was given.
-    """
+    """Logs the trigger that a described concept, unlike the given one, has from its file; warns if there is none."""
     concept, words = described.concept, described.words
     if concept.trigger and not given.trigger and words.where:
         logger.info("concept %s: trigger %r, from its file (%s)", concept.name, concept.trigger, words.where)

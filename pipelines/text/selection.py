@@ -49,10 +49,8 @@ def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> NamedConcepts:
     """The concepts that a prompt names.
 
     A concept is named by its trigger. Where several share a trigger, the class word that follows it decides. A concept
-    whose class word no other has is named by that word alone, where it stands once and belongs to no trigger.
-
-    Raises:
-        ValueError: If a trigger means several concepts, or the prompt names none.
+    whose class word no other has is named by that word alone, where it stands once and belongs to no trigger. Raises
+    ValueError if a trigger means several concepts, or the prompt names none.
     """
     prompt, weights = take_tags(normalize("NFC", prompt), known)
     words, versions = _without_versions({name: _words(concept) for name, concept in known.items()}, weights)

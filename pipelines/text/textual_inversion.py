@@ -109,13 +109,10 @@ class TextualInversions:
         return expand
 
     def read_by(self, pipe: ReadsText, encode: Encoder) -> Encoder:
-        """Wraps an encoder so that it reads these words.
+        """Wraps an encoder of a pipeline so that it reads these words.
 
         If layers read texts of their own, these are concatenated along the channels: [images, tokens, layers *
         channels]. Pooled text is that of the first layer.
-
-        Args:
-            pipe: The pipeline whose tokenizers and text encoders it uses.
         """
         if not self.vectors:
             return encode

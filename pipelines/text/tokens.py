@@ -390,15 +390,7 @@ def check_disjoint(concepts: Sequence[Concept], positions: Sequence[Positions], 
 
 
 def token_mask(positions: Sequence[Sequence[Sequence[int]]], tokens: int) -> Tensor:
-    """A mask with 1 at the given positions.
-
-    Args:
-        positions: Token positions by prompt and concept.
-        tokens: How many tokens a prompt has.
-
-    Returns:
-        Shape: [prompts, tokens, concepts], fp32.
-    """
+    """A mask with 1 at the given positions, by prompt and concept. Shape: [prompts, tokens, concepts], fp32."""
     mask = torch.zeros(len(positions), tokens, len(positions[0]) if positions else 0)
     for row, concepts in enumerate(positions):
         for column, indices in enumerate(concepts):

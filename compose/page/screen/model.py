@@ -136,16 +136,10 @@ def show_choice(choice: ModelChoice) -> None:
 
 
 def take_over(session: PageSession, choice: ModelChoice) -> bool:
-    """Shows a model that an image names in the fields, and opens it if it is known here.
+    """Shows a model that an image names, opens it if it is known here, and returns whether it is open.
 
     Images are not trusted: another model, or the same one in another precision, is opened, and perhaps downloaded, only
-    when the user asks for it.
-
-    Returns:
-        Whether it is open.
-
-    Raises:
-        ValueError: If it cannot be opened.
+    when the user asks for it. Raises ValueError if it cannot be opened.
     """
     named = choice.quantize is None or choice.quantize in QUANTISED
     known = (choice.model in PLAYGROUNDS and named) or choice == session.model.choice

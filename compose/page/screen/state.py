@@ -153,10 +153,7 @@ class PageSession:
         return self.rows[-1]
 
     def begin(self, runs: list[Run], flops: list[int | None], *, comparing: bool, record_attention: bool) -> None:
-        """Starts to generate images, or queues them behind the running ones.
-
-        They stop when the session ends.
-        """
+        """Starts to generate images, or queues them; they stop when the session ends."""
         self._begin(Job(self.model, runs, record_attention=record_attention, flops=flops, comparing=comparing))
 
     def try_noises(self, runs: list[Run]) -> None:
@@ -255,14 +252,7 @@ class PageSession:
 
 @contextmanager
 def reading(patience: float) -> Iterator[None]:
-    """One file at a time, for all sessions.
-
-    Args:
-        patience: Seconds to wait for other sessions.
-
-    Raises:
-        Busy: If they take longer.
-    """
+    """One file at a time, for all sessions; raises Busy after `patience` seconds of waiting for others."""
     if not _READING.acquire(timeout=patience):
         raise Busy
     try:

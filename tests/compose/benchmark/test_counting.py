@@ -21,7 +21,7 @@ from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.loading import Factors
 from lora_compose.pipelines.concepts.overload import joint_change
-from lora_compose.pipelines.denoising.passes import MapRequest
+from lora_compose.pipelines.denoising.passes import MapLoss, MapRequest
 from lora_compose.pipelines.denoising.process import FixedPasses
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.images.output import Cost
@@ -136,7 +136,8 @@ class Updating(FixedPasses):
         denoiser, (spec, _) = self.session.denoiser, self.turns[0][0]
         prepared, request = denoiser.prepare(spec), MapRequest(spec.text.conditional().trigger_mask)
         if step.index < 2:
-            found = denoiser.gradient(latents, step, prepared, request, lambda maps: maps.text.sum(dim=(1, 2)))
+            loss = MapLoss(request, lambda maps: maps.text.sum(dim=(1, 2)))
+            found = denoiser.gradient(latents, step, prepared, loss)
             latents = latents - found.direction
         assert denoiser.maps(latents, step, prepared, request).text.shape[-1] == 2
         return super().step(latents, step)

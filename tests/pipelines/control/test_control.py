@@ -43,7 +43,7 @@ from lora_compose.attention import backbone_of
 from lora_compose.compose.benchmark.architectures import ARCHITECTURES
 from lora_compose.pipelines.control.prepare import prepare_control
 from lora_compose.pipelines.control.prepared import PreparedAdapter, PreparedControlNet, View
-from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest, Pass
+from lora_compose.pipelines.denoising.passes import AttentionMaps, MapLoss, MapRequest, Pass
 from lora_compose.pipelines.denoising.process import Settings, constant_gates, one_text
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods.clora import Clora
@@ -366,7 +366,7 @@ class Probing:
         def at(where: Tensor) -> Tensor:
             return loss(denoiser.maps(where, step, prepared, request)).sum()
 
-        found = denoiser.gradient(latents, step, prepared, request, loss)
+        found = denoiser.gradient(latents, step, prepared, MapLoss(request, loss))
         way = torch.randn(latents.shape, generator=seeded(3), dtype=latents.dtype)
         slope = (at(latents + 1e-2 * way) - at(latents - 1e-2 * way)) / 2e-2
         torch.testing.assert_close((found.direction.double() * way).sum(), slope, rtol=2e-3, atol=1e-7)

@@ -21,7 +21,7 @@ from comparisons import far_apart
 from components import State, random_lora, save_lora, seeded, small_pipeline, tiny_pipeline, with_library
 from composing import ALL_LEVELS
 from lora_compose.attention import Lora
-from lora_compose.pipelines.denoising.passes import AttentionMaps, MapRequest
+from lora_compose.pipelines.denoising.passes import AttentionMaps, MapLoss, MapRequest
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
@@ -451,7 +451,7 @@ def test_the_gradient_is_the_slope_of_the_loss(composer):
         def loss(latents: Tensor) -> Tensor:
             return process.loss(denoiser.maps(latents, step, process.branches, request))
 
-        found = denoiser.gradient(latents, step, process.branches, request, process.loss)
+        found = denoiser.gradient(latents, step, process.branches, MapLoss(request, process.loss))
         slope = found.direction.square().sum()
         nudge = 1e-2 / found.direction.norm()
         ahead, behind = (loss(latents + side * nudge * found.direction) for side in (1, -1))

@@ -23,7 +23,7 @@ from comparisons import assert_close
 from components import State, filled, random_lora, save_lora, seeded, small_pipeline, tiny_pipeline, with_library
 from lora_compose.attention import Lora
 from lora_compose.compose.benchmark.counting import count_run
-from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient
+from lora_compose.pipelines.denoising.passes import AttentionMaps, Gradient, MapLoss
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods.lora_composer import Composing, LoraComposer
 from lora_compose.pipelines.scene.canvas import Step
@@ -318,7 +318,7 @@ def losses_of(process: Composing, latents: Tensor, step: Step) -> tuple[Tensor, 
 
 
 def gradient_of(process: Composing, latents: Tensor, step: Step) -> Gradient:
-    return process.session.denoiser.gradient(latents, step, process.whole, process._request, process.loss)
+    return process.session.denoiser.gradient(latents, step, process.whole, MapLoss(process._request, process.loss))
 
 
 def at_the_first_step(pipe: Any, look: Look, settings: LoraComposer | None = None, **arguments: Any) -> None:

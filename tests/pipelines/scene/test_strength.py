@@ -26,7 +26,7 @@ from lora_compose.compose.files.images import read_record, save_image
 from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.replay import difference, remake, runnable
-from lora_compose.pipelines.denoising.passes import MapRequest, Pass
+from lora_compose.pipelines.denoising.passes import MapLoss, MapRequest, Pass
 from lora_compose.pipelines.denoising.process import constant_gates
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.methods import METHODS, LoraComposer, Settings
@@ -350,7 +350,7 @@ class Probe:
         denoiser, request = self.session.denoiser, MapRequest(self.text.conditional().trigger_mask)
         what = self.start[0], replace(step, t=self.start[1].t), denoiser.prepare(self.spec)
         maps = denoiser.maps(*what, request).text
-        found = denoiser.gradient(*what, request, lambda maps: maps.text.square().sum(dim=(1, 2)))
+        found = denoiser.gradient(*what, MapLoss(request, lambda maps: maps.text.square().sum(dim=(1, 2))))
         prediction = denoiser.predict(*what)
         self.seen.append([maps, found.losses, found.direction / found.direction.std(), prediction.model_output])
         return latents, self.session.guider.combine(prediction, step)
