@@ -99,7 +99,7 @@ class Draft(Settings):
             image are one sequence.
         norm_apart: With the scene's prompt, as in `Regional`.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
-        token_mask: As in `Regional`, but for texts of regions on UNets.
+        token_mask: As in `Regional`; on UNets with the scene's prompt only.
         leftover: Cells where the map of the nearest subject is below this share of its maximum are in no region: no
             LoRA of a subject acts there, the bias is against the words of all, and where regions have texts of their
             own, a text without subjects is read on UNets. 0 divides the whole canvas.
@@ -138,7 +138,9 @@ class Draft(Settings):
             raise ValueError(f"bias must be at least 0, not {self.bias}")
         if self.isolate is not None and not 0 <= self.isolate <= 1:
             raise ValueError(f"isolate must lie between 0 and 1, not {self.isolate}")
-        for name in ("apart", "norm_apart", "leftover"):
+        if not 0 <= self.leftover < 1:
+            raise ValueError(f"leftover must be at least 0 and below 1, not {self.leftover}")
+        for name in ("apart", "norm_apart"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
         if not isinstance(self.drafts, int) or self.drafts < 1:
@@ -177,7 +179,8 @@ class Draft(Settings):
         concepts, canvas, prompts = session.concepts, session.canvas, session.prompts
         if len(concepts.subjects) < 2:
             boxed = self.keep_regions and any(concepts.concepts[i].region for i in concepts.subjects)
-            return (Regional(norm_apart=self.norm_apart) if boxed else Merge()).start(session)
+            alone = Regional(token_mask=self.token_mask, norm_apart=self.norm_apart) if boxed else Merge()
+            return alone.start(session)
         self.check_concepts(concepts.loaded, prompts.texts)
         base = branch_of(None, prompts.texts or (), concepts.concepts, concepts.subjects)
         styles = concepts.with_styles(())
@@ -274,7 +277,7 @@ def _pass(
     phrases = texts.text.phrase_mask[texts.text.roles.conditional][..., subjects]
     regions = {level: share[..., subjects] for level, share in shares.items()}
     if settings.leftover:  # one more region, without words
-        regions = {level: F.pad(share, (0, 1)) + F.pad(1 - share.sum(dim=-1, keepdim=True), (len(subjects), 0))
+        regions = {level: torch.cat([share, (1 - share.sum(dim=-1, keepdim=True)).clamp(min=0)], dim=-1)
                    for level, share in regions.items()}  # fmt: skip
         phrases = F.pad(phrases, (0, 1))
     return replace(spec, text_bias=region_bias(texts.text, regions, phrases, bias, -bias))

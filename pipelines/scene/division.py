@@ -100,8 +100,8 @@ def _found(
 
 def _without_leftover(masks: Tensor, maps: Tensor, least: float) -> Tensor:
     """Masks without the cells in which the map of their subject is low; a subject that would have none keeps all."""
-    heights = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-20)
-    high = F.interpolate(heights[None], masks.shape[1:], mode="bilinear")[0] > least
+    fine = F.interpolate(maps[None], masks.shape[1:], mode="bilinear")[0]
+    high = fine > least * fine.amax(dim=(1, 2), keepdim=True)  # whose maximum is below that of the coarse map
     kept = masks * high
     return torch.where(kept.any(dim=2).any(dim=1)[:, None, None], kept, masks)
 

@@ -25,6 +25,7 @@ from composing import ALL_LEVELS
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
 from lora_compose.pipelines.methods.draft import draft_only
 from lora_compose.pipelines.methods.drafted import reordered
+from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.scene.division import centres_of, clusters, divided, nearest, spacing, strips
 from lora_compose.pipelines.scene.rows import Rows
@@ -335,6 +336,11 @@ def test_a_single_subject_is_merged_and_embeddings_are_refused(composer):
     assert torch.equal(
         call(composer, ("cat",), "a sks cat").images, call(composer, ("cat",), "a sks cat", method="merge").images
     )
+    boxed = [Concept(name="cat", region=(0, 0, 64, 128))]
+    draft, regional = (
+        call(composer, boxed, "a sks cat", method=method(token_mask="image")).images for method in (Draft, Regional)
+    )
+    assert torch.equal(draft, regional)
     cond, _ = composer.encode_prompt(PROMPT, "cpu", 1, False)
     with pytest.raises(ValueError, match="needs prompts, not prompt_embeds"):
         call(composer, prompt=None, prompt_embeds=cond, guidance_scale=1.0)
@@ -414,7 +420,7 @@ def test_several_drafts_need_noise_to_start_from(composer):
     ("drafts", 0, "drafts must be a whole number, at least 1"),
     ("drafts", 1.5, "drafts must be a whole number, at least 1"),
     ("spacing", -1.0, "spacing must be at least 0"),
-    ("leftover", 1.5, "leftover must lie between 0 and 1"),
+    ("leftover", 1, "leftover must be at least 0 and below 1"),
     ("token_mask", "some", "token_mask must be one of tara, all, phrase, others, image, none"),
     ("length", 0, "length must be positive"),
     ("threshold", 1.0, "threshold must be at least 0 and below 1"),
@@ -493,6 +499,9 @@ def test_cells_that_no_map_covers_are_left_to_nobody():
     assert (left <= whole).all()
     assert left[0, 2, 2] == left[1, 6, 5] == 1
     assert left[:, 0, 7].sum() == left[:, 7, 0].sum() == 0
+    sharp, fine = torch.stack([bump(1, 1, 4, 4, 0.5), bump(2, 2, 4, 4, 0.5)]), NO_REGIONS
+    highest = divided(sharp, PAIR, fine, nearest, 0.3, None, 0.98)
+    assert (highest.sum(dim=(1, 2)) < divided(sharp, PAIR, fine, nearest, 0.3).sum(dim=(1, 2))).all()
     flat = divided(torch.ones(2, 8, 8), PAIR, none, nearest, 0.3, None, 1.0)
     assert flat.flatten(1).any(dim=1).all(), "a subject that would have no cell keeps its part"
 
@@ -516,6 +525,12 @@ def test_in_cells_left_over_no_lora_acts_and_the_bias_is_against_the_words_of_al
     change = maps[2.0] / maps[0.0]
     assert outside.any()
     assert change[outside].max() < 1, "cells of a region would be drawn to one of the two"
+
+
+def test_given_regions_that_overlap_leave_nothing_over(composer):
+    given = [Concept(name="cat", region=(0, 0, 128, 128)), Concept(name="dog", region=(0, 0, 128, 128))]
+    found, whole = (call(composer, given, method=Draft(leftover=leftover)).images for leftover in (0.2, 0))
+    assert_close(found, whole)
 
 
 @ALL_LEVELS
