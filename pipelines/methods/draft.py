@@ -101,8 +101,8 @@ class Draft(Settings):
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
         token_mask: As in `Regional`; on UNets with the scene's prompt only.
         leftover: Cells where the map of the nearest subject is below this share of its maximum are in no region: no
-            LoRA of a subject acts there, the bias is against the words of all, and where regions have texts of their
-            own, a text without subjects is read on UNets. 0 divides the whole canvas.
+            LoRA of a subject acts there, the bias is against the words of all, and where regions of UNets have texts of
+            their own, `background` is read. Below 1; 0 divides the whole canvas.
         drafts: The most drafts of an image. A further one, from the same noise in another order, is made as long as two
             subjects are closer than `spacing`; without enough space in any, the one with most is taken.
         spacing: Least distance of the centres of two subjects, in sides of an equal part of the canvas.

@@ -179,7 +179,7 @@ def largest_factor(weight: Weight | None, blocks: Mapping[str, float] | None = N
 
 
 def check_sane(weight: Weight | None, blocks: Mapping[str, float] | None, files: Iterable[float] = ()) -> None:
-    """Raises ValueError for weights that are a box or a slip of the point, over `SANE_WEIGHT`; also of files."""
+    """Raises ValueError for weights beyond `SANE_WEIGHT`, also of files: a box, or a slip of the decimal point."""
     largest = max([largest_factor(weight, blocks), *map(abs, files)])
     if largest <= SANE_WEIGHT:
         return

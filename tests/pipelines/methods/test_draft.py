@@ -25,8 +25,8 @@ from composing import ALL_LEVELS
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
 from lora_compose.pipelines.methods.draft import draft_only
 from lora_compose.pipelines.methods.drafted import reordered
-from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.methods.region_bias import region_bias
+from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.scene.division import centres_of, clusters, divided, nearest, spacing, strips
 from lora_compose.pipelines.scene.rows import Rows
 from lora_compose.pipelines.scene.scene import Concept
