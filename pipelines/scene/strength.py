@@ -183,9 +183,12 @@ def check_sane(weight: Weight | None, blocks: Mapping[str, float] | None, files:
     largest = max([largest_factor(weight, blocks), *map(abs, files)])
     if largest <= SANE_WEIGHT:
         return
-    box = "; a box is a region, not a weight" if is_box(weight) else ""
+    hint = ""
+    if isinstance(weight, list | tuple):
+        box = "a box is a region, not a weight" if is_box(weight) else "a box is four numbers: left, top, right, bottom"
+        hint = f"; {box}"
     raise ValueError(
-        f"the weight reaches {largest:g}; beyond {SANE_WEIGHT:g} and -{SANE_WEIGHT:g} images are noise{box}; "
+        f"the weight reaches {largest:g}; beyond {SANE_WEIGHT:g} and -{SANE_WEIGHT:g} images are noise{hint}; "
         "any_weight=True allows it"
     )
 

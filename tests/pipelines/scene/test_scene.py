@@ -136,6 +136,8 @@ def test_names_of_concepts_differ():
     (Scene, {"prompt": "sks", "concepts": [{"name": "cat", "wieght": 1}]}, "concepts.0..wieght"),
     (Concept, {"name": "cat", "weight": -11}, "the weight reaches 11; .* any_weight=True"),
     (Concept, {"name": "cat", "weight": (0, 0, 64, 128)}, "reaches 128; .*; a box is a region, not a weight"),
+    (Concept, {"name": "cat", "weight": (0, 0, 64)}, "reaches 64; .*; a box is four numbers: left, top, right, bottom"),
+    (Concept, {"name": "cat", "weight": (64, 0, 32, 128)}, "reaches 128; .*; a box is four numbers: left, top, right"),
     (Concept, {"name": "cat", "weight": 5, "blocks": {"down": -3}}, "reaches 15"),
     (Concept, {"name": "cat", "lora": ["a.safetensors:40", "b.safetensors"]}, "reaches 40"),
     (Scene, {"prompt": "sks", "concepts": [{"name": "cat", "weight": 30}]}, "concepts.0.: the weight reaches 30"),

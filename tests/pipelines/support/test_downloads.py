@@ -217,4 +217,5 @@ def test_the_program_uses_the_hub_that_hf_endpoint_names_and_shows_its_downloads
         [sys.executable, "-m", "lora_compose", *typed], env=environment, capture_output=True, text=True, check=True
     )
     assert "cat.safetensors: 100%" in told.stderr
+    assert "files: 100%" in told.stderr.partition(f"opening {MODEL}")[2]  # the model's own
     assert list((tmp_path / "out").glob("*.png"))
