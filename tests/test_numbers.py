@@ -23,7 +23,7 @@ def flops() -> Mapping[tuple[str, str], tuple[float, float]]:
 
 
 COSTS = [
-    ("README.md", r"What it costs\*\*: ([\d.]+) times the FLOPs of a plain image", ("draft", "2"), 0),
+    ("README.md", r"SD 1.5 and SDXL ([\d.]+) times the FLOPs of a plain image", ("draft", "2"), 0),
     ("README.md", r"of a plain image, or ([\d.]+) times with a box", ("regional", "2"), 0),
     ("README.md", r"nothing is drafted \| ([\d.]+); with boxes", ("draft", "2"), 0),
     ("README.md", r"; with boxes ([\d.]+) \|", ("regional", "2"), 0),

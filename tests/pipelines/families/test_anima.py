@@ -185,7 +185,7 @@ def test_every_cell_reads_the_text_of_its_region_as_under_dense_masks(pipe, boxe
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"texts": "regions"}, "in this model the image reads the text by cross-attention: use method='lora-composer'"),
-    ({"isolate": True}, "only transformers have that attend to text and image in one sequence"),
+    ({"isolate": True}, "isolate needs a transformer that attends to text and image in one sequence"),
 ])  # fmt: skip
 def test_regional_has_one_text_for_all_regions_and_says_why(pipe, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -566,7 +566,7 @@ def test_what_does_not_go_together_is_refused_with_words():
         run(pipe, **task(False) | {"image": [IMAGE] * 3}, concepts=["cat"])
     with pytest.raises(ValueError, match="the region of concept 'cat' lies outside of the mask"):
         run(pipe, **task(True), concepts=[Concept(name="cat", region=(0, 0, 30, 30))], method="regional")
-    with pytest.raises(ValueError, match="give it reinit='off'"):
+    with pytest.raises(ValueError, match="give lora-composer reinit='off'"):
         run(pipe, **task(True), concepts=BOXED, method=LoraComposer(reinit="swap"))
     with pytest.raises(ValueError, match="guidance_rescale cannot be given for image-to-image"):
         run(pipe, **task(False), guidance_rescale=0.5)
