@@ -619,8 +619,8 @@ def _with(suite_folder: Path, **changes: Any) -> list[str]:
     return ["evaluate", str(path), "--out", str(suite_folder / "out")]
 
 
-def _broken(folder: Path) -> str:
-    (folder / "cut.safetensors").write_bytes(playground_lora("bear").read_bytes()[:500])
+def _broken(at: Path) -> str:
+    (at / "cut.safetensors").write_bytes(playground_lora("bear").read_bytes()[:500])
     return "./cut.safetensors"
 
 
@@ -643,7 +643,7 @@ def _unreadable(folder: Path) -> list[dict[str, Any]]:
             lambda folder: {"scenes": [{**SCENE, "regions": {}}], "detector": {"kind": "windows"}},
             "scene 'both', regional: regional needs to know where the concepts are",
         ),
-        (lambda folder: {"concepts": [{**CONCEPTS[0], "lora": _broken(folder)}, CONCEPTS[1]]}, "cut.safetensors is not"),
+        (lambda at: {"concepts": [{**CONCEPTS[0], "lora": _broken(at)}, CONCEPTS[1]]}, "cut.safetensors is not"),
         (lambda folder: {"scenes": [{**SCENE, "width": 10**6, "height": 10**6}]}, "cannot be made: one pass"),
         (
             lambda folder: {"scenes": [{**SCENE, "regions": {"bear": [0, 0, 64, 300], "robot": [0, 0, 9, 9]}}]},
