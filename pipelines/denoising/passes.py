@@ -70,18 +70,19 @@ class AttentionMaps:
     text: Tensor
     cells: Tensor | None = None
     output: Tensor | None = None
-    by_layer: Mapping[str, Tensor] = field(default_factory=dict)
+    by_layer: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def of(cls, recorder: Recorder) -> "AttentionMaps":
         """The means of a recorder's maps."""
         cells = recorder.self_mean() if recorder.self_maps else None
-        return cls(recorder.mean(), cells, recorder.output, dict(recorder.maps))
+        return cls(recorder.mean(), cells, recorder.output, by_layer=dict(recorder.maps))
 
     def detached(self) -> "AttentionMaps":
         """The maps without a graph."""
         cells, output = (None if value is None else value.detach() for value in (self.cells, self.output))
-        return AttentionMaps(self.text.detach(), cells, output)
+        by_layer = {name: value.detach() for name, value in self.by_layer.items()}
+        return AttentionMaps(self.text.detach(), cells, output, by_layer=by_layer)
 
 
 Readout = Callable[[AttentionMaps], Tensor]

@@ -264,7 +264,7 @@ def test_texts_of_subjects_leave_the_scene_out(family, pipe):
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
 @pytest.mark.parametrize("method", [Regional, Draft])
 def test_with_the_surroundings_no_cell_reads_of_a_subject_elsewhere(family, pipe, method):
-    settings = {"texts" if method is Regional else "reading": "subjects", "background": "surroundings"}
+    settings: Any = {"texts" if method is Regional else "reading": "subjects", "background": "surroundings"}
     with observed(pipe.transformer) as calls:
         pipe(**CALL, **family.unguided, concepts=concepts("apart"), method=method(**settings))
         pipe(**CALL, **family.unguided, concepts=concepts("apart"), method="regional")
