@@ -60,7 +60,7 @@ class UNetBackbone:
 
     @property
     def word_layers(self) -> tuple[str, ...]:
-        """The same."""
+        """The cross-attention layers on the map level: others have another grid."""
         return self.map_layers
 
     @property
