@@ -109,7 +109,7 @@ def load_encoder(source: str, device: str = "cpu") -> Encoder:
     as openai/clip-vit-base-patch32. The embeddings are those that are compared in the papers: the projected ones of
     CLIP, the pooled ones of SigLIP and SigLIP 2, and of DINOv2 the class token after the last normalisation. The first
     SigLIP's own tokenizer needs the package sentencepiece. Raises ValueError if there is no such encoder, it is of
-    another family, or it cannot be opened; the message says what was expected.
+    another family, or it cannot be opened.
     """
     where, what, family = _locate(source), f"the encoder {source!r}", family_of(source)
     model, loading = _opened(

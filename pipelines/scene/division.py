@@ -34,7 +34,7 @@ def divided(
         divide: Divides the free cells, given centres and 1 where a cell is free.
         threshold: As for `centres_of`.
         painted: 1 in the cells that may be divided (inpainting); None is all of them. Shape: [height, width].
-        leftover: Cells in which the map of their subject is below this share of its maximum are left to nobody.
+        leftover: Cells in which the map of their subject is below this share of its maximum belong to no region.
 
     Returns:
         1 in the region of a subject; a cell is in one of them, or in several given ones. Shape: [subjects, height,

@@ -100,7 +100,7 @@ def read_weight(value: Any) -> Weight:
 
     Text may be a number ("0.8"), numbers for equal parts of the steps ("1,0.5,0"), points at which weights begin
     ("0:1,0.5:0"), or ramps between points ("0:1..0.5:0.4", or "1..0.4" from the first step to the last). Raises
-    ValueError for anything else; the message says what was expected.
+    ValueError for anything else, with what is expected.
     """
     value = as_plain(value)
     if isinstance(value, str):
