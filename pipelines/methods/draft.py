@@ -2,8 +2,8 @@
 
 A method of this project. The base model, without any LoRA, lays out a scene in the first steps.
 
-    draft       the first steps without LoRAs, from the prompt without triggers. The mean attention of image cells to
-                the class word of each subject over these steps shows where the subject is
+    draft       the first steps without LoRAs, from the prompt without triggers. The attention of image cells to the
+                class word of each subject shows where the subject is
     division    the whole canvas is divided between the subjects, half-way between their centres
     restart     from the same noise. Every LoRA acts on the cells of its subject, in one pass per step
 
@@ -40,6 +40,7 @@ from lora_compose.pipelines.denoising.process import (
     check_limit,
     constant_gates,
 )
+from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
@@ -68,6 +69,7 @@ from lora_compose.pipelines.text.prompts import about
 ReadingMode = Literal["auto", "scene", "regions", "subjects"]
 Division = Literal["auto", "strips", "nearest"]
 BackgroundMode = Literal["auto", "surroundings", "scene"]
+FLOW_STRIDE = 3
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Draft(Settings):
     Attributes:
         length: Fraction of the steps that is drafted, at least one step; above 1 a number of steps. The last drafted
             step stops after the last attention map.
+        stride: Steps of the image that a drafted step goes over. Above 1, maps are those of the last drafted step alone.
+            None is 3 with flow matching, where the first steps of a fine schedule show no subjects yet, and 1 otherwise.
         layers: The attention layers whose maps are taken, by the beginning of their names, such as
             "single_transformer_blocks" of FLUX.1. None leaves it to the model (`Backbone.map_layers`).
         threshold: A cell counts for a subject's centre if the map is above this share of its maximum.
@@ -111,6 +115,7 @@ class Draft(Settings):
     """
 
     length: float = LENGTH
+    stride: int | None = None
     layers: str | None = None
     threshold: float = THRESHOLD
     division: Division = "auto"
@@ -132,6 +137,8 @@ class Draft(Settings):
         check_limit(self.limit)
         if not 0 < self.length < math.inf:
             raise ValueError(f"length must be positive, not {self.length}")
+        if self.stride is not None and not (isinstance(self.stride, int) and self.stride >= 1):
+            raise ValueError(f"stride must be a whole number, at least 1, not {self.stride!r}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
         if self.bias is not None and not 0 <= self.bias < math.inf:
@@ -197,6 +204,10 @@ class Draft(Settings):
         if self.layers is not None and not layers:
             raise ValueError(f"no attention layer begins with {self.layers!r}; there are {', '.join(known)}")
         return layers
+
+    def stride_in(self, sampler: Sampler) -> int:
+        """The steps that a drafted step goes over with a scheduler."""
+        return self.stride if self.stride is not None else FLOW_STRIDE if sampler.can_stride else 1
 
     def bias_in(self, canvas: Canvas) -> float:
         """The size of the bias with a model."""
@@ -427,9 +438,13 @@ class Drafting:
     def _maps(
         self, latents: Tensor, first: Step, draft: PreparedPass, words: Tensor, images: Sequence[int] | None = None
     ) -> Tensor:
-        """The mean attention to each subject over a draft, on the CPU. Shape: [images, subjects, height, width]."""
-        canvas, request = self.session.canvas, MapRequest(words, layers=self.layers)
-        by_step = drafted_maps(self.session, latents, first, draft, request, self.settings.length, images=images)
+        """The attention to each subject in a draft, on the CPU. Shape: [images, subjects, height, width]."""
+        session, canvas, request = self.session, self.session.canvas, MapRequest(words, layers=self.layers)
+        stride = self.settings.stride_in(session.denoiser.sampler)
+        by_step = drafted_maps(
+            session, latents, first, draft, request, self.settings.length,
+            of_last=stride > 1, stride=stride, images=images,
+        )  # fmt: skip
         mean = torch.stack([maps.text for maps in by_step]).mean(dim=0)
         return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level)).cpu()
 
