@@ -598,8 +598,11 @@ def words_to(words: Tensor, tokens: int, several: bool) -> Tensor:
 
 
 def maps_of_draft(patcher: Any, plain: list, negative: list, words: Tensor, **options: Any) -> Tensor:
-    """Attention to words in the base model, summed over steps. Shape: [images, maps, height, width]."""
-    found: list[Tensor] = []
+    """Attention to words in the base model: the sum over steps, or of the last one if text and image are one sequence.
+
+    Shape: [images, maps, height, width].
+    """
+    found: list[tuple[float, Tensor]] = []
     halved = getattr(patcher.model.diffusion_model, "patch_size", 2)
     sides = [-(-side // halved) for side in options.get("grid", GRID)]
     cells, model = sides[0] * sides[1], patcher.model.diffusion_model
@@ -629,15 +632,17 @@ def maps_of_draft(patcher: Any, plain: list, negative: list, words: Tensor, **op
             if mine:
                 shown = [one for one in layers if one.shape[1:] == (cells, tokens)]
                 shown = shown[-1:] if hasattr(model, "llm_adapter") else shown
-                if is_joint(patcher):  # the last third of them, which is one of two or three
-                    last = len(model.double_blocks) - 1 if hasattr(model, "double_blocks") else -1
+                if is_joint(patcher):  # single-stream blocks, or the last third, which is one of two or three
+                    single = layers[len(model.double_blocks) :] if hasattr(model, "double_blocks") else layers[-1:]
                     pad = getattr(model, "pad_tokens_multiple", None) or 1
                     start = -(-tokens // pad) * pad
-                    shown = [layers[last][:, start : start + cells, front:tokens]]
-                found.append(torch.stack(shown).mean(dim=0) @ words)
+                    shown = [layer[:, start : start + cells, front:tokens] for layer in single]
+                found.append((float(given["timestep"].max()), torch.stack(shown).mean(dim=0) @ words))
         return torch.cat(parts)
 
     watched = patcher.clone()
     watched.set_model_unet_function_wrapper(each)
     drawn(watched, plain, negative, **options)
-    return torch.stack(found).sum(dim=0).transpose(1, 2).unflatten(2, sides)
+    last = min(level for level, _ in found)
+    maps = [of_step for level, of_step in found if level == last or not is_joint(patcher)]
+    return torch.stack(maps).sum(dim=0).transpose(1, 2).unflatten(2, sides)

@@ -1,4 +1,4 @@
-"""Where attention to a class word lies in each block and drafted step, beside where the judge finds the object.
+"""Where attention to a class word lies in each block and step, beside where the judge finds the object.
 
     PYTHONPATH=assets python -m recipe.drafts MODEL FLUX --judge JUDGE
 
@@ -24,7 +24,7 @@ from lora_compose.pipelines.denoising.process import Process, Settings
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods.draft import Draft, Drafting
-from lora_compose.pipelines.methods.drafted import drafted_maps
+from lora_compose.pipelines.methods.drafted import on_all_rows
 from lora_compose.pipelines.scene.canvas import Step
 from lora_compose.pipelines.scene.division import THRESHOLD, centres_of, nearest, spacing
 from lora_compose.pipelines.scene.scene import Concept
@@ -45,31 +45,28 @@ SCENES = (
     (("bear", "woman", "dog"), "in snow"),
 )
 """Classes from left to right, and where they are."""
-LAST = 12
-"""No draft goes beyond this step of the image."""
+STEPS = (0, 1, 2, 3, 5, 8, 12)
 DEFAULT = "draft"
-"""The row of the layers that `draft` takes."""
+"""The row of what `draft` takes: the mean over its layers and over the steps so far."""
 SPACES = (0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 class Where(NamedTuple):
-    """A map: its layer, the stride of the draft, and the number of drafted steps after which it is taken."""
+    """A map: the layer it is of, and the step; or the mean over steps so far."""
 
     layer: str
-    stride: int
-    steps: int
+    step: int
 
 
 @dataclass(frozen=True)
 class Watching(Settings):
-    """Makes plain images, and drafts of them with several strides before.
+    """Makes a plain image, and keeps maps of many layers and steps.
 
     Attributes:
         found: Receives the maps. Shape: [images, subjects, height, width] each.
     """
 
-    strides: Sequence[int]
-    last: int = LAST
+    steps: Sequence[int]
     found: dict[Where, Tensor] = field(default_factory=dict)
 
     def start(self, session: Session) -> Process:
@@ -89,41 +86,41 @@ class _Watched:
         return self.drafting.draft.spec.text
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
-        session = self.drafting.session
-        canvas, layers = session.canvas, session.canvas.backbone.word_layers
-        grid = grid_at(canvas.latent_grid, canvas.map_level)
-        request = MapRequest(self.drafting.words, layers=layers)
-        for stride in self.settings.strides:
-            length = (self.settings.last // stride + 1) / first.count
-            drafted = drafted_maps(session, latents, first, self.drafting.draft, request, length, stride=stride)
-            for steps, maps in enumerate(drafted, 1):
-                for layer in layers:
-                    self.settings.found[Where(layer, stride, steps)] = maps.by_layer[layer].mT.unflatten(2, grid)
         return latents
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        session = self.drafting.session
-        return latents, session.guider.combine(session.denoiser.predict(latents, step, self.drafting.draft), step)
+        session, draft, request = self.drafting.session, self.drafting.draft, None
+        canvas = session.canvas
+        if step.index in self.settings.steps:
+            words = MapRequest(self.drafting.words, layers=canvas.backbone.word_layers)
+            request = on_all_rows(words, draft, step)
+        prediction = session.denoiser.predict(latents, step, draft, request)
+        if prediction.maps is not None:
+            grid = grid_at(canvas.latent_grid, canvas.map_level)
+            for layer in canvas.backbone.word_layers:
+                cells = prediction.maps.by_layer[layer][prediction.rows.conditional]
+                self.settings.found[Where(layer, step.index)] = cells.transpose(1, 2).unflatten(2, grid)
+        return latents, session.guider.combine(prediction, step)
 
 
 def with_means(found: Mapping[Where, Tensor], drafted: Sequence[str]) -> Mapping[Where, Tensor]:
-    """The maps, their means over the layers of `draft` and of each kind of blocks, and means of these over all steps."""
-    layers = list(dict.fromkeys(where.layer for where in found))
-    kinds = dict.fromkeys(layer.partition(".")[0] for layer in layers)
+    """The maps; means over the layers of a kind of blocks; and means over the steps so far, of `draft` and these."""
+    layers, steps = (list(dict.fromkeys(part)) for part in zip(*found, strict=True))
+    kinds = {layer.partition(".")[0]: None for layer in layers}
     of_kind = {f"all {kind}": [layer for layer in layers if layer.startswith(f"{kind}.")] for kind in kinds}
-    drafts = dict.fromkeys((where.stride, where.steps) for where in found)
     means = {
-        Where(name, *draft): torch.stack([found[Where(layer, *draft)] for layer in of]).mean(dim=0)
+        Where(name, step): torch.stack([found[Where(layer, step)] for layer in of]).mean(dim=0)
         for name, of in {DEFAULT: drafted, **of_kind}.items()
-        for draft in drafts
+        for step in steps
     }
-    over_steps = {
-        Where(f"{name}, mean of steps", stride, steps): torch.stack(
-            [means[Where(name, stride, before)] for before in range(1, steps + 1)]
+    so_far = {
+        Where(name if name == DEFAULT else f"{name}, steps so far", steps[n]): torch.stack(
+            [means[Where(name, step)] for step in steps[: n + 1]]
         ).mean(dim=0)
-        for name, stride, steps in means
+        for name in (DEFAULT, *of_kind)
+        for n in range(len(steps))
     }
-    return {**means, **over_steps, **found}
+    return {**so_far, **{where: maps for where, maps in means.items() if where.layer != DEFAULT}, **found}
 
 
 class Fit(NamedTuple):
@@ -159,16 +156,14 @@ def fits(maps: Tensor, classes: Sequence[str], seen: Sequence[Detection], size: 
 
 
 def table(title: str, values: Mapping[Where, Sequence[float]]) -> Iterator[str]:
-    """Lines with the mean by layer and number of drafted steps, for each stride."""
-    layers = list(dict.fromkeys(where.layer for where in values))
+    """Lines with the mean by layer and step."""
+    layers, steps = (list(dict.fromkeys(part)) for part in zip(*values, strict=True))
     width = max(map(len, layers))
-    for stride in dict.fromkeys(where.stride for where in values):
-        columns = sorted({where.steps for where in values if where.stride == stride})
-        yield f"{title}, by number of drafted steps of stride {stride}"
-        yield f"{'':{width}}" + "".join(f"{steps:>7}" for steps in columns)
-        for layer in layers:
-            each = (values[Where(layer, stride, steps)] for steps in columns)
-            yield f"{layer:{width}}" + "".join(f"{sum(one) / max(1, len(one)):7.2f}" for one in each)
+    yield f"{title}, by step"
+    yield f"{'':{width}}" + "".join(f"{step + 1:>7}" for step in sorted(steps))
+    for layer in layers:
+        each = (values[Where(layer, step)] for step in sorted(steps))
+        yield f"{layer:{width}}" + "".join(f"{sum(one) / max(1, len(one)):7.2f}" for one in each)
 
 
 @handle_errors()
@@ -177,12 +172,9 @@ def main(
     judge: Annotated[str, typer.Option(help="The playground's, or a folder.")] = JUDGE,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 4,
     scenes: Annotated[int, typer.Option(min=1, help="At most so many.")] = len(SCENES),
-    stride: Annotated[list[int] | None, typer.Option(min=1, help="Of drafts; above 1 with flow matching only.")] = None,
     objects: Annotated[int | None, typer.Option(min=2, max=3, help="Only scenes with so many objects.")] = None,
 ) -> None:
-    """Prints for each block and draft how often the map's centre is in the object, and how much of it in its region."""
-    strides = (1,) if stride is None else tuple(stride)
-    taken = Where(DEFAULT, strides[-1], LAST // strides[-1] + 1)
+    """Prints for each block and step how often the map's centre is in the object, and how much of it in its region."""
     detector = WindowDetector(load_encoder(judge), CLASSES)
     wanted = [scene for scene in SCENES if objects in (None, len(scene[0]))][:scenes]
     for model in models:
@@ -195,7 +187,7 @@ def main(
         with bar(f"making images with {model.name}", len(wanted)) as on_progress:
             for n, (classes, place) in enumerate(wanted, 1):
                 subjects = [Concept(name=name, role="bystander", class_word=name) for name in classes]
-                watching = Watching(strides)
+                watching = Watching(STEPS)
                 prompt = f"{enumerate_words([article(name) for name in classes])} {place}"
                 images = make(pipe, prompt, range(seeds), concepts=subjects, method=watching)
                 found = with_means(watching.found, backbone.map_layers)
@@ -205,7 +197,7 @@ def main(
                         each = list(fits(maps[i], classes, seen, image.size))
                         centres.setdefault(where, []).extend(fit.centre for fit in each)
                         regions.setdefault(where, []).extend(fit.region for fit in each)
-                    drafted = found[taken][i]
+                    drafted = found[Where(DEFAULT, 2)][i]
                     none = [torch.zeros(drafted.shape[1:], dtype=torch.bool)] * len(classes)
                     whole = {one.word for one in seen} == set(classes)
                     spaces.append((spacing(drafted, subjects, none, THRESHOLD), whole))

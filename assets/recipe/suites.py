@@ -285,17 +285,16 @@ def _columns(name: str, settings: str, method: str = "draft") -> str:
     return f'{{name: "columns, {name}", method: {method}, settings: {{{settings}}}}}'
 
 
-SINGLE = "layers: single_transformer_blocks"
 PARTS_IN_ONE_SEQUENCE = "\n".join(
     [
+        "merge",
         # Where regions come from.
         FREE_DRAFT,
-        _free("maps of single-stream blocks", SINGLE),
-        _free("maps of single-stream blocks, longer draft", f"{SINGLE}, length: 0.24"),
         _free("longer draft", "length: 0.24"),
-        _free("maps of single-stream blocks, strips", f"{SINGLE}, division: strips"),
-        _free("maps of single-stream blocks, three drafts", f"{SINGLE}, drafts: 3"),
-        _free("maps of single-stream blocks, cells left over", f"{SINGLE}, reading: scene, leftover: 0.15, bias: 1"),
+        _free("maps of the last double-stream block", "layers: transformer_blocks.2"),
+        _free("strips", "division: strips"),
+        _free("three drafts", "drafts: 3"),
+        _free("cells left over", "reading: scene, leftover: 0.15, bias: 1"),
         PUBLISHED,
         '{name: "freefuse, conditional rows", method: "freefuse:official-flux", settings: {rows: cond_only}}',
         # Given regions, each with a text of its own.

@@ -32,18 +32,25 @@ class Teacher:
         """Time on the straight path with the signal-to-noise ratio of each timestep; rises from 0 to 1."""
 
     @torch.no_grad()
-    def velocity(self, mixed: Tensor, times: Tensor, captions: list[str]) -> Tensor:
-        """The expected velocity, noise minus image.
+    def velocity(self, mixed: Tensor, times: Tensor, captions: list[str], guidance: Tensor) -> Tensor:
+        """The expected velocity, noise minus image, with classifier-free guidance.
 
         Args:
             mixed: (1 - time) x image + time x noise. Shape: [images, channels, height, width].
             times: From 0 to 1; the nearest timesteps are taken. Shape: [images].
             captions: Of the images.
+            guidance: Scales; 1 is none. Shape: [images].
         """
         steps = (self.times - times[:, None]).abs().argmin(1)
         time, signal, noise = (each[steps].view(-1, 1, 1, 1) for each in (self.times, self.signal, self.noise))
         noisy = mixed / (time.square() + (1 - time).square()).sqrt()
-        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        guided = guidance > 1
+        texts = [*captions, ""]
+        ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         with cpu_autocast():
-            v = self.unet(noisy, steps, self.words(ids)[0]).sample.float()
+            text = self.words(ids)[0]
+            text = torch.cat((text[:-1], text[-1:].expand(int(guided.sum()), -1, -1)))
+            rows, without = torch.cat((noisy, noisy[guided])), torch.cat((steps, steps[guided]))
+            v, free = self.unet(rows, without, text).sample.float().split([len(noisy), int(guided.sum())])
+        v[guided] = free + guidance[guided].view(-1, 1, 1, 1) * (v[guided] - free)
         return (noise * noisy + signal * v) - (signal * noisy - noise * v)

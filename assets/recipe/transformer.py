@@ -6,8 +6,8 @@ VAE and words are those of the UNet's model, whose CLIP learns on together with 
 words begin as CLIP's, which have learnt from images what a cat and a fox have in common. Flow matching, mostly with the
 velocity that the UNet expects (`teacher.py`), and half of the times where it is decided what is where; half of an
 image's tokens skip the blocks in the middle (Krause et al. 2025); features of a block in the middle are to tell what
-lies where (`hints.py`); Muon for the matrices of blocks, an average of the last weights; classifier-free guidance by
-dropped captions.
+lies where (`hints.py`); Muon for the matrices of blocks, an average of the last weights. As in FLUX.1-dev, guidance is
+an input, and what the UNet expects with guidance is learnt (Meng et al. 2023).
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,12 @@ MAX_TOKENS = 32
 SHIFT = 1.0  # of the timesteps, when images are made
 LAYOUT_FROM = 0.7
 """Times from which on it is decided what is where; half of a batch has such a time."""
-TAUGHT = 0.75  # share of the velocity that is the teacher's; the rest is that of the image and its noise
+TAUGHT = (
+    0.75  # share of the velocity that is the teacher's without guidance; the rest is that of the image and its noise
+)
+GUIDED = 0.75  # share of the images with guidance, of which the velocity is the teacher's alone
+GUIDANCE = (2.0, 6.0)
+SHAPES = 64  # of images, words and kept tokens, for which blocks are compiled; beyond, they run without
 KEPT = 0.5  # share of an image's tokens that go through all blocks in training, in whole sixteens
 FIRST, LAST = 1, 2  # blocks at both ends that all tokens go through
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'-"
@@ -77,11 +82,12 @@ def new_transformer(channels: int, double: int = 3, single: int = 8) -> FluxTran
     """An untrained transformer whose blocks do nothing yet."""
     model = FluxTransformer2DModel(
         in_channels=4 * channels, num_layers=double, num_single_layers=single, attention_head_dim=64,
-        num_attention_heads=4, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=False,
+        num_attention_heads=4, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True,
         axes_dims_rope=(16, 24, 24),
     )  # fmt: skip
     for name, module in model.named_modules():
-        if name == "proj_out" or (isinstance(module, nn.Linear) and "norm" in name):
+        silent = name == "proj_out" or name.endswith("guidance_embedder.linear_2")
+        if silent or (isinstance(module, nn.Linear) and "norm" in name):
             nn.init.zeros_(module.weight)  # pyright: ignore[reportArgumentType]
             nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
     return model
@@ -128,20 +134,22 @@ class Routed(nn.Module):
         self.transformer: Any = transformer
 
     def forward(
-        self, latents: Tensor, times: Tensor, text: Tensor, pooled: Tensor, positions: Tensor, kept: int
-    ) -> tuple[Tensor, Tensor]:
+        self, latents: Tensor, times: Tensor, guidance: Tensor, text: Tensor, pooled: Tensor, positions: Tensor,
+        kept: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The velocity, and features of the kept tokens in the middle.
 
         Args:
             latents: Tokens of each image, in any order. Shape: [images, tokens, channels].
             times: From 0 to 1. Shape: [images].
+            guidance: Scales. Shape: [images].
             text: Shape: [images, words, channels].
             pooled: Shape: [images, channels].
             positions: Of the image's tokens. Shape: [tokens, 3].
             kept: So many of the first tokens go through all blocks.
         """
         model, words = self.transformer, text.shape[1]
-        embedding = model.time_text_embed(1000 * times, pooled)
+        embedding = model.time_text_embed(1000 * times, 1000 * guidance, pooled)
         hidden, text = model.x_embedder(latents), model.context_embedder(text)
         rotary = model.pos_embed(torch.cat((torch.zeros(words, 3), positions)))
         of_kept = tuple(part[: words + kept] for part in rotary)
@@ -179,6 +187,8 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         self.clip: Any = pipe.text_encoder
         self.t5: Any = pipe.text_encoder_2
         self.routed = Routed(pipe.transformer)
+        torch._dynamo.config.recompile_limit = SHAPES
+        self.teacher.unet.compile(dynamic=False)
         # Blocks alone: where all of a step is compiled (PyTorch 2.13, CPU, bf16), gradients of close-ups are NaN.
         for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
             block.compile(dynamic=False)
@@ -187,7 +197,9 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         """The error of the velocity, and that of what lies where."""
         clean, rng = batch.latents, self.generator
         order = torch.randperm(clean.shape[2] * clean.shape[3] // 4, generator=rng)
-        left_out = (torch.rand(len(clean), generator=rng) < NO_CAPTION).tolist()
+        # Always as many, so that the compiled teacher sees few shapes.
+        guided = torch.arange(len(clean)) < round(GUIDED * len(clean))
+        left_out = ((torch.rand(len(clean), generator=rng) < NO_CAPTION / (1 - GUIDED)) & ~guided).tolist()
         captions = ["" if out else text for text, out in zip(batch.captions, left_out, strict=True)]
         tokens = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
         words = self.pipe.tokenizer_2(captions, **tokens).input_ids
@@ -197,11 +209,14 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         times[::2] = times[::2].lerp(torch.ones(1), LAYOUT_FROM)
         noise = torch.randn(clean.shape, generator=rng)
         mixed = clean.lerp(noise, times.view(-1, 1, 1, 1))
-        velocity = (noise - clean).lerp(self.teacher.velocity(mixed, times, captions), TAUGHT)
+        least, most = GUIDANCE
+        guidance = (least + (most - least) * torch.rand(len(clean), generator=rng)).where(guided, 1.0)
+        taught = torch.ones(len(clean)).where(guided, TAUGHT).view(-1, 1, 1, 1)
+        velocity = (noise - clean).lerp(self.teacher.velocity(mixed, times, captions, guidance), taught)
         kept = 16 * round(KEPT * len(order) / 16)
         with cpu_autocast(), quick_attention():
             predicted, telling = self.routed(
-                packed(mixed)[:, order], times, self.t5(words)[0], self.clip(clip_words).pooler_output,
+                packed(mixed)[:, order], times, guidance, self.t5(words)[0], self.clip(clip_words).pooler_output,
                 image_positions(clean)[order], kept,
             )  # fmt: skip
         classes, shares = lying(batch.objects, *(side // 2 for side in batch.latents.shape[2:]))

@@ -65,9 +65,13 @@ class JointBackbone:
 
     @property
     def map_layers(self) -> tuple[str, ...]:
-        """Attention layers in the last third of the first kind of blocks, where image features have mixed with text."""
-        names = [name for name in self.word_layers if name.startswith(f"{self.blocks[0]}.")]
-        return tuple(names[-max(1, len(names) // 3) :])
+        """Attention layers that show where words are in the image.
+
+        Those of all single-stream blocks, or the last third where all blocks are of one kind: image features have mixed
+        with text there.
+        """
+        *_, last = (tuple(name for name in self.word_layers if name.startswith(f"{kind}.")) for kind in self.blocks)
+        return last if len(self.blocks) > 1 else last[-max(1, len(last) // 3) :]
 
     @property
     def word_layers(self) -> tuple[str, ...]:

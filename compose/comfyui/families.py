@@ -142,11 +142,11 @@ def _of(sites: Mapping[str, Site], layer: str, attends: Site | None = None) -> F
 
 
 def _flux(layers: Sequence[str], level: int) -> Family:
-    """A block runs one attention; those of double-stream blocks have maps."""
+    """A block runs one attention; those of single-stream blocks have maps."""
     sites = {name: Site(*site.parts, level=level) if site.level else site for name, site in _by(_FLUX, layers).items()}
     matches = (re.match(r"(double|single)_blocks\.\d+", name) for name in layers)
     blocks = dict.fromkeys((match[0] for match in matches if match), Site("text", "image", level=level))
-    return Family(sites, blocks, _last_third([name for name in blocks if name.startswith("double")]))
+    return Family(sites, blocks, [name for name in blocks if name.startswith("single")])
 
 
 def _last_third(names: Sequence[str]) -> Sequence[str]:

@@ -36,7 +36,7 @@ from lora_compose.compose.comfyui.memory import Brought, MovableFactors, OnKnown
 from lora_compose.compose.comfyui.steering import EachTextFromItsStart, SteeredAttention
 from lora_compose.compose.comfyui.tokens import tokens_of
 from lora_compose.pipelines.scene.canvas import steps_in
-from lora_compose.pipelines.scene.division import LENGTH
+from lora_compose.pipelines.scene.division import LENGTH, LENGTH_JOINT
 
 KEY = "lora_compose"
 """Our name among callbacks and wrappers, and of the mark in conditionings."""
@@ -130,7 +130,8 @@ class SamplingHooks:
             sampling.install()
             if composition.draft is not None and sampling.steps:
                 guider.conds = sampling.start(composition.drafted(composition.draft), images)
-                first = sigmas[: 1 + max(1, math.ceil(steps_in(LENGTH, sampling.steps)))]
+                length = LENGTH_JOINT if sampling.joint else LENGTH
+                first = sigmas[: 1 + max(1, math.ceil(steps_in(length, sampling.steps)))]
                 start = {**extra}, None, noise.clone(), latents, mask
                 maps = sampling.maps(partial(executor, guider, first, *start, *further, **options))
                 images = [composition.draft.divide(image, composition.regions, sampling.grid) for image in maps]
@@ -209,6 +210,7 @@ class ActiveSampling:
         steered: Whether attention is steered.
         grid: Height and width of the latents.
         steps: How many steps it has.
+        joint: Whether text and image are one sequence; then maps are those of the last drafted step alone.
     """
 
     _passes: Passes  # from `start` on
@@ -225,8 +227,9 @@ class ActiveSampling:
         self._conditionings, self._device = guider.conds, guider.model_patcher.load_device
         self._levels, self.steps = sigmas.tolist(), max(0, len(sigmas) - 1)
         self._family = family_of(self.model.diffusion_model)
+        self.joint = self._family.joint is not None
         self._inputs: dict[tuple[Any, ...], LayerInputs] = {}
-        self._maps: list[Tensor] = []
+        self._maps: dict[int, list[Tensor]] = {}
         self._stack = ExitStack()
         self._installation: Installation | None = None
 
@@ -303,7 +306,8 @@ class ActiveSampling:
             sample()
         if not self._maps:
             raise ValueError("the conditioning of Compose is not used in the first steps, where draft needs it")
-        return torch.stack(self._maps).sum(dim=0)
+        every = [maps for step, maps in self._maps.items() if not self.joint or step == max(self._maps)]
+        return torch.stack([image for maps in every for image in maps]).sum(dim=0)
 
     def run(self, uuids: Sequence[Any], x: Tensor, t: Tensor, text: Tensor, execute: Callable[[], Tensor]) -> Tensor:
         """Runs a pass.
@@ -330,7 +334,8 @@ class ActiveSampling:
         out = execute()
         # The images of each conditioning follow one another.
         maps = recorder.mean().cpu()[ours].unflatten(0, (-1, len(self._noise))).mean(dim=0)
-        self._maps.append(maps.transpose(1, 2).unflatten(2, grid_at(grid, self._family.map_level)))
+        on_grid = maps.transpose(1, 2).unflatten(2, grid_at(grid, self._family.map_level))
+        self._maps.setdefault(step, []).append(on_grid)
         return out
 
     def _step(self, level: float) -> int:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from lora_compose.attention import backbone_of
 from lora_compose.compose.training.noising import Diffusion, Flow, Noising
 from lora_compose.compose.training.settings import SCOPES, Training
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
@@ -177,7 +178,7 @@ class _Transformer(Base):
         self.side, self.architecture = min(pipe.own_size), pipe.architecture
         tokenizers = pipe.tokenizers_for([])
         self.tokenizers = [t.tokenizer if isinstance(t, ExpandingTokenizer) else t for t in tokenizers]
-        self._flow = Flow(pipe)
+        self._backbone = backbone_of(pipe.transformer)
 
     def check(self, settings: Training) -> None:
         family = self.pipe.family
@@ -192,14 +193,12 @@ class _Transformer(Base):
                 "--tara aligns keys of the cross-attention of UNets; leave it out: the method tara takes ordinary "
                 f"LoRAs of {family}"
             )
-        if settings.scope == "cross_kv" and not self._flow.backbone.reads_regions:
+        if settings.scope == "cross_kv" and not self._backbone.reads_regions:
             raise ValueError(f"{family} has no cross-attention for scope cross_kv; use attention or transformer")
         if settings.scope == "convolutions":
             raise ValueError(f"{family} has no convolutions in its blocks; use attention or transformer")
         if settings.min_snr is not None:
             raise ValueError(f"--min-snr is for models with a noise schedule; {family} learns by flow matching")
-        if settings.high_noise:
-            raise ValueError(f"--high-noise is for models with a noise schedule; {family} learns by flow matching")
         unit = self.pipe.cell
         if settings.resolution is not None and settings.resolution % unit:
             raise ValueError(f"the resolution must be a multiple of {unit} for {family}, not {settings.resolution}")
@@ -220,13 +219,12 @@ class _Transformer(Base):
             )
 
     def noising(self, high_noise: float = 0.0) -> Noising:
-        assert not high_noise, "`check` has refused it"
-        return self._flow
+        return Flow(self.pipe, high_noise)
 
     def targets(self, settings: Training) -> list[str]:
         pattern = {"attention": _ATTENTION, "cross_kv": _CROSS_KV}.get(settings.scope, f"{_IN_BLOCK}.+")
         left_out = {"modulation"} if settings.references else {"modulation", "reference"}
-        backbone = self._flow.backbone
+        backbone = self._backbone
         unread = set(backbone.unread)  # without a gradient there, processes would wait for each other
         return [
             name for name, site in backbone.sites.items()

@@ -90,13 +90,18 @@ class Flow:
     x_s = (1 - s) x + s n        v = n - x        s = sigmoid(z), z ~ N(0, 1)     (Esser et al., arXiv 2403.03206)
 
     The transformer is that of a pipeline.
+
+    Args:
+        high_noise: The share of the rows whose time is one of the noisiest, uniform above `HIGH_NOISE`.
     """
 
-    def __init__(self, pipe: FlowMatchingPipeline) -> None:
-        self.backbone, self._pipe = backbone_of(pipe.transformer), pipe
+    def __init__(self, pipe: FlowMatchingPipeline, high_noise: float = 0.0) -> None:
+        self.backbone, self._pipe, self.high_noise = backbone_of(pipe.transformer), pipe, high_noise
 
     def draw(self, random: torch.Generator) -> float:
-        """A timestep, 0 to 1000; most are in the middle."""
+        """A timestep, 0 to 1000; most are in the middle, or among the noisiest ones."""
+        if self.high_noise > 0 and float(torch.rand(1, generator=random)) < self.high_noise:
+            return (HIGH_NOISE + (1 - HIGH_NOISE) * float(torch.rand(1, generator=random))) * 1000
         return float(torch.randn(1, generator=random).sigmoid()) * 1000
 
     def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from lora_compose.pipelines.images.task import Task
@@ -35,6 +34,11 @@ class Schedule:
         second_order, unguided = index % self.order > 0, index in self.unguided
         return Step(index, len(self.timesteps), self.timesteps[index], cfg_scale, second_order, unguided)
 
+    def leading(self, length: float, first: Step) -> list[Step]:
+        """The first steps, at least one; `length` is a fraction of the steps, or above 1 their number."""
+        steps = max(1, min(math.ceil(steps_in(length, first.count)), first.count))
+        return [self.step(index, first.cfg_scale) for index in range(steps)]
+
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
@@ -43,14 +47,12 @@ class Sampler:
     Attributes:
         arguments: Further arguments of its steps, such as the generator of their noise.
         task: Where the latents started, and what has to be kept of it after each step; None keeps nothing.
-        stride: Steps of the schedule that a step goes over; above 1 only in drafts.
     """
 
     scheduler: Any
     schedule: Schedule
     arguments: Mapping[str, Any] = field(default_factory=dict)
     task: Task | None = None
-    stride: int = 1
 
     @cached_property
     def _timesteps(self) -> Sequence[float]:
@@ -69,17 +71,7 @@ class Sampler:
     def step(self, model_output: Tensor, step: Step, latents: Tensor) -> Tensor:
         """Makes the next latents of the model's output and the latents of a step."""
         latents = self.scheduler.step(model_output, step.t, latents, **self.arguments, return_dict=False)[0]
-        return latents if self.task is None else self.task.after_step(latents, step.index + self.stride, self.scheduler)
-
-    @property
-    def can_stride(self) -> bool:
-        """Whether steps can be longer than those of the schedule: along the straight lines of flow matching."""
-        return isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
-
-    def leading(self, length: float, first: Step) -> list[Step]:
-        """The first steps, at least one; `length` is a fraction of the call's steps, or above 1 a number of steps."""
-        steps = max(1, min(math.ceil(steps_in(length, first.count)), math.ceil(first.count / self.stride)))
-        return [self.schedule.step(index * self.stride, first.cfg_scale) for index in range(steps)]
+        return latents if self.task is None else self.task.after_step(latents, step, self.scheduler)
 
     def of_images(self, images: Sequence[int]) -> "Sampler":
         """The sampler of some images of the batch, which has the same scheduler."""
@@ -90,25 +82,15 @@ class Sampler:
         return replace(self, arguments=arguments, task=None if self.task is None else self.task.of_images(images))
 
     @contextmanager
-    def ahead(self, stride: int = 1) -> Iterator["Sampler"]:
+    def ahead(self) -> Iterator["Sampler"]:
         """A copy for the steps of a draft: they use the same noise as the real steps, and leave no trace.
 
         Scheduler and generators stay as they are, and so does PyTorch's own generator, which some schedulers use.
-        Raises ValueError for a stride above 1 that the scheduler cannot take.
         """
-        if stride > 1 and not self.can_stride:
-            name = type(self.scheduler).__name__
-            raise ValueError(f"only FlowMatchEulerDiscreteScheduler drafts in steps of stride {stride}, not {name}")
         devices = [self.schedule.timesteps[0].device] if self.schedule.timesteps[0].is_cuda else []
         with torch.random.fork_rng(devices):
             arguments = {name: _copied(value) for name, value in self.arguments.items()}
-            scheduler = copy.deepcopy(self.scheduler)
-            if stride > 1:
-                begin = len(scheduler.timesteps) - len(self.schedule.timesteps)
-                scheduler.timesteps = scheduler.timesteps[begin::stride]
-                scheduler.sigmas = torch.cat((scheduler.sigmas[begin:-1:stride], scheduler.sigmas[-1:]))
-                scheduler.set_begin_index(0)
-            yield replace(self, scheduler=scheduler, arguments=arguments, stride=stride)
+            yield replace(self, scheduler=copy.deepcopy(self.scheduler), arguments=arguments)
 
 
 def _copied(argument: Any) -> Any:

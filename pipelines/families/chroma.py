@@ -47,7 +47,7 @@ class ComposeChromaPipeline(FlowMatchingPipeline, ChromaPipeline):  # pyright: i
 
         Args:
             token_positions: Positions among the T5 tokens.
-            record_attention: Maps come from the last third of the double-stream blocks.
+            record_attention: Maps come from the single-stream blocks.
         """
         given, per_prompt, length = begun.given, begun.images_per_prompt, begun.given["max_sequence_length"]
         source, size = self._source(begun)

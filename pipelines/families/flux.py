@@ -189,7 +189,7 @@ class ComposeFluxPipeline(FluxCalls, FluxPipeline):  # pyright: ignore[reportInc
 
         Args:
             token_positions: Positions among the T5 tokens.
-            record_attention: Maps come from the last third of the double-stream blocks.
+            record_attention: Maps come from the single-stream blocks.
         """
         source, size = self._source(begun)
         return self._flux_request(begun, size, source)

@@ -132,7 +132,7 @@ class ComposeFlux2KleinPipeline(Flux2Calls, Flux2KleinPipeline):  # pyright: ign
                 a reference image, too. Without a mask, one or several reference images, of any sizes; LoRAs act on them
                 only if a concept says so (`Concept.references`), and regions are those of the image that is made.
             token_positions: Positions among all tokens, those of the chat template included.
-            record_attention: Maps come from the last third of the double-stream blocks.
+            record_attention: Maps come from the single-stream blocks.
             image_reference: A further image that inpainting reads; cannot be combined with concepts yet.
         """
         given, references = begun.given, self._references(begun.given["reference"])

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from lora_compose.pipelines.scene.canvas import Step
 
 OF_INPAINTING = ("mask", "masked_image_latents")
 """Tensors that diffusers gives callbacks of inpainting with a UNet."""
@@ -18,14 +19,8 @@ class Task(Protocol):
         """The latents before the first step. Shape: [images, channels, height, width]."""
         ...
 
-    def after_step(self, latents: Tensor, following: int, scheduler: Any) -> Tensor:
-        """The latents after a step of a scheduler, with restored parts (inpainting).
-
-        Args:
-            latents: Shape: [images, channels, height, width].
-            following: Index of the pass that follows; there is none at the end.
-            scheduler: After its step.
-        """
+    def after_step(self, latents: Tensor, step: Step, scheduler: Any) -> Tensor:
+        """The latents after a step of a scheduler, with restored parts (inpainting)."""
         ...
 
     def of_images(self, images: Sequence[int]) -> "Task":
@@ -43,7 +38,7 @@ class TextToImage:
         """The start noise."""
         return self.noise()
 
-    def after_step(self, latents: Tensor, following: int, scheduler: Any) -> Tensor:
+    def after_step(self, latents: Tensor, step: Step, scheduler: Any) -> Tensor:
         """The latents as they are."""
         return latents
 
@@ -68,7 +63,7 @@ class ImageToImage:
         """The image with noise on it."""
         return self.latents
 
-    def after_step(self, latents: Tensor, following: int, scheduler: Any) -> Tensor:
+    def after_step(self, latents: Tensor, step: Step, scheduler: Any) -> Tensor:
         """The latents as they are."""
         return latents
 
@@ -98,17 +93,17 @@ class Inpainting(ImageToImage):
     noise: Tensor = field(kw_only=True)
     timesteps: Any = field(kw_only=True)
 
-    def after_step(self, latents: Tensor, following: int, scheduler: Any) -> Tensor:
+    def after_step(self, latents: Tensor, step: Step, scheduler: Any) -> Tensor:
         """The latents with the image outside of the mask, at the noise level at which the scheduler is now."""
         if self.image is None:
             return latents
         outside = self.image
-        if following < len(self.timesteps):
-            timestep = self.timesteps[following : following + 1]
+        if step.index < step.count - 1:
+            following = self.timesteps[step.index + 1 : step.index + 2]
             if hasattr(scheduler, "scale_noise"):
-                outside = scheduler.scale_noise(outside, timestep, self.noise)
+                outside = scheduler.scale_noise(outside, following, self.noise)
             else:
-                outside = scheduler.add_noise(outside, self.noise, timestep)
+                outside = scheduler.add_noise(outside, self.noise, following)
         return (1 - self.mask) * outside + self.mask * latents
 
     def of_images(self, images: Sequence[int]) -> "Inpainting":

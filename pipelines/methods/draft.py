@@ -40,7 +40,6 @@ from lora_compose.pipelines.denoising.process import (
     check_limit,
     constant_gates,
 )
-from lora_compose.pipelines.denoising.sampler import Sampler
 from lora_compose.pipelines.denoising.session import Session
 from lora_compose.pipelines.denoising.together import Together, each_subject, limited, of_one_text, overlapping
 from lora_compose.pipelines.methods.composed_regions import APART_SIDE, compose_regions
@@ -58,7 +57,7 @@ from lora_compose.pipelines.methods.region_texts import (
 )
 from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.scene.canvas import Canvas, Step
-from lora_compose.pipelines.scene.division import LENGTH, THRESHOLD, divided, nearest, spacing, strips
+from lora_compose.pipelines.scene.division import LENGTH, LENGTH_JOINT, THRESHOLD, divided, nearest, spacing, strips
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
 from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.text.branches import branch_of
@@ -69,7 +68,6 @@ from lora_compose.pipelines.text.prompts import about
 ReadingMode = Literal["auto", "scene", "regions", "subjects"]
 Division = Literal["auto", "strips", "nearest"]
 BackgroundMode = Literal["auto", "surroundings", "scene"]
-FLOW_STRIDE = 3
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,8 @@ class Draft(Settings):
 
     Attributes:
         length: Fraction of the steps that is drafted, at least one step; above 1 a number of steps. The last drafted
-            step stops after the last attention map.
-        stride: Steps of the image that a drafted step goes over. Above 1, maps are those of the last drafted step alone.
-            None is 3 with flow matching, where the first steps of a fine schedule show no subjects yet, and 1 otherwise.
+            step stops after the last attention map. None is 0.12, or 0.16 where text and image are one sequence: there
+            the first steps show no subjects yet, and maps are those of the last drafted step alone.
         layers: The attention layers whose maps are taken, by the beginning of their names, such as
             "single_transformer_blocks" of FLUX.1. None leaves it to the model (`Backbone.map_layers`).
         threshold: A cell counts for a subject's centre if the map is above this share of its maximum.
@@ -114,8 +111,7 @@ class Draft(Settings):
             change of one alone at weight 1; those of a layer with more are scaled down to it. None is no limit.
     """
 
-    length: float = LENGTH
-    stride: int | None = None
+    length: float | None = None
     layers: str | None = None
     threshold: float = THRESHOLD
     division: Division = "auto"
@@ -135,10 +131,8 @@ class Draft(Settings):
     def __post_init__(self) -> None:
         check_choices(self)
         check_limit(self.limit)
-        if not 0 < self.length < math.inf:
+        if self.length is not None and not 0 < self.length < math.inf:
             raise ValueError(f"length must be positive, not {self.length}")
-        if self.stride is not None and not (isinstance(self.stride, int) and self.stride >= 1):
-            raise ValueError(f"stride must be a whole number, at least 1, not {self.stride!r}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
         if self.bias is not None and not 0 <= self.bias < math.inf:
@@ -205,9 +199,9 @@ class Draft(Settings):
             raise ValueError(f"no attention layer begins with {self.layers!r}; there are {', '.join(known)}")
         return layers
 
-    def stride_in(self, sampler: Sampler) -> int:
-        """The steps that a drafted step goes over with a scheduler."""
-        return self.stride if self.stride is not None else FLOW_STRIDE if sampler.can_stride else 1
+    def length_in(self, canvas: Canvas) -> float:
+        """The part of the steps that is drafted with a model."""
+        return self.length if self.length is not None else LENGTH if canvas.backbone.joint is None else LENGTH_JOINT
 
     def bias_in(self, canvas: Canvas) -> float:
         """The size of the bias with a model."""
@@ -439,12 +433,9 @@ class Drafting:
         self, latents: Tensor, first: Step, draft: PreparedPass, words: Tensor, images: Sequence[int] | None = None
     ) -> Tensor:
         """The attention to each subject in a draft, on the CPU. Shape: [images, subjects, height, width]."""
-        session, canvas, request = self.session, self.session.canvas, MapRequest(words, layers=self.layers)
-        stride = self.settings.stride_in(session.denoiser.sampler)
-        by_step = drafted_maps(
-            session, latents, first, draft, request, self.settings.length,
-            of_last=stride > 1, stride=stride, images=images,
-        )  # fmt: skip
+        canvas, request = self.session.canvas, MapRequest(words, layers=self.layers)
+        length, of_last = self.settings.length_in(canvas), canvas.backbone.joint is not None
+        by_step = drafted_maps(self.session, latents, first, draft, request, length, of_last=of_last, images=images)
         mean = torch.stack([maps.text for maps in by_step]).mean(dim=0)
         return mean.transpose(1, 2).unflatten(2, grid_at(canvas.latent_grid, canvas.map_level)).cpu()
 

@@ -22,7 +22,6 @@ def drafted_maps(
     length: float,
     *,
     of_last: bool = False,
-    stride: int = 1,
     images: Sequence[int] | None = None,
 ) -> Sequence[AttentionMaps]:
     """The attention maps of drafted steps, of which scheduler, generators and log see nothing.
@@ -32,26 +31,23 @@ def drafted_maps(
     Args:
         prepared: The pass of every step.
         request: The maps of conditional rows.
-        length: Fraction of the call's steps, at least one step; above 1 a number of steps.
+        length: Fraction of the steps, at least one step; above 1 a number of steps.
         of_last: Whether maps are recorded in the last of the steps only.
-        stride: Steps of the call that a drafted step goes over.
         images: Indices of the images that the pass is of; None is all.
 
     Returns:
         The maps of the conditional rows in each step that is recorded.
     """
     recorded = []
-    with session.denoiser.sampler.ahead(stride) as sampler:
+    with session.denoiser.sampler.ahead() as sampler:
         sampler = sampler if images is None else sampler.of_images(images)
         denoiser = session.denoiser.ahead(sampler)
-        *earlier, last = sampler.leading(length, first)
+        *earlier, last = sampler.schedule.leading(length, first)
         for step in earlier:
             wanted = None if of_last else on_all_rows(request, prepared, step)
             prediction = denoiser.predict(latents, step, prepared, wanted)
-            if (maps := prediction.maps) is not None:
-                rows = prediction.rows.conditional
-                by_layer = {name: of_layer[rows] for name, of_layer in maps.by_layer.items()}
-                recorded.append(replace(maps, text=maps.text[rows], by_layer=by_layer))
+            if prediction.maps is not None:
+                recorded.append(replace(prediction.maps, text=prediction.maps.text[prediction.rows.conditional]))
             latents = sampler.step(session.guider.combine(prediction, step), step, latents)
         return [*recorded, denoiser.maps(latents, last, prepared, request)]
 

@@ -238,12 +238,13 @@ def block_read(backbone: Backbone) -> tuple[str, str]:
 
     On UNets the fourth block of the up path on the map grid, or the last where there are fewer. On SDXL that is
     `up_blocks.0.attentions.0.transformer_blocks.3`, which the authors chose; on SD 1.x and 2.x the third. On
-    transformers the last layer of which maps are recorded, or of FLUX the last block with two streams, as in the
-    authors' code.
+    transformers the last block of the first kind, of FLUX the last one with two streams, as in the authors' code.
     """
     by_block = {name.removesuffix(".attn1"): name for name in backbone.self_map_layers}
     if backbone.joint is not None:
-        return backbone.map_layers[-1], backbone.map_layers[-1]
+        kind = backbone.word_layers[0].partition(".")[0]
+        *_, layer = (name for name in backbone.word_layers if name.startswith(f"{kind}."))
+        return layer, layer
     known = [name for name in backbone.map_layers if name.removesuffix(".attn2") in by_block]
     up = [name for name in known if name.startswith("up_")]
     layer = up[min(3, len(up) - 1)] if up else known[-1]

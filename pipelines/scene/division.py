@@ -11,8 +11,8 @@ from torch import Tensor
 from lora_compose.attention.masks import smooth
 from lora_compose.pipelines.scene.scene import Concept
 
-LENGTH = 0.12
-"""The part of the steps that `draft` drafts, at least one step."""
+LENGTH, LENGTH_JOINT = 0.12, 0.16
+"""The part of the steps that `draft` drafts, at least one step; the second where text and image are one sequence."""
 THRESHOLD = 0.3
 """The share of a map's maximum from which a cell counts for the centre of a subject."""
 

@@ -23,23 +23,21 @@ CALL: dict[str, Any] = {
 def test_maps_are_those_of_the_draft_and_the_image_is_plain() -> None:
     pipe: Any = flux_pipeline(num_layers=2, num_single_layers=2, guidance_embeds=False)
     backbone = backbone_of(pipe.transformer)
-    watching = Watching((1, 2), last=2)
+    watching = Watching((0, 1))
     image = pipe(**CALL, method=watching, generator=seeded(3)).images
     blocks = [f"{kind}.{n}.attn" for kind in ("transformer_blocks", "single_transformer_blocks") for n in (0, 1)]
-    drafts = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
-    assert list(watching.found) == [Where(block, *draft) for draft in drafts for block in blocks]
+    assert list(watching.found) == [Where(block, step) for step in (0, 1) for block in blocks]
     plain = {name: value for name, value in CALL.items() if name != "concepts"}
     torch.testing.assert_close(image, pipe(**plain, generator=seeded(3)).images, atol=1e-5, rtol=0)
-    found = with_means(watching.found, backbone.map_layers)
-    for where, layers in (
-        (Where(DEFAULT, 1, 1), None),
-        (Where(DEFAULT, 2, 2), None),
-        (Where("all single_transformer_blocks", 2, 2), "single_transformer_blocks"),
-        (Where("all transformer_blocks, mean of steps", 1, 2), "transformer_blocks"),
-    ):
-        method = Draft(length=where.steps / 3, layers=layers, stride=where.stride)
-        drafted = pipe(**CALL, method=method, generator=seeded(3), record_attention=[0]).draft_maps
-        torch.testing.assert_close(found[where], drafted)
+    for step, length in ((0, 0.1), (1, 2.0)):
+        found = with_means(watching.found, backbone.map_layers)
+        for layers, name in (
+            (None, DEFAULT),
+            ("single_transformer_blocks", "all single_transformer_blocks, steps so far"),
+        ):
+            method = Draft(length=length, layers=layers)
+            drafted = pipe(**CALL, method=method, generator=seeded(3), record_attention=[0]).draft_maps
+            torch.testing.assert_close(found[Where(name, step)], drafted)
 
 
 def test_a_map_fits_if_its_centre_and_region_are_where_the_judge_sees_the_object() -> None:
@@ -54,17 +52,11 @@ def test_a_map_fits_if_its_centre_and_region_are_where_the_judge_sees_the_object
 
 
 def test_the_table_has_a_line_for_each_block() -> None:
-    values = {
-        Where(DEFAULT, 1, 1): [1.0, 0.0], Where("a", 1, 1): [1.0], Where(DEFAULT, 1, 2): [0.25], Where("a", 1, 2): [],
-        Where(DEFAULT, 3, 1): [0.5], Where("a", 3, 1): [0.0],
-    }  # fmt: skip
+    values = {Where(DEFAULT, 0): [1.0, 0.0], Where("a", 0): [1.0], Where(DEFAULT, 2): [0.25], Where("a", 2): []}
     title, steps, *lines = table("inside", values)
-    assert title == "inside, by number of drafted steps of stride 1"
-    assert steps.split() == ["1", "2"]
-    assert [line.split() for line in lines] == [
-        ["draft", "0.50", "0.25"], ["a", "1.00", "0.00"],
-        ["inside,", "by", "number", "of", "drafted", "steps", "of", "stride", "3"], ["1"], ["draft", "0.50"], ["a", "0.00"],
-    ]  # fmt: skip
+    assert title == "inside, by step"
+    assert steps.split() == ["1", "3"]
+    assert [line.split() for line in lines] == [["draft", "0.50", "0.25"], ["a", "1.00", "0.00"]]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from lora_compose.compose.page.screen.state import MOST_WAITING, QUEUE, VIEW, Pa
 from lora_compose.compose.page.text import markdown, page_message
 from lora_compose.compose.page.work import Division, DraftJob, Job
 from lora_compose.pipelines.methods import Draft, name_of
+from lora_compose.pipelines.scene.division import LENGTH, LENGTH_JOINT
 from lora_compose.pipelines.scene.scene import Run
 
 NOISES = 4
@@ -106,13 +107,19 @@ def _trying(session: PageSession, form: Form, report: Report | None) -> None:
     before = drafts_of(session, form)
     first = min(before[-1].run.seed + 1 if before else form.seeds[0], 2**63 - NOISES)
     runs = replace(form, seeds=tuple(range(first, first + NOISES))).runs()
-    price = f"{method.length:.0%} of the steps" if method.length <= 1 else f"{method.length:g} steps"
     st.button("Try four more noises" if before else "Try four noises first", key="do.noises", type="tertiary",
               icon=":material/casino:", on_click=_try, args=(session, runs),
               disabled=len(session.waiting) >= MOST_WAITING, help=(
         "With some noises a subject is missing. This shows where each LoRA would act with four seeds, beside the "
-        f"image, for {price} each. Choose one of them to make its image."
+        f"image, for {_price(method.length)} each. Choose one of them to make its image."
     ))  # fmt: skip
+
+
+def _price(length: float | None) -> str:
+    """The drafted part of the steps in words."""
+    if length is None:
+        return f"{LENGTH:.0%} to {LENGTH_JOINT:.0%} of the steps"
+    return f"{length:.0%} of the steps" if length <= 1 else f"{length:g} steps"
 
 
 def _try(session: PageSession, runs: list[Run]) -> None:

@@ -55,7 +55,7 @@ def test_layers_of_flux_work_on_text_and_image() -> None:
     family = family_of(Tree(FLUX))
     sites = family.sites
     assert list(family.attention) == ["double_blocks.0", "single_blocks.0"]
-    assert list(family.maps) == ["double_blocks.0"]
+    assert list(family.maps) == ["single_blocks.0"]
     assert family.joint == Site("text", "image", level=1)
     assert len(sites) == len(FLUX.split())
     assert sites["single_blocks.0.linear1"] == Site("text", "image", level=1)

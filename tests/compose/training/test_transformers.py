@@ -263,12 +263,21 @@ def test_layers_that_diffusers_keeps_in_float32_stay_so(tmp_path: Path) -> None:
     assert set(found.values()) == {torch.bfloat16, torch.float32}
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_times_is_of_the_noisiest(share: float) -> None:
+    noising, random = base_of(flux_pipeline()).noising(share), torch.Generator().manual_seed(0)
+    drawn = torch.tensor([noising.draw(random) for _ in range(2000)])
+    usual = torch.randn(2000, generator=random).sigmoid() >= 0.65
+    assert (drawn >= 650).float().mean() == pytest.approx(share + float(usual.float().mean()) * (1 - share), abs=0.03)
+    assert 0 < drawn.min() <= drawn.max() < 1000
+
+
 def test_what_means_nothing_to_transformers_is_refused(folder: Path) -> None:
     flux_pipeline().save_pretrained(folder / "model")
     cases: dict[str, dict[str, Any]] = {
         "cross-attention": {"tara": TaraTraining()}, "scope cross_kv": {"scope": "cross_kv"},
         "no convolutions in its blocks": {"scope": "convolutions"},
-        "--min-snr is": {"min_snr": 5.0}, "--high-noise is": {"high_noise": 0.5}, "multiple of 16": {"resolution": 40},
+        "--min-snr is": {"min_snr": 5.0}, "multiple of 16": {"resolution": 40},
     }  # fmt: skip
     for complaint, fields in cases.items():
         with pytest.raises(ValueError, match=complaint):

@@ -13,7 +13,6 @@ from diffusers import (
     AutoPipelineForInpainting,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -399,43 +398,18 @@ def test_greys_of_a_mask_blend_the_image_and_what_is_painted():
     assert np.abs(np.asarray(found, float) - mixed)[inside].max() <= 2
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
-def test_steps_that_are_taken_ahead_put_back_the_image_at_their_own_noise_level(stride: int):
-    scheduler: Any = EulerDiscreteScheduler() if stride == 1 else FlowMatchEulerDiscreteScheduler(shift=2)
-    scheduler.set_timesteps(7)
-    scheduler.set_begin_index(1)
-    schedule = Schedule(scheduler.timesteps[1:], 6, 1)
-    latents, image, noise = torch.randn(3, 1, 4, 8, 8, generator=seeded(0)).unbind()
-    mask = torch.zeros(1, 1, 8, 8)
-    mask[..., :4] = 1
-    task = Inpainting(latents, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
-    sampler = Sampler(scheduler, schedule, task=task)
-    before = scheduler.sigmas.clone(), scheduler.timesteps.clone()
-    velocity, expected = torch.randn(latents.shape, generator=seeded(1)), latents
-    with sampler.ahead(stride) as ahead:
-        steps = ahead.leading(1.0, schedule.step(0, 1.0))
-        assert [step.index for step in steps] == list(range(0, 6, stride))
-        for step in steps[:-1]:
-            latents = ahead.step(velocity, step, latents)
-            sigma, following = scheduler.sigmas[[1 + step.index, 1 + step.index + stride]]
-            expected = expected + (following - sigma) * velocity
-            outside = image + noise * following if stride == 1 else image.lerp(noise, following)
-            expected = mask * expected + (1 - mask) * outside
-            torch.testing.assert_close(latents, expected)
-        last = ahead.step(velocity, steps[-1], latents)
-    sigma = scheduler.sigmas[1 + steps[-1].index]
-    torch.testing.assert_close(last, mask * (latents - sigma * velocity) + (1 - mask) * image)
-    torch.testing.assert_close((scheduler.sigmas, scheduler.timesteps), before)
-    assert scheduler.step_index is None
-
-
-def test_longer_steps_are_for_flow_matching() -> None:
+def test_steps_that_are_taken_ahead_put_back_the_image_at_their_own_noise_level():
     scheduler: Any = EulerDiscreteScheduler()
     scheduler.set_timesteps(4)
-    sampler = Sampler(scheduler, Schedule(scheduler.timesteps, 4, 1))
-    expected = "only FlowMatchEulerDiscreteScheduler drafts in steps of stride 2, not EulerDiscreteScheduler"
-    with pytest.raises(ValueError, match=expected), sampler.ahead(2):
-        pass
+    scheduler.set_begin_index(0)
+    schedule = Schedule(scheduler.timesteps, 4, 1)
+    latents, image, noise = torch.randn(3, 1, 4, 8, 8, generator=seeded(0)).unbind()
+    mask = torch.zeros(1, 1, 8, 8)
+    task = Inpainting(latents, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
+    with Sampler(scheduler, schedule, task=task).ahead() as ahead:
+        for index in range(2):
+            latents = ahead.step(torch.zeros_like(latents), schedule.step(index, 1.0), latents)
+    torch.testing.assert_close(latents, image + noise * scheduler.sigmas[2])
 
 
 # --- where concepts are ---
