@@ -776,15 +776,27 @@ def test_the_page_begins_with_the_model_that_it_was_started_with(monkeypatch: py
     assert at.number_input(key=fields.GUIDANCE).value == Run.model_fields["guidance_scale"].default
 
 
-def test_another_model_brings_its_steps_and_guidance_which_stay_as_they_are_changed(
+def test_another_model_brings_its_size_precision_steps_and_guidance_which_stay_as_they_are_changed(
     at: AppTest, tmp_path: Path
 ) -> None:
+    assert at.selectbox(key="set.dtype").value == "float32"
+    upload(at, "mine.safetensors", playground_lora("cat").read_bytes())
     at.session_state["set.model.kind"] = "A folder or a hub repository"
     at.run()
     at.text_input(key="set.model.name").set_value(str(saved_klein(tmp_path / "klein", distilled=True))).run()
+    assert at.selectbox(key="set.dtype").value == fields.AUTOMATIC, "that of the other model is not taken over"
     next(button for button in at.button if button.label == "Open this model").click().run()
+    assert [row.lora.shown for row in session(at).rows if row.lora is not None] == ["mine.safetensors"]
+    assert [error.value.partition(" was made for")[0] for error in at.error if "was made for" in error.value] == [
+        "mine\\.safetensors"
+    ]
+    assert at.text_area(key=fields.PROMPT).value == "", "the example is cleared, what the user has added is not"
+    at.button(key=f"do.remove.{session(at).rows[0].number}").click().run()
+    assert [error.value for error in at.error] == ["Write a prompt\\."]
+    assert fields_size(at) == session(at).model.size != (SIZE, SIZE)
     assert (at.number_input(key=fields.STEPS).value, at.number_input(key=fields.GUIDANCE).value) == (4, 1.0)
-    assert "The model's own: 4 steps, guidance 1: it is distilled to few steps (is_distilled" in said(at)
+    own = r"The model's own: float32, 4 steps, guidance 1: .*it is distilled to few steps \(is_distilled"
+    assert re.search(own, said(at))
     at.number_input(key=fields.STEPS).set_value(STEPS).run()
     at.multiselect(key="set.memory").set_value([Saver.TILING]).run()
     next(button for button in at.button if button.label == "Open this model").click().run()
