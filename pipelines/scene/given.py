@@ -35,7 +35,9 @@ def fields_of(name: str, given: Any) -> dict[str, Any]:
             raise ValueError("a concept that is given by name has another name among its fields; leave that out")
         return {**given, "name": name}
     given = _numbers(as_plain(given))
-    box, what = (given, "a box") if _is_region(given) else (_box_of_sides(given), "left, top, width and height of a box")
+    box, what = given, "a box"
+    if not _is_region(given):
+        box, what = _box_of_sides(given), "left, top, width and height of a box"
     if box is None:
         return {"name": name, "weight": given}
     if largest_factor(given) <= SANE_WEIGHT:

@@ -8,11 +8,11 @@ _MOST_LETTERS = 80
 _LEAST_LETTERS = 4  # of the beginning of a name
 _MEANT = {
     "steps": ("num_inference_steps",), "seed": ("generator",), "guidance": ("guidance_scale",),
-    "cfg": ("guidance_scale", "guidance"), "negative": ("negative_prompt",), "loras": ("concepts",), "lora": ("concepts",),
+    "cfg": ("guidance_scale", "guidance"), "negative": ("negative_prompt",), "size": ("width", "height"),
+    "resolution": ("width", "height"), "loras": ("concepts",), "lora": ("concepts",),
     "box": ("region",), "mask": ("region", "mask_image"), "bbox": ("region",), "path": ("lora",), "file": ("lora",),
     "class": ("class_word",), "cls": ("class_word",), "noun": ("class_word",), "word": ("trigger",),
     "scale": ("weight",), "strength": ("weight",), "class_word": ("class",), "num_inference_steps": ("steps",),
-    "size": ("width", "height"), "resolution": ("width", "height"),
 }  # fmt: skip
 """Other programs' names for what is asked for here, whose letters differ too much to be alike."""
 

@@ -1101,8 +1101,8 @@ def test_reference_images_are_offered_where_the_model_reads_them(at: AppTest, tm
     session(at).model = MODELS.open(ModelChoice(str(saved_klein(tmp_path / "klein"))))
     session(at).rows.clear()
     at.run()
-    for name, colour in (("room.jpg", "navy"), ("chair.jpg", "orange"), ("no.jpg", None)):
-        content = b"no image" if colour is None else encoded_as(Image.new("RGB", (70, 96), colour), "JPEG")
+    for name, paint in (("room.jpg", "navy"), ("chair.jpg", "orange"), ("no.jpg", None)):
+        content = b"no image" if paint is None else encoded_as(Image.new("RGB", (70, 96), paint), "JPEG")
         key = f"do.reference.{session(at).uploads}"
         at.file_uploader(key=key).set_value([(name, content, "image/jpeg")]).run()
         assert not at.exception
