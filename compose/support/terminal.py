@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import sys
 import threading
 import time
@@ -98,7 +99,8 @@ def _drawn(text: str, total: float | None) -> Iterator[Callable[..., None]]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     left = () if total is None else (TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *left, console=err, transient=True) as progress:
+    # Time left by all of the work so far: of calls that take unequally long, those of the last seconds tell little.
+    with Progress(*columns, *left, console=err, transient=True, speed_estimate_period=math.inf) as progress:
         task = progress.add_task(text, total=total)
 
         def update(done: float, text: str | None = None) -> None:

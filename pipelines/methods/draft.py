@@ -193,8 +193,8 @@ class Draft(Settings):
         return Drafting(self, session, draft, words, self._read_layers(session), self._restart(session))
 
     def _read_layers(self, session: Session) -> Sequence[str]:
-        known = session.canvas.backbone.word_layers
-        layers = [name for name in known if self.layers is not None and name.startswith(self.layers)]
+        known, start = session.canvas.backbone.word_layers, f"{self.layers}." if self.layers else ""
+        layers = [name for name in known if self.layers is not None and f"{name}.".startswith(start)]
         if self.layers is not None and not layers:
             raise ValueError(f"no attention layer begins with {self.layers!r}; there are {', '.join(known)}")
         return layers

@@ -4,8 +4,10 @@ Nothing here is checked beyond its shape: `Concept` does that.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from lora_compose.pipelines.scene.mask_images import is_fractions
 from lora_compose.pipelines.scene.strength import SANE_WEIGHT, is_box, largest_factor
 from lora_compose.pipelines.support.numbers import as_plain
 
@@ -23,6 +25,8 @@ def is_set(given: Any) -> bool:
 def fields_of(name: str, given: Any) -> dict[str, Any]:
     """The fields that `concepts={name: given}` means: a weight or a schedule of weights, a box, or fields.
 
+    Four numbers may also be written as text, as boxes are on the command line: "0,0,64,128".
+
     Raises:
         ValueError: For four numbers that may be a box and may be weights, and for fields with another name.
     """
@@ -30,15 +34,40 @@ def fields_of(name: str, given: Any) -> dict[str, Any]:
         if given.get("name", name) != name:
             raise ValueError("a concept that is given by name has another name among its fields; leave that out")
         return {**given, "name": name}
-    given = as_plain(given)
-    if not is_box(given):
+    given = _numbers(as_plain(given))
+    box, what = given, "a box"
+    if not _is_region(given):
+        box, what = _box_of_sides(given), "left, top, width and height of a box"
+    if box is None:
         return {"name": name, "weight": given}
     if largest_factor(given) <= SANE_WEIGHT:
         raise ValueError(
-            f"concepts={{{name!r}: {given}}} may be a box or the weights of four parts of the steps; write "
-            f"Concept(name={name!r}, region={given}) or Concept(name={name!r}, weight={list(given)})"
+            f"concepts={{{name!r}: {given}}} may be {what}, or the weights of four parts of the steps; write "
+            f"Concept(name={name!r}, region={box}) or Concept(name={name!r}, weight={list(given)})"
         )
     return {"name": name, "region": given}
+
+
+def _is_region(given: Any) -> bool:
+    """Whether this is a box in fractions of the image, or in whole pixels."""
+    return is_box(given) and (is_fractions(given) or all(side % 1 == 0 for side in given))
+
+
+def _numbers(given: Any) -> Any:
+    """The numbers of a text such as "0,0,64,128"; anything else stays as it is."""
+    if isinstance(given, str) and given.count(",") == 3:
+        with suppress(ValueError):  # it is a schedule with points, or for `Concept` to refuse
+            return tuple(float(number) if "." in number else int(number) for number in given.split(","))
+    return given
+
+
+def _box_of_sides(given: Any) -> tuple[float, ...] | None:
+    """The box in fractions of the image that left, top, width and height mean; None if they mean none."""
+    if not isinstance(given, list | tuple) or len(given) != 4 or any(not isinstance(it, int | float) for it in given):
+        return None
+    left, top, width, height = given
+    box = left, top, round(left + width, 6), round(top + height, 6)
+    return box if is_box(box) and is_fractions(box) else None
 
 
 def listed(concepts: Any) -> Any:

@@ -8,7 +8,8 @@ _MOST_LETTERS = 80
 _LEAST_LETTERS = 4  # of the beginning of a name
 _MEANT = {
     "steps": ("num_inference_steps",), "seed": ("generator",), "guidance": ("guidance_scale",),
-    "cfg": ("guidance_scale",), "negative": ("negative_prompt",), "loras": ("concepts",), "lora": ("concepts",),
+    "cfg": ("guidance_scale", "guidance"), "negative": ("negative_prompt",), "size": ("width", "height"),
+    "resolution": ("width", "height"), "loras": ("concepts",), "lora": ("concepts",),
     "box": ("region",), "mask": ("region", "mask_image"), "bbox": ("region",), "path": ("lora",), "file": ("lora",),
     "class": ("class_word",), "cls": ("class_word",), "noun": ("class_word",), "word": ("trigger",),
     "scale": ("weight",), "strength": ("weight",), "class_word": ("class",), "num_inference_steps": ("steps",),
@@ -16,10 +17,15 @@ _MEANT = {
 """Other programs' names for what is asked for here, whose letters differ too much to be alike."""
 
 
+def meant_by(name: str, known: Collection[str]) -> list[str]:
+    """What another program's name is called here, as far as it is known."""
+    return [candidate for candidate in _MEANT.get(name.lower(), ()) if candidate in known]
+
+
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """The end of a message about an unknown name: "; did you mean 'clora'?", or nothing if none is similar."""
-    if meant := [candidate for candidate in _MEANT.get(name.lower(), ()) if candidate in known]:
-        return f"; did you mean {' or '.join(map(repr, meant))}?"
+    if meant := meant_by(name, known):
+        return f"; did you mean {(' and ' if 'width' in meant else ' or ').join(map(repr, meant))}?"
     # Letters of either case, since get_close_matches takes "CLoRA" and "clora" for different words.
     by_lower = {candidate.lower(): candidate for candidate in list(known)[:_MOST_NAMES]}
     begun = [candidate for candidate in by_lower if len(name) >= _LEAST_LETTERS and candidate.startswith(name.lower())]

@@ -29,6 +29,8 @@ MISTAKES = {
     "rnu playground": "Did you mean 'run'?",
     "ui playgruond": "there is no model 'playgruond'; did you mean 'playground'",
     "run playground --prmpt a": "--prompt",
+    "run playground --size 256": "(Possible options: --height, --width)",
+    "check playground --num-inference-steps 4": "--steps",
     "run plyground --prompt a": "there is no model 'plyground'; did you mean 'playground' or 'playground-flux'?",
     "run playground --prompt a --method CLORRA": "unknown method 'CLORRA'; there are merge, tara",
     f"run playground --prompt a --method clra --concept {CONCEPT}": "did you mean 'clora'?",

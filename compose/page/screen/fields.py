@@ -124,7 +124,7 @@ def add(
 
 
 def clear_example(session: PageSession) -> bool:
-    """Removes LoRAs of the playgrounds that do not fit; if no concept is left, the example's prompt and method too.
+    """Removes LoRAs of the playgrounds that do not fit, and the example's prompt; without concepts, the method too.
 
     Returns:
         Whether no concept is left.
@@ -132,11 +132,11 @@ def clear_example(session: PageSession) -> bool:
     ours = [row for row in session.rows if row.lora is not None and row.lora.source.partition(":")[0] in PLAYGROUNDS]
     gone = [row for row in ours if (fit := session.fit(row)) is not None and fit[2]]
     session.rows = [row for row in session.rows if row not in gone]
+    if gone and st.session_state[PROMPT] == example().prompt:
+        st.session_state[PROMPT] = ""
     cleared = bool(gone) and not session.rows
     if cleared:
         st.session_state[METHOD] = AUTOMATIC
-        if st.session_state[PROMPT] == example().prompt:
-            st.session_state[PROMPT] = ""
     return cleared
 
 

@@ -5,13 +5,14 @@ from dataclasses import replace
 import streamlit as st
 
 from lora_compose.compose.check.report import Report
+from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.form import Form, check_canvas
 from lora_compose.compose.page.labels import label_of
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.cost import cost_help, cost_words, seconds_words
 from lora_compose.compose.page.screen.method import method_part, sampling_part
 from lora_compose.compose.page.screen.state import MOST_WAITING, QUEUE, VIEW, PageSession
-from lora_compose.compose.page.text import markdown, page_message
+from lora_compose.compose.page.text import markdown, markup, page_message
 from lora_compose.compose.page.work import Division, DraftJob, Job
 from lora_compose.pipelines.methods import Draft, name_of
 from lora_compose.pipelines.scene.division import LENGTH, LENGTH_JOINT
@@ -79,11 +80,15 @@ def drafts_part(session: PageSession) -> None:
     drafts = drafts_of(session, form) if form is not None else []
     if not drafts:
         return
+    subjects = {i: concept.name for i, concept in enumerate(drafts[0].run.scene.concepts) if not concept.is_style}
     st.caption("The part of each subject with each seed, brighter where the model puts it. A LoRA acts in the part of "
                "its subject. Make one of them:")  # fmt: skip
+    names = (f'<span class="lc-trigger" style="--concept:{colour(i)}">{markup(name)}</span>'
+             for i, name in subjects.items())  # fmt: skip
+    st.html(f'<p class="lc-prompt">{" ".join(names)}</p>')
     for column, draft in zip(st.columns(len(drafts), wrap=False), drafts, strict=True):
         seed = draft.run.seed
-        column.image(draft.image, width="stretch", alt=f"The division with seed {seed}")
+        column.image(draft.image, width="stretch", alt=f"The parts of {', '.join(subjects.values())} with seed {seed}")
         column.button(f"Seed {seed}", key=f"do.noise.{seed}", on_click=_choose, args=(session, seed), width="stretch")
 
 

@@ -41,13 +41,14 @@ def model_part(session: PageSession) -> None:
         labels = {model.source: model.words for model in _known(session)} | {_OWN: _OWN}
         if st.session_state[_KIND] not in labels:  # named by an image, or its folder has gone
             st.session_state[_NAME], st.session_state[_KIND] = st.session_state[_KIND], _OWN
-        kind = st.selectbox("Model", list(labels), key=_KIND, format_func=labels.__getitem__, help=(
+        kind = st.selectbox("Model", list(labels), key=_KIND, format_func=labels.__getitem__, on_change=_named, help=(
             "The playgrounds draw small images, quickly and offline. Each has LoRAs of its own."
         ))  # fmt: skip
         if kind == _OWN:
             st.text_input(
                 "Folder as diffusers saves it, .safetensors file, or hub repository",
                 key=_NAME,
+                on_change=_named,
                 placeholder="stable-diffusion-v1-5/stable-diffusion-v1-5",
             )
             supported = dict.fromkeys(family.family for family in ComposePipeline.families)
@@ -77,6 +78,11 @@ def model_part(session: PageSession) -> None:
         )  # fmt: skip
         if session.defaults_told:
             st.caption(f"The model's own: {markdown(session.defaults_told)}.")
+
+
+def _named() -> None:
+    """Another model has a precision of its own."""
+    st.session_state[_DTYPE] = fields.AUTOMATIC
 
 
 def _known(session: PageSession) -> list[KnownModel]:

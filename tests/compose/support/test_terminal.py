@@ -68,6 +68,19 @@ def test_a_bar_is_drawn_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "so far" not in stream.getvalue()
 
 
+def test_the_time_left_in_a_terminal_is_by_all_of_the_work_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of methods that are timed in turns: a quick call, and one of a minute."""
+    stream, now = io.StringIO(), 0.0
+    console = Console(file=stream, width=100, force_terminal=True, get_time=lambda: now)
+    monkeypatch.setattr(terminal, "err", console)
+    with bar("timing", 20) as on_progress:
+        for done in range(1, 20):
+            now += 2 if done % 2 else 60
+            on_progress(done, f"timing {done}")
+        wait_for("timing 19", stream)
+    assert "0:00:31" in stream.getvalue()  # the mean of a call, since the first one
+
+
 @pytest.mark.parametrize(
     ("done", "total", "seconds", "line"),
     [

@@ -62,7 +62,7 @@ def test_concepts_may_be_plain_json(composer):
 
 
 def test_a_box_by_name_is_the_region(composer):
-    boxes = {"cat": (0, 0, 64, 128), "dog": [64, 0, 128, 128]}
+    boxes = {"cat": (0, 0, 64, 128), "dog": "64,0,128,128"}
     expected = latents_of(composer, concepts=BOXED, method="regional")
     assert torch.equal(latents_of(composer, concepts=boxes, method="regional"), expected)
     assert far_apart(latents_of(composer, method="regional", concepts=boxes | {"cat": (0, 0, 32, 128)}), expected)
@@ -74,17 +74,30 @@ def test_a_box_by_name_is_the_region_beside_a_tag(composer):
     assert torch.equal(tagged, latents_of(composer, concepts=boxed))
 
 
-@pytest.mark.parametrize("given", [(0, 0.2, 0.5, 1.0), [0.0, 0.0, 1.0, 1.0], (0, 0, 8, 8)])
-def test_four_numbers_that_may_be_a_box_and_may_be_weights_are_refused_with_what_to_write(composer, given):
-    with pytest.raises(ValueError, match=r"may be a box or the weights") as error:
+@pytest.mark.parametrize(
+    ("given", "box"),
+    [
+        ((0, 0.2, 0.5, 1.0), (0, 0.2, 0.5, 1.0)),
+        ([0.0, 0.0, 1.0, 1.0], (0.0, 0.0, 1.0, 1.0)),
+        ((0, 0, 8, 8), (0, 0, 8, 8)),
+        ("0, 0, 0.5, 1", (0, 0, 0.5, 1)),
+        ((0.5, 0, 0.5, 1), (0.5, 0, 1.0, 1)),  # with width and height
+        ([0.0, 0.3, 0.7, 0.1], (0.0, 0.3, 0.7, 0.4)),
+    ],
+)
+def test_four_numbers_that_may_be_a_box_and_may_be_weights_are_refused_with_what_to_write(composer, given, box):
+    with pytest.raises(ValueError, match=r"may be .*box, or the weights") as error:
         compose(composer, concepts={"cat": given, "dog": 1.0})
     written = str(error.value).partition("; write ")[2].split(" or ")
     region, weights = (eval(one, {"Concept": Concept}) for one in written)
-    assert region == Concept(name="cat", region=given)
-    assert weights == Concept(name="cat", weight=list(given))
+    assert region == Concept(name="cat", region=box)
+    assert weights == Concept(name="cat", weight=given)
 
 
-@pytest.mark.parametrize("weights", [[1, 0.8, 0.4, 0], (1.0, 1.0, 0.0, 0.0), [0, 0.5, 1], [0, 0.2, 0.4, 0.2]])
+@pytest.mark.parametrize(
+    "weights",
+    [[1, 0.8, 0.4, 0], (1.0, 1.0, 0.0, 0.0), [0, 0.5, 1], [0, 0.5, 1.2, 1], [0, 0.8, 0.4, 0.8], "1,0.8,0.4,0", "1..0"],
+)
 def test_other_lists_by_name_are_weights_for_parts_of_the_steps(composer, weights):
     expected = latents_of(composer, concepts=[Concept(name="cat", weight=weights), "dog"])
     assert torch.equal(latents_of(composer, concepts={"cat": weights, "dog": 1.0}), expected)

@@ -353,8 +353,9 @@ def test_maps_of_other_layers_are_taken_by_their_names(composer):
     )
     assert not torch.allclose(down, up, rtol=0.01)
     assert torch.equal(both, call(composer, method=Draft(layers=""), record_attention=[0]).draft_maps)
-    with pytest.raises(ValueError, match="no attention layer begins with 'single'; there are down_blocks"):
-        call(composer, method=Draft(layers="single"))
+    for start in ("single", "up_block"):  # nor is transformer_blocks.10 one of transformer_blocks.1
+        with pytest.raises(ValueError, match=f"no attention layer begins with '{start}'; there are down_blocks"):
+            call(composer, method=Draft(layers=start))
 
 
 # Several drafts

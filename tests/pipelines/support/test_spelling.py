@@ -18,6 +18,7 @@ from lora_compose.pipelines.support.spelling import did_you_mean
         ("seed", "did you mean 'generator'? generator=torch.Generator().manual_seed(4) is seed 4"),
         ("guidance", "did you mean 'guidance_scale'?"),
         ("loras", "did you mean 'concepts'?"),
+        ("size", "did you mean 'width' and 'height'?"),
     ],
 )
 def test_arguments_of_other_programs_lead_to_diffusers_names(name: str, expected: str) -> None:

@@ -27,7 +27,7 @@ from flux import flux_pipeline
 from flux2 import flux2_transformer, saved_klein
 from ip_adapters import playground_guides
 from layouts import layout, shapes_of
-from lora_compose.compose.figures.overlay import division
+from lora_compose.compose.figures.overlay import colour, division
 from lora_compose.compose.files.images import Machine, Record, read_record, save_image
 from lora_compose.compose.lora.file_inspection import RECORD
 from lora_compose.compose.page.controls import sentence
@@ -776,15 +776,27 @@ def test_the_page_begins_with_the_model_that_it_was_started_with(monkeypatch: py
     assert at.number_input(key=fields.GUIDANCE).value == Run.model_fields["guidance_scale"].default
 
 
-def test_another_model_brings_its_steps_and_guidance_which_stay_as_they_are_changed(
+def test_another_model_brings_its_size_precision_steps_and_guidance_which_stay_as_they_are_changed(
     at: AppTest, tmp_path: Path
 ) -> None:
+    assert at.selectbox(key="set.dtype").value == "float32"
+    upload(at, "mine.safetensors", playground_lora("cat").read_bytes())
     at.session_state["set.model.kind"] = "A folder or a hub repository"
     at.run()
     at.text_input(key="set.model.name").set_value(str(saved_klein(tmp_path / "klein", distilled=True))).run()
+    assert at.selectbox(key="set.dtype").value == fields.AUTOMATIC, "that of the other model is not taken over"
     next(button for button in at.button if button.label == "Open this model").click().run()
+    assert [row.lora.shown for row in session(at).rows if row.lora is not None] == ["mine.safetensors"]
+    assert [error.value.partition(" was made for")[0] for error in at.error if "was made for" in error.value] == [
+        "mine\\.safetensors"
+    ]
+    assert at.text_area(key=fields.PROMPT).value == "", "the example is cleared, what the user has added is not"
+    at.button(key=f"do.remove.{session(at).rows[0].number}").click().run()
+    assert [error.value for error in at.error] == ["Write a prompt\\."]
+    assert fields_size(at) == session(at).model.size != (SIZE, SIZE)
     assert (at.number_input(key=fields.STEPS).value, at.number_input(key=fields.GUIDANCE).value) == (4, 1.0)
-    assert "The model's own: 4 steps, guidance 1: it is distilled to few steps (is_distilled" in said(at)
+    own = r"The model's own: float32, 4 steps, guidance 1: .*it is distilled to few steps \(is_distilled"
+    assert re.search(own, said(at))
     at.number_input(key=fields.STEPS).set_value(STEPS).run()
     at.multiselect(key="set.memory").set_value([Saver.TILING]).run()
     next(button for button in at.button if button.label == "Open this model").click().run()
@@ -863,16 +875,40 @@ def test_a_page_that_others_reach_opens_no_files_of_this_machine(monkeypatch: py
     assert "open to other machines" in said(at)
 
 
-def test_a_reloaded_page_goes_on_with_its_session_and_fields(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
-    at.text_area(key=fields.PROMPT).set_value("a xlo bear beside a qrt robot").run()
+def test_a_reloaded_page_has_its_fields_uploads_and_images_and_the_running_work_goes_on(
+    at: AppTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(at, "merge")
+    at.button(key=f"do.remove.{session(at).rows[0].number}").click().run()
+    upload(at, "mine.safetensors", playground_lora("bear").read_bytes())
+    start_from(at, encoded_as(Image.new("RGB", (SIZE, SIZE), "gray"), "JPEG"))
+    at.slider(key=fields.STRENGTH).set_value(1.0).run()
+    made(at)
+    (first,) = session(at).results
+    at.text_input(key=fields.SEEDS).set_value("9").run()
+    at.button(key="do.make").click().run()
+    job = session(at).job
+    assert job is not None
     monkeypatch.setattr("lora_compose.compose.page.screen.session._SESSIONS._is_there", lambda session_id: False)
     again = AppTest.from_file(str(SCREEN), default_timeout=60)
     again.query_params["session"] = at.query_params["session"]
     again.run()
     assert not again.exception
     assert session(again) is session(at)
-    assert again.text_area(key=fields.PROMPT).value == "a xlo bear beside a qrt robot"
-    assert again.number_input(key=fields.STEPS).value == STEPS
+    shown = {image.proto.imgs[0].alt for image in again.get("image")}
+    assert "The image to start from" in shown
+    after(again)
+    second, known = session(again).results
+    assert (second.run.seed, known) == (9, first)
+    assert any(button.key == f"do.keep.{second.key}" for button in again.button), "it is shown"
+    again.session_state["set.view"] = "Gallery"
+    assert any(button.key == f"do.look.{first.key}" for button in again.run().button)
+    again.session_state["set.view"] = "Image"
+    again.run()
+    uploaded = session(again).rows[1].lora
+    assert uploaded is not None
+    assert uploaded.shown == "mine.safetensors"
+    assert (fields_of(again),) == job.runs
 
 
 def test_the_methods_are_compared(at: AppTest) -> None:
@@ -926,6 +962,10 @@ def test_the_drafts_of_four_noises_are_shown_and_one_is_made(at: AppTest) -> Non
     after(at)
     assert [one.run.seed for one in session(at).divisions] == [4, 5, 6, 7]
     assert session(at).results == []
+    shown = [image.proto.imgs[0].alt for image in at.get("image")]
+    assert shown[-4:] == [f"The parts of bear, robot with seed {seed}" for seed in (4, 5, 6, 7)]
+    of_names = f'--concept:{colour(0)}">bear</span> <span class="lc-trigger" style="--concept:{colour(1)}">robot</span>'
+    assert any(of_names in text.proto.body for text in at.get("html")), "in the colours of their parts"
     assert at.button(key="do.noises").label == "Try four more noises"
     at.text_area(key=fields.PROMPT).set_value("a xlo bear and a qrt robot in snow").run()
     assert not any(str(button.key).startswith("do.noise.") for button in at.button), "they are of another prompt"
@@ -1061,8 +1101,8 @@ def test_reference_images_are_offered_where_the_model_reads_them(at: AppTest, tm
     session(at).model = MODELS.open(ModelChoice(str(saved_klein(tmp_path / "klein"))))
     session(at).rows.clear()
     at.run()
-    for name, colour in (("room.jpg", "navy"), ("chair.jpg", "orange"), ("no.jpg", None)):
-        content = b"no image" if colour is None else encoded_as(Image.new("RGB", (70, 96), colour), "JPEG")
+    for name, paint in (("room.jpg", "navy"), ("chair.jpg", "orange"), ("no.jpg", None)):
+        content = b"no image" if paint is None else encoded_as(Image.new("RGB", (70, 96), paint), "JPEG")
         key = f"do.reference.{session(at).uploads}"
         at.file_uploader(key=key).set_value([(name, content, "image/jpeg")]).run()
         assert not at.exception
