@@ -78,7 +78,7 @@ class Draft(Settings):
         length: Fraction of the steps that is drafted, at least one step; above 1 a number of steps. The last drafted
             step stops after the last attention map. None is 0.12, or 0.16 where text and image are one sequence: there
             the first steps show no subjects yet, and maps are those of the last drafted step alone.
-        layers: The attention layers whose maps are taken, by the beginning of their names, such as
+        layers: The attention layers whose maps are taken, by the first parts of their names, such as
             "single_transformer_blocks" of FLUX.1. None leaves it to the model (`Backbone.map_layers`).
         threshold: A cell counts for a subject's centre if the map is above this share of its maximum.
         division: "nearest" gives every cell to the subject whose centre is nearest; "strips" divides the canvas into
