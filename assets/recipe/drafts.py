@@ -45,14 +45,15 @@ SCENES = (
     (("bear", "woman", "dog"), "in snow"),
 )
 """Classes from left to right, and where they are."""
-STEPS = (0, 1, 2, 3, 5, 8, 12)
+STEPS = (0, 1, 2, 3, 4, 5, 8, 12)
 DEFAULT = "draft"
-"""The row of what `draft` takes: the mean over its layers and over the steps so far."""
+"""The row of the layers that `draft` takes."""
+THIRDS = ("first third", "middle third", "last third")
 SPACES = (0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 class Where(NamedTuple):
-    """A map: the layer it is of, and the step; or the mean over steps so far."""
+    """A map: its layer, or the name of a mean over several, and the step."""
 
     layer: str
     step: int
@@ -104,23 +105,27 @@ class _Watched:
 
 
 def with_means(found: Mapping[Where, Tensor], drafted: Sequence[str]) -> Mapping[Where, Tensor]:
-    """The maps; means over the layers of a kind of blocks; and means over the steps so far, of `draft` and these."""
+    """The maps, and means: over the layers of `draft`, a kind of blocks or a third of all, in a step or up to it."""
     layers, steps = (list(dict.fromkeys(part)) for part in zip(*found, strict=True))
     kinds = {layer.partition(".")[0]: None for layer in layers}
-    of_kind = {f"all {kind}": [layer for layer in layers if layer.startswith(f"{kind}.")] for kind in kinds}
+    groups = {DEFAULT: drafted} | {
+        f"all {kind}": [layer for layer in layers if layer.startswith(f"{kind}.")] for kind in kinds
+    }
+    ends = [round(n * len(layers) / len(THIRDS)) for n in range(len(THIRDS) + 1)]
+    groups |= {name: layers[start:end] for name, start, end in zip(THIRDS, ends, ends[1:], strict=False) if start < end}
     means = {
         Where(name, step): torch.stack([found[Where(layer, step)] for layer in of]).mean(dim=0)
-        for name, of in {DEFAULT: drafted, **of_kind}.items()
+        for name, of in groups.items()
         for step in steps
     }
     so_far = {
-        Where(name if name == DEFAULT else f"{name}, steps so far", steps[n]): torch.stack(
+        Where(f"{name}, steps so far", steps[n]): torch.stack(
             [means[Where(name, step)] for step in steps[: n + 1]]
         ).mean(dim=0)
-        for name in (DEFAULT, *of_kind)
+        for name in groups
         for n in range(len(steps))
     }
-    return {**so_far, **{where: maps for where, maps in means.items() if where.layer != DEFAULT}, **found}
+    return {**means, **so_far, **found}
 
 
 class Fit(NamedTuple):
@@ -197,7 +202,7 @@ def main(
                         each = list(fits(maps[i], classes, seen, image.size))
                         centres.setdefault(where, []).extend(fit.centre for fit in each)
                         regions.setdefault(where, []).extend(fit.region for fit in each)
-                    drafted = found[Where(DEFAULT, 2)][i]
+                    drafted = found[Where(DEFAULT, 3)][i]
                     none = [torch.zeros(drafted.shape[1:], dtype=torch.bool)] * len(classes)
                     whole = {one.word for one in seen} == set(classes)
                     spaces.append((spacing(drafted, subjects, none, THRESHOLD), whole))

@@ -29,15 +29,15 @@ def test_maps_are_those_of_the_draft_and_the_image_is_plain() -> None:
     assert list(watching.found) == [Where(block, step) for step in (0, 1) for block in blocks]
     plain = {name: value for name, value in CALL.items() if name != "concepts"}
     torch.testing.assert_close(image, pipe(**plain, generator=seeded(3)).images, atol=1e-5, rtol=0)
+    found = with_means(watching.found, backbone.map_layers)
     for step, length in ((0, 0.1), (1, 2.0)):
-        found = with_means(watching.found, backbone.map_layers)
-        for layers, name in (
-            (None, DEFAULT),
-            ("single_transformer_blocks", "all single_transformer_blocks, steps so far"),
-        ):
+        for layers, name in ((None, DEFAULT), ("transformer_blocks", "all transformer_blocks")):
             method = Draft(length=length, layers=layers)
             drafted = pipe(**CALL, method=method, generator=seeded(3), record_attention=[0]).draft_maps
             torch.testing.assert_close(found[Where(name, step)], drafted)
+    middle = torch.stack([watching.found[Where(blocks[1], step)] for step in (0, 1)]).mean(dim=0)
+    middle = (middle + torch.stack([watching.found[Where(blocks[2], step)] for step in (0, 1)]).mean(dim=0)) / 2
+    torch.testing.assert_close(found[Where("middle third, steps so far", 1)], middle)
 
 
 def test_a_map_fits_if_its_centre_and_region_are_where_the_judge_sees_the_object() -> None:
