@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, PLAYGROUNDS
-from lora_compose.compose.playground.words import WORDS
+from lora_compose.compose.playground.words import CLASSES, PLACES
 from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.pipelines.scene.scene import Concept
@@ -273,20 +273,19 @@ def _article(noun: str) -> str:
     return "an" if noun[0].lower() in "aeiou" else "a"
 
 
-def _class_prompts(model: str) -> tuple[str, ...]:
+def _class_prompts() -> tuple[str, ...]:
     """One object each, every third one of the concept's own class: two objects would be taken for "no concept"."""
-    classes, places = WORDS[model]
     prompts = []
-    for i, name in enumerate(classes):
-        prompts.append(f"{_article(name)} {name} {places[i % len(places)]}")
+    for i, name in enumerate(CLASSES):
+        prompts.append(f"{_article(name)} {name} {PLACES[i % len(PLACES)]}")
         if i % 2:
-            prompts.append(f"a {{class_word}} {places[(i // 2) % len(places)]}")
+            prompts.append(f"a {{class_word}} {PLACES[(i // 2) % len(PLACES)]}")
     return tuple(prompts)
 
 
 def _small(model: str, **fields: Any) -> Mapping[str, Any]:
     """The preset of a small model: what all of them share, and fields of its own."""
-    prompts = _class_prompts(model)
+    prompts = _class_prompts()
     return {
         "model": model, "prompt": "a {trigger} {class_word}", "optimizer": "muon", "schedule": "cosine", "warmup": 20,
         "class_prompts": prompts, "class_count": len(prompts), "class_steps": 15, "prior_batch": 4,
@@ -316,8 +315,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             rank=8,
             steps=300,
             batch_size=8,
+            high_noise=0.5,
             learning_rate=5e-3,
-            sample_guidance=4.0,
+            sample_guidance=5.0,
         ),
     }
 )
