@@ -50,7 +50,7 @@ class Teacher:
         with cpu_autocast():
             text = self.words(ids)[0]
             text = torch.cat((text[:-1], text[-1:].expand(int(guided.sum()), -1, -1)))
-            rows, without = torch.cat((noisy, noisy[guided])), torch.cat((steps, steps[guided]))
-            v, free = self.unet(rows, without, text).sample.float().split([len(noisy), int(guided.sum())])
-        v[guided] = free + guidance[guided].view(-1, 1, 1, 1) * (v[guided] - free)
+            rows, at = torch.cat((noisy, noisy[guided])), torch.cat((steps, steps[guided]))
+            v, unconditional = self.unet(rows, at, text).sample.float().split([len(noisy), int(guided.sum())])
+        v[guided] = unconditional + guidance[guided].view(-1, 1, 1, 1) * (v[guided] - unconditional)
         return (noise * noisy + signal * v) - (signal * noisy - noise * v)

@@ -38,9 +38,8 @@ MAX_TOKENS = 32
 SHIFT = 1.0  # of the timesteps, when images are made
 LAYOUT_FROM = 0.7
 """Times from which on it is decided what is where; half of a batch has such a time."""
-TAUGHT = (
-    0.75  # share of the velocity that is the teacher's without guidance; the rest is that of the image and its noise
-)
+TAUGHT = 0.75
+"""Share of the velocity that is the teacher's without guidance; the rest is that of the image and its noise."""
 GUIDED = 0.75  # share of the images with guidance, of which the velocity is the teacher's alone
 GUIDANCE = (2.0, 6.0)
 SHAPES = 64  # of images, words and kept tokens, for which blocks are compiled; beyond, they run without

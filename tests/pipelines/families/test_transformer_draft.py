@@ -87,7 +87,7 @@ def test_two_of_one_class_read_texts_of_their_own(family, pipe, division):
 
 
 @pytest.mark.parametrize(("steps", "rows"), [(4, "4 + 1 stopped"), (6, "6 + 1 stopped"), (8, "9 + 1 stopped")])
-def test_of_up_to_eight_steps_one_is_drafted_and_it_stops_early(family, pipe, steps, rows):
+def test_of_few_steps_one_or_two_are_drafted_and_the_last_stops_early(family, pipe, steps, rows):
     given = {**CALL, **family.unguided, "num_inference_steps": steps, "concepts": ["cat", "dog"]}
     plan = pipe.plan(**given, method="draft")
     assert (plan.guided, plan.cost.words) == (False, rows)
