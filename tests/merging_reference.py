@@ -107,7 +107,7 @@ def np_lora(subject: Array, style: Array, strength: float, energy: float) -> Arr
     return subject @ (np.eye(len(v)) - strength / (1 + strength) * v @ v.T) + style
 
 
-def k_lora(pairs: Sequence[tuple[Array, Array]], ranks: tuple[int, int], steps: int = 2000) -> list[Array]:
+def k_lora(pairs: Sequence[tuple[Array, Array]], ranks: tuple[int, int], steps: int = 200_000) -> list[Array]:
     """The comparison of every step, and the mean over the steps."""
     ratios = [np.abs(subject).sum() / np.abs(style).sum() for subject, style in pairs]
     middle = sorted(ratios)[len(ratios) // 2]
@@ -115,8 +115,8 @@ def k_lora(pairs: Sequence[tuple[Array, Array]], ranks: tuple[int, int], steps: 
     merged = []
     for pair in pairs:
         one, other = (np.sort(np.abs(change).ravel())[::-1][: ranks[0] * ranks[1]].sum() for change in pair)
-        wins = [one / level > other * (1.5 * (i + 0.5) / steps + 0.5) for i in range(steps)]
-        merged.append(np.mean(wins) * pair[0] + (1 - np.mean(wins)) * pair[1])
+        wins = np.mean(one / level > other * (1.5 * (np.arange(steps) + 0.5) / steps + 0.5))
+        merged.append(wins * pair[0] + (1 - wins) * pair[1])
     return merged
 
 

@@ -8,7 +8,6 @@ from safetensors import safe_open
 
 from lora_compose.compose.playground.assets import (
     PLAYGROUND,
-    PLAYGROUND_FLUX,
     playground_lora,
     playground_loras,
     playground_model,
@@ -44,8 +43,6 @@ def _side() -> int:
     return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-FLUX_SIZE = _read("vae/config.json", PLAYGROUND_FLUX)["sample_size"]
-"""Width and height of the transformer's images in pixels."""
 SIZE = _side()
 """Width and height of images in pixels."""
 HALF = SIZE // 2

@@ -1,6 +1,7 @@
 """README's first picture: pairs of LoRAs alone, added up, and composed by `draft`, the first seeds, none left out.
 
 python -m recipe.front docs/images/pair.png
+python -m recipe.front docs/images/transformer-pair.png --model playground-flux
 """
 
 import logging
@@ -16,7 +17,7 @@ from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import save_image
 from lora_compose.compose.generate.demo import GUIDANCE, STEPS, THREADS
 from lora_compose.compose.generate.machine import threads
-from lora_compose.compose.playground.assets import playground_lora, playground_model, playground_references
+from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_model, playground_references
 from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.families import ComposePipeline
 
@@ -59,12 +60,14 @@ def rows(pipe: Any, pair: Pair, seeds: Iterable[int], steps: int, on_image: Call
     return found
 
 
-def drawn(pairs: Sequence[Pair], seeds: int, steps: int, on_image: Callable[[], None] = lambda: None) -> Image.Image:
-    """The sheet."""
-    pipe: Any = ComposePipeline.from_pretrained(playground_model(), dtype=torch.float32)
+def drawn(
+    pairs: Sequence[Pair], seeds: int, steps: int, on_image: Callable[[], None] = lambda: None, model: str = PLAYGROUND
+) -> Image.Image:
+    """The sheet, made by one of the playgrounds."""
+    pipe: Any = ComposePipeline.from_pretrained(playground_model(model), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for name in dict.fromkeys(name for pair in pairs for name in pair.names):
-        pipe.load_concept(playground_lora(name), name)
+        pipe.load_concept(playground_lora(name, model), name)
     columns = [("subject",), ("its LoRA alone",), *((f"both, seed {seed}",) for seed in range(seeds))]
     made = [row for pair in pairs for row in rows(pipe, pair, range(seeds), steps, on_image)]
     return sheet(columns, made, side=SIDE)
@@ -75,6 +78,7 @@ def main(
     out: Annotated[Path, typer.Argument(help="The sheet, a PNG.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 5,
     steps: Annotated[int, typer.Option(min=1)] = STEPS,
+    model: Annotated[str, typer.Option(help="playground or playground-flux.")] = PLAYGROUND,
 ) -> None:
     """Makes the picture."""
     done, total = 0, len(PAIRS) * len(ROWS) * (1 + seeds)
@@ -85,7 +89,7 @@ def main(
             done += 1
             on_progress(done)
 
-        echo(save_image(drawn(PAIRS, seeds, steps, on_image), out))
+        echo(save_image(drawn(PAIRS, seeds, steps, on_image, model), out))
 
 
 if __name__ == "__main__":

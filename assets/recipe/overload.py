@@ -129,8 +129,7 @@ def main(
     detector = WindowDetector(encoder, suite.detector.vocabulary)
     names = subjects(pipe, playground_loras(PLAYGROUND_FLUX), suite.detector.vocabulary)
     references = {
-        name: encoder.images([reference_crop(path) for path in playground_references(name, PLAYGROUND_FLUX)])
-        for name in names
+        name: encoder.images([reference_crop(path) for path in playground_references(name)]) for name in names
     }
     wanted = [
         (size, ratio, group)

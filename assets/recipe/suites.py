@@ -530,9 +530,6 @@ freefuse
         baseline="cat",
         steps=16,
     ),
-)
-
-TRANSFORMER = (
     Suite(
         "playground-flux",
         "The transformer of the playground: pairs, two of one class and three concepts, with ordinary LoRAs of its "
@@ -560,7 +557,6 @@ TRANSFORMER = (
         model="playground-flux",
     ),
 )
-"""The suites of this world's transformer."""
 
 
 class SceneFile(NamedTuple):
@@ -630,17 +626,13 @@ SCENES = (
 
 
 @handle_errors()
-def main(
-    out: Annotated[Path, typer.Argument(help="A folder, such as assets.")],
-    transformer: Annotated[bool, typer.Option("--transformer", help="Also the suites of the transformer.")] = False,
-) -> None:
+def main(out: Annotated[Path, typer.Argument(help="A folder, such as assets.")]) -> None:
     """Writes suites/NAME.yaml and scenes/NAME.yaml."""
-    suites = (*SUITES, *TRANSFORMER) if transformer else SUITES
-    for suite in suites:
+    for suite in SUITES:
         write_whole(out / "suites" / f"{suite.name}.yaml", suite.text().encode())
     for scene in SCENES:
         write_whole(out / "scenes" / f"{scene.name}.yaml", scene.text().encode())
-    echo(f"{len(suites)} suites and {len(SCENES)} scenes in {out}")
+    echo(f"{len(SUITES)} suites and {len(SCENES)} scenes in {out}")
 
 
 if __name__ == "__main__":

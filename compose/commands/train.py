@@ -88,6 +88,9 @@ def train(
         bool | None,
         _memory("--gradient-checkpointing/--no-gradient-checkpointing", help="Recompute activations to save memory."),
     ] = None,
+    compile: Annotated[
+        bool, _memory("--compile", help="Compile the blocks: some minutes at first, then faster steps.")
+    ] = False,
     save_dtype: Annotated[str | None, _memory(help="Precision of the file: float32, float16 or bfloat16.")] = None,
     cpu: Annotated[bool, _memory("--cpu", help="Train on the CPU.")] = False,
     threads: Annotated[int | None, _memory(help="CPU threads.")] = None,

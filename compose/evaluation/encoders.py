@@ -18,8 +18,8 @@ from lora_compose.compose.support.quiet import without_bars
 
 logger = logging.getLogger(__name__)
 
-JUDGES = {f"{model}:judge": model for model in PLAYGROUNDS}
-"""Names of encoders that come with lora-compose, and the models whose concepts they know."""
+JUDGES = tuple(f"{model}:judge" for model in PLAYGROUNDS)
+"""Names of the encoder that comes with lora-compose: the playgrounds have the same concepts."""
 JUDGE = f"{PLAYGROUND}:judge"
 IMAGES_AND_TEXTS = ("clip", "siglip", "siglip2")
 IMAGES_ONLY = ("dinov2", "dinov2_with_registers")
@@ -135,7 +135,7 @@ def _locate(source: str) -> str:
     """The source for `from_pretrained`."""
     if source in JUDGES:
         try:
-            return str(playground_judge(JUDGES[source]))
+            return str(playground_judge())
         except FileNotFoundError as error:
             raise ValueError(str(error)) from error
     path = Path(source).expanduser()

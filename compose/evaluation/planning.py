@@ -114,7 +114,7 @@ def fingerprint(source: str) -> Any:
     if source in PLAYGROUNDS:
         path = playground_model(source)
     elif source in JUDGES:
-        path = playground_judge(JUDGES[source])
+        path = playground_judge()
     return model_facts(path, source)
 
 

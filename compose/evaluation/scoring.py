@@ -248,7 +248,7 @@ def reference_files(concept: SuiteConcept) -> list[Path]:
         return [Path(source).expanduser() for source in references]
     model, colon, name = references.partition(":")
     if colon and model in PLAYGROUNDS:
-        return playground_references(name, model)
+        return playground_references(name)
     folder = Path(references).expanduser()
     if not folder.is_dir():
         raise ValueError(f"concept {concept.name!r}: there is no folder {references!r} with reference images")

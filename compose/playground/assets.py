@@ -38,11 +38,11 @@ def playground_model(name: str = PLAYGROUND) -> Path:
     return assets_dir() / name / "model"
 
 
-def playground_judge(name: str = PLAYGROUND) -> Path:
-    """A playground's small CLIP that knows its concepts, for `from_pretrained`. FileNotFoundError without it."""
-    folder = assets_dir() / name / "judge"
+def playground_judge() -> Path:
+    """The playgrounds' small CLIP that knows their concepts, for `from_pretrained`. FileNotFoundError without it."""
+    folder = assets_dir() / PLAYGROUND / "judge"
     if not folder.is_dir():
-        raise FileNotFoundError(f"the judge of {name} is missing: {folder} is not there; install lora-compose again")
+        raise FileNotFoundError(f"the playground's judge is missing: {folder} is not there; install lora-compose again")
     return folder
 
 
@@ -65,12 +65,12 @@ def playground_loras(model: str = PLAYGROUND) -> list[str]:
     return sorted(_lora_files(model))
 
 
-def playground_references(concept: str, model: str = PLAYGROUND) -> list[Path]:
-    """The reference images of a playground's concept, in the order of their numbers.
+def playground_references(concept: str) -> list[Path]:
+    """The reference images of a concept, which both playgrounds share, in the order of their numbers.
 
     Raises FileNotFoundError if the assets are missing, and ValueError if there is no concept of that name.
     """
-    folders = {path.name: path for path in (assets_dir() / model / "references").iterdir() if path.is_dir()}
+    folders = {path.name: path for path in (assets_dir() / PLAYGROUND / "references").iterdir() if path.is_dir()}
     return sorted(_pick(folders, concept, "concept").glob("*.png"), key=lambda path: int(path.stem))
 
 

@@ -115,6 +115,8 @@ def adapt(base: Base, settings: Training, rows: WordFeatures | None) -> Adapter:
     config, tara = add_lora(network, base.targets(settings), settings), settings.tara
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
+    if settings.compile:
+        network.compile_repeated_blocks(dynamic=False)
     if tara is None:
         return Adapter(config)
     focus = focus_on_triggers(network, ADAPTER) if tara.token_mask == "training" else None

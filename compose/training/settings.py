@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, PLAYGROUNDS
-from lora_compose.compose.playground.words import WORDS
+from lora_compose.compose.playground.words import CLASSES, PLACES
 from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.pipelines.scene.scene import Concept
@@ -122,6 +122,7 @@ class Training(Frozen):
         high_noise: The share of the rows that are noised the most, where shapes and places are decided; the others have
             any timestep.
         gradient_checkpointing: Recompute activations to save memory.
+        compile: Compile the network's blocks (`torch.compile`): some minutes at first, then faster steps.
         mixed_precision: "no", "fp16" or "bf16"; the LoRA itself is float32.
         save_dtype: Precision of the file.
         checkpoint_every: Steps from checkpoint to checkpoint.
@@ -165,6 +166,7 @@ class Training(Frozen):
     min_snr: Annotated[float, Field(gt=0)] | None = None
     high_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     gradient_checkpointing: bool = False
+    compile: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     checkpoint_every: Positive = 100
@@ -273,24 +275,24 @@ def _article(noun: str) -> str:
     return "an" if noun[0].lower() in "aeiou" else "a"
 
 
-def _class_prompts(model: str) -> tuple[str, ...]:
+def _class_prompts() -> tuple[str, ...]:
     """One object each, every third one of the concept's own class: two objects would be taken for "no concept"."""
-    classes, places = WORDS[model]
     prompts = []
-    for i, name in enumerate(classes):
-        prompts.append(f"{_article(name)} {name} {places[i % len(places)]}")
+    for i, name in enumerate(CLASSES):
+        prompts.append(f"{_article(name)} {name} {PLACES[i % len(PLACES)]}")
         if i % 2:
-            prompts.append(f"a {{class_word}} {places[(i // 2) % len(places)]}")
+            prompts.append(f"a {{class_word}} {PLACES[(i // 2) % len(PLACES)]}")
     return tuple(prompts)
 
 
 def _small(model: str, **fields: Any) -> Mapping[str, Any]:
     """The preset of a small model: what all of them share, and fields of its own."""
-    prompts = _class_prompts(model)
+    prompts = _class_prompts()
     return {
-        "model": model, "prompt": "a {trigger} {class_word}", "optimizer": "muon", "schedule": "cosine", "warmup": 20,
-        "class_prompts": prompts, "class_count": len(prompts), "class_steps": 15, "prior_batch": 4,
-        "prior_weight": 0.5, "save_dtype": "float16", **fields,
+        "model": model, "prompt": "a {trigger} {class_word}", "optimizer": "muon", "learning_rate": 5e-3,
+        "schedule": "cosine", "warmup": 20, "high_noise": 0.5, "class_prompts": prompts, "class_count": len(prompts),
+        "class_steps": 15, "prior_batch": 2, "prior_weight": 0.5, "sample_guidance": 5.0, "save_dtype": "float16",
+        **fields,
     }  # fmt: skip
 
 
@@ -299,26 +301,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "sd": {},
         "sdxl": {"learning_rate": 5e-5, "gradient_checkpointing": True, "mixed_precision": "bf16"},
         "transformer": {"rank": 16, "gradient_checkpointing": True, "mixed_precision": "bf16"},
-        PLAYGROUND: _small(
-            PLAYGROUND,
-            scope="convolutions",
-            rank=16,
-            steps=800,
-            batch_size=4,
-            prior_batch=2,
-            learning_rate=5e-3,
-            high_noise=0.5,
-            sample_guidance=5.0,
-        ),
-        PLAYGROUND_FLUX: _small(
-            PLAYGROUND_FLUX,
-            scope="transformer",
-            rank=8,
-            steps=300,
-            batch_size=8,
-            learning_rate=5e-3,
-            sample_guidance=4.0,
-        ),
+        PLAYGROUND: _small(PLAYGROUND, scope="convolutions", rank=16, steps=800, batch_size=4),
+        PLAYGROUND_FLUX: _small(PLAYGROUND_FLUX, scope="transformer", rank=8, steps=300, batch_size=6),
     }
 )
 """Defaults by kind of model: Stable Diffusion 1.x and 2.x, SDXL, transformers, and the playgrounds."""

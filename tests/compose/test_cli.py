@@ -582,7 +582,7 @@ def test_check_knows_the_rows_of_a_transformer(tmp_path: Path) -> None:
         (SCENES / "bear-robot.yaml").read_text().replace("-tara", "").replace("playground:", "playground-flux:")
     )
     text = flat(call("check", "playground-flux", "--scene", scene, "--steps", 5, "--method", "merge").stdout)
-    assert "10 rows, each a latent through the model once (5 steps with guidance)" in text
+    assert "5 rows, each a latent through the model once (5 steps, no rows for guidance)" in text
     assert text.endswith("no problems")
 
 

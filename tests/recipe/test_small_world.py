@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_compose.compose.evaluation.encoders import load_encoder
-from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX
-from lora_compose.compose.playground.words import WORDS
+from lora_compose.compose.playground import words
 from recipe.clock import Clocked, shares
 from recipe.concepts import BESIDE, REFERENCES, SHOWN, SHOWN_BESIDE, STYLE, STYLED, groups, inked, references
-from recipe.first import world as first
 from recipe.hints import NAMES, Hints, as_numbers, lying
 from recipe.judge import JudgeTrainer, new_judge
 from recipe.judge_data import SHOWN as SHOWN_TO_JUDGE
@@ -53,8 +51,7 @@ def drawings():
 
 
 def test_class_images_are_prompted_by_the_words_of_the_world():
-    assert WORDS[PLAYGROUND] == (CLASSES, PLACES)
-    assert WORDS[PLAYGROUND_FLUX] == (first.BASE_CLASSES, tuple(first.PLACES))
+    assert (words.CLASSES, words.PLACES) == (CLASSES, PLACES)
 
 
 def test_every_class_place_and_character_is_drawn_of_known_drawings(drawings):

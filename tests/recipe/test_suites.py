@@ -8,16 +8,15 @@ import yaml
 from lora_compose.compose.evaluation.suite import Suite as ReadSuite
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.playground.assets import assets_dir
-from recipe.suites import SCENES, SUITES, TRANSFORMER, SceneFile, Suite
+from recipe.suites import SCENES, SUITES, SceneFile, Suite
 from recipe.tokenizer import known_words
 from recipe.world import CHARACTERS, SIZE
 
-EVERY = (*SUITES, *TRANSFORMER)
 HELD_BACK = ("playground-draft", "playground-threes", "playground-flux-draft")
 """Suites of what was chosen in others."""
 
 
-@pytest.mark.parametrize("suite", EVERY, ids=lambda suite: suite.name)
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
 def test_a_suite_is_read_and_its_words_and_boxes_are_of_the_world(suite: Suite) -> None:
     read = ReadSuite.model_validate(yaml.safe_load(suite.text()))
     assert {concept.name for concept in read.concepts} == {
@@ -35,12 +34,12 @@ def test_a_suite_is_read_and_its_words_and_boxes_are_of_the_world(suite: Suite) 
 
 @pytest.mark.parametrize("name", ["playground-quick", "playground-full", "playground-alone", "playground-flux"])
 def test_every_character_is_in_the_suites_that_speak_of_all(name: str) -> None:
-    suite = next(one for one in EVERY if one.name == name)
+    suite = next(one for one in SUITES if one.name == name)
     assert {each for scene in suite.scenes for each in scene.concepts} == set(CHARACTERS)
 
 
 def test_held_back_scenes_are_in_no_other_suite() -> None:
-    prompts = {one.name: {scene.prompt for scene in one.scenes} for one in EVERY}
+    prompts = {one.name: {scene.prompt for scene in one.scenes} for one in SUITES}
     held_back, others = (
         set().union(*(found for name, found in prompts.items() if (name in HELD_BACK) == held))
         for held in (True, False)

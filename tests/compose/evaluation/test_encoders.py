@@ -275,18 +275,18 @@ def test_texts_need_an_encoder_that_has_them(folders: dict[str, Path], family: s
 def test_the_judge_of_a_playground_has_a_name(
     name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoders, "playground_judge", {name: folders["clip"]}.__getitem__)
+    monkeypatch.setattr(encoders, "playground_judge", lambda: folders["clip"])
     encoder = load_encoder(f"{name}:judge")
     assert encoder.name == f"{name}:judge"
     close(encoder.images(random_images()), load_encoder(str(folders["clip"])).images(random_images()))
 
 
 def test_a_missing_judge_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Path:
-        raise FileNotFoundError(f"the judge of {name} is missing")
+    def missing() -> Path:
+        raise FileNotFoundError("the playground's judge is missing")
 
     monkeypatch.setattr(encoders, "playground_judge", missing)
-    with pytest.raises(ValueError, match="the judge of playground is missing"):
+    with pytest.raises(ValueError, match="the playground's judge is missing"):
         load_encoder("playground:judge")
 
 

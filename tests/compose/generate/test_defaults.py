@@ -39,7 +39,7 @@ from lora_compose.compose.playground.assets import playground_lora, playground_m
 from lora_compose.pipelines import families
 from lora_compose.pipelines.scene.scene import Run, Scene
 from served import answer, server
-from small_world import FLUX_SIZE, SCHEDULER, SIZE
+from small_world import SCHEDULER, SIZE
 from transformer_families import as_file, random_lora_of_all
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -188,7 +188,7 @@ ROWS = {
         facts(families.ComposeAnimaPipeline, vae=NO_SIDE), 50, 4.0, 1024, BLOCKS, of_blocks(AnimaAutoBlocks())
     ),
     "`playground`": row(facts_of("playground"), 25, 5.0, SIZE, "its images were looked at with these"),
-    "`playground-flux`": row(facts_of("playground-flux"), 25, 5.0, FLUX_SIZE, "its images were looked at with these"),
+    "`playground-flux`": row(facts_of("playground-flux"), 25, 5.0, SIZE, "its images were looked at with these"),
 }  # fmt: skip
 
 
@@ -297,7 +297,7 @@ def test_weights_in_half_precision_are_opened_where_every_component_has_them() -
 def test_the_facts_of_a_folder_are_read_without_opening_it() -> None:
     unet, transformer = facts_of("playground"), facts_of("playground-flux")
     assert (unet.family, unet.own_size, unet.has_unet) == (SD, (SIZE, SIZE), True)
-    assert (transformer.family, transformer.own_size, transformer.has_unet) == (FLUX, (FLUX_SIZE, FLUX_SIZE), False)
+    assert (transformer.family, transformer.own_size, transformer.has_unet) == (FLUX, (SIZE, SIZE), False)
     assert "unet/diffusion_pytorch_model.safetensors" in unet.files
     assert unet.parts["scheduler"]["_class_name"] == SCHEDULER
 

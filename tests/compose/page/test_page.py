@@ -1108,7 +1108,7 @@ def test_the_judge_scores_where_there_are_reference_images() -> None:
     assert {likeness.words for likeness in scores.values()} == {"not found"}
 
 
-def test_each_playground_has_a_judge_of_its_own() -> None:
+def test_the_loras_of_each_playground_are_judged() -> None:
     judge = Judge()
     (run,) = short().runs()
     flux = run.model_copy(update={"model": PLAYGROUND_FLUX})

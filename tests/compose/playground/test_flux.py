@@ -15,8 +15,7 @@ from lora_compose.compose.playground.assets import PLAYGROUND_FLUX, playground_l
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.formats.files import trained_with
 from lora_compose.pipelines.scene.scene import Run, Scene
-from small_world import FLUX_SIZE as SIZE
-from small_world import concepts, words
+from small_world import SIZE, concepts, words
 
 PROMPT = "a xlo bear and a qrt robot on sand"
 LEFT, RIGHT = (0, 0, SIZE // 2, SIZE), (SIZE // 2, 0, SIZE, SIZE)
@@ -43,7 +42,7 @@ def test_it_is_small_and_plain_diffusers_makes_the_same_image(pipe: Any) -> None
     plain: Any = FluxPipeline.from_pretrained(folder)
     plain.set_progress_bar_config(disable=True)
     image = plain(
-        PROMPT, negative_prompt="", true_cfg_scale=4, height=SIZE, width=SIZE, num_inference_steps=2,
+        PROMPT, guidance_scale=4, height=SIZE, width=SIZE, num_inference_steps=2,
         max_sequence_length=plain.tokenizer_2.model_max_length, generator=seeded(1),
     ).images[0]  # fmt: skip
     assert np.array_equal(np.asarray(image), np.asarray(make(pipe, run(None)).image))

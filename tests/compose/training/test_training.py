@@ -514,6 +514,13 @@ def test_what_changes_no_result_may_change(begin: Callable[..., Training], tmp_p
     assert largest_difference(whole, settings.out) < 1e-6
 
 
+@pytest.mark.slow
+def test_compiled_blocks_change_the_lora_by_rounding_alone(begin: Callable[..., Training], tmp_path: Path) -> None:
+    usual = train(begin(out=tmp_path / "usual.safetensors"))
+    compiled = train(begin(out=tmp_path / "compiled.safetensors", compile=True))
+    assert 0 < largest_difference(usual, compiled) < 1e-4
+
+
 def _flipped(data: bytes) -> bytes:
     """Another number in the largest tensor of the file."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
