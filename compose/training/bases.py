@@ -199,6 +199,8 @@ class _Transformer(Base):
             raise ValueError(f"{family} has no convolutions in its blocks; use attention or transformer")
         if settings.min_snr is not None:
             raise ValueError(f"--min-snr is for models with a noise schedule; {family} learns by flow matching")
+        if settings.compile and not self.network._repeated_blocks:
+            raise ValueError(f"diffusers does not name the blocks of {family}, which --compile needs; leave it out")
         unit = self.pipe.cell
         if settings.resolution is not None and settings.resolution % unit:
             raise ValueError(f"the resolution must be a multiple of {unit} for {family}, not {settings.resolution}")

@@ -285,5 +285,7 @@ def test_what_means_nothing_to_transformers_is_refused(folder: Path) -> None:
     assert not (folder / "cat.checkpoint").exists()
     with pytest.raises(ValueError, match="the method tara takes ordinary LoRAs of Anima"):
         base_of(anima_pipeline()).check(training(folder, "unused", tara=TaraTraining()))
+    with pytest.raises(ValueError, match="does not name the blocks of Anima, which --compile needs"):
+        base_of(anima_pipeline()).check(training(folder, "unused", compile=True))
     with pytest.raises(ValueError, match=r"FLUX\.3 distilled reads to which time a step leads, .* train on FLUX\.3,"):
         base_of(flux3_pipeline(ComposeFlux3DistilledPipeline, flow_map=True)).check(training(folder, "unused"))
