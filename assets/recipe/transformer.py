@@ -7,7 +7,8 @@ words begin as CLIP's, which have learnt from images what a cat and a fox have i
 velocity that the UNet expects (`teacher.py`), and half of the times where it is decided what is where; half of an
 image's tokens skip the blocks in the middle (Krause et al. 2025); features of a block in the middle are to tell what
 lies where (`hints.py`); Muon for the matrices of blocks, an average of the last weights. As in FLUX.1-dev, guidance is
-an input, and what the UNet expects with guidance is learnt (Meng et al. 2023).
+an input, and what the UNet expects with guidance is learnt (Meng et al. 2023). With `--own`, part of the noisy images
+are those that the transformer itself makes (`rollouts.py`).
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from lora_compose.attention.backbones.joint import image_positions, packed
+from lora_compose.attention.backbones.joint import image_positions, packed, unpacked
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
 from recipe.averaged import NO_CAPTION, AveragedTrainer
@@ -30,6 +31,7 @@ from recipe.clock import train_for
 from recipe.hints import Hints, lying
 from recipe.pool import Batch
 from recipe.ranks import start_ranks
+from recipe.rollouts import Noisy, Rollout
 from recipe.teacher import Teacher
 from recipe.tokenizer import known_words
 
@@ -175,9 +177,10 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         base: The UNet's pipeline, which teaches; its CLIP is trained in the new pipeline, a copy of it teaches.
         lr: Learning rate of Muon.
         seed: Seed of noise, times and dropped captions.
+        own: Share of the images that the transformer makes itself, with guidance.
     """
 
-    def __init__(self, base: StableDiffusionPipeline, lr: float, seed: int) -> None:
+    def __init__(self, base: StableDiffusionPipeline, lr: float, seed: int, own: float) -> None:
         self.teacher = Teacher(base)
         pipe = new_pipeline(base)
         self.hints = Hints(pipe.transformer.inner_dim)
@@ -186,6 +189,8 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         self.clip: Any = pipe.text_encoder
         self.t5: Any = pipe.text_encoder_2
         self.routed = Routed(pipe.transformer)
+        self.own = own
+        self.rollouts: dict[torch.Size, Rollout] = {}  # by the shape of a batch
         torch._dynamo.config.recompile_limit = SHAPES
         self.teacher.unet.compile(dynamic=False)
         # Blocks alone: where all of a step is compiled (PyTorch 2.13, CPU, bf16), gradients of close-ups are NaN.
@@ -200,16 +205,19 @@ class TransformerTrainer(AveragedTrainer[Batch]):
         guided = torch.arange(len(clean)) < round(GUIDED * len(clean))
         left_out = ((torch.rand(len(clean), generator=rng) < NO_CAPTION / (1 - GUIDED)) & ~guided).tolist()
         captions = ["" if out else text for text, out in zip(batch.captions, left_out, strict=True)]
+        times = torch.rand(len(clean), generator=rng)
+        times[::2] = times[::2].lerp(torch.ones(1), LAYOUT_FROM)
+        noise = torch.randn(clean.shape, generator=rng)
+        least, most = GUIDANCE
+        guidance = (least + (most - least) * torch.rand(len(clean), generator=rng)).where(guided, 1.0)
+        noised = Noisy(clean.lerp(noise, times.view(-1, 1, 1, 1)), times, guidance, captions)
+        own = round(self.own * len(clean))
+        rollout = self.rollouts.setdefault(clean.shape, Rollout.of(noised.first(own), rng))
+        mixed, times, guidance, captions = noised.with_first(rollout.noisy)
         tokens = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
         words = self.pipe.tokenizer_2(captions, **tokens).input_ids
         # What follows a caption's end changes nothing of what CLIP says of it.
         clip_words = self.pipe.tokenizer(captions, padding=True, truncation=True, return_tensors="pt").input_ids
-        times = torch.rand(len(clean), generator=rng)
-        times[::2] = times[::2].lerp(torch.ones(1), LAYOUT_FROM)
-        noise = torch.randn(clean.shape, generator=rng)
-        mixed = clean.lerp(noise, times.view(-1, 1, 1, 1))
-        least, most = GUIDANCE
-        guidance = (least + (most - least) * torch.rand(len(clean), generator=rng)).where(guided, 1.0)
         taught = torch.ones(len(clean)).where(guided, TAUGHT).view(-1, 1, 1, 1)
         velocity = (noise - clean).lerp(self.teacher.velocity(mixed, times, captions, guidance), taught)
         kept = 16 * round(KEPT * len(order) / 16)
@@ -219,8 +227,12 @@ class TransformerTrainer(AveragedTrainer[Batch]):
                 image_positions(clean)[order], kept,
             )  # fmt: skip
         classes, shares = lying(batch.objects, *(side // 2 for side in batch.latents.shape[2:]))
-        error = (predicted.float() - packed(velocity)[:, order]).pow(2).mean()
-        return error + self.hints(telling, classes[:, order[:kept]], shares[:, order[:kept]])
+        predicted, of_kept = predicted.float(), order[:kept]
+        made = unpacked(predicted[:own, order.argsort()].detach(), clean.shape[2:])
+        rollout.advance(made, noised.first(own), rng)
+        error = (predicted - packed(velocity)[:, order]).pow(2).mean()
+        # What lies where in its own images is not known.
+        return error + self.hints(telling[own:], classes[own:, of_kept], shares[own:, of_kept])
 
     def save(self, out: Path) -> None:
         """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
@@ -240,6 +252,7 @@ def train(
     base: Annotated[Path, typer.Option(help="The UNet's model: VAE, CLIP, its words, and the teacher.")],
     minutes: Annotated[float, typer.Option(min=0.1, help="Of computing, in all; the rate falls to their end.")] = 480,
     images: Annotated[int, typer.Option(min=1, help="Of the usual size in a batch.")] = 32,
+    own: Annotated[float, typer.Option(min=0, max=GUIDED, help="Share of images that it makes itself.")] = 0.0,
     lr: float = 0.01,
     seed: int = 0,
     threads: int = 1,
@@ -250,7 +263,7 @@ def train(
     torch.set_num_threads(threads)
     known: dict[str, Any] = {"dtype": torch.float32, "safety_checker": None}
     teacher = StableDiffusionPipeline.from_pretrained(base, **known)
-    train_for(minutes, TransformerTrainer(teacher, lr, seed), pool, out, images, seed)
+    train_for(minutes, TransformerTrainer(teacher, lr, seed, own), pool, out, images, seed)
 
 
 if __name__ == "__main__":
