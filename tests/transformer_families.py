@@ -256,15 +256,15 @@ def latents_of(pipe: Any, **arguments: Any) -> Tensor:
 def assert_equals_dense_deltas(family: Family, pipe: Any, method: str, *, guided: bool = True) -> None:
     """A method gives what diffusers' pipeline gives with dense deltas, added concept by concept."""
     settings, concepts, places = METHODS[method]
-    guidance = family.guided if guided else family.unguided
-    found = latents_of(pipe, concepts=concepts, method=settings, **guidance)
+    call = {**CALL, "num_inference_steps": 1, **(family.guided if guided else family.unguided)}
+    found = latents_of(pipe, concepts=concepts, method=settings, **call)
     loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
     with dense_loras(family, pipe.transformer, loras, lambda rows: places(family, rows), guided=guided):
-        expected = plain_latents(family, pipe, **CALL, **guidance)
+        expected = plain_latents(family, pipe, **call)
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
     without = _WITHOUT.setdefault(pipe, {})
     if guided not in without:
-        without[guided] = plain_latents(family, pipe, **CALL, **guidance)
+        without[guided] = plain_latents(family, pipe, **call)
     assert (found - without[guided]).abs().max() > 0.01
 
 

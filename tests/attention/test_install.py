@@ -24,7 +24,7 @@ from components import (
     lora_tensors,
     random_lora,
     sd_unet,
-    sdxl_unet,
+    shallow_sdxl_unet,
     tiny_unet,
     unet_inputs,
     with_bank,
@@ -41,6 +41,7 @@ from lora_compose.attention import (
     installed_layers,
 )
 from model_snapshot import Snapshot
+from pairs import in_pairs
 from reference import FullGates, constant_gates, random_gates, relative_error, with_reference
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ class Stop(BaseException):
 )  # fmt: skip
 @torch.no_grad()
 def test_nothing_is_left_in_the_model(error: type[BaseException] | None, how: How, fold: bool) -> None:
-    unet = sd_unet()
+    unet = tiny_unet()
     unet.train()
     unet.conv_in.eval()
     unet.mid_block.requires_grad_(False)
@@ -79,7 +80,7 @@ def test_nothing_is_left_in_the_model(error: type[BaseException] | None, how: Ho
     def use() -> None:
         with installed(unet, two_loras(unet), how=how) as installation:
             if fold:
-                assert installation.fold(("image", "row"), WEIGHTS) > 200
+                assert installation.fold(("image", "row"), WEIGHTS) > 20
             installation.use(installation.inputs(GATES, inputs["encoder_hidden_states"]))
             assert relative_error(unet(**inputs)[0], expected) > 0.1
             if error is not None:
@@ -115,7 +116,7 @@ def small_unet_and_loras() -> tuple[Any, list[Lora]]:
     unet = sd_unet(
         block_out_channels=(8,),
         down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
+        up_block_types=("UpBlock2D",),
         mid_block_type=None,
         layers_per_block=1,
     )
@@ -145,7 +146,7 @@ def test_ctrl_c_at_any_time_while_concepts_go_in_leaves_nothing_behind(how: How)
         done = trace.seen < call
         before.assert_unchanged(unet)
         call += 1
-    assert call > 50, "the loop ended because nothing was left to interrupt"
+    assert call > 30, "the loop ended because nothing was left to interrupt"
     with installed(unet, loras):
         pass
 
@@ -191,7 +192,7 @@ def test_ctrl_c_at_any_line_while_concepts_go_out_leaves_nothing_behind(how: How
         done = trace.seen < line
         before.assert_unchanged(unet)
         line += 1
-    assert line > 100, "the loop ended because nothing was left to interrupt"
+    assert line > 60, "the loop ended because nothing was left to interrupt"
     with installed(unet, loras):
         pass
 
@@ -388,7 +389,7 @@ def test_attention_with_parts_that_would_be_lost_is_refused() -> None:
 # Folding: deltas added to the weights for as long as the installation lasts.
 
 
-@pytest.mark.parametrize("family", [sd_unet, sdxl_unet])
+@pytest.mark.parametrize("family", [tiny_unet, shallow_sdxl_unet])
 @torch.no_grad()
 def test_folded_layers_equal_the_bank_and_the_slow_sum(family: Callable[[], Any]) -> None:
     unet = family()
@@ -412,7 +413,7 @@ def test_folded_layers_equal_the_bank_and_the_slow_sum(family: Callable[[], Any]
 @pytest.mark.parametrize("part", PARTS)
 @torch.no_grad()
 def test_layers_of_one_part_are_folded_and_the_others_stay_gated(part: SitePart) -> None:
-    unet = sd_unet()
+    unet = tiny_unet()
     inputs = unet_inputs(unet)
     loras = two_loras(unet)
     gates, full = random_gates("everything", rows=2, tokens=7, concepts=2, latent_grid=(16, 16))
@@ -449,7 +450,7 @@ def _parameter(unet: nn.Module, name: str) -> Any:
 
 @torch.no_grad()
 def test_folded_layers_need_no_gates_and_the_others_do() -> None:
-    unet = sd_unet()
+    unet = tiny_unet()
     inputs = unet_inputs(unet)
     bare = Gates(GATES.text, {}, GATES.row, GATES.latent_grid)
     with installed(unet, two_loras(unet)) as installation:
@@ -517,8 +518,9 @@ def stored_in_half_precision(unet: Any) -> None:
     unet.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("how", ["module", "forward"])
-@pytest.mark.parametrize("keep", [layer_by_layer, in_groups, stored_in_half_precision])
+@pytest.mark.parametrize(
+    ("keep", "how"), in_pairs([layer_by_layer, in_groups, stored_in_half_precision], ["module", "forward"])
+)
 @torch.no_grad()
 def test_weights_that_hooks_bring_are_not_folded_and_give_the_same_image(keep: Callable[[Any], None], how: How) -> None:
     unet = tiny_unet().half().float()  # numbers that each way of keeping them can hold

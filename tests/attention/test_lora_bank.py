@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,19 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from components import (
     ATTENTION,
     EVERYTHING,
-    TINY,
     installed,
     random_lora,
     sd_unet,
     sdxl_unet,
     shallow_sdxl_unet,
+    tiny_unet,
     unet_inputs,
     with_bank,
 )
 from lora_compose.attention import Gates, How, Lora, LoraFactors, Site, installed_layers
 from reference import STYLES, FullGates, Style, constant_gates, random_gates, relative_error, with_reference
 
-UNETS: dict[str, Callable[..., Any]] = {"sd": sd_unet, "sdxl": shallow_sdxl_unet}
+UNETS: dict[str, Callable[..., Any]] = {"sd": partial(sd_unet, layers_per_block=1), "sdxl": shallow_sdxl_unet}
 ALL_LAYERS = (*EVERYTHING, "linear_1", "linear_2")
 SIZE = 0.1  # of random factors: the effect is as large as the output, rounding errors are not amplified
 
@@ -89,12 +91,13 @@ class Case:
         assert_equals_the_slow_sum(self.unet, self.inputs, self.loras, (self.gates, self.full))
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("unet", "style"), [*product(["sd"], STYLES), ("sdxl", "everything")], indirect=["unet"])
 @torch.no_grad()
 def test_bank_equals_the_slow_sum(unet: Any, style: Style) -> None:
     Case(unet, style, rows=3, grid=(9, 15)).assert_equal()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bank_equals_the_slow_sum_in_the_depth_of_sdxl() -> None:
     Case(sdxl_unet(), grid=(9, 14)).assert_equal()
@@ -126,7 +129,7 @@ KINDS_OF_LAYERS = {
 @pytest.mark.parametrize("kind", KINDS_OF_LAYERS)
 @torch.no_grad()
 def test_bank_equals_the_slow_sum_for_every_kind_of_layer_alone(kind: str) -> None:
-    unet = sd_unet()
+    unet = tiny_unet()
     loras = [lora(unet, seed, rank=2 + seed, targets=KINDS_OF_LAYERS[kind], size=0.3) for seed in range(2)]
     inputs = unet_inputs(unet, grid=(8, 16))
     assert_equals_the_slow_sum(unet, inputs, loras, gates_for(inputs, 2, "everything"), effect=1e-3)
@@ -134,7 +137,7 @@ def test_bank_equals_the_slow_sum_for_every_kind_of_layer_alone(kind: str) -> No
 
 @torch.no_grad()
 def test_added_conditions_of_sdxl_are_adapted_by_row() -> None:
-    unet = sdxl_unet()
+    unet = shallow_sdxl_unet()
     loras = [lora(unet, 1, targets=("add_embedding.linear_1", "add_embedding.linear_2"), size=0.5)]
     inputs = unet_inputs(unet)
     assert_equals_the_slow_sum(unet, inputs, loras, gates_for(inputs, 1, "rows"), effect=1e-3)
@@ -155,7 +158,7 @@ def pick(gates: Gates, concepts: Sequence[int]) -> Gates:
 
 @torch.no_grad()
 def test_the_order_of_concepts_does_not_matter() -> None:
-    case = Case(sd_unet())
+    case = Case(tiny_unet())
     first = case.output()
     order = (2, 0, 1)
     other = case.output(pick(case.gates, order), [case.loras[i] for i in order])
@@ -166,7 +169,7 @@ def test_the_order_of_concepts_does_not_matter() -> None:
 
 @torch.no_grad()
 def test_a_concept_of_weight_zero_is_absent() -> None:
-    unet = sd_unet()
+    unet = tiny_unet()
     case = Case(unet)
     without = case.output(pick(case.gates, (0, 2)), [case.loras[0], case.loras[2]])
     assert relative_error(case.output(case.gates.times(torch.tensor([1.0, 0.0, 1.0]))), without) < 5e-6
@@ -228,7 +231,7 @@ def test_layers_with_the_same_input_and_the_same_ranks_share_the_product_before_
     other: tuple[str, ...], expected: int
 ) -> None:
     """Of the 4 layers of each attention, queries, keys and values of self-, and keys and values of cross-attention."""
-    unet = sd_unet()
+    unet = tiny_unet()
     case = Case(unet)
     loras = [lora(unet, 1, targets=ATTENTION), lora(unet, 2, targets=other)]
     pair = gates_for(case.inputs, 2, "everything")
@@ -280,7 +283,7 @@ def test_a_gradient_goes_through_layers_that_compute_their_own_product() -> None
 
 @torch.no_grad()
 def test_bfloat16_is_as_exact_as_the_slow_sum_in_bfloat16() -> None:
-    case = Case(sd_unet())
+    case = Case(tiny_unet())
     unet, inputs, exact = case.unet, case.inputs, case.expected()
     unet.to(torch.bfloat16)
     half = {
@@ -300,7 +303,7 @@ def test_bfloat16_is_as_exact_as_the_slow_sum_in_bfloat16() -> None:
 
 @torch.no_grad()
 def test_autocast_runs_and_agrees() -> None:
-    case = Case(sd_unet())
+    case = Case(tiny_unet())
     expected = case.expected()
     with torch.autocast("cpu", torch.bfloat16):
         found = case.output()
@@ -310,7 +313,7 @@ def test_autocast_runs_and_agrees() -> None:
 
 @torch.no_grad()
 def test_channels_last_models_agree() -> None:
-    unet: Any = sd_unet()
+    unet: Any = tiny_unet()
     case = Case(unet)
     expected = case.expected()
     unet.to(memory_format=torch.channels_last)
@@ -332,7 +335,7 @@ def test_gates_of_some_rows_are_those_of_a_smaller_batch(unet: Any) -> None:
 
 @torch.no_grad()
 def test_other_gates_take_effect_at_once_and_the_last_ones_stay() -> None:
-    unet, plain = sd_unet(), sd_unet()
+    unet, plain = tiny_unet(), tiny_unet()
     inputs = unet_inputs(unet)
     loras = unequal_loras(unet)
     pairs = [gates_for(inputs, 3, style, seed) for seed, style in enumerate(("constant", "everything", "tokens"))]
@@ -345,7 +348,7 @@ def test_other_gates_take_effect_at_once_and_the_last_ones_stay() -> None:
 
 @torch.no_grad()
 def test_a_missing_gate_is_an_error() -> None:
-    unet = sd_unet()
+    unet = UNETS["sd"]()
     inputs = unet_inputs(unet)
     loras = [lora(unet, 1)]
     gates, _ = gates_for(inputs, 1, "everything")
@@ -362,7 +365,7 @@ def test_a_missing_gate_is_an_error() -> None:
 
 @torch.no_grad()
 def test_gates_of_another_size_are_an_error() -> None:
-    unet = sd_unet()
+    unet = tiny_unet()
     inputs = unet_inputs(unet)
     loras = [lora(unet, 1)]
     wrong = [
@@ -411,7 +414,7 @@ def test_models_compiled_without_concepts_show_them_later(way: str, backend: str
 def test_other_gates_and_other_loras_of_the_same_shape_need_no_new_graph() -> None:
     """One graph that projects the text, one that finds its keys and values there, and no others later."""
     torch._dynamo.reset()
-    unet: Any = sd_unet(**TINY)
+    unet: Any = tiny_unet()
     inputs = unet_inputs(unet, grid=(8, 8))
     unet.compile(backend="eager")
     counted = torch._dynamo.utils.counters["stats"]
@@ -427,6 +430,6 @@ def test_other_gates_and_other_loras_of_the_same_shape_need_no_new_graph() -> No
             installation.use(handed)
             found = unet(**inputs)[0]
         graphs.append(counted["unique_graphs"] - before)
-        assert relative_error(found, with_reference(sd_unet(**TINY), loras, full)(**inputs)[0]) < 1e-5
+        assert relative_error(found, with_reference(tiny_unet(), loras, full)(**inputs)[0]) < 1e-5
     assert graphs == [2, 0, 0, 0]
     torch._dynamo.reset()

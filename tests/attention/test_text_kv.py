@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from components import EVERYTHING, installed, random_lora, sd_unet, shallow_sdxl_unet, unet_inputs, with_bank
+from components import EVERYTHING, installed, random_lora, shallow_sdxl_unet, tiny_unet, unet_inputs, with_bank
 from lora_compose.attention import Gates, Lora
 from lora_compose.attention.backbones.unet import UNetBackbone
 from reference import dense, random_gates, relative_error
@@ -49,7 +49,7 @@ class Calls:
         return count
 
 
-@pytest.mark.parametrize("family", [sd_unet, shallow_sdxl_unet])
+@pytest.mark.parametrize("family", [tiny_unet, shallow_sdxl_unet])
 @torch.no_grad()
 def test_tokens_outside_the_mask_keep_the_bits_of_the_base(family: Any) -> None:
     unet = family()
@@ -76,7 +76,7 @@ def test_tokens_outside_the_mask_keep_the_bits_of_the_base(family: Any) -> None:
 
 @torch.no_grad()
 def test_a_mask_of_zeros_on_text_and_image_is_exactly_the_base() -> None:
-    unet = sd_unet()
+    unet = tiny_unet()
     inputs = unet_inputs(unet, grid=GRID, tokens=TOKENS)
     zero, loras = torch.zeros(1, 1, 2), two_loras(unet)
     silent = with_bank(unet, loras, Gates(zero, dict.fromkeys(range(4), zero), zero[0], GRID), inputs)
@@ -88,7 +88,7 @@ def test_a_mask_of_zeros_on_text_and_image_is_exactly_the_base() -> None:
 @pytest.mark.parametrize("adapted", [True, False])
 @torch.no_grad()
 def test_each_projection_runs_once_for_many_passes_and_keeps_its_bits(adapted: bool) -> None:
-    unet = sd_unet()
+    unet = tiny_unet()
     given = [unet_inputs(unet, grid=GRID, tokens=TOKENS, seed=seed) for seed in range(3)]
     text = given[0]["encoder_hidden_states"]
     given = [{**one, "encoder_hidden_states": text} for one in given]
@@ -106,7 +106,7 @@ def test_each_projection_runs_once_for_many_passes_and_keeps_its_bits(adapted: b
 
 @torch.no_grad()
 def test_inputs_that_alternate_keep_keys_and_values_of_their_own_unless_they_share_them() -> None:
-    unet, untouched = sd_unet(), sd_unet()
+    unet, untouched = tiny_unet(), tiny_unet()
     first, second = (unet_inputs(unet, grid=GRID, tokens=TOKENS, seed=seed) for seed in range(2))
     gates, other = random_gates_of(1), random_gates_of(2)
     other_image = Gates(gates.text, other.image, gates.row, GRID)
@@ -134,7 +134,7 @@ def test_inputs_that_alternate_keep_keys_and_values_of_their_own_unless_they_sha
 
 @torch.no_grad()
 def test_kept_keys_and_values_go_with_their_inputs() -> None:
-    unet = sd_unet()
+    unet = tiny_unet()
     given = unet_inputs(unet, grid=GRID, tokens=TOKENS)
     with installed(unet, two_loras(unet)) as installation:
         inputs = installation.inputs(random_gates_of(), given["encoder_hidden_states"])
@@ -149,7 +149,7 @@ def test_kept_keys_and_values_go_with_their_inputs() -> None:
 
 @torch.no_grad()
 def test_fewer_rows_of_the_same_text_are_projected_again() -> None:
-    unet = sd_unet()
+    unet = tiny_unet()
     inputs = unet_inputs(unet, grid=GRID, tokens=TOKENS)
     gates = random_gates_of()
     with installed(unet, two_loras(unet)) as installation:
@@ -161,7 +161,7 @@ def test_fewer_rows_of_the_same_text_are_projected_again() -> None:
 
 
 def test_latent_gradients_are_the_same_with_kept_keys_and_values() -> None:
-    unet = sd_unet()
+    unet = tiny_unet()
     given = unet_inputs(unet, grid=GRID, tokens=TOKENS)
     gradients = []
     with installed(unet, two_loras(unet)) as installation:

@@ -36,10 +36,7 @@ UNETS: dict[str, Callable[[], Any]] = {
     "playground": playground_unet,
     "resnet-sampled": resnet_sampled_unet,
 }
-GRIDS = [(8, 24)]
-ODD_GRIDS = [(15, 9), (9, 14)]
-CASES = [(name, grid) for name in UNETS for grid in GRIDS]
-CASES += [(name, grid) for name in UNETS if name != "resnet-sampled" for grid in ODD_GRIDS]
+CASES = [*((name, (8, 24)) for name in UNETS), ("sd", (15, 9)), ("sdxl", (9, 14)), ("playground", (15, 9))]
 
 
 def watch(unet: Any, modules: Mapping[str, nn.Module], grid: tuple[int, int]) -> dict[str, tuple[Any, Any, Any]]:

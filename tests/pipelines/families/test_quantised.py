@@ -111,16 +111,16 @@ def test_a_file_in_float8_is_opened_as_its_dequantised_weights(
     tensors = written(tensors_of(flux_folder))
     save_file({f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}, file)
     pipe, whole = opened(flux_folder, str(file)), opened(flux_folder, None)
-    plain = latents_of(whole, **FLUX.unguided)
+    call = {"num_inference_steps": 1, **FLUX.unguided}
+    plain = latents_of(whole, **call)
     expected = {name: tensor for name, tensor in dequantised(tensors).items() if name in whole.transformer.state_dict()}
     whole.transformer.load_state_dict(expected)
     layer = pipe.transformer.transformer_blocks[0].attn.to_q
     assert layer.weight.dtype == torch.float8_e4m3fn
-    found = latents_of(pipe, **FLUX.unguided)
+    found = latents_of(pipe, **call)
     if written is not without_scales:  # layerwise casting leaves embeddings and norms in full precision
-        torch.testing.assert_close(found, latents_of(whole, **FLUX.unguided), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, latents_of(whole, **call), atol=1e-5, rtol=0)
     assert 1e-4 < (found - plain).abs().max() < 1
-    assert_equals_dense_deltas(FLUX, with_concepts(pipe, tmp_path), "regional")
 
 
 def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

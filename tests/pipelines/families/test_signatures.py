@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 from all_transformers import EVERY, MODULAR
 from components import seeded
 from composing import composer_of, lora_file
-from golden import PIPELINES, PROMPT, squares
+from golden import PROMPT, squares
 from lora_compose import ComposePipeline
 from lora_compose.pipelines.calls.front import READ, front
 from lora_compose.pipelines.families.modular import ModularFamilyPipeline
@@ -201,11 +201,11 @@ class Watch:
 
 def pipeline(family: str) -> Any:
     """A small pipeline with a cat and a dog."""
-    return PIPELINES[family]() if family in PIPELINES else shared_pipeline(EVERY[family])
+    return shared_pipeline(EVERY[family]) if family in EVERY else composer_of(family, whole=True)
 
 
 def run(family: str, **arguments: Any) -> None:
-    given: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "height": 128, "width": 128}
+    given: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 1, "height": 128, "width": 128}
     given |= {"output_type": "np", "generator": seeded(0), **FURTHER.get(family, {})}
     if family in EVERY:
         given |= {"max_sequence_length": TOKENS, **(EVERY[family].guided or EVERY[family].unguided)}
@@ -231,7 +231,7 @@ def test_a_call_with_concepts_uses_methods_of_diffusers_by_name(family, monkeypa
     for inpaints, task in tasks.items():
         if task is not None:
             mask = {"mask_image": (32, 32, 128, 112)} if inpaints else {}
-            run(family, concepts=["cat"], method="merge", image=squares(), strength=0.6, **mask)
+            run(family, concepts=["cat"], method="merge", image=squares(), strength=1.0, **mask)
             assert any(name.startswith(f"{task.pipeline.__name__}.") for name in watch.called)
     assert watch.shifted == set()
 

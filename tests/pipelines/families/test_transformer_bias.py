@@ -152,16 +152,13 @@ def test_freefuse_is_diffusers_with_dense_deltas_masks_and_bias(family, pipe, as
     torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
 def test_draft_is_diffusers_with_dense_deltas_and_bias(family, pipe, asked):
     method = Draft(length=1, reading="scene", bias=1.5)
     found = latents_of(pipe, concepts=["cat", "dog"], method=method, **family.guided)
     (regions,) = asked
     wanted = expected(family, pipe, regions, 1.5, -1.5, words="none")
     torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
-    without = latents_of(
-        pipe, concepts=["cat", "dog"], method=Draft(length=1, reading="scene", bias=0), **family.guided
-    )
-    assert (found - without).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", ["flux"], indirect=True)

@@ -12,7 +12,7 @@ from diffusers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
-from all_transformers import FEW, MODULAR, TRANSFORMERS
+from all_transformers import MODULAR, TRANSFORMERS
 from components import seeded
 from flux_kontext import KONTEXT
 from krea2 import KREA2
@@ -99,7 +99,6 @@ def test_a_method_equals_dense_deltas_one_concept_after_the_other(pipes, name, i
     with dense_loras(family, pipe.transformer, loras, placed, guided=True):
         expected = plain(name, pipe, inpaints, **given)
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
-    assert (found - plain(name, pipe, inpaints, **given)).abs().max() > 0.01
 
 
 def outside(latents: Tensor) -> Tensor:
@@ -109,7 +108,7 @@ def outside(latents: Tensor) -> Tensor:
     return cells[..., torch.from_numpy(OUTSIDE[::side, ::side].copy())]
 
 
-@pytest.mark.parametrize(("name", "method"), in_pairs(INPAINTS, ["switch", "composite", "draft"]))
+@pytest.mark.parametrize(("name", "method"), [("z-image", "switch"), ("flux", "composite"), ("kontext", "draft")])
 def test_methods_with_their_own_passes_keep_what_is_outside_of_the_mask(pipes, name, method):
     given = task(name, True)
     found = latents_of(pipes[name], **given, concepts=["cat", "dog"], method=method)
@@ -118,16 +117,15 @@ def test_methods_with_their_own_passes_keep_what_is_outside_of_the_mask(pipes, n
     assert (found - untouched).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", INPAINTS)
-def test_pixels_outside_of_the_mask_can_stay_those_of_the_image(pipes, name):
-    given = task(name, True, concepts=["cat"], method="merge", output_type="pil")
-    for how in ({"paste_original": True}, {"padding_mask_crop": 8}):
-        (found,) = pipes[name](**given, **how, generator=seeded(3)).images
-        assert np.array_equal(np.asarray(found)[OUTSIDE], np.asarray(IMAGE)[OUTSIDE])
-        assert (np.asarray(found)[~OUTSIDE] != np.asarray(IMAGE)[~OUTSIDE]).mean() > 0.5
+@pytest.mark.parametrize(("name", "how"), in_pairs(INPAINTS, [{"paste_original": True}, {"padding_mask_crop": 8}]))
+def test_pixels_outside_of_the_mask_can_stay_those_of_the_image(pipes, name, how):
+    given = task(name, True, concepts=["cat"], method="merge", output_type="pil", **how)
+    (found,) = pipes[name](**given, generator=seeded(3)).images
+    assert np.array_equal(np.asarray(found)[OUTSIDE], np.asarray(IMAGE)[OUTSIDE])
+    assert (np.asarray(found)[~OUTSIDE] != np.asarray(IMAGE)[~OUTSIDE]).mean() > 0.5
 
 
-@pytest.mark.parametrize("name", slow_but(FEW, INPAINTS))
+@pytest.mark.parametrize("name", slow_but(["z-image"], INPAINTS))
 def test_each_subject_is_repainted_alone(pipes, name):
     pipe, how = pipes[name], Detailer(strength=0.5, blur=0, padding=0.25)
     options = {"num_inference_steps": 2, "max_sequence_length": TOKENS, **FAMILIES[name].unguided}
@@ -203,7 +201,7 @@ def test_a_part_of_a_step_is_a_step_as_in_diffusers(pipes, concepts):
     assert pipes["z-image"].steps_from_image(4, 0.1, inpaints=True) == 1
 
 
-@pytest.mark.parametrize(("name", "concepts"), in_pairs(INPAINTS, [None, ["cat"]]))
+@pytest.mark.parametrize(("name", "concepts"), [("flux", ["cat"]), ("z-image", ["cat"]), ("qwen-image", None)])
 def test_each_prompt_may_have_a_mask(pipes, name, concepts):
     masks = [MASK, MASK.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
     several = {"prompt": [PROMPT, "a zwx dog and a sks cat"], "image": [IMAGE] * 2, "mask_image": masks}
@@ -239,8 +237,7 @@ def placed_beside(image: float, reference: Tensor) -> Any:
     return places
 
 
-@pytest.mark.parametrize("acts", [False, True])
-@pytest.mark.parametrize("other", [None, IMAGE.resize((64, 96))], ids=["the image", "another"])
+@pytest.mark.parametrize(("other", "acts"), in_pairs([None, IMAGE.resize((64, 96))], [False, True]))
 def test_kontext_inpaints_beside_the_image_or_another_reference(pipes, other, acts):
     """A LoRA acts on the reference image only if the concept says so."""
     pipe, given = pipes["kontext"], task("kontext", True, image_reference=other)

@@ -87,7 +87,7 @@ def composer(pipe, whole, with_both) -> ComposeStableDiffusionPipeline:
 
 
 def call(pipe: Any, prompt: str | list[str] = PROMPT, **arguments: Any) -> Any:
-    given: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "generator": seeded()}
+    given: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "generator": seeded()}
     if isinstance(pipe, ComposeStableDiffusionPipeline):
         given["concepts"] = ["cat", "dog"]
     return pipe(prompt, **given | arguments)
@@ -213,16 +213,14 @@ class WrittenOut:
 def test_official_is_what_the_authors_do(composer, plain_pipe):
     guidance = 3.0
     written = WrittenOut(plain_pipe, composer.loras, guidance=guidance)
-    expected = written.denoise(5, step_size=20.0, until=3, refine={0: 2, 1: 2, 2: 2})
+    expected = written.denoise(2, step_size=20.0, until=1, refine={0: 1})
     masks = torch.stack(written.claimed)
     assert 0.1 < masks[:, 1:].mean() < 0.9
     assert masks[:, 0].any()
-    found = latents_of(composer, num_inference_steps=5, guidance_scale=guidance, method=OFFICIAL)
+    settings = replace(OFFICIAL, refinements=1)
+    found = latents_of(composer, guidance_scale=guidance, method=settings)
     assert_close(found, expected, 2e-3)
-    without = latents_of(
-        composer, num_inference_steps=5, guidance_scale=guidance, method=replace(OFFICIAL, step_size=0)
-    )
-    assert far_apart(found, without)
+    assert far_apart(found, latents_of(composer, guidance_scale=guidance, method=replace(settings, step_size=0)))
 
 
 # Against other methods, and against itself
@@ -255,14 +253,13 @@ def test_one_subject_is_an_ordinary_lora(composer, plain_pipe):
         assert_close(latents_of(composer, prompt, method=settings, concepts=["cat"]), expected)
 
 
-@pytest.mark.parametrize("settings", [REGIONS, BRANCHES], ids=["regions", "branches"])
-def test_the_order_of_concepts_does_not_count(composer, settings):
-    one = latents_of(composer, method=settings)
-    assert_close(one, latents_of(composer, method=settings, concepts=["dog", "cat"]), 1e-3)
+def test_the_order_of_concepts_does_not_count(composer):
+    one = latents_of(composer, method=REGIONS)
+    assert_close(one, latents_of(composer, method=REGIONS, concepts=["dog", "cat"]), 1e-3)
 
 
-@pytest.mark.parametrize("settings", [replace(MASKS_ONLY, uncond="each"), Clora(step_size=0, threshold=THETA)])
-def test_a_style_of_weight_0_is_no_style(composer, load, settings):
+def test_a_style_of_weight_0_is_no_style(composer, load):
+    settings = Clora(step_size=0, threshold=THETA)
     load(composer, "style", None)
     style = Concept(name="style", weight=0.0, role="style")
     without = latents_of(composer, method=settings)
@@ -313,7 +310,6 @@ def counted(found: Any) -> tuple[float, float, float]:
         # P = 3 branches, T = 4 steps, K = 2 updates, one refinement step of r = 3
         (replace(OFFICIAL, refine_at=(0.25,), refinements=3), (2 * 3 * (4 + 3), 0, 2 * 3 * (2 + 3))),
         (replace(MASKS_ONLY, step_size=0.1, refine_at=(0.25,), refinements=3), (4 * 4, 3 * 5, 3 * 5)),
-        (MASKS_ONLY, (4 * 4, 0, 0)),
         (replace(MASKS_ONLY, uncond="each"), (6 * 4, 0, 0)),
         (Clora(step_size=0.1), (2 * 4, 3 * 2, 3 * 2)),
         (Clora(step_size=0), (2 * 4, 3 * 2, 0)),
@@ -323,11 +319,11 @@ def counted(found: Any) -> tuple[float, float, float]:
     ],
 )
 def test_rows_are_counted(composer, settings, expected):
-    assert counted(call(composer, method=settings)) == expected
+    assert counted(call(composer, method=settings, num_inference_steps=4)) == expected
 
 
 @pytest.mark.parametrize(
-    ("settings", "steps", "guidance"), [(REGIONS, 1, 7.5), (REGIONS, 4, 0.0), (BRANCHES, 4, 1.0), (OFFICIAL, 1, 7.5)]
+    ("settings", "steps", "guidance"), [(REGIONS, 1, 7.5), (REGIONS, 2, 0.0), (BRANCHES, 2, 1.0), (OFFICIAL, 1, 7.5)]
 )
 def test_few_steps_and_no_guidance_work(composer, settings, steps, guidance):
     found = call(composer, method=settings, num_inference_steps=steps, guidance_scale=guidance)
@@ -342,7 +338,7 @@ def test_few_steps_and_no_guidance_work(composer, settings, steps, guidance):
     [pytest.param(REGIONS, id="regions"), pytest.param(OFFICIAL, id="official", marks=pytest.mark.slow)],
 )
 def test_guidance_may_be_switched_off_on_the_way(composer, settings):
-    found = latents_of(composer, method=settings, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
+    found = latents_of(composer, method=settings, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.0))
     assert found.isfinite().all()
     assert far_apart(found, latents_of(composer, method=settings))
 
@@ -353,8 +349,8 @@ def test_maps_and_masks_of_every_step_come_back_on_the_grid_of_the_canvas(compos
     load(composer, "style", None)
     concepts = ["cat", Concept(name="style", role="style"), "dog"]
     size: dict[str, Any] = {"width": 192, "height": 128}
-    found = call(composer, method=settings, concepts=concepts, record_attention=[0, 3], **size)
-    assert found.recorded_steps == (0, 3)
+    found = call(composer, method=settings, concepts=concepts, record_attention=[0, -1], **size)
+    assert found.recorded_steps == (0, 1)
     assert found.attention_maps.shape == found.masks.shape == (2, 1, 3, 4, 6)
     assert found.masks[:, :, 1].all()  # a style is everywhere
     assert found.masks[:, :, [0, 2]].any()
@@ -431,9 +427,10 @@ def test_before_mask_from_all_branches_are_averaged(composer):
 
 def test_words_that_make_the_mask_can_be_named(composer):
     named = replace(MASKS_ONLY, mask_words={"cat": ["sks", "cat"], "dog": ["zwx", "dog"]})
-    assert torch.equal(latents_of(composer, method=named), latents_of(composer, method=MASKS_ONLY))
     triggers = replace(MASKS_ONLY, mask_words={"cat": ["sks"], "dog": ["zwx"]})
-    assert far_apart(latents_of(composer, method=triggers), latents_of(composer, method=MASKS_ONLY))
+    both, one, unnamed = (latents_of(composer, method=settings) for settings in (named, triggers, MASKS_ONLY))
+    assert torch.equal(both, unnamed)
+    assert far_apart(one, unnamed)
     words = started(composer, replace(MASKS_ONLY, mask_words={"cat": ["grass"]})).words
     (column,) = words.makes_mask[0, 0].nonzero()[:, 0].tolist()
     assert words.token_weights[1, :, column].nonzero().tolist() == [[8]]  # a1 sks2 cat3 and4 a5 dog6 on7 grass8
@@ -458,7 +455,7 @@ def test_the_gradient_is_the_slope_of_the_loss(composer):
         assert ((ahead - behind) / (2 * nudge)).item() == pytest.approx(slope.item(), rel=0.05)
 
     method = Watched(Clora(step_size=0), once(look))
-    call(composer, method=method, num_inference_steps=2)
+    call(composer, method=method, num_inference_steps=1)
     assert method.processes
 
 
@@ -514,20 +511,19 @@ def test_scenes_that_cannot_be_told_apart_are_refused(composer, prompt, concepts
 
 def test_regions_are_ignored_with_a_warning(composer, caplog):
     boxed = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
-    assert torch.equal(latents_of(composer, method=Clora(), concepts=boxed), latents_of(composer, method=Clora()))
+    boxes, none = (latents_of(composer, method=Clora(), concepts=given) for given in (boxed, ["cat", "dog"]))
+    assert torch.equal(boxes, none)
     assert "method='lora-composer' uses regions" in caplog.text
 
 
 def test_the_negative_prompt_of_a_concept_is_read_in_its_mask(composer, caplog):
     cat = Concept(name="cat", negative_prompt="a dog at night")
     for settings in (Clora(step_size=0, threshold=THETA), replace(MASKS_ONLY, uncond="each")):
-        assert far_apart(
-            latents_of(composer, method=settings, concepts=[cat, "dog"]), latents_of(composer, method=settings)
-        )
+        own, shared = (latents_of(composer, method=settings, concepts=[first, "dog"]) for first in (cat, "cat"))
+        assert far_apart(own, shared)
     assert not caplog.text
-    assert torch.equal(
-        latents_of(composer, method=MASKS_ONLY, concepts=[cat, "dog"]), latents_of(composer, method=MASKS_ONLY)
-    )
+    own, shared = (latents_of(composer, method=MASKS_ONLY, concepts=[first, "dog"]) for first in (cat, "cat"))
+    assert torch.equal(own, shared)
     assert "clora reads own negative prompts only where" in caplog.text
 
 
@@ -540,5 +536,5 @@ def test_embeddings_are_refused(composer):
 
 def test_refinement_outside_the_updates_is_mentioned_and_left_out(composer, caplog):
     late = replace(BRANCHES, refine_at=(0.75,), refinements=3)
-    assert call(composer, method=late).cost.rows_backward == 3 * 2
+    assert call(composer, method=late).cost.rows_backward == 3  # branches, in the first of two steps
     assert "refine_at" in caplog.text

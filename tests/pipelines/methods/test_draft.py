@@ -12,7 +12,6 @@ import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
 )
@@ -62,7 +61,7 @@ def composer(pipe, whole, library) -> Any:
 
 def call(pipe: Any, concepts: Sequence[Any] = ("cat", "dog"), prompt: Any = PROMPT, **arguments: Any) -> Any:
     given: dict[str, Any] = {
-        "num_inference_steps": 4,
+        "num_inference_steps": 2,
         "output_type": "latent",
         "generator": seeded(),
         "method": Draft(),
@@ -131,10 +130,10 @@ def plain_maps(pipe: Any, steps: int, of: int, guidance: float) -> Tensor:
 
 
 @ALL_LEVELS
-@pytest.mark.parametrize(("length", "drafted"), [(0.3, 3), (0.5, 4), (2, 2), (0.01, 1)])
+@pytest.mark.parametrize(("length", "drafted"), [(0.6, 3), (2, 2), (0.01, 1)])
 def test_the_maps_are_those_of_plain_diffusers_in_the_first_steps(composer, plain_pipe, dividing, length, drafted):
-    call(composer, method=Draft(length=length), num_inference_steps=8, guidance_scale=4.0)
-    torch.testing.assert_close(dividing.maps[0], plain_maps(plain_pipe, drafted, 8, 4.0), atol=1e-5, rtol=1e-4)
+    call(composer, method=Draft(length=length), num_inference_steps=4, guidance_scale=4.0)
+    torch.testing.assert_close(dividing.maps[0], plain_maps(plain_pipe, drafted, 4, 4.0), atol=1e-5, rtol=1e-4)
 
 
 def test_the_maps_of_the_draft_are_recorded_with_those_of_the_steps(composer, dividing):
@@ -158,8 +157,7 @@ def test_the_maps_of_the_draft_stand_where_their_images_and_concepts_are(compose
 
 
 SCHEDULERS = [
-    DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler,
-    LCMScheduler,
+    DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler,
 ]  # fmt: skip
 
 
@@ -168,7 +166,7 @@ def test_nothing_of_the_draft_is_left_when_the_image_starts_again(composer, divi
     """It is the image of `regional` with the masks found, from the same noise with the same noise of every step."""
     if scheduler is not None:
         composer.scheduler = scheduler.from_config(composer.scheduler.config)
-    found = call(composer, method=Draft(length=0.5, bias=0)).images
+    found = call(composer, method=Draft(length=2, bias=0)).images
     concepts = []
     for name, mask in zip(("cat", "dog"), dividing.masks[0], strict=True):
         assert mask.any()
@@ -210,7 +208,8 @@ def test_regions_are_isolated_in_a_part_of_the_steps_from_the_first(composer):
             kept.append(values["latents"])
             return values
 
-        call(composer, method=Draft(reading="regions", apart=0, isolate=isolate), callback_on_step_end=keep)
+        method = Draft(reading="regions", apart=0, isolate=isolate)
+        call(composer, method=method, num_inference_steps=4, callback_on_step_end=keep)
         return kept
 
     always, half, never = steps(1), steps(0.5), steps(0)
@@ -228,11 +227,11 @@ def test_texts_of_subjects_leave_the_scene_out(composer):
 
 def test_a_prompt_of_its_own_is_read(composer):
     own = Concept(name="cat", prompt="a sks cat with a hat")
-    found = call(composer, (own, "dog")).images
+    found, shared = call(composer, (own, "dog")).images, call(composer, method=Draft(reading="regions")).images
     assert torch.equal(found, call(composer, (own, "dog"), method=Draft(reading="regions")).images)
-    assert far_apart(found, call(composer, method=Draft(reading="regions")).images)
+    assert far_apart(found, shared)
     negative = Concept(name="cat", negative_prompt="blurry")
-    assert far_apart(call(composer, (negative, "dog")).images, call(composer, method=Draft(reading="regions")).images)
+    assert far_apart(call(composer, (negative, "dog")).images, shared)
 
 
 @ALL_LEVELS
@@ -244,7 +243,7 @@ def test_a_given_region_is_kept_and_the_rest_is_found_around_it(composer, dividi
     assert (cat + dog + bear == 1).all()
     assert dog.any()
     assert bear.any()
-    assert output.masks.shape == (4, 1, 3, 4, 4)
+    assert output.masks.shape == (2, 1, 3, 4, 4)
     with pytest.raises(ValueError, match="leave 0 cells of the latents for dog"):
         call(composer, (Concept(name="cat", region=(0, 0, 128, 128)), "dog"))
 
@@ -313,8 +312,7 @@ def test_the_images_of_a_batch_are_those_of_calls_of_their_own(composer, prompt,
         torch.testing.assert_close(image, alone, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
-@pytest.mark.parametrize("steps", [1, 4, 8])
+@pytest.mark.parametrize(("steps", "guidance"), [(1, 0.0), (1, 4.0), (4, 1.0), (9, 4.0)])
 def test_it_works_with_few_steps_and_without_guidance(composer, steps, guidance):
     output = call(composer, num_inference_steps=steps, guidance_scale=guidance)
     assert output.images.isfinite().all()
@@ -378,7 +376,7 @@ def test_of_several_drafts_the_one_with_most_space_is_taken(composer):
     found = call(composer, latents=NOISE, method=Draft(drafts=3, spacing=9), record_attention=[0])
     assert_close(found.images, best.images)
     assert_close(found.draft_maps, best.draft_maps)
-    assert found.cost.rows_stopped == 3, "4 steps: one of each draft"
+    assert found.cost.rows_stopped == 3, "one of each draft"
 
 
 def test_there_is_no_further_draft_once_there_is_enough_space(composer):
@@ -516,9 +514,10 @@ def test_the_space_between_subjects_is_measured_in_parts_of_the_canvas():
 
 @ALL_LEVELS
 def test_in_cells_left_over_no_lora_acts_and_the_bias_is_against_the_words_of_all(composer, dividing):
-    leftover, maps = 0.999, {}
+    maps = {}
     for bias in (0.0, 2.0):
-        output = call(composer, method=Draft(bias=bias, leftover=leftover), record_attention=[0])
+        method = Draft(bias=bias, leftover=0.999)
+        output = call(composer, method=method, num_inference_steps=4, record_attention=[0])
         maps[bias] = output.attention_maps[0, 0]
     masks = dividing.masks[0]
     assert (masks.sum(dim=0) == 0).any()
@@ -543,14 +542,14 @@ def test_with_a_mask_image_what_is_painted_is_divided(composer, dividing, divisi
     assert (masks.sum(dim=0)[:, 8:] == 1).all()
     assert not masks[:, :, :8].any()
     assert masks.any(dim=(1, 2)).all()
-    assert output.masks.shape == (4, 1, 2, 4, 4)
+    assert output.masks.shape == (2, 1, 2, 4, 4)
 
 
 def test_what_stays_of_an_image_is_there_in_the_draft(composer, dividing):
     """From pure noise only what is put back after a step tells the draft of the image."""
     for colour in ("black", "white"):
         image = Image.new("RGB", (128, 128), colour)
-        call(composer, image=image, mask_image=(64, 0, 128, 128), strength=1.0, method=Draft(length=3))
+        call(composer, image=image, mask_image=(64, 0, 128, 128), strength=1.0, method=Draft(length=2))
     black, white = dividing.maps
     assert (black - white).abs().max() > 1e-5
 
@@ -562,17 +561,17 @@ def test_the_draft_does_not_depend_on_what_the_loras_do(composer, dividing):
 
 
 def test_a_draft_without_its_image_is_that_of_the_image_and_ends_with_the_drafted_steps(composer):
-    whole = call(composer, record_attention=True, num_inference_steps=8)
+    whole = call(composer, record_attention=True)
     rows: list[int] = []
     hook = composer.unet.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
-    given = {"concepts": ["cat", "dog"], "num_inference_steps": 8, "output_type": "latent"}
+    given = {"concepts": ["cat", "dog"], "num_inference_steps": 2, "output_type": "latent"}
     found = draft_only(composer, Draft(length=2), prompt=PROMPT, generator=seeded(), **given)
     hook.remove()
     assert rows == [2, 1], "a guided step, and the maps of the second"
     found = draft_only(composer, Draft(), prompt=PROMPT, generator=seeded(), **given)
     assert torch.equal(found.maps, whole.draft_maps)
     assert torch.equal(found.masks, whole.masks[0])
-    assert torch.equal(call(composer, num_inference_steps=8).images, whole.images), "nothing is left of it"
+    assert torch.equal(call(composer).images, whole.images), "nothing is left of it"
 
 
 @pytest.mark.parametrize(

@@ -139,15 +139,15 @@ class Biased:
         return project[0]((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
 
 
-def masks_of_plain_diffusers(pipe: Any, steps: int, of: int, words: Any, temperature: float) -> Tensor:
-    """Guided steps, then the masks. Shape: [2, 4, 4]."""
+def masks_of_plain_diffusers(pipe: Any, words: Any, temperature: float) -> Tensor:
+    """Two guided steps, then the masks. Shape: [2, 4, 4]."""
     unet, block = pipe.unet, "up_blocks.1.attentions.2.transformer_blocks.0"
-    pipe.scheduler.set_timesteps(of)
+    pipe.scheduler.set_timesteps(2)
     cond, uncond = pipe.encode_prompt(PROMPT, "cpu", 1, True)
     generator = seeded()
     latents = torch.randn(1, 4, 16, 16, generator=generator) * pipe.scheduler.init_noise_sigma
     taken: dict[str, Tensor] = {}
-    for t in pipe.scheduler.timesteps[:steps]:
+    for t in pipe.scheduler.timesteps:
         hooks = [
             unet.get_submodule(f"{block}.{name}").register_forward_hook(
                 lambda _, __, out, name=name: taken.__setitem__(name, out[-1])
@@ -183,8 +183,8 @@ def test_a_call_is_that_of_plain_diffusers_with_dense_deltas_masks_and_bias(
     load(pipe, texts=False)
     if scheduler is not None:
         pipe.scheduler, plain_pipe.scheduler = (scheduler.from_config(p.scheduler.config) for p in (pipe, plain_pipe))
-    found = call(pipe, method=replace(settings, length=0.5), num_inference_steps=4, guidance_scale=4.0)
-    masks = masks_of_plain_diffusers(plain_pipe, 2, 4, words, 0.1)
+    found = call(pipe, method=replace(settings, length=2), guidance_scale=4.0)
+    masks = masks_of_plain_diffusers(plain_pipe, words, 0.1)
     tokens = pipe.tokenizer.model_max_length
     acting = torch.tensor([1.0 if settings.rows == "all" else 0.0, 1.0])[:, None]
     image, bias = {}, {}
@@ -202,11 +202,11 @@ def test_a_call_is_that_of_plain_diffusers_with_dense_deltas_masks_and_bias(
     plain_pipe.unet.set_attn_processor(Biased(bias))
     add_reference(plain_pipe.unet, loras, gates)
     expected = plain_pipe(
-        PROMPT, num_inference_steps=4, guidance_scale=4.0, generator=seeded(), output_type="latent"
+        PROMPT, num_inference_steps=2, guidance_scale=4.0, generator=seeded(), output_type="latent"
     ).images
     assert masks.sum(dim=(1, 2)).min() > 0
     assert_close(found.images, expected)
-    assert (found.cost.rows_forward, found.cost.rows_stopped) == (2 * 1 + 2 * 4, 1)
+    assert (found.cost.rows_forward, found.cost.rows_stopped) == (2 * 1 + 2 * 2, 1)
 
 
 def test_a_single_subject_is_merged_nothing_is_left_and_it_is_never_chosen(pipe, load):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from all_transformers import JOINT, TRANSFORMERS
+from all_transformers import FEW, JOINT, TRANSFORMERS
 from chroma import CHROMA
 from components import lora_tensors, random_lora, seeded, tiny_pipeline
 from flux import FLUX
@@ -22,7 +22,7 @@ from krea2 import KREA2
 from lora_compose import Concept, Draft, Regional
 from lora_compose.attention import backbone_of
 from lora_compose.attention.joint_regions import seen_too
-from pairs import in_pairs
+from pairs import in_pairs, slow_but
 from qwen_image import QWEN_IMAGE
 from transformer_families import (
     CELLS,
@@ -32,7 +32,6 @@ from transformer_families import (
     as_file,
     dense_loras,
     last_layer,
-    pipeline_with_concepts,
     random_lora_of_all,
     shared_pipeline,
 )
@@ -161,6 +160,7 @@ def test_a_pass_equals_dense_masks_and_dense_deltas(family, pipe, boxes, isolate
     check_pass(family, pipe, calls[0], [inside(box) for box in BOXES[boxes]], isolate=isolate)
 
 
+@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
 def test_regions_are_isolated_in_a_part_of_the_steps_from_the_first(family, pipe):
     method, mine = Regional(texts="regions", isolate=0.5), [inside(box) for box in BOXES["apart"]]
     with observed(pipe.transformer) as calls:
@@ -171,8 +171,8 @@ def test_regions_are_isolated_in_a_part_of_the_steps_from_the_first(family, pipe
 
 
 @pytest.mark.parametrize("isolate", [False, True])
-def test_a_reference_image_has_the_regions_of_the_image(tmp_path, isolate):
-    pipe, image = pipeline_with_concepts(FLUX2, tmp_path), torch.rand(3, 160, 128, generator=seeded(0))
+def test_a_reference_image_has_the_regions_of_the_image(isolate):
+    pipe, image = shared_pipeline(FLUX2), torch.rand(3, 160, 128, generator=seeded(0))
     start = {"image": image, "mask_image": (0, 0, 128, 160), "strength": 1.0}
     method = Regional(texts="regions", isolate=isolate)
     with observed(pipe.transformer) as calls:
@@ -195,16 +195,15 @@ def each_from_its_start(family: Family, transformer: Any, lengths: Sequence[int]
         hook.remove()
 
 
-@pytest.mark.parametrize("isolate", [False, True])
-def test_reference_images_of_other_sizes_lie_in_no_region(tmp_path, isolate):
-    pipe = pipeline_with_concepts(FLUX2, tmp_path)
+def test_reference_images_of_other_sizes_lie_in_no_region():
+    pipe = shared_pipeline(FLUX2)
     images = [Image.new("RGB", size, colour) for size, colour in (((64, 96), "navy"), ((80, 64), "orange"))]
-    method = Regional(texts="regions", isolate=isolate)
+    method = Regional(texts="regions", isolate=True)
     with observed(pipe.transformer) as calls:
         pipe(**CALL, **FLUX2.unguided, image=images, concepts=concepts("overlapping"), method=method)
     elsewhere = torch.zeros(4 * 6 + 5 * 4, dtype=torch.bool)
     mine = [torch.cat([inside(box), elsewhere]) for box in BOXES["overlapping"]]
-    check_pass(FLUX2, pipe, calls[0], mine, isolate=isolate)
+    check_pass(FLUX2, pipe, calls[0], mine, isolate=True)
 
 
 def check_pass(family: Family, pipe: Any, call: tuple, mine: Sequence[Tensor], *, isolate: bool) -> None:
@@ -308,6 +307,7 @@ def test_unconditional_rows_are_those_of_the_base_model(family, pipe):
     torch.testing.assert_close(ours, base, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
 def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, pipe):
     prompts = [PROMPT, "a sks cat in the photo of a zwx dog and a cat on the grass"]
     noise = torch.randn(2, 4, 20, 16, generator=seeded(1))
@@ -359,6 +359,7 @@ def test_texts_of_regions_may_be_longer_together_than_the_text_of_the_image_may_
     assert torch.equal(short, long)
 
 
+@pytest.mark.parametrize("family", slow_but(FEW, JOINT), indirect=True)
 def test_maps_of_words_are_recorded_in_the_regions_own_texts(family, pipe):
     output = pipe(**CALL, **family.guided, concepts=concepts("apart"), method="regional", record_attention=[0])
     left, right = (box.view(ROWS, CELLS) for box in map(inside, BOXES["apart"]))
@@ -384,6 +385,7 @@ def test_texts_of_regions_need_a_transformer(tmp_path):
             unet("a cat", concepts=[Concept(name="cat", region=LEFT)], method=method, width=128, height=160)
 
 
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
 def test_a_concept_about_which_no_text_can_be_made_reads_the_shared_one_or_is_refused(family, pipe, tmp_path, caplog):
     save_file(dict(as_file(random_lora_of_all(pipe.transformer, 2))), tmp_path / "bare.safetensors")
     pipe.load_concept(tmp_path / "bare.safetensors")

@@ -14,7 +14,7 @@ WORDS = {"sks": "cat", "zwx": "dog", "xlo": "bear", "ohwx": "rabbit"}
 PROMPT = ", ".join(f"{trigger} {word}" for trigger, word in WORDS.items())
 CLORA = Clora(step_size=0.05, update_until=1.0)
 COMPOSER = LoraComposer.official()
-ALL_STEPS = {"clora": CLORA, "lora-composer": replace(COMPOSER, least_updates=1.0, most_updates=1.0)}
+IN_ALL_STEPS = replace(COMPOSER, least_updates=1.0, most_updates=1.0)
 
 
 def peak_of(write_lora: Any, concepts: int, method: Settings, steps: int = 1) -> int:
@@ -30,12 +30,12 @@ def peak_of(write_lora: Any, concepts: int, method: Settings, steps: int = 1) ->
     return memory.peak_bytes
 
 
-@pytest.mark.parametrize("method", ALL_STEPS.values(), ids=ALL_STEPS)
+@pytest.mark.parametrize("method", [CLORA, pytest.param(IN_ALL_STEPS, marks=pytest.mark.slow)])
 def test_the_peak_does_not_grow_with_the_number_of_updates(write_lora, method):
     few = peak_of(write_lora, 2, method, steps=2)
-    assert peak_of(write_lora, 2, method, steps=4) <= few * 1.001
+    assert peak_of(write_lora, 2, method, steps=3) <= few * 1.001
     if isinstance(method, Clora):
-        assert peak_of(write_lora, 2, replace(method, refine_at=(0.0,), refinements=3), steps=2) <= few * 1.001
+        assert peak_of(write_lora, 2, replace(method, refine_at=(0.0,), refinements=2)) <= few * 1.001
 
 
 @pytest.mark.slow
