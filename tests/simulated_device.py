@@ -201,7 +201,7 @@ _TAKES_A_NUMBER = ("fill_", "index_fill", "index_fill_", "masked_fill", "masked_
 
 def _check(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Refuses what CUDA refuses: anything from the host but a 0-dim operand where numbers are combined one by one."""
-    host = [x for x in _tensors([*args, *kwargs.values()]) if not isinstance(x, SimTensor)]
+    host = list(_of_the_host([*args, *kwargs.values()]))
     if not host:
         return
     takes_numbers = torch.Tag.pointwise in func.tags or func.overloadpacket.__name__ in _TAKES_A_NUMBER
@@ -254,9 +254,9 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 def _on_host(value: Any) -> Any:
     """Operands as the CPU takes them."""
-    if isinstance(value, SimTensor):
+    if type(value) is SimTensor:
         return value.host
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [_on_host(one) for one in value]
     return value
 
@@ -270,12 +270,15 @@ def _from_host(value: Any) -> Any:
     return value
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _of_the_host(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among operands that are not on the device."""
     for value in values:
-        if isinstance(value, torch.Tensor):
+        if type(value) is SimTensor:
+            continue
+        if isinstance(value, (list, tuple)):
+            yield from _of_the_host(value)
+        elif isinstance(value, torch.Tensor):
             yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 @cache

@@ -289,7 +289,7 @@ def steps_left(steps: int, strength: float, *, rounds_up: bool) -> int:
 def check_steps(steps: int, strength: float, *, rounds_up: bool) -> None:
     """Raises ValueError if a strength leaves no step of so many."""
     if steps_left(steps, strength, rounds_up=rounds_up) < 1:
-        least = "more than 0" if rounds_up else f"at least {1 / max(steps, 1):.2g}, or more steps"
+        least = "more than 0" if rounds_up else f"at least {math.ceil(100 / max(steps, 1)) / 100:g}, or more steps"
         raise ValueError(f"strength={strength:g} leaves none of the {steps} steps; give {least}")
 
 

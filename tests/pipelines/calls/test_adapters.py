@@ -30,8 +30,7 @@ def with_adapters(pipe: Any, files: dict[str, Any], weights: dict[str, float]) -
 CAT = {"prompt": "a sks cat", "concepts": [Concept(name="cat", trigger="sks")]}
 
 
-@pytest.mark.parametrize("method", ["tara", "composite"])
-@pytest.mark.parametrize("active", [True, False])
+@pytest.mark.parametrize(("method", "active"), [("tara", True), ("composite", False)])
 def test_an_adapter_named_as_concept_equals_the_loaded_file(pipe, plain_pipe, files, method, active):
     by_name = ComposePipeline.from_pipe(plain_pipe)
     by_name.set_progress_bar_config(disable=True)
@@ -44,21 +43,13 @@ def test_an_adapter_named_as_concept_equals_the_loaded_file(pipe, plain_pipe, fi
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("method", ["tara", "composite"])
-def test_weights_of_adapters_and_concepts_multiply(pipe, plain_pipe, files, method):
+def test_weights_of_adapters_and_concepts_multiply(pipe, plain_pipe, files):
     by_name = ComposePipeline.from_pipe(plain_pipe)
     by_name.set_progress_bar_config(disable=True)
     with_adapters(by_name, files, {"cat": 0.5})
     pipe.load_concept(files["cat"], "cat")
-    halved = [Concept(name="cat", trigger="sks", weight=0.5)]
-    assert_close(
-        latents_of(by_name, method=method, **CAT), latents_of(pipe, method=method, **CAT | {"concepts": halved})
-    )
-    quarter = [Concept(name="cat", trigger="sks", weight=0.25)]
-    assert_close(
-        latents_of(by_name, method=method, **CAT | {"concepts": halved}),
-        latents_of(pipe, method=method, **CAT | {"concepts": quarter}),
-    )
+    halved, quarter = ([Concept(name="cat", trigger="sks", weight=weight)] for weight in (0.5, 0.25))
+    assert_close(latents_of(by_name, **CAT | {"concepts": halved}), latents_of(pipe, **CAT | {"concepts": quarter}))
 
 
 def test_adapters_that_are_not_named_stay_part_of_the_base(pipe, plain_pipe, files):
@@ -74,8 +65,7 @@ def test_adapters_that_are_not_named_stay_part_of_the_base(pipe, plain_pipe, fil
     assert_close(alone, plain_pipe("a sks cat", **arguments | {"generator": seeded()}).images)
 
 
-@pytest.mark.parametrize("loaded", ["file", "adapter"])
-@pytest.mark.parametrize("scale", [0.5, 0.0])
+@pytest.mark.parametrize(("loaded", "scale"), [("file", 0.0), ("adapter", 0.5)])
 def test_scale_passes_to_the_adapters_of_the_base_and_leaves_concepts_alone(pipe, plain_pipe, files, loaded, scale):
     with_adapters(plain_pipe, files, {"style": 0.6 * scale, "cat": 1.0})
     if loaded == "file":
@@ -90,8 +80,7 @@ def test_scale_passes_to_the_adapters_of_the_base_and_leaves_concepts_alone(pipe
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("method", ["tara", "composite"])
-@pytest.mark.parametrize("error", [None, StoppedError])
+@pytest.mark.parametrize(("method", "error"), [("tara", StoppedError), ("composite", None)])
 def test_adapters_are_what_they_were_after_a_call(pipe, files, method, error):
     with_adapters(pipe, files, {"cat": 0.7, "style": 0.3})
     pipe.set_adapters(["style"], [0.4])
@@ -105,13 +94,12 @@ def test_adapters_are_what_they_were_after_a_call(pipe, files, method, error):
     assert pipe.get_active_adapters() == ["style"]
 
 
-@pytest.mark.parametrize("method", ["tara", "composite"])
-def test_a_concept_from_a_file_takes_the_place_of_an_adapter_of_its_name(pipe, files, method):
+def test_a_concept_from_a_file_takes_the_place_of_an_adapter_of_its_name(pipe, files):
     pipe.load_concept(files["cat"], "cat")
-    expected = latents_of(pipe, method=method, **CAT)
+    expected = latents_of(pipe, **CAT)
     with_adapters(pipe, files, {"cat": 1.0})
     before = State(pipe)
-    assert_close(latents_of(pipe, method=method, **CAT), expected)
+    assert_close(latents_of(pipe, **CAT), expected)
     before.assert_unchanged()
 
 

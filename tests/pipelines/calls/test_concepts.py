@@ -99,8 +99,10 @@ def test_four_numbers_that_may_be_a_box_and_may_be_weights_are_refused_with_what
     [[1, 0.8, 0.4, 0], (1.0, 1.0, 0.0, 0.0), [0, 0.5, 1], [0, 0.5, 1.2, 1], [0, 0.8, 0.4, 0.8], "1,0.8,0.4,0", "1..0"],
 )
 def test_other_lists_by_name_are_weights_for_parts_of_the_steps(composer, weights):
-    expected = latents_of(composer, concepts=[Concept(name="cat", weight=weights), "dog"])
-    assert torch.equal(latents_of(composer, concepts={"cat": weights, "dog": 1.0}), expected)
+    listed, named = [Concept(name="cat", weight=weights), "dog"], {"cat": weights, "dog": 1.0}
+    plans = [composer.plan(PROMPT, concepts=concepts, method="merge") for concepts in (listed, named)]
+    assert plans[0].concepts == plans[1].concepts
+    assert plans[0].concepts[0].concept.weight == Concept(name="cat", weight=weights).weight
 
 
 @pytest.mark.parametrize(

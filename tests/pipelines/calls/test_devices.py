@@ -1,6 +1,6 @@
 """Precision, devices and offloading of models that compose."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 from components import EVERYTHING, random_lora, seeded, text_loras
 from composing import (
     BOTH,
-    EVERY,
     UPDATES,
     StoppedError,
     assert_close,
@@ -22,7 +21,6 @@ from composing import (
     offload_models,
     one_step,
     raise_at_step,
-    run,
 )
 from pairs import in_pairs
 from simulated_device import DEVICE, numbers, parameters_that_move
@@ -34,15 +32,16 @@ def composer(whole_composer: Any) -> Any:
     return whole_composer
 
 
-@EVERY
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "method", "dtype"),
+    in_pairs([("sdxl", "tara"), ("sd", UPDATES)], [torch.float16, torch.bfloat16]),
+)
 def test_half_precision_is_near_to_single_precision(composer: Any, method: Any, dtype: Any) -> None:
     # Up to torch 2.8 a generator draws other numbers in half precision.
-    height, width = one_step(composer, method="merge").images.shape[-2:]
-    noise = torch.randn(1, composer.unet.config.in_channels, height, width, generator=seeded())
+    noise = torch.randn(1, 4, 16, 16, generator=seeded())
     expected = one_step(composer, method=method, latents=noise).images
     composer.to(dtype)
-    assert composer.dtype == run(composer).images.dtype == dtype
+    assert composer.dtype == dtype
     assert {model.dtype for model in models_of(composer).values()} == {dtype}
     found = one_step(composer, method=method, latents=noise.to(dtype)).images
     assert found.dtype == dtype
@@ -51,20 +50,19 @@ def test_half_precision_is_near_to_single_precision(composer: Any, method: Any, 
 
 def test_double_precision_agrees_with_single_precision(composer):
     for method in ("merge", "tara"):
-        arguments = {"concepts": ["cat", "dog"], "method": method}
         noise = torch.randn(1, 4, 16, 16, generator=seeded())
-        single = run(composer.to(dtype=torch.float32), latents=noise, **arguments).images
-        double = run(composer.to(dtype=torch.float64), latents=noise.double(), **arguments).images
+        single = one_step(composer.to(dtype=torch.float32), latents=noise, method=method).images
+        double = one_step(composer.to(dtype=torch.float64), latents=noise.double(), method=method).images
         assert double.dtype == torch.float64
         torch.testing.assert_close(single.double(), double, atol=1e-4, rtol=0)
         assert not torch.equal(single.double(), double)
 
 
-@EVERY
+@pytest.mark.parametrize(("family", "method"), [("sdxl", "tara"), ("sd", UPDATES)])
 def test_a_pipeline_goes_to_a_device_and_back(composer: Any, method: Any) -> None:
     expected = one_step(composer, method=method).images
     with parameters_that_move():
-        for place in (DEVICE, torch.device("cpu"), DEVICE):
+        for place in (DEVICE, torch.device("cpu")):
             before = {name: dict(model.named_parameters()) for name, model in models_of(composer).items()}
             assert composer.to(place) is composer
             assert composer.device == composer.runs_on == DiffusionPipeline._execution_device.__get__(composer) == place
@@ -84,31 +82,30 @@ def offload_layers_to_the_device(pipe: Any) -> None:
     pipe.enable_sequential_cpu_offload(device=DEVICE)
 
 
-OFFLOADED = [("sd", "tara"), ("sd", UPDATES), ("sdxl", "tara"), pytest.param("sdxl", UPDATES, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize(
-    ("family", "method", "offload"), in_pairs(OFFLOADED, [offload_models_to_the_device, offload_layers_to_the_device])
-)
+@pytest.mark.parametrize(("family", "methods", "offload"), [
+    ("sdxl", ("tara", "tara"), offload_models_to_the_device), ("sd", (UPDATES, "tara"), offload_layers_to_the_device),
+], ids=["models", "layers"])  # fmt: skip
 def test_an_offloaded_pipeline_gives_the_same_image_again_and_again(
-    composer: Any, method: Any, offload: Callable[[Any], None]
+    composer: Any, methods: Sequence[Any], offload: Callable[[Any], None]
 ) -> None:
-    expected = one_step(composer, method=method, output_type="np").images
+    expected = [one_step(composer, method=method, output_type="np").images for method in methods]
     with parameters_that_move():
         offload(composer)
-        for _ in range(2):
+        for method, images in zip(methods, expected, strict=True):
             assert composer._execution_device == DEVICE
             found = one_step(composer, method=method, output_type="np").images
-            np.testing.assert_allclose(found, expected, atol=1e-4)
+            np.testing.assert_allclose(found, images, atol=1e-4)
             places = {parameter.device.type for parameter in composer.unet.parameters()}
             assert places == {"meta" if offload is offload_layers_to_the_device else "cpu"}
 
 
-@pytest.mark.parametrize(("family", "groups"), [
-    ("sd", {"offload_type": "block_level", "num_blocks_per_group": 1}), ("sdxl", {"offload_type": "leaf_level"}),
+@pytest.mark.parametrize(("family", "methods", "groups"), [
+    ("sd", (UPDATES, "tara"), {"offload_type": "block_level", "num_blocks_per_group": 1}),
+    ("sdxl", ("tara",), {"offload_type": "leaf_level"}),
 ], ids=["blocks", "leaves"])  # fmt: skip
-def test_a_pipeline_offloaded_in_groups_gives_the_same_image(composer: Any, groups: Any) -> None:
-    methods = (UPDATES, "tara")
+def test_a_pipeline_offloaded_in_groups_gives_the_same_image(
+    composer: Any, methods: Sequence[Any], groups: Any
+) -> None:
     expected = [one_step(composer, method=method, output_type="np").images for method in methods]
     with parameters_that_move():
         composer.enable_group_offload(DEVICE, **groups)
@@ -133,7 +130,6 @@ def test_offloaded_models_give_the_same_image_after_a_call_that_failed(pipe, loa
             compose(pipe, method="merge", **raise_at_step(StoppedError))
 
 
-@BOTH
 def test_offloaded_models_go_back_after_a_call(composer):
     offload_models(composer)
     hooks = composer._all_hooks

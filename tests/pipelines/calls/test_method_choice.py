@@ -24,8 +24,8 @@ def test_without_a_method_the_choice_is_logged_and_returned_with_its_reason(comp
     assert (output.method, output.method_reason) == ("draft", reason)
     assert torch.equal(output.images, latents_of(composer, method="draft"))
     assert f"method: draft, because {reason}" in caplog.text
-    assert compose(composer, method=Merge()).method == "merge"
-    assert compose(composer, method="merge").method_reason == "it was asked for"
+    asked_for = compose(composer, method=Merge())
+    assert (asked_for.method, asked_for.method_reason) == ("merge", "it was asked for")
 
 
 def test_a_blend_is_a_warning_that_says_what_is_missing(composer, caplog):

@@ -38,7 +38,7 @@ def concept(name: str, path: Path, trigger: str, **fields: Any) -> Concept:
 
 def latents_of(pipe: Any, *concepts: Concept | str, method: Any = "regional", prompt: str = PROMPT) -> torch.Tensor:
     return pipe(
-        prompt, concepts=list(concepts), method=method, num_inference_steps=3, output_type="latent",
+        prompt, concepts=list(concepts), method=method, num_inference_steps=2, output_type="latent",
         width=64, height=64, generator=seeded(),
     ).images  # fmt: skip
 

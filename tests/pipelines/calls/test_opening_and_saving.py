@@ -28,12 +28,12 @@ from PIL import Image
 from components import FAMILIES, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from composing import (
     BOTH,
-    EVERY,
     OURS,
     PLAIN,
     PROMPT,
     QUIET,
     SD_AND_SLOWLY_XL,
+    UPDATES,
     assert_close,
     composer_of,
     models_of,
@@ -47,7 +47,7 @@ from pairs import in_pairs
 from simulated_device import DEVICE, numbers, parameters_that_move
 
 
-@BOTH
+@SD_AND_SLOWLY_XL
 def test_a_saved_pipeline_opens_and_composes_as_the_first_one(family: str, tmp_path: Path) -> None:
     composer = composer_of(family, whole=True)
     composer.save_pretrained(tmp_path)
@@ -86,7 +86,6 @@ def test_what_is_saved_is_what_diffusers_saves(composer, plain_pipe, tmp_path):
     assert [name for name in files if read("ours", name) != read("plain", name)] == []
 
 
-@BOTH
 def test_a_variant_is_saved_and_opened_under_its_name_alone(composer: Any, tmp_path: Path) -> None:
     composer.save_pretrained(tmp_path, variant="fp16", safe_serialization=True)
     weights = {path.name for path in tmp_path.rglob("*.safetensors")}
@@ -139,19 +138,19 @@ def test_components_that_are_missing_stay_missing(composer, tmp_path):
     assert without.text_encoder is without.tokenizer is None
 
 
-@BOTH
+@pytest.mark.parametrize("family", ["sdxl"])
 def test_optional_components_may_be_missing(composer: Any, family: str, tmp_path: Path) -> None:
     optional = [name for name in composer._optional_components if name not in ("text_encoder", "tokenizer")]
     kept = {name: part for name, part in composer.components.items() if name not in optional}
-    if family == "sdxl":  # its second text encoder makes the pooled text
-        kept |= {name: composer.components[name] for name in ("text_encoder_2", "tokenizer_2")}
+    # SDXL's second text encoder makes the pooled text.
+    kept |= {name: composer.components[name] for name in ("text_encoder_2", "tokenizer_2")}
     without = with_concepts(type(composer)(**dict.fromkeys(composer.components) | kept | QUIET[family]))
     expected = one_step(without).images
     without.save_pretrained(tmp_path)
     assert torch.equal(one_step(with_concepts(ComposePipeline.from_pretrained(tmp_path))).images, expected)
 
 
-@BOTH
+@SD_AND_SLOWLY_XL
 def test_components_build_the_pipeline_again(plain_pipe: Any, family: str) -> None:
     composer = composer_of(family, whole=True)
     again = with_concepts(type(composer)(**composer.components, **QUIET[family]), whole=True)
@@ -160,7 +159,7 @@ def test_components_build_the_pipeline_again(plain_pipe: Any, family: str) -> No
     assert torch.equal(one_step(again).images, one_step(composer).images)
 
 
-@EVERY
+@pytest.mark.parametrize(("family", "method"), [("sd", UPDATES), ("sdxl", "tara")])
 @pytest.mark.parametrize("offloaded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_pipelines_made_of_each_other_share_models_and_settings(
     composer: Any, family: str, method: Any, offloaded: bool
@@ -192,8 +191,9 @@ def test_pipelines_made_of_each_other_share_models_and_settings(
             assert torch.equal(plain(PROMPT, generator=seeded(), **arguments).images, expected)
 
 
-@pytest.mark.parametrize(("opener", "dtype"), [(ComposePipeline, torch.bfloat16), (None, torch.float32)])
-@BOTH
+@pytest.mark.parametrize(
+    ("family", "opener", "dtype"), [("sd", ComposePipeline, torch.bfloat16), ("sdxl", None, torch.float32)]
+)
 def test_a_pipeline_made_from_another_shares_its_modules_and_keeps_their_precision(plain_pipe, family, opener, dtype):
     plain_pipe.to(dtype=dtype)
     expected = run(plain_pipe).images

@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from components import seeded
+from components import FAMILIES, seeded
 from composing import (
     BOTH,
     BOXED,
-    FIXED,
     POSITIONS,
     PROMPT,
     QUIET,
@@ -23,9 +22,10 @@ from composing import (
     run,
     with_concepts,
 )
+from pairs import in_pairs
 
 
-@pytest.mark.parametrize("method", [*FIXED, UPDATES])
+@pytest.mark.parametrize("method", ["tara", "composite", UPDATES])
 def test_prompts_images_and_generators_in_one_call_equal_single_calls(composer, method):
     prompts = [PROMPT, "zwx dog, sks cat, sks"]
     negatives, given = ["dark", "blurry"], {"method": method, "concepts": BOXED}
@@ -45,7 +45,7 @@ def test_a_list_of_one_prompt_gives_the_bits_of_the_prompt(composer):
 
 
 @BOTH
-@pytest.mark.parametrize(("prompts", "images"), [(PROMPT, 2), ([PROMPT, PROMPT], 2), ([PROMPT, PROMPT], None)])
+@pytest.mark.parametrize(("prompts", "images"), [(PROMPT, 2), ([PROMPT, PROMPT], None)])
 def test_there_are_as_many_images_as_asked_for(family: str, prompts: Any, images: int | None) -> None:
     count = (1 if isinstance(prompts, str) else len(prompts)) * (images or 1)
     found = one_step(composer_of(family, whole=True), prompt=prompts, num_images_per_prompt=images)
@@ -53,8 +53,10 @@ def test_there_are_as_many_images_as_asked_for(family: str, prompts: Any, images
     assert found.cost.rows_forward == 2 * count
 
 
-@pytest.mark.parametrize("method", ["draft", "clora", UPDATES, "regional", None])
-@pytest.mark.parametrize(("trigger", "written"), [("caf\xe9", "cafe\u0301"), ("cafe\u0301", "caf\xe9")])
+@pytest.mark.parametrize(
+    ("method", "trigger", "written"),
+    in_pairs(["draft", "clora", UPDATES, "regional", None], [("caf\xe9", "cafe\u0301"), ("cafe\u0301", "caf\xe9")]),
+)
 def test_a_letter_and_its_accent_may_be_one_character_or_two(composer, method, trigger, written):
     concepts = [BOXED[0].model_copy(update={"trigger": trigger, "region": None}), BOXED[1]]
     plan = composer.plan(f"a {written} cat and a zwx dog", concepts=concepts, method=method)
@@ -71,7 +73,7 @@ def test_one_generator_serves_all_images_in_turn(composer):
     assert torch.equal(drawn, latents_of(composer, num_images_per_prompt=2, latents=start))
 
 
-@pytest.mark.parametrize(("method", "guidance_scale"), [*((method, 5.0) for method in FIXED), ("tara", 1.0)])
+@pytest.mark.parametrize(("method", "guidance_scale"), [("merge", 5.0), ("composite", 5.0), ("tara", 1.0)])
 def test_embeddings_with_positions_give_the_bits_of_the_prompt(composer, method, guidance_scale):
     arguments: dict[str, Any] = {"method": method, "guidance_scale": guidance_scale, "num_images_per_prompt": 2}
     arguments["generator"] = [seeded(1), seeded(2)]
@@ -100,8 +102,7 @@ def test_words_after_a_textual_inversion_of_several_tokens_are_found(composer):
     assert far_apart(latents_of(composer, token_positions={"cat": [5]}, **embeds), expected)
 
 
-@BOTH
-@pytest.mark.parametrize("method", [None, "tara", "composite", "regional"])
+@pytest.mark.parametrize(("method", "family"), in_pairs(["tara", None, "composite", "regional"], FAMILIES))
 def test_text_encoded_by_itself_gives_the_image_of_the_prompt(family: str, method: Any) -> None:
     """Of a pipeline with text encoders alone, in one without them; without concepts too."""
     composer = composer_of(family)

@@ -19,10 +19,9 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from components import EVERYTHING, random_lora, sd_unet, small_pipeline
+from components import EVERYTHING, random_lora, tiny_pipeline, tiny_unet
 from lora_compose import ComposePipeline, Concept
 from lora_compose.attention import Lora
-from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, adapter_factors, match, read_lora
 from reference import deltas
@@ -34,7 +33,7 @@ TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     """Is never changed here."""
-    return small_pipeline()
+    return tiny_pipeline()
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def deltas_of_peft(pipe: Any, adapter: str) -> dict[str, Tensor]:
 
 def deltas_of_diffusers(path: Path) -> dict[str, Tensor]:
     """What diffusers' own pipeline makes of a file."""
-    plain = small_pipeline(StableDiffusionPipeline)
+    plain = tiny_pipeline(StableDiffusionPipeline)
     plain.load_lora_weights(str(path), adapter_name="it")
     return deltas_of_peft(plain, "it")
 
@@ -158,7 +157,7 @@ def test_kohya_keys(pipe: Any, unet_lora: Lora, text_lora: Lora, tmp_path: Path,
     ],
 )
 def test_alphas_from_the_configuration_that_diffusers_saves(pipe: Any, tmp_path: Path, config: dict[str, Any]) -> None:
-    plain = small_pipeline(StableDiffusionPipeline)
+    plain = tiny_pipeline(StableDiffusionPipeline)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"]
     plain.unet.add_adapter(LoraConfig(r=3, target_modules=targets, init_lora_weights=False, **config), "default")
     text = LoraConfig(r=2, lora_alpha=7, target_modules=list(TEXT_TARGETS), init_lora_weights=False)
@@ -183,7 +182,7 @@ def test_alphas_from_the_configuration_that_diffusers_saves(pipe: Any, tmp_path:
 
 def test_a_file_that_a_model_of_diffusers_has_saved_itself(pipe: Any, tmp_path: Path) -> None:
     """`save_lora_adapter` writes keys and settings without a component's name."""
-    plain = small_pipeline(StableDiffusionPipeline)
+    plain = tiny_pipeline(StableDiffusionPipeline)
     settings = LoraConfig(
         r=2, lora_alpha=8, alpha_pattern={"attn2.to_k": 3}, target_modules=["to_q", "to_k"], init_lora_weights=False
     )
@@ -197,7 +196,7 @@ def test_a_file_that_a_model_of_diffusers_has_saved_itself(pipe: Any, tmp_path: 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "orthogonal"])
 def test_a_lora_that_began_as_a_part_of_the_weights_is_refused(pipe: Any, tmp_path: Path, start: Any) -> None:
     """Its factors alone are not the change that was trained; those of other starts are."""
-    plain, name = small_pipeline(StableDiffusionPipeline), TO_Q
+    plain, name = tiny_pipeline(StableDiffusionPipeline), TO_Q
     before = plain.unet.get_submodule(name).weight.detach().clone()
     plain.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=start), "default")
     layer = plain.unet.get_submodule(name)
@@ -289,36 +288,23 @@ def test_compiled_models_take_the_same_files(unet_lora: Lora, text_lora: Lora, t
     tensors = spelled(unet_lora, unet_key, ".lora_A.weight", ".lora_B.weight")
     tensors |= spelled(text_lora, text_key, ".lora_A.weight", ".lora_B.weight")
     path = write(tmp_path / "cat.safetensors", tensors)
-    pipe = small_pipeline()
+    pipe = tiny_pipeline()
     expected = loaded(pipe, path)
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager")
     assert_same(deltas(loaded(pipe, path)), deltas(expected))
 
 
-def test_the_playgrounds_own_files_are_what_diffusers_makes_of_them(playground: Any) -> None:
-    file = read_lora(playground_lora("cat-tara"))
-    factors = match(file, playground)
-    plain = StableDiffusionPipeline(**{n: c for n, c in playground.components.items() if n != "unet"}, unet=None)  # pyright: ignore[reportArgumentType]
-    plain.register_modules(unet=type(playground.unet).from_config(playground.unet.config))
-    plain.load_lora_weights(str(file.path), adapter_name="it")
-    assert factors.unmatched == ()
-    found, expected = deltas(factors), deltas_of_peft(plain, "it")
-    assert found.keys() == expected.keys()
-    for name, delta in expected.items():
-        torch.testing.assert_close(found[name], delta, check_dtype=False)
-
-
 # What is known from the file, and what is left over.
 
 
 def concept_file(path: Path, **metadata: str) -> Path:
-    lora = random_lora(sd_unet(), 1, rank=2, targets=("attn2.to_k",))
+    lora = random_lora(tiny_unet(), 1, rank=2, targets=("attn2.to_k",))
     return write(path, spelled(lora, unet_key, ".lora_A.weight", ".lora_B.weight"), **metadata)
 
 
 def test_name_trigger_and_class_word_come_from_the_file_unless_given(tmp_path: Path) -> None:
-    pipe: ComposePipeline = small_pipeline()
+    pipe: ComposePipeline = tiny_pipeline()
     path = concept_file(tmp_path / "my cat.safetensors", trigger="sks", class_word="cat", method="tara")
     known = Concept(name="my cat", lora=str(path), trigger="sks", class_word="cat", weight=1.0)
     assert pipe.load_concept(path) == known
@@ -337,14 +323,14 @@ def test_name_trigger_and_class_word_come_from_the_file_unless_given(tmp_path: P
 def test_keys_without_a_layer_are_reported_and_warned_about(
     attention_lora: Lora, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipe: Any = small_pipeline()
+    pipe: Any = tiny_pipeline()
     tensors = spelled(attention_lora, unet_key, ".lora_A.weight", ".lora_B.weight")
     tensors["unet.down_blocks.7.attn.to_q.lora_A.weight"] = torch.ones(2, 8)
     tensors["unet.down_blocks.7.attn.to_q.lora_B.weight"] = torch.ones(8, 2)
     tensors["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 8)
     path = write(tmp_path / "cat.safetensors", tensors)
     factors = loaded(pipe, path)
-    assert len(factors.model) == 128
+    assert len(factors.model) == len(attention_lora)
     left_over = (
         "unet.down_blocks.7.attn.to_q.lora_A.weight",
         "unet.down_blocks.7.attn.to_q.lora_B.weight",
@@ -356,12 +342,12 @@ def test_keys_without_a_layer_are_reported_and_warned_about(
         pipe.load_concept(path)
     (record,) = [record for record in caplog.records if record.name.startswith("lora_compose.pipelines")]
     assert record.levelno == logging.WARNING
-    for part in ("cat.safetensors", "128 unet layers", *left_over):
+    for part in ("cat.safetensors", f"{len(attention_lora)} unet layers", *left_over):
         assert part in record.getMessage()
 
 
 def test_complete_files_are_loaded_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pipe: Any = small_pipeline()
+    pipe: Any = tiny_pipeline()
     with caplog.at_level(logging.WARNING):
         pipe.load_concept(concept_file(tmp_path / "cat.safetensors"))
     assert [record.getMessage() for record in caplog.records] == []
@@ -491,7 +477,7 @@ def test_two_adapters_in_one_file_are_refused(pipe: Any, attention_lora: Lora, t
 
 
 def test_files_for_a_wider_model_are_refused_with_both_shapes(pipe: Any, tmp_path: Path) -> None:
-    wider = random_lora(sd_unet(block_out_channels=(16, 16, 16, 16)), 1, rank=2, targets=("attn1.to_q",))
+    wider = random_lora(tiny_unet(block_out_channels=(16, 16)), 1, rank=2, targets=("attn1.to_q",))
     path = write(tmp_path / "cat.safetensors", spelled(wider, unet_key, ".lora_A.weight", ".lora_B.weight"))
     with pytest.raises(LoraError, match=r"cat.safetensors does not fit this model: unet\.down_blocks.*") as caught:
         loaded(pipe, path)
@@ -589,7 +575,7 @@ def test_an_empty_folder_and_missing_files(tmp_path: Path) -> None:
 def pipeline_with_adapter(tmp_path: Path, unet_lora: Lora, text_lora: Lora) -> Any:
     tensors = spelled(unet_lora, kohya, ".lora_down.weight", ".lora_up.weight", alpha=1.5)
     tensors |= spelled(text_lora, kohya_text, ".lora_down.weight", ".lora_up.weight", alpha=8.0)
-    pipe = small_pipeline()
+    pipe = tiny_pipeline()
     pipe.load_lora_weights(str(write(tmp_path / "cat.safetensors", tensors)), adapter_name="cat")
     return pipe
 
@@ -599,7 +585,7 @@ def test_loaded_adapters_give_pefts_numbers(tmp_path: Path, unet_lora: Lora, tex
     factors = adapter_factors(pipe, "cat")
     assert (len(factors.model), len(factors.text_encoders["text_encoder"])) == (len(unet_lora), len(text_lora))
     assert_same(deltas(factors), deltas_of_peft(pipe, "cat"))
-    assert_same(deltas(factors), deltas(loaded(small_pipeline(), tmp_path / "cat.safetensors")))
+    assert_same(deltas(factors), deltas(loaded(tiny_pipeline(), tmp_path / "cat.safetensors")))
     pipe.set_adapters(["cat"], [0.4])
     assert_same(deltas(adapter_factors(pipe, "cat")), deltas_of_peft(pipe, "cat"))
     assert not any(factors.down.requires_grad for factors in adapter_factors(pipe, "cat").model.values())
@@ -625,7 +611,7 @@ def test_fused_adapters_are_refused(tmp_path: Path, unet_lora: Lora, text_lora: 
     ids=["DoRA", "bias", "LoKr", "LoHa"],
 )
 def test_other_kinds_of_loaded_adapters_are_refused(config: Any) -> None:
-    pipe = small_pipeline()
+    pipe = tiny_pipeline()
     if isinstance(config, LoraConfig):
         pipe.unet.add_adapter(config, "cat")
     else:

@@ -54,7 +54,7 @@ def test_their_sum_gives_the_image_of_all_of_them(pipe: Any, files: list[str]) -
     assert float((half - apart).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("method", ["ties", "np", "ssr"])
+@pytest.mark.parametrize("method", ["ties", "ssr"])
 def test_the_image_is_that_of_the_merged_file(method: str, pipe: Any, files: list[str], tmp_path: Path) -> None:
     before = State(pipe)
     together = latents_of(pipe, Concept(name="both", lora=files, merge=method))

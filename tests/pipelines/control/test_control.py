@@ -93,7 +93,7 @@ def adapter_of(pipe: Any, kind: str | None = None, channels: Sequence[int] | Non
 
 def latents_of(pipe: Any, **arguments: Any) -> Tensor:
     given: dict[str, Any] = {
-        "prompt": PROMPT, "num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent",
+        "prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent",
         "generator": seeded(), "height": 128, "width": 128,
     }  # fmt: skip
     return pipe(**given | arguments).images
@@ -119,8 +119,7 @@ def diffusers_pipeline(pipe: Any, **parts: Any) -> Any:
 
 
 @pytest.mark.parametrize(("family", "case"), [
-    ("sd", {}), pytest.param("sd", {"end": 0.25}, marks=pytest.mark.slow),
-    *((family, {"start": 0.2, "end": 0.7, "scale": 0.6}) for family in FAMILIES),
+    pytest.param("sd", {"end": 0.25}, marks=pytest.mark.slow), ("sdxl", {"start": 0.2, "end": 0.7, "scale": 0.6}),
 ])  # fmt: skip
 def test_with_concepts_of_weight_0_a_controlnet_does_what_it_does_in_diffusers(composer, case):
     net, images = net_of(composer), [image_of(1), image_of(2)]
@@ -149,8 +148,8 @@ def test_several_controlnets_are_added_up_as_in_diffusers(composer, guidance_sca
     )
     parts = zip(nets, images, scales, (1.0, 0.5), strict=True)
     control = [Control(model=net, image=one, scale=scale, end=end) for net, one, scale, end in parts]
-    found = latents_of(composer, concepts=WEIGHT_0, method="merge", control=control, guidance_scale=guidance_scale)
-    assert_close(found, expected)
+    given = {"concepts": WEIGHT_0, "method": "merge", "guidance_scale": guidance_scale}
+    assert_close(latents_of(composer, control=control, **given), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -172,7 +171,6 @@ def test_with_a_lora_a_controlnet_does_what_it_does_in_diffusers_with_the_lora_l
 
 
 ADAPTER_CASES = {
-    "sd": (FAMILIES["sd"], {}),
     "sd, light": (lambda: small_pipeline(unet=sd_unet()), {"kind": "light_adapter", "channels": (8, 16, 16)}),
     "sd, grey": (FAMILIES["sd"], {"in_channels": 1}),
     "sdxl": (FAMILIES["sdxl"], {}),
@@ -191,7 +189,7 @@ def test_with_concepts_of_weight_0_an_adapter_does_what_it_does_in_diffusers(wri
     pipe.load_concept(write_lora("cat", unet=random_lora(pipe.unet, 0)), trigger="sks", class_word="cat")
     adapter, xl = adapter_of(pipe, **changes), case.startswith("sdxl")
     image = image_of().convert("L" if "grey" in case else "RGB")
-    given = {"num_images_per_prompt": 2, "num_inference_steps": 2}
+    given = {"num_images_per_prompt": 2}
     expected = latents_of(
         diffusers_pipeline(pipe, adapter=adapter),
         image=image,
@@ -201,7 +199,6 @@ def test_with_concepts_of_weight_0_an_adapter_does_what_it_does_in_diffusers(wri
     control = Control(model=adapter, image=image, scale=0.6, end=0.5 if xl else 1.0)
     found = latents_of(pipe, concepts=WEIGHT_0, method="merge", control=control, **given)
     assert_close(found, expected)
-    assert far_apart(found, latents_of(pipe, concepts=WEIGHT_0, method="merge", **given))
 
 
 # With every method
@@ -242,9 +239,8 @@ def test_scale_0_is_none(composer, method):
 
 
 @pytest.mark.parametrize(("method", "pooled"), [
-    ("merge", False), ("clora", False), (Clora(fuse="branches", uncond="each"), True),
-    pytest.param(Clora(fuse="branches", branch_batch_size=2), True, marks=pytest.mark.slow),
-    (Clora(fuse="branches", branch_batch_size=1), True),
+    ("merge", False), ("clora", False), (Clora(fuse="branches", uncond="each", branch_batch_size=2), True),
+    pytest.param(Clora(fuse="branches", branch_batch_size=1), True, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_prompts_in_one_call_follow_their_own_images(composer, method, pooled):
     net, adapter, images = net_of(composer), adapter_of(composer), [image_of(1), image_of(2)]
@@ -260,7 +256,7 @@ def test_prompts_in_one_call_follow_their_own_images(composer, method, pooled):
     assert_close(compose(slice(0, 2)), torch.cat([compose(slice(0, 1)), compose(slice(1, 2))]))
 
 
-@pytest.mark.parametrize("method", ["regional", "lora-composer", Clora(fuse="branches")])
+@pytest.mark.parametrize("method", ["regional", "lora-composer"])
 def test_prompts_with_different_concept_sets_follow_their_own_images(composer, method):
     images, prompts = [image_of(1), image_of(2)], [PROMPT, "a zwx dog"]
     concept_sets = [BOXED, [Concept(name="dog", region=LEFT)]]
@@ -277,14 +273,14 @@ def test_prompts_with_different_concept_sets_follow_their_own_images(composer, m
     assert_close(compose(slice(0, 2)), torch.cat([compose(slice(0, 1)), compose(slice(1, 2))]))
 
 
-@pytest.mark.parametrize(("family", "model_of"), [("sd", net_of), ("sd", adapter_of), ("sdxl", adapter_of)])
+@pytest.mark.parametrize(("family", "model_of"), [("sd", net_of), ("sdxl", adapter_of)])
 def test_regions_apart_see_their_own_part_of_the_image(composer, model_of):
     model, both = model_of(composer), np.array(image_of(1))
     both[:, 64:] = np.array(image_of(2))[:, 64:]
     one, other = (
         latents_of(
             composer, concepts=BOXED, method=LoraComposer(apart=1.0, step_size=0),
-            control=Control(model=model, image=image), num_inference_steps=2,
+            control=Control(model=model, image=image),
         )
         for image in (image_of(1), Image.fromarray(both))
     )  # fmt: skip
@@ -298,7 +294,7 @@ def test_regions_read_their_texts_and_a_controlnet_the_scene_in_plain_words(comp
     method = LoraComposer(apart=0.0, step_size=0, reinit="off")
     latents_of(composer, concepts=BOXED, method=method, control=Control(model=net, image=image_of()))
     cond, uncond = composer.encode_prompt("a cat and a dog on grass", torch.device("cpu"), 1, True, "")
-    assert len(seen) == 3
+    assert len(seen) == 2
     assert all(torch.equal(text, torch.cat([uncond, cond])) for text in seen)
 
 
@@ -323,11 +319,11 @@ def test_a_callback_that_switches_guidance_off_is_followed(composer):
         callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
     )  # fmt: skip
     found = composer(
-        PROMPT, 128, 128, 3, guidance_scale=4.0, output_type="latent", generator=seeded(), concepts=WEIGHT_0,
+        PROMPT, 128, 128, 2, guidance_scale=4.0, output_type="latent", generator=seeded(), concepts=WEIGHT_0,
         method="merge", control=Control(model=net, image=image_of()), callback_on_step_end=switch_off,
     )  # fmt: skip
     assert_close(found.images, expected)
-    assert found.cost.control_rows == 2 + 1 + 1
+    assert found.cost.control_rows == 2 + 1
 
 
 # Gradients
@@ -380,20 +376,20 @@ class Probing:
 def test_gradients_go_through_controls(composer, model_of, branch_batch_size):
     control = Control(model=model_of(composer), image=image_of())
     latents_of(
-        composer, concepts=["cat", "dog"], control=control, num_inference_steps=2, method=Probe(branch_batch_size),
+        composer, concepts=["cat", "dog"], control=control, num_inference_steps=1, method=Probe(branch_batch_size),
         prompt=[PROMPT] * 2,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(("method", "rows"), [
-    ("merge", 2 * 3),
-    ("composite", 2 * 2 * 3),
-    (LoraComposer(apart=0.0, reinit="off", most_updates=0.1), 2 * 3 + 1),
-    (LoraComposer(apart=1.0, step_size=0), 2 * 3),  # two halves of the canvas
+    ("merge", 2 * 2),
+    ("composite", 2 * 2 * 2),
+    (LoraComposer(apart=0.0, reinit="off", most_updates=0.1), 2 * 2 + 1),
+    (LoraComposer(apart=1.0, step_size=0), 2 * 2),  # two halves of the canvas
 ])  # fmt: skip
 def test_rows_through_controlnets_are_counted(composer, method, rows):
     found = composer(
-        PROMPT, 128, 128, 3, guidance_scale=4.0, output_type="latent", generator=seeded(), concepts=BOXED,
+        PROMPT, 128, 128, 2, guidance_scale=4.0, output_type="latent", generator=seeded(), concepts=BOXED,
         method=method, control=[
             Control(model=net_of(composer), image=image_of()),
             Control(model=net_of(composer), image=image_of(), end=0.01),

@@ -74,7 +74,7 @@ def latents_of(pipe: Any, **arguments: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("family", "case"),
-    [("sd", case) for case in CASES]
+    [("sd", case) for case in CASES if case != "one"]
     + [("sdxl", "one")]
     + [pytest.param("sdxl", case, marks=pytest.mark.slow) for case in CASES if case not in ("one", "by layer")],
 )
@@ -84,9 +84,6 @@ def test_one_merged_concept_is_a_lora_that_diffusers_loads(family, case):
         pipe.set_ip_adapter_scale(scale)
     found = latents_of(ours, concepts=["cat"], method="merge", **given)
     assert_close(found, latents_of(theirs, **given))
-    for pipe in (ours, theirs):
-        pipe.set_ip_adapter_scale(0.0)
-    assert far_apart(found, latents_of(theirs, **given))
 
 
 def test_two_adapters_and_given_embeddings_do_what_they_do_in_diffusers():

@@ -7,7 +7,6 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 
-from comparisons import far_apart
 from components import seeded
 from lora_compose import Draft
 from lora_compose.pipelines.denoising.guidance import NormLimited, TokenNorms
@@ -38,7 +37,6 @@ def with_cat(pipe: Any) -> Any:
 # At the four timesteps of the call, 1000, about 900, 750 and 500, the schedule is at 0, 0.1, 0.25 and 0.5.
 @pytest.mark.parametrize(("given", "guided_steps"), [
     ({"cfg_normalization": True}, 4),
-    ({"cfg_normalization": 0.5}, 4),
     ({"cfg_truncation": 0.2}, 2),
     ({"cfg_truncation": -1.0}, 0),
     ({"cfg_truncation": None}, 4),
@@ -49,8 +47,6 @@ def test_normalisation_and_truncation_of_z_image_are_those_of_diffusers(pipe, wi
     found = pipe(**CALL | GUIDED | given, concepts=["cat"], method="merge", generator=seeded(3), output_type="latent")
     torch.testing.assert_close(found.images, expected, atol=3e-5, rtol=0)
     assert found.cost.rows_forward == 2 * (4 + guided_steps)
-    if given != {"cfg_truncation": None}:
-        assert far_apart(expected, plain_latents(Z_IMAGE, with_cat, **CALL | GUIDED))
 
 
 def test_truncation_holds_for_image_to_image_too(pipe, with_cat):

@@ -54,7 +54,7 @@ MASK = Image.new("L", (128, 128))
 ImageDraw.Draw(MASK).rectangle((32, 40, 95, 127), fill=255)
 BOXES = {"cat": (32, 40, 64, 128), "dog": (64, 40, 96, 128)}
 BOXED = [Concept(name=name, region=box) for name, box in BOXES.items()]
-SHORT = {"num_inference_steps": 4, "strength": 0.75, "guidance_scale": 4.0}
+SHORT = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 4.0}
 
 SDXL_SLOW = pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 TASKS = pytest.mark.parametrize("inpaints", [False, True], ids=["image-to-image", "inpainting"])
@@ -103,8 +103,9 @@ def test_without_concepts_a_call_is_diffusers_own(family, inpaints, case):
 
 
 @SDXL_SLOW
-@TASKS
-@pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize(
+    ("inpaints", "scheduler"), in_pairs([False, True], [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])
+)
 def test_without_concepts_schedulers_do_what_they_do_in_diffusers(family, inpaints, scheduler):
     pipes = copy.copy(composer_of(family)), copy.copy(diffusers_pipe(family, inpaints))
     for pipe in pipes:
@@ -126,11 +127,12 @@ def test_an_image_processor_that_replaced_the_models_prepares_the_image(family: 
     pipe = copy.copy(composer_of(family))
     pipe.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
     pixels = torch.rand(1, 3, 128, 128, generator=seeded(5))
-    found = run(pipe, image=pixels, strength=0.5, generator=seeded(1), concepts=concepts).images
+    given = {"num_inference_steps": 2, "strength": 0.5, "concepts": concepts}
+    found = run(pipe, image=pixels, generator=seeded(1), **given).images
     generator = seeded(1)
     with torch.no_grad():
         latents = pipe.vae.encode(pixels).latent_dist.sample(generator) * pipe.vae.config.scaling_factor
-    assert_close(found, run(pipe, image=latents, strength=0.5, generator=generator, concepts=concepts).images)
+    assert_close(found, run(pipe, image=latents, generator=generator, **given).images)
 
 
 @TASKS
@@ -141,13 +143,13 @@ def test_a_call_sets_the_properties_that_callbacks_and_others_read(inpaints: boo
     def look(given: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         assert given is pipe
         seen.append((given.guidance_scale, given.num_timesteps))
-        pipe._interrupt = step == 1  # by another thread, which knows this pipeline
+        pipe._interrupt = True  # by another thread, which knows this pipeline
         return tensors
 
     run(pipe, concepts=concepts, callback_on_step_end=look, **task(inpaints))
-    assert seen == [(4.0, 3)] * 2
+    assert seen == [(4.0, 2)]
     assert pipe.guidance_scale == 4.0
-    assert pipe.num_timesteps == 3
+    assert pipe.num_timesteps == 2
 
 
 def test_masks_are_prepared_as_in_diffusers() -> None:
@@ -166,7 +168,7 @@ def test_callbacks_of_inpainting_see_the_mask(concepts: Any) -> None:
 
     how = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": names}
     run(composer_of("sd"), concepts=concepts, **task(True), **how)
-    assert seen == [{"latents": (4, 16, 16), "mask": (1, 16, 16), "masked_image_latents": (4, 16, 16)}] * 3
+    assert seen == [{"latents": (4, 16, 16), "mask": (1, 16, 16), "masked_image_latents": (4, 16, 16)}] * 2
     with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
         run(composer_of("sd"), concepts=concepts, **task(False), **how)
 
@@ -243,7 +245,7 @@ def of_eight_channels(cls: Any, family: str) -> Any:
 
 
 @SDXL_SLOW
-@pytest.mark.parametrize("case", ["as it is", "negative prompts", "generators", "no guidance, eta"])
+@pytest.mark.parametrize("case", ["negative prompts", "no guidance, eta"])
 def test_without_concepts_a_unet_of_other_channels_does_what_diffusers_does_with_four(family, case):
     ours, theirs = of_eight_channels(OURS[family], family), of_eight_channels(DIFFUSERS[family, True], family)
     with pytest.raises(ValueError, match="should have either 4 or 9 input channels"):
@@ -274,8 +276,7 @@ def alone(family: str, pipe: Any, name: str = "cat") -> Any:
     return pipe
 
 
-@BOTH
-@TASKS
+@pytest.mark.parametrize(("family", "inpaints"), [("sd", False), ("sdxl", True)])
 def test_one_merged_concept_is_a_lora_that_diffusers_loads(family, inpaints):
     ours = run(composer_of(family), **task(inpaints), concepts=["cat"], method="merge").images
     assert_close(ours, run(alone(family, diffusers_pipe(family, inpaints)), **task(inpaints)).images)
@@ -306,7 +307,7 @@ def from_latents(family: str, method: Any, inpaints: bool) -> Tensor:
     pipe = copy.copy(with_distinct_words(family))
     scheduler: Any = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
     scheduler.set_timesteps(SHORT["num_inference_steps"])
-    timesteps, generator = scheduler.timesteps[1:].int().tolist(), seeded()
+    timesteps, generator = scheduler.timesteps[2:].int().tolist(), seeded()
     scheduler.set_timesteps(timesteps=timesteps)
     pipe.scheduler = scheduler
     factor = pipe.vae.config.scaling_factor
@@ -354,7 +355,7 @@ def test_every_method_does_what_it_does_from_the_same_latents(family, method, in
 def test_a_box_is_in_pixels_also_where_the_image_is_latents(box: Any) -> None:
     mask = Image.new("L", (128, 128))
     mask.paste(255, (32, 40, 96, 128))
-    given = {**SHORT, "image": torch.randn(1, 4, 16, 16, generator=seeded(5)), "concepts": BOXED}
+    given = {**SHORT, "image": torch.randn(1, 4, 16, 16, generator=seeded(5)), "concepts": BOXED, "method": "regional"}
     found = run(composer_of("sd"), **given, mask_image=box).images
     assert same_bits(found, run(composer_of("sd"), **given, mask_image=mask).images)
 
@@ -463,18 +464,20 @@ def test_an_image_is_on_white_where_it_is_transparent():
         assert same_bits(run(pipe, **task(True) | {"image": given}).images, expected)
 
 
-@pytest.mark.parametrize("given", [
-    PAINTED,
-    [0.25, 0.3125, 0.75, 1.0],
-    np.asarray(MASK),
-    np.asarray(MASK) > 0,
-    torch.from_numpy(np.asarray(MASK) / 255.0),
-    MASK.convert("RGB"),
-    Image.merge("RGBA", [Image.new("L", MASK.size)] * 3 + [MASK]),
-], ids=["box", "fractions", "8 bits", "bool", "tensor", "rgb", "opacity"])  # fmt: skip
-def test_masks_are_taken_as_people_have_them(given):
+def test_masks_are_taken_as_people_have_them():
     pipe = composer_of("sd")
-    assert same_bits(run(pipe, **task(True) | {"mask_image": given}).images, run(pipe, **task(True)).images)
+    same = {
+        "box": PAINTED,
+        "fractions": [0.25, 0.3125, 0.75, 1.0],
+        "8 bits": np.asarray(MASK),
+        "bool": np.asarray(MASK) > 0,
+        "tensor": torch.from_numpy(np.asarray(MASK) / 255.0),
+        "rgb": MASK.convert("RGB"),
+        "opacity": Image.merge("RGBA", [Image.new("L", MASK.size)] * 3 + [MASK]),
+    }
+    expected = run(pipe, **task(True)).images
+    for kind, given in same.items():
+        assert same_bits(run(pipe, **task(True) | {"mask_image": given}).images, expected), kind
 
 
 def test_images_are_taken_as_people_have_them(tmp_path):
@@ -529,7 +532,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "several sizes": ({"image": [IMAGE, IMAGE.resize((64, 64))]}, "different sizes"),
     "mixed kinds": ({"image": [IMAGE, torch.rand(3, 128, 128)]}, "a mixture of kinds"),
     "strength 0": ({"strength": 0.0}, "strength=0 leaves none of the 4 steps; give at least 0.25"),
-    "a small strength": ({"strength": 0.2}, "strength=0.2 leaves none of the 4 steps"),
+    "a small strength": ({"strength": 0.2, "num_inference_steps": 3}, "none of the 3 steps; give at least 0.34"),
     "strength 2": ({"strength": 2.0}, "strength must lie between 0 and 1, not 2"),
     "strength nan": ({"strength": float("nan")}, "strength must lie between 0 and 1, not nan"),
     "an empty mask": ({"mask_image": Image.new("L", (128, 128))}, "is all black"),
