@@ -19,9 +19,22 @@ from lora_compose.compose.serve import launch
 from lora_compose.compose.serve.recording import record_of
 from lora_compose.compose.serve.requests import ImageRequest
 
+pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear")
 RUN = Run(scene=Scene(prompt="a xlo bear on grass", concepts=(BEAR,)), model=PLAYGROUND, method="merge", device="cpu")
-WHAT = (PLAYGROUND, "--prompt", "a xlo bear on grass", "--lora", "playground:bear", "--method", "merge", "--steps", 1)
+WHAT = (
+    PLAYGROUND,
+    "--prompt",
+    "a xlo bear on grass",
+    "--lora",
+    "playground:bear",
+    "--method",
+    "merge",
+    "--steps",
+    1,
+    "--width",
+    64,
+)
 
 
 def stored(pipe: Any) -> set[torch.dtype]:
