@@ -47,9 +47,10 @@ BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"
 ROBOT = "path=playground:robot-tara,trigger=qrt,class=robot"
 PAIR = ["--prompt", PROMPT, "--concept", BEAR, "--concept", ROBOT]
 SCENES = Path(__file__).resolve().parents[2] / "assets/scenes"
+SMALL = "--steps", "1", "--width", "64"
 pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 
-# Every way of making an image that the command line has: what differs from `run playground --steps 1 --width 64`.
+# Every way of making an image that the command line has: what differs from a run that is `SMALL`.
 WAYS = {
     "chosen": [*PAIR],
     "tara": [*PAIR, "--method", "tara", "--set", "cfg_mask=broadcast", "--seed", "7"],
@@ -82,7 +83,7 @@ class Saved(dict[str, Path]):
         self.folder = folder
 
     def __missing__(self, name: str) -> Path:
-        call("run", "playground", "--steps", 1, "--width", 64, "--out", self.folder / name, *WAYS[name])
+        call("run", "playground", *SMALL, "--out", self.folder / name, *WAYS[name])
         (self[name],) = (self.folder / name).glob("*.png")
         return self[name]
 
@@ -97,16 +98,7 @@ def moved(tmp_path: Path) -> Path:
     """An image whose LoRA is a file in `tmp_path/loras`."""
     (tmp_path / "loras").mkdir()
     lora = shutil.copy(playground_lora("bear"), tmp_path / "loras/my,bear.safetensors")
-    arguments = [
-        "--prompt",
-        "a xlo bear",
-        "--concept",
-        f"path={lora},trigger=xlo,class=bear",
-        "--steps",
-        1,
-        "--width",
-        64,
-    ]
+    arguments = ["--prompt", "a xlo bear", "--concept", f"path={lora},trigger=xlo,class=bear", *SMALL]
     call("run", "playground", *arguments, "--out", tmp_path)
     return tmp_path / "0.png"
 
@@ -126,7 +118,8 @@ def edited(path: Path, to: Path, change: Callable[[dict], None]) -> Path:
 
 
 def test_a_run_says_where_the_images_are_and_why_the_method(tmp_path: Path) -> None:
-    result = call("run", "playground", "--steps", 1, *PAIR, "--seed", 3, "--seed", 4, "--seed", 3, "--out", tmp_path)
+    asked = [*PAIR, *SMALL, "--height", 64, "--seed", 3, "--seed", 4, "--seed", 3]
+    result = call("run", "playground", *asked, "--out", tmp_path)
     assert result.stdout.split("\n") == [str(tmp_path / name) for name in ("3.png", "4.png", "sheet.png")] + [""]
     assert "method: draft, because" in result.stderr
     assert listed(tmp_path) == ["3.png", "4.png", "sheet.png"]
@@ -138,7 +131,7 @@ def test_a_run_says_where_the_images_are_and_why_the_method(tmp_path: Path) -> N
 
 def test_images_of_earlier_runs_stay(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"precious")
-    call("run", "playground", "--steps", 1, "--prompt", "a cat", "--out", tmp_path)
+    call("run", "playground", *SMALL, "--prompt", "a cat", "--out", tmp_path)
     assert listed(tmp_path) == ["0-2.png", "0.png"]
     assert (tmp_path / "0.png").read_bytes() == b"precious"
 
@@ -168,8 +161,8 @@ def test_one_side_of_the_size_can_be_given_alone(saved: dict[str, Path]) -> None
 
 
 def test_options_win_over_the_scene_file(tmp_path: Path) -> None:
-    asked = ["--prompt", "a zwx dog and a sks cat in snow", "--method", "merge", "--steps", 1, "--out", tmp_path]
-    call("run", "playground", "--scene", SCENES / "cat-dog.yaml", *asked)
+    asked = ["--prompt", "a zwx dog and a sks cat in snow", "--method", "merge", "--out", tmp_path]
+    call("run", "playground", "--scene", SCENES / "cat-dog.yaml", *SMALL, *asked)
     scene = read_record(tmp_path / "0.png").run.scene
     assert scene.prompt == "a zwx dog and a sks cat in snow"
     assert [concept.name for concept in scene.concepts] == ["cat", "dog"]
@@ -188,7 +181,7 @@ def test_a_seed_gives_what_the_pipeline_gives(playground: Any, saved: dict[str, 
 def test_text_is_shown_and_kept_as_it_is(tmp_path: Path) -> None:
     prompt = "a xlo bear [red]:smile:[/] [/nope] \x1b[31m"
     concept = f"{BEAR},name=[bold]b\x1b[2J"
-    call("run", "playground", "--steps", 1, "--prompt", prompt, "--concept", concept, "--out", tmp_path / "[a] :cat:")
+    call("run", "playground", *SMALL, "--prompt", prompt, "--concept", concept, "--out", tmp_path / "[a] :cat:")
     record = read_record(tmp_path / "[a] :cat:" / "0.png")
     assert record.run.scene.prompt == prompt
     assert record.run.scene.concepts[0].name == "[bold]b\x1b[2J"
@@ -199,7 +192,7 @@ def test_text_is_shown_and_kept_as_it_is(tmp_path: Path) -> None:
 
 def test_names_lead_to_no_files(tmp_path: Path) -> None:
     concepts = ["--concept", f"{BEAR},name=../../evil", "--concept", f"{ROBOT},name=/evil", "--method", "merge"]
-    call("run", "playground", "--steps", 1, "--prompt", PROMPT, *concepts, "--out", tmp_path / "o/p")
+    call("run", "playground", *SMALL, "--prompt", PROMPT, *concepts, "--out", tmp_path / "o/p")
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["o", "o/p", "o/p/0.png"]
 
 
@@ -330,7 +323,7 @@ def test_what_was_made_before_an_interrupt_is_kept(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(images, "make_batch", once)
     seeds = ["--seed", "1", "--seed", "2"]
-    call("run", "playground", "--steps", 1, "--prompt", "a", *seeds, "--out", tmp_path, code=130)
+    call("run", "playground", *SMALL, "--prompt", "a", *seeds, "--out", tmp_path, code=130)
     assert listed(tmp_path) == ["1.png"]
     assert read_record(tmp_path / "1.png").run.seed == 1
 
@@ -397,7 +390,7 @@ def test_a_concept_of_several_files_is_recorded_and_made_again_from_them(tmp_pat
         shutil.copy(playground_lora(name), tmp_path / "loras")
     concept = f"path={tmp_path}/loras/bear.safetensors,path={tmp_path}/loras/{STYLE}.safetensors:0.7,merge=np"
     prompt = f"a xlo bear in {STYLE_WORDS}"
-    call("run", "playground", "--prompt", prompt, "--concept", concept, "--steps", 1, "--width", 64, "--out", tmp_path)
+    call("run", "playground", *SMALL, "--prompt", prompt, "--concept", concept, "--out", tmp_path)
     record = read_record(tmp_path / "0.png")
     (found,) = record.run.scene.concepts
     assert (found.name, found.merge) == (f"bear+{STYLE}", "np")
@@ -524,7 +517,8 @@ def test_sizes_that_are_no_multiples_are_refused_before_loras_are_read(
 
 def test_a_run_that_is_refused_for_a_missing_trigger_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
     concepts = tuple(Concept(name=name, lora=f"playground:{name}", weight=4.0) for name in ("cat", "dog"))
-    run = Run(scene=Scene(prompt="a zwx dog and a cat", concepts=concepts), model="playground", steps=1, device="cpu")
+    scene = Scene(prompt="a zwx dog and a cat", concepts=concepts, width=64, height=64)
+    run = Run(scene=scene, model="playground", steps=1, device="cpu")
     pipe = open_model(run)
     for method in (None, "merge"):
         with pytest.raises(ValueError, match="the trigger 'sks' of concept 'cat' is not in the prompt"):

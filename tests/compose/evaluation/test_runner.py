@@ -153,11 +153,6 @@ def test_images_of_other_defaults_are_not_taken_for_todays(suite: Suite, monkeyp
     assert {arm for arm in today if today[arm] != other[arm]} == {"regional"}
 
 
-def test_an_image_of_a_batch_can_be_made_again(suite: Suite, finished: Path) -> None:
-    planned = next(planned for planned in plan_batches(suite).batches if planned.arm == "merge")
-    assert "identical" in call("replay", image_path(finished, planned.key, 1)).output
-
-
 def test_cost_is_what_the_methods_take(suite: Suite, finished: Path) -> None:
     costs = {}
     for planned in plan_batches(suite).batches:

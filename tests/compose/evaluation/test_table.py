@@ -398,7 +398,8 @@ def many_scenes(better: bool) -> tuple[dict[str, tuple[str, ...]], "dict[str, Se
 @pytest.mark.parametrize("better", [True, False])
 def test_verdicts_of_clear_cases(tmp_path: Path, better: bool) -> None:
     scenes, seen = many_scenes(better)
-    out = store(tmp_path, suite(scenes, batch_size=2), lambda batch, seed: sanity(batch) or seen[batch.arm.name])
+    of = suite(scenes, methods=["merge", "regional"], batch_size=2)
+    out = store(tmp_path, of, lambda batch, seed: sanity(batch) or seen[batch.arm.name])
     row = arms(load(out))["regional"]
     assert {row[f"{key}_verdict"] for key in MAIN} == {"better" if better else "worse"}
     assert row["region_min_difference"] == pytest.approx(0.3 if better else -0.3)

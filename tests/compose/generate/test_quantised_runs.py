@@ -78,7 +78,7 @@ def test_a_batch_file_names_its_weights_beside_itself(tmp_path: Path) -> None:
 
 
 def test_a_batch_in_8_bits(tmp_path: Path) -> None:
-    text = "model: playground\nquantize: fp8\nsteps: 1\ndevice: cpu\nscenes: [{name: a, prompt: a bear}]\n"
+    text = "model: playground\nquantize: fp8\nsteps: 1\ndevice: cpu\nscenes: [{name: a, prompt: a bear, width: 64}]\n"
     (tmp_path / "batch.yaml").write_text(text)
     call("batch", tmp_path / "batch.yaml", "--out", tmp_path)
     assert read_record(tmp_path / "a-0.png").run.quantize == "fp8"
