@@ -59,18 +59,8 @@ def test_an_image_with_a_bystander_is_refined_where_the_subject_is(tmp_path):
     bystander = Concept(name="fox", role="bystander", class_word="fox", region=(0.5, 0.0, 1.0, 1.0))
     scene = Scene(prompt="a sks cat and a fox", concepts=(Concept(**CAT, region=(0.0, 0.0, 0.5, 1.0)), bystander))
     write_scene(scene, tmp_path / "scene.yaml")
-    call(
-        "run",
-        "playground",
-        "--scene",
-        tmp_path / "scene.yaml",
-        "--method",
-        "regional",
-        "--steps",
-        "2",
-        "--out",
-        tmp_path,
-    )
+    options = ("--method", "regional", "--steps", "2", "--out", tmp_path)
+    call("run", "playground", "--scene", tmp_path / "scene.yaml", *options)
     assert "repainted cat:" in flat(call("refine", tmp_path / "0.png").output)
     refused = call("refine", tmp_path / "0.png", "--subject", "fox", code=2)
     assert "--subject fox: the subjects of this image are cat" in flat(refused.output)

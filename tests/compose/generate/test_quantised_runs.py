@@ -23,18 +23,9 @@ pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear")
 RUN = Run(scene=Scene(prompt="a xlo bear on grass", concepts=(BEAR,)), model=PLAYGROUND, method="merge", device="cpu")
 WHAT = (
-    PLAYGROUND,
-    "--prompt",
-    "a xlo bear on grass",
-    "--lora",
-    "playground:bear",
-    "--method",
-    "merge",
-    "--steps",
-    1,
-    "--width",
-    64,
-)
+    PLAYGROUND, "--prompt", "a xlo bear on grass", "--lora", "playground:bear", "--method", "merge", "--steps", 1,
+    "--width", 64,
+)  # fmt: skip
 
 
 def stored(pipe: Any) -> set[torch.dtype]:
