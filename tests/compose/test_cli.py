@@ -714,6 +714,12 @@ def test_check_reports_a_broken_scene_file(tmp_path: Path) -> None:
 def test_the_demo_writes_a_sheet_and_images_that_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "PAIRS", demo.PAIRS[:1])
     monkeypatch.setattr(demo, "COMPOSED", ("merge", "regional"))
+
+    def small(path: Path) -> Scene:
+        scene = read_scene(path)
+        return scene.model_copy(update={"width": scene.width or 96, "height": scene.height or 96})
+
+    monkeypatch.setattr(demo, "read_scene", small)
     (tmp_path / "demo").mkdir()
     result = call("demo", "--steps", 1, "--seed", 4, "--out", tmp_path / "demo")
     folder = tmp_path / "demo-2"

@@ -42,7 +42,7 @@ SCENES: list[dict[str, Any]] = [
              "region": [32, 0, 64, 64]},
         ],
     },
-    {"name": "plain", "prompt": "a bear"},
+    {"name": "plain", "prompt": "a bear", "width": 64, "height": 64},
 ]  # fmt: skip
 SEEDS, BATCH_SIZE, PATIENCE = (5, 6), 2, 1.0
 pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
@@ -204,7 +204,7 @@ def test_the_command_makes_the_same_and_lists_it(
     assert ways["bear"][0] == "merge"
     assert ways["both"] == ("draft", "every concept has a region, and the prompt names each by trigger and class word")
     assert f"2 by draft, because {ways['both'][1]}" in said
-    table.write_text("prompt,name,width\na bear,plain,\na bear,wide,-1\n")
+    table.write_text("prompt,name,width,height\na bear,plain,64,64\na bear,wide,-1,64\n")
     options = ["--model", "playground", "--steps", 1, "--guidance", 4, "--threads", 1, "--device", "cpu"]
     said = call("batch", table, *options, "--seed", "5-6", "--batch-size", 2, "--out", copied, code=1).output
     assert f"{table}, line 3: width" in said

@@ -24,7 +24,7 @@ BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="b
 RUN = Run(scene=Scene(prompt="a xlo bear on grass", concepts=(BEAR,)), model=PLAYGROUND, method="merge", device="cpu")
 WHAT = (
     PLAYGROUND, "--prompt", "a xlo bear on grass", "--lora", "playground:bear", "--method", "merge", "--steps", 1,
-    "--width", 64,
+    "--width", 64, "--height", 64,
 )  # fmt: skip
 
 
@@ -69,7 +69,8 @@ def test_a_batch_file_names_its_weights_beside_itself(tmp_path: Path) -> None:
 
 
 def test_a_batch_in_8_bits(tmp_path: Path) -> None:
-    text = "model: playground\nquantize: fp8\nsteps: 1\ndevice: cpu\nscenes: [{name: a, prompt: a bear, width: 64}]\n"
+    scenes = "[{name: a, prompt: a bear, width: 64, height: 64}]"
+    text = f"model: playground\nquantize: fp8\nsteps: 1\ndevice: cpu\nscenes: {scenes}\n"
     (tmp_path / "batch.yaml").write_text(text)
     call("batch", tmp_path / "batch.yaml", "--out", tmp_path)
     assert read_record(tmp_path / "a-0.png").run.quantize == "fp8"
