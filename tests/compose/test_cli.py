@@ -173,7 +173,7 @@ def test_a_seed_gives_what_the_pipeline_gives(playground: Any, saved: dict[str, 
     playground.load_concept(playground_lora("robot-tara"), name="robot-tara")
     image = playground(
         PROMPT, concepts=["bear-tara", "robot-tara"], method=Tara(cfg_mask="broadcast"), num_inference_steps=1,
-        guidance_scale=5.0, width=64, generator=torch.Generator().manual_seed(7),
+        guidance_scale=5.0, width=64, height=SIZE, generator=torch.Generator().manual_seed(7),
     ).images[0]  # fmt: skip
     assert difference(image, read_pixels(saved["tara"])) is None
 
