@@ -196,35 +196,25 @@ def test_an_offloaded_model_is_measured_where_it_runs(suite: Suite) -> None:
 
 
 def test_a_scene_with_a_bystander_is_made_and_scored(suite: Suite, finished: Path, tmp_path: Path) -> None:
-    """Images without it, of no LoRA and of one alone, are those of the scene with two concepts."""
+    """Images without it, of no LoRA and of one alone, are those of the scene with two concepts, and scored anew."""
     scene = suite.scenes[0].model_copy(update={
         "prompt": "a xlo bear and a robot on grass", "concepts": ("bear",), "bystanders": {"other": "robot"},
         "regions": {"bear": (0, 0, 32, 64), "other": (32, 0, 64, 64)},
     })  # fmt: skip
     beside = suite.model_copy(update={"scenes": (scene,), "seeds": (0, 1), "methods": suite.methods[:1]})
     out = shutil.copytree(finished, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (out / "batches").rglob("*.png")}
     evaluate(beside, out)
+    assert {path: path.stat().st_mtime_ns for path in (out / "batches").rglob("*.png")}.items() >= before.items()
     known = {planned.key for planned in plan_batches(suite).batches}
     for planned in plan_batches(beside).batches:
         scores = read(batch_folder(out, planned.key) / planned.scores, Scores)
         assert scores is not None, planned.arm
         assert [[*image.bystanders["other"]] for image in scores.images.values()] == [["bear"]] * 2
         assert (planned.key in known) == (planned.arm in ("no LoRA", "alone"))
+        assert len(list(batch_folder(out, planned.key).glob("scores-*.json"))) == 1 + (planned.key in known)
     record = read_record(image_path(out, plan_batches(beside).batches[-1].key, 1))
     assert [concept.is_bystander for concept in record.run.scene.concepts] == [False, True]
-
-
-def test_a_new_way_of_scoring_keeps_the_images(suite: Suite, finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    before = {path: path.stat().st_mtime_ns for path in (out / "batches").rglob("*.png")}
-    other = suite.model_copy(update={"scenes": (suite.scenes[0].model_copy(update={"regions": {
-        "bear": (32, 0, 64, 64), "robot": (0, 0, 32, 64)
-    }}),), "methods": (suite.methods[0],), "seeds": (0, 1)})  # fmt: skip
-    evaluate(other, out)
-    plain = next(planned for planned in plan_batches(other).batches if planned.arm == "no LoRA")
-    assert len(list(batch_folder(out, plain.key).glob("scores-*.json"))) == 2
-    assert {path: path.stat().st_mtime_ns for path in (out / "batches").rglob("*.png")}.items() >= before.items()
 
 
 def _evaluate_quietly(suite: Suite, out: Path) -> None:
