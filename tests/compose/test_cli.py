@@ -564,16 +564,6 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     assert "method merge" in text
 
 
-def test_check_knows_the_rows_of_a_transformer(tmp_path: Path) -> None:
-    scene = tmp_path / "scene.yaml"
-    scene.write_text(
-        (SCENES / "bear-robot.yaml").read_text().replace("-tara", "").replace("playground:", "playground-flux:")
-    )
-    text = flat(call("check", "playground-flux", "--scene", scene, "--steps", 5, "--method", "merge").stdout)
-    assert "5 rows, each a latent through the model once (5 steps, no rows for guidance)" in text
-    assert text.endswith("no problems")
-
-
 def test_check_takes_every_option_of_run() -> None:
     of_run, of_check = (inspect.signature(command).parameters for command in (run_command, check_command))
     assert list(of_run) == list(of_check)
