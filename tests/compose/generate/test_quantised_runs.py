@@ -19,7 +19,6 @@ from lora_compose.compose.serve import launch
 from lora_compose.compose.serve.recording import record_of
 from lora_compose.compose.serve.requests import ImageRequest
 
-pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear")
 RUN = Run(scene=Scene(prompt="a xlo bear on grass", concepts=(BEAR,)), model=PLAYGROUND, method="merge", device="cpu")
 WHAT = (
