@@ -168,7 +168,7 @@ def test_scenes_with_a_start_image_cost_the_steps_that_are_run(suite: Suite, tmp
     Image.new("RGB", (64, 64), "gray").save(tmp_path / "start.png")
     start = {"name": "from an image", "image": str(tmp_path / "start.png"), "strength": 0.4}
     scenes = (suite.scenes[0].model_copy(update=start), *suite.scenes)
-    both = suite.model_copy(update={"scenes": scenes, "methods": suite.methods[:1], "seeds": (0,), "steps": 5})
+    both = suite.model_copy(update={"scenes": scenes, "methods": suite.methods[:1], "seeds": (0,), "steps": 10})
     opened, rows, flops = Worker.open(both, "cpu"), {}, {}
     for batch in (batch for batch in batches(both) if not batch.arm.alone):
         made = next(opened.do(batch))
@@ -176,7 +176,7 @@ def test_scenes_with_a_start_image_cost_the_steps_that_are_run(suite: Suite, tmp
         which = batch.scene.name, batch.arm.name
         rows[which], flops[which] = made.cost.rows_forward, made.cost.flops
     for arm in ("no LoRA", "merge"):
-        assert (rows["from an image", arm], rows["both", arm]) == (4, 10)  # two of five steps, guided
+        assert (rows["from an image", arm], rows["both", arm]) == (8, 20)  # four of ten steps, guided
         # Texts are read once; for so few steps LoRAs are not added to the weights, which makes a step dearer.
         assert 0.4 <= flops["from an image", arm] / flops["both", arm] < 0.5
 
