@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ class LocalHub:
         return sum(one.bytes for one in self.served if one.path.endswith(name))
 
 
+@lru_cache(maxsize=64)  # every answer asks for the commit, and so for the tags of all files
 def tag(name: str, data: bytes) -> str:
     """The entity tag of a file."""
     if name.endswith(WEIGHTS):

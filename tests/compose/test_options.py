@@ -15,7 +15,9 @@ from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.scene.mask_images import in_pixels
 from lora_compose.pipelines.scene.sources import parse_lora
-from small_world import HALF, RIGHT, SCHEDULER, SIZE, STYLE
+from small_world import HALF, SCHEDULER, SIZE, STYLE
+
+pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_several_paths_are_a_concept_whose_files_are_merged() -> None:
 
 
 def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:
-    prompt = ["--prompt", "a xlo bear and a qrt robot on grass", "--steps", 1, "--method", "regional"]
+    prompt = ["--prompt", "a xlo bear and a qrt robot on grass", "--height", 64, "--steps", 1, "--method", "regional"]
     short = [
         "--lora",
         "playground:bear:0.8",
@@ -140,14 +142,14 @@ def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:
         "--lora",
         "playground:robot",
         "--box",
-        f"{HALF},0,{SIZE},{SIZE}",
+        f"{HALF},0,{SIZE},64",
     ]
     full = "path=playground:{},trigger={},class={},weight={},region={}".format
     long = [
         "--concept",
-        full("bear", "xlo", "bear", 0.8, f"0:{SIZE // 8}:{HALF}:{7 * SIZE // 8}"),
+        full("bear", "xlo", "bear", 0.8, f"0:8:{HALF}:56"),
         "--concept",
-        full("robot", "qrt", "robot", 1, f"{HALF},0,{SIZE},{SIZE}"),
+        full("robot", "qrt", "robot", 1, f"{HALF},0,{SIZE},64"),
     ]
     for name, concepts in (("short", short), ("long", long)):
         result = call("run", "playground", *prompt, *concepts, "--out", tmp_path / name)
@@ -156,7 +158,7 @@ def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:
             in result.stderr
         )
     one, other = ((tmp_path / name / "0.png") for name in ("short", "long"))
-    assert [c.region for c in read_record(one).run.scene.concepts] == [(0, 0.125, 0.5, 0.875), RIGHT]
+    assert [c.region for c in read_record(one).run.scene.concepts] == [(0, 0.125, 0.5, 0.875), (HALF, 0, SIZE, 64)]
     assert read_pixels(one).tobytes() == read_pixels(other).tobytes()
 
 
@@ -171,8 +173,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_prompt_chooses_among_the_loras_of_a_folder(folder: Path, tmp_path: Path) -> None:
     prompt = "a xlo bear and a robot and a cat on grass"
-    asked = ["--prompt", prompt, "--loras", folder, "--method", "merge", "--steps", 1, "--out", tmp_path / "out"]
-    said = flat(call("run", "playground", *asked).stderr)
+    asked = ["--prompt", prompt, "--loras", folder, "--method", "merge", "--steps", 1, "--width", 64]
+    said = flat(call("run", "playground", *asked, "--out", tmp_path / "out").stderr)
     assert "bear: by its trigger 'xlo'" in said
     assert "robot: by its class word 'robot', before which its trigger 'qrt' is written" in said
     assert "note: 'cat' may be cat ('sks cat'), kitten (" in said

@@ -241,7 +241,15 @@ def test_references_that_no_lora_can_make_are_refused(
         read_published(written(suite, tmp_path))
 
 
-def test_photographs_of_a_data_set_are_downloaded_as_references(
+def with_clip(suite: dict[str, Any]) -> dict[str, Any]:
+    """The suite, scored by a model of transformers from the hub."""
+    clip = {"repository": JUDGE, "files": ["*.json", "model.safetensors"], "licence": "mit"}
+    suite["downloads"]["clip"] = clip
+    suite["suite"] |= {"encoder": "clip", "metrics": [{"name": "clip-t", "model": "clip"}]}
+    return suite
+
+
+def test_photographs_of_a_data_set_and_models_that_score_are_downloads_as_well(
     hub: LocalHub, suite: dict[str, Any], tmp_path: Path
 ) -> None:
     photographs = [path.read_bytes() for path in playground_references("cat")[:2]]
@@ -251,38 +259,24 @@ def test_photographs_of_a_data_set_are_downloaded_as_references(
         "repository": "somebody/photographs", "dataset": True, "files": "dataset/cat/*.png", "licence": "cc-by-4.0",
     }  # fmt: skip
     suite["suite"]["concepts"][0]["references"] = "photographs"
-    published = read_published(written(suite, tmp_path))
-    (one,) = (one for one in wanted(published) if one.name == "photographs")
-    assert one.size == one.missing == sum(map(len, photographs))
-    assert one.download.page == f"{hub.endpoint}/datasets/somebody/photographs"
+    judge = hub.repositories[JUDGE].files | {}
+    hub.repositories[JUDGE].files["pytorch_model.bin"] = b"not asked for"
+    published = read_published(written(with_clip(suite), tmp_path))
+    photographed, clip = (
+        next(one for one in wanted(published) if one.name == name) for name in ("photographs", "clip")
+    )
+    assert photographed.size == photographed.missing == sum(map(len, photographs))
+    assert photographed.download.page == f"{hub.endpoint}/datasets/somebody/photographs"
+    assert clip.size == clip.missing == sum(map(len, judge.values()))
     ready = fetch(published).suite
     assert len(reference_crops(ready.concept("cat"))) == 2
-    assert hub.bytes_of("dog/0.png") == 0
-    assert {one.missing for one in wanted(published) if one.name == "photographs"} == {0}
+    assert ready.encoder == ready.metrics[0].model
+    assert load_encoder(ready.encoder).has_text
+    assert hub.bytes_of("dog/0.png") == hub.bytes_of("pytorch_model.bin") == 0
+    assert {one.missing for one in wanted(published) if one.name in ("photographs", "clip")} == {0}
     hub.repositories["datasets/somebody/photographs"].gated = True
     with pytest.raises(HubError, match=r"accept its conditions on http://.*/datasets/somebody/photographs, and log in"):
         list(wanted(published))
-
-
-def with_clip(suite: dict[str, Any]) -> dict[str, Any]:
-    """The suite, scored by a model of transformers from the hub."""
-    clip = {"repository": JUDGE, "files": ["*.json", "model.safetensors"], "licence": "mit"}
-    suite["downloads"]["clip"] = clip
-    suite["suite"] |= {"encoder": "clip", "metrics": [{"name": "clip-t", "model": "clip"}]}
-    return suite
-
-
-def test_models_that_score_are_downloads_as_well(hub: LocalHub, suite: dict[str, Any], tmp_path: Path) -> None:
-    hub.repositories[JUDGE].files["pytorch_model.bin"] = b"not asked for"
-    published = read_published(written(with_clip(suite), tmp_path))
-    judge = hub.repositories[JUDGE].files
-    (one,) = (one for one in wanted(published) if one.name == "clip")
-    assert one.size == one.missing == sum(len(data) for name, data in judge.items() if not name.endswith(".bin"))
-    ready = fetch(published).suite
-    assert ready.encoder == ready.metrics[0].model
-    assert load_encoder(ready.encoder).has_text
-    assert hub.bytes_of("pytorch_model.bin") == 0
-    assert {one.missing for one in wanted(published) if one.name == "clip"} == {0}
 
 
 def test_models_that_score_are_asked_for_before_anything_is_downloaded(

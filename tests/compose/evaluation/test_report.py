@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from evaluations import TRUTH, Seen, known, sanity, store, suite
 from lora_compose.compose.evaluation.batches import Batch
 from lora_compose.compose.evaluation.gallery import MANY, SIDE, SMALL_SIDE
-from lora_compose.compose.evaluation.report import marked, number, write_report
+from lora_compose.compose.evaluation.report import Report, facts, marked, number, warnings, write_report
 from lora_compose.compose.evaluation.results import PLAN, BatchPlan
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.evaluation.summary import METRICS, OUTCOME_METRICS, summary
@@ -81,10 +81,13 @@ def partly(batch: Batch, seed: int) -> Seen | str | None:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = store(tmp_path_factory.mktemp("report"), evil(), partly, draw=True, truth=TRUTH)
-    write_report(out)
-    return out
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return write_report(store(tmp_path_factory.mktemp("report"), evil(), partly, draw=True, truth=TRUTH))
+
+
+@pytest.fixture(scope="module")
+def written(report: Report) -> Path:
+    return report.html.parent
 
 
 def report_of(tmp_path: Path, of: Suite, measured: Any, **changes: Any) -> str:
@@ -95,11 +98,9 @@ def report_of(tmp_path: Path, of: Suite, measured: Any, **changes: Any) -> str:
 # --- the files ---
 
 
-def test_the_files(written: Path) -> None:
+def test_the_files(report: Report, written: Path) -> None:
     assert sorted(path.name for path in written.iterdir()) == sorted([*FILES, PLAN, "batches"])
-    report = write_report(written)
-    assert [path.name for path in report] == FILES
-    assert report.html == written / "report.html"
+    assert list(report) == [written / name for name in FILES]
 
 
 def test_the_same_results_give_the_same_bytes(written: Path, tmp_path: Path) -> None:
@@ -249,6 +250,11 @@ def test_scores_of_older_versions_have_a_report(tmp_path: Path) -> None:
     assert "images are kept, and only scored" in words
 
 
+def test_bystanders_are_not_named_where_there_are_none(written: Path) -> None:
+    assert "ystander" not in (written / "report.md").read_text(encoding="utf-8")
+    assert "a bystander is missing" not in (written / "report.html").read_text(encoding="utf-8")
+
+
 def test_numbers_are_short_and_signed() -> None:
     assert number(0.12345) == "0.12"
     assert number(-0.5, digits=1) == "\u22120.5"
@@ -284,9 +290,7 @@ def test_verdicts_in_words(tmp_path: Path) -> None:
         "regional": {"cat": (0.7, 0.1), "dog": (0.6, 0.1)},
         "tara": {"cat": (0.2, 0.3), "dog": (0.1, 0.3)},
     }
-    words = report_of(
-        tmp_path, suite(scenes, batch_size=2), lambda batch, seed: sanity(batch) or methods[batch.arm.name]
-    )
+    words = report_of(tmp_path, suite(scenes, seeds=[1]), lambda batch, seed: sanity(batch) or methods[batch.arm.name])
     assert "better than merge" in words
     assert "worse than merge" in words
     assert "no verdict" not in words
@@ -305,9 +309,10 @@ def test_few_scenes_and_gaps_are_reported(written: Path) -> None:
 
 
 def test_a_concept_that_the_encoder_does_not_recognise_is_reported(tmp_path: Path) -> None:
-    words = report_of(tmp_path, suite(), lambda batch, seed: {"cat": (0.5, 0.2), "dog": known(batch, seed)["dog"]})
-    assert "The encoder cannot recognise cat" in words
-    assert "cannot recognise dog" not in words
+    out = store(tmp_path, suite(), lambda batch, seed: {"cat": (0.5, 0.2), "dog": known(batch, seed)["dog"]})
+    told = " ".join(warnings(load(out)))
+    assert "The encoder cannot recognise cat" in told
+    assert "cannot recognise dog" not in told
 
 
 def test_mixed_versions_and_machines_are_reported(tmp_path: Path) -> None:
@@ -317,11 +322,11 @@ def test_mixed_versions_and_machines_are_reported(tmp_path: Path) -> None:
     made = json.loads(path.read_text())
     other = Machine(device="cuda:0", name="a GPU", threads=1)
     path.write_text(json.dumps(made | {"versions": {"torch": "3"}, "machine": other.model_dump()}))
-    write_report(tmp_path)
-    words = _Page(tmp_path / "report.html").words
-    assert "different versions" in words
-    assert "different machines" in words
-    assert "torch 3; or torch 2" in words
+    evaluation = load(tmp_path)
+    told = " ".join(warnings(evaluation))
+    assert "different versions" in told
+    assert "different machines" in told
+    assert "torch 3; or torch 2" in " ".join(facts(evaluation).values())
 
 
 def test_an_evaluation_that_has_not_begun_has_a_report(tmp_path: Path) -> None:
@@ -367,9 +372,9 @@ def test_many_images_are_embedded_smaller(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"at no more than {SMALL_SIDE} pixels" in _Page(tmp_path / "report.html").words
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"no image")])
-def test_an_image_that_is_gone_leaves_a_gap(tmp_path: Path, damage: Any) -> None:
-    store(tmp_path, suite(seeds=[1], methods=["merge"]), known, draw=True)
-    damage(next(tmp_path.glob("batches/both-merge*/1.png")))
+def test_an_image_that_is_gone_or_damaged_leaves_a_gap(tmp_path: Path) -> None:
+    store(tmp_path, suite(seeds=[1], methods=["merge", "regional"]), known, draw=True)
+    next(tmp_path.glob("batches/both-merge*/1.png")).unlink()
+    next(tmp_path.glob("batches/both-regional*/1.png")).write_bytes(b"no image")
     write_report(tmp_path)
-    assert _Page(tmp_path / "report.html").words.count("image missing") == 2  # at the top and among all
+    assert _Page(tmp_path / "report.html").words.count("image missing") == 2 * 2  # at the top and among all

@@ -9,6 +9,7 @@ from PIL import Image
 
 from lora_compose.compose.evaluation.detectors import Detection, make_detector
 from lora_compose.compose.evaluation.encoders import Encoder, load_encoder
+from lora_compose.compose.evaluation.results import ImageScores
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crop, reference_crops, reference_files, squared
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene, WindowsConfig, read_suite
 from lora_compose.compose.playground.assets import playground_references
@@ -52,14 +53,22 @@ def pasted(*where: tuple[str, int, int]) -> Image.Image:
     return image
 
 
-def test_concepts_are_found_where_they_are(scorer: Scorer) -> None:
-    scores = scorer.score(pasted(("bear", FIRST, TOP), ("dog", SECOND, TOP)), scene(regions=HALVES))
-    bear, dog = scores.concepts["bear"], scores.concepts["dog"]
+PAIR = ("bear", FIRST, TOP), ("dog", SECOND, TOP)
+
+
+@pytest.fixture(scope="module")
+def pair(scorer: Scorer) -> ImageScores:
+    """Of both concepts, each in its region."""
+    return scorer.score(pasted(*PAIR), scene(regions=HALVES))
+
+
+def test_concepts_are_found_where_they_are(pair: ImageScores) -> None:
+    bear, dog = pair.concepts["bear"], pair.concepts["dog"]
     assert bear.similarity["bear"] > bear.similarity["dog"]
     assert dog.similarity["dog"] > dog.similarity["bear"]
     assert bear.placed is True
     assert dog.placed is True
-    assert scores.extra == 0
+    assert pair.extra == 0
 
 
 def test_concepts_on_the_wrong_side_are_not_in_place(scorer: Scorer) -> None:
@@ -85,13 +94,14 @@ def beside(word: str, **options: Any) -> SuiteScene:
     return SuiteScene(name="beside", prompt=prompt, concepts=("bear",), bystanders={"other": word}, **options)
 
 
-def test_a_bystander_is_looked_for_by_its_class_word_and_compared_with_the_concepts(scorer: Scorer) -> None:
-    both = scorer.score(pasted(("bear", 8, 40), ("dog", 72, 40)), beside("dog"))
-    pair = scorer.score(pasted(("bear", 8, 40), ("dog", 72, 40)), scene())
+def test_a_bystander_is_looked_for_by_its_class_word_and_compared_with_the_concepts(
+    scorer: Scorer, pair: ImageScores
+) -> None:
+    both = scorer.score(pasted(*PAIR), beside("dog"))
     assert both.bystanders == {"other": {"bear": pair.concepts["dog"].similarity["bear"]}}
     assert both.concepts["bear"].box == pair.concepts["bear"].box
     assert both.extra == 0
-    assert scorer.score(pasted(("bear", 8, 40)), beside("dog")).bystanders == {"other": {}}
+    assert scorer.score(pasted(PAIR[0]), beside("dog")).bystanders == {"other": {}}
     assert pair.bystanders == {}
 
 
@@ -218,10 +228,9 @@ def test_the_references_are_compared_among_themselves(scorer: Scorer) -> None:
     assert truth["bear"]["bear"] > truth["bear"]["dog"] < truth["dog"]["dog"]
 
 
-def test_the_prompt_is_compared_without_triggers(scorer: Scorer, judge: Encoder) -> None:
-    image = pasted(("bear", FIRST, TOP), ("dog", SECOND, TOP))
-    told = float(judge.images([image]) @ judge.texts(["a bear and a dog on a white background"]).T)
-    assert scorer.score(image, scene()).clip_t == pytest.approx(max(0, 100 * told), abs=1e-2)
+def test_the_prompt_is_compared_without_triggers(pair: ImageScores, judge: Encoder) -> None:
+    told = float(judge.images([pasted(*PAIR)]) @ judge.texts(["a bear and a dog on a white background"]).T)
+    assert pair.clip_t == pytest.approx(max(0, 100 * told), abs=1e-2)
 
 
 def test_images_are_padded_to_squares() -> None:

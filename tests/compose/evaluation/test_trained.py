@@ -44,6 +44,14 @@ def trained(images: Path, **changes: Any) -> dict[str, Trained]:
     return {"cat lora": Trained.model_validate({"images": str(images), "steps": 5, "settings": TINY} | changes)}
 
 
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings are over at once."""
+    monkeypatch.setattr(
+        "lora_compose.compose.evaluation.trained.train", lambda settings, **_: settings.out.write_bytes(b"a LoRA")
+    )
+
+
 def test_a_lora_is_trained_once_with_the_words_of_its_concept(suite: Suite, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ready = with_loras(suite, trained(images), out)
@@ -58,13 +66,15 @@ def test_a_lora_is_trained_once_with_the_words_of_its_concept(suite: Suite, imag
     before = path.stat().st_mtime_ns
     assert with_loras(suite, trained(images), out) == ready
     assert path.stat().st_mtime_ns == before, "it was trained again"
-    names = {
-        Path(str(with_loras(suite, other, out).concept("cat").lora)).name
-        for other in (trained(images, steps=4), trained(images, settings=TINY | {"rank": 3}))
-    }
+
+
+@pytest.mark.usefixtures("written")
+def test_other_steps_settings_or_images_are_another_lora(suite: Suite, images: Path, tmp_path: Path) -> None:
+    others = (trained(images), trained(images, steps=4), trained(images, settings=TINY | {"rank": 3}))
+    files = {with_loras(suite, other, tmp_path / "out").concept("cat").lora for other in others}
     (images / "more.png").write_bytes(playground_references("cat")[2].read_bytes())
-    names.add(Path(str(with_loras(suite, trained(images), out).concept("cat").lora)).name)
-    assert len(names | {path.name}) == 4, "other steps, settings or images are another LoRA"
+    files.add(with_loras(suite, others[0], tmp_path / "out").concept("cat").lora)
+    assert len(files) == len(list((tmp_path / "out/loras").iterdir())) == 4
 
 
 def test_the_cost_is_said_before_a_training(
@@ -109,6 +119,7 @@ def test_a_stopped_training_goes_on(
     assert path.is_file()
 
 
+@pytest.mark.usefixtures("written")
 def test_a_lora_that_another_process_trains_is_waited_for(
     suite: Suite, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

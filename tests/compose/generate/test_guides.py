@@ -16,9 +16,11 @@ from lora_compose.compose.evaluation.suite import SuiteScene
 from lora_compose.compose.files.images import read_record
 from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.generate.making import make
+from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import playground_model
-from small_world import SIZE
 
+pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
+SIDE = 128
 CAT: dict[str, Any] = {"name": "cat", "lora": "playground:cat", "trigger": "sks", "class_word": "cat"}
 RUN: dict[str, Any] = {"model": "playground", "steps": 2, "seed": 1}
 
@@ -32,7 +34,7 @@ def guides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene_of(folder: Path, **changes: Any) -> Scene:
     """A cat with a control and an IP-Adapter."""
     given: dict[str, Any] = {
-        "prompt": "a sks cat", "concepts": (Concept(**CAT),),
+        "prompt": "a sks cat", "concepts": (Concept(**CAT),), "width": SIDE, "height": SIDE,
         "controls": ({"model": str(folder / "pose"), "image": str(folder / "pose.png"), "regions": {"cat": 0.5}},),
         "ip_adapters": (
             {
@@ -83,16 +85,16 @@ def test_each_guide_changes_the_image_and_none_stays_in_the_pipeline(guides):
 
 
 def test_without_concepts_a_controlnet_does_what_it_does_in_diffusers(guides):
-    pipe = ComposePipeline.from_pretrained(playground_model())
-    pipe.set_progress_bar_config(disable=True)
     control = scene_of(guides).controls[0].model_copy(update={"regions": {}, "scale": 0.7, "end": 0.6})
     scene = scene_of(guides, concepts=(), controls=(control,), ip_adapters=(), prompt="a cat")
-    found = make(pipe, Run(scene=scene, **RUN)).image
+    run = Run(scene=scene, **RUN)
+    pipe = open_model(run)
+    found = make(pipe, run).image
     net = ControlNetModel.from_pretrained(guides / "pose")
     plain: Any = StableDiffusionControlNetPipeline(**pipe.components, controlnet=net, requires_safety_checker=False)
     plain.set_progress_bar_config(disable=True)
     (expected,) = plain(
-        "a cat", image=Image.open(guides / "pose.png"), width=SIZE, height=SIZE, num_inference_steps=2,
+        "a cat", image=Image.open(guides / "pose.png"), width=SIDE, height=SIDE, num_inference_steps=2,
         guidance_scale=5.0, generator=seeded(1), controlnet_conditioning_scale=0.7, control_guidance_end=0.6,
     ).images  # fmt: skip
     assert np.array_equal(pixels(found), pixels(expected))

@@ -16,17 +16,18 @@ from lora_compose.compose.evaluation.suite import SuiteScene
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.pipelines.families import ComposeFluxKontextPipeline
-from small_world import HALF, SIZE
 from transformer_families import as_file, random_lora_of_all
 
+pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
+SIDE, HALF = 64, 32
 CAT: dict[str, Any] = {"name": "cat", "lora": "playground:cat", "trigger": "sks", "class_word": "cat"}
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
-    """An image of the playground's size."""
+    """An image of noise."""
     path = tmp_path / "start.png"
-    Image.fromarray((np.random.default_rng(0).random((SIZE, SIZE, 3)) * 255).astype("u1")).save(path)
+    Image.fromarray((np.random.default_rng(0).random((SIDE, SIDE, 3)) * 255).astype("u1")).save(path)
     return path
 
 
@@ -43,22 +44,24 @@ def test_an_image_is_painted_from_a_scene_file_reproduced_and_refined(tmp_path, 
     call(
         "run", "playground", "--scene", tmp_path / "scene.yaml", "--steps", "3", "--method", "merge", "--out", tmp_path
     )
-    image, before = read_pixels(tmp_path / "0.png"), read_pixels(start)
-    assert np.array_equal(np.asarray(image)[:, HALF:], np.asarray(before)[:, HALF:])
-    assert not np.array_equal(np.asarray(image)[:, :HALF], np.asarray(before)[:, :HALF])
+    image, before = (np.asarray(read_pixels(path)) for path in (tmp_path / "0.png", start))
+    assert np.array_equal(image[:, HALF:], before[:, HALF:])
+    assert not np.array_equal(image[:, :HALF], before[:, :HALF])
     assert read_record(tmp_path / "0.png").images.keys() == {"image"}
     again = call("replay", tmp_path / "0.png")
     assert "identical: every pixel is the same" in flat(again.output)
     refined = call("refine", tmp_path / "0.png", "--strength", "0.5")
     assert "repainted cat" in flat(refined.output)
-    assert np.array_equal(np.asarray(read_pixels(tmp_path / "0-refined.png"))[:, HALF:], np.asarray(before)[:, HALF:])
+    assert np.array_equal(np.asarray(read_pixels(tmp_path / "0-refined.png"))[:, HALF:], before[:, HALF:])
 
 
 def test_an_image_with_a_bystander_is_refined_where_the_subject_is(tmp_path):
     bystander = Concept(name="fox", role="bystander", class_word="fox", region=(0.5, 0.0, 1.0, 1.0))
-    scene = Scene(prompt="a sks cat and a fox", concepts=(Concept(**CAT, region=(0.0, 0.0, 0.5, 1.0)), bystander))
+    concepts = (Concept(**CAT, region=(0.0, 0.0, 0.5, 1.0)), bystander)
+    scene = Scene(prompt="a sks cat and a fox", concepts=concepts, width=SIDE, height=SIDE)
     write_scene(scene, tmp_path / "scene.yaml")
-    call("run", "playground", "--scene", tmp_path / "scene.yaml", "--steps", "2", "--out", tmp_path)
+    options = ("--method", "regional", "--steps", "2", "--out", tmp_path)
+    call("run", "playground", "--scene", tmp_path / "scene.yaml", *options)
     assert "repainted cat:" in flat(call("refine", tmp_path / "0.png").output)
     refused = call("refine", tmp_path / "0.png", "--subject", "fox", code=2)
     assert "--subject fox: the subjects of this image are cat" in flat(refused.output)
@@ -102,7 +105,7 @@ def test_a_changed_image_is_reported_by_replay(tmp_path, start):
         "run", "playground", "--prompt", "a cat", "--image", start, "--strength", "0.5", "--steps", "2",
         "--out", tmp_path,
     )  # fmt: skip
-    Image.new("RGB", (SIZE, SIZE), "red").save(start)
+    Image.new("RGB", (SIDE, SIDE), "red").save(start)
     again = call("replay", tmp_path / "0.png", code=1)
     assert "changed: image: was" in flat(again.output)
     start.unlink()

@@ -16,6 +16,7 @@ from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.pipelines.formats.files import read_lora
 from lora_compose.pipelines.scene.scene import Run, Scene
 
+pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 TAGS = {"ss_tag_frequency": json.dumps({"10_images": {"1girl": 40, "mikudress": 40}})}
 
 

@@ -21,7 +21,10 @@ from lora_compose.compose.serve.requests import ImageRequest
 
 BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear")
 RUN = Run(scene=Scene(prompt="a xlo bear on grass", concepts=(BEAR,)), model=PLAYGROUND, method="merge", device="cpu")
-WHAT = (PLAYGROUND, "--prompt", "a xlo bear on grass", "--lora", "playground:bear", "--method", "merge", "--steps", 1)
+WHAT = (
+    PLAYGROUND, "--prompt", "a xlo bear on grass", "--lora", "playground:bear", "--method", "merge", "--steps", 1,
+    "--width", 64, "--height", 64,
+)  # fmt: skip
 
 
 def stored(pipe: Any) -> set[torch.dtype]:
@@ -65,7 +68,8 @@ def test_a_batch_file_names_its_weights_beside_itself(tmp_path: Path) -> None:
 
 
 def test_a_batch_in_8_bits(tmp_path: Path) -> None:
-    text = "model: playground\nquantize: fp8\nsteps: 1\ndevice: cpu\nscenes: [{name: a, prompt: a bear}]\n"
+    scenes = "[{name: a, prompt: a bear, width: 64, height: 64}]"
+    text = f"model: playground\nquantize: fp8\nsteps: 1\ndevice: cpu\nscenes: {scenes}\n"
     (tmp_path / "batch.yaml").write_text(text)
     call("batch", tmp_path / "batch.yaml", "--out", tmp_path)
     assert read_record(tmp_path / "a-0.png").run.quantize == "fp8"

@@ -22,6 +22,8 @@ from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.concepts.loading import Factors, read_lora
 from reference import dense
 
+pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
+
 
 def keys_of(path: Path) -> int:
     with safe_open(path, "pt") as file:
@@ -32,9 +34,8 @@ def text_of(result: Any) -> str:
     return " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("source", ["playground:cat", str(playground_lora("cat"))], ids=["name", "path"])
-def test_a_file_of_the_playground(source: str) -> None:
-    text = text_of(call("inspect", source))
+def test_a_file_of_the_playground() -> None:
+    text = text_of(call("inspect", "playground:cat"))
     assert "LoRA, keys of diffusers (PEFT's names)" in text
     assert f"{keys_of(playground_lora('cat'))} keys fit playground, 0 do not" in text
     assert "unet mid_block" in text
@@ -107,19 +108,6 @@ def test_without_a_model_nothing_is_reported_as_unfitting(tmp_path: Path, write_
     assert "problem: small.safetensors does not fit this model" in text_of(
         call("inspect", path, "--model", "playground", code=2)
     )
-
-
-def test_a_merged_file_shows_its_sources(tmp_path: Path) -> None:
-    path = tmp_path / "both.safetensors"
-    call("merge", "playground:cat:0.8", "playground:dog", "--method", "ties", "--set", "density=0.5", "--out", path)
-    facts = json.loads(call("inspect", path, "--json").stdout)["files"][0]["facts"]
-    said = [text for label, text in facts if label == "merged by"]
-    assert len(said) == 1
-    assert said[0].startswith("ties (")
-    assert "density=0.5" in said[0]
-    assert [text.rpartition(" ")[0] for label, text in facts if label == "merged from"] == [
-        "cat.safetensors, weight 0.8, SHA-256", "dog.safetensors, weight 1.0, SHA-256",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

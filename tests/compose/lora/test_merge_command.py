@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from components import EVERYTHING, FAMILIES, State, random_lora, seeded, text_loras
+from components import EVERYTHING, FAMILIES, State, random_lora, save_lora, seeded, text_loras
 from disks import files_of_at_most
 from layouts import layout, shapes_of
 from lora_compose.attention import Lora, LoraFactors
@@ -35,6 +35,7 @@ from reference import dense
 
 PLAIN = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 run = CliRunner().invoke
+pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 
 # Of SD 1.5 and SDXL at full size: the width of its inputs tells which of them a file is for.
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -67,7 +68,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def image(pipe: Any) -> Tensor:
-    return pipe("a sks cat", num_inference_steps=2, output_type="pt", generator=seeded(), height=128, width=128).images
+    return pipe("a sks cat", num_inference_steps=1, output_type="pt", generator=seeded(), height=64, width=64).images
 
 
 def two_loras(pipe: Any) -> list[dict[str, Lora]]:
@@ -81,6 +82,13 @@ def two_loras(pipe: Any) -> list[dict[str, Lora]]:
         {"unet": unet[0], **text_loras(pipe, 2, targets=text)},
         {"unet": unet[1], **text_loras(pipe, 4, targets=(*text, "fc1"), rank=4)},
     ]
+
+
+@pytest.fixture(scope="module")
+def pipe_and_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Path]]:
+    """A small pipeline, and the files of two LoRAs for it."""
+    pipe, folder = FAMILIES["sd"](), tmp_path_factory.mktemp("two")
+    return pipe, [save_lora(folder / f"{i}.safetensors", **loras) for i, loras in enumerate(two_loras(pipe))]
 
 
 @pytest.mark.parametrize(("family", "spelling"), [("sd", "kohya"), ("sdxl", "diffusers")])
@@ -108,13 +116,12 @@ def test_cat_gives_plain_diffusers_the_image_of_both_loras(
 
 @pytest.mark.parametrize("name", MERGERS)
 def test_the_file_holds_what_the_merger_makes_of_every_layer(
-    name: str, write_lora: Callable[..., Path], tmp_path: Path
+    name: str, pipe_and_files: tuple[Any, list[Path]], tmp_path: Path
 ) -> None:
-    pipe = FAMILIES["sd"]()
-    files = [write_lora(str(i), **loras) for i, loras in enumerate(two_loras(pipe))]
+    pipe, files = pipe_and_files
     matched = match_files(given((files[0], 1.0), (files[1], 0.5)), pipe)
     merger = make_merger(name)
-    moments = calibrate(pipe, matched.changes, ["a cat", "a dog"], merger, steps=2) if merger.needs_model else {}
+    moments = calibrate(pipe, matched.changes, ["a cat", "a dog"], merger, steps=1) if merger.needs_model else {}
     merge = merger.start([*matched.changes.values()])
     made = {layer: merge(changes, moments.get(layer)) for layer, changes in matched.changes.items()}
     out = tmp_path / "out.safetensors"
@@ -124,20 +131,13 @@ def test_the_file_holds_what_the_merger_makes_of_every_layer(
     }
     found = {name: delta.flatten(1) for name, delta in deltas(out, pipe).items()}
     assert_same(found, expected)
-    plain = FAMILIES["sd"](StableDiffusionPipeline)
-    plain.load_lora_weights(out, adapter_name="it")
-    for layer, delta in expected.items():
-        part, _, module = layer.partition(".")
-        there = getattr(plain, part).get_submodule(module).get_delta_weight("it")
-        torch.testing.assert_close(there.flatten(1), delta, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", MERGERS)
 def test_one_file_stays_what_it_is_and_weight_0_is_as_if_a_file_were_not_there(
-    name: str, write_lora: Callable[..., Path], tmp_path: Path
+    name: str, pipe_and_files: tuple[Any, list[Path]], tmp_path: Path
 ) -> None:
-    pipe = FAMILIES["sd"]()
-    one, other = (write_lora(str(i), **loras) for i, loras in enumerate(two_loras(pipe)))
+    pipe, (one, other) = pipe_and_files
     matched = match_files(given((one, 1.0), (other, 0.0)), pipe)
     merger = make_merger(name)
     moments = calibrate(pipe, matched.changes, ["a cat", "a dog"], merger, steps=1) if merger.needs_model else None
@@ -254,7 +254,7 @@ def test_diffusers_keys_of_a_transformer_stay_as_they_are(tmp_path: Path) -> Non
     assert found[f"{stem}.lora_A.weight"].shape == (2, 6)
 
 
-def test_the_metadata_have_the_files_and_the_method(tmp_path: Path) -> None:
+def test_the_metadata_have_the_files_and_the_method_which_inspect_shows(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     arguments = ["merge", "playground:cat:0.7", "playground:dog", "--method", "ties", "--set", "density=0.5"]
     result = run(app, [*arguments, "--rank", "6", "--out", str(out)])
@@ -268,12 +268,18 @@ def test_the_metadata_have_the_files_and_the_method(tmp_path: Path) -> None:
     ]
     assert file.metadata["base_model"] == read_lora(playground_lora("cat")).metadata["base_model"]
     assert file.trigger is None  # there are two
+    facts = json.loads(run(app, ["inspect", str(out), "--json"]).stdout)["files"][0]["facts"]
+    (said,) = (text for label, text in facts if label == "merged by")
+    assert said.startswith("ties (")
+    assert "density=0.5" in said
+    assert [text.rpartition(" ")[0] for label, text in facts if label == "merged from"] == [
+        "cat.safetensors, weight 0.7, SHA-256", "dog.safetensors, weight 1.0, SHA-256",
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [name for name, kind in MERGERS.items() if kind.needs_model])
-def test_methods_that_need_a_model_look_at_each_lora_alone(method: str, tmp_path: Path) -> None:
+def test_a_method_that_needs_a_model_looks_at_each_lora_alone(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    arguments = ["merge", "playground:cat", "playground:dog", "--method", method, "--steps", "2", "--out", str(out)]
+    arguments = ["merge", "playground:cat", "playground:dog", "--method", "ssr", "--steps", "2", "--out", str(out)]
     result = run(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     whole = json.loads(result.stdout)["blocks"][-1]
@@ -456,7 +462,7 @@ def test_a_file_that_is_there_is_replaced_only_if_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits the size of files as Unix does")
-@pytest.mark.parametrize("size", [100, 400_000, 1_050_000])
+@pytest.mark.parametrize("size", [100, 1_050_000])
 def test_a_disk_that_fills_up_leaves_what_was_there(size: int, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")
