@@ -144,6 +144,12 @@ _COUNTED: dict[str, Counted] = {}
 
 
 @pytest.fixture
+def costs_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks price all images alike, for tests that look at no cost: counting one takes longer than making it."""
+    monkeypatch.setattr(report, "_cost", lambda *args: report.RunCost("2", 1, 1))
+
+
+@pytest.fixture
 def plain_pipe(family: str, whole: bool) -> Any:
     """diffusers' own pipeline with the same weights as `pipe`."""
     made = (WHOLE if whole else FAMILIES)[family]
