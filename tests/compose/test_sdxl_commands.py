@@ -49,7 +49,7 @@ def run_of(folder) -> Callable[..., Run]:
 
 
 def test_a_run_is_checked_and_made(run_of):
-    run = run_of("regional")
+    run = run_of("merge")
     pipe = open_model(run)
     assert type(pipe) is ComposeStableDiffusionXLPipeline
     report = check(run, pipe)
