@@ -43,14 +43,13 @@ def run_of(folder) -> Callable[..., Run]:
             for name, trigger, box in (("cat", "sks", (0, 0, 64, 128)), ("dog", "zwx", (64, 0, 128, 128)))
         )
         scene = Scene(prompt=PROMPT, concepts=concepts)
-        return Run(scene=scene, model=str(folder / "model"), method=method, steps=2, device="cpu", **fields)
+        return Run(scene=scene, model=str(folder / "model"), method=method, steps=1, device="cpu", **fields)
 
     return run_of
 
 
-@pytest.mark.parametrize("method", ["merge", "lora-composer"])
-def test_a_run_is_checked_made_and_made_again(folder, run_of, method):
-    run = run_of(method)
+def test_a_run_is_checked_and_made(run_of):
+    run = run_of("merge")
     pipe = open_model(run)
     assert type(pipe) is ComposeStableDiffusionXLPipeline
     report = check(run, pipe)
@@ -59,15 +58,13 @@ def test_a_run_is_checked_made_and_made_again(folder, run_of, method):
     assert facts["cat: words"] == "trigger 'sks' at token 2; class word 'cat' at token 3"
     assert facts["cat: layers"] == "64 unet layers, 9 text_encoder layers, 9 text_encoder_2 layers, rank 3"
     assert "rows, each a latent" in facts["cost"]
-    made = make(pipe, run)
-    assert made.image.size == (128, 128)
-    assert make(open_model(run), made.record.run).image.tobytes() == made.image.tobytes()
+    assert make(pipe, run).image.size == (128, 128)
 
 
 def test_a_scene_without_a_negative_prompt_is_what_diffusers_makes_of_no_negative_prompt(run_of):
     run = run_of(None).model_copy(update={"scene": Scene(prompt=PROMPT)})
     pipe = open_model(run)
-    (expected,) = pipe(PROMPT, num_inference_steps=2, generator=seeded(0)).images
+    (expected,) = pipe(PROMPT, num_inference_steps=1, generator=seeded(0)).images
     assert make(pipe, run).image.tobytes() == expected.tobytes()
 
 
@@ -75,7 +72,7 @@ def test_commands_take_a_folder_with_sdxl(folder, tmp_path):
     words = {"cat": "sks", "dog": "zwx"}.items()
     loras = [f"path={folder}/{name}.safetensors,trigger={word},class={name}" for name, word in words]
     model, concepts = folder / "model", ["--concept", loras[0], "--concept", loras[1]]
-    call("run", model, "--prompt", PROMPT, *concepts, "--method", "clora", "--steps", 2, "--maps", "--out", tmp_path)
+    call("run", model, "--prompt", PROMPT, *concepts, "--method", "clora", "--steps", 1, "--maps", "--out", tmp_path)
     (image,) = [path for path in tmp_path.glob("*.png") if path.stem.isdigit()]
     assert "identical" in call("replay", image, "--out", tmp_path / "again").output
 

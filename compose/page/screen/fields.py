@@ -80,8 +80,9 @@ def fill(session: PageSession, form: Form, loras: Mapping[str, ShownLora | None]
     for method in METHODS:
         given = form.settings if method == form.method else {}
         for control in controls(method):
-            value = given.get(control.name, control.default)
-            values[of_setting(method, control.name)] = control.shown(value)
+            name = of_setting(method, control.name)
+            if control.name in given or name in st.session_state:
+                values[name] = control.shown(given.get(control.name, control.default))
     st.session_state.update(values)
     st.session_state.setdefault(ATTENTION, True)
     st.session_state[STRENGTH] = DEFAULT_STRENGTH if form.strength is None else form.strength
@@ -320,7 +321,8 @@ def _short(value: Any) -> str:
 
 def settings(method: str) -> dict[str, Any]:
     """A method's settings that differ from its defaults; raises ValueError if the method does not take them."""
-    shown = {control.name: st.session_state[of_setting(method, control.name)] for control in controls(method)}
+    keys = {control.name: of_setting(method, control.name) for control in controls(method)}
+    shown = {name: st.session_state[key] for name, key in keys.items() if key in st.session_state}
     try:
         return changed(method, shown)
     except ValueError as error:

@@ -85,6 +85,8 @@ def _settings(method: str) -> None:
 
 def _control(method: str, control: Control) -> None:
     label, key, text = control.label, fields.of_setting(method, control.name), markdown(control.help)
+    # Only now: Streamlit goes through the whole state for every field, and the methods have many settings.
+    st.session_state.setdefault(key, control.shown(control.default))
     if control.kind == "choice":
         st.segmented_control(label, list(control.choices), key=key, help=text, required=True,
                              format_func=lambda value: choice_label(control.name, value))  # fmt: skip

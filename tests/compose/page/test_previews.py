@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from all_transformers import EVERY, MODULAR
+from all_transformers import EVERY, MODULAR, TRANSFORMERS
 from components import seeded
 from lora_compose.compose.page.work import look
+from pairs import slow_but
 from transformer_families import CALL
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", slow_but(TRANSFORMERS, EVERY))
 def test_the_latents_of_the_last_step_look_like_the_image(name: str) -> None:
     family = EVERY[name]
     pipe, seen = family.pipeline(), []

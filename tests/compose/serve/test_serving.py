@@ -36,6 +36,7 @@ SIZE = {"width": 64, "height": 64, "steps": 1, "guidance_scale": 4}
 BEAR = {**SIZE, "prompt": "a xlo bear on grass", "concepts": ["bear"], "seed": 1}
 ROBOT = {**SIZE, "prompt": "a qrt robot", "concepts": [{"name": "robot", "weight": 0.8}], "seed": 2}
 BOXED = {**SIZE, "prompt": "a xlo bear", "concepts": [{"name": "bear", "region": [0, 0, 32, 64]}]}
+pytestmark = pytest.mark.usefixtures("playgrounds_opened_once")
 
 
 @pytest.fixture(scope="module")
