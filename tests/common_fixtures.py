@@ -116,12 +116,8 @@ def playgrounds_opened_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tensors_of_others_do_not_count() -> Iterator[None]:
+def tensors_of_others_do_not_count() -> None:
     """Where all tensors of the process are summed, those that earlier tests keep take a second, and say nothing."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()  # what is no longer needed goes
     gc.collect()
     gc.freeze()
 

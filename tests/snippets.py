@@ -288,7 +288,8 @@ class _Cheaper(ast.NodeTransformer):
             node.keywords = [keyword for keyword in node.keywords if keyword.arg != "num_inference_steps"]
             node.keywords.append(ast.keyword("num_inference_steps", ast.Constant(self.steps)))
         if called == "preset":
-            node.keywords += [ast.keyword(name, ast.Constant(number)) for name, number in (("steps", 1), ("warmup", 0))]
+            cheap = {"steps": 1, "warmup": 0, "batch_size": 1, "resolution": 64}
+            node.keywords += [ast.keyword(name, ast.Constant(number)) for name, number in cheap.items()]
         return node
 
 

@@ -115,6 +115,7 @@ def run_page(page: str, folder_of: Callable[[str], Path], monkeypatch: pytest.Mo
     return printed
 
 
+@pytest.mark.usefixtures("playgrounds_opened_once")
 @pytest.mark.parametrize(
     ("page", "images"),
     [

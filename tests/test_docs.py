@@ -8,6 +8,7 @@ import inspect
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,19 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     assert all((ROOT / path).is_file() for path in outside)
 
 
+@cache
+def program_command() -> Any:
+    """The program with all its commands."""
+    return typer.main.get_command(app)
+
+
 def parse(arguments: list[str], *, whole: bool) -> None:
     """Parses a command as the program does, without running it.
 
     Raises:
         ClickException: For unknown options, values of the wrong kind and, if it is `whole`, missing arguments.
     """
-    command: Any = typer.main.get_command(app)
+    command = program_command()
     rest = [word for word in arguments if word != "..."]
     while hasattr(command, "commands"):
         known = bool(rest) and rest[0] in command.commands

@@ -25,12 +25,12 @@ print(type(pipe).__module__, pipe("a cat", num_inference_steps=1, output_type="l
 """
 
 
-def run_in_a_project(folder: Path, library: Path) -> str:
-    """What the use above prints in a project that has folders of these names."""
+def run_in_a_project(folder: Path, library: Path, use: str = USE) -> str:
+    """What a use of the library prints in a project that has folders of these names."""
     for part in PARTS:
-        (folder / part).mkdir()
+        (folder / part).mkdir(parents=True)
         (folder / part / "__init__.py").write_text("WHOSE = 'theirs'\n", encoding="utf-8")
-    (folder / "use.py").write_text(USE, encoding="utf-8")
+    (folder / "use.py").write_text(use, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(library)}
     ended = subprocess.run(
         [sys.executable, "use.py"], cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -39,6 +39,7 @@ def run_in_a_project(folder: Path, library: Path) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_a_project_with_folders_of_these_names_can_use_the_library(tmp_path: Path) -> None:
     assert run_in_a_project(tmp_path, ROOT).split() == ["lora_compose.pipelines.families.stable_diffusion", "1"]
 
@@ -60,25 +61,30 @@ def clone(tmp_path: Path) -> Path:
     return package.parent
 
 
-def test_a_clone_whose_links_are_text_files_has_everything_under_one_name(clone: Path) -> None:
-    look = f"""
+LOOK = f"""
 from importlib.util import find_spec
+import attention, pipelines, compose
 from lora_compose.compose.playground.assets import playground_model
+assert {{attention.WHOSE, pipelines.WHOSE, compose.WHOSE}} == {{"theirs"}}
 print(playground_model())
 print(*(find_spec(f"lora_compose.{{part}}").origin for part in {PARTS}), sep="\\n")
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", look], env={**os.environ, "PYTHONPATH": str(clone)}, capture_output=True, text=True,
-        check=True, cwd=clone.parent,
-    )  # fmt: skip
-    model, *origins = map(Path, ended.stdout.split())
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_project_with_folders_of_these_names_finds_all_of_the_library_under_one_name(
+    clone: Path, tmp_path: Path, links: bool
+) -> None:
+    """Also in a clone whose links are text files; what imports what is in `test_imports.py`."""
+    library = ROOT if links else clone
+    found = run_in_a_project(tmp_path / "project", library, LOOK).split()
+    model, *origins = (Path(path).resolve() for path in found)
     assert (model / "model_index.json").is_file()
-    assert origins == [clone / part / "__init__.py" for part in PARTS]
+    assert origins == [library / part / "__init__.py" for part in PARTS]
 
 
 @pytest.mark.slow
 def test_a_clone_whose_links_are_text_files_works_in_such_a_project(clone: Path, tmp_path: Path) -> None:
-    (tmp_path / "project").mkdir()
     assert "stable_diffusion 1" in run_in_a_project(tmp_path / "project", clone)
 
 
@@ -103,7 +109,6 @@ def test_the_wheel_has_one_name_all_but_the_recipe_and_works_in_such_a_project(t
     assert len(needed) > 100
     assert {path for path in needed if not (site / path).is_file()} == set()
     assert not (site / "compose" / RECIPE).exists()
-    (tmp_path / "project").mkdir()
     assert "stable_diffusion 1" in run_in_a_project(tmp_path / "project", tmp_path / "site")
     for command in ("demo", "run"):
         told = [sys.executable, "-m", "lora_compose", command, "--help"]

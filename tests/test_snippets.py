@@ -146,10 +146,11 @@ ALL_STEPS = {
     ("docs/image-to-image.md", 3),  # it reads the maps of the thirteenth
     ("docs/models.md", 6), ("docs/models.md", 7),  # Ideogram's scales of guidance are those of 48 steps
 }  # fmt: skip
-DEAR = {
-    "docs/batch.md", "docs/characters.md", "docs/control.md", "docs/image-to-image.md", "docs/memory.md",
-    "docs/models.md", "docs/tutorial.md",
+USUAL = {
+    "README.md", "ARCHITECTURE.md", "docs/concepts.md", "docs/evaluation.md", "docs/methods/README.md",
+    "docs/training.md",
 }  # fmt: skip
+"""Pages that each do something of their own in few calls; all others run with `make snippets`."""
 
 
 @pytest.fixture(scope="session")
@@ -158,9 +159,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> ModelFolders:
 
 
 def marked(page: Path) -> Any:
-    """A page as a parameter; several images of larger models take long."""
+    """A page as a parameter."""
     name = name_of(page)
-    return pytest.param(page, id=name, marks=[pytest.mark.slow] if name in DEAR else [])
+    return pytest.param(page, id=name, marks=[] if name in USUAL else [pytest.mark.slow])
 
 
 def cannot_run(code: str) -> bool:
@@ -216,7 +217,7 @@ def whole_calls(page: Path) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "docs" in page.parts and whole_calls(page)], ids=name_of)
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if "docs" in page.parts and whole_calls(page)])
 def test_calls_in_sentences_and_tables_run(page: Path, folders: ModelFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     names: Names = {}
     exec(START, names)

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,16 +25,17 @@ def bound(tree: ast.Module) -> Iterator[tuple[str, int]]:
             yield node.name, node.lineno
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    """The syntax tree of a module."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def with_empty_names(folder: str) -> list[tuple[str, int, str]]:
     """Files, lines and names of variables of a folder that say nothing."""
     files = [(path, path.relative_to(ROOT).as_posix()) for path in sorted((ROOT / folder).rglob("*.py"))]
     assert files
-    return [
-        (name, line, variable)
-        for path, name in files
-        for variable, line in bound(ast.parse(path.read_text(encoding="utf-8")))
-        if variable in EMPTY
-    ]
+    return [(name, line, variable) for path, name in files for variable, line in bound(tree(path)) if variable in EMPTY]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -50,7 +52,7 @@ def classes_of(folder: Path) -> dict[str, set[str]]:
     """The classes of a folder by name, with the files that define them."""
     classes: dict[str, set[str]] = {}
     for path in folder.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.ClassDef):
                 classes.setdefault(node.name, set()).add(path.relative_to(ROOT).as_posix())
     return classes

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,22 +28,22 @@ class Layer(Placement):
     slots: Mapping[str, Tensor]
     keys: tuple[str, ...]
 
-    @property
+    @cached_property
     def parts(self) -> Mapping[str, Tensor]:
         """The tensors whose product is the change, without single numbers."""
         return {slot: tensor for slot, tensor in self.slots.items() if slot not in kinds.numbers()}
 
-    @property
+    @cached_property
     def shapes(self) -> kinds.Shapes:
         """The shapes of the parts."""
         return {slot: tensor.shape for slot, tensor in self.parts.items()}
 
-    @property
+    @cached_property
     def kind(self) -> kinds.Kind:
         """The kind of LoRA that it is; errors as for `kind_of`."""
         return kinds.kind_of(self.parts)
 
-    @property
+    @cached_property
     def refused(self) -> str:
         """Why files with it are refused, as in "it is a ...", and the key that says so; empty if they are not."""
         for kind in (kind for kind in kinds.KINDS if kind.refused):

@@ -245,8 +245,10 @@ def test_close_ups_become_fewer():
     assert sum(end.values()) == pytest.approx(1)
 
 
-def test_references_show_their_character_alone_and_beside_others(drawings, tmp_path, monkeypatch):
-    characters = {name: CHARACTERS[name] for name in ("cat", "dog", "mira")}
+def test_references_show_their_character_alone_and_beside_others_and_those_that_come_along_are_the_first(
+    drawings, tmp_path, monkeypatch
+):
+    characters = {name: CHARACTERS[name] for name in ("cat", "mira")}
     monkeypatch.setattr("recipe.concepts.CHARACTERS", characters)
     np.savez(tmp_path / "drawings.npz", **drawings)
     references(tmp_path / "drawings.npz", tmp_path / "references")
@@ -266,18 +268,11 @@ def test_references_show_their_character_alone_and_beside_others(drawings, tmp_p
         assert min(off) < 5, name
 
     assert len(list((tmp_path / "references" / STYLE).glob("*.png"))) == STYLED
-
-
-def test_references_that_are_shown_are_the_first_of_those_that_are_trained_on(drawings, tmp_path, monkeypatch):
-    monkeypatch.setattr("recipe.concepts.REFERENCES", 16)
-    monkeypatch.setattr("recipe.concepts.CHARACTERS", {"cat": CHARACTERS["cat"]})
-    np.savez(tmp_path / "drawings.npz", **drawings)
-    references(tmp_path / "drawings.npz", tmp_path / "all")
     references(tmp_path / "drawings.npz", tmp_path / "shown", shown=True)
-    for name in ("cat", STYLE):
+    for name in (*characters, STYLE):
         shown = sorted((tmp_path / "shown" / name).glob("*.png"))
         assert len(shown) == SHOWN
-        assert all(path.read_bytes() == (tmp_path / "all" / name / path.name).read_bytes() for path in shown)
+        assert all(path.read_bytes() == (tmp_path / "references" / name / path.name).read_bytes() for path in shown)
 
 
 def test_classes_of_the_style_all_come_before_any_comes_again():

@@ -30,7 +30,12 @@ def _numbers(known: tuple[Kind, ...]) -> Mapping[str, str]:
 
 def flags() -> Collection[str]:
     """The slots of those that are true or false."""
-    return {slot for kind in KINDS for slot in kind.flags}
+    return _flags(KINDS)
+
+
+@cache
+def _flags(known: tuple[Kind, ...]) -> Collection[str]:
+    return frozenset(slot for kind in known for slot in kind.flags)
 
 
 def kind_of(slots: Collection[str]) -> Kind:

@@ -260,8 +260,8 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
 
 @pytest.mark.parametrize(("family", "name"), [
-    ("sd", "merge"), ("sd", "regional"),
-    *(pytest.param("sd", name, marks=pytest.mark.slow) for name in ("tara", "switch", "composite")),
+    ("sd", "regional"),
+    *(pytest.param("sd", name, marks=pytest.mark.slow) for name in ("merge", "tara", "switch", "composite")),
     *(pytest.param("sdxl", name, marks=pytest.mark.slow) for name in ROWS),
 ])  # fmt: skip
 def test_rows_and_flops_are_those_of_a_real_call(name, family, write_lora):
@@ -272,14 +272,13 @@ def test_rows_and_flops_are_those_of_a_real_call(name, family, write_lora):
     settings, loaded = METHODS[name](), pipe.resolve_concepts(concepts)
     joint_change(loaded)  # products of factors, once for each set
     for scheduler, guidance_scale, rows in (
-        (pipe.scheduler, 5.0, 3 * ROWS[name]),
-        (pipe.scheduler, 1.0, 3 * ROWS[name] // 2),
-        (HeunDiscreteScheduler(), 5.0, 5 * ROWS[name]),
+        (pipe.scheduler, 1.0, ROWS[name]),
+        (HeunDiscreteScheduler(), 5.0, 3 * ROWS[name]),
     ):
-        counted = count_run(pipe, settings, loaded, 3, guidance_scale, 96, 64, scheduler=scheduler)
+        counted = count_run(pipe, settings, loaded, 2, guidance_scale, 96, 64, scheduler=scheduler)
         pipe.scheduler = scheduler
         cost, flops = real_flops(lambda: pipe(
-            " ".join(triggers), height=64, width=96, num_inference_steps=3, guidance_scale=guidance_scale,  # noqa: B023
+            " ".join(triggers), height=64, width=96, num_inference_steps=2, guidance_scale=guidance_scale,  # noqa: B023
             concepts=concepts, method=settings, output_type="latent",
         ))  # fmt: skip
         assert counted.rows_forward == cost.rows_forward == rows

@@ -9,7 +9,7 @@ import torch
 from components import seeded
 from doc_tables import rows_of
 from lora_compose.attention import LoraFactors
-from lora_compose.compose.benchmark import architectures, transformers
+from lora_compose.compose.benchmark import architectures, growth, transformers
 from lora_compose.compose.benchmark.architectures import SD15, TRANSFORMERS, without_weights
 from lora_compose.compose.benchmark.bench import PassRow, pass_cells, passes_table
 from lora_compose.compose.benchmark.counting import meta_unet
@@ -34,8 +34,8 @@ DEARER = {
     ("Qwen-Image-Edit-Plus", 1): {4: 1.085, 8: 1.164},
 }
 """FLOPs of those models that need more, by model and number of reference images."""
-USUAL = ("FLUX.1", "Krea 2", "Z-Image")
-"""Models of each kind: two streams and one, one stream, lists."""
+USUAL = ("FLUX.1",)
+"""What Krea 2 and Z-Image cost, in tables as well, is in `test_hardware.py`."""
 
 
 def test_exponents_are_those_of_a_power_with_a_constant():
@@ -45,9 +45,10 @@ def test_exponents_are_those_of_a_power_with_a_constant():
 
 def test_rows_flops_and_memory_grow_at_most_linearly_with_concepts_and_images():
     unet = meta_unet(SD15).half()
-    concepts = Curve("concepts", [Point(n, of_call(unet, n, 1, 256)) for n in (2, 4, 8)]).exponents()
+    both = of_call(unet, 2, 1, 256)
+    concepts = Curve("concepts", [Point(2, both), *(Point(n, of_call(unet, n, 1, 256)) for n in (4, 8))]).exponents()
     assert concepts == pytest.approx({"rows": 0, "TFLOP": 1, "GiB": 1}, abs=0.2)
-    images = Curve("images", [Point(n, of_call(unet, 2, n, 256)) for n in (1, 2, 4)]).exponents()
+    images = Curve("images", [Point(1, both), *(Point(n, of_call(unet, 2, n, 256)) for n in (2, 4))]).exponents()
     assert images == pytest.approx({"rows": 1, "TFLOP": 1, "GiB": 1}, abs=0.1)
 
 
@@ -149,9 +150,10 @@ def test_the_joint_change_of_many_concepts_grows_linearly():
     assert Curve("concepts", points).exponents()["FLOPs"] == pytest.approx(1, abs=0.1)
 
 
-def test_python_calls_of_a_whole_call_grow_linearly_with_its_concepts():
-    growth = Curve("concepts", list(of_host((4, 8, 16)))).exponents()
-    assert growth["Python calls"] == pytest.approx(1, abs=0.1)
+def test_python_calls_of_a_whole_call_grow_linearly_with_its_concepts(monkeypatch):
+    monkeypatch.setattr(growth, "_UNUSED", "7")  # seconds are not looked at: one timed call
+    exponents = Curve("concepts", list(of_host((2, 4, 8)))).exponents()
+    assert exponents["Python calls"] == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("of_one_class", [False, True])

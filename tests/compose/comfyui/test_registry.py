@@ -13,6 +13,7 @@ import pytest
 
 from lora_compose.compose.comfyui import installing
 from lora_compose.compose.comfyui.needed import OLDEST
+from pairs import slow_but
 
 ROOT = Path(__file__).resolve().parents[3]
 NODES = ("Concept", "Boxes", "Compose", "DraftPreview", "Refine", "Merge", "Inspect")
@@ -71,7 +72,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["archive", "links", "text files"])
+@pytest.fixture(scope="module", params=["archive", *slow_but((), ["links", "text files"])])
 def installed(archive: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """The folder that ComfyUI Manager makes of it; or a clone, with links or the text files git makes of them."""
     folder = tmp_path_factory.mktemp("ComfyUI") / "custom_nodes/lora-compose"

@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 from lora_compose import ComposePipeline, Concept
 from lora_compose.compose.playground import assets
 from lora_compose.compose.playground.words import CLASSES, PLACES
+from pairs import in_pairs
 from small_world import SIZE, concepts, metadata, words
 
 SHARED = {  # and what names them: trigger and class word
@@ -150,9 +151,8 @@ def test_plain_diffusers_opens_the_model_and_makes_an_image() -> None:
     assert images.std() > 0.01
 
 
-@pytest.mark.parametrize("name", assets.PLAYGROUNDS)
-@pytest.mark.parametrize("composed", [False, True], ids=["plain", "concepts"])
-def test_outside_of_a_mask_an_image_stays_as_it_is(name: str, composed: bool) -> None:
+@pytest.mark.parametrize(("composed", "name"), in_pairs([False, True], assets.PLAYGROUNDS))
+def test_outside_of_a_mask_an_image_stays_as_it_is(composed: bool, name: str) -> None:
     pipe: Any = ComposePipeline.from_pretrained(assets.playground_model(name))
     pipe.set_progress_bar_config(disable=True)
     concepts = [Concept(name="cat", lora=str(assets.playground_lora("cat", name)))] if composed else None

@@ -35,7 +35,13 @@ def pipe() -> Any:
     return open_model(run(None))
 
 
-def test_it_is_small_and_plain_diffusers_makes_the_same_image(pipe: Any) -> None:
+@pytest.fixture(scope="module")
+def plain_image(pipe: Any) -> np.ndarray:
+    """The image without concepts."""
+    return np.asarray(make(pipe, run(None)).image, dtype=int)
+
+
+def test_it_is_small_and_plain_diffusers_makes_the_same_image(plain_image: np.ndarray) -> None:
     folder = playground_model(PLAYGROUND_FLUX)
     assert model_source(PLAYGROUND_FLUX) == folder
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 64 * 10**6
@@ -45,25 +51,21 @@ def test_it_is_small_and_plain_diffusers_makes_the_same_image(pipe: Any) -> None
         PROMPT, guidance_scale=4, height=SIZE, width=SIZE, num_inference_steps=2,
         max_sequence_length=plain.tokenizer_2.model_max_length, generator=seeded(1),
     ).images[0]  # fmt: skip
-    assert np.array_equal(np.asarray(image), np.asarray(make(pipe, run(None)).image))
+    assert np.array_equal(np.asarray(image), plain_image)
 
 
-@pytest.mark.parametrize("method", [None, "regional"])
-def test_its_images_have_its_own_size(pipe: Any, method: str | None) -> None:
+def test_its_images_have_its_own_size(pipe: Any) -> None:
     given = {"num_inference_steps": 1, "generator": seeded(1)}
-    lora = str(playground_lora("bear", PLAYGROUND_FLUX))
-    concepts = [Concept(name="bear", lora=lora, region=LEFT)] if method else None
-    (made,) = pipe(PROMPT, concepts=concepts, method=method, **given).images
-    (again,) = pipe(PROMPT, concepts=concepts, method=method, **given, image=made, strength=1).images
+    (made,) = pipe(PROMPT, **given).images
+    (again,) = pipe(PROMPT, **given, image=made, strength=1).images
     assert made.size == again.size == pipe.own_size == (SIZE, SIZE)
 
 
-@pytest.mark.parametrize("method", ["merge", "tara", "regional", "draft"])
-def test_its_loras_compose_by_name(pipe: Any, method: str) -> None:
+@pytest.mark.parametrize("method", ["regional", "draft"])
+def test_its_loras_compose_by_name(pipe: Any, plain_image: np.ndarray, method: str) -> None:
     image = np.asarray(make(pipe, run(method, boxed=method == "regional")).image, dtype=int)
-    plain = np.asarray(make(pipe, run(None)).image, dtype=int)
     assert image.shape == (SIZE, SIZE, 3)
-    assert abs(image - plain).max() > 20
+    assert abs(image - plain_image).max() > 20
 
 
 def test_its_loras_say_what_they_are(pipe: Any) -> None:

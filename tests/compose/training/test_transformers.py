@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,6 +30,7 @@ from lora_compose.compose.training.loop import Stopped
 from lora_compose.compose.training.model import cast, lora_parameters, preset_of
 from lora_compose.compose.training.preparation import adapt, encode, read_texts
 from lora_compose.pipelines.families.flux3 import ComposeFlux3DistilledPipeline
+from pairs import slow_but
 from trainings import TRAINED, paint_folder, trained_pipeline, training
 
 SIDE = 32  # pixels: two by two tokens
@@ -184,17 +184,16 @@ def test_the_class_is_kept_as_the_base_model_predicts_it(family: str, folder: Pa
         torch.testing.assert_close(learner(batch).prior, distance, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", slow_but(("FLUX.1", "Qwen-Image"), TRAINED), indirect=True)
 def test_a_file_opens_in_diffusers_and_composes(family: str, folder: Path) -> None:
     pipe = opened(family)
     pipe.save_pretrained(folder / "model")
     assert preset_of(str(folder / "model")) == "transformer"
     settings = training(
-        folder, folder / "model", resolution=SIDE, steps=3, scope="transformer", alpha=5, class_count=2, class_steps=1,
-        sample_every=3, sample_guidance=2.0,
-    )  # fmt: skip
+        folder, folder / "model", resolution=SIDE, steps=1, scope="transformer", alpha=5, class_count=1, class_steps=1
+    )
     path = train(settings)
-    assert len(list((folder / "cat-class").glob("*.png"))) == 2
-    assert Image.open(folder / "cat-samples" / "000003-0.png").size == (SIDE, SIDE)
+    assert len(list((folder / "cat-class").glob("*.png"))) == 1
     tensors = load_file(path)
     layers = {name.split(".lora_")[0] for name in tensors}
     assert not any("norm" in name or "modulation" in name.lower() or "_mod." in name for name in layers)
@@ -203,12 +202,10 @@ def test_a_file_opens_in_diffusers_and_composes(family: str, folder: Path) -> No
         told = file.metadata()
     assert told["modelspec.architecture"] == f"{pipe.architecture}/lora"
     assert json.loads(told["training"])["scope"] == "transformer"
-    plain = opened(family)
-    plain.load_lora_weights(path, adapter_name="cat")
-    assert plain.transformer.peft_config["cat"].lora_alpha == 5
-    composer = ComposePipeline.from_pretrained(folder / "model")
-    composer.load_concept(path)
-    assert composer.resolve_concepts(["cat"])[0].concept.phrase == "sks cat"
+    pipe.load_concept(path)
+    assert pipe.resolve_concepts(["cat"])[0].concept.phrase == "sks cat"
+    pipe.load_lora_weights(path, adapter_name="cat")
+    assert pipe.transformer.peft_config["cat"].lora_alpha == 5
 
 
 @pytest.mark.parametrize(
@@ -273,7 +270,6 @@ def test_a_share_of_the_times_is_of_the_noisiest(share: float) -> None:
 
 
 def test_what_means_nothing_to_transformers_is_refused(folder: Path) -> None:
-    flux_pipeline().save_pretrained(folder / "model")
     cases: dict[str, dict[str, Any]] = {
         "cross-attention": {"tara": TaraTraining()}, "scope cross_kv": {"scope": "cross_kv"},
         "no convolutions in its blocks": {"scope": "convolutions"},
@@ -281,8 +277,7 @@ def test_what_means_nothing_to_transformers_is_refused(folder: Path) -> None:
     }  # fmt: skip
     for complaint, fields in cases.items():
         with pytest.raises(ValueError, match=complaint):
-            train(training(folder, folder / "model", **{"resolution": SIDE, **fields}))
-    assert not (folder / "cat.checkpoint").exists()
+            base_of(flux_pipeline()).check(training(folder, "unused", **{"resolution": SIDE, **fields}))
     with pytest.raises(ValueError, match="the method tara takes ordinary LoRAs of Anima"):
         base_of(anima_pipeline()).check(training(folder, "unused", tara=TaraTraining()))
     with pytest.raises(ValueError, match="does not name the blocks of Anima, which --compile needs"):

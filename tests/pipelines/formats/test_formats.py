@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from lora_compose.compose.benchmark.architectures import SD15, SDXL, without_wei
 from lora_compose.compose.generate.making import load
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
 from lora_compose.pipelines.formats.kinds import kind_of
+from pairs import in_pairs
 from recipe.lora_files import FORMATS, Format, bare, kohya, pair, with_alpha
 from reference import deltas, dense
 
@@ -50,10 +52,13 @@ def sdxl_parts() -> SimpleNamespace:
     )
 
 
-@pytest.fixture(scope="module", params=[sd_parts, sdxl_parts], ids=["SD", "SDXL"])
-def parts(request: pytest.FixtureRequest) -> SimpleNamespace:
+PARTS = {"SD": sd_parts, "SDXL": sdxl_parts}
+
+
+@cache
+def parts_of(family: str) -> SimpleNamespace:
     """Small real models of one family; never changed."""
-    return request.param()
+    return PARTS[family]()
 
 
 def loras_for(parts: SimpleNamespace, targets: tuple[str, ...]) -> dict[str, Lora]:
@@ -73,8 +78,9 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], to
         assert delta.abs().max() > 0
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_the_same_change_in_every_format_is_the_same(parts: SimpleNamespace, tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize(("form", "family"), in_pairs(FORMATS, PARTS))
+def test_the_same_change_in_every_format_is_the_same(form: str, family: str, tmp_path: Path) -> None:
+    parts = parts_of(family)
     known, loras = FORMATS[form], loras_for(parts, EVERYTHING)
     file = read_lora(known.write(loras, parts, tmp_path), allow_pickle=known.options.get("allow_pickle", False))
     factors = match(file, parts, alpha=known.options.get("alpha"))
@@ -86,7 +92,8 @@ def test_the_same_change_in_every_format_is_the_same(parts: SimpleNamespace, tmp
     assert_close(deltas(factors), expected)
 
 
-def test_a_whole_unet_is_as_strong_as_the_given_alpha(parts: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_whole_unet_is_as_strong_as_the_given_alpha(tmp_path: Path) -> None:
+    parts = parts_of("SD")
     file = read_lora(FORMATS["TARA, whole UNet"].write(loras_for(parts, ATTENTION), parts, tmp_path))
     once, fourfold = (deltas(match(file, parts, alpha=alpha)) for alpha in (8, 32))
     assert_close(fourfold, {name: 4 * delta for name, delta in once.items()})

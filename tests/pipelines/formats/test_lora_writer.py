@@ -19,6 +19,7 @@ from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.formats.keys import PARTS
 from lora_compose.pipelines.formats.lora_writer import SPELLINGS, FileLayer, Spelling, stems, tensors
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
+from pairs import in_pairs
 from reference import dense
 
 FC1 = "encoder.layers.0.mlp.fc1"
@@ -97,8 +98,7 @@ def write(path: Path, pipe: Any, loras: dict[str, Lora], spelling: Spelling) -> 
     return path
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize(("family", "spelling"), in_pairs(["sd", "sdxl"], SPELLINGS))
 def test_layers_of_all_kinds_are_what_diffusers_and_we_read(family: str, spelling: Spelling, tmp_path: Path) -> None:
     pipe = FAMILIES[family](PLAIN[family])
     loras = everywhere(pipe)

@@ -23,6 +23,7 @@ from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.concepts.overload import joint_change
 from lora_compose.pipelines.merging.expressed import expressed
 from lora_compose.pipelines.scene.strength import in_blocks
+from pairs import in_pairs
 from reference import constant_gates, relative_error
 from transformer_families import CALL, CELLS, Family, plain_latents, shared_pipeline
 from z_image import Z_IMAGE
@@ -110,16 +111,6 @@ def changed(kind: Kind, weight: Tensor) -> tuple[Tensors, Tensor]:
     return named, whole / whole.square().sum(axis, keepdim=True).sqrt() * named["dora_scale"].double()
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Kind:
-    return request.param
-
-
 def written(case: Case, kind: Kind, transformer: nn.Module, path: Path) -> dict[str, Tensor]:
     """Writes the file, and gives the dense weights of the model's layers."""
     torch.manual_seed(5)
@@ -144,7 +135,9 @@ def with_weights(case: Case, pipe: Any, dense: Mapping[str, Tensor], given: Mapp
     return plain_latents(case.family, other, **given)
 
 
-def test_the_image_is_that_of_dense_weights(case: Case, kind: Kind, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "family"), in_pairs(KINDS, CASES))
+def test_the_image_is_that_of_dense_weights(kind: Kind, family: str, tmp_path: Path) -> None:
+    case = CASES[family]
     pipe = shared_pipeline(case.family)
     path, given = tmp_path / "it.safetensors", {**CALL, **case.family.unguided}
     dense = written(case, kind, pipe.transformer, path)
