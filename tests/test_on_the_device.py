@@ -226,7 +226,7 @@ FEATURES: dict[str, Callable[[Any, Path], Mapping[str, Any]]] = {
     "maps of lora-composer": lambda pipe, folder: {"method": "lora-composer", "record_attention": True},
     "maps of clora": lambda pipe, folder: {"method": "clora", "record_attention": True, "num_images_per_prompt": 2},
     "controls of lora-composer": lambda pipe, folder: {"method": "lora-composer", "control": controls(pipe, folder)},
-    "weights of lora-composer": lambda pipe, folder: {"method": "lora-composer", "concepts": SCHEDULED},
+    "weights of regional": lambda pipe, folder: {"method": "regional", "concepts": SCHEDULED},
     "a style for clora": lambda pipe, folder: {"method": "clora", **WITH_STYLE},
     "latents": lambda pipe, folder: {
         "method": "tara", "latents": torch.randn(1, 4, 16, 16, generator=seeded()).to(pipe.device, pipe.dtype),
@@ -246,7 +246,7 @@ FEATURES: dict[str, Callable[[Any, Path], Mapping[str, Any]]] = {
 }  # fmt: skip
 
 
-STEP_BY_STEP = ("maps of lora-composer", "weights of lora-composer", "a callback that switches guidance off")
+STEP_BY_STEP = ("maps of lora-composer", "weights of regional", "a callback that switches guidance off")
 """What a second step shows; the others have one."""
 
 WITH_TENSORS = ("maps of clora", "controls of lora-composer", "latents", "embeddings", "decoded images")
@@ -257,11 +257,14 @@ OF_SDXL = (
 )  # fmt: skip
 """What differs between the families, or has to be seen once for both; the rest is tried with the smaller one."""
 
+SLOW = ("maps of lora-composer", "with_heun", "with_plain_attention", "with_checkpointing")
+"""What others do as well: maps of CLoRA, Euler, checkpointing by branch."""
+
 
 def by_default(name: str, family: str) -> Any:
     """A case, slow unless it is tried with this family."""
     mine = "sdxl" if name in OF_SDXL else "sd"
-    return pytest.param(name, family, marks=() if family == mine else pytest.mark.slow)
+    return pytest.param(name, family, marks=() if family == mine and name not in SLOW else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "exact"), [by_default(name, family) for name in FEATURES for family in FAMILIES])
