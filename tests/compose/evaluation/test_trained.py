@@ -71,9 +71,9 @@ def test_a_lora_is_trained_once_with_the_words_of_its_concept(suite: Suite, imag
 @pytest.mark.usefixtures("written")
 def test_other_steps_settings_or_images_are_another_lora(suite: Suite, images: Path, tmp_path: Path) -> None:
     others = (trained(images), trained(images, steps=4), trained(images, settings=TINY | {"rank": 3}))
-    files = {with_loras(suite, other, tmp_path / "out").concept("cat").lora for other in others}
+    files = {str(with_loras(suite, other, tmp_path / "out").concept("cat").lora) for other in others}
     (images / "more.png").write_bytes(playground_references("cat")[2].read_bytes())
-    files.add(with_loras(suite, others[0], tmp_path / "out").concept("cat").lora)
+    files.add(str(with_loras(suite, others[0], tmp_path / "out").concept("cat").lora))
     assert len(files) == len(list((tmp_path / "out/loras").iterdir())) == 4
 
 

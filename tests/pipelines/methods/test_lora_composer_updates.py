@@ -554,7 +554,7 @@ def test_images_of_a_batch_equal_single_images_also_where_they_stop(composer):
 
 def test_a_second_call_gives_the_bits_of_a_new_pipeline(composer, tmp_path):
     settings = LoraComposer(reinit="swap")
-    arguments = {"guidance_scale": 4.0}
+    arguments: dict[str, Any] = {"guidance_scale": 4.0}
     compose(composer, settings, "zwx dog and sks cat", width=128, height=64, generator=seeded(5))
     second, third = (compose(composer, settings, **arguments).images for _ in range(2))
     fresh = compose(load(tiny_pipeline(), tmp_path), settings, **arguments).images
