@@ -156,7 +156,7 @@ def test_python_calls_of_a_whole_call_grow_linearly_with_its_concepts(monkeypatc
     assert exponents["Python calls"] == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("of_one_class", [False, True])
+@pytest.mark.parametrize("of_one_class", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_texts_about_all_concepts_take_calls_that_grow_linearly_with_them(of_one_class):
     points = []
     for number in (8, 16, 32):

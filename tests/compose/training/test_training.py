@@ -116,7 +116,13 @@ def largest_difference(first: Path, second: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "scope"), [("sd", "cross_kv"), ("sd", "transformer"), ("sd", "convolutions"), ("xl", "attention")]
+    ("kind", "scope"),
+    [
+        ("sd", "cross_kv"),
+        ("sd", "convolutions"),
+        ("xl", "attention"),
+        pytest.param("sd", "transformer", marks=pytest.mark.slow),
+    ],
 )
 def test_the_file_opens_in_diffusers_with_the_trained_weights(
     begin: Callable[..., Training], models: dict[str, Path], kind: str, scope: str

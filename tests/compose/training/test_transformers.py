@@ -212,7 +212,7 @@ def test_a_file_opens_in_diffusers_and_composes(family: str, folder: Path) -> No
     ("pipeline", "scope", "ends"),
     [
         (partial(anima_pipeline, concat_padding_mask=True), "cross_kv", ("attn2.to_k", "attn2.to_v")),
-        (default_flux3, "attention", ("to_q", "to_k", "to_v", "to_out.0")),
+        pytest.param(default_flux3, "attention", ("to_q", "to_k", "to_v", "to_out.0"), marks=pytest.mark.slow),
     ],
     ids=["Anima", "FLUX.3"],
 )

@@ -62,7 +62,7 @@ def run(pipe: Any, method: Settings, **arguments: Any) -> Tensor:
         pytest.param("sd", torch.bfloat16, method, marks=pytest.mark.slow if method in OTHER_NUMBERS else ())
         for method in EVERY_METHOD
     ),
-    ("sdxl", torch.float16, "clora"), ("sdxl", torch.float16, "lora-composer"),
+    *(pytest.param("sdxl", torch.float16, name, marks=pytest.mark.slow) for name in ("clora", "lora-composer")),
 ])  # fmt: skip
 def test_latents_keep_their_precision_from_step_to_step(composer, dtype, method):
     dtypes = []

@@ -71,7 +71,10 @@ def add_to_weights(pipe: Any, name: str, weight: float) -> None:
             module.weight.data += weight * found.delta().view_as(module.weight)
 
 
-@pytest.mark.parametrize(("family", "way"), [*(("sd", way) for way in EVERY_WAY), ("sdxl", "composite")])
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [*(("sd", way) for way in EVERY_WAY), pytest.param("sdxl", "composite", marks=pytest.mark.slow)],
+)
 def test_a_style_acts_as_if_it_were_a_part_of_the_model(load, family, way):
     """On all cells, tokens, texts and passes, also of losses and masks; without guidance, where methods differ."""
     pipe, method = load(family), EVERY_WAY[way]()

@@ -155,7 +155,8 @@ def test_a_long_prompt_is_read_in_chunks(family):
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        ("sd", Clora(fuse="branches")), ("sd", LoraComposer(least_updates=0.0)), ("sdxl", "tara"),
+        ("sd", Clora(fuse="branches")), ("sdxl", "tara"),
+        pytest.param("sd", LoraComposer(least_updates=0.0), marks=pytest.mark.slow),
         pytest.param("sd", "freefuse", marks=pytest.mark.slow),
         pytest.param("sdxl", Clora(fuse="branches"), marks=pytest.mark.slow),
     ],

@@ -653,6 +653,7 @@ def test_an_image_with_a_bystander_and_a_style_is_made_explained_exported_and_co
     assert fields_of(at) == result.run.model_copy(update={"device": None})
 
 
+@pytest.mark.slow
 def test_variations_of_an_image_with_a_bystander_are_told_apart_by_the_weight_of_a_lora(
     at: AppTest, tmp_path: Path
 ) -> None:
