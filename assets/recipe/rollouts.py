@@ -34,7 +34,7 @@ class Noisy(NamedTuple):
         return Noisy(self.latents[:count], self.times[:count], self.guidance[:count], self.captions[:count])
 
     def with_first(self, others: "Noisy") -> "Noisy":
-        """These, with others in place of as many first ones."""
+        """Noisy images with others in place of as many first ones."""
         count = len(others.times)
         latents, times, guidance = (
             torch.cat((theirs, mine[count:])) for theirs, mine in zip(others[:3], self[:3], strict=True)

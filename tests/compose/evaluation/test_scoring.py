@@ -58,7 +58,7 @@ PAIR = ("bear", FIRST, TOP), ("dog", SECOND, TOP)
 
 @pytest.fixture(scope="module")
 def pair(scorer: Scorer) -> ImageScores:
-    """Of both concepts, each in its region."""
+    """Scores of both concepts, each in its region."""
     return scorer.score(pasted(*PAIR), scene(regions=HALVES))
 
 

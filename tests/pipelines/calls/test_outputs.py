@@ -115,7 +115,7 @@ COMPARED = (
     "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
-"""Those whose images `test_as_in_diffusers.py` compares with diffusers' own."""
+"""Schedulers whose images `test_as_in_diffusers.py` compares with diffusers' own."""
 
 
 @pytest.mark.parametrize(
