@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,8 @@ from lora_compose.attention.device import hooked, modules_of
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside this block no parameter requires a gradient, so the graph stores no inputs for weight gradients."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    owned = chain.from_iterable(module._parameters.values() for module in modules_of(model).values())
+    asking = [parameter for parameter in owned if parameter is not None and parameter.requires_grad]
 
     def ask(wanted: bool) -> None:
         for parameter in asking:

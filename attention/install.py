@@ -20,7 +20,7 @@ from lora_compose.attention.device import (
 )
 from lora_compose.attention.fitting import check_sides, shape_at, shape_of
 from lora_compose.attention.forward_state import LayerInputs
-from lora_compose.attention.gates import Gates, strongest
+from lora_compose.attention.gates import GateKey, Gates, strongest
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import BankLayer, Lora, base_layer
 from lora_compose.attention.norm_regions import NormRegions
@@ -54,6 +54,7 @@ class Installation:
     ) -> None:
         self.columns = tuple(columns)
         self.bank = dict(bank.layers)
+        self._keys = _keys_of(self.bank)
         self.state = bank.state
         self._modules = modules
         self._loras = loras
@@ -89,8 +90,7 @@ class Installation:
         """
         gates = gates.strongest(self.columns) if self.columns else gates
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
-        keys = {key for layer in self.bank.values() for key in layer.keys}
-        expanded = {key: gates.expand(key, lengths).to(self._device, self._dtype) for key in keys}
+        expanded = {key: gates.expand(key, lengths).to(self._device, self._dtype) for key in self._keys}
         kept = text_kv or (None if text is None else TextKV())
         factors = None if text_bias is None else text_bias.to(self._device)
         scores = {} if factors is None else factors.scores()
@@ -178,6 +178,7 @@ class Installation:
                 self.bank[name] = unfolded = layer.only(stay)
                 unfolded.act_on(layer.layer)
             replace_module(self._modules, name, self.bank.get(name, layer.layer))
+        self._keys = _keys_of(self.bank)
         return folded
 
     def _columns(self, gates: Sequence[float], ranks: Sequence[int]) -> Tensor | None:
@@ -281,6 +282,11 @@ def install(
     without changing what they do.
     """
     return _installed(backbone.model, loras, backbone.sites, backbone, device, dtype, silence, kept, how)
+
+
+def _keys_of(bank: Mapping[str, BankLayer]) -> Collection[GateKey]:
+    """The gates that the layers of a bank need."""
+    return {key for layer in bank.values() for key in layer.keys}
 
 
 @contextmanager

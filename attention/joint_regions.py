@@ -160,9 +160,8 @@ class JointRegions:
             base = None if self.base is None else self.base[parts]
             _into(out, attend, [base], query, key, value, mask, unconditional)
         if others is not None:
-            if self.hidden is not None:
-                seen = ~self.hidden[parts]
-                seen = torch.nn.functional.pad(seen, (0, key.shape[1] - seen.shape[1]), value=True)[:, None, None]
+            if (seen := self._seen(parts, key.shape[1])) is not None:
+                seen = seen[:, None, None]
                 mask = seen if mask is None else seen_too(mask, seen)
             _into(out, attend, groups, query, key, value, mask, others)
         return out
@@ -175,9 +174,19 @@ class JointRegions:
             of_groups[group.queries[:, None], group.keys] = True
         of_base[:, slice(None) if self.base is None else self.base[parts].keys] = True
         allowed = of_groups.expand(len(self.unconditional), -1, -1).clone()
-        if self.rows[0] is not None:
-            allowed[self.rows[0]] = of_base
+        unconditional, others = self.rows
+        if unconditional is not None:
+            allowed[unconditional] = of_base
+        if others is not None and (seen := self._seen(parts, positions)) is not None:
+            allowed[others] &= seen[others][:, None]
         return allowed
+
+    def _seen(self, parts: SiteParts, positions: int) -> Tensor | None:
+        """False at padding inside the texts; None if there is none. Shape: [rows, positions]."""
+        if self.hidden is None:
+            return None
+        seen = ~self.hidden[parts]
+        return torch.nn.functional.pad(seen, (0, positions - seen.shape[1]), value=True)
 
 
 def seen_too(mask: Tensor, seen: Tensor) -> Tensor:

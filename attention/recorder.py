@@ -29,7 +29,8 @@ class Recorder:
     Attributes:
         maps: Mean over heads, by cross-attention layer, in fp32. Shape: [(texts,) rows, cells, maps] each.
         self_maps: Mean over heads, by self-attention layer, in fp32. Shape: [rows, cells, cells seen] each.
-        output: Output of the projection of `output_layer`, in fp32. Shape: [rows, cells, channels].
+        output: What `output_layer` gives its output projection on transformers with one sequence, and what that gives
+            on others, in fp32. Shape: [rows, cells, channels].
     """
 
     def __init__(

@@ -225,6 +225,10 @@ OWN_TEXTS = [
 FEATURES: dict[str, Callable[[Any, Path], Mapping[str, Any]]] = {
     "maps of lora-composer": lambda pipe, folder: {"method": "lora-composer", "record_attention": True},
     "maps of clora": lambda pipe, folder: {"method": "clora", "record_attention": True, "num_images_per_prompt": 2},
+    "maps of draft": lambda pipe, folder: {"method": "draft", "record_attention": True, "concepts": ["cat", "dog"]},
+    "maps of freefuse": lambda pipe, folder: {
+        "method": "freefuse", "record_attention": True, "concepts": ["cat", "dog"],
+    },
     "controls of lora-composer": lambda pipe, folder: {"method": "lora-composer", "control": controls(pipe, folder)},
     "weights of regional": lambda pipe, folder: {"method": "regional", "concepts": SCHEDULED},
     "a style for clora": lambda pipe, folder: {"method": "clora", **WITH_STYLE},

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_compose.compose.support.terminal import echo
-from recipe.loop import keep, resume, share
+from recipe.loop import Trainer, keep, resume, share
 from recipe.pool import Batch, Pool
 from recipe.ranks import of_first, rank, ranks
 from recipe.world import SIZE
@@ -17,22 +17,8 @@ SAVED_EVERY = 1800  # seconds between two models to look at
 CELLS = (SIZE // 8) ** 2
 
 
-class Denoiser(Protocol):
-    """A denoiser in training."""
-
-    step: int
-
-    def learn(self, batch: Any, share: float) -> float:
-        """One step with a share of the learning rate; returns the loss."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to resume."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes."""
-        ...
+class Denoiser(Trainer, Protocol):
+    """A denoiser in training that can be saved as a pipeline."""
 
     def save(self, out: Path) -> None:
         """Writes the pipeline with averaged weights."""

@@ -360,7 +360,7 @@ SUITES = (
     ),
     Suite(
         "playground-full",
-        "Twenty pairs, three scenes of one class and five scenes of three, two seeds each; all methods.",
+        "Twenty pairs, three scenes of one class and five scenes of three, two seeds each; all methods but freefuse.",
         [*_pairs(FULL, HALVES), *_pairs(ONE_CLASS, HALVES), *_threes(THREES, THIRDS)],
         f"""merge
 {{name: "merge, tara LoRAs", method: merge, lora: tara}}

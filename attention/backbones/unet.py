@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -48,12 +48,12 @@ class UNetBackbone:
             tuple(f"{layer.name}.{side}" for side in ("to_q", "to_k", "to_v")[layer.cross :]) for layer in self._layers
         ]
 
-    @property
+    @cached_property
     def map_level(self) -> int:
         """The level whose attention maps show where concepts are."""
         return map_level(self._layers)
 
-    @property
+    @cached_property
     def map_layers(self) -> tuple[str, ...]:
         """The cross-attention layers on the map level."""
         return tuple(layer.name for layer in self._layers if layer.cross and layer.level == self.map_level)
@@ -63,7 +63,7 @@ class UNetBackbone:
         """The cross-attention layers on the map level: others have another grid."""
         return self.map_layers
 
-    @property
+    @cached_property
     def self_map_layers(self) -> tuple[str, ...]:
         """The self-attention layers on the map level."""
         return tuple(layer.name for layer in self._layers if not layer.cross and layer.level == self.map_level)
@@ -244,7 +244,7 @@ def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     """Inside this block the UNet stops after the up block with the last of some layers, or before all up blocks."""
     model: Any = uncompiled(unet)
     layers = tuple(layers)
-    names = [name for name, _, stage, _ in blocks(model) if stage == "up"]
+    names = [f"up_blocks.{i}" for i in range(len(model.up_blocks))]
     needed = [i for i, name in enumerate(names, start=1) if any(layer.startswith(f"{name}.") for layer in layers)]
     keep = max(needed, default=0)
     up_blocks = list(model.up_blocks)

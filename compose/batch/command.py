@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_compose.compose.batch.entries import BatchScenes, Entry
 from lora_compose.compose.batch.jobs import Job, make_jobs
 from lora_compose.compose.batch.results import Folder, Result
-from lora_compose.compose.batch.runner import check_names, results_of, run_batch, with_defaults
+from lora_compose.compose.batch.runner import check_names, make_missing, results_of, with_defaults
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.cluster.opening import Cluster
 from lora_compose.compose.files.claims import Claims
@@ -38,7 +38,7 @@ def make_all(
     """
     settings, told = with_defaults(settings)
     if local_rank():  # a launcher has started several; only the first one prints
-        run_batch(batch.entries, settings, out, replace=replace)
+        join(batch.entries, settings, out, replace=replace)
         return 0
     jobs, missing = make_jobs(batch.entries, settings)
     bad = [*batch.bad, *missing]
@@ -48,7 +48,7 @@ def make_all(
     folder = Folder(out)
     check_names(folder, jobs, replace)
     entries = list({job.entry.name: job.entry for job in jobs}.values())
-    left = [job for job in jobs if not folder.has(job)]
+    left = folder.missing(jobs)
     echo(_summary(jobs, left, out), to=err)
     if told:
         echo(told, to=err)
@@ -67,8 +67,16 @@ def make_all(
                 return code
         else:
             cluster = None if ray is None else Cluster(ray, processes)
-            run_batch(entries, settings, out, on_progress, replace=replace, cluster=cluster)
+            make_missing(folder, jobs, left, settings, on_progress, cluster=cluster)
     return _show_results(folder, results_of(folder, jobs, bad))
+
+
+def join(entries: Sequence[Entry], settings: BatchSettings, out: Path, *, replace: bool = False) -> None:
+    """Makes what is missing, as one of several processes of which another shows the results."""
+    settings, _ = with_defaults(settings)
+    folder, (jobs, _) = Folder(out), make_jobs(entries, settings)
+    check_names(folder, jobs, replace)
+    make_missing(folder, jobs, folder.missing(jobs), settings)
 
 
 def _summary(jobs: Sequence[Job], left: Sequence[Job], out: Path) -> str:
@@ -81,14 +89,14 @@ def write_plan(path: Path, entries: Sequence[Entry], settings: BatchSettings) ->
     """Writes scenes and settings as a batch file that is valid on the whole machine."""
     scenes = [
         {
-            "name": entry.name, **entry.scene.model_dump(mode="json", exclude_none=True),
+            "name": entry.name, **entry.scene.model_dump(mode="json", exclude_defaults=True),
             **({} if entry.seeds is None else {"seeds": entry.seeds}),
         }
         for entry in entries
     ]  # fmt: skip
     files = {"model": to_record(settings.model), "quantize": moved_weights(settings.quantize, to_record)}
     about = settings.model_copy(update=files).model_dump(mode="json", exclude_none=True)
-    write_text(path, json.dumps({**about, "scenes": scenes}, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, json.dumps({**about, "scenes": scenes}, ensure_ascii=False) + "\n")
 
 
 def _show_results(folder: Folder, results: Sequence[Result]) -> int:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from lora_compose.compose.batch.settings import BatchSettings, Seeds
+from lora_compose.compose.batch.tables import MOST_BYTES as TABLE_BYTES
 from lora_compose.compose.batch.tables import SUFFIXES as TABLES
 from lora_compose.compose.batch.tables import Row, Table, read_table
 from lora_compose.compose.batch.templates import fill, placeholders
@@ -23,11 +24,12 @@ from lora_compose.compose.support.frozen import Frozen
 from lora_compose.compose.support.names import check_merger, did_you_mean, file_near
 from lora_compose.pipelines.scene.scene import Concept, Scene
 from lora_compose.pipelines.scene.sources import files_of
+from lora_compose.pipelines.support.home import expanded
 
 _SCENES = (".yaml", ".yml", ".json")
 MOST_NAME_BYTES = 200
 """Bytes of a name: with seed, number and suffix, file systems take 255."""
-_MOST_BYTES = 64 * 2**20  # of a batch file in JSON
+_MOST_BYTES = 4 * TABLE_BYTES  # of a batch file in JSON; for several processes, a table becomes one with all scenes
 _OWN = ("name", "seed", "seeds")
 
 
@@ -105,7 +107,7 @@ def read_entries(
 
 
 def _existing(source: str | Path) -> Path:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists():
         raise FileError(f"there is no file or folder {str(source)!r}{file_near(path)}")
     if path.is_file() and path.suffix.lower() not in (*_SCENES, *TABLES):

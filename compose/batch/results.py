@@ -122,6 +122,10 @@ class Folder:
             holds(self.image(job, seed), record.sha256.get(seed)) for seed in job.seeds
         )  # fmt: skip
 
+    def missing(self, jobs: Iterable[Job]) -> list[Job]:
+        """The jobs whose images are not all there; reads every image."""
+        return [job for job in jobs if not self.has(job)]
+
     def foreign(self, job: Job) -> Path | None:
         """An image with a job's name that was made in another way, or None."""
         record = _read(self.made_file(job), Made)

@@ -40,9 +40,8 @@ def run_batch(
 
     Existing images are not made again, unless they are damaged or (with `replace`) were made in another way. A call
     that fails is tried once, and does not stop the others. Invalid scenes are found before the first image, and before
-    the model is opened where it is not needed for that. Without a
-    heartbeat for `patience` seconds, the work of another process is taken over. On a cluster the images are
-    the same, and are stored by this process.
+    the model is opened where it is not needed for that. Without a heartbeat for `patience` seconds, the work of another
+    process is taken over. On a cluster the images are the same, and are stored by this process.
 
     Raises:
         ValueError: If the model cannot be opened, a setting is unknown, or there are images of the same names that were
@@ -50,16 +49,31 @@ def run_batch(
         OSError: If images cannot be written; those so far are kept. If there is no such cluster, or no worker is left.
     """
     settings, _ = with_defaults(settings)
-    folder, report = Folder(Path(out)), on_progress or (lambda *args: None)
+    folder = Folder(Path(out))
     jobs, bad = make_jobs(entries, settings)
     check_names(folder, jobs, replace)
-    if left := _possible(folder, [job for job in jobs if not folder.has(job)], settings, here=cluster is None):
+    make_missing(folder, jobs, folder.missing(jobs), settings, on_progress, patience=patience, cluster=cluster)
+    return results_of(folder, jobs, bad)
+
+
+def make_missing(
+    folder: Folder,
+    jobs: Sequence[Job],
+    missing: Sequence[Job],
+    settings: BatchSettings,
+    on_progress: OnProgress | None = None,
+    *,
+    patience: float = PATIENCE,
+    cluster: Cluster | None = None,
+) -> None:
+    """Makes the images of a batch that are missing, as `run_batch` does, whose names and settings are checked."""
+    report = on_progress or (lambda *args: None)
+    if left := _possible(folder, missing, settings, here=cluster is None):
         check_writable(folder.path / "0.png")
         progress = Progress(report, len(jobs) - len(left))
         with workers(partial(_opening, settings, left), settings.device, settings.threads, cluster) as opened:
             _make_all(opened, folder, left, Claims(folder.claims, patience), progress)
     report(len(jobs))
-    return results_of(folder, jobs, bad)
 
 
 def with_defaults(settings: BatchSettings) -> tuple[BatchSettings, str]:

@@ -18,6 +18,7 @@ from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.formats.files import PEFT_CONFIG, PEFT_FILE
 from lora_compose.pipelines.scene.scene import Run, Scene
 from lora_compose.pipelines.scene.sources import files_of
+from lora_compose.pipelines.support.home import expanded
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 """Weights that are not sent where a folder has them as safetensors, which are preferred."""
@@ -40,7 +41,7 @@ class Packer:
 
     def source(self, source: str) -> Parcel:
         """An image, or the file or folder of a model; nothing of what is on the hub or comes with lora-compose."""
-        path = Path(source).expanduser()
+        path = expanded(source)
         if is_named(source) or not path.exists():
             return Parcel()
         if path.is_file():

@@ -84,10 +84,9 @@ def batch(
     asked = _settings(scenes, {name: value for name, value in given.items() if value is not None})
     reading.check_ray(ray)
     with starting():
-        from lora_compose.compose.batch.command import make_all
-        from lora_compose.compose.batch.runner import run_batch
+        from lora_compose.compose.batch.command import join, make_all
     if joins:  # what `--processes 2` starts twice
-        run_batch(scenes.entries, asked, out, replace=replace)
+        join(scenes.entries, asked, out, replace=replace)
     elif code := make_all(scenes, asked, out, processes, replace=replace, ray=ray):
         raise typer.Exit(code)
 

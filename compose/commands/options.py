@@ -145,8 +145,8 @@ ReferenceOption = Annotated[
     typer.Option(
         "--reference",
         metavar="FILE",
-        help="An image that the model reads beside the prompt, repeatable; for FLUX.2, FLUX.1 Kontext and "
-        "Qwen-Image-Edit.",
+        help="An image that the model reads beside the prompt, repeatable; for FLUX.1 Kontext, FLUX.2, FLUX.3 and "
+        "Qwen-Image-Edit-Plus.",
     ),
 ]
 MaskImageOption = Annotated[

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS, playground_judge
 from lora_compose.compose.support.quiet import without_bars
+from lora_compose.pipelines.support.home import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _locate(source: str) -> str:
             return str(playground_judge())
         except FileNotFoundError as error:
             raise ValueError(str(error)) from error
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"the folder {source!r} has no config.json; {_expected()}")

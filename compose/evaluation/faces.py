@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from lora_compose.pipelines.support.home import expanded
+
 SIDE = 112
 """Width and height of a face as recognition networks read it, in pixels."""
 POINTS = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
@@ -110,7 +112,7 @@ def _finder(path: Path, source: str) -> Any:
 
 
 def _file(source: str, what: str) -> Path:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_file() or path.suffix.lower() != ".onnx":
         raise ValueError(f"there is no file {source!r} of a network that {what}; expected a file .onnx")
     return path

@@ -6,6 +6,7 @@ from lora_compose.compose.cluster.packing import Packer, Parcel, union
 from lora_compose.compose.evaluation.scoring import CAPTIONS, reference_files
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, moved_suite
 from lora_compose.compose.playground.assets import PLAYGROUNDS
+from lora_compose.pipelines.support.home import expanded
 
 
 def pack(packer: Packer, suite: Suite) -> Parcel:
@@ -30,7 +31,7 @@ def _references(packer: Packer, concept: SuiteConcept) -> Parcel:
         return Parcel()
     files = reference_files(concept)
     if isinstance(references, str):
-        folder = Path(references).expanduser()
+        folder = expanded(references)
         return packer.together(references, folder, [*files, *_captions(folder)])
     pairs = zip(references, files, strict=True)
     return union(packer.together(name, file.parent, [file, *_captions(file.parent)], file) for name, file in pairs)

@@ -40,6 +40,7 @@ from lora_compose.compose.files.stored import changed, write
 from lora_compose.compose.generate.facts import digest, file_hash, model_facts, run_facts
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_judge, playground_model
 from lora_compose.compose.support.frozen import shared
+from lora_compose.pipelines.support.home import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _references(concept: SuiteConcept) -> list[Any]:
 
 def fingerprint(source: str) -> Any:
     """Identifies a model: by hashes of its files, or by its name if it is a hub repository."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source in PLAYGROUNDS:
         path = playground_model(source)
     elif source in JUDGES:

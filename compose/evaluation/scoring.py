@@ -23,6 +23,7 @@ from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_references
 from lora_compose.pipelines.scene.mask_images import Box, on_white, upright_image
 from lora_compose.pipelines.scene.scene import head_noun_of
+from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.regular import open_regular
 
 logger = logging.getLogger(__name__)
@@ -245,11 +246,11 @@ def reference_files(concept: SuiteConcept) -> list[Path]:
     """The reference images of a concept; raises ValueError if there are none."""
     references = concept.references
     if not isinstance(references, str):
-        return [Path(source).expanduser() for source in references]
+        return [expanded(source) for source in references]
     model, colon, name = references.partition(":")
     if colon and model in PLAYGROUNDS:
         return playground_references(name)
-    folder = Path(references).expanduser()
+    folder = expanded(references)
     if not folder.is_dir():
         raise ValueError(f"concept {concept.name!r}: there is no folder {references!r} with reference images")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())

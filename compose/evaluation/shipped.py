@@ -5,6 +5,7 @@ from pathlib import Path
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.compose.support.names import did_you_mean, file_near
+from lora_compose.pipelines.support.home import expanded
 
 
 def suites_dir() -> Path:
@@ -23,7 +24,7 @@ def find_suite(name: str, folder: Path | None = None) -> Path:
     Raises:
         FileError: If there is neither; the message lists the names.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix.lower() in (".yaml", ".yml", ".json"):
         if not path.exists():
             raise FileError(f"there is no file {name!r}{file_near(path)}")

@@ -24,6 +24,7 @@ from lora_compose.compose.training.data import read_images
 from lora_compose.compose.training.loop import DivergedError, Stopped, train
 from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.settings import Training
+from lora_compose.pipelines.support.home import expanded
 
 FOLDER = "loras"
 TRIED = 3
@@ -116,7 +117,7 @@ def _settings(name: str, trained: Trained, suite: Suite, concept: SuiteConcept, 
     """
     model = suite.model if trained.model is None else trained.model
     fields = {
-        "images": Path(trained.images).expanduser(), "out": folder / "lora.safetensors", "model": model,
+        "images": expanded(trained.images), "out": folder / "lora.safetensors", "model": model,
         "trigger": concept.trigger, "class_word": concept.class_word, "steps": trained.steps,
         "cpu": choose_device(suite.device) == "cpu", "threads": suite.threads, **trained.settings,
     }  # fmt: skip

@@ -20,7 +20,7 @@ from lora_compose.compose.files.images import Machine
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.making import Made, load, make_batch, plan, size_of, steps_of
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.generate.schedulers import scheduler_class
+from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.pipelines.scene.scene import Run
 
 PROBE_STEPS = 2
@@ -131,9 +131,7 @@ class Worker:
             loaded = [load(self.pipe, concept) for concept in run.scene.concepts]
             planned = plan(self.pipe, run)
             method = None if planned is None else planned.choice.method
-            scheduler = self.pipe.scheduler
-            if run.scheduler is not None:
-                scheduler = scheduler_class(run.scheduler).from_config(scheduler.config)
+            scheduler = scheduler_of(self.pipe, run)
             self._counted[kind] = count_run(
                 self.pipe, method, loaded, steps, run.guidance_scale, width, height, scheduler=scheduler
             )

@@ -14,6 +14,7 @@ from lora_compose.compose.support.names import did_you_mean, file_near
 from lora_compose.pipelines.scene.mask_images import URI_PREFIX
 from lora_compose.pipelines.scene.scene import Run, Start
 from lora_compose.pipelines.scene.sources import moved_files
+from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.quantising import QUANTISED
 
 _PICKLES = (".ckpt", ".bin", ".pt")
@@ -47,7 +48,7 @@ class ModelError(ValueError):
 
 def check_lora(source: str) -> None:
     """Raises ValueError if a LoRA does not exist on this machine; hub repositories are not looked up."""
-    path = _expanded(lora_source(source))
+    path = expanded(lora_source(source))
     pickled = path.suffix.lower() in _PICKLES  # refused whether they are there or not, with what to do instead
     if source and not pickled and not path.exists() and not is_hub_name(source):
         raise ValueError(f"there is no file {source!r}{file_near(path)}")
@@ -61,7 +62,7 @@ def model_source(model: str) -> Path:
     """
     if model in PLAYGROUNDS:
         return playground_model(model)
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.suffix.lower() == ".gguf":
         raise ModelError(
             f"{model!r} is one quantised denoiser, not a whole model; name the model that it is of, a folder or hub "
@@ -85,7 +86,7 @@ def _model_near(path: Path) -> str:
 
 def local_source(source: str, base: Path) -> str:
     """A source as a file in the folder `base` names it: names stay, and relative paths begin at that folder."""
-    path = _expanded(source)
+    path = expanded(source)
     if is_named(source) or (is_hub_name(source) and not (base / path).exists()):
         return source
     return str(base / path)  # an absolute path stays what it is
@@ -135,7 +136,7 @@ def _moved(model: _Model, names: tuple[str, ...], move: Move) -> _Model:
 def to_file(source: str, base: Path) -> str:
     """A source as a file in the folder `base` writes it: relative if it is below that folder."""
     full = to_record(source)
-    path = _expanded(full)
+    path = expanded(full)
     if full == source and not path.is_absolute():  # a name, not a path
         return source
     if not path.is_relative_to(base):
@@ -146,18 +147,11 @@ def to_file(source: str, base: Path) -> str:
 
 def to_record(source: str) -> str:
     """A path that is valid from everywhere on this machine, without the name of the user."""
-    path = _expanded(source)
+    path = expanded(source)
     if is_named(source) or (is_hub_name(source) and not path.exists()):
         return source
     path, home = path.absolute(), Path.home()
     return f"~/{path.relative_to(home).as_posix()}" if path != home and path.is_relative_to(home) else str(path)
-
-
-def _expanded(source: str) -> Path:
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:  # "~stranger/...": there is no such home
-        return Path(source)
 
 
 def is_named(source: str) -> bool:

@@ -14,6 +14,7 @@ from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene.mask_images import URI_PREFIX
 from lora_compose.pipelines.scene.scene import Run
 from lora_compose.pipelines.scene.sources import weighted
+from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.quantising import QUANTISED
 from lora_compose.pipelines.support.regular import sha256_of
 
@@ -42,7 +43,7 @@ def run_facts(run: Run, seeds: Sequence[int], threads: int | None, savers: Seque
     for fields in (scene, *scene["concepts"], *guides):
         fields |= {name: _content(fields[name]) for name in ("image", "mask_image", "region") if name in fields}
     for guide in guides:
-        guide["model"] = model_facts(Path(guide["model"]).expanduser(), guide["model"])
+        guide["model"] = model_facts(expanded(guide["model"]), guide["model"])
     settings = vars(make_method(run.method, run.settings)) if run.method else {}
     complete = {name: repr(value) for name, value in settings.items()}  # defaults may change from version to version
     return [facts, complete, list(seeds), threads, *savers]
@@ -65,7 +66,7 @@ def model_facts(path: Path, name: str) -> Any:
 
 def file_hash(path: str) -> str:
     """The SHA-256 of a file, read again in a process only if it has changed."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     return _hash(file, file_key([file], None))
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.families.references import ReferencesPipeline
 from lora_compose.pipelines.scene.mask_images import from_uri, greys, in_pixels, mask_of_box, on_white, open_image
 from lora_compose.pipelines.scene.scene import ControlFile, IPAdapterFile, Scene
+from lora_compose.pipelines.support.home import expanded
 
 _KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
 
@@ -91,7 +91,7 @@ def guide_source(model: str, what: str) -> str:
     Raises:
         ModelError: If it is neither.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     if not path.exists() and not is_hub_name(model):
         raise ModelError(f"there is no {what} {model!r}; expected a folder or a hub repository")
     return str(path) if path.exists() else model

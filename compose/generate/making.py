@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from lora_compose.pipelines.methods.draft import Drafted, draft_only
 from lora_compose.pipelines.scene.mask_images import open_image
 from lora_compose.pipelines.scene.scene import Concept, Run, Scene
 from lora_compose.pipelines.scene.sources import files_of, moved_files
+from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.regular import sha256_of
 from lora_compose.pipelines.text.emphasis import plain_text
 from lora_compose.pipelines.text.missing import tell_words
@@ -110,7 +110,7 @@ def make_batch(
             run=_as_used(pipe, run),
             versions=versions(),
             sha256=_hashes(loaded),
-            images={name: sha256_of(Path(path).expanduser()) for name, path in run.scene.image_files.items()},
+            images={name: sha256_of(expanded(path)) for name, path in run.scene.image_files.items()},
             machine=machine(pipe._execution_device),  # an offloaded model may be on another device now
         )
         arguments |= {

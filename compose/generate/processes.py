@@ -63,10 +63,12 @@ def launch(arguments: Sequence[str], number: int, threads: int, on_look: Callabl
         for rank, output in enumerate(outputs):
             environment = {**os.environ, **shared, "LOCAL_RANK": str(rank)}
             started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=output))
-        running, killed = list(started), 0
+        running, killed, next_look = list(started), 0, 0.0
         while running:
             time.sleep(0.2)
-            on_look()
+            if (now := time.monotonic()) >= next_look:
+                on_look()
+                next_look = now + 10 * (time.monotonic() - now)  # it may look at very many files
             for process in [process for process in running if process.poll() is not None]:
                 running.remove(process)
                 if process.returncode < 0:

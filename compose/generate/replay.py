@@ -21,6 +21,7 @@ from lora_compose.compose.support.terminal import bar, echo
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.scene.scene import Concept, Run
 from lora_compose.pipelines.scene.sources import files_of, with_files
+from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.regular import sha256_of
 
 
@@ -110,7 +111,7 @@ def check_images(record: Record) -> None:
     """
     wrong = []
     for number, path in enumerate(record.run.scene.references):
-        wanted, file = record.images.get(f"references.{number}"), Path(path).expanduser()
+        wanted, file = record.images.get(f"references.{number}"), expanded(path)
         if not file.is_file():
             wrong.append(f"  {path}: there is no such file, SHA-256 {wanted or 'not recorded'}")
         elif wanted is not None and sha256_of(file) != wanted:
@@ -174,7 +175,7 @@ def _is_there(source: str, sha256: str | None) -> bool:
 
 def _local(source: str) -> Path | None:
     try:
-        path = Path(lora_source(source)).expanduser()
+        path = expanded(lora_source(source))
         return find_file(path) if source and path.exists() else None
     except (ValueError, RuntimeError):  # nothing usable
         return None

@@ -17,6 +17,7 @@ from lora_compose.compose.support.terminal import echo, err, out, plain
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, read_lora
 from lora_compose.pipelines.scene.scene import Run, Scene
+from lora_compose.pipelines.support.home import expanded
 
 
 def show_files(
@@ -46,7 +47,7 @@ def show_files(
             file = read_lora(path or find_file(lora_source(source)), allow_pickle=allow_pickle)
         except LoraError as error:
             if path is None:
-                is_only = any(Path(source).expanduser().glob("*.safetensors"))  # of a folder
+                is_only = any(expanded(source).glob("*.safetensors"))  # of a folder
                 alone = f"; {source!r} has no other LoRA file" if is_only else ""
                 raise LoraError(f"{error}{alone}") from error
             unreadable.append(str(error))
@@ -75,7 +76,7 @@ def show_files(
 def _paths(sources: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
     """What is named, and each file of a folder that has several, with its path."""
     for source in sources:
-        folder = Path(source).expanduser()
+        folder = expanded(source)
         inside = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
         if len(inside) > 1:
             yield from ((str(path), path) for path in inside)

@@ -2,13 +2,10 @@
 
 import json
 import shlex
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 
-from lora_compose.compose.files.paths import moved_start
-from lora_compose.compose.files.scenes import write_scene
-from lora_compose.compose.files.text import parse_value
+from lora_compose.compose.files.paths import moved, moved_start, to_record
+from lora_compose.compose.files.text import parse_value, to_yaml
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
 from lora_compose.compose.support.savers import OFFLOADS, Saver
 from lora_compose.pipelines.methods import METHODS
@@ -37,17 +34,15 @@ def portable(run: Run, files: Mapping[str, str]) -> Run:
     return run.model_copy(update={"scene": scene.model_copy(update={"concepts": concepts})})
 
 
-def scene_file(scene: Scene) -> str:
-    """The text of a scene file in YAML."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "scene.yaml"
-        write_scene(scene, path)
-        return path.read_text(encoding="utf-8")
+def scene_file(scene: Scene, beside: Collection[str] = ()) -> str:
+    """The text of a scene file in YAML; the files `beside` it keep their names, others get whole paths."""
+    placed = moved(scene, lambda source: source if source in beside else to_record(source))
+    return to_yaml(placed.model_dump(mode="json", exclude_none=True))
 
 
-def command(run: Run, savers: Sequence[Saver] = (), scene: str = "scene.yaml") -> str:
+def command(run: Run, savers: Sequence[Saver] = ()) -> str:
     """The command that makes the run from its scene file, with the same memory options."""
-    words = ["lora-compose", "run", run.model, "--scene", scene]
+    words = ["lora-compose", "run", run.model, "--scene", "scene.yaml"]
     words += ["--method", run.method] if run.method is not None and run.scene.concepts else []
     for name, value in run.settings.items():
         words += ["--set", f"{name}={_as_yaml(value)}"]

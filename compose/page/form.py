@@ -17,7 +17,7 @@ from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir, ordin
 from lora_compose.compose.support.frozen import shared
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
 from lora_compose.pipelines.scene.mask_images import Box
-from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
+from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFile, Run, Scene, check_box
 from lora_compose.pipelines.scene.sources import moved_files
 from lora_compose.pipelines.support.field_errors import FieldError
 
@@ -96,7 +96,8 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
         size: The model's own, for sizes that the scene leaves open.
 
     Raises:
-        ValueError: If it is beyond the page's limits, or its method, settings or scheduler are unknown.
+        ValueError: If it is beyond the page's limits, a box leaves a canvas of the model's own size, or its method,
+            settings or scheduler are unknown.
     """
     if run.settings and run.method is None:
         raise ValueError(f"It has the settings {', '.join(run.settings)}, but no method for them.")
@@ -117,6 +118,12 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
         method=method, settings=settings, seeds=(run.seed,),
         mask_image=run.scene.mask_image if isinstance(run.scene.mask_image, str) else None,
     ))  # fmt: skip
+    for concept in run.scene.concepts:
+        try:
+            check_box(concept, *form.size)
+        except ValueError as error:
+            open_first = "" if run.scene.width and run.scene.height else f"; open the model {run.model} first"
+            raise ValueError(f"{error}{open_first}") from error
     check_limits(form)
     return form
 

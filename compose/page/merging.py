@@ -25,22 +25,26 @@ class Merged:
     notes: tuple[str, ...]
 
 
-def merge_loras(store: Store, pipe: Any, chosen: Sequence[tuple[ShownLora, float]], method: str) -> Merged:
-    """Merges at least two LoRAs, with weights, into an upload. ValueError if they cannot be; nothing is kept then.
+def read_chosen(chosen: Sequence[tuple[ShownLora, float]], method: str) -> list[Given]:
+    """Reads LoRAs with weights, of which there are enough for a method. ValueError if they cannot be merged by it."""
+    check_number(make_merger(method), method, len(chosen))
+    if not any(weight for _, weight in chosen):
+        raise ValueError("every weight is 0; there is nothing to merge")
+    return [Given(lora.shown, read_lora(find_file(lora_source(lora.source))), weight) for lora, weight in chosen]
+
+
+def merge_loras(store: Store, pipe: Any, given: Sequence[Given], first: ShownLora, method: str) -> Merged:
+    """Merges LoRAs into an upload with the words of the first. ValueError if they cannot be; nothing is kept then.
 
     Methods that look at the inputs of the model make an image with each LoRA.
     """
     merger = make_merger(method)
-    check_number(merger, method, len(chosen))
-    if not any(weight for _, weight in chosen):
-        raise ValueError("every weight is 0; there is nothing to merge")
-    given = [Given(lora.shown, read_lora(find_file(lora_source(lora.source))), weight) for lora, weight in chosen]
     matched = match_files(given, pipe)
     moments = None
     if merger.needs_model:
         moments = calibrate(pipe, matched.changes, [prompt_of(entry.file, entry.source) for entry in given], merger)
-    name = "+".join(Path(lora.shown).stem for lora, _ in chosen)[:80]
-    path, first = store.new_path(), chosen[0][0]
+    name = "+".join(Path(entry.source).stem for entry in given)[:80]
+    path = store.new_path()
     report = merge_files(matched, merger, path, moments=moments, method=method)
     words = {"trigger": first.trigger, "class_word": first.class_word}
     lora = store.keep(path, f"{name}-{method}.safetensors", **words)

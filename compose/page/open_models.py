@@ -164,16 +164,19 @@ class OpenModels:
     def __init__(self) -> None:
         self._models: OrderedDict[ModelChoice, OpenModel] = OrderedDict()
         self._lock = threading.Lock()
+        self._opening = threading.Lock()
 
     def open(self, choice: ModelChoice) -> OpenModel:
-        """Opens a model, unless it is open. ModelError if there is none of ours, ValueError for device or precision."""
-        with self._lock:
-            if choice in self._models:
-                self._models.move_to_end(choice)
-                return self._models[choice]
-            idle = [other for other, model in self._models.items() if not model.busy]
-            for other in idle[: max(0, len(self._models) - LIMIT + 1)]:
-                del self._models[other]  # whoever still shows it keeps it alive until then
+        """Opens a model, unless it is open. ModelError if there is none of ours, ValueError for device or precision.
+
+        One after the other, since two might not fit into memory; who wants one that is open need not wait.
+        """
+        if (known := self._known(choice)) is not None:
+            return known
+        with self._opening:
+            if (known := self._known(choice)) is not None:
+                return known
+            self._make_room()
             run = Run(
                 scene=Scene(prompt="-"),
                 model=choice.model,
@@ -183,8 +186,22 @@ class OpenModels:
             )
             chosen = defaults_of(run)
             defaults = chosen.steps, float(chosen.guidance_scale)
-            self._models[choice] = OpenModel(choice, open_model(run, choice.memory), defaults)
-            return self._models[choice]
+            opened = OpenModel(choice, open_model(run, choice.memory), defaults)
+            with self._lock:
+                self._models[choice] = opened
+            return opened
+
+    def _known(self, choice: ModelChoice) -> OpenModel | None:
+        with self._lock:
+            if choice in self._models:
+                self._models.move_to_end(choice)
+            return self._models.get(choice)
+
+    def _make_room(self) -> None:
+        with self._lock:
+            idle = [other for other, model in self._models.items() if not model.busy]
+            for other in idle[: max(0, len(self._models) - LIMIT + 1)]:
+                del self._models[other]  # whoever still shows it keeps it alive until then
 
 
 def _without_weights(pipe: Any) -> SimpleNamespace:

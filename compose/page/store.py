@@ -18,6 +18,7 @@ from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.files.images import Hashes, Record, png_bytes, read_pixels, record_in
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.generate.facts import file_hash
 from lora_compose.compose.playground.assets import (
     PLAYGROUND,
     PLAYGROUNDS,
@@ -33,7 +34,7 @@ from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.formats.triggers import Candidate, Words
 from lora_compose.pipelines.scene.mask_images import FORMATS, from_uri, greys, on_white, upright_image
 from lora_compose.pipelines.scene.scene import Concept
-from lora_compose.pipelines.support.regular import sha256_of
+from lora_compose.pipelines.support.home import expanded
 
 UPLOAD_LIMIT = 2**30
 """Bytes of an uploaded LoRA."""
@@ -225,7 +226,7 @@ def playground(model: str = PLAYGROUND) -> list[ShownLora]:
 def in_folder(folder: Path) -> list[Path]:
     """The safetensors files of a folder, by name; raises FileError if there is no such folder, or it cannot be read."""
     try:
-        paths = sorted(path for path in folder.expanduser().iterdir() if path.suffix.lower() == SUFFIX)
+        paths = sorted(path for path in expanded(folder).iterdir() if path.suffix.lower() == SUFFIX)
     except (OSError, RuntimeError) as error:
         raise FileError(f"the folder {str(folder)!r} cannot be read: {error}") from error
     return [path for path in paths if path.is_file()]
@@ -253,7 +254,7 @@ def beside(path: Path) -> Path | None:
 
 def is_on_hub(source: str) -> bool:
     """Whether a source would be downloaded: a repository, and nothing of that name on this machine."""
-    return is_hub_name(source) and not Path(source).expanduser().exists()
+    return is_hub_name(source) and not expanded(source).exists()
 
 
 def located(
@@ -282,8 +283,8 @@ def _located(
     if source in {f"{model}:{name}" for model in PLAYGROUNDS for name in playground_loras(model)}:
         return named(source)
     nearby = in_folder(folder) if folder is not None and folder.is_dir() else []
-    for path in [*([Path(source).expanduser()] if local and source else []), *nearby]:
-        if path.suffix.lower() == SUFFIX and path.is_file() and sha256_of(path) == sha256:
+    for path in [*([expanded(source)] if local and source else []), *nearby]:
+        if path.suffix.lower() == SUFFIX and path.is_file() and file_hash(str(path)) == sha256:
             return named(str(path))
     return None
 
@@ -296,16 +297,16 @@ def located_references(record: Record, uploads: Mapping[str, str], *, local: boo
     """
     here = []
     for number, path in enumerate(record.run.scene.references):
-        file = Path(path).expanduser()
+        file = expanded(path)
         readable = (local or path in uploads) and file.is_file()
-        here += [path] if readable and sha256_of(file) == record.images.get(f"references.{number}") else []
+        here += [path] if readable and file_hash(path) == record.images.get(f"references.{number}") else []
     return tuple(here)
 
 
-def image_files(folder: Path, most: int = MOST_FILES) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """The newest images of a folder and the folders in it."""
     paths = [*folder.glob("*.png"), *folder.glob("*/*.png")] if folder.is_dir() else []
-    return sorted(filter(Path.is_file, paths), key=lambda path: path.stat().st_mtime, reverse=True)[:most]
+    return sorted(filter(Path.is_file, paths), key=lambda path: path.stat().st_mtime, reverse=True)[:MOST_FILES]
 
 
 def _copy(data: BinaryIO, path: Path, limit: int, shown: str) -> None:

@@ -1,7 +1,6 @@
 """What a request leaves open: the concepts of "auto", and the method, by the rule of a call in Python."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lora_compose.compose.generate.early import Header, told_by
@@ -11,6 +10,7 @@ from lora_compose.pipelines.formats.files import LoraError
 from lora_compose.pipelines.formats.triggers import Words
 from lora_compose.pipelines.methods import ASKED_FOR, name_of
 from lora_compose.pipelines.scene.sources import files_of
+from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.notes import kept
 from lora_compose.pipelines.text.selection import choose_concepts
 
@@ -55,7 +55,7 @@ def _header(pipe: Any, index: int, asked: RequestedConcept) -> Header:
 
 
 def _in_file(source: str) -> tuple[str | None, Words]:
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         return told_by(path)
     except (LoraError, OSError):  # the call that needs the file says so

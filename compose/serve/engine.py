@@ -222,6 +222,8 @@ class Engine:
         """Makes the images of a batch; if that fails, each alone, so that one bad request does not affect others."""
         with self._changed:
             if self._ends:
+                for waiting in batch:  # neither waiting nor running, so `end` did not see them
+                    waiting.future.cancel()
                 return
             batch = [waiting for waiting in batch if not waiting.future.cancelled()]
             self._running, self._begun = batch, time.monotonic()

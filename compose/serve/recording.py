@@ -14,6 +14,7 @@ from lora_compose.compose.support.frozen import shared
 from lora_compose.pipelines.methods import ASKED_FOR
 from lora_compose.pipelines.scene.scene import Run, Scene
 from lora_compose.pipelines.scene.sources import files_of
+from lora_compose.pipelines.support.home import expanded
 
 _NOT_IN_REQUESTS = frozenset(
     ("image", "mask_image", "strength", "padding_mask_crop", "paste_original", "references", "controls", "ip_adapters")
@@ -31,7 +32,7 @@ def record_of(pipe: Any, run: Run, request: ImageRequest, reason: str | None, to
         if asked.concept.is_bystander:
             concepts.append(asked.concept)
             continue
-        path = Path(files_of(pipe.concepts[asked.name].lora)[0]).expanduser()
+        path = expanded(files_of(pipe.concepts[asked.name].lora)[0])
         concepts.append(asked.concept.model_copy(update={"lora": path.name}))
         hashes[asked.name] = file_hash(str(path))
     scene = Scene(**shared(Scene.model_fields.keys() - _NOT_IN_REQUESTS, request, concepts=tuple(concepts)))

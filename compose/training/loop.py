@@ -78,7 +78,7 @@ def _accelerator(settings: Training) -> Accelerator:
     )
     if settings.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not cpu_has_bf16():
         logger.warning(
-            "this CPU has no instructions for bf16, which makes it many times slower than float32; use "
+            "this CPU is slower in bf16 than in float32, many times where it has no instructions for it; use "
             "--mixed-precision no"
         )
     return accelerator

@@ -16,6 +16,7 @@ from lora_compose.compose.support.version import __version__
 from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.model import ADAPTER
 from lora_compose.compose.training.settings import Training
+from lora_compose.pipelines.support.home import expanded
 
 _PATHS = {"images", "references", "out", "class_images"}  # paths contain the user's name, and mean nothing elsewhere
 
@@ -65,4 +66,4 @@ def metadata_of(base: Base, settings: Training) -> dict[str, str]:
 def _model_name(model: str) -> str:
     if model in PLAYGROUNDS:
         return playground_title(model)
-    return Path(model).name if Path(model).expanduser().exists() else model
+    return Path(model).name if expanded(model).exists() else model

@@ -14,6 +14,7 @@ from lora_compose.pipelines.denoising.process import Process
 from lora_compose.pipelines.images.output import Cost
 from lora_compose.pipelines.methods import Choice, name_of
 from lora_compose.pipelines.scene.scene import Concept
+from lora_compose.pipelines.support.notes import kept
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class CallPlan:
         passes: Timesteps: a scheduler of second order has two for most steps.
         warnings: What is allowed but may surprise.
         resolved: The call with everything that it was resolved to, for programs that price its passes.
+        started: The method, started on texts without values, and what counts its passes.
     """
 
     choice: Choice
@@ -56,6 +58,7 @@ class CallPlan:
     passes: int
     warnings: tuple[str, ...]
     resolved: ResolvedCall = field(repr=False)
+    started: tuple[Process, CountingRunner] = field(repr=False, compare=False)
 
     @classmethod
     def of(cls, resolved: ResolvedCall, warnings: list[str]) -> "CallPlan":
@@ -67,12 +70,12 @@ class CallPlan:
         Raises:
             ValueError: If the concepts lack something the method needs.
         """
-        _started(resolved)
+        started = _started(resolved)
         canvas, schedule = resolved.canvas, resolved.sampler.schedule
         concepts = tuple(_planned(resolved, column) for column in range(len(resolved.concepts.loaded)))
         return cls(
             resolved.choice, concepts, canvas.image_size, canvas.latent_grid, canvas.images, schedule.steps,
-            len(schedule.timesteps), tuple(warnings), resolved,
+            len(schedule.timesteps), tuple(warnings), resolved, started,
         )  # fmt: skip
 
     @property
@@ -97,9 +100,9 @@ class CallPlan:
 
         Where the number depends on values, as with updates that end when a loss is small, it is the most.
         """
-        resolved, (process, runner) = self.resolved, _started(self.resolved)
+        resolved, (process, runner) = self.resolved, self.started
         schedule, latents = resolved.sampler.schedule, torch.zeros(self.images, 1, *self.latent_grid)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with kept(), torch.no_grad(), torch.random.fork_rng(devices=[]):  # the call itself warns
             latents = process.prepare(latents, schedule.step(0, resolved.cfg_scale))
             for index in range(len(schedule.timesteps)):
                 latents, _ = process.step(latents, schedule.step(index, resolved.cfg_scale))

@@ -168,13 +168,16 @@ class Origin:
             raise ValueError("refine() repaints PIL images; leave output_type='pil'")
         prompt = index % len(output.images) // self.images_per_prompt
         concepts = self.concepts[prompt]
-        masks = None
-        if output.masks is not None and all(concept.region is None for concept in concepts):
+        masks: dict[str, Image.Image] = {}
+        if output.masks is not None:
             steps = output.masks[len(output.masks) // 2, index]
-            masks = subject_masks(steps[list(self.columns[prompt])], concepts, image.size)
+            found = subject_masks(steps[list(self.columns[prompt])], concepts, image.size)
+            masks = {c.name: found[c.name] for c in concepts if c.region is None and c.name in found}
         if not masks and all(concept.region is None for concept in concepts):
             raise ValueError(
                 "nothing says where the subjects are: make the image with record_attention=True, or give regions"
+                if output.masks is None
+                else "the masks that were recorded for the image are empty: give regions"
             )
         given = dict(self.options)
         if isinstance(negative := given.get("negative_prompt"), list):

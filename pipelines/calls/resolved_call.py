@@ -14,13 +14,13 @@ from lora_compose.attention import (
     Backbone,
     Installation,
     StepCaches,
-    backbone_of,
     check_caches,
     install,
     reference_factor,
 )  # fmt: skip
+from lora_compose.attention.backbones import backbone_class
 from lora_compose.attention.bank_cache import Handle
-from lora_compose.attention.device import dtype_of
+from lora_compose.attention.device import dtype_of, uncompiled
 from lora_compose.pipelines.calls.call import Call, Concepts, check_call, steps_to_record
 from lora_compose.pipelines.calls.host import Host
 from lora_compose.pipelines.calls.memory import check_size, warn_of_size
@@ -138,8 +138,10 @@ class InstalledCall:
     installation: Installation
     caches: StepCaches
 
-    def sessions(self, encode: FamilyEncoder, sampler: Sampler, inputs: Mapping[str, Any]) -> "Sessions":
-        """The sessions of the call; the task adds `inputs` to the arguments of every forward pass."""
+    def sessions(
+        self, encode: FamilyEncoder, sampler: Sampler, inputs: Mapping[str, Any]
+    ) -> tuple[Denoiser, list[Session]]:
+        """The denoiser, and the session of each concept set; `inputs` are further arguments of every forward pass."""
         resolved, host, steps = self.resolved, self.host, len(sampler.schedule.timesteps)
         canvas, concepts = resolved.canvas, resolved.concepts
         log = AttentionLog(canvas, steps_to_record(resolved.call.composition.record_attention, steps))
@@ -155,15 +157,7 @@ class InstalledCall:
 
         read = resolved.textual_inversions.read_by(host, here)
         encoder = PromptEncoder(concepts, host.components, read, canvas, steps, host.banks)
-        return Sessions(denoiser, [resolved.session(part, denoiser, encoder) for part in resolved.sets])
-
-
-@dataclass(frozen=True)
-class Sessions:
-    """The sessions of a call, one for each concept set, and the denoiser that runs all of them."""
-
-    denoiser: Denoiser
-    each: Sequence[Session]
+        return denoiser, [resolved.session(part, denoiser, encoder) for part in resolved.sets]
 
 
 def resolve_call(host: Host, call: Call) -> ResolvedCall:
@@ -405,7 +399,7 @@ def resolve_choice(
     """The method of a call, and why it is this one; None chooses and logs why (`choose_method`)."""
     if method is not None:
         return Choice(make_method(method), ASKED_FOR)
-    reads_regions = backbone_of(host.model).reads_regions
+    reads_regions = backbone_class(type(uncompiled(host.model))).reads_regions
     return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 
 

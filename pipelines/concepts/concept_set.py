@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_compose.attention import BankCache, KeptBanks, Lora
 from lora_compose.attention.bank_cache import PASSING, Handle
-from lora_compose.attention.device import uncompiled
+from lora_compose.attention.device import modules_of
 from lora_compose.pipelines.concepts.loading import Factors, LoraFile
 from lora_compose.pipelines.formats.keys import Part
 from lora_compose.pipelines.formats.rank_schedule import RankSchedule
@@ -72,11 +72,12 @@ class LoadedConcept:
 def check_blocks(loaded: LoadedConcept, model: nn.Module) -> None:
     """Checks factors on blocks, and warns of unchanged ones. Raises ValueError if the model has no such block."""
     name, factors = loaded.concept.name, loaded.factors
+    layers = modules_of(model) if loaded.concept.blocks else ()
     for block in loaded.concept.blocks or {}:
         if block == TEXT:
             changed = bool(factors.text_encoders)
         else:
-            check_block(name, block, [layer for layer, _ in uncompiled(model).named_modules()])
+            check_block(name, block, layers)
             changed = any(is_in(layer, block) for layer in factors.model)
         if not changed:
             warn_once(f"the LoRA of {name!r} changes nothing in {block}, so a factor there has no effect")

@@ -10,6 +10,7 @@ from huggingface_hub import constants, hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError
 
 from lora_compose.pipelines.formats.files import PEFT_CONFIG, PEFT_FILE, PICKLES, LoraError, refuse_format
+from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.hub import asking, cached_folder, is_hub_name, reachable
 
 
@@ -19,10 +20,7 @@ def local_path(source: str | os.PathLike[str]) -> Path:
         raise LoraError(
             f"{source!r} names no LoRA; expected a file, a folder or a hub repository such as 'user/my-cat'"
         )
-    try:
-        return Path(source).expanduser()
-    except RuntimeError as error:
-        raise LoraError(f"{str(source)!r} cannot be found: {error}") from error
+    return expanded(source)
 
 
 def find_file(source: str | os.PathLike[str], weight_name: str | None = None, **hub: Any) -> Path:
@@ -41,6 +39,8 @@ def find_file(source: str | os.PathLike[str], weight_name: str | None = None, **
         names = sorted(file.name for file in path.glob("*.safetensors"))
         return path / _only(names, weight_name, path)
     if path.exists():
+        if weight_name not in (None, path.name):
+            raise LoraError(f"{path} is a file, not a folder with a {weight_name}: leave out weight_name")
         return path
     is_file = path.is_absolute() or path.suffix.lower() in {".safetensors", *PICKLES}
     if is_file or not is_hub_name(str(source)):

@@ -106,7 +106,7 @@ class AttentionLog:
         masks = masks_of(maps)
         for step, of_step in zip(steps, masks, strict=True):
             for images, kept in self._masks.get(step, ()):
-                of_step[images] = kept
+                of_step[images] = kept.to(of_step.device)
         return masks
 
 

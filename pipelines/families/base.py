@@ -58,7 +58,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         pipe = ComposePipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
         pipe.load_concept("cat.safetensors", trigger="sks", class_word="cat")
         pipe.load_concept("dog.safetensors", trigger="zwx", class_word="dog")
-        image = pipe("a sks cat and a zwx dog on grass", concepts=["cat", "dog"], method="tara").images[0]
+        image = pipe("a sks cat and a zwx dog on grass", concepts=["cat", "dog"]).images[0]
     """
 
     text_tokenizers: tuple[str, ...] = ("tokenizer", "tokenizer_2")
@@ -77,7 +77,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """Whether calls without concepts, which are diffusers' own, take a callback."""
 
     needs_references: ClassVar[bool] = False
-    """Whether it reads no text without a reference image."""
+    """Whether the family reads no text without a reference image."""
 
     # Components, and what the pipelines of all families have.
     unet: Any
@@ -299,8 +299,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             task = None if call.source is None else self._from_image(call, call.source, resolved, schedule)
             sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling), task)
             inputs = self._further_inputs(call, schedule) if task is None else task.inputs
-            opened = installed.sessions(encode, sampler, inputs)
-            process = concept_sets.start(resolved.choice.method.start, opened.each, opened.denoiser)
+            denoiser, sessions = installed.sessions(encode, sampler, inputs)
+            process = concept_sets.start(resolved.choice.method.start, sessions, denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
                 self._before_step, lambda step, latents: self._after_step(call, process, step, latents, task),
@@ -308,10 +308,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             )  # fmt: skip
             start = task or TextToImage(lambda: self._noise(call, resolved, process.text.prompt_embeds.dtype))
             latents = denoise(
-                process, start, sampler, resolved.cfg_scale, hooks, cost=opened.denoiser.cost, started=call.started
+                process, start, sampler, resolved.cfg_scale, hooks, cost=denoiser.cost, started=call.started
             )
             check_finite(latents, likely_causes(resolved))
-            return latents, process, Outcome(opened.denoiser, resolved.choice, self._origin(call, resolved))
+            return latents, process, Outcome(denoiser, resolved.choice, self._origin(call, resolved))
 
     def plan(self, *args: Any, **kwargs: Any) -> CallPlan:
         """The plan of a call with these arguments; changes nothing, and claims no model. LoRA files may be read.

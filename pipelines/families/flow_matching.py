@@ -269,21 +269,20 @@ class FlowMatchingPipeline(ImageTasksPipeline):
 
     def _from_image(self, call: Call, source: Source, resolved: ResolvedCall, schedule: Schedule) -> ImageToImage:
         canvas, generator, pixels = resolved.canvas, call.sampling.generator, self._by_image(call, source.pixels)
-        encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.transformer
         first: Any = schedule.timesteps[:1]
         height, width = canvas.image_size
         diffusers_own: Any = source.pipeline  # families prepare latents in their own ways
         with precision_kept(self.vae):
             prepared = diffusers_own.prepare_latents(
                 pixels.float(), timestep=first.repeat(canvas.images), batch_size=canvas.images, height=height,
-                width=width, dtype=encoder.dtype, device=canvas.device, generator=generator,
+                width=width, dtype=self._text_dtype, device=canvas.device, generator=generator,
                 **{self.named_channels: self._latent_shape(canvas)[1]},
             )  # fmt: skip
         if source.mask is None:
             latents = prepared if isinstance(prepared, Tensor) else prepared[0]
             return ImageToImage(_unpacked(latents, canvas.latent_grid))
         latents, noise, image = (_unpacked(prepared[place], canvas.latent_grid) for place in self.prepared)
-        mask = self._latent_mask(self._by_image(call, source.mask), canvas).to(canvas.device, encoder.dtype)
+        mask = self._latent_mask(self._by_image(call, source.mask), canvas).to(canvas.device, self._text_dtype)
         inputs = self._inputs_from_image(call, image)
         return Inpainting(latents, inputs, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
 

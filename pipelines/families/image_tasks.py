@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
@@ -76,6 +77,13 @@ class ImageTasksPipeline(ComposePipeline):
 
     check_inputs: Any
     """diffusers' checks of the arguments of a call."""
+
+    @property
+    def _text_dtype(self) -> torch.dtype:
+        """The precision of diffusers' text, in which it prepares the image."""
+        parts = (self.components.get(name) for name in ("text_encoder_2", "text_encoder"))
+        # A compiled model cannot be asked whether it is true.
+        return next((part for part in parts if part is not None), self.model).dtype
 
     @property
     def inpaints_as_diffusers(self) -> bool:

@@ -57,7 +57,8 @@ class ModularFamilyPipeline(TemplatePipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline | ModularPipeline, **options: Any) -> Self:
         """The components in another pipeline of this class."""
-        made, dtype = cls.of_modular(pipeline), options.pop("dtype", None)
+        given = [options.pop(name) for name in ("dtype", "torch_dtype") if name in options]
+        made, dtype = cls.of_modular(pipeline), next(iter(given), None)
         refuse_unknown([*options], cls.from_pipe)
         return made if dtype in (None, made.dtype) else made.to(dtype)
 

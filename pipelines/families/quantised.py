@@ -13,6 +13,7 @@ from diffusers import BFLQuantizationConfig, DiffusionPipeline, GGUFQuantization
 from lora_compose.pipelines.families.fp8_files import float8_checkpoint
 from lora_compose.pipelines.families.opening import configuration
 from lora_compose.pipelines.formats.models import model_part, models_by_part
+from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.quantising import GGUF, check_quantize, is_file_of_weights
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def quantising_options(quantize: str | None, source: str, options: Mapping[str, 
     logger.info("%s: %s", quantize, ", ".join(names))
     dtype = options.get("dtype", options.get("torch_dtype")) or torch.float32
     if is_file_of_weights(quantize):
-        return {names[0]: _from_file(Path(quantize).expanduser(), source, config, names[0], dtype, hub)}
+        return {names[0]: _from_file(expanded(quantize), source, config, names[0], dtype, hub)}
     if quantize == "fp8":
         return {}
     mapping = {name: _configuration(quantize, config[name][0], dtype) for name in names}

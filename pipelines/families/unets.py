@@ -298,8 +298,7 @@ class UNetPipeline(ImageTasksPipeline):
 
     def _from_image(self, call: Call, source: Source, resolved: ResolvedCall, schedule: Schedule) -> ImageToImage:
         canvas, generator = resolved.canvas, call.sampling.generator
-        encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.unet
-        dtype, device = encoder.dtype, canvas.device  # as diffusers' text
+        dtype, device = self._text_dtype, canvas.device
         first = schedule.timesteps[:1].repeat(canvas.images)  # pyright: ignore[reportAttributeAccessIssue]
         pixels = self._by_image(call, source.pixels)
         diffusers_own: Any = source.pipeline  # families prepare latents in their own ways

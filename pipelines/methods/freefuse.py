@@ -41,11 +41,10 @@ from lora_compose.pipelines.methods.drafted import drafted_maps
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.scene.canvas import Step
-from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn_once
 from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.missing import missing_trigger
-from lora_compose.pipelines.text.tokens import find_trigger, own_nouns
+from lora_compose.pipelines.text.tokens import is_named
 
 Words = Literal["class_word", "phrase"]
 
@@ -103,7 +102,7 @@ class FreeFuse(Settings):
         if len(subjects) < 2 or prompts is None:
             return
         every = [each.concept for each in subjects]
-        lacking = [each for each in subjects if not all(_is_named(each.concept, prompt, every) for prompt in prompts)]
+        lacking = [each for each in subjects if not all(is_named(each.concept, prompt, every) for prompt in prompts)]
         if lacking:
             raise _wordless(lacking, prompts)
 
@@ -128,13 +127,6 @@ class FreeFuse(Settings):
             words = torch.where((nouns > 0).any(dim=1, keepdim=True), nouns, phrases)
         styles = constant_gates(session, concepts.with_styles(()))
         return Fusing(self, session, session.denoiser.prepare(Pass(text, styles)), phrases, words)
-
-
-def _is_named(subject: Concept, prompt: str, subjects: Sequence[Concept]) -> bool:
-    """Whether a prompt has the words of a subject."""
-    if subject.is_bystander:
-        return bool(own_nouns(subject, prompt, subjects))
-    return bool(find_trigger(subject, prompt))
 
 
 def _wordless(lacking: Sequence[Described], prompts: Sequence[str]) -> ValueError:

@@ -116,5 +116,6 @@ def _changed_tokens(session: Session, text: Conditioning, token_mask: TokenMask)
     keeps = [
         token_mask in ("all", "phrase") or (token_mask == "tara" and each.trained_with == "tara") for each in loaded
     ]
-    named = mask.sum(dim=(0, 1)) > 0
+    by_image = mask[text.roles.conditional].unflatten(0, (-1, text.images)).sum(dim=(0, 2)) > 0
+    named = by_image.repeat(text.rows // text.images, 1)[:, None]
     return torch.where(named & subjects & torch.tensor(keeps, device=device), mask, all_tokens)

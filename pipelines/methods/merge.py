@@ -35,7 +35,7 @@ class Merge(Settings):
         check_limit(self.limit)
 
     def acting_together(self, concepts: ConceptSet, canvas: Canvas) -> Sequence[Together]:
-        """All of them."""
+        """All concepts, in every layer."""
         apart = ", or keep them apart: method='regional' with a region for each"
         return limited([Together(range(len(concepts.loaded)), apart)], self.limit)
 

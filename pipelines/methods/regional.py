@@ -50,9 +50,8 @@ from lora_compose.pipelines.methods.region_texts import (
 )
 from lora_compose.pipelines.scene.canvas import Canvas
 from lora_compose.pipelines.scene.regions import HALF, Regions, region_mask
-from lora_compose.pipelines.scene.scene import Concept
 from lora_compose.pipelines.support.notes import warn_once
-from lora_compose.pipelines.text.tokens import find_trigger, own_nouns
+from lora_compose.pipelines.text.tokens import is_named
 
 Texts = Literal["auto", "shared", "regions", "subjects"]
 
@@ -197,11 +196,5 @@ def _unnamed(session: Session) -> list[str]:
     return [
         concept.name
         for concept in owners
-        if concept.prompt is None and not all(_is_named(concept, text, owners) for text in texts)
+        if concept.prompt is None and not all(is_named(concept, text, owners) for text in texts)
     ]
-
-
-def _is_named(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> bool:
-    if concept.is_bystander:
-        return bool(own_nouns(concept, prompt, concepts))
-    return bool(find_trigger(concept, prompt))

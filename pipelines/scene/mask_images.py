@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
+from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.numbers import as_plain
 from lora_compose.pipelines.support.regular import open_regular
 
@@ -88,7 +89,7 @@ def each_mask(masks: Any) -> list[Any]:
 def open_image(path: str | Path, what: str) -> Image.Image:
     """Opens an "image" or "mask", upright as `upright_image`. ValueError if it is missing, unreadable or too large."""
     try:
-        with open_regular(Path(path).expanduser()) as file:
+        with open_regular(expanded(path)) as file:
             return upright_image(file)
     except FileNotFoundError as error:
         raise ValueError(f"there is no {what} {str(path)!r}; expected a {', '.join(FORMATS)} file") from error

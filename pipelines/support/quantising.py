@@ -1,8 +1,8 @@
 """The ways to open a model in fewer bits, by name, and what they need: checked before anything slow is imported."""
 
 import importlib.util
-from pathlib import Path
 
+from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.spelling import did_you_mean
 
 QUANTISED = {
@@ -17,7 +17,7 @@ _PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes", GGUF: "gguf"}
 
 
 def is_file_of_weights(quantize: str) -> bool:
-    """Whether it is a file and no name."""
+    """Whether `quantize` is a file of weights and not one of the names."""
     return quantize not in QUANTISED
 
 
@@ -25,7 +25,7 @@ def check_quantize(quantize: str | None) -> None:
     """Raises ValueError for an unknown name, a file that is not there, or a package that is not installed."""
     if quantize is None:
         return
-    path = Path(quantize).expanduser()
+    path = expanded(quantize)
     suffix = path.suffix.lower()
     if is_file_of_weights(quantize):
         if suffix not in (GGUF, SAFETENSORS):

@@ -349,6 +349,13 @@ def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tup
     return tuple(sorted({nouns.index(noun) for _, noun in class_words(concept, prompt, concepts) if noun}))
 
 
+def is_named(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> bool:
+    """Whether a prompt has a concept's trigger, or of a bystander a class word that is its own."""
+    if concept.is_bystander:
+        return bool(own_nouns(concept, prompt, concepts))
+    return bool(find_trigger(concept, prompt))
+
+
 def _overlap(first: Span, second: Span) -> bool:
     return first[0] < second[1] and second[0] < first[1]
 

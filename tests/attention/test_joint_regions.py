@@ -69,9 +69,11 @@ def test_a_mask_of_positions_of_either_kind_goes_with_regions(kind: str) -> None
     q, k, v = torch.randn(3, 4, positions, 2, 4, generator=generator)
     hidden = torch.rand(4, sum(LENGTHS), generator=generator) < 0.3
     regions = JointRegions.of(SITES["one length"], MEMBERSHIP, LENGTHS, UNCONDITIONAL, isolate=True, hidden=hidden)
-    allowed = regions.allowed(JOINT, positions)[:, None]
+    everything = JointRegions.of(SITES["one length"], MEMBERSHIP, LENGTHS, UNCONDITIONAL, isolate=True)
     conditional = torch.tensor(UNCONDITIONAL)[:, None, None, None].logical_not()
-    allowed = allowed & ~(conditional & torch.nn.functional.pad(hidden, (0, CELLS))[:, None, None])
+    padding = conditional & torch.nn.functional.pad(hidden, (0, CELLS))[:, None, None]
+    allowed = everything.allowed(JOINT, positions)[:, None] & ~padding
+    assert torch.equal(regions.allowed(JOINT, positions)[:, None], allowed), "maps are recorded without padding"
     for rows in (4, 1):
         seen = (torch.rand(rows, 1, positions, positions, generator=generator) < 0.7) | torch.eye(positions).bool()
         added = torch.randn(rows, 1, positions, positions, generator=generator)

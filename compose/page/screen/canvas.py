@@ -51,7 +51,7 @@ def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
     data = {
         "width": width,
         "height": height,
-        "image": None if image is None else as_uri(image),
+        "image": _sent(session, image),
         "alt": alt,
         "next": what_next(st.session_state[fields.PROMPT]),
         "paint": painted(session),
@@ -128,6 +128,13 @@ def _is_box(value: Any) -> bool:
     """A browser may send anything."""
     return isinstance(value, list) and len(value) == 4 and all(isinstance(edge, int | float) and abs(edge) < 1e6
                                                                for edge in value)  # fmt: skip
+
+
+def _sent(session: PageSession, image: Image.Image | None) -> str | None:
+    """An image as the browser gets it, encoded once while it is the same."""
+    if session.sent[0] is not image:
+        session.sent = image, None if image is None else as_uri(image)
+    return session.sent[1]
 
 
 def as_uri(image: Image.Image) -> str:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import streamlit as st
@@ -21,6 +20,7 @@ from lora_compose.pipelines.scene.scene import Concept, ControlFile, IPAdapterFi
 from lora_compose.pipelines.scene.sources import shown
 from lora_compose.pipelines.scene.strength import blocks_text, weight_text
 from lora_compose.pipelines.support.field_errors import FieldError
+from lora_compose.pipelines.support.home import expanded
 
 SET = "set."
 """Prefix of the names of all fields."""
@@ -92,10 +92,11 @@ def fill(session: PageSession, form: Form, loras: Mapping[str, ShownLora | None]
     session.start = session.start if known else None
     session.references = list(form.references)
     given = [*form.controls, *form.ip_adapters]
-    session.guides = [guide for guide in given if session.options.local and Path(guide.image).expanduser().is_file()]
+    session.guides = [guide for guide in given if session.options.local and expanded(guide.image).is_file()]
     session.rows = []
     for concept in form.concepts:
-        mask = concept.region if isinstance(concept.region, str) else None
+        # The path of a mask in somebody's image is not opened for others than the owner of this machine.
+        mask = concept.region if isinstance(concept.region, str) and session.options.local else None
         add(session, concept, loras.get(concept.name), form.size, wanted=shown(concept.lora), mask=mask)
 
 

@@ -89,7 +89,8 @@ def drafts_part(session: PageSession) -> None:
     for column, draft in zip(st.columns(len(drafts), wrap=False), drafts, strict=True):
         seed = draft.run.seed
         column.image(draft.image, width="stretch", alt=f"The parts of {', '.join(subjects.values())} with seed {seed}")
-        column.button(f"Seed {seed}", key=f"do.noise.{seed}", on_click=_choose, args=(session, seed), width="stretch")
+        column.button(f"Seed {seed}", key=f"do.noise.{seed}", on_click=_choose, args=(session, seed), width="stretch",
+                      disabled=len(session.waiting) >= MOST_WAITING)  # fmt: skip
 
 
 def _choose(session: PageSession, seed: int) -> None:

@@ -100,10 +100,8 @@ def restore(session: PageSession, record: Record) -> None:
         notes.append("It enlarged the part around its mask, which this page does not.")
     if run.device is not None and device is None:
         notes.append(f"It was made on {run.device}, which this machine does not have.")
-    if not session.options.local and any(row.mask is not None for row in session.rows):
+    if not session.options.local and any(isinstance(concept.region, str) for concept in run.scene.concepts):
         notes.append("It has mask files, which cannot be opened from here; boxes replace them.")
-        for row in session.rows:
-            row.mask = None
     session.problems[_PLACE] = notes
 
 

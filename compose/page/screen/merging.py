@@ -6,7 +6,7 @@ from pathlib import Path
 import streamlit as st
 
 from lora_compose.compose.page.labels import MERGER_LABELS
-from lora_compose.compose.page.merging import Merged, merge_loras
+from lora_compose.compose.page.merging import Merged, merge_loras, read_chosen
 from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen.concepts import add_lora, is_full
 from lora_compose.compose.page.screen.picker import of_the_playground
@@ -77,8 +77,10 @@ def _merge(session: PageSession, loras: list[ShownLora], names: list[str]) -> No
     method, weights = st.session_state[_METHOD], [float(st.session_state[_weight_key(name)]) for name in names]
     session.merged, session.problems[_PLACE] = None, []
     try:
-        with reading(FILE_PATIENCE), session.model.turn((), wait=False) as pipe:
-            session.merged = merge_loras(session.store, pipe, list(zip(loras, weights, strict=True)), method)
+        with reading(FILE_PATIENCE):
+            given = read_chosen(list(zip(loras, weights, strict=True)), method)
+        with session.model.turn((), wait=False) as pipe:
+            session.merged = merge_loras(session.store, pipe, given, loras[0], method)
     except Busy:
         session.problems[_PLACE] = ["The model is at work, or other files are being read. Try again later."]
     except (ValueError, OSError) as error:

@@ -21,6 +21,7 @@ from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.savers import SAVERS, Saver, in_order
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene.scene import Run, Scene
+from lora_compose.pipelines.support.home import expanded
 from lora_compose.pipelines.support.quantising import QUANTISED, check_quantize
 
 _KIND, _NAME, _DTYPE, _DEVICE, _MEMORY = "set.model.kind", "set.model.name", "set.dtype", "set.device", "set.memory"
@@ -115,7 +116,7 @@ def _folders(session: PageSession) -> None:
 
 def _add_folder(session: PageSession) -> None:
     session.problems[PLACE] = []
-    folder = Path(st.session_state[_FOLDER].strip()).expanduser().absolute()
+    folder = expanded(st.session_state[_FOLDER].strip()).absolute()
     try:
         if not models_in(folder):
             raise FileError(f"{folder} has no models: expected folders as diffusers saves them, or .safetensors files")
@@ -207,7 +208,7 @@ def _open(session: PageSession, choice: ModelChoice) -> None:
 
 def _check_allowed(session: PageSession, model: str) -> None:
     given = model in (*PLAYGROUNDS, session.options.model)
-    if session.options.local or given or (is_hub_name(model) and not Path(model).expanduser().exists()):
+    if session.options.local or given or (is_hub_name(model) and not expanded(model).exists()):
         return
     raise ValueError("This page is open to other machines, so files on this one cannot be opened from here; use a hub "
                      "repository.")  # fmt: skip

@@ -1,6 +1,6 @@
 """LoRAs to choose from: those of a folder, of the open playground, and uploads, with their images and words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import streamlit as st
@@ -11,6 +11,7 @@ from lora_compose.compose.page.store import ShownLora, in_folder, playground, ti
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.pipelines.concepts.loading import LoraError
+from lora_compose.pipelines.support.home import expanded
 
 MOST = 12
 """LoRAs that are shown at once."""
@@ -42,7 +43,7 @@ def picker_part(session: PageSession, take: Callable[[PageSession, list[str]], N
         st.error(markdown(problem))
 
 
-def of_the_playground(session: PageSession) -> list[ShownLora]:
+def of_the_playground(session: PageSession) -> Sequence[ShownLora]:
     """The LoRAs of the playground that is open; none with another model, which they do not fit."""
     model = session.model.choice.model
     return _read_once(model) if model in PLAYGROUNDS else []
@@ -61,7 +62,7 @@ def _folder(session: PageSession) -> Path | None:
     folder = session.options.loras
     if session.options.local:
         text = st.text_input("A folder on this machine", value=str(folder or ""), key=_FOLDER)
-        folder = Path(text).expanduser() if text.strip() else None
+        folder = expanded(text) if text.strip() else None
     inside = _folders(folder) if folder is not None else []
     if folder is None or not inside:
         return folder
@@ -95,11 +96,11 @@ def _text(lora: ShownLora) -> str:
     return f"{lora.shown} {lora.trigger} {lora.class_word} {lora.family or ''}".lower()
 
 
-@st.cache_data(show_spinner=False, max_entries=2000)
+@st.cache_resource(show_spinner=False, max_entries=2000)
 def _header_of(path: Path, changed: int) -> ShownLora:
     return listed(path)
 
 
-@st.cache_data(show_spinner=False)
-def _read_once(model: str) -> list[ShownLora]:
-    return playground(model)
+@st.cache_resource(show_spinner=False)
+def _read_once(model: str) -> tuple[ShownLora, ...]:
+    return tuple(playground(model))

@@ -24,7 +24,7 @@ def page_session() -> PageSession:
     before: PageSession | None = st.session_state.get("session") or _reloaded()
     if before is None or before.closed:
         form, session_id = example(), _session_id()
-        new = PageSession(Store(), MODELS.open(form.choice), options(), _session_id=session_id)
+        new = PageSession(Store(), MODELS.open(form.choice), options(), session_id=session_id)
         _SESSIONS.add(session_id, new)
         key = secrets.token_urlsafe(16)
         _BY_KEY[key] = st.session_state["session"] = new

@@ -101,10 +101,9 @@ def _about(result: Result) -> None:
 
 def _exports(session: PageSession, result: Result) -> None:
     with st.expander("Export: scene file, Python, command line", icon=":material/code:"):
-        run = export.portable(
-            result.run, {lora.source: lora.shown for lora in session.store.uploads} | session.store.images
-        )
-        scene = export.scene_file(run.scene)
+        uploaded = {lora.source: lora.shown for lora in session.store.uploads} | session.store.images
+        run = export.portable(result.run, uploaded)
+        scene = export.scene_file(run.scene, {*uploaded.values()})
         scene_tab, python_tab, command_tab = st.tabs(["Scene file", "Python", "Command line"])
         with scene_tab:
             st.code(scene, language="yaml")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
+from PIL import Image
 from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.scriptrunner import get_script_run_ctx
@@ -85,7 +86,7 @@ class PageSession:
 
     Attributes:
         results: Finished ones, the newest first.
-        divisions: Those of the last drafts without images.
+        divisions: How the last drafts without images divide the canvas.
         shown: Key of the image on the canvas.
         job: The running job, or the last one.
         waiting: The jobs after it, in order.
@@ -98,12 +99,13 @@ class PageSession:
         fields: The values of its fields at the last rerun, by name.
         model_folders: Folders whose models are offered.
         defaults_told: What was chosen by default when the model was opened, and why.
+        sent: The image that the browser shows on the canvas, and what it was sent for it.
     """
 
     store: Store
     model: OpenModel
     options: Options
-    _session_id: str = ""
+    session_id: str = ""
     rows: list[Row] = field(default_factory=list, init=False)
     results: list[Result] = field(default_factory=list, init=False)
     compared: list[Result] = field(default_factory=list, init=False)
@@ -123,6 +125,7 @@ class PageSession:
     fields: dict[str, Any] = field(default_factory=dict, init=False)
     model_folders: list[Path] = field(default_factory=list, init=False)
     defaults_told: str = field(default="", init=False)
+    sent: tuple[Image.Image | None, str | None] = field(default=(None, None), init=False)
     _numbers: int = field(default=0, init=False)
     _png: tuple[str, bytes] = field(default=("", b""), init=False)
     _outlooks: dict[str, Report] = field(default_factory=dict, init=False)
@@ -161,8 +164,10 @@ class PageSession:
         self._begin(DraftJob(self.model, runs))
 
     def _begin(self, job: Job) -> None:
+        self.collect()  # of a job that ended since the page was last drawn
         if self.working:
-            self.waiting.append(job)
+            if len(self.waiting) < MOST_WAITING:  # buttons may be pressed again before the page is drawn anew
+                self.waiting.append(job)
             return
         self.problems[QUEUE] = []
         self.job = job
@@ -172,7 +177,7 @@ class PageSession:
 
     def goes_on_in(self, session_id: str) -> None:
         """Goes on in another session of Streamlit, as after a reload."""
-        self._session_id = session_id
+        self.session_id = session_id
 
     def close(self) -> bool:
         """Stops the work and deletes everything; True once nothing is left."""
@@ -182,8 +187,8 @@ class PageSession:
             self.job.stop()
             self.job = self.job if self.job.running else None
         self.rows, self.results, self.compared, self.divisions = [], [], [], []
-        self._png, self.merged = ("", b""), None
-        _forget(self._session_id)
+        self._png, self.sent, self.merged = ("", b""), (None, None), None
+        _forget(self.session_id)
         return self.store.close() and self.job is None
 
     def png(self, result: Result) -> bytes:
@@ -225,7 +230,7 @@ class PageSession:
                 return None
             except Exception as error:  # whatever a method raises, the page goes on, and the image may be tried
                 logger.exception("a run could not be checked")
-                self._outlooks[key] = Report((), (f"This could not be checked: {error}",), ())
+                return Report((), (f"This could not be checked: {error}",), ())  # not kept: it may pass next time
             for old in list(self._outlooks)[:-_OUTLOOKS]:
                 del self._outlooks[old]
         return self._outlooks[key]

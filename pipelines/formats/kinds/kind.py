@@ -56,6 +56,7 @@ class Kind:
         ranked: The slots whose first side divides alpha; the first of them that a layer has counts.
         scaled: Whether alpha has an effect at all.
         refused: Why files of this kind are refused, as in "it is a ..."; empty if they are read.
+        transform: The transform of a base weight in a file's tensors and settings; None for kinds that only add to it.
         placed: Of a transform as the file has it, the one of a layer of the model. Raises ValueError if it has none of
             its own.
         unclear: Why the change of a layer of the model has no one meaning, told whether PEFT wrote the file; empty if

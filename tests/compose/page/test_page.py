@@ -147,6 +147,11 @@ def test_too_much_is_refused_in_words(changes: dict[str, Any], words: str) -> No
         ({"concepts": (BEAR.model_copy(update={"trigger": "x" * 100}),)}, {}, "60 letters each"),
         ({"concepts": tuple(BEAR.model_copy(update={"name": f"{i}"}) for i in range(200))}, {}, "200 concepts are too"),
         ({"width": 80_000}, {}, f"80000 x {SIZE} pixels"),
+        (
+            {"concepts": (BEAR.model_copy(update={"region": (0, 0, 512, 1024)}),), "width": None, "height": None},
+            {},
+            "leaves the canvas of 128 x 128 pixels; open the model playground first",
+        ),
     ],
 )
 def test_settings_of_an_image_that_the_page_does_not_support_are_refused(
@@ -943,7 +948,11 @@ def test_exports_write_what_users_write_as_text(tmp_path: Path) -> None:
 def test_uploads_are_exported_under_their_owners_names(files: store.Store) -> None:
     lora = files.add_upload("my cat.safetensors", opened(playground_lora("cat")))
     (run,) = short(concepts=(lora.concept("cat"),), method="merge", prompt="a sks cat").runs()
-    assert export.portable(run, {lora.source: lora.shown}).scene.concepts[0].lora == "my cat.safetensors"
+    moved = export.portable(run, {lora.source: lora.shown})
+    assert moved.scene.concepts[0].lora == "my cat.safetensors"
+    text = export.scene_file(moved.scene, {lora.shown})
+    assert "lora: my cat.safetensors\n" in text
+    assert str(Path.cwd()) not in text
 
 
 def test_a_job_tells_progress_and_what_it_looks_like_and_stops_within_a_step(model: OpenModel) -> None:

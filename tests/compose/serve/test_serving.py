@@ -105,6 +105,16 @@ def test_requests_of_one_shape_go_through_the_model_together_and_give_the_images
     assert same(served[2].image, call_pipe(pipe, [asked({**BOXED, "seed": 5})])[0])
 
 
+def test_whoever_was_just_taken_from_the_queue_is_answered_at_the_end_as_well(pipe: Any) -> None:
+    engine = Engine(pipe)
+    future = engine.submit(asked(BEAR))
+    batch = engine._next()
+    assert batch is not None
+    engine.end()
+    engine._answer(batch)
+    assert future.cancelled()
+
+
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 

@@ -49,6 +49,7 @@ def test_a_plan_says_what_the_call_will_do_and_changes_nothing(family, caplog):
     caplog.clear()
     before = state(pipe)
     plan = pipe.plan(**given)
+    assert plan.cost.rows_forward > 0
     assert state(pipe) == before
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert any("was trained with TARA" in warning for warning in plan.warnings)

@@ -82,6 +82,20 @@ def test_an_output_repaints_its_own_subjects():
         pipe(PROMPT, concepts=["cat", "dog"], method="merge", image=IMAGE, strength=1.0, **one).refine()
 
 
+def test_an_output_repaints_subjects_in_their_regions_and_others_in_their_masks():
+    pipe, how = composer_of("sd"), Detailer(strength=1.0)
+    sets = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog")]
+    one: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 4.0}
+    output = pipe(PROMPT, concepts=sets, method="draft", record_attention=True, generator=seeded(1), **one)
+    masks = subject_masks(output.masks[0, 0], sets, (128, 128))
+    expected = refine(
+        pipe, output.images[0], PROMPT, sets, {"dog": masks["dog"]}, how, generator=seeded(3), **one
+    )  # fmt: skip
+    found = output.refine(how, generator=seeded(3))
+    assert found.subjects == expected.subjects == ("cat", "dog")
+    assert np.array_equal(pixels(found.image), pixels(expected.image))
+
+
 def test_an_output_of_several_prompts_repaints_each_image_by_its_own_prompts_concepts_and_masks():
     pipe = composer_of("sd")
     prompts, negative = [PROMPT, "a sks cat"], ["blurry", "dark"]

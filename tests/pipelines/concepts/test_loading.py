@@ -536,7 +536,9 @@ def test_a_file_or_a_folder_with_one_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert find_file(path) == path
     assert find_file(str(path)) == path
     assert find_file(tmp_path) == path
-    assert find_file(tmp_path, "cat.safetensors") == path
+    assert find_file(tmp_path, "cat.safetensors") == find_file(path, "cat.safetensors") == path
+    with pytest.raises(LoraError, match=r"is a file, not a folder with a dog\.safetensors: leave out weight_name"):
+        find_file(path, "dog.safetensors")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_file("~/cat.safetensors") == path
 

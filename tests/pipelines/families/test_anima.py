@@ -205,6 +205,7 @@ def test_it_opens_as_diffusers_saves_it_and_the_other_way_round(pipe, tmp_path):
     plain: Any = ANIMA.plain(**anima_pipeline().components).pipe
     assert plain.transformer.dtype == torch.float32
     half: Any = ComposePipeline.from_pipe(plain, dtype=torch.bfloat16)
+    assert ComposePipeline.from_pipe(half, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
     assert half.transformer.dtype == half.text_conditioner.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"no vae; call its load_components\(\) first"):
         ComposePipeline.from_pipe(empty_of_vae(plain))

@@ -578,3 +578,13 @@ def test_what_does_not_go_together_is_refused_with_words():
     for given in starts:
         with pytest.raises(ValueError, match="made for inpainting: give image"):
             inpaints(PROMPT, concepts=[Concept(name="cat", lora=str(lora_file("sd", "cat")))], **given)
+
+
+@TASKS
+def test_a_compiled_text_encoder_gives_the_same(inpaints: bool) -> None:
+    pipe, image = composer_of("sd"), {"image": IMAGE, **({"mask_image": MASK} if inpaints else {})}
+    compiled = copy.copy(pipe)
+    compiled.register_modules(text_encoder=torch.compile(pipe.text_encoder, backend="eager"))
+    given: Any = {**SHORT, **image, "concepts": BOXED, "method": "regional", "output_type": "latent"}
+    found, expected = (one(PROMPT, generator=seeded(1), **given).images for one in (compiled, pipe))
+    assert_close(found, expected)

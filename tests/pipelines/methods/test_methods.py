@@ -149,6 +149,16 @@ def test_regional_equals_its_formula(
     assert_close(denoise(pipe, concepts=concepts, method=method, width=width, height=height).images, expected)
 
 
+def test_a_concept_that_only_one_prompt_names_changes_the_other_as_in_a_call_of_its_own(pipe, write_lora):
+    load(pipe, write_lora, ["cat", "dog"], loras_of(pipe, ["cat", "dog"]))
+    sets = [Concept(name="cat", region=(0, 0, 32, 64)), Concept(name="dog", region=(32, 0, 64, 64), prompt="a zwx dog")]
+    prompts = [PROMPT, PROMPT.replace(TRIGGERS["dog"], "small")]
+    given = {"method": Regional(token_mask="all"), "concepts": sets, "width": 64, "height": 64}
+    together = denoise(pipe, prompt=prompts, generator=[seeded(0), seeded(1)], **given).images
+    for i, prompt in enumerate(prompts):
+        assert_close(denoise(pipe, prompt=prompt, generator=seeded(i), **given).images, together[i : i + 1])
+
+
 def test_guidance_that_a_callback_switches_off_gives_what_a_loop_by_hand_gives(pipe, plain_pipe, write_lora):
     names = ["cat", "dog"]
     loras = loras_of(pipe, names)

@@ -567,6 +567,17 @@ def drop(
     assert not at.exception
 
 
+def test_masks_that_an_image_names_are_not_opened_for_others_even_where_it_cannot_be_reused(
+    at: AppTest, tmp_path: Path
+) -> None:
+    session(at).options = replace(session(at).options, local=False)
+    cat, dog = (concept.model_copy(update={"region": str(tmp_path / "mask.png")}) for concept in example().concepts)
+    drop(at, tmp_path, {"concepts": (cat, dog.model_copy(update={"name": " "}))})
+    assert [row.mask for row in session(at).rows] == [None, None]
+    drop(at, tmp_path, {"concepts": (cat, dog)})
+    assert "It has mask files, which cannot be opened from here; boxes replace them." in said(at)
+
+
 def record_of(run: Run, sha256: dict[str, str] | None = None) -> Record:
     return Record(run=run, versions={}, sha256=sha256 or {}, machine=Machine(device="cpu", name="x", threads=1))
 
@@ -959,6 +970,10 @@ def test_pressing_again_queues_images_which_a_failure_does_not_end_and_the_queue
     assert "The first one fails" in said(at)
     assert [result.run.seed for result in session(at).results] == [8, 7]
     assert not session(at).working
+    at.button(key="do.make").click().run()
+    session(at).job.join(PATIENCE)  # pyright: ignore[reportOptionalMemberAccess]
+    made(at)  # before the page has looked at the image
+    assert [result.run.seed for result in session(at).results] == [8, 8, 8, 7]
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -1153,6 +1168,7 @@ def test_what_cannot_be_merged_is_said(at: AppTest) -> None:
     at.selectbox(key="do.merge.method").set_value("cat").run()
     at.button(key="do.merge").click().run()
     assert "every weight is 0" in said(at).lower()
+    at.number_input(key=f"do.merge.weight.{labels[0]}").set_value(1.0)
     with session(at).model.turn(()):
         at.button(key="do.merge").click().run()
         assert "The model is at work" in said(at)
