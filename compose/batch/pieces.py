@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_compose.compose.batch.jobs import Job
-from lora_compose.compose.batch.results import Checked, ChosenMethod, Failed, Folder
-from lora_compose.compose.batch.results import Made as MadeRecord
+from lora_compose.compose.batch.results import Checked, ChosenMethod, Failed, Folder, MadeRecord
 from lora_compose.compose.cluster.packing import named_as
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.images import png_bytes

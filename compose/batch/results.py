@@ -41,7 +41,7 @@ class Checked(Frozen):
     reason: str | None = None
 
 
-class Made(Frozen):
+class MadeRecord(Frozen):
     """The images of a call: a hash of everything that they depend on, and the SHA-256 of each file."""
 
     key: str
@@ -117,7 +117,7 @@ class Folder:
 
     def has(self, job: Job) -> bool:
         """Whether all images of a job are there, as they were written."""
-        record = _read(self.made_file(job), Made)
+        record = _read(self.made_file(job), MadeRecord)
         return record is not None and record.key == job.key and all(
             holds(self.image(job, seed), record.sha256.get(seed)) for seed in job.seeds
         )  # fmt: skip
@@ -128,7 +128,7 @@ class Folder:
 
     def foreign(self, job: Job) -> Path | None:
         """An image with a job's name that was made in another way, or None."""
-        record = _read(self.made_file(job), Made)
+        record = _read(self.made_file(job), MadeRecord)
         if record is not None and record.key == job.key:
             return None
         return next((path for seed in job.seeds if (path := self.image(job, seed)).exists()), None)

@@ -45,6 +45,7 @@ from lora_compose.compose.benchmark.transformers import (
 )
 from lora_compose.compose.generate.defaults import defaults_of, precision
 from lora_compose.compose.generate.machine import choose_device
+from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.names import STRUCTURES
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
 from lora_compose.compose.support.terminal import bar, bar_over, echo, out
@@ -145,8 +146,12 @@ def bench(
         raise ValueError("--references is for passes of transformers: give --transformers with it")
     if savers and not time:
         raise ValueError("--save-memory is for what is timed: give --time with it (--memory shows both ways by itself)")
+    real_calls = calls or time or swap
+    of_calls = {"--model": model != PLAYGROUND, "--device": device, "--dtype": dtype, "--size": size}
+    if unread := [name for name, given in of_calls.items() if given and not real_calls]:
+        raise ValueError(f"{', '.join(unread)}: for real calls; give --time, --calls or --swap with it")
     saving, device = in_order(savers), choose_device(device)
-    dtype = dtype or _precision(model, device)
+    dtype = dtype or (_precision(model, device) if real_calls else "float32")
     check_savers(saving, device)
     real = Job(model, device, 1, settings=settings, dtype=dtype, size=size)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": settings}

@@ -275,3 +275,11 @@ def _name_of(source: str) -> str:
     """The name of a concept by its file: "playground:cat" and "loras/cat.safetensors" are "cat"."""
     model, colon, name = source.partition(":")
     return Path(name if colon and model in PLAYGROUNDS else source).stem or source
+
+
+def check_loras(folder: Path | None) -> None:
+    """Raises ValueError if the folder of --loras does not exist."""
+    if folder is not None and not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {str(folder)!r}{file_near(folder)}; --loras names a folder with safetensors files"
+        )

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lora_compose.compose.commands.asked import check_loras
 from lora_compose.compose.commands.options import MethodOption, SaversOption
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.support.terminal import handle_errors, starting
@@ -33,6 +34,7 @@ def refine(
     Subjects are in their regions. Without regions, the image is generated once more to find them by attention.
     """
     record, given = read_record(image), read_pixels(image)
+    check_loras(loras)
     with starting():
         from lora_compose.compose.generate.refining import refine_and_save
     to = out or image.with_name(f"{image.stem}-refined.png")

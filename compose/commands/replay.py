@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from lora_compose.compose.commands.asked import check_loras
 from lora_compose.compose.commands.options import SaversOption
 from lora_compose.compose.files.images import read_pixels, read_record
-from lora_compose.compose.support.names import file_near
 from lora_compose.compose.support.terminal import FAILED, handle_errors, starting
 
 
@@ -22,10 +22,7 @@ def replay(
 ) -> None:
     """Reproduce an image from its metadata and compare every pixel. Exit code 1 if one differs."""
     record, given = read_record(image), read_pixels(image)
-    if loras is not None and not loras.is_dir():
-        raise ValueError(
-            f"there is no folder {str(loras)!r}{file_near(loras)}; --loras names a folder with safetensors files"
-        )
+    check_loras(loras)
     with starting():
         from lora_compose.compose.generate.replay import replay_and_compare
     if not replay_and_compare(record, given, out=out, loras=loras, model=model, savers=savers or ()):

@@ -38,7 +38,7 @@ _COLUMNS_OF_VOTES = ("number", "verdict")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Way:
     """One way of composing: a method with one kind of LoRAs."""
 
     method: str
@@ -46,11 +46,11 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """The arm's name in tables."""
+        """The way's name in tables."""
         return f"{self.method}, {self.kind} LoRAs"
 
 
-ARMS = (Arm("merge", "ordinary"), Arm("tara", "TARA"), Arm("regional", "ordinary"), Arm("regional", "TARA"))
+WAYS = (Way("merge", "ordinary"), Way("tara", "TARA"), Way("regional", "ordinary"), Way("regional", "TARA"))
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 
 
@@ -59,7 +59,7 @@ class BlindImage:
     """One image of a blind test."""
 
     pair: tuple[str, str]
-    arm: Arm
+    way: Way
     seed: int
 
 
@@ -67,7 +67,7 @@ def numbered(seeds: int) -> dict[int, BlindImage]:
     """All images under the numbers that the sheets show: shuffled, and the same every time."""
     jobs: list[BlindImage] = []
     for pair in PAIRS:
-        of_pair = [BlindImage(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
+        of_pair = [BlindImage(pair, way, seed) for way, seed in product(WAYS, range(seeds))]
         random.Random(" ".join(pair)).shuffle(of_pair)
         jobs += of_pair
     return dict(enumerate(jobs, start=1))
@@ -80,7 +80,7 @@ def make(out: Path, seeds: int) -> None:
         ValueError: If the folder has votes on other images.
     """
     jobs = numbered(seeds)
-    key = {number: job.arm.label for number, job in jobs.items()}
+    key = {number: job.way.label for number, job in jobs.items()}
     check_votes(out, {KEY: key})
     out.mkdir(parents=True, exist_ok=True)
     images = generated(jobs, out)
@@ -159,7 +159,7 @@ def generated(jobs: Mapping[int, BlindImage], out: Path) -> dict[int, Image.Imag
 
 def generate(pipe: Any, job: BlindImage) -> Image.Image:
     """Generates an image of a blind test."""
-    suffix = "-tara" if job.arm.kind == "TARA" else ""
+    suffix = "-tara" if job.way.kind == "TARA" else ""
     names = [f"{subject}{suffix}" for subject in job.pair]
     for name in names:
         if name not in pipe.concepts:
@@ -168,7 +168,7 @@ def generate(pipe: Any, job: BlindImage) -> Image.Image:
     return pipe(
         f"a {first} and a {second} on a white background",
         concepts=[Concept(name=name, region=half) for name, half in zip(names, HALVES, strict=True)],
-        method=job.arm.method,
+        method=job.way.method,
         num_inference_steps=25,
         guidance_scale=5.0,
         generator=torch.Generator().manual_seed(job.seed),

@@ -43,6 +43,8 @@ def _template(text: str) -> str:
 Template = Annotated[str, Field(min_length=1), AfterValidator(_template)]
 """A prompt in which {trigger} and {class_word} are filled in."""
 
+_OF_PRIOR = ("class_prompts", "prior_batch", "prior_weight")
+
 Word = Annotated[str, Field(min_length=1, max_length=100)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -197,7 +199,16 @@ class Training(Frozen):
             fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
             if overrides.get("class_images") is not None and "class_prompts" not in overrides:
                 fields.pop("class_prompts", None)  # the preset's prompts describe generated images
-        return cls(**fields)
+        made = cls(**fields)
+        unread = [name for name in _OF_PRIOR if name in overrides and not (made.preserve_class or made.has_prior)]
+        if unread:
+            raise ValueError(
+                f"{', '.join(unread)}: for the class, of which nothing is kept; give preserve_class, class_images or "
+                "class_count too"
+            )
+        if "sample_prompts" in overrides and not made.sample_every:
+            raise ValueError("sample_prompts: for sample images, of which there are none; give sample_every too")
+        return made
 
     @model_validator(mode="after")
     def _usable(self) -> Self:

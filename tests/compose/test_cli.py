@@ -376,7 +376,8 @@ def test_loras_that_have_moved_are_found_by_content_and_preferred_to_others_in_t
     assert "identical" in call("replay", moved, "--loras", tmp_path / "elsewhere").output
     (tmp_path / "empty").mkdir()
     assert f"nor below {tmp_path / 'empty'}" in call("replay", moved, "--loras", tmp_path / "empty", code=2).stderr
-    assert "there is no folder" in call("replay", moved, "--loras", tmp_path / "none", code=2).stderr
+    for command in ("replay", "refine"):
+        assert "there is no folder" in call(command, moved, "--loras", tmp_path / "none", code=2).stderr
     shutil.copy(playground_lora("robot"), tmp_path / "loras/my,bear.safetensors")
     result = call("replay", moved, code=1)
     assert "changed: LoRA of my,bear: was " in result.output

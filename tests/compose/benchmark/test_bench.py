@@ -114,6 +114,8 @@ def test_with_a_box_for_each_concept_draft_costs_what_regional_costs():
     assert "Every concept has a box" in " ".join(output.split())
     assert cells(output)["draft", "2"] == cells(output)["regional", "2"]
     assert "give --count with it" in bench("--boxes", "--memory", code=2)
+    told = bench("--memory", "--model", "elsewhere", "--size", 64, code=2)
+    assert "--model, --size: for real calls; give --time, --calls or --swap with it" in told
 
 
 def test_progress_of_timing_ends_where_the_work_ends(model, monkeypatch):

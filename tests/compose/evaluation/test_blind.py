@@ -11,31 +11,31 @@ from PIL import Image
 
 from commands import call, flat
 from evaluations import known, store, suite
-from lora_compose.compose.evaluation.blind import ARMS, HALVES, PAIRS, BlindImage, generate, numbered, read_votes
+from lora_compose.compose.evaluation.blind import HALVES, PAIRS, WAYS, BlindImage, generate, numbered, read_votes
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene.scene import Concept
 
 
 def test_votes_are_counted_by_method(tmp_path) -> None:
-    key = {number: job.arm.label for number, job in numbered(1).items()}
+    key = {number: job.way.label for number, job in numbered(1).items()}
     votes = {number: "both" if label.startswith("regional") else "none" for number, label in key.items()}
     (tmp_path / "key.json").write_text(json.dumps(key))
     (tmp_path / "votes.csv").write_text("number,verdict\n" + "".join(f"{n},{vote}\n" for n, vote in votes.items()))
     rows = [line.replace("│", "").split() for line in call("blind", "score", tmp_path).output.splitlines()]
     counts = {" ".join(row[:-4]): row[-4:] for row in rows if "LoRAs" in row}
     assert counts == {
-        arm.label: ["3", "0", "0", "3"] if arm.method == "regional" else ["0", "0", "3", "3"] for arm in ARMS
+        way.label: ["3", "0", "0", "3"] if way.method == "regional" else ["0", "0", "3", "3"] for way in WAYS
     }
 
 
 def test_images_are_numbered_the_same_every_time() -> None:
     jobs = numbered(2)
-    # Numbers of votes that were cast: which of the arms, and which seed.
+    # Numbers of votes that were cast: which of the ways, and which seed.
     first = [(2, 1), (1, 0), (0, 0), (0, 1), (3, 1), (3, 0), (2, 0), (1, 1)]
-    assert [(ARMS.index(jobs[number].arm), jobs[number].seed) for number in range(1, 9)] == first
+    assert [(WAYS.index(jobs[number].way), jobs[number].seed) for number in range(1, 9)] == first
     assert [jobs[number].pair for number in range(1, len(jobs) + 1, 8)] == list(PAIRS)
-    assert list(jobs) == list(range(1, 1 + len(PAIRS) * len(ARMS) * 2))
+    assert list(jobs) == list(range(1, 1 + len(PAIRS) * len(WAYS) * 2))
     assert len(set(jobs.values())) == len(jobs)
 
 
@@ -134,8 +134,8 @@ def read_votes_of(out: Path) -> tuple[dict[str, str], list[str]]:
 def test_an_image_is_that_of_the_pipeline() -> None:
     pipe: Any = ComposePipeline.from_pretrained(str(playground_model()))
     pipe.set_progress_bar_config(disable=True)
-    (arm,) = (arm for arm in ARMS if arm.label == "regional, ordinary LoRAs")
-    made = generate(pipe, BlindImage(("cat", "dog"), arm, 0))
+    (way,) = (way for way in WAYS if way.label == "regional, ordinary LoRAs")
+    made = generate(pipe, BlindImage(("cat", "dog"), way, 0))
     (again,) = pipe(
         "a sks cat and a zwx dog on a white background",
         concepts=[Concept(name=name, region=half) for name, half in zip(("cat", "dog"), HALVES, strict=True)],

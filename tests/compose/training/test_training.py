@@ -725,6 +725,10 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     told = Training.preset("playground", **words, class_images=tmp_path, class_prompts=("a fox",))
     assert (told.class_count, told.class_prompts) == (0, ("a fox",))
     assert Training.preset("playground", **words, preserve_class=True).class_count == 0
+    with pytest.raises(ValueError, match="prior_batch: for the class, of which nothing is kept; give preserve_class"):
+        Training.preset("sd", model="m", **words, prior_batch=2)
+    with pytest.raises(ValueError, match="sample_prompts: for sample images, of which there are none"):
+        Training.preset("sd", model="m", **words, sample_prompts=("a cat",))
     with pytest.raises(ValueError, match="unknown preset 'flux'; there are sd, sdxl, transformer, playground"):
         Training.preset("flux", model="m", **words)
 
