@@ -306,18 +306,6 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         side = cls.native_side or vae.get("sample_size")
         return 1024 if side in (None, UNSTATED) else int(side)
 
-    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """Arguments of a call with classifier-free guidance.
-
-        Args:
-            scale: As the family means `guidance_scale`.
-            negative_prompt: What to avoid; None means nothing.
-
-        Raises:
-            ValueError: If the family takes no negative prompt.
-        """
-        return {"guidance_scale": scale, "negative_prompt": negative_prompt}
-
     def _distilled_guidance(self, scale: float, images: int) -> dict[str, ByImage]:
         """The scale as an input of the model."""
         return {"guidance": ByImage(torch.full([images], scale, device=self._execution_device, dtype=torch.float32))}
@@ -426,8 +414,13 @@ argument is True. Returns the text, and further inputs of the model by row."""
 
 def for_each(text: str | list[str] | None, count: int) -> list[str]:
     """A text for each of `count` prompts: a single text is repeated, None is the empty text."""
-    texts = listed(text) or [""]
-    return texts * count if len(texts) == 1 else texts
+    return for_all(text, count) or [""] * count
+
+
+def for_all(text: str | list[str] | None, count: int) -> list[str] | None:
+    """A text for each of `count` prompts, of which a single one is for all; None if there is none."""
+    texts = listed(text) or []
+    return (texts * count if len(texts) == 1 else texts) or None
 
 
 def for_images(

@@ -11,7 +11,7 @@ from lora_compose.pipelines.calls.call import GivenPrompts, images_of_each, list
 from lora_compose.pipelines.calls.front import Begun, Request, front
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.denoising.guidance import ClassifierFree
-from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, real_tokens
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, for_all, real_tokens
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.images.from_image import FromImage, Source
 from lora_compose.pipelines.scene.canvas import Step
@@ -88,7 +88,7 @@ class FluxCalls(FlowMatchingPipeline):
         )
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """As `FlowMatchingPipeline.guided`: distilled guidance where the model has it, otherwise a second pass."""
+        """As `ImageTasksPipeline.guided`: distilled guidance where the model has it, otherwise a second pass."""
         if not self.transformer.config.guidance_embeds:
             return {"true_cfg_scale": scale, "negative_prompt": negative_prompt or ""}
         if negative_prompt is not None:
@@ -155,14 +155,6 @@ class FluxCalls(FlowMatchingPipeline):
     def _cfg_scale(self, step: Step) -> float:
         """`_guidance_scale` is that of the distilled guidance; a callback ends guidance as elsewhere, by 1 or less."""
         return 1.0 if self.guidance_scale <= 1 else step.cfg_scale
-
-
-def for_all(text: str | list[str] | None, count: int) -> list[str] | None:
-    """A text for each of so many prompts; one is for all."""
-    if text is None:
-        return None
-    texts = listed(text)
-    return (texts * count if len(texts) == 1 else texts) or None
 
 
 class ComposeFluxPipeline(FluxCalls, FluxPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]

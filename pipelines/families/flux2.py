@@ -70,7 +70,7 @@ class Flux2Calls(ReferencesPipeline, Flux2VaePipeline, TemplatePipeline):
         return self._size(given["width"] or width, given["height"] or height)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """As `FlowMatchingPipeline.guided`."""
+        """As `ImageTasksPipeline.guided`."""
         if negative_prompt is not None:
             raise ValueError(f"{self.family} takes no negative prompt; leave it out")
         return {"guidance_scale": scale}

@@ -240,7 +240,7 @@ class ComposeFlux3DistilledPipeline(Flux3Calls, Flux3LoraLoaderMixin):
         return self._flux3_request(begun, 1.0)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """As `FlowMatchingPipeline.guided`: nothing, since guidance is distilled into the model."""
+        """As `ImageTasksPipeline.guided`: nothing, since guidance is distilled into the model."""
         if negative_prompt is not None:
             raise ValueError(f"{self.family} reads no negative prompt; leave it out")
         return {}

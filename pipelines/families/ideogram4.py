@@ -124,7 +124,7 @@ class ComposeIdeogram4Pipeline(TemplatePipeline, Ideogram4Pipeline):  # pyright:
         return Ideogram4Backbone(self.transformer, self.unconditional_transformer)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """As `FlowMatchingPipeline.guided`; the scale is the same for all steps."""
+        """As `ImageTasksPipeline.guided`; the scale is the same for all steps."""
         if negative_prompt is not None:
             raise ValueError(f"{self.family} reads no negative prompt; leave it out")
         return {"guidance_scale": max(1.0, scale), "guidance_schedule": None}

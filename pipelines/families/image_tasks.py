@@ -78,6 +78,18 @@ class ImageTasksPipeline(ComposePipeline):
     check_inputs: Any
     """diffusers' checks of the arguments of a call."""
 
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """Arguments of a call with classifier-free guidance.
+
+        Args:
+            scale: As the family means `guidance_scale`.
+            negative_prompt: What to avoid; None means nothing, for which SDXL gets zeros instead of an empty text.
+
+        Raises:
+            ValueError: If the family takes no negative prompt.
+        """
+        return {"guidance_scale": scale, "negative_prompt": negative_prompt}
+
     @property
     def _text_dtype(self) -> torch.dtype:
         """The precision of diffusers' text, in which it prepares the image."""

@@ -71,7 +71,7 @@ class QwenImageCalls(VideoVaePipeline, TemplatePipeline):
         return embeds.shape[1] if given["negative_prompt"] is None else max(embeds.shape[1], length)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """As `FlowMatchingPipeline.guided`; nothing to avoid is a space, as in diffusers' examples."""
+        """As `ImageTasksPipeline.guided`; nothing to avoid is a space, as in diffusers' examples."""
         return {"true_cfg_scale": scale, "negative_prompt": negative_prompt or " "}
 
     def _guidance(self, given: Mapping[str, Any]) -> float:

@@ -73,15 +73,6 @@ class UNetPipeline(ImageTasksPipeline):
         """Width and height of the images that the model was made for, in pixels."""
         return self._size(None, None)
 
-    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """Arguments of a call with classifier-free guidance.
-
-        Args:
-            scale: As the family means `guidance_scale`.
-            negative_prompt: What to avoid; None means nothing, for which SDXL gets zeros instead of an empty text.
-        """
-        return {"guidance_scale": scale, "negative_prompt": negative_prompt}
-
     def check_start(self, call: Call, canvas: Canvas) -> None:
         """See `Host.check_start`."""
         given, source = call.sampling.latents, call.source

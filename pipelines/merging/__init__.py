@@ -48,7 +48,7 @@ def make_merger(name: str, settings: Mapping[str, Any] | None = None) -> Merger:
     merger = MERGERS.get(name)
     if merger is None:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(MERGERS)}")
-    known = _fields(merger())
+    known = settings_of(merger())
     if unknown := (settings or {}).keys() - known.keys():
         raise ValueError(f"{name} has no settings {sorted(unknown)}; it has {', '.join(known) or 'none'}")
     return merger(**{**known, **(settings or {})})
@@ -56,8 +56,4 @@ def make_merger(name: str, settings: Mapping[str, Any] | None = None) -> Merger:
 
 def settings_of(merger: Merger) -> dict[str, Any]:
     """All settings of a merger, for the metadata of its file."""
-    return _fields(merger)
-
-
-def _fields(merger: Merger) -> dict[str, Any]:
     return asdict(merger)  # pyright: ignore[reportArgumentType]  # all subclasses are dataclasses
